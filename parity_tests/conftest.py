@@ -1,0 +1,37 @@
+"""Shared test set-up: run-time checking of the shape annotations, and switches that must precede a framework's import."""
+
+import os
+import sys
+
+# Before jax is imported: several frameworks share this process, none may take the device's whole memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import pytest
+from jaxtyping import install_import_hook
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--no-shape-checks",
+        action="store_true",
+        help="do not check the implementations' jaxtyping annotations at run time (needed to trace them with torch.compile)",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--no-shape-checks"):
+        return
+    packages = ["torch_impl.implementations", "jax_impl.implementations"]
+    loaded = [name for name in packages if name in sys.modules]
+    if loaded:
+        raise pytest.UsageError(f"{loaded} were imported before the shape-check hook: their annotations would go unchecked")
+    install_import_hook(packages, "beartype.beartype").__enter__()
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--no-shape-checks"):
+        return
+    skip = pytest.mark.skip(reason="traced code cannot carry the shape-check hook: run with --no-shape-checks -m compile")
+    for item in items:
+        if item.get_closest_marker("compile"):
+            item.add_marker(skip)
