@@ -1,0 +1,173 @@
+"""Error over bound: the comparison of a subject with the oracle, and of two subjects with each other."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from parity_tests.harness.oracle import OracleTensor, Reference
+from parity_tests.harness.tolerance import TIERS, Arithmetic, Tier, bound
+
+
+@dataclass(frozen=True)
+class TensorResult:
+    """The verdict on one tensor.
+
+    Attributes:
+        tensor: ``y``, ``dx``, ``dweight`` or ``dbias``.
+        status: ``ok`` or ``mismatch``.
+        reason: one sentence for a mismatch, else empty.
+        max_abs_error: largest absolute error.
+        median_abs_error: median absolute error.
+        bound_fraction: largest error over the T1 bound; above 1 is certainly a defect.
+        bound_fraction_t2: the same for T2, or None where its assumption does not hold.
+        bound_fraction_t3: the same for T3, or None.
+        worst_index: index of the element with the largest fraction of T1, or None for an empty tensor.
+        partition: the partition that element belongs to.
+        subject_value: what the subject returned there.
+        expected_value: what the oracle (or the other subject) has there.
+    """
+
+    tensor: str
+    status: str
+    reason: str
+    max_abs_error: float
+    median_abs_error: float
+    bound_fraction: float
+    bound_fraction_t2: float | None
+    bound_fraction_t3: float | None
+    worst_index: tuple[int, ...] | None
+    partition: int | None
+    subject_value: float | None
+    expected_value: float | None
+
+
+def _errors(value: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """|value - expected|; infinite where exactly one is not finite or both are but differ. NaN equals NaN here."""
+    both_finite = np.isfinite(value) & np.isfinite(expected)
+    same_special = (value == expected) | (np.isnan(value) & np.isnan(expected))
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(value - expected)
+    return np.where(both_finite, difference, np.where(same_special, 0.0, np.inf))
+
+
+def _fractions(errors: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        fractions = errors / limits
+    # An exact element within a bound of zero is no error at all, and a NaN bound (a non-finite sum) judges by equality.
+    return np.where(errors == 0, 0.0, np.where(np.isnan(fractions), np.inf, fractions))
+
+
+def _shape_mismatch(tensor: str, received: tuple[int, ...], expected: tuple[int, ...]) -> TensorResult:
+    reason = f"{tensor} has shape {received}, expected {expected}"
+    return TensorResult(tensor, "mismatch", reason, np.inf, np.inf, np.inf, None, None, None, None, None, None)
+
+
+def _result(
+    name: str, value: np.ndarray, expected: np.ndarray, axis: int, limits: Mapping[Tier, np.ndarray]
+) -> TensorResult:
+    value = value.astype(expected.dtype)
+    if value.shape != expected.shape:
+        return _shape_mismatch(name, value.shape, expected.shape)
+    if value.size == 0:
+        return TensorResult(name, "ok", "", 0.0, 0.0, 0.0, None, None, None, None, None, None)
+    errors = _errors(value, expected)
+    by_tier = {tier: _fractions(errors, limit) for tier, limit in limits.items()}
+    worst = {tier: float(fractions.max()) for tier, fractions in by_tier.items()}
+    index = tuple(int(k) for k in np.unravel_index(int(by_tier["T1"].argmax()), expected.shape))
+    broken = next((tier for tier in TIERS if worst.get(tier, 0.0) > 1), None)
+    reason = ""
+    if broken is not None:
+        index = tuple(int(k) for k in np.unravel_index(int(by_tier[broken].argmax()), expected.shape))
+        reason = (
+            f"{name}{list(index)} (partition {index[axis]}) is {float(value[index])!r}, expected "
+            f"{float(expected[index])!r}: {worst[broken]:.3g} times the {broken} bound"
+        )
+    return TensorResult(
+        tensor=name,
+        status="ok" if broken is None else "mismatch",
+        reason=reason,
+        max_abs_error=float(errors.max()),
+        median_abs_error=float(np.median(errors)),
+        bound_fraction=worst["T1"],
+        bound_fraction_t2=worst.get("T2"),
+        bound_fraction_t3=worst.get("T3"),
+        worst_index=index,
+        partition=index[axis],
+        subject_value=float(value[index]),
+        expected_value=float(expected[index]),
+    )
+
+
+def applicable_tiers(arithmetic: Arithmetic, zero_mean: bool) -> tuple[Tier, ...]:
+    """The tiers whose assumptions hold: T2 needs roundings of zero mean, T3 zero-mean data as well."""
+    if arithmetic.truncates:
+        return ("T1",)
+    return TIERS if zero_mean else ("T1", "T2")
+
+
+def compare_tensor(
+    name: str, value: np.ndarray, truth: OracleTensor, arithmetic: Arithmetic, zero_mean: bool = True
+) -> TensorResult:
+    """Judges one tensor of a subject against the oracle, in every tier whose assumptions hold."""
+    if value.shape != truth.value.shape:
+        return _shape_mismatch(name, value.shape, truth.value.shape)
+    tiers = applicable_tiers(arithmetic, zero_mean)
+    limits = {tier: bound(truth, arithmetic, tier) for tier in tiers}
+    return _result(name, value, truth.value, truth.partition_axis, limits)
+
+
+def compare(
+    outputs: Mapping[str, np.ndarray], reference: Reference, arithmetic: Arithmetic, zero_mean: bool = True
+) -> list[TensorResult]:
+    """Judges a subject's tensors against the oracle.
+
+    Args:
+        outputs: any of ``y``, ``dx``, ``dweight``, ``dbias``, as NumPy arrays.
+        reference: the oracle's tensors for the same inputs.
+        arithmetic: what the subject is entitled to, see ``tolerance.declared_arithmetic``.
+        zero_mean: False for data that the harness did not draw.
+
+    Returns:
+        One result per tensor of ``outputs``, in its order.
+
+    Raises:
+        ValueError: if ``outputs`` is empty or names a tensor that the oracle does not have.
+    """
+    if not outputs:
+        raise ValueError("outputs: expected at least one of y, dx, dweight, dbias, got none; nothing would be compared.")
+    unknown = [name for name in outputs if name not in reference]
+    if unknown:
+        raise ValueError(
+            f"outputs: expected names among {', '.join(reference)}, got {', '.join(unknown)}; "
+            "a subject without bias has no dbias."
+        )
+    return [compare_tensor(name, value, reference[name], arithmetic, zero_mean) for name, value in outputs.items()]
+
+
+def compare_pair(
+    first: Mapping[str, np.ndarray],
+    second: Mapping[str, np.ndarray],
+    reference: Reference,
+    arithmetics: tuple[Arithmetic, Arithmetic],
+) -> list[TensorResult]:
+    """Judges two subjects against each other: ``|t - j| <= B_t + B_j`` with both T1 bounds.
+
+    Raises:
+        ValueError: if the two do not have the same tensors.
+    """
+    if set(first) != set(second):
+        raise ValueError(
+            f"pair: expected the same tensors on both sides, got {sorted(first)} and {sorted(second)}; "
+            "run both in the same direction."
+        )
+    results = []
+    for name, value in first.items():
+        truth = reference[name]
+        if value.shape != truth.value.shape or second[name].shape != truth.value.shape:
+            results.append(_shape_mismatch(name, value.shape, second[name].shape))
+            continue
+        limit = bound(truth, arithmetics[0]) + bound(truth, arithmetics[1])
+        expected = second[name].astype(truth.value.dtype)
+        results.append(_result(name, value, expected, truth.partition_axis, {"T1": limit}))
+    return results

@@ -1,0 +1,138 @@
+"""Error bounds derived from the arithmetic that was used: no tolerance is chosen by hand.
+
+Notation: ``u`` is a unit roundoff, ``gamma_n = n u / (1 - n u)``, K the number of products in a sum and S the sum of
+their magnitudes. For an exact value z, with operands rounded by ``theta = 2 u_in + u_in^2`` and accumulated at u_acc::
+
+    E = theta S + gamma_{K+1}(u_acc) ((1 + theta) S + |b|)              bias inside the sum ("fused")
+    B = E + u_out (|z| + E) + eta_out + K eta_acc + gamma_{K+2}(2^-53) (S + |b|)
+
+Without fusion the product is rounded to the output dtype first, the bias is added, and the sum is rounded again.
+
+Tiers: T1 as above holds for any order of summation. T2 replaces gamma_n by ``expm1(lambda sqrt(n) u + n u^2 / (1 - u))``
+and T3 by ``lambda u`` (zero-mean data only), with ``lambda = sqrt(2 ln(2 K numel / delta))`` from the declared
+false-alarm rate delta; both assume roundings of zero mean, so not a truncating accumulator.
+
+Sources: Higham, Accuracy and Stability of Numerical Algorithms, ch. 3; Higham and Mary (2019, 2020) on probabilistic
+rounding error analysis; Blanchard, Higham, Lopez, Mary and Pranesh (2020) on mixed-precision block FMA.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from parity_tests.harness.dtypes import FORMATS
+from parity_tests.harness.oracle import OracleTensor
+
+Tier = Literal["T1", "T2", "T3"]
+TIERS: tuple[Tier, ...] = ("T1", "T2", "T3")
+FALSE_ALARM_RATE = 1e-6
+_TRUNCATING_ROUNDOFF = 2.0**-23  # a chopping fp32 accumulator loses up to one unit, twice the rounding of a nearest one
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a product was computed.
+
+    Attributes:
+        output: format that the result is stored in.
+        operand: format that the operands are rounded to before they are multiplied (the storage format when exact).
+        accumulator: format of the running sum.
+        fused_bias: the bias is added before the one rounding to the output.
+        flushes_subnormals: results below the smallest normal become zero.
+        truncates: the accumulator chops instead of rounding to nearest (tensor cores).
+    """
+
+    output: str
+    operand: str
+    accumulator: str
+    fused_bias: bool = False
+    flushes_subnormals: bool = True
+    truncates: bool = False
+
+    @property
+    def operand_error(self) -> float:
+        """Theta: the relative error that rounding both operands puts on a product; 0 when operands are exact."""
+        if FORMATS[self.operand].roundoff <= FORMATS[self.output].roundoff:
+            return 0.0
+        u = FORMATS[self.operand].roundoff
+        return 2 * u + u * u
+
+    @property
+    def accumulator_roundoff(self) -> float:
+        """The unit roundoff of the running sum."""
+        return _TRUNCATING_ROUNDOFF if self.truncates else FORMATS[self.accumulator].roundoff
+
+    def underflow(self, name: str) -> float:
+        """Largest absolute error that underflow in format ``name`` can cause."""
+        fmt = FORMATS[name]
+        return fmt.smallest_normal if self.flushes_subnormals else fmt.smallest_subnormal
+
+
+_DECLARED = {
+    "fp64": Arithmetic("float64", "float64", "float64"),
+    "ieee_fp32": Arithmetic("float32", "float32", "float32"),
+    "tf32": Arithmetic("float32", "tf32", "float32", truncates=True),
+    "bf16": Arithmetic("bfloat16", "bfloat16", "float32"),
+    "fp16": Arithmetic("float16", "float16", "float32"),
+}
+PRECISION_OF_DTYPE = {"float64": "fp64", "float32": "ieee_fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def declared_arithmetic(precision: str) -> Arithmetic:
+    """Returns what a precision promises: storage, operands and an fp32 accumulator for the 16-bit formats.
+
+    The promise leaves open what implementations legitimately do either way: the bias may be added after the product was
+    rounded, and subnormals may be flushed.
+
+    Args:
+        precision: ``fp64``, ``ieee_fp32``, ``tf32``, ``bf16`` or ``fp16``.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if precision not in _DECLARED:
+        raise ValueError(f"precision: expected one of {', '.join(_DECLARED)}, got {precision!r}; choose one of these.")
+    return _DECLARED[precision]
+
+
+def _growth(n: int, u: float, tier: Tier, confidence: float) -> float:
+    """gamma_n of a tier: the relative error of a sum of n terms."""
+    if tier == "T1":
+        return n * u / (1 - n * u) if n * u < 1 else math.inf
+    if tier == "T2":
+        return math.expm1(confidence * math.sqrt(n) * u + n * u * u / (1 - u))
+    return confidence * u
+
+
+def bound(tensor: OracleTensor, arithmetic: Arithmetic, tier: Tier = "T1") -> np.ndarray:
+    """Returns B, element by element: the largest error that correct code can show.
+
+    Args:
+        tensor: the oracle's value with its magnitude S, number of terms K and addend.
+        arithmetic: what was used to compute the subject's value.
+        tier: ``T1`` (certain), ``T2`` or ``T3`` (with false-alarm rate ``FALSE_ALARM_RATE``).
+
+    Returns:
+        An array of the tensor's shape, at least 0; 0 up to underflow where S is 0.
+    """
+    theta, u_acc = arithmetic.operand_error, arithmetic.accumulator_roundoff
+    u_out = FORMATS[arithmetic.output].roundoff
+    eta_out = arithmetic.underflow(arithmetic.output)
+    terms, magnitude = tensor.terms, tensor.magnitude
+    confidence = math.sqrt(2 * math.log(2 * max(terms, 1) * max(tensor.value.size, 1) / FALSE_ALARM_RATE))
+    underflow = eta_out + terms * arithmetic.underflow(arithmetic.accumulator)
+    u_oracle = 2.0**-53 if tensor.value.dtype == np.float64 else float(np.finfo(np.longdouble).eps) / 2
+    addend = tensor.addend
+    oracle_error = _growth(terms + 2, u_oracle, "T1", 0.0) * (magnitude if addend is None else magnitude + addend)
+
+    if addend is None or arithmetic.fused_bias:
+        summed = (1 + theta) * magnitude + (0.0 if addend is None else addend)
+        count = terms if addend is None else terms + 1
+        error = theta * magnitude + _growth(count, u_acc, tier, confidence) * summed
+        return error + u_out * (np.abs(tensor.value) + error) + underflow + oracle_error
+    assert tensor.product is not None  # an addend always comes with the product it was added to
+    error = theta * magnitude + _growth(terms, u_acc, tier, confidence) * (1 + theta) * magnitude
+    rounded = error + u_out * (np.abs(tensor.product) + error) + underflow
+    return rounded + u_out * (np.abs(tensor.value) + rounded) + eta_out + oracle_error
