@@ -1,4 +1,4 @@
-"""Shared test set-up: run-time checking of the shape annotations, and switches that must precede a framework's import."""
+"""Shared test set-up: run-time checking of shape annotations, and switches that must precede a framework's import."""
 
 import os
 import sys
@@ -24,14 +24,18 @@ def pytest_configure(config):
     packages = ["torch_impl.implementations", "jax_impl.implementations"]
     loaded = [name for name in packages if name in sys.modules]
     if loaded:
-        raise pytest.UsageError(f"{loaded} were imported before the shape-check hook: their annotations would go unchecked")
+        raise pytest.UsageError(
+            f"{loaded} were imported before the shape-check hook: their annotations would go unchecked"
+        )
     install_import_hook(packages, "beartype.beartype").__enter__()
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--no-shape-checks"):
         return
-    skip = pytest.mark.skip(reason="traced code cannot carry the shape-check hook: run with --no-shape-checks -m compile")
+    skip = pytest.mark.skip(
+        reason="traced code cannot carry the shape-check hook: run with --no-shape-checks -m compile"
+    )
     for item in items:
         if item.get_closest_marker("compile"):
             item.add_marker(skip)

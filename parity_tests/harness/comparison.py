@@ -135,7 +135,9 @@ def compare(
         ValueError: if ``outputs`` is empty or names a tensor that the oracle does not have.
     """
     if not outputs:
-        raise ValueError("outputs: expected at least one of y, dx, dweight, dbias, got none; nothing would be compared.")
+        raise ValueError(
+            "outputs: expected at least one of y, dx, dweight, dbias, got none; nothing would be compared."
+        )
     unknown = [name for name in outputs if name not in reference]
     if unknown:
         raise ValueError(

@@ -1,0 +1,119 @@
+"""Parity records: one row a cell, and the document that ``--json`` writes."""
+
+import dataclasses
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from parity_tests.harness.comparison import TensorResult
+
+SCHEMA_VERSION = 1
+_PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "flax", "optax")
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """One cell: a subject against the oracle, or a pair of subjects against each other.
+
+    Attributes:
+        kind: ``oracle``, ``pair`` (torch against jax) or ``lattice`` (bitwise).
+        framework: ``torch`` or ``jax``; ``torch+jax`` for a pair.
+        implementation: the subject's name; ``a+b`` for a pair.
+        dtype: storage dtype.
+        case: name of the case.
+        tensor: ``y``, ``dx``, ``dweight``, ``dbias``; for a pair, the tensor that came closest to its bound.
+        status: ``ok``, ``mismatch`` or ``skipped``.
+        reason: one sentence for a mismatch or a skip.
+        diagnosis: what the arithmetic fingerprint says about this subject and dtype.
+        command: reproduces this row.
+        max_abs_error: see ``comparison.TensorResult``, as are the following.
+    """
+
+    kind: Literal["oracle", "pair", "lattice"]
+    framework: str
+    implementation: str
+    dtype: str
+    case: str
+    tensor: str
+    status: Literal["ok", "mismatch", "skipped"]
+    reason: str = ""
+    diagnosis: str = ""
+    command: str = ""
+    max_abs_error: float | None = None
+    median_abs_error: float | None = None
+    bound_fraction: float | None = None
+    bound_fraction_t2: float | None = None
+    bound_fraction_t3: float | None = None
+    worst_index: tuple[int, ...] | None = None
+    partition: int | None = None
+    subject_value: float | None = None
+    expected_value: float | None = None
+
+
+_RESULT_FIELDS = {field.name for field in dataclasses.fields(TensorResult)} & {
+    field.name for field in dataclasses.fields(ParityRow)
+}
+
+
+def row_from_result(result: TensorResult, **where: Any) -> ParityRow:
+    """Makes a row from a tensor's verdict and the place (kind, framework, implementation, dtype, case, ...)."""
+    return ParityRow(**{name: getattr(result, name) for name in _RESULT_FIELDS}, **where)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts over rows; a run in which nothing was compared has failed."""
+
+    compared: int
+    passed: int
+    failed: int
+    skipped: int
+
+    @property
+    def ok(self) -> bool:
+        """True if something was compared and all of it holds."""
+        return self.compared > 0 and self.failed == 0
+
+
+def summarize(rows: Sequence[ParityRow]) -> Summary:
+    """Counts rows by status."""
+    count = {status: sum(row.status == status for row in rows) for status in ("ok", "mismatch", "skipped")}
+    return Summary(count["ok"] + count["mismatch"], count["ok"], count["mismatch"], count["skipped"])
+
+
+def environment() -> dict[str, Any]:
+    """Versions that a reader needs to repeat the run; asking for them imports no framework."""
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {"python": platform.python_version(), "machine": platform.machine(), "packages": versions}
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity: it is written as the string that Python's float() reads back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def write_json(path: Path, rows: Sequence[ParityRow]) -> None:
+    """Writes ``schema_version, environment, summary, rows``."""
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "environment": environment(),
+        "summary": dataclasses.asdict(summarize(rows)),
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(_plain(document), indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,68 @@
+"""What a person reads in a terminal after a parity run: one line a subject and dtype, then everything that failed."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from parity_tests.harness.records import ParityRow, Summary
+
+
+def _fraction(rows: Sequence[ParityRow], field: str) -> str:
+    values = [getattr(row, field) for row in rows if getattr(row, field) is not None]
+    return f"{max(values):.3f}" if values else "-"
+
+
+def print_report(console: Console, rows: Sequence[ParityRow], summary: Summary) -> None:
+    """Prints the table, the failures with the command that reproduces each, and the skipped cells with their reasons.
+
+    Args:
+        console: where to.
+        rows: all rows of the run.
+        summary: their counts.
+    """
+    groups: dict[tuple[str, str, str], list[ParityRow]] = defaultdict(list)
+    for row in rows:
+        # 72 pairs a case would bury the subjects: pairs are one line a dtype.
+        name = "every torch-jax pair" if row.kind == "pair" else row.implementation
+        groups[row.framework, name, row.dtype].append(row)
+    table = Table(title="parity: largest error over its derived bound (T1 must not exceed 1)", title_justify="left")
+    for column in ("framework", "implementation", "dtype", "status"):
+        table.add_column(column)
+    for column in ("compared", "skipped", "T1", "T2", "T3"):
+        table.add_column(column, justify="right")
+    table.add_column("diagnosis")
+    for (framework, name, dtype), members in groups.items():
+        compared = [row for row in members if row.status != "skipped"]
+        failed = sum(row.status == "mismatch" for row in members)
+        status = "[red]MISMATCH[/]" if failed else "[green]ok[/]" if compared else "[yellow]skipped[/]"
+        table.add_row(
+            framework,
+            name,
+            dtype,
+            status,
+            str(len(compared)),
+            str(len(members) - len(compared)),
+            _fraction(compared, "bound_fraction"),
+            _fraction(compared, "bound_fraction_t2"),
+            _fraction(compared, "bound_fraction_t3"),
+            next((row.diagnosis for row in compared if row.diagnosis), ""),
+        )
+    console.print(table)
+    for row in rows:
+        if row.status == "mismatch":
+            console.print(f"[red]MISMATCH[/] {row.framework} {row.implementation} {row.dtype} {row.case}: {row.reason}")
+            console.print(f"  reproduce: {row.command}", highlight=False)
+    skipped = Counter(
+        (row.framework, row.implementation, row.dtype, row.reason) for row in rows if row.status == "skipped"
+    )
+    for (framework, implementation, dtype, reason), count in skipped.items():
+        console.print(f"skipped {count} x {framework} {implementation} {dtype}: {reason}", style="dim", highlight=False)
+    verdict = "[green]all compared cells hold[/]" if summary.ok else "[red]FAILED[/]"
+    if summary.compared == 0:
+        verdict = "[red]FAILED: nothing was compared[/]"
+    console.print(
+        f"{summary.compared} compared, {summary.passed} passed, {summary.failed} failed, "
+        f"{summary.skipped} skipped: {verdict}"
+    )
