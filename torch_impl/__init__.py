@@ -1,0 +1,19 @@
+"""n independent linear maps on n groups of features, for PyTorch."""
+
+from torch_impl.functional import partitioned_linear
+from torch_impl.layer import PartitionedLinear
+from torch_impl.masked_layer import MaskedPartitionedLinear
+from torch_impl.parameters import export_parameters, import_parameters, load_parameters, save_parameters
+from torch_impl.registry import UnsupportedImplementationError, implementation_names
+
+__all__ = [
+    "MaskedPartitionedLinear",
+    "PartitionedLinear",
+    "UnsupportedImplementationError",
+    "export_parameters",
+    "implementation_names",
+    "import_parameters",
+    "load_parameters",
+    "partitioned_linear",
+    "save_parameters",
+]

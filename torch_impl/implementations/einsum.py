@@ -1,0 +1,20 @@
+"""The formula itself, handed to `torch.einsum`."""
+
+import torch
+
+from torch_impl.array_types import Bias, Inputs, Outputs, Weight
+
+
+def partitioned_linear_einsum(x: Inputs, weight: Weight, bias: Bias | None) -> Outputs:
+    """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] with `torch.einsum`.
+
+    Args:
+        x: Inputs, shape (*b, n, i), any strides.
+        weight: One matrix per partition, shape (n, i, o), dtype of `x`.
+        bias: One vector per partition, shape (n, o), dtype of `x`; or None. Added after the product is rounded.
+
+    Returns:
+        Outputs, shape (*b, n, o), dtype of `x`.
+    """
+    y = torch.einsum("...ni,nio->...no", x, weight)
+    return y if bias is None else y + bias

@@ -1,0 +1,26 @@
+"""One partition's linear map, batched over partitions by `torch.vmap`."""
+
+import torch
+from torch import Tensor
+
+from torch_impl.array_types import Bias, Inputs, Outputs, Weight
+
+
+def partitioned_linear_vmap(x: Inputs, weight: Weight, bias: Bias | None) -> Outputs:
+    """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] by mapping one linear map over n.
+
+    Args:
+        x: Inputs, shape (*b, n, i), any strides.
+        weight: One matrix per partition, shape (n, i, o), dtype of `x`.
+        bias: One vector per partition, shape (n, o), dtype of `x`; or None. Added after the product is rounded.
+
+    Returns:
+        Outputs, shape (*b, n, o), dtype of `x`.
+    """
+    if bias is None:
+        return torch.vmap(torch.matmul, in_dims=(-2, 0), out_dims=-2)(x, weight)
+    return torch.vmap(_one_partition, in_dims=(-2, 0, 0), out_dims=-2)(x, weight, bias)
+
+
+def _one_partition(features: Tensor, matrix: Tensor, vector: Tensor) -> Tensor:
+    return features @ matrix + vector

@@ -1,0 +1,102 @@
+"""Initial values, drawn anew for every partition; the fan-in is that of one partition, never n times it."""
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from torch_impl.validation import check_init
+
+InPlaceInit: TypeAlias = Callable[[Tensor], Any]
+"""A function that fills its argument in place, as those of `torch.nn.init` do."""
+
+Init: TypeAlias = str | InPlaceInit | tuple[InPlaceInit, InPlaceInit]
+"""A name, a weight initialiser, or a pair (weight initialiser, bias initialiser)."""
+
+TRUNCATED_STD = 0.87962566103423978
+"""Standard deviation of a standard normal truncated at -2 and +2."""
+
+
+def torch_uniform_(tensor: Tensor, in_features: int) -> None:
+    """Draw from U(-1/sqrt(in), 1/sqrt(in)), as `torch.nn.Linear` does for its weight and its bias."""
+    bound = 1.0 / math.sqrt(in_features)
+    tensor.uniform_(-bound, bound)
+
+
+def flax_truncated_normal_(tensor: Tensor, in_features: int) -> None:
+    """Draw from a normal truncated at two of its standard deviations, of resulting std 1/sqrt(in).
+
+    This is `lecun_normal` of JAX with the fan-in of one partition. Drawn in at least fp32 and rounded once, since
+    the inverse error function behind it is coarse in bf16 and fp16.
+    """
+    sigma = 1.0 / (math.sqrt(in_features) * TRUNCATED_STD)
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    values = torch.empty(tensor.shape, dtype=wide, device=tensor.device)
+    tensor.copy_(nn.init.trunc_normal_(values, std=sigma, a=-2.0 * sigma, b=2.0 * sigma))
+
+
+def zeros_(tensor: Tensor, in_features: int) -> None:
+    """Fill with zeros."""
+    tensor.zero_()
+
+
+INITIALIZERS: Mapping[str, tuple[Callable[[Tensor, int], None], Callable[[Tensor, int], None]]] = MappingProxyType(
+    {"torch": (torch_uniform_, torch_uniform_), "flax": (flax_truncated_normal_, zeros_)}
+)
+"""Name -> (weight initialiser, bias initialiser), each called with all partitions at once and in_features."""
+
+
+def check_initializer(init: Any) -> None:
+    """Refuse what `initialize_` cannot use.
+
+    Raises:
+        TypeError: If it is no name, no function and no pair of functions.
+        ValueError: If it is an unknown name.
+    """
+    check_init(init, tuple(INITIALIZERS))
+
+
+@torch.no_grad()
+def initialize_(init: Init, weight: Tensor, bias: Tensor | None) -> None:
+    """Fill the parameters of all partitions in place.
+
+    A custom weight initialiser is called once per partition on a view of shape (out, in), as `torch.nn.Linear`
+    holds its weight, so that `torch.nn.init` computes the fans of one partition; a custom bias initialiser once per
+    partition on a view of shape (out,). A lone weight initialiser leaves the bias to "torch".
+
+    Args:
+        init: "torch", "flax", a weight initialiser, or a pair (weight initialiser, bias initialiser).
+        weight: View of the weights, shape (n, out, in), any strides.
+        bias: View of the biases, shape (n, out), any strides; or None.
+
+    Raises:
+        TypeError: If a custom initialiser returns another tensor instead of filling its argument.
+    """
+    in_features = weight.shape[-1]
+    if isinstance(init, str):
+        weight_init, bias_init = INITIALIZERS[init]
+        weight_init(weight, in_features)
+        if bias is not None:
+            bias_init(bias, in_features)
+        return
+    weight_filler, bias_filler = init if isinstance(init, tuple) else (init, None)
+    _fill_each("weight_init", weight_filler, weight)
+    if bias is None:
+        return
+    if bias_filler is None:
+        torch_uniform_(bias, in_features)
+    else:
+        _fill_each("bias_init", bias_filler, bias)
+
+
+def _fill_each(argument: str, fill: InPlaceInit, views: Tensor) -> None:
+    for view in views.unbind(0):
+        result = fill(view)
+        if isinstance(result, Tensor) and result.data_ptr() != view.data_ptr():
+            raise TypeError(
+                f"`{argument}`: expected a function that fills its argument of shape {tuple(view.shape)} in place, "
+                f"got one that returns another tensor; use view.copy_(...)."
+            )

@@ -1,0 +1,157 @@
+"""The layer with compact parameters."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from torch_impl.array_types import Inputs, Outputs
+from torch_impl.functional import partitioned_linear
+from torch_impl.initializers import Init, check_initializer, initialize_
+from torch_impl.parameters import linears_from_partitions, partitions_from_linears
+from torch_impl.validation import check_bias_switch, check_dtype, check_implementation_name, check_sizes
+
+
+class PartitionedLinear(nn.Module):
+    """n independent linear maps on n groups of features: y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
+
+    Also known as block-diagonal linear, grouped linear, batched linear, ensemble linear, headwise linear, NLinear,
+    locally connected linear, and, in Keras and Flax, EinsumDense.
+
+    Shape:
+        Input (..., n, in), any number of leading axes, none included; output (..., n, out), in the input's dtype.
+
+    Attributes:
+        weight: Parameter of shape (n, in, out).
+        bias: Parameter of shape (n, out), or None. It has two axes, so the common rule "decay every parameter with
+            at least two axes" decays it.
+
+    Args:
+        num_partitions: n, the number of maps.
+        in_features: in, features of one partition, not their total.
+        out_features: out, features of one partition, not their total.
+        bias: Whether to add a bias.
+        implementation: "auto", or a name from `implementation_names()`.
+        init: "torch" for U(-1/sqrt(in), 1/sqrt(in)) in weight and bias, as n `nn.Linear` have it; "flax" for a
+            truncated normal of std 1/sqrt(in) and a zero bias; a function that fills one partition's (out, in)
+            weight in place; or a pair of such functions for weight and bias.
+        device: Where the parameters lie.
+        dtype: float64, float32, bfloat16 or float16; None for PyTorch's default.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a size is not positive or a name unknown.
+
+    Source: a list of `torch.nn.Linear` applied one by one and stacked, whose function it computes.
+    """
+
+    __constants__ = ("implementation", "in_features", "num_partitions", "out_features")
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_partitions: int,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        implementation: str = "auto",
+        init: Init = "torch",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(num_partitions=num_partitions, in_features=in_features, out_features=out_features)
+        check_bias_switch(bias)
+        check_implementation_name(implementation)
+        check_initializer(init)
+        check_dtype(dtype)
+        self.num_partitions = num_partitions
+        self.in_features = in_features
+        self.out_features = out_features
+        self.implementation = implementation
+        self.init = init
+        shape = (num_partitions, in_features, out_features)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty((num_partitions, out_features), device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters of every partition anew, by `init`."""
+        initialize_(self.init, self.weight.mT, self.bias)
+
+    def forward(self, x: Inputs) -> Outputs:
+        """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
+
+        Args:
+            x: Inputs, shape (..., n, in), dtype and device of the parameters (any dtype under `torch.autocast`).
+
+        Returns:
+            Outputs, shape (..., n, out); flatten them with `reshape`, not `view`.
+
+        Raises:
+            TypeError: If `x` is no tensor or its dtype differs.
+            ValueError: If its shape or device does not fit.
+            UnsupportedImplementationError: If the named implementation cannot run this call.
+        """
+        return partitioned_linear(x, self.weight, self.bias, implementation=self.implementation)
+
+    @classmethod
+    def from_linears(
+        cls, linears: Sequence[nn.Linear] | nn.ModuleList, *, implementation: str = "auto", init: Init = "torch"
+    ) -> Self:
+        """Build the layer that computes what n linears do, copying their weights bit for bit.
+
+        Dtype, device and `requires_grad` are those of the linears; the parameters are copies, not shared.
+
+        Args:
+            linears: n `nn.Linear` of equal sizes, dtype, device, bias and `requires_grad`.
+            implementation: As for the constructor.
+            init: As for the constructor; used by a later `reset_parameters` only.
+
+        Returns:
+            The layer.
+
+        Raises:
+            TypeError: If an element is no plain `nn.Linear`, or the dtypes differ.
+            ValueError: If there is none, or sizes, bias, device or `requires_grad` differ.
+        """
+        partitions = partitions_from_linears(linears)
+        weight, bias = partitions["weight"], partitions.get("bias")
+        layer = skip_init(
+            cls,
+            *weight.shape,
+            bias=bias is not None,
+            implementation=implementation,
+            init=init,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        for name, view in layer.partition_views().items():
+            with torch.no_grad():
+                view.copy_(partitions[name])
+            getattr(layer, name).requires_grad_(getattr(linears[0], name).requires_grad)
+        return layer
+
+    def to_linears(self) -> nn.ModuleList:
+        """Return n `nn.Linear` with bitwise copies of the weights, and the same dtype, device and `requires_grad`."""
+        return linears_from_partitions(self.partition_views())
+
+    def partition_views(self) -> dict[str, Tensor]:
+        """Return the parameters in canonical layout: "weight" (n, in, out) and, if any, "bias" (n, out)."""
+        return {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
+
+    def extra_repr(self) -> str:
+        """Return the sizes and choices shown in the module's repr."""
+        return (
+            f"num_partitions={self.num_partitions}, in_features={self.in_features}, "
+            f"out_features={self.out_features}, bias={self.bias is not None}, "
+            f"implementation={self.implementation!r}, init={self.init!r}"
+        )

@@ -1,0 +1,178 @@
+"""The source article's layer: one dense parameter whose off-block weights are masked before use."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from torch_impl.functional import autocast_operands
+from torch_impl.initializers import Init, check_initializer, initialize_
+from torch_impl.parameters import linears_from_partitions, partitions_from_linears
+from torch_impl.validation import check_bias_switch, check_dtype, check_masked_input, check_same_dtype, check_sizes
+
+
+class MaskedPartitionedLinear(nn.Module):
+    """y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] as one dense product with a block mask.
+
+    Also known as block-diagonal linear by masking. The parameter is a dense (n*out, n*in) matrix, as `nn.Linear`
+    holds it, of which only the n diagonal blocks are used: after any optimiser steps, weight decay included, the
+    other weights have no effect, and their gradients are exactly zero. It costs n times the weight memory and n times
+    the multiplications of `PartitionedLinear`. NaN in the input of one partition reaches every partition.
+
+    Shape:
+        Input (..., n, in), output (..., n, out); or flat, input (..., n*in), output (..., n*out).
+
+    Attributes:
+        weight: Parameter of shape (n*out, n*in); its off-block weights start as exact zeros.
+        bias: Parameter of shape (n*out), or None.
+        mask: Non-persistent bool buffer of shape (n*out, n*in), True in the diagonal blocks.
+
+    Args:
+        num_partitions: n, the number of maps.
+        in_features: in, features of one partition, not their total.
+        out_features: out, features of one partition, not their total.
+        bias: Whether to add a bias.
+        init: As for `PartitionedLinear`; it sees the blocks only.
+        device: Where the parameters lie.
+        dtype: float64, float32, bfloat16 or float16; None for PyTorch's default.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a size is not positive or a name unknown.
+
+    Source: the article that masks one large `nn.Linear` in place of a loop over many small ones.
+    """
+
+    __constants__ = ("in_features", "num_partitions", "out_features")
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    mask: Tensor
+
+    def __init__(
+        self,
+        num_partitions: int,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        init: Init = "torch",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(num_partitions=num_partitions, in_features=in_features, out_features=out_features)
+        check_bias_switch(bias)
+        check_initializer(init)
+        check_dtype(dtype)
+        self.num_partitions = num_partitions
+        self.in_features = in_features
+        self.out_features = out_features
+        self.init = init
+        shape = (num_partitions * out_features, num_partitions * in_features)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.register_buffer("mask", self._block_mask(), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the blocks and biases of every partition anew, by `init`, and zero the weights outside the blocks."""
+        views = self.partition_views()
+        with torch.no_grad():
+            self.weight.zero_()
+        initialize_(self.init, views["weight"].mT, views.get("bias"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
+
+        Args:
+            x: Inputs, shape (..., n, in) or (..., n*in), dtype and device of the parameters (any dtype under
+                `torch.autocast`).
+
+        Returns:
+            Outputs, shape (..., n, out) or (..., n*out), as the input came.
+
+        Raises:
+            TypeError: If `x` is no tensor or its dtype differs.
+            ValueError: If its shape or device does not fit.
+        """
+        check_masked_input(x, self.weight, self.num_partitions, self.in_features)
+        # Selected, not multiplied: 0 * NaN and 0 * Inf are NaN, so a product with the mask would let a non-finite
+        # off-block weight into the output and a non-finite cotangent into the off-block gradients.
+        effective = torch.where(self.mask, self.weight, 0.0)
+        rows, effective, bias = autocast_operands(x, effective, self.bias)
+        check_same_dtype(rows, effective, bias)
+        if x.shape[-1] == self.num_partitions * self.in_features:
+            return F.linear(rows, effective, bias)
+        return F.linear(rows.flatten(-2), effective, bias).unflatten(-1, (self.num_partitions, self.out_features))
+
+    @classmethod
+    def from_linears(cls, linears: Sequence[nn.Linear] | nn.ModuleList, *, init: Init = "torch") -> Self:
+        """Build the layer that computes what n linears do, copying their weights bit for bit into the blocks.
+
+        Dtype, device and `requires_grad` are those of the linears; the parameters are copies, not shared.
+
+        Args:
+            linears: n `nn.Linear` of equal sizes, dtype, device, bias and `requires_grad`.
+            init: As for the constructor; used by a later `reset_parameters` only.
+
+        Returns:
+            The layer.
+
+        Raises:
+            TypeError: If an element is no plain `nn.Linear`, or the dtypes differ.
+            ValueError: If there is none, or sizes, bias, device or `requires_grad` differ.
+        """
+        partitions = partitions_from_linears(linears)
+        weight, bias = partitions["weight"], partitions.get("bias")
+        layer = skip_init(
+            cls, *weight.shape, bias=bias is not None, init=init, device=weight.device, dtype=weight.dtype
+        )
+        with torch.no_grad():
+            layer.weight.zero_()
+        for name, view in layer.partition_views().items():
+            with torch.no_grad():
+                view.copy_(partitions[name])
+            getattr(layer, name).requires_grad_(getattr(linears[0], name).requires_grad)
+        return layer
+
+    def to_linears(self) -> nn.ModuleList:
+        """Return n `nn.Linear` with bitwise copies of the blocks, and the same dtype, device and `requires_grad`."""
+        return linears_from_partitions(self.partition_views())
+
+    def partition_views(self) -> dict[str, Tensor]:
+        """Return views of the parameters in canonical layout: "weight" (n, in, out) and, if any, "bias" (n, out)."""
+        n, i, o = self.num_partitions, self.in_features, self.out_features
+        views = {"weight": self.weight.view(n, o, n, i).diagonal(dim1=0, dim2=2).permute(2, 1, 0)}
+        if self.bias is not None:
+            views["bias"] = self.bias.view(n, o)
+        return views
+
+    def extra_repr(self) -> str:
+        """Return the sizes and choices shown in the module's repr."""
+        return (
+            f"num_partitions={self.num_partitions}, in_features={self.in_features}, "
+            f"out_features={self.out_features}, bias={self.bias is not None}, init={self.init!r}"
+        )
+
+    def _block_mask(self) -> Tensor:
+        block = torch.ones((self.num_partitions, self.out_features, self.in_features), dtype=torch.bool)
+        return torch.block_diag(*block).to(self.weight.device)
+
+    # The mask is in no state_dict, so whatever leaves it without values (to_empty after the meta device,
+    # load_state_dict with assign=True) must bring them back; otherwise the layer would compute with garbage.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.mask = self._block_mask()
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
+        if self.mask.device != self.weight.device:
+            self.mask = self._block_mask()

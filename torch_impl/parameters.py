@@ -1,0 +1,232 @@
+"""Parameters in and out: canonical NumPy arrays, safetensors files, and lists of `nn.Linear`.
+
+The canonical form is {"weight": (n, in, out), "bias": (n, out)}, without "bias" for a layer that has none. Every way
+in and out copies bit for bit: NaN payloads, signed zeros and subnormals included.
+"""
+
+import os
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from torch_impl.registry import DTYPE_NAMES
+from torch_impl.validation import check_arrays, check_linear_tensors, check_linears, check_materialised
+
+FORMAT = "partitioned_linear"
+FORMAT_VERSION = "1"
+
+# bfloat16 is unknown to NumPy and to safetensors' NumPy reader; ml_dtypes supplies it.
+_NUMPY_DTYPES = {
+    dtype: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for dtype, name in DTYPE_NAMES.items()
+}
+_FILE_DTYPES = {
+    {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype.name]: dtype
+    for dtype in _NUMPY_DTYPES.values()
+}
+
+
+class PartitionedModule(Protocol):
+    """A layer whose parameters can be seen in canonical layout."""
+
+    def partition_views(self) -> dict[str, Tensor]:
+        """Return views of the parameters: "weight" (n, in, out) and, if any, "bias" (n, out)."""
+        ...
+
+
+def export_parameters(layer: PartitionedModule) -> dict[str, np.ndarray]:
+    """Copy a layer's parameters into canonical arrays.
+
+    Args:
+        layer: A `PartitionedLinear` or `MaskedPartitionedLinear`.
+
+    Returns:
+        "weight" (n, in, out) and, if any, "bias" (n, out), in the layer's dtype (bfloat16 is that of `ml_dtypes`).
+
+    Raises:
+        ValueError: If the parameters hold no values here (meta device, or sharded over devices).
+    """
+    views = layer.partition_views()
+    check_materialised(views)
+    return {name: _to_numpy(view) for name, view in views.items()}
+
+
+def import_parameters(layer: PartitionedModule, arrays: Mapping[str, np.ndarray]) -> None:
+    """Copy canonical arrays into a layer: all of them, or none.
+
+    In a `MaskedPartitionedLinear` the off-block weights, which have no effect, stay as they are.
+
+    Args:
+        layer: A `PartitionedLinear` or `MaskedPartitionedLinear`.
+        arrays: "weight" (n, in, out) and, if the layer has one, "bias" (n, out), in the layer's dtype.
+
+    Raises:
+        TypeError: If an array is no NumPy array or has another dtype; the layer is unchanged.
+        ValueError: If an array is missing, extra or mis-shaped; the layer is unchanged.
+    """
+    views = layer.partition_views()
+    check_materialised(views)
+    check_arrays(arrays, {name: (tuple(view.shape), _NUMPY_DTYPES[view.dtype]) for name, view in views.items()})
+    tensors = {name: _from_numpy(arrays[name], view) for name, view in views.items()}
+    with torch.no_grad():
+        for name, view in views.items():
+            view.copy_(tensors[name])
+
+
+def save_parameters(layer: PartitionedModule, path: str | os.PathLike[str]) -> None:
+    """Write a layer's parameters to a safetensors file, which appears whole or not at all.
+
+    Args:
+        layer: A `PartitionedLinear` or `MaskedPartitionedLinear`.
+        path: Where to; an existing file is replaced.
+
+    Raises:
+        ValueError: If the parameters hold no values here.
+        OSError: If the file cannot be written.
+    """
+    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    content = safetensors.numpy.save(export_parameters(layer), metadata)
+    target = Path(path)
+    # In the target's own directory, so that the replacement is one atomic rename.
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_parameters(layer: PartitionedModule, path: str | os.PathLike[str]) -> None:
+    """Read a file written by `save_parameters`, of either framework, into a layer: all of it, or nothing.
+
+    Args:
+        layer: A `PartitionedLinear` or `MaskedPartitionedLinear` of the file's sizes and dtype.
+        path: The file.
+
+    Raises:
+        TypeError: If a dtype differs; the layer is unchanged.
+        ValueError: If the file is foreign or of another version, or an array is missing, extra or mis-shaped; the
+            layer is unchanged.
+        OSError: If the file cannot be read.
+    """
+    import_parameters(layer, _read_arrays(Path(path)))
+
+
+def partitions_from_linears(linears: Sequence[nn.Linear] | nn.ModuleList) -> dict[str, Tensor]:
+    """Stack n linears into canonical tensors: "weight" (n, in, out) and, if they have one, "bias" (n, out).
+
+    Raises:
+        TypeError: If an element is no plain `nn.Linear`, or the dtypes differ.
+        ValueError: If there is none, or sizes, bias, device or `requires_grad` differ.
+    """
+    check_linears(linears)
+    return _stacked([dict(linear.named_parameters()) for linear in linears])
+
+
+def linears_from_partitions(partitions: Mapping[str, Tensor]) -> nn.ModuleList:
+    """Copy canonical tensors "weight" (n, in, out) and, if any, "bias" (n, out) into n `nn.Linear`."""
+    weight, bias = partitions["weight"], partitions.get("bias")
+    linears = nn.ModuleList()
+    for k in range(weight.shape[0]):
+        linear = skip_init(
+            nn.Linear, *weight.shape[1:], bias=bias is not None, device=weight.device, dtype=weight.dtype
+        )
+        with torch.no_grad():
+            linear.weight.copy_(weight[k].mT)
+            if bias is not None:
+                linear.bias.copy_(bias[k])
+        linear.weight.requires_grad_(weight.requires_grad)
+        if bias is not None:
+            linear.bias.requires_grad_(bias.requires_grad)
+        linears.append(linear)
+    return linears
+
+
+def state_dict_from_linears(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Turn the state_dict of an `nn.ModuleList` of linears into that of a `PartitionedLinear`.
+
+    Args:
+        state_dict: Holds `<prefix>0.weight` (out, in), `<prefix>0.bias` (out,), `<prefix>1.weight` and so on.
+        prefix: Such as "heads."; keys that do not start with it are ignored.
+
+    Returns:
+        "weight" (n, in, out) and, if there are biases, "bias" (n, out).
+
+    Raises:
+        TypeError: If a value is no floating tensor, or the dtypes differ.
+        ValueError: If no key fits, a number is skipped, a key is something else, or shapes or biases differ.
+    """
+    linears: dict[int, dict[str, Tensor]] = {}
+    unexpected = []
+    for key, tensor in state_dict.items():
+        if not key.startswith(prefix):
+            continue
+        match = re.fullmatch(r"(0|[1-9][0-9]*)\.(weight|bias)", key.removeprefix(prefix))
+        if match is None:
+            unexpected.append(key)
+        else:
+            linears.setdefault(int(match[1]), {})[match[2]] = tensor
+    check_linear_tensors(linears, unexpected, prefix)
+    return _stacked([linears[k] for k in range(len(linears))])
+
+
+def _stacked(linears: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    partitions = {"weight": torch.stack([linear["weight"].detach().mT for linear in linears])}
+    if "bias" in linears[0]:
+        partitions["bias"] = torch.stack([linear["bias"].detach() for linear in linears])
+    return partitions
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    values = tensor.detach().cpu().contiguous()
+    if values.dtype == torch.bfloat16:
+        return values.view(torch.uint16).numpy().view(ml_dtypes.bfloat16).copy()
+    return values.numpy().copy()
+
+
+def _from_numpy(array: np.ndarray, like: Tensor) -> Tensor:
+    bits = np.array(array, order="C")
+    if like.dtype == torch.bfloat16:
+        return torch.from_numpy(bits.view(np.uint16)).view(torch.bfloat16).to(like.device)
+    return torch.from_numpy(bits).to(like.device)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    content = path.read_bytes()
+    try:
+        entries = dict(safetensors.deserialize(content))
+        with safetensors.safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"`path`: expected a safetensors file, got {path.name} ({error}); pass another file."
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"`path`: expected a file of format {FORMAT!r}, got {metadata.get('format')!r} in {path.name}; write it "
+            f"with save_parameters."
+        )
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"`path`: expected format version {FORMAT_VERSION!r}, got {metadata.get('format_version')!r} in "
+            f"{path.name}; write it with a matching version of this package."
+        )
+    for name, entry in entries.items():
+        if entry["dtype"] not in _FILE_DTYPES:
+            raise TypeError(
+                f"`path`: expected {name!r} in one of {', '.join(_FILE_DTYPES)}, got {entry['dtype']} in {path.name}; "
+                f"the layer is unchanged."
+            )
+    return {
+        name: np.frombuffer(entry["data"], _FILE_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in entries.items()
+    }

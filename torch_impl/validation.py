@@ -1,0 +1,332 @@
+"""Every check of user input, called once by the public functions.
+
+A message is one sentence: the argument, the expected value in symbols, the received one, and what to do about it.
+Wrong Python types and dtypes raise `TypeError`, wrong values, shapes and devices `ValueError`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from torch_impl.registry import DTYPE_NAMES, implementation_names
+
+_FLOATS = ", ".join(DTYPE_NAMES.values())
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Refuse sizes that are not positive ints.
+
+    Raises:
+        TypeError: If one is no int; bool is refused.
+        ValueError: If one is zero or negative.
+    """
+    for argument, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"`{argument}`: expected a positive int, got {size!r} of type {_kind(size)}; pass an int.")
+        if size <= 0:
+            raise ValueError(f"`{argument}`: expected a positive int, got {size}; pass at least 1.")
+
+
+def check_bias_switch(bias: Any) -> None:
+    """Refuse a `bias` switch that is not a bool (a tensor, say, whose truth value means something else).
+
+    Raises:
+        TypeError: If it is not a bool.
+    """
+    if not isinstance(bias, bool):
+        raise TypeError(f"`bias`: expected True or False, got a {_kind(bias)}; pass a bool.")
+
+
+def check_dtype(dtype: Any) -> None:
+    """Refuse parameter dtypes outside the table; None stands for PyTorch's default dtype.
+
+    Raises:
+        TypeError: If it is no dtype or not one of the supported floating dtypes.
+    """
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise TypeError(f"`dtype`: expected one of {_FLOATS}, got {dtype!r}; pass a floating torch.dtype.")
+
+
+def check_implementation_name(name: Any) -> None:
+    """Refuse a name that is neither "auto" nor in the table.
+
+    Raises:
+        TypeError: If it is no string.
+        ValueError: If it is unknown; the message lists the choices.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"`implementation`: expected a name, got a {_kind(name)}; pass a str.")
+    if name != "auto" and name not in implementation_names():
+        choices = ", ".join(repr(choice) for choice in ("auto", *implementation_names()))
+        raise ValueError(f"`implementation`: expected one of {choices}, got {name!r}; choose one of these.")
+
+
+def check_init(init: Any, names: Sequence[str]) -> None:
+    """Refuse an `init` that is no known name, no callable and no pair of callables.
+
+    Raises:
+        TypeError: If it has another type.
+        ValueError: If it is an unknown name; the message lists the choices.
+    """
+    if isinstance(init, str):
+        if init not in names:
+            choices = ", ".join(repr(choice) for choice in names)
+            raise ValueError(f"`init`: expected one of {choices}, got {init!r}; choose one or pass a function.")
+    elif not callable(init) and not (isinstance(init, tuple) and len(init) == 2 and all(map(callable, init))):
+        raise TypeError(
+            f"`init`: expected a name, a function or a pair (weight_init, bias_init), got {init!r}; "
+            f"pass in-place functions as in torch.nn.init."
+        )
+
+
+def check_operands(x: Any, weight: Any, bias: Any) -> None:
+    """Refuse operands of y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] that do not fit together.
+
+    No axis is broadcast: a partition axis of size 1 does not stand for n partitions.
+
+    Raises:
+        TypeError: If one is no tensor or has no supported floating dtype.
+        ValueError: If ranks, shapes or devices do not fit.
+    """
+    check_tensor("weight", weight)
+    if weight.ndim != 3 or 0 in weight.shape:
+        raise ValueError(
+            f"`weight`: expected shape (n, in, out) with positive sizes, got {_shape(weight)}; pass one matrix per "
+            f"partition."
+        )
+    num_partitions, in_features, out_features = weight.shape
+    check_tensor("x", x)
+    if x.ndim < 2 or x.shape[-2] != num_partitions or x.shape[-1] != in_features:
+        raise ValueError(
+            f"`x`: expected shape (..., n, in) = (..., {num_partitions}, {in_features}), got {_shape(x)}; "
+            f"{_advice(x, num_partitions, in_features)}."
+        )
+    check_device("x", x, weight)
+    if bias is None:
+        return
+    check_tensor("bias", bias)
+    if bias.ndim != 2 or bias.shape[0] != num_partitions or bias.shape[1] != out_features:
+        raise ValueError(
+            f"`bias`: expected shape (n, out) = ({num_partitions}, {out_features}), got {_shape(bias)}; pass one "
+            f"vector per partition."
+        )
+    check_device("bias", bias, weight)
+
+
+def check_tensor(argument: str, tensor: Any) -> None:
+    """Refuse what is no tensor of a supported floating dtype.
+
+    Raises:
+        TypeError: If it is no tensor, or its dtype is none of the supported ones.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"`{argument}`: expected a torch.Tensor, got a {_kind(tensor)}; convert it first.")
+    if tensor.dtype not in DTYPE_NAMES:
+        raise TypeError(f"`{argument}`: expected a dtype of {_FLOATS}, got {_dtype(tensor)}; cast it first.")
+
+
+def check_device(argument: str, tensor: Tensor, weight: Tensor) -> None:
+    """Refuse a tensor that does not lie where the weight lies.
+
+    Raises:
+        ValueError: If the devices differ.
+    """
+    if tensor.device != weight.device:
+        raise ValueError(
+            f"`{argument}`: expected the device of `weight`, {weight.device}, got {tensor.device}; move one of them."
+        )
+
+
+def check_same_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Refuse operands of different dtypes: nothing is promoted silently.
+
+    Raises:
+        TypeError: If the dtypes differ.
+    """
+    for argument, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.dtype != weight.dtype:
+            raise TypeError(
+                f"`{argument}`: expected the dtype of `weight`, {_dtype(weight)}, got {_dtype(tensor)}; cast one of "
+                f"them, or use torch.autocast."
+            )
+
+
+def check_masked_input(x: Any, weight: Tensor, num_partitions: int, in_features: int) -> None:
+    """Refuse inputs of the masked dense layer that are neither (..., n, in) nor (..., n*in).
+
+    Raises:
+        TypeError: If `x` is no tensor of a supported floating dtype.
+        ValueError: If shape or device do not fit.
+    """
+    check_tensor("x", x)
+    flat = num_partitions * in_features
+    split = x.ndim >= 2 and x.shape[-2] == num_partitions and x.shape[-1] == in_features
+    if not split and (x.ndim < 1 or x.shape[-1] != flat):
+        raise ValueError(
+            f"`x`: expected shape (..., n, in) = (..., {num_partitions}, {in_features}) or (..., n*in) = "
+            f"(..., {flat}), got {_shape(x)}; reshape it."
+        )
+    check_device("x", x, weight)
+
+
+def check_linears(linears: Any) -> None:
+    """Refuse linears that do not stack into one layer.
+
+    Raises:
+        TypeError: If it is no sequence, or holds anything but plain `nn.Linear`, or their dtypes differ.
+        ValueError: If it is empty, or sizes, bias, device or requires_grad differ.
+    """
+    if not isinstance(linears, Sequence | nn.ModuleList):
+        raise TypeError(f"`linears`: expected a sequence of nn.Linear, got a {_kind(linears)}; pass a list.")
+    if len(linears) == 0:
+        raise ValueError("`linears`: expected at least one nn.Linear, got none; pass n of them.")
+    for k, linear in enumerate(linears):
+        # A parametrised linear (weight norm, say) computes its weight; a copy would drop the parametrisation.
+        if not isinstance(linear, nn.Linear) or parametrize.is_parametrized(linear):
+            raise TypeError(
+                f"`linears[{k}]`: expected an nn.Linear without parametrizations, got a {_kind(linear)}; "
+                f"convert it first."
+            )
+    expected = _linear_traits(linears[0])
+    for k, linear in enumerate(linears):
+        for trait, value in _linear_traits(linear).items():
+            if value != expected[trait]:
+                error = TypeError if trait == "dtype" else ValueError
+                raise error(
+                    f"`linears[{k}]`: expected {trait} {expected[trait]} as in linears[0], got {value}; "
+                    f"make them all alike."
+                )
+    check_dtype(linears[0].weight.dtype)
+
+
+def check_linear_tensors(linears: Mapping[int, Mapping[str, Any]], unexpected: Sequence[str], prefix: str) -> None:
+    """Refuse the tensors of a state_dict that do not form linears 0 to n - 1 of equal sizes and dtypes.
+
+    Args:
+        linears: Number -> {"weight": tensor (out, in), "bias": tensor (out,)}, as found.
+        unexpected: Keys under the prefix that belong to no linear.
+        prefix: The prefix, for the message.
+
+    Raises:
+        TypeError: If a value is no floating tensor, or the dtypes differ.
+        ValueError: If there is none, a number is skipped, a key is something else, or shapes or biases differ.
+    """
+    if unexpected:
+        raise ValueError(
+            f"`state_dict`: expected keys {prefix}<k>.weight and {prefix}<k>.bias only, got {unexpected[0]!r}; pass "
+            f"the prefix of the list."
+        )
+    if sorted(linears) != list(range(max(len(linears), 1))):
+        raise ValueError(
+            f"`state_dict`: expected linears 0 to n - 1 under prefix {prefix!r}, got {sorted(linears)}; pass a complete "
+            f"state_dict."
+        )
+    for k, tensors in linears.items():
+        if set(tensors) != set(linears[0]) or "weight" not in tensors:
+            raise ValueError(
+                f"`state_dict`: expected a weight in every linear and a bias in all or none, got {_names(tensors)} "
+                f"for {prefix}{k}; pass a complete state_dict."
+            )
+        for name, tensor in tensors.items():
+            check_tensor(f"state_dict[{prefix + str(k) + '.' + name!r}]", tensor)
+            weight = linears[0]["weight"]
+            shape = tuple(weight.shape) if name == "weight" else tuple(weight.shape[:1])
+            if tensor.ndim != (2 if name == "weight" else 1) or _shape(tensor) != shape:
+                symbols = "(out, in)" if name == "weight" else "(out,)"
+                raise ValueError(
+                    f"`state_dict`: expected shape {symbols} = {shape} for {prefix}{k}.{name}, got {_shape(tensor)}; "
+                    f"the linears must be alike."
+                )
+            if tensor.dtype != weight.dtype:
+                raise TypeError(
+                    f"`state_dict`: expected dtype {_dtype(weight)} for {prefix}{k}.{name}, got {_dtype(tensor)}; "
+                    f"the linears must be alike."
+                )
+
+
+def check_materialised(views: Mapping[str, Tensor]) -> None:
+    """Refuse parameters whose values are not here.
+
+    Raises:
+        ValueError: If one lies on the meta device or is sharded.
+    """
+    for name, view in views.items():
+        where = (
+            "the meta device" if view.is_meta else "shards on several devices" if hasattr(view, "placements") else ""
+        )
+        if where:
+            raise ValueError(f"`layer`: expected values in `{name}`, got {where}; use an ordinary layer on one device.")
+
+
+def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+    """Refuse canonical arrays that are not exactly those of the layer.
+
+    Args:
+        arrays: The received name -> NumPy array.
+        expected: Name -> (shape, dtype).
+
+    Raises:
+        TypeError: If it is no mapping of NumPy arrays, or a dtype differs.
+        ValueError: If an array is missing, extra or mis-shaped.
+    """
+    if not isinstance(arrays, Mapping):
+        raise TypeError(f"`arrays`: expected a mapping of names to NumPy arrays, got a {_kind(arrays)}; pass a dict.")
+    if set(arrays) != set(expected):
+        raise ValueError(
+            f"`arrays`: expected exactly the names {_names(expected)}, got {_names(arrays)}; the layer is unchanged."
+        )
+    for name, (shape, dtype) in expected.items():
+        array = arrays[name]
+        if not isinstance(array, np.ndarray):
+            raise TypeError(
+                f"`arrays[{name!r}]`: expected a NumPy array, got a {_kind(array)}; the layer is unchanged."
+            )
+        if array.shape != shape:
+            symbols = "(n, in, out)" if name == "weight" else "(n, out)"
+            raise ValueError(
+                f"`arrays[{name!r}]`: expected shape {symbols} = {shape}, got {array.shape}; the layer is unchanged."
+            )
+        if array.dtype != dtype:
+            raise TypeError(
+                f"`arrays[{name!r}]`: expected dtype {dtype.name}, got {array.dtype.name}; the layer is unchanged."
+            )
+
+
+def _linear_traits(linear: nn.Linear) -> dict[str, Any]:
+    return {
+        "in_features": linear.in_features,
+        "out_features": linear.out_features,
+        "bias": linear.bias is not None,
+        "dtype": _dtype(linear.weight),
+        "device": linear.weight.device,
+        "requires_grad": [parameter.requires_grad for parameter in linear.parameters()],
+    }
+
+
+def _advice(x: Tensor, num_partitions: int, in_features: int) -> str:
+    if x.ndim >= 1 and x.shape[-1] == num_partitions * in_features:
+        return f"split its last axis with x.unflatten(-1, ({num_partitions}, {in_features}))"
+    if x.ndim >= 2 and x.shape[-2] == 1:
+        return f"a shared input is not broadcast, use x.expand(..., {num_partitions}, {in_features})"
+    if x.ndim >= 2 and x.shape[-1] == num_partitions and x.shape[-2] == in_features:
+        return "swap its last two axes with x.mT"
+    return "move the partition axis next to last and the features last"
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def _names(mapping: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(map(repr, mapping)))
