@@ -14,7 +14,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--no-shape-checks",
         action="store_true",
-        help="do not check the implementations' jaxtyping annotations at run time (needed to trace them with torch.compile)",
+        help="do not check the implementations' shape annotations at run time (torch.compile cannot trace the checks)",
     )
 
 
@@ -24,9 +24,7 @@ def pytest_configure(config):
     packages = ["torch_impl.implementations", "jax_impl.implementations"]
     loaded = [name for name in packages if name in sys.modules]
     if loaded:
-        raise pytest.UsageError(
-            f"{loaded} were imported before the shape-check hook: their annotations would go unchecked"
-        )
+        raise pytest.UsageError(f"{loaded} were imported before the shape-check hook")
     install_import_hook(packages, "beartype.beartype").__enter__()
 
 

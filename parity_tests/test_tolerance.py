@@ -151,8 +151,8 @@ def test_comparing_nothing_or_the_unknown_is_an_error():
         compare({}, truth, declared_arithmetic("ieee_fp32"))
     with pytest.raises(ValueError, match="has no dbias"):
         compare({"dbias": np.zeros((2, 8))}, truth, declared_arithmetic("ieee_fp32"))
+    arithmetic = declared_arithmetic("ieee_fp32")
     with pytest.raises(ValueError, match="expected the same tensors"):
-        arithmetic = declared_arithmetic("ieee_fp32")
         compare_pair({"y": np.zeros(1)}, {"dx": np.zeros(1)}, truth, (arithmetic, arithmetic))
 
 

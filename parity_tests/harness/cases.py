@@ -18,8 +18,8 @@ class Case:
         in_features: ``i``, per partition.
         out_features: ``o``, per partition.
         bias: whether ``b`` is there.
-        layout: how x lies in memory: ``contiguous``; ``strided`` (every second row of a larger buffer whose other rows are
-            NaN); ``transposed`` (features before partitions, as in the time-series layout ``[B, L, C]``).
+        layout: how x lies in memory: ``contiguous``; ``strided`` (every second row of a larger buffer whose other rows
+            are NaN); ``transposed`` (features before partitions, as in the time-series layout ``[B, L, C]``).
     """
 
     name: str

@@ -1,8 +1,8 @@
 """Arithmetic fingerprint: what a subject really computes with, inferred from its results.
 
-Each probe is a product with one-hot or near one-hot operands whose result, bit by bit, can come about in one way only.
-The fingerprint is a diagnosis ("operands rounded to TF32", "bias rounded twice", "subnormals flushed"): it may relax the
-bound only in what the requested precision leaves open, never below what it promises.
+Each probe is a product with one-hot or near one-hot operands whose result, bit by bit, can come about in one way
+only. The fingerprint is a diagnosis ("operands rounded to TF32", "bias rounded twice", "subnormals flushed"): it may
+relax the bound only in what the requested precision leaves open, never below what it promises.
 """
 
 from collections.abc import Callable, Mapping

@@ -74,7 +74,8 @@ def initialization_faults(draws: np.ndarray, expected: Distribution) -> list[str
     judge(values.ravel(), "all partitions")
     for index, partition in enumerate(values):
         judge(partition, f"partition {index}")
-    for index in range(1, len(values)):
-        if np.array_equal(values[index], values[0]):
-            faults.append(f"partition {index} drew the same values as partition 0")
-    return faults
+    return faults + [
+        f"partition {index} drew the same values as partition 0"
+        for index in range(1, len(values))
+        if np.array_equal(values[index], values[0])
+    ]

@@ -1,4 +1,4 @@
-"""The truth: y, dx, dW and db in float64 (longdouble for float64 subjects), with what the error bound needs beside them."""
+"""The truth: y, dx, dW and db in float64 (longdouble for float64 subjects), and what the error bound needs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

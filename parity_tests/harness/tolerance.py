@@ -8,9 +8,10 @@ their magnitudes. For an exact value z, with operands rounded by ``theta = 2 u_i
 
 Without fusion the product is rounded to the output dtype first, the bias is added, and the sum is rounded again.
 
-Tiers: T1 as above holds for any order of summation. T2 replaces gamma_n by ``expm1(lambda sqrt(n) u + n u^2 / (1 - u))``
-and T3 by ``lambda u`` (zero-mean data only), with ``lambda = sqrt(2 ln(2 K numel / delta))`` from the declared
-false-alarm rate delta; both assume roundings of zero mean, so not a truncating accumulator.
+Tiers: T1 as above holds for any order of summation. T2 replaces gamma_n by
+``expm1(lambda sqrt(n) u + n u^2 / (1 - u))`` and T3 by ``lambda u`` (zero-mean data only), with
+``lambda = sqrt(2 ln(2 K numel / delta))`` from the declared false-alarm rate delta; both assume roundings of zero mean,
+so not a truncating accumulator.
 
 Sources: Higham, Accuracy and Stability of Numerical Algorithms, ch. 3; Higham and Mary (2019, 2020) on probabilistic
 rounding error analysis; Blanchard, Higham, Lopez, Mary and Pranesh (2020) on mixed-precision block FMA.

@@ -21,7 +21,7 @@ _Function = Callable[..., jax.Array]
 
 @contextlib.contextmanager
 def _double_precision_if(needed: bool) -> Iterator[None]:
-    """float64 arrays exist only under x64; a context, because a global switch would change every other user's dtypes."""
+    """float64 arrays exist only under x64; a context, because a global switch would change other users' dtypes."""
     with jax.enable_x64(needed):
         yield
 

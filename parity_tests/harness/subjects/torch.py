@@ -16,7 +16,7 @@ _Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.
 
 
 def to_torch(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copies an array to a tensor, bit for bit (bfloat16 through its 16-bit pattern: NumPy has no such dtype itself)."""
+    """Copies an array to a tensor, bit for bit (bfloat16 through its 16-bit pattern)."""
     array = np.array(array, order="C", copy=True)
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)

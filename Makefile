@@ -1,0 +1,74 @@
+# make compare   sets everything up, proves parity, measures both frameworks on this machine, prints the verdicts
+# make test      sets everything up and runs the whole test suite (and the JAX tree's tests on Python 3.12, if it is there)
+# make lint      formatting, lint rules, types
+# make gpu       the whole comparison on an NVIDIA GPU, published under bench/results/<device>/; with frameworks that are
+#                installed already: make gpu GPU_PYTHON=python3
+# Extra arguments for pip: make compare PIP_ARGS="--index-url ..."
+
+SHELL := /bin/bash
+VENV ?= .venv
+VENV_NEWEST ?= .venv-newest
+PIP_ARGS ?=
+OUT ?= bench/results/local
+PRESET ?= smoke
+
+# The first Python that the project supports.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
+# A second Python for the newer JAX and Flax, which need 3.12 or later; pyenv keeps its interpreters out of PATH.
+PYTHON_NEWEST ?= $(shell for p in python3.12 python3.13 $$(ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[23].*/bin/python 2>/dev/null); do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+
+# The CUDA major that the driver supports; empty without an NVIDIA GPU. torch and JAX must be built for the same one.
+CUDA_MAJOR := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9][0-9]*\).*/\1/p' | head -n 1)
+ifeq ($(CUDA_MAJOR),)
+REQUIREMENTS = -c constraints.txt -e '.[dev]'
+else
+REQUIREMENTS = -e '.[$(if $(filter 12,$(CUDA_MAJOR)),cuda12,cuda13),test-base,report]'
+endif
+
+GPU_PYTHON ?= $(VENV)/bin/python
+GPU_PRESET ?= seed
+
+.PHONY: compare test test-newest lint gpu clean
+
+compare: $(VENV)/.installed
+	$(VENV)/bin/python -m parity_tests run --cases smoke --json $(OUT)/parity.json
+	$(VENV)/bin/python -m bench run --preset $(PRESET) --out $(OUT) --fresh
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -q -m "not compile"
+	$(VENV)/bin/python -m pytest -q -m compile --no-shape-checks
+	@$(MAKE) --no-print-directory test-newest
+
+ifeq ($(PYTHON_NEWEST),)
+test-newest:
+	@echo "SKIPPED the JAX tree's tests on newer releases: no Python 3.12 or 3.13 was found (set PYTHON_NEWEST)"
+else
+test-newest: $(VENV_NEWEST)/.installed
+	$(VENV_NEWEST)/bin/python -m pytest -q -m "not compile" parity_tests
+endif
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+
+gpu: $(if $(filter $(VENV)/bin/python,$(GPU_PYTHON)),$(VENV)/.installed)
+	PYTHONPATH=. $(GPU_PYTHON) -m bench doctor
+	PYTHONPATH=. $(GPU_PYTHON) -m parity_tests run --device cuda --cases default --json $(OUT)/parity.json
+	PYTHONPATH=. $(GPU_PYTHON) -m bench run --device cuda --preset $(GPU_PRESET) --out $(OUT) --fresh
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and was not found (set PYTHON)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q $(PIP_ARGS) $(REQUIREMENTS)
+	@touch $@
+
+$(VENV_NEWEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON_NEWEST) -m venv $(VENV_NEWEST)
+	$(VENV_NEWEST)/bin/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[jax,test-base]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV_NEWEST) bench/results/local

@@ -1,0 +1,165 @@
+"""The house rules, as tests: twin rooms, one-way imports, and isolation of each framework in a fresh process."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parity_tests.harness.subjects.base import framework_available
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Files that only one tree has, each with its reason.
+ONE_SIDED = {
+    "torch_impl": {"masked_layer.py": "the source article's layer: a dense parameter, a torch idea"},
+    "jax_impl": {"linen.py": "Flax has two module systems; torch has one"},
+}
+ALLOWED = {
+    "torch_impl": {"torch_impl"},
+    "jax_impl": {"jax_impl"},
+    "parity_tests": {"parity_tests", "torch_impl", "jax_impl"},
+    "bench": {"bench", "parity_tests", "torch_impl", "jax_impl"},
+}
+FRAMEWORK_MODULES = {"torch": "torch", "jax": "jax", "flax": "jax", "optax": "jax", "jaxlib": "jax"}
+
+
+def sources(package):
+    return sorted(path for path in (ROOT / package).rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def imported(path):
+    """Top-level names of every import statement in a file, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_twin_trees_have_the_same_rooms():
+    rooms = {
+        tree: {str(path.relative_to(ROOT / tree)) for path in sources(tree)} - set(ONE_SIDED[tree])
+        for tree in ONE_SIDED
+    }
+    assert rooms["torch_impl"] == rooms["jax_impl"]
+    for tree, files in ONE_SIDED.items():
+        for name in files:
+            assert (ROOT / tree / name).exists(), f"{tree}/{name} is listed as one-sided but is not there"
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_flow_one_way(package):
+    wrong = {
+        str(path.relative_to(ROOT)): sorted(imported(path) & set(ALLOWED) - ALLOWED[package])
+        for path in sources(package)
+    }
+    assert {path: names for path, names in wrong.items() if names} == {}
+
+
+@pytest.mark.parametrize("tree", ["torch_impl", "jax_impl"])
+def test_implementations_never_import_one_another(tree):
+    names = {path.stem for path in (ROOT / tree / "implementations").glob("*.py")} - {"__init__"}
+    for path in (ROOT / tree / "implementations").glob("*.py"):
+        text = path.read_text()
+        used = {name for name in names - {path.stem} if f"implementations.{name}" in text}
+        assert not used, f"{path} imports {used}"
+
+
+@pytest.mark.parametrize("tree", ["torch_impl", "jax_impl"])
+def test_table_matches_the_files(tree):
+    framework = tree.removesuffix("_impl")
+    if not framework_available(framework):
+        pytest.skip(f"{framework} is not installed here")
+    registry = __import__(f"{tree}.registry", fromlist=["IMPLEMENTATIONS"])
+    files = {path.stem for path in (ROOT / tree / "implementations").glob("*.py")} - {"__init__"}
+    assert set(registry.IMPLEMENTATIONS) == files
+
+
+def test_frameworks_are_imported_only_where_they_belong():
+    """In parity_tests and bench, only subjects, timers, workers and tests may name a framework."""
+    offenders = {}
+    for package in ("parity_tests", "bench"):
+        for path in sources(package):
+            relative = path.relative_to(ROOT)
+            if path.stem in ("torch", "jax") or path.name.startswith(("test_", "conftest")) or "subjects" in path.parts:
+                continue
+            if found := imported(path) & (set(FRAMEWORK_MODULES) | {"torch_impl", "jax_impl"}):
+                offenders[str(relative)] = sorted(found)
+    assert offenders == {}
+
+
+def run_isolated(code, banned):
+    """Runs code in a fresh interpreter in which the banned packages cannot be imported."""
+    prelude = f"""
+import sys
+class Ban:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {sorted(banned)!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}} (banned by the test)", name=name)
+sys.meta_path.insert(0, Ban())
+"""
+    return subprocess.run(
+        [sys.executable, "-W", "error::ImportWarning", "-c", prelude + code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=300,
+        check=False,
+    )
+
+
+TORCH_BAN = {"torch", "torch_impl"}
+JAX_BAN = {"jax", "jaxlib", "flax", "optax", "jax_impl"}
+
+
+@pytest.mark.parametrize(("framework", "banned"), [("torch", JAX_BAN), ("jax", TORCH_BAN)])
+def test_each_tree_works_with_the_other_framework_unimportable(framework, banned):
+    if not framework_available(framework):
+        pytest.skip(f"{framework} is not installed here")
+    code = f"""
+import sys
+from parity_tests.harness.cases import SMOKE
+from parity_tests.harness.run import run_cells
+from parity_tests.harness.subjects.base import load_subjects
+import {framework}_impl
+rows = list(run_cells(load_subjects("{framework}"), ["float32"], SMOKE[:1]))
+assert rows and all(row.status != "mismatch" for row in rows), rows
+assert any(row.status == "ok" for row in rows)
+assert not set(sys.modules) & {sorted(banned)!r}
+"""
+    result = run_isolated(code, banned)
+    assert result.returncode == 0, result.stderr
+
+
+def test_neutral_code_imports_no_framework():
+    code = """
+import importlib, pkgutil, sys
+import parity_tests.harness as harness
+for module in pkgutil.iter_modules(harness.__path__, "parity_tests.harness."):
+    importlib.import_module(module.name)
+import parity_tests.harness.subjects.base, parity_tests.__main__, bench.__main__
+for package in ("plan", "study", "report"):
+    for module in pkgutil.iter_modules(__import__(f"bench.{package}", fromlist=["x"]).__path__, f"bench.{package}."):
+        importlib.import_module(module.name)
+loaded = set(sys.modules) & {"torch", "jax", "flax", "optax", "torch_impl", "jax_impl"}
+assert not loaded, loaded
+"""
+    result = run_isolated(code, set())
+    assert result.returncode == 0, result.stderr
+
+
+def test_files_stay_readable():
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for package in ALLOWED
+        for path in sources(package)
+        if not path.name.startswith("test_") and (lines := len(path.read_text().splitlines())) > 250
+    }
+    assert long == {}

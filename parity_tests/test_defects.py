@@ -1,0 +1,95 @@
+"""The judge can fail: every planted defect is killed, in every framework, in fp32 and bf16; healthy code is not."""
+
+import numpy as np
+import pytest
+
+from parity_tests.harness.cases import Case
+from parity_tests.harness.defects import CASE, DEFECTS, killed
+from parity_tests.harness.initialization import (
+    flax_distribution,
+    initialization_faults,
+    torch_distribution,
+)
+from parity_tests.harness.inputs import draw_inputs
+from parity_tests.harness.oracle import reference
+from parity_tests.harness.run import judge, run_cells
+from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, load_subjects
+
+HEALTHY = {
+    f"{framework}-{subject.implementation}": subject
+    for framework in FRAMEWORKS
+    if framework_available(framework)
+    for subject in load_subjects(framework)
+    if subject.implementation in ("matmul", "loop")
+}
+PLANTS = [(defect, dtype) for defect in DEFECTS for dtype in defect.dtypes]
+
+
+def test_enough_defects_are_planted_in_both_dtypes():
+    for dtype in ("float32", "bfloat16"):
+        assert sum(dtype in defect.dtypes for defect in DEFECTS) >= 10
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("subject_id", HEALTHY)
+def test_healthy_code_passes_where_defects_are_planted(subject_id, dtype):
+    inputs = draw_inputs(CASE, dtype)
+    assert [r.reason for r in judge(HEALTHY[subject_id], inputs, reference(inputs)).results if r.status != "ok"] == []
+
+
+@pytest.mark.parametrize(("defect", "dtype"), PLANTS, ids=[f"{defect.name}-{dtype}" for defect, dtype in PLANTS])
+@pytest.mark.parametrize("subject_id", HEALTHY)
+def test_defect_is_killed(subject_id, defect, dtype):
+    assert killed(defect, HEALTHY[subject_id], dtype)
+
+
+def test_a_run_reports_the_defect_and_where_it_is():
+    subject = next(iter(HEALTHY.values()))
+
+    class Broken:
+        framework, implementation, isolates_partitions = subject.framework, "broken", True
+
+        def unsupported_reason(self, case, dtype):
+            return None
+
+        def forward(self, inputs):
+            y = subject.forward(inputs).copy()
+            y[1, 2, 3] += 0.25
+            return y
+
+        def vjp(self, inputs):
+            return subject.vjp(inputs)
+
+    rows = list(run_cells([Broken()], ["float32"], [Case("broken", (4,), 3, 8, 8)]))
+    (row,) = [row for row in rows if row.status == "mismatch"]
+    assert (row.tensor, row.worst_index, row.partition) == ("y", (1, 2, 3), 2)
+    assert row.bound_fraction > 1
+    assert "--implementation broken" in row.command
+
+
+def _draw(name, rng, n, i, o):
+    if name == "torch":
+        return rng.uniform(-1, 1, (n, i, o)) / np.sqrt(i)
+    draws = rng.standard_normal((n, 4 * i * o))
+    inside = np.stack([row[np.abs(row) < 2][: i * o] for row in draws]).reshape(n, i, o)
+    return inside * flax_distribution(i).limit / 2
+
+
+@pytest.mark.parametrize("name", ["torch", "flax"])
+def test_initialiser_judge_accepts_the_right_and_kills_the_wrong(name):
+    n, i, o = 16, 64, 32
+    expected = {"torch": torch_distribution, "flax": flax_distribution}[name](i)
+    for seed in range(50):
+        assert initialization_faults(_draw(name, np.random.default_rng(seed), n, i, o), expected) == []
+    right = _draw(name, np.random.default_rng(0), n, i, o)
+    one_scaled = right.copy()
+    one_scaled[3] *= 0.8
+    planted = {
+        "sqrt(n) too small": right / np.sqrt(n),
+        "identical partitions": np.broadcast_to(right[:1], right.shape),
+        "only positive": np.abs(right),
+        "one partition scaled": one_scaled,
+        "untruncated": np.random.default_rng(1).standard_normal((n, i, o)) * expected.std,
+    }
+    survivors = [what for what, draws in planted.items() if not initialization_faults(draws, expected)]
+    assert survivors == []

@@ -1,0 +1,90 @@
+"""Checks without a tolerance, on every subject: integer lattice, isolation of NaN and Inf, and the fingerprint."""
+
+import pytest
+
+from parity_tests.harness.cases import Case
+from parity_tests.harness.dtypes import STORAGE_DTYPES
+from parity_tests.harness.exact import check_isolation, check_lattice, check_wide_lattice, lattice_limit
+from parity_tests.harness.fingerprint import observed_precision, take_fingerprint
+from parity_tests.harness.inputs import draw_inputs
+from parity_tests.harness.oracle import reference
+from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, load_subjects
+from parity_tests.harness.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
+
+SUBJECTS = {
+    f"{subject.framework}-{subject.implementation}": subject
+    for framework in FRAMEWORKS
+    if framework_available(framework)
+    for subject in load_subjects(framework)
+}
+LATTICE_CASES = (
+    Case("square", (7,), 4, 16, 16),
+    Case("wide", (2, 3), 3, 8, 24),
+    Case("no-bias", (16,), 2, 24, 8, bias=False),
+    Case("odd", (5,), 3, 7, 11),
+)
+PROBE = Case("probe", (1,), 1, 16, 16)
+
+
+def supported(subject_id, case, dtype):
+    subject = SUBJECTS[subject_id]
+    reason = subject.unsupported_reason(case, dtype)
+    if reason is not None:
+        pytest.skip(reason)
+    return subject
+
+
+@pytest.mark.parametrize("case", LATTICE_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+@pytest.mark.parametrize("subject_id", SUBJECTS)
+def test_integers_are_bitwise_exact(subject_id, dtype, case):
+    results = check_lattice(supported(subject_id, case, dtype), case, dtype)
+    assert {result.tensor for result in results} >= {"y", "dx", "dweight"}
+    assert [result.reason for result in results if result.status != "ok"] == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("subject_id", SUBJECTS)
+def test_sums_beyond_the_output_format_are_rounded_once(subject_id, dtype):
+    case = Case("beyond", (4,), 2, 2048 if dtype == "float16" else 512, 16, bias=False)
+    (result,) = check_wide_lattice(supported(subject_id, case, dtype), case, dtype)
+    assert result.status == "ok", result.reason
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("subject_id", SUBJECTS)
+def test_isolation_is_as_declared(subject_id, poison):
+    case = Case("isolation", (6,), 4, 8, 8)
+    subject = supported(subject_id, case, "float32")
+    found = check_isolation(subject, draw_inputs(case, "float32"), partition=2, poison=poison)
+    assert found["visible"], "the poison was swallowed"
+    assert found["isolated"] == subject.isolates_partitions
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+@pytest.mark.parametrize("subject_id", SUBJECTS)
+def test_fingerprint_honours_the_dtype(subject_id, dtype):
+    fingerprint = take_fingerprint(supported(subject_id, PROBE, dtype), dtype)
+    assert fingerprint.honours(declared_arithmetic(PRECISION_OF_DTYPE[dtype])), fingerprint
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+@pytest.mark.parametrize("subject_id", SUBJECTS)
+def test_observed_precision_is_the_requested_one(subject_id, dtype):
+    case = Case("observed", (16,), 3, 64, 32)
+    subject = supported(subject_id, case, dtype)
+    inputs = draw_inputs(case, dtype)
+    assert observed_precision(subject.vjp(inputs), reference(inputs), dtype) == PRECISION_OF_DTYPE[dtype]
+
+
+def test_lattice_limit_shrinks_with_the_sum():
+    assert lattice_limit(Case("short", (4,), 2, 16, 16), "bfloat16") == 3
+    assert lattice_limit(Case("longer", (4,), 2, 60, 16), "bfloat16") == 2
+    with pytest.raises(ValueError, match="expected at most"):
+        lattice_limit(Case("too-long", (4,), 2, 500, 16), "bfloat16")
+
+
+def test_wide_lattice_refuses_a_size_that_would_prove_nothing():
+    case = Case("small", (4,), 2, 8, 16, bias=False)
+    with pytest.raises(ValueError, match="choose in_features"):
+        check_wide_lattice(next(iter(SUBJECTS.values())), case, "bfloat16")

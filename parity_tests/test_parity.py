@@ -1,0 +1,79 @@
+"""Every implementation in both frameworks computes the same function: y, dx, dW and db, in all dtypes and cases."""
+
+import functools
+
+import pytest
+
+from parity_tests.harness.cases import DEFAULT
+from parity_tests.harness.comparison import compare_pair
+from parity_tests.harness.dtypes import STORAGE_DTYPES
+from parity_tests.harness.inputs import draw_inputs
+from parity_tests.harness.oracle import TENSORS, reference
+from parity_tests.harness.run import judge
+from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, load_subjects
+from parity_tests.harness.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
+
+INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framework)]
+SUBJECTS = {
+    f"{subject.framework}-{subject.implementation}": subject
+    for framework in INSTALLED
+    for subject in load_subjects(framework)
+}
+CASES = {case.name: case for case in DEFAULT}
+
+
+@functools.cache
+def problem(case_name, dtype):
+    inputs = draw_inputs(CASES[case_name], dtype)
+    return inputs, reference(inputs)
+
+
+# One evaluation serves the tests of all its tensors and all its pairs.
+@functools.cache
+def judgement(subject_id, dtype, case_name):
+    subject = SUBJECTS[subject_id]
+    reason = subject.unsupported_reason(CASES[case_name], dtype)
+    return reason if reason is not None else judge(subject, *problem(case_name, dtype))
+
+
+def test_at_least_one_framework_is_installed():
+    assert INSTALLED
+
+
+@pytest.mark.parametrize("tensor", TENSORS)
+@pytest.mark.parametrize("case_name", CASES)
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+@pytest.mark.parametrize("subject_id", SUBJECTS)
+def test_subject_agrees_with_the_oracle(subject_id, dtype, case_name, tensor):
+    if tensor == "dbias" and not CASES[case_name].bias:
+        pytest.skip("the case has no bias")
+    judged = judgement(subject_id, dtype, case_name)
+    if isinstance(judged, str):
+        pytest.skip(judged)
+    (result,) = [result for result in judged.results if result.tensor == tensor]
+    assert result.status == "ok", result.reason
+
+
+@pytest.mark.skipif(len(INSTALLED) < 2, reason=f"pairs need both frameworks, installed: {', '.join(INSTALLED)}")
+@pytest.mark.parametrize("case_name", CASES)
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+def test_every_torch_jax_pair_agrees(dtype, case_name):
+    arithmetic = declared_arithmetic(PRECISION_OF_DTYPE[dtype])
+    _, truth = problem(case_name, dtype)
+    sides = {
+        framework: {
+            name: judged.outputs
+            for name in SUBJECTS
+            if name.startswith(framework) and not isinstance(judged := judgement(name, dtype, case_name), str)
+        }
+        for framework in FRAMEWORKS
+    }
+    assert all(sides.values()), "a pair needs a subject on either side"
+    failures = [
+        f"{first_name} against {second_name}: {result.reason}"
+        for first_name, first in sides["torch"].items()
+        for second_name, second in sides["jax"].items()
+        for result in compare_pair(first, second, truth, (arithmetic, arithmetic))
+        if result.status != "ok"
+    ]
+    assert failures == []
