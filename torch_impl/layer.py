@@ -5,12 +5,11 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from torch_impl.array_types import Inputs, Outputs
 from torch_impl.functional import partitioned_linear
 from torch_impl.initializers import Init, check_initializer, initialize_
-from torch_impl.parameters import linears_from_partitions, partitions_from_linears
+from torch_impl.linears import linears_from_partitions, partitions_from_linears
 from torch_impl.validation import check_bias_switch, check_dtype, check_implementation_name, check_sizes
 
 
@@ -124,25 +123,29 @@ class PartitionedLinear(nn.Module):
             ValueError: If there is none, or sizes, bias, device or `requires_grad` differ.
         """
         partitions = partitions_from_linears(linears)
-        weight, bias = partitions["weight"], partitions.get("bias")
-        layer = skip_init(
-            cls,
-            *weight.shape,
-            bias=bias is not None,
+        weight = partitions["weight"]
+        num_partitions, in_features, out_features = weight.shape
+        check_initializer(init)
+        # By way of the meta device, so that no random numbers are drawn for values that are overwritten.
+        layer = cls(
+            num_partitions,
+            in_features,
+            out_features,
+            "bias" in partitions,
             implementation=implementation,
-            init=init,
-            device=weight.device,
+            device="meta",
             dtype=weight.dtype,
-        )
+        ).to_empty(device=weight.device)
+        layer.init = init
         for name, view in layer.partition_views().items():
             with torch.no_grad():
                 view.copy_(partitions[name])
-            getattr(layer, name).requires_grad_(getattr(linears[0], name).requires_grad)
+            layer.get_parameter(name).requires_grad_(linears[0].get_parameter(name).requires_grad)
         return layer
 
     def to_linears(self) -> nn.ModuleList:
         """Return n `nn.Linear` with bitwise copies of the weights, and the same dtype, device and `requires_grad`."""
-        return linears_from_partitions(self.partition_views())
+        return linears_from_partitions(self.partition_views(), like=self)
 
     def partition_views(self) -> dict[str, Tensor]:
         """Return the parameters in canonical layout: "weight" (n, in, out) and, if any, "bias" (n, out)."""

@@ -6,11 +6,10 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from torch_impl.functional import autocast_operands
 from torch_impl.initializers import Init, check_initializer, initialize_
-from torch_impl.parameters import linears_from_partitions, partitions_from_linears
+from torch_impl.linears import linears_from_partitions, partitions_from_linears
 from torch_impl.validation import check_bias_switch, check_dtype, check_masked_input, check_same_dtype, check_sizes
 
 
@@ -130,21 +129,30 @@ class MaskedPartitionedLinear(nn.Module):
             ValueError: If there is none, or sizes, bias, device or `requires_grad` differ.
         """
         partitions = partitions_from_linears(linears)
-        weight, bias = partitions["weight"], partitions.get("bias")
-        layer = skip_init(
-            cls, *weight.shape, bias=bias is not None, init=init, device=weight.device, dtype=weight.dtype
-        )
+        weight = partitions["weight"]
+        num_partitions, in_features, out_features = weight.shape
+        check_initializer(init)
+        # By way of the meta device, so that no random numbers are drawn for values that are overwritten.
+        layer = cls(
+            num_partitions,
+            in_features,
+            out_features,
+            "bias" in partitions,
+            device="meta",
+            dtype=weight.dtype,
+        ).to_empty(device=weight.device)
+        layer.init = init
         with torch.no_grad():
             layer.weight.zero_()
         for name, view in layer.partition_views().items():
             with torch.no_grad():
                 view.copy_(partitions[name])
-            getattr(layer, name).requires_grad_(getattr(linears[0], name).requires_grad)
+            layer.get_parameter(name).requires_grad_(linears[0].get_parameter(name).requires_grad)
         return layer
 
     def to_linears(self) -> nn.ModuleList:
         """Return n `nn.Linear` with bitwise copies of the blocks, and the same dtype, device and `requires_grad`."""
-        return linears_from_partitions(self.partition_views())
+        return linears_from_partitions(self.partition_views(), like=self)
 
     def partition_views(self) -> dict[str, Tensor]:
         """Return views of the parameters in canonical layout: "weight" (n, in, out) and, if any, "bias" (n, out)."""

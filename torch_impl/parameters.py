@@ -5,9 +5,8 @@ in and out copies bit for bit: NaN payloads, signed zeros and subnormals include
 """
 
 import os
-import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -16,11 +15,19 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import skip_init
+from torch import Tensor
 
+from torch_impl.linears import state_dict_from_linears
 from torch_impl.registry import DTYPE_NAMES
-from torch_impl.validation import check_arrays, check_linear_tensors, check_linears, check_materialised
+from torch_impl.validation import check_arrays, check_materialised
+
+__all__ = [
+    "export_parameters",
+    "import_parameters",
+    "load_parameters",
+    "save_parameters",
+    "state_dict_from_linears",
+]
 
 FORMAT = "partitioned_linear"
 FORMAT_VERSION = "1"
@@ -119,71 +126,6 @@ def load_parameters(layer: PartitionedModule, path: str | os.PathLike[str]) -> N
         OSError: If the file cannot be read.
     """
     import_parameters(layer, _read_arrays(Path(path)))
-
-
-def partitions_from_linears(linears: Sequence[nn.Linear] | nn.ModuleList) -> dict[str, Tensor]:
-    """Stack n linears into canonical tensors: "weight" (n, in, out) and, if they have one, "bias" (n, out).
-
-    Raises:
-        TypeError: If an element is no plain `nn.Linear`, or the dtypes differ.
-        ValueError: If there is none, or sizes, bias, device or `requires_grad` differ.
-    """
-    check_linears(linears)
-    return _stacked([dict(linear.named_parameters()) for linear in linears])
-
-
-def linears_from_partitions(partitions: Mapping[str, Tensor]) -> nn.ModuleList:
-    """Copy canonical tensors "weight" (n, in, out) and, if any, "bias" (n, out) into n `nn.Linear`."""
-    weight, bias = partitions["weight"], partitions.get("bias")
-    linears = nn.ModuleList()
-    for k in range(weight.shape[0]):
-        linear = skip_init(
-            nn.Linear, *weight.shape[1:], bias=bias is not None, device=weight.device, dtype=weight.dtype
-        )
-        with torch.no_grad():
-            linear.weight.copy_(weight[k].mT)
-            if bias is not None:
-                linear.bias.copy_(bias[k])
-        linear.weight.requires_grad_(weight.requires_grad)
-        if bias is not None:
-            linear.bias.requires_grad_(bias.requires_grad)
-        linears.append(linear)
-    return linears
-
-
-def state_dict_from_linears(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """Turn the state_dict of an `nn.ModuleList` of linears into that of a `PartitionedLinear`.
-
-    Args:
-        state_dict: Holds `<prefix>0.weight` (out, in), `<prefix>0.bias` (out,), `<prefix>1.weight` and so on.
-        prefix: Such as "heads."; keys that do not start with it are ignored.
-
-    Returns:
-        "weight" (n, in, out) and, if there are biases, "bias" (n, out).
-
-    Raises:
-        TypeError: If a value is no floating tensor, or the dtypes differ.
-        ValueError: If no key fits, a number is skipped, a key is something else, or shapes or biases differ.
-    """
-    linears: dict[int, dict[str, Tensor]] = {}
-    unexpected = []
-    for key, tensor in state_dict.items():
-        if not key.startswith(prefix):
-            continue
-        match = re.fullmatch(r"(0|[1-9][0-9]*)\.(weight|bias)", key.removeprefix(prefix))
-        if match is None:
-            unexpected.append(key)
-        else:
-            linears.setdefault(int(match[1]), {})[match[2]] = tensor
-    check_linear_tensors(linears, unexpected, prefix)
-    return _stacked([linears[k] for k in range(len(linears))])
-
-
-def _stacked(linears: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    partitions = {"weight": torch.stack([linear["weight"].detach().mT for linear in linears])}
-    if "bias" in linears[0]:
-        partitions["bias"] = torch.stack([linear["bias"].detach() for linear in linears])
-    return partitions
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:

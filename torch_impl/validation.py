@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
 from torch_impl.registry import DTYPE_NAMES, implementation_names
 
@@ -172,81 +171,6 @@ def check_masked_input(x: Any, weight: Tensor, num_partitions: int, in_features:
     check_device("x", x, weight)
 
 
-def check_linears(linears: Any) -> None:
-    """Refuse linears that do not stack into one layer.
-
-    Raises:
-        TypeError: If it is no sequence, or holds anything but plain `nn.Linear`, or their dtypes differ.
-        ValueError: If it is empty, or sizes, bias, device or requires_grad differ.
-    """
-    if not isinstance(linears, Sequence | nn.ModuleList):
-        raise TypeError(f"`linears`: expected a sequence of nn.Linear, got a {_kind(linears)}; pass a list.")
-    if len(linears) == 0:
-        raise ValueError("`linears`: expected at least one nn.Linear, got none; pass n of them.")
-    for k, linear in enumerate(linears):
-        # A parametrised linear (weight norm, say) computes its weight; a copy would drop the parametrisation.
-        if not isinstance(linear, nn.Linear) or parametrize.is_parametrized(linear):
-            raise TypeError(
-                f"`linears[{k}]`: expected an nn.Linear without parametrizations, got a {_kind(linear)}; "
-                f"convert it first."
-            )
-    expected = _linear_traits(linears[0])
-    for k, linear in enumerate(linears):
-        for trait, value in _linear_traits(linear).items():
-            if value != expected[trait]:
-                error = TypeError if trait == "dtype" else ValueError
-                raise error(
-                    f"`linears[{k}]`: expected {trait} {expected[trait]} as in linears[0], got {value}; "
-                    f"make them all alike."
-                )
-    check_dtype(linears[0].weight.dtype)
-
-
-def check_linear_tensors(linears: Mapping[int, Mapping[str, Any]], unexpected: Sequence[str], prefix: str) -> None:
-    """Refuse the tensors of a state_dict that do not form linears 0 to n - 1 of equal sizes and dtypes.
-
-    Args:
-        linears: Number -> {"weight": tensor (out, in), "bias": tensor (out,)}, as found.
-        unexpected: Keys under the prefix that belong to no linear.
-        prefix: The prefix, for the message.
-
-    Raises:
-        TypeError: If a value is no floating tensor, or the dtypes differ.
-        ValueError: If there is none, a number is skipped, a key is something else, or shapes or biases differ.
-    """
-    if unexpected:
-        raise ValueError(
-            f"`state_dict`: expected keys {prefix}<k>.weight and {prefix}<k>.bias only, got {unexpected[0]!r}; pass "
-            f"the prefix of the list."
-        )
-    if sorted(linears) != list(range(max(len(linears), 1))):
-        raise ValueError(
-            f"`state_dict`: expected linears 0 to n - 1 under prefix {prefix!r}, got {sorted(linears)}; pass a complete "
-            f"state_dict."
-        )
-    for k, tensors in linears.items():
-        if set(tensors) != set(linears[0]) or "weight" not in tensors:
-            raise ValueError(
-                f"`state_dict`: expected a weight in every linear and a bias in all or none, got {_names(tensors)} "
-                f"for {prefix}{k}; pass a complete state_dict."
-            )
-        for name, tensor in tensors.items():
-            check_tensor(f"state_dict[{prefix + str(k) + '.' + name!r}]", tensor)
-            weight = linears[0]["weight"]
-            shape = tuple(weight.shape) if name == "weight" else tuple(weight.shape[:1])
-            if tensor.ndim != (2 if name == "weight" else 1) or _shape(tensor) != shape:
-                symbols = "(out, in)" if name == "weight" else "(out,)"
-                raise ValueError(
-                    f"`state_dict`: expected shape {symbols} = {shape} for {prefix}{k}.{name}, got {_shape(tensor)}; "
-                    f"the linears must be alike."
-                )
-            if tensor.dtype != weight.dtype:
-                raise TypeError(
-                    f"`state_dict`: expected dtype {_dtype(weight)} for {prefix}{k}.{name}, got {_dtype(tensor)}; "
-                    f"the linears must be alike."
-                )
-
-
 def check_materialised(views: Mapping[str, Tensor]) -> None:
     """Refuse parameters whose values are not here.
 
@@ -293,17 +217,6 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
             raise TypeError(
                 f"`arrays[{name!r}]`: expected dtype {dtype.name}, got {array.dtype.name}; the layer is unchanged."
             )
-
-
-def _linear_traits(linear: nn.Linear) -> dict[str, Any]:
-    return {
-        "in_features": linear.in_features,
-        "out_features": linear.out_features,
-        "bias": linear.bias is not None,
-        "dtype": _dtype(linear.weight),
-        "device": linear.weight.device,
-        "requires_grad": [parameter.requires_grad for parameter in linear.parameters()],
-    }
 
 
 def _advice(x: Tensor, num_partitions: int, in_features: int) -> str:
