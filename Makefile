@@ -9,7 +9,8 @@ SHELL := /bin/bash
 VENV ?= .venv
 VENV_NEWEST ?= .venv-newest
 PIP_ARGS ?=
-OUT ?= bench/results/local
+# A folder of its own for every run: nothing measured is ever overwritten.
+OUT := $(or $(OUT),bench/results/local/$(shell date +%Y%m%dT%H%M%S))
 PRESET ?= smoke
 
 # The first Python that the project supports.
@@ -33,8 +34,9 @@ GPU_PRESET ?= seed
 .PHONY: compare test test-newest lint gpu clean
 
 compare: $(VENV)/.installed
+	@mkdir -p $(OUT)
 	$(VENV)/bin/python -m parity_tests run --cases smoke --json $(OUT)/parity.json
-	$(VENV)/bin/python -m bench run --preset $(PRESET) --out $(OUT) --fresh
+	$(VENV)/bin/python -m bench run --preset $(PRESET) --out $(OUT)
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -q -m "not compile"
@@ -55,9 +57,10 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/pyright
 
 gpu: $(if $(filter $(VENV)/bin/python,$(GPU_PYTHON)),$(VENV)/.installed)
+	@mkdir -p $(OUT)
 	PYTHONPATH=. $(GPU_PYTHON) -m bench doctor
 	PYTHONPATH=. $(GPU_PYTHON) -m parity_tests run --device cuda --cases default --json $(OUT)/parity.json
-	PYTHONPATH=. $(GPU_PYTHON) -m bench run --device cuda --preset $(GPU_PRESET) --out $(OUT) --fresh
+	PYTHONPATH=. $(GPU_PYTHON) -m bench run --device cuda --preset $(GPU_PRESET) --out $(OUT)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and was not found (set PYTHON)"; exit 1; }
