@@ -33,59 +33,63 @@ def partitioned_linear(x: Inputs, weight: Weight, bias: Bias | None = None, *, i
     Raises:
         TypeError: If an operand is no tensor, has no supported floating dtype, or the dtypes differ.
         ValueError: If shapes or devices do not fit, or the name is unknown.
-        UnsupportedImplementationError: If the named implementation cannot run this call.
+        UnsupportedImplementationError: If the named implementation, or under "auto" every one, cannot run this call.
 
     Source: the operation is that of an ensemble of `torch.nn.Linear`, one per partition.
     """
-    check_implementation_name(implementation)
     check_operands(x, weight, bias)
-    x, weight, bias = autocast_operands(x, weight, bias)
+    device = weight.device.type
+    if autocast_is_on(device):
+        x, weight, bias = autocast_operands(x, weight, bias)
     check_same_dtype(x, weight, bias)
     num_partitions, in_features, out_features = weight.shape
-    dtype, device = DTYPE_NAMES[weight.dtype], weight.device.type
+    dtype = DTYPE_NAMES[weight.dtype]
     if implementation == "auto":
         implementation = select_implementation(
             num_partitions=num_partitions,
             in_features=in_features,
             out_features=out_features,
-            rows=x.shape[:-2].numel(),
+            rows=x.numel() // (num_partitions * in_features),
             dtype=dtype,
             device=device,
         )
-    reason = unsupported_reason(
-        implementation,
-        dtype=dtype,
-        device=device,
-        num_partitions=num_partitions,
-        in_features=in_features,
-        out_features=out_features,
-    )
-    if reason is not None:
-        raise UnsupportedImplementationError(reason)
+    else:
+        check_implementation_name(implementation)
+        reason = unsupported_reason(
+            implementation,
+            dtype=dtype,
+            device=device,
+            num_partitions=num_partitions,
+            in_features=in_features,
+            out_features=out_features,
+        )
+        if reason is not None:
+            raise UnsupportedImplementationError(reason)
     return get_implementation(implementation).run(x, weight, bias)
 
 
+def autocast_is_on(device: str) -> bool:
+    """Say whether `torch.autocast` is on for a device type; the meta device has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def autocast_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast the operands to the autocast dtype of their device where autocast is on, else return them as they are.
+    """Cast the operands to the autocast dtype of their device, leaving float64 alone as `nn.Linear` does.
 
     Done here, once, because autocast knows only some of the kernels that the implementations call: left to itself
-    it would compute `grouped_matmul` in fp32 and every other one in bf16. As in `torch.nn.functional.linear`,
-    float64 is left alone.
+    it would compute `grouped_matmul` in fp32 and every other one in bf16.
 
     Args:
-        x: Inputs, shape (..., n, in).
-        weight: Shape (n, in, out), or any other.
-        bias: Shape (n, out), or any other; or None.
+        x: Inputs, any shape.
+        weight: Weight, any shape; its device decides.
+        bias: Bias, any shape; or None.
 
     Returns:
         The three operands.
     """
-    device = weight.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return _autocast(x, dtype), _autocast(weight, dtype), None if bias is None else _autocast(bias, dtype)
+    dtype = torch.get_autocast_dtype(weight.device.type)
+    return _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
 
 
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_impl.functional import autocast_operands
+from torch_impl.functional import autocast_is_on, autocast_operands
 from torch_impl.initializers import Init, check_initializer, initialize_
 from torch_impl.linears import linears_from_partitions, partitions_from_linears
 from torch_impl.validation import check_bias_switch, check_dtype, check_masked_input, check_same_dtype, check_sizes
@@ -105,7 +105,9 @@ class MaskedPartitionedLinear(nn.Module):
         # Selected, not multiplied: 0 * NaN and 0 * Inf are NaN, so a product with the mask would let a non-finite
         # off-block weight into the output and a non-finite cotangent into the off-block gradients.
         effective = torch.where(self.mask, self.weight, 0.0)
-        rows, effective, bias = autocast_operands(x, effective, self.bias)
+        rows, bias = x, self.bias
+        if autocast_is_on(effective.device.type):
+            rows, effective, bias = autocast_operands(x, effective, bias)
         check_same_dtype(rows, effective, bias)
         if x.shape[-1] == self.num_partitions * self.in_features:
             return F.linear(rows, effective, bias)

@@ -1,6 +1,6 @@
 """What "auto" means."""
 
-from torch_impl.registry import implementation_names, unsupported_reason
+from torch_impl.registry import UnsupportedImplementationError, implementation_names, unsupported_reason
 
 _PREFERENCE = ("matmul", *(name for name in implementation_names() if name != "matmul"))
 
@@ -23,8 +23,12 @@ def select_implementation(
         device: Device type of the operands.
 
     Returns:
-        A name that supports this call; `matmul` when none does, so that the caller reports why.
+        A name that supports this call.
+
+    Raises:
+        UnsupportedImplementationError: If none does; the message says why `matmul` does not.
     """
+    reasons = []
     for name in _PREFERENCE:
         reason = unsupported_reason(
             name,
@@ -36,4 +40,5 @@ def select_implementation(
         )
         if reason is None:
             return name
-    return "matmul"
+        reasons.append(reason)
+    raise UnsupportedImplementationError(reasons[0])

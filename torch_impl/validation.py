@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from torch_impl.registry import DTYPE_NAMES, implementation_names
+from torch_impl.registry import DTYPE_NAMES, IMPLEMENTATIONS
 
 _FLOATS = ", ".join(DTYPE_NAMES.values())
 
@@ -58,8 +58,8 @@ def check_implementation_name(name: Any) -> None:
     """
     if not isinstance(name, str):
         raise TypeError(f"`implementation`: expected a name, got a {_kind(name)}; pass a str.")
-    if name != "auto" and name not in implementation_names():
-        choices = ", ".join(repr(choice) for choice in ("auto", *implementation_names()))
+    if name != "auto" and name not in IMPLEMENTATIONS:
+        choices = ", ".join(repr(choice) for choice in ("auto", *IMPLEMENTATIONS))
         raise ValueError(f"`implementation`: expected one of {choices}, got {name!r}; choose one of these.")
 
 
@@ -90,6 +90,30 @@ def check_operands(x: Any, weight: Any, bias: Any) -> None:
         TypeError: If one is no tensor or has no supported floating dtype.
         ValueError: If ranks, shapes or devices do not fit.
     """
+    if not _operands_fit(x, weight, bias):
+        _explain_operands(x, weight, bias)
+
+
+def _operands_fit(x: Any, weight: Any, bias: Any) -> bool:
+    # Decides in as few attribute reads as possible, because it runs before kernels that take a few microseconds.
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
+        return False
+    shape, received, dtype, device = weight.shape, x.shape, weight.dtype, weight.device
+    if len(shape) != 3 or len(received) < 2 or 0 in shape:
+        return False
+    n, i, o = shape
+    if received[-1] != i or received[-2] != n or x.device != device:
+        return False
+    if dtype not in DTYPE_NAMES or (x.dtype is not dtype and x.dtype not in DTYPE_NAMES):
+        return False
+    if bias is None:
+        return True
+    if not isinstance(bias, Tensor) or bias.shape != (n, o) or bias.device != device:
+        return False
+    return bias.dtype is dtype or bias.dtype in DTYPE_NAMES
+
+
+def _explain_operands(x: Any, weight: Any, bias: Any) -> None:
     check_tensor("weight", weight)
     if weight.ndim != 3 or 0 in weight.shape:
         raise ValueError(
@@ -145,6 +169,9 @@ def check_same_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     Raises:
         TypeError: If the dtypes differ.
     """
+    dtype = weight.dtype
+    if x.dtype is dtype and (bias is None or bias.dtype is dtype):
+        return
     for argument, tensor in (("x", x), ("bias", bias)):
         if tensor is not None and tensor.dtype != weight.dtype:
             raise TypeError(
