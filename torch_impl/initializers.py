@@ -8,8 +8,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torch_impl.validation import check_init
-
 InPlaceInit: TypeAlias = Callable[[Tensor], Any]
 """A function that fills its argument in place, as those of `torch.nn.init` do."""
 
@@ -56,7 +54,15 @@ def check_initializer(init: Any) -> None:
         TypeError: If it is no name, no function and no pair of functions.
         ValueError: If it is an unknown name.
     """
-    check_init(init, tuple(INITIALIZERS))
+    if isinstance(init, str):
+        if init not in INITIALIZERS:
+            choices = ", ".join(map(repr, INITIALIZERS))
+            raise ValueError(f"`init`: expected one of {choices}, got {init!r}; choose one or pass a function.")
+    elif not callable(init) and not (isinstance(init, tuple) and len(init) == 2 and all(map(callable, init))):
+        raise TypeError(
+            f"`init`: expected a name, a function or a pair (weight_init, bias_init), got {init!r}; "
+            f"pass in-place functions as in torch.nn.init."
+        )
 
 
 @torch.no_grad()

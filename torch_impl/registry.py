@@ -43,6 +43,7 @@ class Implementation:
         isolates_partitions: NaN or Inf in one partition leaves every other partition bitwise unchanged.
         stride_bytes: Required alignment of feature rows in bytes; 1 for none.
         traced_dtypes: Dtypes whose shapes PyTorch can infer without data (the meta device, `torch.compile`).
+        shards_partitions: Runs on DTensors sharded over the partition axis without communication.
         missing: What the installed PyTorch lacks to run it at all; None when nothing.
     """
 
@@ -54,15 +55,16 @@ class Implementation:
     isolates_partitions: bool = True
     stride_bytes: int = 1
     traced_dtypes: frozenset[str] = _EVERY_DTYPE
+    shards_partitions: bool = False
     missing: str | None = None
 
 
 _TABLE = (
     Implementation("loop", partitioned_linear_loop),
     Implementation("masked", partitioned_linear_masked, isolates_partitions=False),
-    Implementation("einsum", partitioned_linear_einsum),
+    Implementation("einsum", partitioned_linear_einsum, shards_partitions=True),
     Implementation("vmap", partitioned_linear_vmap),
-    Implementation("matmul", partitioned_linear_matmul),
+    Implementation("matmul", partitioned_linear_matmul, shards_partitions=True),
     Implementation("grouped_conv", partitioned_linear_grouped_conv),
     Implementation(
         "grouped_matmul",

@@ -4,7 +4,7 @@ A message is one sentence: the argument, the expected value in symbols, the rece
 Wrong Python types and dtypes raise `TypeError`, wrong values, shapes and devices `ValueError`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -61,24 +61,6 @@ def check_implementation_name(name: Any) -> None:
     if name != "auto" and name not in IMPLEMENTATIONS:
         choices = ", ".join(repr(choice) for choice in ("auto", *IMPLEMENTATIONS))
         raise ValueError(f"`implementation`: expected one of {choices}, got {name!r}; choose one of these.")
-
-
-def check_init(init: Any, names: Sequence[str]) -> None:
-    """Refuse an `init` that is no known name, no callable and no pair of callables.
-
-    Raises:
-        TypeError: If it has another type.
-        ValueError: If it is an unknown name; the message lists the choices.
-    """
-    if isinstance(init, str):
-        if init not in names:
-            choices = ", ".join(repr(choice) for choice in names)
-            raise ValueError(f"`init`: expected one of {choices}, got {init!r}; choose one or pass a function.")
-    elif not callable(init) and not (isinstance(init, tuple) and len(init) == 2 and all(map(callable, init))):
-        raise TypeError(
-            f"`init`: expected a name, a function or a pair (weight_init, bias_init), got {init!r}; "
-            f"pass in-place functions as in torch.nn.init."
-        )
 
 
 def check_operands(x: Any, weight: Any, bias: Any) -> None:
@@ -244,6 +226,22 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
             raise TypeError(
                 f"`arrays[{name!r}]`: expected dtype {dtype.name}, got {array.dtype.name}; the layer is unchanged."
             )
+
+
+def check_mesh(device_mesh: Any, kind: type, num_partitions: int) -> None:
+    """Refuse meshes that cannot hold equally many partitions on every device.
+
+    Raises:
+        TypeError: If it is no mesh.
+        ValueError: If it has several dimensions or its size does not divide the number of partitions.
+    """
+    if not isinstance(device_mesh, kind):
+        raise TypeError(f"`device_mesh`: expected a {kind.__name__}, got a {_kind(device_mesh)}; use init_device_mesh.")
+    if device_mesh.ndim != 1 or num_partitions % device_mesh.size():
+        raise ValueError(
+            f"`device_mesh`: expected one dimension whose size divides n = {num_partitions}, got shape "
+            f"{tuple(device_mesh.shape)}; choose another mesh."
+        )
 
 
 def _advice(x: Tensor, num_partitions: int, in_features: int) -> str:
