@@ -1,0 +1,275 @@
+"""The torch function: shapes, strides, dtypes, derivatives and declared properties of every implementation."""
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the torch tree needs torch")
+
+from torch_impl import UnsupportedImplementationError, implementation_names, partitioned_linear
+from torch_impl.registry import DTYPE_NAMES, IMPLEMENTATIONS, get_implementation, unsupported_reason
+from torch_impl.selection import select_implementation
+
+NAMES = implementation_names()
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+LEADING = {"none": (), "empty": (0,), "one": (1,), "batch": (5,), "two": (2, 3), "empty-second": (2, 0)}
+SIZES = {"plain": (3, 8, 16), "one-partition": (1, 8, 8), "in-1": (4, 1, 3), "out-1": (4, 3, 1), "all-1": (1, 1, 1)}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations():
+    # In deterministic mode torch fills fresh memory with NaN, so that a value read before it is written shows.
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def lattice(*shape, dtype=torch.float32):
+    """Integers in +-3: every sum below is exact in every dtype, so results are compared bit for bit."""
+    return torch.randint(-3, 4, shape).to(dtype)
+
+
+def supported(name, dtype, sizes):
+    n, i, o = sizes
+    return unsupported_reason(name, dtype=dtype, device="cpu", num_partitions=n, in_features=i, out_features=o) is None
+
+
+def run(x, weight, bias, name):
+    return partitioned_linear(x, weight, bias, implementation=name)
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_values_and_gradients(name, dtype, sizes, leading, with_bias):
+    n, i, o = sizes
+    kind = DTYPES[dtype]
+    x, weight = lattice(*leading, n, i, dtype=kind), lattice(n, i, o, dtype=kind)
+    bias = lattice(n, o, dtype=kind) if with_bias else None
+    operands = [tensor.requires_grad_() for tensor in (x, weight, bias) if tensor is not None]
+    if not supported(name, dtype, sizes):
+        with pytest.raises(UnsupportedImplementationError, match="`implementation`"):
+            run(x, weight, bias, name)
+        return
+    y = run(x, weight, bias, name)
+    assert y.shape == (*leading, n, o)
+    assert y.dtype == kind
+    cotangent = lattice(*leading, n, o, dtype=kind)
+    gradients = torch.autograd.grad(y, operands, cotangent)
+    expected_y = (x.detach().double().unsqueeze(-1) * weight.detach().double()).sum(-2)
+    if with_bias:
+        expected_y = expected_y + bias.detach().double()
+    assert torch.equal(y.detach().double(), expected_y)
+    rows, cotangent_rows = x.detach().double().reshape(-1, n, i), cotangent.double().reshape(-1, n, o)
+    expected = [
+        (cotangent.double().unsqueeze(-2) * weight.detach().double()).sum(-1),
+        (rows.unsqueeze(-1) * cotangent_rows.unsqueeze(-2)).sum(0),
+        cotangent_rows.sum(0),
+    ]
+    for gradient, operand, value in zip(gradients, operands, expected[: len(operands)], strict=True):
+        assert gradient.dtype == operand.dtype
+        assert torch.equal(gradient.double(), value)
+
+
+STRIDED = {
+    "contraction-axis-strided": lambda: lattice(5, 8, 3).mT,
+    "every-second-feature": lambda: lattice(5, 3, 16)[..., ::2],
+    "window": lambda: lattice(5, 3, 11)[..., 2:10],
+    "shared-by-partitions": lambda: lattice(5, 1, 8).expand(5, 3, 8),
+    "batch-expanded": lambda: lattice(1, 3, 8).expand(5, 3, 8),
+    "partition-axis-first": lambda: lattice(3, 5, 8).transpose(0, 1),
+    "reversed-leading": lambda: lattice(2, 5, 3, 8).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("make", STRIDED.values(), ids=STRIDED)
+@pytest.mark.parametrize("name", NAMES)
+def test_strides_do_not_matter(name, make):
+    x, weight, bias = make(), lattice(3, 8, 16), lattice(3, 16)
+    strided = x.detach().requires_grad_()
+    dense = x.clone(memory_format=torch.contiguous_format).requires_grad_()
+    assert strided.stride() != dense.stride()
+    results = []
+    for operand in (strided, dense):
+        y = run(operand, weight, bias, name)
+        results.append((y, *torch.autograd.grad(y.square().sum(), operand)))
+    assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strided_weight_bias_and_expanded_cotangent(name):
+    x, weight, bias = lattice(5, 3, 8), lattice(3, 16, 8).mT, lattice(16, 3).T
+    operands = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+    gradients = torch.autograd.grad(run(*operands, name).sum(), operands)
+    expected = (weight.sum(-1).expand_as(x), x.sum(0).unsqueeze(-1).expand_as(weight), torch.full((3, 16), 5.0))
+    assert all(torch.equal(found, value) for found, value in zip(gradients, expected, strict=True))
+
+
+def second_derivatives_hold(function):
+    """Compare the derivatives of a sum of squared gradients with those of the reference, exactly, on the lattice."""
+    operands = [lattice(4, 3, 8), lattice(3, 8, 8), lattice(3, 8)]
+    found = []
+    for candidate in (function, get_implementation("loop").run):
+        leaves = [tensor.clone().requires_grad_() for tensor in operands]
+        try:
+            first = torch.autograd.grad(candidate(*leaves).square().sum(), leaves, create_graph=True)
+            second = torch.autograd.grad(sum((g.square().sum() for g in first[:2]), first[2].sum()), leaves)
+        except (RuntimeError, NotImplementedError):
+            return False
+        found.append(second)
+    # The sums reach a few hundred thousand, well inside the integers that fp32 represents.
+    assert all(gradient.abs().max() < 2**24 for gradient in found[-1])
+    return all(torch.equal(left, right) for left, right in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_double_backward_is_as_declared(name):
+    assert second_derivatives_hold(get_implementation(name).run) is get_implementation(name).double_backward
+
+
+def test_double_backward_check_can_fail():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, cotangent):
+            return cotangent
+
+    assert not second_derivatives_hold(lambda *operands: Once.apply(get_implementation("loop").run(*operands)))
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("name", [name for name in NAMES if "float64" in IMPLEMENTATIONS[name].dtypes])
+def test_gradients_against_finite_differences(name, with_bias):
+    shapes = [(2, 2, 3, 2), (3, 2, 4), (3, 4)][: 2 + with_bias]
+    operands = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    bias = [] if with_bias else [None]
+
+    def function(*tensors):
+        return run(*tensors, *bias, name)
+
+    assert torch.autograd.gradcheck(function, operands)
+    if IMPLEMENTATIONS[name].double_backward:
+        assert torch.autograd.gradgradcheck(function, operands)
+
+
+def isolates(function, poison):
+    """Whether poison in one partition's operands leaves every other partition's results bitwise as they were."""
+    operands = [torch.randn(4, 3, 8), torch.randn(3, 8, 8), torch.randn(3, 8)]
+    cotangent = torch.randn(4, 3, 8)
+
+    def results(tensors, dy):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        y = function(*leaves)
+        dx, dw, db = torch.autograd.grad(y, leaves, dy)
+        return [tensor.detach() for tensor in (y.transpose(0, 1), dx.transpose(0, 1), dw, db)]
+
+    clean = results(operands, cotangent)
+    for partition in range(3):
+        others = [k for k in range(3) if k != partition]
+        for target in range(4):
+            tensors = [tensor.clone() for tensor in (*operands, cotangent)]
+            view = tensors[target].transpose(0, 1) if target in (0, 3) else tensors[target]
+            view[partition] = poison
+            dirty = results(tensors[:3], tensors[3])
+            if not all(torch.equal(left[others], right[others]) for left, right in zip(clean, dirty, strict=True)):
+                return False
+    return True
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("name", NAMES)
+def test_isolation_of_partitions_is_as_declared(name, poison):
+    assert isolates(get_implementation(name).run, poison) is get_implementation(name).isolates_partitions
+
+
+def test_some_implementation_isolates_and_some_does_not():
+    assert {entry.isolates_partitions for entry in IMPLEMENTATIONS.values()} == {True, False}
+
+
+@pytest.mark.parametrize("name", [*NAMES, "auto"])
+def test_autocast_casts_operands_of_any_dtype(name):
+    x = torch.randn(4, 3, 8, requires_grad=True)
+    weight, bias = torch.randn(3, 8, 8, dtype=torch.bfloat16), torch.randn(3, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = run(x, weight, bias, name)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, run(x.bfloat16(), weight, bias.bfloat16(), name))
+    (gradient,) = torch.autograd.grad(y.float().sum(), x)
+    assert gradient.dtype == torch.float32
+
+
+def test_autocast_leaves_float64_alone():
+    operands = [torch.randn(*shape, dtype=torch.float64) for shape in ((4, 3, 8), (3, 8, 8), (3, 8))]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert run(*operands, "auto").dtype == torch.float64
+
+
+# torch's own forward-mode set-up scripts a function on first use, and says that scripting is deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "grouped_matmul"])
+def test_function_transforms(name):
+    x, weight, bias = lattice(4, 3, 8), lattice(3, 8, 8), lattice(3, 8)
+    tangent = lattice(4, 3, 8)
+    y, dy = torch.func.jvp(lambda value: run(value, weight, bias, name), (x,), (tangent,))
+    assert torch.equal(y, run(x, weight, bias, "loop"))
+    assert torch.equal(dy, run(tangent, weight, None, "loop"))
+    mapped = torch.vmap(lambda value: run(value, weight, bias, name))(torch.stack([x, tangent]))
+    assert torch.equal(mapped, run(torch.stack([x, tangent]), weight, bias, "loop"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_meta_device_infers_shapes_or_says_why_not(name):
+    x, weight = torch.empty(2, 5, 3, 8, device="meta"), torch.empty(3, 8, 16, device="meta")
+    if "float32" in IMPLEMENTATIONS[name].traced_dtypes:
+        assert run(x, weight, None, name).shape == (2, 5, 3, 16)
+    else:
+        with pytest.raises(UnsupportedImplementationError, match="traced without data"):
+            run(x, weight, None, name)
+    half = run(x.bfloat16(), weight.bfloat16(), None, name)
+    assert half.shape == (2, 5, 3, 16)
+    assert half.is_meta
+
+
+def test_the_table_is_frozen_and_ordered():
+    assert NAMES == ("loop", "masked", "einsum", "vmap", "matmul", "grouped_conv", "grouped_matmul")
+    assert all(entry.name == name for name, entry in IMPLEMENTATIONS.items())
+    with pytest.raises(TypeError):
+        IMPLEMENTATIONS["loop"] = get_implementation("matmul")
+    with pytest.raises(AttributeError):
+        get_implementation("loop").name = "other"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 4096])
+def test_auto_means_matmul_where_it_is_supported(dtype, rows):
+    chosen = select_implementation(
+        num_partitions=3, in_features=5, out_features=7, rows=rows, dtype=dtype, device="cpu"
+    )
+    assert chosen == "matmul"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unsupported_reason_follows_the_declarations(name):
+    entry = get_implementation(name)
+    for dtype in DTYPES:
+        for device in ("cpu", "cuda", "mps"):
+            reason = unsupported_reason(
+                name, dtype=dtype, device=device, num_partitions=3, in_features=8, out_features=16
+            )
+            assert (reason is None) is (dtype in entry.dtypes and device in entry.devices)
+    if entry.stride_bytes > 1:
+        for sizes in ((5, 8), (8, 5)):
+            reason = unsupported_reason(
+                name, dtype="float32", device="cpu", num_partitions=3, in_features=sizes[0], out_features=sizes[1]
+            )
+            assert "multiple of 16 bytes" in reason
+
+
+def test_no_implementation_for_the_device_raises_under_auto():
+    with pytest.raises(UnsupportedImplementationError, match="'matmul' supports devices cpu, cuda, got mps"):
+        select_implementation(num_partitions=3, in_features=5, out_features=7, rows=1, dtype="float32", device="mps")

@@ -1,0 +1,165 @@
+"""The masked dense layer: off-block weights never count, whatever an optimiser or a cotangent does."""
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the torch tree needs torch")
+
+from torch_impl import MaskedPartitionedLinear, PartitionedLinear, export_parameters, import_parameters
+
+N, I, O = 3, 4, 5
+POISON = [float("nan"), float("inf"), -float("inf")]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def lattice(*shape, dtype=torch.float32):
+    """Integers in +-3: every sum below is exact, so results are compared bit for bit."""
+    return torch.randint(-3, 4, shape).to(dtype)
+
+
+def lattice_layer(bias=True):
+    layer = MaskedPartitionedLinear(N, I, O, bias=bias)
+    with torch.no_grad():
+        for view in layer.partition_views().values():
+            view.copy_(lattice(*view.shape))
+    return layer
+
+
+def blocks():
+    """The mask, written down independently: row r and column c belong to the same partition."""
+    return (torch.arange(N * O) // O).unsqueeze(1) == (torch.arange(N * I) // I).unsqueeze(0)
+
+
+def test_mask_and_initial_weights():
+    layer = MaskedPartitionedLinear(N, I, O)
+    assert torch.equal(layer.mask, blocks())
+    assert (layer.weight[~blocks()] == 0).all()
+    assert (layer.weight[blocks()] != 0).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("leading", [(), (0,), (1,), (6,), (2, 3)], ids=str)
+def test_split_and_flat_inputs_give_the_compact_layer_s_results(leading, bias):
+    layer = lattice_layer(bias)
+    compact = PartitionedLinear(N, I, O, bias=bias)
+    import_parameters(compact, export_parameters(layer))
+    x = lattice(*leading, N, I)
+    expected = compact(x)
+    assert expected.shape == (*leading, N, O)
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer(x.flatten(-2)), expected.flatten(-2))
+    strided = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert torch.equal(layer(strided), expected)
+
+
+def test_with_one_partition_split_and_flat_agree():
+    layer = MaskedPartitionedLinear(1, I, O)
+    x = torch.randn(6, 1, I)
+    assert layer(x).shape == (6, 1, O)
+    assert layer(x[:, 0]).shape == (6, O)
+
+
+@pytest.mark.parametrize("poison", POISON, ids=str)
+def test_off_block_weights_have_no_effect(poison):
+    layer = lattice_layer()
+    x = lattice(6, N, I)
+    clean = layer(x)
+    with torch.no_grad():
+        layer.weight[~blocks()] = poison
+    assert torch.equal(layer(x), clean)
+    assert torch.equal(torch.stack([m(x[:, k]) for k, m in enumerate(layer.to_linears())], 1), clean)
+
+
+@pytest.mark.parametrize("poison", [1.0, *POISON], ids=str)
+def test_off_block_gradients_are_exactly_zero(poison):
+    layer = lattice_layer()
+    cotangent = torch.full((6, N, O), poison)
+    layer(lattice(6, N, I)).backward(cotangent)
+    off_block = layer.weight.grad[~blocks()]
+    # Bit for bit: neither NaN nor a negative zero that a decayed or scaled update could turn into something else.
+    assert (off_block.view(torch.int32) == 0).all()
+    assert layer.weight.grad[blocks()].abs().sum() != 0
+
+
+OPTIMISERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "sgd-decay": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1),
+    "sgd-momentum-decay": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("start", [0.0, 2.0], ids=["from-zero", "from-nonzero"])
+@pytest.mark.parametrize("build", OPTIMISERS.values(), ids=OPTIMISERS)
+def test_off_block_weights_never_count_in_training(build, start):
+    layer, clean = lattice_layer(), lattice_layer()
+    clean.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        layer.weight[~blocks()] = start
+    optimisers = [build(layer.parameters()), build(clean.parameters())]
+    for _ in range(5):
+        x, wanted = torch.randn(16, N, I), torch.randn(16, N, O)
+        for module, optimiser in zip((layer, clean), optimisers, strict=True):
+            optimiser.zero_grad()
+            (module(x) - wanted).square().mean().backward()
+            assert (module.weight.grad[~blocks()] == 0).all()
+            optimiser.step()
+    x = torch.randn(16, N, I)
+    assert torch.equal(layer(x), clean(x))
+    assert torch.equal(layer.weight[blocks()], clean.weight[blocks()])
+    assert (clean.weight[~blocks()] == 0).all()
+
+
+def test_a_layer_that_multiplies_by_the_mask_would_fail_here():
+    layer = lattice_layer()
+    with torch.no_grad():
+        layer.weight[~blocks()] = float("nan")
+    multiplied = (layer.mask * layer.weight).detach()
+    assert torch.nn.functional.linear(lattice(6, N * I), multiplied, layer.bias).isnan().any()
+
+
+def test_nan_in_one_partition_reaches_the_others():
+    layer = lattice_layer()
+    x = lattice(6, N, I)
+    x[:, 1] = float("nan")
+    assert layer(x).isnan().all()
+
+
+def test_double_backward():
+    layer = MaskedPartitionedLinear(2, 3, 2, dtype=torch.float64)
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def function(x, weight, bias):
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
+
+    operands = (x, layer.weight, layer.bias)
+    assert torch.autograd.gradcheck(function, operands)
+    assert torch.autograd.gradgradcheck(function, operands)
+
+
+def test_autocast():
+    layer = lattice_layer()
+    x = lattice(6, N, I)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, MaskedPartitionedLinear.from_linears(layer.to_linears()).bfloat16()(x.bfloat16()))
+
+
+@pytest.mark.parametrize("move", [lambda m: m.double(), lambda m: m.to_empty(device="cpu")], ids=["double", "to_empty"])
+def test_the_mask_survives_moves(move):
+    assert torch.equal(move(MaskedPartitionedLinear(N, I, O)).mask, blocks())
+
+
+def test_reset_zeroes_the_off_block_weights():
+    layer = MaskedPartitionedLinear(N, I, O)
+    with torch.no_grad():
+        layer.weight.fill_(7.0)
+    layer.reset_parameters()
+    assert (layer.weight[~blocks()] == 0).all()
+    assert (layer.weight[blocks()].abs() < 7).all()
