@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from enum import Enum
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -23,10 +23,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 _console = Console()
 _errors = Console(stderr=True)
 
-Framework = Enum("Framework", {name: name for name in FRAMEWORKS}, type=str)
-Dtype = Enum("Dtype", {name: name for name in STORAGE_DTYPES}, type=str)
-CaseSet = Enum("CaseSet", {name: name for name in CASE_SETS}, type=str)
-Device = Enum("Device", {name: name for name in ("auto", "cpu", "cuda")}, type=str)
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def _help(choices: Iterable[str]) -> str:
+    return f"One of {', '.join(choices)}; repeat for several; default: all."
 
 
 def _refuse(sentence: str) -> typer.Exit:
@@ -34,10 +35,18 @@ def _refuse(sentence: str) -> typer.Exit:
     return typer.Exit(2)
 
 
-def _subjects(frameworks: list[Framework], implementations: list[str], device: str) -> list[Subject]:
+def _choose(option: str, values: Iterable[str], choices: Iterable[str]) -> list[str]:
+    """Refuses what is not among the choices, which are the tables' own names."""
+    for value in values:
+        if value not in choices:
+            raise _refuse(f"{option}: expected one of {', '.join(choices)}, got {value!r}; choose one of these.")
+    return list(values)
+
+
+def _subjects(frameworks: list[str], implementations: list[str], device: str) -> list[Subject]:
     """Loads the chosen subjects; a framework that is absent is an error if it was named, and said if it was not."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    chosen = [entry.value for entry in frameworks] or list(FRAMEWORKS)
+    chosen = _choose("--framework", frameworks, FRAMEWORKS) or list(FRAMEWORKS)
     found: list[Subject] = []
     for name in chosen:
         if not framework_available(name):
@@ -52,22 +61,15 @@ def _subjects(frameworks: list[Framework], implementations: list[str], device: s
     if not found:
         raise _refuse("no framework is installed; install the extra torch, jax, cuda12 or cuda13.")
     names = sorted({subject.implementation for subject in found})
-    for implementation in implementations:
-        if implementation not in names:
-            raise _refuse(
-                f"--implementation: expected one of {', '.join(names)}, got {implementation!r}; choose one of these."
-            )
+    _choose("--implementation", implementations, names)
     return [subject for subject in found if not implementations or subject.implementation in implementations]
 
 
-def _cases(case_set: CaseSet, names: list[str]) -> list[Case]:
-    if not names:
-        return list(CASE_SETS[case_set.value])
+def _cases(case_set: str, names: list[str]) -> list[Case]:
     known = {case.name: case for case in CASE_SETS["full"]}
-    for name in names:
-        if name not in known:
-            raise _refuse(f"--case: expected one of {', '.join(known)}, got {name!r}; choose one of these.")
-    return [known[name] for name in names]
+    if not names:
+        return list(CASE_SETS[_choose("--cases", [case_set], CASE_SETS)[0]])
+    return [known[name] for name in _choose("--case", names, known)]
 
 
 def _writable(path: Path | None) -> None:
@@ -90,14 +92,12 @@ def _progress() -> Progress:
 
 @app.command()
 def run(
-    framework: Annotated[
-        list[Framework] | None, typer.Option(help="Repeat for several; default: all installed.")
-    ] = None,
+    framework: Annotated[list[str] | None, typer.Option(help=_help(FRAMEWORKS))] = None,
     implementation: Annotated[list[str] | None, typer.Option(help="Repeat for several; default: all.")] = None,
-    dtype: Annotated[list[Dtype] | None, typer.Option(help="Repeat for several; default: all four.")] = None,
-    cases: Annotated[CaseSet, typer.Option(help="Which set of shapes.")] = CaseSet.default,  # type: ignore[attr-defined]
+    dtype: Annotated[list[str] | None, typer.Option(help=_help(STORAGE_DTYPES))] = None,
+    cases: Annotated[str, typer.Option(help=f"Which set of shapes: {', '.join(CASE_SETS)}.")] = "default",
     case: Annotated[list[str] | None, typer.Option(help="Single shapes by name, instead of a set.")] = None,
-    device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,  # type: ignore[attr-defined]
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the inputs.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
 ) -> None:
@@ -107,8 +107,8 @@ def run(
     """
     _writable(json_file)
     chosen_cases = _cases(cases, case or [])
-    subjects = _subjects(framework or [], implementation or [], device.value)
-    dtypes = [entry.value for entry in dtype or []] or list(STORAGE_DTYPES)
+    subjects = _subjects(framework or [], implementation or [], _choose("--device", [device], DEVICES)[0])
+    dtypes = _choose("--dtype", dtype or [], STORAGE_DTYPES) or list(STORAGE_DTYPES)
     rows: list[ParityRow] = []
     with _progress() as progress:
         task = progress.add_task("", total=len(subjects) * len(dtypes) * len(chosen_cases))
@@ -126,9 +126,7 @@ def run(
 
 @app.command()
 def defects(
-    framework: Annotated[
-        list[Framework] | None, typer.Option(help="Repeat for several; default: all installed.")
-    ] = None,
+    framework: Annotated[list[str] | None, typer.Option(help=_help(FRAMEWORKS))] = None,
     implementation: Annotated[str, typer.Option(help="The healthy subject that is spoiled.")] = "matmul",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the score to this file.")] = None,
 ) -> None:

@@ -113,7 +113,7 @@ def compare_tensor(
     if value.shape != truth.value.shape:
         return _shape_mismatch(name, value.shape, truth.value.shape)
     tiers = applicable_tiers(arithmetic, zero_mean)
-    limits = {tier: bound(truth, arithmetic, tier) for tier in tiers}
+    limits: dict[Tier, np.ndarray] = {tier: bound(truth, arithmetic, tier) for tier in tiers}
     return _result(name, value, truth.value, truth.partition_axis, limits)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -90,7 +91,7 @@ def run_cells(
             judged: list[tuple[Subject, Judgement]] = []
             for subject in subjects:
                 progress(f"{subject.framework} {subject.implementation} {dtype} {case.name}")
-                where = {
+                where: dict[str, Any] = {
                     "kind": "oracle",
                     "framework": subject.framework,
                     "implementation": subject.implementation,

@@ -2,13 +2,16 @@
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from parity_tests.harness.cases import Case
 from parity_tests.harness.inputs import Inputs
+from parity_tests.harness.optimizers import OptimizerSpec
+from parity_tests.harness.tasks import TrainingTask
 
 FRAMEWORKS: tuple[str, ...] = ("torch", "jax")
 
@@ -22,9 +25,14 @@ class Subject(Protocol):
         isolates_partitions: whether a NaN in one partition leaves the others untouched.
     """
 
-    framework: str
-    implementation: str
-    isolates_partitions: bool
+    @property
+    def framework(self) -> str: ...  # noqa: D102
+
+    @property
+    def implementation(self) -> str: ...  # noqa: D102
+
+    @property
+    def isolates_partitions(self) -> bool: ...  # noqa: D102
 
     def unsupported_reason(self, case: Case, dtype: str) -> str | None:
         """One sentence if this subject cannot run the case in this dtype, else None."""
@@ -36,6 +44,70 @@ class Subject(Protocol):
 
     def vjp(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """Returns ``y``, ``dx``, ``dweight`` and, with a bias, ``dbias``, in the storage dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerTap:
+    """What one partitioned linear layer saw inside a model, as stored: enough to judge its gradients by T1."""
+
+    x: np.ndarray
+    y: np.ndarray
+    cotangent: np.ndarray
+
+
+@dataclass(frozen=True)
+class StepGradients:
+    """Loss and gradients at one state, with a tap for each layer by name."""
+
+    loss: float
+    gradients: dict[str, np.ndarray]
+    taps: dict[str, LayerTap]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A training run.
+
+    Attributes:
+        losses: ``(steps,)``, the loss before each update.
+        states: the parameters after each update.
+        moments: the optimiser's moments after the last update, as ``<parameter>/<first|second>``.
+        step_counts: the distinct step counts that the optimiser keeps at the end.
+    """
+
+    losses: np.ndarray
+    states: list[dict[str, np.ndarray]]
+    moments: dict[str, np.ndarray]
+    step_counts: set[int]
+
+
+class TrainingSubject(Protocol):
+    """A framework that can train a task."""
+
+    @property
+    def framework(self) -> str: ...  # noqa: D102
+
+    def gradients(
+        self, task: TrainingTask, parameters: Mapping[str, np.ndarray], step: int, dtype: str
+    ) -> StepGradients:
+        """Loss and gradients at one state."""
+        ...
+
+    def train(
+        self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int, members: int = 0, seed: int = 0
+    ) -> list[Trajectory]:
+        """Trains freely; with members, that many runs with a random rounding error after every step."""
+        ...
+
+    def replay(
+        self,
+        parameters: Mapping[str, np.ndarray],
+        spec: OptimizerSpec,
+        gradients: list[dict[str, np.ndarray]],
+        dtype: str,
+    ) -> Trajectory:
+        """Feeds recorded gradients to the optimiser alone."""
         ...
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ class JaxSubject:
 
     implementation: str
     isolates_partitions: bool
-    device: jax.Device
+    device: Any
     function: _Function
     table_name: str | None
     framework: str = "jax"
@@ -44,7 +45,7 @@ class JaxSubject:
         return unsupported_reason(
             self.table_name,
             dtype=dtype,
-            device={"gpu": "cuda"}.get(self.device.platform, self.device.platform),
+            device="cuda" if self.device.platform == "gpu" else str(self.device.platform),
             num_partitions=case.num_partitions,
             in_features=case.in_features,
             out_features=case.out_features,
@@ -131,7 +132,7 @@ def _linen_layer(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None)
     return layer.apply({"params": parameters}, x)
 
 
-def resolve_device(device: str) -> jax.Device:
+def resolve_device(device: str) -> Any:
     """Turns ``auto``, ``cpu`` or ``cuda`` into a device.
 
     Raises:

@@ -12,7 +12,8 @@ from parity_tests.harness.inputs import Inputs
 from torch_impl import MaskedPartitionedLinear, PartitionedLinear, import_parameters, partitioned_linear
 from torch_impl.registry import IMPLEMENTATIONS, unsupported_reason
 
-_Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, list[torch.Tensor]]]
+_Forward = Callable[..., torch.Tensor]
+_Prepare = Callable[[Inputs, torch.device], tuple[_Forward, list[torch.Tensor]]]
 
 
 def to_torch(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -50,7 +51,7 @@ class TorchSubject:
     implementation: str
     isolates_partitions: bool
     device: torch.device
-    call: Callable[[Inputs, torch.device], tuple[_Call, list[torch.Tensor]]]
+    prepare: _Prepare
     table_name: str | None
     framework: str = "torch"
 
@@ -69,16 +70,16 @@ class TorchSubject:
 
     def forward(self, inputs: Inputs) -> np.ndarray:
         """Returns y."""
-        function, leaves = self.call(inputs, self.device)
+        function, leaves = self.prepare(inputs, self.device)
         with torch.no_grad():
             return to_numpy(function(lay_out(to_torch(inputs.x, self.device), inputs.layout), *leaves))
 
     def vjp(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """Returns y, dx, dweight and dbias."""
-        function, leaves = self.call(inputs, self.device)
+        function, leaves = self.prepare(inputs, self.device)
         x = lay_out(to_torch(inputs.x, self.device), inputs.layout).requires_grad_()
         y = function(x, *leaves)
-        gradients = torch.autograd.grad(y, (x, *leaves), to_torch(inputs.cotangent, self.device))
+        gradients = torch.autograd.grad([y], [x, *leaves], [to_torch(inputs.cotangent, self.device)])
         named = dict(zip(("dx", "dweight", "dbias"), map(to_numpy, gradients), strict=False))
         n, i, o = inputs.weight.shape
         if named["dweight"].ndim == 2:  # the masked layer's dense (n*o, n*i): read its diagonal blocks, as (n, i, o)
@@ -89,8 +90,8 @@ class TorchSubject:
         return {"y": to_numpy(y), **named}
 
 
-def _functional(name: str):
-    def prepare(inputs: Inputs, device: torch.device):
+def _functional(name: str) -> _Prepare:
+    def prepare(inputs: Inputs, device: torch.device) -> tuple[_Forward, list[torch.Tensor]]:
         leaves = [to_torch(inputs.weight, device).requires_grad_()]
         if inputs.bias is not None:
             leaves.append(to_torch(inputs.bias, device).requires_grad_())
@@ -99,14 +100,14 @@ def _functional(name: str):
     return prepare
 
 
-def _layer(layer_class: type[torch.nn.Module]):
-    def prepare(inputs: Inputs, device: torch.device):
+def _layer(layer_class: type[PartitionedLinear] | type[MaskedPartitionedLinear]) -> _Prepare:
+    def prepare(inputs: Inputs, device: torch.device) -> tuple[_Forward, list[torch.Tensor]]:
         n, i, o = inputs.weight.shape
         arrays = {"weight": inputs.weight} | ({} if inputs.bias is None else {"bias": inputs.bias})
         dtype = to_torch(inputs.weight[:0], device).dtype
         layer = layer_class(n, i, o, bias=inputs.bias is not None, device=device, dtype=dtype)
         import_parameters(layer, arrays)
-        leaves = [layer.weight] if inputs.bias is None else [layer.weight, layer.bias]
+        leaves: list[torch.Tensor] = [layer.weight, *([] if layer.bias is None else [layer.bias])]
         return (lambda x, *params: layer(x)), leaves
 
     return prepare

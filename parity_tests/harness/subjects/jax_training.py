@@ -1,0 +1,138 @@
+"""Trains a task in JAX with our layer's function: free-running, or step by step from given states."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jax_impl import partitioned_linear
+from parity_tests.harness.optimizers import OptimizerSpec
+from parity_tests.harness.subjects.base import LayerTap, StepGradients, Trajectory
+from parity_tests.harness.subjects.jax_optimizer import build_optax, moments, step_counts
+from parity_tests.harness.tasks import TrainingTask
+
+Arrays = dict[str, jax.Array]
+
+
+class JaxTraining:
+    """The JAX side of training parity; see ``base.TrainingSubject``."""
+
+    framework = "jax"
+
+    def __init__(self, implementation: str = "auto") -> None:
+        """Trains with one implementation of the partitioned linear map."""
+        self.implementation = implementation
+
+    def _layer(self, name: str, x: jax.Array, parameters: Arrays, offsets: Arrays, taps: dict) -> jax.Array:
+        weight, bias = parameters[f"{name}.weight"], parameters[f"{name}.bias"]
+        # The offset is zero: its gradient is the cotangent that reaches this layer's output.
+        y = partitioned_linear(x, weight, bias, implementation=self.implementation, precision=jax.lax.Precision.HIGHEST)
+        taps[name] = (x, y)
+        return y + offsets[name] if name in offsets else y
+
+    def _loss(self, model: str, parameters: Arrays, x, target, offsets: Arrays) -> tuple[jax.Array, dict]:
+        taps: dict[str, tuple[jax.Array, jax.Array]] = {}
+        if model == "mlp":
+            hidden = jnp.tanh(self._layer("hidden", x, parameters, offsets, taps))
+            y = self._layer("output", hidden, parameters, offsets, taps)
+        else:
+            last = x[:, -1:, :]
+            y = jnp.swapaxes(self._layer("head", jnp.swapaxes(x - last, 1, 2), parameters, offsets, taps), 1, 2) + last
+        return jnp.mean((y - target) ** 2), taps
+
+    def gradients(
+        self, task: TrainingTask, parameters: Mapping[str, np.ndarray], step: int, dtype: str
+    ) -> StepGradients:
+        """Loss and gradients at one state, with what went into and came out of each layer."""
+        with jax.enable_x64(dtype == "float64"):
+            placed = {name: jnp.asarray(array, dtype) for name, array in parameters.items()}
+            batch = step % len(task.inputs)
+            x, target = jnp.asarray(task.inputs[batch], dtype), jnp.asarray(task.targets[batch], dtype)
+            _, taps = self._loss(task.model, placed, x, target, {})
+            offsets = {name: jnp.zeros_like(y) for name, (_, y) in taps.items()}
+
+            def loss_of(params, offsets):
+                return self._loss(task.model, params, x, target, offsets)
+
+            (loss, taps), (found, cotangents) = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)(
+                placed, offsets
+            )
+            return StepGradients(
+                loss=float(loss),
+                gradients={name: np.asarray(value) for name, value in found.items()},
+                taps={
+                    name: LayerTap(x=np.asarray(x), y=np.asarray(y), cotangent=np.asarray(cotangents[name]))
+                    for name, (x, y) in taps.items()
+                },
+            )
+
+    def train(
+        self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int, members: int = 0, seed: int = 0
+    ) -> list[Trajectory]:
+        """Trains freely; with ``members`` > 0, that many runs with a random rounding error after every step."""
+        with jax.enable_x64(dtype == "float64"):
+            placed = {name: jnp.asarray(array, dtype) for name, array in task.parameters.items()}
+            inputs, targets = jnp.asarray(task.inputs, dtype), jnp.asarray(task.targets, dtype)
+            optimizer = build_optax(spec, steps)
+            noise = jnp.finfo(dtype).eps / 2 if members else 0.0
+
+            def run(key):
+                def step(carry, index):
+                    params, state = carry
+                    batch = index % len(inputs)
+                    (loss, _), gradients = jax.value_and_grad(
+                        lambda p: self._loss(task.model, p, inputs[batch], targets[batch], {}), has_aux=True
+                    )(params)
+                    updates, state = optimizer.update(gradients, state, params)
+                    params = cast(Arrays, optax.apply_updates(params, updates))
+                    if members:
+                        keys = jax.random.split(jax.random.fold_in(key, index), len(params))
+                        params = {
+                            name: value * (1 + noise * jax.random.uniform(k, value.shape, value.dtype, -1.0, 1.0))
+                            for k, (name, value) in zip(keys, params.items(), strict=True)
+                        }
+                    return (params, state), (loss, params)
+
+                return jax.lax.scan(step, (placed, optimizer.init(placed)), jnp.arange(steps))
+
+            keys = jax.random.split(jax.random.key(seed), max(members, 1))
+            # One member after the other: a batched product may sum in another order than the one that is judged.
+            (_, state), (losses, states) = jax.jit(lambda keys: jax.lax.map(run, keys))(keys)
+            return [
+                Trajectory(
+                    np.asarray(losses[member], np.float64),
+                    [{name: np.asarray(value[member, k]) for name, value in host.items()} for k in range(steps)],
+                    moments(jax.tree.map(lambda leaf, member=member: leaf[member], state)),
+                    step_counts(jax.tree.map(lambda leaf, member=member: leaf[member], state)),
+                )
+                for host in [{name: np.asarray(value) for name, value in states.items()}]
+                for member in range(max(members, 1))
+            ]
+
+    def replay(
+        self,
+        parameters: Mapping[str, np.ndarray],
+        spec: OptimizerSpec,
+        gradients: list[dict[str, np.ndarray]],
+        dtype: str,
+    ) -> Trajectory:
+        """Feeds recorded gradients to the optimiser alone."""
+        with jax.enable_x64(dtype == "float64"):
+            params = {name: jnp.asarray(array, dtype) for name, array in parameters.items()}
+            optimizer = build_optax(spec, len(gradients))
+            state = optimizer.init(params)
+
+            @jax.jit
+            def update(params, state, step):
+                updates, state = optimizer.update(step, state, params)
+                return optax.apply_updates(params, updates), state
+
+            states = []
+            for step in gradients:
+                placed = {name: jnp.asarray(array, dtype) for name, array in step.items()}
+                params, state = cast(tuple[Arrays, optax.OptState], update(params, state, placed))
+                states.append({name: np.asarray(value) for name, value in params.items()})
+            return Trajectory(np.zeros(len(gradients)), states, moments(state), step_counts(state))

@@ -1,0 +1,98 @@
+"""Training tasks: a model, its starting parameters and its batches, in NumPy float64, the same for both frameworks."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+ModelName = Literal["mlp", "nlinear"]
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """What is trained.
+
+    Attributes:
+        name: for reports.
+        model: ``mlp``: ``y = tanh(x W1 + b1) W2 + b2`` per partition; ``nlinear``: the NLinear-I forecaster, one linear
+            map a channel on a series from which its last value was subtracted.
+        parameters: starting values by name, float64, never zero.
+        inputs: ``(batches, batch, ...)``, float64; step k uses batch ``k % batches``.
+        targets: ``(batches, batch, ...)``, float64.
+    """
+
+    name: str
+    model: ModelName
+    parameters: dict[str, np.ndarray]
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+def _stored_in_float32(array: np.ndarray) -> np.ndarray:
+    """Numbers that fp32 holds exactly, so that fp32 and float64 runs start from the same point."""
+    return array.astype(np.float32).astype(np.float64)
+
+
+def partitioned_mlp(
+    seed: int = 0,
+    num_partitions: int = 4,
+    sizes: tuple[int, int, int] = (12, 16, 8),
+    batch: int = 32,
+    batches: int = 16,
+) -> TrainingTask:
+    """A two-layer partitioned MLP that learns a random teacher of the same shape, with noise."""
+    rng = np.random.default_rng(seed)
+    n, (i, hidden, o) = num_partitions, sizes
+
+    def layer(inputs: int, outputs: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+        weight = scale * rng.standard_normal((n, inputs, outputs)) / math.sqrt(inputs)
+        return weight, 0.3 * rng.standard_normal((n, outputs))
+
+    def forward(x: np.ndarray, w1: np.ndarray, b1: np.ndarray, w2: np.ndarray, b2: np.ndarray) -> np.ndarray:
+        hidden_values = np.tanh(np.einsum("...ni,nih->...nh", x, w1) + b1)
+        return np.einsum("...nh,nho->...no", hidden_values, w2) + b2
+
+    teacher = (*layer(i, hidden, 1.5), *layer(hidden, o, 1.5))
+    student = (*layer(i, hidden, 0.8), *layer(hidden, o, 0.8))
+    inputs = rng.standard_normal((batches, batch, n, i))
+    targets = forward(inputs, *teacher) + 0.05 * rng.standard_normal((batches, batch, n, o))
+    names = ("hidden.weight", "hidden.bias", "output.weight", "output.bias")
+    return TrainingTask(
+        "partitioned MLP",
+        "mlp",
+        {name: _stored_in_float32(value) for name, value in zip(names, student, strict=True)},
+        _stored_in_float32(inputs),
+        _stored_in_float32(targets),
+    )
+
+
+def nlinear_series(
+    seed: int = 0, channels: int = 7, lookback: int = 48, horizon: int = 12, batch: int = 16, batches: int = 16
+) -> TrainingTask:
+    """NLinear-I on a synthetic multivariate series: a trend, two seasons and noise, different in every channel."""
+    rng = np.random.default_rng(seed)
+    length = lookback + horizon + batch * batches
+    time = np.arange(length)[:, None]
+    daily, weekly = 2 * np.pi * time / 24, 2 * np.pi * time / 168
+    phase = rng.uniform(0, 2 * np.pi, (2, channels))
+    series = (
+        rng.normal(0, 0.004, channels) * time
+        + rng.uniform(0.5, 1.5, channels) * np.sin(daily + phase[0])
+        + rng.uniform(0.2, 0.8, channels) * np.sin(weekly + phase[1])
+        + 0.1 * rng.standard_normal((length, channels))
+    )
+    starts = rng.permutation(length - lookback - horizon)[: batch * batches]
+    window = np.stack([series[start : start + lookback + horizon] for start in starts])
+    window = _stored_in_float32(window).reshape(batches, batch, lookback + horizon, channels)
+    limit = 1 / math.sqrt(lookback)
+    return TrainingTask(
+        "NLinear-I",
+        "nlinear",
+        {
+            "head.weight": _stored_in_float32(rng.uniform(-limit, limit, (channels, lookback, horizon))),
+            "head.bias": _stored_in_float32(rng.uniform(-limit, limit, (channels, horizon))),
+        },
+        window[:, :, :lookback],
+        window[:, :, lookback:],
+    )
