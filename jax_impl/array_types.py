@@ -1,0 +1,21 @@
+"""Shape-annotated array types: one letter for each axis of the operation.
+
+Letters: `b` batch (any number of leading axes), `n` partition, `i` in_features, `o` out_features.
+"""
+
+from typing import TypeAlias
+
+from jax import Array
+from jaxtyping import Float
+
+Inputs: TypeAlias = Float[Array, "*b n i"]
+"""Features of every partition, shape (*b, n, i)."""
+
+Weight: TypeAlias = Float[Array, "n i o"]
+"""One matrix per partition, shape (n, i, o)."""
+
+Bias: TypeAlias = Float[Array, "n o"]
+"""One bias vector per partition, shape (n, o)."""
+
+Outputs: TypeAlias = Float[Array, "*b n o"]
+"""Results of every partition, shape (*b, n, o)."""

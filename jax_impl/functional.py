@@ -1,0 +1,104 @@
+"""The operation as a function: validate, select, run."""
+
+import math
+
+import jax
+from jax import Array
+from jax.core import Tracer
+from jax.lax import PrecisionLike
+from jax.typing import DTypeLike
+
+from jax_impl.array_types import Bias, Inputs, Outputs, Weight
+from jax_impl.registry import DTYPE_NAMES, UnsupportedImplementationError, get_implementation, unsupported_reason
+from jax_impl.selection import select_implementation
+from jax_impl.validation import (
+    check_implementation_name,
+    check_operands,
+    check_precision,
+    check_preferred_element_type,
+)
+
+
+def partitioned_linear(
+    x: Inputs,
+    kernel: Weight,
+    bias: Bias | None = None,
+    *,
+    implementation: str = "auto",
+    precision: PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> Outputs:
+    """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
+
+    A pure function: it may be jitted, differentiated in either mode, vmapped and scanned. bf16 and fp16 products and
+    the bias gradient accumulate in fp32.
+
+    Args:
+        x: Inputs, shape (..., n, in): any number of leading axes, none included, possibly empty.
+        kernel: One matrix per partition, shape (n, in, out).
+        bias: One vector per partition, shape (n, out); or None.
+        implementation: "auto", or a name from `implementation_names()`. A named implementation runs or raises.
+        precision: Precision of the product, as in `jax.lax.dot_general`; None for the device's default, which rounds
+            fp32 operands to TF32 on recent GPUs.
+        preferred_element_type: Dtype of the result, at least as wide as the operands'; None for that of the operands.
+
+    Returns:
+        Outputs, shape (..., n, out).
+
+    Raises:
+        TypeError: If an operand is no array, has no supported floating dtype, or the dtypes differ.
+        ValueError: If shapes or devices do not fit, or a name is unknown.
+        UnsupportedImplementationError: If the named implementation, or under "auto" every one, cannot run this call.
+
+    Source: the operation is that of an ensemble of `flax.nnx.Linear`, one per partition.
+    """
+    x, kernel, bias = check_operands(x, kernel, bias)
+    check_implementation_name(implementation)
+    check_precision(precision)
+    check_preferred_element_type(preferred_element_type, kernel.dtype)
+    num_partitions, in_features, out_features = kernel.shape
+    dtype, device = DTYPE_NAMES[kernel.dtype], device_type(x, kernel)
+    if implementation == "auto":
+        implementation = select_implementation(
+            num_partitions=num_partitions,
+            in_features=in_features,
+            out_features=out_features,
+            rows=math.prod(x.shape[:-2]),
+            dtype=dtype,
+            device=device,
+        )
+    else:
+        reason = unsupported_reason(
+            implementation,
+            dtype=dtype,
+            device=device,
+            num_partitions=num_partitions,
+            in_features=in_features,
+            out_features=out_features,
+        )
+        if reason is not None:
+            raise UnsupportedImplementationError(reason)
+    return get_implementation(implementation).run(
+        x, kernel, bias, precision=precision, preferred_element_type=preferred_element_type
+    )
+
+
+def device_type(*arrays: Array) -> str:
+    """Name the type of the device that a call on these arrays runs on, in the registry's terms.
+
+    A traced array has no device; where all are traced, this is JAX's default device.
+
+    Args:
+        arrays: Concrete or traced arrays.
+
+    Returns:
+        "cpu", "cuda", or JAX's name of another platform.
+    """
+    for array in arrays:
+        if not isinstance(array, Tracer):
+            platform = next(iter(array.devices())).platform
+            break
+    else:
+        default = jax.default_device.value
+        platform = jax.default_backend() if default is None else getattr(default, "platform", default)
+    return {"gpu": "cuda"}.get(platform, platform)

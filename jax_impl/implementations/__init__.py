@@ -1,0 +1,46 @@
+"""One formulation of y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] per file.
+
+They assume valid operands (`jax_impl.validation` has seen them) and know nothing of one another; what each one supports
+is declared in `jax_impl.registry`. The arithmetic rules that several of them share are here.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+
+def result_dtype(x: Array, preferred_element_type: DTypeLike | None) -> np.dtype:
+    """Return the dtype of y: `preferred_element_type` if given, else that of the operands."""
+    return np.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
+
+
+def partition_axis_first(x: Array) -> bool:
+    """Say whether the partition axis must lead before a batched product that would otherwise leave it where it is.
+
+    A batched bf16 product whose operands hold the batch axis in different places is refused by XLA on the CPU with an
+    fp32 result (jax 0.10.2), and accumulated in bf16 without one (jax 0.11.2): 4096 ones sum to 1536, even under
+    `DotAlgorithmPreset.BF16_BF16_F32`. With both batch axes in front it accumulates in fp32.
+    """
+    return x.dtype.itemsize == 2
+
+
+def add_bias(product: Array, bias: Array | None, dtype: np.dtype) -> Array:
+    """Add a broadcast bias in at least fp32 and round once to `dtype`.
+
+    The casts are there for the gradient: the VJP of a broadcast is a sum over all rows, and JAX sums it in the dtype
+    of the addition. In bf16 or fp16 that loses the bias gradient's digits after a few hundred rows; here it is summed
+    in fp32 and rounded once. It stays plain traceable code, so forward mode and higher derivatives hold.
+
+    Args:
+        product: x W, any shape and floating dtype.
+        bias: Any shape that broadcasts to that of `product`; or None.
+        dtype: Dtype of the result.
+
+    Returns:
+        product + bias, the shape of `product`, in `dtype`.
+    """
+    if bias is None:
+        return product.astype(dtype)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return (product.astype(wide) + bias.astype(wide)).astype(dtype)

@@ -1,0 +1,41 @@
+"""The formula itself, handed to `jax.numpy.einsum`."""
+
+import jax.numpy as jnp
+from jax.lax import PrecisionLike
+from jax.typing import DTypeLike
+
+from jax_impl.array_types import Bias, Inputs, Outputs, Weight
+from jax_impl.implementations import add_bias, partition_axis_first, result_dtype
+
+
+def partitioned_linear_einsum(
+    x: Inputs,
+    weight: Weight,
+    bias: Bias | None,
+    *,
+    precision: PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> Outputs:
+    """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] with `jax.numpy.einsum`.
+
+    The equation is spelled as written; for 16-bit operands with the partition axis in front, which see
+    `partition_axis_first`.
+
+    Args:
+        x: Inputs, shape (*b, n, i).
+        weight: One matrix per partition, shape (n, i, o), dtype of `x`.
+        bias: One vector per partition, shape (n, o), dtype of `x`; or None.
+        precision: Precision of the product, as in `jax.lax.dot_general`.
+        preferred_element_type: Dtype of the result; None for that of `x`.
+
+    Returns:
+        Outputs, shape (*b, n, o).
+    """
+    dtype = result_dtype(x, preferred_element_type)
+    equation, swapped = "...ni,nio->...no", partition_axis_first(x)
+    if swapped:
+        equation, x = "n...i,nio->n...o", jnp.moveaxis(x, -2, 0)
+    product = jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=dtype)
+    if swapped:
+        product = jnp.moveaxis(product, 0, -2)
+    return add_bias(product, bias, dtype)

@@ -1,0 +1,147 @@
+"""The layer for Flax nnx."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from jax.lax import PrecisionLike
+from jax.typing import DTypeLike
+
+from jax_impl.array_types import Inputs, Outputs
+from jax_impl.functional import partitioned_linear
+from jax_impl.initializers import Initializer, bias_initializer, check_initializer, kernel_initializer
+from jax_impl.validation import (
+    check_callable,
+    check_dtypes,
+    check_implementation_name,
+    check_instance,
+    check_is_array,
+    check_precision,
+    check_sizes,
+)
+
+
+class PartitionedLinear(nnx.Module):
+    """n independent linear maps on n groups of features: y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
+
+    Also known as block-diagonal linear, grouped linear, batched linear, ensemble linear, headwise linear, NLinear,
+    locally connected linear, and, in Keras and Flax, EinsumDense.
+
+    Shape:
+        Input (..., n, in), any number of leading axes, none included; output (..., n, out).
+
+    Dtypes are those of `flax.nnx.Linear`: input and parameters are promoted to `dtype`, or to their common dtype, and
+    the output has that dtype, or `preferred_element_type`.
+
+    Attributes:
+        kernel: `nnx.Param` of shape (n, in, out).
+        bias: `nnx.Param` of shape (n, out), or None. It has two axes, so the common rule "decay every parameter with
+            at least two axes" decays it.
+
+    Args:
+        num_partitions: n, the number of maps.
+        in_features: in, features of one partition, not their total.
+        out_features: out, features of one partition, not their total.
+        use_bias: Whether to add a bias.
+        implementation: "auto", or a name from `implementation_names()`.
+        init: "flax" for a truncated normal of std 1/sqrt(in) and a zero bias, as n `nnx.Linear` have it; "torch" for
+            U(-1/sqrt(in), 1/sqrt(in)) in kernel and bias.
+        dtype: Dtype of the computation; None to infer it from input and parameters.
+        param_dtype: Dtype of the parameters: float64, float32, bfloat16 or float16.
+        precision: Precision of the product, as in `jax.lax.dot_general`.
+        preferred_element_type: Dtype of the output; None for that of the computation.
+        kernel_init: A Flax initialiser (key, shape, dtype) instead of `init`; called once per partition with its own
+            key and the shape (in, out), so that it sees the fan-in of one partition. It runs under `jax.vmap`.
+        bias_init: The same for the bias, with the shape (out,).
+        promote_dtype: Function ((x, kernel, bias), dtype=...) -> the three in one dtype.
+        rngs: Random streams; "params" is drawn from once for the kernel and once for the bias.
+        kernel_metadata: Metadata of the kernel's `nnx.Param`, for sharding say; it describes all three axes.
+        bias_metadata: Metadata of the bias's `nnx.Param`; it describes both axes.
+
+    Raises:
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a size is not positive or a name unknown.
+
+    Source: a list of `flax.nnx.Linear` applied one by one and stacked, whose function it computes.
+    """
+
+    kernel: nnx.Param[Any]
+    bias: nnx.Param[Any] | None
+
+    def __init__(
+        self,
+        num_partitions: int,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        implementation: str = "auto",
+        init: str = "flax",
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: PrecisionLike = None,
+        preferred_element_type: DTypeLike | None = None,
+        kernel_init: Initializer | None = None,
+        bias_init: Initializer | None = None,
+        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        check_sizes(num_partitions=num_partitions, in_features=in_features, out_features=out_features)
+        check_instance("use_bias", use_bias, bool, "pass True or False")
+        check_implementation_name(implementation)
+        check_initializer(init, kernel_init, bias_init)
+        check_dtypes(dtype, param_dtype, preferred_element_type)
+        check_precision(precision)
+        check_callable("promote_dtype", promote_dtype, "((x, kernel, bias), dtype=...)")
+        check_instance("rngs", rngs, nnx.Rngs, "pass rngs=nnx.Rngs(seed)")
+        kernel_shape = (num_partitions, in_features, out_features)
+        draw_kernel = kernel_initializer(init, kernel_init, in_features)
+        self.kernel = nnx.Param(draw_kernel(rngs.params(), kernel_shape, param_dtype), **kernel_metadata)
+        if use_bias:
+            draw_bias = bias_initializer(init, bias_init, in_features)
+            values = draw_bias(rngs.params(), (num_partitions, out_features), param_dtype)
+            self.bias = nnx.Param(values, **bias_metadata)
+        else:
+            self.bias = nnx.data(None)
+        self.num_partitions = num_partitions
+        self.in_features = in_features
+        self.out_features = out_features
+        self.use_bias = use_bias
+        self.implementation = implementation
+        self.init = init
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.preferred_element_type = preferred_element_type
+        self.promote_dtype = promote_dtype
+
+    def __call__(self, x: Inputs) -> Outputs:
+        """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
+
+        Args:
+            x: Inputs, shape (..., n, in).
+
+        Returns:
+            Outputs, shape (..., n, out).
+
+        Raises:
+            TypeError: If `x` is no array, or the dtype of the computation is not a supported one.
+            ValueError: If its shape or device does not fit.
+            UnsupportedImplementationError: If the named implementation cannot run this call.
+        """
+        check_is_array("x", x)
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
+        return partitioned_linear(
+            x,
+            kernel,
+            bias,
+            implementation=self.implementation,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )

@@ -1,0 +1,192 @@
+"""Parameters in and out: canonical NumPy arrays and safetensors files.
+
+The canonical form is {"weight": (n, in, out), "bias": (n, out)}, without "bias" for a layer that has none. Every way
+in and out copies bit for bit: NaN payloads, signed zeros and subnormals included. What the nnx layer and the linen twin
+share is public here; the functions for linen's parameter dicts are in `jax_impl.linen`.
+"""
+
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax import Array
+
+from jax_impl.layer import PartitionedLinear
+from jax_impl.validation import check_arrays, check_dtype, check_instance, check_materialised
+
+FORMAT = "partitioned_linear"
+FORMAT_VERSION = "1"
+
+# bfloat16 is unknown to NumPy and to safetensors' NumPy reader; ml_dtypes supplies it.
+_FILE_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+
+
+def export_parameters(layer: PartitionedLinear) -> dict[str, np.ndarray]:
+    """Copy an nnx layer's parameters into canonical arrays.
+
+    Args:
+        layer: The layer; its parameters may be sharded over local devices.
+
+    Returns:
+        "weight" (n, in, out) and, if any, "bias" (n, out), in the parameters' dtype (bfloat16 is that of `ml_dtypes`).
+
+    Raises:
+        TypeError: If `layer` is no nnx `PartitionedLinear`.
+        ValueError: If the parameters hold no values here (abstract, traced, or partly on other hosts).
+    """
+    return to_canonical(_parameters(layer))
+
+
+def import_parameters(layer: PartitionedLinear, arrays: Mapping[str, np.ndarray]) -> None:
+    """Copy canonical arrays into an nnx layer, all of them or none; each stays on its parameter's devices.
+
+    Args:
+        layer: The layer.
+        arrays: "weight" (n, in, out) and, if the layer has one, "bias" (n, out), in the parameters' dtype.
+
+    Raises:
+        TypeError: If `layer` is no nnx `PartitionedLinear`, or an array is no NumPy array or has another dtype; the
+            layer is unchanged.
+        ValueError: If an array is missing, extra or mis-shaped; the layer is unchanged.
+    """
+    values = from_canonical(_parameters(layer), arrays)
+    layer.kernel[...] = values["weight"]
+    if layer.bias is not None:
+        layer.bias[...] = values["bias"]
+
+
+def save_parameters(layer: PartitionedLinear, path: str | os.PathLike[str]) -> None:
+    """Write an nnx layer's parameters to a safetensors file, which appears whole or not at all.
+
+    Args:
+        layer: The layer.
+        path: Where to; an existing file is replaced.
+
+    Raises:
+        TypeError: If `layer` is no nnx `PartitionedLinear`.
+        ValueError: If the parameters hold no values here.
+        OSError: If the file cannot be written.
+    """
+    write_arrays(export_parameters(layer), path)
+
+
+def load_parameters(layer: PartitionedLinear, path: str | os.PathLike[str]) -> None:
+    """Read a file written by `save_parameters`, of either framework, into an nnx layer: all of it, or nothing.
+
+    Args:
+        layer: A layer of the file's sizes and dtype.
+        path: The file.
+
+    Raises:
+        TypeError: If `layer` is no nnx `PartitionedLinear`, or a dtype differs; the layer is unchanged.
+        ValueError: If the file is foreign or of another version, or an array is missing, extra or mis-shaped; the
+            layer is unchanged.
+        OSError: If the file cannot be read.
+    """
+    import_parameters(layer, read_arrays(path))
+
+
+def to_canonical(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Copy arrays under canonical names to NumPy.
+
+    Raises:
+        ValueError: If one holds no values here.
+    """
+    check_materialised(parameters)
+    return {name: np.array(value) for name, value in parameters.items()}
+
+
+def from_canonical(parameters: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Array]:
+    """Copy canonical arrays to JAX arrays that can take the place of `parameters`.
+
+    Args:
+        parameters: Canonical name -> present array, whose shape, dtype and placement are kept.
+        arrays: Canonical name -> NumPy array.
+
+    Raises:
+        TypeError: If an array is no NumPy array or has another dtype.
+        ValueError: If an array is missing, extra or mis-shaped, or is float64 while x64 is off.
+    """
+    check_materialised(parameters)
+    check_arrays(arrays, {name: (value.shape, np.dtype(value.dtype)) for name, value in parameters.items()})
+    placed = {}
+    for name, value in parameters.items():
+        check_dtype(f"arrays[{name!r}]", arrays[name].dtype)
+        # A copy of its own: on a CPU, JAX may keep using the memory it is given.
+        placed[name] = jax.device_put(np.array(arrays[name], order="C"), getattr(value, "sharding", None))
+    return placed
+
+
+def write_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
+    """Write canonical arrays to a safetensors file, which appears whole or not at all.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    content = safetensors.numpy.save(dict(arrays), {"format": FORMAT, "format_version": FORMAT_VERSION})
+    target = Path(path)
+    # In the target's own directory, so that the replacement is one atomic rename.
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Read the arrays of a file written by `write_arrays`.
+
+    Raises:
+        TypeError: If an array has a dtype that no layer has.
+        ValueError: If the file is foreign or of another version.
+        OSError: If the file cannot be read.
+    """
+    path = Path(path)
+    content = path.read_bytes()
+    try:
+        entries = dict(safetensors.deserialize(content))
+        with safetensors.safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"`path`: expected a safetensors file, got {path.name} ({error}); pass another file."
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"`path`: expected a file of format {FORMAT!r}, got {metadata.get('format')!r} in {path.name}; write it "
+            f"with save_parameters."
+        )
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"`path`: expected format version {FORMAT_VERSION!r}, got {metadata.get('format_version')!r} in "
+            f"{path.name}; write it with a matching version of this package."
+        )
+    for name, entry in entries.items():
+        if entry["dtype"] not in _FILE_DTYPES:
+            raise TypeError(
+                f"`path`: expected {name!r} in one of {', '.join(_FILE_DTYPES)}, got {entry['dtype']} in {path.name}; "
+                f"the layer is unchanged."
+            )
+    return {
+        name: np.frombuffer(entry["data"], _FILE_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in entries.items()
+    }
+
+
+def _parameters(layer: PartitionedLinear) -> dict[str, Any]:
+    check_instance("layer", layer, PartitionedLinear, "for linen's parameters use the functions of jax_impl.linen")
+    weight = {"weight": layer.kernel[...]}
+    return weight if layer.bias is None else weight | {"bias": layer.bias[...]}

@@ -1,0 +1,128 @@
+"""The one frozen table of implementations: name, function, and what each one is declared to support."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jax_impl.implementations.einsum import partitioned_linear_einsum
+from jax_impl.implementations.grouped_conv import partitioned_linear_grouped_conv
+from jax_impl.implementations.grouped_matmul import partitioned_linear_grouped_matmul
+from jax_impl.implementations.loop import partitioned_linear_loop
+from jax_impl.implementations.masked import partitioned_linear_masked
+from jax_impl.implementations.matmul import partitioned_linear_matmul
+from jax_impl.implementations.vmap import partitioned_linear_vmap
+
+ITEM_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2})
+"""Canonical dtype names and the size of one element in bytes."""
+
+DTYPE_NAMES: Mapping[np.dtype, str] = MappingProxyType({jnp.dtype(name): name for name in ITEM_BYTES})
+"""NumPy dtypes (bfloat16 is that of ml_dtypes) to canonical names."""
+
+_EVERY_DTYPE = frozenset(ITEM_BYTES)
+_EVERY_DEVICE = frozenset({"cpu", "cuda"})
+
+
+class UnsupportedImplementationError(ValueError):
+    """A named implementation cannot run this call; nothing else was run in its place."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o], with its declared properties.
+
+    Attributes:
+        name: The name it is asked for by.
+        run: The function (x, weight, bias, *, precision, preferred_element_type) -> y.
+        dtypes: Canonical dtype names it accepts.
+        devices: Device types it accepts, of "cpu" and "cuda" (JAX calls the latter "gpu").
+        double_backward: Second derivatives exist and are right.
+        isolates_partitions: NaN or Inf in one partition leaves every other partition bitwise unchanged.
+        stride_bytes: Required alignment of feature rows in bytes; 1 for none.
+        vmap_shared_operands: `jax.vmap` may map some operands and share the others.
+    """
+
+    name: str
+    run: Callable[..., Array]
+    dtypes: frozenset[str] = _EVERY_DTYPE
+    devices: frozenset[str] = _EVERY_DEVICE
+    double_backward: bool = True
+    isolates_partitions: bool = True
+    stride_bytes: int = 1
+    vmap_shared_operands: bool = True
+
+
+_TABLE = (
+    Implementation("loop", partitioned_linear_loop),
+    Implementation("masked", partitioned_linear_masked, isolates_partitions=False),
+    Implementation("einsum", partitioned_linear_einsum),
+    Implementation("vmap", partitioned_linear_vmap),
+    Implementation("matmul", partitioned_linear_matmul),
+    Implementation("grouped_conv", partitioned_linear_grouped_conv),
+    Implementation(
+        "grouped_matmul", partitioned_linear_grouped_matmul, double_backward=False, vmap_shared_operands=False
+    ),
+)
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType({entry.name: entry for entry in _TABLE})
+"""Every implementation by name, in a fixed order."""
+
+
+def implementation_names() -> tuple[str, ...]:
+    """Return the names accepted as `implementation`, besides "auto", in table order."""
+    return tuple(IMPLEMENTATIONS)
+
+
+def get_implementation(name: str) -> Implementation:
+    """Return the table's entry for `name`.
+
+    Raises:
+        ValueError: If there is none; the message lists the choices.
+    """
+    entry = IMPLEMENTATIONS.get(name) if isinstance(name, str) else None
+    if entry is None:
+        choices = ", ".join(repr(choice) for choice in IMPLEMENTATIONS)
+        raise ValueError(f"`implementation`: expected one of {choices}, got {name!r}; choose one of these.")
+    return entry
+
+
+def unsupported_reason(
+    name: str, *, dtype: str, device: str, num_partitions: int, in_features: int, out_features: int
+) -> str | None:
+    """Say in one sentence why a named implementation cannot run a call, or return None when it can.
+
+    Args:
+        name: An implementation's name.
+        dtype: Canonical dtype name of the operands, such as "float32".
+        device: Device type, such as "cpu" or "cuda".
+        num_partitions: n.
+        in_features: i, per partition.
+        out_features: o, per partition.
+
+    Returns:
+        The reason, or None.
+
+    Raises:
+        ValueError: If `name` is unknown.
+    """
+    entry = get_implementation(name)
+    if dtype not in entry.dtypes:
+        return f"`implementation`: {name!r} supports {_listed(entry.dtypes)}, got {dtype}; choose another one."
+    if device not in entry.devices:
+        return f"`implementation`: {name!r} supports devices {_listed(entry.devices)}, got {device}; move the operands."
+    if entry.stride_bytes > 1:
+        item = ITEM_BYTES[dtype]
+        for symbol, size in (("in_features", in_features), ("out_features", out_features)):
+            if size * item % entry.stride_bytes:
+                return (
+                    f"`implementation`: {name!r} needs rows of a multiple of {entry.stride_bytes} bytes, got "
+                    f"{symbol}={size} in {dtype}, {size * item} bytes; choose another one."
+                )
+    return None
+
+
+def _listed(names: frozenset[str]) -> str:
+    return ", ".join(sorted(names))
