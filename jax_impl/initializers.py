@@ -58,17 +58,17 @@ INITIALIZERS = MappingProxyType({"torch": (torch_uniform, torch_uniform), "flax"
 """Name -> (kernel initialiser, bias initialiser), each made from in_features."""
 
 
-def check_initializer(init: Any, kernel_init: Any, bias_init: Any) -> None:
+def check_initializer(init: Any, kernel_init: Any, bias_init: Any, *, argument: str = "init") -> None:
     """Refuse what `kernel_initializer` and `bias_initializer` cannot use.
 
     Raises:
         TypeError: If `init` is no name, or one of the others no function.
         ValueError: If `init` is an unknown name.
     """
-    check_name("init", init, INITIALIZERS)
-    for argument, function in (("kernel_init", kernel_init), ("bias_init", bias_init)):
+    check_name(argument, init, INITIALIZERS)
+    for name, function in (("kernel_init", kernel_init), ("bias_init", bias_init)):
         if function is not None:
-            check_callable(argument, function, "(key, shape, dtype)")
+            check_callable(name, function, "(key, shape, dtype)")
 
 
 def kernel_initializer(init: str, kernel_init: Initializer | None, in_features: int) -> Initializer:

@@ -22,12 +22,7 @@ _ALGORITHMS = tuple(jax.lax.DotAlgorithmPreset.__members__)
 
 
 def check_sizes(**sizes: Any) -> None:
-    """Refuse sizes that are not positive ints.
-
-    Raises:
-        TypeError: If one is no int; bool is refused.
-        ValueError: If one is zero or negative.
-    """
+    """Refuse what is no int (bool included) by a TypeError, and zero or negative sizes by a ValueError."""
     for argument, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"`{argument}`: expected a positive int, got {size!r} of type {_kind(size)}; pass an int.")
@@ -70,12 +65,7 @@ def check_dtypes(dtype: Any, param_dtype: Any, preferred_element_type: Any) -> N
 
 
 def check_preferred_element_type(preferred_element_type: Any, dtype: np.dtype) -> None:
-    """Refuse a result dtype that cannot hold the operands' values.
-
-    Raises:
-        TypeError: If it is not one of the supported floating dtypes.
-        ValueError: If it is narrower than the operands' dtype, or float64 while x64 is off.
-    """
+    """Refuse, by a ValueError, a result narrower than the operands; raises as `check_dtype` does otherwise."""
     if preferred_element_type is None:
         return
     check_dtype("preferred_element_type", preferred_element_type)
@@ -98,12 +88,7 @@ def check_precision(precision: Any) -> None:
 
 
 def check_name(argument: str, name: Any, choices: Iterable[str]) -> None:
-    """Refuse a name that is not among the choices.
-
-    Raises:
-        TypeError: If it is no string.
-        ValueError: If it is unknown; the message lists the choices.
-    """
+    """Refuse what is no string by a TypeError, and an unknown name by a ValueError that lists the choices."""
     choices = tuple(choices)
     check_instance(argument, name, str, f"pass one of {_quoted(choices)}")
     if name not in choices:
@@ -125,6 +110,15 @@ def check_is_array(argument: str, value: Any) -> None:
     """Refuse, by a TypeError, all but JAX and NumPy arrays and holders of one, such as `nnx.Param`."""
     if not (isinstance(value, Array | np.ndarray) or hasattr(value, "__jax_array__")):
         raise TypeError(f"`{argument}`: expected a jax.Array, got a {_kind(value)}; convert it first.")
+
+
+def check_partition_axes(x: Any) -> None:
+    """Refuse an input from which a layer cannot infer n and in, by a TypeError or a ValueError."""
+    check_is_array("x", x)
+    if x.ndim < 2 or 0 in x.shape[-2:]:
+        raise ValueError(
+            f"`x`: expected shape (..., n, in) with positive n and in, got {x.shape}; split the features first."
+        )
 
 
 def check_operands(x: Any, kernel: Any, bias: Any) -> tuple[Array, Array, Array | None]:
@@ -199,19 +193,13 @@ def _committed_devices(array: Array) -> list[str]:
 def check_materialised(parameters: Mapping[str, Any]) -> None:
     """Refuse, by a ValueError, parameters without values here: abstract, traced, or partly on other hosts."""
     for name, value in parameters.items():
-        concrete = isinstance(value, np.ndarray) or (
-            isinstance(value, Array) and not isinstance(value, Tracer)
-        )
+        concrete = isinstance(value, np.ndarray) or (isinstance(value, Array) and not isinstance(value, Tracer))
         if not concrete or not getattr(value, "is_fully_addressable", True):
             raise ValueError(f"`layer`: expected values in `{name}`, got {value!r}; use a layer that holds its values.")
 
 
 def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-    """Refuse canonical arrays that are not exactly those of the layer.
-
-    Args:
-        arrays: The received name -> NumPy array.
-        expected: Name -> (shape, dtype).
+    """Refuse canonical arrays that are not exactly the expected ones, given as name -> (shape, dtype).
 
     Raises:
         TypeError: If it is no mapping of NumPy arrays, or a dtype differs.
@@ -221,7 +209,8 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
         raise TypeError(f"`arrays`: expected a mapping of names to NumPy arrays, got a {_kind(arrays)}; pass a dict.")
     if set(arrays) != set(expected):
         raise ValueError(
-            f"`arrays`: expected exactly the names {_quoted(sorted(expected))}, got {_quoted(sorted(arrays, key=str))}; the layer is unchanged."
+            f"`arrays`: expected exactly the names {_quoted(sorted(expected))}, got "
+            f"{_quoted(sorted(arrays, key=str))}; the layer is unchanged."
         )
     for name, (shape, dtype) in expected.items():
         array = arrays[name]

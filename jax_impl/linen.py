@@ -1,0 +1,215 @@
+"""The layer for Flax linen, and the way of its parameters to and from canonical arrays and files.
+
+The twin of `jax_impl.layer`: the same function, implementations and initial values, in Flax's other module system.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.core import FrozenDict, freeze, meta
+from flax.linen import dtypes
+from jax.lax import PrecisionLike
+from jax.typing import DTypeLike
+
+from jax_impl.array_types import Inputs, Outputs
+from jax_impl.functional import partitioned_linear
+from jax_impl.initializers import Initializer, bias_initializer, check_initializer, kernel_initializer
+from jax_impl.parameters import from_canonical, read_arrays, to_canonical, write_arrays
+from jax_impl.validation import (
+    check_callable,
+    check_dtypes,
+    check_implementation_name,
+    check_instance,
+    check_partition_axes,
+    check_precision,
+    check_sizes,
+)
+
+_LINEN_NAMES = {"weight": "kernel", "bias": "bias"}
+
+
+class PartitionedLinear(nn.Module):
+    """n independent linear maps on n groups of features: y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
+
+    Also known as block-diagonal linear, grouped linear, batched linear, ensemble linear, headwise linear, NLinear,
+    locally connected linear, and, in Keras and Flax, EinsumDense.
+
+    Shape:
+        Input (..., n, in), any number of leading axes, none included; output (..., n, out). n and in are inferred from
+        the first input.
+
+    Parameters are "kernel" (n, in, out) and "bias" (n, out), in the collection "params". Dtypes are those of
+    `flax.linen.Dense`: input and parameters are promoted to `dtype`, or to their common dtype.
+
+    Attributes:
+        features: out, features of one partition, not their total.
+        use_bias: Whether to add a bias.
+        implementation: "auto", or a name from `implementation_names()`.
+        initializer: The nnx layer's `init` (linen gives that name to a method): "flax" for a truncated
+            normal of std 1/sqrt(in) and a zero bias, as n `linen.Dense` have it; "torch" for U(-1/sqrt(in), 1/sqrt(in))
+            in kernel and bias.
+        dtype: Dtype of the computation; None to infer it from input and parameters.
+        param_dtype: Dtype of the parameters: float64, float32, bfloat16 or float16.
+        precision: Precision of the product, as in `jax.lax.dot_general`.
+        preferred_element_type: Dtype of the output; None for that of the computation.
+        kernel_init: A Flax initialiser (key, shape, dtype) instead of `initializer`; called once per partition with
+            its own key and the shape (in, out), so that it sees the fan-in of one partition. It runs under `jax.vmap`.
+            The names of `linen.with_partitioning` describe all three axes.
+        bias_init: The same for the bias, with the shape (out,) and two names.
+        promote_dtype: Function (x, kernel, bias, dtype=...) -> the three in one dtype.
+
+    Raises:
+        TypeError: When called, if an attribute has a wrong type or dtype.
+        ValueError: When called, if `features` is not positive or a name unknown.
+
+    Source: a list of `flax.linen.Dense` applied one by one and stacked, whose function it computes.
+    """
+
+    features: int
+    use_bias: bool = True
+    implementation: str = "auto"
+    initializer: str = "flax"
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: PrecisionLike = None
+    preferred_element_type: DTypeLike | None = None
+    kernel_init: Initializer | None = None
+    bias_init: Initializer | None = None
+    promote_dtype: Callable[..., Any] = dtypes.promote_dtype
+
+    @nn.compact
+    def __call__(self, x: Inputs) -> Outputs:
+        """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
+
+        Args:
+            x: Inputs, shape (..., n, in).
+
+        Returns:
+            Outputs, shape (..., n, out).
+
+        Raises:
+            TypeError: If `x` is no array, or the dtype of the computation is not a supported one.
+            ValueError: If its shape or device does not fit.
+            UnsupportedImplementationError: If the named implementation cannot run this call.
+        """
+        check_sizes(features=self.features)
+        check_instance("use_bias", self.use_bias, bool, "pass True or False")
+        check_implementation_name(self.implementation)
+        check_initializer(self.initializer, self.kernel_init, self.bias_init, argument="initializer")
+        check_dtypes(self.dtype, self.param_dtype, self.preferred_element_type)
+        check_precision(self.precision)
+        check_callable("promote_dtype", self.promote_dtype, "(x, kernel, bias, dtype=...)")
+        check_partition_axes(x)
+        num_partitions, in_features = x.shape[-2:]
+        if self.has_variable("params", "kernel"):
+            # The sizes of what was initialised: a later input that differs is refused in this package's words.
+            stored = meta.unbox(self.get_variable("params", "kernel"))
+            if stored.ndim == 3:
+                num_partitions, in_features = stored.shape[:2]
+        draw_kernel = kernel_initializer(self.initializer, self.kernel_init, in_features)
+        kernel_shape = (num_partitions, in_features, self.features)
+        kernel = self.param("kernel", draw_kernel, kernel_shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            draw_bias = bias_initializer(self.initializer, self.bias_init, in_features)
+            bias = self.param("bias", draw_bias, (num_partitions, self.features), self.param_dtype)
+        x, kernel, bias = self.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return partitioned_linear(
+            x,
+            kernel,
+            bias,
+            implementation=self.implementation,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+
+
+def export_parameters(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Copy a linen layer's parameters into canonical arrays.
+
+    Args:
+        params: The layer's own {"kernel": ..., "bias": ...}, or {"params": {...}} as its `init` returns it.
+
+    Returns:
+        "weight" (n, in, out) and, if any, "bias" (n, out), in the parameters' dtype (bfloat16 is that of `ml_dtypes`).
+
+    Raises:
+        TypeError: If `params` is no mapping.
+        ValueError: If it holds other names than those, or no values.
+    """
+    return to_canonical(_canonical(_own(params)))
+
+
+def import_parameters(params: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+    """Return a linen layer's parameters with the values of canonical arrays; `params` itself is unchanged.
+
+    Args:
+        params: The layer's own {"kernel": ..., "bias": ...}, or {"params": {...}}; shapes, dtypes, placement, boxes of
+            metadata and other collections are kept.
+        arrays: "weight" (n, in, out) and, if the layer has one, "bias" (n, out), in the parameters' dtype.
+
+    Returns:
+        A new mapping of the same structure.
+
+    Raises:
+        TypeError: If `params` is no mapping, or an array is no NumPy array or has another dtype.
+        ValueError: If `params` holds other names, or an array is missing, extra or mis-shaped.
+    """
+    own = _own(params)
+    values = from_canonical(_canonical(own), arrays)
+    renewed = meta.replace_boxed(dict(own), {_LINEN_NAMES[name]: value for name, value in values.items()})
+    result = {**params, "params": renewed} if "params" in params else renewed
+    return freeze(result) if isinstance(params, FrozenDict) else result
+
+
+def save_parameters(params: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a linen layer's parameters to a safetensors file, which appears whole or not at all.
+
+    Args:
+        params: As for `export_parameters`.
+        path: Where to; an existing file is replaced.
+
+    Raises:
+        TypeError: If `params` is no mapping.
+        ValueError: If it holds other names than a layer's, or no values.
+        OSError: If the file cannot be written.
+    """
+    write_arrays(export_parameters(params), path)
+
+
+def load_parameters(params: Mapping[str, Any], path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Return a linen layer's parameters with the values of a file written by `save_parameters` of either framework.
+
+    Args:
+        params: As for `import_parameters`.
+        path: The file.
+
+    Returns:
+        A new mapping of the same structure.
+
+    Raises:
+        TypeError: If `params` is no mapping, or a dtype differs.
+        ValueError: If the file is foreign or of another version, or an array is missing, extra or mis-shaped.
+        OSError: If the file cannot be read.
+    """
+    return import_parameters(params, read_arrays(path))
+
+
+def _own(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    check_instance("params", params, Mapping, "pass the layer's own dict")
+    own = params.get("params", params)
+    check_instance("params", own, Mapping, "pass the layer's own dict")
+    if set(own) not in ({"kernel"}, {"kernel", "bias"}):
+        raise ValueError(
+            f"`params`: expected the names 'kernel' and, if any, 'bias', got {', '.join(map(repr, own)) or 'none'}; "
+            f"pass the layer's own dict."
+        )
+    return own
+
+
+def _canonical(own: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: meta.unbox(own[key]) for name, key in _LINEN_NAMES.items() if key in own}
