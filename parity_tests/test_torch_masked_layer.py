@@ -2,11 +2,16 @@
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="the torch tree needs torch")
+from parity_tests.harness.subjects.base import framework_available
+
+if not framework_available("torch"):
+    pytest.skip("the torch tree needs torch", allow_module_level=True)
+
+import torch
 
 from torch_impl import MaskedPartitionedLinear, PartitionedLinear, export_parameters, import_parameters
 
-N, I, O = 3, 4, 5
+NUM, IN, OUT = 3, 4, 5
 POISON = [float("nan"), float("inf"), -float("inf")]
 
 
@@ -21,7 +26,7 @@ def lattice(*shape, dtype=torch.float32):
 
 
 def lattice_layer(bias=True):
-    layer = MaskedPartitionedLinear(N, I, O, bias=bias)
+    layer = MaskedPartitionedLinear(NUM, IN, OUT, bias=bias)
     with torch.no_grad():
         for view in layer.partition_views().values():
             view.copy_(lattice(*view.shape))
@@ -30,11 +35,11 @@ def lattice_layer(bias=True):
 
 def blocks():
     """The mask, written down independently: row r and column c belong to the same partition."""
-    return (torch.arange(N * O) // O).unsqueeze(1) == (torch.arange(N * I) // I).unsqueeze(0)
+    return (torch.arange(NUM * OUT) // OUT).unsqueeze(1) == (torch.arange(NUM * IN) // IN).unsqueeze(0)
 
 
 def test_mask_and_initial_weights():
-    layer = MaskedPartitionedLinear(N, I, O)
+    layer = MaskedPartitionedLinear(NUM, IN, OUT)
     assert torch.equal(layer.mask, blocks())
     assert (layer.weight[~blocks()] == 0).all()
     assert (layer.weight[blocks()] != 0).all()
@@ -44,11 +49,11 @@ def test_mask_and_initial_weights():
 @pytest.mark.parametrize("leading", [(), (0,), (1,), (6,), (2, 3)], ids=str)
 def test_split_and_flat_inputs_give_the_compact_layer_s_results(leading, bias):
     layer = lattice_layer(bias)
-    compact = PartitionedLinear(N, I, O, bias=bias)
+    compact = PartitionedLinear(NUM, IN, OUT, bias=bias)
     import_parameters(compact, export_parameters(layer))
-    x = lattice(*leading, N, I)
+    x = lattice(*leading, NUM, IN)
     expected = compact(x)
-    assert expected.shape == (*leading, N, O)
+    assert expected.shape == (*leading, NUM, OUT)
     assert torch.equal(layer(x), expected)
     assert torch.equal(layer(x.flatten(-2)), expected.flatten(-2))
     strided = x.transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -56,16 +61,16 @@ def test_split_and_flat_inputs_give_the_compact_layer_s_results(leading, bias):
 
 
 def test_with_one_partition_split_and_flat_agree():
-    layer = MaskedPartitionedLinear(1, I, O)
-    x = torch.randn(6, 1, I)
-    assert layer(x).shape == (6, 1, O)
-    assert layer(x[:, 0]).shape == (6, O)
+    layer = MaskedPartitionedLinear(1, IN, OUT)
+    x = torch.randn(6, 1, IN)
+    assert layer(x).shape == (6, 1, OUT)
+    assert layer(x[:, 0]).shape == (6, OUT)
 
 
 @pytest.mark.parametrize("poison", POISON, ids=str)
 def test_off_block_weights_have_no_effect(poison):
     layer = lattice_layer()
-    x = lattice(6, N, I)
+    x = lattice(6, NUM, IN)
     clean = layer(x)
     with torch.no_grad():
         layer.weight[~blocks()] = poison
@@ -76,8 +81,8 @@ def test_off_block_weights_have_no_effect(poison):
 @pytest.mark.parametrize("poison", [1.0, *POISON], ids=str)
 def test_off_block_gradients_are_exactly_zero(poison):
     layer = lattice_layer()
-    cotangent = torch.full((6, N, O), poison)
-    layer(lattice(6, N, I)).backward(cotangent)
+    cotangent = torch.full((6, NUM, OUT), poison)
+    layer(lattice(6, NUM, IN)).backward(cotangent)
     off_block = layer.weight.grad[~blocks()]
     # Bit for bit: neither NaN nor a negative zero that a decayed or scaled update could turn into something else.
     assert (off_block.view(torch.int32) == 0).all()
@@ -103,13 +108,13 @@ def test_off_block_weights_never_count_in_training(build, start):
         layer.weight[~blocks()] = start
     optimisers = [build(layer.parameters()), build(clean.parameters())]
     for _ in range(5):
-        x, wanted = torch.randn(16, N, I), torch.randn(16, N, O)
+        x, wanted = torch.randn(16, NUM, IN), torch.randn(16, NUM, OUT)
         for module, optimiser in zip((layer, clean), optimisers, strict=True):
             optimiser.zero_grad()
             (module(x) - wanted).square().mean().backward()
             assert (module.weight.grad[~blocks()] == 0).all()
             optimiser.step()
-    x = torch.randn(16, N, I)
+    x = torch.randn(16, NUM, IN)
     assert torch.equal(layer(x), clean(x))
     assert torch.equal(layer.weight[blocks()], clean.weight[blocks()])
     assert (clean.weight[~blocks()] == 0).all()
@@ -120,12 +125,12 @@ def test_a_layer_that_multiplies_by_the_mask_would_fail_here():
     with torch.no_grad():
         layer.weight[~blocks()] = float("nan")
     multiplied = (layer.mask * layer.weight).detach()
-    assert torch.nn.functional.linear(lattice(6, N * I), multiplied, layer.bias).isnan().any()
+    assert torch.nn.functional.linear(lattice(6, NUM * IN), multiplied, layer.bias).isnan().any()
 
 
 def test_nan_in_one_partition_reaches_the_others():
     layer = lattice_layer()
-    x = lattice(6, N, I)
+    x = lattice(6, NUM, IN)
     x[:, 1] = float("nan")
     assert layer(x).isnan().all()
 
@@ -144,7 +149,7 @@ def test_double_backward():
 
 def test_autocast():
     layer = lattice_layer()
-    x = lattice(6, N, I)
+    x = lattice(6, NUM, IN)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
@@ -153,11 +158,11 @@ def test_autocast():
 
 @pytest.mark.parametrize("move", [lambda m: m.double(), lambda m: m.to_empty(device="cpu")], ids=["double", "to_empty"])
 def test_the_mask_survives_moves(move):
-    assert torch.equal(move(MaskedPartitionedLinear(N, I, O)).mask, blocks())
+    assert torch.equal(move(MaskedPartitionedLinear(NUM, IN, OUT)).mask, blocks())
 
 
 def test_reset_zeroes_the_off_block_weights():
-    layer = MaskedPartitionedLinear(N, I, O)
+    layer = MaskedPartitionedLinear(NUM, IN, OUT)
     with torch.no_grad():
         layer.weight.fill_(7.0)
     layer.reset_parameters()

@@ -7,9 +7,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the torch tree needs torch")
+from parity_tests.harness.subjects.base import framework_available
+
+if not framework_available("torch"):
+    pytest.skip("the torch tree needs torch", allow_module_level=True)
 
 import safetensors.numpy
+import torch
 from torch import nn
 
 from torch_impl import (
@@ -111,7 +115,7 @@ REFUSED_ARRAYS = {
         r"shape \(n, in, out\) = \(3, 4, 5\), got \(3, 5, 4\)",
     ),
     "dtype": ({**GOOD, "bias": GOOD["bias"].astype(np.float64)}, TypeError, r"dtype float32, got float64"),
-    "byte-order": ({**GOOD, "bias": GOOD["bias"].astype(">f4")}, TypeError, r"dtype <f4, got >f4"),
+    "byte-order": ({**GOOD, "bias": GOOD["bias"].astype(">f4")}, TypeError, r"dtype float32, got >f4"),
     "list": ({**GOOD, "bias": GOOD["bias"].tolist()}, TypeError, r"a NumPy array, got a list"),
 }
 

@@ -223,9 +223,8 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
                 f"`arrays[{name!r}]`: expected shape {symbols} = {shape}, got {array.shape}; the layer is unchanged."
             )
         if array.dtype != dtype:
-            raise TypeError(
-                f"`arrays[{name!r}]`: expected dtype {dtype.name}, got {array.dtype.name}; the layer is unchanged."
-            )
+            got = array.dtype.name if array.dtype.isnative else array.dtype.str
+            raise TypeError(f"`arrays[{name!r}]`: expected dtype {dtype.name}, got {got}; the layer is unchanged.")
 
 
 def check_mesh(device_mesh: Any, kind: type, num_partitions: int) -> None:

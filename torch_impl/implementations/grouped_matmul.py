@@ -39,10 +39,11 @@ def partitioned_linear_grouped_matmul(x: Inputs, weight: Weight, bias: Bias | No
 
 
 class _AlignRows(torch.autograd.Function):
-    """Identity whose result, cotangent, tangent and their own derivatives all have rows the kernel can read.
+    """Identity whose result and cotangent, and those of its derivatives, all have rows the kernel can read.
 
     The kernel's derivative hands cotangents to the same kernel, and a cotangent may be expanded (stride 0, as the
     gradient of a sum is) or strided; only an identity that also intervenes in backward can mend that.
+    There is no forward mode, because the kernel has none.
     """
 
     generate_vmap_rule = True
@@ -62,10 +63,6 @@ class _AlignRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _aligned(cotangent)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _aligned(tangent)
 
 
 def _aligned(tensor: Tensor) -> Tensor:

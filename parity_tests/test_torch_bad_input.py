@@ -1,0 +1,358 @@
+"""Bad calls of the torch tree: each gives its one clear sentence."""
+
+import pytest
+
+from parity_tests.harness.subjects.base import framework_available
+
+if not framework_available("torch"):
+    pytest.skip("the torch tree needs torch", allow_module_level=True)
+
+import numpy as np
+import torch
+from torch import nn
+
+from torch_impl import (
+    MaskedPartitionedLinear,
+    PartitionedLinear,
+    UnsupportedImplementationError,
+    export_parameters,
+    import_parameters,
+    partitioned_linear,
+)
+from torch_impl.parameters import state_dict_from_linears
+from torch_impl.registry import get_implementation, unsupported_reason
+from torch_impl.sharding import shard_inputs, shard_partitions
+
+X, W, B = torch.zeros(5, 4, 8), torch.zeros(4, 8, 6), torch.zeros(4, 6)
+
+
+def call(x=X, weight=W, bias=B, **options):
+    return lambda: partitioned_linear(x, weight, bias, **options)
+
+
+FUNCTION = {
+    "x-no-tensor": (call(x=X.numpy()), TypeError, r"^`x`: expected a torch.Tensor, got a ndarray; convert it first\.$"),
+    "x-none": (call(x=None), TypeError, r"^`x`: expected a torch.Tensor, got a NoneType;"),
+    "weight-list": (call(weight=[W]), TypeError, r"^`weight`: expected a torch.Tensor, got a list;"),
+    "bias-float": (call(bias=0.0), TypeError, r"^`bias`: expected a torch.Tensor, got a float;"),
+    "x-integer": (call(x=X.int()), TypeError, r"^`x`: expected a dtype of float64, .*, got int32; cast it first\.$"),
+    "weight-complex": (call(weight=W.cfloat()), TypeError, r"^`weight`: expected a dtype of .*, got complex64;"),
+    "bias-bool": (call(bias=B.bool()), TypeError, r"^`bias`: expected a dtype of .*, got bool;"),
+    "x-dtype-mixed": (
+        call(x=X.double()),
+        TypeError,
+        r"^`x`: expected the dtype of `weight`, float32, got float64; cast one of them, or use torch.autocast\.$",
+    ),
+    "bias-dtype-mixed": (
+        call(bias=B.half()),
+        TypeError,
+        r"^`bias`: expected the dtype of `weight`, float32, got float16;",
+    ),
+    "x-scalar": (call(x=torch.tensor(1.0)), ValueError, r"^`x`: expected shape \(\.\.\., n, in\) = .*, got \(\);"),
+    "x-vector": (call(x=X[0, 0]), ValueError, r"= \(\.\.\., 4, 8\), got \(8,\); move the partition axis next to last"),
+    "x-wrong-n": (
+        call(x=torch.zeros(5, 3, 8)),
+        ValueError,
+        r"^`x`: expected shape \(\.\.\., n, in\) = \(\.\.\., 4, 8\), got \(5, 3, 8\);",
+    ),
+    "x-wrong-in": (call(x=torch.zeros(5, 4, 7)), ValueError, r"= \(\.\.\., 4, 8\), got \(5, 4, 7\);"),
+    "x-size-1-partition-axis": (
+        call(x=torch.zeros(5, 1, 8)),
+        ValueError,
+        r"got \(5, 1, 8\); a shared input is not broadcast, use x\.expand\(\.\.\., 4, 8\)\.$",
+    ),
+    "x-size-1-in": (call(x=torch.zeros(5, 4, 1)), ValueError, r"= \(\.\.\., 4, 8\), got \(5, 4, 1\);"),
+    "x-axes-swapped": (call(x=X.mT), ValueError, r"got \(5, 8, 4\); swap its last two axes with x\.mT\.$"),
+    "x-flat": (
+        call(x=X.flatten(-2)),
+        ValueError,
+        r"got \(5, 32\); split its last axis with x\.unflatten\(-1, \(4, 8\)\)\.$",
+    ),
+    "weight-2d": (
+        call(weight=W[0]),
+        ValueError,
+        r"^`weight`: expected shape \(n, in, out\) with positive sizes, got \(8, 6\);",
+    ),
+    "weight-4d": (call(weight=W[None]), ValueError, r"^`weight`: expected shape .*, got \(1, 4, 8, 6\);"),
+    "weight-zero-out": (call(weight=W[..., :0]), ValueError, r"^`weight`: .* positive sizes, got \(4, 8, 0\);"),
+    "weight-zero-n": (call(weight=W[:0]), ValueError, r"^`weight`: .* positive sizes, got \(0, 8, 6\);"),
+    "bias-1d": (call(bias=B[0]), ValueError, r"^`bias`: expected shape \(n, out\) = \(4, 6\), got \(6,\);"),
+    "bias-3d": (call(bias=B[None]), ValueError, r"^`bias`: expected shape .* = \(4, 6\), got \(1, 4, 6\);"),
+    "bias-size-1-partition-axis": (call(bias=B[:1]), ValueError, r"= \(4, 6\), got \(1, 6\); pass one vector per"),
+    "bias-wrong-out": (call(bias=B[:, :5]), ValueError, r"= \(4, 6\), got \(4, 5\);"),
+    "x-elsewhere": (
+        call(x=X.to("meta")),
+        ValueError,
+        r"^`x`: expected the device of `weight`, cpu, got meta; move one of them\.$",
+    ),
+    "bias-elsewhere": (
+        call(bias=B.to("meta")),
+        ValueError,
+        r"^`bias`: expected the device of `weight`, cpu, got meta;",
+    ),
+    "unknown-name": (
+        call(implementation="bmm"),
+        ValueError,
+        r"^`implementation`: expected one of 'auto', 'loop', 'masked', 'einsum', 'vmap', 'matmul', 'grouped_conv', "
+        r"'grouped_matmul', got 'bmm'; choose one of these\.$",
+    ),
+    "name-no-string": (call(implementation=["loop"]), TypeError, r"^`implementation`: expected a name, got a list;"),
+    "unsupported-dtype": (
+        call(x=X.double(), weight=W.double(), bias=None, implementation="grouped_matmul"),
+        UnsupportedImplementationError,
+        r"^`implementation`: 'grouped_matmul' supports bfloat16, float16, float32, got float64; choose another one\.$",
+    ),
+    "unsupported-size": (
+        call(bias=None, implementation="grouped_matmul"),
+        UnsupportedImplementationError,
+        r"^`implementation`: 'grouped_matmul' needs rows of a multiple of 16 bytes, got out_features=6 in float32, "
+        r"24 bytes;",
+    ),
+}
+
+
+def linears(**changed):
+    options = {"in_features": 4, "out_features": 5, **changed}
+    return [nn.Linear(4, 5), nn.Linear(**options)]
+
+
+def frozen():
+    pair = linears()
+    pair[1].weight.requires_grad_(False)
+    return pair
+
+
+def normalised():
+    return [nn.utils.parametrizations.weight_norm(linear) for linear in linears()]
+
+
+LAYER = {
+    "zero-n": (lambda: PartitionedLinear(0, 4, 5), ValueError, r"^`num_partitions`: expected a positive int, got 0;"),
+    "negative-in": (
+        lambda: PartitionedLinear(3, -4, 5),
+        ValueError,
+        r"^`in_features`: expected a positive int, got -4",
+    ),
+    "zero-out": (lambda: MaskedPartitionedLinear(3, 4, 0), ValueError, r"^`out_features`: expected a positive int"),
+    "float-in": (lambda: PartitionedLinear(3, 4.0, 5), TypeError, r"^`in_features`: .*, got 4\.0 of type float; pass"),
+    "bool-n": (lambda: PartitionedLinear(True, 4, 5), TypeError, r"^`num_partitions`: .*, got True of type bool;"),
+    "string-out": (lambda: MaskedPartitionedLinear(3, 4, "5"), TypeError, r"^`out_features`: .*, got '5' of type str;"),
+    "bias-number": (lambda: PartitionedLinear(3, 4, 5, 1), TypeError, r"^`bias`: expected True or False, got a int;"),
+    "unknown-implementation": (
+        lambda: PartitionedLinear(3, 4, 5, implementation="fast"),
+        ValueError,
+        r"^`implementation`: expected one of 'auto', 'loop', .*, got 'fast';",
+    ),
+    "unknown-init": (
+        lambda: PartitionedLinear(3, 4, 5, init="xavier"),
+        ValueError,
+        r"^`init`: expected one of 'torch', 'flax', got 'xavier'; choose one or pass a function\.$",
+    ),
+    "init-number": (lambda: PartitionedLinear(3, 4, 5, init=0.1), TypeError, r"^`init`: expected a name, a function"),
+    "init-triple": (
+        lambda: MaskedPartitionedLinear(3, 4, 5, init=(nn.init.ones_,) * 3),
+        TypeError,
+        r"^`init`: expected a name, a function or a pair",
+    ),
+    "init-not-in-place": (
+        lambda: PartitionedLinear(3, 4, 5, init=lambda view: torch.ones_like(view)),
+        TypeError,
+        r"^`weight_init`: expected a function that fills its argument of shape \(5, 4\) in place,",
+    ),
+    "dtype-integer": (
+        lambda: PartitionedLinear(3, 4, 5, dtype=torch.int64),
+        TypeError,
+        r"^`dtype`: expected one of float64, .*, got torch\.int64; pass a floating torch\.dtype\.$",
+    ),
+    "dtype-string": (lambda: PartitionedLinear(3, 4, 5, dtype="float32"), TypeError, r"^`dtype`: .*, got 'float32';"),
+    "forward-shape": (lambda: PartitionedLinear(4, 8, 6)(X.mT), ValueError, r"= \(\.\.\., 4, 8\), got \(5, 8, 4\);"),
+    "forward-dtype": (lambda: PartitionedLinear(4, 8, 6)(X.half()), TypeError, r"^`x`: expected the dtype of `weight`"),
+    "masked-shape": (
+        lambda: MaskedPartitionedLinear(4, 8, 6)(torch.zeros(5, 31)),
+        ValueError,
+        r"^`x`: expected shape \(\.\.\., n, in\) = \(\.\.\., 4, 8\) or \(\.\.\., n\*in\) = \(\.\.\., 32\), got "
+        r"\(5, 31\); reshape it\.$",
+    ),
+    "masked-broadcast": (lambda: MaskedPartitionedLinear(4, 8, 6)(X[:, :1]), ValueError, r"got \(5, 1, 8\); reshape"),
+    "masked-scalar": (lambda: MaskedPartitionedLinear(4, 8, 6)(torch.tensor(0.0)), ValueError, r"got \(\); reshape it"),
+    "masked-dtype": (lambda: MaskedPartitionedLinear(4, 8, 6)(X.double()), TypeError, r"^`x`: expected the dtype of"),
+    "masked-device": (lambda: MaskedPartitionedLinear(4, 8, 6)(X.to("meta")), ValueError, r"^`x`: .* cpu, got meta;"),
+    "masked-no-tensor": (lambda: MaskedPartitionedLinear(4, 8, 6)([1.0]), TypeError, r"^`x`: .*, got a list;"),
+    "linears-none": (
+        lambda: PartitionedLinear.from_linears([]),
+        ValueError,
+        r"^`linears`: expected at least one nn\.Linear, got none;",
+    ),
+    "linears-single": (
+        lambda: PartitionedLinear.from_linears(nn.Linear(4, 5)),
+        TypeError,
+        r"^`linears`: expected a sequence of nn\.Linear, got a Linear;",
+    ),
+    "linears-kind": (
+        lambda: MaskedPartitionedLinear.from_linears([nn.Linear(4, 5), nn.Conv1d(4, 5, 1)]),
+        TypeError,
+        r"^`linears\[1\]`: expected an nn\.Linear without parametrizations, got a Conv1d;",
+    ),
+    "linears-parametrised": (
+        lambda: PartitionedLinear.from_linears(normalised()),
+        TypeError,
+        r"^`linears\[0\]`: expected an nn\.Linear without parametrizations, got a ParametrizedLinear;",
+    ),
+    "linears-in": (
+        lambda: PartitionedLinear.from_linears(linears(in_features=3)),
+        ValueError,
+        r"^`linears\[1\]`: expected in_features=4 as in linears\[0\], got 3; make all of them alike\.$",
+    ),
+    "linears-out": (
+        lambda: PartitionedLinear.from_linears(linears(out_features=6)),
+        ValueError,
+        r"^`linears\[1\]`: expected out_features=5 as in linears\[0\], got 6;",
+    ),
+    "linears-bias": (
+        lambda: PartitionedLinear.from_linears(linears(bias=False)),
+        ValueError,
+        r"^`linears\[1\]`: expected bias=True as in linears\[0\], got False;",
+    ),
+    "linears-dtype": (
+        lambda: PartitionedLinear.from_linears(linears(dtype=torch.float64)),
+        TypeError,
+        r"^`linears\[1\]`: expected dtype=torch\.float32 as in linears\[0\], got torch\.float64;",
+    ),
+    "linears-device": (
+        lambda: PartitionedLinear.from_linears(linears(device="meta")),
+        ValueError,
+        r"^`linears\[1\]`: expected device=cpu as in linears\[0\], got meta;",
+    ),
+    "linears-frozen": (
+        lambda: PartitionedLinear.from_linears(frozen()),
+        ValueError,
+        r"^`linears\[1\]`: expected requires_grad=",
+    ),
+}
+
+STATE = nn.ModuleList(linears()).state_dict()
+
+
+def without(key):
+    return {name: value for name, value in STATE.items() if name != key}
+
+
+PARAMETERS = {
+    "export-meta": (
+        lambda: export_parameters(PartitionedLinear(3, 4, 5, device="meta")),
+        ValueError,
+        r"^`layer`: expected values in `weight`, got the meta device;",
+    ),
+    "import-list": (
+        lambda: import_parameters(PartitionedLinear(3, 4, 5), [np.zeros(1)]),
+        TypeError,
+        r"^`arrays`: expected a mapping of names to NumPy arrays, got a list;",
+    ),
+    "state-empty": (
+        lambda: state_dict_from_linears({}),
+        ValueError,
+        r"^`state_dict`: expected linears 0 to n - 1 under the prefix '', got \[\];",
+    ),
+    "state-prefix": (
+        lambda: state_dict_from_linears(STATE, "heads."),
+        ValueError,
+        r"under the prefix 'heads\.', got \[\]; pass a complete state_dict\.$",
+    ),
+    "state-gap": (
+        lambda: state_dict_from_linears({**STATE, "3.weight": STATE["0.weight"], "3.bias": STATE["0.bias"]}),
+        ValueError,
+        r"^`state_dict`: expected linears 0 to n - 1 .*, got \[0, 1, 3\];",
+    ),
+    "state-foreign-key": (
+        lambda: state_dict_from_linears({**STATE, "norm.weight": STATE["0.bias"]}),
+        ValueError,
+        r"^`state_dict`: expected keys <k>\.weight and <k>\.bias only, got 'norm\.weight';",
+    ),
+    "state-leading-zero": (
+        lambda: state_dict_from_linears({"00.weight": STATE["0.weight"]}),
+        ValueError,
+        r"^`state_dict`: expected keys .* only, got '00\.weight';",
+    ),
+    "state-bias-missing": (
+        lambda: state_dict_from_linears(without("1.bias")),
+        ValueError,
+        r"a bias in all or none, got \['weight'\] for 1;",
+    ),
+    "state-weight-missing": (
+        lambda: state_dict_from_linears(without("0.weight")),
+        ValueError,
+        r"expected a weight in every linear .*, got \['bias'\] for 0;",
+    ),
+    "state-shape": (
+        lambda: state_dict_from_linears({**STATE, "1.weight": torch.zeros(5, 3)}),
+        ValueError,
+        r"^`state_dict\['1\.weight'\]`: expected shape \(out, in\) = \(5, 4\) as in linear 0, got \(5, 3\);",
+    ),
+    "state-bias-shape": (
+        lambda: state_dict_from_linears({**STATE, "0.bias": torch.zeros(4)}),
+        ValueError,
+        r"^`state_dict\['0\.bias'\]`: expected shape \(out,\) = \(5,\) as in linear 0, got \(4,\);",
+    ),
+    "state-dtype": (
+        lambda: state_dict_from_linears({**STATE, "1.bias": STATE["1.bias"].double()}),
+        TypeError,
+        r"^`state_dict\['1\.bias'\]`: expected dtype torch\.float32 as in linear 0, got torch\.float64;",
+    ),
+    "state-no-tensor": (
+        lambda: state_dict_from_linears({**STATE, "1.bias": [0.0]}),
+        TypeError,
+        r"^`state_dict\['1\.bias'\]`: expected a torch\.Tensor, got a list;",
+    ),
+    "shard-what": (
+        lambda: shard_partitions(nn.Linear(4, 5), None),
+        TypeError,
+        r"^`layer`: expected a PartitionedLinear, got a Linear;",
+    ),
+    "shard-implementation": (
+        lambda: shard_partitions(PartitionedLinear(4, 8, 6, implementation="masked"), None),
+        UnsupportedImplementationError,
+        r"^`layer`: expected an implementation that shards .*, one of auto, einsum, matmul, got 'masked';",
+    ),
+    "shard-where": (
+        lambda: shard_partitions(PartitionedLinear(4, 8, 6), "cpu"),
+        TypeError,
+        r"^`device_mesh`: expected a DeviceMesh, got a str;",
+    ),
+    "shard-vector": (
+        lambda: shard_inputs(torch.zeros(4), None),
+        ValueError,
+        r"^`x`: expected shape \(\.\.\., n, in\), got \(4,\);",
+    ),
+    "registry-name": (
+        lambda: get_implementation("auto"),
+        ValueError,
+        r"^`implementation`: expected one of 'loop', .*, got 'auto';",
+    ),
+    "registry-reason-name": (
+        lambda: unsupported_reason(
+            "bmm", dtype="float32", device="cpu", num_partitions=1, in_features=1, out_features=1
+        ),
+        ValueError,
+        r"^`implementation`: expected one of 'loop', .*, got 'bmm';",
+    ),
+}
+
+CALLS = {
+    f"{part}-{name}": case
+    for part, cases in {"function": FUNCTION, "layer": LAYER, "parameters": PARAMETERS}.items()
+    for name, case in cases.items()
+}
+
+
+@pytest.mark.parametrize(("bad_call", "error", "message"), CALLS.values(), ids=CALLS)
+def test_bad_call_gives_one_clear_sentence(bad_call, error, message):
+    with pytest.raises(error, match=message) as raised:
+        bad_call()
+    text = str(raised.value)
+    assert raised.type is error
+    assert "\n" not in text
+    assert text.endswith(".")
+
+
+def test_unsupported_is_a_value_error():
+    assert issubclass(UnsupportedImplementationError, ValueError)
