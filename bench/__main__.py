@@ -1,0 +1,104 @@
+"""Command line: ``python -m bench run | report | list | doctor``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="F", help="Write the result as JSON to this file too.")
+]
+TorchPython = Annotated[str | None, typer.Option(metavar="P", help="Interpreter that has torch; default: this one.")]
+JaxPython = Annotated[
+    str | None, typer.Option(metavar="P", help="Interpreter that has jax and flax; default: this one.")
+]
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory for the records and the report.")],
+    preset: Annotated[str, typer.Option(help="smoke, seed, workloads or full; see `list`.")] = "smoke",
+    workload: Annotated[list[str] | None, typer.Option(help="Only this workload; may be repeated.")] = None,
+    framework: Annotated[list[str] | None, typer.Option(help="Only torch or only jax.")] = None,
+    implementation: Annotated[list[str] | None, typer.Option(help="Only this competitor; may be repeated.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[list[str] | None, typer.Option(help="ieee_fp32, tf32, bf16, fp16 or fp64.")] = None,
+    direction: Annotated[list[str] | None, typer.Option(help="forward or forward_backward.")] = None,
+    division: Annotated[list[str] | None, typer.Option(help="stock or matched.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each cell.")] = None,
+    replicates: Annotated[int | None, typer.Option(min=1, help="Sets of fresh processes.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the inputs and of the order.")] = 0,
+    torch_python: TorchPython = None,
+    jax_python: JaxPython = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the records in DIR; repeats nothing.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Measures a preset and shows the ranking of every workload and direction.
+
+    Exit status: 0 if every timed result was right; 1 after a mismatch or a crash, or if nothing could be timed;
+    2 for wrong usage.
+    """
+    from bench.commands.run import Options, run_command
+
+    options = Options(
+        out=out,
+        preset=preset,
+        workloads=tuple(workload or ()),
+        frameworks=tuple(framework or ()),
+        implementations=tuple(implementation or ()),
+        device=device,
+        precisions=tuple(precision or ()),
+        directions=tuple(direction or ()),
+        divisions=tuple(division or ()),
+        rounds=rounds,
+        replicates=replicates,
+        seed=seed,
+        torch_python=torch_python,
+        jax_python=jax_python,
+        resume=resume,
+        json_file=json_file,
+    )
+    raise typer.Exit(run_command(options))
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories of earlier runs.")],
+    markdown: Annotated[Path | None, typer.Option(metavar="F", help="Write the report as Markdown.")] = None,
+    json_file: JsonFile = None,
+    chart: Annotated[
+        Path | None, typer.Option(metavar="F", help="Draw ratios with intervals (.svg, .png, .html).")
+    ] = None,
+    readme: Annotated[Path | None, typer.Option(metavar="F", help="Replace the results block of this README.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="With --readme: change nothing, exit 1 if it is stale.")
+    ] = False,
+) -> None:
+    """Shows the records of earlier runs; measures nothing."""
+    from bench.commands.report import report_command
+
+    raise typer.Exit(
+        report_command(directories, markdown=markdown, json_file=json_file, chart=chart, readme=readme, check=check)
+    )
+
+
+@app.command(name="list")
+def list_(torch_python: TorchPython = None, jax_python: JaxPython = None, json_file: JsonFile = None) -> None:
+    """Lists workloads with their sources, presets, and the competitors of the frameworks that are installed."""
+    from bench.commands.inspect import list_command
+
+    raise typer.Exit(list_command(torch_python, jax_python, json_file))
+
+
+@app.command()
+def doctor(torch_python: TorchPython = None, jax_python: JaxPython = None, json_file: JsonFile = None) -> None:
+    """Checks what a measurement depends on: frameworks, CUDA packages, threads, precision switches, load."""
+    from bench.commands.inspect import doctor_command
+
+    raise typer.Exit(doctor_command(torch_python, jax_python, json_file))
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m bench")

@@ -1,0 +1,107 @@
+"""``bench list`` and ``bench doctor``: what there is to measure, and whether it can be measured here."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.commands.usage import FAILED, OK, UsageError, check_interpreters, check_writable, complain
+from bench.measure.diagnosis import diagnose
+from bench.measure.environment import allowed_cpus
+from bench.measure.pool import WorkerPool, starter
+from bench.measure.protocol import RequestError
+from bench.plan.cells import DIRECTIONS, DIVISIONS, PRECISIONS
+from bench.plan.presets import PRESETS
+from bench.plan.workloads import WORKLOADS
+from bench.report.export import write_json
+
+
+def _pool(torch_python: str | None, jax_python: str | None, division: str) -> WorkerPool:
+    pythons = check_interpreters(torch_python, jax_python)
+    return WorkerPool(starter(pythons, device="auto", division=division, cpus=allowed_cpus()))
+
+
+def _catalogue(pool: WorkerPool) -> dict[str, Any]:
+    return {
+        "workloads": [asdict(workload) for workload in WORKLOADS.values()],
+        "presets": [
+            {
+                "name": preset.name,
+                "summary": preset.summary,
+                "workloads": list(preset.workloads),
+                "rounds": preset.rounds,
+            }
+            for preset in PRESETS.values()
+        ],
+        "directions": list(DIRECTIONS),
+        "divisions": list(DIVISIONS),
+        "precisions": list(PRECISIONS),
+        "competitors": {catalogue.framework: catalogue.kinds() for catalogue in pool.catalogues()},
+        "missing": pool.missing,
+    }
+
+
+def _show_catalogue(found: dict[str, Any]) -> None:
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print("Workloads:")
+    for workload in WORKLOADS.values():
+        console.print(f"  {workload.name:30} {workload.shape:30} {workload.source}")
+    console.print("Presets:")
+    for preset in PRESETS.values():
+        console.print(f"  {preset.name:30} {preset.summary}")
+    console.print("Competitors:")
+    for framework, kinds in found["competitors"].items():
+        console.print(f"  {framework:30} {', '.join(kinds)}")
+    for framework, reason in found["missing"].items():
+        console.print(f"  {framework:30} {reason}")
+    for name in ("directions", "divisions", "precisions"):
+        console.print(f"{name.capitalize()}: {', '.join(found[name])}")
+
+
+def list_command(torch_python: str | None, jax_python: str | None, json_file: Path | None) -> int:
+    """Runs ``bench list`` and returns its exit status."""
+    try:
+        check_writable("--json", json_file)
+        with _pool(torch_python, jax_python, DIVISIONS[0]) as pool:
+            found = _catalogue(pool)
+    except UsageError as error:
+        return complain(error)
+    except RequestError as error:
+        print(f"bench: a worker cannot start: {error}", file=sys.stderr)
+        return FAILED
+    _show_catalogue(found)
+    if json_file is not None:
+        write_json(json_file, found)
+    return OK
+
+
+def doctor_command(torch_python: str | None, jax_python: str | None, json_file: Path | None) -> int:
+    """Runs ``bench doctor``; its exit status is 1 if no framework can be measured, whatever else it finds."""
+    try:
+        check_writable("--json", json_file)
+        # The stock division changes nothing, so what is shown is what a user gets without the benchmark.
+        with _pool(torch_python, jax_python, "stock") as pool:
+            found = diagnose(pool.hello, pool.missing)
+    except UsageError as error:
+        return complain(error)
+    except RequestError as error:
+        print(f"bench: a worker cannot start: {error}", file=sys.stderr)
+        return FAILED
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"Processor: {found['cpu_model']}; {len(found['affinity'])} of {found['cpu_count']} processors usable"
+    )
+    for name, framework in found["frameworks"].items():
+        console.print(f"{name} (Python {framework['python']}), devices {', '.join(framework['devices'])}")
+        for heading in ("versions", "default_switches", "variables"):
+            shown = ", ".join(f"{key}={value}" for key, value in framework[heading].items() if value is not None)
+            console.print(f"  {heading.replace('_', ' ')}: {shown}")
+    for line in found["warnings"]:
+        console.print(f"Warning: {line}")
+    if not found["warnings"]:
+        console.print("Nothing to complain about.")
+    if json_file is not None:
+        write_json(json_file, found)
+    return OK if found["frameworks"] else FAILED

@@ -1,0 +1,64 @@
+"""Wrong usage: one sentence on stderr and exit status 2, never a traceback."""
+
+import shutil
+import sys
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+OK, FAILED, USAGE = 0, 1, 2
+INTERRUPTED = 130
+
+
+class UsageError(ValueError):
+    """A mistake of the user's; the message is one sentence."""
+
+
+def complain(error: object) -> int:
+    """Prints the sentence and returns the exit status for wrong usage."""
+    print(f"bench: {error}", file=sys.stderr)
+    return USAGE
+
+
+def check_choices(argument: str, values: Iterable[str], choices: Collection[str]) -> None:
+    """Refuses a value that is no choice.
+
+    Raises:
+        UsageError: with the choices listed.
+    """
+    for value in values:
+        if value not in choices:
+            raise UsageError(f"{argument}: expected one of {', '.join(choices)}, got {value!r}; choose one of these.")
+
+
+def check_interpreters(torch_python: str | None, jax_python: str | None) -> dict[str, str]:
+    """Framework to interpreter, for those that were given.
+
+    Raises:
+        UsageError: if one is no program.
+    """
+    given = {"torch": torch_python, "jax": jax_python}
+    found = {}
+    for framework, python in given.items():
+        if python is None:
+            continue
+        program = shutil.which(python)
+        if program is None:
+            raise UsageError(f"--{framework}-python: {python!r} is no program; give the path of a Python interpreter.")
+        # The worker starts in another directory, and a symbolic link of a virtual environment must stay one.
+        found[framework] = str(Path(program).absolute())
+    return found
+
+
+def check_writable(argument: str, path: Path | None) -> None:
+    """Refuses an output file that cannot be written, before anything is measured.
+
+    Raises:
+        UsageError: if its directory is missing or the file cannot be opened.
+    """
+    if path is None:
+        return
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise UsageError(f"{argument}: {path} cannot be written ({error.strerror}); choose another file.") from error

@@ -1,0 +1,259 @@
+"""Measures one cell: prepares and judges every competitor, then lets one at a time run its blocks, in shuffled rounds.
+
+Whatever happens to a competitor ends in its own record; a worker that dies or hangs is replaced and the rest goes on.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from bench.measure.protocol import Message, RequestError
+from bench.plan.cells import Cell
+from bench.plan.competitors import EAGER, YARDSTICK, Competitor
+from bench.plan.costs import planned_skip
+from bench.plan.presets import Preset
+
+_BASELINES = (("torch", "matmul", EAGER), ("jax", "matmul", None))
+
+
+class Workers(Protocol):
+    """What the coordinator needs of a pool."""
+
+    def request(self, framework: str, message: Message, timeout_s: float) -> Message:
+        """Asks a worker."""
+        ...
+
+    def alive(self, framework: str) -> bool:
+        """Whether a worker still runs."""
+        ...
+
+    def replace(self, framework: str) -> None:
+        """Starts a new worker in place of a dead one."""
+        ...
+
+
+@dataclass
+class Entry:
+    """A competitor in a cell, and what happened to it."""
+
+    competitor: Competitor
+    handle: str
+    control: bool = False
+    baseline: bool = False
+    status: str = "ok"
+    reason: str = ""
+    skipped: bool = False
+    blocks: list[float] = field(default_factory=list)
+    calls_per_block: int | None = None
+    warm_up: list[float] = field(default_factory=list)
+    compile_s: float | None = None
+    static_memory_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    memory_method: str | None = None
+    judgement: dict[str, Any] | None = None
+
+    def fail(self, status: str, reason: str, *, skipped: bool = False) -> None:
+        """Ends the competitor."""
+        self.status, self.reason, self.skipped = status, reason, skipped
+
+    @property
+    def going(self) -> bool:
+        """Whether it still takes part."""
+        return self.status == "ok"
+
+
+@dataclass(frozen=True)
+class CellOutcome:
+    """What a cell came to.
+
+    Attributes:
+        entries: all competitors, the control last.
+        inputs_digest: hash of the inputs, or None if no worker drew any.
+        switches: per framework, its precision switches.
+    """
+
+    entries: tuple[Entry, ...]
+    inputs_digest: str | None
+    switches: dict[str, dict[str, Any]]
+
+
+class CellRun:
+    """One cell on its way from competitors to samples.
+
+    Args:
+        cell: the conditions.
+        competitors: who takes part.
+        workers: the pool.
+        preset: rounds, block length and caps.
+        seed: of the inputs and the order.
+        report: called with a short text at each step.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        competitors: Sequence[Competitor],
+        workers: Workers,
+        preset: Preset,
+        *,
+        seed: int = 0,
+        report: Callable[[str], None] = lambda text: None,
+    ):
+        self._cell, self._workers, self._preset, self._seed, self._report = cell, workers, preset, seed, report
+        self._entries = [Entry(competitor, str(k)) for k, competitor in enumerate(competitors)]
+        self._opened: dict[str, Message] = {}
+
+    def _of(self, framework: str) -> list[Entry]:
+        return [entry for entry in self._entries if entry.going and entry.competitor.framework == framework]
+
+    def _open(self, framework: str) -> None:
+        message = {"operation": "open_cell", "cell": asdict(self._cell), "seed": self._seed}
+        self._opened[framework] = self._workers.request(framework, message, self._preset.limits.request_s)
+
+    def _open_all(self) -> None:
+        for framework in dict.fromkeys(entry.competitor.framework for entry in self._entries):
+            try:
+                self._open(framework)
+            except RequestError as error:
+                for entry in self._of(framework):
+                    entry.fail(error.status, error.reason)
+                if not self._workers.alive(framework):
+                    self._workers.replace(framework)
+        digests = {reply["inputs_digest"] for reply in self._opened.values()}
+        if len(digests) > 1:
+            for entry in self._entries:
+                entry.fail("crash", "the frameworks drew different inputs from the same seed: nothing can be compared")
+
+    def _ask(self, entry: Entry, operation: str, timeout_s: float, **fields: Any) -> Message | None:
+        """A request on behalf of a competitor; None if that ended it."""
+        framework = entry.competitor.framework
+        try:
+            return self._workers.request(
+                framework, {"operation": operation, "handle": entry.handle, **fields}, timeout_s
+            )
+        except RequestError as error:
+            entry.fail(error.status, error.reason)
+        if not self._workers.alive(framework):
+            self._recover(framework)
+        return None
+
+    def _recover(self, framework: str) -> None:
+        """Replaces a dead worker and prepares its remaining competitors again; a second failure ends them too."""
+        prepared = [entry for entry in self._of(framework) if entry.calls_per_block is not None]
+        try:
+            self._workers.replace(framework)
+            self._open(framework)
+        except RequestError as error:
+            for entry in self._of(framework):
+                entry.fail(error.status, f"the worker could not be replaced: {error.reason}")
+            return
+        for entry in prepared:
+            # A failure in here recovers again, and then prepares these once more; each failure ends one competitor.
+            if not entry.control and entry.going and self._prepare(entry) is not None:
+                self._ask(entry, "warm_up", self._preset.limits.request_s, block_s=self._preset.block_s, max_blocks=2)
+
+    def _prepare(self, entry: Entry) -> Message | None:
+        competitor = entry.competitor
+        return self._ask(
+            entry,
+            "prepare",
+            self._preset.limits.prepare_s,
+            implementation=competitor.implementation,
+            mode=competitor.mode,
+            kind=competitor.kind,
+            call_limit_s=self._preset.limits.call_s,
+        )
+
+    def _skip(self, entry: Entry, reason: str) -> None:
+        entry.fail("unsupported", f"skipped: {reason}", skipped=True)
+
+    def _make_ready(self, entry: Entry) -> None:
+        """Prepare, judge, measure memory, warm up: everything before the first round."""
+        limits = self._preset.limits
+        free = self._opened[entry.competitor.framework]["free_bytes"]
+        reason = planned_skip(entry.competitor, self._cell, limits, free)
+        if reason is not None:
+            return self._skip(entry, reason)
+        prepared = self._prepare(entry)
+        if prepared is None:
+            return None
+        entry.compile_s, entry.static_memory_bytes = prepared["compile_s"], prepared["static_memory_bytes"]
+        checked = self._ask(entry, "check", limits.request_s)
+        if checked is None or not self._accept(entry, checked["judgement"], "before timing"):
+            return None
+        if prepared["call_s"] > limits.call_s:
+            self._ask(entry, "drop", limits.request_s)
+            return self._skip(
+                entry, f"one call took {prepared['call_s']:.2g} s, over the preset's cap of {limits.call_s:g} s"
+            )
+        used = self._ask(entry, "memory", limits.request_s)
+        if used is None:
+            return None
+        entry.peak_memory_bytes, entry.memory_method = used["peak_memory_bytes"], used["memory_method"]
+        fields = {"block_s": self._preset.block_s, "max_blocks": self._preset.warm_up_blocks}
+        warm = self._ask(entry, "warm_up", limits.request_s, **fields)
+        if warm is not None:
+            entry.calls_per_block, entry.warm_up = warm["calls_per_block"], warm["block_latency_s"]
+        return None
+
+    def _accept(self, entry: Entry, judgement: dict[str, Any], when: str) -> bool:
+        entry.judgement = judgement
+        if judgement["status"] != "ok":
+            entry.fail("mismatch", f"{when}: {judgement['reason']}")
+        return entry.going
+
+    def _choose_baseline(self) -> Entry | None:
+        """The torch product in eager mode, else JAX's, else whoever is first; never the yardstick."""
+        going = [entry for entry in self._entries if entry.going and entry.competitor.kind != YARDSTICK]
+        for framework, implementation, mode in _BASELINES:
+            for entry in going:
+                who = entry.competitor
+                if (who.framework, who.implementation) == (framework, implementation) and mode in (None, who.mode):
+                    return entry
+        return going[0] if going else None
+
+    def _add_control(self) -> None:
+        baseline = self._choose_baseline()
+        if baseline is None:
+            return
+        baseline.baseline = True
+        # The same prepared call in the same process, timed as if it were somebody else.
+        control = Entry(baseline.competitor, baseline.handle, control=True, baseline=True)
+        for name in ("calls_per_block", "compile_s", "judgement", "peak_memory_bytes", "memory_method"):
+            setattr(control, name, getattr(baseline, name))
+        self._entries.append(control)
+
+    def _rounds(self) -> None:
+        order = random.Random(self._seed)
+        for number in range(self._preset.rounds):
+            self._report(f"round {number + 1} of {self._preset.rounds}")
+            shuffled = [entry for entry in self._entries if entry.going]
+            order.shuffle(shuffled)
+            last_round = number == self._preset.rounds - 1
+            for reverse in (False, True):
+                for entry in reversed(shuffled) if reverse else shuffled:
+                    if entry.going:
+                        self._block(entry, verify=last_round and reverse)
+
+    def _block(self, entry: Entry, *, verify: bool) -> None:
+        limit = self._preset.limits.request_s
+        timed = self._ask(entry, "block", limit, calls=entry.calls_per_block, verify=verify)
+        if timed is None:
+            return
+        entry.blocks.append(timed["block_latency_s"])
+        if verify:
+            self._accept(entry, timed["judgement"], "after timing")
+
+    def run(self) -> CellOutcome:
+        """Measures the cell."""
+        self._open_all()
+        for entry in list(self._entries):
+            if entry.going:
+                self._report(f"preparing {entry.competitor.label}")
+                self._make_ready(entry)
+        self._add_control()
+        self._rounds()
+        switches = {framework: reply["switches"] for framework, reply in self._opened.items()}
+        digests = [reply["inputs_digest"] for reply in self._opened.values()]
+        return CellOutcome(tuple(self._entries), digests[0] if digests else None, switches)

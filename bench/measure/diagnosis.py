@@ -1,0 +1,91 @@
+"""What ``bench doctor`` finds: the things that spoil a measurement or a set-up without an error."""
+
+import os
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from typing import Any
+
+from bench.measure.environment import allowed_cpus, cpu_model, git_state, source_digest
+from bench.plan.cells import DIVISIONS
+
+# Both CUDA majors install files of the same names (nvidia/cudnn/lib/libcudnn.so.9 and others): the later one wins.
+_CUDA_SUFFIXES: Mapping[str, tuple[str, ...]] = {"12": ("-cu12", "-cuda12-plugin"), "13": ("-cu13", "-cuda13-plugin")}
+_BUSY_LOAD_PER_CPU = 0.5
+
+
+def cuda_packages(names: Iterable[str]) -> dict[str, list[str]]:
+    """CUDA major version to the installed packages that are built for it.
+
+    Args:
+        names: names of installed distributions.
+    """
+    found: dict[str, list[str]] = {}
+    for name in sorted({name.lower().replace("_", "-") for name in names}):
+        for major, suffixes in _CUDA_SUFFIXES.items():
+            if name.endswith(suffixes):
+                found.setdefault(major, []).append(name)
+    return found
+
+
+def installed_distributions() -> list[str]:
+    """Names of the distributions in this interpreter."""
+    return [name for distribution in metadata.distributions() if (name := distribution.metadata["Name"])]
+
+
+def warnings_for(
+    hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str], packages: Mapping[str, list[str]]
+) -> list[str]:
+    """One sentence for each thing that a user should mend or know.
+
+    Args:
+        hello: per framework, its worker's reply.
+        missing: per framework that is not installed, why.
+        packages: what ``cuda_packages`` found.
+    """
+    said = [f"{framework} cannot take part: {reason}." for framework, reason in missing.items()]
+    if len(packages) > 1:
+        shown = "; ".join(f"CUDA {major}: {', '.join(names[:3])}" for major, names in packages.items())
+        said.append(
+            f"Packages of several CUDA majors are installed and overwrite each other's files ({shown}); "
+            "use a fresh environment with the extra cuda12 or cuda13."
+        )
+    with_gpu = [framework for framework, reply in hello.items() if "cuda" in reply["devices"]]
+    if with_gpu and len(with_gpu) < len(hello):
+        said.append(f"Only {with_gpu[0]} sees a GPU: the frameworks can be compared on the CPU only.")
+    cpus = len(allowed_cpus()) or os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > _BUSY_LOAD_PER_CPU * cpus:
+        said.append(f"The machine is busy: load {load:.1f} on {cpus} processors; intervals will be wide.")
+    return said
+
+
+def diagnose(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that ``bench doctor`` shows, as a JSON object.
+
+    Args:
+        hello: per framework, its worker's reply.
+        missing: per framework that is not installed, why.
+    """
+    packages = cuda_packages(installed_distributions())
+    return {
+        "cpu_model": cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "affinity": list(allowed_cpus()),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "git": git_state(),
+        "source_digest": source_digest(),
+        "divisions": list(DIVISIONS),
+        "cuda_packages": packages,
+        "frameworks": {
+            name: {
+                "python": reply["python"],
+                "devices": list(reply["devices"]),
+                "versions": reply["environment"],
+                "default_switches": reply["default_switches"],
+                "variables": reply["variables"],
+            }
+            for name, reply in hello.items()
+        },
+        "missing": dict(missing),
+        "warnings": warnings_for(hello, missing, packages),
+    }

@@ -1,0 +1,51 @@
+"""The torch competitors: the registry's implementations, what users write instead, the article's dense yardstick."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from torch_impl import partitioned_linear
+from torch_impl.registry import implementation_names
+
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _bmm_bias(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1) + bias
+
+
+def _baddbmm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.baddbmm(bias[:, None], x.transpose(0, 1), weight).transpose(0, 1)
+
+
+def _einsum(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.einsum("bni,nio->bno", x, weight) + bias
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """One dense map over all features (case A of the article), on arrays with a partition axis of size 1."""
+    return torch.addmm(bias[0], x[:, 0], weight[0])[:, None]
+
+
+STOCK: Mapping[str, Function] = MappingProxyType(
+    {"stock:bmm+bias": _bmm_bias, "stock:baddbmm": _baddbmm, "stock:einsum": _einsum}
+)
+YARDSTICKS: Mapping[str, Function] = MappingProxyType({"dense": _dense})
+
+
+def resolve(name: str) -> Function:
+    """Returns the function that a competitor's name means.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    if name in implementation_names():
+        return partial(partitioned_linear, implementation=name)
+    known = {**STOCK, **YARDSTICKS}
+    if name not in known:
+        choices = ", ".join((*implementation_names(), *known))
+        raise ValueError(f"implementation: expected one of {choices}, got {name!r}; choose one of these.")
+    return known[name]

@@ -1,0 +1,103 @@
+"""From the outcome of a cell to its records."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from statistics import median
+from typing import Any
+
+from bench.measure.coordinator import CellOutcome, Entry
+from bench.plan.cells import Cell
+from bench.plan.competitors import Competitor
+from bench.plan.costs import compulsory_bytes, useful_flops, waste_factor
+from bench.plan.presets import Preset
+from bench.records import HARNESS_VERSION, SCHEMA_VERSION, Record, digest
+
+
+def cell_hash(cell: Cell, competitors: Sequence[Competitor], preset: Preset, *, seed: int, environment_id: str) -> str:
+    """Identifies a comparison: the conditions, who takes part, the effort, the source and the environment."""
+    return digest(
+        {
+            "cell": asdict(cell),
+            "competitors": [asdict(competitor) for competitor in competitors],
+            "effort": [preset.rounds, preset.block_s, preset.warm_up_blocks, asdict(preset.limits)],
+            "seed": seed,
+            "environment": environment_id,
+            "harness": HARNESS_VERSION,
+        }
+    )
+
+
+def _record(entry: Entry, shared: dict[str, Any], switches: dict[str, Any], cell: Cell) -> Record:
+    who, right = entry.competitor, entry.going
+    judgement = entry.judgement or {}
+    identity = [shared["cell"], shared["process_replicate"], asdict(who), entry.control]
+    blocks, calls = tuple(entry.blocks), entry.calls_per_block
+    return Record(
+        **shared,
+        key=digest(identity),
+        framework=who.framework,
+        implementation=who.implementation,
+        kind=who.kind,
+        mode=who.mode,
+        observed_precision=judgement.get("observed_precision"),
+        status=entry.status,
+        reason=entry.reason,
+        skipped=entry.skipped,
+        block_latency_s=blocks if right else (),
+        calls_per_block=calls,
+        latency_s=median(blocks) / calls if right and calls else None,
+        rejected_block_latency_s=() if right else blocks,
+        warm_up_block_latency_s=tuple(entry.warm_up),
+        compile_s=entry.compile_s,
+        peak_memory_bytes=entry.peak_memory_bytes,
+        memory_method=entry.memory_method,
+        static_memory_bytes=entry.static_memory_bytes,
+        bound_fraction=judgement.get("bound_fraction"),
+        parity=judgement.get("tensors", {}),
+        waste_factor=waste_factor(who, cell),
+        control=entry.control,
+        baseline=entry.baseline,
+        switches=switches,
+    )
+
+
+def records_of(
+    outcome: CellOutcome,
+    cell: Cell,
+    *,
+    cell_key: str,
+    process_replicate: int,
+    seed: int,
+    environment_id: str,
+    started_at: datetime,
+) -> list[Record]:
+    """Builds the records of a cell, one for each competitor and one for the control."""
+    workload = cell.workload
+    shared = {
+        "schema_version": SCHEMA_VERSION,
+        "cell": cell_key,
+        "cell_size": len(outcome.entries),
+        "workload": workload.name,
+        "num_partitions": workload.num_partitions,
+        "in_features": workload.in_features,
+        "out_features": workload.out_features,
+        "batch": workload.batch,
+        "dtype": cell.dtype,
+        "device": cell.device,
+        "direction": cell.direction,
+        "division": cell.division,
+        "precision": cell.precision,
+        "layout": workload.layout,
+        "cache": cell.cache,
+        "useful_flops": useful_flops(cell),
+        "compulsory_bytes": compulsory_bytes(cell),
+        "process_replicate": process_replicate,
+        "seed": seed,
+        "inputs_digest": outcome.inputs_digest,
+        "started_at": started_at.astimezone(UTC).isoformat(timespec="seconds"),
+        "environment_id": environment_id,
+    }
+    return [
+        _record(entry, shared, outcome.switches.get(entry.competitor.framework, {}), cell) for entry in outcome.entries
+    ]

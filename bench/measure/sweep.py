@@ -1,0 +1,184 @@
+"""A whole run: every cell of a preset, in every division and process replicate, into a store."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from bench.measure.coordinator import CellRun
+from bench.measure.environment import allowed_cpus, environment_id, fingerprint
+from bench.measure.pool import WorkerPool, starter
+from bench.measure.recording import cell_hash, records_of
+from bench.plan.cells import DEVICES, Cell
+from bench.plan.competitors import FRAMEWORKS, Competitor, competitors_for
+from bench.plan.presets import Preset, plan_cells
+from bench.store import Store
+
+
+class SelectionError(ValueError):
+    """A request that selects nothing, or something that is not there; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run is asked to do.
+
+    Attributes:
+        preset: cells and effort, already narrowed.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        frameworks: which frameworks take part, if installed.
+        implementations: names to keep; empty keeps all.
+        pythons: framework to interpreter, where not the running one.
+        seed: of the inputs and the order.
+    """
+
+    preset: Preset
+    device: str = "auto"
+    frameworks: tuple[str, ...] = FRAMEWORKS
+    implementations: tuple[str, ...] = ()
+    pythons: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        done: cells that are finished, those of an earlier run included.
+        total: all cells.
+        text: what is happening.
+    """
+
+    done: int
+    total: int
+    text: str
+
+
+@dataclass
+class SweepNotes:
+    """What the user should know beside the records."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, line: str) -> None:
+        """Adds a line once."""
+        if line not in self.lines:
+            self.lines.append(line)
+
+
+def choose_device(asked: str, hello: Mapping[str, Mapping[str, Any]], notes: SweepNotes) -> str:
+    """Turns ``auto`` into a device that every framework has, and refuses one that a framework lacks.
+
+    Raises:
+        SelectionError: if the device that was asked for is not there.
+    """
+    found = {framework: tuple(reply["devices"]) for framework, reply in hello.items()}
+    if asked != "auto":
+        lacking = [framework for framework, devices in found.items() if asked not in devices]
+        if lacking:
+            raise SelectionError(f"device: {' and '.join(lacking)} cannot use {asked!r} here; choose another --device.")
+        return asked
+    if all("cuda" in devices for devices in found.values()):
+        return "cuda"
+    with_gpu = [framework for framework, devices in found.items() if "cuda" in devices]
+    if with_gpu:
+        notes.add(f"Only {with_gpu[0]} sees a GPU: everything runs on the CPU, where the frameworks can be compared.")
+    return "cpu"
+
+
+def _competitors(pool: WorkerPool, request: Request, cell: Cell) -> tuple[Competitor, ...]:
+    preset = request.preset
+    compiled = preset.compiled.get(cell.workload.name, ()) if cell.direction in preset.compiled_directions else ()
+    return competitors_for(pool.catalogues(), compiled=compiled, only=request.implementations)
+
+
+def _started_pool(request: Request, device: str, division: str, notes: SweepNotes) -> WorkerPool:
+    start = starter(request.pythons, device=device, division=division, cpus=allowed_cpus())
+    pool = WorkerPool(start, request.frameworks)
+    for framework, reason in pool.missing.items():
+        notes.add(f"Without {framework}: {reason}.")
+    if not pool.hello:
+        pool.close()
+        reasons = "; ".join(pool.missing.values())
+        raise SelectionError(
+            f"no framework can be measured: {reasons}; install one or give --torch-python or --jax-python."
+        )
+    return pool
+
+
+def run_sweep(
+    request: Request, store: Store, notes: SweepNotes, progress: Callable[[Progress], None] = lambda state: None
+) -> None:
+    """Measures every cell that the store does not hold yet.
+
+    Args:
+        request: what to do.
+        store: where the records go; each cell is durable before the next begins.
+        notes: is filled with what the user should know.
+        progress: called often.
+
+    Raises:
+        SelectionError: if nothing is selected, or no framework is there.
+        RequestError: if a framework is installed but its worker cannot start.
+    """
+    preset = request.preset
+    total = len(plan_cells(preset, DEVICES[0])) * preset.replicates
+    if total == 0:
+        raise SelectionError("the selection is empty: no cell has this precision in this division; choose another.")
+    done = 0
+    for replicate in range(preset.replicates):
+        for division in preset.divisions:
+            progress(Progress(done, total, "starting the workers"))
+            with _started_pool(request, request.device, division, notes) as pool:
+                device = choose_device(request.device, pool.hello, notes)
+                place = fingerprint(pool.hello, device=device, division=division, cpus=allowed_cpus())
+                place_id = environment_id(place)
+                store.add_environment(place_id, place)
+                for cell in plan_cells(replace(preset, divisions=(division,)), device):
+                    _run_cell(cell, replicate, request, store, pool, place_id, partial(_tell, progress, done, total))
+                    done += 1
+    progress(Progress(done, total, "done"))
+
+
+def _tell(progress: Callable[[Progress], None], done: int, total: int, text: str) -> None:
+    progress(Progress(done, total, text))
+
+
+def _run_cell(
+    cell: Cell,
+    replicate: int,
+    request: Request,
+    store: Store,
+    pool: WorkerPool,
+    place_id: str,
+    report: Callable[[str], None],
+) -> None:
+    competitors = _competitors(pool, request, cell)
+    if not competitors:
+        known = sorted({name for catalogue in pool.catalogues() for name in catalogue.kinds()})
+        raise SelectionError(
+            f"implementation: nothing is called {', '.join(request.implementations)}; choose from {', '.join(known)}."
+        )
+    key = cell_hash(cell, competitors, request.preset, seed=request.seed, environment_id=place_id)
+    if store.holds(key, replicate):
+        return
+    started_at = datetime.now(UTC)
+    # Another seed in each replicate: the order and the inputs are part of what varies between processes.
+    seed = request.seed + replicate
+    run = CellRun(
+        cell, competitors, pool, request.preset, seed=seed, report=lambda text: report(f"{cell.title}: {text}")
+    )
+    outcome = run.run()
+    store.append(
+        records_of(
+            outcome,
+            cell,
+            cell_key=key,
+            process_replicate=replicate,
+            seed=seed,
+            environment_id=place_id,
+            started_at=started_at,
+        )
+    )

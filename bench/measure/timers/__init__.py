@@ -1,0 +1,1 @@
+"""One timer per framework; each is imported only inside that framework's worker."""

@@ -1,0 +1,198 @@
+"""What a worker does, whatever its framework: holds the competitors of one cell, judges them and times their blocks."""
+
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bench.measure.protocol import Message
+from bench.measure.timers.base import Prepared, Timer
+from bench.measure.verification import Judgement, Verifier, inputs_digest, results_digest
+from bench.plan.cells import Cell
+from bench.plan.competitors import YARDSTICK
+from bench.plan.workloads import Workload
+from parity_tests.harness.inputs import Inputs, draw_inputs
+
+_CALLS_BEFORE_TIMING = 3
+_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "XLA_FLAGS",
+    "JAX_CPU_ENABLE_ASYNC_DISPATCH",
+    "CUDA_VISIBLE_DEVICES",
+)
+_STEADY = 0.02  # warm-up ends when a block is no longer faster than the one before by more than the equivalence margin
+
+
+@dataclass
+class _Held:
+    """A prepared competitor."""
+
+    prepared: Prepared
+    verifier: Verifier
+    promised: str
+    right_digest: str | None = None
+    judgement: Judgement | None = None
+    result_bytes: int = 0
+
+
+class Workbench:
+    """The operations behind the worker's requests; each method takes a request and returns the fields of its reply."""
+
+    def __init__(self, timer: Timer):
+        self._timer = timer
+        self._held: dict[str, _Held] = {}
+        self._cell: Cell | None = None
+        self._seed = 0
+        self._inputs: dict[tuple[Workload, str, int, bool], Inputs] = {}
+        self._feeds: dict[bool, tuple[tuple[Any, ...], Verifier]] = {}
+
+    def operations(self) -> dict[str, Callable[[Message], Message]]:
+        """Request name to method."""
+        return {
+            "hello": self.hello,
+            "open_cell": self.open_cell,
+            "prepare": self.prepare,
+            "check": self.check,
+            "memory": self.memory,
+            "warm_up": self.warm_up,
+            "block": self.block,
+            "drop": self.drop,
+        }
+
+    def hello(self, request: Message) -> Message:
+        """What this worker can do, and the switches before anyone touched them."""
+        timer = self._timer
+        return {
+            "catalogue": asdict(timer.catalogue()),
+            "devices": timer.devices(),
+            "environment": timer.environment(),
+            "python": platform.python_version(),
+            "variables": {name: os.environ.get(name) for name in _VARIABLES},
+            "default_switches": timer.switches(),
+        }
+
+    def open_cell(self, request: Message) -> Message:
+        """Forgets the last cell, sets the switches and draws the inputs."""
+        self._held.clear()
+        self._feeds.clear()
+        gc.collect()
+        values = dict(request["cell"])
+        self._cell = Cell(**{**values, "workload": Workload(**values["workload"])})
+        self._seed = request["seed"]
+        self._timer.configure(self._cell.precision, self._cell.division, self._cell.device)
+        digest = inputs_digest(self._drawn(dense=False))
+        return {"inputs_digest": digest, "switches": self._timer.switches(), "free_bytes": self._timer.free_bytes()}
+
+    def _drawn(self, *, dense: bool) -> Inputs:
+        """The inputs; those of the last workload are kept, because its other direction comes next."""
+        assert self._cell is not None  # open_cell comes first: the coordinator's contract
+        key = (self._cell.workload, self._cell.dtype, self._seed, dense)
+        if key not in self._inputs:
+            self._inputs = {known: drawn for known, drawn in self._inputs.items() if known[:3] == key[:3]}
+            case = self._cell.workload.dense_case() if dense else self._cell.workload.case()
+            self._inputs[key] = draw_inputs(case, self._cell.dtype, self._seed)
+        return self._inputs[key]
+
+    def _feed(self, *, dense: bool) -> tuple[tuple[Any, ...], Verifier]:
+        """Arguments on the device, shared by all competitors of the cell, with the verifier of the same numbers."""
+        if dense not in self._feeds:
+            assert self._cell is not None
+            inputs = self._drawn(dense=dense)
+            self._feeds[dense] = (self._timer.arguments(inputs), Verifier(inputs, self._cell.direction))
+        return self._feeds[dense]
+
+    def prepare(self, request: Message) -> Message:
+        """Builds, compiles and calls a competitor; replies with the duration of one call after that."""
+        assert self._cell is not None
+        arguments, verifier = self._feed(dense=request["kind"] == YARDSTICK)
+        name = request["implementation"]
+        prepared = self._timer.prepare(name, request["mode"], self._cell.direction, arguments)
+        self._held[request["handle"]] = _Held(prepared, verifier, self._timer.promised_precision(name))
+        durations = []
+        for _ in range(_CALLS_BEFORE_TIMING):
+            start = time.perf_counter()
+            self._timer.wait(prepared.call())
+            durations.append(time.perf_counter() - start)
+            if durations[-1] > request["call_limit_s"]:
+                break
+        return {
+            "call_s": min(durations),
+            "compile_s": prepared.compile_s,
+            "static_memory_bytes": prepared.static_memory_bytes,
+        }
+
+    def _judge(self, held: _Held, result: Any) -> Judgement:
+        outputs = self._timer.to_numpy(result)
+        digest = results_digest(outputs)
+        held.result_bytes = sum(array.nbytes for array in outputs.values())
+        # The same bits as a result that was judged before have the same judgement.
+        if held.judgement is None or digest != held.right_digest:
+            held.judgement = held.verifier.judge(outputs, held.promised)
+            held.right_digest = digest
+        return held.judgement
+
+    def check(self, request: Message) -> Message:
+        """Judges the results of a fresh call."""
+        held = self._held[request["handle"]]
+        result = held.prepared.call()
+        self._timer.wait(result)
+        return {"judgement": asdict(self._judge(held, result))}
+
+    def memory(self, request: Message) -> Message:
+        """Measures the peak memory of one call; small results may fit into pages that the process holds already."""
+        held = self._held[request["handle"]]
+        peak, method = self._timer.peak_memory(held.prepared)
+        if peak is not None:
+            peak = max(peak, held.result_bytes, held.prepared.static_memory_bytes or 0)
+        return {"peak_memory_bytes": peak, "memory_method": method}
+
+    def _timed(self, held: _Held, calls: int) -> tuple[float, Any]:
+        call, wait = held.prepared.call, self._timer.wait
+        # Other competitors ran since the last block: the first calls find their data in the caches, not this one's.
+        result = call()
+        for _ in range(calls // 10 - 1):
+            result = call()
+        wait(result)
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            start = time.perf_counter()
+            for _ in range(calls):
+                result = call()
+            wait(result)
+            return time.perf_counter() - start, result
+        finally:
+            if collecting:
+                gc.enable()
+
+    def warm_up(self, request: Message) -> Message:
+        """Finds how many calls fill a block, then runs blocks until they no longer get faster."""
+        held, block_s = self._held[request["handle"]], request["block_s"]
+        calls, blocks = 1, []
+        while (elapsed := self._timed(held, calls)[0]) < block_s:
+            # A little more than the target, so that a slightly faster block still reaches it; never ten times at once.
+            calls = max(calls + 1, int(calls * min(10.0, 1.15 * block_s / elapsed)))
+        blocks.append(elapsed)
+        while len(blocks) < request["max_blocks"]:
+            blocks.append(self._timed(held, calls)[0])
+            if blocks[-1] > blocks[-2] * (1 - _STEADY):
+                break
+        return {"calls_per_block": calls, "block_latency_s": blocks}
+
+    def block(self, request: Message) -> Message:
+        """Times one block; judges the result of its last call where the request says so."""
+        held = self._held[request["handle"]]
+        elapsed, result = self._timed(held, request["calls"])
+        reply: Message = {"block_latency_s": elapsed}
+        if request["verify"]:
+            reply["judgement"] = asdict(self._judge(held, result))
+        return reply
+
+    def drop(self, request: Message) -> Message:
+        """Forgets a competitor."""
+        self._held.pop(request["handle"], None)
+        return {}

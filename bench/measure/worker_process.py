@@ -1,0 +1,161 @@
+"""The coordinator's end of a worker: starts it, asks it with a time limit, and notices when it dies."""
+
+import os
+import select
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bench.measure.protocol import Message, RequestError, decode, encode, one_line
+from bench.measure.worker import CPUS_VARIABLE
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+_READ_BYTES = 65536
+
+
+def worker_environment(framework: str, *, device: str, division: str, cpus: Sequence[int]) -> dict[str, str]:
+    """Environment variables of a worker: everything that must be set before a framework is imported.
+
+    Args:
+        framework: ``torch`` or ``jax``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        division: in ``matched``, XLA may not keep excess precision and JAX does not run ahead on a CPU.
+        cpus: the processors that both frameworks may use.
+    """
+    found = dict(os.environ)
+    path = [str(CHECKOUT), *filter(None, [found.get("PYTHONPATH")])]
+    found |= {"PYTHONPATH": os.pathsep.join(path), CPUS_VARIABLE: ",".join(map(str, cpus)), "PYTHONUNBUFFERED": "1"}
+    if cpus:
+        found |= {"OMP_NUM_THREADS": str(len(cpus)), "MKL_NUM_THREADS": str(len(cpus))}
+    if framework == "jax":
+        found["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        if device == "cpu":
+            found["JAX_PLATFORMS"] = "cpu"
+        if division == "matched":
+            found["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
+            flags = [found.get("XLA_FLAGS", ""), "--xla_allow_excess_precision=false"]
+            found["XLA_FLAGS"] = " ".join(filter(None, flags))
+    return found
+
+
+class WorkerProcess:
+    """A running worker.
+
+    Args:
+        command: its argument vector.
+        environment: its environment variables.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
+        # A file and not a pipe: nobody reads it while the worker runs, and a full pipe would stop it.
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, closed with the worker
+        self._process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=dict(environment),
+            cwd=CHECKOUT,
+            # Ctrl-C is the coordinator's to handle: it ends its workers itself, after the records are safe.
+            start_new_session=True,
+        )
+        self._buffer = b""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def request(self, message: Message, timeout_s: float) -> Message:
+        """Sends a request and waits for its reply.
+
+        Raises:
+            RequestError: with the worker's own status; ``timeout`` if no reply came in time, ``crash`` if the process
+                ended. In the last two cases it is dead afterwards.
+        """
+        self.send(message)
+        reply = self.receive(timeout_s)
+        if not reply.get("ok"):
+            raise RequestError(str(reply.get("status", "crash")), str(reply.get("reason", "no reason given")))
+        return reply
+
+    def send(self, message: Message) -> None:
+        """Sends a request without waiting, so that two workers can start at the same time."""
+        stream = self._process.stdin
+        try:
+            if stream is None:
+                raise BrokenPipeError
+            stream.write(encode(message))
+            stream.flush()
+        except BrokenPipeError as error:
+            raise RequestError("crash", self._last_words()) from error
+
+    def receive(self, timeout_s: float) -> Message:
+        """Waits for the reply to the oldest request that has none; see ``request``."""
+        stream = self._process.stdout
+        if stream is None:
+            raise RequestError("crash", "the worker has no output pipe")
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([stream], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.kill()
+                raise RequestError("timeout", f"no answer within {timeout_s:g} s")
+            data = os.read(stream.fileno(), _READ_BYTES)
+            if not data:
+                raise RequestError("crash", self._last_words())
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        try:
+            return decode(line)
+        except RequestError:
+            # From here on nobody knows which reply belongs to which request.
+            self.kill()
+            raise
+
+    def _last_words(self) -> str:
+        """Why the process ended, with the last line that it wrote to stderr."""
+        self.kill()
+        code = self._process.wait()
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        return one_line(f"the worker process ended with {how}" + (f": {lines[-1]}" if lines else ""))
+
+    def kill(self) -> None:
+        """Ends the process, unless it is ending by itself: then its own exit status says more than our signal."""
+        try:
+            self._process.wait(timeout=0.5 if self._closed() else 0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _closed(self) -> bool:
+        """Whether the process closed its output."""
+        stream = self._process.stdout
+        if stream is None:
+            return True
+        ready, _, _ = select.select([stream], [], [], 0)
+        return bool(ready) and not os.read(stream.fileno(), _READ_BYTES)
+
+    def close(self) -> None:
+        """Asks the worker to quit, and kills it if it does not."""
+        try:
+            self.send({"operation": "quit"})
+            self._process.wait(timeout=2)
+        except (RequestError, subprocess.TimeoutExpired):
+            self.kill()
+        for stream in (self._process.stdin, self._process.stdout, self._stderr):
+            if stream is not None:
+                try:
+                    stream.close()
+                except BrokenPipeError:
+                    continue

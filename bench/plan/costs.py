@@ -1,0 +1,107 @@
+"""Analytic costs of a cell, and the caps that keep a preset within its time.
+
+For a product over b rows, n partitions, i inputs and o outputs, the useful work of one direction is::
+
+    forward           2 b n i o + b n o                       (multiply-adds and the bias)
+    forward_backward  3 * 2 b n i o + b n o + b n o           (y, dx and dW; the bias and its gradient)
+
+A dense form multiplies n times as much, for which it earns no credit: that factor is its waste.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from bench.plan.cells import Cell
+from bench.plan.competitors import COMPILE, JIT, Competitor
+
+ITEM_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2})
+# Forms that materialise the whole (n*i, n*o) matrix, and forms that become one product per partition when traced.
+DENSE_FORMS: frozenset[str] = frozenset({"masked", "dense"})
+UNROLLED_FORMS: frozenset[str] = frozenset({"loop"})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Caps of a preset; a competitor over a cap is recorded as skipped, with the figure.
+
+    Attributes:
+        executed_flops: most floating-point operations in one call.
+        unrolled_products: most products that a compiler may be asked to unroll.
+        memory_fraction: largest part of the free memory that one competitor may need.
+        call_s: longest single call, measured, in seconds.
+        prepare_s: time limit of one build and compilation, in seconds.
+        request_s: time limit of any other request to a worker, in seconds.
+    """
+
+    executed_flops: float
+    unrolled_products: int
+    memory_fraction: float
+    call_s: float
+    prepare_s: float
+    request_s: float
+
+
+def products(cell: Cell) -> int:
+    """Matrix products per partition in one call: 1 forward, 3 with the gradients."""
+    return 1 if cell.direction == "forward" else 3
+
+
+def useful_flops(cell: Cell) -> int:
+    """Floating-point operations that the function needs."""
+    w = cell.workload
+    product = 2 * w.batch * w.num_partitions * w.in_features * w.out_features
+    bias = w.batch * w.num_partitions * w.out_features
+    return products(cell) * product + (bias if cell.direction == "forward" else 2 * bias)
+
+
+def compulsory_bytes(cell: Cell) -> int:
+    """Bytes that must cross the memory interface: every argument read once, every result written once."""
+    w = cell.workload
+    x, y = w.batch * w.num_partitions * w.in_features, w.batch * w.num_partitions * w.out_features
+    parameters = w.num_partitions * (w.in_features + 1) * w.out_features
+    elements = x + parameters + y if cell.direction == "forward" else 2 * (x + parameters + y)
+    return elements * ITEM_BYTES[cell.dtype]
+
+
+def waste_factor(competitor: Competitor, cell: Cell) -> int:
+    """How many times the useful products are carried out: n for a dense form, else 1."""
+    return cell.workload.num_partitions if competitor.implementation in DENSE_FORMS else 1
+
+
+def executed_flops(competitor: Competitor, cell: Cell) -> int:
+    """Floating-point operations that the form carries out."""
+    return useful_flops(cell) * waste_factor(competitor, cell)
+
+
+def working_bytes(competitor: Competitor, cell: Cell) -> int:
+    """Bytes alive at the peak, roughly: arguments, results, and the dense matrices of a dense form."""
+    w = cell.workload
+    dense = (w.num_partitions * w.in_features) * (w.num_partitions * w.out_features) * ITEM_BYTES[cell.dtype]
+    matrices = 0 if competitor.implementation not in DENSE_FORMS else products(cell) * dense
+    return 2 * compulsory_bytes(cell) + matrices
+
+
+def planned_skip(competitor: Competitor, cell: Cell, limits: Limits, free_bytes: int) -> str | None:
+    """Says why a competitor is not worth starting, or None.
+
+    Args:
+        competitor: who.
+        cell: where.
+        limits: caps of the preset.
+        free_bytes: memory that is free on the device.
+
+    Returns:
+        One sentence with the estimate and the cap.
+    """
+    flops = executed_flops(competitor, cell)
+    if flops > limits.executed_flops:
+        return f"{flops:.2g} operations a call, over the preset's cap of {limits.executed_flops:.2g}"
+    needed = working_bytes(competitor, cell)
+    if needed > limits.memory_fraction * free_bytes:
+        return f"needs about {needed / 2**30:.1f} GiB, over {limits.memory_fraction:.0%} of the free memory"
+    traced = competitor.mode in (JIT, COMPILE) and competitor.implementation in UNROLLED_FORMS
+    unrolled = cell.workload.num_partitions * products(cell)
+    if traced and unrolled > limits.unrolled_products:
+        return f"{unrolled} products to unroll and compile, over the preset's cap of {limits.unrolled_products}"
+    return None

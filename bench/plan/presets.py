@@ -1,0 +1,149 @@
+"""Ready-made selections: what a preset measures and how long it may take."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from bench.plan.cells import DIRECTIONS, DIVISIONS, PRECISIONS, Cell
+from bench.plan.costs import Limits
+from bench.plan.workloads import WORKLOADS
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A selection of cells and the effort spent on each.
+
+    Attributes:
+        name: what the command line calls it.
+        summary: one sentence.
+        workloads: names of the catalogue.
+        directions: directions.
+        precisions: precision classes.
+        divisions: divisions.
+        compiled: workload name to the implementations that run under ``torch.compile`` as well.
+        compiled_directions: directions in which they do; compiling the gradients takes most of the time.
+        rounds: rounds of each cell; a round is one block of every competitor, then all again in reverse order.
+        replicates: how often everything is measured in fresh processes.
+        block_s: shortest block, in seconds.
+        warm_up_blocks: most blocks spent on waiting for a steady state.
+        limits: caps.
+    """
+
+    name: str
+    summary: str
+    workloads: tuple[str, ...]
+    rounds: int
+    limits: Limits
+    directions: tuple[str, ...] = DIRECTIONS
+    precisions: tuple[str, ...] = ("ieee_fp32",)
+    divisions: tuple[str, ...] = ("matched",)
+    compiled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    compiled_directions: tuple[str, ...] = DIRECTIONS
+    replicates: int = 1
+    block_s: float = 0.02
+    warm_up_blocks: int = 6
+
+
+_SEED = (
+    "article-base",
+    "article-batch-1",
+    "article-batch-2048",
+    "article-n8",
+    "electricity-336-96",
+    "electricity-336-720",
+    "recurrentgemma-2b-gates",
+    "recurrentgemma-2b-gates-1024",
+)
+_PATIENT = Limits(
+    executed_flops=2e11, unrolled_products=100, memory_fraction=0.5, call_s=0.5, prepare_s=60, request_s=120
+)
+_SHORT = Limits(executed_flops=1e9, unrolled_products=32, memory_fraction=0.25, call_s=0.1, prepare_s=40, request_s=40)
+
+_ALL = (
+    Preset(
+        "smoke",
+        "three small workloads and few rounds: does everything run, and roughly how fast (under a minute on two cores)",
+        ("article-base", "article-batch-1", "recurrentgemma-2b-gates-256"),
+        rounds=4,
+        limits=_SHORT,
+        compiled={"article-base": ("matmul",)},
+        compiled_directions=("forward",),
+        warm_up_blocks=1,
+    ),
+    Preset(
+        "seed",
+        "the source article's settings and two real models (under ten minutes on two cores)",
+        _SEED,
+        rounds=13,
+        limits=_PATIENT,
+        compiled={"article-base": ("matmul", "einsum"), "recurrentgemma-2b-gates": ("matmul",)},
+    ),
+    Preset(
+        "workloads",
+        "every workload of the catalogue",
+        tuple(WORKLOADS),
+        rounds=25,
+        limits=replace(_PATIENT, executed_flops=1e12, call_s=2.0, prepare_s=300, request_s=300),
+        compiled=dict.fromkeys(WORKLOADS, ("matmul",)),
+    ),
+    Preset(
+        "full",
+        "every workload, precision and division, in three process replicates",
+        tuple(WORKLOADS),
+        rounds=25,
+        limits=replace(_PATIENT, executed_flops=1e13, call_s=5.0, unrolled_products=1000, prepare_s=600, request_s=600),
+        precisions=PRECISIONS,
+        divisions=DIVISIONS,
+        compiled=dict.fromkeys(WORKLOADS, ("matmul", "einsum")),
+        replicates=3,
+    ),
+)
+
+PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _ALL})
+
+
+def narrowed(
+    preset: Preset,
+    *,
+    workloads: Sequence[str] = (),
+    directions: Sequence[str] = (),
+    precisions: Sequence[str] = (),
+    divisions: Sequence[str] = (),
+    rounds: int | None = None,
+    replicates: int | None = None,
+) -> Preset:
+    """Returns the preset with the given selections in place of its own; an empty one keeps the preset's.
+
+    A workload that the preset does not contain may be named too: the catalogue decides what exists.
+    """
+    return replace(
+        preset,
+        workloads=tuple(workloads) or preset.workloads,
+        directions=tuple(directions) or preset.directions,
+        precisions=tuple(precisions) or preset.precisions,
+        divisions=tuple(divisions) or preset.divisions,
+        rounds=preset.rounds if rounds is None else rounds,
+        replicates=preset.replicates if replicates is None else replicates,
+    )
+
+
+def plan_cells(preset: Preset, device: str) -> tuple[Cell, ...]:
+    """Lists the cells: division by division, since a division needs its own processes; directions innermost.
+
+    Args:
+        preset: the selection.
+        device: ``cpu`` or ``cuda``.
+
+    Returns:
+        The cells in the order in which they are measured, without repeats.
+    """
+    cells = [
+        Cell(WORKLOADS[name], direction, precision, division, device)
+        for division in preset.divisions
+        for name in preset.workloads
+        for precision in preset.precisions
+        for direction in preset.directions
+        # The stock division runs a framework's defaults, and TF32 is nothing one gets by asking for nothing.
+        if not (division == "stock" and precision == "tf32")
+    ]
+    return tuple(dict.fromkeys(cells))

@@ -1,0 +1,182 @@
+"""The unit of storage: what one competitor did in one cell, in one process."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+SCHEMA_VERSION = 1
+# Raised when a change makes earlier measurements incomparable; part of every key.
+HARNESS_VERSION = "1"
+STATUSES: tuple[str, ...] = ("ok", "mismatch", "unsupported", "oom", "timeout", "crash")
+
+
+class RecordError(ValueError):
+    """A line that is no valid record."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of ``records.jsonl``. Times are in seconds, memory is in bytes.
+
+    Attributes:
+        schema_version: version of this list of fields.
+        key: hash of everything that identifies the measurement; unique in a file.
+        cell: hash shared by the records that were measured against each other.
+        cell_size: number of records of that cell and process replicate.
+        workload: name in the catalogue.
+        num_partitions: ``n``.
+        in_features: per partition.
+        out_features: per partition.
+        batch: rows of one partition.
+        dtype: storage dtype.
+        device: ``cpu`` or ``cuda``.
+        framework: ``torch`` or ``jax``.
+        implementation: registry name, ``stock:...`` or ``dense``.
+        kind: ``implementation``, ``stock`` or ``yardstick``.
+        mode: ``eager``, ``compile`` or ``jit``.
+        direction: ``forward`` or ``forward_backward``.
+        division: ``stock`` or ``matched``.
+        precision: the precision class asked for.
+        observed_precision: the class that the error shows, or None where nothing ran.
+        layout: how x lies in memory.
+        cache: ``warm``.
+        status: one of ``STATUSES``.
+        reason: one sentence for every status but ok, else empty.
+        skipped: True where a cap of the preset kept the competitor out; its status is then ``unsupported``.
+        block_latency_s: duration of each timed block, raw and in order, two a round (order, then reverse order).
+        calls_per_block: calls in each block.
+        latency_s: median seconds of one call; None unless the status is ok.
+        rejected_block_latency_s: blocks of a competitor whose result was wrong after timing or whose process ended.
+        warm_up_block_latency_s: blocks before the first round.
+        compile_s: tracing, lowering and compilation; None in eager mode.
+        peak_memory_bytes: growth over the live arguments during one call, at least the results themselves; or None.
+        memory_method: how that figure was obtained.
+        static_memory_bytes: outputs and temporaries by the compiler's own account, or None.
+        bound_fraction: largest error over its bound, over all tensors; at most 1 if right.
+        parity: per tensor: status, bound_fraction, max_abs_error.
+        useful_flops: operations that the function needs in one call.
+        compulsory_bytes: bytes that must move in one call.
+        waste_factor: how many times the useful products are carried out.
+        process_replicate: number of the set of processes.
+        control: True for the baseline's second run in the same rounds (the A/A control).
+        baseline: True for the competitor that the ratios of the cell refer to.
+        seed: of the inputs and the order.
+        inputs_digest: hash of the input bytes, the same in both frameworks.
+        switches: the framework's precision switches during the run.
+        started_at: UTC, ISO 8601.
+        environment_id: key into ``environment.json``.
+    """
+
+    schema_version: int
+    key: str
+    cell: str
+    cell_size: int
+    workload: str
+    num_partitions: int
+    in_features: int
+    out_features: int
+    batch: int
+    dtype: str
+    device: str
+    framework: str
+    implementation: str
+    kind: str
+    mode: str
+    direction: str
+    division: str
+    precision: str
+    observed_precision: str | None
+    layout: str
+    cache: str
+    status: str
+    reason: str
+    skipped: bool
+    block_latency_s: tuple[float, ...]
+    calls_per_block: int | None
+    latency_s: float | None
+    rejected_block_latency_s: tuple[float, ...]
+    warm_up_block_latency_s: tuple[float, ...]
+    compile_s: float | None
+    peak_memory_bytes: int | None
+    memory_method: str | None
+    static_memory_bytes: int | None
+    bound_fraction: float | None
+    parity: Mapping[str, Mapping[str, Any]]
+    useful_flops: int
+    compulsory_bytes: int
+    waste_factor: int
+    process_replicate: int
+    control: bool
+    baseline: bool
+    seed: int
+    inputs_digest: str | None
+    switches: Mapping[str, Any]
+    started_at: str
+    environment_id: str
+
+    def __post_init__(self) -> None:
+        """Refuses a record that contradicts itself."""
+        if self.status not in STATUSES:
+            raise RecordError(f"status: expected one of {', '.join(STATUSES)}, got {self.status!r}")
+        if (self.status == "ok") != (self.latency_s is not None):
+            raise RecordError(
+                f"latency_s: present exactly when the status is ok, got {self.latency_s} with {self.status}"
+            )
+        if self.status == "ok" and not (self.block_latency_s and self.calls_per_block):
+            raise RecordError("block_latency_s: a record that is ok holds at least one block")
+        if self.status != "ok" and (self.block_latency_s or not self.reason):
+            raise RecordError(f"reason: a record that is {self.status} has a reason and no block_latency_s")
+
+    @property
+    def label(self) -> str:
+        """One readable name, for example ``torch matmul (eager)``."""
+        return f"{self.framework} {self.implementation} ({self.mode})"
+
+    def to_line(self) -> bytes:
+        """The record as one JSON line, newline included."""
+        return (json.dumps(asdict(self), allow_nan=False) + "\n").encode()
+
+
+_FIELDS = {field.name for field in fields(Record)}
+_TUPLES = ("block_latency_s", "rejected_block_latency_s", "warm_up_block_latency_s")
+
+
+def parse_line(line: bytes | str) -> Record:
+    """Reads one line of ``records.jsonl``.
+
+    Fields that this version does not know are ignored: fields may be added without a new schema version.
+
+    Raises:
+        RecordError: if the line is torn, of another schema version, lacks a field or contradicts itself.
+    """
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise RecordError(f"not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise RecordError("not a JSON object")
+    if values.get("schema_version") != SCHEMA_VERSION:
+        raise RecordError(f"schema_version: expected {SCHEMA_VERSION}, got {values.get('schema_version')!r}")
+    missing = sorted(_FIELDS - values.keys())
+    if missing:
+        raise RecordError(f"missing fields: {', '.join(missing)}")
+    known = {name: value for name, value in values.items() if name in _FIELDS}
+    for name in _TUPLES:
+        if not isinstance(known[name], list):
+            raise RecordError(f"{name}: expected a list, got {known[name]!r}")
+        known[name] = tuple(known[name])
+    return Record(**known)
+
+
+def digest(value: object) -> str:
+    """Hashes a JSON-serialisable value to 16 hexadecimal digits, the same in every process."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None where it is infinite or NaN, for which JSON has no number."""
+    return value if value is not None and math.isfinite(value) else None

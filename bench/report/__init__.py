@@ -1,0 +1,1 @@
+"""What is shown: tables, Markdown, JSON, charts. Reads records, never measures."""

@@ -1,0 +1,87 @@
+"""Ratios with intervals as a picture: one panel for each workload and direction. Needs the ``report`` extra."""
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.plan.competitors import YARDSTICK
+from bench.study.ranking import Ranking
+
+FORMATS: tuple[str, ...] = (".svg", ".png", ".html")
+_NEEDED = {"altair": FORMATS, "vl_convert": (".svg", ".png")}
+
+
+class ChartError(ValueError):
+    """A chart that cannot be drawn: an unknown file type, no data, or a package that is not installed."""
+
+
+def _points(found: Sequence[Ranking]) -> list[dict[str, Any]]:
+    return [
+        {
+            "panel": f"{ranking.first.workload}, {ranking.first.direction}, {ranking.first.precision}",
+            "competitor": row.record.label + (" *" if row.record.kind == YARDSTICK else ""),
+            "framework": row.record.framework,
+            "ratio": row.interval.ratio,
+            "low": row.interval.low,
+            "high": row.interval.high,
+            "verdict": row.verdict,
+        }
+        for ranking in found
+        for row in ranking.rows
+        # On a logarithmic axis an interval without ends cannot be drawn.
+        if row.interval is not None and row.interval.low > 0 and math.isfinite(row.interval.high)
+    ]
+
+
+def ratio_chart(found: Sequence[Ranking]) -> Any:
+    """The chart as an altair object; each panel orders its competitors by ratio.
+
+    Raises:
+        ChartError: if no ranking holds an interval.
+    """
+    import altair as alt
+
+    points = _points(found)
+    if not points:
+        raise ChartError("there is no ratio with an interval to draw; measure at least two rounds.")
+    panels = []
+    for panel in dict.fromkeys(point["panel"] for point in points):
+        base = alt.Chart(alt.InlineData(values=[point for point in points if point["panel"] == panel])).encode(
+            y=alt.Y("competitor:N", sort=alt.EncodingSortField("ratio", order="descending"), title=None),
+            color=alt.Color("framework:N", title="framework"),
+        )
+        scale = alt.Scale(type="log")
+        dots = base.mark_point(filled=True, size=45).encode(
+            x=alt.X("ratio:Q", scale=scale, title="speed relative to the baseline (right is faster)"),
+            tooltip=[
+                alt.Tooltip(f"{name}:{kind}") for name, kind in (("competitor", "N"), ("ratio", "Q"), ("verdict", "N"))
+            ],
+        )
+        bars = base.mark_rule().encode(x=alt.X("low:Q", scale=scale), x2="high:Q")
+        one = (
+            alt.Chart(alt.InlineData(values=[{"one": 1}])).mark_rule(strokeDash=[4, 3], color="gray").encode(x="one:Q")
+        )
+        panels.append((one + bars + dots).properties(title=panel, width=320))
+    return alt.concat(*panels, columns=2).resolve_scale(y="independent", x="independent")
+
+
+def save_chart(found: Sequence[Ranking], path: Path) -> None:
+    """Draws the chart into a file.
+
+    Args:
+        found: rankings.
+        path: ends in ``.svg``, ``.png`` or ``.html``.
+
+    Raises:
+        ChartError: if the type is unknown, a package is missing, or there is nothing to draw.
+    """
+    if path.suffix not in FORMATS:
+        raise ChartError(
+            f"--chart: expected a file ending in {', '.join(FORMATS)}, got {path.name!r}; choose one of these."
+        )
+    for package, formats in _NEEDED.items():
+        if path.suffix in formats and importlib.util.find_spec(package) is None:
+            raise ChartError(f"--chart: {package} is not installed; install the extra: pip install -e '.[report]'.")
+    ratio_chart(found).save(str(path))

@@ -1,0 +1,67 @@
+"""The README's results block, generated from records so that it cannot drift from them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.records import Record
+from bench.report.markdown import environment_lines, table
+from bench.report.text import baseline_line, byte_count, parity, ratio, seconds, summary_line
+from bench.study.ranking import BASELINE, Ranking, Row, rankings, tally
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+_COLUMNS = ("#", "competitor", "time", "ratio [95%]", "verdict", "asked / observed", "parity", "memory")
+# Enough to show the winner, the runner-up and the usual alternatives; the full ranking is in the run's report.
+_SHOWN = 5
+
+
+class ReadmeError(ValueError):
+    """A README without one well-formed results block."""
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    record = row.record
+    return (
+        "-" if row.rank is None else str(row.rank),
+        record.label,
+        seconds(row.latency_s),
+        ratio(row.interval),
+        row.verdict,
+        f"{record.precision} / {record.observed_precision}",
+        parity(record),
+        byte_count(record.peak_memory_bytes),
+    )
+
+
+def _shown(ranking: Ranking) -> list[Row]:
+    """The fastest few, and further down the baseline and the article's loop and masked forms."""
+    landmarks = {"loop", "masked", "dense"}
+    return [
+        row
+        for row in ranking.rows
+        if row.latency_s is not None
+        and ((row.rank or _SHOWN + 1) <= _SHOWN or row.verdict == BASELINE or row.record.implementation in landmarks)
+    ]
+
+
+def results_block(records: Sequence[Record], environments: Mapping[str, Mapping[str, Any]]) -> str:
+    """The block between the markers, markers included."""
+    lines = [BEGIN, "", f"Outcomes over all cells: {summary_line(tally(records))}.", ""]
+    for environment_id in dict.fromkeys(record.environment_id for record in records):
+        if environment_id in environments:
+            lines += [f"- {line}" for line in environment_lines(environment_id, environments[environment_id])] + [""]
+        for ranking in rankings(record for record in records if record.environment_id == environment_id):
+            lines += [f"**{ranking.title}**", "", *table(_COLUMNS, map(_cells, _shown(ranking))), ""]
+            lines += [baseline_line(ranking), ""]
+    return "\n".join([*lines, END])
+
+
+def with_block(text: str, block: str) -> str:
+    """The README's text with its results block replaced.
+
+    Raises:
+        ReadmeError: if the markers are not there exactly once, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ReadmeError(f"expected the markers {BEGIN} and {END} once each, in this order; add them to the file.")
+    start, stop = text.index(BEGIN), text.index(END) + len(END)
+    return text[:start] + block + text[stop:]

@@ -1,0 +1,97 @@
+"""Numbers and statuses as text, the same in every report."""
+
+import math
+
+from bench.records import Record
+from bench.study.ranking import Ranking, Row
+from bench.study.statistics import Interval
+
+RANKING_COLUMNS: tuple[str, ...] = (
+    "#",
+    "competitor",
+    "time",
+    "ratio [95%]",
+    "verdict",
+    "precision asked / observed",
+    "parity (error/bound)",
+    "compile",
+    "memory",
+)
+_TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
+_BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+
+
+def _scaled(value: float | None, units: tuple[tuple[float, str], ...]) -> str:
+    if value is None:
+        return "-"
+    size, unit = next(((size, unit) for size, unit in units if value >= size), units[-1])
+    return f"{value / size:.3g} {unit}" if value / size < 1000 else f"{value / size:.0f} {unit}"
+
+
+def seconds(value: float | None) -> str:
+    """Seconds with a unit that fits."""
+    return _scaled(value, _TIME_UNITS)
+
+
+def byte_count(value: float | None) -> str:
+    """Bytes with a unit that fits."""
+    return _scaled(value, _BYTE_UNITS)
+
+
+def ratio(interval: Interval | None) -> str:
+    """A ratio with its interval; above 1 is faster than the baseline."""
+    if interval is None:
+        return "-"
+    high = "inf" if math.isinf(interval.high) else f"{interval.high:.2f}"
+    return f"{interval.ratio:.2f}x [{interval.low:.2f}, {high}]"
+
+
+def outcome(record: Record) -> str:
+    """The status as a word; competitors that a cap kept out are ``skipped``."""
+    return "skipped" if record.skipped else record.status
+
+
+def parity(record: Record) -> str:
+    """Whether the results were right, and how much of the bound the largest error takes."""
+    if record.bound_fraction is None:
+        return outcome(record)
+    return f"{outcome(record)} ({record.bound_fraction:.2g})"
+
+
+def ranking_cells(row: Row) -> tuple[str, ...]:
+    """One line of a ranking, in the order of ``RANKING_COLUMNS``."""
+    record = row.record
+    place = "-" if row.rank is None else str(row.rank)
+    return (
+        place,
+        record.label,
+        seconds(row.latency_s),
+        ratio(row.interval),
+        row.verdict or outcome(record),
+        f"{record.precision} / {record.observed_precision or '-'}",
+        parity(record),
+        seconds(record.compile_s),
+        byte_count(record.peak_memory_bytes),
+    )
+
+
+def baseline_line(ranking: Ranking) -> str:
+    """What the ratios refer to, and the smallest difference that the cell can show."""
+    if ranking.baseline is None:
+        return "No competitor could be timed, so there is no baseline."
+    text = f"Baseline: {ranking.baseline}; above 1x is faster."
+    if ranking.resolution is None or math.isinf(ranking.resolution):
+        return f"{text} No A/A control, so nothing is resolved."
+    noise = f"{math.expm1(ranking.resolution):.1%}"
+    return f"{text} A/A control {ratio(ranking.control)}: differences below {noise} are noise."
+
+
+def reasons(ranking: Ranking) -> list[str]:
+    """Why competitors have no speed, one line for each."""
+    failed = [row.record for row in ranking.rows if row.record.reason]
+    return [f"{r.label}: {r.reason if r.skipped else f'{r.status}, {r.reason}'}" for r in failed]
+
+
+def summary_line(counts: dict[str, int]) -> str:
+    """How many competitors ended how."""
+    return ", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "nothing was measured"

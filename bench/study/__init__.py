@@ -1,0 +1,1 @@
+"""Pure functions over records: statistics and rankings. Measures nothing, imports no framework."""

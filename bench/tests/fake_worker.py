@@ -1,0 +1,126 @@
+"""A worker without a framework: speaks the protocol, and misbehaves as the competitor's name says.
+
+Run as ``python -m bench.tests.fake_worker torch``. ``hang-in-block`` sleeps for ever in its second block,
+``die-in-prepare`` kills its own process, and so on. Durations are invented: ``fast`` takes half the time of the others.
+"""
+
+import os
+import signal
+import sys
+import time
+
+from bench.measure.protocol import decode, encode, failure
+
+GOOD = ("matmul", "fast", "loop")
+BAD = (
+    "die-in-prepare",
+    "die-in-block",
+    "hang-in-prepare",
+    "hang-in-block",
+    "exit-in-check",
+    "garbage-in-check",
+    "wrong",
+    "wrong-later",
+    "out-of-memory",
+    "refused",
+)
+
+
+class FakeWorker:
+    def __init__(self, framework):
+        self.framework = framework
+        self.names = {}
+        self.blocks = {}
+
+    def reply(self, request):
+        return getattr(self, request["operation"])(request)
+
+    def hello(self, request):
+        catalogue = {
+            "framework": self.framework,
+            "implementations": GOOD + BAD,
+            "stock": [],
+            "yardsticks": ["dense"],
+        }
+        return {
+            "ok": True,
+            "catalogue": catalogue,
+            "devices": ["cpu"],
+            "environment": {self.framework: "0"},
+            "python": "3",
+            "default_switches": {},
+            "variables": {},
+        }
+
+    def open_cell(self, request):
+        self.names, self.blocks = {}, {}
+        digest = os.environ.get(f"FAKE_DIGEST_{self.framework}", "same")
+        return {"ok": True, "inputs_digest": digest, "switches": {"pid": os.getpid()}, "free_bytes": 2**40}
+
+    def prepare(self, request):
+        name = request["implementation"]
+        if name == "die-in-prepare":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == "hang-in-prepare":
+            time.sleep(3600)
+        if name == "out-of-memory":
+            return failure("oom", "no memory left")
+        if name == "refused":
+            return failure("unsupported", "not on this device")
+        self.names[request["handle"]] = name
+        return {"ok": True, "call_s": 0.001, "compile_s": None, "static_memory_bytes": None}
+
+    def judgement(self, right):
+        return {
+            "status": "ok" if right else "mismatch",
+            "reason": "" if right else "y is wrong",
+            "bound_fraction": 0.25 if right else 3.0,
+            "observed_precision": "ieee_fp32",
+            "tensors": {"y": {"status": "ok", "bound_fraction": 0.25, "max_abs_error": 1e-7}},
+        }
+
+    def check(self, request):
+        name = self.names[request["handle"]]
+        if name == "exit-in-check":
+            print("the last words", file=sys.stderr, flush=True)
+            os._exit(7)
+        if name == "garbage-in-check":
+            sys.stdout.buffer.write(b"this is no message\n")
+            sys.stdout.buffer.flush()
+        return {"ok": True, "judgement": self.judgement(name != "wrong")}
+
+    def memory(self, request):
+        return {"ok": True, "peak_memory_bytes": 4096, "memory_method": "invented"}
+
+    def warm_up(self, request):
+        return {"ok": True, "calls_per_block": 10, "block_latency_s": [0.02]}
+
+    def block(self, request):
+        handle = request["handle"]
+        name = self.names[handle]
+        self.blocks[handle] = self.blocks.get(handle, 0) + 1
+        if self.blocks[handle] == 2 and name == "die-in-block":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.blocks[handle] == 2 and name == "hang-in-block":
+            time.sleep(3600)
+        reply = {"ok": True, "block_latency_s": (0.01 if name == "fast" else 0.02) * (1 + 1e-3 * self.blocks[handle])}
+        if request["verify"]:
+            reply["judgement"] = self.judgement(name != "wrong-later")
+        return reply
+
+    def drop(self, request):
+        return {"ok": True}
+
+
+def main():
+    worker = FakeWorker(sys.argv[1])
+    for line in iter(sys.stdin.buffer.readline, b""):
+        request = decode(line)
+        if request["operation"] == "quit":
+            return
+        sys.stdout.buffer.write(encode(worker.reply(request)))
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()

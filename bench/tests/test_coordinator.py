@@ -1,0 +1,110 @@
+from dataclasses import replace
+
+import pytest
+
+from bench.measure.coordinator import CellRun
+from bench.measure.pool import WorkerPool
+from bench.plan.cells import Cell
+from bench.plan.competitors import Competitor
+from bench.plan.presets import PRESETS
+from bench.plan.workloads import WORKLOADS
+from bench.tests.fake_worker import GOOD
+
+CELL = Cell(WORKLOADS["article-base"], "forward", "ieee_fp32", "matched", "cpu")
+PRESET = replace(PRESETS["smoke"], rounds=3, limits=replace(PRESETS["smoke"].limits, prepare_s=1.0, request_s=1.0))
+
+
+@pytest.fixture
+def measure(fake_starter):
+    """Measures a cell with the given names, in torch, beside three good competitors in each framework."""
+
+    def run(*names, preset=PRESET):
+        competitors = [Competitor("torch", name, "eager") for name in (*GOOD, *names)]
+        competitors += [Competitor("jax", name, "jit") for name in GOOD]
+        with WorkerPool(fake_starter) as pool:
+            outcome = CellRun(CELL, competitors, pool, preset).run()
+        found = {(e.competitor.framework, e.competitor.implementation): e for e in outcome.entries if not e.control}
+        return outcome, found
+
+    return run
+
+
+def test_everybody_gets_two_blocks_a_round_and_the_baseline_a_control(measure):
+    outcome, found = measure()
+    assert all(entry.status == "ok" and len(entry.blocks) == 6 for entry in outcome.entries)
+    (control,) = [entry for entry in outcome.entries if entry.control]
+    assert control.competitor == Competitor("torch", "matmul", "eager")
+    assert found["torch", "matmul"].baseline
+    assert outcome.inputs_digest == "same"
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "reason"),
+    [
+        ("die-in-prepare", "crash", "SIGKILL"),
+        ("die-in-block", "crash", "SIGKILL"),
+        ("hang-in-prepare", "timeout", "no answer within 1 s"),
+        ("hang-in-block", "timeout", "no answer within 1 s"),
+        ("exit-in-check", "crash", "exit status 7: the last words"),
+        ("garbage-in-check", "crash", "no message"),
+        ("wrong", "mismatch", "before timing: y is wrong"),
+        ("wrong-later", "mismatch", "after timing: y is wrong"),
+        ("out-of-memory", "oom", "no memory left"),
+        ("refused", "unsupported", "not on this device"),
+    ],
+)
+def test_a_bad_competitor_ends_alone_with_its_reason(measure, name, status, reason):
+    outcome, found = measure(name)
+    bad = found["torch", name]
+    assert bad.status == status
+    assert reason in bad.reason
+    for entry in outcome.entries:
+        if entry is not bad:
+            assert entry.status == "ok"
+            assert len(entry.blocks) == 6
+
+
+def test_many_bad_competitors_end_one_by_one(measure):
+    names = ("die-in-block", "hang-in-block", "die-in-prepare", "wrong", "exit-in-check")
+    outcome, found = measure(*names)
+    assert [found["torch", name].status for name in names] == ["crash", "timeout", "crash", "mismatch", "crash"]
+    assert all(entry.status == "ok" for entry in outcome.entries if entry.competitor.implementation in GOOD)
+
+
+def test_different_inputs_end_the_cell(measure, monkeypatch):
+    monkeypatch.setenv("FAKE_DIGEST_jax", "other")
+    outcome, _ = measure()
+    assert {entry.status for entry in outcome.entries} == {"crash"}
+    assert "different inputs" in outcome.entries[0].reason
+
+
+def test_competitors_over_a_cap_are_skipped_with_the_figure(measure):
+    preset = replace(PRESET, limits=replace(PRESET.limits, executed_flops=1.0))
+    outcome, _ = measure(preset=preset)
+    for entry in outcome.entries:
+        assert entry.skipped
+        assert entry.status == "unsupported"
+        assert "over the preset's cap of 1" in entry.reason
+    slow = replace(PRESET, limits=replace(PRESET.limits, call_s=1e-4))
+    outcome, _ = measure(preset=slow)
+    assert all("one call took 0.001 s" in entry.reason for entry in outcome.entries)
+
+
+def test_the_order_changes_from_round_to_round_and_is_mirrored_within_one(fake_starter):
+    asked = []
+
+    class Listening(WorkerPool):
+        def request(self, framework, message, timeout_s):
+            if message["operation"] == "block":
+                asked.append((framework, message["handle"]))
+            return super().request(framework, message, timeout_s)
+
+    competitors = [Competitor("torch", name, "eager") for name in GOOD]
+    competitors += [Competitor("jax", name, "jit") for name in GOOD]
+    with Listening(fake_starter) as pool:
+        CellRun(CELL, competitors, pool, PRESET).run()
+    size = len(competitors) + 1
+    rounds = [asked[k : k + 2 * size] for k in range(0, len(asked), 2 * size)]
+    assert len(rounds) == 3
+    assert all(order[:size] == order[size:][::-1] for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 1

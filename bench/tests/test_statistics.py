@@ -1,0 +1,151 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bench.study.statistics import (
+    EQUIVALENCE,
+    FASTER,
+    SAME,
+    SLOWER,
+    UNRESOLVED,
+    Interval,
+    ratio_interval,
+    resolution,
+    round_log_latency,
+    student_t_quantile,
+    tukey_outliers,
+    verdict,
+)
+
+ROUNDS, NOISE = 13, 0.01
+
+
+def simulated_blocks(rng, latencies_s, drift):
+    """Blocks of several competitors as the coordinator times them: shuffled, then reversed, on one drifting clock.
+
+    ``drift`` is the relative slowdown over the whole run, growing with the square of time: not linear, so only pairing
+    within a round and the changing order protect against it.
+    """
+    blocks = [[] for _ in latencies_s]
+    total = 2 * ROUNDS * len(latencies_s)
+    now = 0
+    for _ in range(ROUNDS):
+        order = rng.permutation(len(latencies_s))
+        for k in (*order, *order[::-1]):
+            noise = NOISE * rng.standard_normal() + drift * (now / total) ** 2
+            blocks[k].append(latencies_s[k] * np.exp(noise))
+            now += 1
+    return [round_log_latency(times, 10) for times in blocks]
+
+
+def judged(rng, factor, *, drift=0.0):
+    """The verdict on a competitor whose calls take 1/factor of the baseline's time."""
+    base, control, other = simulated_blocks(rng, (0.02, 0.02, 0.02 / factor), drift)
+    floor = resolution(ratio_interval([base - control]))
+    return verdict(ratio_interval([base - other]), floor)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 9, 24, 100])
+@pytest.mark.parametrize("probability", [0.5, 0.9, 0.975, 0.995])
+def test_t_quantile_agrees_with_scipy(degrees, probability):
+    assert student_t_quantile(probability, degrees) == pytest.approx(
+        stats.t.ppf(probability, degrees), rel=1e-6, abs=1e-9
+    )
+
+
+def test_t_quantile_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="degrees >= 1"):
+        student_t_quantile(0.975, 0)
+    with pytest.raises(ValueError, match="probability < 1"):
+        student_t_quantile(1.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("factor", "expected"), [(1.03, FASTER), (1.10, FASTER), (1 / 1.03, SLOWER), (1 / 1.10, SLOWER)]
+)
+def test_planted_differences_are_found(factor, expected):
+    rng = np.random.default_rng(1)
+    found = [judged(rng, factor) for _ in range(100)]
+    opposite = {FASTER: SLOWER, SLOWER: FASTER}[expected]
+    assert opposite not in found
+    # The standard error of a ratio is NOISE / sqrt(ROUNDS) = 0.3%: 3% lies about ten of them away, 90% is far below.
+    assert found.count(expected) >= 90
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.5])
+def test_no_difference_is_claimed_between_equals_even_under_drift(drift):
+    rng = np.random.default_rng(2)
+    found = [judged(rng, 1.0, drift=drift) for _ in range(1000)]
+    assert found.count(FASTER) + found.count(SLOWER) <= 50
+    assert SAME in found
+
+
+@pytest.mark.parametrize(("processes", "rounds"), [(1, 5), (1, 10), (1, 25), (3, 10)])
+def test_intervals_cover_at_the_stated_rate(processes, rounds):
+    rng = np.random.default_rng(3)
+    truth, trials, covered = 0.05, 600, 0
+    for _ in range(trials):
+        log_ratios = [
+            truth + 0.02 * rng.standard_normal() * (processes > 1) + 0.02 * rng.standard_normal(rounds)
+            for _ in range(processes)
+        ]
+        interval = ratio_interval(log_ratios)
+        covered += interval.low <= math.exp(truth) <= interval.high
+    # Three standard errors of a rate of 0.95 over 600 trials are 0.027.
+    assert covered / trials >= 0.95 - 0.027
+
+
+def test_a_single_round_resolves_nothing():
+    interval = ratio_interval([np.array([0.5])])
+    assert (interval.low, interval.high) == (0.0, math.inf)
+    assert verdict(interval, 0.01) == UNRESOLVED
+    assert resolution(interval) == math.inf
+
+
+def test_no_round_is_refused():
+    with pytest.raises(ValueError, match="at least one round"):
+        ratio_interval([np.array([])])
+
+
+def test_report_is_reproducible():
+    rounds = np.random.default_rng(4).standard_normal(10)
+    assert ratio_interval([rounds]) == ratio_interval([rounds])
+
+
+@pytest.mark.parametrize(
+    ("low", "ratio", "high", "floor", "expected"),
+    [
+        (1.05, 1.10, 1.15, 0.01, FASTER),
+        (0.85, 0.90, 0.95, 0.01, SLOWER),
+        (0.99, 1.00, 1.01, 0.01, SAME),
+        (0.95, 1.02, 1.08, 0.01, UNRESOLVED),
+        (1.05, 1.10, 1.15, 0.20, UNRESOLVED),
+        (1.05, 1.10, 1.15, None, UNRESOLVED),
+        (1.005, 1.01, 1.015, 0.001, SAME),
+    ],
+)
+def test_verdicts(low, ratio, high, floor, expected):
+    assert verdict(Interval(ratio, low, high, 10), floor) == expected
+
+
+def test_the_equivalence_margin_is_two_percent():
+    assert math.exp(EQUIVALENCE) == pytest.approx(1.02)
+
+
+def test_rounds_average_the_two_blocks_so_that_a_linear_drift_cancels():
+    # Order a, b, then b, a, each block 10% slower than the last: both see the same mean.
+    drift = [0.1 * k for k in range(4)]
+    a, b = np.exp([drift[0], drift[3]]), np.exp([drift[1], drift[2]])
+    assert round_log_latency(a, 1)[0] == pytest.approx(round_log_latency(b, 1)[0])
+
+
+def test_an_odd_number_of_blocks_is_refused():
+    with pytest.raises(ValueError, match="two blocks a round"):
+        round_log_latency([0.1, 0.1, 0.1], 1)
+
+
+def test_outliers_are_counted():
+    assert tukey_outliers([1.0] * 20 + [1.1, 0.9, 9.0]) == 3
+    assert tukey_outliers([]) == 0
