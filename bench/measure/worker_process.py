@@ -47,21 +47,28 @@ class WorkerProcess:
     Args:
         command: its argument vector.
         environment: its environment variables.
+
+    Raises:
+        RequestError: if the command cannot be started.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
         # A file and not a pipe: nobody reads it while the worker runs, and a full pipe would stop it.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, closed with the worker
-        self._process = subprocess.Popen(
-            list(command),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env=dict(environment),
-            cwd=CHECKOUT,
-            # Ctrl-C is the coordinator's to handle: it ends its workers itself, after the records are safe.
-            start_new_session=True,
-        )
+        try:
+            self._process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                env=dict(environment),
+                cwd=CHECKOUT,
+                # Ctrl-C is the coordinator's to handle: it ends its workers itself, after the records are safe.
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._stderr.close()
+            raise RequestError("crash", f"{command[0]} cannot be started ({error.strerror})") from error
         self._buffer = b""
 
     @property

@@ -1,0 +1,217 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from bench.__main__ import app
+from bench.measure.diagnosis import cuda_packages, warnings_for
+from bench.measure.pool import WorkerPool
+from bench.store import Store, read_environments, read_records
+
+TINY = ("--preset", "smoke", "--workload", "article-batch-1", "--rounds", "2")
+
+
+@pytest.fixture
+def fake_pool(monkeypatch, fake_starter):
+    """Lets the commands talk to workers that need no framework."""
+    monkeypatch.setattr("bench.measure.sweep.starter", lambda *args, **kwargs: fake_starter)
+    monkeypatch.setattr("bench.commands.inspect.starter", lambda *args, **kwargs: fake_starter)
+
+
+@pytest.fixture
+def call():
+    def invoke(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+    return invoke
+
+
+@pytest.mark.usefixtures("fake_pool")
+def test_run_writes_records_report_and_json_and_resumes(tmp_path, call):
+    out = tmp_path / "run"
+    wanted = ("--implementation", "matmul", "--implementation", "fast", "--json", tmp_path / "f.json")
+    first = call("run", *TINY, *wanted, "--out", out)
+    assert first.exit_code == 0, first.output
+    assert "article-batch-1 (B=1, n=32, 32->32), forward_backward, ieee_fp32, matched, cpu" in first.output
+    records = read_records(out)
+    assert len(records) == 2 * (2 * 2 + 1)
+    assert len({record.key for record in records}) == len(records)
+    assert set(read_environments(out)) == {record.environment_id for record in records}
+    assert json.loads((tmp_path / "f.json").read_text())["cells"][0]["rows"][0]["implementation"] == "fast"
+    assert "ok (0.25)" in (out / "report.md").read_text()
+
+    refused = call("run", *TINY, *wanted, "--out", out)
+    assert refused.exit_code == 2
+    assert "already holds records; add --resume" in refused.stderr
+
+    before = (out / "records.jsonl").read_bytes()
+    assert call("run", *TINY, *wanted, "--out", out, "--resume").exit_code == 0
+    assert (out / "records.jsonl").read_bytes() == before
+
+    (out / "records.jsonl").write_bytes(before[:-100])
+    again = call("run", *TINY, *wanted, "--out", out, "--resume")
+    assert again.exit_code == 0
+    assert "of an unfinished cell were set aside" in again.output
+    assert {record.key for record in read_records(out)} == {record.key for record in records}
+
+
+@pytest.mark.usefixtures("fake_pool")
+@pytest.mark.parametrize(("name", "status"), [("wrong", 1), ("die-in-prepare", 1), ("refused", 0)])
+def test_run_fails_after_a_mismatch_or_a_crash(tmp_path, call, name, status):
+    done = call("run", *TINY, "--implementation", "matmul", "--implementation", name, "--out", tmp_path / "run")
+    assert done.exit_code == status, done.output
+
+
+@pytest.mark.usefixtures("fake_pool")
+def test_a_run_in_which_nothing_was_timed_fails(tmp_path, call):
+    assert call("run", *TINY, "--implementation", "refused", "--out", tmp_path / "run").exit_code == 1
+
+
+@pytest.mark.usefixtures("fake_pool")
+def test_an_interrupted_run_keeps_what_it_measured(tmp_path, call, monkeypatch):
+    append = Store.append
+
+    def interrupt_after_one_cell(self, records):
+        append(self, records)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "append", interrupt_after_one_cell)
+    wanted = (*TINY, "--implementation", "matmul", "--out", tmp_path / "run")
+    stopped = call("run", *wanted)
+    assert stopped.exit_code == 130
+    assert "add --resume to continue" in stopped.stderr
+    assert len(read_records(tmp_path / "run")) == 3
+    monkeypatch.setattr(Store, "append", append)
+    assert call("run", *wanted, "--resume").exit_code == 0
+    assert len(read_records(tmp_path / "run")) == 6
+
+
+@pytest.mark.usefixtures("fake_pool")
+def test_a_run_goes_on_without_a_framework_and_says_so(tmp_path, call, monkeypatch):
+    class OnlyTorch(WorkerPool):
+        def __init__(self, start, frameworks):
+            super().__init__(start, ("torch",))
+            self.missing["jax"] = "jax and flax are not installed"
+
+    monkeypatch.setattr("bench.measure.sweep.WorkerPool", OnlyTorch)
+    done = call("run", *TINY, "--implementation", "matmul", "--out", tmp_path / "run")
+    assert done.exit_code == 0
+    assert "Without jax: jax and flax are not installed." in done.output
+
+
+@pytest.mark.usefixtures("fake_pool")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--preset", "huge"), "--preset: expected one of smoke, seed, workloads, full, got 'huge'"),
+        (("--workload", "nothing"), "--workload: expected one of article-base"),
+        (("--framework", "keras"), "--framework: expected one of torch, jax, got 'keras'"),
+        (("--device", "tpu"), "--device: expected one of auto, cpu, cuda, got 'tpu'"),
+        (("--device", "cuda"), "device: torch and jax cannot use 'cuda' here"),
+        (("--precision", "fp8"), "--precision: expected one of ieee_fp32"),
+        (("--direction", "backward"), "--direction: expected one of forward, forward_backward"),
+        (("--division", "tuned"), "--division: expected one of stock, matched, got 'tuned'"),
+        (("--implementation", "nothing"), "implementation: nothing is called nothing; choose from"),
+        (("--division", "stock", "--precision", "tf32"), "the selection is empty"),
+        (("--torch-python", "/nowhere/python"), "--torch-python: '/nowhere/python' is no program"),
+        (("--jax-python", "/nowhere/python"), "--jax-python: '/nowhere/python' is no program"),
+        (("--json", "/nowhere/f.json"), "--json: /nowhere/f.json cannot be written"),
+        (("--out", "/dev/null/run"), "/dev/null/run: cannot be written"),
+    ],
+)
+def test_wrong_usage_of_run_is_one_sentence(tmp_path, call, arguments, message):
+    done = call("run", *TINY, "--out", tmp_path / "run", *arguments)
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert done.stderr.startswith("bench: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.usefixtures("fake_pool")
+def test_both_frameworks_missing_is_wrong_usage(tmp_path, call, monkeypatch):
+    class Nothing(WorkerPool):
+        def __init__(self, start, frameworks):
+            super().__init__(start, ())
+            self.missing |= dict.fromkeys(frameworks, "not installed")
+
+    monkeypatch.setattr("bench.measure.sweep.WorkerPool", Nothing)
+    done = call("run", *TINY, "--out", tmp_path / "run")
+    assert done.exit_code == 2
+    assert "no framework can be measured" in done.stderr
+
+
+def test_missing_and_unknown_options_are_refused(tmp_path, call):
+    assert call("run").exit_code == 2
+    assert call("run", "--out", tmp_path, "--rounds", "0").exit_code == 2
+    assert call("nothing").exit_code == 2
+
+
+@pytest.fixture
+def measured(tmp_path, make_record):
+    """A directory with a small run, as ``bench run`` leaves it."""
+    store = Store(tmp_path / "run", resume=False)
+    cell = [make_record(baseline=True, cell_size=3), make_record(key="k1", baseline=True, control=True, cell_size=3)]
+    store.append([*cell, make_record(key="k2", framework="jax", mode="jit", cell_size=3)])
+    return tmp_path / "run"
+
+
+def test_report_shows_and_writes(measured, tmp_path, call):
+    done = call("report", measured, "--markdown", tmp_path / "r.md", "--json", tmp_path / "r.json")
+    assert done.exit_code == 0
+    assert "jax matmul (jit)" in done.output
+    assert "jax matmul (jit)" in (tmp_path / "r.md").read_text()
+    assert json.loads((tmp_path / "r.json").read_text())["summary"] == {"ok": 2}
+
+
+def test_the_readme_is_updated_and_its_staleness_noticed(measured, tmp_path, call):
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n<!-- results:begin -->\n<!-- results:end -->\n")
+    stale = call("report", measured, "--readme", readme, "--check")
+    assert (stale.exit_code, "are stale" in stale.stderr) == (1, True)
+    assert call("report", measured, "--readme", readme).exit_code == 0
+    assert "jax matmul (jit)" in readme.read_text()
+    assert call("report", measured, "--readme", readme, "--check").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere",), "nowhere: holds no records.jsonl"),
+        (("RUN", "RUN"), "give each directory once"),
+        (("RUN", "--check"), "--check: needs --readme"),
+        (("RUN", "--readme", "nowhere.md"), "nowhere.md cannot be read"),
+        (("RUN", "--readme", "RUN/records.jsonl"), "expected the markers"),
+        (("RUN", "--markdown", "/nowhere/r.md"), "--markdown: /nowhere/r.md cannot be written"),
+        (("RUN", "--chart", "picture.pdf"), "ending in .svg, .png, .html"),
+    ],
+)
+def test_wrong_usage_of_report_is_one_sentence(measured, call, arguments, message):
+    done = call("report", *(argument.replace("RUN", str(measured)) for argument in arguments))
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.usefixtures("fake_pool")
+def test_list_and_doctor(tmp_path, call):
+    listed = call("list", "--json", tmp_path / "list.json")
+    assert listed.exit_code == 0
+    for expected in ("electricity-336-720", "cure-lab/LTSF-Linear", "smoke", "dense"):
+        assert expected in listed.output
+    assert json.loads((tmp_path / "list.json").read_text())["competitors"]["torch"]["dense"] == "yardstick"
+    checked = call("doctor", "--json", tmp_path / "doctor.json")
+    assert checked.exit_code == 0
+    assert "Processor:" in checked.output
+    assert set(json.loads((tmp_path / "doctor.json").read_text())["frameworks"]) == {"torch", "jax"}
+    assert call("doctor", "--torch-python", "/nowhere/python").exit_code == 2
+
+
+def test_doctor_warns_of_two_cuda_majors_and_of_a_gpu_that_one_framework_sees():
+    both = cuda_packages(["nvidia-cudnn-cu12", "nvidia_cublas_cu13", "jax-cuda12-plugin", "numpy"])
+    assert both == {"12": ["jax-cuda12-plugin", "nvidia-cudnn-cu12"], "13": ["nvidia-cublas-cu13"]}
+    hello = {"torch": {"devices": ["cpu", "cuda"]}, "jax": {"devices": ["cpu"]}}
+    said = " ".join(warnings_for(hello, {"flax": "not installed"}, both))
+    for expected in ("several CUDA majors", "Only torch sees a GPU", "flax cannot take part"):
+        assert expected in said
+    one = cuda_packages(["nvidia-cudnn-cu12", "jax-cuda12-plugin"])
+    assert not any("CUDA majors" in line for line in warnings_for({}, {}, one))

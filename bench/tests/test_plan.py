@@ -1,0 +1,130 @@
+from dataclasses import replace
+
+import pytest
+
+from bench.plan.cells import STORAGE_DTYPES, Cell
+from bench.plan.competitors import Catalogue, Competitor, competitors_for
+from bench.plan.costs import (
+    compulsory_bytes,
+    executed_flops,
+    planned_skip,
+    products,
+    useful_flops,
+    waste_factor,
+    working_bytes,
+)
+from bench.plan.presets import PRESETS, narrowed, plan_cells
+from bench.plan.workloads import WORKLOADS, Workload
+
+TORCH = Catalogue("torch", ("loop", "matmul"), ("stock:bmm+bias",), ("dense",))
+JAX = Catalogue("jax", ("loop", "matmul"), (), ("dense",))
+TINY = Workload("tiny", 5, 3, 2, 7, "test")
+
+
+def cell(direction="forward", workload=TINY, precision="ieee_fp32"):
+    return Cell(workload, direction, precision, "matched", "cpu")
+
+
+def test_useful_work_is_counted_by_hand():
+    product, bias = 2 * 5 * 3 * 2 * 7, 5 * 3 * 7
+    assert useful_flops(cell()) == product + bias
+    assert useful_flops(cell("forward_backward")) == 3 * product + 2 * bias
+    x, w, b, y = 5 * 3 * 2, 3 * 2 * 7, 3 * 7, 5 * 3 * 7
+    assert compulsory_bytes(cell()) == 4 * (x + w + b + y)
+    assert compulsory_bytes(cell("forward_backward")) == 4 * 2 * (x + w + b + y)
+    assert compulsory_bytes(cell(precision="bf16")) == 2 * (x + w + b + y)
+
+
+def test_dense_forms_waste_n_times_the_work():
+    for name, factor in (("matmul", 1), ("loop", 1), ("masked", 3), ("dense", 3)):
+        competitor = Competitor("torch", name, "eager")
+        assert waste_factor(competitor, cell()) == factor
+        assert executed_flops(competitor, cell()) == factor * useful_flops(cell())
+
+
+def test_the_dense_matrix_of_electricity_does_not_fit():
+    electricity = cell("forward_backward", WORKLOADS["electricity-336-720"])
+    masked = Competitor("torch", "masked", "eager")
+    assert working_bytes(masked, electricity) > 3 * 4 * (321 * 336) * (321 * 720)
+    limits = replace(PRESETS["seed"].limits, executed_flops=1e30)
+    assert "of the free memory" in (planned_skip(masked, electricity, limits, 2**36) or "")
+    assert planned_skip(Competitor("torch", "matmul", "eager"), electricity, limits, 2**36) is None
+
+
+def test_only_traced_loops_are_too_many_products():
+    electricity, limits = cell("forward_backward", WORKLOADS["electricity-336-96"]), PRESETS["seed"].limits
+    assert products(electricity) == 3
+    assert "963 products to unroll" in (
+        planned_skip(Competitor("jax", "loop", "jit"), electricity, limits, 2**40) or ""
+    )
+    assert planned_skip(Competitor("torch", "loop", "eager"), electricity, limits, 2**40) is None
+
+
+def test_every_workload_is_sourced_and_fits_its_cases():
+    for name, workload in WORKLOADS.items():
+        assert workload.name == name
+        assert workload.source
+        case, dense = workload.case(), workload.dense_case()
+        assert (case.rows, case.num_partitions) == (workload.batch, workload.num_partitions)
+        assert (dense.num_partitions, dense.in_features) == (1, workload.num_partitions * workload.in_features)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (128, 32, 32, 32),
+        (2048, 32, 32, 32),
+        (1, 32, 32, 32),
+        (128, 8, 128, 128),
+        (16, 321, 336, 96),
+        (16, 321, 336, 720),
+        (2048, 10, 256, 256),
+        (1024, 10, 256, 256),
+    ],
+)
+def test_seed_holds_the_promised_shapes(shape):
+    shapes = {
+        (w.batch, w.num_partitions, w.in_features, w.out_features)
+        for w in map(WORKLOADS.get, PRESETS["seed"].workloads)
+        if w
+    }
+    assert shape in shapes
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_presets_name_what_exists(preset):
+    assert set(preset.workloads) <= set(WORKLOADS)
+    assert set(preset.compiled) <= set(WORKLOADS)
+    cells = plan_cells(preset, "cpu")
+    assert cells
+    assert len(set(cells)) == len(cells)
+    assert {found.precision for found in cells} <= set(STORAGE_DTYPES)
+
+
+def test_narrowing_replaces_only_what_is_given():
+    preset = narrowed(PRESETS["smoke"], directions=["forward"], rounds=2)
+    assert preset.directions == ("forward",)
+    assert preset.rounds == 2
+    assert preset.workloads == PRESETS["smoke"].workloads
+
+
+def test_tf32_is_no_stock_precision():
+    preset = narrowed(PRESETS["smoke"], precisions=["tf32"], divisions=["stock"])
+    assert plan_cells(preset, "cuda") == ()
+
+
+def test_competitors_come_from_the_catalogues():
+    found = competitors_for([TORCH, JAX], compiled=["matmul"])
+    assert [c.label for c in found] == [
+        "torch loop (eager)",
+        "torch matmul (eager)",
+        "torch stock:bmm+bias (eager)",
+        "torch dense (eager)",
+        "torch matmul (compile)",
+        "jax loop (jit)",
+        "jax matmul (jit)",
+        "jax dense (jit)",
+    ]
+    assert [c.kind for c in found[:4]] == ["implementation", "implementation", "stock", "yardstick"]
+    assert {c.implementation for c in competitors_for([TORCH, JAX], only=["matmul"])} == {"matmul"}
+    assert competitors_for([TORCH], only=["nothing"]) == ()
