@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from torch_impl.layer import PartitionedLinear
 from torch_impl.registry import IMPLEMENTATIONS, UnsupportedImplementationError
-from torch_impl.validation import check_mesh, check_tensor
+from torch_impl.validation import check_tensor
 
 LayerT = TypeVar("LayerT", bound=PartitionedLinear)
 
@@ -41,7 +41,7 @@ def shard_partitions(layer: LayerT, device_mesh: DeviceMesh) -> LayerT:
             f"`layer`: expected an implementation that shards without communication, one of {', '.join(shardable)}, "
             f"got {layer.implementation!r}; build the layer with one of these."
         )
-    check_mesh(device_mesh, DeviceMesh, layer.num_partitions)
+    _check_mesh(device_mesh, layer.num_partitions)
     for name, parameter in list(layer.named_parameters()):
         with torch.no_grad():
             sharded = distribute_tensor(parameter.detach(), device_mesh, [Shard(0)])
@@ -69,8 +69,20 @@ def shard_inputs(x: Tensor, device_mesh: DeviceMesh) -> DTensor:
     check_tensor("x", x)
     if x.ndim < 2:
         raise ValueError(f"`x`: expected shape (..., n, in), got {tuple(x.shape)}; add the partition axis.")
-    check_mesh(device_mesh, DeviceMesh, x.shape[-2])
+    _check_mesh(device_mesh, x.shape[-2])
     return distribute_tensor(x, device_mesh, [Shard(x.ndim - 2)])
+
+
+def _check_mesh(device_mesh: Any, num_partitions: int) -> None:
+    if not isinstance(device_mesh, DeviceMesh):
+        raise TypeError(
+            f"`device_mesh`: expected a DeviceMesh, got a {type(device_mesh).__name__}; use init_device_mesh."
+        )
+    if device_mesh.ndim != 1 or num_partitions % device_mesh.size():
+        raise ValueError(
+            f"`device_mesh`: expected one dimension whose size divides n = {num_partitions}, got shape "
+            f"{tuple(device_mesh.shape)}; choose another mesh."
+        )
 
 
 def _check_inputs(layer: nn.Module, arguments: tuple[Any, ...]) -> None:

@@ -195,11 +195,7 @@ def check_materialised(views: Mapping[str, Tensor]) -> None:
 
 
 def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-    """Refuse canonical arrays that are not exactly those of the layer.
-
-    Args:
-        arrays: The received name -> NumPy array.
-        expected: Name -> (shape, dtype).
+    """Refuse canonical arrays that are not exactly those of the layer, given as name -> (shape, dtype).
 
     Raises:
         TypeError: If it is no mapping of NumPy arrays, or a dtype differs.
@@ -225,22 +221,6 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
         if array.dtype != dtype:
             got = array.dtype.name if array.dtype.isnative else array.dtype.str
             raise TypeError(f"`arrays[{name!r}]`: expected dtype {dtype.name}, got {got}; the layer is unchanged.")
-
-
-def check_mesh(device_mesh: Any, kind: type, num_partitions: int) -> None:
-    """Refuse meshes that cannot hold equally many partitions on every device.
-
-    Raises:
-        TypeError: If it is no mesh.
-        ValueError: If it has several dimensions or its size does not divide the number of partitions.
-    """
-    if not isinstance(device_mesh, kind):
-        raise TypeError(f"`device_mesh`: expected a {kind.__name__}, got a {_kind(device_mesh)}; use init_device_mesh.")
-    if device_mesh.ndim != 1 or num_partitions % device_mesh.size():
-        raise ValueError(
-            f"`device_mesh`: expected one dimension whose size divides n = {num_partitions}, got shape "
-            f"{tuple(device_mesh.shape)}; choose another mesh."
-        )
 
 
 def _advice(x: Tensor, num_partitions: int, in_features: int) -> str:
