@@ -1,6 +1,7 @@
 """The formula itself, handed to `torch.einsum`."""
 
 import torch
+import torch.nn.functional as F
 
 from torch_impl.array_types import Bias, Inputs, Outputs, Weight
 
@@ -16,5 +17,9 @@ def partitioned_linear_einsum(x: Inputs, weight: Weight, bias: Bias | None) -> O
     Returns:
         Outputs, shape (*b, n, o), dtype of `x`.
     """
+    if weight.shape[1] == 1 and weight.element_size() == 2:
+        # torch.einsum turns a contraction of size one into a broadcast product, whose gradients round every product
+        # to bf16 or fp16 before they are summed. A second feature of zeros keeps it a matrix product, summed in fp32.
+        x, weight = F.pad(x, (0, 1)), F.pad(weight, (0, 0, 0, 1))
     y = torch.einsum("...ni,nio->...no", x, weight)
     return y if bias is None else y + bias
