@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_impl import PartitionedLinear, partitioned_linear
+from jax_impl import PartitionedLinear, export_parameters, import_parameters, partitioned_linear
 from jax_impl.linen import PartitionedLinear as LinenPartitionedLinear
 from jax_impl.registry import IMPLEMENTATIONS, unsupported_reason
 from parity_tests.harness.cases import Case, Layout
@@ -130,6 +130,16 @@ def _linen_layer(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None)
     )
     parameters = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
     return layer.apply({"params": parameters}, x)
+
+
+def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Puts canonical arrays into the layer and takes them out again."""
+    n, i, o = arrays["weight"].shape
+    dtype = arrays["weight"].dtype
+    with _double_precision_if(dtype == np.float64):
+        layer = PartitionedLinear(n, i, o, use_bias="bias" in arrays, param_dtype=dtype, rngs=nnx.Rngs(0))
+        import_parameters(layer, dict(arrays))
+        return export_parameters(layer)
 
 
 def resolve_device(device: str) -> Any:

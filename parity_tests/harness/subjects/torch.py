@@ -1,6 +1,6 @@
 """PyTorch subjects: every implementation of the table through the public function, and both layer classes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -9,7 +9,13 @@ import torch
 
 from parity_tests.harness.cases import Case, Layout
 from parity_tests.harness.inputs import Inputs
-from torch_impl import MaskedPartitionedLinear, PartitionedLinear, import_parameters, partitioned_linear
+from torch_impl import (
+    MaskedPartitionedLinear,
+    PartitionedLinear,
+    export_parameters,
+    import_parameters,
+    partitioned_linear,
+)
 from torch_impl.registry import IMPLEMENTATIONS, unsupported_reason
 
 _Forward = Callable[..., torch.Tensor]
@@ -111,6 +117,15 @@ def _layer(layer_class: type[PartitionedLinear] | type[MaskedPartitionedLinear])
         return (lambda x, *params: layer(x)), leaves
 
     return prepare
+
+
+def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Puts canonical arrays into the layer and takes them out again."""
+    n, i, o = arrays["weight"].shape
+    dtype = to_torch(arrays["weight"][:0], torch.device("cpu")).dtype
+    layer = PartitionedLinear(n, i, o, bias="bias" in arrays, dtype=dtype)
+    import_parameters(layer, dict(arrays))
+    return export_parameters(layer)
 
 
 def resolve_device(device: str) -> torch.device:

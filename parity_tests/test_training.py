@@ -1,0 +1,121 @@
+"""Training parity over 500 steps, the ladder, and the defects and causes that both must find."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from parity_tests.harness.cases import Case
+from parity_tests.harness.inputs import draw_inputs
+from parity_tests.harness.subjects.base import framework_available
+
+if not (framework_available("torch") and framework_available("jax")):
+    pytest.skip("training parity needs both frameworks", allow_module_level=True)
+
+from parity_tests.harness.ladder import RUNGS, LadderSide, climb
+from parity_tests.harness.optimizers import OPTIMIZERS, OptimizerSpec
+from parity_tests.harness.subjects import jax as jax_subjects
+from parity_tests.harness.subjects import torch as torch_subjects
+from parity_tests.harness.subjects.jax_training import JaxTraining
+from parity_tests.harness.subjects.torch_training import TorchTraining
+from parity_tests.harness.tasks import nlinear_series, partitioned_mlp
+from parity_tests.harness.training import free_running, training_parity
+from parity_tests.harness.training_defects import TRAINING_DEFECTS, plant, spec_of
+
+STEPS = 500
+CASE = Case("ladder", (64,), 3, 16, 16)
+
+
+def sides():
+    return [TorchTraining(), JaxTraining()]
+
+
+def ladder_sides():
+    return [
+        LadderSide(_matmul(torch_subjects), TorchTraining(), torch_subjects.round_trip),
+        LadderSide(_matmul(jax_subjects), JaxTraining(), jax_subjects.round_trip),
+    ]
+
+
+def _matmul(module):
+    return next(subject for subject in module.subjects("cpu") if subject.implementation == "matmul")
+
+
+def failures(report):
+    return [f"{criterion.name}: {criterion.detail}" for criterion in report.criteria if not criterion.ok]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_mlp_trains_alike(optimizer):
+    report = training_parity(sides(), partitioned_mlp(), OPTIMIZERS[optimizer], optimizer, STEPS, members=6)
+    assert failures(report) == []
+    assert {criterion.name.split(" (")[0] for criterion in report.criteria} >= {
+        "semantic",
+        "replay",
+        "resynchronised",
+        "free-running",
+        "not vacuous",
+        "step counts",
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw-clip-warmup-cosine"])
+def test_forecaster_trains_alike(optimizer):
+    report = training_parity(sides(), nlinear_series(), OPTIMIZERS[optimizer], optimizer, STEPS, members=6)
+    assert failures(report) == []
+
+
+@pytest.mark.parametrize("defect", TRAINING_DEFECTS, ids=lambda defect: defect.name)
+def test_training_defect_is_killed_and_named(defect):
+    trusted, healthy = ladder_sides()
+    spoiled = dataclasses.replace(healthy, training=plant(defect, healthy.training))
+    report = climb(
+        [trusted, spoiled], draw_inputs(CASE, "float32"), partitioned_mlp(), spec_of(defect), defect.optimizer, 60, 2
+    )
+    assert not report.ok
+    assert report.first_failure.name in RUNGS[3:]
+    assert defect.cause in report.first_failure.cause
+
+
+def test_the_ladder_reaches_the_top():
+    spec = OPTIMIZERS["adamw"]
+    report = climb(ladder_sides(), draw_inputs(CASE, "float32"), nlinear_series(), spec, "adamw", 60, 4)
+    assert report.ok, report.first_failure
+    assert [rung.name for rung in report.rungs] == list(RUNGS)
+
+
+def test_the_ladder_stops_at_a_broken_conversion():
+    trusted, other = ladder_sides()
+
+    def transposing(arrays):
+        return other.round_trip(arrays | {"weight": np.ascontiguousarray(arrays["weight"].swapaxes(1, 2))})
+
+    broken = dataclasses.replace(other, round_trip=transposing)
+    report = climb([trusted, broken], draw_inputs(CASE, "float32"), partitioned_mlp(), OPTIMIZERS["sgd"], "sgd", 5, 2)
+    assert (report.first_failure.name, report.first_failure.cause) == (RUNGS[0], "the kernel is transposed")
+    assert len(report.rungs) == 1
+
+
+def test_a_run_far_outside_the_ensemble_is_rejected():
+    rng = np.random.default_rng(0)
+    ensemble = np.exp(rng.normal(-15, 0.2, (12, 50)))
+    assert free_running("torch", np.exp(np.full(50, -15.0)), ensemble).ok
+    assert not free_running("torch", np.exp(np.full(50, -9.0)), ensemble).ok
+
+
+def test_schedule_table_has_its_origin_and_shape():
+    spec = OptimizerSpec("sgd", 1.0, warmup_steps=4, cosine_steps=10)
+    rates = spec.rates(20)
+    assert rates[:4].tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[9] == pytest.approx(0.5)
+    assert rates[14:].max() == 0.0
+    assert dataclasses.replace(spec, first_step=1).rates(3).tolist() == [0.5, 0.75, 1.0]
+    with pytest.raises(ValueError, match="steps: expected at least 1"):
+        spec.rates(0)
+
+
+def test_decay_leaves_the_two_dimensional_bias_alone():
+    spec = OPTIMIZERS["adamw"]
+    assert spec.decays("hidden.weight")
+    assert not spec.decays("hidden.bias")
