@@ -39,10 +39,10 @@ class Implementation:
         run: The function (x, weight, bias, *, precision, preferred_element_type) -> y.
         dtypes: Canonical dtype names it accepts.
         devices: Device types it accepts, of "cpu" and "cuda" (JAX calls the latter "gpu").
-        double_backward: Second derivatives exist and are right.
+        double_backward: The reverse-mode derivative of the reverse-mode derivative exists and is right.
         isolates_partitions: NaN or Inf in one partition leaves every other partition bitwise unchanged.
         stride_bytes: Required alignment of feature rows in bytes; 1 for none.
-        vmap_shared_operands: `jax.vmap` may map some operands and share the others.
+        maps: `jax.vmap` can map the call.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Implementation:
     double_backward: bool = True
     isolates_partitions: bool = True
     stride_bytes: int = 1
-    vmap_shared_operands: bool = True
+    maps: bool = True
 
 
 _TABLE = (
@@ -63,7 +63,11 @@ _TABLE = (
     Implementation("matmul", partitioned_linear_matmul),
     Implementation("grouped_conv", partitioned_linear_grouped_conv),
     Implementation(
-        "grouped_matmul", partitioned_linear_grouped_matmul, double_backward=False, vmap_shared_operands=False
+        "grouped_matmul",
+        partitioned_linear_grouped_matmul,
+        double_backward=False,
+        isolates_partitions=False,
+        maps=False,
     ),
 )
 

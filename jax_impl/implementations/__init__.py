@@ -4,6 +4,8 @@ They assume valid operands (`jax_impl.validation` has seen them) and know nothin
 is declared in `jax_impl.registry`. The arithmetic rules that several of them share are here.
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -15,14 +17,25 @@ def result_dtype(x: Array, preferred_element_type: DTypeLike | None) -> np.dtype
     return np.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
 
 
-def partition_axis_first(x: Array) -> bool:
-    """Say whether the partition axis must lead before a batched product that would otherwise leave it where it is.
+def needs_partition_major(x: Array) -> bool:
+    """Say whether a batched product must see its operands partition-major, with rows in one axis.
 
-    A batched bf16 product whose operands hold the batch axis in different places is refused by XLA on the CPU with an
-    fp32 result (jax 0.10.2), and accumulated in bf16 without one (jax 0.11.2): 4096 ones sum to 1536, even under
-    `DotAlgorithmPreset.BF16_BF16_F32`. With both batch axes in front it accumulates in fp32.
+    Otherwise XLA on a CPU refuses a batched bf16 product with an fp32 result when its operands hold the partition axis
+    in different places (jax 0.10.2), and accumulates one without it, or its weight gradient over several batch axes, in
+    bf16 (jax 0.11.2: 4096 ones sum to 1536, even under `DotAlgorithmPreset.BF16_BF16_F32`).
     """
     return x.dtype.itemsize == 2
+
+
+def partition_major(x: Array) -> Array:
+    """Turn (*b, n, i) into (n, rows, i)."""
+    rows = math.prod(x.shape[:-2])
+    return jnp.swapaxes(x.reshape(rows, *x.shape[-2:]), 0, 1)
+
+
+def batch_major(y: Array, batch_shape: tuple[int, ...]) -> Array:
+    """Turn (n, rows, o) back into (*b, n, o)."""
+    return jnp.swapaxes(y, 0, 1).reshape(*batch_shape, y.shape[0], y.shape[2])
 
 
 def add_bias(product: Array, bias: Array | None, dtype: np.dtype) -> Array:

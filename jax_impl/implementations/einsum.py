@@ -5,7 +5,7 @@ from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
-from jax_impl.implementations import add_bias, partition_axis_first, result_dtype
+from jax_impl.implementations import add_bias, batch_major, needs_partition_major, partition_major, result_dtype
 
 
 def partitioned_linear_einsum(
@@ -18,8 +18,8 @@ def partitioned_linear_einsum(
 ) -> Outputs:
     """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] with `jax.numpy.einsum`.
 
-    The equation is spelled as written; for 16-bit operands with the partition axis in front, which see
-    `partition_axis_first`.
+    The equation is spelled as written; for 16-bit operands, partition-major: see
+    `needs_partition_major`.
 
     Args:
         x: Inputs, shape (*b, n, i).
@@ -32,10 +32,12 @@ def partitioned_linear_einsum(
         Outputs, shape (*b, n, o).
     """
     dtype = result_dtype(x, preferred_element_type)
-    equation, swapped = "...ni,nio->...no", partition_axis_first(x)
-    if swapped:
-        equation, x = "n...i,nio->n...o", jnp.moveaxis(x, -2, 0)
-    product = jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=dtype)
-    if swapped:
-        product = jnp.moveaxis(product, 0, -2)
+    if needs_partition_major(x):
+        equation = "nri,nio->nro"
+        rows = partition_major(x)
+        product = jnp.einsum(equation, rows, weight, precision=precision, preferred_element_type=dtype)
+        product = batch_major(product, x.shape[:-2])
+    else:
+        equation = "...ni,nio->...no"
+        product = jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=dtype)
     return add_bias(product, bias, dtype)

@@ -8,7 +8,7 @@ from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
-from jax_impl.implementations import add_bias, result_dtype
+from jax_impl.implementations import add_bias, batch_major, partition_major, result_dtype
 
 
 def partitioned_linear_grouped_matmul(
@@ -22,7 +22,9 @@ def partitioned_linear_grouped_matmul(
     """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] with `jax.lax.ragged_dot`.
 
     The rows of all partitions are laid one after another, which costs a transposed copy of `x` and of the result. JAX
-    has no second derivative of the ragged product and maps it only over a leading axis shared by all its operands.
+    cannot take the reverse-mode derivative of its reverse-mode derivative (forward over reverse works), nor map it with
+    `jax.vmap` unless the row counts are mapped too. Where the ragged product is computed as a masked dense one, as on a
+    CPU, a NaN or Inf in one partition reaches every other one.
 
     Args:
         x: Inputs, shape (*b, n, i).
@@ -36,15 +38,13 @@ def partitioned_linear_grouped_matmul(
     """
     dtype = result_dtype(x, preferred_element_type)
     num_partitions, in_features, out_features = weight.shape
-    batch_shape = x.shape[:-2]
-    rows = math.prod(batch_shape)
-    by_partition = jnp.swapaxes(x.reshape(rows, num_partitions, in_features), 0, 1)
+    rows = math.prod(x.shape[:-2])
     product = lax.ragged_dot(
-        by_partition.reshape(num_partitions * rows, in_features),
+        partition_major(x).reshape(num_partitions * rows, in_features),
         weight,
         jnp.full((num_partitions,), rows, jnp.int32),
         precision=precision,
         preferred_element_type=dtype,
     ).reshape(num_partitions, rows, out_features)
     y = add_bias(product, None if bias is None else bias[:, None], dtype)
-    return jnp.swapaxes(y, 0, 1).reshape(*batch_shape, num_partitions, out_features)
+    return batch_major(y, x.shape[:-2])

@@ -1,14 +1,11 @@
 """One batched product whose batch axis is the partition axis."""
 
-import math
-
-import jax.numpy as jnp
 from jax import lax
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
-from jax_impl.implementations import add_bias, result_dtype
+from jax_impl.implementations import add_bias, batch_major, partition_major, result_dtype
 
 
 def partitioned_linear_matmul(
@@ -36,14 +33,12 @@ def partitioned_linear_matmul(
         Outputs, shape (*b, n, o).
     """
     dtype = result_dtype(x, preferred_element_type)
-    batch_shape = x.shape[:-2]
-    rows = x.reshape(math.prod(batch_shape), *x.shape[-2:])
     product = lax.dot_general(
-        jnp.swapaxes(rows, 0, 1),
+        partition_major(x),
         weight,
         (((2,), (1,)), ((0,), (0,))),
         precision=precision,
         preferred_element_type=dtype,
     )
     y = add_bias(product, None if bias is None else bias[:, None], dtype)
-    return jnp.swapaxes(y, 0, 1).reshape(*batch_shape, weight.shape[0], weight.shape[2])
+    return batch_major(y, x.shape[:-2])

@@ -1,13 +1,12 @@
 """One partition's linear map, batched over partitions by `jax.vmap`."""
 
 import jax
-import jax.numpy as jnp
 from jax import Array, lax
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
-from jax_impl.implementations import add_bias, partition_axis_first, result_dtype
+from jax_impl.implementations import add_bias, batch_major, needs_partition_major, partition_major, result_dtype
 
 
 def partitioned_linear_vmap(
@@ -20,8 +19,8 @@ def partitioned_linear_vmap(
 ) -> Outputs:
     """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] by mapping one linear map over n.
 
-    The partition axis stays where it is; for 16-bit operands it is moved to the front, which see
-    `partition_axis_first`.
+    The partition axis stays where it is; for 16-bit operands it is moved to the front: see
+    `needs_partition_major`.
 
     Args:
         x: Inputs, shape (*b, n, i).
@@ -45,7 +44,8 @@ def partitioned_linear_vmap(
         )
         return add_bias(product, vector, dtype)
 
-    axis = -2
-    if partition_axis_first(x):
-        axis, x = 0, jnp.moveaxis(x, -2, 0)
-    return jax.vmap(one_partition, in_axes=(axis, 0, None if bias is None else 0), out_axes=-2)(x, weight, bias)
+    bias_axis = None if bias is None else 0
+    if needs_partition_major(x):
+        y = jax.vmap(one_partition, in_axes=(0, 0, bias_axis))(partition_major(x), weight, bias)
+        return batch_major(y, x.shape[:-2])
+    return jax.vmap(one_partition, in_axes=(-2, 0, bias_axis), out_axes=-2)(x, weight, bias)
