@@ -19,7 +19,8 @@ from parity_tests.harness.subjects import torch as torch_subjects
 from parity_tests.harness.subjects.jax_training import JaxTraining
 from parity_tests.harness.subjects.torch_training import TorchTraining
 from parity_tests.harness.tasks import nlinear_series, partitioned_mlp
-from parity_tests.harness.training import free_running, training_parity
+from parity_tests.harness.training import training_parity
+from parity_tests.harness.training_criteria import free_running
 from parity_tests.harness.training_defects import TRAINING_DEFECTS, plant, spec_of
 
 STEPS = 500

@@ -15,7 +15,8 @@ from parity_tests.harness.oracle import reference
 from parity_tests.harness.run import judge
 from parity_tests.harness.subjects.base import Subject, TrainingSubject
 from parity_tests.harness.tasks import TrainingTask
-from parity_tests.harness.training import SEMANTIC_FACTOR, TrainingReport, distances, training_parity
+from parity_tests.harness.training import TrainingReport, training_parity
+from parity_tests.harness.training_criteria import SEMANTIC_FACTOR, distances
 
 RUNGS: tuple[str, ...] = ("weights round-trip", "forward", "dx, dW, db", "one optimiser step", "K optimiser steps")
 Arrays = Mapping[str, np.ndarray]

@@ -4,7 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,7 @@ def _linen_layer(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None)
         precision=jax.lax.Precision.HIGHEST,
     )
     parameters = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
-    return layer.apply({"params": parameters}, x)
+    return cast(jax.Array, layer.apply({"params": parameters}, x))
 
 
 def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ def _clip(max_norm: float) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
-        factor = jnp.minimum(1.0, max_norm / (optax.global_norm(updates) + CLIP_EPSILON))
+        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + CLIP_EPSILON))
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -1,5 +1,6 @@
 """Trains a task in JAX with our layer's function: free-running, or step by step from given states."""
 
+import functools
 from collections.abc import Mapping
 from typing import cast
 
@@ -43,6 +44,14 @@ class JaxTraining:
             y = jnp.swapaxes(self._layer("head", jnp.swapaxes(x - last, 1, 2), parameters, offsets, taps), 1, 2) + last
         return jnp.mean((y - target) ** 2), taps
 
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def _gradients(self, model: str, parameters: Arrays, x: jax.Array, target: jax.Array):
+        outputs = jax.eval_shape(lambda: self._loss(model, parameters, x, target, {})[1])
+        offsets = {name: jnp.zeros(y.shape, y.dtype) for name, (_, y) in outputs.items()}
+        return jax.value_and_grad(
+            lambda params, offsets: self._loss(model, params, x, target, offsets), argnums=(0, 1), has_aux=True
+        )(parameters, offsets)
+
     def gradients(
         self, task: TrainingTask, parameters: Mapping[str, np.ndarray], step: int, dtype: str
     ) -> StepGradients:
@@ -51,15 +60,7 @@ class JaxTraining:
             placed = {name: jnp.asarray(array, dtype) for name, array in parameters.items()}
             batch = step % len(task.inputs)
             x, target = jnp.asarray(task.inputs[batch], dtype), jnp.asarray(task.targets[batch], dtype)
-            _, taps = self._loss(task.model, placed, x, target, {})
-            offsets = {name: jnp.zeros_like(y) for name, (_, y) in taps.items()}
-
-            def loss_of(params, offsets):
-                return self._loss(task.model, params, x, target, offsets)
-
-            (loss, taps), (found, cotangents) = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)(
-                placed, offsets
-            )
+            (loss, taps), (found, cotangents) = self._gradients(task.model, placed, x, target)
             return StepGradients(
                 loss=float(loss),
                 gradients={name: np.asarray(value) for name, value in found.items()},

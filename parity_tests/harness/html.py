@@ -1,0 +1,1 @@
+def html_document(rows, environment, training=()): return ""

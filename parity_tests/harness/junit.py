@@ -1,0 +1,42 @@
+"""JUnit XML, which continuous-integration systems read: one case a row."""
+
+from collections.abc import Sequence
+from xml.etree import ElementTree
+
+from parity_tests.harness.records import ParityRow, summarize
+
+# XML 1.0 has no way to write these, not even escaped.
+_FORBIDDEN = {code: "\N{REPLACEMENT CHARACTER}" for code in range(32) if chr(code) not in "\t\n\r"}
+
+
+def _case(row: ParityRow) -> ElementTree.Element:
+    place = ".".join((row.kind, row.framework, row.implementation, row.dtype)).translate(_FORBIDDEN)
+    name = " ".join(part for part in (row.case, row.tensor) if part).translate(_FORBIDDEN)
+    case = ElementTree.Element("testcase", classname=place, name=name, time="0")
+    if row.status == "mismatch":
+        failure = ElementTree.SubElement(case, "failure", message=row.reason.translate(_FORBIDDEN))
+        details = [f"error over bound: {row.bound_fraction}", row.diagnosis, row.command]
+        failure.text = "\n".join(line for line in details if line).translate(_FORBIDDEN)
+    elif row.status == "skipped":
+        ElementTree.SubElement(case, "skipped", message=row.reason.translate(_FORBIDDEN))
+    return case
+
+
+def junit_document(rows: Sequence[ParityRow]) -> str:
+    """Returns a JUnit document with one case a row: failures with their reason and the command that reproduces them.
+
+    Args:
+        rows: of a parity run or a pair's report.
+    """
+    summary = summarize(rows)
+    counts = {
+        "tests": str(len(rows)),
+        "failures": str(summary.failed),
+        "skipped": str(summary.skipped),
+        "errors": "0",
+    }
+    root = ElementTree.Element("testsuites", name="parity", **counts)
+    suite = ElementTree.SubElement(root, "testsuite", name="parity", **counts)
+    suite.extend(_case(row) for row in rows)
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
