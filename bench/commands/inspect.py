@@ -9,8 +9,8 @@ from rich.console import Console
 
 from bench.commands.usage import FAILED, OK, UsageError, check_interpreters, check_writable, complain
 from bench.measure.diagnosis import diagnose
-from bench.measure.environment import allowed_cpus
 from bench.measure.pool import WorkerPool, starter
+from bench.measure.processors import allowed_cpus
 from bench.measure.protocol import RequestError
 from bench.plan.cells import DIRECTIONS, DIVISIONS, PRECISIONS
 from bench.plan.presets import PRESETS

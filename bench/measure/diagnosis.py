@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
-from bench.measure.environment import allowed_cpus, cpu_model, git_state, source_digest
+from bench.measure.environment import git_state, source_digest
+from bench.measure.processors import allowed_cpus, cpu_model
 from bench.plan.cells import DIVISIONS
 
 # Both CUDA majors install files of the same names (nvidia/cudnn/lib/libcudnn.so.9 and others): the later one wins.

@@ -6,9 +6,9 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from bench.measure.processors import cpu_model, governor
 from bench.measure.worker_process import CHECKOUT
 from bench.records import HARNESS_VERSION, digest
 
@@ -41,26 +41,6 @@ def source_digest() -> str:
     return state.hexdigest()
 
 
-def cpu_model() -> str:
-    """The processor's name for itself."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def allowed_cpus() -> tuple[int, ...]:
-    """The processors that this process may use; empty where the system does not say."""
-    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
-
-
-def _governor() -> str | None:
-    path = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    return path.read_text().strip() if path.exists() else None
-
-
 def fingerprint(
     workers: Mapping[str, Mapping[str, Any]], *, device: str, division: str, cpus: Sequence[int]
 ) -> dict[str, Any]:
@@ -85,7 +65,7 @@ def fingerprint(
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu_model": cpu_model(),
         "cpu_count": os.cpu_count(),
-        "cpu_governor": _governor(),
+        "cpu_governor": governor(),
         "affinity": list(cpus),
         "gpus": None if gpu is None else gpu.splitlines(),
         "compile_cache": {

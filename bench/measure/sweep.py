@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any
 
 from bench.measure.coordinator import CellRun
-from bench.measure.environment import allowed_cpus, environment_id, fingerprint
+from bench.measure.environment import environment_id, fingerprint
 from bench.measure.pool import WorkerPool, starter
+from bench.measure.processors import allowed_cpus
 from bench.measure.recording import cell_hash, records_of
 from bench.plan.cells import DEVICES, Cell
 from bench.plan.competitors import FRAMEWORKS, Competitor, competitors_for

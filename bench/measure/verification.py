@@ -4,21 +4,29 @@ Partitions are independent, so the float64 oracle of a large workload never has 
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from bench.measure.memory import free_bytes
+from bench.measure.processors import allowed_cpus
 from bench.records import finite
-from parity_tests.harness.comparison import compare
+from parity_tests.harness.comparison import TensorResult, compare
 from parity_tests.harness.fingerprint import observed_precision
 from parity_tests.harness.inputs import Inputs
 from parity_tests.harness.oracle import Reference, reference
 from parity_tests.harness.tolerance import declared_arithmetic
 
-# Elements of x, W and dy together that one oracle evaluation takes: about 200 MB of float64 arrays at its peak.
-_ELEMENTS_AT_A_TIME = 2_000_000
+# Elements of x, W and dy together that one comparison takes: its float64 temporaries then stay in the caches, which
+# makes it several times faster than arrays whose pages the system has to provide anew.
+_ELEMENTS_AT_A_TIME = 500_000
+# Both workers may keep an oracle, and the competitors need most of the memory.
+_KEPT_FRACTION = 0.15
 _PARTITION_AXIS = {"y": -2, "dx": -2, "dweight": 0, "dbias": 0}
 _TENSORS: Mapping[str, tuple[str, ...]] = {"forward": ("y",), "forward_backward": tuple(_PARTITION_AXIS)}
 
@@ -58,49 +66,83 @@ def inputs_digest(inputs: Inputs) -> str:
     return results_digest(arrays if inputs.bias is None else arrays | {"bias": inputs.bias})
 
 
-class Verifier:
-    """Judges results for one set of inputs.
+class Oracle:
+    """The truth about one set of inputs, a few partitions at a time.
 
     Args:
-        inputs: what the competitors were fed with.
-        direction: ``forward`` or ``forward_backward``.
+        inputs: what the competitors are fed with.
     """
 
-    def __init__(self, inputs: Inputs, direction: str):
+    def __init__(self, inputs: Inputs):
         self.inputs = inputs
-        self.expected = tuple(name for name in _TENSORS[direction] if name != "dbias" or inputs.bias is not None)
-
-    def _slices(self) -> list[slice]:
-        inputs = self.inputs
         n = inputs.weight.shape[0]
         each = max(1, (inputs.x.size + inputs.weight.size + inputs.cotangent.size) // n)
         width = max(1, _ELEMENTS_AT_A_TIME // each)
-        return [slice(start, min(start + width, n)) for start in range(0, n, width)]
+        self.slices = [slice(start, min(start + width, n)) for start in range(0, n, width)]
 
-    def _part(self, partitions: slice) -> Inputs:
-        inputs = self.inputs
-        return replace(
-            inputs,
-            x=inputs.x[..., partitions, :],
-            weight=inputs.weight[partitions],
-            bias=None if inputs.bias is None else inputs.bias[partitions],
-            cotangent=inputs.cotangent[..., partitions, :],
-        )
-
-    @cached_property
-    def _whole(self) -> Reference | None:
-        """The oracle of all partitions where that is small: computed once for all competitors."""
-        slices = self._slices()
-        return reference(self._part(slices[0])) if len(slices) == 1 else None
-
-    def _references(self) -> Iterator[tuple[slice, Reference]]:
-        for partitions in self._slices():
-            yield partitions, self._whole or reference(self._part(partitions))
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor."""
         i = self.inputs
         shapes = {"y": i.cotangent.shape, "dx": i.x.shape, "dweight": i.weight.shape}
         return shapes if i.bias is None else shapes | {"dbias": i.bias.shape}
+
+    def _evaluate(self, partitions: slice) -> Reference:
+        inputs = self.inputs
+        return reference(
+            replace(
+                inputs,
+                x=inputs.x[..., partitions, :],
+                weight=inputs.weight[partitions],
+                bias=None if inputs.bias is None else inputs.bias[partitions],
+                cotangent=inputs.cotangent[..., partitions, :],
+            )
+        )
+
+    @cached_property
+    def _kept(self) -> list[Reference] | None:
+        """All partitions, evaluated once for all competitors and directions, where memory allows."""
+        # Value and magnitude of each tensor, and as much again for the two that y has besides.
+        if sum(4 * 8 * math.prod(shape) for shape in self.shapes.values()) > _KEPT_FRACTION * free_bytes():
+            return None
+        return [self._evaluate(partitions) for partitions in self.slices]
+
+    def truth(self, number: int) -> Reference:
+        """The oracle of the partitions in ``slices[number]``."""
+        return self._evaluate(self.slices[number]) if self._kept is None else self._kept[number]
+
+
+class Verifier:
+    """Judges results; shared by all competitors that were fed with the same inputs in the same direction.
+
+    Args:
+        oracle: the truth.
+        direction: ``forward`` or ``forward_backward``.
+    """
+
+    def __init__(self, oracle: Oracle, direction: str):
+        self._oracle = oracle
+        self._expected = [name for name in _TENSORS[direction] if name in oracle.shapes]
+        # Tensor, digest and promised precision to judgement: bitwise equal results are judged once.
+        self._known: dict[tuple[str, str, str], tuple[dict[str, Any], str]] = {}
+
+    def _compare(self, outputs: Mapping[str, np.ndarray], promised: str) -> dict[str, tuple[dict[str, Any], str]]:
+        """Tensor to its figures and the first reason against it."""
+        arithmetic, slices = declared_arithmetic(promised), self._oracle.slices
+
+        def one(number: int) -> list[TensorResult]:
+            return compare(_part(outputs, slices[number]), self._oracle.truth(number), arithmetic)
+
+        self._oracle.truth(0)  # kept or not is decided, and evaluated, by one thread
+
+        found: dict[str, tuple[dict[str, Any], str]] = {}
+        # NumPy lets other threads run while it works on arrays, and nothing is being timed meanwhile.
+        with ThreadPoolExecutor(max_workers=max(1, len(allowed_cpus()))) as threads:
+            for partitions, results in zip(slices, threads.map(one, range(len(slices))), strict=True):
+                for result in results:
+                    where = f"partitions {partitions.start} to {partitions.stop - 1}: {result.reason}"
+                    _fold(found, result, where)
+        return found
 
     def judge(self, outputs: Mapping[str, np.ndarray], promised: str) -> Judgement:
         """Compares results with the oracle.
@@ -112,32 +154,44 @@ class Verifier:
         Returns:
             The judgement; results that lack a tensor, or have one of another shape, are a mismatch.
         """
-        if set(outputs) != set(self.expected):
-            return Judgement("mismatch", f"returned {sorted(outputs)}, expected {sorted(self.expected)}", None, None)
-        for name, shape in self._shapes().items():
-            if name in outputs and outputs[name].shape != shape:
-                reason = f"{name} has shape {outputs[name].shape}, expected {shape}"
-                return Judgement("mismatch", reason, None, None)
-        arithmetic, tensors, reason, observed = declared_arithmetic(promised), {}, "", None
-        for partitions, truth in self._references():
-            part = {
-                name: value[partitions] if _PARTITION_AXIS[name] == 0 else value[..., partitions, :]
-                for name, value in outputs.items()
-            }
-            if observed is None:  # the class of the arithmetic, which does not change from partition to partition
-                observed = observed_precision(part, truth, self.inputs.dtype)
-            for result in compare(part, truth, arithmetic):
-                before = tensors.get(result.tensor, {"status": "ok", "bound_fraction": 0.0, "max_abs_error": 0.0})
-                tensors[result.tensor] = {
-                    "status": before["status"] if result.status == "ok" else result.status,
-                    "bound_fraction": max(before["bound_fraction"], result.bound_fraction),
-                    "max_abs_error": max(before["max_abs_error"], result.max_abs_error),
-                }
-                if result.status != "ok" and not reason:
-                    reason = f"partitions {partitions.start} to {partitions.stop - 1}: {result.reason}"
-        worst = max((values["bound_fraction"] for values in tensors.values()), default=None)
-        finite_tensors = {
-            name: {key: finite(value) if isinstance(value, float) else value for key, value in values.items()}
-            for name, values in tensors.items()
+        if set(outputs) != set(self._expected):
+            return Judgement("mismatch", f"returned {sorted(outputs)}, expected {sorted(self._expected)}", None, None)
+        for name, value in outputs.items():
+            shape = self._oracle.shapes[name]
+            if value.shape != shape:
+                return Judgement("mismatch", f"{name} has shape {value.shape}, expected {shape}", None, None)
+        keys = {name: (name, results_digest({name: value}), promised) for name, value in outputs.items()}
+        new = {name: outputs[name] for name, key in keys.items() if key not in self._known}
+        if new:
+            self._known.update((keys[name], figures) for name, figures in self._compare(new, promised).items())
+        found = {name: self._known[key] for name, key in keys.items()}
+        reason = next((why for figures, why in found.values() if figures["status"] != "ok"), "")
+        worst = max(figures["bound_fraction"] for figures, _ in found.values())
+        # The class of the arithmetic does not change from partition to partition: the first few tell.
+        oracle = self._oracle
+        observed = observed_precision(_part(outputs, oracle.slices[0]), oracle.truth(0), oracle.inputs.dtype)
+        tensors = {
+            name: {key: finite(value) if isinstance(value, float) else value for key, value in figures.items()}
+            for name, (figures, _) in found.items()
         }
-        return Judgement("mismatch" if reason else "ok", reason, finite(worst), observed, finite_tensors)
+        return Judgement("mismatch" if reason else "ok", reason, finite(worst), observed, tensors)
+
+
+def _part(outputs: Mapping[str, np.ndarray], partitions: slice) -> dict[str, np.ndarray]:
+    return {
+        name: value[partitions] if _PARTITION_AXIS[name] == 0 else value[..., partitions, :]
+        for name, value in outputs.items()
+    }
+
+
+def _fold(found: dict[str, tuple[dict[str, Any], str]], result: TensorResult, where: str) -> None:
+    """Adds the figures of some partitions to those of the partitions before them; the first reason stays."""
+    nothing = {"status": "ok", "bound_fraction": 0.0, "max_abs_error": 0.0}
+    figures, reason = found.get(result.tensor, (nothing, ""))
+    right = result.status == "ok"
+    figures = {
+        "status": figures["status"] if right else result.status,
+        "bound_fraction": max(figures["bound_fraction"], result.bound_fraction),
+        "max_abs_error": max(figures["max_abs_error"], result.max_abs_error),
+    }
+    found[result.tensor] = (figures, reason if right or reason else where)

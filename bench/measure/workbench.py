@@ -10,13 +10,14 @@ from typing import Any
 
 from bench.measure.protocol import Message
 from bench.measure.timers.base import Prepared, Timer
-from bench.measure.verification import Judgement, Verifier, inputs_digest, results_digest
+from bench.measure.verification import Judgement, Oracle, Verifier, inputs_digest, results_digest
 from bench.plan.cells import Cell
 from bench.plan.competitors import YARDSTICK
 from bench.plan.workloads import Workload
-from parity_tests.harness.inputs import Inputs, draw_inputs
+from parity_tests.harness.inputs import draw_inputs
 
 _CALLS_BEFORE_TIMING = 3
+_LONG_CALL_S = 0.1
 _VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -37,6 +38,7 @@ class _Held:
     right_digest: str | None = None
     judgement: Judgement | None = None
     result_bytes: int = 0
+    long: bool = False
 
 
 class Workbench:
@@ -47,7 +49,7 @@ class Workbench:
         self._held: dict[str, _Held] = {}
         self._cell: Cell | None = None
         self._seed = 0
-        self._inputs: dict[tuple[Workload, str, int, bool], Inputs] = {}
+        self._oracles: dict[tuple[Workload, str, int, bool], Oracle] = {}
         self._feeds: dict[bool, tuple[tuple[Any, ...], Verifier]] = {}
 
     def operations(self) -> dict[str, Callable[[Message], Message]]:
@@ -84,25 +86,25 @@ class Workbench:
         self._cell = Cell(**{**values, "workload": Workload(**values["workload"])})
         self._seed = request["seed"]
         self._timer.configure(self._cell.precision, self._cell.division, self._cell.device)
-        digest = inputs_digest(self._drawn(dense=False))
+        digest = inputs_digest(self._oracle(dense=False).inputs)
         return {"inputs_digest": digest, "switches": self._timer.switches(), "free_bytes": self._timer.free_bytes()}
 
-    def _drawn(self, *, dense: bool) -> Inputs:
-        """The inputs; those of the last workload are kept, because its other direction comes next."""
+    def _oracle(self, *, dense: bool) -> Oracle:
+        """The inputs with their truth; those of the last workload are kept, because its other direction comes next."""
         assert self._cell is not None  # open_cell comes first: the coordinator's contract
         key = (self._cell.workload, self._cell.dtype, self._seed, dense)
-        if key not in self._inputs:
-            self._inputs = {known: drawn for known, drawn in self._inputs.items() if known[:3] == key[:3]}
+        if key not in self._oracles:
+            self._oracles = {known: oracle for known, oracle in self._oracles.items() if known[:3] == key[:3]}
             case = self._cell.workload.dense_case() if dense else self._cell.workload.case()
-            self._inputs[key] = draw_inputs(case, self._cell.dtype, self._seed)
-        return self._inputs[key]
+            self._oracles[key] = Oracle(draw_inputs(case, self._cell.dtype, self._seed))
+        return self._oracles[key]
 
     def _feed(self, *, dense: bool) -> tuple[tuple[Any, ...], Verifier]:
         """Arguments on the device, shared by all competitors of the cell, with the verifier of the same numbers."""
         if dense not in self._feeds:
             assert self._cell is not None
-            inputs = self._drawn(dense=dense)
-            self._feeds[dense] = (self._timer.arguments(inputs), Verifier(inputs, self._cell.direction))
+            oracle = self._oracle(dense=dense)
+            self._feeds[dense] = (self._timer.arguments(oracle.inputs), Verifier(oracle, self._cell.direction))
         return self._feeds[dense]
 
     def prepare(self, request: Message) -> Message:
@@ -152,9 +154,10 @@ class Workbench:
 
     def _timed(self, held: _Held, calls: int) -> tuple[float, Any]:
         call, wait = held.prepared.call, self._timer.wait
-        # Other competitors ran since the last block: the first calls find their data in the caches, not this one's.
-        result = call()
-        for _ in range(calls // 10 - 1):
+        # Other competitors ran since the last block, and left their data in the caches. Refilling them costs a
+        # millisecond or so, which only a long call does not notice.
+        result = None
+        for _ in range(0 if held.long else max(1, calls // 10)):
             result = call()
         wait(result)
         collecting = gc.isenabled()
@@ -176,6 +179,7 @@ class Workbench:
         while (elapsed := self._timed(held, calls)[0]) < block_s:
             # A little more than the target, so that a slightly faster block still reaches it; never ten times at once.
             calls = max(calls + 1, int(calls * min(10.0, 1.15 * block_s / elapsed)))
+        held.long = calls == 1 and elapsed >= _LONG_CALL_S
         blocks.append(elapsed)
         while len(blocks) < request["max_blocks"]:
             blocks.append(self._timed(held, calls)[0])

@@ -55,9 +55,9 @@ _SEED = (
     "recurrentgemma-2b-gates-1024",
 )
 _PATIENT = Limits(
-    executed_flops=2e11, unrolled_products=100, memory_fraction=0.5, call_s=0.5, prepare_s=60, request_s=120
+    executed_flops=2e11, unrolled_products=100, memory_fraction=0.5, call_s=0.5, prepare_s=90, request_s=300
 )
-_SHORT = Limits(executed_flops=1e9, unrolled_products=32, memory_fraction=0.25, call_s=0.1, prepare_s=40, request_s=40)
+_SHORT = Limits(executed_flops=2e9, unrolled_products=32, memory_fraction=0.25, call_s=0.25, prepare_s=40, request_s=40)
 
 _ALL = (
     Preset(
@@ -74,7 +74,8 @@ _ALL = (
         "seed",
         "the source article's settings and two real models (under ten minutes on two cores)",
         _SEED,
-        rounds=13,
+        rounds=10,
+        block_s=0.025,
         limits=_PATIENT,
         compiled={"article-base": ("matmul", "einsum"), "recurrentgemma-2b-gates": ("matmul",)},
     ),

@@ -4,7 +4,7 @@ import pytest
 
 from bench.measure import verification
 from bench.measure.memory import free_bytes, resident_growth
-from bench.measure.verification import Verifier, inputs_digest, results_digest
+from bench.measure.verification import Oracle, Verifier, inputs_digest, results_digest
 from parity_tests.harness.cases import Case
 from parity_tests.harness.inputs import draw_inputs
 from parity_tests.harness.oracle import reference
@@ -27,7 +27,7 @@ def chunked(request, monkeypatch):
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "ieee_fp32"), ("bfloat16", "bf16"), ("float64", "fp64")])
 def test_right_results_pass_with_their_precision(dtype, precision):
     inputs = draw_inputs(CASE, dtype)
-    judgement = Verifier(inputs, "forward_backward").judge(right(inputs), precision)
+    judgement = Verifier(Oracle(inputs), "forward_backward").judge(right(inputs), precision)
     assert (judgement.status, judgement.observed_precision) == ("ok", precision)
     assert set(judgement.tensors) == {"y", "dx", "dweight", "dbias"}
     assert 0 <= judgement.bound_fraction <= 1
@@ -39,7 +39,7 @@ def test_one_wrong_element_anywhere_is_found(tensor):
     inputs = draw_inputs(CASE, "float32")
     outputs = right(inputs)
     outputs[tensor][(-1,) * outputs[tensor].ndim] *= 1.01
-    judgement = Verifier(inputs, "forward_backward").judge(outputs, "ieee_fp32")
+    judgement = Verifier(Oracle(inputs), "forward_backward").judge(outputs, "ieee_fp32")
     assert judgement.status == "mismatch"
     assert tensor in judgement.reason
     assert judgement.tensors[tensor]["status"] == "mismatch"
@@ -49,13 +49,13 @@ def test_lower_precision_is_named():
     inputs = draw_inputs(CASE, "float32")
     rounded = draw_inputs(CASE, "float32")
     coarse = right(type(rounded)(**{**vars(rounded), "x": rounded.x.astype(ml_dtypes.bfloat16).astype(np.float32)}))
-    judgement = Verifier(inputs, "forward_backward").judge(coarse, "ieee_fp32")
+    judgement = Verifier(Oracle(inputs), "forward_backward").judge(coarse, "ieee_fp32")
     assert (judgement.status, judgement.observed_precision) == ("mismatch", "bf16")
 
 
 def test_missing_and_misshaped_results_are_a_mismatch():
     inputs = draw_inputs(CASE, "float32")
-    verifier = Verifier(inputs, "forward_backward")
+    verifier = Verifier(Oracle(inputs), "forward_backward")
     assert "expected ['dbias', 'dweight', 'dx', 'y']" in verifier.judge(right(inputs, ("y",)), "ieee_fp32").reason
     outputs = right(inputs) | {"dx": np.zeros((1, 2))}
     assert "dx has shape (1, 2)" in verifier.judge(outputs, "ieee_fp32").reason
@@ -65,7 +65,7 @@ def test_nan_is_a_mismatch_that_json_can_hold():
     inputs = draw_inputs(CASE, "float32")
     outputs = right(inputs, ("y",))
     outputs["y"][0, 0, 0] = np.nan
-    judgement = Verifier(inputs, "forward").judge(outputs, "ieee_fp32")
+    judgement = Verifier(Oracle(inputs), "forward").judge(outputs, "ieee_fp32")
     assert judgement.status == "mismatch"
     assert judgement.bound_fraction is None
 
