@@ -188,5 +188,5 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 def _parameters(layer: PartitionedLinear) -> dict[str, Any]:
     check_instance("layer", layer, PartitionedLinear, "for linen's parameters use the functions of jax_impl.linen")
-    weight = {"weight": layer.kernel[...]}
-    return weight if layer.bias is None else weight | {"bias": layer.bias[...]}
+    weight = {"weight": layer.kernel.get_value()}
+    return weight if layer.bias is None else weight | {"bias": layer.bias.get_value()}

@@ -195,7 +195,9 @@ def check_materialised(parameters: Mapping[str, Any]) -> None:
     for name, value in parameters.items():
         concrete = isinstance(value, np.ndarray) or (isinstance(value, Array) and not isinstance(value, Tracer))
         if not concrete or not getattr(value, "is_fully_addressable", True):
-            raise ValueError(f"`layer`: expected values in `{name}`, got {value!r}; use a layer that holds its values.")
+            raise ValueError(
+                f"`layer`: expected values in `{name}`, got a {_kind(value)}; use a layer that holds its values."
+            )
 
 
 def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:

@@ -157,7 +157,9 @@ def test_dtype_and_isolation_of_partitions_as_declared(name, dtype):
         if entry.isolates_partitions:
             assert spoilt_x == spoilt_kernel == others(clean)
         else:
-            assert spoilt_x[0] != others(clean)[0], "the table declares that a NaN spreads, but it does not"
+            # From x in `masked`; only from the kernel in `grouped_matmul`, whose rows are selected but not its matrices.
+            leaks = spoilt_x[0] != others(clean)[0] or spoilt_kernel[0] != others(clean)[0]
+            assert leaks, "the table declares that a NaN spreads, but it does not"
 
 
 @pytest.mark.parametrize("low", ["bfloat16", "float16"])

@@ -1,5 +1,7 @@
 """Reference formulation: one linear map after another, then a stack."""
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 from jax.lax import PrecisionLike
@@ -33,15 +35,15 @@ def partitioned_linear_loop(
         Outputs, shape (*b, n, o).
     """
     dtype = result_dtype(x, preferred_element_type)
-    last = x.ndim - 2
+    rows = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
     outputs = []
     for partition in range(weight.shape[0]):
         product = lax.dot_general(
-            x[..., partition, :],
+            rows[:, partition],
             weight[partition],
-            (((last,), (0,)), ((), ())),
+            (((1,), (0,)), ((), ())),
             precision=precision,
             preferred_element_type=dtype,
         )
         outputs.append(add_bias(product, None if bias is None else bias[partition], dtype))
-    return jnp.stack(outputs, axis=-2)
+    return jnp.stack(outputs, axis=1).reshape(*x.shape[:-1], weight.shape[-1])

@@ -1,5 +1,7 @@
 """Dense block-diagonal product, built from the compact parameter."""
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 from jax.lax import PrecisionLike
@@ -38,9 +40,9 @@ def partitioned_linear_masked(
     diagonal = jnp.eye(num_partitions, dtype=bool)[:, None, :, None]
     blocks = jnp.where(diagonal, weight[:, :, None, :], jnp.zeros((), weight.dtype))
     product = lax.dot_general(
-        x.reshape(*x.shape[:-2], num_partitions * in_features),
+        x.reshape(math.prod(x.shape[:-2]), num_partitions * in_features),
         blocks.reshape(num_partitions * in_features, num_partitions * out_features),
-        (((x.ndim - 2,), (0,)), ((), ())),
+        (((1,), (0,)), ((), ())),
         precision=precision,
         preferred_element_type=dtype,
     )

@@ -1,0 +1,120 @@
+"""Partitions divided over 8 devices: the same values, and no device talks to another, forward or backward."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parity_tests.harness.subjects.base import framework_available
+
+if not framework_available("jax"):
+    pytest.skip("the JAX tree needs jax and flax", allow_module_level=True)
+
+import jax
+from flax import nnx
+
+from jax_impl import PartitionedLinear
+from jax_impl.sharding import partition_sharding, shard_partitions
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")
+PROGRAM = """
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+import jax_impl
+from jax_impl.sharding import partition_sharding, shard_partitions
+
+assert len(jax.devices()) == 8
+mesh = jax.make_mesh((8,), ("partitions",), axis_types=(jax.sharding.AxisType.Auto,))
+
+def layer():
+    return jax_impl.PartitionedLinear(16, 4, 5, init="torch", rngs=nnx.Rngs(0))
+
+plain, model = layer(), shard_partitions(layer(), mesh)
+x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 16, 4)), "float32")
+divided = jax.device_put(x, partition_sharding(mesh, leading_axes=1))
+for parameter in (model.kernel[...], model.bias[...]):
+    assert len(parameter.sharding.device_set) == 8
+    assert all(shard.data.shape[0] == 2 for shard in parameter.addressable_shards)
+
+def run(kernel, bias, x):
+    y = jax_impl.partitioned_linear(x, kernel, bias)
+    _, pullback = jax.vjp(jax_impl.partitioned_linear, x, kernel, bias)
+    return y, *pullback(2 * y)
+
+arguments = (model.kernel[...], model.bias[...], divided)
+compiled = jax.jit(run).lower(*arguments).compile()
+print(compiled.as_text())
+print("=== control ===")
+print(jax.jit(lambda *a: jnp.sum(run(*a)[0])).lower(*arguments).compile().as_text())
+for ours, want in zip(compiled(*arguments), jax.jit(run)(plain.kernel[...], plain.bias[...], x), strict=True):
+    assert len(ours.sharding.device_set) == 8
+    reach = 4 * (6 + 4 + 5) * 2.0**-24 * 6 * 4 * 5 * np.abs(want).max()
+    assert np.all(np.abs(np.asarray(ours) - np.asarray(want)) <= reach)
+
+arrays = jax_impl.export_parameters(model)
+assert np.array_equal(arrays["weight"], np.asarray(plain.kernel[...]))
+jax_impl.import_parameters(model, {name: array + 1 for name, array in arrays.items()})
+assert len(model.kernel[...].sharding.device_set) == 8, "an import must keep the placement"
+
+try:
+    shard_partitions(jax_impl.PartitionedLinear(12, 4, 5, rngs=nnx.Rngs(0)), mesh)
+except ValueError as error:
+    assert str(error) == (
+        "`mesh`: expected a size of axis 'partitions' that divides n = 12, got 8; use fewer devices."
+    ), error
+else:
+    raise AssertionError("12 partitions were divided over 8 devices")
+try:
+    jax_impl.partitioned_linear(jax.device_put(x, jax.devices()[1]), *arguments[:2])
+except ValueError as error:
+    assert str(error).startswith("`x`: expected the devices of `kernel`, "), error
+    assert str(error).endswith("; move one of them."), error
+else:
+    raise AssertionError("operands on different devices were accepted")
+print("done")
+"""
+
+
+def test_no_collectives_on_eight_devices():
+    root = Path(__file__).resolve().parent.parent
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("done\n")
+    program, control = result.stdout.split("=== control ===")
+    assert [name for name in COLLECTIVES if name in program] == []
+    # A sum over all partitions must talk: the search above would find it.
+    assert "all-reduce" in control
+
+
+@pytest.fixture
+def mesh():
+    return jax.make_mesh((1,), ("partitions",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def test_the_sharding_divides_only_the_partition_axis(mesh):
+    assert partition_sharding(mesh).spec == jax.sharding.PartitionSpec("partitions")
+    assert partition_sharding(mesh, leading_axes=2).spec == jax.sharding.PartitionSpec(None, None, "partitions")
+
+
+def test_bad_meshes_are_refused(mesh):
+    layer = PartitionedLinear(3, 4, 5, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="`axis_name`: expected one of the mesh's axes 'partitions', got 'data';"):
+        shard_partitions(layer, mesh, "data")
+    with pytest.raises(TypeError, match="`mesh`: expected a Mesh, got a str;"):
+        shard_partitions(layer, "partitions")
+    with pytest.raises(TypeError, match="`layer`: expected a PartitionedLinear, got a Linear;"):
+        shard_partitions(nnx.Linear(4, 5, rngs=nnx.Rngs(0)), mesh)
+    # No second device is needed to ask for two.
+    abstract = jax.sharding.AbstractMesh((2,), ("partitions",))
+    with pytest.raises(TypeError, match="`mesh`: expected a Mesh, got a AbstractMesh;"):
+        shard_partitions(layer, abstract)
