@@ -61,7 +61,7 @@ _TABLE = (
     Implementation("einsum", partitioned_linear_einsum),
     Implementation("vmap", partitioned_linear_vmap),
     Implementation("matmul", partitioned_linear_matmul),
-    Implementation("grouped_conv", partitioned_linear_grouped_conv),
+    Implementation("grouped_conv", partitioned_linear_grouped_conv, isolates_partitions=False),
     Implementation(
         "grouped_matmul",
         partitioned_linear_grouped_matmul,

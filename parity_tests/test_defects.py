@@ -54,7 +54,8 @@ def test_a_run_reports_the_defect_and_where_it_is():
 
         def forward(self, inputs):
             y = subject.forward(inputs).copy()
-            y[1, 2, 3] += 0.25
+            if y.shape == (4, 3, 8):  # the fingerprint's probes stay healthy
+                y[1, 2, 3] += 0.25
             return y
 
         def vjp(self, inputs):

@@ -44,9 +44,9 @@ def vjp_of_ones(name):
     """Jitted, as everywhere in this file: op by op, JAX compiles each primitive for each shape."""
 
     @jax.jit
-    def run(x, kernel, bias):
+    def run(x, kernel, bias, cotangent=None):
         y, pullback = jax.vjp(lambda *a: partitioned_linear(*a, implementation=name), x, kernel, bias)
-        return y, *pullback(jnp.ones_like(y))
+        return y, *pullback(jnp.ones_like(y) if cotangent is None else cotangent)
 
     return run
 
@@ -154,12 +154,11 @@ def test_dtype_and_isolation_of_partitions_as_declared(name, dtype):
     for poison in (np.nan, np.inf):
         spoilt_x = others(run(x.at[:, 1].set(poison), kernel, bias))
         spoilt_kernel = others(run(x, kernel.at[1].set(poison), bias))
-        if entry.isolates_partitions:
-            assert spoilt_x == spoilt_kernel == others(clean)
-        else:
-            # From x in `masked`; only from the kernel in `grouped_matmul`, whose rows are selected but not its matrices.
-            leaks = spoilt_x[0] != others(clean)[0] or spoilt_kernel[0] != others(clean)[0]
-            assert leaks, "the table declares that a NaN spreads, but it does not"
+        spoilt_cotangent = others(run(x, kernel, bias, jnp.ones_like(clean[0]).at[..., 1, :].set(poison)))
+        isolated = spoilt_x == spoilt_kernel == spoilt_cotangent == others(clean)
+        # Where it spreads: from anywhere in `masked`; from the kernel in `grouped_matmul`, which selects rows but not
+        # matrices; from the cotangent in `grouped_conv`, whose kernel gradient is one product over all groups.
+        assert isolated == entry.isolates_partitions
 
 
 @pytest.mark.parametrize("low", ["bfloat16", "float16"])
