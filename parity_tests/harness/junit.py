@@ -12,13 +12,13 @@ _FORBIDDEN = {code: "\N{REPLACEMENT CHARACTER}" for code in range(32) if chr(cod
 def _case(row: ParityRow) -> ElementTree.Element:
     place = ".".join((row.kind, row.framework, row.implementation, row.dtype)).translate(_FORBIDDEN)
     name = " ".join(part for part in (row.case, row.tensor) if part).translate(_FORBIDDEN)
-    case = ElementTree.Element("testcase", classname=place, name=name, time="0")
+    case = ElementTree.Element("testcase", {"classname": place, "name": name, "time": "0"})
     if row.status == "mismatch":
-        failure = ElementTree.SubElement(case, "failure", message=row.reason.translate(_FORBIDDEN))
+        failure = ElementTree.SubElement(case, "failure", {"message": row.reason.translate(_FORBIDDEN)})
         details = [f"error over bound: {row.bound_fraction}", row.diagnosis, row.command]
         failure.text = "\n".join(line for line in details if line).translate(_FORBIDDEN)
     elif row.status == "skipped":
-        ElementTree.SubElement(case, "skipped", message=row.reason.translate(_FORBIDDEN))
+        ElementTree.SubElement(case, "skipped", {"message": row.reason.translate(_FORBIDDEN)})
     return case
 
 
@@ -35,8 +35,8 @@ def junit_document(rows: Sequence[ParityRow]) -> str:
         "skipped": str(summary.skipped),
         "errors": "0",
     }
-    root = ElementTree.Element("testsuites", name="parity", **counts)
-    suite = ElementTree.SubElement(root, "testsuite", name="parity", **counts)
+    root = ElementTree.Element("testsuites", {"name": "parity", **counts})
+    suite = ElementTree.SubElement(root, "testsuite", {"name": "parity", **counts})
     suite.extend(_case(row) for row in rows)
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"

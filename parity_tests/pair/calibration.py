@@ -1,0 +1,103 @@
+"""Calibrated bounds: how far a correct evaluation may lie from its float64 truth, from a rounding-noise ensemble.
+
+Every member of the ensemble evaluates the graph in float64 and lets each operation err at random, by ``u xi`` relative
+to its result, u being the unit roundoff that the operation works with and xi a standard normal variable. A rounding
+error is at most u, so that independent roundings of zero mean are sub-Gaussian with the very variance the ensemble
+shows (Hoeffding), to first order in u. That is where the confidence comes from, not from the size of an observed error.
+
+A sum of K products p in a random order has partial sums ``E s_j^2 = (j/K)^2 s^2 + (j/K)(1 - j/K)(Q - s^2/K)``,
+``Q = sum p^2``; each is rounded at u_acc, so that ``Var = u_acc^2 (K s^2 / 3 + K Q / 6 + Q)``. The noise of an
+operation that contracts or reduces has this variance beside that of rounding its output.
+
+The same value is rounded the same way wherever it occurs: xi is a function of the value's bits, of the operation and of
+the member, so that equal rows err coherently, as they do in a real run.
+
+Sources: Higham and Mary (2019) for rounding errors as random variables; Smyth (2004), Linear models and empirical Bayes
+methods, for variances moderated across elements.
+"""
+
+import math
+
+import numpy as np
+from scipy import special, stats
+
+from parity_tests.harness.dtypes import FORMATS
+from parity_tests.harness.tolerance import FALSE_ALARM_RATE
+
+MEMBERS = 16
+# Runs with amplified noise find what linear scaling cannot: kinks (a relu's derivative) and vanishing first orders. An
+# element d spreads away from its kink is crossed by the real run with probability Q(d), and missed by all runs of both
+# kinds with ((1 - Q(d)) (1 - Q(d / 8)))^16: the product is at most 5e-6, near d = 2. On a smooth function their largest
+# deviation is about 8 * 2.4 spreads, no more than twice what the confidence grants anyway.
+KINK_AMPLITUDE = 8.0
+KINK_MEMBERS = 16
+# The semantic leg: float64 rounds 2^-29 times as coarsely as float32.
+SEMANTIC_SCALE = FORMATS["float64"].roundoff / FORMATS["float32"].roundoff
+
+
+def _inverse_trigamma(y: float) -> float:
+    """The x > 0 with ``trigamma(x) = y``, by Newton's method on ``1 / trigamma``, which is convex."""
+    x = 0.5 + 1.0 / y
+    for _ in range(50):
+        value = float(special.polygamma(1, x))
+        step = value * (1.0 - value / y) / float(special.polygamma(2, x))
+        x += step
+        if -step / x < 1e-8:
+            break
+    return x
+
+
+def moderated_spread(spread: np.ndarray, members: int) -> tuple[np.ndarray, float]:
+    """Shrinks the elements' spreads towards the tensor's, so far as the tensor's elements are alike.
+
+    A spread estimated from few runs may be small by luck. With prior degrees of freedom d0 and prior variance s0^2
+    fitted to all elements, ``s~^2 = (d0 s0^2 + m s^2) / (d0 + m)`` has ``d0 + m`` degrees of freedom.
+
+    Args:
+        spread: estimates with ``members`` degrees of freedom each; zeros are exact and stay zero.
+        members: m.
+
+    Returns:
+        The moderated spreads and their degrees of freedom.
+    """
+    positive = spread[spread > 0]
+    if positive.size < members:  # too few elements to say how alike they are
+        return spread, float(members)
+    half = members / 2
+    log_variance = 2 * np.log(positive) - special.digamma(half) + math.log(half)
+    excess = float(np.var(log_variance, ddof=1) - special.polygamma(1, half))
+    # Elements that do not differ beyond chance share one variance: as many degrees of freedom as all of them have.
+    prior = 2 * _inverse_trigamma(excess) if excess > 0 else float(members * positive.size)
+    prior_variance = math.exp(float(log_variance.mean()) + float(special.digamma(prior / 2)) - math.log(prior / 2))
+    moderated = np.sqrt((prior * prior_variance + members * spread**2) / (prior + members))
+    return np.where(spread > 0, moderated, 0.0), prior + members
+
+
+def confidence(elements: int, freedom: float) -> float:
+    """Student's t quantile that any of ``elements`` exceeds, either way, with probability ``FALSE_ALARM_RATE``."""
+    return float(stats.t.isf(FALSE_ALARM_RATE / (2 * max(elements, 1)), freedom))
+
+
+def calibrated_bound(
+    truth: np.ndarray, spread: np.ndarray, kinks: np.ndarray, members: int, dtype: str, scale: float = 1.0
+) -> np.ndarray:
+    """Returns the bound on ``|value - truth|``, element by element.
+
+    ``B = max(t s~, kink) + u |z| + eta`` where anything moved at all, else 0: t is the confidence, kink the largest
+    deviation under amplified noise, u and eta the rounding and underflow of the output.
+
+    Args:
+        truth: z, float64.
+        spread: see ``Ensemble``.
+        kinks: see ``Ensemble``.
+        members: behind ``spread``.
+        dtype: format that the value is stored in.
+        scale: of the noise; ``SEMANTIC_SCALE`` turns fp32 noise into float64 noise, far too small to reach a kink.
+    """
+    semantic = scale == SEMANTIC_SCALE
+    fmt = FORMATS["float64" if semantic else dtype]
+    moderated, freedom = moderated_spread(spread, members)
+    explained = scale * confidence(truth.size, freedom) * moderated
+    limit = explained if semantic else np.maximum(explained, kinks)
+    limit = limit + fmt.roundoff * np.abs(truth) + fmt.smallest_normal
+    return np.where((spread > 0) | (kinks > 0), limit, 0.0)

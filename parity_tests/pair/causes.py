@@ -1,0 +1,204 @@
+"""Likely causes of a pair's mismatch, found by trying: which change to one side makes the two agree in float64?"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from parity_tests.harness.dtypes import FORMATS, numpy_dtype
+from parity_tests.pair.judge import KEYS, Evidence
+from parity_tests.pair.legs import Pair, Values
+from parity_tests.pair.report import PairRow
+from parity_tests.pair.side import Arrays
+from parity_tests.pair.verdict import within
+
+_OTHER = {"torch": "flax", "jax": "torch"}
+_OWN = {"torch": "torch", "jax": "flax"}
+_MOST_BLOCKS = 4  # gates of an LSTM
+Hypothesis = tuple[str, Callable[[], Arrays], str]
+
+
+def likely_cause(pair: Pair, evidence: Evidence, rows: Sequence[PairRow]) -> str:
+    """Returns one sentence about the first failing rung, or an empty string.
+
+    Args:
+        pair: as judged.
+        evidence: of the judge.
+        rows: all of them.
+    """
+    failed = [row for row in rows if row.status == "mismatch"]
+    for rung, search in (("weights", _weights), ("forward", _forward), ("gradients", _gradients)):
+        if found := [row for row in failed if row.rung == rung]:
+            return search(pair, evidence, found)
+    return ""
+
+
+def _weights(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
+    del pair, evidence
+    return f"{failed[0].tensor} does not keep its {failed[0].dtype} bits in the {failed[0].framework} module"
+
+
+def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
+    if evidence.random:
+        sides = " and ".join(_OWN[key] for key in evidence.random)
+        return f"the {sides} side draws random numbers: dropout is active; switch it off (eval mode, deterministic)"
+    if not evidence.bounds:
+        return _shapes(evidence)
+    if not any(row.dtype == "float64" for row in failed):
+        return _precision(pair, failed)
+    for sentence, run, key in _hypotheses(pair, evidence):
+        if _agree(evidence, run(), key):
+            return sentence
+    return _scaled(evidence, [name for name in evidence.truths["torch"] if not name.startswith("d_")])
+
+
+def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
+    if not any(row.dtype == "float64" for row in failed):
+        return _precision(pair, failed)
+    names = [row.tensor for row in failed if row.dtype == "float64"]
+    for key in KEYS:
+        stopped = [
+            name for name in names if not evidence.truths[key][name].any() and evidence.truths[_other(key)][name].any()
+        ]
+        if stopped:
+            shown = ", ".join(name.removeprefix("d_") for name in stopped)
+            return f"the gradient of {shown} is stopped on the {_OWN[key]} side"
+    return _scaled(evidence, names)
+
+
+def _other(key: str) -> str:
+    return "jax" if key == "torch" else "torch"
+
+
+def _shapes(evidence: Evidence) -> str:
+    for name, value in evidence.truths["torch"].items():
+        other = evidence.truths["jax"][name].shape
+        if value.shape != other and sorted(value.shape) == sorted(other):
+            return (
+                f"layout: {name} has shape {value.shape} on the torch side and {other} on the flax side; "
+                f"give output_patterns={{{name!r}: ...}}"
+            )
+    return ""
+
+
+def _agree(evidence: Evidence, outputs: Arrays, key: str) -> bool:
+    """Whether side ``key``, changed, returns what the other side returned."""
+    expected = evidence.truths[_other(key)]
+    limits = {name: evidence.bounds["torch"].get(name, 0.0) + evidence.bounds["jax"].get(name, 0.0) for name in outputs}
+    return all(within(name, value, expected[name], limits[name]).status == "ok" for name, value in outputs.items())
+
+
+def _hypotheses(pair: Pair, evidence: Evidence) -> Iterator[Hypothesis]:
+    """Everything worth trying, cheap and common first."""
+    assert evidence.values is not None
+    values = Values(evidence.values.dtype, evidence.values.parameters, evidence.values.inputs, None)
+
+    def changed(key: str, parameters: Arrays) -> Callable[[], Arrays]:
+        def run() -> Arrays:
+            both = {**values.parameters, key: {**values.parameters[key], **parameters}}
+            return pair.truth(key, Values(values.dtype, both, values.inputs, None))
+
+        return run
+
+    own = {key: {name: values.parameters[key][name] for name in _mapped(pair, key)} for key in KEYS}
+    for key, arrays in own.items():
+        for name, array in arrays.items():
+            if array.ndim >= 2 and array.shape[-1] == array.shape[-2]:
+                sentence = f"the kernel {name} is transposed on the {_OTHER[key]} side"
+                yield sentence, changed(key, {name: array.swapaxes(-1, -2).copy()}), key
+    # All variants of one kind at once: an epsilon usually has one value throughout a model.
+    pair.sides["torch"].truth(values.parameters["torch"], values.inputs["torch"])
+    for variant in pair.sides["torch"].variants():
+        yield variant.sentence, lambda name=variant.name: pair.truth("torch", values, name), "torch"
+    for key, arrays in own.items():
+        for name, array in arrays.items():
+            sentence = f"{name} has no effect on the {_OTHER[key]} side (a missing bias, a weight that is not used)"
+            yield sentence, changed(key, {name: np.zeros_like(array)}), key
+            sentence = f"{name} takes effect twice on the {_OTHER[key]} side"
+            yield sentence, changed(key, {name: (2 * array).astype(array.dtype)}), key
+    for names, other, arrays in _exchanges(own["torch"]):
+        yield f"{names} and {other} are exchanged between the two sides", changed("torch", arrays), "torch"
+    for order, names, arrays in _block_orders(own["torch"]):
+        shown = ", ".join(map(str, order))
+        sentence = f"the blocks (gates, or query, key and value) of {names} come in the order {shown} on the flax side"
+        yield sentence, changed("torch", arrays), "torch"
+
+
+def _mapped(pair: Pair, key: str) -> tuple[str, ...]:
+    return pair.mapping.torch_names if key == "torch" else pair.mapping.flax_names
+
+
+def _exchanges(arrays: Arrays) -> Iterator[tuple[str, str, Arrays]]:
+    """Exchanges two submodules with the same parameters, or two parameters of the same shape."""
+    groups: dict[str, dict[str, str]] = {}
+    for name in arrays:
+        prefix, _, leaf = name.rpartition(".")
+        groups.setdefault(prefix, {})[leaf] = name
+    signature = {
+        prefix: tuple(sorted((leaf, arrays[name].shape) for leaf, name in leaves.items()))
+        for prefix, leaves in groups.items()
+    }
+    for first, second in itertools.combinations(groups, 2):
+        if signature[first] == signature[second]:
+            pairs = [(groups[first][leaf], groups[second][leaf]) for leaf in groups[first]]
+            swapped = {a: arrays[b] for a, b in pairs} | {b: arrays[a] for a, b in pairs}
+            yield first or "the top module", second or "the top module", swapped
+    for a, b in itertools.combinations(arrays, 2):
+        if arrays[a].shape == arrays[b].shape:
+            yield a, b, {a: arrays[b], b: arrays[a]}
+
+
+def _block_orders(arrays: Arrays) -> Iterator[tuple[tuple[int, ...], str, Arrays]]:
+    """Permutes equal blocks along the first axis, in all parameters whose first axis is the same."""
+    by_length: dict[int, list[str]] = {}
+    for name, array in arrays.items():
+        if array.ndim:
+            by_length.setdefault(array.shape[0], []).append(name)
+    for length, names in by_length.items():
+        for count in range(2, _MOST_BLOCKS + 1):
+            if length % count or length == count:
+                continue
+            for order in itertools.islice(itertools.permutations(range(count)), 1, None):
+                blocks = {name: np.split(arrays[name], count) for name in names}
+                changed = {name: np.concatenate([blocks[name][k] for k in order]) for name in names}
+                yield order, ", ".join(names), changed
+
+
+def _scaled(evidence: Evidence, names: Sequence[str]) -> str:
+    """A constant factor, or a difference of float32's size."""
+    found = []
+    for name in names:
+        first, second = evidence.truths["torch"][name].ravel(), evidence.truths["jax"][name].ravel()
+        if first.dtype.kind != "f" or not first.any():
+            continue
+        factor = float(second @ first / (first @ first))
+        limit = (evidence.bounds["torch"][name] + evidence.bounds["jax"][name]).ravel() * max(abs(factor), 1.0)
+        if abs(factor - 1) > FORMATS["float32"].roundoff and (np.abs(second - factor * first) <= limit).all():
+            found.append((name, factor))
+        if np.abs(second - first).max() <= FORMATS["float32"].roundoff * np.abs(first).max():
+            return f"{name} differs by less than float32's roundoff: one side rounds a constant or a table to float32"
+    if found:
+        name, factor = found[0]
+        return f"{', '.join(n for n, _ in found)}: the flax side is {factor:.6g} times the torch side"
+    return ""
+
+
+def _precision(pair: Pair, failed: Sequence[PairRow]) -> str:
+    """Both functions agree in float64: one side computes in less than it was asked for."""
+    row = next((row for row in failed if row.framework in KEYS), failed[0])
+    if row.framework not in KEYS:
+        return ""
+    side = _OWN[row.framework]
+    fmt = FORMATS[row.dtype]
+    size = abs(row.expected_value) if row.expected_value else 0.0
+    for name in ("bfloat16", "float16"):
+        coarse = FORMATS[name].roundoff
+        if coarse > fmt.roundoff and row.subject_value is not None and np.isfinite(row.subject_value):
+            rounded = float(np.asarray(row.subject_value).astype(numpy_dtype(name)))
+            if size and rounded == row.subject_value:
+                return f"the {side} side computes {row.tensor} in {name}, not in {row.dtype}"
+    if row.subject_value is not None and not np.isfinite(row.subject_value):
+        return f"{row.tensor} overflows in {row.dtype} on the {side} side, or divides by zero"
+    if row.max_abs_error is not None and size and row.max_abs_error <= 64 * FORMATS["tf32"].roundoff * size:
+        return f"the {side} side multiplies operands rounded to TF32 or accumulates in less than {row.dtype} promises"
+    return f"the {side} side computes {row.tensor} with less precision than {row.dtype} promises; in float64 it agrees"

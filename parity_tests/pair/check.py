@@ -1,0 +1,123 @@
+"""``check_pair``: are a torch module and a Flax module the same function, gradients included, up to rounding?"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from parity_tests.harness.dtypes import numpy_dtype
+from parity_tests.pair.causes import likely_cause
+from parity_tests.pair.draws import Draw, InputSource
+from parity_tests.pair.judge import Judge
+from parity_tests.pair.legs import Pair
+from parity_tests.pair.mapping import Rule
+from parity_tests.pair.report import PairReport
+from parity_tests.pair.side import Side
+
+
+def torch_side(
+    module: Any, kwargs: Mapping[str, Any] | None, initial: Mapping[str, np.ndarray] | None, device: str
+) -> Side:
+    """Imports torch and wraps a module or function."""
+    from parity_tests.pair.subjects.torch import TorchSide
+
+    return TorchSide(module, kwargs, initial, device)
+
+
+def jax_side(module: Any, kwargs: Mapping[str, Any] | None, initial: Mapping[str, Any] | None, device: str) -> Side:
+    """Imports jax and flax and wraps a module or function."""
+    from parity_tests.pair.subjects.jax import JaxSide
+
+    return JaxSide(module, kwargs, initial, device)
+
+
+def judge_pair(
+    pair: Pair, seed: int = 0, dtypes: Sequence[str] = ("float32",), gradients: bool = True, semantic: bool = True
+) -> PairReport:
+    """Judges a pair whose sides are there already; see ``check_pair`` for the arguments."""
+    if not dtypes:
+        raise ValueError("dtypes: expected at least one, got none; nothing would be compared.")
+    for dtype in dtypes:
+        numpy_dtype(dtype)
+    judge = Judge(pair, seed, gradients, semantic)
+    rows = list(judge.rows(dtypes))
+    held = tuple(f"{text} is held at zero" for text in pair.mapping.held_at_zero)
+    return PairReport(
+        name=pair.name,
+        rows=rows,
+        not_compared=(*pair.mapping.not_compared, *held),
+        likely_cause=likely_cause(pair, judge.evidence, rows),
+        notes=tuple(sorted(judge.notes)),
+    )
+
+
+def check_pair(
+    *,
+    torch_module: Any,
+    flax_module: Any,
+    params: Sequence[Rule],
+    inputs: InputSource,
+    seed: int = 0,
+    dtypes: Sequence[str] = ("float32",),
+    gradients: bool = True,
+    semantic: bool = True,
+    torch_kwargs: Mapping[str, Any] | None = None,
+    flax_kwargs: Mapping[str, Any] | None = None,
+    torch_params: Mapping[str, np.ndarray] | None = None,
+    flax_params: Mapping[str, Any] | None = None,
+    input_patterns: Mapping[int, str] | None = None,
+    output_patterns: Mapping[str, str] | None = None,
+    draws: Mapping[str, Draw] | None = None,
+    device: str = "cpu",
+    name: str = "",
+) -> PairReport:
+    """Checks that a torch module and a Flax module compute the same function.
+
+    Parameters are drawn at random around their own scale and given to both sides, then compared on a ladder: weights
+    bit for bit through both sides; outputs; gradients of every mapped parameter and every floating-point input for a
+    random cotangent. In float64 both sides must agree to float64's rounding (the semantic leg); in each dtype each side
+    must lie within rounding of its own float64 truth, and the two of each other. The bounds come from rounding-noise
+    ensembles (``pair.calibration``) and are labelled ``calibrated``. Integer outputs must be equal.
+
+    Args:
+        torch_module: an ``nn.Module``, in the mode (train or eval) it is to be judged in, or ``f(params, *inputs)``.
+        flax_module: a linen module, an nnx module, or ``f(params, *inputs)``.
+        params: ``(torch name, flax path, axis pattern)`` for every parameter, see ``mapping.ParameterMapping``;
+            ``propose_mapping`` writes a first version.
+        inputs: one entry an argument, a shape or an array, in the torch side's layout; or a function of a NumPy
+            generator that returns the arrays.
+        seed: of all that is drawn.
+        dtypes: storage dtypes to judge in: ``float64``, ``float32``, ``bfloat16``, ``float16``.
+        gradients: whether gradients are compared.
+        semantic: False leaves the float64 comparison out, for a pair that is meant to differ by a rounded constant.
+        torch_kwargs: keyword arguments of the torch call.
+        flax_kwargs: keyword arguments of the flax call (``rngs`` and ``mutable`` as in linen's ``apply``).
+        torch_params: initial parameters, for a torch function.
+        flax_params: initial parameters, for a JAX function.
+        input_patterns: by position, where the layouts differ: ``{0: "b c h w -> b h w c"}``.
+        output_patterns: by output name (``y``, or ``y.0``, ...), likewise.
+        draws: by torch name, ``(rng, shape) -> array`` for parameters with constraints of their own.
+        device: ``cpu`` or ``cuda``.
+        name: of the pair, in reports.
+
+    Returns:
+        A report with ``ok``, ``rows``, ``assert_ok()``, ``to_json``, ``to_junit`` and ``to_html``.
+
+    Raises:
+        MappingError: if the rules are not a bijection that fits both sides.
+        ValueError: for other values that do not fit.
+        TypeError: for modules or inputs of another kind.
+    """
+    pair = Pair(
+        name=name or "pair",
+        sides={
+            "torch": torch_side(torch_module, torch_kwargs, torch_params, device),
+            "jax": jax_side(flax_module, flax_kwargs, flax_params, device),
+        },
+        rules=params,
+        source=inputs,
+        input_patterns=input_patterns or {},
+        output_patterns=output_patterns or {},
+        draws=draws or {},
+    )
+    return judge_pair(pair, seed, dtypes, gradients, semantic)

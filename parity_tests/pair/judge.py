@@ -1,0 +1,167 @@
+"""Climbs the ladder for a pair: weights bit for bit, then outputs, then gradients, in float64 and in each dtype."""
+
+import dataclasses
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from parity_tests.harness.comparison import TensorResult
+from parity_tests.harness.records import row_from_result
+from parity_tests.pair.calibration import SEMANTIC_SCALE, calibrated_bound
+from parity_tests.pair.draws import is_float
+from parity_tests.pair.legs import Pair, Values
+from parity_tests.pair.report import PairRow
+from parity_tests.pair.side import Ensemble
+from parity_tests.pair.verdict import refused, same_bits, within
+
+KEYS = ("torch", "jax")
+_BOTH = "torch+jax"
+
+
+@dataclass
+class Evidence:
+    """What the judge computed on the semantic leg; the search for a cause starts from it.
+
+    Attributes:
+        values: stored in float32.
+        truths: by side, in torch names.
+        bounds: of float64 evaluations, by side and tensor.
+        ensembles: by side, of float32 noise.
+        random: sides whose output depends on a random state.
+    """
+
+    values: Values | None = None
+    truths: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    bounds: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    ensembles: dict[str, Ensemble] = field(default_factory=dict)
+    random: tuple[str, ...] = ()
+
+
+class Judge:
+    """Judges one pair for one seed.
+
+    Args:
+        pair: both sides, mapped.
+        seed: of parameters, inputs, cotangents and noise.
+        gradients: whether gradients are compared.
+        semantic: whether float64 is compared.
+    """
+
+    def __init__(self, pair: Pair, seed: int, gradients: bool = True, semantic: bool = True) -> None:
+        self._pair, self._seed, self._gradients, self._semantic = pair, seed, gradients, semantic
+        self.evidence = Evidence()
+        self.notes: set[str] = set()
+
+    def rows(self, dtypes: Sequence[str]) -> Iterator[PairRow]:
+        """Yields every comparison, lowest rung first within a leg."""
+        for dtype in dtypes:
+            yield from self._weights(dtype)
+        values = self._pair.values("float32", self._seed)
+        random = [key for key in KEYS if self._pair.sides[key].is_random(values.parameters[key], values.inputs[key])]
+        self.evidence.random = tuple(random)
+        for key in random:
+            reason = "the output depends on a random state: dropout is active, or the module draws numbers"
+            yield self._row(refused("y", reason), key, "float32", "forward")
+        if random:
+            return
+        comparable = yield from self._semantic_leg(values)
+        for dtype in dtypes if comparable else ():
+            yield from self._leg(dtype)
+
+    def _weights(self, dtype: str) -> Iterator[PairRow]:
+        values, mapping = self._pair.values(dtype, self._seed), self._pair.mapping
+        returned = {key: self._pair.sides[key].round_trip(values.parameters[key]) for key in KEYS}
+        through_flax = mapping.to_torch(returned["jax"])
+        for name in mapping.torch_names:
+            expected = values.parameters["torch"][name]
+            yield self._row(same_bits(name, returned["torch"][name], expected), "torch", dtype, "weights", "exact")
+            yield self._row(same_bits(name, through_flax[name], expected), "jax", dtype, "weights", "exact")
+
+    def _semantic_leg(self, values: Values) -> Generator[PairRow, None, bool]:
+        """Both sides in float64 on the same float32 numbers; returns whether their outputs have the same shapes."""
+        outputs = {key: self._pair.truth(key, values) for key in KEYS}
+        if set(outputs["torch"]) != set(outputs["jax"]):
+            raise ValueError(
+                f"outputs: expected the same names on both sides, got {', '.join(sorted(outputs['torch']))} from torch "
+                f"and {', '.join(sorted(outputs['jax']))} from flax; wrap one side so that both return the same tree."
+            )
+        self.evidence.values, self.evidence.truths = values, outputs
+        if any(outputs["torch"][name].shape != outputs["jax"][name].shape for name in outputs["torch"]):
+            for name, value in outputs["torch"].items():
+                yield self._row(within(name, outputs["jax"][name], value, np.inf), _BOTH, "float64", "forward")
+            return False
+        if self._gradients:
+            values = self._pair.with_cotangents(values, outputs["torch"], self._seed)
+            outputs = {key: self._pair.truth(key, values) for key in KEYS}
+        ensembles = {key: self._pair.ensemble(key, values, "float32", self._seed) for key in KEYS}
+        bounds = {key: self._bounds(outputs[key], ensembles[key], "float32", SEMANTIC_SCALE) for key in KEYS}
+        self.evidence = Evidence(values, outputs, bounds, ensembles)
+        if self._semantic:
+            for name, expected in outputs["torch"].items():
+                limit = bounds["torch"].get(name, 0.0) + bounds["jax"].get(name, 0.0)
+                yield self._row(within(name, outputs["jax"][name], expected, limit), _BOTH, "float64", self._rung(name))
+        return True
+
+    def _leg(self, dtype: str) -> Iterator[PairRow]:
+        """Both sides as they are, in one dtype, against their truths and against each other."""
+        evidence = self.evidence
+        if dtype == "float32":
+            values, truths, ensembles = evidence.values, evidence.truths, evidence.ensembles
+            assert values is not None
+        else:
+            values = self._pair.values(dtype, self._seed)
+            if self._gradients:
+                values = self._pair.with_cotangents(values, evidence.truths["torch"], self._seed)
+            truths = {key: self._pair.truth(key, values) for key in KEYS}
+            # Noise in float64 would drown in float64's own rounding: fp32 noise is scaled down instead.
+            noise = "float32" if dtype == "float64" else dtype
+            ensembles = {key: self._pair.ensemble(key, values, noise, self._seed) for key in KEYS}
+        scale = SEMANTIC_SCALE if dtype == "float64" else 1.0
+        bounds = {key: self._bounds(truths[key], ensembles[key], dtype, scale) for key in KEYS}
+        for key in KEYS:
+            self.notes |= {f"{key}: {name} has no rounding model of its own" for name in ensembles[key].unmodelled}
+            self.notes |= set(self._pair.sides[key].notes())
+        results: dict[str, dict[str, np.ndarray]] = {}
+        for key in KEYS:
+            alone = self._pair.forward(key, values)
+            results[key] = self._pair.vjp(key, values) if self._gradients else alone
+            for name, expected in truths[key].items():
+                # In float64 the truth itself errs as much as what it judges.
+                limit = bounds[key].get(name, 0.0) * (2.0 if dtype == "float64" else 1.0)
+                result = within(name, results[key][name], expected, limit)
+                if name in alone:
+                    result = max(result, within(name, alone[name], expected, limit), key=_badness)
+                yield self._row(result, key, dtype, self._rung(name))
+        for name, expected in results["torch"].items():
+            limit = bounds["torch"].get(name, 0.0) + bounds["jax"].get(name, 0.0)
+            yield self._row(within(name, results["jax"][name], expected, limit), _BOTH, dtype, self._rung(name))
+
+    def _bounds(
+        self, truths: Mapping[str, np.ndarray], ensemble: Ensemble, dtype: str, scale: float
+    ) -> dict[str, np.ndarray]:
+        return {
+            name: calibrated_bound(truth, ensemble.spread[name], ensemble.kinks[name], ensemble.members, dtype, scale)
+            for name, truth in truths.items()
+            if is_float(truth)
+        }
+
+    def _rung(self, name: str) -> str:
+        return "gradients" if name.startswith("d_") else "forward"
+
+    def _row(self, result: TensorResult, key: str, dtype: str, rung: str, bound: str = "calibrated") -> PairRow:
+        names = {key: side.name for key, side in self._pair.sides.items()}
+        plain = row_from_result(
+            result,
+            kind="pair" if key == _BOTH else "oracle",
+            framework=key,
+            implementation=names.get(key, f"{names['torch']}+{names['jax']}"),
+            dtype=dtype,
+            case=f"{self._pair.name} seed {self._seed}",
+        )
+        fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
+        return PairRow(**fields, rung=rung, bound=bound)
+
+
+def _badness(result: TensorResult) -> tuple[bool, float]:
+    return result.status == "mismatch", result.bound_fraction

@@ -1,0 +1,164 @@
+"""A pair on one set of numbers: what each side was given, and everything that came back in the torch side's names."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from parity_tests.harness.dtypes import numpy_dtype
+from parity_tests.pair.draws import Draw, InputSource, as_stored, draw_cotangents, draw_inputs, draw_parameters
+from parity_tests.pair.mapping import ParameterMapping, Rule
+from parity_tests.pair.patterns import AxisPattern, MappingError
+from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Side
+
+Tuple = tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Values:
+    """Parameters, inputs and cotangents of both sides, stored in one dtype.
+
+    Attributes:
+        dtype: storage dtype.
+        parameters: by side.
+        inputs: by side.
+        cotangents: by side; None before the outputs are known, or if gradients are not compared.
+    """
+
+    dtype: str
+    parameters: Mapping[str, Arrays]
+    inputs: Mapping[str, Tuple]
+    cotangents: Mapping[str, Arrays] | None
+
+
+@dataclass
+class Pair:
+    """Two sides, and how one is to be read as the other.
+
+    Attributes:
+        name: shown in rows.
+        sides: ``torch`` and ``jax``.
+        rules: of the parameters, see ``ParameterMapping``.
+        source: of the inputs, in the torch side's layout.
+        input_patterns: by position, torch layout to flax layout; empty for the same.
+        output_patterns: by output name, torch layout to flax layout.
+        draws: of parameters that ``draw_like`` would draw wrongly.
+    """
+
+    name: str
+    sides: Mapping[str, Side]
+    rules: Sequence[Rule]
+    source: InputSource
+    input_patterns: Mapping[int, str] = field(default_factory=dict)
+    output_patterns: Mapping[str, str] = field(default_factory=dict)
+    draws: Mapping[str, Draw] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Reads both sides and checks the rules."""
+        examples = self._both_inputs(draw_inputs(self.source, 0))
+        self.specs: dict[str, dict[str, ParameterSpec]] = {
+            key: side.parameters(examples[key]) for key, side in self.sides.items()
+        }
+        self.mapping = ParameterMapping(self.rules, self.specs["torch"], self.specs["jax"])
+
+    def values(self, dtype: str, seed: int) -> Values:
+        """Draws everything but the cotangents, rounded to the storage dtype."""
+        target = numpy_dtype(dtype)
+        mapped = {name: self.specs["torch"][name] for name in self.mapping.torch_names}
+        drawn = draw_parameters(mapped, seed, self.draws)
+        drawn = {name: as_stored(array, target) for name, array in self.mapping.without_held(drawn).items()}
+        own = {
+            key: {name: as_stored(spec.value, target) for name, spec in specs.items()}
+            for key, specs in self.specs.items()
+        }
+        inputs = tuple(as_stored(array, target) for array in draw_inputs(self.source, seed))
+        parameters = {"torch": own["torch"] | drawn, "jax": own["jax"] | self.mapping.to_flax(drawn)}
+        return Values(dtype, parameters, self._both_inputs(inputs), None)
+
+    def with_cotangents(self, values: Values, outputs: Mapping[str, np.ndarray], seed: int) -> Values:
+        """Adds random cotangents for the floating-point outputs of the torch side."""
+        target = numpy_dtype(values.dtype)
+        drawn = {name: array.astype(target) for name, array in draw_cotangents(outputs, seed).items()}
+        other = {
+            name: self._output(name, array.shape).forward(array) if name in self.output_patterns else array
+            for name, array in drawn.items()
+        }
+        return Values(values.dtype, values.parameters, values.inputs, {"torch": drawn, "jax": other})
+
+    def truth(self, key: str, values: Values, variant: str = "") -> dict[str, np.ndarray]:
+        """A side's float64 truth, in torch names."""
+        cotangents = None if values.cotangents is None else values.cotangents[key]
+        arrays = self.sides[key].truth(values.parameters[key], values.inputs[key], cotangents, variant)
+        return self.as_torch(key, arrays)
+
+    def forward(self, key: str, values: Values) -> dict[str, np.ndarray]:
+        """A side's outputs without gradients, in torch names."""
+        return self.as_torch(key, self.sides[key].forward(values.parameters[key], values.inputs[key]))
+
+    def vjp(self, key: str, values: Values) -> dict[str, np.ndarray]:
+        """A side's outputs and gradients, in torch names."""
+        assert values.cotangents is not None
+        arrays = self.sides[key].vjp(values.parameters[key], values.inputs[key], values.cotangents[key])
+        return self.as_torch(key, arrays)
+
+    def ensemble(self, key: str, values: Values, dtype: str, seed: int) -> Ensemble:
+        """A side's rounding-noise ensemble, in torch names."""
+        cotangents = None if values.cotangents is None else values.cotangents[key]
+        found = self.sides[key].ensemble(values.parameters[key], values.inputs[key], cotangents, dtype, seed)
+        centre, spread, kinks = (self.as_torch(key, arrays) for arrays in (found.centre, found.spread, found.kinks))
+        return Ensemble(centre, spread, kinks, found.members, found.unmodelled)
+
+    def as_torch(self, key: str, arrays: Arrays) -> dict[str, np.ndarray]:
+        """Renames and rearranges a side's outputs and gradients; gradients of what has no counterpart are left out."""
+        wanted = [name for name in self.mapping.torch_names if self.specs["torch"][name].trainable]
+        gradients = {name.removeprefix("d_"): array for name, array in arrays.items() if name.startswith("d_")}
+        result = {name: array for name, array in arrays.items() if not name.startswith("d_")}
+        if key == "jax":
+            result = {name: self._back(name, array) for name, array in result.items()}
+        if not gradients:
+            return result
+        if key == "torch":
+            by_name = self.mapping.without_held({name: gradients[name] for name in wanted})
+        else:
+            by_name = self.mapping.to_torch(gradients, wanted)
+        result |= {f"d_{name}": array for name, array in by_name.items()}
+        for name, array in gradients.items():
+            if name.startswith("input") and name.removeprefix("input").isdigit():
+                pattern = self._input(int(name.removeprefix("input"))) if key == "jax" else None
+                result[f"d_{name}"] = array if pattern is None else pattern.backward(array)
+        return result
+
+    def _both_inputs(self, inputs: Tuple) -> dict[str, Tuple]:
+        self._shapes = [array.shape for array in inputs]
+        for position in self.input_patterns:
+            if not 0 <= position < len(inputs):
+                raise MappingError(f"input_patterns: expected positions below {len(inputs)}, got {position}.")
+        patterns = [self._input(position) for position in range(len(inputs))]
+        flax = (x if p is None else p.forward(x) for x, p in zip(inputs, patterns, strict=True))
+        return {"torch": inputs, "jax": tuple(flax)}
+
+    def _input(self, position: int) -> AxisPattern | None:
+        pattern = self.input_patterns.get(position)
+        return None if pattern is None else _permutation(pattern, self._shapes[position])
+
+    def _output(self, name: str, shape: tuple[int, ...]) -> AxisPattern:
+        return _permutation(self.output_patterns[name], shape)
+
+    def _back(self, name: str, array: np.ndarray) -> np.ndarray:
+        pattern = self.output_patterns.get(name)
+        if pattern is None:
+            return array
+        left, _, right = pattern.partition("->")
+        return _permutation(f"{right} -> {left}", array.shape).forward(array)
+
+
+def _permutation(pattern: str, shape: tuple[int, ...]) -> AxisPattern:
+    """An axis pattern of inputs or outputs: a permutation, so that one shape decides the other."""
+    left, arrow, right = pattern.partition("->")
+    axes = left.split()
+    if not arrow or sorted(axes) != sorted(right.split()) or len(set(axes)) != len(axes) or "(" in pattern:
+        raise MappingError(f"pattern: expected a permutation such as 'b c h w -> b h w c', got {pattern!r}.")
+    if len(axes) != len(shape):
+        raise MappingError(f"pattern {pattern!r}: expected {len(axes)} axes, got shape {shape}.")
+    length = dict(zip(axes, shape, strict=True))
+    return AxisPattern(pattern, shape, tuple(length[axis] for axis in right.split()))

@@ -1,0 +1,112 @@
+"""The outcome of a pair's check: rows, the first failing rung with a likely cause, and the files that show them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from parity_tests.harness.html import html_document
+from parity_tests.harness.junit import junit_document
+from parity_tests.harness.records import ParityRow, Summary, environment, summarize, write_json
+
+RUNGS: tuple[str, ...] = ("weights", "forward", "gradients")
+CALIBRATED = (
+    "bound calibrated by a rounding-noise ensemble around a float64 run; it is not derived from a formula, not even "
+    "where the module is linear"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairRow(ParityRow):
+    """One comparison of a pair.
+
+    Attributes:
+        rung: ``weights`` (bitwise), ``forward`` or ``gradients``.
+        bound: ``exact`` (bitwise) or ``calibrated``.
+    """
+
+    rung: str
+    bound: str
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What was compared and how it came out.
+
+    Attributes:
+        name: of the pair.
+        rows: one per leg, subject and tensor.
+        not_compared: buffers without counterpart, and blocks held at zero.
+        likely_cause: one sentence, empty if all holds or no hypothesis fits.
+        notes: what a reader must know: operations whose rounding was modelled generically, modules that resist float64.
+    """
+
+    name: str
+    rows: Sequence[PairRow]
+    not_compared: tuple[str, ...] = ()
+    likely_cause: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> Summary:
+        """Counts by status."""
+        return summarize(self.rows)
+
+    @property
+    def ok(self) -> bool:
+        """True if something was compared and all of it holds."""
+        return self.summary.ok
+
+    @property
+    def first_failing_rung(self) -> str | None:
+        """The lowest rung with a mismatch, or None."""
+        failed = {row.rung for row in self.rows if row.status == "mismatch"}
+        return next((rung for rung in RUNGS if rung in failed), None)
+
+    def describe(self) -> str:
+        """Says in a few lines what holds and what does not."""
+        summary = self.summary
+        lines = [
+            f"{self.name}: {summary.compared} compared, {summary.passed} passed, {summary.failed} failed, "
+            f"{summary.skipped} skipped ({CALIBRATED})"
+        ]
+        rung = self.first_failing_rung
+        if rung is not None:
+            lines.append(f"first failing rung: {rung}; likely cause: {self.likely_cause or 'none of those tried'}")
+        failures = [row for row in self.rows if row.status == "mismatch" and row.rung == rung]
+        lines += [f"  {row.framework} {row.dtype} {row.case}: {row.reason}" for row in failures[:10]]
+        lines += [f"  and {len(failures) - 10} more" for _ in failures[10:11]]
+        lines += [
+            f"  skipped {row.framework} {row.dtype}: {row.reason}" for row in self.rows if row.status == "skipped"
+        ]
+        lines += [f"  not compared: {what}" for what in self.not_compared]
+        lines += [f"  note: {what}" for what in self.notes]
+        return "\n".join(lines)
+
+    def assert_ok(self) -> None:
+        """Raises AssertionError, with the description, unless everything compared holds."""
+        if not self.ok:
+            raise AssertionError(self.describe())
+
+    def to_json(self, path: str | Path) -> None:
+        """Writes the harness' document, with the pair's own findings under ``pair``."""
+        path = Path(path)
+        write_json(path, self.rows)
+        pair = {
+            "name": self.name,
+            "ok": self.ok,
+            "first_failing_rung": self.first_failing_rung,
+            "likely_cause": self.likely_cause,
+            "not_compared": list(self.not_compared),
+            "notes": list(self.notes),
+            "bound": CALIBRATED,
+        }
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"pair": pair}, indent=1, allow_nan=False) + "\n")
+
+    def to_junit(self, path: str | Path) -> None:
+        """Writes JUnit XML, one case a row."""
+        Path(path).write_text(junit_document(self.rows))
+
+    def to_html(self, path: str | Path) -> None:
+        """Writes one self-contained page."""
+        Path(path).write_text(html_document(self.rows, environment()))

@@ -1,0 +1,142 @@
+"""What one side of a pair must offer: NumPy in, NumPy out, whatever the framework and the kind of module."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One array of a module.
+
+    Attributes:
+        value: as the module holds it before anything is drawn; gives the shape, the dtype and the scale.
+        trainable: True for a parameter, False for a buffer (a running statistic, a mask).
+    """
+
+    value: np.ndarray
+    trainable: bool
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """A rounding-noise ensemble around a float64 run, tensor by tensor.
+
+    Attributes:
+        centre: the run without noise.
+        spread: root mean square of the deviations of ``members`` runs from the centre.
+        kinks: largest deviation of the runs with ``KINK_AMPLITUDE`` times the noise, see ``calibration``.
+        members: how many runs ``spread`` is estimated from.
+        unmodelled: operations that have no rounding model of their own and got the generic one.
+    """
+
+    centre: Arrays
+    spread: Arrays
+    kinks: Arrays
+    members: int
+    unmodelled: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A hypothesis that a side can try on itself.
+
+    Attributes:
+        name: passed back to ``Side.truth``.
+        sentence: what is true if the variant agrees with the other side.
+    """
+
+    name: str
+    sentence: str
+
+
+class Side(Protocol):
+    """A module or function of one framework.
+
+    Outputs are named ``y`` (one array) or ``y.<path>``; gradients ``d_<parameter>`` and ``d_input<k>``, for every
+    trainable parameter and every floating-point input. ``cotangents`` has one array per floating-point output; without
+    it only the outputs are returned.
+    """
+
+    framework: str
+    name: str
+
+    def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
+        """Parameters and buffers by name; inputs are examples, for modules that infer shapes from them."""
+        ...
+
+    def round_trip(self, parameters: Arrays) -> dict[str, np.ndarray]:
+        """Puts arrays into the module and reads them back."""
+        ...
+
+    def forward(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        """Runs the module as it is, without gradients, in the dtype of the arrays."""
+        ...
+
+    def vjp(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays) -> dict[str, np.ndarray]:
+        """Runs the module as it is, in the dtype of the arrays: outputs and gradients."""
+        ...
+
+    def truth(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None = None,
+        variant: str = "",
+    ) -> dict[str, np.ndarray]:
+        """The same function in float64 on the same stored values, casts to narrower formats left out."""
+        ...
+
+    def ensemble(
+        self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
+    ) -> Ensemble:
+        """Float64 runs in which every operation errs as it may in ``dtype``."""
+        ...
+
+    def variants(self) -> tuple[Variant, ...]:
+        """Hypotheses about this side for the likely cause of a mismatch."""
+        ...
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the verdicts must know about how this side was evaluated."""
+        ...
+
+    def is_random(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> bool:
+        """True if the outputs depend on a random state (dropout that is active)."""
+        ...
+
+
+def leaf_name(path: tuple) -> str:
+    """Names a leaf of a framework's tree: ``y`` for a single array, else ``y.0``, ``y.hidden.1``, ..."""
+    # torch and jax call the parts of a key path alike: idx in a sequence, key in a mapping, name of an attribute.
+    parts = (next(getattr(entry, kind) for kind in ("idx", "key", "name") if hasattr(entry, kind)) for entry in path)
+    return ".".join(("y", *map(str, parts)))
+
+
+def collect_ensemble(
+    run: Callable[[int, float], Arrays], members: int, kink_members: int, kink_amplitude: float
+) -> Ensemble:
+    """Runs an ensemble and keeps its statistics of the floating-point tensors.
+
+    Args:
+        run: one run, of a member's number and the noise's amplitude (0 for none).
+        members: runs with amplitude 1.
+        kink_members: runs with ``kink_amplitude``.
+        kink_amplitude: see ``calibration``.
+    """
+    centre = {name: value for name, value in run(0, 0.0).items() if value.dtype == np.float64}
+    squares = {name: np.zeros_like(value) for name, value in centre.items()}
+    kinks = {name: np.zeros_like(value) for name, value in centre.items()}
+    for member in range(members + kink_members):
+        amplitude = 1.0 if member < members else kink_amplitude
+        for name, value in run(member + 1, amplitude).items():
+            if name in centre and amplitude == 1.0:
+                squares[name] += (value - centre[name]) ** 2
+            elif name in centre:
+                np.maximum(kinks[name], np.abs(value - centre[name]), out=kinks[name])
+    spread = {name: np.sqrt(total / members) for name, total in squares.items()}
+    return Ensemble(centre, spread, kinks, members)

@@ -1,0 +1,226 @@
+"""The flax side of a pair: a linen or nnx module as it is, or a function ``f(parameters, *inputs)``; jitted."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from parity_tests.harness.subjects.jax import resolve_device
+from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS
+from parity_tests.pair.draws import is_float
+from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant, collect_ensemble, leaf_name
+from parity_tests.pair.subjects.jax_modules import FlatModule, Function, flatten_module
+from parity_tests.pair.subjects.jax_noise import Interpreter
+
+Program = Callable[..., dict[str, Any]]
+
+
+class JaxSide:
+    """One Flax module or JAX function; see ``side.Side``.
+
+    Args:
+        module: a linen module, an nnx module or a function of a nested dict of arrays and the inputs.
+        kwargs: keyword arguments of every call.
+        initial: initial parameters of a function; None for a module.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        change: spoils the flat function, to plant a defect.
+    """
+
+    framework = "jax"
+
+    def __init__(
+        self,
+        module: Any,
+        kwargs: Mapping[str, Any] | None = None,
+        initial: Mapping[str, Any] | None = None,
+        device: str = "cpu",
+        change: Callable[[Function], Function] | None = None,
+    ) -> None:
+        self.name = getattr(module, "__name__", type(module).__name__)
+        self._module, self._kwargs, self._initial, self._change = module, dict(kwargs or {}), initial, change
+        self._device = resolve_device(device)
+        self._notes: set[str] = set()
+        self._flat: FlatModule | None = None
+        self._programs: dict[tuple, tuple[Any, Any]] = {}
+
+    def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
+        """Variables of the module; inputs are examples for linen, which infers shapes from them."""
+        return dict(self._flattened(inputs).specs)
+
+    def round_trip(self, parameters: Arrays) -> dict[str, np.ndarray]:
+        """Through device arrays."""
+        with self._types(parameters):
+            return {name: np.asarray(jax.device_put(array, self._device)) for name, array in parameters.items()}
+
+    def forward(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        """Jitted, without gradients."""
+        return self._jitted("forward", parameters, inputs, None)
+
+    def vjp(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays) -> dict[str, np.ndarray]:
+        """Jitted ``jax.vjp``."""
+        return self._jitted("vjp", parameters, inputs, cotangents)
+
+    def truth(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None = None,
+        variant: str = "",
+    ) -> dict[str, np.ndarray]:
+        """Traced in float64 and interpreted with every cast to a narrower format left out."""
+        if variant:
+            raise ValueError(f"variant: expected none on the flax side, got {variant!r}.")
+        arguments = [_map_floats(tree, np.float64) for tree in (dict(parameters), inputs, cotangents or {})]
+        key = ("truth", *_signature(arguments))
+        with jax.enable_x64(True), jax.default_device(self._device):
+            if key not in self._programs:
+                self._programs[key] = self._traced_truth(arguments, cotangents is not None)
+            run, names = self._programs[key]
+            return dict(zip(names, map(np.asarray, run(jax.tree.leaves(arguments))), strict=True))
+
+    def ensemble(
+        self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
+    ) -> Ensemble:
+        """Traced in the dtype, interpreted in float64 with noise."""
+        arguments = [dict(parameters), inputs, dict(cotangents or {})]
+        key = ("ensemble", dtype, *_signature(arguments))
+        if key not in self._programs:
+            with self._types(parameters), jax.default_device(self._device):
+                *compiled, unmodelled = self._traced(arguments, cotangents is not None, dtype, noisy=True)
+            self._programs[key] = (compiled, unmodelled)
+        (run, names), unmodelled = self._programs[key]
+        with jax.enable_x64(True), jax.default_device(self._device):
+            leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(_map_floats(arguments, np.float64))]
+
+            def member(number: int, amplitude: float) -> dict[str, np.ndarray]:
+                index = np.int64(seed * (MEMBERS + KINK_MEMBERS) + number)
+                return dict(zip(names, map(np.asarray, run(leaves, index, np.float64(amplitude))), strict=True))
+
+            result = collect_ensemble(member, MEMBERS, KINK_MEMBERS, KINK_AMPLITUDE)
+        return Ensemble(result.centre, result.spread, result.kinks, MEMBERS, tuple(sorted(unmodelled)))
+
+    def variants(self) -> tuple[Variant, ...]:
+        """None: the torch side tries the hypotheses that concern constants."""
+        return ()
+
+    def notes(self) -> tuple[str, ...]:
+        """Modules that cannot be traced in float64."""
+        return tuple(sorted(self._notes))
+
+    def is_random(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> bool:
+        """Compares two random states of the module; a function has none that could be seen."""
+        flat = self._flattened(inputs)
+        if flat.reseeded is None:
+            return False
+        results = []
+        with self._types(parameters), jax.default_device(self._device):
+            for function in (flat.function, flat.reseeded):
+                outputs = jax.jit(function)(dict(parameters), *inputs)
+                results.append([np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(outputs)])
+        return results[0] != results[1]
+
+    @contextlib.contextmanager
+    def _types(self, parameters: Arrays) -> Iterator[None]:
+        """64-bit types exactly where the arrays have them: with x64, a module's own constants would be float64."""
+        with jax.enable_x64(any(array.dtype == np.float64 for array in parameters.values())):
+            yield
+
+    def _flattened(self, inputs: tuple[np.ndarray, ...]) -> FlatModule:
+        if self._flat is None:
+            self._flat = flatten_module(self._module, self._kwargs, self._initial, inputs)
+        return self._flat
+
+    def _program(self, inputs: tuple[np.ndarray, ...], with_gradients: bool) -> Program:
+        flat = self._flattened(inputs)
+        function = self._change(flat.function) if self._change else flat.function
+        trained = {name for name, spec in flat.specs.items() if spec.trainable}
+
+        def outputs(parameters: dict[str, Any], inputs: tuple[Any, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+            leaves = _leaves(function(parameters, *inputs))
+            floats = {name: leaf for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+            return floats, {name: leaf for name, leaf in leaves.items() if name not in floats}
+
+        def program(parameters: dict[str, Any], inputs: tuple[Any, ...], cotangents: dict[str, Any]) -> dict[str, Any]:
+            if not with_gradients:
+                floats, others = outputs(parameters, inputs)
+                return floats | others
+            moving = {f"d_{name}": parameters[name] for name in parameters if name in trained}
+            moving |= {f"d_input{k}": x for k, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.floating)}
+
+            def of_moving(moving: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+                held = {name: moving.get(f"d_{name}", value) for name, value in parameters.items()}
+                return outputs(held, tuple(moving.get(f"d_input{k}", x) for k, x in enumerate(inputs)))
+
+            floats, pullback, others = jax.vjp(of_moving, moving, has_aux=True)
+            typed = {name: cotangents[name].astype(value.dtype) for name, value in floats.items()}
+            return floats | others | pullback(typed)[0]
+
+        return program
+
+    def _jitted(
+        self, kind: str, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None
+    ) -> dict[str, np.ndarray]:
+        key = (kind,)
+        if key not in self._programs:
+            self._programs[key] = (jax.jit(self._program(inputs, cotangents is not None)), None)
+        with self._types(parameters), jax.default_device(self._device):
+            results = self._programs[key][0](dict(parameters), _integers_fit(inputs), dict(cotangents or {}))
+            return {name: np.asarray(value) for name, value in results.items()}
+
+    def _traced_truth(self, arguments: list[Any], with_gradients: bool) -> tuple[Any, list[str]]:
+        try:
+            return self._traced(arguments, with_gradients, "float64", noisy=False)[:2]
+        except TypeError as error:
+            # A module that starts a loop from float32 zeros cannot be traced in float64. Traced in float32 and
+            # interpreted in float64 it is the same function, but for constants, which tracing has rounded.
+            self._notes.add(
+                "the flax side cannot be traced in float64, so that its constants count as rounded to float32 "
+                f"({str(error).splitlines()[0]})"
+            )
+            with jax.enable_x64(False):
+                narrow = _map_floats(arguments, np.float32)
+                return self._traced(narrow, with_gradients, "float64", noisy=False)[:2]
+
+    def _traced(
+        self, arguments: list[Any], with_gradients: bool, dtype: str, noisy: bool
+    ) -> tuple[Any, list[str], set]:
+        """Traces in the dtype of the arguments; returns an interpreter, its results' names, odd operations."""
+        program = self._program(arguments[1], with_gradients)
+        closed, shapes = jax.make_jaxpr(program, return_shape=True)(*arguments)
+        names = sorted(shapes)  # the order in which a dict is flattened
+        unmodelled: set[str] = set()
+
+        def run(leaves: list[Any], member: Any = 0, amplitude: Any = None) -> list[Any]:
+            interpreter = Interpreter(dtype, member, amplitude)
+            results = interpreter.run(closed, leaves)
+            unmodelled.update(interpreter.unmodelled)
+            return results
+
+        return (jax.jit(run) if noisy else jax.jit(lambda leaves: run(leaves))), names, unmodelled
+
+
+def _map_floats(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if is_float(leaf) else leaf, tree)
+
+
+def _signature(arguments: list[Any]) -> tuple:
+    leaves, structure = jax.tree.flatten(arguments)
+    return structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+
+
+def _integers_fit(inputs: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    """Without x64, jax reads 64-bit integers modulo 2^32; that must not happen unnoticed."""
+    for position, array in enumerate(inputs):
+        if array.dtype.kind == "i" and array.size and not -(2**31) <= array.min() <= array.max() < 2**31:
+            raise ValueError(f"inputs[{position}]: expected integers that fit in 32 bits, got up to {array.max()}.")
+    return inputs
+
+
+def _leaves(outputs: Any) -> dict[str, Any]:
+    found, _ = jax.tree_util.tree_flatten_with_path(outputs)
+    if len(found) == 1:
+        return {"y": jnp.asarray(found[0][1])}
+    return {leaf_name(path): jnp.asarray(leaf) for path, leaf in found}

@@ -1,0 +1,191 @@
+"""The torch side of a pair: an ``nn.Module`` as it is, or a function ``f(parameters, *inputs)``."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten_with_path
+
+from parity_tests.harness.subjects.torch import to_numpy, to_torch
+from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS
+from parity_tests.pair.draws import is_float
+from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant, collect_ensemble, leaf_name
+from parity_tests.pair.subjects.torch_hypotheses import Recorder
+from parity_tests.pair.subjects.torch_noise import DoublePrecision
+
+Function = Callable[..., Any]
+
+
+@contextlib.contextmanager
+def _double_default() -> Iterator[None]:
+    """Constants that a module creates on the way (``torch.tensor(0.1)``) are float64 too."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class TorchSide:
+    """One torch module or function; see ``side.Side``.
+
+    Args:
+        module: an ``nn.Module`` (its training mode is left as it is), or a function of a dict of tensors and inputs.
+        kwargs: keyword arguments of every call.
+        initial: initial parameters of a function; None for a module.
+        device: where it runs.
+
+    Raises:
+        TypeError: for anything else, or a function without initial parameters.
+    """
+
+    framework = "torch"
+
+    def __init__(
+        self,
+        module: torch.nn.Module | Function,
+        kwargs: Mapping[str, Any] | None = None,
+        initial: Mapping[str, np.ndarray] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        if not isinstance(module, torch.nn.Module) and not callable(module):
+            raise TypeError(f"torch_module: expected an nn.Module or a function, got {type(module).__name__}.")
+        if not isinstance(module, torch.nn.Module) and initial is None:
+            raise TypeError("torch_params: expected a dict of initial arrays for a function, got None; pass one.")
+        self.name = getattr(module, "__name__", type(module).__name__)
+        self._kwargs, self._initial, self._device = dict(kwargs or {}), initial, torch.device(device)
+        if isinstance(module, torch.nn.Module):
+            self._module: torch.nn.Module | None = module
+            self.function: Function = self._call_module
+        else:
+            self._module, self.function = None, lambda tensors, *inputs: module(tensors, *inputs, **self._kwargs)
+        self._recorder = Recorder()
+
+    def _call_module(self, tensors: dict[str, torch.Tensor], *inputs: torch.Tensor) -> Any:
+        assert self._module is not None
+        return torch.func.functional_call(self._module, tensors, inputs, self._kwargs)
+
+    def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
+        """Parameters, then buffers."""
+        del inputs
+        if self._module is None:
+            assert self._initial is not None
+            return {name: ParameterSpec(np.asarray(value), True) for name, value in self._initial.items()}
+        found = {name: ParameterSpec(to_numpy(p), True) for name, p in self._module.named_parameters()}
+        return found | {name: ParameterSpec(to_numpy(b), False) for name, b in self._module.named_buffers()}
+
+    def round_trip(self, parameters: Arrays) -> dict[str, np.ndarray]:
+        """Through tensors on the device."""
+        return {name: to_numpy(tensor) for name, tensor in self._tensors(parameters).items()}
+
+    def forward(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        """Without gradients, which may take other paths (fast paths for inference)."""
+        with torch.no_grad(), self._seeded(0):
+            outputs = self.function(self._tensors(parameters), *self._inputs(inputs))
+            return {name: to_numpy(leaf) for name, leaf in _leaves(outputs).items()}
+
+    def vjp(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays) -> dict[str, np.ndarray]:
+        """Through autograd, as it is."""
+        with self._seeded(0):
+            return self._run(self._tensors(parameters), self._inputs(inputs), cotangents)
+
+    def truth(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None = None,
+        variant: str = "",
+    ) -> dict[str, np.ndarray]:
+        """In float64; a variant rewrites operations on the way."""
+        mode = DoublePrecision(rewrite=self._recorder.rewrite(variant))
+        return self._double(parameters, inputs, cotangents, mode)
+
+    def ensemble(
+        self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
+    ) -> Ensemble:
+        """Runs under the dispatch mode, one after the other."""
+        unmodelled: set[str] = set()
+
+        def run(member: int, amplitude: float) -> dict[str, np.ndarray]:
+            mode = DoublePrecision(dtype, seed * (MEMBERS + KINK_MEMBERS) + member, amplitude, self._device)
+            outputs = self._double(parameters, inputs, cotangents, mode)
+            unmodelled.update(mode.unmodelled)
+            return outputs
+
+        result = collect_ensemble(run, MEMBERS, KINK_MEMBERS, KINK_AMPLITUDE)
+        return Ensemble(result.centre, result.spread, result.kinks, MEMBERS, tuple(sorted(unmodelled)))
+
+    def variants(self) -> tuple[Variant, ...]:
+        """Other epsilons and the other gelu, where the last truth used one."""
+        return self._recorder.variants()
+
+    def notes(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def is_random(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> bool:
+        """Compares two seeds of torch's generator."""
+        results = []
+        for seed in (0, 1):
+            with torch.no_grad(), self._seeded(seed):
+                outputs = self.function(self._tensors(parameters), *self._inputs(inputs))
+                results.append({name: to_numpy(leaf).tobytes() for name, leaf in _leaves(outputs).items()})
+        return results[0] != results[1]
+
+    @contextlib.contextmanager
+    def _seeded(self, seed: int) -> Iterator[None]:
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+
+    def _tensors(self, parameters: Arrays) -> dict[str, torch.Tensor]:
+        return {name: to_torch(array, self._device) for name, array in parameters.items()}
+
+    def _inputs(self, inputs: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
+        return [to_torch(array, self._device) for array in inputs]
+
+    def _double(
+        self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, mode: DoublePrecision
+    ) -> dict[str, np.ndarray]:
+        def wide(array: np.ndarray) -> np.ndarray:
+            return array.astype(np.float64) if is_float(array) else array
+
+        tensors = self._tensors({name: wide(array) for name, array in parameters.items()})
+        arguments = self._inputs(tuple(wide(array) for array in inputs))
+        # Fused attention kernels hide their operations from the mode.
+        with self._seeded(0), _double_default(), sdpa_kernel(SDPBackend.MATH), mode:
+            return self._run(tensors, arguments, cotangents)
+
+    def _run(
+        self, tensors: dict[str, torch.Tensor], inputs: list[torch.Tensor], cotangents: Arrays | None
+    ) -> dict[str, np.ndarray]:
+        buffers = set() if self._module is None else {name for name, _ in self._module.named_buffers()}
+        sources = {f"d_{name}": tensor for name, tensor in tensors.items() if name not in buffers}
+        sources |= {f"d_input{k}": tensor for k, tensor in enumerate(inputs)}
+        sources = {name: tensor.requires_grad_() for name, tensor in sources.items() if tensor.is_floating_point()}
+        leaves = _leaves(self.function(tensors, *inputs))
+        result = {name: to_numpy(leaf) for name, leaf in leaves.items()}
+        if cotangents is None:
+            return result
+        used = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad and name in cotangents}
+        if used:
+            weights = [to_torch(cotangents[name], self._device).to(leaf.dtype) for name, leaf in used.items()]
+            gradients = torch.autograd.grad(list(used.values()), list(sources.values()), weights, allow_unused=True)
+        else:
+            gradients = [None] * len(sources)
+        for (name, source), gradient in zip(sources.items(), gradients, strict=True):
+            result[name] = to_numpy(torch.zeros_like(source) if gradient is None else gradient)
+        return result
+
+
+def _leaves(outputs: Any) -> dict[str, torch.Tensor]:
+    """Arrays of the output by name; None and numbers are left out."""
+    found, _ = tree_flatten_with_path(outputs)
+    tensors = [(path, leaf) for path, leaf in found if isinstance(leaf, torch.Tensor)]
+    if len(tensors) == 1:
+        return {"y": tensors[0][1]}
+    return {leaf_name(path): leaf for path, leaf in tensors}
