@@ -5,9 +5,10 @@ Whatever happens to a competitor ends in its own record; a worker that dies or h
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, Protocol
 
+from bench.measure.entry import CellOutcome, Entry
 from bench.measure.protocol import Message, RequestError
 from bench.plan.cells import Cell
 from bench.plan.competitors import EAGER, YARDSTICK, Competitor
@@ -31,51 +32,6 @@ class Workers(Protocol):
     def replace(self, framework: str) -> None:
         """Starts a new worker in place of a dead one."""
         ...
-
-
-@dataclass
-class Entry:
-    """A competitor in a cell, and what happened to it."""
-
-    competitor: Competitor
-    handle: str
-    control: bool = False
-    baseline: bool = False
-    status: str = "ok"
-    reason: str = ""
-    skipped: bool = False
-    blocks: list[float] = field(default_factory=list)
-    calls_per_block: int | None = None
-    warm_up: list[float] = field(default_factory=list)
-    compile_s: float | None = None
-    static_memory_bytes: int | None = None
-    peak_memory_bytes: int | None = None
-    memory_method: str | None = None
-    judgement: dict[str, Any] | None = None
-
-    def fail(self, status: str, reason: str, *, skipped: bool = False) -> None:
-        """Ends the competitor."""
-        self.status, self.reason, self.skipped = status, reason, skipped
-
-    @property
-    def going(self) -> bool:
-        """Whether it still takes part."""
-        return self.status == "ok"
-
-
-@dataclass(frozen=True)
-class CellOutcome:
-    """What a cell came to.
-
-    Attributes:
-        entries: all competitors, the control last.
-        inputs_digest: hash of the inputs, or None if no worker drew any.
-        switches: per framework, its precision switches.
-    """
-
-    entries: tuple[Entry, ...]
-    inputs_digest: str | None
-    switches: dict[str, dict[str, Any]]
 
 
 class CellRun:
@@ -140,7 +96,7 @@ class CellRun:
 
     def _recover(self, framework: str) -> None:
         """Replaces a dead worker and prepares its remaining competitors again; a second failure ends them too."""
-        prepared = [entry for entry in self._of(framework) if entry.calls_per_block is not None]
+        prepared = [entry for entry in self._of(framework) if entry.prepared and not entry.control]
         try:
             self._workers.replace(framework)
             self._open(framework)
@@ -150,8 +106,8 @@ class CellRun:
             return
         for entry in prepared:
             # A failure in here recovers again, and then prepares these once more; each failure ends one competitor.
-            if not entry.control and entry.going and self._prepare(entry) is not None:
-                self._ask(entry, "warm_up", self._preset.limits.request_s, block_s=self._preset.block_s, max_blocks=2)
+            if entry.going and self._prepare(entry) is not None and entry.calls_per_block is not None:
+                self._ask(entry, "warm_up", self._preset.limits.request_s, block_s=self._preset.block_s, max_blocks=1)
 
     def _prepare(self, entry: Entry) -> Message | None:
         competitor = entry.competitor
@@ -165,37 +121,47 @@ class CellRun:
             call_limit_s=self._preset.limits.call_s,
         )
 
-    def _skip(self, entry: Entry, reason: str) -> None:
-        entry.fail("unsupported", f"skipped: {reason}", skipped=True)
-
-    def _make_ready(self, entry: Entry) -> None:
-        """Prepare, judge, measure memory, warm up: everything before the first round."""
+    def _build(self, entry: Entry) -> None:
+        """Builds, compiles and judges a competitor, unless a cap keeps it out."""
         limits = self._preset.limits
         free = self._opened[entry.competitor.framework]["free_bytes"]
         reason = planned_skip(entry.competitor, self._cell, limits, free)
         if reason is not None:
-            return self._skip(entry, reason)
+            return entry.skip(reason)
         prepared = self._prepare(entry)
         if prepared is None:
             return None
+        entry.prepared, entry.call_s = True, prepared["call_s"]
         entry.compile_s, entry.static_memory_bytes = prepared["compile_s"], prepared["static_memory_bytes"]
         checked = self._ask(entry, "check", limits.request_s)
-        if checked is None or not self._accept(entry, checked["judgement"], "before timing"):
-            return None
-        if prepared["call_s"] > limits.call_s:
-            self._ask(entry, "drop", limits.request_s)
-            return self._skip(
-                entry, f"one call took {prepared['call_s']:.2g} s, over the preset's cap of {limits.call_s:g} s"
-            )
+        if checked is not None:
+            self._accept(entry, checked["judgement"], "before timing")
+        return None
+
+    def _drop_hopeless(self) -> None:
+        """Keeps out who is both slow and far behind: the usual candidates are timed however slow the machine is.
+
+        The baseline stays in any case: a disturbance in its first calls must not change what the ratios refer to.
+        """
+        limits, baseline = self._preset.limits, self._choose_baseline()
+        fastest = min((entry.call_s for entry in self._entries if entry.going), default=0.0)
+        cap = max(limits.call_s, limits.slowdown * fastest)
+        for entry in self._entries:
+            if entry.going and entry is not baseline and entry.call_s > cap:
+                self._ask(entry, "drop", limits.request_s)
+                entry.skip(f"one call took {entry.call_s:.2g} s, over the preset's cap of {cap:.2g} s here")
+
+    def _settle(self, entry: Entry) -> None:
+        """Measures the memory and waits for a steady state."""
+        limits = self._preset.limits
         used = self._ask(entry, "memory", limits.request_s)
         if used is None:
-            return None
+            return
         entry.peak_memory_bytes, entry.memory_method = used["peak_memory_bytes"], used["memory_method"]
         fields = {"block_s": self._preset.block_s, "max_blocks": self._preset.warm_up_blocks}
         warm = self._ask(entry, "warm_up", limits.request_s, **fields)
         if warm is not None:
             entry.calls_per_block, entry.warm_up = warm["calls_per_block"], warm["block_latency_s"]
-        return None
 
     def _accept(self, entry: Entry, judgement: dict[str, Any], when: str) -> bool:
         entry.judgement = judgement
@@ -245,13 +211,18 @@ class CellRun:
         if verify:
             self._accept(entry, timed["judgement"], "after timing")
 
+    def _each(self, what: str, step: Callable[[Entry], None]) -> None:
+        for entry in self._entries:
+            if entry.going:
+                self._report(f"{what} {entry.competitor.label}")
+                step(entry)
+
     def run(self) -> CellOutcome:
         """Measures the cell."""
         self._open_all()
-        for entry in list(self._entries):
-            if entry.going:
-                self._report(f"preparing {entry.competitor.label}")
-                self._make_ready(entry)
+        self._each("preparing", self._build)
+        self._drop_hopeless()
+        self._each("warming up", self._settle)
         self._add_control()
         self._rounds()
         switches = {framework: reply["switches"] for framework, reply in self._opened.items()}

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from statistics import median
 from typing import Any
 
-from bench.measure.coordinator import CellOutcome, Entry
+from bench.measure.entry import CellOutcome, Entry
 from bench.plan.cells import Cell
 from bench.plan.competitors import Competitor
 from bench.plan.costs import compulsory_bytes, useful_flops, waste_factor

@@ -18,6 +18,7 @@ from parity_tests.harness.inputs import draw_inputs
 
 _CALLS_BEFORE_TIMING = 3
 _LONG_CALL_S = 0.1
+_GIVE_UP = 10  # one call this many times over the limit is no disturbance, and is not repeated
 _VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -37,6 +38,7 @@ class _Held:
     promised: str
     right_digest: str | None = None
     judgement: Judgement | None = None
+    first_result: Any = None
     result_bytes: int = 0
     long: bool = False
 
@@ -113,13 +115,16 @@ class Workbench:
         arguments, verifier = self._feed(dense=request["kind"] == YARDSTICK)
         name = request["implementation"]
         prepared = self._timer.prepare(name, request["mode"], self._cell.direction, arguments)
-        self._held[request["handle"]] = _Held(prepared, verifier, self._timer.promised_precision(name))
+        held = _Held(prepared, verifier, self._timer.promised_precision(name))
+        self._held[request["handle"]] = held
         durations = []
         for _ in range(_CALLS_BEFORE_TIMING):
             start = time.perf_counter()
-            self._timer.wait(prepared.call())
+            result = prepared.call()
+            self._timer.wait(result)
             durations.append(time.perf_counter() - start)
-            if durations[-1] > request["call_limit_s"]:
+            held.first_result = result
+            if durations[-1] > _GIVE_UP * request["call_limit_s"]:
                 break
         return {
             "call_s": min(durations),
@@ -138,10 +143,9 @@ class Workbench:
         return held.judgement
 
     def check(self, request: Message) -> Message:
-        """Judges the results of a fresh call."""
+        """Judges the results of the last call of ``prepare``."""
         held = self._held[request["handle"]]
-        result = held.prepared.call()
-        self._timer.wait(result)
+        result, held.first_result = held.first_result, None
         return {"judgement": asdict(self._judge(held, result))}
 
     def memory(self, request: Message) -> Message:

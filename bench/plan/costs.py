@@ -19,6 +19,8 @@ ITEM_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "b
 # Forms that materialise the whole (n*i, n*o) matrix, and forms that become one product per partition when traced.
 DENSE_FORMS: frozenset[str] = frozenset({"masked", "dense"})
 UNROLLED_FORMS: frozenset[str] = frozenset({"loop"})
+# XLA expands a ragged product on a CPU into one masked product of all rows with every partition's matrix.
+_EXPANDED_RAGGED = ("jax", "grouped_matmul", "cpu")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Limits:
         executed_flops: most floating-point operations in one call.
         unrolled_products: most products that a compiler may be asked to unroll.
         memory_fraction: largest part of the free memory that one competitor may need.
-        call_s: longest single call, measured, in seconds.
+        call_s: longest single call, measured, in seconds, unless the fastest is nearly as slow:
+        slowdown: a call this many times as long as the fastest one's is allowed as well.
         prepare_s: time limit of one build and compilation, in seconds.
         request_s: time limit of any other request to a worker, in seconds.
     """
@@ -38,6 +41,7 @@ class Limits:
     unrolled_products: int
     memory_fraction: float
     call_s: float
+    slowdown: float
     prepare_s: float
     request_s: float
 
@@ -66,7 +70,8 @@ def compulsory_bytes(cell: Cell) -> int:
 
 def waste_factor(competitor: Competitor, cell: Cell) -> int:
     """How many times the useful products are carried out: n for a dense form, else 1."""
-    return cell.workload.num_partitions if competitor.implementation in DENSE_FORMS else 1
+    expanded = (competitor.framework, competitor.implementation, cell.device) == _EXPANDED_RAGGED
+    return cell.workload.num_partitions if expanded or competitor.implementation in DENSE_FORMS else 1
 
 
 def executed_flops(competitor: Competitor, cell: Cell) -> int:

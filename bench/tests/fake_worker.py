@@ -23,6 +23,7 @@ BAD = (
     "wrong-later",
     "out-of-memory",
     "refused",
+    "hopeless",
 )
 
 
@@ -68,7 +69,12 @@ class FakeWorker:
         if name == "refused":
             return failure("unsupported", "not on this device")
         self.names[request["handle"]] = name
-        return {"ok": True, "call_s": 0.001, "compile_s": None, "static_memory_bytes": None}
+        return {
+            "ok": True,
+            "call_s": 0.1 if name == "hopeless" else 0.001,
+            "compile_s": None,
+            "static_memory_bytes": None,
+        }
 
     def judgement(self, right):
         return {

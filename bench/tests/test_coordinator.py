@@ -85,9 +85,13 @@ def test_competitors_over_a_cap_are_skipped_with_the_figure(measure):
         assert entry.skipped
         assert entry.status == "unsupported"
         assert "over the preset's cap of 1" in entry.reason
-    slow = replace(PRESET, limits=replace(PRESET.limits, call_s=1e-4))
-    outcome, _ = measure(preset=slow)
-    assert all("one call took 0.001 s" in entry.reason for entry in outcome.entries)
+
+
+def test_who_is_slow_and_far_behind_is_skipped_but_a_slow_machine_alone_ends_nobody(measure):
+    limits = replace(PRESET.limits, call_s=1e-4, slowdown=4.0)
+    _, found = measure("hopeless", preset=replace(PRESET, limits=limits))
+    assert [name for (_, name), entry in found.items() if entry.skipped] == ["hopeless"]
+    assert found["torch", "hopeless"].reason == "skipped: one call took 0.1 s, over the preset's cap of 0.004 s here"
 
 
 def test_the_order_changes_from_round_to_round_and_is_mirrored_within_one(fake_starter):

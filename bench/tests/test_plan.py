@@ -42,6 +42,13 @@ def test_dense_forms_waste_n_times_the_work():
         assert executed_flops(competitor, cell()) == factor * useful_flops(cell())
 
 
+def test_a_ragged_product_wastes_as_much_on_a_cpu():
+    ragged = Competitor("jax", "grouped_matmul", "jit")
+    assert waste_factor(ragged, cell()) == 3
+    assert waste_factor(ragged, replace(cell(), device="cuda")) == 1
+    assert waste_factor(Competitor("torch", "grouped_matmul", "eager"), cell()) == 1
+
+
 def test_the_dense_matrix_of_electricity_does_not_fit():
     electricity = cell("forward_backward", WORKLOADS["electricity-336-720"])
     masked = Competitor("torch", "masked", "eager")
