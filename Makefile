@@ -12,6 +12,8 @@ PIP_ARGS ?=
 # A folder of its own for every run: nothing measured is ever overwritten.
 OUT := $(or $(OUT),bench/results/local/$(shell date +%Y%m%dT%H%M%S))
 PRESET ?= smoke
+# Two files at a time; the tests of one file stay together, because they share what they computed.
+PARALLEL ?= -n 2 --dist loadfile
 
 # The first Python that the project supports.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -39,7 +41,7 @@ compare: $(VENV)/.installed
 	$(VENV)/bin/python -m bench run --preset $(PRESET) --out $(OUT)
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -q -m "not compile"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not compile"
 	$(VENV)/bin/python -m pytest -q -m compile --no-shape-checks
 	@$(MAKE) --no-print-directory test-newest
 
@@ -48,7 +50,9 @@ test-newest:
 	@echo "SKIPPED the JAX tree's tests on newer releases: no Python 3.12 or 3.13 was found (set PYTHON_NEWEST)"
 else
 test-newest: $(VENV_NEWEST)/.installed
-	$(VENV_NEWEST)/bin/python -m pytest -q -m "not compile" parity_tests
+	OMP_NUM_THREADS=1 $(VENV_NEWEST)/bin/python -m pytest -q $(PARALLEL) -m "not compile" \
+		parity_tests/test_jax_*.py parity_tests/test_exact.py parity_tests/test_architecture.py parity_tests/test_readme.py
+	$(VENV_NEWEST)/bin/python -m parity_tests run --framework jax --cases smoke
 endif
 
 lint: $(VENV)/.installed

@@ -169,7 +169,7 @@ def html_document(
         title=escape(title),
         state="ok" if summary.ok else "bad",
         verdict=verdict,
-        counts=f"{summary.compared} compared, {summary.passed} passed, {summary.failed} failed, {summary.skipped} skipped",
+        counts=f"{summary.compared} compared, {summary.failed} failed, {summary.skipped} skipped",
         environment=escape(f"{versions}; Python {environment.get('python')}, {environment.get('machine')}"),
         skipped="".join(f"<li>skipped {count} x: {escape(reason)}</li>" for reason, count in skipped.items()),
         heatmap=_heatmap(rows),
@@ -183,8 +183,10 @@ _PAGE = Template("""<!doctype html>
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em; color: #222; background: #fff }
 h1 .ok { color: #27702a } h1 .bad { color: #b0142a } h2 { font-size: 1.05em; margin: 1.6em 0 .4em }
 svg text { font-size: 11px; fill: #444 } .wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: 12px } th, td { padding: 2px 8px; border-bottom: 1px solid #ddd; text-align: left }
-th { position: sticky; top: 0; background: #f3f3f3 } tr.mismatch td { background: #fde7ea } tr.skipped td { color: #888 }
+table { border-collapse: collapse; font-size: 12px }
+th, td { padding: 2px 8px; border-bottom: 1px solid #ddd; text-align: left }
+th { position: sticky; top: 0; background: #f3f3f3 }
+tr.mismatch td { background: #fde7ea } tr.skipped td { color: #888 }
 input { font: inherit; width: 30em; padding: 3px 6px; margin: .4em 0 }
 </style></head><body>
 <h1>$title: <span class="$state">$verdict</span></h1><p>$counts</p><p>$environment</p><ul>$skipped</ul>
