@@ -64,7 +64,8 @@ def ratio_chart(found: Sequence[Ranking]) -> Any:
             alt.Chart(alt.InlineData(values=[{"one": 1}])).mark_rule(strokeDash=[4, 3], color="gray").encode(x="one:Q")
         )
         panels.append((one + bars + dots).properties(title=panel, width=320))
-    return alt.concat(*panels, columns=2).resolve_scale(y="independent", x="independent")
+    note = "* computes another function: a yardstick, not a competitor"
+    return alt.concat(*panels, columns=2, title=note).resolve_scale(y="independent", x="independent")
 
 
 def save_chart(found: Sequence[Ranking], path: Path) -> None:

@@ -38,12 +38,16 @@ def byte_count(value: float | None) -> str:
     return _scaled(value, _BYTE_UNITS)
 
 
+def _factor(value: float) -> str:
+    """Two decimals, and no digits that mean nothing."""
+    return "<0.01" if value < 0.005 else ">1000" if value > 1000 else f"{value:.2f}"
+
+
 def ratio(interval: Interval | None) -> str:
     """A ratio with its interval; above 1 is faster than the baseline."""
     if interval is None:
         return "-"
-    high = "inf" if math.isinf(interval.high) else f"{interval.high:.2f}"
-    return f"{interval.ratio:.2f}x [{interval.low:.2f}, {high}]"
+    return f"{_factor(interval.ratio)}x [{_factor(interval.low)}, {_factor(interval.high)}]"
 
 
 def outcome(record: Record) -> str:
@@ -82,7 +86,7 @@ def baseline_line(ranking: Ranking) -> str:
     text = f"Baseline: {ranking.baseline}; above 1x is faster."
     if ranking.resolution is None or math.isinf(ranking.resolution):
         return f"{text} No A/A control, so nothing is resolved."
-    noise = f"{math.expm1(ranking.resolution):.1%}"
+    noise = f"{min(math.expm1(ranking.resolution), 10):.1%}"
     return f"{text} A/A control {ratio(ranking.control)}: differences below {noise} are noise."
 
 

@@ -1,4 +1,5 @@
 import json
+import math
 from xml.etree import ElementTree
 
 import numpy as np
@@ -8,8 +9,9 @@ from bench.report.chart import ChartError, save_chart
 from bench.report.export import summary
 from bench.report.markdown import report
 from bench.report.readme import BEGIN, END, ReadmeError, results_block, with_block
-from bench.report.text import baseline_line, byte_count, seconds
+from bench.report.text import baseline_line, byte_count, ratio, seconds
 from bench.study.ranking import rankings, tally
+from bench.study.statistics import Interval
 
 ENVIRONMENT = {
     "1": {
@@ -192,6 +194,12 @@ def test_a_chart_without_the_extra_says_what_to_install(cell, tmp_path, monkeypa
 )
 def test_seconds(value, text):
     assert seconds(value) == text
+
+
+def test_digits_that_mean_nothing_are_not_shown():
+    assert ratio(Interval(2.0, 1e-9, 5e6, 2)) == "2.00x [<0.01, >1000]"
+    assert ratio(Interval(2.0, 0.0, math.inf, 1)) == "2.00x [<0.01, >1000]"
+    assert ratio(None) == "-"
 
 
 @pytest.mark.parametrize(("value", "text"), [(None, "-"), (0, "0 B"), (2048, "2 KiB"), (5 * 2**30, "5 GiB")])

@@ -65,7 +65,7 @@ def test_a_worker_imports_its_own_framework_only(framework, other, mode):
     modules = set(found["modules"])
     assert {framework, f"{framework}_impl"} <= modules
     # Nor what only the command line needs: the worker's interpreter may not have it.
-    assert not modules & {other, f"{other}_impl", "flax" if other == "jax" else "functorch_", "typer", "altair"}
+    assert not modules & {other, f"{other}_impl", "typer", "altair"}
 
 
 @pytest.mark.parametrize("module", NEUTRAL)
