@@ -11,7 +11,8 @@ from bench.plan.workloads import WORKLOADS
 from bench.tests.fake_worker import GOOD
 
 CELL = Cell(WORKLOADS["article-base"], "forward", "ieee_fp32", "matched", "cpu")
-PRESET = replace(PRESETS["smoke"], rounds=3, limits=replace(PRESETS["smoke"].limits, prepare_s=1.0, request_s=1.0))
+LIMITS = replace(PRESETS["smoke"].limits, unrolled_products=1000, prepare_s=1.0, request_s=1.0)
+PRESET = replace(PRESETS["smoke"], rounds=3, limits=LIMITS)
 
 
 @pytest.fixture
