@@ -4,6 +4,7 @@ Needs NumPy, the framework, the tree that it measures and the parity harness; no
 """
 
 import ctypes
+import gc
 import importlib
 import os
 import signal
@@ -48,7 +49,11 @@ class _Dispatcher:
 
     @cached_property
     def _timer(self) -> Timer:
-        return importlib.import_module(f"bench.measure.timers.{self._framework}").TIMER()
+        timer = importlib.import_module(f"bench.measure.timers.{self._framework}").TIMER()
+        # A framework brings a million objects that live for ever: a collection before each measurement need not look.
+        gc.collect()
+        gc.freeze()
+        return timer
 
     @cached_property
     def _workbench(self) -> Workbench:

@@ -66,7 +66,7 @@ _ALL = (
         "smoke",
         "three small workloads and few rounds: does everything run, and roughly how fast (under a minute on two cores)",
         ("article-base", "article-batch-1", "recurrentgemma-2b-gates-256"),
-        rounds=4,
+        rounds=3,
         limits=_SHORT,
         compiled={"article-base": ("matmul",)},
         compiled_directions=("forward",),

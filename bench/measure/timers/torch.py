@@ -1,5 +1,6 @@
 """PyTorch's side of the stopwatch."""
 
+import sys
 import time
 from collections.abc import Mapping
 from importlib import metadata
@@ -80,7 +81,8 @@ class TorchTimer:
             raise Unsupported(f"torch sees no {device} device")
         if precision == "tf32" and device == "cpu":
             raise Unsupported("a CPU has no TensorFloat-32 arithmetic")
-        torch.compiler.reset()
+        if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it costs seconds
+            torch.compiler.reset()
         self._device, self._precision, self._division = device, precision, division
         if division == "stock":
             return
