@@ -4,6 +4,7 @@ Whatever happens to a competitor ends in its own record; a worker that dies or h
 """
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -192,15 +193,23 @@ class CellRun:
 
     def _rounds(self) -> None:
         order = random.Random(self._seed)
+        spent = 0.0
         for number in range(self._preset.rounds):
             self._report(f"round {number + 1} of {self._preset.rounds}")
             shuffled = [entry for entry in self._entries if entry.going]
             order.shuffle(shuffled)
-            last_round = number == self._preset.rounds - 1
+            # Known before the round begins, because its last blocks are judged as well as timed.
+            last_round = number == self._preset.rounds - 1 or (
+                number + 1 >= self._preset.least_rounds and spent + spent / max(number, 1) > self._preset.cell_s
+            )
+            started = time.monotonic()
             for reverse in (False, True):
                 for entry in reversed(shuffled) if reverse else shuffled:
                     if entry.going:
                         self._block(entry, verify=last_round and reverse)
+            spent += time.monotonic() - started
+            if last_round:
+                break
 
     def _block(self, entry: Entry, *, verify: bool) -> None:
         limit = self._preset.limits.request_s

@@ -1,5 +1,6 @@
 """From the outcome of a cell to its records."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -20,7 +21,15 @@ def cell_hash(cell: Cell, competitors: Sequence[Competitor], preset: Preset, *, 
         {
             "cell": asdict(cell),
             "competitors": [asdict(competitor) for competitor in competitors],
-            "effort": [preset.rounds, preset.block_s, preset.warm_up_blocks, asdict(preset.limits)],
+            "effort": [
+                preset.rounds,
+                preset.least_rounds,
+                # A JSON number: no limit is written as null.
+                preset.cell_s if math.isfinite(preset.cell_s) else None,
+                preset.block_s,
+                preset.warm_up_blocks,
+                asdict(preset.limits),
+            ],
             "seed": seed,
             "environment": environment_id,
             "harness": HARNESS_VERSION,

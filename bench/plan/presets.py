@@ -1,5 +1,6 @@
 """Ready-made selections: what a preset measures and how long it may take."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -22,7 +23,10 @@ class Preset:
         divisions: divisions.
         compiled: workload name to the implementations that run under ``torch.compile`` as well.
         compiled_directions: directions in which they do; compiling the gradients takes most of the time.
-        rounds: rounds of each cell; a round is one block of every competitor, then all again in reverse order.
+        rounds: most rounds of each cell; a round is one block of every competitor, then all again in reverse order.
+        cell_s: time for the rounds of one cell, in seconds; the round that exceeds it is the last, but not before
+            ``least_rounds``.
+        least_rounds: fewest rounds of each cell.
         replicates: how often everything is measured in fresh processes.
         block_s: shortest block, in seconds.
         warm_up_blocks: most blocks spent on waiting for a steady state.
@@ -42,6 +46,8 @@ class Preset:
     replicates: int = 1
     block_s: float = 0.02
     warm_up_blocks: int = 6
+    cell_s: float = math.inf
+    least_rounds: int = 5
 
 
 _SEED = (
@@ -77,6 +83,8 @@ _ALL = (
         "the source article's settings and two real models (under ten minutes on two cores)",
         _SEED,
         rounds=10,
+        cell_s=20.0,
+        warm_up_blocks=3,
         block_s=0.025,
         limits=_PATIENT,
         compiled={"article-base": ("matmul", "einsum"), "recurrentgemma-2b-gates": ("matmul",)},

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parity_tests.harness.oracle import OracleTensor, Reference
-from parity_tests.harness.tolerance import TIERS, Arithmetic, Tier, bound
+from parity_tests.harness.tolerance import TIERS, Arithmetic, Tier, bound, bounds
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,20 @@ class TensorResult:
 
 def _errors(value: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """|value - expected|; infinite where exactly one is not finite or both are but differ. NaN equals NaN here."""
-    both_finite = np.isfinite(value) & np.isfinite(expected)
-    same_special = (value == expected) | (np.isnan(value) & np.isnan(expected))
     with np.errstate(invalid="ignore"):
         difference = np.abs(value - expected)
+    if np.isfinite(difference).all():
+        return difference
+    both_finite = np.isfinite(value) & np.isfinite(expected)
+    same_special = (value == expected) | (np.isnan(value) & np.isnan(expected))
     return np.where(both_finite, difference, np.where(same_special, 0.0, np.inf))
 
 
 def _fractions(errors: np.ndarray, limits: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         fractions = errors / limits
+    if np.isfinite(fractions).all():
+        return fractions
     # An exact element within a bound of zero is no error at all, and a NaN bound (a non-finite sum) judges by equality.
     return np.where(errors == 0, 0.0, np.where(np.isnan(fractions), np.inf, fractions))
 
@@ -113,7 +117,7 @@ def compare_tensor(
     if value.shape != truth.value.shape:
         return _shape_mismatch(name, value.shape, truth.value.shape)
     tiers = applicable_tiers(arithmetic, zero_mean)
-    limits: dict[Tier, np.ndarray] = {tier: bound(truth, arithmetic, tier) for tier in tiers}
+    limits = bounds(truth, arithmetic, tiers)
     return _result(name, value, truth.value, truth.partition_axis, limits)
 
 

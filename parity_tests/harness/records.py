@@ -21,7 +21,7 @@ class ParityRow:
     """One cell: a subject against the oracle, or a pair of subjects against each other.
 
     Attributes:
-        kind: ``oracle``, ``pair`` (torch against jax) or ``lattice`` (bitwise).
+        kind: ``oracle``, ``pair`` (torch against jax), ``ladder`` (a rung) or ``training`` (a criterion).
         framework: ``torch`` or ``jax``; ``torch+jax`` for a pair.
         implementation: the subject's name; ``a+b`` for a pair.
         dtype: storage dtype.
@@ -34,7 +34,7 @@ class ParityRow:
         max_abs_error: see ``comparison.TensorResult``, as are the following.
     """
 
-    kind: Literal["oracle", "pair", "lattice"]
+    kind: Literal["oracle", "pair", "ladder", "training"]
     framework: str
     implementation: str
     dtype: str

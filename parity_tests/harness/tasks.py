@@ -1,6 +1,7 @@
 """Training tasks: a model, its starting parameters and its batches, in NumPy float64, the same for both frameworks."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,3 +97,6 @@ def nlinear_series(
         window[:, :, :lookback],
         window[:, :, lookback:],
     )
+
+
+TASKS: dict[str, Callable[[], TrainingTask]] = {"partitioned-mlp": partitioned_mlp, "nlinear": nlinear_series}

@@ -18,6 +18,7 @@ rounding error analysis; Blanchard, Higham, Lopez, Mary and Pranesh (2020) on mi
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,33 +108,49 @@ def _growth(n: int, u: float, tier: Tier, confidence: float) -> float:
     return confidence * u
 
 
-def bound(tensor: OracleTensor, arithmetic: Arithmetic, tier: Tier = "T1") -> np.ndarray:
-    """Returns B, element by element: the largest error that correct code can show.
+def bounds(tensor: OracleTensor, arithmetic: Arithmetic, tiers: Sequence[Tier]) -> dict[Tier, np.ndarray]:
+    """Returns B of several tiers, element by element: the largest error that correct code can show.
+
+    B is linear in S, |b|, the magnitude of the value and, without fusion, of the product; only the coefficients of S
+    and |b| depend on the tier, so that the rest is added up once.
 
     Args:
         tensor: the oracle's value with its magnitude S, number of terms K and addend.
         arithmetic: what was used to compute the subject's value.
-        tier: ``T1`` (certain), ``T2`` or ``T3`` (with false-alarm rate ``FALSE_ALARM_RATE``).
+        tiers: ``T1`` (certain), ``T2`` or ``T3`` (with false-alarm rate ``FALSE_ALARM_RATE``).
 
     Returns:
-        An array of the tensor's shape, at least 0; 0 up to underflow where S is 0.
+        Arrays of the tensor's shape, at least 0; 0 up to underflow where S is 0.
     """
     theta, u_acc = arithmetic.operand_error, arithmetic.accumulator_roundoff
-    u_out = FORMATS[arithmetic.output].roundoff
-    eta_out = arithmetic.underflow(arithmetic.output)
-    terms, magnitude = tensor.terms, tensor.magnitude
+    u = FORMATS[arithmetic.output].roundoff
+    eta = arithmetic.underflow(arithmetic.output)
+    terms, magnitude, addend = tensor.terms, tensor.magnitude, tensor.addend
     confidence = math.sqrt(2 * math.log(2 * max(terms, 1) * max(tensor.value.size, 1) / FALSE_ALARM_RATE))
-    underflow = eta_out + terms * arithmetic.underflow(arithmetic.accumulator)
+    underflow = eta + terms * arithmetic.underflow(arithmetic.accumulator)
     u_oracle = 2.0**-53 if tensor.value.dtype == np.float64 else float(np.finfo(np.longdouble).eps) / 2
-    addend = tensor.addend
-    oracle_error = _growth(terms + 2, u_oracle, "T1", 0.0) * (magnitude if addend is None else magnitude + addend)
+    oracle_error = _growth(terms + 2, u_oracle, "T1", 0.0)
+    unfused = addend is not None and not arithmetic.fused_bias
+    # Without fusion E is rounded with the product, and the result is rounded once more.
+    roundings = (1 + u) ** 2 if unfused else 1 + u
+    shared = u * np.abs(tensor.value)
+    if addend is not None:
+        shared += oracle_error * addend
+    if unfused:
+        assert tensor.product is not None  # an addend always comes with the product it was added to
+        shared += (1 + u) * u * np.abs(tensor.product)
+        underflow = (1 + u) * underflow + eta
+    shared += underflow
+    found: dict[Tier, np.ndarray] = {}
+    for tier in tiers:
+        growth = _growth(terms + 1 if addend is not None and not unfused else terms, u_acc, tier, confidence)
+        limit = shared + (roundings * (theta + growth * (1 + theta)) + oracle_error) * magnitude
+        if addend is not None and not unfused:
+            limit += roundings * growth * addend
+        found[tier] = limit
+    return found
 
-    if addend is None or arithmetic.fused_bias:
-        summed = (1 + theta) * magnitude + (0.0 if addend is None else addend)
-        count = terms if addend is None else terms + 1
-        error = theta * magnitude + _growth(count, u_acc, tier, confidence) * summed
-        return error + u_out * (np.abs(tensor.value) + error) + underflow + oracle_error
-    assert tensor.product is not None  # an addend always comes with the product it was added to
-    error = theta * magnitude + _growth(terms, u_acc, tier, confidence) * (1 + theta) * magnitude
-    rounded = error + u_out * (np.abs(tensor.product) + error) + underflow
-    return rounded + u_out * (np.abs(tensor.value) + rounded) + eta_out + oracle_error
+
+def bound(tensor: OracleTensor, arithmetic: Arithmetic, tier: Tier = "T1") -> np.ndarray:
+    """Returns B of one tier; see ``bounds``."""
+    return bounds(tensor, arithmetic, (tier,))[tier]

@@ -23,6 +23,6 @@ def partitioned_linear_matmul(x: Inputs, weight: Weight, bias: Bias | None) -> O
     single_batch_axis = x.ndim == 3
     rows = x if single_batch_axis else x.reshape(-1, *x.shape[-2:])
     by_partition = rows.transpose(0, 1)
-    y = torch.bmm(by_partition, weight) if bias is None else torch.baddbmm(bias[:, None], by_partition, weight)
+    y = torch.bmm(by_partition, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), by_partition, weight)
     y = y.transpose(0, 1)
     return y if single_batch_axis else y.reshape(*x.shape[:-1], weight.shape[-1])

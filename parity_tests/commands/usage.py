@@ -1,0 +1,93 @@
+"""What the commands share: consoles, refusals in one sentence, choices from the tables, a progress bar."""
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from parity_tests.harness.cases import CASE_SETS, Case
+from parity_tests.harness.subjects.base import FRAMEWORKS, Subject, framework_available, load_subjects
+
+DEVICES = ("auto", "cpu", "cuda")
+HOLDS, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+console = Console()
+errors = Console(stderr=True)
+
+
+def refuse(sentence: str) -> typer.Exit:
+    """Prints one sentence; the caller raises what is returned."""
+    errors.print(f"error: {sentence}", highlight=False, markup=False)
+    return typer.Exit(WRONG_USAGE)
+
+
+def choices_help(choices: Iterable[str]) -> str:
+    """Help text of an option that may be repeated."""
+    return f"One of {', '.join(choices)}; repeat for several; default: all."
+
+
+def choose(option: str, values: Iterable[str], choices: Iterable[str]) -> list[str]:
+    """Refuses what is not among the choices, which are the tables' own names."""
+    known = list(choices)
+    for value in values:
+        if value not in known:
+            raise refuse(f"{option}: expected one of {', '.join(known)}, got {value!r}; choose one of these.")
+    return list(values)
+
+
+def chosen_frameworks(frameworks: Sequence[str]) -> list[str]:
+    """The frameworks to load: those named, or all that are installed; an absent one that was named is refused."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    found = []
+    for name in choose("--framework", frameworks, FRAMEWORKS) or FRAMEWORKS:
+        if framework_available(name):
+            found.append(name)
+        elif frameworks:
+            raise refuse(f"--framework {name}: expected an installed framework, got none; install its extra.")
+        else:
+            console.print(f"[yellow]{name} is not installed: only the other framework is compared[/]")
+    if not found:
+        raise refuse("no framework is installed; install the extra torch, jax, cuda12 or cuda13.")
+    return found
+
+
+def chosen_subjects(frameworks: Sequence[str], implementations: Sequence[str], device: str) -> list[Subject]:
+    """Loads the subjects of the frameworks and keeps the named implementations, or all."""
+    found: list[Subject] = []
+    for name in frameworks:
+        try:
+            found += load_subjects(name, device)
+        except ValueError as error:
+            raise refuse(str(error)) from None
+    choose("--implementation", implementations, sorted({subject.implementation for subject in found}))
+    return [subject for subject in found if not implementations or subject.implementation in implementations]
+
+
+def chosen_cases(case_set: str, names: Sequence[str]) -> list[Case]:
+    """The named cases, or the set."""
+    known = {case.name: case for case in CASE_SETS["full"]}
+    if not names:
+        return list(CASE_SETS[choose("--cases", [case_set], CASE_SETS)[0]])
+    return [known[name] for name in choose("--case", names, known)]
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """Refuses before the work what would fail after it."""
+    if path is not None and (path.is_dir() or not os.access(path.resolve().parent, os.W_OK)):
+        raise refuse(f"{option}: expected a file in a writable folder, got {path}; choose another path.")
+
+
+def progress_bar() -> Progress:
+    """A bar with the remaining time, on a terminal only."""
+    return Progress(
+        TextColumn("{task.description:<56}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )

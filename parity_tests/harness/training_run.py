@@ -1,0 +1,123 @@
+"""The ladder as rows of a parity run: which models and optimisers each set of cases trains, and their curves."""
+
+import dataclasses
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from parity_tests.harness.cases import Case
+from parity_tests.harness.html import Curves
+from parity_tests.harness.inputs import draw_inputs
+from parity_tests.harness.ladder import RUNGS, LadderSide, climb
+from parity_tests.harness.optimizers import OPTIMIZERS
+from parity_tests.harness.records import ParityRow
+from parity_tests.harness.subjects.base import FRAMEWORKS
+from parity_tests.harness.tasks import TASKS
+from parity_tests.harness.training import TrainingReport
+from parity_tests.harness.training_defects import TrainingDefect, plant, spec_of
+
+STEPS = 500
+CASE = Case("ladder", (64,), 3, 16, 16)
+# What each set of cases trains: nothing, one of each kind of optimiser, everything.
+TRAINED: dict[str, tuple[tuple[str, str], ...]] = {
+    "smoke": (),
+    "default": (("partitioned-mlp", "momentum"), ("nlinear", "adamw-clip-warmup-cosine")),
+    "full": tuple((task, optimizer) for task in TASKS for optimizer in OPTIMIZERS),
+}
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The rows of one ladder, and the training report if the top rung was reached."""
+
+    rows: list[ParityRow]
+    training: TrainingReport | None
+
+
+def training_rows(task_name: str, optimizer: str, steps: int = STEPS, members: int = 12) -> TrainingRows:
+    """Climbs the ladder with torch and JAX and returns a row a rung and a row a criterion of the top rung.
+
+    Args:
+        task_name: a name of ``TASKS``.
+        optimizer: a name of ``OPTIMIZERS``.
+        steps: K.
+        members: size of the noise ensemble.
+    """
+    sides = [load_side(framework) for framework in FRAMEWORKS]
+    report = climb(
+        sides, draw_inputs(CASE, "float32"), TASKS[task_name](), OPTIMIZERS[optimizer], optimizer, steps, members
+    )
+    where: dict[str, Any] = {
+        "framework": "torch+jax",
+        "implementation": f"{task_name}: {optimizer}",
+        "dtype": "float32",
+    }
+    rows = [
+        ParityRow(
+            kind="ladder",
+            case=rung.name,
+            tensor="",
+            status="ok" if rung.ok else "mismatch",
+            reason="" if rung.ok else f"{rung.detail}; likely cause: {rung.cause}",
+            diagnosis=rung.detail if rung.ok else "",
+            **where,
+        )
+        for rung in report.rungs
+    ]
+    rows += [
+        ParityRow(kind="ladder", case=name, tensor="", status="skipped", reason="a lower rung failed", **where)
+        for name in RUNGS[len(report.rungs) :]
+    ]
+    if report.training is not None:
+        rows += [
+            ParityRow(
+                kind="training",
+                case=criterion.name,
+                tensor="",
+                status="ok" if criterion.ok else "mismatch",
+                reason="" if criterion.ok else criterion.detail,
+                diagnosis=criterion.detail if criterion.ok else "",
+                bound_fraction=criterion.fraction,
+                **where,
+            )
+            for criterion in report.training.criteria
+        ]
+    return TrainingRows(rows, report.training)
+
+
+def curves_of(report: TrainingReport | None) -> list[Curves]:
+    """Returns the loss curves and each framework's divergence from its own float64 run, with its noise band."""
+    if report is None:
+        return []
+    title = f"{report.task}, {report.optimizer}"
+    drawn = [Curves(f"{title}: loss", {name: losses.tolist() for name, losses in report.losses.items()})]
+    for framework, divergence in report.divergence.items():
+        low, high = np.asarray(report.band[framework])
+        drawn.append(
+            Curves(
+                f"{title}: distance of {framework}'s fp32 run from its float64 run, and the noise ensemble's band",
+                {framework: divergence.tolist()},
+                band=(low.tolist(), high.tolist()),
+            )
+        )
+    return drawn
+
+
+def load_side(framework: str) -> LadderSide:
+    """Imports a framework and returns its side of the ladder, with the implementation that "auto" mostly means."""
+    subjects = importlib.import_module(f"parity_tests.harness.subjects.{framework}")
+    training = importlib.import_module(f"parity_tests.harness.subjects.{framework}_training")
+    subject = next(subject for subject in subjects.subjects("cpu") if subject.implementation == "matmul")
+    return LadderSide(subject, training.training(), subjects.round_trip)
+
+
+def training_defect_killed(defect: TrainingDefect, steps: int = 60, members: int = 2) -> bool:
+    """True if the ladder rejects the JAX side once the defect is planted, and names its cause."""
+    trusted, healthy = (load_side(framework) for framework in FRAMEWORKS)
+    spoiled = dataclasses.replace(healthy, training=plant(defect, healthy.training))
+    task, inputs = TASKS["partitioned-mlp"](), draw_inputs(CASE, "float32")
+    report = climb([trusted, spoiled], inputs, task, spec_of(defect), defect.optimizer, steps, members)
+    failure = report.first_failure
+    return failure is not None and defect.cause in failure.cause
