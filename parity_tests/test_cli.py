@@ -20,7 +20,7 @@ def command(*arguments):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"COLUMNS": "200"},
+        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
         timeout=300,
         check=False,
     )
