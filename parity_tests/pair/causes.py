@@ -104,7 +104,7 @@ def _hypotheses(pair: Pair, evidence: Evidence) -> Iterator[Hypothesis]:
     for key, arrays in own.items():
         for name, array in arrays.items():
             if array.ndim >= 2 and array.shape[-1] == array.shape[-2]:
-                sentence = f"the kernel {name} is transposed on the {_OTHER[key]} side"
+                sentence = f"the kernel {name} is transposed: transposing it on the {_OWN[key]} side makes both agree"
                 yield sentence, changed(key, {name: array.swapaxes(-1, -2).copy()}), key
     # All variants of one kind at once: an epsilon usually has one value throughout a model.
     pair.sides["torch"].truth(values.parameters["torch"], values.inputs["torch"])
@@ -116,8 +116,9 @@ def _hypotheses(pair: Pair, evidence: Evidence) -> Iterator[Hypothesis]:
             yield sentence, changed(key, {name: np.zeros_like(array)}), key
             sentence = f"{name} takes effect twice on the {_OTHER[key]} side"
             yield sentence, changed(key, {name: (2 * array).astype(array.dtype)}), key
-    for names, other, arrays in _exchanges(own["torch"]):
-        yield f"{names} and {other} are exchanged between the two sides", changed("torch", arrays), "torch"
+    for key, arrays in own.items():
+        for first, second, exchanged in _exchanges(arrays):
+            yield f"{first} and {second} are exchanged between the two sides", changed(key, exchanged), key
     for order, names, arrays in _block_orders(own["torch"]):
         shown = ", ".join(map(str, order))
         sentence = f"the blocks (gates, or query, key and value) of {names} come in the order {shown} on the flax side"

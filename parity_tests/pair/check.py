@@ -1,34 +1,19 @@
 """``check_pair``: are a torch module and a Flax module the same function, gradients included, up to rounding?"""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from parity_tests.harness.dtypes import numpy_dtype
+from parity_tests.pair.assembly import merged, prepared
 from parity_tests.pair.causes import likely_cause
 from parity_tests.pair.draws import Draw, InputSource
 from parity_tests.pair.judge import Judge
 from parity_tests.pair.legs import Pair
 from parity_tests.pair.mapping import Rule
 from parity_tests.pair.report import PairReport
-from parity_tests.pair.side import Side
-
-
-def torch_side(
-    module: Any, kwargs: Mapping[str, Any] | None, initial: Mapping[str, np.ndarray] | None, device: str
-) -> Side:
-    """Imports torch and wraps a module or function."""
-    from parity_tests.pair.subjects.torch import TorchSide
-
-    return TorchSide(module, kwargs, initial, device)
-
-
-def jax_side(module: Any, kwargs: Mapping[str, Any] | None, initial: Mapping[str, Any] | None, device: str) -> Side:
-    """Imports jax and flax and wraps a module or function."""
-    from parity_tests.pair.subjects.jax import JaxSide
-
-    return JaxSide(module, kwargs, initial, device)
 
 
 def judge_pair(
@@ -53,10 +38,10 @@ def judge_pair(
 
 def check_pair(
     *,
-    torch_module: Any,
-    flax_module: Any,
-    params: Sequence[Rule],
-    inputs: InputSource,
+    torch_module: Any = None,
+    flax_module: Any = None,
+    params: Sequence[Rule] | None = None,
+    inputs: InputSource | None = None,
     seed: int = 0,
     dtypes: Sequence[str] = ("float32",),
     gradients: bool = True,
@@ -70,6 +55,9 @@ def check_pair(
     draws: Mapping[str, Draw] | None = None,
     device: str = "cpu",
     name: str = "",
+    pair: str | None = None,
+    torch_python: str | None = None,
+    jax_python: str | None = None,
 ) -> PairReport:
     """Checks that a torch module and a Flax module compute the same function.
 
@@ -99,6 +87,10 @@ def check_pair(
         draws: by torch name, ``(rng, shape) -> array`` for parameters with constraints of their own.
         device: ``cpu`` or ``cuda``.
         name: of the pair, in reports.
+        pair: ``package.module:factory`` in place of the modules, see ``loading``;
+            arguments given here win over the factory's, unless they are the defaults.
+        torch_python: interpreter for the torch side, which then runs in its own process; needs ``pair``.
+        jax_python: the same for the flax side.
 
     Returns:
         A report with ``ok``, ``rows``, ``assert_ok()``, ``to_json``, ``to_junit`` and ``to_html``.
@@ -108,16 +100,35 @@ def check_pair(
         ValueError: for other values that do not fit.
         TypeError: for modules or inputs of another kind.
     """
-    pair = Pair(
-        name=name or "pair",
-        sides={
-            "torch": torch_side(torch_module, torch_kwargs, torch_params, device),
-            "jax": jax_side(flax_module, flax_kwargs, flax_params, device),
-        },
-        rules=params,
-        source=inputs,
-        input_patterns=input_patterns or {},
-        output_patterns=output_patterns or {},
-        draws=draws or {},
-    )
-    return judge_pair(pair, seed, dtypes, gradients, semantic)
+    given = dict(locals())
+    given.pop("pair")
+    arguments = given if pair is None else merged(pair, given, _DEFAULTS)
+    with prepared(arguments, pair) as sides_and_rules:
+        return judge_pair(
+            sides_and_rules,
+            seed=arguments["seed"],
+            dtypes=arguments["dtypes"],
+            gradients=arguments["gradients"],
+            semantic=arguments["semantic"],
+        )
+
+
+_DEFAULTS = {
+    name: parameter.default for name, parameter in inspect.signature(check_pair).parameters.items() if name != "pair"
+}
+
+
+def run_pair(spec: str, **overrides: Any) -> PairReport:
+    """Checks the pair that ``package.module:factory`` describes.
+
+    Args:
+        spec: see ``loading``.
+        overrides: arguments of ``check_pair`` that win over the factory's.
+
+    Raises:
+        ValueError: if the pair cannot be loaded or does not fit together; one sentence.
+    """
+    try:
+        return check_pair(pair=spec, **overrides)
+    except (ImportError, TypeError) as error:
+        raise ValueError(f"pair: {spec} cannot be checked: {str(error).strip().splitlines()[0]}") from error

@@ -85,6 +85,10 @@ class Pair:
         }
         return Values(values.dtype, values.parameters, values.inputs, {"torch": drawn, "jax": other})
 
+    def outline(self, key: str, values: Values) -> dict[str, np.ndarray]:
+        """Zeros of the shapes of a side's outputs, in torch names."""
+        return self.as_torch(key, self.sides[key].outline(values.parameters[key], values.inputs[key]))
+
     def truth(self, key: str, values: Values, variant: str = "") -> dict[str, np.ndarray]:
         """A side's float64 truth, in torch names."""
         cotangents = None if values.cotangents is None else values.cotangents[key]
@@ -106,7 +110,7 @@ class Pair:
         cotangents = None if values.cotangents is None else values.cotangents[key]
         found = self.sides[key].ensemble(values.parameters[key], values.inputs[key], cotangents, dtype, seed)
         centre, spread, kinks = (self.as_torch(key, arrays) for arrays in (found.centre, found.spread, found.kinks))
-        return Ensemble(centre, spread, kinks, found.members, found.unmodelled)
+        return Ensemble(centre, spread, kinks, found.members, found.notes)
 
     def as_torch(self, key: str, arrays: Arrays) -> dict[str, np.ndarray]:
         """Renames and rearranges a side's outputs and gradients; gradients of what has no counterpart are left out."""
@@ -130,12 +134,7 @@ class Pair:
 
     def _both_inputs(self, inputs: Tuple) -> dict[str, Tuple]:
         self._shapes = [array.shape for array in inputs]
-        for position in self.input_patterns:
-            if not 0 <= position < len(inputs):
-                raise MappingError(f"input_patterns: expected positions below {len(inputs)}, got {position}.")
-        patterns = [self._input(position) for position in range(len(inputs))]
-        flax = (x if p is None else p.forward(x) for x, p in zip(inputs, patterns, strict=True))
-        return {"torch": inputs, "jax": tuple(flax)}
+        return both_layouts(inputs, self.input_patterns)
 
     def _input(self, position: int) -> AxisPattern | None:
         pattern = self.input_patterns.get(position)
@@ -150,6 +149,23 @@ class Pair:
             return array
         left, _, right = pattern.partition("->")
         return _permutation(f"{right} -> {left}", array.shape).forward(array)
+
+
+def both_layouts(inputs: Tuple, patterns: Mapping[int, str]) -> dict[str, Tuple]:
+    """Inputs by side, from the torch side's layout.
+
+    Args:
+        inputs: in the torch side's layout.
+        patterns: by position, where the flax side's layout differs.
+
+    Raises:
+        MappingError: if a pattern does not fit its input, or there is no such input.
+    """
+    for position in patterns:
+        if not 0 <= position < len(inputs):
+            raise MappingError(f"input_patterns: expected positions below {len(inputs)}, got {position}.")
+    flax = (_permutation(patterns[k], x.shape).forward(x) if k in patterns else x for k, x in enumerate(inputs))
+    return {"torch": inputs, "jax": tuple(flax)}
 
 
 def _permutation(pattern: str, shape: tuple[int, ...]) -> AxisPattern:

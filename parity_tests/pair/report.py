@@ -22,7 +22,7 @@ class PairRow(ParityRow):
 
     Attributes:
         rung: ``weights`` (bitwise), ``forward`` or ``gradients``.
-        bound: ``exact`` (bitwise) or ``calibrated``.
+        bound: ``exact`` (bitwise), ``calibrated``, or ``skipped`` where a framework cannot run the dtype.
     """
 
     rung: str
@@ -38,7 +38,7 @@ class PairReport:
         rows: one per leg, subject and tensor.
         not_compared: buffers without counterpart, and blocks held at zero.
         likely_cause: one sentence, empty if all holds or no hypothesis fits.
-        notes: what a reader must know: operations whose rounding was modelled generically, modules that resist float64.
+        notes: what a reader must know: operations with a generic rounding model or a coarse accumulator, ...
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -31,14 +31,14 @@ class Ensemble:
         spread: root mean square of the deviations of ``members`` runs from the centre.
         kinks: largest deviation of the runs with ``KINK_AMPLITUDE`` times the noise, see ``calibration``.
         members: how many runs ``spread`` is estimated from.
-        unmodelled: operations that have no rounding model of their own and got the generic one.
+        notes: operations that got a generic rounding model, or a coarse accumulator because they were measured to.
     """
 
     centre: Arrays
     spread: Arrays
     kinks: Arrays
     members: int
-    unmodelled: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,10 @@ class Side(Protocol):
 
     def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
         """Parameters and buffers by name; inputs are examples, for modules that infer shapes from them."""
+        ...
+
+    def outline(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        """Zeros of the outputs' shapes and dtypes."""
         ...
 
     def round_trip(self, parameters: Arrays) -> dict[str, np.ndarray]:
@@ -140,3 +144,31 @@ def collect_ensemble(
                 np.maximum(kinks[name], np.abs(value - centre[name]), out=kinks[name])
     spread = {name: np.sqrt(total / members) for name, total in squares.items()}
     return Ensemble(centre, spread, kinks, members)
+
+
+def make_side(framework: str, arguments: Mapping[str, Any], device: str) -> Side:
+    """Imports one framework and wraps its part of a pair.
+
+    Args:
+        framework: ``torch`` or ``jax``.
+        arguments: ``torch_module``, ``torch_kwargs``, ``torch_params``, or the same with ``flax``.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ValueError: for another framework, or without a module.
+        TypeError: for a module of another kind.
+    """
+    if framework == "torch":
+        from parity_tests.pair.subjects.torch import TorchSide as Wrapper
+
+        prefix = "torch"
+    elif framework == "jax":
+        from parity_tests.pair.subjects.jax import JaxSide as Wrapper
+
+        prefix = "flax"
+    else:
+        raise ValueError(f"framework: expected torch or jax, got {framework!r}; choose one of these.")
+    module = arguments.get(f"{prefix}_module")
+    if module is None:
+        raise ValueError(f"{prefix}_module: expected a module or a function, got None; pass one.")
+    return Wrapper(module, arguments.get(f"{prefix}_kwargs"), arguments.get(f"{prefix}_params"), device)

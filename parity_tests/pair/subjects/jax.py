@@ -16,6 +16,8 @@ from parity_tests.pair.subjects.jax_modules import FlatModule, Function, flatten
 from parity_tests.pair.subjects.jax_noise import Interpreter
 
 Program = Callable[..., dict[str, Any]]
+# Interpreted programs are large and run a few dozen times: compiling them well would take longer than running them.
+_COMPILE_QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class JaxSide:
@@ -49,6 +51,12 @@ class JaxSide:
     def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
         """Variables of the module; inputs are examples for linen, which infers shapes from them."""
         return dict(self._flattened(inputs).specs)
+
+    def outline(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        """Found by abstract evaluation."""
+        with self._types(parameters):
+            shapes = jax.eval_shape(self._program(inputs, False), dict(parameters), inputs, {})
+        return {name: np.zeros(value.shape, value.dtype) for name, value in shapes.items()}
 
     def round_trip(self, parameters: Arrays) -> dict[str, np.ndarray]:
         """Through device arrays."""
@@ -89,9 +97,9 @@ class JaxSide:
         key = ("ensemble", dtype, *_signature(arguments))
         if key not in self._programs:
             with self._types(parameters), jax.default_device(self._device):
-                *compiled, unmodelled = self._traced(arguments, cotangents is not None, dtype, noisy=True)
-            self._programs[key] = (compiled, unmodelled)
-        (run, names), unmodelled = self._programs[key]
+                *compiled, notes = self._traced(arguments, cotangents is not None, dtype, noisy=True)
+            self._programs[key] = (compiled, notes)
+        (run, names), notes = self._programs[key]
         with jax.enable_x64(True), jax.default_device(self._device):
             leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(_map_floats(arguments, np.float64))]
 
@@ -100,7 +108,7 @@ class JaxSide:
                 return dict(zip(names, map(np.asarray, run(leaves, index, np.float64(amplitude))), strict=True))
 
             result = collect_ensemble(member, MEMBERS, KINK_MEMBERS, KINK_AMPLITUDE)
-        return Ensemble(result.centre, result.spread, result.kinks, MEMBERS, tuple(sorted(unmodelled)))
+        return Ensemble(result.centre, result.spread, result.kinks, MEMBERS, tuple(sorted(notes)))
 
     def variants(self) -> tuple[Variant, ...]:
         """None: the torch side tries the hypotheses that concern constants."""
@@ -187,19 +195,20 @@ class JaxSide:
     def _traced(
         self, arguments: list[Any], with_gradients: bool, dtype: str, noisy: bool
     ) -> tuple[Any, list[str], set]:
-        """Traces in the dtype of the arguments; returns an interpreter, its results' names, odd operations."""
+        """Traces in the dtype of the arguments; returns an interpreter, its results' names, notes."""
         program = self._program(arguments[1], with_gradients)
         closed, shapes = jax.make_jaxpr(program, return_shape=True)(*arguments)
         names = sorted(shapes)  # the order in which a dict is flattened
-        unmodelled: set[str] = set()
+        notes: set[str] = set()
 
         def run(leaves: list[Any], member: Any = 0, amplitude: Any = None) -> list[Any]:
             interpreter = Interpreter(dtype, member, amplitude)
             results = interpreter.run(closed, leaves)
-            unmodelled.update(interpreter.unmodelled)
+            notes.update(interpreter.notes)
             return results
 
-        return (jax.jit(run) if noisy else jax.jit(lambda leaves: run(leaves))), names, unmodelled
+        function = run if noisy else lambda leaves: run(leaves)
+        return jax.jit(function, compiler_options=_COMPILE_QUICKLY), names, notes
 
 
 def _map_floats(tree: Any, dtype: Any) -> Any:

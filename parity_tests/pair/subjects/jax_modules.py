@@ -46,8 +46,10 @@ def _nnx(module: nnx.Module, kwargs: Mapping[str, Any]) -> FlatModule:
     }
 
     def call(arrays: Mapping[str, Any], inputs: tuple, base: Mapping[tuple, Any]) -> Any:
-        replaced = {path: base[path].replace(arrays[name]) for name, path in names.items()}
-        merged = nnx.merge(graph, nnx.from_flat_state(dict(base) | replaced))
+        # New variables for random states too: a module may only update what was made at its own level of tracing.
+        fresh = {path: variable.replace(variable[...]) for path, variable in base.items()}
+        fresh |= {path: base[path].replace(arrays[name]) for name, path in names.items()}
+        merged = nnx.merge(graph, nnx.from_flat_state(fresh))
         return merged(*inputs, **kwargs)
 
     others = {

@@ -52,7 +52,7 @@ reshape transpose broadcast_in_dim slice dynamic_slice dynamic_update_slice gath
 min neg abs sign squeeze expand_dims copy stop_gradient reduce_max reduce_min argmax argmin sort top_k clamp floor
 ceil round iota split select_and_gather_add select_and_scatter_add reduce_window_max is_finite optimization_barrier
 device_put cummax cummin reduce_and reduce_or random_seed random_wrap random_unwrap random_bits random_fold_in
-random_split threefry2x32 shift_right_logical sharding_constraint scatter nextafter pvary
+random_split threefry2x32 shift_right_logical sharding_constraint scatter scatter-min scatter-max nextafter pvary
 """)
 # Calls, whose program is evaluated in place.
 JAX_INLINED = names("""
@@ -61,7 +61,7 @@ custom_lin
 """)
 # Element by element, operands of size 1 stretched.
 JAX_ARITHMETIC = names("""
-add sub mul div add_any integer_pow square pow rem
+add sub mul div add_any integer_pow square pow rem scatter-mul
 """)
 # Elementary functions, which are not always correctly rounded.
 JAX_FUNCTIONS = names("""

@@ -78,6 +78,10 @@ class TorchSide:
         found = {name: ParameterSpec(to_numpy(p), True) for name, p in self._module.named_parameters()}
         return found | {name: ParameterSpec(to_numpy(b), False) for name, b in self._module.named_buffers()}
 
+    def outline(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        """Found by running."""
+        return {name: np.zeros_like(value) for name, value in self.forward(parameters, inputs).items()}
+
     def round_trip(self, parameters: Arrays) -> dict[str, np.ndarray]:
         """Through tensors on the device."""
         return {name: to_numpy(tensor) for name, tensor in self._tensors(parameters).items()}
@@ -108,16 +112,16 @@ class TorchSide:
         self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
     ) -> Ensemble:
         """Runs under the dispatch mode, one after the other."""
-        unmodelled: set[str] = set()
+        notes: set[str] = set()
 
         def run(member: int, amplitude: float) -> dict[str, np.ndarray]:
             mode = DoublePrecision(dtype, seed * (MEMBERS + KINK_MEMBERS) + member, amplitude, self._device)
             outputs = self._double(parameters, inputs, cotangents, mode)
-            unmodelled.update(mode.unmodelled)
+            notes.update(mode.notes)
             return outputs
 
         result = collect_ensemble(run, MEMBERS, KINK_MEMBERS, KINK_AMPLITUDE)
-        return Ensemble(result.centre, result.spread, result.kinks, MEMBERS, tuple(sorted(unmodelled)))
+        return Ensemble(result.centre, result.spread, result.kinks, MEMBERS, tuple(sorted(notes)))
 
     def variants(self) -> tuple[Variant, ...]:
         """Other epsilons and the other gelu, where the last truth used one."""

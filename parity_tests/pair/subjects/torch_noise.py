@@ -4,9 +4,10 @@ Noise model: see ``pair.calibration``. Fused operations (softmax, norms, gelu, .
 their insides in float32 at least and rounds the result once, so the parts err at ``u_acc``, the result at ``u``.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,8 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from parity_tests.harness.dtypes import FORMATS
-from parity_tests.pair.subjects.operations import TORCH_EXACT, TORCH_FUSED, TORCH_SUMS, TORCH_SUMS_WITH_ADDEND
+from parity_tests.pair.subjects.operations import (
+    TORCH_EXACT,
+    TORCH_FUNCTIONS,
+    TORCH_FUSED,
+    TORCH_SUMS,
+    TORCH_SUMS_WITH_ADDEND,
+)
 from parity_tests.pair.subjects.torch_accuracy import function_error
+from parity_tests.pair.subjects.torch_fingerprint import accumulator
 
 _aten = torch.ops.aten
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -54,12 +62,13 @@ class DoublePrecision(TorchDispatchMode):
     """Evaluates in float64: casts to narrower formats are left out, and constants created as such are float64.
 
     Args:
-        dtype: format that every operation errs as in; the insides of sums and fused operations err as float32 does, if
-            that is finer.
+        dtype: format that every operation errs as in; the insides of sums and fused operations err as their
+            accumulator does, see ``torch_fingerprint``.
         member: number of the ensemble's run.
         amplitude: of the noise; 0 for the truth.
         device: of the tensors.
         rewrite: changes an operation's arguments before it runs, to try a hypothesis.
+        measure: False takes float32 accumulators for granted; else those of 16-bit kernels are measured.
     """
 
     def __init__(
@@ -69,12 +78,14 @@ class DoublePrecision(TorchDispatchMode):
         amplitude: float = 0.0,
         device: torch.device | None = None,
         rewrite: Callable[[str, tuple, dict], tuple[tuple, dict]] | None = None,
+        measure: bool = True,
     ) -> None:
         super().__init__()
         self._format, self._accumulator = FORMATS[dtype], FORMATS[_ACCUMULATOR[dtype]]
-        self._noise = _Noise(device or torch.device("cpu"), member, amplitude) if amplitude else None
-        self._rewrite = rewrite
-        self.unmodelled: set[str] = set()
+        self._device = device or torch.device("cpu")
+        self._noise = _Noise(self._device, member, amplitude) if amplitude else None
+        self._rewrite, self._measure = rewrite, measure
+        self.notes: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Runs one operation."""
@@ -86,24 +97,50 @@ class DoublePrecision(TorchDispatchMode):
             args, kwargs = self._rewrite(name, args, kwargs)
         if self._noise is None or name in TORCH_EXACT or _is_view(func):
             return func(*args, **kwargs)
-        if name in ("mean", "var"):
-            return self._rounded(name, self._parts(_moment, (name, args, kwargs), {}))
         if name in TORCH_SUMS_WITH_ADDEND:
             with self:
                 return decomposition_table[func](*args, **kwargs)
-        if name in TORCH_FUSED and func in decomposition_table:
-            return self._rounded(name, self._parts(decomposition_table[func], args, kwargs))
         if name == "convolution" and args[2] is not None:
             with self:
                 product = func(*args[:2], None, *args[3:], **kwargs)
                 return product + args[2].reshape(1, -1, *[1] * (product.ndim - 2))
         if name in TORCH_SUMS:
-            return self._sum(name, func, args, kwargs)
+            with self._accumulating(func, args, kwargs):
+                return self._sum(name, func, args, kwargs)
+        if name in ("mean", "var") or (name in TORCH_FUSED and func in decomposition_table):
+            with self._accumulating(func, args, kwargs):
+                if name in ("mean", "var"):
+                    return self._rounded(name, self._parts(_moment, (name, args, kwargs), {}))
+                return self._rounded(name, self._parts(decomposition_table[func], args, kwargs))
+        if func._can_decompose() and torch.Tag.pointwise not in func.tags and name not in TORCH_FUNCTIONS:
+            with self:
+                return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
         # The pieces of decomposed operations ("prims::div") do not carry the tag.
         if torch.Tag.pointwise not in func.tags and func.namespace != "prims" and _floats(result):
-            self.unmodelled.add(name)
+            self.notes.add(f"torch {name} has no rounding model of its own")
         return self._rounded(name, result, function_error(func, args, kwargs, self._format.name))
+
+    @contextlib.contextmanager
+    def _accumulating(self, func: Any, args: tuple, kwargs: dict) -> Iterator[None]:
+        """Sets the accumulator of one operation; the parts of a fused one have the same."""
+        before = self._accumulator, self._measure
+        if self._measure:
+            name = self._format.name
+
+            def noisy(member: int) -> Any:
+                with DoublePrecision(name, member, 1.0, self._device, measure=False):
+                    return func(*args, **kwargs)
+
+            self._accumulator = FORMATS[accumulator(func, args, kwargs, name, noisy)]
+            self._measure = False
+            if self._accumulator.roundoff > FORMATS["float32"].roundoff:
+                operation = func._schema.name.partition("::")[2]
+                self.notes.add(f"torch {operation} accumulates in {self._accumulator.name} here, as measured")
+        try:
+            yield
+        finally:
+            self._accumulator, self._measure = before
 
     def _parts(self, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """Runs a fused operation's parts under this mode, in the accumulator's format."""

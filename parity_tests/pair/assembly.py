@@ -1,0 +1,80 @@
+"""From ``check_pair``'s arguments to two sides and a checked mapping, in this process or in two others."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from parity_tests.pair.legs import Pair
+from parity_tests.pair.loading import build, load_factory
+from parity_tests.pair.remote import RemoteSide
+from parity_tests.pair.side import make_side
+
+_REQUIRED = {
+    "torch_module": "torch",
+    "flax_module": "jax",
+    "params": None,
+    "inputs": None,
+}
+
+
+def merged(spec: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a named pair: defaults, then the factory's, then those given that are not the defaults.
+
+    Args:
+        spec: ``package.module:factory``.
+        given: what the caller passed, complete.
+        defaults: of the same arguments.
+
+    Raises:
+        ValueError: if the factory returns an unknown argument or cannot be loaded.
+    """
+    chosen = {name: value for name, value in given.items() if value is not defaults[name]}
+    pythons = {"torch": chosen.get("torch_python"), "jax": chosen.get("jax_python")}
+    factory = load_factory(spec)
+    if any(pythons.values()):
+        built = build(factory, (*(side for side, python in pythons.items() if python is None), "pair"))
+    else:
+        built = build(factory)
+    if unknown := sorted(set(built) - set(defaults)):
+        raise ValueError(
+            f"pair: expected {spec} to return arguments among {', '.join(defaults)}, got {', '.join(unknown)}."
+        )
+    return {**defaults, **built, **chosen}
+
+
+@contextlib.contextmanager
+def prepared(arguments: Mapping[str, Any], spec: str | None) -> Iterator[Pair]:
+    """Makes both sides and the mapping; ends the other interpreters, if there are any, on leaving.
+
+    Args:
+        arguments: all of ``check_pair``.
+        spec: the named pair, which sides in another interpreter are built from.
+
+    Raises:
+        ValueError: if something is missing.
+    """
+    pythons = {"torch": arguments["torch_python"], "jax": arguments["jax_python"]}
+    if spec is None and any(pythons.values()):
+        raise ValueError(
+            "torch_python, jax_python: expected pair='package.module:factory' beside an interpreter, got None; "
+            "only what can be named can be built in another process."
+        )
+    for name, side in _REQUIRED.items():
+        if arguments[name] is None and (side is None or pythons[side] is None):
+            raise ValueError(f"{name}: expected a value, got None; pass it, or a pair whose factory returns it.")
+    with contextlib.ExitStack() as stack:
+        sides: dict[str, Any] = {}
+        for key, python in pythons.items():
+            if python is None or spec is None:
+                sides[key] = make_side(key, arguments, arguments["device"])
+            else:
+                sides[key] = stack.enter_context(RemoteSide(key, spec, python, arguments["device"]))
+        yield Pair(
+            name=arguments["name"] or spec or f"{sides['torch'].name}-{sides['jax'].name}",
+            sides=sides,
+            rules=arguments["params"],
+            source=arguments["inputs"],
+            input_patterns=arguments["input_patterns"] or {},
+            output_patterns=arguments["output_patterns"] or {},
+            draws=arguments["draws"] or {},
+        )

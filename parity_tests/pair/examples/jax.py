@@ -1,0 +1,91 @@
+"""The Flax sides of the examples, and what Flax's modules do by default, measured."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def linear() -> dict[str, Any]:
+    """``nnx.Linear``."""
+    return {"flax_module": nnx.Linear(24, 16, rngs=nnx.Rngs(0))}
+
+
+def conv() -> dict[str, Any]:
+    """``nnx.Conv``, channels last, padding ``SAME`` by default."""
+    return {"flax_module": nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0))}
+
+
+def layer_norm() -> dict[str, Any]:
+    """``nnx.LayerNorm`` with its default epsilon."""
+    return {"flax_module": nnx.LayerNorm(16, rngs=nnx.Rngs(0))}
+
+
+def attention() -> dict[str, Any]:
+    """``nnx.MultiHeadAttention`` without a decoding cache."""
+    return {"flax_module": nnx.MultiHeadAttention(4, 16, decode=False, rngs=nnx.Rngs(0))}
+
+
+class Cell(nn.Module):
+    """Linen's ``GRUCell`` with torch's order of arguments and only the new state returned."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, hidden: jax.Array) -> jax.Array:
+        """(..., i), (..., h) -> (..., h)."""
+        return nn.GRUCell(self.features)(hidden, x)[0]
+
+
+def gru_cell() -> dict[str, Any]:
+    """Linen's ``GRUCell``: that of nnx has no bias on the recurrent side, so that it cannot express torch's."""
+    return {"flax_module": Cell(8)}
+
+
+def measure_defaults() -> dict[tuple[str, str], str]:
+    """Facts about freshly created modules by pair and aspect, as text; the torch side measures the same."""
+    rngs = nnx.Rngs(0)
+    dense = nnx.Linear(400, 300, rngs=rngs)
+    plain_conv = nnx.Conv(16, 200, (3, 3), rngs=rngs)
+    attention = nnx.MultiHeadAttention(4, 256, decode=False, rngs=rngs)
+    with jax.enable_x64(True):
+        norm = nnx.LayerNorm(2, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        normalised = float(norm(jnp.asarray([[1e-3, -1e-3]], jnp.float64))[0, 0])
+    cell = nn.GRUCell(64)
+    variables = cell.init(jax.random.key(0), jnp.zeros((1, 64)), jnp.zeros((1, 64)))["params"]
+    gates = nn.GRUCell(3)
+    zeros = jax.tree.map(jnp.zeros_like, gates.init(jax.random.key(0), jnp.zeros((1, 3)), jnp.zeros((1, 2)))["params"])
+    hidden = jnp.full((1, 3), 0.7)
+    kept = [
+        bool(jnp.allclose(gates.apply({"params": zeros | {name: raised}}, hidden, jnp.zeros((1, 2)))[0], hidden))
+        for name in ("ir", "iz", "in")
+        for raised in ({**zeros[name], "bias": jnp.full((3,), 50.0)},)
+    ]
+    recurrent = jnp.asarray(variables["hr"]["kernel"])
+    output = plain_conv(jnp.zeros((1, 8, 8, 16)))
+    return {
+        ("linear", "kernel std times sqrt(fan-in)"): f"{float(dense.kernel.std()) * 400**0.5:.2f}",
+        ("linear", "bias at zero"): str(not jnp.any(jnp.asarray(nnx.state(dense)["bias"][...]))),
+        ("linear", "kernel shape of 400 -> 300"): str(dense.kernel.shape),
+        ("conv", "kernel std times sqrt(fan-in)"): f"{float(plain_conv.kernel.std()) * 144**0.5:.2f}",
+        ("conv", "kernel shape of 16 -> 200, 3 x 3"): str(plain_conv.kernel.shape),
+        ("conv", "height of the output, input of 8, kernel of 3"): str(output.shape[1]),
+        ("conv", "axis of the channels"): str(output.shape.index(200)),
+        ("layer_norm", "epsilon"): f"{(1e-3 / normalised) ** 2 - 1e-6:.1e}",
+        ("attention", "query kernel std times sqrt(fan-in)"): f"{float(attention.query.kernel.std()) * 16:.2f}",
+        ("attention", "arrays of the input projections"): str(
+            sum(
+                len(jax.tree.leaves(nnx.state(getattr(attention, name), nnx.Param)))
+                for name in ("query", "key", "value")
+            )
+        ),
+        ("gru_cell", "elements of biases per hidden unit"): str(
+            sum(leaf["bias"].size for leaf in variables.values() if "bias" in leaf) // 64
+        ),
+        ("gru_cell", "update gate among r, z, n (ir, iz, in)"): str(kept.index(True)),
+        ("gru_cell", "recurrent kernel orthogonal"): str(
+            bool(jnp.allclose(recurrent @ recurrent.T, jnp.eye(64), atol=1e-4))
+        ),
+    }

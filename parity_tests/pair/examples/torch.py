@@ -1,0 +1,70 @@
+"""The torch sides of the examples, and what torch's modules do by default, measured."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def linear() -> dict[str, Any]:
+    """``nn.Linear``."""
+    return {"torch_module": nn.Linear(24, 16)}
+
+
+def conv() -> dict[str, Any]:
+    """``nn.Conv2d`` with the padding that Flax calls ``SAME``."""
+    return {"torch_module": nn.Conv2d(3, 8, 3, padding=1)}
+
+
+def layer_norm() -> dict[str, Any]:
+    """``nn.LayerNorm`` with Flax's epsilon."""
+    return {"torch_module": nn.LayerNorm(16, eps=1e-6)}
+
+
+def attention() -> dict[str, Any]:
+    """``nn.MultiheadAttention``, batch first; the averaged attention weights are not asked for."""
+    module = nn.MultiheadAttention(16, 4, batch_first=True)
+    return {"torch_module": module, "torch_kwargs": {"need_weights": False}}
+
+
+def gru_cell() -> dict[str, Any]:
+    """``nn.GRUCell``."""
+    return {"torch_module": nn.GRUCell(4, 8)}
+
+
+@torch.no_grad()
+def measure_defaults() -> dict[tuple[str, str], str]:
+    """Facts about freshly created modules by pair and aspect, as text; the JAX side measures the same."""
+    torch.manual_seed(0)
+    dense, plain_conv, attention = nn.Linear(400, 300), nn.Conv2d(16, 200, 3), nn.MultiheadAttention(256, 4)
+    small = torch.tensor([[1e-3, -1e-3]], dtype=torch.float64)
+    normalised = float(nn.LayerNorm(2, dtype=torch.float64)(small)[0, 0])
+    cell = nn.GRUCell(64, 64)
+    gates = nn.GRUCell(2, 3)
+    kept = []
+    for block in range(3):
+        for parameter in gates.parameters():
+            parameter.zero_()
+        gates.bias_ih.view(3, 3)[block] = 50.0
+        hidden = torch.full((1, 3), 0.7)
+        kept.append(bool(torch.allclose(gates(torch.zeros(1, 2), hidden), hidden)))
+    recurrent = cell.weight_hh[:64]
+    return {
+        ("linear", "kernel std times sqrt(fan-in)"): f"{float(dense.weight.std()) * 400**0.5:.2f}",
+        ("linear", "bias at zero"): str(not dense.bias.any()),
+        ("linear", "kernel shape of 400 -> 300"): str(tuple(dense.weight.shape)),
+        ("conv", "kernel std times sqrt(fan-in)"): f"{float(plain_conv.weight.std()) * 144**0.5:.2f}",
+        ("conv", "kernel shape of 16 -> 200, 3 x 3"): str(tuple(plain_conv.weight.shape)),
+        ("conv", "height of the output, input of 8, kernel of 3"): str(plain_conv(torch.zeros(1, 16, 8, 8)).shape[2]),
+        ("conv", "axis of the channels"): str(plain_conv(torch.zeros(1, 16, 8, 8)).shape.index(200)),
+        ("layer_norm", "epsilon"): f"{(1e-3 / normalised) ** 2 - 1e-6:.1e}",
+        ("attention", "query kernel std times sqrt(fan-in)"): f"{float(attention.in_proj_weight[:256].std()) * 16:.2f}",
+        ("attention", "arrays of the input projections"): str(
+            sum("in_proj" in n for n, _ in attention.named_parameters())
+        ),
+        ("gru_cell", "elements of biases per hidden unit"): str((cell.bias_ih.numel() + cell.bias_hh.numel()) // 64),
+        ("gru_cell", "update gate among r, z, n (ir, iz, in)"): str(kept.index(True)),
+        ("gru_cell", "recurrent kernel orthogonal"): str(
+            bool(torch.allclose(recurrent @ recurrent.T, torch.eye(64), atol=1e-4))
+        ),
+    }

@@ -1,0 +1,60 @@
+"""Named groups of arrays in one safetensors file: what two interpreters hand to each other. Never pickle."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from parity_tests.harness.dtypes import numpy_dtype
+from parity_tests.pair.side import Arrays
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": numpy_dtype("bfloat16"),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_SEPARATOR = "/"
+
+
+def write_groups(path: Path, groups: Mapping[str, Arrays]) -> None:
+    """Writes arrays bit for bit, atomically.
+
+    Args:
+        path: of the file.
+        groups: arrays by group and name; a group may be empty.
+
+    Raises:
+        ValueError: for a dtype that safetensors does not have.
+    """
+    tensors = {}
+    for group, arrays in groups.items():
+        for name, array in arrays.items():
+            if array.dtype not in _DTYPES.values():
+                raise ValueError(f"{name}: expected a float, integer or boolean array, got {array.dtype}; convert it.")
+            tensors[f"{group}{_SEPARATOR}{name}"] = np.array(array, order="C")
+    temporary = path.with_suffix(".part")
+    temporary.write_bytes(safetensors.numpy.save(tensors))
+    os.replace(temporary, path)
+
+
+def read_groups(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Reads what ``write_groups`` wrote; groups without arrays are absent."""
+    groups: dict[str, dict[str, np.ndarray]] = {}
+    for key, tensor in safetensors.deserialize(path.read_bytes()):
+        group, _, name = key.partition(_SEPARATOR)
+        array = np.frombuffer(bytearray(tensor["data"]), _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+        groups.setdefault(group, {})[name] = array
+    return groups

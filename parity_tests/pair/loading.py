@@ -1,0 +1,72 @@
+"""Pairs named as ``package.module:factory``.
+
+A factory returns ``check_pair``'s keyword arguments. It takes no argument and returns all of them, or it takes
+``"torch"``, ``"jax"`` or ``"pair"`` and returns that part: ``torch_*`` arguments, ``flax_*`` arguments, all others.
+Only the second kind can be built in two interpreters.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+Factory = Callable[..., Any]
+_PARTS = ("torch", "jax", "pair")
+
+
+def load_factory(spec: str) -> Factory:
+    """Imports a factory.
+
+    Args:
+        spec: ``package.module:factory``.
+
+    Raises:
+        ValueError: if there is none of that name; one sentence.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"pair: expected package.module:factory, got {spec!r}; name a function that returns the pair.")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"pair: expected a module that can be imported, got {module_name!r} ({error}); check the name and the path."
+        ) from None
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module_name]
+        known = ", ".join(name for name in own if not name.startswith("_")) or "none"
+        raise ValueError(f"pair: expected a function of {module_name}, got {attribute!r}; it has {known}.")
+    return factory
+
+
+def takes_part(factory: Factory) -> bool:
+    """True for a factory that is told which part to build."""
+    return bool(inspect.signature(factory).parameters)
+
+
+def build(factory: Factory, parts: tuple[str, ...] = _PARTS) -> dict[str, Any]:
+    """Calls a factory.
+
+    Args:
+        factory: as loaded.
+        parts: which parts are wanted; a factory without argument builds all.
+
+    Raises:
+        ValueError: if the factory cannot build single parts, or returns something else than a dict.
+    """
+    if not takes_part(factory):
+        if parts != _PARTS:
+            raise ValueError(
+                "pair: expected a factory that takes 'torch', 'jax' or 'pair' and builds that part, got one without "
+                "argument; two interpreters need the parts apart."
+            )
+        built = [factory()]
+    else:
+        built = [factory(part) for part in parts]
+    for result in built:
+        if not isinstance(result, dict):
+            raise ValueError(
+                f"pair: expected a dict of check_pair's arguments, got {type(result).__name__}; return one."
+            )
+    return {name: value for result in built for name, value in result.items()}

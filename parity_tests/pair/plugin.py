@@ -1,0 +1,27 @@
+"""A pytest plugin: the fixture ``parity_pair``, which checks a pair and fails the test with its report."""
+
+from collections.abc import Callable
+
+import pytest
+
+from parity_tests.pair.report import PairReport
+
+
+@pytest.fixture
+def parity_pair() -> Callable[..., PairReport]:
+    """Returns a function of ``check_pair``'s arguments that asserts the report is ok and returns it.
+
+    Example::
+
+        def test_port(parity_pair):
+            parity_pair(torch_module=old, flax_module=new, params=rules, inputs=((8, 64),))
+    """
+    # The plugin is loaded into every pytest run of an environment: the frameworks only into tests that use it.
+    from parity_tests.pair.check import check_pair
+
+    def check(**arguments: object) -> PairReport:
+        report = check_pair(**arguments)  # type: ignore[arg-type]
+        report.assert_ok()
+        return report
+
+    return check
