@@ -1,8 +1,8 @@
 # make compare   sets everything up, proves parity, measures both frameworks on this machine, prints the verdicts
 # make test      sets everything up and runs the whole test suite (and the JAX tree's tests on Python 3.12, if it is there)
 # make lint      formatting, lint rules, types
-# make gpu       the whole comparison on an NVIDIA GPU, published under bench/results/<device>/; with frameworks that are
-#                installed already: make gpu GPU_PYTHON=python3
+# make gpu       the whole comparison on an NVIDIA GPU, records under OUT (to publish: OUT=bench/results/<device>); with
+#                frameworks that are installed already: make gpu GPU_PYTHON=python3
 # Extra arguments for pip: make compare PIP_ARGS="--index-url ..."
 
 SHELL := /bin/bash
@@ -23,11 +23,12 @@ PYTHON_NEWEST ?= $(shell for p in python3.12 python3.13 $$(ls -d $${PYENV_ROOT:-
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
 
 # The CUDA major that the driver supports; empty without an NVIDIA GPU. torch and JAX must be built for the same one.
-CUDA_MAJOR := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9][0-9]*\).*/\1/p' | head -n 1)
+CUDA_MAJOR := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9][0-9]*\).*/\1/p' | awk '$$1 >= 12' | head -n 1)
 ifeq ($(CUDA_MAJOR),)
 REQUIREMENTS = -c constraints.txt -e '.[dev]'
 else
-REQUIREMENTS = -e '.[$(if $(filter 12,$(CUDA_MAJOR)),cuda12,cuda13),test-base,report]'
+# A driver older than CUDA 12 runs neither build: its machine is set up as one without a GPU.
+REQUIREMENTS = -e '.[$(if $(filter 12,$(CUDA_MAJOR)),cuda12,cuda13),test-base,report,lint]'
 endif
 
 GPU_PYTHON ?= $(VENV)/bin/python

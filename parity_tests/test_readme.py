@@ -45,6 +45,19 @@ def test_named_files_and_make_targets_exist():
         assert (ROOT / link).exists(), link
 
 
+def test_the_results_are_those_of_the_published_records():
+    assert len(re.findall(r"^\| \d+ \| (?:torch|jax) ", README, flags=re.M)) >= 20, "the results block is empty"
+    result = subprocess.run(
+        [sys.executable, "-m", "bench", "report", "bench/results/cpu-epyc-2core", "--readme", "README.md", "--check"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_commands_of_the_readme_are_accepted():
     for line in re.findall(r"^    python -m (.*?)(?:  +#.*)?$", README, flags=re.M):
         module, subcommand, *arguments = line.split()

@@ -62,6 +62,7 @@ def report_command(
             raise UsageError("--check: needs --readme; name the README to check.")
         check_writable("--markdown", markdown)
         check_writable("--json", json_file)
+        check_writable("--chart", chart)
         records, environments = _read(directories)
         found = rankings(records)
         if readme is not None:

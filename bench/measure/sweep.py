@@ -157,11 +157,10 @@ def _run_cell(
     report: Callable[[str], None],
 ) -> None:
     competitors = _competitors(pool, request, cell)
-    if not competitors:
-        known = sorted({name for catalogue in pool.catalogues() for name in catalogue.kinds()})
-        raise SelectionError(
-            f"implementation: nothing is called {', '.join(request.implementations)}; choose from {', '.join(known)}."
-        )
+    known = sorted({name for catalogue in pool.catalogues() for name in catalogue.kinds()})
+    unknown = [name for name in request.implementations if name not in known]
+    if unknown or not competitors:
+        raise SelectionError(f"implementation: nothing is called {', '.join(unknown)}; choose from {', '.join(known)}.")
     key = cell_hash(cell, competitors, request.preset, seed=request.seed, environment_id=place_id)
     if store.holds(key, replicate):
         return

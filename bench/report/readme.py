@@ -33,13 +33,17 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _shown(ranking: Ranking) -> list[Row]:
-    """The fastest few, and further down the baseline and the article's loop and masked forms."""
+    """The fastest few, each framework's best, and further down the baseline and the article's loop and masked forms."""
     landmarks = {"loop", "masked", "dense"}
+    timed = [row for row in ranking.rows if row.latency_s is not None]
+    best = {row.record.framework: row for row in reversed(timed) if row.rank is not None}
     return [
         row
-        for row in ranking.rows
-        if row.latency_s is not None
-        and ((row.rank or _SHOWN + 1) <= _SHOWN or row.verdict == BASELINE or row.record.implementation in landmarks)
+        for row in timed
+        if (row.rank or _SHOWN + 1) <= _SHOWN
+        or row.verdict == BASELINE
+        or row.record.implementation in landmarks
+        or row is best.get(row.record.framework)
     ]
 
 

@@ -14,13 +14,15 @@ from parity_tests.harness.subjects.base import FRAMEWORKS, Subject, framework_av
 
 DEVICES = ("auto", "cpu", "cuda")
 HOLDS, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
-console = Console()
-errors = Console(stderr=True)
+# In a pipe or a log there is no terminal to fit into: 80 columns would cut names until they cannot be told apart.
+_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
+console = Console(width=_WIDTH)
+errors = Console(stderr=True, width=_WIDTH)
 
 
 def refuse(sentence: str) -> typer.Exit:
     """Prints one sentence; the caller raises what is returned."""
-    errors.print(f"error: {sentence}", highlight=False, markup=False)
+    errors.print(f"error: {sentence}", highlight=False, markup=False, soft_wrap=True)
     return typer.Exit(WRONG_USAGE)
 
 
@@ -42,7 +44,7 @@ def chosen_frameworks(frameworks: Sequence[str]) -> list[str]:
     """The frameworks to load: those named, or all that are installed; an absent one that was named is refused."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     found = []
-    for name in choose("--framework", frameworks, FRAMEWORKS) or FRAMEWORKS:
+    for name in dict.fromkeys(choose("--framework", frameworks, FRAMEWORKS) or FRAMEWORKS):
         if framework_available(name):
             found.append(name)
         elif frameworks:

@@ -62,9 +62,17 @@ def _fractions(errors: np.ndarray, limits: np.ndarray) -> np.ndarray:
     return np.where(errors == 0, 0.0, np.where(np.isnan(fractions), np.inf, fractions))
 
 
-def _shape_mismatch(tensor: str, received: tuple[int, ...], expected: tuple[int, ...]) -> TensorResult:
-    reason = f"{tensor} has shape {received}, expected {expected}"
+def _mismatch(tensor: str, reason: str) -> TensorResult:
     return TensorResult(tensor, "mismatch", reason, np.inf, np.inf, np.inf, None, None, None, None, None, None)
+
+
+def _shape_mismatch(tensor: str, received: tuple[int, ...], expected: tuple[int, ...]) -> TensorResult:
+    return _mismatch(tensor, f"{tensor} has shape {received}, expected {expected}")
+
+
+def missing_tensors(outputs: Mapping[str, np.ndarray], reference: Reference) -> list[TensorResult]:
+    """A mismatch for every tensor of the oracle that a vector-Jacobian product did not return."""
+    return [_mismatch(name, f"{name} is missing") for name in reference if name not in outputs]
 
 
 def _result(
@@ -113,7 +121,12 @@ def applicable_tiers(arithmetic: Arithmetic, zero_mean: bool) -> tuple[Tier, ...
 def compare_tensor(
     name: str, value: np.ndarray, truth: OracleTensor, arithmetic: Arithmetic, zero_mean: bool = True
 ) -> TensorResult:
-    """Judges one tensor of a subject against the oracle, in every tier whose assumptions hold."""
+    """Judges one tensor of a subject against the oracle, in every tier whose assumptions hold.
+
+    The dtype must be the arithmetic's output format: a result in another dtype is another function.
+    """
+    if value.dtype.name != arithmetic.output:
+        return _mismatch(name, f"{name} has dtype {value.dtype.name}, expected {arithmetic.output}")
     if value.shape != truth.value.shape:
         return _shape_mismatch(name, value.shape, truth.value.shape)
     tiers = applicable_tiers(arithmetic, zero_mean)

@@ -164,6 +164,8 @@ DEFECTS: tuple[Defect, ...] = (
         _on_inputs(lambda a: {"x": _rounded_to_tf32(a.x), "weight": _rounded_to_tf32(a.weight)}),
         dtypes=("float32",),  # a bfloat16 operand has fewer bits than TF32 keeps
     ),
+    Defect("result in another dtype", _on_outputs(lambda a, o: {name: v.astype(np.float64) for name, v in o.items()})),
+    Defect("no gradient of the bias", lambda subject, a: {k: v for k, v in subject.vjp(a).items() if k != "dbias"}),
     Defect("dx of the wrong partition", _on_outputs(lambda a, o: {"dx": np.roll(o["dx"], 1, axis=-2)})),
     Defect(
         "gradient of a sum instead of the cotangent", _on_inputs(lambda a: {"cotangent": np.ones_like(a.cotangent)})
@@ -179,8 +181,12 @@ def plant(defect: Defect, subject: Subject) -> SpoiledSubject:
 def killed(defect: Defect, subject: Subject, dtype: str, seed: int = 0) -> bool:
     """True if the judge rejects the subject once the defect is planted (and the healthy one passes the same check)."""
     inputs = draw_inputs(CASE, dtype, seed)
-    spoiled = plant(defect, subject)
-    if defect.isolation:
-        return not check_isolation(spoiled, inputs, partition=1, poison=float("nan"))["visible"]
     truth = reference(inputs)
-    return any(result.status == "mismatch" for result in judge(spoiled, inputs, truth).results)
+
+    def rejected(candidate: Subject) -> bool:
+        if defect.isolation:
+            return not check_isolation(candidate, inputs, partition=1, poison=float("nan"))["visible"]
+        return any(result.status == "mismatch" for result in judge(candidate, inputs, truth).results)
+
+    # Rejecting a subject that was broken before says nothing about the defect.
+    return rejected(plant(defect, subject)) and not rejected(subject)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from parity_tests.harness.cases import Case
-from parity_tests.harness.comparison import TensorResult, compare, compare_pair
+from parity_tests.harness.comparison import TensorResult, compare, compare_pair, missing_tensors
 from parity_tests.harness.fingerprint import Fingerprint, take_fingerprint
 from parity_tests.harness.inputs import Inputs, draw_inputs
 from parity_tests.harness.oracle import Reference, reference
@@ -38,7 +38,7 @@ def judge(subject: Subject, inputs: Inputs, truth: Reference, forward: bool = Tr
     """
     arithmetic = declared_arithmetic(PRECISION_OF_DTYPE[inputs.dtype])
     outputs = subject.vjp(inputs)
-    results = compare(outputs, truth, arithmetic, inputs.zero_mean)
+    results = [*compare(outputs, truth, arithmetic, inputs.zero_mean), *missing_tensors(outputs, truth)]
     if not forward:
         return Judgement(results, outputs)
     (alone,) = compare({"y": subject.forward(inputs)}, truth, arithmetic, inputs.zero_mean)

@@ -72,7 +72,8 @@ class JaxSubject:
             x, parameters = self._arguments(inputs)
             cotangent = jax.device_put(inputs.cotangent, self.device)
             y, gradients = _vjp(self.function, inputs.layout)(cotangent, x, *parameters)
-            named = dict(zip(("dx", "dweight", "dbias"), map(np.asarray, gradients), strict=False))
+            names = ("dx", "dweight", "dbias")[: len(parameters) + 1]
+            named = dict(zip(names, map(np.asarray, gradients), strict=True))
             if inputs.layout == "transposed":
                 named["dx"] = named["dx"].swapaxes(-1, -2)
             return {"y": np.asarray(y), **named}

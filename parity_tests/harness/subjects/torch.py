@@ -86,7 +86,8 @@ class TorchSubject:
         x = lay_out(to_torch(inputs.x, self.device), inputs.layout).requires_grad_()
         y = function(x, *leaves)
         gradients = torch.autograd.grad([y], [x, *leaves], [to_torch(inputs.cotangent, self.device)])
-        named = dict(zip(("dx", "dweight", "dbias"), map(to_numpy, gradients), strict=False))
+        names = ("dx", "dweight", "dbias")[: len(leaves) + 1]
+        named = dict(zip(names, map(to_numpy, gradients), strict=True))
         n, i, o = inputs.weight.shape
         if named["dweight"].ndim == 2:  # the masked layer's dense (n*o, n*i): read its diagonal blocks, as (n, i, o)
             blocks = named["dweight"].reshape(n, o, n, i)[np.arange(n), :, np.arange(n), :]
