@@ -63,7 +63,7 @@ def test_a_run_that_compares_nothing_fails():
         (["run", "--framework", "tensorflow"], "tensorflow"),
         (["run", "--dtype", "float8"], "float8"),
         (["run", "--cases", "huge"], "huge"),
-        (["run", "--seed", "-1"], "-1"),
+        (["run", "--seed", "-1"], "--seed"),
         (["run", "--json", "/nowhere/at/all.json"], "writable folder"),
         (["defects", "--implementation", "magic"], "--implementation: expected one of"),
         (["magic"], "magic"),
