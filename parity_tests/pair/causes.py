@@ -1,11 +1,12 @@
 """Likely causes of a pair's mismatch, found by trying: which change to one side makes the two agree in float64?"""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from parity_tests.harness.dtypes import FORMATS, numpy_dtype
+from parity_tests.harness.dtypes import FORMATS
 from parity_tests.pair.judge import KEYS, Evidence
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
@@ -45,7 +46,7 @@ def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
     if not evidence.bounds:
         return _shapes(evidence)
     if not any(row.dtype == "float64" for row in failed):
-        return _precision(pair, failed)
+        return _precision(evidence, failed)
     for sentence, run, key in _hypotheses(pair, evidence):
         if _agree(evidence, run(), key):
             return sentence
@@ -54,7 +55,7 @@ def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
 
 def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
     if not any(row.dtype == "float64" for row in failed):
-        return _precision(pair, failed)
+        return _precision(evidence, failed)
     names = [row.tensor for row in failed if row.dtype == "float64"]
     for key in KEYS:
         stopped = [
@@ -184,22 +185,21 @@ def _scaled(evidence: Evidence, names: Sequence[str]) -> str:
     return ""
 
 
-def _precision(pair: Pair, failed: Sequence[PairRow]) -> str:
+def _precision(evidence: Evidence, failed: Sequence[PairRow]) -> str:
     """Both functions agree in float64: one side computes in less than it was asked for."""
-    row = next((row for row in failed if row.framework in KEYS), failed[0])
-    if row.framework not in KEYS:
+    row = next((row for row in failed if row.framework in KEYS), None)
+    if row is None or row.subject_value is None:
         return ""
     side = _OWN[row.framework]
-    fmt = FORMATS[row.dtype]
-    size = abs(row.expected_value) if row.expected_value else 0.0
-    for name in ("bfloat16", "float16"):
-        coarse = FORMATS[name].roundoff
-        if coarse > fmt.roundoff and row.subject_value is not None and np.isfinite(row.subject_value):
-            rounded = float(np.asarray(row.subject_value).astype(numpy_dtype(name)))
-            if size and rounded == row.subject_value:
-                return f"the {side} side computes {row.tensor} in {name}, not in {row.dtype}"
-    if row.subject_value is not None and not np.isfinite(row.subject_value):
+    if not np.isfinite(row.subject_value):
         return f"{row.tensor} overflows in {row.dtype} on the {side} side, or divides by zero"
-    if row.max_abs_error is not None and size and row.max_abs_error <= 64 * FORMATS["tf32"].roundoff * size:
-        return f"the {side} side multiplies operands rounded to TF32 or accumulates in less than {row.dtype} promises"
-    return f"the {side} side computes {row.tensor} with less precision than {row.dtype} promises; in float64 it agrees"
+    shortfall = f"the {side} side computes {row.tensor} with less precision than {row.dtype} promises"
+    if row.dtype != "float32":
+        return f"{shortfall}; in float64 it agrees"
+    value, spread = evidence.results[row.framework][row.tensor], evidence.ensembles[row.framework].spread[row.tensor]
+    error = value.astype(np.float64) - evidence.truths[row.framework][row.tensor]
+    # Errors grow with the roundoff: how much larger they are than float32's noise tells which roundoff it was.
+    roundoff = FORMATS["float32"].roundoff * float(np.sqrt(np.mean(error**2) / np.mean(spread**2)))
+    known = {"TF32 or float16": FORMATS["tf32"].roundoff, "bfloat16": FORMATS["bfloat16"].roundoff}
+    nearest = min(known, key=lambda name: abs(math.log2(roundoff / known[name])))
+    return f"{shortfall}: its errors are those of {nearest}; in float64 it agrees"

@@ -33,6 +33,7 @@ def judge_pair(
         not_compared=(*pair.mapping.not_compared, *held),
         likely_cause=likely_cause(pair, judge.evidence, rows),
         notes=tuple(sorted(judge.notes)),
+        random=bool(judge.evidence.random),
     )
 
 

@@ -28,6 +28,7 @@ class Evidence:
         truths: by side, in torch names.
         bounds: of float64 evaluations, by side and tensor.
         ensembles: by side, of float32 noise.
+        results: by side, what came out in float32.
         random: sides whose output depends on a random state.
     """
 
@@ -35,6 +36,7 @@ class Evidence:
     truths: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     bounds: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     ensembles: dict[str, Ensemble] = field(default_factory=dict)
+    results: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     random: tuple[str, ...] = ()
 
 
@@ -105,42 +107,54 @@ class Judge:
 
     def _leg(self, dtype: str) -> Iterator[PairRow]:
         """Both sides as they are, in one dtype, against their truths and against each other."""
-        evidence = self.evidence
-        if dtype == "float32":
-            values, truths, ensembles = evidence.values, evidence.truths, evidence.ensembles
-            assert values is not None
-        else:
-            values = self._pair.values(dtype, self._seed)
-            if self._gradients:
-                values = self._pair.with_cotangents(values, evidence.truths["torch"], self._seed)
-            truths = {key: self._pair.truth(key, values) for key in KEYS}
-            # Noise in float64 would drown in float64's own rounding: fp32 noise is scaled down instead.
-            noise = "float32" if dtype == "float64" else dtype
-            ensembles = {key: self._pair.ensemble(key, values, noise, self._seed) for key in KEYS}
-        scale = SEMANTIC_SCALE if dtype == "float64" else 1.0
-        bounds = {key: self._bounds(truths[key], ensembles[key], dtype, scale) for key in KEYS}
-        for key in KEYS:
-            self.notes |= {*ensembles[key].notes, *self._pair.sides[key].notes()}
+        values = self._values(dtype)
         results: dict[str, dict[str, np.ndarray]] = {}
+        alone: dict[str, dict[str, np.ndarray]] = {}
+        bounds: dict[str, dict[str, np.ndarray]] = {}
         for key in KEYS:
             try:
-                alone = self._pair.forward(key, values)
-                results[key] = self._pair.vjp(key, values) if self._gradients else alone
+                alone[key] = self._pair.forward(key, values)
+                results[key] = self._pair.vjp(key, values) if self._gradients else alone[key]
             except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-                # The function runs in float64, as its truth has shown: what fails is this format, in this framework.
+                # The function runs in float64, as the semantic leg has shown: what fails is this format, here.
                 sentence = str(error).strip().splitlines()[0]
                 yield self._row(refused("", f"{type(error).__name__}: {sentence}"), key, dtype, "forward", "skipped")
-                continue
-            for name, expected in truths[key].items():
+        if dtype == "float32":
+            self.evidence.results = results
+        for key in results:
+            truths, bounds[key] = self._truths_and_bounds(key, values)
+            for name, expected in truths.items():
                 # In float64 the truth itself errs as much as what it judges.
                 limit = bounds[key].get(name, 0.0) * (2.0 if dtype == "float64" else 1.0)
                 result = within(name, results[key][name], expected, limit)
-                if name in alone:
-                    result = max(result, within(name, alone[name], expected, limit), key=_badness)
+                if name in alone[key]:
+                    result = max(result, within(name, alone[key][name], expected, limit), key=_badness)
                 yield self._row(result, key, dtype, self._rung(name))
-        for name, expected in results["torch"].items() if len(results) == len(KEYS) else ():
+        if len(results) < len(KEYS):
+            return
+        for name, expected in results["torch"].items():
             limit = bounds["torch"].get(name, 0.0) + bounds["jax"].get(name, 0.0)
             yield self._row(within(name, results["jax"][name], expected, limit), _BOTH, dtype, self._rung(name))
+
+    def _values(self, dtype: str) -> Values:
+        if dtype == "float32":
+            assert self.evidence.values is not None
+            return self.evidence.values
+        values = self._pair.values(dtype, self._seed)
+        outline = {name: array for name, array in self.evidence.truths["torch"].items() if not name.startswith("d_")}
+        return self._pair.with_cotangents(values, outline, self._seed) if self._gradients else values
+
+    def _truths_and_bounds(self, key: str, values: Values) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        dtype, evidence = values.dtype, self.evidence
+        if dtype == "float32":
+            truths, ensemble = evidence.truths[key], evidence.ensembles[key]
+        else:
+            truths = self._pair.truth(key, values)
+            # Noise in float64 would drown in float64's own rounding: fp32 noise is scaled down instead.
+            ensemble = self._pair.ensemble(key, values, "float32" if dtype == "float64" else dtype, self._seed)
+        self.notes |= {*ensemble.notes, *self._pair.sides[key].notes()}
+        scale = SEMANTIC_SCALE if dtype == "float64" else 1.0
+        return truths, self._bounds(truths, ensemble, dtype, scale)
 
     def _bounds(
         self, truths: Mapping[str, np.ndarray], ensemble: Ensemble, dtype: str, scale: float

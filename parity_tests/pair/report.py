@@ -38,6 +38,7 @@ class PairReport:
         rows: one per leg, subject and tensor.
         not_compared: buffers without counterpart, and blocks held at zero.
         likely_cause: one sentence, empty if all holds or no hypothesis fits.
+        random: True if a side draws random numbers, which ends the check before any dtype.
         notes: what a reader must know: operations with a generic rounding model or a coarse accumulator, ...
     """
 
@@ -46,6 +47,7 @@ class PairReport:
     not_compared: tuple[str, ...] = ()
     likely_cause: str = ""
     notes: tuple[str, ...] = ()
+    random: bool = False
 
     @property
     def summary(self) -> Summary:

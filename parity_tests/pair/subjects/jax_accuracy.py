@@ -46,6 +46,7 @@ def function_error(equation: JaxprEqn) -> float:
             usable = np.isfinite(exact) & (magnitude < 2.0**15) & (magnitude > 2.0**10 * fmt.smallest_normal)
             usable &= np.isfinite(rounded)
             if usable.any():
-                worst = max(worst, float((np.abs(rounded - exact)[usable] / magnitude[usable]).max()) / fmt.roundoff)
+                error = np.abs(rounded[usable] - exact[usable]) / magnitude[usable]
+                worst = max(worst, float(error.max()) / fmt.roundoff)
         _cache[key] = worst
     return _cache[key]

@@ -1,30 +1,34 @@
 """Defects planted in the flax side of the example pairs: each spoils a correct module the way real ports go wrong."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from parity_tests.pair.examples import EXAMPLES
 from parity_tests.pair.legs import Pair
-from parity_tests.pair.side import make_side
+from parity_tests.pair.side import Arrays, Side, make_side
 from parity_tests.pair.subjects.jax import JaxSide
 from parity_tests.pair.subjects.jax_modules import Function
 
-Change = Callable[[Function], Function]
+Edit = Callable[[Arrays], Arrays]
 
 
 @dataclass(frozen=True)
 class Defect:
-    """One way to be wrong.
+    """One way to be wrong, by exactly one of four means.
 
     Attributes:
         name: what was planted.
         example: the pair whose flax side is spoiled.
-        change: spoils the flat function of the flax side; None if ``module`` is wrong already.
+        parameters: what the flax side does to its parameters before it uses them.
+        results: what it does to its outputs and gradients.
+        function: spoils the flat JAX function.
         module: builds another flax side in place of the example's.
         dtypes: storage dtypes in which the defect changes the function; elsewhere it is equivalent to correct code.
         cause: a part of the likely cause that the report must name; empty where no hypothesis covers the defect.
@@ -32,18 +36,41 @@ class Defect:
 
     name: str
     example: str
-    change: Change | None = None
+    parameters: Edit | None = None
+    results: Edit | None = None
+    function: Callable[[Function], Function] | None = None
     module: Callable[[], dict[str, Any]] | None = None
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     cause: str = ""
 
 
-def _on_parameters(edit: Callable[[dict[str, Any]], dict[str, Any]]) -> Change:
-    return lambda function: lambda arrays, *inputs: function({**arrays, **edit(arrays)}, *inputs)
+class _Spoiled:
+    """A correct side with wrong parameters or wrong results; compiled once, however many defects it is given."""
+
+    def __init__(self, side: Side, parameters: Edit | None, results: Edit | None) -> None:
+        self._side, self.framework, self.name = side, side.framework, side.name
+        self._parameters, self._results = parameters or _unchanged, results or _unchanged
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._side, name)
+        if name not in ("forward", "vjp", "truth", "ensemble"):
+            return method
+
+        def call(parameters: Arrays, *arguments: Any) -> Any:
+            found = method({**parameters, **self._parameters(parameters)}, *arguments)
+            return found if name == "ensemble" else {**found, **self._results(found)}
+
+        return call
 
 
-def _on_output(edit: Callable[[jax.Array], jax.Array]) -> Change:
-    return lambda function: lambda arrays, *inputs: edit(function(arrays, *inputs))
+def _unchanged(arrays: Arrays) -> Arrays:
+    return arrays
+
+
+@functools.cache
+def _healthy(example: str) -> tuple[dict[str, Any], dict[str, Side]]:
+    arguments = EXAMPLES[example]("torch") | EXAMPLES[example]("jax") | EXAMPLES[example]("pair")
+    return arguments, {framework: make_side(framework, arguments, "cpu") for framework in ("torch", "jax")}
 
 
 def _in_bfloat16(function: Function) -> Function:
@@ -78,8 +105,26 @@ def _with_scaled_gradient(x: jax.Array) -> jax.Array:
 _with_scaled_gradient.defvjp(lambda x: (x, None), lambda _, dy: (dy * 1.01,))
 
 
-def _one_element(y: jax.Array) -> jax.Array:
-    return y.at[(0,) * y.ndim].multiply(1.01)
+def _stopped(function: Function) -> Function:
+    return lambda arrays, x: function({**arrays, "bias": jax.lax.stop_gradient(arrays["bias"])}, x)
+
+
+def _scaled_gradient(function: Function) -> Function:
+    return lambda arrays, x: function({**arrays, "kernel": _with_scaled_gradient(arrays["kernel"])}, x)
+
+
+def _scaled(array: np.ndarray, factor: float, where: Any = ...) -> np.ndarray:
+    array = array.copy()
+    array[where] = (array[where].astype(np.float64) * factor).astype(array.dtype)
+    return array
+
+
+def _one_element(results: Arrays) -> Arrays:
+    return {"y": _scaled(results["y"], 1.01, np.unravel_index(np.abs(results["y"]).argmax(), results["y"].shape))}
+
+
+def _one_nan(results: Arrays) -> Arrays:
+    return {"y": _scaled(results["y"], np.nan, (0,) * results["y"].ndim)}
 
 
 def _epsilon() -> dict[str, Any]:
@@ -91,90 +136,106 @@ def _dropout() -> dict[str, Any]:
     return {"flax_module": module}
 
 
-def _gates_exchanged(arrays: dict[str, Any]) -> dict[str, Any]:
-    pairs = {"ir": "iz", "iz": "ir", "hr": "hz", "hz": "hr"}
+def _gates_exchanged(arrays: Arrays) -> Arrays:
+    other = {"ir": "iz", "iz": "ir", "hr": "hz", "hz": "hr"}
     return {
-        name.replace(f".{gate}.", f".{pairs[gate]}."): array
+        name.replace(f".{gate}.", f".{other[gate]}."): array
         for name, array in arrays.items()
-        for gate in pairs
+        for gate in other
         if f".{gate}." in name
     }
 
 
-_kernels_exchanged = _on_parameters(lambda a: {"query.kernel": a["key.kernel"], "key.kernel": a["query.kernel"]})
-_projections_exchanged = _on_parameters(
-    lambda a: {
-        f"{first}.{leaf}": a[f"{second}.{leaf}"]
-        for first, second in (("query", "key"), ("key", "query"))
-        for leaf in ("kernel", "bias")
-    }
-)
-_GRU = "GRUCell_0."
+def _exchanged(*leaves: str) -> Edit:
+    names = [(f"query.{leaf}", f"key.{leaf}") for leaf in leaves]
+    return lambda arrays: {a: arrays[b] for a, b in names} | {b: arrays[a] for a, b in names}
+
+
+_HN = "GRUCell_0.hn.kernel"
 DEFECTS: tuple[Defect, ...] = (
     Defect(
         "transposed kernel",
         "gru_cell",
-        _on_parameters(lambda arrays: {f"{_GRU}hn.kernel": arrays[f"{_GRU}hn.kernel"].T}),
+        parameters=lambda arrays: {_HN: arrays[_HN].T.copy()},
         cause="the kernel GRUCell_0.hn.kernel is transposed",
     ),
-    Defect("missing bias", "linear", _on_parameters(lambda a: {"bias": 0 * a["bias"]}), cause="bias has no effect"),
+    Defect("wrong gate order", "gru_cell", parameters=_gates_exchanged, cause="come in the order 1, 0, 2"),
+    Defect(
+        "missing bias",
+        "linear",
+        parameters=lambda arrays: {"bias": np.zeros_like(arrays["bias"])},
+        cause="bias has no effect on the flax side",
+    ),
     Defect("epsilon 1e-5 for 1e-6", "layer_norm", module=_epsilon, cause="epsilon: the torch side uses 1e-06"),
-    Defect("wrong gate order", "gru_cell", _on_parameters(_gates_exchanged), cause="come in the order 1, 0, 2"),
     Defect(
         "kernel of one head times 1.01",
         "attention",
-        _on_parameters(lambda a: {"query.kernel": a["query.kernel"].at[:, 1].multiply(1.01)}),
+        parameters=lambda arrays: {"query.kernel": _scaled(arrays["query.kernel"], 1.01, (slice(None), 1))},
     ),
     Defect(
         "softmax without scale",
         "attention",
-        _on_parameters(lambda a: {name: 2 * a[name] for name in ("query.kernel", "query.bias")}),
+        parameters=lambda arrays: {name: _scaled(arrays[name], 2.0) for name in ("query.kernel", "query.bias")},
     ),
     Defect(
         "query and key kernels exchanged",
         "attention",
-        _kernels_exchanged,
-        cause="query.kernel and key.kernel are exchanged",
+        parameters=_exchanged("kernel"),
+        cause="key.kernel and query.kernel are exchanged",
     ),
-    Defect("query and key exchanged", "attention", _projections_exchanged, cause="query and key are exchanged"),
-    Defect("output of one element off by 1 percent", "linear", _on_output(_one_element)),
-    Defect("output scaled by 1.001", "linear", _on_output(lambda y: y * 1.001), cause="1.001 times"),
+    Defect(
+        "query and key exchanged",
+        "attention",
+        parameters=_exchanged("kernel", "bias"),
+        cause="key and query are exchanged",
+    ),
+    Defect("dropout active", "attention", module=_dropout, cause="dropout is active"),
+    Defect("output of one element off by 1 percent", "linear", results=_one_element),
+    Defect("output scaled by 1.001", "linear", results=lambda r: {"y": _scaled(r["y"], 1.001)}, cause="1.001 times"),
+    Defect("NaN where the truth is finite", "linear", results=_one_nan),
+    Defect("output channels reversed", "conv", results=lambda r: {"y": r["y"][..., ::-1].copy()}),
     Defect(
         "gradient stopped for one parameter",
         "layer_norm",
-        _on_parameters(lambda arrays: {"bias": jax.lax.stop_gradient(arrays["bias"])}),
+        function=_stopped,
         cause="the gradient of bias is stopped on the flax side",
     ),
     Defect(
         "gradient of one parameter times 1.01",
         "linear",
-        _on_parameters(lambda arrays: {"kernel": _with_scaled_gradient(arrays["kernel"])}),
+        function=_scaled_gradient,
         cause="d_weight: the flax side is 1.01 times",
     ),
-    Defect("dropout active", "attention", module=_dropout, cause="dropout is active"),
     Defect(
         "bf16 compute for fp32",
         "linear",
-        _in_bfloat16,
+        function=_in_bfloat16,
         dtypes=("float32",),  # in bfloat16 this is what is asked for
-        cause="computes y in bfloat16, not in float32",
+        cause="computes y with less precision than float32 promises: its errors are those of bfloat16",
     ),
-    Defect("bf16 accumulation", "linear", _summed_in_bfloat16),
-    Defect("NaN where the truth is finite", "linear", _on_output(lambda y: jnp.where(y == y.max(), jnp.nan, y))),
-    Defect("output channels reversed", "conv", _on_output(lambda y: y[..., ::-1])),
+    Defect(
+        "bf16 accumulation",
+        "linear",
+        function=_summed_in_bfloat16,
+        # In bfloat16 the program itself says that every partial sum is rounded, and is judged as such.
+        dtypes=("float32",),
+        cause="computes y with less precision than float32 promises: its errors are those of bfloat16",
+    ),
 )
 
 
 def planted(defect: Defect) -> Pair:
     """The example's pair with the defect in its flax side."""
-    factory = EXAMPLES[defect.example]
-    arguments = factory("torch") | (defect.module() if defect.module else factory("jax")) | factory("pair")
+    arguments, sides = _healthy(defect.example)
+    if defect.module is not None:
+        spoiled: Any = JaxSide(defect.module()["flax_module"])
+    elif defect.function is not None:
+        spoiled = JaxSide(arguments["flax_module"], change=defect.function)
+    else:
+        spoiled = _Spoiled(sides["jax"], defect.parameters, defect.results)
     return Pair(
         name=f"{defect.example} with {defect.name}",
-        sides={
-            "torch": make_side("torch", arguments, "cpu"),
-            "jax": JaxSide(arguments["flax_module"], change=defect.change),
-        },
+        sides={"torch": sides["torch"], "jax": spoiled},
         rules=arguments["params"],
         source=arguments["inputs"],
         input_patterns=arguments.get("input_patterns", {}),

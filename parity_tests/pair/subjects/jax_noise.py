@@ -55,7 +55,8 @@ class Interpreter:
 
     def run(self, closed: ClosedJaxpr, arguments: Sequence[Any]) -> list[jax.Array]:
         """Evaluates; floating-point arguments and results are float64."""
-        return self._jaxpr(closed.jaxpr, [widened(const) for const in closed.consts], [widened(a) for a in arguments])
+        typed = [_as_integer(argument, atom) for argument, atom in zip(arguments, closed.jaxpr.invars, strict=True)]
+        return self._jaxpr(closed.jaxpr, [widened(const) for const in closed.consts], typed)
 
     def _jaxpr(self, jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
         values: dict[Var, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
@@ -119,19 +120,27 @@ class Interpreter:
         # From a wider format this rounds; from a narrower one, or from small integers, granting a rounding is harmless.
         return wide if self._amplitude is None or not is_floating(value) else self._round(wide, str(np.dtype(dtype)))
 
+    def _roundoff(self, dtype: str) -> float:
+        """The format of the operation, no coarser than asked for, and no finer than float32.
+
+        Noise of float64's size would drown in float64's own rounding: what was traced in float64 errs as float32 does,
+        and the bound is scaled afterwards.
+        """
+        return min(self._limit, max(FORMATS[dtype].roundoff, FORMATS["float32"].roundoff))
+
     def _accumulator(self, name: str, equation: JaxprEqn) -> float:
         """Products of 16-bit operands are accumulated in float32; other sums in the format they are written in."""
-        fmt = FORMATS[str(aval_of(equation.invars[0]).dtype)].roundoff
-        products = name in ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general")
-        return min(fmt, self._limit, FORMATS["float32"].roundoff if products else 1.0)
+        if name in ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"):
+            return self._roundoff("float32")
+        return self._roundoff(str(aval_of(equation.invars[0]).dtype))
 
     def _sum_deviation(self, value: Any, square: Any, terms: Any, u_acc: float, dtype: str) -> jax.Array:
         summation = u_acc**2 * (terms * value**2 / 3 + terms * square / 6 + square)
-        u = min(FORMATS[dtype].roundoff, self._limit)
-        return jnp.sqrt(jnp.maximum(summation + (u * value) ** 2, 0.0)) + FORMATS[dtype].smallest_normal * (square != 0)
+        variance = jnp.maximum(summation + (self._roundoff(dtype) * value) ** 2, 0.0)
+        return jnp.sqrt(variance) + FORMATS[dtype].smallest_normal * (square != 0)
 
     def _round(self, value: jax.Array, dtype: str, factor: float = 1.0) -> jax.Array:
-        u = factor * min(FORMATS[dtype].roundoff, self._limit)
+        u = factor * self._roundoff(dtype)
         return self._noisy(value, u * jnp.abs(value) + FORMATS[dtype].smallest_normal * (value != 0))
 
     def _noisy(self, value: jax.Array, deviation: jax.Array) -> jax.Array:
@@ -142,6 +151,12 @@ class Interpreter:
         bits = lax.bitcast_convert_type(jnp.abs(value), jnp.uint64) * key
         index = lax.shift_right_logical(bits, np.uint64(64 - _POOL_BITS)).astype(jnp.int32)
         return value + self._amplitude * deviation * jnp.asarray(_pool())[index]
+
+
+def _as_integer(argument: Any, atom: Any) -> jax.Array:
+    """64-bit integers are read as 32 bits where the program was traced without 64-bit types."""
+    wide = widened(argument)
+    return wide.astype(aval_of(atom).dtype) if jnp.issubdtype(wide.dtype, jnp.integer) else wide
 
 
 def _scan(self: Interpreter, params: dict[str, Any], operands: list[Any]) -> list[Any]:
