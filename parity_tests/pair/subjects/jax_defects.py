@@ -211,7 +211,7 @@ DEFECTS: tuple[Defect, ...] = (
         "linear",
         function=_in_bfloat16,
         dtypes=("float32",),  # in bfloat16 this is what is asked for
-        cause="computes y with less precision than float32 promises: its errors are those of bfloat16",
+        cause="computes y with less precision than float32 promises",
     ),
     Defect(
         "bf16 accumulation",
@@ -219,7 +219,7 @@ DEFECTS: tuple[Defect, ...] = (
         function=_summed_in_bfloat16,
         # In bfloat16 the program itself says that every partial sum is rounded, and is judged as such.
         dtypes=("float32",),
-        cause="computes y with less precision than float32 promises: its errors are those of bfloat16",
+        cause="computes y with less precision than float32 promises",
     ),
 )
 

@@ -1,0 +1,332 @@
+"""check_pair: equal pairs pass, every kind of module is taken, and the first failing rung names a likely cause."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("einops", reason="einops is not installed here")
+pytest.importorskip("torch", reason="torch is not installed here")
+pytest.importorskip("flax", reason="flax is not installed here")
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import torch
+from flax import nnx
+
+from parity_tests.pair import MappingError, check_pair, run_pair
+from parity_tests.pair.examples import EXAMPLES
+from parity_tests.pair.examples.differences import default_differences
+from parity_tests.pair.plugin import parity_pair
+
+assert parity_pair  # the fixture, found by pytest through its name
+
+LINEAR = [("weight", "kernel", "o i -> i o"), ("bias", "bias", "")]
+
+
+def linear_pair(i=12, o=7, **changes):
+    return {
+        "torch_module": torch.nn.Linear(i, o),
+        "flax_module": nnx.Linear(i, o, rngs=nnx.Rngs(0)),
+        "params": LINEAR,
+        "inputs": ((3, i),),
+    } | changes
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_made_equal_passes(name):
+    factory = EXAMPLES[name]
+    report = check_pair(**factory("torch"), **factory("jax"), **factory("pair"), dtypes=("float32", "bfloat16"))
+    report.assert_ok()
+    assert report.summary.skipped == 0
+    assert report.first_failing_rung is None
+    assert {row.rung for row in report.rows} == {"weights", "forward", "gradients"}
+    assert {row.bound for row in report.rows} == {"exact", "calibrated"}
+    assert {row.dtype for row in report.rows} == {"float64", "float32", "bfloat16"}
+    # Inside the bound with room, but not by so much that the bound would say nothing.
+    worst = max(row.bound_fraction for row in report.rows if row.dtype != "float64")
+    assert 0.02 < worst < 0.7
+
+
+def test_every_dtype_and_the_report_of_a_linear_layer():
+    report = check_pair(**linear_pair(), dtypes=("float64", "float32", "bfloat16", "float16"))
+    report.assert_ok()
+    tensors = {row.tensor for row in report.rows if row.rung != "weights"}
+    assert tensors == {"y", "d_weight", "d_bias", "d_input0"}
+    assert "calibrated" in report.describe()
+
+
+def test_defaults_differ_as_measured():
+    found = {(d.pair, d.aspect): d for d in default_differences()}
+    assert {d.pair for d in found.values()} == set(EXAMPLES)
+    epsilon = found["layer_norm", "epsilon"]
+    assert (epsilon.torch, epsilon.flax) == ("1.0e-05", "1.0e-06")
+    assert found["linear", "bias at zero"].flax == "True"
+    assert not found["gru_cell", "update gate among r, z, n (ir, iz, in)"].differs
+    assert sum(d.differs for d in found.values()) >= 10
+
+
+def test_default_epsilon_is_found_out():
+    report = check_pair(
+        torch_module=torch.nn.LayerNorm(16),
+        flax_module=nnx.LayerNorm(16, rngs=nnx.Rngs(0)),
+        params=[("weight", "scale", ""), ("bias", "bias", "")],
+        inputs=((4, 16),),
+    )
+    assert not report.ok
+    assert report.first_failing_rung == "forward"
+    assert report.likely_cause == "epsilon: the torch side uses 1e-05, the flax side behaves like 1e-06"
+    with pytest.raises(AssertionError, match="first failing rung: forward; likely cause: epsilon"):
+        report.assert_ok()
+
+
+def test_default_padding_is_found_out():
+    factory = EXAMPLES["conv"]
+    wrong = factory("torch") | {"torch_module": torch.nn.Conv2d(3, 8, 3)}
+    report = check_pair(**wrong, **factory("jax"), **factory("pair"))
+    assert not report.ok
+    assert "has shape (2, 8, 7, 6), expected (2, 8, 5, 4)" in report.describe()
+
+
+def test_layout_is_a_likely_cause():
+    factory = EXAMPLES["conv"]
+    pair = factory("pair") | {"output_patterns": {}}
+    report = check_pair(**factory("torch"), **factory("jax"), **pair)
+    assert report.likely_cause.startswith("layout: y has shape (2, 8, 7, 6) on the torch side and (2, 7, 6, 8)")
+
+
+def test_transposed_kernel_is_a_likely_cause():
+    rules = [("weight", "kernel", ""), ("bias", "bias", "")]
+    report = check_pair(**linear_pair(9, 9, params=rules))
+    assert report.likely_cause.startswith("the kernel weight is transposed")
+
+
+def test_gelu_is_a_likely_cause():
+    report = check_pair(
+        **linear_pair(
+            torch_module=torch.nn.Sequential(torch.nn.Linear(12, 7), torch.nn.GELU()),
+            flax_module=lambda params, x: jax.nn.gelu(x @ params["kernel"] + params["bias"]),
+            flax_params={"kernel": np.ones((12, 7), np.float32), "bias": np.zeros(7, np.float32)},
+            params=[("0.weight", "kernel", "o i -> i o"), ("0.bias", "bias", "")],
+        )
+    )
+    assert report.likely_cause == (
+        "gelu: the torch side uses the exact gelu (erf), the flax side behaves like the tanh approximation of gelu"
+    )
+
+
+class Block(nn.Module):
+    """Linen, nested, with a buffer collection, an integer input and two outputs."""
+
+    @nn.compact
+    def __call__(self, tokens, scale, mask):
+        x = nn.Embed(11, 8, name="embed")(tokens) * scale[..., None]
+        x = nn.BatchNorm(use_running_average=True, epsilon=1e-5, name="norm")(x)
+        x = jax.nn.relu(nn.Dense(5, name="out")(x))
+        x = jnp.where(mask[..., None], x, 0)
+        return {"hidden": x, "best": jnp.argmax(x, -1)}
+
+
+class TorchBlock(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.out = torch.nn.Embedding(11, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 5)
+
+    def forward(self, tokens, scale, mask):
+        x = self.embed(tokens) * scale[..., None]
+        x = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        x = torch.relu(self.out(x)).masked_fill(~mask[..., None], 0)
+        return {"hidden": x, "best": x.argmax(-1)}
+
+
+BLOCK = [
+    ("embed.weight", "embed.embedding", ""),
+    ("norm.weight", "norm.scale", ""),
+    ("norm.bias", "norm.bias", ""),
+    ("out.weight", "out.kernel", "o i -> i o"),
+    ("out.bias", "out.bias", ""),
+]
+BUFFERS = [("norm.running_mean", "batch_stats.norm.mean", ""), ("norm.running_var", "batch_stats.norm.var", "")]
+
+
+def tokens_scales_and_mask(rng):
+    return rng.integers(0, 11, (2, 6)), rng.standard_normal((2, 6)), rng.random((2, 6)) < 0.8
+
+
+def test_linen_with_integer_inputs_masks_buffers_and_two_outputs():
+    arguments = {"torch_module": TorchBlock().eval(), "flax_module": Block(), "inputs": tokens_scales_and_mask}
+    report = check_pair(**arguments, params=[*BLOCK, *BUFFERS], dtypes=("float32", "bfloat16"))
+    report.assert_ok()
+    tensors = {row.tensor for row in report.rows if row.rung != "weights"}
+    assert {"y.hidden", "y.best", "d_embed.weight", "d_input1"} <= tensors
+    assert "d_input0" not in tensors
+    assert "d_norm.running_mean" not in tensors
+    assert report.not_compared == ("torch buffer norm.num_batches_tracked",)
+    # Buffers left out keep their own values and are said not to be compared.
+    report = check_pair(**arguments, params=BLOCK)
+    assert "torch buffer norm.running_var" in report.not_compared
+    assert "flax buffer batch_stats.norm.mean" in report.not_compared
+
+
+def test_integer_outputs_are_compared_exactly():
+    pair = linear_pair(
+        torch_module=lambda p, x: ((x @ p["w"]).sum(-1), (x @ p["w"]).argmax(-1)),
+        flax_module=lambda p, x: ((x @ p["w"]).sum(-1), jnp.argmin(x @ p["w"], -1)),
+        torch_params={"w": np.ones((12, 7), np.float32)},
+        flax_params={"w": np.ones((12, 7), np.float32)},
+        params=[("w", "w")],
+    )
+    report = check_pair(**pair)
+    failed = {row.tensor for row in report.rows if row.status == "mismatch"}
+    assert failed == {"y.1"}
+
+
+def test_explicit_single_precision_inside_a_module_does_not_hide_the_float64_truth():
+    class Upcast(torch.nn.Linear):
+        def forward(self, x):
+            return torch.softmax(super().forward(x).float(), -1).to(x.dtype)
+
+    def upcast(p, x):
+        logits = x @ p["kernel"] + p["bias"]
+        return jax.nn.softmax(logits.astype(jnp.float32), -1).astype(x.dtype)
+
+    shapes = {"kernel": np.ones((12, 7), np.float32), "bias": np.zeros(7, np.float32)}
+    pair = linear_pair(torch_module=Upcast(12, 7), flax_module=upcast, flax_params=shapes)
+    check_pair(**pair, dtypes=("float32", "bfloat16")).assert_ok()
+
+
+def test_a_recurrent_loop_that_is_fixed_to_float32_still_has_a_truth():
+    hidden, features = 4, 3
+    lstm = torch.nn.LSTM(features, hidden, batch_first=True)
+    rules = []
+    for k, gate in enumerate("ifgo"):
+        rows = f"[{hidden * k}:{hidden * (k + 1)}]"
+        rules += [
+            (f"weight_ih_l0{rows}", f"cell.i{gate}.kernel", "o i -> i o"),
+            (f"weight_hh_l0{rows}", f"cell.h{gate}.kernel", "o i -> i o"),
+            (f"bias_hh_l0{rows}", f"cell.h{gate}.bias", ""),
+        ]
+    report = check_pair(
+        torch_module=lambda p, x: torch.func.functional_call(lstm, p, (x,))[0],
+        torch_params={name: p.detach().numpy() for name, p in lstm.named_parameters()},
+        flax_module=nn.RNN(nn.LSTMCell(hidden)),
+        params=[*rules, ("bias_ih_l0", None, "0")],
+        inputs=((2, 5, features),),
+    )
+    report.assert_ok()
+    assert any("cannot be traced in float64" in note for note in report.notes)
+    assert any("held at zero" in what for what in report.not_compared)
+
+
+def test_a_dtype_that_a_framework_refuses_is_skipped_with_its_reason():
+    def picky(params, x):
+        if x.dtype == jnp.float16:
+            raise NotImplementedError("no half precision here")
+        return x @ params["kernel"] + params["bias"]
+
+    shapes = {"kernel": np.ones((12, 7), np.float32), "bias": np.zeros(7, np.float32)}
+    report = check_pair(**linear_pair(flax_module=picky, flax_params=shapes), dtypes=("float32", "float16"))
+    report.assert_ok()
+    (skipped,) = [row for row in report.rows if row.status == "skipped"]
+    assert (skipped.framework, skipped.dtype) == ("jax", "float16")
+    assert skipped.reason == "NotImplementedError: no half precision here"
+
+
+def test_dropout_that_is_active_is_named_on_either_side():
+    noisy = torch.nn.Sequential(torch.nn.Linear(12, 7), torch.nn.Dropout(0.5))
+    rules = [("0.weight", "kernel", "o i -> i o"), ("0.bias", "bias", "")]
+    report = check_pair(**linear_pair(torch_module=noisy, params=rules))
+    assert report.likely_cause.startswith("the torch side draws random numbers: dropout is active")
+    check_pair(**linear_pair(torch_module=noisy.eval(), params=rules)).assert_ok()
+
+    class Dropped(nn.Module):
+        @nn.compact
+        def __call__(self, x, deterministic):
+            return nn.Dropout(0.5)(nn.Dense(7, name="dense")(x), deterministic=deterministic)
+
+    rules = [("weight", "dense.kernel", "o i -> i o"), ("bias", "dense.bias", "")]
+    for deterministic in (False, True):
+        kwargs = {"rngs": {"dropout": jax.random.key(1)}, "deterministic": deterministic}
+        report = check_pair(**linear_pair(flax_module=Dropped(), params=rules, flax_kwargs=kwargs))
+        assert report.ok == deterministic
+        assert deterministic or report.likely_cause.startswith("the flax side draws random numbers")
+
+
+def test_parameters_are_never_judged_at_their_initial_zeros():
+    ignores_bias = linear_pair(
+        flax_module=lambda p, x: x @ p["kernel"],
+        flax_params={"kernel": np.ones((12, 7), np.float32), "bias": np.zeros(7, np.float32)},
+    )
+    report = check_pair(**ignores_bias)
+    assert report.likely_cause.startswith("bias has no effect on the flax side")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"params": LINEAR[:1]}, MappingError, "left on the torch side: bias"),
+        ({"params": None}, ValueError, "params: expected a value, got None"),
+        ({"flax_module": None}, ValueError, "flax_module: expected a value, got None"),
+        ({"flax_module": nnx.Linear}, TypeError, "flax_module: expected a linen or nnx module or a function"),
+        ({"torch_module": 3}, TypeError, "torch_module: expected an nn.Module or a function, got int"),
+        ({"torch_module": lambda p, x: x}, TypeError, "torch_params: expected a dict of initial arrays"),
+        ({"flax_module": lambda p, x: x}, TypeError, "flax_params: expected a dict of initial arrays"),
+        ({"inputs": (3, 12)}, TypeError, r"inputs\[0\]: expected a shape such as \(8, 64\) or a NumPy array, got 3"),
+        ({"inputs": ()}, ValueError, "inputs: expected at least one, got none"),
+        ({"inputs": (np.ones((3, 12), complex),)}, TypeError, r"inputs\[0\]: expected floats, integers or booleans"),
+        ({"dtypes": ()}, ValueError, "dtypes: expected at least one"),
+        ({"dtypes": ("float8",)}, ValueError, "dtype: expected one of float64"),
+        ({"draws": {"wait": np.random.Generator.standard_normal}}, ValueError, "draws: expected names among weight"),
+        ({"input_patterns": {1: "b i -> i b"}}, MappingError, "input_patterns: expected positions below 1, got 1"),
+        ({"input_patterns": {0: "b i -> b"}}, MappingError, "expected a permutation such as"),
+        ({"torch_python": "python"}, ValueError, "expected pair='package.module:factory' beside an interpreter"),
+    ],
+)
+def test_wrong_arguments_get_one_sentence(changes, error, message):
+    with pytest.raises(error, match=message) as caught:
+        check_pair(**linear_pair(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_outputs_that_do_not_correspond_are_refused():
+    two = linear_pair(
+        flax_module=lambda p, x: (x @ p["kernel"], p["bias"]),
+        flax_params={"kernel": np.ones((12, 7), np.float32), "bias": np.zeros(7, np.float32)},
+    )
+    with pytest.raises(
+        ValueError, match=r"expected the same names on both sides, got y from torch and y\.0, y\.1 from"
+    ):
+        check_pair(**two)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("examples", "expected package.module:factory"),
+        ("no_such_module:pair", "expected a module that can be imported"),
+        ("parity_tests.pair.examples:no_such", "it has linear, conv, layer_norm, attention, gru_cell"),
+        ("parity_tests.pair.examples.differences:default_differences", "expected a dict of check_pair's arguments"),
+    ],
+)
+def test_a_pair_that_cannot_be_loaded_gets_one_sentence(spec, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        run_pair(spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_named_pair_with_overrides(tmp_path):
+    report = run_pair("parity_tests.pair.examples:linear", gradients=False, seed=3)
+    report.assert_ok()
+    assert report.name == "linear"
+    assert {row.rung for row in report.rows} == {"weights", "forward"}
+    assert all(row.case == "linear seed 3" for row in report.rows)
+
+
+def test_fixture(parity_pair):
+    assert parity_pair(**linear_pair()).ok
+    with pytest.raises(AssertionError, match="likely cause: bias has no effect"):
+        parity_pair(
+            **linear_pair(
+                torch_module=lambda p, x: x @ p["weight"].T,
+                torch_params={"weight": np.ones((7, 12), np.float32), "bias": np.zeros(7, np.float32)},
+            )
+        )

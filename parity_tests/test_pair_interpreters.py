@@ -1,0 +1,113 @@
+"""Two interpreters, each with one framework only, and neutral code that imports none."""
+
+import stat
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+pytest.importorskip("einops", reason="einops is not installed here")
+pytest.importorskip("scipy", reason="scipy is not installed here")
+
+from parity_tests.harness.dtypes import numpy_dtype
+from parity_tests.harness.subjects.base import framework_available
+from parity_tests.pair.exchange import read_groups, write_groups
+from parity_tests.pair.remote import RemoteSide
+from parity_tests.test_architecture import JAX_BAN, TORCH_BAN, run_isolated
+
+both = pytest.mark.skipif(
+    not (framework_available("torch") and framework_available("jax")), reason="needs both frameworks, one a process"
+)
+
+
+@pytest.fixture
+def interpreters(tmp_path):
+    """Two interpreters that cannot import the other framework."""
+    paths = {}
+    for framework, banned in (("torch", JAX_BAN), ("jax", TORCH_BAN)):
+        path = tmp_path / f"only-{framework}"
+        path.write_text(
+            f"#!{sys.executable}\n"
+            + textwrap.dedent(f"""
+            import runpy, sys
+            class Ban:
+                def find_spec(self, name, path=None, target=None):
+                    if name.split(".")[0] in {sorted(banned)!r}:
+                        raise ModuleNotFoundError(f"No module named {{name!r}} (banned by the test)", name=name)
+            sys.meta_path.insert(0, Ban())
+            assert sys.argv[1] == "-m"
+            sys.argv = sys.argv[2:]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+            """)
+        )
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        paths[framework] = str(path)
+    return paths
+
+
+@both
+def test_sides_in_their_own_interpreters_give_the_verdict_of_one(interpreters):
+    code = f"""
+import sys
+from parity_tests.pair import check_pair, run_pair
+pythons = {{"torch_python": {interpreters["torch"]!r}, "jax_python": {interpreters["jax"]!r}}}
+report = check_pair(pair="parity_tests.pair.examples:linear", dtypes=("float32", "bfloat16"), **pythons)
+report.assert_ok()
+print(sorted((row.framework, row.dtype, row.tensor) for row in report.rows)[-1])
+halves = [("weight[0:8]", "kernel[:, 8:]", "o i -> i o"), ("weight[8:]", "kernel[:, :8]", "o i -> i o")]
+wrong = [*halves, ("bias", "bias")]
+report = run_pair("parity_tests.pair.examples:linear", params=wrong, **pythons)
+assert not report.ok and report.first_failing_rung == "forward"
+try:
+    run_pair("parity_tests.pair.examples:linear", **pythons | {{"torch_python": {interpreters["jax"]!r}}})
+except ValueError as error:
+    assert "the torch side of parity_tests.pair.examples:linear cannot be built" in str(error), error
+else:
+    raise AssertionError("torch was built without torch")
+assert not set(sys.modules) & set({sorted(TORCH_BAN | JAX_BAN)!r})
+"""
+    result = run_isolated(code, TORCH_BAN | JAX_BAN)
+    assert result.returncode == 0, result.stderr
+    assert "('torch+jax', 'float64', 'y')" in result.stdout
+
+
+def test_an_interpreter_that_is_not_there_gets_one_sentence():
+    with pytest.raises(ValueError, match="torch_python: expected an interpreter, got '/no/such/python'"):
+        RemoteSide("torch", "parity_tests.pair.examples:linear", "/no/such/python")
+
+
+def test_neutral_code_of_pairs_imports_no_framework():
+    code = """
+import importlib, pkgutil, sys
+import parity_tests.pair as pair
+for module in pkgutil.iter_modules(pair.__path__, "parity_tests.pair."):
+    importlib.import_module(module.name)
+import parity_tests.pair.examples, parity_tests.pair.examples.differences
+loaded = set(sys.modules) & {"torch", "jax", "flax", "optax", "torch_impl", "jax_impl"}
+assert not loaded, loaded
+"""
+    result = run_isolated(code, set())
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"])
+def test_exchange_is_bit_exact(dtype, tmp_path):
+    target = numpy_dtype(dtype) if "float" in dtype else np.dtype(dtype)
+    width = np.dtype(f"u{target.itemsize}")
+    bits = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else np.iinfo(width).max, (5, 3), width)
+    groups = {
+        "parameters": {"a.b": bits.view(target), "scalar": bits[0, 0].view(target)},
+        "inputs": {"0": bits[:0].view(target)},
+    }
+    write_groups(tmp_path / "x.safetensors", groups)
+    read = read_groups(tmp_path / "x.safetensors")
+    for group, arrays in groups.items():
+        for name, array in arrays.items():
+            assert (read[group][name].dtype, read[group][name].shape) == (array.dtype, array.shape)
+            assert read[group][name].tobytes() == array.tobytes()
+
+
+def test_exchange_refuses_other_dtypes(tmp_path):
+    with pytest.raises(ValueError, match="expected a float, integer or boolean array, got complex128"):
+        write_groups(tmp_path / "x.safetensors", {"a": {"b": np.ones(2, complex)}})
