@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 SCHEMA_VERSION = 1
@@ -68,6 +68,20 @@ class Record:
         switches: the framework's precision switches during the run.
         started_at: UTC, ISO 8601.
         environment_id: key into ``environment.json``.
+        optimizer: of ``train_step``, by its name in the neutral specification; None in other directions.
+        synchronised_latency_s: durations of single calls, each waited for, raw and in order.
+        enqueue_s: median host seconds until a call returns, its result not waited for.
+        device_busy_s: seconds of one call in which the device ran anything; from a separate, traced pass.
+        kernels: name to executions in one call, of what ran on the device; from the same pass.
+        compile_warm_s: the same compilation again, with the framework's on-disk cache filled; None in eager mode.
+        program_flops: operations of the compiled or traced program by the framework's own account, or None.
+        energy_j: joules of one call where the device reports energy, or None.
+        ceiling_flops_per_s: rate of a large product in the same session and precision, or None.
+        ceiling_bytes_per_s: rate of a large copy in the same session, bytes read and written, or None.
+        peak_flops_per_s: the most that the hardware can do by its data sheet, or None where that is not known.
+        peak_bytes_per_s: the same for its memory.
+        stopped: why no more rounds were run: ``resolved``, ``precise``, ``rounds`` or ``time``; empty if none ran.
+        conditions: per round, what the device reported: clocks, power, temperature, throttling; empty without a report.
     """
 
     schema_version: int
@@ -116,6 +130,20 @@ class Record:
     switches: Mapping[str, Any]
     started_at: str
     environment_id: str
+    optimizer: str | None = None
+    synchronised_latency_s: tuple[float, ...] = ()
+    enqueue_s: float | None = None
+    device_busy_s: float | None = None
+    kernels: Mapping[str, int] = field(default_factory=dict)
+    compile_warm_s: float | None = None
+    program_flops: int | None = None
+    energy_j: float | None = None
+    ceiling_flops_per_s: float | None = None
+    ceiling_bytes_per_s: float | None = None
+    peak_flops_per_s: float | None = None
+    peak_bytes_per_s: float | None = None
+    stopped: str = ""
+    conditions: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses a record that contradicts itself."""
@@ -140,8 +168,25 @@ class Record:
         return (json.dumps(asdict(self), allow_nan=False) + "\n").encode()
 
 
-_FIELDS = {field.name for field in fields(Record)}
-_TUPLES = ("block_latency_s", "rejected_block_latency_s", "warm_up_block_latency_s")
+_FIELDS = {item.name for item in fields(Record)}
+# Fields that came later have a default, so that records of earlier runs can still be read.
+_REQUIRED = {item.name for item in fields(Record) if item.default is MISSING and item.default_factory is MISSING}
+# Checked when a line is read, since a file may have been edited by hand.
+_KINDS: Mapping[str, Any] = {
+    **{item.name: str for item in fields(Record) if item.type == "str" or item.type is str},
+    **{item.name: int for item in fields(Record) if item.type == "int" or item.type is int},
+    **{item.name: bool for item in fields(Record) if item.type == "bool" or item.type is bool},
+    "latency_s": float | int | None,
+    "calls_per_block": int | None,
+    "compile_s": float | int | None,
+    "peak_memory_bytes": int | None,
+    "bound_fraction": float | int | None,
+    "observed_precision": str | None,
+    "parity": dict,
+    "switches": dict,
+    "kernels": dict,
+}
+_SAMPLES = ("block_latency_s", "rejected_block_latency_s", "warm_up_block_latency_s", "synchronised_latency_s")
 
 
 def parse_line(line: bytes | str) -> Record:
@@ -160,15 +205,28 @@ def parse_line(line: bytes | str) -> Record:
         raise RecordError("not a JSON object")
     if values.get("schema_version") != SCHEMA_VERSION:
         raise RecordError(f"schema_version: expected {SCHEMA_VERSION}, got {values.get('schema_version')!r}")
-    missing = sorted(_FIELDS - values.keys())
+    missing = sorted(_REQUIRED - values.keys())
     if missing:
         raise RecordError(f"missing fields: {', '.join(missing)}")
     known = {name: value for name, value in values.items() if name in _FIELDS}
-    for name in _TUPLES:
-        if not isinstance(known[name], list):
-            raise RecordError(f"{name}: expected a list, got {known[name]!r}")
-        known[name] = tuple(known[name])
+    for name in _SAMPLES:
+        samples = known.get(name, [])
+        if not isinstance(samples, list) or not all(_positive(sample) for sample in samples):
+            raise RecordError(f"{name}: expected a list of positive numbers, got {str(samples)[:80]}")
+        known[name] = tuple(samples)
+    known["conditions"] = tuple(known.get("conditions", ()))
+    for name, kind in _KINDS.items():
+        if name in known and not isinstance(known[name], kind):
+            raise RecordError(f"{name}: expected {_kind_name(kind)}, got {known[name]!r}")
     return Record(**known)
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _kind_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def digest(value: object) -> str:

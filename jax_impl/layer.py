@@ -21,6 +21,7 @@ from jax_impl.validation import (
     check_is_array,
     check_precision,
     check_sizes,
+    check_stream,
 )
 
 
@@ -99,6 +100,9 @@ class PartitionedLinear(nnx.Module):
         check_precision(precision)
         check_callable("promote_dtype", promote_dtype, "((x, kernel, bias), dtype=...)")
         check_instance("rngs", rngs, nnx.Rngs, "pass rngs=nnx.Rngs(seed)")
+        check_stream("rngs", rngs, "params")
+        check_instance("kernel_metadata", kernel_metadata, Mapping, "pass a dict")
+        check_instance("bias_metadata", bias_metadata, Mapping, "pass a dict")
         kernel_shape = (num_partitions, in_features, out_features)
         draw_kernel = kernel_initializer(init, kernel_init, in_features)
         self.kernel = nnx.Param(draw_kernel(rngs.params(), kernel_shape, param_dtype), **kernel_metadata)

@@ -75,7 +75,7 @@ def save_parameters(layer: PartitionedLinear, path: str | os.PathLike[str]) -> N
         path: Where to; an existing file is replaced.
 
     Raises:
-        TypeError: If `layer` is no nnx `PartitionedLinear`.
+        TypeError: If `layer` is no nnx `PartitionedLinear`, or `path` no path.
         ValueError: If the parameters hold no values here.
         OSError: If the file cannot be written.
     """
@@ -90,7 +90,7 @@ def load_parameters(layer: PartitionedLinear, path: str | os.PathLike[str]) -> N
         path: The file.
 
     Raises:
-        TypeError: If `layer` is no nnx `PartitionedLinear`, or a dtype differs; the layer is unchanged.
+        TypeError: If `layer` is no nnx `PartitionedLinear`, `path` no path, or a dtype differs; the layer is unchanged.
         ValueError: If the file is foreign or of another version, or an array is missing, extra or mis-shaped; the
             layer is unchanged.
         OSError: If the file cannot be read.
@@ -133,10 +133,13 @@ def write_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str])
     """Write canonical arrays to a safetensors file, which appears whole or not at all.
 
     Raises:
+        TypeError: If `path` is no path.
         OSError: If the file cannot be written.
     """
+    target = _checked(path)
     content = safetensors.numpy.save(dict(arrays), {"format": FORMAT, "format_version": FORMAT_VERSION})
-    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"`path`: expected a file in an existing folder, got {target}; create the folder first.")
     # In the target's own directory, so that the replacement is one atomic rename.
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
@@ -150,11 +153,11 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Read the arrays of a file written by `write_arrays`.
 
     Raises:
-        TypeError: If an array has a dtype that no layer has.
+        TypeError: If `path` is no path, or an array has a dtype that no layer has.
         ValueError: If the file is foreign or of another version.
         OSError: If the file cannot be read.
     """
-    path = Path(path)
+    path = _checked(path)
     content = path.read_bytes()
     try:
         entries = dict(safetensors.deserialize(content))
@@ -186,7 +189,18 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     }
 
 
+def _checked(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"`path`: expected a str or a Path, got a {type(path).__name__}; pass the file's name.")
+    return Path(path)
+
+
 def _parameters(layer: PartitionedLinear) -> dict[str, Any]:
-    check_instance("layer", layer, PartitionedLinear, "for linen's parameters use the functions of jax_impl.linen")
+    check_instance(
+        "layer",
+        layer,
+        PartitionedLinear,
+        "pass the nnx layer (for the parameter dicts of linen, jax_impl.linen has functions of the same names)",
+    )
     weight = {"weight": layer.kernel.get_value()}
     return weight if layer.bias is None else weight | {"bias": layer.bias.get_value()}

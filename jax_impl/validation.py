@@ -37,12 +37,7 @@ def check_instance(argument: str, value: Any, kind: type, advice: str) -> None:
 
 
 def check_dtype(argument: str, dtype: Any) -> None:
-    """Refuse dtypes outside the table, and float64 while JAX would replace it by float32.
-
-    Raises:
-        TypeError: If it is no dtype or not one of the supported floating dtypes.
-        ValueError: If it is float64 and x64 is off.
-    """
+    """Refuse dtypes outside the table by a TypeError, and float64 while x64 is off by a ValueError."""
     try:
         # NumPy reads None as float64.
         resolved = None if dtype is None else np.dtype(dtype)
@@ -78,8 +73,11 @@ def check_preferred_element_type(preferred_element_type: Any, dtype: np.dtype) -
 
 
 def check_precision(precision: Any) -> None:
-    """Refuse, by a ValueError that lists the choices, names that JAX does not know as a precision."""
+    """Refuse unknown names by a ValueError that lists the choices, and what is no precision by a TypeError."""
+    kinds = str | jax.lax.Precision | jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset | None
     for name in precision if isinstance(precision, tuple) else (precision,):
+        if not isinstance(name, kinds):
+            raise TypeError(f"`precision`: expected a name or a jax.lax.Precision, got a {_kind(name)}; pass one.")
         if isinstance(name, str) and name.lower() not in _PRECISIONS and name not in _ALGORITHMS:
             raise ValueError(
                 f"`precision`: expected one of {_quoted(_PRECISIONS)} or a name of jax.lax.DotAlgorithmPreset, got "
@@ -104,6 +102,12 @@ def check_callable(argument: str, function: Any, signature: str) -> None:
     """Refuse what cannot be called, by a TypeError."""
     if not callable(function):
         raise TypeError(f"`{argument}`: expected a function {signature}, got a {_kind(function)}; pass a function.")
+
+
+def check_stream(argument: str, rngs: Any, stream: str) -> None:
+    """Refuse, by a ValueError, random streams without the named one and without a default."""
+    if not hasattr(rngs, stream):
+        raise ValueError(f"`{argument}`: expected a stream {stream!r} or a default, got neither; pass one seed.")
 
 
 def check_is_array(argument: str, value: Any) -> None:
@@ -201,12 +205,7 @@ def check_materialised(parameters: Mapping[str, Any]) -> None:
 
 
 def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-    """Refuse canonical arrays that are not exactly the expected ones, given as name -> (shape, dtype).
-
-    Raises:
-        TypeError: If it is no mapping of NumPy arrays, or a dtype differs.
-        ValueError: If an array is missing, extra or mis-shaped.
-    """
+    """Refuse canonical arrays unless they are those of name -> (shape, dtype), by a TypeError or a ValueError."""
     if not isinstance(arrays, Mapping):
         raise TypeError(f"`arrays`: expected a mapping of names to NumPy arrays, got a {_kind(arrays)}; pass a dict.")
     if set(arrays) != set(expected):

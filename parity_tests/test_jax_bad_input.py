@@ -212,6 +212,30 @@ CASES = [
     ),
     ("layer-precision", layer(precision="exact"), ValueError, "`precision`: expected one of 'default',"),
     (
+        "layer-precision-number",
+        layer(precision=3),
+        TypeError,
+        "`precision`: expected a name or a jax.lax.Precision, got a int; pass one.",
+    ),
+    (
+        "layer-stream",
+        layer(rngs=nnx.Rngs(dropout=0)),
+        ValueError,
+        "`rngs`: expected a stream 'params' or a default, got neither; pass one seed.",
+    ),
+    (
+        "layer-kernel-metadata",
+        layer(kernel_metadata=3),
+        TypeError,
+        "`kernel_metadata`: expected a Mapping, got a int; pass a dict.",
+    ),
+    (
+        "layer-bias-metadata",
+        layer(bias_metadata="model"),
+        TypeError,
+        "`bias_metadata`: expected a Mapping, got a str; pass a dict.",
+    ),
+    (
         "promote",
         layer(promote_dtype=None),
         TypeError,
@@ -276,7 +300,19 @@ CASES = [
         "export-linear",
         lambda: jax_impl.export_parameters(nnx.Linear(IN, OUT, rngs=nnx.Rngs(0))),
         TypeError,
-        "`layer`: expected a PartitionedLinear, got a Linear; for linen's parameters use the functions of jax",
+        "`layer`: expected a PartitionedLinear, got a Linear; pass the nnx layer (for the",
+    ),
+    (
+        "load-no-path",
+        lambda: jax_impl.load_parameters(layer()(), None),
+        TypeError,
+        "`path`: expected a str or a Path, got a NoneType; pass the file's name.",
+    ),
+    (
+        "save-no-path",
+        lambda: jax_impl.save_parameters(layer()(), 3),
+        TypeError,
+        "`path`: expected a str or a Path, got a int; pass the file's name.",
     ),
     (
         "export-abstract",
@@ -337,5 +373,5 @@ def test_a_good_call_is_accepted():
 def test_files_that_are_not_there_raise_os_errors(tmp_path):
     with pytest.raises(FileNotFoundError):
         jax_impl.load_parameters(layer()(), tmp_path / "none")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"^`path`: expected a file in an existing folder, got .*; create"):
         jax_impl.save_parameters(layer()(), tmp_path / "none" / "f")

@@ -17,7 +17,9 @@ from torch_impl import (
     UnsupportedImplementationError,
     export_parameters,
     import_parameters,
+    load_parameters,
     partitioned_linear,
+    save_parameters,
 )
 from torch_impl.parameters import state_dict_from_linears
 from torch_impl.registry import get_implementation, unsupported_reason
@@ -35,6 +37,13 @@ FUNCTION = {
     "x-none": (call(x=None), TypeError, r"^`x`: expected a torch.Tensor, got a NoneType;"),
     "weight-list": (call(weight=[W]), TypeError, r"^`weight`: expected a torch.Tensor, got a list;"),
     "bias-float": (call(bias=0.0), TypeError, r"^`bias`: expected a torch.Tensor, got a float;"),
+    "x-sparse": (
+        call(x=X.to_sparse()),
+        TypeError,
+        r"^`x`: expected a dense tensor, got layout torch\.sparse_coo; call to_dense first\.$",
+    ),
+    "weight-sparse": (call(weight=W.to_sparse()), TypeError, r"^`weight`: expected a dense tensor, got layout"),
+    "bias-sparse": (call(bias=B.to_sparse()), TypeError, r"^`bias`: expected a dense tensor, got layout"),
     "x-integer": (call(x=X.int()), TypeError, r"^`x`: expected a dtype of float64, .*, got int32; cast it first\.$"),
     "weight-complex": (call(weight=W.cfloat()), TypeError, r"^`weight`: expected a dtype of .*, got complex64;"),
     "bias-bool": (call(bias=B.bool()), TypeError, r"^`bias`: expected a dtype of .*, got bool;"),
@@ -122,6 +131,23 @@ def frozen():
     return pair
 
 
+class ScaledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked():
+    pair = linears()
+    pair[1].register_forward_hook(lambda module, arguments, output: 2 * output)
+    return pair
+
+
+def pruned():
+    pair = linears()
+    nn.utils.prune.l1_unstructured(pair[0], "weight", amount=0.5)
+    return pair
+
+
 def normalised():
     return [nn.utils.parametrizations.weight_norm(linear) for linear in linears()]
 
@@ -191,12 +217,32 @@ LAYER = {
     "linears-kind": (
         lambda: MaskedPartitionedLinear.from_linears([nn.Linear(4, 5), nn.Conv1d(4, 5, 1)]),
         TypeError,
-        r"^`linears\[1\]`: expected an nn\.Linear without parametrizations, got a Conv1d;",
+        r"^`linears\[1\]`: expected an nn\.Linear without parametrizations, .*, got a Conv1d;",
+    ),
+    "linears-own-forward": (
+        lambda: PartitionedLinear.from_linears([nn.Linear(4, 5), ScaledLinear(4, 5)]),
+        TypeError,
+        r"^`linears\[1\]`: expected an nn\.Linear without .* a forward of its own, got a ScaledLinear; convert it first",
+    ),
+    "linears-hooked": (
+        lambda: PartitionedLinear.from_linears(hooked()),
+        TypeError,
+        r"^`linears\[1\]`: expected an nn\.Linear without parametrizations, hooks or .*, got a Linear;",
+    ),
+    "linears-pruned": (
+        lambda: MaskedPartitionedLinear.from_linears(pruned()),
+        TypeError,
+        r"^`linears\[0\]`: expected an nn\.Linear without parametrizations, hooks or .*, got a Linear;",
+    ),
+    "linears-weight-norm": (
+        lambda: PartitionedLinear.from_linears([nn.utils.weight_norm(nn.Linear(4, 5))]),
+        TypeError,
+        r"^`linears\[0\]`: expected an nn\.Linear without parametrizations, hooks or .*, got a Linear;",
     ),
     "linears-parametrised": (
         lambda: PartitionedLinear.from_linears(normalised()),
         TypeError,
-        r"^`linears\[0\]`: expected an nn\.Linear without parametrizations, got a ParametrizedLinear;",
+        r"^`linears\[0\]`: expected an nn\.Linear without parametrizations, .*, got a ParametrizedLinear;",
     ),
     "linears-in": (
         lambda: PartitionedLinear.from_linears(linears(in_features=3)),
@@ -242,6 +288,31 @@ PARAMETERS = {
         lambda: export_parameters(PartitionedLinear(3, 4, 5, device="meta")),
         ValueError,
         r"^`layer`: expected values in `weight`, got the meta device;",
+    ),
+    "export-linear": (
+        lambda: export_parameters(nn.Linear(4, 5)),
+        TypeError,
+        r"^`layer`: expected a PartitionedLinear or MaskedPartitionedLinear, got a Linear; pass the layer itself,",
+    ),
+    "import-foreign": (
+        lambda: import_parameters({"weight": W}, {}),
+        TypeError,
+        r"^`layer`: expected a PartitionedLinear or MaskedPartitionedLinear, got a dict;",
+    ),
+    "load-no-path": (
+        lambda: load_parameters(PartitionedLinear(3, 4, 5), None),
+        TypeError,
+        r"^`path`: expected a str or a Path, got a NoneType; pass the file's name\.$",
+    ),
+    "save-no-path": (
+        lambda: save_parameters(PartitionedLinear(3, 4, 5), 3),
+        TypeError,
+        r"^`path`: expected a str or a Path, got a int; pass the file's name\.$",
+    ),
+    "save-no-folder": (
+        lambda: save_parameters(PartitionedLinear(3, 4, 5), "missing-folder/layer.safetensors"),
+        FileNotFoundError,
+        r"^`path`: expected a file in an existing folder, got missing-folder/.*; create the folder first\.$",
     ),
     "import-list": (
         lambda: import_parameters(PartitionedLinear(3, 4, 5), [np.zeros(1)]),
@@ -352,6 +423,10 @@ def test_bad_call_gives_one_clear_sentence(bad_call, error, message):
     assert raised.type is error
     assert "\n" not in text
     assert text.endswith(".")
+
+
+def test_there_are_enough_bad_calls():
+    assert len(CALLS) >= 25
 
 
 def test_unsupported_is_a_value_error():

@@ -117,11 +117,20 @@ def _stacked(linears: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _traits(k: int, linear: Any) -> dict[str, Any]:
-    # A parametrised linear (weight norm, say) computes its weight; a copy would drop the parametrisation.
-    if not isinstance(linear, nn.Linear) or parametrize.is_parametrized(linear):
+    # A parametrised, normalised or pruned linear computes its weight, a hook or an own forward changes the result: a
+    # copy of the parameters would silently drop that.
+    plain = (
+        isinstance(linear, nn.Linear)
+        and type(linear).forward is nn.Linear.forward
+        and "forward" not in vars(linear)
+        and not (linear._forward_pre_hooks or linear._forward_hooks)
+        and not parametrize.is_parametrized(linear)
+        and {name for name, _ in linear.named_parameters()} <= {"weight", "bias"}
+    )
+    if not plain:
         raise TypeError(
-            f"`linears[{k}]`: expected an nn.Linear without parametrizations, got a {type(linear).__name__}; convert "
-            f"it first."
+            f"`linears[{k}]`: expected an nn.Linear without parametrizations, hooks or a forward of its own, got a "
+            f"{type(linear).__name__}; convert it first."
         )
     return {
         "in_features": linear.in_features,

@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -60,10 +60,10 @@ def export_parameters(layer: PartitionedModule) -> dict[str, np.ndarray]:
         "weight" (n, in, out) and, if any, "bias" (n, out), in the layer's dtype (bfloat16 is that of `ml_dtypes`).
 
     Raises:
+        TypeError: If `layer` is neither of the two.
         ValueError: If the parameters hold no values here (meta device, or sharded over devices).
     """
-    views = layer.partition_views()
-    check_materialised(views)
+    views = _views(layer)
     return {name: _to_numpy(view) for name, view in views.items()}
 
 
@@ -77,11 +77,11 @@ def import_parameters(layer: PartitionedModule, arrays: Mapping[str, np.ndarray]
         arrays: "weight" (n, in, out) and, if the layer has one, "bias" (n, out), in the layer's dtype.
 
     Raises:
-        TypeError: If an array is no NumPy array or has another dtype; the layer is unchanged.
+        TypeError: If `layer` is neither of the two, or an array is no NumPy array or has another dtype; the layer is
+            unchanged.
         ValueError: If an array is missing, extra or mis-shaped; the layer is unchanged.
     """
-    views = layer.partition_views()
-    check_materialised(views)
+    views = _views(layer)
     check_arrays(arrays, {name: (tuple(view.shape), _NUMPY_DTYPES[view.dtype]) for name, view in views.items()})
     tensors = {name: _from_numpy(arrays[name], view) for name, view in views.items()}
     with torch.no_grad():
@@ -97,12 +97,15 @@ def save_parameters(layer: PartitionedModule, path: str | os.PathLike[str]) -> N
         path: Where to; an existing file is replaced.
 
     Raises:
+        TypeError: If `layer` is neither of the two, or `path` is no path.
         ValueError: If the parameters hold no values here.
         OSError: If the file cannot be written.
     """
+    target = _checked(path)
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION}
     content = safetensors.numpy.save(export_parameters(layer), metadata)
-    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"`path`: expected a file in an existing folder, got {target}; create the folder first.")
     # In the target's own directory, so that the replacement is one atomic rename.
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
@@ -120,12 +123,29 @@ def load_parameters(layer: PartitionedModule, path: str | os.PathLike[str]) -> N
         path: The file.
 
     Raises:
-        TypeError: If a dtype differs; the layer is unchanged.
+        TypeError: If `layer` is neither of the two, `path` is no path, or a dtype differs; the layer is unchanged.
         ValueError: If the file is foreign or of another version, or an array is missing, extra or mis-shaped; the
             layer is unchanged.
         OSError: If the file cannot be read.
     """
-    import_parameters(layer, _read_arrays(Path(path)))
+    import_parameters(layer, _read_arrays(_checked(path)))
+
+
+def _views(layer: PartitionedModule) -> dict[str, Tensor]:
+    if not hasattr(layer, "partition_views"):
+        raise TypeError(
+            f"`layer`: expected a PartitionedLinear or MaskedPartitionedLinear, got a {type(layer).__name__}; pass the "
+            f"layer itself, or use state_dict_from_linears for a list of nn.Linear."
+        )
+    views = layer.partition_views()
+    check_materialised(views)
+    return views
+
+
+def _checked(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"`path`: expected a str or a Path, got a {type(path).__name__}; pass the file's name.")
+    return Path(path)
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, strided
 
 from torch_impl.registry import DTYPE_NAMES, IMPLEMENTATIONS
 
@@ -88,11 +88,13 @@ def _operands_fit(x: Any, weight: Any, bias: Any) -> bool:
         return False
     if dtype not in DTYPE_NAMES or (x.dtype is not dtype and x.dtype not in DTYPE_NAMES):
         return False
+    if x.layout is not strided or weight.layout is not strided:
+        return False
     if bias is None:
         return True
     if not isinstance(bias, Tensor) or bias.shape != (n, o) or bias.device != device:
         return False
-    return bias.dtype is dtype or bias.dtype in DTYPE_NAMES
+    return (bias.dtype is dtype or bias.dtype in DTYPE_NAMES) and bias.layout is strided
 
 
 def _explain_operands(x: Any, weight: Any, bias: Any) -> None:
@@ -125,10 +127,12 @@ def check_tensor(argument: str, tensor: Any) -> None:
     """Refuse what is no tensor of a supported floating dtype.
 
     Raises:
-        TypeError: If it is no tensor, or its dtype is none of the supported ones.
+        TypeError: If it is no tensor, is sparse, or its dtype is none of the supported ones.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"`{argument}`: expected a torch.Tensor, got a {_kind(tensor)}; convert it first.")
+    if tensor.layout is not strided:
+        raise TypeError(f"`{argument}`: expected a dense tensor, got layout {tensor.layout}; call to_dense first.")
     if tensor.dtype not in DTYPE_NAMES:
         raise TypeError(f"`{argument}`: expected a dtype of {_FLOATS}, got {_dtype(tensor)}; cast it first.")
 
@@ -195,12 +199,7 @@ def check_materialised(views: Mapping[str, Tensor]) -> None:
 
 
 def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-    """Refuse canonical arrays that are not exactly those of the layer, given as name -> (shape, dtype).
-
-    Raises:
-        TypeError: If it is no mapping of NumPy arrays, or a dtype differs.
-        ValueError: If an array is missing, extra or mis-shaped.
-    """
+    """Refuse canonical arrays unless they are those of name -> (shape, dtype), by a TypeError or a ValueError."""
     if not isinstance(arrays, Mapping):
         raise TypeError(f"`arrays`: expected a mapping of names to NumPy arrays, got a {_kind(arrays)}; pass a dict.")
     if set(arrays) != set(expected):
