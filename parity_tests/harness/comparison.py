@@ -134,6 +134,21 @@ def compare_tensor(
     return _result(name, value, truth.value, truth.partition_axis, limits)
 
 
+def compare_with_limit(
+    name: str, value: np.ndarray, expected: np.ndarray, limit: np.ndarray, partition_axis: int
+) -> TensorResult:
+    """Judges one tensor against a value with a limit of its own for each element, for what no product's bound covers.
+
+    Args:
+        name: of the tensor.
+        value: what the subject returned.
+        expected: the truth, in float64 or wider.
+        limit: largest admissible error of each element.
+        partition_axis: axis of the partitions.
+    """
+    return _result(name, value, expected, partition_axis, {"T1": limit})
+
+
 def compare(
     outputs: Mapping[str, np.ndarray], reference: Reference, arithmetic: Arithmetic, zero_mean: bool = True
 ) -> list[TensorResult]:
