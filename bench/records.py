@@ -5,6 +5,8 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from sys import intern
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 SCHEMA_VERSION = 1
@@ -163,12 +165,30 @@ class Record:
         """One readable name, for example ``torch matmul (eager)``."""
         return f"{self.framework} {self.implementation} ({self.mode})"
 
+    def without_samples(self) -> "Record":
+        """The record without what only statistics need, so that the report of a large sweep fits into memory.
+
+        Not for storage: such a record is no valid line.
+        """
+        lean = object.__new__(Record)
+        for name in _NAMES:
+            # The checks of a record that is already there need no repetition.
+            object.__setattr__(lean, name, _LIGHT[name] if name in _LIGHT else getattr(self, name))
+        return lean
+
     def to_line(self) -> bytes:
         """The record as one JSON line, newline included."""
         # Not ``asdict``, which copies every sample before it is written.
         return (json.dumps({name: getattr(self, name) for name in _NAMES}, allow_nan=False) + "\n").encode()
 
 
+_LIGHT: Mapping[str, Any] = {
+    **dict.fromkeys(("block_latency_s", "warm_up_block_latency_s", "rejected_block_latency_s"), ()),
+    "synchronised_latency_s": (),
+    "conditions": (),
+    "parity": MappingProxyType({}),
+    "switches": MappingProxyType({}),
+}
 _NAMES = tuple(item.name for item in fields(Record))
 # Fields that came later have a default, so that records of earlier runs can still be read.
 _REQUIRED = {item.name for item in fields(Record) if item.default is MISSING and item.default_factory is MISSING}
@@ -227,8 +247,12 @@ def parse_line(line: bytes | str) -> Record:
                 raise RecordError(f"{name}: expected {names}, got {str(value)[:80]!r}")
             if name in _NUMBERS and value is not None and not 0 <= value <= _LARGEST:
                 raise RecordError(f"{name}: expected a number that is not negative, got {str(value)[:80]}")
+            if kinds == (str,):
+                # The same few names again and again.
+                known[name] = intern(str(value))
             if kinds == (list,):
-                known[name] = _samples(name, value) if name in _SAMPLES else tuple(value)
+                listed: list[Any] = values[name]
+                known[name] = _samples(name, listed) if name in _SAMPLES else tuple(listed)
     if any(known[name] == 0 for name in _COUNTS) or known["latency_s"] == 0:
         raise RecordError(f"{', '.join(_COUNTS)}, latency_s: expected more than 0")
     if len(known["block_latency_s"]) % 2:

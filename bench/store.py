@@ -24,6 +24,10 @@ class Store:
         directory: created if missing.
         resume: whether records that are there already are continued.
 
+    Attributes:
+        environment_ids: of all records that it holds.
+        set_aside_bytes: of a torn cell that was found at the end.
+
     Raises:
         StoreError: if the directory cannot be written, holds records although ``resume`` is false, or is damaged.
     """
@@ -32,6 +36,7 @@ class Store:
         self.directory = directory
         self._keys: set[str] = set()
         self._cells: set[tuple[str, int]] = set()
+        self.environment_ids: set[str] = set()
         path = directory / RECORDS
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -60,19 +65,22 @@ class Store:
         """
         sizes: dict[tuple[str, int], int] = defaultdict(int)
         last, start, end, expected, keys = None, 0, 0, 0, []
+        place = ""
         for line in scan(path):
             cell = (line.record.cell, line.record.process_replicate)
             if cell != last:
                 self._keys.update(keys)
+                self.environment_ids |= {place} if keys else set()
                 last, start, keys = cell, line.start, []
             sizes[cell] += 1
             keys.append(line.record.key)
-            expected, end = line.record.cell_size, line.start + line.size
+            expected, end, place = line.record.cell_size, line.start + line.size, line.record.environment_id
         if last is not None and sizes[last] < expected:
             sizes.pop(last)
             end = start
         else:
             self._keys.update(keys)
+            self.environment_ids |= {place} if keys else set()
         self._cells.update(sizes)
         return end
 
@@ -108,6 +116,7 @@ class Store:
         except OSError as error:
             raise self._full(error) from error
         self._keys.update(keys)
+        self.environment_ids.update(record.environment_id for record in batch)
         self._cells.update((record.cell, record.process_replicate) for record in batch)
 
     def add_environment(self, environment_id: str, fingerprint: Mapping[str, Any]) -> None:
@@ -128,6 +137,6 @@ class Store:
 
     def _full(self, error: OSError) -> StoreError:
         return StoreError(
-            f"{self.directory}: cannot be written any more ({error.strerror}); whole cells that were recorded are kept: "
-            "make room and add --resume."
+            f"{self.directory}: cannot be written any more ({error.strerror}); whole cells that were recorded are "
+            "kept: make room and add --resume."
         )
