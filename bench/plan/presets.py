@@ -7,7 +7,8 @@ from types import MappingProxyType
 
 from bench.plan.cells import DIRECTIONS, DIVISIONS, PRECISIONS, Cell
 from bench.plan.costs import Limits
-from bench.plan.workloads import WORKLOADS
+from bench.plan.sweeps import preset_sweep
+from bench.plan.workloads import WORKLOADS, workload
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Preset:
     Attributes:
         name: what the command line calls it.
         summary: one sentence.
-        workloads: names of the catalogue.
+        workloads: names of the catalogue or of sweep points.
         directions: directions.
         precisions: precision classes.
         divisions: divisions.
@@ -55,11 +56,18 @@ _SEED = (
     "article-batch-1",
     "article-batch-2048",
     "article-n8",
+    "article-in8096",
+    "article-in256",
+    "article-out8096",
+    "article-out256",
     "electricity-336-96",
     "electricity-336-720",
     "recurrentgemma-2b-gates",
     "recurrentgemma-2b-gates-1024",
 )
+# Drawing an array takes twice its size, and each worker holds its own: larger ones are for machines with much memory.
+_MOST_ELEMENTS = 2**28
+_MODERATE = tuple(name for name, found in WORKLOADS.items() if found.elements <= _MOST_ELEMENTS)
 _PATIENT = Limits(
     executed_flops=2e11, unrolled_products=100, memory_fraction=0.5, call_s=0.5, slowdown=4, prepare_s=90, request_s=300
 )
@@ -91,15 +99,24 @@ _ALL = (
     ),
     Preset(
         "workloads",
-        "every workload of the catalogue",
-        tuple(WORKLOADS),
+        "every workload of the catalogue whose arrays take at most 1 GiB in fp32",
+        _MODERATE,
         rounds=25,
         limits=replace(_PATIENT, executed_flops=1e12, call_s=2.0, prepare_s=300, request_s=300),
-        compiled=dict.fromkeys(WORKLOADS, ("matmul",)),
+        compiled=dict.fromkeys(_MODERATE, ("matmul",)),
+    ),
+    Preset(
+        "sweep",
+        "around the article's base: batch, partitions and sizes on a log grid, few rounds of each",
+        preset_sweep(),
+        rounds=10,
+        cell_s=5.0,
+        warm_up_blocks=2,
+        limits=replace(_PATIENT, executed_flops=2e10, call_s=0.2),
     ),
     Preset(
         "full",
-        "every workload, precision and division, in three process replicates",
+        "every workload of the catalogue, precision and division, in three process replicates",
         tuple(WORKLOADS),
         rounds=25,
         limits=replace(_PATIENT, executed_flops=1e13, call_s=5.0, unrolled_products=1000, prepare_s=600, request_s=600),
@@ -125,7 +142,7 @@ def narrowed(
 ) -> Preset:
     """Returns the preset with the given selections in place of its own; an empty one keeps the preset's.
 
-    A workload that the preset does not contain may be named too: the catalogue decides what exists.
+    A workload that the preset does not contain may be named too: ``workload`` decides what exists.
     """
     return replace(
         preset,
@@ -147,11 +164,15 @@ def plan_cells(preset: Preset, device: str) -> tuple[Cell, ...]:
 
     Returns:
         The cells in the order in which they are measured, without repeats.
+
+    Raises:
+        UnknownWorkloadError: for a name that no workload has.
     """
+    workloads = [workload(name) for name in preset.workloads]
     cells = [
-        Cell(WORKLOADS[name], direction, precision, division, device)
+        Cell(found, direction, precision, division, device)
         for division in preset.divisions
-        for name in preset.workloads
+        for found in workloads
         for precision in preset.precisions
         for direction in preset.directions
         # The stock division runs a framework's defaults, and TF32 is nothing one gets by asking for nothing.

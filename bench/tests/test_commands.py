@@ -103,8 +103,11 @@ def test_a_run_goes_on_without_a_framework_and_says_so(tmp_path, call, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--preset", "huge"), "--preset: expected one of smoke, seed, workloads, full, got 'huge'"),
-        (("--workload", "nothing"), "--workload: expected one of article-base"),
+        (("--preset", "huge"), "--preset: expected one of smoke, seed, workloads, sweep, full, got 'huge'"),
+        (
+            ("--workload", "nothing"),
+            "--workload: expected a name of the catalogue or sweep-b<B>-n<n>-i<in>-o<out>, got 'nothing'",
+        ),
         (("--framework", "keras"), "--framework: expected one of torch, jax, got 'keras'"),
         (("--device", "tpu"), "--device: expected one of auto, cpu, cuda, got 'tpu'"),
         (("--device", "cuda"), "device: torch and jax cannot use 'cuda' here"),
