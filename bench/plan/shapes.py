@@ -1,17 +1,10 @@
 """A workload: the sizes of one map, how x lies in memory, and where both come from."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from parity_tests.harness.cases import Case
 
-# How x lies in memory, as the axes of the logical ``[B, n, in]`` in the order in which they are stored. Each of these
-# orders is its own inverse: ``stored = x.transpose(axes)`` and ``x = stored.transpose(axes)``.
-STORED_AXES: Mapping[str, tuple[int, int, int]] = MappingProxyType(
-    {"contiguous": (0, 1, 2), "partition_major": (1, 0, 2), "time_series": (0, 2, 1)}
-)
-LAYOUTS: tuple[str, ...] = tuple(STORED_AXES)
+LAYOUTS: tuple[str, ...] = ("contiguous", "partition_major", "time_series")
 
 
 @dataclass(frozen=True)
@@ -52,11 +45,6 @@ class Workload:
     def shape(self) -> str:
         """The sizes as text, for example ``B=128, n=32, 32->32``."""
         return f"B={self.batch}, n={self.num_partitions}, {self.in_features}->{self.out_features}"
-
-    @property
-    def stored_axes(self) -> tuple[int, int, int]:
-        """The axes of the logical ``[B, n, in]`` in the order in which x is stored; its own inverse."""
-        return STORED_AXES[self.layout]
 
     @property
     def elements(self) -> int:

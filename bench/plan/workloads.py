@@ -5,10 +5,10 @@ from difflib import get_close_matches
 from types import MappingProxyType
 
 from bench.plan.catalogue import catalogue
-from bench.plan.shapes import LAYOUTS, STORED_AXES, Workload
+from bench.plan.shapes import LAYOUTS, Workload
 from bench.plan.sweeps import parse_sweep, sweep
 
-__all__ = ["LAYOUTS", "STORED_AXES", "WORKLOADS", "UnknownWorkloadError", "Workload", "sweep", "workload"]
+__all__ = ["LAYOUTS", "WORKLOADS", "UnknownWorkloadError", "Workload", "sweep", "workload"]
 
 WORKLOADS: Mapping[str, Workload] = MappingProxyType({found.name: found for found in catalogue()})
 

@@ -201,7 +201,11 @@ def test_list_and_doctor(tmp_path, call):
     assert listed.exit_code == 0
     for expected in ("electricity-336-720", "cure-lab/LTSF-Linear", "smoke", "dense"):
         assert expected in listed.output
-    assert json.loads((tmp_path / "list.json").read_text())["competitors"]["torch"]["dense"] == "yardstick"
+    found = json.loads((tmp_path / "list.json").read_text())
+    assert found["competitors"]["torch"]["dense"] == "yardstick"
+    # A competitor whose package is absent is not offered, but said to be missing.
+    assert found["missing_competitors"]["jax"] == {"stock:absent": "absent is not installed"}
+    assert "without stock:absent: absent is not installed" in listed.output
     checked = call("doctor", "--json", tmp_path / "doctor.json")
     assert checked.exit_code == 0
     assert "Processor:" in checked.output

@@ -1,6 +1,5 @@
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from bench.plan.catalogue import catalogue
@@ -8,7 +7,6 @@ from bench.plan.presets import PRESETS, narrowed, plan_cells
 from bench.plan.sweeps import log_grid
 from bench.plan.workloads import (
     LAYOUTS,
-    STORED_AXES,
     WORKLOADS,
     UnknownWorkloadError,
     Workload,
@@ -91,18 +89,6 @@ def test_names_are_unique_and_every_layout_is_there():
     assert {workload.layout for workload in found} == set(LAYOUTS)
     assert WORKLOADS["electricity-336-96-time-series"].layout == "time_series"
     assert sum(workload.layout == "partition_major" for workload in found) >= 2
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_says_how_x_lies_in_memory(layout):
-    x = np.arange(2 * 3 * 5).reshape(2, 3, 5)
-    axes = STORED_AXES[layout]
-    stored = np.ascontiguousarray(x.transpose(axes))
-    assert stored.shape == {"contiguous": (2, 3, 5), "partition_major": (3, 2, 5), "time_series": (2, 5, 3)}[layout]
-    view = stored.transpose(axes)
-    np.testing.assert_array_equal(view, x)
-    # The contraction axis of the logical x is strided in the time-series layout only.
-    assert (view.strides[2] != view.itemsize) == (layout == "time_series")
 
 
 @pytest.mark.parametrize(
