@@ -28,7 +28,7 @@ ifeq ($(CUDA_MAJOR),)
 REQUIREMENTS = -c constraints.txt -e '.[dev]'
 else
 # A driver older than CUDA 12 runs neither build: its machine is set up as one without a GPU.
-REQUIREMENTS = -e '.[$(if $(filter 12,$(CUDA_MAJOR)),cuda12,cuda13),test-base,report,lint]'
+REQUIREMENTS = -e '.[$(if $(filter 12,$(CUDA_MAJOR)),cuda12,cuda13),competitors,dask,test-base,report,lint]'
 endif
 
 GPU_PYTHON ?= $(VENV)/bin/python

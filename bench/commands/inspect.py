@@ -39,6 +39,9 @@ def _catalogue(pool: WorkerPool) -> dict[str, Any]:
         "divisions": list(DIVISIONS),
         "precisions": list(PRECISIONS),
         "competitors": {catalogue.framework: catalogue.kinds() for catalogue in pool.catalogues()},
+        "missing_competitors": {
+            catalogue.framework: dict(catalogue.missing) for catalogue in pool.catalogues() if catalogue.missing
+        },
         "missing": pool.missing,
     }
 
@@ -54,6 +57,9 @@ def _show_catalogue(found: dict[str, Any]) -> None:
     console.print("Competitors:")
     for framework, kinds in found["competitors"].items():
         console.print(f"  {framework:30} {', '.join(kinds)}")
+    for framework, reasons in found["missing_competitors"].items():
+        for name, reason in reasons.items():
+            console.print(f"  {framework:30} without {name}: {reason}")
     for framework, reason in found["missing"].items():
         console.print(f"  {framework:30} {reason}")
     for name in ("directions", "divisions", "precisions"):

@@ -26,7 +26,7 @@ from bench.measure.sweep import Progress, Request, SelectionError, SweepNotes, r
 from bench.plan.cells import DEVICES, DIRECTIONS, DIVISIONS, PRECISIONS
 from bench.plan.competitors import FRAMEWORKS
 from bench.plan.presets import PRESETS, narrowed
-from bench.plan.workloads import WORKLOADS
+from bench.plan.workloads import UnknownWorkloadError, workload
 from bench.report.export import write_summary
 from bench.report.markdown import environment_lines, write_report
 from bench.report.output import OutputError
@@ -61,7 +61,11 @@ class Options:
 def _request(options: Options) -> Request:
     """Checks the options against the tables that they name."""
     check_choices("--preset", [options.preset], PRESETS)
-    check_choices("--workload", options.workloads, WORKLOADS)
+    try:
+        for name in options.workloads:
+            workload(name)
+    except UnknownWorkloadError as error:
+        raise UsageError(f"--workload: {error}") from error
     check_choices("--framework", options.frameworks, FRAMEWORKS)
     check_choices("--device", [options.device], ("auto", *DEVICES))
     check_choices("--precision", options.precisions, PRECISIONS)

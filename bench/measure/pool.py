@@ -76,7 +76,8 @@ class WorkerPool:
         for hello in self.hello.values():
             values = hello["catalogue"]
             lists = {name: tuple(values[name]) for name in ("implementations", "stock", "yardsticks")}
-            found.append(Catalogue(values["framework"], **lists))
+            # A worker with an older checkout may know of no missing ones.
+            found.append(Catalogue(values["framework"], **lists, missing=dict(values.get("missing", {}))))
         return tuple(found)
 
     def request(self, framework: str, message: Message, timeout_s: float) -> Message:

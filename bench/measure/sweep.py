@@ -96,9 +96,7 @@ def _competitors(pool: WorkerPool, request: Request, cell: Cell) -> tuple[Compet
     # A tuned cell without compiled competitors would be a matched one.
     if not compiled and cell.division == "tuned":
         compiled = ("matmul",)
-    modes = further_modes(
-        cell.division, cell.device, compile_gradients=cell.direction in preset.compiled_directions
-    )
+    modes = further_modes(cell.division, cell.device, compile_gradients=cell.direction in preset.compiled_directions)
     return competitors_for(pool.catalogues(), compiled=compiled, modes=modes, only=request.implementations)
 
 
@@ -180,7 +178,9 @@ def _run_cell(
     started_at = datetime.now(UTC)
     # Another seed in each replicate: the order and the inputs are part of what varies between processes.
     seed = request.seed + replicate
-    uuid = next((r["environment"]["device_uuid"] for r in pool.hello.values() if "device_uuid" in r["environment"]), None)
+    uuid = next(
+        (r["environment"]["device_uuid"] for r in pool.hello.values() if "device_uuid" in r["environment"]), None
+    )
     run = CellRun(
         cell,
         competitors,

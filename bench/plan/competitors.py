@@ -1,7 +1,7 @@
 """Who takes part in a cell. The names come from the workers, so that no second list can drift from the registries."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 EAGER, COMPILE, JIT = "eager", "compile", "jit"
 REDUCE_OVERHEAD, MAX_AUTOTUNE, CUDA_GRAPH = "compile-reduce-overhead", "compile-max-autotune", "cuda-graph"
@@ -47,12 +47,14 @@ class Catalogue:
         implementations: names of the tree's registry, in its order.
         stock: what users of the framework write instead.
         yardsticks: functions that are timed for orientation only.
+        missing: what users write instead, but cannot be run there, each with the reason.
     """
 
     framework: str
     implementations: tuple[str, ...]
     stock: tuple[str, ...]
     yardsticks: tuple[str, ...]
+    missing: Mapping[str, str] = field(default_factory=dict)
 
     def kinds(self) -> dict[str, str]:
         """Name to kind, in the order in which competitors are listed."""

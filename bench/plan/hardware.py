@@ -20,9 +20,7 @@ class DataSheet:
     source: str
 
 
-def _sheet(
-    fp64: float, fp32: float, tf32: float, half: float, terabytes_per_s: float, source: str
-) -> DataSheet:
+def _sheet(fp64: float, fp32: float, tf32: float, half: float, terabytes_per_s: float, source: str) -> DataSheet:
     rates = {"fp64": fp64, "ieee_fp32": fp32, "tf32": tf32, "bf16": half, "fp16": half}
     tera = {name: rate * 1e12 for name, rate in rates.items()}
     return DataSheet(MappingProxyType(tera), terabytes_per_s * 1e12, source)

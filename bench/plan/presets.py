@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from bench.plan.cells import DIRECTIONS, DIVISIONS, PRECISIONS, Cell
+from bench.plan.cells import DIVISIONS, PRECISIONS, Cell
 from bench.plan.costs import Limits
-from bench.plan.workloads import WORKLOADS
+from bench.plan.sweeps import preset_sweep
+from bench.plan.workloads import WORKLOADS, workload
 
 # A step adds the optimiser's own time, the same for everybody, to that of forward and backward: asked for by name.
 USUAL_DIRECTIONS: tuple[str, ...] = ("forward", "forward_backward")
@@ -20,7 +21,7 @@ class Preset:
     Attributes:
         name: what the command line calls it.
         summary: one sentence.
-        workloads: names of the catalogue.
+        workloads: names of the catalogue or of sweep points.
         directions: directions.
         precisions: precision classes.
         divisions: divisions.
@@ -64,11 +65,18 @@ _SEED = (
     "article-batch-1",
     "article-batch-2048",
     "article-n8",
+    "article-in8096",
+    "article-in256",
+    "article-out8096",
+    "article-out256",
     "electricity-336-96",
     "electricity-336-720",
     "recurrentgemma-2b-gates",
     "recurrentgemma-2b-gates-1024",
 )
+# Drawing an array takes twice its size, and each worker holds its own: larger ones are for machines with much memory.
+_MOST_ELEMENTS = 2**28
+_MODERATE = tuple(name for name, found in WORKLOADS.items() if found.elements <= _MOST_ELEMENTS)
 _PATIENT = Limits(
     executed_flops=2e11, unrolled_products=100, memory_fraction=0.5, call_s=0.5, slowdown=4, prepare_s=90, request_s=300
 )
@@ -100,15 +108,24 @@ _ALL = (
     ),
     Preset(
         "workloads",
-        "every workload of the catalogue",
-        tuple(WORKLOADS),
+        "every workload of the catalogue whose arrays take at most 1 GiB in fp32",
+        _MODERATE,
         rounds=25,
         limits=replace(_PATIENT, executed_flops=1e12, call_s=2.0, prepare_s=300, request_s=300),
-        compiled=dict.fromkeys(WORKLOADS, ("matmul",)),
+        compiled=dict.fromkeys(_MODERATE, ("matmul",)),
+    ),
+    Preset(
+        "sweep",
+        "around the article's base: batch, partitions and sizes on a log grid, few rounds of each",
+        preset_sweep(),
+        rounds=10,
+        cell_s=5.0,
+        warm_up_blocks=2,
+        limits=replace(_PATIENT, executed_flops=2e10, call_s=0.2),
     ),
     Preset(
         "full",
-        "every workload, precision and division, in three process replicates",
+        "every workload of the catalogue, precision and division, in three process replicates",
         tuple(WORKLOADS),
         rounds=25,
         limits=replace(_PATIENT, executed_flops=1e13, call_s=5.0, unrolled_products=1000, prepare_s=600, request_s=600),
@@ -134,7 +151,7 @@ def narrowed(
 ) -> Preset:
     """Returns the preset with the given selections in place of its own; an empty one keeps the preset's.
 
-    A workload that the preset does not contain may be named too: the catalogue decides what exists.
+    A workload that the preset does not contain may be named too: ``workload`` decides what exists.
     """
     return replace(
         preset,
@@ -156,10 +173,14 @@ def plan_cells(preset: Preset, device: str) -> tuple[Cell, ...]:
 
     Returns:
         The cells in the order in which they are measured, without repeats.
+
+    Raises:
+        UnknownWorkloadError: for a name that no workload has.
     """
+    workloads = [workload(name) for name in preset.workloads]
     cells = [
         Cell(
-            WORKLOADS[name],
+            found,
             direction,
             precision,
             division,
@@ -168,7 +189,7 @@ def plan_cells(preset: Preset, device: str) -> tuple[Cell, ...]:
             preset.optimizer if direction == "train_step" else None,
         )
         for division in preset.divisions
-        for name in preset.workloads
+        for found in workloads
         for precision in preset.precisions
         for cache in preset.caches
         for direction in preset.directions

@@ -46,7 +46,5 @@ def far_behind(log_latencies: Mapping[str, Sequence[float]], baseline: str) -> l
         for name, rounds in values.items()
         if name != baseline
         and _certainly_beyond(rounds - values[fastest], FAR)
-        and (
-            _certainly_beyond(rounds - values[baseline], FAR) or _certainly_beyond(values[baseline] - rounds, FAR)
-        )
+        and (_certainly_beyond(rounds - values[baseline], FAR) or _certainly_beyond(values[baseline] - rounds, FAR))
     ]

@@ -42,6 +42,7 @@ class FakeWorker:
             "implementations": GOOD + BAD,
             "stock": [],
             "yardsticks": ["dense"],
+            "missing": {"stock:absent": "absent is not installed"},
         }
         return {
             "ok": True,

@@ -113,8 +113,11 @@ def test_a_run_goes_on_without_a_framework_and_says_so(tmp_path, call, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--preset", "huge"), "--preset: expected one of smoke, seed, workloads, full, got 'huge'"),
-        (("--workload", "nothing"), "--workload: expected one of article-base"),
+        (("--preset", "huge"), "--preset: expected one of smoke, seed, workloads, sweep, full, got 'huge'"),
+        (
+            ("--workload", "nothing"),
+            "--workload: expected a name of the catalogue or sweep-b<B>-n<n>-i<in>-o<out>, got 'nothing'",
+        ),
         (("--framework", "keras"), "--framework: expected one of torch, jax, got 'keras'"),
         (("--device", "tpu"), "--device: expected one of auto, cpu, cuda, got 'tpu'"),
         (("--device", "cuda"), "device: torch and jax cannot use 'cuda' here"),
@@ -209,7 +212,11 @@ def test_list_and_doctor(tmp_path, call):
     assert listed.exit_code == 0
     for expected in ("electricity-336-720", "cure-lab/LTSF-Linear", "smoke", "dense"):
         assert expected in listed.output
-    assert json.loads((tmp_path / "list.json").read_text())["competitors"]["torch"]["dense"] == "yardstick"
+    found = json.loads((tmp_path / "list.json").read_text())
+    assert found["competitors"]["torch"]["dense"] == "yardstick"
+    # A competitor whose package is absent is not offered, but said to be missing.
+    assert found["missing_competitors"]["jax"] == {"stock:absent": "absent is not installed"}
+    assert "without stock:absent: absent is not installed" in listed.output
     checked = call("doctor", "--json", tmp_path / "doctor.json")
     assert checked.exit_code == 0
     assert "Processor:" in checked.output

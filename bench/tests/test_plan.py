@@ -14,7 +14,7 @@ from bench.plan.costs import (
     working_bytes,
 )
 from bench.plan.presets import PRESETS, narrowed, plan_cells
-from bench.plan.workloads import WORKLOADS, Workload
+from bench.plan.workloads import WORKLOADS, Workload, workload
 
 TORCH = Catalogue("torch", ("loop", "matmul"), ("stock:bmm+bias",), ("dense",))
 JAX = Catalogue("jax", ("loop", "matmul"), (), ("dense",))
@@ -68,12 +68,12 @@ def test_only_traced_loops_are_too_many_products():
 
 
 def test_every_workload_is_sourced_and_fits_its_cases():
-    for name, workload in WORKLOADS.items():
-        assert workload.name == name
-        assert workload.source
-        case, dense = workload.case(), workload.dense_case()
-        assert (case.rows, case.num_partitions) == (workload.batch, workload.num_partitions)
-        assert (dense.num_partitions, dense.in_features) == (1, workload.num_partitions * workload.in_features)
+    for name, found in WORKLOADS.items():
+        assert found.name == name
+        assert found.source
+        case, dense = found.case(), found.dense_case()
+        assert (case.rows, case.num_partitions) == (found.batch, found.num_partitions)
+        assert (dense.num_partitions, dense.in_features) == (1, found.num_partitions * found.in_features)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_seed_holds_the_promised_shapes(shape):
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 def test_presets_name_what_exists(preset):
-    assert set(preset.workloads) <= set(WORKLOADS)
+    assert [workload(name).name for name in preset.workloads] == list(preset.workloads)
     assert set(preset.compiled) <= set(WORKLOADS)
     cells = plan_cells(preset, "cpu")
     assert cells

@@ -7,26 +7,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from bench.measure.functions.modules.jax import (
+    einmix,
+    equinox_filter_vmap,
+    keras_einsum_dense,
+    linen_dense_general,
+    nnx_einsum,
+    nnx_linear_general,
+)
+from bench.measure.functions.packages import missing_competitors
 from jax_impl import partitioned_linear
 from jax_impl.registry import implementation_names
 
 Function = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-def _nnx_einsum(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, precision: Any) -> jax.Array:
-    """Flax's own module for the same map, with the given parameters in place of its initial ones."""
-
-    def build() -> nnx.Einsum:
-        return nnx.Einsum(
-            "bni,nio->bno", kernel.shape, bias.shape, param_dtype=kernel.dtype, precision=precision, rngs=nnx.Rngs(0)
-        )
-
-    # Abstract, so that no initial value is drawn inside the traced program.
-    graph, state = nnx.split(nnx.eval_shape(build))
-    nnx.replace_by_pure_dict(state, {"kernel": kernel, "bias": bias})
-    return nnx.merge(graph, state)(x)
 
 
 def _dense(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, precision: Any) -> jax.Array:
@@ -34,7 +28,18 @@ def _dense(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, precision: Any) 
     return (jnp.matmul(x[:, 0], kernel[0], precision=precision) + bias[0])[:, None]
 
 
-STOCK: Mapping[str, Callable[..., jax.Array]] = MappingProxyType({"stock:nnx.Einsum": _nnx_einsum})
+_KNOWN: Mapping[str, Callable[..., jax.Array]] = {
+    "stock:nnx.Einsum": nnx_einsum,
+    "stock:nnx.LinearGeneral": nnx_linear_general,
+    "stock:linen.DenseGeneral": linen_dense_general,
+    "stock:einops.EinMix": einmix,
+    "stock:equinox.filter_vmap": equinox_filter_vmap,
+    "stock:keras.EinsumDense": keras_einsum_dense,
+}
+MISSING: Mapping[str, str] = MappingProxyType(missing_competitors(_KNOWN))
+STOCK: Mapping[str, Callable[..., jax.Array]] = MappingProxyType(
+    {name: function for name, function in _KNOWN.items() if name not in MISSING}
+)
 YARDSTICKS: Mapping[str, Callable[..., jax.Array]] = MappingProxyType({"dense": _dense})
 
 

@@ -1,4 +1,7 @@
-"""The torch competitors: the registry's implementations, what users write instead, the article's dense yardstick."""
+"""The torch competitors: the registry's implementations, what users write instead, the article's dense yardstick.
+
+What users write is a table of builders: a competitor that is a module keeps it as long as the competitor lives.
+"""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -6,6 +9,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from bench.measure.functions.modules.torch import einmix, functional_ensemble, keras_einsum_dense
+from bench.measure.functions.packages import missing_competitors
 from torch_impl.registry import get_implementation, implementation_names
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -28,10 +33,19 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias[0], x[:, 0], weight[0])[:, None]
 
 
-STOCK: Mapping[str, Function] = MappingProxyType(
-    {"stock:bmm+bias": _bmm_bias, "stock:baddbmm": _baddbmm, "stock:einsum": _einsum}
+_KNOWN: Mapping[str, Callable[[], Function]] = {
+    "stock:bmm+bias": lambda: _bmm_bias,
+    "stock:baddbmm": lambda: _baddbmm,
+    "stock:einsum": lambda: _einsum,
+    "stock:torch.func": functional_ensemble,
+    "stock:einops.EinMix": einmix,
+    "stock:keras.EinsumDense": keras_einsum_dense,
+}
+MISSING: Mapping[str, str] = MappingProxyType(missing_competitors(_KNOWN))
+STOCK: Mapping[str, Callable[[], Function]] = MappingProxyType(
+    {name: build for name, build in _KNOWN.items() if name not in MISSING}
 )
-YARDSTICKS: Mapping[str, Function] = MappingProxyType({"dense": _dense})
+YARDSTICKS: Mapping[str, Callable[[], Function]] = MappingProxyType({"dense": lambda: _dense})
 
 
 def resolve(name: str) -> Function:
@@ -49,4 +63,4 @@ def resolve(name: str) -> Function:
     if name not in known:
         choices = ", ".join((*implementation_names(), *known))
         raise ValueError(f"implementation: expected one of {choices}, got {name!r}; choose one of these.")
-    return known[name]
+    return known[name]()
