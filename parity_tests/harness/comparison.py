@@ -123,10 +123,11 @@ def compare_tensor(
 ) -> TensorResult:
     """Judges one tensor of a subject against the oracle, in every tier whose assumptions hold.
 
-    The dtype must be the arithmetic's output format: a result in another dtype is another function.
+    The dtype must be the one that the arithmetic promises: a result in another dtype is another function.
     """
-    if value.dtype.name != arithmetic.output:
-        return _mismatch(name, f"{name} has dtype {value.dtype.name}, expected {arithmetic.output}")
+    expected = arithmetic.dtype_of(name)
+    if value.dtype.name != expected:
+        return _mismatch(name, f"{name} has dtype {value.dtype.name}, expected {expected}")
     if value.shape != truth.value.shape:
         return _shape_mismatch(name, value.shape, truth.value.shape)
     tiers = applicable_tiers(arithmetic, zero_mean)
