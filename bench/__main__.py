@@ -109,6 +109,79 @@ def report(
     raise typer.Exit(report_command(directories, outputs, check=check, efficiency=efficiency))
 
 
+@app.command()
+def claims(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a run; the preset seed has it all.")],
+    markdown: Annotated[Path | None, typer.Option(metavar="F", help="Write the whole account as Markdown.")] = None,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+) -> None:
+    """Judges the source article's ten claims by measurements: what holds, what does not, and why."""
+    from bench.commands.claims import claims_command
+
+    raise typer.Exit(claims_command(directory, json_file=json_file, csv_file=csv_file, markdown_file=markdown))
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Directory of the earlier run.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Directory of the later run.")],
+    across_devices: Annotated[
+        bool, typer.Option("--across-devices", help="Compare runs of different devices all the same.")
+    ] = False,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+) -> None:
+    """Compares two runs: speed of B over A, and whether their verdicts agree.
+
+    Exit status: 0 if nothing became slower beyond the noise; 1 after a regression; 2 for wrong usage.
+    """
+    from bench.commands.compare import compare_command
+
+    raise typer.Exit(compare_command(a, b, json_file=json_file, csv_file=csv_file, across_devices=across_devices))
+
+
+@app.command()
+def recommend(
+    directories: Directories,
+    num_partitions: Annotated[int, typer.Option(min=1, help="Number of partitions, n.")],
+    in_features: Annotated[int, typer.Option(min=1, help="Inputs of one partition.")],
+    out_features: Annotated[int, typer.Option(min=1, help="Outputs of one partition.")],
+    batch: Annotated[int, typer.Option(min=1, help="Rows that one partition sees.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    direction: Annotated[str, typer.Option(help="forward or forward_backward.")] = "forward",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the only one that was measured.")] = None,
+    framework: Annotated[str | None, typer.Option(help="torch or jax; default: both.")] = None,
+    extrapolate: Annotated[
+        bool, typer.Option("--extrapolate", help="Answer even if the nearest measurement is far away.")
+    ] = False,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+) -> None:
+    """Says which implementation was fastest at the measured sizes nearest to yours, and how near those are.
+
+    Exit status: 0 with an answer; 1 if the nearest measurement is too far away to say anything; 2 for wrong usage.
+    """
+    from bench.commands.recommend import recommend_command
+    from bench.study.recommendation import Shape
+
+    shape = Shape(batch, num_partitions, in_features, out_features, dtype, direction, device, framework)
+    raise typer.Exit(
+        recommend_command(directories, shape, extrapolate=extrapolate, json_file=json_file, csv_file=csv_file)
+    )
+
+
+@app.command()
+def validate(directories: Directories, json_file: JsonFile = None, csv_file: CsvFile = None) -> None:
+    """Checks every record against the schema and against itself.
+
+    Exit status: 0 if all is well; 1 if anything is wrong; 2 for wrong usage.
+    """
+    from bench.commands.validate import validate_command
+
+    raise typer.Exit(validate_command(directories, json_file=json_file, csv_file=csv_file))
+
+
 @app.command(name="list")
 def list_(
     torch_python: TorchPython = None,

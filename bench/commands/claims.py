@@ -1,0 +1,53 @@
+"""``bench claims``."""
+
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from bench.archive import Archive, StoreError
+from bench.commands.usage import OK, UsageError, check_writable, complain
+from bench.report.claims import claim_rows, claims_json, markdown, overview
+from bench.report.markdown import environment_lines
+from bench.report.output import OutputError, columns_of, write_csv, write_json, write_text
+from bench.report.tables import wide_console
+from bench.report.text import ratio
+from bench.study.claim_results import ClaimResult, claim_results
+
+
+def _show(results: list[ClaimResult]) -> None:
+    console = wide_console()
+    table = Table(title="The article's claims", title_justify="left", show_lines=True)
+    for column, width in (("#", 2), ("setting", 28), ("claim", 28), ("verdict", 19), ("why", 75)):
+        table.add_column(column, width=width)
+    for line in overview(results):
+        table.add_row(*(escape(cell) for cell in line))
+    console.print(table)
+    console.print("Our fastest implementation in the same settings, its speed over that of the torch loop:")
+    shown = dict.fromkeys((best.where, best.label, best.interval) for result in results for best in result.best)
+    for where, label, interval in shown:
+        console.print(f"  {where.title}: {label} {ratio(interval)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def claims_command(
+    directory: Path, *, json_file: Path | None = None, csv_file: Path | None = None, markdown_file: Path | None = None
+) -> int:
+    """Runs ``bench claims``; whatever the verdicts are, its exit status is 0."""
+    try:
+        check_writable("--json", json_file)
+        check_writable("--csv", csv_file)
+        check_writable("--markdown", markdown_file)
+        archive = Archive([directory])
+        results = claim_results(archive.cells())
+        if json_file is not None:
+            write_json(json_file, claims_json(results, archive.environments))
+        if csv_file is not None:
+            rows = list(claim_rows(results))
+            write_csv(csv_file, columns_of(rows), rows)
+        if markdown_file is not None:
+            places = [line for name, found in archive.environments.items() for line in environment_lines(name, found)]
+            write_text("--markdown", markdown_file, markdown(results, places))
+    except (UsageError, StoreError, OutputError) as error:
+        return complain(error)
+    _show(results)
+    return OK

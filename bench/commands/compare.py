@@ -1,0 +1,118 @@
+"""``bench compare``."""
+
+import math
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+
+from bench.archive import Archive, StoreError
+from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain
+from bench.report.export import interval_json
+from bench.report.output import OutputError, columns_of, flat, write_csv, write_json
+from bench.report.text import ratio
+from bench.study.comparison import Change, Comparison, compare, measured_cells
+from bench.study.statistics import SAME, UNRESOLVED
+
+
+def _devices(archive: Archive) -> set[str]:
+    """What measured, in words: two runs are comparable only if these agree."""
+    found = set()
+    for fingerprint in archive.environments.values():
+        gpus = [str(gpu).split(",")[0].strip() for gpu in fingerprint.get("gpus") or ()]
+        on = f"{fingerprint['device']}: {' + '.join(gpus)}" if gpus else str(fingerprint["device"])
+        found.add(f"{on} with {fingerprint['cpu_model']}, {len(fingerprint['affinity'])} processors")
+    return found
+
+
+def _check_devices(a: Archive, b: Archive, names: tuple[Path, Path]) -> None:
+    first, second = _devices(a), _devices(b)
+    if first != second:
+        raise UsageError(
+            f"{names[0]} was measured on {'; '.join(sorted(first))} and {names[1]} on {'; '.join(sorted(second))}: "
+            "their ratio is one of devices, not of code; add --across-devices to have it all the same."
+        )
+
+
+def _change(change: Change) -> dict[str, Any]:
+    where: Mapping[str, Any] = change.where._asdict()
+    return {
+        **where,
+        "competitor": change.label,
+        "verdict": change.verdict,
+        "ratio_b_to_a": interval_json(change.interval),
+        "shift_of_the_others": math.exp(change.shift),
+        "ranked": change.ranked,
+        "reason": change.reason,
+    }
+
+
+def _json(found: Comparison) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "changes": [_change(change) for change in found.changes],
+        "regressions": len(found.regressions),
+        "only_a": [where._asdict() for where in found.only_a],
+        "only_b": [where._asdict() for where in found.only_b],
+        "verdicts_agreeing": found.agreeing,
+        "verdicts_contradicting": [{**where._asdict(), "competitor": label} for where, label in found.contradicting],
+        "other_baseline": [where._asdict() for where in found.other_baseline],
+    }
+
+
+def _show(console: Console, found: Comparison) -> None:
+    for where, group in groupby(found.changes, key=lambda change: change.where):
+        changes = list(group)
+        shift = math.exp(median(change.shift for change in changes))
+        console.print(f"{where.title} (all competitors together: {shift:.2f}x)")
+        for change in changes:
+            note = "" if change.ranked else " (yardstick)"
+            console.print(f"  {change.label:40} {ratio(change.interval):28} {change.verdict}{note} {change.reason}")
+    counts = {word: sum(c.verdict == word for c in found.changes) for word in ("FASTER", "SLOWER", SAME, UNRESOLVED)}
+    console.print(
+        "Speed of B over A, above 1x is faster; the intervals hold for all of them together and include the noise of "
+        "both runs' A/A controls and the shift that the competitors of a cell share."
+    )
+    console.print(", ".join(f"{count} {word}" for word, count in counts.items()) + ".")
+    console.print(
+        f"Verdicts against the baseline: {found.agreeing} FASTER or SLOWER in both runs alike, "
+        f"{len(found.contradicting)} contradict."
+    )
+    for where, label in found.contradicting:
+        console.print(f"  contradiction: {label} in {where.title}")
+    for title, cells in (
+        ("only in A", found.only_a),
+        ("only in B", found.only_b),
+        ("with another baseline, so that their verdicts are not compared", found.other_baseline),
+    ):
+        if cells:
+            console.print(f"{len(cells)} cells {title}: {', '.join(where.title for where in cells)}.")
+    for change in found.regressions:
+        console.print(f"Regression: {change.label} in {change.where.title}: {ratio(change.interval)} {change.reason}")
+
+
+def compare_command(
+    a: Path, b: Path, *, json_file: Path | None = None, csv_file: Path | None = None, across_devices: bool = False
+) -> int:
+    """Runs ``bench compare``; its exit status is 1 if anything became slower beyond the noise or lost its answer."""
+    try:
+        check_writable("--json", json_file)
+        check_writable("--csv", csv_file)
+        first, second = Archive([a]), Archive([b])
+        if not across_devices:
+            _check_devices(first, second, (a, b))
+        found = compare(measured_cells(first, str(a)), measured_cells(second, str(b)))
+        if not found.changes:
+            raise UsageError(f"{a} and {b}: no competitor was timed in both under the same conditions; compare others.")
+        if json_file is not None:
+            write_json(json_file, _json(found))
+        if csv_file is not None:
+            rows = [flat(_change(change)) for change in found.changes]
+            write_csv(csv_file, columns_of(rows), rows)
+    except (UsageError, StoreError, OutputError) as error:
+        return complain(error)
+    _show(Console(highlight=False, markup=False, soft_wrap=True), found)
+    return FAILED if found.regressions else OK

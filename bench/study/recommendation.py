@@ -1,0 +1,105 @@
+"""Which implementation for a shape: what leads in the nearest measured cells, ties as ties, and how far those are."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bench.plan.competitors import IMPLEMENTATION
+from bench.records import Record
+from bench.study.pairing import by_label, intervals, log_latencies
+from bench.study.ranking import Ranking, rank_cells
+from bench.study.statistics import Interval
+from bench.study.winners import leaders
+
+SIZES: tuple[str, ...] = ("batch", "num_partitions", "in_features", "out_features")
+# In doublings, over all four sizes together. Up to one the measurement speaks for the shape; up to three it is a hint.
+NEAR, FAR = 1.0, 3.0
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the caller has.
+
+    Attributes:
+        batch: rows of one partition.
+        num_partitions: ``n``.
+        in_features: per partition.
+        out_features: per partition.
+        dtype: storage dtype.
+        direction: ``forward``, ``forward_backward`` or ``train_step``.
+        device: ``cpu`` or ``cuda``; None takes the only one that was measured.
+        framework: ``torch`` or ``jax``; None compares both.
+    """
+
+    batch: int
+    num_partitions: int
+    in_features: int
+    out_features: int
+    dtype: str = "float32"
+    direction: str = "forward"
+    device: str | None = None
+    framework: str | None = None
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A measured cell near the shape.
+
+    Attributes:
+        ranking: of the whole cell.
+        distance: doublings between the two, over all four sizes: ``sqrt(sum log2(measured / asked)^2)``.
+        leaders: our implementations that nobody of ours was shown to beat, the fastest first.
+        speeds: label to speed relative to the first leader, of all of our implementations that were timed.
+    """
+
+    ranking: Ranking
+    distance: float
+    leaders: tuple[str, ...]
+    speeds: dict[str, Interval]
+
+
+def distance(shape: Shape, record: Record) -> float:
+    """Doublings between a shape and a measured one, over all four sizes."""
+    return math.sqrt(sum(math.log2(getattr(record, name) / getattr(shape, name)) ** 2 for name in SIZES))
+
+
+def matches(shape: Shape, record: Record) -> bool:
+    """Whether a cell was measured under the conditions that were asked for."""
+    return record.dtype == shape.dtype and record.direction == shape.direction and shape.device in (None, record.device)
+
+
+def _neighbour(shape: Shape, group: Sequence[Record]) -> Neighbour | None:
+    ranking = rank_cells([group])[0]
+    competitors = {
+        label: log_latencies(records)
+        for label, records in by_label(group).items()
+        if records[0].kind == IMPLEMENTATION
+        and shape.framework in (None, records[0].framework)
+        and all(record.status == "ok" for record in records)
+    }
+    first = leaders(competitors, ranking.resolution, confidence=ranking.confidence)
+    if not first:
+        return None
+    speeds = intervals(competitors[first[0]], competitors, ranking.confidence)
+    return Neighbour(ranking, distance(shape, group[0]), first, speeds)
+
+
+def nearest(shape: Shape, groups: Iterable[Sequence[Record]]) -> list[Neighbour]:
+    """The nearest measured cells in which one of our implementations was timed, the nearest first.
+
+    Args:
+        shape: what the caller has.
+        groups: the records of one cell and environment each.
+
+    Returns:
+        At most three; empty if nothing was measured under these conditions.
+    """
+    kept: list[tuple[float, int, Sequence[Record]]] = []
+    for k, group in enumerate(groups):
+        if matches(shape, group[0]):
+            kept.append((distance(shape, group[0]), k, group))
+            # A few more than are shown, since in some nobody of ours may have been timed.
+            kept = sorted(kept, key=lambda item: item[:2])[: 4 * SHOWN]
+    found = (_neighbour(shape, group) for _, _, group in kept)
+    return [neighbour for neighbour in found if neighbour is not None][:SHOWN]

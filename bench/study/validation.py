@@ -1,0 +1,150 @@
+"""What must be true of published records, line by line and cell by cell."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from bench.archive import Archive, StoreError, check_environments, read_environments, records_file
+from bench.plan.cells import DEVICES, DIVISIONS, STORAGE_DTYPES
+from bench.plan.competitors import FRAMEWORKS
+from bench.records import Record, RecordError, parse_line
+from bench.study.ranking import rank_cells
+
+# From strict to coarse: arithmetic that was asked for may turn out stricter, never coarser.
+_STRICTNESS: tuple[str, ...] = ("fp64", "ieee_fp32", "tf32", "fp16", "bf16", "lower")
+# A rate is a quotient of two measurements; a data sheet is rounded.
+_RATE_SLACK = 1.01
+
+
+@dataclass
+class Count:
+    """How much was looked at."""
+
+    records: int = 0
+    cells: int = 0
+
+
+def record_violations(record: Record) -> Iterator[str]:
+    """What contradicts itself in one record, beyond what reading it refuses."""
+    allowed = {"framework": FRAMEWORKS, "device": DEVICES, "division": DIVISIONS, "precision": tuple(STORAGE_DTYPES)}
+    for name, choices in allowed.items():
+        if getattr(record, name) not in choices:
+            yield f"{name}: expected one of {', '.join(choices)}, got {getattr(record, name)!r}"
+    if record.dtype != STORAGE_DTYPES.get(record.precision):
+        yield f"dtype: {record.dtype} does not store the precision {record.precision}"
+    if record.status != "ok":
+        return
+    expected = median(record.block_latency_s) / (record.calls_per_block or 1)
+    if not math.isclose(record.latency_s or 0.0, expected, rel_tol=1e-9):
+        yield f"latency_s: expected the median block over calls_per_block, {expected:.9g}, got {record.latency_s:.9g}"
+    if record.bound_fraction is None or record.bound_fraction > 1:
+        yield f"bound_fraction: expected at most 1 of a right answer, got {record.bound_fraction}"
+    if not record.parity:
+        yield "parity: expected the tensors that were checked, got none"
+    for tensor, judged in record.parity.items():
+        if judged.get("status") != "ok":
+            yield f"parity: {tensor} is {judged.get('status')} although the status is ok"
+    if record.inputs_digest is None:
+        yield "inputs_digest: expected the hash of the inputs, got none"
+    yield from _precision(record)
+    yield from _rates(record)
+
+
+def _precision(record: Record) -> Iterator[str]:
+    observed = record.observed_precision
+    if observed not in _STRICTNESS:
+        yield f"observed_precision: expected one of {', '.join(_STRICTNESS)}, got {observed!r}"
+    # Out of the box a framework may compute as coarsely as it likes; otherwise both sides were told what to do.
+    elif (
+        record.precision in _STRICTNESS
+        and record.division != "stock"
+        and _STRICTNESS.index(observed) > _STRICTNESS.index(record.precision)
+    ):
+        yield f"observed_precision: {observed} is coarser than {record.precision}, which was asked for"
+
+
+def _rates(record: Record) -> Iterator[str]:
+    rates = [("useful_flops", record.useful_flops, record.peak_flops_per_s, "peak_flops_per_s")]
+    # A warm cache may deliver bytes faster than the memory can.
+    if record.cache == "cold":
+        rates.append(("compulsory_bytes", record.compulsory_bytes, record.peak_bytes_per_s, "peak_bytes_per_s"))
+    for name, amount, peak, limit in rates:
+        rate = amount / (record.latency_s or math.inf)
+        if peak and rate > _RATE_SLACK * peak:
+            yield f"latency_s: {name} / latency_s = {rate:.3g} a second is above {limit} = {peak:.3g}"
+
+
+def _cell_violations(records: list[Record]) -> Iterator[str]:
+    """What is wrong with the records of one cell and process replicate."""
+    first = records[0]
+    name = f"cell {first.cell}, process {first.process_replicate}"
+    if len(records) != first.cell_size:
+        yield f"{name}: expected {first.cell_size} records, got {len(records)}"
+    for field in ("workload", "batch", "num_partitions", "in_features", "out_features", "direction", "precision"):
+        if len({getattr(record, field) for record in records}) > 1:
+            yield f"{name}: {field}: expected the same in every record, got several"
+    if len({record.inputs_digest for record in records if record.status == "ok"}) > 1:
+        yield f"{name}: inputs_digest: the competitors had different inputs"
+    if any(record.status == "ok" for record in records):
+        baselines = [record for record in records if record.baseline and not record.control]
+        controls = [record for record in records if record.control]
+        if len(baselines) != 1:
+            yield f"{name}: expected one baseline, got {len(baselines)}"
+        if len(controls) != 1:
+            yield f"{name}: expected one A/A control, got {len(controls)}"
+        elif baselines and controls[0].label != baselines[0].label:
+            yield f"{name}: the control {controls[0].label} is not the baseline {baselines[0].label}"
+
+
+def violations(directory: Path, count: Count) -> Iterator[str]:
+    """Every violation in the records of one directory, each with its place.
+
+    Args:
+        directory: of a run.
+        count: is raised by what was looked at.
+
+    Raises:
+        StoreError: if there are no records, or a file cannot be read.
+    """
+    path = records_file(directory)
+    keys: dict[str, int] = {}
+    cells: dict[tuple[str, str, int], list[Record]] = defaultdict(list)
+    used: set[str] = set()
+    found = False
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    if not line.endswith(b"\n"):
+                        raise RecordError("the line has no end")
+                    record = parse_line(line)
+                except RecordError as error:
+                    found = True
+                    yield f"{path}, line {number}: {error}"
+                    continue
+                count.records += 1
+                if record.key in keys:
+                    found = True
+                    yield f"{path}, line {number}: key: {record.key} is that of line {keys[record.key]} too"
+                keys[record.key] = number
+                used.add(record.environment_id)
+                yield from (f"{path}, line {number}: {wrong}" for wrong in record_violations(record))
+                place = (record.environment_id, record.cell, record.process_replicate)
+                cells[place].append(record.without_samples())
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror}); check the file.") from error
+    if not keys:
+        yield f"{path}: holds no record"
+    count.cells += len(cells)
+    for records in cells.values():
+        yield from (f"{path}: {wrong}" for wrong in _cell_violations(records))
+    try:
+        check_environments(used, read_environments(directory), str(directory))
+        if not found and keys:
+            # The last proof: a report can be made of them.
+            rank_cells(Archive([directory]).cells())
+    except StoreError as error:
+        yield str(error)
