@@ -1,4 +1,4 @@
-"""Command line: ``python -m bench run | report | list | doctor``."""
+"""Command line: ``python -m bench run | report | claims | compare | recommend | validate | list | doctor``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +10,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="F", help="Write the result as JSON to this file too.")
 ]
+CsvFile = Annotated[
+    Path | None, typer.Option("--csv", metavar="F", help="Write the rows as comma-separated values to this file too.")
+]
+Directories = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories of earlier runs.")]
 TorchPython = Annotated[str | None, typer.Option(metavar="P", help="Interpreter that has torch; default: this one.")]
 JaxPython = Annotated[
     str | None, typer.Option(metavar="P", help="Interpreter that has jax and flax; default: this one.")
@@ -65,31 +69,57 @@ def run(
 
 @app.command()
 def report(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories of earlier runs.")],
+    directories: Directories,
     markdown: Annotated[Path | None, typer.Option(metavar="F", help="Write the report as Markdown.")] = None,
     json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+    pytest_benchmark: Annotated[
+        Path | None, typer.Option(metavar="F", help="Write the blocks as JSON that pytest-benchmark compares.")
+    ] = None,
     chart: Annotated[
         Path | None, typer.Option(metavar="F", help="Draw ratios with intervals (.svg, .png, .html).")
+    ] = None,
+    winner_map: Annotated[
+        Path | None, typer.Option(metavar="F", help="Draw who wins at which size (.svg, .png, .html).")
+    ] = None,
+    roofline: Annotated[
+        Path | None, typer.Option(metavar="F", help="Draw rates against the machine's ceilings (.svg, .png, .html).")
     ] = None,
     readme: Annotated[Path | None, typer.Option(metavar="F", help="Replace the results block of this README.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="With --readme: change nothing, exit 1 if it is stale.")
     ] = False,
+    efficiency: Annotated[
+        bool, typer.Option("--efficiency", help="Show rates, shares of the ceilings and compile pay-back too.")
+    ] = False,
 ) -> None:
     """Shows the records of earlier runs; measures nothing."""
-    from bench.commands.report import report_command
+    from bench.commands.report import Outputs, report_command
 
-    raise typer.Exit(
-        report_command(directories, markdown=markdown, json_file=json_file, chart=chart, readme=readme, check=check)
+    outputs = Outputs(
+        markdown=markdown,
+        json_file=json_file,
+        csv_file=csv_file,
+        pytest_benchmark=pytest_benchmark,
+        chart=chart,
+        winner_map=winner_map,
+        roofline=roofline,
+        readme=readme,
     )
+    raise typer.Exit(report_command(directories, outputs, check=check, efficiency=efficiency))
 
 
 @app.command(name="list")
-def list_(torch_python: TorchPython = None, jax_python: JaxPython = None, json_file: JsonFile = None) -> None:
+def list_(
+    torch_python: TorchPython = None,
+    jax_python: JaxPython = None,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+) -> None:
     """Lists workloads with their sources, presets, and the competitors of the frameworks that are installed."""
     from bench.commands.inspect import list_command
 
-    raise typer.Exit(list_command(torch_python, jax_python, json_file))
+    raise typer.Exit(list_command(torch_python, jax_python, json_file, csv_file))
 
 
 @app.command()

@@ -139,7 +139,9 @@ def write_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str])
     target = _checked(path)
     content = safetensors.numpy.save(dict(arrays), {"format": FORMAT, "format_version": FORMAT_VERSION})
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"`path`: expected a file in an existing folder, got {target}; create the folder first.")
+        raise FileNotFoundError(
+            f"`path`: expected a file in an existing folder, got {target}; create the folder first."
+        )
     # In the target's own directory, so that the replacement is one atomic rename.
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:

@@ -105,7 +105,9 @@ def save_parameters(layer: PartitionedModule, path: str | os.PathLike[str]) -> N
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION}
     content = safetensors.numpy.save(export_parameters(layer), metadata)
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"`path`: expected a file in an existing folder, got {target}; create the folder first.")
+        raise FileNotFoundError(
+            f"`path`: expected a file in an existing folder, got {target}; create the folder first."
+        )
     # In the target's own directory, so that the replacement is one atomic rename.
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:

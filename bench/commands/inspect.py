@@ -15,7 +15,7 @@ from bench.measure.protocol import RequestError
 from bench.plan.cells import DIRECTIONS, DIVISIONS, PRECISIONS
 from bench.plan.presets import PRESETS
 from bench.plan.workloads import WORKLOADS
-from bench.report.export import write_json
+from bench.report.output import OutputError, columns_of, flat, write_csv, write_json
 
 
 def _pool(torch_python: str | None, jax_python: str | None, division: str) -> WorkerPool:
@@ -66,10 +66,24 @@ def _show_catalogue(found: dict[str, Any]) -> None:
         console.print(f"{name.capitalize()}: {', '.join(found[name])}")
 
 
-def list_command(torch_python: str | None, jax_python: str | None, json_file: Path | None) -> int:
+def _rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The catalogue as lines of one table: what kind of thing, its name, and what else is known of it."""
+    rows = [{"what": "workload", **workload} for workload in found["workloads"]]
+    rows += [{"what": "preset", **preset} for preset in found["presets"]]
+    for framework, kinds in found["competitors"].items():
+        rows += [{"what": "competitor", "name": name, "framework": framework, "kind": k} for name, k in kinds.items()]
+    for what in ("directions", "divisions", "precisions"):
+        rows += [{"what": what.removesuffix("s"), "name": name} for name in found[what]]
+    return [flat(row) for row in rows]
+
+
+def list_command(
+    torch_python: str | None, jax_python: str | None, json_file: Path | None, csv_file: Path | None = None
+) -> int:
     """Runs ``bench list`` and returns its exit status."""
     try:
         check_writable("--json", json_file)
+        check_writable("--csv", csv_file)
         with _pool(torch_python, jax_python, DIVISIONS[0]) as pool:
             found = _catalogue(pool)
     except UsageError as error:
@@ -78,8 +92,14 @@ def list_command(torch_python: str | None, jax_python: str | None, json_file: Pa
         print(f"bench: a worker cannot start: {error}", file=sys.stderr)
         return FAILED
     _show_catalogue(found)
-    if json_file is not None:
-        write_json(json_file, found)
+    try:
+        if json_file is not None:
+            write_json(json_file, found)
+        if csv_file is not None:
+            rows = _rows(found)
+            write_csv(csv_file, columns_of(rows), rows)
+    except OutputError as error:
+        return complain(error)
     return OK
 
 
@@ -108,6 +128,9 @@ def doctor_command(torch_python: str | None, jax_python: str | None, json_file: 
         console.print(f"Warning: {line}")
     if not found["warnings"]:
         console.print("Nothing to complain about.")
-    if json_file is not None:
-        write_json(json_file, found)
+    try:
+        if json_file is not None:
+            write_json(json_file, found)
+    except OutputError as error:
+        return complain(error)
     return OK if found["frameworks"] else FAILED

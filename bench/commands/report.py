@@ -1,45 +1,55 @@
 """``bench report``."""
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
+from bench.archive import Archive, StoreError
 from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain
-from bench.records import Record
 from bench.report.chart import ChartError, save_chart
-from bench.report.export import summary, write_json
-from bench.report.markdown import report
+from bench.report.export import write_summary, write_table
+from bench.report.markdown import write_report
+from bench.report.output import OutputError, write_text
+from bench.report.pytest_benchmark import write_pytest_benchmark
 from bench.report.readme import ReadmeError, results_block, with_block
+from bench.report.roofline import save_roofline
 from bench.report.tables import show_rankings, wide_console
 from bench.report.text import summary_line
-from bench.store import StoreError, read_environments, read_records
-from bench.study.ranking import rankings, tally
+from bench.report.winner_map import save_winner_map
+from bench.study.results import Results, read_results
 
 
-def _read(directories: Sequence[Path]) -> tuple[list[Record], dict[str, dict[str, Any]]]:
-    records: list[Record] = []
-    environments: dict[str, dict[str, Any]] = {}
-    for directory in directories:
-        records.extend(read_records(directory))
-        environments.update(read_environments(directory))
-    repeated = [key for key, count in Counter(record.key for record in records).items() if count > 1]
-    if repeated:
-        raise UsageError(f"two of the records share the key {repeated[0]}; give each directory once.")
-    if not records:
-        raise UsageError(f"{', '.join(map(str, directories))}: no complete record; run the benchmark first.")
-    return records, environments
+@dataclass(frozen=True)
+class Outputs:
+    """Where a report is written to, each None unless asked for; see ``bench report --help``."""
+
+    markdown: Path | None = None
+    json_file: Path | None = None
+    csv_file: Path | None = None
+    pytest_benchmark: Path | None = None
+    chart: Path | None = None
+    winner_map: Path | None = None
+    roofline: Path | None = None
+    readme: Path | None = None
+
+    def check(self) -> None:
+        """Refuses files that cannot be written, before anything is read."""
+        for item in fields(self):
+            if item.name != "readme":
+                option = "--" + item.name.removesuffix("_file").replace("_", "-")
+                check_writable(option, getattr(self, item.name))
 
 
 def _update_readme(path: Path, block: str, *, check: bool) -> int:
     try:
         text = path.read_text()
-    except OSError as error:
-        raise UsageError(f"--readme: {path} cannot be read ({error.strerror}); give an existing file.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise UsageError(f"--readme: {path} cannot be read ({why}); give an existing file.") from error
     fresh = with_block(text, block)
     if not check:
-        path.write_text(fresh)
+        write_text("--readme", path, fresh)
         return OK
     if fresh == text:
         return OK
@@ -47,39 +57,43 @@ def _update_readme(path: Path, block: str, *, check: bool) -> int:
     return FAILED
 
 
+def _write(results: Results, directories: Sequence[Path], outputs: Outputs) -> None:
+    if outputs.chart is not None:
+        save_chart(results.found, outputs.chart)
+    if outputs.winner_map is not None:
+        save_winner_map(results.found, outputs.winner_map)
+    if outputs.roofline is not None:
+        save_roofline(results.found, outputs.roofline)
+    if outputs.markdown is not None:
+        write_report("--markdown", outputs.markdown, results)
+    if outputs.json_file is not None:
+        write_summary(outputs.json_file, results)
+    if outputs.csv_file is not None:
+        write_table(outputs.csv_file, results)
+    if outputs.pytest_benchmark is not None:
+        write_pytest_benchmark(outputs.pytest_benchmark, Archive(directories))
+
+
 def report_command(
-    directories: Sequence[Path],
-    *,
-    markdown: Path | None,
-    json_file: Path | None,
-    chart: Path | None,
-    readme: Path | None,
-    check: bool,
+    directories: Sequence[Path], outputs: Outputs, *, check: bool = False, efficiency: bool = False
 ) -> int:
     """Runs ``bench report`` and returns its exit status."""
+    readme = outputs.readme
     try:
         if check and readme is None:
             raise UsageError("--check: needs --readme; name the README to check.")
-        check_writable("--markdown", markdown)
-        check_writable("--json", json_file)
-        check_writable("--chart", chart)
-        records, environments = _read(directories)
-        found = rankings(records)
+        outputs.check()
+        results = read_results(directories)
         if readme is not None:
-            status = _update_readme(readme, results_block(records, environments), check=check)
+            status = _update_readme(readme, results_block(results), check=check)
             if check:
                 return status
-        if chart is not None:
-            save_chart(found, chart)
-        if markdown is not None:
-            markdown.write_text(report(records, environments))
-        if json_file is not None:
-            write_json(json_file, summary(records, environments))
-    except (UsageError, StoreError, ChartError) as error:
+        _write(results, directories, outputs)
+    except (UsageError, StoreError, ChartError, OutputError) as error:
         return complain(error)
     except ReadmeError as error:
         return complain(f"{readme}: {error}")
     console = wide_console()
-    show_rankings(console, found)
-    console.print(f"Outcomes: {summary_line(tally(records))}.", markup=False)
+    show_rankings(console, results.found, efficiency=efficiency)
+    console.print(f"Outcomes: {summary_line(results.outcomes)}.", markup=False)
     return OK

@@ -1,7 +1,7 @@
 """``bench run``."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
+from bench.archive import StoreError, check_environments, read_environments
 from bench.commands.usage import (
     FAILED,
     INTERRUPTED,
@@ -26,12 +27,13 @@ from bench.plan.cells import DEVICES, DIRECTIONS, DIVISIONS, PRECISIONS
 from bench.plan.competitors import FRAMEWORKS
 from bench.plan.presets import PRESETS, narrowed
 from bench.plan.workloads import UnknownWorkloadError, workload
-from bench.report.export import summary, write_json
-from bench.report.markdown import environment_lines, report
+from bench.report.export import write_summary
+from bench.report.markdown import environment_lines, write_report
+from bench.report.output import OutputError
 from bench.report.tables import show_rankings, wide_console
 from bench.report.text import summary_line
-from bench.store import Store, StoreError, read_environments
-from bench.study.ranking import rankings, tally
+from bench.store import Store
+from bench.study.results import read_results
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def run_command(options: Options) -> int:
     try:
         request = _request(options)
         store = Store(options.out, resume=options.resume)
+        check_environments(store.environment_ids, read_environments(options.out), str(options.out))
         if store.set_aside_bytes:
             notes.add(f"{store.set_aside_bytes} bytes of an unfinished cell were set aside; it is measured again.")
         interrupted = _measure(request, store, notes)
@@ -135,29 +138,35 @@ def run_command(options: Options) -> int:
     except RequestError as error:
         print(f"bench: a worker cannot start: {error}", file=sys.stderr)
         return FAILED
-    _show(options, store, notes)
+    outcomes: Mapping[str, int] = {}
+    if store.environment_ids:
+        try:
+            outcomes = _show(options, notes)
+        except (StoreError, OutputError) as error:
+            # The records are safe by now; only what is derived from them is missing.
+            return complain(error)
     if interrupted:
         print(f"bench: interrupted; what was measured is in {options.out}; add --resume to continue.", file=sys.stderr)
         return INTERRUPTED
-    counts = tally(store.records)
-    return FAILED if not counts.get("ok") or counts.get("mismatch") or counts.get("crash") else OK
+    return FAILED if not outcomes.get("ok") or outcomes.get("mismatch") or outcomes.get("crash") else OK
 
 
-def _show(options: Options, store: Store, notes: SweepNotes) -> None:
-    """Prints the rankings and writes the report: both from the records alone."""
+def _show(options: Options, notes: SweepNotes) -> Mapping[str, int]:
+    """Prints the rankings and writes the report, both from the records alone; returns the outcomes."""
     console = wide_console()
-    environments = read_environments(options.out)
-    for environment_id in dict.fromkeys(record.environment_id for record in store.records):
-        for line in environment_lines(environment_id, environments[environment_id]):
+    results = read_results([options.out])
+    for environment_id in results.places():
+        for line in environment_lines(environment_id, results.environments[environment_id]):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print()
-    show_rankings(console, rankings(store.records))
+    show_rankings(console, results.found)
     for line in notes.lines:
         console.print(line, markup=False)
-    console.print(f"Outcomes: {summary_line(tally(store.records))}.", markup=False)
-    (options.out / "report.md").write_text(report(store.records, environments, notes.lines))
+    console.print(f"Outcomes: {summary_line(results.outcomes)}.", markup=False)
+    if options.json_file is not None:
+        write_summary(options.json_file, results, notes.lines)
+    write_report("report", options.out / "report.md", results, notes.lines)
     console.print(
         f"Records: {options.out / 'records.jsonl'}; report: {options.out / 'report.md'}", markup=False, soft_wrap=True
     )
-    if options.json_file is not None:
-        write_json(options.json_file, summary(store.records, environments, notes.lines))
+    return results.outcomes

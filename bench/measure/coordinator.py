@@ -3,18 +3,23 @@
 Whatever happens to a competitor ends in its own record; a worker that dies or hangs is replaced and the rest goes on.
 """
 
-import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from statistics import median
 from typing import Any, Protocol
 
+from bench.measure.conditions import Monitor, NoMonitor
 from bench.measure.entry import CellOutcome, Entry
 from bench.measure.protocol import Message, RequestError
+from bench.measure.rounds import Rounds
 from bench.plan.cells import Cell
 from bench.plan.competitors import EAGER, YARDSTICK, Competitor
-from bench.plan.costs import planned_skip
+from bench.plan.costs import planned_skip, useful_product_flops
+from bench.plan.hardware import peak_rates
 from bench.plan.presets import Preset
+
+# How far over the rate of a large product no product can be, where no data sheet tells: a large one reaches most of it.
+_OVER_THE_CEILING = 2.0
 
 _BASELINES = (("torch", "matmul", EAGER), ("jax", "matmul", None))
 
@@ -45,6 +50,8 @@ class CellRun:
         preset: rounds, block length and caps.
         seed: of the inputs and the order.
         report: called with a short text at each step.
+        monitor: reads the device around each block.
+        device_name: of the GPU or processor, for what it can do by its data sheet.
     """
 
     def __init__(
@@ -56,7 +63,10 @@ class CellRun:
         *,
         seed: int = 0,
         report: Callable[[str], None] = lambda text: None,
+        monitor: Monitor | None = None,
+        device_name: str = "",
     ):
+        self._monitor, self._device_name = monitor or NoMonitor(), device_name
         self._cell, self._workers, self._preset, self._seed, self._report = cell, workers, preset, seed, report
         self._entries = [Entry(competitor, str(k)) for k, competitor in enumerate(competitors)]
         self._opened: dict[str, Message] = {}
@@ -191,34 +201,55 @@ class CellRun:
             setattr(control, name, getattr(baseline, name))
         self._entries.append(control)
 
-    def _rounds(self) -> None:
-        order = random.Random(self._seed)
-        spent = 0.0
-        for number in range(self._preset.rounds):
-            self._report(f"round {number + 1} of {self._preset.rounds}")
-            shuffled = [entry for entry in self._entries if entry.going]
-            order.shuffle(shuffled)
-            # Known before the round begins, because its last blocks are judged as well as timed.
-            last_round = number == self._preset.rounds - 1 or (
-                number + 1 >= self._preset.least_rounds and spent + spent / max(number, 1) > self._preset.cell_s
-            )
-            started = time.monotonic()
-            for reverse in (False, True):
-                for entry in reversed(shuffled) if reverse else shuffled:
-                    if entry.going:
-                        self._block(entry, verify=last_round and reverse)
-            spent += time.monotonic() - started
-            if last_round:
-                break
-
-    def _block(self, entry: Entry, *, verify: bool) -> None:
+    def _block(self, entry: Entry, verify: bool) -> dict[str, Any] | None:
         limit = self._preset.limits.request_s
         timed = self._ask(entry, "block", limit, calls=entry.calls_per_block, verify=verify)
-        if timed is None:
-            return
-        entry.blocks.append(timed["block_latency_s"])
-        if verify:
+        if timed is not None and verify:
             self._accept(entry, timed["judgement"], "after timing")
+        return timed
+
+    def _probe(self, entry: Entry) -> None:
+        """The other clocks; a program that does too little work ends here."""
+        found = self._ask(entry, "probe", self._preset.limits.prepare_s, budget_s=self._preset.probe_s)
+        if found is None:
+            return
+        doubt = found.pop("doubt")
+        entry.probe = found
+        if doubt:
+            entry.fail("mismatch", doubt)
+
+    def _measure_ceilings(self) -> dict[str, float]:
+        """The higher of the frameworks' rates: a ceiling is what the device can do, whoever shows it."""
+        highest: dict[str, float] = {}
+        for framework in self._opened:
+            try:
+                found = self._workers.request(framework, {"operation": "ceilings"}, self._preset.limits.request_s)
+            except RequestError:
+                # Only the fractions of a ceiling are lost; a worker that died has competitors that will tell.
+                if not self._workers.alive(framework):
+                    self._recover(framework)
+                continue
+            for name, rate in found.items():
+                if name.startswith("ceiling_"):
+                    highest[name] = max(rate, highest.get(name, 0.0))
+        return highest
+
+    def _reject_the_impossible(self, ceilings: Mapping[str, float]) -> None:
+        """A rate above what the hardware can do means that the work was not done."""
+        peak = peak_rates(self._device_name, self._cell.precision).get("flops_per_s")
+        measured = ceilings.get("ceiling_flops_per_s")
+        limit = peak if peak is not None else None if measured is None else _OVER_THE_CEILING * measured
+        if limit is None:
+            return
+        for entry in self._entries:
+            if not (entry.going and entry.blocks and entry.calls_per_block):
+                continue
+            rate = useful_product_flops(self._cell) * entry.calls_per_block / median(entry.blocks)
+            if rate > limit:
+                said = f"{rate:.3g} operations a second, over the {limit:.3g} that the device can do: not all was done"
+                entry.rejected.extend(entry.blocks)
+                entry.blocks.clear()
+                entry.fail("mismatch", said)
 
     def _each(self, what: str, step: Callable[[Entry], None]) -> None:
         for entry in self._entries:
@@ -233,7 +264,21 @@ class CellRun:
         self._drop_hopeless()
         self._each("warming up", self._settle)
         self._add_control()
-        self._rounds()
+        rounds = Rounds(
+            self._entries,
+            self._preset,
+            seed=self._seed,
+            block=self._block,
+            monitor=self._monitor,
+            report=self._report,
+        )
+        stopped = rounds.run() if any(entry.going for entry in self._entries) else ""
+        ceilings: dict[str, float] = {}
+        if self._preset.probe_s > 0:
+            # After the rounds: a tracer leaves its hooks behind, and compiling again replaces the program.
+            ceilings = self._measure_ceilings()
+            self._each("probing", lambda entry: None if entry.control else self._probe(entry))
+        self._reject_the_impossible(ceilings)
         switches = {framework: reply["switches"] for framework, reply in self._opened.items()}
         digests = [reply["inputs_digest"] for reply in self._opened.values()]
-        return CellOutcome(tuple(self._entries), digests[0] if digests else None, switches)
+        return CellOutcome(tuple(self._entries), digests[0] if digests else None, switches, ceilings, stopped)

@@ -1,5 +1,6 @@
 """A competitor on its way through a cell, and what the cell came to."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,10 +28,26 @@ class Entry:
     peak_memory_bytes: int | None = None
     memory_method: str | None = None
     judgement: dict[str, Any] | None = None
+    probe: dict[str, Any] = field(default_factory=dict)
+    energy_j: list[float] = field(default_factory=list)
+    conditions: list[Mapping[str, Any]] = field(default_factory=list)
+    rejected: list[float] = field(default_factory=list)
+    leaving: bool = False
+    left: bool = False
 
     def fail(self, status: str, reason: str, *, skipped: bool = False) -> None:
         """Ends the competitor."""
         self.status, self.reason, self.skipped = status, reason, skipped
+
+    @property
+    def timed(self) -> bool:
+        """Whether the next round has blocks of it: it is right so far, and not yet decided."""
+        return self.going and not self.left
+
+    @property
+    def label(self) -> str:
+        """Tells the control from the baseline whose call it shares."""
+        return self.competitor.label + (" again" if self.control else "")
 
     def skip(self, reason: str) -> None:
         """Ends the competitor because a cap of the preset keeps it out."""
@@ -50,8 +67,12 @@ class CellOutcome:
         entries: all competitors, the control last.
         inputs_digest: hash of the inputs, or None if no worker drew any.
         switches: per framework, its precision switches.
+        ceilings: rates of a large product and a large copy, the higher of the frameworks'.
+        stopped: why no more rounds were run.
     """
 
     entries: tuple[Entry, ...]
     inputs_digest: str | None
     switches: dict[str, dict[str, Any]]
+    ceilings: Mapping[str, float] = field(default_factory=dict)
+    stopped: str = ""

@@ -11,6 +11,7 @@ from bench.measure.entry import CellOutcome, Entry
 from bench.plan.cells import Cell
 from bench.plan.competitors import Competitor
 from bench.plan.costs import compulsory_bytes, useful_flops, waste_factor
+from bench.plan.hardware import peak_rates
 from bench.plan.presets import Preset
 from bench.records import HARNESS_VERSION, SCHEMA_VERSION, Record, digest
 
@@ -28,6 +29,7 @@ def cell_hash(cell: Cell, competitors: Sequence[Competitor], preset: Preset, *, 
                 preset.cell_s if math.isfinite(preset.cell_s) else None,
                 preset.block_s,
                 preset.warm_up_blocks,
+                preset.probe_s,
                 asdict(preset.limits),
             ],
             "seed": seed,
@@ -56,7 +58,7 @@ def _record(entry: Entry, shared: dict[str, Any], switches: dict[str, Any], cell
         block_latency_s=blocks if right else (),
         calls_per_block=calls,
         latency_s=median(blocks) / calls if right and calls else None,
-        rejected_block_latency_s=() if right else blocks,
+        rejected_block_latency_s=tuple(entry.rejected) + (() if right else blocks),
         warm_up_block_latency_s=tuple(entry.warm_up),
         compile_s=entry.compile_s,
         peak_memory_bytes=entry.peak_memory_bytes,
@@ -68,6 +70,10 @@ def _record(entry: Entry, shared: dict[str, Any], switches: dict[str, Any], cell
         control=entry.control,
         baseline=entry.baseline,
         switches=switches,
+        energy_j=median(entry.energy_j) if entry.energy_j else None,
+        conditions=tuple(entry.conditions),
+        **{name: value for name, value in entry.probe.items() if name != "synchronised_latency_s"},
+        synchronised_latency_s=tuple(entry.probe.get("synchronised_latency_s", ())),
     )
 
 
@@ -80,9 +86,10 @@ def records_of(
     seed: int,
     environment_id: str,
     started_at: datetime,
+    device_name: str = "",
 ) -> list[Record]:
     """Builds the records of a cell, one for each competitor and one for the control."""
-    workload = cell.workload
+    workload, peaks = cell.workload, peak_rates(device_name, cell.precision)
     shared = {
         "schema_version": SCHEMA_VERSION,
         "cell": cell_key,
@@ -104,6 +111,12 @@ def records_of(
         "process_replicate": process_replicate,
         "seed": seed,
         "inputs_digest": outcome.inputs_digest,
+        "optimizer": cell.optimizer,
+        "ceiling_flops_per_s": outcome.ceilings.get("ceiling_flops_per_s"),
+        "ceiling_bytes_per_s": outcome.ceilings.get("ceiling_bytes_per_s"),
+        "peak_flops_per_s": peaks.get("flops_per_s"),
+        "peak_bytes_per_s": peaks.get("bytes_per_s"),
+        "stopped": outcome.stopped,
         "started_at": started_at.astimezone(UTC).isoformat(timespec="seconds"),
         "environment_id": environment_id,
     }

@@ -6,13 +6,14 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+from bench.measure.conditions import monitor_for
 from bench.measure.coordinator import CellRun
 from bench.measure.environment import environment_id, fingerprint
 from bench.measure.pool import WorkerPool, starter
 from bench.measure.processors import allowed_cpus
 from bench.measure.recording import cell_hash, records_of
 from bench.plan.cells import DEVICES, Cell
-from bench.plan.competitors import FRAMEWORKS, Competitor, competitors_for
+from bench.plan.competitors import FRAMEWORKS, Competitor, competitors_for, further_modes
 from bench.plan.presets import Preset, plan_cells
 from bench.store import Store
 
@@ -91,8 +92,18 @@ def choose_device(asked: str, hello: Mapping[str, Mapping[str, Any]], notes: Swe
 
 def _competitors(pool: WorkerPool, request: Request, cell: Cell) -> tuple[Competitor, ...]:
     preset = request.preset
-    compiled = preset.compiled.get(cell.workload.name, ()) if cell.direction in preset.compiled_directions else ()
-    return competitors_for(pool.catalogues(), compiled=compiled, only=request.implementations)
+    compiled = preset.compiled.get(cell.workload.name, ())
+    # A tuned cell without compiled competitors would be a matched one.
+    if not compiled and cell.division == "tuned":
+        compiled = ("matmul",)
+    modes = further_modes(cell.division, cell.device, compile_gradients=cell.direction in preset.compiled_directions)
+    return competitors_for(pool.catalogues(), compiled=compiled, modes=modes, only=request.implementations)
+
+
+def _device_name(pool: WorkerPool) -> str:
+    """The name that a framework's driver reports; empty where none does."""
+    names = [reply["environment"].get("device_name", "") for reply in pool.hello.values()]
+    return next((name for name in names if name), "")
 
 
 def _started_pool(request: Request, device: str, division: str, notes: SweepNotes) -> WorkerPool:
@@ -167,8 +178,18 @@ def _run_cell(
     started_at = datetime.now(UTC)
     # Another seed in each replicate: the order and the inputs are part of what varies between processes.
     seed = request.seed + replicate
+    uuid = next(
+        (r["environment"]["device_uuid"] for r in pool.hello.values() if "device_uuid" in r["environment"]), None
+    )
     run = CellRun(
-        cell, competitors, pool, request.preset, seed=seed, report=lambda text: report(f"{cell.title}: {text}")
+        cell,
+        competitors,
+        pool,
+        request.preset,
+        seed=seed,
+        report=lambda text: report(f"{cell.title}: {text}"),
+        monitor=monitor_for(cell.device, uuid),
+        device_name=_device_name(pool),
     )
     outcome = run.run()
     store.append(
@@ -180,5 +201,6 @@ def _run_cell(
             seed=seed,
             environment_id=place_id,
             started_at=started_at,
+            device_name=_device_name(pool),
         )
     )

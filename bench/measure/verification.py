@@ -15,20 +15,23 @@ import numpy as np
 
 from bench.measure.memory import free_bytes
 from bench.measure.processors import allowed_cpus
+from bench.measure.step_verification import PARAMETERS, first_step
+from bench.plan.cells import RESULTS
 from bench.records import finite
-from parity_tests.harness.comparison import TensorResult, compare
+from parity_tests.harness.comparison import TensorResult, compare, compare_with_limit
 from parity_tests.harness.fingerprint import observed_precision
 from parity_tests.harness.inputs import Inputs
+from parity_tests.harness.optimizers import OPTIMIZERS
 from parity_tests.harness.oracle import Reference, reference
-from parity_tests.harness.tolerance import declared_arithmetic
+from parity_tests.harness.tolerance import Arithmetic, declared_arithmetic
 
 # Elements of x, W and dy together that one comparison takes: its float64 temporaries then stay in the caches, which
 # makes it several times faster than arrays whose pages the system has to provide anew.
 _ELEMENTS_AT_A_TIME = 500_000
 # Both workers may keep an oracle, and the competitors need most of the memory.
 _KEPT_FRACTION = 0.15
-_PARTITION_AXIS = {"y": -2, "dx": -2, "dweight": 0, "dbias": 0}
-_TENSORS: Mapping[str, tuple[str, ...]] = {"forward": ("y",), "forward_backward": tuple(_PARTITION_AXIS)}
+_EVALUATED = ("y", "dx", "dweight", "dbias")
+_PARTITION_AXIS = {"y": -2, "dx": -2, "dweight": 0, "dbias": 0, "weight": 0, "bias": 0}
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class Oracle:
         """The shape of every tensor."""
         i = self.inputs
         shapes = {"y": i.cotangent.shape, "dx": i.x.shape, "dweight": i.weight.shape}
-        return shapes if i.bias is None else shapes | {"dbias": i.bias.shape}
+        shapes |= {"weight": i.weight.shape}
+        return shapes if i.bias is None else shapes | {"dbias": i.bias.shape, "bias": i.bias.shape}
 
     def _evaluate(self, partitions: slice) -> Reference:
         inputs = self.inputs
@@ -103,9 +107,14 @@ class Oracle:
     def _kept(self) -> list[Reference] | None:
         """All partitions, evaluated once for all competitors and directions, where memory allows."""
         # Value and magnitude of each tensor, and as much again for the two that y has besides.
-        if sum(4 * 8 * math.prod(shape) for shape in self.shapes.values()) > _KEPT_FRACTION * free_bytes():
+        if (
+            sum(4 * 8 * math.prod(self.shapes[name]) for name in _EVALUATED if name in self.shapes)
+            > _KEPT_FRACTION * free_bytes()
+        ):
             return None
-        return [self._evaluate(partitions) for partitions in self.slices]
+        # NumPy lets other threads run while it works on arrays, and nothing is being timed meanwhile.
+        with ThreadPoolExecutor(max_workers=max(1, len(allowed_cpus()))) as threads:
+            return list(threads.map(self._evaluate, self.slices))
 
     def truth(self, number: int) -> Reference:
         """The oracle of the partitions in ``slices[number]``."""
@@ -117,12 +126,13 @@ class Verifier:
 
     Args:
         oracle: the truth.
-        direction: ``forward`` or ``forward_backward``.
+        direction: ``forward``, ``forward_backward`` or ``train_step``.
+        optimizer: of ``train_step``, by its name in the neutral specification.
     """
 
-    def __init__(self, oracle: Oracle, direction: str):
-        self._oracle = oracle
-        self._expected = [name for name in _TENSORS[direction] if name in oracle.shapes]
+    def __init__(self, oracle: Oracle, direction: str, optimizer: str | None = None):
+        self._oracle, self._optimizer = oracle, optimizer
+        self._expected = [name for name in RESULTS[direction] if name in oracle.shapes]
         # Tensor, digest and promised precision to judgement: bitwise equal results are judged once.
         self._known: dict[tuple[str, str, str], tuple[dict[str, Any], str]] = {}
 
@@ -131,18 +141,34 @@ class Verifier:
         arithmetic, slices = declared_arithmetic(promised), self._oracle.slices
 
         def one(number: int) -> list[TensorResult]:
-            return compare(_part(outputs, slices[number]), self._oracle.truth(number), arithmetic)
+            part, truth = _part(outputs, slices[number]), self._oracle.truth(number)
+            stepped = {name: value for name, value in part.items() if name in PARAMETERS}
+            direct = {name: value for name, value in part.items() if name not in PARAMETERS}
+            found = compare(direct, truth, arithmetic) if direct else []
+            return found + [
+                self._compare_step(name, value, slices[number], truth, arithmetic) for name, value in stepped.items()
+            ]
 
         self._oracle.truth(0)  # kept or not is decided, and evaluated, by one thread
 
         found: dict[str, tuple[dict[str, Any], str]] = {}
-        # NumPy lets other threads run while it works on arrays, and nothing is being timed meanwhile.
         with ThreadPoolExecutor(max_workers=max(1, len(allowed_cpus()))) as threads:
             for partitions, results in zip(slices, threads.map(one, range(len(slices))), strict=True):
                 for result in results:
                     where = f"partitions {partitions.start} to {partitions.stop - 1}: {result.reason}"
                     _fold(found, result, where)
         return found
+
+    def _compare_step(
+        self, name: str, value: np.ndarray, partitions: slice, truth: Reference, arithmetic: Arithmetic
+    ) -> TensorResult:
+        """A parameter after one step, against the step that the specification asks for."""
+        inputs = self._oracle.inputs
+        before = inputs.weight if name == "weight" else inputs.bias
+        assert before is not None  # the worker refuses workloads without a bias
+        assert self._optimizer is not None  # a cell of this direction has one
+        step = first_step(OPTIMIZERS[self._optimizer], name, before[partitions], truth[f"d{name}"], arithmetic)
+        return compare_with_limit(name, value, step.value, step.limit, partition_axis=0)
 
     def judge(self, outputs: Mapping[str, np.ndarray], promised: str) -> Judgement:
         """Compares results with the oracle.
@@ -169,7 +195,8 @@ class Verifier:
         worst = max(figures["bound_fraction"] for figures, _ in found.values())
         # The class of the arithmetic does not change from partition to partition: the first few tell.
         oracle = self._oracle
-        observed = observed_precision(_part(outputs, oracle.slices[0]), oracle.truth(0), oracle.inputs.dtype)
+        direct = {name: value for name, value in outputs.items() if name not in PARAMETERS}
+        observed = observed_precision(_part(direct, oracle.slices[0]), oracle.truth(0), oracle.inputs.dtype)
         tensors = {
             name: {key: finite(value) if isinstance(value, float) else value for key, value in figures.items()}
             for name, (figures, _) in found.items()

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bench.measure.clocks import measure_single_calls, shortest_call_s
 from bench.measure.protocol import Message
-from bench.measure.timers.base import Prepared, Timer
+from bench.measure.timers.base import Prepared, Task, Timer
 from bench.measure.verification import Judgement, Oracle, Verifier, inputs_digest, results_digest
 from bench.plan.cells import Cell
 from bench.plan.competitors import YARDSTICK
+from bench.plan.costs import buffer_sets, useful_product_flops
 from bench.plan.workloads import Workload
 from parity_tests.harness.inputs import draw_inputs
 
@@ -33,6 +35,7 @@ _STEADY = 0.02  # warm-up ends when a block is no longer faster than the one bef
 class _Held:
     """A prepared competitor."""
 
+    task: Task
     prepared: Prepared
     verifier: Verifier
     promised: str
@@ -51,8 +54,9 @@ class Workbench:
         self._held: dict[str, _Held] = {}
         self._cell: Cell | None = None
         self._seed = 0
+        self._ceilings: dict[str, dict[str, float]] = {}
         self._oracles: dict[tuple[Workload, str, int, bool], Oracle] = {}
-        self._feeds: dict[bool, tuple[tuple[Any, ...], Verifier]] = {}
+        self._feeds: dict[bool, tuple[list[tuple[Any, ...]], Verifier]] = {}
 
     def operations(self) -> dict[str, Callable[[Message], Message]]:
         """Request name to method."""
@@ -62,6 +66,8 @@ class Workbench:
             "prepare": self.prepare,
             "check": self.check,
             "memory": self.memory,
+            "probe": self.probe,
+            "ceilings": self.ceilings,
             "warm_up": self.warm_up,
             "block": self.block,
             "drop": self.drop,
@@ -101,21 +107,25 @@ class Workbench:
             self._oracles[key] = Oracle(draw_inputs(case, self._cell.dtype, self._seed))
         return self._oracles[key]
 
-    def _feed(self, *, dense: bool) -> tuple[tuple[Any, ...], Verifier]:
+    def _feed(self, *, dense: bool) -> tuple[list[tuple[Any, ...]], Verifier]:
         """Arguments on the device, shared by all competitors of the cell, with the verifier of the same numbers."""
         if dense not in self._feeds:
             assert self._cell is not None
-            oracle = self._oracle(dense=dense)
-            self._feeds[dense] = (self._timer.arguments(oracle.inputs), Verifier(oracle, self._cell.direction))
+            cell, oracle = self._cell, self._oracle(dense=dense)
+            count = buffer_sets(cell, self._timer.cache_bytes())
+            buffers = [self._timer.arguments(oracle.inputs, cell.workload.layout) for _ in range(count)]
+            self._feeds[dense] = (buffers, Verifier(oracle, cell.direction, cell.optimizer))
         return self._feeds[dense]
 
     def prepare(self, request: Message) -> Message:
         """Builds, compiles and calls a competitor; replies with the duration of one call after that."""
         assert self._cell is not None
-        arguments, verifier = self._feed(dense=request["kind"] == YARDSTICK)
+        cell = self._cell
+        buffers, verifier = self._feed(dense=request["kind"] == YARDSTICK)
         name = request["implementation"]
-        prepared = self._timer.prepare(name, request["mode"], self._cell.direction, arguments)
-        held = _Held(prepared, verifier, self._timer.promised_precision(name))
+        task = Task(name, request["mode"], cell.direction, cell.workload.layout, cell.optimizer)
+        prepared = self._timer.prepare(task, buffers)
+        held = _Held(task, prepared, verifier, self._timer.promised_precision(name))
         self._held[request["handle"]] = held
         durations = []
         for _ in range(_CALLS_BEFORE_TIMING):
@@ -133,7 +143,11 @@ class Workbench:
         }
 
     def _judge(self, held: _Held, result: Any) -> Judgement:
-        outputs = self._timer.to_numpy(result)
+        if held.prepared.restart is not None:
+            # After any number of steps only rounding would be judged: the first step is taken again.
+            held.prepared.restart()
+            result = held.prepared.call()
+        outputs = self._timer.to_numpy(result, held.task)
         digest = results_digest(outputs)
         held.result_bytes = sum(array.nbytes for array in outputs.values())
         # The same bits as a result that was judged before have the same judgement.
@@ -155,6 +169,39 @@ class Workbench:
         if peak is not None:
             peak = max(peak, held.result_bytes, held.prepared.static_memory_bytes or 0)
         return {"peak_memory_bytes": peak, "memory_method": method}
+
+    def probe(self, request: Message) -> Message:
+        """The other clocks, apart from the timed blocks: single calls, enqueueing, tracing, compiling again."""
+        held = self._held[request["handle"]]
+        prepared, wait = held.prepared, self._timer.wait
+        found = measure_single_calls(prepared.call, wait, budget_s=request["budget_s"])
+        trace = self._timer.trace(prepared)
+        flops = self._timer.account(prepared)
+        needed = useful_product_flops(self._cell) if self._cell is not None else 0
+        doubt = ""
+        if flops is not None and self._cell is not None and self._cell.device == "cpu" and flops < 0.9 * needed:
+            doubt = f"the program that runs does {flops:.3g} operations, and the function needs {needed:.3g}"
+        again = None if prepared.compile_again is None else prepared.compile_again()
+        return {
+            **asdict(found),
+            "kernels": dict(trace.kernels),
+            "device_busy_s": trace.device_busy_s,
+            "program_flops": flops,
+            "compile_warm_s": again,
+            "doubt": doubt,
+        }
+
+    def ceilings(self, request: Message) -> Message:
+        """The rates of a large product and of a large copy, on this device and in this cell's precision."""
+        assert self._cell is not None
+        if self._cell.precision not in self._ceilings:
+            product, flops = self._timer.large_product()
+            copy, moved = self._timer.large_copy()
+            self._ceilings[self._cell.precision] = {
+                "ceiling_flops_per_s": flops / shortest_call_s(product, self._timer.wait),
+                "ceiling_bytes_per_s": moved / shortest_call_s(copy, self._timer.wait),
+            }
+        return dict(self._ceilings[self._cell.precision])
 
     def _timed(self, held: _Held, calls: int) -> tuple[float, Any]:
         call, wait = held.prepared.call, self._timer.wait

@@ -6,8 +6,17 @@ from types import MappingProxyType
 
 from bench.plan.workloads import Workload
 
-DIRECTIONS: tuple[str, ...] = ("forward", "forward_backward")
-DIVISIONS: tuple[str, ...] = ("stock", "matched")
+DIRECTIONS: tuple[str, ...] = ("forward", "forward_backward", "train_step")
+# Results of each direction, by the names of the parity harness; a step returns the new parameters.
+RESULTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "forward": ("y",),
+        "forward_backward": ("y", "dx", "dweight", "dbias"),
+        "train_step": ("y", "dx", "weight", "bias"),
+    }
+)
+DIVISIONS: tuple[str, ...] = ("stock", "matched", "tuned")
+CACHES: tuple[str, ...] = ("warm", "cold")
 DEVICES: tuple[str, ...] = ("cpu", "cuda")
 STORAGE_DTYPES: Mapping[str, str] = MappingProxyType(
     {"ieee_fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
@@ -21,11 +30,14 @@ class Cell:
 
     Attributes:
         workload: the shape.
-        direction: ``forward`` (returns y) or ``forward_backward`` (returns y, dx, dW and db).
+        direction: ``forward`` (returns y), ``forward_backward`` (returns y, dx, dW and db) or ``train_step`` (returns y
+            and dx, and updates W and b).
         precision: the precision class asked for, a key of ``STORAGE_DTYPES``.
-        division: ``stock`` (framework defaults) or ``matched`` (the same arithmetic on both sides).
+        division: ``stock`` (framework defaults), ``matched`` (the same arithmetic and layouts on both sides) or
+            ``tuned`` (best effort on each side).
         device: ``cpu`` or ``cuda``.
-        cache: ``warm`` (one buffer set).
+        cache: ``warm`` (one buffer set) or ``cold`` (buffer sets in turn, four times the last cache in all).
+        optimizer: of ``train_step``, by its name in the neutral specification; None in other directions.
     """
 
     workload: Workload
@@ -34,6 +46,7 @@ class Cell:
     division: str
     device: str
     cache: str = "warm"
+    optimizer: str | None = None
 
     @property
     def dtype(self) -> str:
@@ -43,4 +56,6 @@ class Cell:
     @property
     def title(self) -> str:
         """One line for a heading."""
-        return f"{self.workload.name} ({self.workload.shape}), {self.direction}, {self.precision}, {self.division}"
+        what = self.direction if self.optimizer is None else f"{self.direction} ({self.optimizer})"
+        cold = ", cold" if self.cache == "cold" else ""
+        return f"{self.workload.name} ({self.workload.shape}), {what}, {self.precision}, {self.division}{cold}"

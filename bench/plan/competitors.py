@@ -4,6 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 EAGER, COMPILE, JIT = "eager", "compile", "jit"
+REDUCE_OVERHEAD, MAX_AUTOTUNE, CUDA_GRAPH = "compile-reduce-overhead", "compile-max-autotune", "cuda-graph"
+# XLA's command buffers are CUDA graphs under another name. JAX records them by default on a GPU; the matched division
+# turns them off for `jit`, as torch's eager mode has none, and times `jit-graph` against `cuda-graph`.
+JIT_GRAPH = "jit-graph"
+COMPILED_MODES: frozenset[str] = frozenset({COMPILE, REDUCE_OVERHEAD, MAX_AUTOTUNE, JIT, JIT_GRAPH})
 IMPLEMENTATION, STOCK, YARDSTICK = "implementation", "stock", "yardstick"
 # What a user of the framework would type; the mode that every competitor of that framework is timed in.
 DEFAULT_MODE: Mapping[str, str] = {"torch": EAGER, "jax": JIT}
@@ -17,7 +22,8 @@ class Competitor:
     Attributes:
         framework: ``torch`` or ``jax``.
         implementation: a name of the tree's registry, ``stock:...`` for what users write instead, or ``dense``.
-        mode: ``eager``, ``compile`` or ``jit``.
+        mode: ``eager``, ``compile``, ``compile-reduce-overhead``, ``compile-max-autotune``, ``cuda-graph``, ``jit`` or
+            ``jit-graph``.
         kind: ``implementation``, ``stock`` or ``yardstick`` (computes another function; never ranked).
     """
 
@@ -60,23 +66,49 @@ class Catalogue:
 
 
 def competitors_for(
-    catalogues: Sequence[Catalogue], *, compiled: Sequence[str] = (), only: Sequence[str] = ()
+    catalogues: Sequence[Catalogue],
+    *,
+    compiled: Sequence[str] = (),
+    modes: Mapping[str, Sequence[str]] | None = None,
+    only: Sequence[str] = (),
 ) -> tuple[Competitor, ...]:
     """Lists the competitors of a cell.
 
     Args:
         catalogues: one for each framework that takes part.
-        compiled: names that run under ``torch.compile`` as well.
+        compiled: names that run in the further modes as well.
+        modes: framework to its further modes; ``compile`` for torch if not given.
         only: names to keep; empty keeps all.
 
     Returns:
         Competitors, framework by framework, each in its default mode first.
     """
+    further = {"torch": (COMPILE,)} if modes is None else modes
     found: list[Competitor] = []
     for catalogue in catalogues:
         kinds = {name: kind for name, kind in catalogue.kinds().items() if not only or name in only}
         mode = DEFAULT_MODE[catalogue.framework]
         found.extend(Competitor(catalogue.framework, name, mode, kind) for name, kind in kinds.items())
-        if catalogue.framework == "torch":
-            found.extend(Competitor("torch", name, COMPILE, kinds[name]) for name in compiled if name in kinds)
+        found.extend(
+            Competitor(catalogue.framework, name, other, kinds[name])
+            for name in compiled
+            if name in kinds
+            for other in further.get(catalogue.framework, ())
+        )
     return tuple(found)
+
+
+def further_modes(division: str, device: str, *, compile_gradients: bool) -> dict[str, tuple[str, ...]]:
+    """Framework to the modes beside the default one that a division compares.
+
+    stock: ``torch.compile`` as one types it. matched: the same, and on a GPU CUDA graphs on both sides. tuned: what the
+    frameworks offer for speed; compiled modes are left out where compiling the gradients would take most of the time.
+    """
+    torch: tuple[str, ...] = (COMPILE,) if compile_gradients else ()
+    jax: tuple[str, ...] = ()
+    if division == "tuned" and compile_gradients:
+        torch += (MAX_AUTOTUNE,)
+    if device == "cuda" and division != "stock":
+        torch += (CUDA_GRAPH,) if division == "matched" else (CUDA_GRAPH, REDUCE_OVERHEAD)
+        jax += (JIT_GRAPH,) if division == "matched" else ()
+    return {"torch": torch, "jax": jax}

@@ -4,6 +4,7 @@ For a product over b rows, n partitions, i inputs and o outputs, the useful work
 
     forward           2 b n i o + b n o                       (multiply-adds and the bias)
     forward_backward  3 * 2 b n i o + b n o + b n o           (y, dx and dW; the bias and its gradient)
+    train_step        the same; the parameters are written as well, the optimiser's state is not counted
 
 A dense form multiplies n times as much, for which it earns no credit: that factor is its waste.
 """
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from bench.plan.cells import Cell
-from bench.plan.competitors import COMPILE, JIT, Competitor
+from bench.plan.competitors import COMPILED_MODES, Competitor
 
 ITEM_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2})
+# A cold cell's buffers fill the last cache this many times, so that none is still there when its turn comes again.
+_COLD_CACHES = 4
 # Forms that materialise the whole (n*i, n*o) matrix, and forms that become one product per partition when traced.
 DENSE_FORMS: frozenset[str] = frozenset({"masked", "dense"})
 UNROLLED_FORMS: frozenset[str] = frozenset({"loop"})
@@ -56,7 +59,29 @@ def useful_flops(cell: Cell) -> int:
     w = cell.workload
     product = 2 * w.batch * w.num_partitions * w.in_features * w.out_features
     bias = w.batch * w.num_partitions * w.out_features
+    # The optimiser's few operations a parameter are left out: they differ from one to the next.
     return products(cell) * product + (bias if cell.direction == "forward" else 2 * bias)
+
+
+def useful_product_flops(cell: Cell) -> int:
+    """The part of ``useful_flops`` that the products take."""
+    w = cell.workload
+    return products(cell) * 2 * w.batch * w.num_partitions * w.in_features * w.out_features
+
+
+def buffer_sets(cell: Cell, cache_bytes: int) -> int:
+    """How many sets of x, W, b and dy a cell needs: one if warm, else enough to fill the last cache four times.
+
+    Args:
+        cell: the cell.
+        cache_bytes: size of the last cache.
+    """
+    if cell.cache == "warm":
+        return 1
+    w = cell.workload
+    parameters = w.num_partitions * (w.in_features + 1) * w.out_features
+    elements = w.batch * w.num_partitions * (w.in_features + w.out_features) + parameters
+    return max(2, -(-_COLD_CACHES * cache_bytes // (elements * ITEM_BYTES[cell.dtype])))
 
 
 def compulsory_bytes(cell: Cell) -> int:
@@ -105,7 +130,7 @@ def planned_skip(competitor: Competitor, cell: Cell, limits: Limits, free_bytes:
     needed = working_bytes(competitor, cell)
     if needed > limits.memory_fraction * free_bytes:
         return f"needs about {needed / 2**30:.1f} GiB, over {limits.memory_fraction:.0%} of the free memory"
-    traced = competitor.mode in (JIT, COMPILE) and competitor.implementation in UNROLLED_FORMS
+    traced = competitor.mode in COMPILED_MODES and competitor.implementation in UNROLLED_FORMS
     unrolled = cell.workload.num_partitions * products(cell)
     if traced and unrolled > limits.unrolled_products:
         return f"{unrolled} products to unroll and compile, over the preset's cap of {limits.unrolled_products}"

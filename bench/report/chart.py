@@ -2,11 +2,12 @@
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.plan.competitors import YARDSTICK
+from bench.report.output import writing
 from bench.study.ranking import Ranking
 
 FORMATS: tuple[str, ...] = (".svg", ".png", ".html")
@@ -45,7 +46,7 @@ def ratio_chart(found: Sequence[Ranking]) -> Any:
 
     points = _points(found)
     if not points:
-        raise ChartError("there is no ratio with an interval to draw; measure at least two rounds.")
+        raise ChartError("--chart: there is no ratio with an interval to draw; measure at least two rounds.")
     panels = []
     for panel in dict.fromkeys(point["panel"] for point in points):
         base = alt.Chart(alt.InlineData(values=[point for point in points if point["panel"] == panel])).encode(
@@ -68,21 +69,30 @@ def ratio_chart(found: Sequence[Ranking]) -> Any:
     return alt.concat(*panels, columns=2, title=note).resolve_scale(y="independent", x="independent")
 
 
-def save_chart(found: Sequence[Ranking], path: Path) -> None:
-    """Draws the chart into a file.
+def save_picture(argument: str, path: Path, draw: Callable[[], Any]) -> None:
+    """Draws a chart into a file.
 
     Args:
-        found: rankings.
+        argument: the option that named the file.
         path: ends in ``.svg``, ``.png`` or ``.html``.
+        draw: builds the altair object.
 
     Raises:
         ChartError: if the type is unknown, a package is missing, or there is nothing to draw.
+        OutputError: if the file cannot be written.
     """
     if path.suffix not in FORMATS:
         raise ChartError(
-            f"--chart: expected a file ending in {', '.join(FORMATS)}, got {path.name!r}; choose one of these."
+            f"{argument}: expected a file ending in {', '.join(FORMATS)}, got {path.name!r}; choose one of these."
         )
     for package, formats in _NEEDED.items():
         if path.suffix in formats and importlib.util.find_spec(package) is None:
-            raise ChartError(f"--chart: {package} is not installed; install the extra: pip install -e '.[report]'.")
-    ratio_chart(found).save(str(path))
+            raise ChartError(f"{argument}: {package} is not installed; install the extra: pip install -e '.[report]'.")
+    chart = draw()
+    with writing(argument, path):
+        chart.save(str(path))
+
+
+def save_chart(found: Sequence[Ranking], path: Path) -> None:
+    """Draws the ratios into a file; see ``save_picture``."""
+    save_picture("--chart", path, lambda: ratio_chart(found))

@@ -1,26 +1,53 @@
-"""Rankings as JSON."""
+"""Rankings as JSON and as rows of a table."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.records import SCHEMA_VERSION, Record, finite
-from bench.study.ranking import Ranking, Row, rankings, tally
+from bench.records import SCHEMA_VERSION, finite
+from bench.report.output import write_csv, write_text
+from bench.study.ranking import Ranking, Row
+from bench.study.results import Results
+from bench.study.roofline import Efficiency, efficiencies
 from bench.study.statistics import Interval
 
+SHARED: tuple[str, ...] = (
+    "workload",
+    "num_partitions",
+    "in_features",
+    "out_features",
+    "batch",
+    "dtype",
+    "device",
+    "direction",
+    "division",
+    "precision",
+    "layout",
+    "cache",
+    "environment_id",
+)
 
-def _interval(interval: Interval | None) -> dict[str, Any] | None:
+
+def interval_json(interval: Interval | None) -> dict[str, Any] | None:
+    """A ratio with its interval; an end that is infinite becomes null."""
     if interval is None:
         return None
     return {"ratio": interval.ratio, "low": interval.low, "high": finite(interval.high), "rounds": interval.rounds}
 
 
-def _row(row: Row) -> dict[str, Any]:
+def _efficiency(efficiency: Efficiency) -> dict[str, Any]:
+    pays = None if efficiency.payback_calls is None else math.isfinite(efficiency.payback_calls)
+    return asdict(efficiency) | {"payback_calls": finite(efficiency.payback_calls), "compile_pays": pays}
+
+
+def _row(row: Row, efficiency: Efficiency) -> dict[str, Any]:
     record = row.record
     return {
         "rank": row.rank,
+        "leads": row.leads,
         "framework": record.framework,
         "implementation": record.implementation,
         "kind": record.kind,
@@ -29,42 +56,90 @@ def _row(row: Row) -> dict[str, Any]:
         "skipped": record.skipped,
         "reason": record.reason,
         "latency_s": row.latency_s,
-        "ratio_to_baseline": _interval(row.interval),
+        "ratio_to_baseline": interval_json(row.interval),
         "verdict": row.verdict or None,
         "precision": record.precision,
         "observed_precision": record.observed_precision,
         "bound_fraction": record.bound_fraction,
         "compile_s": record.compile_s,
+        "compile_warm_s": record.compile_warm_s,
         "peak_memory_bytes": record.peak_memory_bytes,
         "memory_method": record.memory_method,
+        "device_busy_s": record.device_busy_s,
+        "energy_j": record.energy_j,
         "outlier_blocks": row.outliers,
+        **_efficiency(efficiency),
     }
 
 
 def _ranking(ranking: Ranking) -> dict[str, Any]:
-    first = ranking.first
-    shared = ("workload", "num_partitions", "in_features", "out_features", "batch", "dtype", "device", "direction")
-    shared += ("division", "precision", "layout", "cache", "environment_id")
-    return {name: getattr(first, name) for name in shared} | {
+    found = efficiencies(ranking)
+    return {name: getattr(ranking.first, name) for name in SHARED} | {
         "baseline": ranking.baseline,
-        "resolution": None if ranking.resolution is None else finite(math.expm1(ranking.resolution)),
-        "control": _interval(ranking.control),
+        "resolution": None if ranking.resolution is None else finite(math.expm1(min(ranking.resolution, 700.0))),
+        "control": interval_json(ranking.control),
         "process_replicates": ranking.replicates,
-        "rows": [_row(row) for row in ranking.rows],
+        "confidence": ranking.confidence,
+        "stopped": ranking.first.stopped or None,
+        "winner": ranking.winner,
+        "tied": list(ranking.tied),
+        "rows": [_row(row, found[row.record.label]) for row in ranking.rows],
     }
 
 
-def summary(records: Sequence[Record], environments: Mapping[str, Any], notes: Sequence[str] = ()) -> dict[str, Any]:
-    """Everything a report shows, as one JSON object."""
+def _head(results: Results, notes: Sequence[str]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
-        "summary": tally(records),
+        "summary": dict(results.outcomes),
         "notes": list(notes),
-        "environments": dict(environments),
-        "cells": [_ranking(ranking) for ranking in rankings(records)],
+        "environments": dict(results.environments),
     }
 
 
-def write_json(path: Path, value: object) -> None:
-    """Writes a value as indented JSON; infinities and NaN are refused."""
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+def summary(results: Results, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything a report shows, as one JSON object."""
+    return _head(results, notes) | {"cells": [_ranking(ranking) for ranking in results.found]}
+
+
+def _pieces(results: Results, notes: Sequence[str]) -> Iterator[str]:
+    head = json.dumps(_head(results, notes), indent=1, allow_nan=False)
+    yield head.removesuffix("\n}") + ',\n "cells": ['
+    for k, ranking in enumerate(results.found):
+        yield (",\n" if k else "\n") + json.dumps(_ranking(ranking), indent=1, allow_nan=False)
+    yield "\n]}\n"
+
+
+def write_summary(path: Path, results: Results, notes: Sequence[str] = ()) -> None:
+    """Writes ``summary``, cell by cell: that of a large sweep is never in memory as a whole.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    write_text("--json", path, _pieces(results, notes))
+
+
+_INTERVAL = ("ratio", "low", "high", "rounds")
+
+
+def _table_rows(results: Results) -> Iterator[dict[str, Any]]:
+    for ranking in results.found:
+        cell = _ranking(ranking)
+        shared = {name: cell[name] for name in (*SHARED, "baseline", "resolution", "confidence")}
+        for row in cell["rows"]:
+            interval = row.pop("ratio_to_baseline") or dict.fromkeys(_INTERVAL)
+            yield (
+                shared
+                | {"competitor": "", **row}
+                | interval
+                | {"competitor": f"{row['framework']} {row['implementation']} ({row['mode']})"}
+            )
+
+
+def write_table(path: Path, results: Results) -> None:
+    """Writes one line for each competitor of each cell as comma-separated values.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    first = next(_table_rows(results), {})
+    write_csv(path, list(first), _table_rows(results))

@@ -1,11 +1,23 @@
 """Rankings as Markdown."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from bench.records import Record
-from bench.report.text import RANKING_COLUMNS, baseline_line, ranking_cells, reasons, summary_line
-from bench.study.ranking import Ranking, rankings, tally
+from bench.report.output import write_text
+from bench.report.text import (
+    EFFICIENCY_COLUMNS,
+    RANKING_COLUMNS,
+    baseline_line,
+    efficiency_cells,
+    ranking_cells,
+    reasons,
+    summary_line,
+    winner_line,
+)
+from bench.study.ranking import Ranking
+from bench.study.results import Results
+from bench.study.roofline import efficiencies
 
 
 def _escape(text: str) -> str:
@@ -22,11 +34,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def environment_lines(environment_id: str, found: Mapping[str, Any]) -> list[str]:
     """What a reader must know about where it was measured."""
     git = found.get("git") or {}
-    commit = git.get("commit")
+    commit = None if git.get("commit") is None else str(git["commit"])
     source = (
         "outside a git checkout"
         if commit is None
-        else f"commit {commit[:12]}" + (" (modified)" if git["dirty"] else "")
+        else f"commit {commit[:12]}" + (" (modified)" if git.get("dirty") else "")
     )
     lines = [
         f"Environment `{environment_id}`: {found['cpu_model']}, {len(found['affinity'])} processors used, "
@@ -38,36 +50,58 @@ def environment_lines(environment_id: str, found: Mapping[str, Any]) -> list[str
             f"{key} {value}" for key, value in framework["versions"].items() if value is not None and "git" not in key
         )
         switches = ", ".join(f"{key}={value}" for key, value in framework["default_switches"].items())
-        lines.append(f"{name}: Python {framework['python']}, {versions}. Switches at its start: {switches}.")
+        lines.append(f"{name}: Python {framework.get('python')}, {versions}. Switches at its start: {switches}.")
     return lines
 
 
 def ranking_lines(ranking: Ranking, *, level: int = 3) -> list[str]:
-    """One ranking: heading, table, baseline, reasons."""
+    """One ranking: heading, table, winner, baseline, reasons, and how well the machine is used."""
     lines = ["#" * level + " " + ranking.title, ""]
     lines += table(RANKING_COLUMNS, (ranking_cells(row) for row in ranking.rows))
-    lines += ["", baseline_line(ranking), *(f"- {line}" for line in reasons(ranking)), ""]
+    lines += ["", winner_line(ranking), baseline_line(ranking), *(f"- {line}" for line in reasons(ranking)), ""]
+    found = efficiencies(ranking)
+    timed = [row.record.label for row in ranking.rows if row.latency_s is not None]
+    if timed:
+        lines += [*table(EFFICIENCY_COLUMNS, (efficiency_cells(label, found[label]) for label in timed)), ""]
     return lines
 
 
-def report(records: Sequence[Record], environments: Mapping[str, Mapping[str, Any]], notes: Sequence[str] = ()) -> str:
-    """The whole report.
+_EXPLANATION = (
+    "Ratios are paired by round and averaged geometrically; intervals are 95% bootstrap intervals, wider where a run",
+    "looked several times before it stopped. SAME means that the whole interval lies within 2% of the baseline,",
+    "UNRESOLVED that nothing may be said; `1=` marks those that tie for the first place, since no claim against",
+    "all others at once holds (Holm). A yardstick computes another function and is not ranked. The measured ceiling",
+    "and the data sheet bound the useful work: a share is the least possible time over the time taken.",
+)
+
+
+def report_lines(results: Results, notes: Sequence[str] = ()) -> Iterator[str]:
+    """The whole report, line by line; cells of different environments stay apart.
 
     Args:
-        records: of one run or several; those of different environments stay apart.
-        environments: id to fingerprint.
+        results: of one run or several.
         notes: sentences for the top.
     """
-    lines = ["# Benchmark report", "", f"Outcomes: {summary_line(tally(records))}.", *notes, ""]
-    for environment_id in dict.fromkeys(record.environment_id for record in records):
-        lines += ["## Environment " + environment_id, ""]
-        if environment_id in environments:
-            lines += [f"- {line}" for line in environment_lines(environment_id, environments[environment_id])] + [""]
-        for ranking in rankings(record for record in records if record.environment_id == environment_id):
-            lines += ranking_lines(ranking)
-    lines += [
-        "Ratios are paired by round and averaged geometrically; intervals are 95% bootstrap intervals. SAME means that",
-        "the whole interval lies within 2% of the baseline, UNRESOLVED that nothing may be said. A yardstick computes",
-        "another function and is not ranked.",
-    ]
-    return "\n".join(lines).rstrip() + "\n"
+    yield from ("# Benchmark report", "", f"Outcomes: {summary_line(results.outcomes)}.", *notes, "")
+    for environment_id, found in results.places().items():
+        yield from ("## Environment " + environment_id, "")
+        if environment_id in results.environments:
+            known = environment_lines(environment_id, results.environments[environment_id])
+            yield from (*(f"- {line}" for line in known), "")
+        for ranking in found:
+            yield from ranking_lines(ranking)
+    yield from _EXPLANATION
+
+
+def report(results: Results, notes: Sequence[str] = ()) -> str:
+    """The whole report as text; see ``report_lines``."""
+    return "\n".join(report_lines(results, notes)).rstrip() + "\n"
+
+
+def write_report(argument: str, path: Path, results: Results, notes: Sequence[str] = ()) -> None:
+    """Writes the report.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    write_text(argument, path, (line + "\n" for line in report_lines(results, notes)))

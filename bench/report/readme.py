@@ -1,12 +1,9 @@
 """The README's results block, generated from records so that it cannot drift from them."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from bench.records import Record
 from bench.report.markdown import environment_lines, table
-from bench.report.text import baseline_line, byte_count, parity, ratio, seconds, summary_line
-from bench.study.ranking import BASELINE, Ranking, Row, rankings, tally
+from bench.report.text import baseline_line, byte_count, parity, place, ratio, seconds, summary_line, winner_line
+from bench.study.ranking import BASELINE, Ranking, Row
+from bench.study.results import Results
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 _COLUMNS = ("#", "competitor", "time", "ratio [95%]", "verdict", "asked / observed", "parity", "memory")
@@ -21,7 +18,7 @@ class ReadmeError(ValueError):
 def _cells(row: Row) -> tuple[str, ...]:
     record = row.record
     return (
-        "-" if row.rank is None else str(row.rank),
+        place(row),
         record.label,
         seconds(row.latency_s),
         ratio(row.interval),
@@ -47,15 +44,16 @@ def _shown(ranking: Ranking) -> list[Row]:
     ]
 
 
-def results_block(records: Sequence[Record], environments: Mapping[str, Mapping[str, Any]]) -> str:
+def results_block(results: Results) -> str:
     """The block between the markers, markers included."""
-    lines = [BEGIN, "", f"Outcomes over all cells: {summary_line(tally(records))}.", ""]
-    for environment_id in dict.fromkeys(record.environment_id for record in records):
-        if environment_id in environments:
-            lines += [f"- {line}" for line in environment_lines(environment_id, environments[environment_id])] + [""]
-        for ranking in rankings(record for record in records if record.environment_id == environment_id):
+    lines = [BEGIN, "", f"Outcomes over all cells: {summary_line(results.outcomes)}.", ""]
+    for environment_id, found in results.places().items():
+        if environment_id in results.environments:
+            known = environment_lines(environment_id, results.environments[environment_id])
+            lines += [f"- {line}" for line in known] + [""]
+        for ranking in found:
             lines += [f"**{ranking.title}**", "", *table(_COLUMNS, map(_cells, _shown(ranking))), ""]
-            lines += [baseline_line(ranking), ""]
+            lines += [f"{winner_line(ranking)} {baseline_line(ranking)}", ""]
     return "\n".join([*lines, END])
 
 

@@ -1,17 +1,28 @@
 """Rankings as terminal tables."""
 
 import os
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.report.text import RANKING_COLUMNS, baseline_line, ranking_cells, reasons
+from bench.report.text import (
+    EFFICIENCY_COLUMNS,
+    RANKING_COLUMNS,
+    baseline_line,
+    efficiency_cells,
+    ranking_cells,
+    reasons,
+    winner_line,
+)
 from bench.study.ranking import Ranking
+from bench.study.roofline import efficiencies
 
 _NUMERIC = {"#", "time", "ratio [95%]", "compile", "memory"}
 # Every column of the ranking side by side; a pipe has no width of its own, and a cut table says nothing.
 _WIDTH = 166
+_MOST_TABLES = 150
 
 
 def wide_console() -> Console:
@@ -21,19 +32,46 @@ def wide_console() -> Console:
 
 def ranking_table(ranking: Ranking) -> Table:
     """The ranking of one cell."""
-    table = Table(title=escape(ranking.title), caption=escape(baseline_line(ranking)), title_justify="left")
+    caption = f"{winner_line(ranking)}\n{baseline_line(ranking)}"
+    table = Table(title=escape(ranking.title), caption=escape(caption), title_justify="left")
     for column in RANKING_COLUMNS:
         table.add_column(column, justify="right" if column in _NUMERIC else "left", no_wrap=True)
     for row in ranking.rows:
-        style = "bold" if row.rank == 1 else "dim" if row.rank is None else None
+        style = "bold" if row.leads else "dim" if row.rank is None else None
         table.add_row(*(escape(cell) for cell in ranking_cells(row)), style=style)
     return table
 
 
-def show_rankings(console: Console, found: list[Ranking]) -> None:
-    """Prints all rankings, each with the reasons of those without a speed."""
+def efficiency_table(ranking: Ranking) -> Table:
+    """How well the competitors of one cell use the machine."""
+    table = Table(title=escape(f"{ranking.title}: efficiency"), title_justify="left")
+    for column in EFFICIENCY_COLUMNS:
+        table.add_column(column, justify="left" if column == "competitor" else "right", no_wrap=True)
+    for label, found in efficiencies(ranking).items():
+        if found.flops_per_s is not None:
+            table.add_row(*(escape(cell) for cell in efficiency_cells(label, found)))
+    return table
+
+
+def show_rankings(console: Console, found: Sequence[Ranking], *, efficiency: bool = False) -> None:
+    """Prints all rankings, each with the reasons of those without a speed; one line each if there are very many.
+
+    Args:
+        console: where to.
+        found: rankings.
+        efficiency: whether the second table is wanted too.
+    """
+    if len(found) > _MOST_TABLES:
+        # Laying out a table takes longer than ranking a cell, and nobody scrolls through thousands.
+        for ranking in found:
+            print(f"{ranking.title}: {winner_line(ranking)}")
+        print(f"{len(found)} cells, one line each; --markdown, --json and --csv hold every competitor.")
+        return
     for ranking in found:
         console.print(ranking_table(ranking))
         for line in reasons(ranking):
             console.print(f"  {escape(line)}", style="dim", soft_wrap=True)
         console.print()
+        if efficiency and any(row.latency_s is not None for row in ranking.rows):
+            console.print(efficiency_table(ranking))
+            console.print()

@@ -1,9 +1,11 @@
 """Numbers and statuses as text, the same in every report."""
 
 import math
+from collections.abc import Mapping
 
 from bench.records import Record
 from bench.study.ranking import Ranking, Row
+from bench.study.roofline import Efficiency
 from bench.study.statistics import Interval
 
 RANKING_COLUMNS: tuple[str, ...] = (
@@ -17,6 +19,18 @@ RANKING_COLUMNS: tuple[str, ...] = (
     "compile",
     "memory",
 )
+EFFICIENCY_COLUMNS: tuple[str, ...] = (
+    "competitor",
+    "useful FLOP/s",
+    "of measured ceiling",
+    "of data sheet",
+    "waste",
+    "compiling pays after",
+    "enqueue",
+    "kernels a call",
+)
+# More names say less: the JSON lists them all.
+_NAMED = 5
 _TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
 _BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
@@ -62,12 +76,16 @@ def parity(record: Record) -> str:
     return f"{outcome(record)} ({record.bound_fraction:.2g})"
 
 
+def place(row: Row) -> str:
+    """The rank; ``1=`` for every one of several that tie for the first place."""
+    return "-" if row.rank is None else "1=" if row.tied else str(row.rank)
+
+
 def ranking_cells(row: Row) -> tuple[str, ...]:
     """One line of a ranking, in the order of ``RANKING_COLUMNS``."""
     record = row.record
-    place = "-" if row.rank is None else str(row.rank)
     return (
-        place,
+        place(row),
         record.label,
         seconds(row.latency_s),
         ratio(row.interval),
@@ -79,6 +97,45 @@ def ranking_cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _calls(value: float | None) -> str:
+    return "-" if value is None else "never" if math.isinf(value) else f"{math.ceil(value)} calls"
+
+
+def rate(value: float | None, unit: str = "FLOP/s") -> str:
+    """A rate with a unit that fits."""
+    units = tuple((10.0**power, prefix + unit) for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (0, "")))
+    return _scaled(value, units)
+
+
+def efficiency_cells(label: str, efficiency: Efficiency) -> tuple[str, ...]:
+    """One line of the table of efficiencies, in the order of ``EFFICIENCY_COLUMNS``."""
+    return (
+        label,
+        rate(efficiency.flops_per_s),
+        _share(efficiency.ceiling_fraction),
+        _share(efficiency.peak_fraction),
+        f"{efficiency.waste_factor}x",
+        _calls(efficiency.payback_calls),
+        seconds(efficiency.enqueue_s),
+        "-" if efficiency.kernels_per_call is None else str(efficiency.kernels_per_call),
+    )
+
+
+def winner_line(ranking: Ranking) -> str:
+    """Who is the fastest, or who cannot be told from the fastest."""
+    if ranking.winner is not None:
+        return f"Fastest: {ranking.winner}, against every other competitor (Holm-corrected)."
+    if not ranking.tied:
+        return "Nobody could be timed."
+    named = ", ".join(ranking.tied[:_NAMED])
+    more = len(ranking.tied) - _NAMED
+    return f"Tie for the first place: {named}" + (f" and {more} more." if more > 0 else ".")
+
+
 def baseline_line(ranking: Ranking) -> str:
     """What the ratios refer to, and the smallest difference that the cell can show."""
     if ranking.baseline is None:
@@ -86,7 +143,7 @@ def baseline_line(ranking: Ranking) -> str:
     text = f"Baseline: {ranking.baseline}; above 1x is faster."
     if ranking.resolution is None or math.isinf(ranking.resolution):
         return f"{text} No A/A control, so nothing is resolved."
-    noise = f"{min(math.expm1(ranking.resolution), 10):.1%}"
+    noise = f"{math.expm1(min(ranking.resolution, 2.4)):.1%}"
     return f"{text} A/A control {ratio(ranking.control)}: differences below {noise} are noise."
 
 
@@ -96,6 +153,6 @@ def reasons(ranking: Ranking) -> list[str]:
     return [f"{r.label}: {r.reason if r.skipped else f'{r.status}, {r.reason}'}" for r in failed]
 
 
-def summary_line(counts: dict[str, int]) -> str:
+def summary_line(counts: Mapping[str, int]) -> str:
     """How many competitors ended how."""
     return ", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "nothing was measured"

@@ -2,35 +2,31 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass, field, replace
+from statistics import median
 
 from bench.plan.competitors import YARDSTICK
 from bench.records import Record
-from bench.study.statistics import (
-    Interval,
-    ratio_interval,
-    resolution,
-    round_log_latency,
-    tukey_outliers,
-    verdict,
-)
+from bench.study.pairing import by_label, intervals, log_latencies
+from bench.study.statistics import CONFIDENCE, Interval, resolution, tukey_outliers, verdict
+from bench.study.stopping import confidence
+from bench.study.winners import leaders
 
 BASELINE = "baseline"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One competitor in a ranking.
 
     Attributes:
-        record: its record (of the first process replicate; the worst one where any replicate failed).
+        record: its record without the samples (of the first process replicate; the failed one where any failed).
         rank: 1 for the fastest; None for a yardstick and for a competitor without a right answer.
         latency_s: median over the replicates of the median call, or None.
         interval: ratio to the baseline, or None.
         verdict: FASTER, SLOWER, SAME, UNRESOLVED, ``baseline``, ``yardstick``, or empty without an interval.
         outliers: number of blocks outside Tukey's fences.
+        tied: whether it is one of several that tie for the first place.
     """
 
     record: Record
@@ -39,6 +35,12 @@ class Row:
     interval: Interval | None
     verdict: str
     outliers: int
+    tied: bool = False
+
+    @property
+    def leads(self) -> bool:
+        """Whether nobody was shown to be faster."""
+        return self.rank == 1 or self.tied
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Ranking:
         control: the A/A interval, or None.
         rows: ranked competitors first, then yardsticks, then those without a speed.
         replicates: number of process replicates.
+        leaders: labels of the fastest competitor and of everybody who ties with it; empty if nobody was timed.
+        confidence: of the intervals, so that they hold at 95% however often the run looked at them.
     """
 
     cell: str
@@ -62,6 +66,22 @@ class Ranking:
     control: Interval | None
     rows: tuple[Row, ...] = field(default_factory=tuple)
     replicates: int = 1
+    leaders: tuple[str, ...] = ()
+    confidence: float = CONFIDENCE
+
+    @property
+    def winner(self) -> str | None:
+        """Label of the one that beats everybody else, corrected for their number; None if several tie."""
+        return self.leaders[0] if len(self.leaders) == 1 and len(self._ranked) > 1 else None
+
+    @property
+    def tied(self) -> tuple[str, ...]:
+        """Labels of those that tie for the first place; empty where there is a winner."""
+        return () if self.winner else self.leaders
+
+    @property
+    def _ranked(self) -> list[Row]:
+        return [row for row in self.rows if row.rank is not None]
 
     @property
     def title(self) -> str:
@@ -73,60 +93,72 @@ class Ranking:
         )
 
 
-def _log_latencies(records: Iterable[Record]) -> dict[int, np.ndarray]:
-    """Process replicate to mean log latency of each round, for the records that are ok."""
-    return {
-        record.process_replicate: round_log_latency(record.block_latency_s, record.calls_per_block or 1)
-        for record in records
-        if record.status == "ok"
-    }
-
-
-def _interval(baseline: dict[int, np.ndarray], competitor: dict[int, np.ndarray]) -> Interval | None:
-    # A process that ended early has fewer rounds: only rounds in which both took part are paired.
-    shared = [
-        (baseline[k][: len(competitor[k])], competitor[k][: len(baseline[k])])
-        for k in sorted(baseline.keys() & competitor.keys())
-    ]
-    return ratio_interval([b - c for b, c in shared]) if shared else None
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(median(known)) if known else None
 
 
 def _rank_cell(records: Sequence[Record]) -> Ranking:
-    by_competitor: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        if not record.control:
-            by_competitor[record.label].append(record)
+    by_competitor = by_label(records)
     baseline = next((record.label for record in records if record.baseline and not record.control), None)
-    reference = _log_latencies(by_competitor[baseline]) if baseline is not None else {}
-    control = _interval(reference, _log_latencies(record for record in records if record.control))
+    rounds = {label: log_latencies(group) for label, group in by_competitor.items()}
+    reference = rounds[baseline] if baseline is not None else {}
+    # Every process stops by itself; the one that looked most often decides what the looks cost.
+    level = max(confidence(len(r.block_latency_s) // 2, r.stopped if r.status == "ok" else "") for r in records)
+    aa = intervals(reference, {"control": log_latencies(r for r in records if r.control)}, level)
+    control = aa.get("control")
     floor = None if control is None else resolution(control)
 
+    failed = {label: worst for label, group in by_competitor.items() if (worst := _worst(group)) is not None}
+    timed = {label: group for label, group in by_competitor.items() if label not in failed}
+    found = intervals(reference, {label: rounds[label] for label in timed}, level)
     rows: list[Row] = []
-    for label, group in by_competitor.items():
-        worst = next((record for record in group if record.status != "ok"), None)
-        if worst is not None:
-            rows.append(Row(worst, None, None, None, "", 0))
-            continue
-        interval = _interval(reference, _log_latencies(group))
+    for label, group in timed.items():
+        interval = found.get(label)
         said = "" if interval is None else verdict(interval, floor)
         if label == baseline:
             said = BASELINE
         elif group[0].kind == YARDSTICK:
             said = YARDSTICK
-        latency = float(np.median([record.latency_s for record in group if record.latency_s is not None]))
+        latency = _median(record.latency_s for record in group)
         outliers = sum(tukey_outliers(record.block_latency_s) for record in group)
-        rows.append(Row(group[0], None, latency, interval, said, outliers))
+        rows.append(Row(group[0].without_samples(), None, latency, interval, said, outliers))
 
     def speed(row: Row) -> float:
         return -row.interval.ratio if row.interval is not None else row.latency_s or 0.0
 
-    timed = sorted((row for row in rows if row.latency_s is not None), key=speed)
-    ranked = [row for row in timed if row.record.kind != YARDSTICK]
-    ordered = [Row(r.record, k, r.latency_s, r.interval, r.verdict, r.outliers) for k, r in enumerate(ranked, start=1)]
-    ordered += [row for row in timed if row.record.kind == YARDSTICK]
-    ordered += [row for row in rows if row.latency_s is None]
-    replicates = len({record.process_replicate for record in records})
-    return Ranking(records[0].cell, records[0], baseline, floor, control, tuple(ordered), replicates)
+    rows.sort(key=speed)
+    ranked = [row for row in rows if row.record.kind != YARDSTICK]
+    first = leaders({row.record.label: rounds[row.record.label] for row in ranked}, floor, confidence=level)
+    ordered = [
+        replace(row, rank=k, tied=len(first) > 1 and row.record.label in first) for k, row in enumerate(ranked, start=1)
+    ]
+    ordered += [row for row in rows if row.record.kind == YARDSTICK]
+    ordered += [Row(worst.without_samples(), None, None, None, "", 0) for worst in failed.values()]
+    return Ranking(
+        cell=records[0].cell,
+        first=records[0].without_samples(),
+        baseline=baseline,
+        resolution=floor,
+        control=control,
+        rows=tuple(ordered),
+        replicates=len({record.process_replicate for record in records}),
+        leaders=first,
+        confidence=level,
+    )
+
+
+def _worst(group: Sequence[Record]) -> Record | None:
+    return next((record for record in group if record.status != "ok"), None)
+
+
+def rank_cells(groups: Iterable[Sequence[Record]]) -> list[Ranking]:
+    """Ranks the competitors of every cell.
+
+    Args:
+        groups: the records of one cell and environment each.
+    """
+    return [_rank_cell(group) for group in groups]
 
 
 def rankings(records: Iterable[Record]) -> list[Ranking]:
@@ -141,7 +173,7 @@ def rankings(records: Iterable[Record]) -> list[Ranking]:
     cells: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
         cells[(record.environment_id, record.cell)].append(record)
-    return [_rank_cell(group) for group in cells.values()]
+    return rank_cells(cells.values())
 
 
 def tally(records: Iterable[Record]) -> dict[str, int]:

@@ -8,6 +8,16 @@ from bench.measure.diagnosis import cuda_packages, warnings_for
 from bench.measure.pool import WorkerPool
 from bench.store import Store, read_environments, read_records
 
+FINGERPRINT = {
+    "git": {"commit": "0123456789abcdef", "dirty": False},
+    "cpu_model": "a processor",
+    "affinity": [0, 1],
+    "system": "a system",
+    "device": "cpu",
+    "division": "matched",
+    "gpus": None,
+    "frameworks": {"torch": {"python": "3.11", "versions": {"torch": "2.13"}, "default_switches": {}}},
+}
 TINY = ("--preset", "smoke", "--workload", "article-batch-1", "--rounds", "2")
 
 
@@ -154,6 +164,7 @@ def measured(tmp_path, make_record):
     """A directory with a small run, as ``bench run`` leaves it."""
     store = Store(tmp_path / "run", resume=False)
     cell = [make_record(baseline=True, cell_size=3), make_record(key="k1", baseline=True, control=True, cell_size=3)]
+    store.add_environment("1", FINGERPRINT)
     store.append([*cell, make_record(key="k2", framework="jax", mode="jit", cell_size=3)])
     return tmp_path / "run"
 

@@ -11,6 +11,7 @@ from bench.report.markdown import report
 from bench.report.readme import BEGIN, END, ReadmeError, results_block, with_block
 from bench.report.text import baseline_line, byte_count, ratio, seconds
 from bench.study.ranking import rankings, tally
+from bench.study.results import results_of
 from bench.study.statistics import Interval
 
 ENVIRONMENT = {
@@ -110,7 +111,7 @@ def test_replicates_are_pooled_and_a_failure_in_one_shows(make_record):
 
 
 def test_without_a_right_answer_no_speed_is_shown(cell):
-    text = report(cell, ENVIRONMENT, ["A note."])
+    text = report(results_of(cell, ENVIRONMENT), ["A note."])
     (line,) = [line for line in text.splitlines() if line.startswith("| - | torch loop")]
     assert line == "| - | torch loop (eager) | - | - | mismatch | ieee_fp32 / ieee_fp32 | mismatch | - | 4 KiB |"
     assert "- torch loop (eager): mismatch, y is | wrong" in text
@@ -118,7 +119,7 @@ def test_without_a_right_answer_no_speed_is_shown(cell):
 
 
 def test_markdown_says_where_and_against_what(cell):
-    text = report(cell, ENVIRONMENT, ["A note."])
+    text = report(results_of(cell, ENVIRONMENT), ["A note."])
     for expected in (
         "A note.",
         "a processor, 2 processors used",
@@ -131,7 +132,7 @@ def test_markdown_says_where_and_against_what(cell):
 
 
 def test_json_holds_the_same_rows(cell):
-    found = json.loads(json.dumps(summary(cell, ENVIRONMENT, []), allow_nan=False))
+    found = json.loads(json.dumps(summary(results_of(cell, ENVIRONMENT)), allow_nan=False))
     (one,) = found["cells"]
     assert [row["rank"] for row in one["rows"]] == [1, 2, 3, 4, None, None, None]
     assert one["rows"][0]["verdict"] == "FASTER"
@@ -153,12 +154,12 @@ def test_a_cell_in_which_nobody_was_right_has_no_baseline(cell):
 
 def test_the_readme_block_is_replaced_and_nothing_else(cell):
     text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
-    fresh = with_block(text, results_block(cell, ENVIRONMENT))
+    fresh = with_block(text, results_block(results_of(cell, ENVIRONMENT)))
     assert fresh.startswith(f"before\n{BEGIN}\n")
     assert fresh.endswith(f"{END}\nafter\n")
     assert "old" not in fresh
     assert "| 1 | jax matmul (jit) |" in fresh
-    assert with_block(fresh, results_block(cell, ENVIRONMENT)) == fresh
+    assert with_block(fresh, results_block(results_of(cell, ENVIRONMENT))) == fresh
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END} {BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])

@@ -137,5 +137,5 @@ def test_lines_that_are_no_records_are_refused(line, message):
 
 
 def test_fields_of_a_later_version_are_ignored(make_record):
-    line = json.dumps(json.loads(make_record().to_line()) | {"energy_j": 1.0})
+    line = json.dumps(json.loads(make_record().to_line()) | {"of_a_later_version": 1.0})
     assert parse_line(line) == make_record()

@@ -123,15 +123,31 @@ def compare_tensor(
 ) -> TensorResult:
     """Judges one tensor of a subject against the oracle, in every tier whose assumptions hold.
 
-    The dtype must be the arithmetic's output format: a result in another dtype is another function.
+    The dtype must be the one that the arithmetic promises: a result in another dtype is another function.
     """
-    if value.dtype.name != arithmetic.output:
-        return _mismatch(name, f"{name} has dtype {value.dtype.name}, expected {arithmetic.output}")
+    expected = arithmetic.dtype_of(name)
+    if value.dtype.name != expected:
+        return _mismatch(name, f"{name} has dtype {value.dtype.name}, expected {expected}")
     if value.shape != truth.value.shape:
         return _shape_mismatch(name, value.shape, truth.value.shape)
     tiers = applicable_tiers(arithmetic, zero_mean)
     limits = bounds(truth, arithmetic, tiers)
     return _result(name, value, truth.value, truth.partition_axis, limits)
+
+
+def compare_with_limit(
+    name: str, value: np.ndarray, expected: np.ndarray, limit: np.ndarray, partition_axis: int
+) -> TensorResult:
+    """Judges one tensor against a value with a limit of its own for each element, for what no product's bound covers.
+
+    Args:
+        name: of the tensor.
+        value: what the subject returned.
+        expected: the truth, in float64 or wider.
+        limit: largest admissible error of each element.
+        partition_axis: axis of the partitions.
+    """
+    return _result(name, value, expected, partition_axis, {"T1": limit})
 
 
 def compare(

@@ -50,6 +50,7 @@ class SpoiledSubject:
     framework: str
     implementation: str
     isolates_partitions: bool
+    mode: str
 
     def unsupported_reason(self, case: Case, dtype: str) -> str | None:
         """As the healthy subject."""
@@ -175,7 +176,9 @@ DEFECTS: tuple[Defect, ...] = (
 
 def plant(defect: Defect, subject: Subject) -> SpoiledSubject:
     """Returns a copy of the subject that has the defect."""
-    return SpoiledSubject(subject, defect.spoil, subject.framework, subject.implementation, subject.isolates_partitions)
+    return SpoiledSubject(
+        subject, defect.spoil, subject.framework, subject.implementation, subject.isolates_partitions, subject.mode
+    )
 
 
 def killed(defect: Defect, subject: Subject, dtype: str, seed: int = 0) -> bool:

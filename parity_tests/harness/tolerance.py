@@ -6,7 +6,8 @@ their magnitudes. For an exact value z, with operands rounded by ``theta = 2 u_i
     E = theta S + gamma_{K+1}(u_acc) ((1 + theta) S + |b|)              bias inside the sum ("fused")
     B = E + u_out (|z| + E) + eta_out + K eta_acc + gamma_{K+2}(2^-53) (S + |b|)
 
-Without fusion the product is rounded to the output dtype first, the bias is added, and the sum is rounded again.
+Without fusion the product is rounded to the output dtype first, the bias is added, and the sum is rounded again. Where
+a mode casts fp32 operands to bf16, theta is that of the cast, and the bias, rounded too, adds ``(1 + u_out) u_in |b|``.
 
 Tiers: T1 as above holds for any order of summation. T2 replaces gamma_n by
 ``expm1(lambda sqrt(n) u + n u^2 / (1 - u))`` and T3 by ``lambda u`` (zero-mean data only), with
@@ -44,6 +45,9 @@ class Arithmetic:
         fused_bias: the bias is added before the one rounding to the output.
         flushes_subnormals: results below the smallest normal become zero.
         truncates: the accumulator chops instead of rounding to nearest (tensor cores).
+        casts: operands, bias and cotangent are stored wider and rounded to ``operand`` first (autocast, a dtype
+            policy); they are taken to be normal numbers of that format.
+        gradients_in: wider dtype that gradients are handed out in after they were rounded to ``output``, or None.
     """
 
     output: str
@@ -52,14 +56,25 @@ class Arithmetic:
     fused_bias: bool = False
     flushes_subnormals: bool = True
     truncates: bool = False
+    casts: bool = False
+    gradients_in: str | None = None
 
     @property
     def operand_error(self) -> float:
         """Theta: the relative error that rounding both operands puts on a product; 0 when operands are exact."""
-        if FORMATS[self.operand].roundoff <= FORMATS[self.output].roundoff:
+        if not self.casts and FORMATS[self.operand].roundoff <= FORMATS[self.output].roundoff:
             return 0.0
         u = FORMATS[self.operand].roundoff
         return 2 * u + u * u
+
+    @property
+    def addend_error(self) -> float:
+        """The relative error that rounding the bias on its way in puts on it; 0 when it is exact."""
+        return FORMATS[self.operand].roundoff if self.casts else 0.0
+
+    def dtype_of(self, tensor: str) -> str:
+        """The dtype that a tensor is handed out in."""
+        return self.output if tensor == "y" or self.gradients_in is None else self.gradients_in
 
     @property
     def accumulator_roundoff(self) -> float:
@@ -135,7 +150,8 @@ def bounds(tensor: OracleTensor, arithmetic: Arithmetic, tiers: Sequence[Tier]) 
     roundings = (1 + u) ** 2 if unfused else 1 + u
     shared = u * np.abs(tensor.value)
     if addend is not None:
-        shared += oracle_error * addend
+        # A bias that was rounded on its way in is rounded once more with the sum that it joins.
+        shared += (oracle_error + (1 + u) * arithmetic.addend_error) * addend
     if unfused:
         assert tensor.product is not None  # an addend always comes with the product it was added to
         shared += (1 + u) * u * np.abs(tensor.product)
@@ -146,7 +162,7 @@ def bounds(tensor: OracleTensor, arithmetic: Arithmetic, tiers: Sequence[Tier]) 
         growth = _growth(terms + 1 if addend is not None and not unfused else terms, u_acc, tier, confidence)
         limit = shared + (roundings * (theta + growth * (1 + theta)) + oracle_error) * magnitude
         if addend is not None and not unfused:
-            limit += roundings * growth * addend
+            limit += roundings * growth * (1 + arithmetic.addend_error) * addend
         found[tier] = limit
     return found
 

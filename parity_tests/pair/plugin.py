@@ -1,15 +1,17 @@
 """A pytest plugin: the fixture ``parity_pair``, which checks a pair and fails the test with its report."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from parity_tests.pair.report import PairReport
+if TYPE_CHECKING:
+    from parity_tests.pair.report import PairReport
 
 
 @pytest.fixture
-def parity_pair() -> Callable[..., PairReport]:
-    """Returns a function of ``check_pair``'s arguments that asserts the report is ok and returns it.
+def parity_pair() -> "Callable[..., PairReport]":
+    """Returns a function of ``check_pair``'s arguments that fails the test unless the report is ok, and returns it.
 
     Example::
 
@@ -17,11 +19,13 @@ def parity_pair() -> Callable[..., PairReport]:
             parity_pair(torch_module=old, flax_module=new, params=rules, inputs=((8, 64),))
     """
     # The plugin is loaded into every pytest run of an environment: the frameworks only into tests that use it.
-    from parity_tests.pair.check import check_pair
+    from parity_tests.pair import check_pair
 
-    def check(**arguments: object) -> PairReport:
-        report = check_pair(**arguments)  # type: ignore[arg-type]
-        report.assert_ok()
+    def check(**arguments: Any) -> "PairReport":
+        report = check_pair(**arguments)
+        if not report.ok:
+            # The report says it all: a traceback through the judge would hide it.
+            pytest.fail(report.describe(), pytrace=False)
         return report
 
     return check

@@ -1,6 +1,6 @@
 """What the workbench asks of a framework. Imports no framework."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,25 @@ Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
+class Task:
+    """What a competitor is asked to compute, and how.
+
+    Attributes:
+        implementation: a name of the tree's registry, of what users write instead, or of a yardstick.
+        mode: how it is compiled and launched.
+        direction: ``forward``, ``forward_backward`` or ``train_step``.
+        layout: how x and dy lie in memory, and in the matched and tuned divisions y and dx as well.
+        optimizer: of ``train_step``, by its name in the neutral specification.
+    """
+
+    implementation: str
+    mode: str
+    direction: str
+    layout: str = "contiguous"
+    optimizer: str | None = None
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A competitor that is ready to be called.
 
@@ -20,11 +39,32 @@ class Prepared:
         call: returns all results of the direction, possibly before they are computed.
         compile_s: seconds for tracing, lowering and compilation; None where nothing is compiled.
         static_memory_bytes: outputs and temporaries by the compiler's account, or None.
+        program_flops: operations of one call by the framework's account of the program that runs, or None.
+        compile_again: compiles the same program anew, with what is cached on disk; returns seconds.
+        restart: brings parameters and optimiser back to their first state; None where a call changes nothing.
+        text: the compiled program as text, or None.
     """
 
     call: Call
-    compile_s: float | None
-    static_memory_bytes: int | None
+    compile_s: float | None = None
+    static_memory_bytes: int | None = None
+    program_flops: int | None = None
+    compile_again: Callable[[], float] | None = None
+    restart: Callable[[], None] | None = None
+    text: Callable[[], str | None] | None = None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What ran on the device during one call.
+
+    Attributes:
+        kernels: name to executions; on a CPU the framework's own operations.
+        device_busy_s: time in which at least one of them ran; None on a CPU, where host and device are one.
+    """
+
+    kernels: Mapping[str, int]
+    device_busy_s: float | None
 
 
 class Unsupported(Exception):
@@ -68,24 +108,51 @@ class Timer(Protocol):
         """Memory that is free on the configured device."""
         ...
 
-    def arguments(self, inputs: Inputs) -> tuple[Any, ...]:
-        """x, weight, bias and cotangent on the configured device."""
+    def cache_bytes(self) -> int:
+        """Size of the last cache between the configured device's memory and its processors."""
         ...
 
-    def prepare(self, implementation: str, mode: str, direction: str, arguments: tuple[Any, ...]) -> Prepared:
+    def arguments(self, inputs: Inputs, layout: str) -> tuple[Any, ...]:
+        """x, weight, bias and cotangent on the configured device, in buffers of their own; x and dy in the layout."""
+        ...
+
+    def prepare(self, task: Task, buffers: Sequence[tuple[Any, ...]]) -> Prepared:
         """Builds and compiles.
+
+        Args:
+            task: what to compute.
+            buffers: arguments; each call takes the next set of them, then the first again.
 
         Raises:
             Unsupported: if the implementation does not support the call.
         """
         ...
 
+    def account(self, prepared: Prepared) -> int | None:
+        """Operations of one call by the framework's own account of what runs, or None."""
+        ...
+
+    def trace(self, prepared: Prepared) -> Trace:
+        """Runs one call under the framework's tracer."""
+        ...
+
+    def large_product(self) -> tuple[Call, int]:
+        """A product large enough to reach the device's rate in the configured precision, and its operations."""
+        ...
+
+    def large_copy(self) -> tuple[Call, int]:
+        """A copy large enough to reach the memory's rate, and the bytes that it reads and writes."""
+        ...
+
     def wait(self, result: Any) -> None:
         """Returns when the result is computed."""
         ...
 
-    def to_numpy(self, result: Any) -> Mapping[str, np.ndarray]:
-        """``y``, and with gradients ``dx``, ``dweight``, ``dbias``, in the storage dtype."""
+    def to_numpy(self, result: Any, task: Task) -> Mapping[str, np.ndarray]:
+        """The results by name, in the storage dtype and with the partition axis before the features.
+
+        ``y``; with gradients ``dx``, ``dweight``, ``dbias``; after a step ``dx``, ``weight``, ``bias``.
+        """
         ...
 
     def peak_memory(self, prepared: Prepared) -> tuple[int | None, str]:

@@ -1,20 +1,23 @@
 """JAX's side of the stopwatch."""
 
 import os
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bench.measure import memory
-from bench.measure.functions.jax import STOCK, YARDSTICKS, resolve
-from bench.measure.timers.base import Prepared, Unsupported
-from bench.plan.cells import STORAGE_DTYPES
-from bench.plan.competitors import Catalogue
-from jax_impl import UnsupportedImplementationError
+from bench.measure.functions.jax import STOCK, YARDSTICKS
+from bench.measure.layouts import swapped_axes
+from bench.measure.programs.jax import build, compiler_options
+from bench.measure.timers.base import Call, Prepared, Task, Trace, Unsupported
+from bench.measure.tracing.jax import traced
+from bench.plan.cells import RESULTS, STORAGE_DTYPES
+from bench.plan.competitors import JIT, JIT_GRAPH, Catalogue
 from jax_impl.registry import implementation_names, unsupported_reason
 from parity_tests.harness.inputs import Inputs
 
@@ -26,6 +29,8 @@ _PRECISIONS: Mapping[str, Any] = {
     "fp16": jax.lax.Precision.DEFAULT,
     "fp64": jax.lax.Precision.HIGHEST,
 }
+# No GPU of today has a larger L2; JAX itself does not say.
+_LARGEST_L2_BYTES = 128 * 2**20
 
 
 class JaxTimer:
@@ -59,8 +64,10 @@ class JaxTimer:
     def switches(self) -> dict[str, Any]:
         """The precision switches as they stand."""
         precision = None if self._division == "stock" else str(_PRECISIONS[self._precision])
+        options = {mode: compiler_options(self._division, self._device, mode) for mode in (JIT, JIT_GRAPH)}
         return {
             "precision": precision,
+            "compiler_options": {mode: found for mode, found in options.items() if found},
             **{name: getattr(jax.config, name) for name in _SWITCHES},
             "cpu_async_dispatch": os.environ.get("JAX_CPU_ENABLE_ASYNC_DISPATCH", "default"),
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
@@ -91,19 +98,29 @@ class JaxTimer:
         stats = self._jax_device().memory_stats()
         return stats["bytes_limit"] - stats["bytes_in_use"]
 
-    def arguments(self, inputs: Inputs) -> tuple[jax.Array, ...]:
+    def cache_bytes(self) -> int:
+        """The last level of the CPU's caches; of a GPU no less than any has."""
+        return _LARGEST_L2_BYTES if self._device == "cuda" else memory.last_cache_bytes()
+
+    def arguments(self, inputs: Inputs, layout: str) -> tuple[jax.Array, ...]:
         """x, kernel, bias, cotangent."""
         if inputs.bias is None:
             raise Unsupported("a workload without a bias")
-        arrays = (inputs.x, inputs.weight, inputs.bias, inputs.cotangent)
-        return tuple(jax.device_put(array, self._jax_device()) for array in arrays)
+        axes = swapped_axes(layout)
 
-    def prepare(self, implementation: str, mode: str, direction: str, arguments: tuple[Any, ...]) -> Prepared:
+        def laid_out(array: np.ndarray) -> np.ndarray:
+            return array if axes is None else np.ascontiguousarray(np.swapaxes(array, *axes))
+
+        # Copies: on a CPU JAX may keep using NumPy's memory, and every set of buffers is one of its own.
+        arrays = (laid_out(inputs.x), inputs.weight, inputs.bias, laid_out(inputs.cotangent))
+        return tuple(jax.device_put(np.array(array), self._jax_device()) for array in arrays)
+
+    def prepare(self, task: Task, buffers: Sequence[tuple[jax.Array, ...]]) -> Prepared:
         """Traces, lowers and compiles; the jitted function is then called as a user would."""
-        if implementation in implementation_names():
-            n, i, o = arguments[1].shape
+        if task.implementation in implementation_names():
+            n, i, o = buffers[0][1].shape
             reason = unsupported_reason(
-                implementation,
+                task.implementation,
                 dtype=STORAGE_DTYPES[self._precision],
                 device=self._device,
                 num_partitions=n,
@@ -112,38 +129,51 @@ class JaxTimer:
             )
             if reason is not None:
                 raise Unsupported(reason)
-        function = resolve(implementation, None if self._division == "stock" else _PRECISIONS[self._precision])
-
-        def forward_backward(x: jax.Array, kernel: jax.Array, bias: jax.Array, cotangent: jax.Array) -> Any:
-            y, vjp = jax.vjp(function, x, kernel, bias)
-            return (y, *vjp(cotangent))
-
-        # A new function object, since jit would find an earlier precision's program under the same one.
-        def forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-            return function(x, kernel, bias)
-
-        jitted, given = (
-            (jax.jit(forward), arguments[:3]) if direction == "forward" else (jax.jit(forward_backward), arguments)
+        stock = self._division == "stock"
+        return build(
+            task,
+            buffers,
+            precision=None if stock else _PRECISIONS[self._precision],
+            donate=not stock,
+            options=compiler_options(self._division, self._device, task.mode),
         )
-        start = time.perf_counter()
-        try:
-            compiled = jitted.lower(*given).compile()
-        except UnsupportedImplementationError as error:
-            raise Unsupported(str(error)) from error
-        compile_s = time.perf_counter() - start
-        analysis = compiled.memory_analysis()
-        static = None if analysis is None else analysis.output_size_in_bytes + analysis.temp_size_in_bytes
-        return Prepared(lambda: jitted(*given), compile_s, static)
+
+    def account(self, prepared: Prepared) -> int | None:
+        """Operations of one call, by XLA's account of the compiled program."""
+        return prepared.program_flops
+
+    def trace(self, prepared: Prepared) -> Trace:
+        """Runs one call under the profiler on a GPU, reads the program on a CPU."""
+        return traced(prepared, lambda: self.wait(prepared.call()), self._device)
+
+    def large_product(self) -> tuple[Call, int]:
+        """A square product."""
+        size = 8192 if self._device == "cuda" else 1024
+        dtype = STORAGE_DTYPES[self._precision]
+        a, b = (jax.device_put(np.ones((size, size), np.float32), self._jax_device()).astype(dtype) for _ in range(2))
+        product = jax.jit(partial(jnp.matmul, precision=_PRECISIONS[self._precision]))
+        return lambda: product(a, b), 2 * size**3
+
+    def large_copy(self) -> tuple[Call, int]:
+        """A copy of at least eight times the last cache."""
+        size = max(8 * self.cache_bytes(), 2**27)
+        a = jax.device_put(np.ones(size // 4, np.float32), self._jax_device())
+        # Negation reads and writes every element, as a copy does, and cannot be left out.
+        copy = jax.jit(jnp.negative)
+        return lambda: copy(a), 2 * a.nbytes
 
     def wait(self, result: Any) -> None:
         """Waits for the results."""
         jax.block_until_ready(result)
 
-    def to_numpy(self, result: Any) -> Mapping[str, np.ndarray]:
+    def to_numpy(self, result: Any, task: Task) -> Mapping[str, np.ndarray]:
         """The results by name."""
         results = result if isinstance(result, tuple) else (result,)
-        names = ("y", "dx", "dweight", "dbias")[: len(results)]
-        return {name: np.asarray(array) for name, array in zip(names, results, strict=True)}
+        named = {name: np.asarray(array) for name, array in zip(RESULTS[task.direction], results, strict=True)}
+        axes = swapped_axes(task.layout)
+        if axes is None:
+            return named
+        return named | {name: np.swapaxes(named[name], *axes) for name in ("y", "dx") if name in named}
 
     def peak_memory(self, prepared: Prepared) -> tuple[int | None, str]:
         """Growth of the resident set on a CPU; on a GPU the compiler's account.

@@ -1,8 +1,7 @@
 """PyTorch's side of the stopwatch."""
 
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -11,10 +10,13 @@ import numpy as np
 import torch
 
 from bench.measure import memory
-from bench.measure.functions.torch import STOCK, YARDSTICKS, resolve
-from bench.measure.timers.base import Prepared, Unsupported
-from bench.plan.cells import STORAGE_DTYPES
-from bench.plan.competitors import COMPILE, Catalogue
+from bench.measure.functions.torch import STOCK, YARDSTICKS
+from bench.measure.layouts import swapped_axes
+from bench.measure.programs.torch import build, counted_flops
+from bench.measure.timers.base import Call, Prepared, Task, Trace, Unsupported
+from bench.measure.tracing.torch import traced
+from bench.plan.cells import RESULTS, STORAGE_DTYPES
+from bench.plan.competitors import Catalogue
 from parity_tests.harness.inputs import Inputs
 from torch_impl.registry import implementation_names, unsupported_reason
 
@@ -23,6 +25,11 @@ def _from_numpy(array: np.ndarray, device: str) -> torch.Tensor:
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
     return torch.from_numpy(array).to(device)
+
+
+def _laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    axes = swapped_axes(layout)
+    return tensor.clone() if axes is None else tensor.transpose(*axes).contiguous()
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -101,20 +108,28 @@ class TorchTimer:
         """Memory that is free on the configured device."""
         return torch.cuda.mem_get_info()[0] if self._device == "cuda" else memory.free_bytes()
 
-    def arguments(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    def cache_bytes(self) -> int:
+        """L2 of the GPU, or the last level of the CPU's caches."""
+        if self._device == "cuda":
+            return torch.cuda.get_device_properties(0).L2_cache_size
+        return memory.last_cache_bytes()
+
+    def arguments(self, inputs: Inputs, layout: str) -> tuple[torch.Tensor, ...]:
         """x, weight, bias, cotangent."""
         if inputs.bias is None:
             raise Unsupported("a workload without a bias")
-        return tuple(
+        x, weight, bias, cotangent = (
             _from_numpy(array, self._device) for array in (inputs.x, inputs.weight, inputs.bias, inputs.cotangent)
         )
+        # Copies: NumPy's memory is shared on a CPU, and every set of buffers is one of its own.
+        return (_laid_out(x, layout), weight.clone(), bias.clone(), _laid_out(cotangent, layout))
 
-    def prepare(self, implementation: str, mode: str, direction: str, arguments: tuple[Any, ...]) -> Prepared:
+    def prepare(self, task: Task, buffers: Sequence[tuple[torch.Tensor, ...]]) -> Prepared:
         """Builds the call, and compiles it by calling it once where the mode says so."""
-        if implementation in implementation_names():
-            n, i, o = arguments[1].shape
+        if task.implementation in implementation_names():
+            n, i, o = buffers[0][1].shape
             reason = unsupported_reason(
-                implementation,
+                task.implementation,
                 dtype=STORAGE_DTYPES[self._precision],
                 device=self._device,
                 num_partitions=n,
@@ -123,39 +138,45 @@ class TorchTimer:
             )
             if reason is not None:
                 raise Unsupported(reason)
-        function = resolve(implementation)
-        if mode == COMPILE:
-            # Static shapes: the second workload of a process would otherwise be compiled for any size.
-            function = torch.compile(function, dynamic=False)
-        # Gradients are recorded only where they are asked for: the same storage, other leaves.
-        gradients = direction == "forward_backward"
-        x, weight, bias = (tensor.detach().requires_grad_(gradients) for tensor in arguments[:3])
-        cotangent = arguments[3]
+        # Out of the box, a result may lie in memory as the implementation likes it.
+        settle = self._division != "stock"
+        return build(task, buffers, settle=settle, wait=self.wait)
 
-        def forward() -> torch.Tensor:
-            return function(x, weight, bias)
+    def account(self, prepared: Prepared) -> int | None:
+        """Operations of the products of one call, as torch counts them; None where it knows of none."""
+        return counted_flops(prepared.call)
 
-        def forward_backward() -> tuple[torch.Tensor, ...]:
-            y = function(x, weight, bias)
-            return (y, *torch.autograd.grad(y, (x, weight, bias), cotangent))
+    def trace(self, prepared: Prepared) -> Trace:
+        """Runs one call under the profiler."""
+        return traced(prepared.call, self._device)
 
-        call = forward_backward if gradients else forward
-        if mode != COMPILE:
-            return Prepared(call, None, None)
-        start = time.perf_counter()
-        self.wait(call())
-        return Prepared(call, time.perf_counter() - start, None)
+    def large_product(self) -> tuple[Call, int]:
+        """A square product."""
+        size = 8192 if self._device == "cuda" else 1024
+        dtype = getattr(torch, STORAGE_DTYPES[self._precision])
+        a, b = (torch.randn(size, size, device=self._device).to(dtype) for _ in range(2))
+        return lambda: a @ b, 2 * size**3
+
+    def large_copy(self) -> tuple[Call, int]:
+        """A copy of at least eight times the last cache."""
+        size = max(8 * self.cache_bytes(), 2**27)
+        a = torch.ones(size // 4, device=self._device)
+        b = torch.empty_like(a)
+        return lambda: b.copy_(a), 2 * a.nbytes
 
     def wait(self, result: Any) -> None:
         """Waits for the GPU; on a CPU every call has finished when it returns."""
         if self._device == "cuda":
             torch.cuda.synchronize()
 
-    def to_numpy(self, result: Any) -> Mapping[str, np.ndarray]:
+    def to_numpy(self, result: Any, task: Task) -> Mapping[str, np.ndarray]:
         """The results by name."""
         results = result if isinstance(result, tuple) else (result,)
-        names = ("y", "dx", "dweight", "dbias")[: len(results)]
-        return {name: _to_numpy(tensor) for name, tensor in zip(names, results, strict=True)}
+        named = dict(zip(RESULTS[task.direction], results, strict=True))
+        axes = swapped_axes(task.layout)
+        if axes is not None:
+            named |= {name: named[name].transpose(*axes) for name in ("y", "dx") if name in named}
+        return {name: _to_numpy(tensor) for name, tensor in named.items()}
 
     def peak_memory(self, prepared: Prepared) -> tuple[int | None, str]:
         """Allocator peak less what was live before on a GPU; growth of the resident set on a CPU."""

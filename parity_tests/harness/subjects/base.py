@@ -22,6 +22,7 @@ class Subject(Protocol):
     Attributes:
         framework: ``torch`` or ``jax``.
         implementation: a name of the framework's table, or the name of a layer class's subject.
+        mode: a name of ``modes.MODES``: how calls are run.
         isolates_partitions: whether a NaN in one partition leaves the others untouched.
     """
 
@@ -32,6 +33,9 @@ class Subject(Protocol):
     def implementation(self) -> str: ...  # noqa: D102
 
     @property
+    def mode(self) -> str: ...  # noqa: D102
+
+    @property
     def isolates_partitions(self) -> bool: ...  # noqa: D102
 
     def unsupported_reason(self, case: Case, dtype: str) -> str | None:
@@ -39,7 +43,7 @@ class Subject(Protocol):
         ...
 
     def forward(self, inputs: Inputs) -> np.ndarray:
-        """Returns y, in the storage dtype."""
+        """Returns y, in the storage dtype or the one that the mode computes in."""
         ...
 
     def vjp(self, inputs: Inputs) -> dict[str, np.ndarray]:
@@ -117,12 +121,13 @@ def framework_available(framework: str) -> bool:
     return all(importlib.util.find_spec(package) is not None for package in packages)
 
 
-def load_subjects(framework: str, device: str = "auto") -> Sequence[Subject]:
+def load_subjects(framework: str, device: str = "auto", modes: Sequence[str] = ()) -> Sequence[Subject]:
     """Imports a framework and returns all its subjects.
 
     Args:
         framework: ``torch`` or ``jax``.
         device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+        modes: of the framework, see ``modes.modes_of``; none for its default.
 
     Raises:
         ValueError: for another framework, or a device that is not there.
@@ -130,4 +135,4 @@ def load_subjects(framework: str, device: str = "auto") -> Sequence[Subject]:
     """
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework: expected one of {', '.join(FRAMEWORKS)}, got {framework!r}; choose one of these.")
-    return importlib.import_module(f"parity_tests.harness.subjects.{framework}").subjects(device)
+    return importlib.import_module(f"parity_tests.harness.subjects.{framework}").subjects(device, modes)

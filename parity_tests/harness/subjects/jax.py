@@ -1,8 +1,9 @@
 """JAX subjects: every implementation of the table through the public function, and the nnx and linen layers."""
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jax_impl import PartitionedLinear, export_parameters, import_parameters, partitioned_linear
 from jax_impl.linen import PartitionedLinear as LinenPartitionedLinear
 from jax_impl.registry import IMPLEMENTATIONS, unsupported_reason
 from parity_tests.harness.cases import Case, Layout
 from parity_tests.harness.inputs import Inputs
-
-_Function = Callable[..., jax.Array]
+from parity_tests.harness.subjects.jax_modes import EXECUTIONS, Function, mode_reason, placement
+from parity_tests.harness.subjects.modes import DEFAULT_MODES, MODES
 
 
 @contextlib.contextmanager
@@ -29,49 +31,54 @@ def _double_precision_if(needed: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class JaxSubject:
-    """One JAX implementation, jitted, on one device; see ``base.Subject``."""
+    """One JAX implementation in one mode; see ``base.Subject``."""
 
     implementation: str
     isolates_partitions: bool
     device: Any
-    function: _Function
+    function: Function
     table_name: str | None
+    mode: str = DEFAULT_MODES["jax"]
     framework: str = "jax"
 
     def unsupported_reason(self, case: Case, dtype: str) -> str | None:
-        """One sentence if the table declares this case unsupported, else None."""
-        if self.table_name is None:
-            return None
+        """One sentence if the table or the mode declares this case unsupported, else None."""
+        reason = mode_reason(self.mode, self.table_name, self.device, case, dtype)
+        if reason is not None or self.table_name is None:
+            return reason
         return unsupported_reason(
             self.table_name,
-            dtype=dtype,
+            dtype=MODES[self.mode].computes_in or dtype,
             device="cuda" if self.device.platform == "gpu" else str(self.device.platform),
             num_partitions=case.num_partitions,
             in_features=case.in_features,
             out_features=case.out_features,
         )
 
-    def _arguments(self, inputs: Inputs) -> tuple[jax.Array, list[jax.Array]]:
-        def put(array: np.ndarray) -> jax.Array:
-            return jax.device_put(array, self.device)
+    def _put(self, array: np.ndarray, axis: int) -> jax.Array:
+        """Places an array on the device, or divided over several along the axis of its partitions."""
+        where = placement(self.device, array.shape[axis], axis) if EXECUTIONS[self.mode].divides else self.device
+        return jax.device_put(np.ascontiguousarray(array), where)
 
-        # JAX arrays are always dense; the transposed layout is a transposition that the jitted function begins with.
-        x = inputs.x.swapaxes(-1, -2) if inputs.layout == "transposed" else inputs.x
+    def _arguments(self, inputs: Inputs) -> tuple[jax.Array, list[jax.Array]]:
+        # JAX arrays are always dense; the transposed layout is a transposition that the function begins with.
+        transposed = inputs.layout == "transposed"
+        x = inputs.x.swapaxes(-1, -2) if transposed else inputs.x
         parameters = [inputs.weight] if inputs.bias is None else [inputs.weight, inputs.bias]
-        return put(np.ascontiguousarray(x)), [put(array) for array in parameters]
+        return self._put(x, x.ndim - (1 if transposed else 2)), [self._put(array, 0) for array in parameters]
 
     def forward(self, inputs: Inputs) -> np.ndarray:
         """Returns y."""
         with _double_precision_if(inputs.dtype == "float64"):
             x, parameters = self._arguments(inputs)
-            return np.asarray(_forward(self.function, inputs.layout)(x, *parameters))
+            return np.asarray(_forward(self.function, inputs.layout, self.mode)(x, *parameters))
 
     def vjp(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """Returns y, dx, dweight and dbias."""
         with _double_precision_if(inputs.dtype == "float64"):
             x, parameters = self._arguments(inputs)
-            cotangent = jax.device_put(inputs.cotangent, self.device)
-            y, gradients = _vjp(self.function, inputs.layout)(cotangent, x, *parameters)
+            cotangent = self._put(inputs.cotangent, inputs.cotangent.ndim - 2)
+            y, gradients = _vjp(self.function, inputs.layout, self.mode)(cotangent, x, *parameters)
             names = ("dx", "dweight", "dbias")[: len(parameters) + 1]
             named = dict(zip(names, map(np.asarray, gradients), strict=True))
             if inputs.layout == "transposed":
@@ -81,56 +88,74 @@ class JaxSubject:
 
 # Cached, because jit recognises a function by its identity: a new closure at each call would compile each call anew.
 @functools.cache
-def _forward(function: _Function, layout: Layout) -> _Function:
+def _called(function: Function, layout: Layout, mode: str) -> Function:
+    call = EXECUTIONS[mode].wrap(function)
     if layout == "transposed":
-        return jax.jit(lambda x, *parameters: function(jnp.swapaxes(x, -1, -2), *parameters))
-    return jax.jit(function)
+        return lambda x, *parameters: call(jnp.swapaxes(x, -1, -2), *parameters)
+    return call
 
 
 @functools.cache
-def _vjp(function: _Function, layout: Layout) -> _Function:
-    @jax.jit
+def _forward(function: Function, layout: Layout, mode: str) -> Function:
+    return EXECUTIONS[mode].program(_called(function, layout, mode))
+
+
+@functools.cache
+def _vjp(function: Function, layout: Layout, mode: str) -> Function:
     def run(cotangent: jax.Array, *arguments: jax.Array):
-        y, pullback = jax.vjp(_forward(function, layout), *arguments)
-        return y, pullback(cotangent)
+        y, pullback = jax.vjp(_called(function, layout, mode), *arguments)
+        return y, pullback(cotangent.astype(y.dtype))
 
-    return run
+    return EXECUTIONS[mode].program(run)
 
 
-def _functional(name: str) -> _Function:
+# Cached likewise: the subjects of one process share what was compiled.
+@functools.cache
+def _functional(name: str) -> Function:
     # HIGHEST: what is judged is the formulation, not the device's default of rounding fp32 operands to TF32.
     return lambda x, *parameters: partitioned_linear(
         x, *parameters, implementation=name, precision=jax.lax.Precision.HIGHEST
     )
 
 
-def _nnx_layer(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    n, i, o = kernel.shape
-    layer = PartitionedLinear(
-        n,
-        i,
-        o,
-        use_bias=bias is not None,
-        param_dtype=kernel.dtype,
-        precision=jax.lax.Precision.HIGHEST,
-        rngs=nnx.Rngs(0),
-    )
-    # Replaced after construction: the gradient flows to the arguments through the very attributes the layer reads.
-    layer.kernel = nnx.Param(kernel)
-    if bias is not None:
-        layer.bias = nnx.Param(bias)
-    return layer(x)
+@functools.cache
+def _nnx_layer(name: str = "auto", dtype: DTypeLike | None = None) -> Function:
+    def call(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        n, i, o = kernel.shape
+        layer = PartitionedLinear(
+            n,
+            i,
+            o,
+            use_bias=bias is not None,
+            implementation=name,
+            dtype=dtype,
+            param_dtype=kernel.dtype,
+            precision=jax.lax.Precision.HIGHEST,
+            rngs=nnx.Rngs(0),
+        )
+        # Replaced after construction: the gradient flows to the arguments through the attributes the layer reads.
+        layer.kernel = nnx.Param(kernel)
+        if bias is not None:
+            layer.bias = nnx.Param(bias)
+        return layer(x)
+
+    return call
 
 
-def _linen_layer(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    layer = LinenPartitionedLinear(
-        features=kernel.shape[2],
-        use_bias=bias is not None,
-        param_dtype=kernel.dtype,
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    parameters = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
-    return cast(jax.Array, layer.apply({"params": parameters}, x))
+@functools.cache
+def _linen_layer(dtype: DTypeLike | None = None) -> Function:
+    def call(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        layer = LinenPartitionedLinear(
+            features=kernel.shape[2],
+            use_bias=bias is not None,
+            dtype=dtype,
+            param_dtype=kernel.dtype,
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        parameters = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
+        return cast(jax.Array, layer.apply({"params": parameters}, x))
+
+    return call
 
 
 def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -160,13 +185,24 @@ def resolve_device(device: str) -> Any:
         ) from None
 
 
-def subjects(device: str = "auto") -> list[JaxSubject]:
-    """Returns every JAX subject."""
+def subjects(device: str = "auto", modes: Sequence[str] = ()) -> list[JaxSubject]:
+    """Returns every JAX subject, in every mode that is asked for; in the default mode if none is."""
     target = resolve_device(device)
-    found = [
-        JaxSubject(name, entry.isolates_partitions, target, _functional(name), table_name=name)
-        for name, entry in IMPLEMENTATIONS.items()
-    ]
-    found.append(JaxSubject("layer", True, target, _nnx_layer, table_name=None))
-    found.append(JaxSubject("linen", True, target, _linen_layer, table_name=None))
+    found = []
+    for mode in modes or (DEFAULT_MODES["jax"],):
+        # A dtype policy belongs to a layer: there each implementation is judged inside one.
+        cast_to = MODES[mode].computes_in
+        sources = [
+            JaxSubject(
+                name,
+                entry.isolates_partitions,
+                target,
+                _nnx_layer(name, cast_to) if EXECUTIONS[mode].casts else _functional(name),
+                table_name=name,
+            )
+            for name, entry in IMPLEMENTATIONS.items()
+        ]
+        sources.append(JaxSubject("layer", True, target, _nnx_layer(dtype=cast_to), table_name=None))
+        sources.append(JaxSubject("linen", True, target, _linen_layer(cast_to), table_name=None))
+        found += [dataclasses.replace(source, mode=mode) for source in sources]
     return found

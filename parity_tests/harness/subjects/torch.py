@@ -1,14 +1,19 @@
 """PyTorch subjects: every implementation of the table through the public function, and both layer classes."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import torch
 
-from parity_tests.harness.cases import Case, Layout
+from parity_tests.harness.cases import Case
 from parity_tests.harness.inputs import Inputs
+from parity_tests.harness.subjects.base import Subject
+from parity_tests.harness.subjects.modes import DEFAULT_MODES, MODES
+from parity_tests.harness.subjects.torch_arrays import lay_out, to_numpy, to_torch
+from parity_tests.harness.subjects.torch_modes import WRAPPERS, Function, Prepare, canonical_gradients, mode_reason
+from parity_tests.harness.subjects.torch_sharded import ShardedTorchSubject
 from torch_impl import (
     MaskedPartitionedLinear,
     PartitionedLinear,
@@ -18,56 +23,28 @@ from torch_impl import (
 )
 from torch_impl.registry import IMPLEMENTATIONS, unsupported_reason
 
-_Forward = Callable[..., torch.Tensor]
-_Prepare = Callable[[Inputs, torch.device], tuple[_Forward, list[torch.Tensor]]]
-
-
-def to_torch(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copies an array to a tensor, bit for bit (bfloat16 through its 16-bit pattern)."""
-    array = np.array(array, order="C", copy=True)
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
-    return torch.from_numpy(array).to(device)
-
-
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The inverse of ``to_torch``."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-
-def lay_out(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Returns the same values in another memory layout."""
-    if layout == "transposed":
-        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-    if layout == "strided" and x.ndim > 2:
-        # The rows in between are NaN: reading past a stride shows.
-        wide = torch.full((x.shape[0], 2, *x.shape[1:]), torch.nan, dtype=x.dtype, device=x.device)
-        wide[:, 0] = x
-        return wide[:, 0]
-    return x
-
 
 @dataclass(frozen=True)
 class TorchSubject:
-    """One PyTorch implementation on one device; see ``base.Subject``."""
+    """One PyTorch implementation on one device, in one mode; see ``base.Subject``."""
 
     implementation: str
     isolates_partitions: bool
     device: torch.device
-    prepare: _Prepare
+    prepare: Prepare
     table_name: str | None
+    dense_weight: bool = False
+    mode: str = DEFAULT_MODES["torch"]
     framework: str = "torch"
 
     def unsupported_reason(self, case: Case, dtype: str) -> str | None:
-        """One sentence if the table declares this case unsupported, else None."""
-        if self.table_name is None:
-            return None
+        """One sentence if the table or the mode declares this case unsupported, else None."""
+        reason = mode_reason(self.mode, self.table_name, dtype)
+        if reason is not None or self.table_name is None:
+            return reason
         return unsupported_reason(
             self.table_name,
-            dtype=dtype,
+            dtype=MODES[self.mode].computes_in or dtype,
             device=self.device.type,
             num_partitions=case.num_partitions,
             in_features=case.in_features,
@@ -85,20 +62,15 @@ class TorchSubject:
         function, leaves = self.prepare(inputs, self.device)
         x = lay_out(to_torch(inputs.x, self.device), inputs.layout).requires_grad_()
         y = function(x, *leaves)
-        gradients = torch.autograd.grad([y], [x, *leaves], [to_torch(inputs.cotangent, self.device)])
+        cotangent = to_torch(inputs.cotangent, self.device).to(y.dtype)
+        gradients = torch.autograd.grad([y], [x, *leaves], [cotangent])
         names = ("dx", "dweight", "dbias")[: len(leaves) + 1]
         named = dict(zip(names, map(to_numpy, gradients), strict=True))
-        n, i, o = inputs.weight.shape
-        if named["dweight"].ndim == 2:  # the masked layer's dense (n*o, n*i): read its diagonal blocks, as (n, i, o)
-            blocks = named["dweight"].reshape(n, o, n, i)[np.arange(n), :, np.arange(n), :]
-            named["dweight"] = blocks.swapaxes(1, 2)
-            if "dbias" in named:
-                named["dbias"] = named["dbias"].reshape(n, o)
-        return {"y": to_numpy(y), **named}
+        return {"y": to_numpy(y), **canonical_gradients(named, inputs, self.dense_weight, self.mode)}
 
 
-def _functional(name: str) -> _Prepare:
-    def prepare(inputs: Inputs, device: torch.device) -> tuple[_Forward, list[torch.Tensor]]:
+def _functional(name: str) -> Prepare:
+    def prepare(inputs: Inputs, device: torch.device) -> tuple[Function, list[torch.Tensor]]:
         leaves = [to_torch(inputs.weight, device).requires_grad_()]
         if inputs.bias is not None:
             leaves.append(to_torch(inputs.bias, device).requires_grad_())
@@ -107,15 +79,22 @@ def _functional(name: str) -> _Prepare:
     return prepare
 
 
-def _layer(layer_class: type[PartitionedLinear] | type[MaskedPartitionedLinear]) -> _Prepare:
-    def prepare(inputs: Inputs, device: torch.device) -> tuple[_Forward, list[torch.Tensor]]:
+def _layer(layer_class: type[PartitionedLinear] | type[MaskedPartitionedLinear]) -> Prepare:
+    def prepare(inputs: Inputs, device: torch.device) -> tuple[Function, list[torch.Tensor]]:
         n, i, o = inputs.weight.shape
         arrays = {"weight": inputs.weight} | ({} if inputs.bias is None else {"bias": inputs.bias})
         dtype = to_torch(inputs.weight[:0], device).dtype
         layer = layer_class(n, i, o, bias=inputs.bias is not None, device=device, dtype=dtype)
         import_parameters(layer, arrays)
         leaves: list[torch.Tensor] = [layer.weight, *([] if layer.bias is None else [layer.bias])]
-        return (lambda x, *params: layer(x)), leaves
+
+        def call(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+            if parameters[0] is leaves[0]:
+                return layer(x)
+            # An ensemble hands in its members' parameters, as torch.func would have a user do it.
+            return torch.func.functional_call(layer, dict(zip(arrays, parameters, strict=True)), (x,))
+
+        return call, leaves
 
     return prepare
 
@@ -142,13 +121,24 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def subjects(device: str = "auto") -> list[TorchSubject]:
-    """Returns every PyTorch subject."""
+def subjects(device: str = "auto", modes: Sequence[str] = ()) -> list[Subject]:
+    """Returns every PyTorch subject, in every mode that is asked for; in the default mode if none is."""
     target = resolve_device(device)
-    found = [
+    sources = [
         TorchSubject(name, entry.isolates_partitions, target, _functional(name), table_name=name)
         for name, entry in IMPLEMENTATIONS.items()
     ]
-    found.append(TorchSubject("layer", True, target, _layer(PartitionedLinear), table_name=None))
-    found.append(TorchSubject("masked_layer", False, target, _layer(MaskedPartitionedLinear), table_name=None))
+    masked = _layer(MaskedPartitionedLinear)
+    sources.append(TorchSubject("layer", True, target, _layer(PartitionedLinear), table_name=None))
+    sources.append(TorchSubject("masked_layer", False, target, masked, table_name=None, dense_weight=True))
+    found: list[Subject] = []
+    for mode in modes or (DEFAULT_MODES["torch"],):
+        if mode == "sharded":
+            found += [
+                ShardedTorchSubject(source.implementation, source.isolates_partitions, target) for source in sources
+            ]
+        else:
+            found += [
+                dataclasses.replace(source, mode=mode, prepare=WRAPPERS[mode](source.prepare)) for source in sources
+            ]
     return found

@@ -7,6 +7,32 @@ import torch
 from parity_tests.harness.optimizers import OptimizerSpec
 
 
+def build_torch(
+    spec: OptimizerSpec, parameters: Mapping[str, torch.Tensor], *, foreach: bool | None = None
+) -> torch.optim.Optimizer:
+    """Returns the torch.optim optimiser of a spec, at the schedule's first rate.
+
+    Args:
+        spec: what to build; clipping is not part of a torch optimiser and is left to the caller.
+        parameters: leaves by name ``...weight`` or ``...bias``; updated in place.
+        foreach: as torch has it; None for torch's own choice.
+    """
+    groups = [
+        {"params": [leaf], "weight_decay": spec.weight_decay if spec.decays(name) else 0.0}
+        for name, leaf in parameters.items()
+    ]
+    rate, betas = float(spec.rates(1)[0]), (spec.beta1, spec.beta2)
+    if spec.name == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=spec.momentum, nesterov=spec.nesterov, foreach=foreach)
+    if spec.name == "adam":
+        return torch.optim.Adam(groups, lr=rate, betas=betas, eps=spec.epsilon, foreach=foreach)
+    if spec.name == "adamw":
+        return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=spec.epsilon, foreach=foreach)
+    if spec.name == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=rate, alpha=spec.beta2, eps=spec.epsilon, foreach=foreach)
+    return torch.optim.Adagrad(groups, lr=rate, eps=spec.epsilon, foreach=foreach)
+
+
 class TorchOptimizer:
     """A torch optimiser over named parameters, stepped with given gradients.
 
@@ -20,25 +46,8 @@ class TorchOptimizer:
         self._spec, self._parameters = spec, dict(parameters)
         self._rates = spec.rates(steps)
         self._step = 0
-        groups = [
-            {"params": [leaf], "weight_decay": spec.weight_decay if spec.decays(name) else 0.0}
-            for name, leaf in self._parameters.items()
-        ]
-        self.optimizer = self._build(groups)
-
-    def _build(self, groups: list[dict]) -> torch.optim.Optimizer:
-        spec, rate = self._spec, float(self._rates[0])
-        # foreach and fused off: one kernel a parameter and operation, the documented update formula.
-        if spec.name == "sgd":
-            return torch.optim.SGD(groups, lr=rate, momentum=spec.momentum, nesterov=spec.nesterov, foreach=False)
-        betas = (spec.beta1, spec.beta2)
-        if spec.name == "adam":
-            return torch.optim.Adam(groups, lr=rate, betas=betas, eps=spec.epsilon, foreach=False)
-        if spec.name == "adamw":
-            return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=spec.epsilon, foreach=False)
-        if spec.name == "rmsprop":
-            return torch.optim.RMSprop(groups, lr=rate, alpha=spec.beta2, eps=spec.epsilon, foreach=False)
-        return torch.optim.Adagrad(groups, lr=rate, eps=spec.epsilon, foreach=False)
+        # foreach off: one kernel a parameter and operation, the documented update formula.
+        self.optimizer = build_torch(spec, self._parameters, foreach=False)
 
     def update(self, gradients: Mapping[str, torch.Tensor]) -> None:
         """Takes one step with the given gradients (clipped here if the spec says so)."""

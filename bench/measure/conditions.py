@@ -1,0 +1,96 @@
+"""What the device reports about itself while it is measured: clocks, power, temperature, throttling, energy."""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+# NVML's reasons for clocks below the maximum, by bit; an idle GPU lowers its clocks by itself, and that is none.
+_THERMAL = {0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown"}
+_POWER = {0x4: "software power cap", 0x80: "hardware power brake"}
+
+
+class Monitor(Protocol):
+    """Reads a device."""
+
+    def read(self) -> Mapping[str, Any]:
+        """The present conditions; empty where the device reports nothing."""
+        ...
+
+    def energy_j(self) -> float | None:
+        """Joules since some fixed moment, or None."""
+        ...
+
+
+class NoMonitor:
+    """A device that reports nothing: a CPU, or a GPU without NVML's Python package."""
+
+    def read(self) -> Mapping[str, Any]:
+        """Nothing."""
+        return {}
+
+    def energy_j(self) -> float | None:
+        """None."""
+        return None
+
+
+@dataclass
+class NvmlMonitor:
+    """An NVIDIA GPU.
+
+    Args:
+        nvml: the module ``pynvml``.
+        handle: its handle of the GPU.
+    """
+
+    nvml: Any
+    handle: Any
+
+    def read(self) -> Mapping[str, Any]:
+        """Clocks in MHz, power in watts, temperature in degrees Celsius, reasons for lower clocks, processes."""
+        nvml, handle = self.nvml, self.handle
+        bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+        return {
+            "sm_clock_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+            "power_w": nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "temperature_c": nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+            "thermal": [name for bit, name in _THERMAL.items() if bits & bit],
+            "power_capped": [name for bit, name in _POWER.items() if bits & bit],
+            "processes": len(nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
+        }
+
+    def energy_j(self) -> float | None:
+        """Joules since the driver was loaded; None on GPUs older than Volta."""
+        try:
+            return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1000
+        except self.nvml.NVMLError:
+            return None
+
+
+def thermally_throttled(conditions: Mapping[str, Any]) -> bool:
+    """Whether heat held the clocks down; such a block is measured again."""
+    return bool(conditions.get("thermal"))
+
+
+def monitor_for(device: str, uuid: str | None) -> Monitor:
+    """Returns the monitor of a device.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        uuid: of the GPU, as torch reports it; the first one if not known.
+    """
+    if device != "cuda":
+        return NoMonitor()
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        return NoMonitor()
+    try:
+        nvml.nvmlInit()
+        if uuid is None:
+            return NvmlMonitor(nvml, nvml.nvmlDeviceGetHandleByIndex(0))
+        name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+        return NvmlMonitor(nvml, nvml.nvmlDeviceGetHandleByUUID(name))
+    except nvml.NVMLError:
+        return NoMonitor()

@@ -1,0 +1,180 @@
+"""From a task to a JAX callable."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bench.measure.functions.jax import Function, resolve
+from bench.measure.layouts import swapped_axes
+from bench.measure.timers.base import Call, Prepared, Task, Unsupported
+from bench.plan.competitors import JIT, JIT_GRAPH
+from jax_impl import UnsupportedImplementationError
+from parity_tests.harness.optimizers import OPTIMIZERS
+from parity_tests.harness.subjects.jax_optimizer import build_optax
+
+# The learning-rate table of an optimiser is finite; JAX clamps an index past its end, so that the last rate stays.
+_RATES = 1
+
+
+def compiler_options(division: str, device: str, mode: str) -> dict[str, Any]:
+    """XLA's options for the programs of a division; empty for its defaults.
+
+    On a GPU the matched division compares ``jit`` with torch's eager mode, which records no CUDA graph, so that XLA may
+    record none either; ``jit-graph`` is compared with ``cuda-graph``.
+    """
+    if device == "cuda" and division == "matched" and mode == JIT:
+        return {"xla_gpu_enable_command_buffer": ""}
+    if device == "cuda" and division == "tuned":
+        return {"xla_gpu_exhaustive_tiling_search": True}
+    return {}
+
+
+def _in_layout(function: Function, layout: str) -> Function:
+    """The function on arrays as they lie in memory; XLA's arrays have no strides, so that it transposes inside."""
+    axes = swapped_axes(layout)
+    if axes is None:
+        return function
+
+    def laid_out(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        return jnp.swapaxes(function(jnp.swapaxes(x, *axes), kernel, bias), *axes)
+
+    return laid_out
+
+
+def _program(function: Function, task: Task) -> tuple[Callable[..., Any], int]:
+    """The traced function of a direction, and how many of (x, kernel, bias, cotangent) it takes.
+
+    A new function object each time, since jit would find an earlier precision's program under the same one.
+    """
+    if task.direction == "forward":
+        return lambda x, kernel, bias: function(x, kernel, bias), 3
+
+    def forward_backward(x: jax.Array, kernel: jax.Array, bias: jax.Array, cotangent: jax.Array) -> Any:
+        y, vjp = jax.vjp(function, x, kernel, bias)
+        return (y, *vjp(cotangent))
+
+    return forward_backward, 4
+
+
+def _step_program(function: Function, task: Task, *, donate: bool) -> tuple[Any, Callable[[Any], Any]]:
+    """The jitted training step, and the function that makes the optimiser's first state."""
+    optimizer = build_optax(OPTIMIZERS[str(task.optimizer)], _RATES)
+    differentiate, _ = _program(function, Task(task.implementation, task.mode, "forward_backward", task.layout))
+
+    def step(params: Mapping[str, jax.Array], state: Any, x: jax.Array, cotangent: jax.Array) -> Any:
+        y, dx, dweight, dbias = differentiate(x, params["weight"], params["bias"], cotangent)
+        updates, state = optimizer.update({"weight": dweight, "bias": dbias}, state, params)
+        return y, dx, optax.apply_updates(params, updates), state
+
+    # torch updates in place; giving the old parameters up is how a JAX user gets the same.
+    return jax.jit(step, donate_argnums=(0, 1) if donate else ()), optimizer.init
+
+
+class _Step:
+    """Keeps parameters and optimiser state between calls, as a training loop does."""
+
+    def __init__(self, call: Callable[..., Any], init: Callable[[Any], Any], arguments: tuple[jax.Array, ...]):
+        self._x, weight, bias, self._cotangent = arguments
+        self._first = {"weight": weight, "bias": bias}
+        self._call, self._init = call, init
+        self.restart()
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self._params, self._state, self._x, self._cotangent
+
+    def run_with(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def restart(self) -> None:
+        self._params = jax.tree.map(jnp.copy, self._first)
+        self._state = self._init(self._params)
+
+    def __call__(self) -> tuple[jax.Array, ...]:
+        y, dx, self._params, self._state = self._call(*self.arguments())
+        return y, dx, self._params["weight"], self._params["bias"]
+
+
+def build(
+    task: Task,
+    buffers: Sequence[tuple[jax.Array, ...]],
+    *,
+    precision: Any,
+    donate: bool,
+    options: Mapping[str, Any],
+) -> Prepared:
+    """Traces, lowers and compiles the program of a task; the jitted function is then called as a user would.
+
+    Args:
+        task: what to compute.
+        buffers: sets of x, kernel, bias, cotangent; each call takes the next.
+        precision: of every product; None for the framework's default.
+        donate: whether a training step gives its old parameters up.
+        options: XLA's options for this program.
+
+    Raises:
+        Unsupported: if the implementation or the mode cannot run here.
+    """
+    if task.mode not in (JIT, JIT_GRAPH):
+        raise Unsupported(f"jax has no mode {task.mode!r}")
+    function = _in_layout(resolve(task.implementation, precision), task.layout)
+    steps: list[_Step] = []
+    if task.direction == "train_step":
+        jitted, init = _step_program(function, task, donate=donate)
+        steps = [_Step(jitted, init, arguments) for arguments in buffers]
+        given = steps[0].arguments()
+    else:
+        program, taken = _program(function, task)
+        jitted, given = jax.jit(program), buffers[0][:taken]
+    start = time.perf_counter()
+    try:
+        compiled = jitted.lower(*given).compile(compiler_options=dict(options) or None)
+    except UnsupportedImplementationError as error:
+        raise Unsupported(str(error)) from error
+    compile_s = time.perf_counter() - start
+
+    def again() -> float:
+        jax.clear_caches()
+        begin = time.perf_counter()
+        jitted.lower(*given).compile(compiler_options=dict(options) or None)
+        return time.perf_counter() - begin
+
+    def restart() -> None:
+        for step in steps:
+            step.restart()
+
+    # Options belong to the compiled program, which jit's own cache does not know.
+    run = compiled if options else jitted
+    calls: list[Call] = [partial(run, *arguments[: len(given)]) for arguments in buffers]
+    if steps:
+        calls = list(steps)
+        for step in steps:
+            step.run_with(run)
+    analysis = compiled.memory_analysis()
+    return Prepared(
+        _in_turn(calls),
+        compile_s,
+        None if analysis is None else analysis.output_size_in_bytes + analysis.temp_size_in_bytes,
+        program_flops=_flops(compiled),
+        compile_again=again,
+        restart=restart if steps else None,
+        text=compiled.as_text,
+    )
+
+
+def _flops(compiled: Any) -> int | None:
+    analysis = compiled.cost_analysis()
+    found = analysis.get("flops") if isinstance(analysis, Mapping) else None
+    return int(found) if found and found > 0 else None
+
+
+def _in_turn(calls: Sequence[Call]) -> Call:
+    if len(calls) == 1:
+        return calls[0]
+    turn = cycle(calls)
+    return lambda: next(turn)()

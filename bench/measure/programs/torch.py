@@ -1,0 +1,178 @@
+"""From a task to a torch callable."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.measure.functions.torch import Function, resolve
+from bench.measure.layouts import swapped_axes
+from bench.measure.timers.base import Call, Prepared, Task, Unsupported
+from bench.plan.competitors import COMPILE, CUDA_GRAPH, EAGER, MAX_AUTOTUNE, REDUCE_OVERHEAD
+from parity_tests.harness.optimizers import OPTIMIZERS
+from parity_tests.harness.subjects.torch_optimizer import build_torch
+
+# Mode to torch.compile's own name for it.
+COMPILE_MODES: Mapping[str, str] = MappingProxyType(
+    {COMPILE: "default", REDUCE_OVERHEAD: "reduce-overhead", MAX_AUTOTUNE: "max-autotune"}
+)
+# Calls before a CUDA graph is recorded: lazily created library handles must exist by then.
+_CALLS_BEFORE_CAPTURE = 3
+
+
+def _in_layout(function: Function, layout: str, *, settle: bool) -> Function:
+    """The function on arrays as they lie in memory; ``settle`` asks for results that lie like the inputs."""
+    axes = swapped_axes(layout)
+
+    def laid_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if axes is not None:
+            x = x.transpose(*axes)
+        y = function(x, weight, bias)
+        if axes is not None:
+            y = y.transpose(*axes)
+        return y.contiguous() if settle else y
+
+    return laid_out
+
+
+def _gradients(function: Function, leaves: Sequence[Tensor], cotangent: Tensor, *, settle: bool) -> tuple[Tensor, ...]:
+    y = function(*leaves)
+    dx, dweight, dbias = torch.autograd.grad(y, leaves, cotangent)
+    return y, dx.contiguous() if settle else dx, dweight, dbias
+
+
+class _Step:
+    """One training step on parameters of its own: forward, gradients, and the optimiser's update in place."""
+
+    def __init__(self, function: Function, arguments: tuple[Tensor, ...], optimizer: str, *, settle: bool):
+        x, weight, bias, self._cotangent = arguments
+        self._function, self._settle = function, settle
+        self._x = x.detach().requires_grad_()
+        self._first = {"weight": weight, "bias": bias}
+        self._leaves = {name: value.clone().requires_grad_() for name, value in self._first.items()}
+        self._spec = OPTIMIZERS[optimizer]
+        self._optimizer = build_torch(self._spec, self._leaves)
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        leaves = (self._x, *self._leaves.values())
+        y, dx, dweight, dbias = _gradients(self._function, leaves, self._cotangent, settle=self._settle)
+        self._leaves["weight"].grad, self._leaves["bias"].grad = dweight, dbias
+        self._optimizer.step()
+        return (y, dx, *self._leaves.values())
+
+    def restart(self) -> None:
+        with torch.no_grad():
+            for name, value in self._first.items():
+                self._leaves[name].copy_(value)
+        # A fresh one: what an optimiser remembers has no common form.
+        self._optimizer = build_torch(self._spec, self._leaves)
+
+
+def _bound(function: Function, task: Task, arguments: tuple[Tensor, ...], *, settle: bool) -> Call:
+    """A call without arguments for one set of buffers."""
+    if task.direction == "train_step":
+        return _Step(function, arguments, str(task.optimizer), settle=settle)
+    # Gradients are recorded only where they are asked for: the same storage, other leaves.
+    gradients = task.direction == "forward_backward"
+    leaves = tuple(tensor.detach().requires_grad_(gradients) for tensor in arguments[:3])
+    if gradients:
+        return lambda: _gradients(function, leaves, arguments[3], settle=settle)
+    return lambda: function(*leaves)
+
+
+def _graphed(call: Call) -> Call:
+    """The call recorded as a CUDA graph; its results stay in the graph's own buffers, as its users know."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_CALLS_BEFORE_CAPTURE):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return results
+
+    return replay
+
+
+def counted_flops(call: Call) -> int | None:
+    """Operations of the products and convolutions in one call, or None where torch knows of none."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() or None
+
+
+def build(
+    task: Task,
+    buffers: Sequence[tuple[Tensor, ...]],
+    *,
+    settle: bool,
+    wait: Callable[[Any], None],
+) -> Prepared:
+    """Builds the callable of a task and compiles it where the mode says so.
+
+    Args:
+        task: what to compute.
+        buffers: sets of x, weight, bias, cotangent; each call takes the next.
+        settle: whether results must lie in memory as the inputs do.
+        wait: returns when a result is computed.
+
+    Raises:
+        Unsupported: if torch cannot run the mode here.
+    """
+    plain = _in_layout(resolve(task.implementation), task.layout, settle=settle)
+    if task.mode == EAGER or task.mode == CUDA_GRAPH:
+        function = plain
+    elif task.mode in COMPILE_MODES:
+        # Static shapes: the second workload of a process would otherwise be compiled for any size.
+        function = torch.compile(plain, dynamic=False, mode=COMPILE_MODES[task.mode])
+    else:
+        raise Unsupported(f"torch has no mode {task.mode!r}")
+    calls = [_bound(function, task, arguments, settle=settle) for arguments in buffers]
+    steps = [call for call in calls if isinstance(call, _Step)]
+    if task.mode == CUDA_GRAPH:
+        if steps:
+            raise Unsupported("an optimiser that counts its steps on the host cannot be replayed as a CUDA graph")
+        start = time.perf_counter()
+        calls = [_graphed(call) for call in calls]
+        compile_s = time.perf_counter() - start
+        return Prepared(_in_turn(calls), compile_s)
+
+    def restart() -> None:
+        for step in steps:
+            step.restart()
+
+    compile_s, again = None, None
+    if task.mode in COMPILE_MODES:
+        start = time.perf_counter()
+        wait(calls[0]())
+        compile_s = time.perf_counter() - start
+
+        def again() -> float:
+            torch.compiler.reset()
+            begin = time.perf_counter()
+            wait(calls[0]())
+            return time.perf_counter() - begin
+
+    return Prepared(
+        _in_turn(calls),
+        compile_s,
+        compile_again=again,
+        restart=restart if steps else None,
+    )
+
+
+def _in_turn(calls: Sequence[Call]) -> Call:
+    if len(calls) == 1:
+        return calls[0]
+    turn = cycle(calls)
+    return lambda: next(turn)()

@@ -1,0 +1,124 @@
+"""The timed rounds of a cell: who takes part in the next one, what each block leaves behind, and when it is enough.
+
+A round is one block of every competitor in shuffled order, then all again in the reverse order. A competitor that is
+certainly far behind leaves early; the others go on until every verdict is settled or a cap is reached. The last blocks
+of whoever leaves are judged as well as timed.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bench.measure.conditions import Monitor, thermally_throttled
+from bench.measure.entry import Entry
+from bench.plan.presets import Preset
+from bench.study.elimination import far_behind
+from bench.study.statistics import round_log_latency
+from bench.study.stopping import RESOLVED_REASON, stop_reason
+
+ROUNDS, TIME = "rounds", "time"
+_REPEATS_OF_A_THROTTLED_BLOCK = 2
+
+Block = Callable[[Entry, bool], dict[str, Any] | None]
+
+
+class Rounds:
+    """Runs the rounds.
+
+    Args:
+        entries: all competitors of the cell and the control.
+        preset: caps.
+        seed: of the order.
+        block: runs one block of an entry and judges it where the second argument says so; None if that ended it.
+        monitor: reads the device around each block.
+        report: called with a short text at each round.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        preset: Preset,
+        *,
+        seed: int,
+        block: Block,
+        monitor: Monitor,
+        report: Callable[[str], None],
+    ):
+        self._entries, self._preset, self._block = entries, preset, block
+        self._monitor, self._report = monitor, report
+        self._order = random.Random(seed)
+
+    def run(self) -> str:
+        """Runs rounds until one of the reasons to stop; returns it: resolved, precise, rounds or time."""
+        preset, spent, stop = self._preset, 0.0, None
+        for number in range(1, preset.rounds + 1):
+            self._report(f"round {number} of at most {preset.rounds}")
+            # Known before the round begins, because its last blocks are judged as well as timed.
+            if stop is None and number >= preset.least_rounds and spent * (1 + 1 / number) > preset.cell_s:
+                stop = TIME
+            last = stop is not None or number == preset.rounds
+            started = time.monotonic()
+            self._round(last=last)
+            spent += time.monotonic() - started
+            if last:
+                return stop or ROUNDS
+            if not any(entry.timed for entry in self._entries):
+                return RESOLVED_REASON
+            stop = self._decide(number)
+        return ROUNDS
+
+    def _round(self, *, last: bool) -> None:
+        shuffled = [entry for entry in self._entries if entry.timed]
+        self._order.shuffle(shuffled)
+        for reverse in (False, True):
+            for entry in reversed(shuffled) if reverse else shuffled:
+                if entry.going:
+                    self._one(entry, verify=reverse and (last or entry.leaving))
+        for entry in shuffled:
+            entry.left = entry.leaving
+
+    def _one(self, entry: Entry, *, verify: bool) -> None:
+        for _ in range(1 + _REPEATS_OF_A_THROTTLED_BLOCK):
+            before = self._monitor.energy_j()
+            timed = self._block(entry, verify)
+            after, conditions = self._monitor.energy_j(), self._monitor.read()
+            if timed is None or not thermally_throttled(conditions):
+                break
+            entry.rejected.append(timed["block_latency_s"])
+        if timed is None:
+            return
+        entry.blocks.append(timed["block_latency_s"])
+        if conditions:
+            entry.conditions.append(conditions)
+        if before is not None and after is not None and entry.calls_per_block:
+            entry.energy_j.append((after - before) / entry.calls_per_block)
+
+    def _decide(self, number: int) -> str | None:
+        """Marks who leaves with the next round; says whether that round is the last."""
+        baseline = next((entry for entry in self._entries if entry.baseline and not entry.control), None)
+        if baseline is None or not baseline.timed:
+            return None
+        logs = {
+            entry.label: round_log_latency(entry.blocks, entry.calls_per_block or 1)
+            for entry in self._entries
+            if entry.timed and len(entry.blocks) == 2 * number
+        }
+        if baseline.label not in logs:
+            return None
+        control = next((entry.label for entry in self._entries if entry.control), None)
+        # The control stays as long as the baseline: it says what the cell can resolve.
+        rivals = {label: values for label, values in logs.items() if label != control}
+        far = set(far_behind(rivals, baseline.label)) if number + 1 >= self._preset.least_rounds else set()
+        for entry in self._entries:
+            entry.leaving = entry.leaving or (entry.timed and not entry.control and entry.label in far)
+        if control not in logs:
+            return None
+        ratios = {
+            label: logs[baseline.label] - values
+            for label, values in rivals.items()
+            if label != baseline.label and label not in far
+        }
+        measured_s = min((sum(entry.blocks) for entry in self._entries if entry.label in ratios), default=math.inf)
+        return stop_reason(ratios, logs[baseline.label] - logs[control], measured_s=measured_s)

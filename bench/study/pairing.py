@@ -1,0 +1,73 @@
+"""Competitors of one cell, paired by process and round."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.records import Record
+from bench.study.statistics import Interval, ratio_intervals, round_log_latency
+
+# Process replicate to mean log seconds of a call, in each round.
+Rounds = Mapping[int, np.ndarray]
+
+
+def log_latencies(records: Iterable[Record]) -> dict[int, np.ndarray]:
+    """The rounds of one competitor, for those of its records that are ok."""
+    return {
+        record.process_replicate: round_log_latency(record.block_latency_s, record.calls_per_block or 1)
+        for record in records
+        if record.status == "ok"
+    }
+
+
+@dataclass(frozen=True)
+class Block:
+    """Competitors that share as many rounds with the reference in each process.
+
+    Attributes:
+        labels: who, one for each row.
+        log_ratios: ``log(reference) - log(competitor)`` for each round, the processes behind one another.
+        lengths: number of rounds of each process.
+    """
+
+    labels: tuple[str, ...]
+    log_ratios: np.ndarray
+    lengths: tuple[int, ...]
+
+
+def paired(reference: Rounds, others: Mapping[str, Rounds]) -> list[Block]:
+    """Pairs competitors with a reference; who shares no round with it is left out.
+
+    A process that ended early has fewer rounds: only rounds in which both took part are paired.
+    """
+    groups: dict[tuple[tuple[int, int], ...], list[str]] = defaultdict(list)
+    for label, rounds in others.items():
+        shared = [(k, min(len(reference[k]), len(rounds[k]))) for k in sorted(reference.keys() & rounds.keys())]
+        if shared:
+            groups[tuple(shared)].append(label)
+    blocks = []
+    for shared, labels in groups.items():
+        base = np.concatenate([reference[k][:count] for k, count in shared])
+        rows = np.stack([np.concatenate([others[label][k][:count] for k, count in shared]) for label in labels])
+        blocks.append(Block(tuple(labels), base - rows, tuple(count for _, count in shared)))
+    return blocks
+
+
+def intervals(reference: Rounds, others: Mapping[str, Rounds], confidence: float) -> dict[str, Interval]:
+    """The ratio of each competitor to the reference; above 1 is faster than the reference."""
+    found: dict[str, Interval] = {}
+    for block in paired(reference, others):
+        estimated = ratio_intervals(block.log_ratios, block.lengths, confidence=confidence)
+        found.update(zip(block.labels, estimated, strict=True))
+    return found
+
+
+def by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The records of each competitor, the control left out."""
+    found: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if not record.control:
+            found[record.label].append(record)
+    return dict(found)

@@ -1,0 +1,56 @@
+"""What reports are made of: rankings, outcomes and environments of one run or several."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.archive import Archive
+from bench.records import Record
+from bench.study.ranking import Ranking, rank_cells, rankings, tally
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that a report shows.
+
+    Attributes:
+        found: one ranking for each cell, in the order of the records.
+        outcomes: number of records by outcome, the control runs left out.
+        environments: id to fingerprint.
+    """
+
+    found: tuple[Ranking, ...]
+    outcomes: Mapping[str, int]
+    environments: Mapping[str, Mapping[str, Any]]
+
+    def places(self) -> dict[str, list[Ranking]]:
+        """The rankings of each environment, in the order of the records."""
+        apart: dict[str, list[Ranking]] = {}
+        for ranking in self.found:
+            apart.setdefault(ranking.first.environment_id, []).append(ranking)
+        return apart
+
+
+def results_of(records: Sequence[Record], environments: Mapping[str, Mapping[str, Any]]) -> Results:
+    """The results of records that are in memory already."""
+    return Results(tuple(rankings(records)), tally(records), environments)
+
+
+def read_results(directories: Sequence[Path]) -> Results:
+    """The results of runs, read cell by cell.
+
+    Raises:
+        StoreError: if a directory holds no record, or anything in it is damaged.
+    """
+    archive = Archive(directories)
+    outcomes: Counter[str] = Counter()
+
+    def counted() -> Iterable[list[Record]]:
+        for group in archive.cells():
+            outcomes.update(tally(group))
+            yield group
+
+    found = tuple(rank_cells(counted()))
+    return Results(found, dict(outcomes), archive.environments)

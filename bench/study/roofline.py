@@ -1,0 +1,76 @@
+"""How well a competitor uses the machine: rates of useful work against what the hardware can do."""
+
+import math
+from dataclasses import dataclass
+
+from bench.plan.competitors import EAGER
+from bench.records import Record
+from bench.study.ranking import Ranking
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """Derived figures of one competitor in one cell; None where a part of them was not measured.
+
+    Attributes:
+        flops_per_s: useful operations a second: a dense form earns nothing for its zeros.
+        bytes_per_s: compulsory bytes a second.
+        ceiling_fraction: least possible time by the rates measured in the same session, over the time taken.
+        peak_fraction: the same by the data sheet.
+        waste_factor: how many times the useful products are carried out.
+        payback_calls: calls after which compiling has paid against eager calls of the same implementation; infinite if
+            it never does.
+        enqueue_s: host seconds until a call returns.
+        kernels_per_call: executions on the device in one call.
+    """
+
+    flops_per_s: float | None
+    bytes_per_s: float | None
+    ceiling_fraction: float | None
+    peak_fraction: float | None
+    waste_factor: int
+    payback_calls: float | None
+    enqueue_s: float | None
+    kernels_per_call: int | None
+
+
+def least_s(record: Record, flops_per_s: float | None, bytes_per_s: float | None) -> float | None:
+    """Seconds that a call takes at least: by its operations or by its bytes, whichever takes longer."""
+    bounds = [
+        amount / rate
+        for amount, rate in ((record.useful_flops, flops_per_s), (record.compulsory_bytes, bytes_per_s))
+        if rate
+    ]
+    return max(bounds) if bounds else None
+
+
+def _payback(record: Record, latency_s: float | None, eager_s: float | None) -> float | None:
+    if record.mode == EAGER or record.compile_s is None or latency_s is None or eager_s is None:
+        return None
+    saved = eager_s - latency_s
+    return record.compile_s / saved if saved > 0 else math.inf
+
+
+def efficiencies(ranking: Ranking) -> dict[str, Efficiency]:
+    """Label to figures, for every row of a ranking."""
+    eager = {
+        (row.record.framework, row.record.implementation): row.latency_s
+        for row in ranking.rows
+        if row.record.mode == EAGER
+    }
+    found = {}
+    for row in ranking.rows:
+        r, taken = row.record, row.latency_s
+        ceiling = least_s(r, r.ceiling_flops_per_s, r.ceiling_bytes_per_s)
+        peak = least_s(r, r.peak_flops_per_s, r.peak_bytes_per_s)
+        found[r.label] = Efficiency(
+            flops_per_s=r.useful_flops / taken if taken else None,
+            bytes_per_s=r.compulsory_bytes / taken if taken else None,
+            ceiling_fraction=ceiling / taken if ceiling and taken else None,
+            peak_fraction=peak / taken if peak and taken else None,
+            waste_factor=r.waste_factor,
+            payback_calls=_payback(r, taken, eager.get((r.framework, r.implementation))),
+            enqueue_s=r.enqueue_s,
+            kernels_per_call=sum(r.kernels.values()) if r.kernels else None,
+        )
+    return found

@@ -1,0 +1,86 @@
+"""When enough rounds were run: a pure function over the log ratios so far.
+
+Looking at the data again and again and stopping at the first good moment finds differences where there are none. So
+the rounds at which one may look are fixed (10, 14, 20, 28, 40, ...), and the k-th look is allowed an error of
+``0.05 / (k (k + 1))``. These sum to 0.05 over any number of looks, so that by the union bound the intervals of a
+stopped run still cover at the stated rate, whatever the dependence between looks. The report of a stopped run uses
+the same level (``confidence``), not a fresh 5%.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from bench.study.statistics import CONFIDENCE, UNRESOLVED, Interval, ratio_intervals, resolution, verdict
+
+LEAST_ROUNDS = 10
+LEAST_MEASURED_S = 0.5
+PRECISE = math.log(1.01)
+RESOLVED_REASON, PRECISE_REASON = "resolved", "precise"
+
+
+def looks() -> Iterator[int]:
+    """The numbers of rounds at which a run may stop: each is the double of the one before the last."""
+    one, two = LEAST_ROUNDS, 14
+    while True:
+        yield one
+        one, two = two, 2 * one
+
+
+def is_look(rounds: int) -> bool:
+    """Whether a run may stop after so many rounds."""
+    return next(look for look in looks() if look >= rounds) == rounds
+
+
+def look_confidence(rounds: int) -> float:
+    """Confidence of the intervals at the look after so many rounds, or at the end of a run that a cap ended there."""
+    earlier = next(k for k, look in enumerate(looks()) if look >= rounds)
+    return 1 - (1 - CONFIDENCE) / ((earlier + 1) * (earlier + 2))
+
+
+def confidence(rounds: int, stopped: str) -> float:
+    """Confidence that makes the intervals of a finished run hold at 95%.
+
+    Args:
+        rounds: of one process.
+        stopped: the record's reason; without one, or where a cap left room for one look only, nothing was chosen by
+            looking and the full 5% is there.
+    """
+    if not stopped or (stopped not in (RESOLVED_REASON, PRECISE_REASON) and rounds <= LEAST_ROUNDS):
+        return CONFIDENCE
+    return look_confidence(rounds)
+
+
+def _half_width(interval: Interval) -> float:
+    return 0.5 * (math.log(interval.high) - math.log(interval.low)) if interval.low > 0 else math.inf
+
+
+def stop_reason(
+    log_ratios: Mapping[str, Sequence[float] | np.ndarray],
+    control: Sequence[float] | np.ndarray,
+    *,
+    measured_s: float,
+) -> str | None:
+    """Says whether a cell of one process may stop now, and why.
+
+    Args:
+        log_ratios: per competitor still going, ``log(baseline) - log(competitor)`` of each round.
+        control: the same for the A/A control.
+        measured_s: seconds of blocks that the competitor with the fewest has been timed for.
+
+    Returns:
+        ``resolved`` if every competitor's verdict is settled, ``precise`` if every interval's half-width is below 1%,
+        or None to go on; always None before 10 rounds and 0.5 s, and between looks.
+    """
+    rounds = min([len(control), *(len(values) for values in log_ratios.values())])
+    if rounds < LEAST_ROUNDS or measured_s < LEAST_MEASURED_S or not is_look(rounds):
+        return None
+    matrix = np.array([np.asarray(values, float)[:rounds] for values in (control, *log_ratios.values())])
+    aa, *others = ratio_intervals(matrix, (rounds,), confidence=look_confidence(rounds))
+    floor = resolution(aa)
+    if all(verdict(interval, floor) != UNRESOLVED for interval in others):
+        return RESOLVED_REASON
+    if all(_half_width(interval) < PRECISE for interval in (aa, *others)):
+        return PRECISE_REASON
+    return None

@@ -1,0 +1,116 @@
+"""Every direction, layout, cache and division of both frameworks, built, run and judged in one process."""
+
+from dataclasses import asdict, replace
+
+import pytest
+
+from bench.measure.timers.base import Timer
+from bench.measure.workbench import Workbench
+from bench.plan.cells import Cell
+from bench.plan.workloads import Workload
+from parity_tests.harness.subjects.base import framework_available
+
+TINY = Workload("tiny", 6, 3, 8, 16, "test")
+MODES = {"torch": "eager", "jax": "jit"}
+REQUEST = {"handle": "0", "kind": "implementation", "call_limit_s": 60}
+
+
+def timer_of(framework) -> Timer:
+    if not framework_available(framework):
+        pytest.skip(f"{framework} is not installed here")
+    return __import__(f"bench.measure.timers.{framework}", fromlist=["TIMER"]).TIMER()
+
+
+def opened(framework, **changes):
+    bench = Workbench(timer_of(framework))
+    bench.hello({})
+    workload = replace(TINY, layout=changes.pop("layout", "contiguous"))
+    cell = Cell(
+        workload,
+        **({"direction": "forward", "precision": "ieee_fp32", "division": "matched", "device": "cpu"} | changes),
+    )
+    from dataclasses import asdict
+
+    bench.open_cell({"cell": asdict(cell), "seed": 0})
+    return bench
+
+
+def judged(bench, framework, name="matmul", kind="implementation", mode=None):
+    bench.prepare(REQUEST | {"implementation": name, "mode": mode or MODES[framework], "kind": kind})
+    return bench.check(REQUEST)["judgement"]
+
+
+@pytest.mark.parametrize("division", ["stock", "matched", "tuned"])
+@pytest.mark.parametrize("layout", ["contiguous", "partition_major", "time_series"])
+@pytest.mark.parametrize("framework", MODES)
+def test_every_layout_gives_the_same_function(framework, layout, division):
+    bench = opened(framework, direction="forward_backward", layout=layout, division=division)
+    judgement = judged(bench, framework)
+    assert judgement["status"] == "ok", judgement["reason"]
+    assert set(judgement["tensors"]) == {"y", "dx", "dweight", "dbias"}
+    assert judged(bench, framework, "dense", "yardstick")["status"] == "ok"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "nesterov", "rmsprop", "adagrad"])
+@pytest.mark.parametrize("framework", MODES)
+def test_a_training_step_is_judged_by_its_first_update(framework, optimizer):
+    bench = opened(framework, direction="train_step", optimizer=optimizer)
+    judgement = judged(bench, framework)
+    assert judgement["status"] == "ok", judgement["reason"]
+    assert set(judgement["tensors"]) == {"y", "dx", "weight", "bias"}
+    # The same after hundreds of steps: the judge starts the training again.
+    bench.block(REQUEST | {"calls": 200, "verify": False})
+    assert bench.block(REQUEST | {"calls": 3, "verify": True})["judgement"]["status"] == "ok"
+
+
+@pytest.mark.parametrize("framework", MODES)
+@pytest.mark.parametrize("wrong", ["sgd", "adam", "rmsprop"])
+def test_another_optimizer_is_a_mismatch(framework, wrong, monkeypatch):
+    from parity_tests.harness import optimizers
+
+    bench = opened(framework, direction="train_step", optimizer="adamw")
+    programs = __import__(f"bench.measure.programs.{framework}", fromlist=["OPTIMIZERS"])
+    planted = {**optimizers.OPTIMIZERS, "adamw": replace(optimizers.OPTIMIZERS[wrong], learning_rate=3e-3)}
+    monkeypatch.setattr(programs, "OPTIMIZERS", planted)
+    judgement = judged(bench, framework)
+    assert judgement["status"] == "mismatch"
+    assert "weight" in judgement["reason"]
+
+
+@pytest.mark.parametrize("framework", MODES)
+@pytest.mark.parametrize("direction", ["forward", "forward_backward", "train_step"])
+def test_a_cold_cell_takes_its_buffers_in_turn(framework, direction, monkeypatch):
+    optimizer = "sgd" if direction == "train_step" else None
+    timer = timer_of(framework)
+    bench = Workbench(timer)
+    monkeypatch.setattr(timer, "cache_bytes", lambda: 4096)
+    cell = Cell(TINY, direction, "ieee_fp32", "matched", "cpu", cache="cold", optimizer=optimizer)
+    bench.open_cell({"cell": asdict(cell), "seed": 0})
+    assert judged(bench, framework)["status"] == "ok"
+    assert bench.block(REQUEST | {"calls": 7, "verify": True})["judgement"]["status"] == "ok"
+
+
+@pytest.mark.parametrize("framework", MODES)
+def test_the_other_clocks(framework):
+    bench = opened(framework, direction="forward_backward")
+    judged(bench, framework)
+    found = bench.probe(REQUEST | {"budget_s": 0.01})
+    assert len(found["synchronised_latency_s"]) >= 3
+    assert min(found["synchronised_latency_s"]) > 0
+    assert found["enqueue_s"] > 0
+    assert found["kernels"]
+    assert found["doubt"] == ""
+    assert found["program_flops"] >= 3 * 2 * 6 * 3 * 8 * 16
+    assert (found["compile_warm_s"] is None) == (framework == "torch")
+    rates = bench.ceilings({})
+    assert rates["ceiling_flops_per_s"] > 1e8
+    assert rates["ceiling_bytes_per_s"] > 1e7
+
+
+@pytest.mark.parametrize("framework", MODES)
+def test_a_program_that_leaves_products_out_is_doubted(framework):
+    bench = opened(framework, direction="forward_backward")
+    judged(bench, framework)
+    held = bench._held["0"]
+    bench._timer.account = lambda prepared: 6 * 3 * 8 * 16
+    assert "does 2.3e+03 operations" in bench.probe(REQUEST | {"budget_s": 0.01})["doubt"], held

@@ -1,0 +1,122 @@
+"""PyTorch with the partitions divided over processes: the subject, and the processes that it keeps.
+
+A process group has one size for its life, so the processes are started anew when another number of partitions asks for
+another size; between calls of the same size they stay.
+"""
+
+import atexit
+import functools
+import multiprocessing
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from parity_tests.harness.cases import Case
+from parity_tests.harness.inputs import Inputs
+from parity_tests.harness.subjects.modes import shards_of
+from parity_tests.harness.subjects.torch_shard import serve
+from torch_impl.registry import IMPLEMENTATIONS
+
+_TIMEOUT_S = 120
+
+
+class _Shards:
+    """Processes of one group; every one is sent each task, the first one answers with whole tensors."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._folder = tempfile.TemporaryDirectory()
+        # Spawned, not forked: a child that inherits the parent's thread pools may hang in them.
+        context = multiprocessing.get_context("spawn")
+        store = str(Path(self._folder.name) / "store")
+        self._ends, self._processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(rank, size, store, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._ends.append(ours)
+            self._processes.append(process)
+
+    def run(self, task: tuple[Any, ...]) -> dict[str, np.ndarray]:
+        for end in self._ends:
+            end.send(task)
+        if not self._ends[0].poll(_TIMEOUT_S):
+            self.close()
+            raise RuntimeError(
+                f"shards: expected an answer within {_TIMEOUT_S} s, got none; see the processes' stderr."
+            )
+        answer = self._ends[0].recv()
+        if isinstance(answer, str):
+            raise RuntimeError(f"shards: expected tensors, got the error {answer}")
+        return answer
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+_running: list[_Shards] = []
+
+
+def close_shards() -> None:
+    """Ends the processes, if any run."""
+    while _running:
+        _running.pop().close()
+
+
+@functools.cache
+def _close_at_exit() -> None:
+    atexit.register(close_shards)
+
+
+def _shards(size: int) -> _Shards:
+    if not _running or _running[0].size != size:
+        close_shards()
+        _close_at_exit()
+        _running.append(_Shards(size))
+    return _running[0]
+
+
+@dataclass(frozen=True)
+class ShardedTorchSubject:
+    """The layer with one implementation, its partitions divided over processes; see ``base.Subject``."""
+
+    implementation: str
+    isolates_partitions: bool
+    device: torch.device
+    framework: str = "torch"
+    mode: str = "sharded"
+
+    def unsupported_reason(self, case: Case, dtype: str) -> str | None:
+        """One sentence if nothing can be divided here, else None."""
+        entry = IMPLEMENTATIONS.get(self.implementation)
+        if entry is None and self.implementation != "layer":
+            return f"mode sharded: {self.implementation} is one dense product; only partitions can be divided."
+        if entry is not None and not entry.shards_partitions:
+            return f"mode sharded: {self.implementation} is declared not to run on sharded tensors."
+        if self.device.type != "cpu":
+            return f"mode sharded: expected processes on CPUs, got {self.device.type}; use --device cpu."
+        if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+            return "mode sharded: this PyTorch was built without gloo."
+        if shards_of(case.num_partitions) == 1:
+            return f"mode sharded: {case.num_partitions} partitions are divided by no number of devices at hand."
+        return None
+
+    def forward(self, inputs: Inputs) -> np.ndarray:
+        """Returns y."""
+        return self._run(inputs, gradients=False)["y"]
+
+    def vjp(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        """Returns y, dx, dweight and dbias."""
+        return self._run(inputs, gradients=True)
+
+    def _run(self, inputs: Inputs, gradients: bool) -> dict[str, np.ndarray]:
+        name = "auto" if self.implementation == "layer" else self.implementation
+        return _shards(shards_of(len(inputs.weight))).run((name, inputs, gradients))
