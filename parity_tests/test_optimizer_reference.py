@@ -54,5 +54,5 @@ def test_the_first_steps_by_hand():
 
 
 def test_an_unknown_optimiser_lists_the_choices():
-    with pytest.raises(ValueError, match="optimizer: expected one of sgd, .*, got 'lion'; choose one of these"):
+    with pytest.raises(ValueError, match=r"optimizer: expected one of sgd, .*, got 'lion'; choose one of these"):
         optimizer("lion")
