@@ -52,9 +52,11 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}{where}"
 
 
-def takes_part(factory: Factory) -> bool:
-    """True for a factory that is told which part to build."""
-    return bool(inspect.signature(factory).parameters)
+def _required(factory: Factory) -> int:
+    """How many arguments a call needs; what has a default is the factory's own affair."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(factory).parameters.values()
+    return sum(parameter.kind in positional and parameter.default is parameter.empty for parameter in parameters)
 
 
 def build(factory: Factory, parts: tuple[str, ...] = _PARTS) -> dict[str, Any]:
@@ -67,13 +69,13 @@ def build(factory: Factory, parts: tuple[str, ...] = _PARTS) -> dict[str, Any]:
     Raises:
         ValueError: if the factory cannot build single parts, raises, or returns something else than a dict.
     """
-    count = len(inspect.signature(factory).parameters)
+    count = _required(factory)
     if count > 1:
         raise ValueError(
             f"pair: expected a factory of no argument, or of one ('torch', 'jax' or 'pair'), got one of {count}; "
             "give the others a value, for example with functools.partial."
         )
-    if not takes_part(factory):
+    if count == 0:
         if parts != _PARTS:
             raise ValueError(
                 "pair: expected a factory that takes 'torch', 'jax' or 'pair' and builds that part, got one without "
