@@ -1,11 +1,11 @@
-"""Command line of the parity judge: ``python -m parity_tests run`` and ``python -m parity_tests defects``."""
+"""Command line of the parity judge: ``python -m parity_tests run``, ``pairs``, ``defects`` and ``findings``."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from parity_tests.commands.usage import choices_help
+from parity_tests.commands.usage import choices_help, refuse
 from parity_tests.harness.cases import CASE_SETS
 from parity_tests.harness.dtypes import STORAGE_DTYPES
 from parity_tests.harness.subjects.base import FRAMEWORKS
@@ -23,6 +23,10 @@ def run(
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the inputs.")] = 0,
     pair: Annotated[str | None, typer.Option(help="Judge your own pair instead: package.module:factory.")] = None,
+    torch_python: Annotated[
+        str | None, typer.Option(help="With --pair: run the torch side in this interpreter.")
+    ] = None,
+    jax_python: Annotated[str | None, typer.Option(help="With --pair: run the Flax side in this interpreter.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
     junit_file: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML, one case a row.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page.")] = None,
@@ -31,7 +35,7 @@ def run(
 
     Exit status: 0 all compared cells hold, 1 a mismatch or nothing compared, 2 wrong usage, 130 interrupted.
     """
-    from parity_tests.commands.run import Options, run, run_user_pair
+    from parity_tests.commands.run import Options, run
 
     options = Options(
         frameworks=tuple(framework or ()),
@@ -45,7 +49,26 @@ def run(
         junit_file=junit_file,
         html_file=html_file,
     )
-    raise typer.Exit(run(options) if pair is None else run_user_pair(pair, options))
+    if pair is None:
+        if torch_python or jax_python:
+            raise refuse("--torch-python, --jax-python: expected --pair beside an interpreter, got none; name a pair.")
+        raise typer.Exit(run(options))
+    from parity_tests.commands.pair import run_user_pair
+
+    raise typer.Exit(run_user_pair(pair, options, torch_python, jax_python))
+
+
+@app.command()
+def pairs(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+) -> None:
+    """Judge five pairs of stock modules, made equal and with every default, and list what differs by default.
+
+    Exit status: 0 every pair that was made equal holds, 1 one does not, 2 wrong usage.
+    """
+    from parity_tests.commands.pair import pairs
+
+    raise typer.Exit(pairs(json_file))
 
 
 @app.command()

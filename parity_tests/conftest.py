@@ -16,6 +16,12 @@ def pytest_addoption(parser):
         action="store_true",
         help="do not check the implementations' shape annotations at run time (torch.compile cannot trace the checks)",
     )
+    parser.addoption(
+        "--pair-seeds",
+        type=int,
+        default=2,
+        help="in how many seeds each correct example pair must be accepted",
+    )
 
 
 def pytest_configure(config):

@@ -72,7 +72,11 @@ def _record(entry: Entry, shared: dict[str, Any], switches: dict[str, Any], cell
         switches=switches,
         energy_j=median(entry.energy_j) if entry.energy_j else None,
         conditions=tuple(entry.conditions),
-        **{name: value for name, value in entry.probe.items() if name != "synchronised_latency_s"},
+        enqueue_s=entry.probe.get("enqueue_s"),
+        device_busy_s=entry.probe.get("device_busy_s"),
+        kernels=entry.probe.get("kernels", {}),
+        compile_warm_s=entry.probe.get("compile_warm_s"),
+        program_flops=entry.probe.get("program_flops"),
         synchronised_latency_s=tuple(entry.probe.get("synchronised_latency_s", ())),
     )
 

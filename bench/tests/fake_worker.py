@@ -24,6 +24,8 @@ BAD = (
     "out-of-memory",
     "refused",
     "hopeless",
+    "lazy",
+    "impossible",
 )
 
 
@@ -99,6 +101,22 @@ class FakeWorker:
     def memory(self, request):
         return {"ok": True, "peak_memory_bytes": 4096, "memory_method": "invented"}
 
+    def probe(self, request):
+        flops = 1 if self.names[request["handle"]] == "lazy" else 10**9
+        return {
+            "ok": True,
+            "synchronised_latency_s": [0.003, 0.002, 0.002],
+            "enqueue_s": 1e-5,
+            "kernels": {"product": 1},
+            "device_busy_s": None,
+            "program_flops": flops,
+            "compile_warm_s": None,
+            "doubt": "the program that runs does 1 operation" if flops == 1 else "",
+        }
+
+    def ceilings(self, request):
+        return {"ok": True, "ceiling_flops_per_s": 1e12, "ceiling_bytes_per_s": 1e10}
+
     def warm_up(self, request):
         return {"ok": True, "calls_per_block": 10, "block_latency_s": [0.02]}
 
@@ -110,6 +128,8 @@ class FakeWorker:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.blocks[handle] == 2 and name == "hang-in-block":
             time.sleep(3600)
+        if name == "impossible":
+            return {"ok": True, "block_latency_s": 1e-9, "judgement": self.judgement(True)}
         reply = {"ok": True, "block_latency_s": (0.01 if name == "fast" else 0.02) * (1 + 1e-3 * self.blocks[handle])}
         if request["verify"]:
             reply["judgement"] = self.judgement(name != "wrong-later")

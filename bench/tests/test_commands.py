@@ -123,7 +123,7 @@ def test_a_run_goes_on_without_a_framework_and_says_so(tmp_path, call, monkeypat
         (("--device", "cuda"), "device: torch and jax cannot use 'cuda' here"),
         (("--precision", "fp8"), "--precision: expected one of ieee_fp32"),
         (("--direction", "backward"), "--direction: expected one of forward, forward_backward"),
-        (("--division", "tuned"), "--division: expected one of stock, matched, got 'tuned'"),
+        (("--division", "equal"), "--division: expected one of stock, matched, tuned, got 'equal'"),
         (("--implementation", "nothing"), "implementation: nothing is called nothing; choose from"),
         (("--division", "stock", "--precision", "tf32"), "the selection is empty"),
         (("--torch-python", "/nowhere/python"), "--torch-python: '/nowhere/python' is no program"),

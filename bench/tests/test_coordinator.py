@@ -50,6 +50,8 @@ def test_everybody_gets_two_blocks_a_round_and_the_baseline_a_control(measure):
         ("garbage-in-check", "crash", "no message"),
         ("wrong", "mismatch", "before timing: y is wrong"),
         ("wrong-later", "mismatch", "after timing: y is wrong"),
+        ("lazy", "mismatch", "the program that runs does 1 operation"),
+        ("impossible", "mismatch", "that the device can do: not all was done"),
         ("out-of-memory", "oom", "no memory left"),
         ("refused", "unsupported", "not on this device"),
     ],

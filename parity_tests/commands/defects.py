@@ -35,6 +35,16 @@ def _training_defects(frameworks: Sequence[str]) -> Iterator[Score]:
         yield Score("training", defect.name, training_defect_killed(defect))
 
 
+def _pair_defects(frameworks: Sequence[str]) -> Iterator[Score]:
+    if len(frameworks) < 2:
+        console.print("skipped the defects of user pairs: they need both frameworks")
+        return
+    from parity_tests.pair.defects import score
+
+    for killing in score():
+        yield Score(f"pair {killing.dtype}", killing.name, killing.killed)
+
+
 def defects(frameworks: Sequence[str], implementation: str, json_file: Path | None) -> int:
     """Plants everything, prints the score, writes it.
 
@@ -49,7 +59,7 @@ def defects(frameworks: Sequence[str], implementation: str, json_file: Path | No
     check_writable("--json", json_file)
     chosen = chosen_frameworks(frameworks)
     scores: list[Score] = []
-    for source in (_cell_defects(chosen, implementation), _training_defects(chosen)):
+    for source in (_cell_defects(chosen, implementation), _training_defects(chosen), _pair_defects(chosen)):
         for score in source:
             scores.append(score)
             verdict, style = ("killed  ", None) if score.dead else ("SURVIVED", "red")

@@ -1,4 +1,4 @@
-"""``python -m parity_tests run``: cells, the ladder up to K optimiser steps, or a user's own pair."""
+"""``python -m parity_tests run``: cells, and the ladder up to K optimiser steps."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ from parity_tests.commands.usage import (
     chosen_subjects,
     console,
     progress_bar,
-    refuse,
 )
 from parity_tests.harness.dtypes import STORAGE_DTYPES
 from parity_tests.harness.html import Curves, html_document
@@ -52,7 +51,8 @@ def _write(options: Options, rows: Sequence[ParityRow], curves: Sequence[Curves]
         options.html_file.write_text(html_document(rows, environment(), curves))
 
 
-def _check_files(options: Options) -> None:
+def check_files(options: Options) -> None:
+    """Refuses before the work what could not be written after it."""
     check_writable("--json", options.json_file)
     check_writable("--junit", options.junit_file)
     check_writable("--html", options.html_file)
@@ -65,7 +65,7 @@ def run(options: Options) -> int:
         0 if all compared cells hold, 1 for a mismatch or if nothing was compared, 130 if interrupted; what was compared
         until then is reported and written.
     """
-    _check_files(options)
+    check_files(options)
     cases = chosen_cases(options.case_set, options.cases)
     dtypes = choose("--dtype", options.dtypes, STORAGE_DTYPES) or list(STORAGE_DTYPES)
     device = choose("--device", [options.device], DEVICES)[0]
@@ -103,23 +103,3 @@ def run(options: Options) -> int:
         console.print("[yellow]interrupted: what was compared until then is above and in the files[/]")
         return INTERRUPTED
     return HOLDS if summary.ok else FAILED
-
-
-def run_user_pair(spec: str, options: Options) -> int:
-    """Judges the pair that ``package.module:factory`` returns."""
-    from parity_tests.pair import run_pair
-
-    _check_files(options)
-    try:
-        report = run_pair(spec)
-    except (ValueError, TypeError) as error:
-        raise refuse(f"--pair {spec}: {error}") from None
-    console.print(report.describe(), highlight=False, markup=False)
-    for write, path in (
-        (report.to_json, options.json_file),
-        (report.to_junit, options.junit_file),
-        (report.to_html, options.html_file),
-    ):
-        if path is not None:
-            write(path)
-    return HOLDS if report.ok else FAILED

@@ -145,7 +145,11 @@ def _curves(curves: Curves) -> str:
 
 
 def html_document(
-    rows: Sequence[ParityRow], environment: Mapping[str, Any], training: Sequence[Curves] = (), title: str = "parity"
+    rows: Sequence[ParityRow],
+    environment: Mapping[str, Any],
+    training: Sequence[Curves] = (),
+    title: str = "parity",
+    notes: Sequence[str] = (),
 ) -> str:
     """Returns the page.
 
@@ -154,6 +158,7 @@ def html_document(
         environment: as from ``records.environment``; shown as it is.
         training: drawings of trajectories, may be empty.
         title: of the page.
+        notes: sentences at the top.
     """
     summary = summarize(rows)
     verdict = (
@@ -171,7 +176,8 @@ def html_document(
         verdict=verdict,
         counts=f"{summary.compared} compared, {summary.failed} failed, {summary.skipped} skipped",
         environment=escape(f"{versions}; Python {environment.get('python')}, {environment.get('machine')}"),
-        skipped="".join(f"<li>skipped {count} x: {escape(reason)}</li>" for reason, count in skipped.items()),
+        skipped="".join(f"<li>{escape(note)}</li>" for note in notes)
+        + "".join(f"<li>skipped {count} x: {escape(reason)}</li>" for reason, count in skipped.items()),
         heatmap=_heatmap(rows),
         training="".join(_curves(curves) for curves in training),
         table=_table(rows),

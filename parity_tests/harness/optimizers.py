@@ -87,3 +87,14 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     ),
     "momentum-clip": OptimizerSpec("sgd", 0.02, momentum=0.9, clip_norm=0.25),
 }
+
+
+def optimizer(name: str) -> OptimizerSpec:
+    """The optimiser that a name of ``OPTIMIZERS`` means.
+
+    Raises:
+        ValueError: for another name, with the choices.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {name!r}; choose one of these.")
+    return OPTIMIZERS[name]

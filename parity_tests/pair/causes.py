@@ -47,7 +47,11 @@ def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
     if not any(row.dtype == "float64" for row in failed):
         return _precision(evidence, failed)
     for sentence, run, key in _hypotheses(pair, evidence):
-        if _agree(evidence, run(), key):
+        try:
+            outputs = run()
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            continue  # a change that the side cannot even run is not what the other side does
+        if _agree(evidence, outputs, key):
             return sentence
     return _scaled(evidence, [name for name in evidence.truths["torch"] if not name.startswith("d_")])
 
@@ -73,11 +77,20 @@ def _other(key: str) -> str:
 def _shapes(evidence: Evidence) -> str:
     for name, value in evidence.truths["torch"].items():
         other = evidence.truths["jax"][name].shape
-        if value.shape != other and sorted(value.shape) == sorted(other):
+        if value.shape == other:
+            continue
+        if sorted(value.shape) == sorted(other):
             return (
                 f"layout: {name} has shape {value.shape} on the torch side and {other} on the flax side; "
                 f"give output_patterns={{{name!r}: ...}}"
             )
+        if value.ndim == len(other):
+            axes = ", ".join(str(k) for k, (a, b) in enumerate(zip(value.shape, other, strict=True)) if a != b)
+            return (
+                f"sizes: {name} has shape {value.shape} on the torch side and {other} on the flax side, which differ "
+                f"in axis {axes}: padding, stride, dilation or a number of features"
+            )
+        return f"axes: {name} has shape {value.shape} on the torch side and {other} on the flax side"
     return ""
 
 
@@ -110,6 +123,7 @@ def _hypotheses(pair: Pair, evidence: Evidence) -> Iterator[Hypothesis]:
     pair.sides["torch"].truth(values.parameters["torch"], values.inputs["torch"])
     for variant in pair.sides["torch"].variants():
         yield variant.sentence, lambda name=variant.name: pair.truth("torch", values, name), "torch"
+    yield from _calls(pair, values)
     for key, arrays in own.items():
         for name, array in arrays.items():
             sentence = f"{name} has no effect on the {_OTHER[key]} side (a missing bias, a weight that is not used)"
@@ -123,6 +137,27 @@ def _hypotheses(pair: Pair, evidence: Evidence) -> Iterator[Hypothesis]:
         shown = ", ".join(map(str, order))
         sentence = f"the blocks (gates, or query, key and value) of {names} come in the order {shown} on the flax side"
         yield sentence, changed("torch", arrays), "torch"
+
+
+def _calls(pair: Pair, values: Values) -> Iterator[Hypothesis]:
+    """Other ways to call the torch side: inputs in another order, batches on another axis."""
+
+    def called(inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        return pair.truth("torch", Values(values.dtype, values.parameters, {"torch": tuple(inputs)}, None))
+
+    def second_axis_first() -> dict[str, np.ndarray]:
+        outputs = called([array.swapaxes(0, 1).copy() for array in own])
+        return {name: array.swapaxes(0, 1) if array.ndim > 1 else array for name, array in outputs.items()}
+
+    own = values.inputs["torch"]
+    for a, b in itertools.combinations(range(len(own)), 2):
+        if (own[a].shape, own[a].dtype) == (own[b].shape, own[b].dtype):
+            order = [*own]
+            order[a], order[b] = own[b], own[a]
+            yield f"inputs {a} and {b} are exchanged between the two sides", lambda order=order: called(order), "torch"
+    if all(array.ndim > 1 for array in own):
+        sentence = "the batch is the first axis on one side and the second on the other (torch: batch_first)"
+        yield sentence, second_axis_first, "torch"
 
 
 def _mapped(pair: Pair, key: str) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ def check_pair(
         input_patterns: by position, where the layouts differ: ``{0: "b c h w -> b h w c"}``.
         output_patterns: by output name (``y``, or ``y.0``, ...), likewise.
         draws: by torch name, ``(rng, shape) -> array`` for parameters with constraints of their own.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda``, or ``auto`` for a GPU if there is one.
         name: of the pair, in reports.
         pair: ``package.module:factory`` in place of the modules, see ``loading``;
             arguments given here win over the factory's, unless they are the defaults.

@@ -5,8 +5,10 @@ A factory returns ``check_pair``'s keyword arguments. It takes no argument and r
 Only the second kind can be built in two interpreters.
 """
 
+import functools
 import importlib
 import inspect
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +23,7 @@ def load_factory(spec: str) -> Factory:
         spec: ``package.module:factory``.
 
     Raises:
-        ValueError: if there is none of that name; one sentence.
+        ValueError: if there is none of that name, or importing its module fails; one sentence.
     """
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
@@ -32,6 +34,8 @@ def load_factory(spec: str) -> Factory:
         raise ValueError(
             f"pair: expected a module that can be imported, got {module_name!r} ({error}); check the name and the path."
         ) from None
+    except Exception as error:
+        raise ValueError(f"pair: expected a module that can be imported, got one that raised {told(error)}.") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module_name]
@@ -40,9 +44,19 @@ def load_factory(spec: str) -> Factory:
     return factory
 
 
-def takes_part(factory: Factory) -> bool:
-    """True for a factory that is told which part to build."""
-    return bool(inspect.signature(factory).parameters)
+def told(error: BaseException) -> str:
+    """An exception in one line, with the place where it was raised: what a person needs in place of a traceback."""
+    lines = str(error).strip().splitlines() or ["without a message"]
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {lines[0]}{where}"
+
+
+def _required(factory: Factory) -> int:
+    """How many arguments a call needs; what has a default is the factory's own affair."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(factory).parameters.values()
+    return sum(parameter.kind in positional and parameter.default is parameter.empty for parameter in parameters)
 
 
 def build(factory: Factory, parts: tuple[str, ...] = _PARTS) -> dict[str, Any]:
@@ -53,17 +67,27 @@ def build(factory: Factory, parts: tuple[str, ...] = _PARTS) -> dict[str, Any]:
         parts: which parts are wanted; a factory without argument builds all.
 
     Raises:
-        ValueError: if the factory cannot build single parts, or returns something else than a dict.
+        ValueError: if the factory cannot build single parts, raises, or returns something else than a dict.
     """
-    if not takes_part(factory):
+    count = _required(factory)
+    if count > 1:
+        raise ValueError(
+            f"pair: expected a factory of no argument, or of one ('torch', 'jax' or 'pair'), got one of {count}; "
+            "give the others a value, for example with functools.partial."
+        )
+    if count == 0:
         if parts != _PARTS:
             raise ValueError(
                 "pair: expected a factory that takes 'torch', 'jax' or 'pair' and builds that part, got one without "
                 "argument; two interpreters need the parts apart."
             )
-        built = [factory()]
+        calls = [factory]
     else:
-        built = [factory(part) for part in parts]
+        calls = [functools.partial(factory, part) for part in parts]
+    try:
+        built = [call() for call in calls]
+    except Exception as error:
+        raise ValueError(f"pair: expected a factory that returns, got one that raised {told(error)}.") from error
     for result in built:
         if not isinstance(result, dict):
             raise ValueError(

@@ -14,6 +14,7 @@ import parity_tests
 from parity_tests.pair.exchange import read_groups, write_groups
 from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant
 
+_SHOWN = {"torch": ("torch",), "jax": ("jax", "flax")}
 _ROOT = Path(parity_tests.__file__).resolve().parent.parent
 
 
@@ -28,7 +29,7 @@ class RemoteSide:
         framework: ``torch`` or ``jax``.
         spec: ``package.module:factory``, where the factory builds single parts.
         python: the interpreter, which needs that framework, numpy, ml_dtypes, safetensors, einops and scipy.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda`` or ``auto``.
 
     Raises:
         ValueError: if the interpreter cannot be started, or cannot build the side; one sentence.
@@ -53,8 +54,9 @@ class RemoteSide:
                 f"{framework}_python: expected an interpreter, got {python!r} ({error.strerror}); check the path."
             ) from None
         try:
-            self.name = self._receive()["name"]
-        except RemoteError as error:
+            hello = self._receive()
+            self.name, self._runs_in = hello["name"], _told(framework, hello["environment"])
+        except (ConnectionError, RemoteError) as error:
             self.close()
             raise ValueError(f"pair: the {framework} side of {spec} cannot be built in {python}: {error}") from None
 
@@ -126,7 +128,7 @@ class RemoteSide:
 
     def notes(self) -> tuple[str, ...]:
         """See ``side.Side``."""
-        return tuple(self._call("notes", {}, ())[0]["notes"])
+        return (self._runs_in, *self._call("notes", {}, ())[0]["notes"])
 
     def is_random(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> bool:
         """See ``side.Side``."""
@@ -160,16 +162,31 @@ class RemoteSide:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise RemoteError(f"the {self.framework} interpreter has ended") from None
+            raise self._ended() from None
         line = self._receive()
         return line, read_groups(folder / "reply.safetensors")
+
+    def _ended(self) -> ConnectionError:
+        # Not a RemoteError: a refusal skips a dtype, a dead interpreter must end the check.
+        return ConnectionError(
+            f"the {self.framework} interpreter ended with status {self._process.wait()}; what it wrote to standard "
+            "error says why"
+        )
 
     def _receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         text = self._process.stdout.readline()
         if not text:
-            raise RemoteError(f"the {self.framework} interpreter ended with status {self._process.wait()}")
+            raise self._ended()
         line = json.loads(text)
         if "error" in line:
             raise RemoteError(f"{line['kind']}: {line['error']}")
         return line
+
+
+def _told(framework: str, environment: dict[str, Any]) -> str:
+    versions = [
+        f"{name} {environment['packages'][name]}" for name in _SHOWN[framework] if environment["packages"][name]
+    ]
+    side = {"torch": "torch", "jax": "flax"}[framework]
+    return f"the {side} side ran in an interpreter of its own: Python {environment['python']}, {', '.join(versions)}"

@@ -11,8 +11,8 @@ from parity_tests.harness.records import ParityRow, Summary, environment, summar
 
 RUNGS: tuple[str, ...] = ("weights", "forward", "gradients")
 CALIBRATED = (
-    "bound calibrated by a rounding-noise ensemble around a float64 run; it is not derived from a formula, not even "
-    "where the module is linear"
+    "every bound is calibrated by a rounding-noise ensemble around a float64 run; it is not derived from a formula, "
+    "not even where the module is linear"
 )
 
 
@@ -68,13 +68,15 @@ class PairReport:
     def describe(self) -> str:
         """Says in a few lines what holds and what does not."""
         summary = self.summary
+        verdict = "holds" if self.ok else "MISMATCH" if summary.failed else "FAILED: nothing was compared"
         lines = [
-            f"{self.name}: {summary.compared} compared, {summary.passed} passed, {summary.failed} failed, "
-            f"{summary.skipped} skipped ({CALIBRATED})"
+            f"{self.name}: {verdict}; {summary.compared} compared, {summary.passed} passed, {summary.failed} failed, "
+            f"{summary.skipped} skipped"
         ]
         rung = self.first_failing_rung
         if rung is not None:
-            lines.append(f"first failing rung: {rung}; likely cause: {self.likely_cause or 'none of those tried'}")
+            lines.append(self.headline)
+        lines += self._largest()
         failures = [row for row in self.rows if row.status == "mismatch" and row.rung == rung]
         lines += [f"  {row.framework} {row.dtype} {row.case}: {row.reason}" for row in failures[:10]]
         lines += [f"  and {len(failures) - 10} more" for _ in failures[10:11]]
@@ -82,8 +84,33 @@ class PairReport:
             f"  skipped {row.framework} {row.dtype}: {row.reason}" for row in self.rows if row.status == "skipped"
         ]
         lines += [f"  not compared: {what}" for what in self.not_compared]
-        lines += [f"  note: {what}" for what in self.notes]
+        lines += [f"  note: {what}" for what in (*self.notes, CALIBRATED)]
         return "\n".join(lines)
+
+    @property
+    def headline(self) -> str:
+        """The first failing rung and the likely cause; empty if nothing failed."""
+        rung = self.first_failing_rung
+        if rung is None:
+            return ""
+        return f"first failing rung: {rung}; likely cause: {self.likely_cause or 'none of those tried'}"
+
+    def _largest(self) -> list[str]:
+        """One line a dtype and rung: what came closest to its bound, or went furthest beyond it."""
+        groups: dict[tuple[str, str], list[PairRow]] = {}
+        for row in self.rows:
+            if row.status != "skipped":
+                groups.setdefault((row.dtype, row.rung), []).append(row)
+        lines = []
+        for (dtype, rung), rows in groups.items():
+            worst = max(rows, key=lambda row: row.bound_fraction or 0.0)
+            what = f"{worst.bound_fraction or 0.0:.3g} of the bound ({worst.tensor}, {worst.framework})"
+            if rung == "weights":
+                what = "bit for bit" if worst.status == "ok" else f"other bits ({worst.tensor}, {worst.framework})"
+            failed = sum(row.status == "mismatch" for row in rows)
+            counts = f"{len(rows) - failed} ok" + (f", {failed} MISMATCH" if failed else "")
+            lines.append(f"  {rung:<9} {dtype:<8} {counts:<16} {what}")
+        return lines
 
     def assert_ok(self) -> None:
         """Raises AssertionError, with the description, unless everything compared holds."""
@@ -111,4 +138,6 @@ class PairReport:
 
     def to_html(self, path: str | Path) -> None:
         """Writes one self-contained page."""
-        Path(path).write_text(html_document(self.rows, environment()))
+        notes = [f"not compared: {what}" for what in self.not_compared]
+        notes = [*filter(None, [self.headline]), *notes, *self.notes, CALIBRATED]
+        Path(path).write_text(html_document(self.rows, environment(), title=self.name, notes=notes))

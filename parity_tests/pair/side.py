@@ -152,7 +152,7 @@ def make_side(framework: str, arguments: Mapping[str, Any], device: str) -> Side
     Args:
         framework: ``torch`` or ``jax``.
         arguments: ``torch_module``, ``torch_kwargs``, ``torch_params``, or the same with ``flax``.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda`` or ``auto``.
 
     Raises:
         ValueError: for another framework, or without a module.

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from parity_tests.harness.records import environment
 from parity_tests.pair.exchange import read_groups, write_groups
 from parity_tests.pair.loading import build, load_factory
 from parity_tests.pair.side import Arrays, ParameterSpec, Side, make_side
@@ -71,7 +72,7 @@ def main(framework: str, spec: str, device: str) -> None:
     except (ImportError, TypeError, ValueError) as error:
         replies.write(json.dumps({"error": str(error).strip().splitlines()[0], "kind": type(error).__name__}) + "\n")
         return
-    replies.write(json.dumps({"name": side.name}) + "\n")
+    replies.write(json.dumps({"name": side.name, "environment": environment()}) + "\n")
     replies.flush()
     serve(side, sys.stdin, replies)
 

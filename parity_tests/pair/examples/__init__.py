@@ -1,5 +1,8 @@
 """Five pairs that are not ours, made equal; each is a factory for ``--pair parity_tests.pair.examples:<name>``.
 
+``<name>_defaults`` is the same pair as a careless port leaves it: parameters carried over, every other setting at the
+framework's own default.
+
 A factory is called with ``"torch"``, ``"jax"`` or ``"pair"`` and returns that part of ``check_pair``'s arguments, so
 that either side can be built in an interpreter that has only its own framework.
 """
@@ -13,7 +16,7 @@ _FEATURES, _HEADS, _HIDDEN = 16, 4, 8
 
 def _part(side: str, name: str, pair: dict[str, Any]) -> dict[str, Any]:
     if side == "pair":
-        return {"name": name, **pair}
+        return {**pair, "name": name}
     return getattr(importlib.import_module(f"parity_tests.pair.examples.{side}"), name)()
 
 
@@ -68,6 +71,31 @@ def gru_cell(side: str) -> dict[str, Any]:
     # torch adds two biases in the reset and update gates, Flax one: the second is redundant and stays at zero.
     rules += [(f"bias_hh[0:{2 * _HIDDEN}]", None, "0"), (f"bias_hh[{2 * _HIDDEN}:]", "GRUCell_0.hn.bias", "")]
     return _part(side, "gru_cell", {"params": rules, "inputs": ((3, 4), (3, _HIDDEN))})
+
+
+def linear_defaults(side: str) -> dict[str, Any]:
+    """Nothing to match but the kernel's layout, which the rules do."""
+    return _part(side, "linear_defaults", linear("pair"))
+
+
+def conv_defaults(side: str) -> dict[str, Any]:
+    """Padding: none against ``SAME``."""
+    return _part(side, "conv_defaults", conv("pair"))
+
+
+def layer_norm_defaults(side: str) -> dict[str, Any]:
+    """Epsilon: 1e-5 against 1e-6."""
+    return _part(side, "layer_norm_defaults", layer_norm("pair"))
+
+
+def attention_defaults(side: str) -> dict[str, Any]:
+    """Batch axis: the second against the first. Equal lengths, as in self-attention, let both sides run."""
+    return _part(side, "attention_defaults", attention("pair") | {"inputs": ((3, 5, _FEATURES),) * 3})
+
+
+def gru_cell_defaults(side: str) -> dict[str, Any]:
+    """Order of the arguments: input and state against state and input. Equal sizes let both sides run."""
+    return _part(side, "gru_cell_defaults", gru_cell("pair") | {"inputs": ((3, _HIDDEN), (3, _HIDDEN))})
 
 
 EXAMPLES: dict[str, Callable[[str], dict[str, Any]]] = {

@@ -1,5 +1,6 @@
 """The Flax sides of the examples, and what Flax's modules do by default, measured."""
 
+import inspect
 from typing import Any
 
 import flax.linen as nn
@@ -44,8 +45,44 @@ def gru_cell() -> dict[str, Any]:
     return {"flax_module": Cell(8)}
 
 
+def linear_defaults() -> dict[str, Any]:
+    """``nnx.Linear``."""
+    return linear()
+
+
+def conv_defaults() -> dict[str, Any]:
+    """``nnx.Conv``, padding ``SAME``."""
+    return conv()
+
+
+def layer_norm_defaults() -> dict[str, Any]:
+    """``nnx.LayerNorm`` with its own epsilon."""
+    return layer_norm()
+
+
+def attention_defaults() -> dict[str, Any]:
+    """``nnx.MultiHeadAttention``, batch first."""
+    return attention()
+
+
+class StateFirstCell(nn.Module):
+    """Linen's ``GRUCell`` with its own order of arguments; it returns the new state twice, of which one is kept."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, x: jax.Array) -> jax.Array:
+        """(..., h), (..., i) -> (..., h)."""
+        return nn.GRUCell(self.features)(hidden, x)[0]
+
+
+def gru_cell_defaults() -> dict[str, Any]:
+    """Linen's ``GRUCell``, called with the state, then the input."""
+    return {"flax_module": StateFirstCell(8)}
+
+
 def measure_defaults() -> dict[tuple[str, str], str]:
-    """Facts about freshly created modules by pair and aspect, as text; the torch side measures the same."""
+    """Facts about modules as they are created by default, by pair and aspect; the torch side measures the same."""
     rngs = nnx.Rngs(0)
     dense = nnx.Linear(400, 300, rngs=rngs)
     plain_conv = nnx.Conv(16, 200, (3, 3), rngs=rngs)
@@ -63,23 +100,33 @@ def measure_defaults() -> dict[tuple[str, str], str]:
         for name in ("ir", "iz", "in")
         for raised in ({**zeros[name], "bias": jnp.full((3,), 50.0)},)
     ]
+    small_attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+    tokens = jax.random.normal(jax.random.key(1), (2, 2, 8))
+    attended = small_attention(tokens)
+    reached = jnp.abs(small_attention(tokens.at[0, 1].add(1.0)) - attended).sum(-1) > 0
     recurrent = jnp.asarray(variables["hr"]["kernel"])
     output = plain_conv(jnp.zeros((1, 8, 8, 16)))
     return {
-        ("linear", "kernel std times sqrt(fan-in)"): f"{float(dense.kernel.std()) * 400**0.5:.2f}",
+        ("linear", "kernel std times sqrt(fan-in)"): f"{float(dense.kernel.std()) * 400**0.5:.1f}",
         ("linear", "bias at zero"): str(not jnp.any(jnp.asarray(nnx.state(dense)["bias"][...]))),
         ("linear", "kernel shape of 400 -> 300"): str(dense.kernel.shape),
-        ("conv", "kernel std times sqrt(fan-in)"): f"{float(plain_conv.kernel.std()) * 144**0.5:.2f}",
+        ("conv", "kernel std times sqrt(fan-in)"): f"{float(plain_conv.kernel.std()) * 144**0.5:.1f}",
         ("conv", "kernel shape of 16 -> 200, 3 x 3"): str(plain_conv.kernel.shape),
         ("conv", "height of the output, input of 8, kernel of 3"): str(output.shape[1]),
         ("conv", "axis of the channels"): str(output.shape.index(200)),
         ("layer_norm", "epsilon"): f"{(1e-3 / normalised) ** 2 - 1e-6:.1e}",
-        ("attention", "query kernel std times sqrt(fan-in)"): f"{float(attention.query.kernel.std()) * 16:.2f}",
+        ("attention", "query kernel std times sqrt(fan-in)"): f"{float(attention.query.kernel.std()) * 16:.1f}",
+        ("attention", "axis of the batch"): str(0 if bool(reached[0].all()) else 1),
+        ("attention", "outputs of a call"): str(len(jax.tree.leaves(attended))),
         ("attention", "arrays of the input projections"): str(
             sum(
                 len(jax.tree.leaves(nnx.state(getattr(attention, name), nnx.Param)))
                 for name in ("query", "key", "value")
             )
+        ),
+        ("gru_cell", "arguments of a call"): ", ".join(list(inspect.signature(cell.__call__).parameters)[:2]),
+        ("gru_cell", "outputs of a call"): str(
+            len(gates.apply({"params": zeros}, jnp.zeros((1, 3)), jnp.zeros((1, 2))))
         ),
         ("gru_cell", "elements of biases per hidden unit"): str(
             sum(leaf["bias"].size for leaf in variables.values() if "bias" in leaf) // 64

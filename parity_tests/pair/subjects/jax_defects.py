@@ -224,6 +224,12 @@ DEFECTS: tuple[Defect, ...] = (
 )
 
 
+def healthy(example: str) -> Pair:
+    """The example's pair as it is; its sides are the ones that defects are planted in, and are compiled once."""
+    arguments, sides = _healthy(example)
+    return _pair(example, arguments, sides)
+
+
 def planted(defect: Defect) -> Pair:
     """The example's pair with the defect in its flax side."""
     arguments, sides = _healthy(defect.example)
@@ -233,9 +239,13 @@ def planted(defect: Defect) -> Pair:
         spoiled = JaxSide(arguments["flax_module"], change=defect.function)
     else:
         spoiled = _Spoiled(sides["jax"], defect.parameters, defect.results)
+    return _pair(f"{defect.example} with {defect.name}", arguments, {"torch": sides["torch"], "jax": spoiled})
+
+
+def _pair(name: str, arguments: dict[str, Any], sides: dict[str, Any]) -> Pair:
     return Pair(
-        name=f"{defect.example} with {defect.name}",
-        sides={"torch": sides["torch"], "jax": spoiled},
+        name=name,
+        sides=sides,
         rules=arguments["params"],
         source=arguments["inputs"],
         input_patterns=arguments.get("input_patterns", {}),

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten_with_path
 
-from parity_tests.harness.subjects.torch import to_numpy, to_torch
+from parity_tests.harness.subjects.torch import resolve_device, to_numpy, to_torch
 from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS
 from parity_tests.pair.draws import is_float
 from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant, collect_ensemble, leaf_name
@@ -37,10 +37,11 @@ class TorchSide:
         module: an ``nn.Module`` (its training mode is left as it is), or a function of a dict of tensors and inputs.
         kwargs: keyword arguments of every call.
         initial: initial parameters of a function; None for a module.
-        device: where it runs.
+        device: ``cpu``, ``cuda`` or ``auto``.
 
     Raises:
         TypeError: for anything else, or a function without initial parameters.
+        ValueError: if the device is not there.
     """
 
     framework = "torch"
@@ -57,7 +58,7 @@ class TorchSide:
         if not isinstance(module, torch.nn.Module) and initial is None:
             raise TypeError("torch_params: expected a dict of initial arrays for a function, got None; pass one.")
         self.name = getattr(module, "__name__", type(module).__name__)
-        self._kwargs, self._initial, self._device = dict(kwargs or {}), initial, torch.device(device)
+        self._kwargs, self._initial, self._device = dict(kwargs or {}), initial, resolve_device(device)
         if isinstance(module, torch.nn.Module):
             self._module: torch.nn.Module | None = module
             self.function: Function = self._call_module

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,8 @@ def keras_einsum_dense() -> Function:
 
     held: dict[str, keras.Layer] = {}
     # No part of a compiled program. Not a decorator: that would import the compiler into every worker, for seconds.
-    build = torch.compiler.disable(_built)
+    disable: Any = torch.compiler.disable
+    build = disable(_built)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if "layer" not in held:

@@ -1,0 +1,105 @@
+"""``python -m parity_tests run --pair`` and ``pairs``: a user's own pair, and the five example pairs."""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from parity_tests.commands.run import Options, check_files
+from parity_tests.commands.usage import (
+    DEVICES,
+    FAILED,
+    HOLDS,
+    check_writable,
+    choose,
+    chosen_frameworks,
+    console,
+    refuse,
+)
+from parity_tests.harness.dtypes import STORAGE_DTYPES
+from parity_tests.pair import PairReport, run_pair
+from parity_tests.pair.loading import told
+
+
+def _refuse_options_of_cells(options: Options) -> None:
+    given = {
+        "--framework": options.frameworks,
+        "--implementation": options.implementations,
+        "--case": options.cases,
+        "--cases": options.case_set != "default",
+    }
+    for option, value in given.items():
+        if value:
+            raise refuse(
+                f"{option}: expected none beside --pair, got one; it selects cells of this project's own layer."
+            )
+
+
+def _judged(spec: str, **arguments: Any) -> PairReport:
+    try:
+        return run_pair(spec, **arguments)
+    except ValueError as error:
+        raise refuse(f"--pair {spec}: {error}") from None
+    except Exception as error:  # a user's modules may raise anything; here a person reads one line
+        raise refuse(f"--pair {spec}: expected modules that run on their inputs, got {told(error)}.") from None
+
+
+def run_user_pair(spec: str, options: Options, torch_python: str | None = None, jax_python: str | None = None) -> int:
+    """Judges the pair that ``package.module:factory`` returns, prints the report, writes the files.
+
+    Args:
+        spec: ``package.module:factory``.
+        options: of the command; those that select cells are refused.
+        torch_python: interpreter for the torch side, or None for this one.
+        jax_python: the same for the flax side.
+
+    Returns:
+        0 if all compared holds, 1 for a mismatch or if nothing was compared.
+    """
+    check_files(options)
+    _refuse_options_of_cells(options)
+    choose("--dtype", options.dtypes, STORAGE_DTYPES)
+    choose("--device", [options.device], DEVICES)
+    overrides: dict[str, Any] = {"device": options.device, "seed": options.seed}
+    overrides |= {"dtypes": options.dtypes} if options.dtypes else {}
+    pythons = {"torch_python": torch_python, "jax_python": jax_python}
+    pythons = {name: python for name, python in pythons.items() if python is not None}
+    report = _judged(spec, **overrides, **pythons)
+    command = f"python -m parity_tests run --pair {spec} --seed {options.seed} --device {options.device}"
+    command += "".join(f" --{name.replace('_', '-')} {shlex.quote(python)}" for name, python in pythons.items())
+    rows = [dataclasses.replace(row, command=f"{command} --dtype {row.dtype}") for row in report.rows]
+    report = dataclasses.replace(report, rows=rows)
+    console.print(report.describe(), highlight=False, markup=False, soft_wrap=True)
+    for write, path in (
+        (report.to_json, options.json_file),
+        (report.to_junit, options.junit_file),
+        (report.to_html, options.html_file),
+    ):
+        if path is not None:
+            write(path)
+    return HOLDS if report.ok else FAILED
+
+
+def pairs(json_file: Path | None) -> int:
+    """Judges the five example pairs, made equal and with every default, and prints what differs by default.
+
+    Args:
+        json_file: where the results go, or None.
+
+    Returns:
+        0 if every pair that was made equal holds.
+    """
+    from parity_tests.pair.examples.overview import overview
+
+    check_writable("--json", json_file)
+    if len(chosen_frameworks([])) < 2:
+        raise refuse("pairs: expected torch and Flax, got one of them; install the extras torch and jax.")
+    entries = []
+    for entry in overview():
+        entries.append(entry)
+        console.print(entry.describe(), highlight=False, markup=False, soft_wrap=True)
+    if json_file is not None:
+        document = {"schema_version": 1, "pairs": [entry.record() for entry in entries]}
+        json_file.write_text(json.dumps(document, indent=1) + "\n")
+    return HOLDS if entries and all(entry.matched.ok for entry in entries) else FAILED

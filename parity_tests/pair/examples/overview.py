@@ -1,0 +1,75 @@
+"""The five example pairs in one view: made equal, with every default, and what differs by default."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from parity_tests.pair.check import run_pair
+from parity_tests.pair.examples import EXAMPLES
+from parity_tests.pair.examples.differences import Difference, default_differences
+from parity_tests.pair.report import PairReport
+
+_HERE = "parity_tests.pair.examples"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One example pair.
+
+    Attributes:
+        name: of the pair.
+        matched: the report with matched settings, gradients included.
+        defaults: the report with each framework's defaults, outputs only.
+        differences: every aspect that was measured on modules as they are created by default.
+    """
+
+    name: str
+    matched: PairReport
+    defaults: PairReport
+    differences: tuple[Difference, ...]
+
+    def describe(self) -> str:
+        """A few lines for a terminal."""
+        worst = max(row.bound_fraction or 0.0 for row in self.matched.rows)
+        verdict = f"holds, largest error {worst:.2g} of its bound" if self.matched.ok else self.matched.headline
+        lines = [self.name, f"  made equal:   {verdict}", f"  by default:   {outcome(self.defaults)}"]
+        for difference in self.differences:
+            mark = "differs" if difference.differs else "equal"
+            lines.append(f"  {mark:<13} {difference.aspect}: torch {difference.torch}, flax {difference.flax}")
+        return "\n".join(lines)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "name": self.name,
+            "matched_ok": self.matched.ok,
+            "defaults_ok": self.defaults.ok,
+            "defaults_likely_cause": self.defaults.likely_cause,
+            "differences": [
+                {"aspect": d.aspect, "torch": d.torch, "flax": d.flax, "differs": d.differs} for d in self.differences
+            ],
+        }
+
+
+def outcome(report: PairReport) -> str:
+    """A report in half a sentence."""
+    return "holds" if report.ok else f"MISMATCH: {report.likely_cause or report.headline}"
+
+
+def overview() -> Iterator[Entry]:
+    """Judges and measures every example; needs both frameworks."""
+    differences = default_differences()
+    for name in EXAMPLES:
+        yield Entry(
+            name,
+            run_pair(f"{_HERE}:{name}", dtypes=("float32", "bfloat16")),
+            run_pair(f"{_HERE}:{name}_defaults", gradients=False),
+            tuple(difference for difference in differences if difference.pair == name),
+        )
+
+
+def markdown_table(differences: Sequence[Difference]) -> str:
+    """What differs by default as a table for the README, one line an aspect."""
+    lines = ["| pair | what differs by default | torch | Flax |", "|---|---|---|---|"]
+    lines += [f"| {d.pair} | {d.aspect} | {d.torch} | {d.flax} |" for d in differences if d.differs]
+    return "\n".join(lines)
