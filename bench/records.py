@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
@@ -169,16 +169,13 @@ class Record:
 
         Not for storage: such a record is no valid line.
         """
-        lean = object.__new__(Record)
-        for name in _NAMES:
-            # The checks of a record that is already there need no repetition.
-            object.__setattr__(lean, name, _LIGHT[name] if name in _LIGHT else getattr(self, name))
-        return lean
+        # The checks of a record that is already there need no repetition.
+        return filled([_LIGHT[name] if name in _LIGHT else getattr(self, name) for name in FIELD_NAMES], check=False)
 
     def to_line(self) -> bytes:
         """The record as one JSON line, newline included."""
         # Not ``asdict``, which copies every sample before it is written.
-        return (json.dumps({name: getattr(self, name) for name in _NAMES}, allow_nan=False) + "\n").encode()
+        return (json.dumps({name: getattr(self, name) for name in FIELD_NAMES}, allow_nan=False) + "\n").encode()
 
 
 _LIGHT: Mapping[str, Any] = {
@@ -188,7 +185,18 @@ _LIGHT: Mapping[str, Any] = {
     "parity": MappingProxyType({}),
     "switches": MappingProxyType({}),
 }
-_NAMES = tuple(item.name for item in fields(Record))
+FIELD_NAMES = tuple(item.name for item in fields(Record))
+_SETTERS = tuple(Record.__dict__[name].__set__ for name in FIELD_NAMES)
+
+
+def filled(row: Sequence[Any], *, check: bool = True) -> Record:
+    """A record from the values of its fields in order; several times as fast as its constructor."""
+    record = object.__new__(Record)
+    for put, value in zip(_SETTERS, row, strict=True):
+        put(record, value)
+    if check:
+        record.__post_init__()
+    return record
 
 
 def digest(value: object) -> str:
