@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.records import Record, RecordError, parse_line
+from bench.record_lines import parse_line
+from bench.records import Record, RecordError
 
 RECORDS, ENVIRONMENTS = "records.jsonl", "environment.json"
 

@@ -61,6 +61,7 @@ def run(
 @app.command()
 def pairs(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="Replace the table of the pairs in this file.")] = None,
 ) -> None:
     """Judge five pairs of stock modules, made equal and with every default, and list what differs by default.
 
@@ -68,7 +69,7 @@ def pairs(
     """
     from parity_tests.commands.pair import pairs
 
-    raise typer.Exit(pairs(json_file))
+    raise typer.Exit(pairs(json_file, readme))
 
 
 @app.command()
