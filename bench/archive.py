@@ -65,28 +65,35 @@ def scan(path: Path) -> Iterator[Line]:
         raise StoreError(f"{path}: cannot be read ({error.strerror}); check the file.") from error
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """What tells a record from others, and its cell from other cells."""
 
     key: str
     cell: str
+    cell_size: int
+    process_replicate: int
     environment_id: str
 
 
 # How records are written. A quotation mark inside a text would be escaped, so that only a field's name matches.
 _WRITTEN = re.compile(
-    rb'{"schema_version": \d+, "key": "([\w.-]+)", "cell": "([\w.-]+)", .*, "environment_id": "([\w.-]+)"[,}]'
+    rb'{"schema_version": \d+, "key": "([\w.-]+)", "cell": "([\w.-]+)", "cell_size": (\d+), .*, '
+    rb'"process_replicate": (\d+), .*, "environment_id": "([\w.-]+)"[,}]'
 )
 
 
-def _place(line: Line) -> _Place:
-    """The place of a record, without the cost of reading all of it: that is done when its cell's turn comes."""
+def place_of(line: Line) -> Place:
+    """The place of a record, without the cost of reading all of it: that is done when its cell is reported.
+
+    Raises:
+        StoreError: if the line was not written as records are, and is damaged.
+    """
     match = _WRITTEN.match(line.data)
     if match is not None:
-        return _Place(*(part.decode() for part in match.groups()))
-    # Written by something else, or damaged; the record says it in words.
+        key, cell, size, replicate, environment_id = (part.decode() for part in match.groups())
+        return Place(key, cell, int(size), int(replicate), environment_id)
     record = line.record()
-    return _Place(record.key, record.cell, record.environment_id)
+    return Place(record.key, record.cell, record.cell_size, record.process_replicate, record.environment_id)
 
 
 def read_records(directory: Path) -> list[Record]:
@@ -167,11 +174,6 @@ def _wrong(fingerprint: Mapping[str, Any]) -> str | None:
 def check_environments(used: Iterable[str], environments: Mapping[str, Any], where: str) -> None:
     """Refuses records whose environment nobody knows: two machines could be compared as if they were one.
 
-    Args:
-        used: environment ids of records.
-        environments: id to fingerprint.
-        where: the directory, for the message.
-
     Raises:
         StoreError: if an environment id has no fingerprint, or one that lacks what every report prints.
     """
@@ -213,7 +215,7 @@ class Archive:
             if any(path.samefile(records_file(earlier)) for earlier in directories[:k]):
                 raise StoreError(f"{directory}: is named twice; give each directory once.")
             for line in scan(path):
-                place = _place(line)
+                place = place_of(line)
                 _check_new(place.key, keys, str(path))
                 used.add(place.environment_id)
                 where = (place.environment_id, place.cell)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.archive import ENVIRONMENTS, RECORDS, StoreError, read_environments, read_records, scan
+from bench.archive import ENVIRONMENTS, RECORDS, StoreError, place_of, read_environments, read_records, scan
 from bench.records import Record
 
 TORN = "torn.jsonl"
@@ -67,7 +67,7 @@ class Store:
         last, start, end, expected, keys = None, 0, 0, 0, []
         place = ""
         for line in scan(path):
-            record = line.record()
+            record = place_of(line)
             cell = (record.cell, record.process_replicate)
             if cell != last:
                 self._keys.update(keys)

@@ -69,9 +69,8 @@ def _selection(conditions: Sequence[str]) -> Callable[[Record], bool]:
     for condition in conditions:
         name, sign, pattern = condition.partition("=")
         if not sign or name not in SHARED:
-            raise UsageError(
-                f"--where: expected FIELD=PATTERN with one of {', '.join(SHARED)}, got {condition!r}; name one of these."
-            )
+            names = ", ".join(SHARED)
+            raise UsageError(f"--where: expected FIELD=PATTERN with one of {names}, got {condition!r}; name one.")
         wanted.append((name, pattern))
     return lambda record: all(fnmatchcase(str(getattr(record, name)), pattern) for name, pattern in wanted)
 
