@@ -1,7 +1,9 @@
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from bench.__main__ import app
 from bench.measure.worker_process import WorkerProcess, worker_environment
 from bench.records import HARNESS_VERSION, SCHEMA_VERSION, Record
 
@@ -73,3 +75,13 @@ def fake_starter():
         return WorkerProcess([sys.executable, "-m", "bench.tests.fake_worker", framework], environment)
 
     return start
+
+
+@pytest.fixture
+def call():
+    """Runs a command of the benchmark in this process."""
+
+    def invoke(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+    return invoke

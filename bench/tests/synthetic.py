@@ -32,7 +32,7 @@ def sizes(count):
     return [(4 * b, n, 2 * i, o) for b, n, i, o in itertools.islice(grid, count)]
 
 
-def cell_records(make_record, number, size, *, rounds=10, competitors=20, noise=0.01):
+def cell_records(make_record, number, size, *, rounds=10, competitors=20, noise=0.01, warm_up=1):
     """The records of one cell: ``form-0`` of torch is 20% faster than the rest, which are alike."""
     rng = np.random.default_rng(number)
     names = NAMES[:competitors]
@@ -47,6 +47,7 @@ def cell_records(make_record, number, size, *, rounds=10, competitors=20, noise=
         "out_features": o,
         "environment_id": "e0",
         "calls_per_block": 10,
+        "warm_up_block_latency_s": tuple((0.03 + 1e-6 * rng.random(warm_up)).tolist()),
     }
     records = []
     for k, (framework, implementation, mode) in enumerate((*names, names[0])):
