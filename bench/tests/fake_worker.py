@@ -22,6 +22,7 @@ BAD = (
     "wrong",
     "wrong-later",
     "out-of-memory",
+    "allocate-without-end",
     "refused",
     "hopeless",
     "lazy",
@@ -58,6 +59,9 @@ class FakeWorker:
 
     def open_cell(self, request):
         self.names, self.blocks = {}, {}
+        if log := os.environ.get("FAKE_LOG"):
+            with open(log, "a") as file:
+                file.write(f"{request['cell']['workload']['name']} {request['cell']['direction']}\n")
         digest = os.environ.get(f"FAKE_DIGEST_{self.framework}", "same")
         return {"ok": True, "inputs_digest": digest, "switches": {"pid": os.getpid()}, "free_bytes": 2**40}
 
@@ -67,6 +71,10 @@ class FakeWorker:
             os.kill(os.getpid(), signal.SIGKILL)
         if name == "hang-in-prepare":
             time.sleep(3600)
+        if name == "allocate-without-end":
+            held = []
+            while True:
+                held.append(bytearray(2**24))
         if name == "out-of-memory":
             return failure("oom", "no memory left")
         if name == "refused":
