@@ -1,13 +1,15 @@
 """Reading ``records.jsonl`` and ``environment.json`` back, without changing either."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench.records import Record, RecordError, parse_line
+from bench.record_lines import parse_line
+from bench.records import Record, RecordError
 
 RECORDS, ENVIRONMENTS = "records.jsonl", "environment.json"
 
@@ -16,45 +18,75 @@ class StoreError(ValueError):
     """A results directory that cannot be used as asked."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Line:
-    """A line of ``records.jsonl``.
+    """A whole line of ``records.jsonl``.
 
     Attributes:
+        path: the file.
+        number: from 1.
         start: offset of its first byte.
-        size: its bytes, the newline included.
-        record: what it holds.
+        data: the line, its end included.
     """
 
+    path: Path
+    number: int
     start: int
-    size: int
-    record: Record
+    data: bytes
+
+    def record(self) -> Record:
+        """What the line holds.
+
+        Raises:
+            StoreError: if it is damaged.
+        """
+        try:
+            return parse_line(self.data)
+        except RecordError as error:
+            raise StoreError(f"{self.path}, line {self.number}: {error}; repair or remove the file.") from error
 
 
 def scan(path: Path) -> Iterator[Line]:
-    """Reads the records of a file one by one, so that no size of a file fills the memory; a torn last line is left out.
+    """Reads a file line by line, so that no size of it fills the memory; a torn last line is left out.
 
     Raises:
-        StoreError: if the file cannot be read, is damaged, or repeats a key.
+        StoreError: if the file cannot be read.
     """
-    start, keys = 0, set()
+    start = 0
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                # Only the last line can be torn by a killed run; anything before it is damage that nobody may overlook.
-                if not line.endswith(b"\n"):
+            for number, data in enumerate(file, start=1):
+                # Only the last line can be torn by a killed run; anything before it has an end.
+                if not data.endswith(b"\n"):
                     return
-                try:
-                    record = parse_line(line)
-                except RecordError as error:
-                    raise StoreError(f"{path}, line {number}: {error}; repair or remove the file.") from error
-                if record.key in keys:
-                    raise StoreError(f"{path}: two lines share the key {record.key}; repair or remove the file.")
-                keys.add(record.key)
-                yield Line(start, len(line), record)
-                start += len(line)
+                yield Line(path, number, start, data)
+                start += len(data)
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror}); check the file.") from error
+
+
+class _Place(NamedTuple):
+    """What tells a record from others, and its cell from other cells."""
+
+    key: str
+    cell: str
+    environment_id: str
+
+
+# How records are written. A quotation mark inside a text would be escaped, so that only a field's name matches.
+_WRITTEN = re.compile(
+    rb'{"schema_version": \d+, "key": "([\w.-]+)", "cell": "([\w.-]+)", .*, "environment_id": "([\w.-]+)"[,}]'
+)
+
+
+def _place(line: Line) -> _Place:
+    """The place of a record, without the cost of reading all of it: that is done when its cell's turn comes."""
+    match = _WRITTEN.match(line.data)
+    if match is not None:
+        return _Place(*(part.decode() for part in match.groups()))
+    # Written by something else, or damaged; the record says it in words.
+    record = line.record()
+    return _Place(record.key, record.cell, record.environment_id)
 
 
 def read_records(directory: Path) -> list[Record]:
@@ -63,7 +95,17 @@ def read_records(directory: Path) -> list[Record]:
     Raises:
         StoreError: if there are none, or if the file is damaged.
     """
-    return [line.record for line in scan(records_file(directory))]
+    path, keys, records = records_file(directory), set(), []
+    for line in scan(path):
+        records.append(line.record())
+        _check_new(records[-1].key, keys, str(path))
+    return records
+
+
+def _check_new(key: str, keys: set[str], where: str) -> None:
+    if key in keys:
+        raise StoreError(f"{where}: two lines share the key {key}; repair or remove the file.")
+    keys.add(key)
 
 
 def records_file(directory: Path) -> Path:
@@ -161,18 +203,19 @@ class Archive:
 
     def __init__(self, directories: Sequence[Path]):
         self.environments: dict[str, dict[str, Any]] = {}
-        self._places: dict[tuple[str, str], list[tuple[Path, int]]] = {}
+        self._places: dict[tuple[str, str], list[tuple[Path, int, int]]] = {}
         keys: set[str] = set()
-        for directory in directories:
+        for k, directory in enumerate(directories):
             used: set[str] = set()
             path = records_file(directory)
+            if any(path.samefile(records_file(earlier)) for earlier in directories[:k]):
+                raise StoreError(f"{directory}: is named twice; give each directory once.")
             for line in scan(path):
-                record = line.record
-                if record.key in keys:
-                    raise StoreError(f"two of the records share the key {record.key}; give each directory once.")
-                keys.add(record.key)
-                used.add(record.environment_id)
-                self._places.setdefault((record.environment_id, record.cell), []).append((path, line.start))
+                place = _place(line)
+                _check_new(place.key, keys, str(path))
+                used.add(place.environment_id)
+                where = (place.environment_id, place.cell)
+                self._places.setdefault(where, []).append((path, line.number, line.start))
             found = read_environments(directory)
             check_environments(used, found, str(directory))
             self.environments.update(found)
@@ -180,14 +223,21 @@ class Archive:
             raise StoreError(f"{', '.join(map(str, directories))}: no complete record; run the benchmark first.")
 
     def cells(self) -> Iterator[list[Record]]:
-        """The records of one cell and environment at a time, in the order in which the cells were recorded."""
+        """The records of one cell and environment at a time, in the order in which the cells were recorded.
+
+        Raises:
+            StoreError: if a line is damaged.
+        """
         with ExitStack() as stack:
             files: dict[Path, Any] = {}
-            for places in self._places.values():
+            for where, places in self._places.items():
                 group = []
-                for path, start in places:
+                for path, number, start in places:
                     if path not in files:
                         files[path] = stack.enter_context(path.open("rb"))
                     files[path].seek(start)
-                    group.append(parse_line(files[path].readline()))
+                    record = Line(path, number, start, files[path].readline()).record()
+                    if (record.environment_id, record.cell) != where:
+                        raise StoreError(f"{path}, line {number}: names two cells; repair or remove the file.")
+                    group.append(record)
                 yield group

@@ -67,14 +67,17 @@ class Store:
         last, start, end, expected, keys = None, 0, 0, 0, []
         place = ""
         for line in scan(path):
-            cell = (line.record.cell, line.record.process_replicate)
+            record = line.record()
+            cell = (record.cell, record.process_replicate)
             if cell != last:
                 self._keys.update(keys)
                 self.environment_ids |= {place} if keys else set()
                 last, start, keys = cell, line.start, []
+            if record.key in self._keys or record.key in keys:
+                raise StoreError(f"{path}: two lines share the key {record.key}; repair or remove the file.")
             sizes[cell] += 1
-            keys.append(line.record.key)
-            expected, end, place = line.record.cell_size, line.start + line.size, line.record.environment_id
+            keys.append(record.key)
+            expected, end, place = record.cell_size, line.start + len(line.data), record.environment_id
         if last is not None and sizes[last] < expected:
             sizes.pop(last)
             end = start

@@ -15,10 +15,6 @@ from flax import nnx
 
 from parity_tests.pair import MappingError, check_pair, run_pair
 from parity_tests.pair.examples import EXAMPLES
-from parity_tests.pair.examples.differences import default_differences
-from parity_tests.pair.plugin import parity_pair
-
-assert parity_pair  # the fixture, found by pytest through its name
 
 LINEAR = [("weight", "kernel", "o i -> i o"), ("bias", "bias", "")]
 
@@ -38,38 +34,6 @@ def test_every_dtype_and_the_report_of_a_linear_layer():
     tensors = {row.tensor for row in report.rows if row.rung != "weights"}
     assert tensors == {"y", "d_weight", "d_bias", "d_input0"}
     assert "calibrated" in report.describe()
-
-
-def test_defaults_differ_as_measured():
-    found = {(d.pair, d.aspect): d for d in default_differences()}
-    assert {d.pair for d in found.values()} == set(EXAMPLES)
-    epsilon = found["layer_norm", "epsilon"]
-    assert (epsilon.torch, epsilon.flax) == ("1.0e-05", "1.0e-06")
-    assert found["linear", "bias at zero"].flax == "True"
-    assert not found["gru_cell", "update gate among r, z, n (ir, iz, in)"].differs
-    assert sum(d.differs for d in found.values()) >= 10
-
-
-def test_default_epsilon_is_found_out():
-    report = check_pair(
-        torch_module=torch.nn.LayerNorm(16),
-        flax_module=nnx.LayerNorm(16, rngs=nnx.Rngs(0)),
-        params=[("weight", "scale", ""), ("bias", "bias", "")],
-        inputs=((4, 16),),
-    )
-    assert not report.ok
-    assert report.first_failing_rung == "forward"
-    assert report.likely_cause == "epsilon: the torch side uses 1e-05, the flax side behaves like 1e-06"
-    with pytest.raises(AssertionError, match="first failing rung: forward; likely cause: epsilon"):
-        report.assert_ok()
-
-
-def test_default_padding_is_found_out():
-    factory = EXAMPLES["conv"]
-    wrong = factory("torch") | {"torch_module": torch.nn.Conv2d(3, 8, 3)}
-    report = check_pair(**wrong, **factory("jax"), **factory("pair"))
-    assert not report.ok
-    assert "has shape (2, 8, 7, 6), expected (2, 8, 5, 4)" in report.describe()
 
 
 def test_layout_is_a_likely_cause():
@@ -304,14 +268,3 @@ def test_named_pair_with_overrides(tmp_path):
     assert report.name == "linear"
     assert {row.rung for row in report.rows} == {"weights", "forward"}
     assert all(row.case == "linear seed 3" for row in report.rows)
-
-
-def test_fixture(parity_pair):
-    assert parity_pair(**linear_pair()).ok
-    with pytest.raises(AssertionError, match="likely cause: bias has no effect"):
-        parity_pair(
-            **linear_pair(
-                torch_module=lambda p, x: x @ p["weight"].T,
-                torch_params={"weight": np.ones((7, 12), np.float32), "bias": np.zeros(7, np.float32)},
-            )
-        )

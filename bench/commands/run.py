@@ -25,9 +25,9 @@ from bench.commands.usage import (
 from bench.engines import ENGINES, EngineError
 from bench.measure.protocol import RequestError
 from bench.measure.sweep import Progress, Request, SelectionError, SweepNotes, run_sweep
-from bench.plan.cells import DEVICES, DIRECTIONS, DIVISIONS, PRECISIONS
+from bench.plan.cells import CACHES, DEVICES, DIRECTIONS, DIVISIONS, PRECISIONS
 from bench.plan.competitors import FRAMEWORKS
-from bench.plan.presets import PRESETS, narrowed
+from bench.plan.presets import PRESETS, STEPPED_OPTIMIZERS, narrowed
 from bench.plan.workloads import UnknownWorkloadError, workload
 from bench.report.export import write_summary
 from bench.report.markdown import environment_lines, write_report
@@ -51,6 +51,8 @@ class Options:
     precisions: tuple[str, ...]
     directions: tuple[str, ...]
     divisions: tuple[str, ...]
+    caches: tuple[str, ...]
+    optimizer: str | None
     rounds: int | None
     replicates: int | None
     seed: int
@@ -92,6 +94,8 @@ def _request(options: Options) -> Request:
     check_choices("--precision", options.precisions, PRECISIONS)
     check_choices("--direction", options.directions, DIRECTIONS)
     check_choices("--division", options.divisions, DIVISIONS)
+    check_choices("--cache", options.caches, CACHES)
+    check_choices("--optimizer", [options.optimizer] if options.optimizer else [], STEPPED_OPTIMIZERS)
     check_writable("--json", options.json_file)
     preset = narrowed(
         PRESETS[options.preset],
@@ -99,6 +103,8 @@ def _request(options: Options) -> Request:
         directions=options.directions,
         precisions=options.precisions,
         divisions=options.divisions,
+        caches=options.caches,
+        optimizer=options.optimizer,
         rounds=options.rounds,
         replicates=options.replicates,
     )

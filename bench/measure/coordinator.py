@@ -3,43 +3,21 @@
 Whatever happens to a competitor ends in its own record; a worker that dies or hangs is replaced and the rest goes on.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 from bench.measure.conditions import Monitor, NoMonitor
 from bench.measure.entry import CellOutcome, Entry
-from bench.measure.processors import cpu_flops_limit
-from bench.measure.protocol import Message, RequestError
+from bench.measure.plausibility import measured_ceilings, reject_the_impossible, take_probe
+from bench.measure.protocol import Message, RequestError, Workers
 from bench.measure.rounds import Rounds
 from bench.plan.cells import Cell
 from bench.plan.competitors import EAGER, YARDSTICK, Competitor
-from bench.plan.costs import planned_skip, useful_product_flops
-from bench.plan.hardware import peak_rates
+from bench.plan.costs import planned_skip
 from bench.plan.presets import Preset
 
-# How far over the rate of a large product no product can be, where no data sheet tells: a large one reaches most of
-# the peak, unless the device was disturbed just then.
-_OVER_THE_CEILING = 4.0
-
 _BASELINES = (("torch", "matmul", EAGER), ("jax", "matmul", None))
-
-
-class Workers(Protocol):
-    """What the coordinator needs of a pool."""
-
-    def request(self, framework: str, message: Message, timeout_s: float) -> Message:
-        """Asks a worker."""
-        ...
-
-    def alive(self, framework: str) -> bool:
-        """Whether a worker still runs."""
-        ...
-
-    def replace(self, framework: str) -> None:
-        """Starts a new worker in place of a dead one."""
-        ...
 
 
 class CellRun:
@@ -212,48 +190,20 @@ class CellRun:
 
     def _probe(self, entry: Entry) -> None:
         """The other clocks; a program that does too little work ends here."""
+        if entry.control:
+            return
         found = self._ask(entry, "probe", self._preset.limits.prepare_s, budget_s=self._preset.probe_s)
-        if found is None:
-            return
-        doubt = found.pop("doubt")
-        entry.probe = found
-        if doubt:
-            entry.fail("mismatch", doubt)
+        if found is not None:
+            take_probe(entry, found)
 
-    def _measure_ceilings(self) -> dict[str, float]:
-        """The higher of the frameworks' rates: a ceiling is what the device can do, whoever shows it."""
-        highest: dict[str, float] = {}
-        for framework in self._opened:
-            try:
-                found = self._workers.request(framework, {"operation": "ceilings"}, self._preset.limits.request_s)
-            except RequestError:
-                # Only the fractions of a ceiling are lost; a worker that died has competitors that will tell.
-                if not self._workers.alive(framework):
-                    self._recover(framework)
-                continue
-            for name, rate in found.items():
-                if name.startswith("ceiling_"):
-                    highest[name] = max(rate, highest.get(name, 0.0))
-        return highest
-
-    def _reject_the_impossible(self, ceilings: Mapping[str, float]) -> None:
-        """A rate above what the hardware can do means that the work was not done."""
-        limit = peak_rates(self._device_name, self._cell.precision).get("flops_per_s")
-        if limit is None and self._cell.device == "cpu":
-            limit = cpu_flops_limit(self._cell.precision)
-        if limit is None and "ceiling_flops_per_s" in ceilings:
-            limit = _OVER_THE_CEILING * ceilings["ceiling_flops_per_s"]
-        if limit is None:
-            return
-        for entry in self._entries:
-            if not (entry.going and entry.blocks and entry.calls_per_block):
-                continue
-            rate = useful_product_flops(self._cell) * entry.calls_per_block / median(entry.blocks)
-            if rate > limit:
-                said = f"{rate:.3g} operations a second, over the {limit:.3g} that the device can do: not all was done"
-                entry.rejected.extend(entry.blocks)
-                entry.blocks.clear()
-                entry.fail("mismatch", said)
+    def _ceilings_of(self, framework: str) -> Message:
+        try:
+            return self._workers.request(framework, {"operation": "ceilings"}, self._preset.limits.request_s)
+        except RequestError:
+            # Only the fractions of a ceiling are lost; a worker that died is needed for the probes.
+            if not self._workers.alive(framework):
+                self._recover(framework)
+            return {}
 
     def _each(self, what: str, step: Callable[[Entry], None]) -> None:
         for entry in self._entries:
@@ -280,9 +230,9 @@ class CellRun:
         ceilings: dict[str, float] = {}
         if self._preset.probe_s > 0:
             # After the rounds: a tracer leaves its hooks behind, and compiling again replaces the program.
-            ceilings = self._measure_ceilings()
-            self._each("probing", lambda entry: None if entry.control else self._probe(entry))
-        self._reject_the_impossible(ceilings)
+            ceilings = measured_ceilings(self._ceilings_of(framework) for framework in self._opened)
+            self._each("probing", self._probe)
+        reject_the_impossible(self._entries, self._cell, ceilings, self._device_name)
         switches = {framework: reply["switches"] for framework, reply in self._opened.items()}
         digests = [reply["inputs_digest"] for reply in self._opened.values()]
         return CellOutcome(tuple(self._entries), digests[0] if digests else None, switches, ceilings, stopped)

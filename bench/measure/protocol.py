@@ -8,7 +8,7 @@ and its framework.
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 Message = dict[str, Any]
 MISSING = "missing"
@@ -26,6 +26,22 @@ class RequestError(Exception):
         super().__init__(reason)
         self.status = status
         self.reason = reason
+
+
+class Workers(Protocol):
+    """What the coordinator needs of a pool."""
+
+    def request(self, framework: str, message: Message, timeout_s: float) -> Message:
+        """Asks a worker."""
+        ...
+
+    def alive(self, framework: str) -> bool:
+        """Whether a worker still runs."""
+        ...
+
+    def replace(self, framework: str) -> None:
+        """Starts a new worker in place of a dead one."""
+        ...
 
 
 def encode(message: Mapping[str, Any]) -> bytes:

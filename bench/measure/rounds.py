@@ -80,20 +80,21 @@ class Rounds:
             entry.left = entry.leaving
 
     def _one(self, entry: Entry, *, verify: bool) -> None:
-        for _ in range(1 + _REPEATS_OF_A_THROTTLED_BLOCK):
+        for repeats_left in reversed(range(1 + _REPEATS_OF_A_THROTTLED_BLOCK)):
             before = self._monitor.energy_j()
             timed = self._block(entry, verify)
             after, conditions = self._monitor.energy_j(), self._monitor.read()
-            if timed is None or not thermally_throttled(conditions):
-                break
-            entry.rejected.append(timed["block_latency_s"])
-        if timed is None:
+            if timed is None:
+                return
+            if thermally_throttled(conditions) and repeats_left:
+                entry.rejected.append(timed["block_latency_s"])
+                continue
+            entry.blocks.append(timed["block_latency_s"])
+            if conditions:
+                entry.conditions.append(conditions)
+            if before is not None and after is not None and entry.calls_per_block:
+                entry.energy_j.append((after - before) / entry.calls_per_block)
             return
-        entry.blocks.append(timed["block_latency_s"])
-        if conditions:
-            entry.conditions.append(conditions)
-        if before is not None and after is not None and entry.calls_per_block:
-            entry.energy_j.append((after - before) / entry.calls_per_block)
 
     def _decide(self, number: int) -> str | None:
         """Marks who leaves with the next round; says whether that round is the last."""

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.measure.clocks import measure_single_calls, shortest_call_s
+from bench.measure.probes import ceilings_of, probed
 from bench.measure.protocol import Message
 from bench.measure.timers.base import Prepared, Task, Timer
 from bench.measure.verification import Judgement, Oracle, Verifier, inputs_digest, results_digest
 from bench.plan.cells import Cell
 from bench.plan.competitors import YARDSTICK
-from bench.plan.costs import buffer_sets, useful_product_flops
+from bench.plan.costs import buffer_sets
 from bench.plan.workloads import Workload
 from parity_tests.harness.inputs import draw_inputs
 
@@ -172,35 +172,14 @@ class Workbench:
 
     def probe(self, request: Message) -> Message:
         """The other clocks, apart from the timed blocks: single calls, enqueueing, tracing, compiling again."""
-        held = self._held[request["handle"]]
-        prepared, wait = held.prepared, self._timer.wait
-        found = measure_single_calls(prepared.call, wait, budget_s=request["budget_s"])
-        trace = self._timer.trace(prepared)
-        flops = self._timer.account(prepared)
-        needed = useful_product_flops(self._cell) if self._cell is not None else 0
-        doubt = ""
-        if flops is not None and self._cell is not None and self._cell.device == "cpu" and flops < 0.9 * needed:
-            doubt = f"the program that runs does {flops:.3g} operations, and the function needs {needed:.3g}"
-        again = None if prepared.compile_again is None else prepared.compile_again()
-        return {
-            **asdict(found),
-            "kernels": dict(trace.kernels),
-            "device_busy_s": trace.device_busy_s,
-            "program_flops": flops,
-            "compile_warm_s": again,
-            "doubt": doubt,
-        }
+        assert self._cell is not None
+        return probed(self._timer, self._held[request["handle"]].prepared, self._cell, request["budget_s"])
 
     def ceilings(self, request: Message) -> Message:
         """The rates of a large product and of a large copy, on this device and in this cell's precision."""
         assert self._cell is not None
         if self._cell.precision not in self._ceilings:
-            product, flops = self._timer.large_product()
-            copy, moved = self._timer.large_copy()
-            self._ceilings[self._cell.precision] = {
-                "ceiling_flops_per_s": flops / shortest_call_s(product, self._timer.wait),
-                "ceiling_bytes_per_s": moved / shortest_call_s(copy, self._timer.wait),
-            }
+            self._ceilings[self._cell.precision] = ceilings_of(self._timer)
         return dict(self._ceilings[self._cell.precision])
 
     def _timed(self, held: _Held, calls: int) -> tuple[float, Any]:

@@ -9,9 +9,12 @@ from bench.plan.cells import DIVISIONS, PRECISIONS, Cell
 from bench.plan.costs import Limits
 from bench.plan.sweeps import preset_sweep
 from bench.plan.workloads import WORKLOADS, workload
+from parity_tests.harness.optimizers import OPTIMIZERS
 
 # A step adds the optimiser's own time, the same for everybody, to that of forward and backward: asked for by name.
 USUAL_DIRECTIONS: tuple[str, ...] = ("forward", "forward_backward")
+# Clipping joins all partitions in one norm, and a schedule changes nothing about the time of a step.
+STEPPED_OPTIMIZERS: tuple[str, ...] = tuple(name for name, spec in OPTIMIZERS.items() if spec.clip_norm is None)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,6 @@ _SEED = (
     "article-out256",
     "electricity-336-96",
     "electricity-336-720",
-    "recurrentgemma-2b-gates",
     "recurrentgemma-2b-gates-1024",
 )
 # Drawing an array takes twice its size, and each worker holds its own: larger ones are for machines with much memory.
@@ -94,17 +96,19 @@ _ALL = (
         compiled={"article-base": ("matmul",)},
         compiled_directions=("forward",),
         warm_up_blocks=1,
+        probe_s=0,
     ),
     Preset(
         "seed",
         "the source article's settings and two real models (under ten minutes on two cores)",
         _SEED,
         rounds=10,
-        cell_s=20.0,
-        warm_up_blocks=3,
-        block_s=0.025,
+        cell_s=12.0,
+        least_rounds=4,
+        warm_up_blocks=2,
+        probe_s=0.01,
         limits=_PATIENT,
-        compiled={"article-base": ("matmul", "einsum"), "recurrentgemma-2b-gates": ("matmul",)},
+        compiled={"article-base": ("matmul", "einsum"), "recurrentgemma-2b-gates-1024": ("matmul",)},
     ),
     Preset(
         "workloads",
@@ -146,6 +150,8 @@ def narrowed(
     directions: Sequence[str] = (),
     precisions: Sequence[str] = (),
     divisions: Sequence[str] = (),
+    caches: Sequence[str] = (),
+    optimizer: str | None = None,
     rounds: int | None = None,
     replicates: int | None = None,
 ) -> Preset:
@@ -159,6 +165,8 @@ def narrowed(
         directions=tuple(directions) or preset.directions,
         precisions=tuple(precisions) or preset.precisions,
         divisions=tuple(divisions) or preset.divisions,
+        caches=tuple(caches) or preset.caches,
+        optimizer=optimizer or preset.optimizer,
         rounds=preset.rounds if rounds is None else rounds,
         replicates=preset.replicates if replicates is None else replicates,
     )

@@ -149,10 +149,8 @@ def _conclude(claim: Claim, findings: Sequence[Finding], cells: Sequence[_Cell])
     held = verdicts.count(HOLDS)
     verdict = HOLDS if held == len(verdicts) else DOES_NOT if set(verdicts) == {DOES_NOT} else IN_PART
     what = "Bytes" if claim.subject == MEMORY else "Speed"
-    return (
-        verdict,
-        f"{what} over the loop's, in {held} of {len(verdicts)} cells as claimed: {_ranges(counted)}.{absent}",
-    )
+    share = f"in {held} of {len(verdicts)} cells as claimed"
+    return verdict, f"{what} over the loop's, {share}: {_ranges(counted)}.{absent}"
 
 
 def _ranges(findings: Iterable[Finding]) -> str:

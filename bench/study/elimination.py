@@ -29,7 +29,7 @@ def _certainly_beyond(differences: np.ndarray, margin: float) -> bool:
     return float(differences.mean()) - _quantile(rounds - 1) * error > margin
 
 
-def far_behind(log_latencies: Mapping[str, Sequence[float]], baseline: str) -> list[str]:
+def far_behind(log_latencies: Mapping[str, Sequence[float] | np.ndarray], baseline: str) -> list[str]:
     """Lists the competitors that are certainly far slower than the fastest and far from the baseline.
 
     Args:

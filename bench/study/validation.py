@@ -10,7 +10,8 @@ from statistics import median
 from bench.archive import Archive, StoreError, check_environments, read_environments, records_file
 from bench.plan.cells import DEVICES, DIVISIONS, STORAGE_DTYPES
 from bench.plan.competitors import FRAMEWORKS
-from bench.records import Record, RecordError, parse_line
+from bench.record_lines import parse_line
+from bench.records import Record, RecordError
 from bench.study.ranking import rank_cells
 
 # From strict to coarse: arithmetic that was asked for may turn out stricter, never coarser.

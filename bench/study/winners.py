@@ -43,7 +43,8 @@ def leaders(
     """
     if not competitors:
         return ()
-    best = min(competitors, key=lambda label: _mean(competitors[label]))
+    means = {label: np.mean([values.mean() for values in rounds.values()]) for label, rounds in competitors.items()}
+    best = min(means, key=means.__getitem__)
     # Who shares no process with the best was never compared with it.
     tied = dict.fromkeys(competitors, True)
     labels: list[str] = []
@@ -69,8 +70,4 @@ def leaders(
         beaten = holm(np.concatenate(p_values), 1 - confidence) & np.concatenate(beyond)
         tied |= dict(zip(labels, (~beaten).tolist(), strict=True))
     tied.pop(best)
-    return (best, *(label for label in sorted(tied, key=lambda name: _mean(competitors[name])) if tied[label]))
-
-
-def _mean(rounds: Rounds) -> float:
-    return float(np.mean([values.mean() for values in rounds.values()]))
+    return (best, *(label for label in sorted(tied, key=means.__getitem__) if tied[label]))

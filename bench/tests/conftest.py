@@ -1,67 +1,69 @@
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from bench.__main__ import app
 from bench.measure.worker_process import WorkerProcess, worker_environment
 from bench.records import HARNESS_VERSION, SCHEMA_VERSION, Record
 
 
+def example_record(**changes):
+    """Builds a valid record; keyword arguments replace fields."""
+    values = {
+        "schema_version": SCHEMA_VERSION,
+        "key": "k0",
+        "cell": "c0",
+        "cell_size": 1,
+        "workload": "article-base",
+        "num_partitions": 32,
+        "in_features": 32,
+        "out_features": 32,
+        "batch": 128,
+        "dtype": "float32",
+        "device": "cpu",
+        "framework": "torch",
+        "implementation": "matmul",
+        "kind": "implementation",
+        "mode": "eager",
+        "direction": "forward",
+        "division": "matched",
+        "precision": "ieee_fp32",
+        "observed_precision": "ieee_fp32",
+        "layout": "contiguous",
+        "cache": "warm",
+        "status": "ok",
+        "reason": "",
+        "skipped": False,
+        "block_latency_s": (0.02, 0.021, 0.0202, 0.0209),
+        "calls_per_block": 10,
+        "latency_s": 0.00205,
+        "rejected_block_latency_s": (),
+        "warm_up_block_latency_s": (0.03,),
+        "compile_s": None,
+        "peak_memory_bytes": 4096,
+        "memory_method": "resident_high_water",
+        "static_memory_bytes": None,
+        "bound_fraction": 0.2,
+        "parity": {"y": {"status": "ok", "bound_fraction": 0.2, "max_abs_error": 1e-7}},
+        "useful_flops": 1,
+        "compulsory_bytes": 1,
+        "waste_factor": 1,
+        "process_replicate": 0,
+        "control": False,
+        "baseline": False,
+        "seed": 0,
+        "inputs_digest": "d",
+        "switches": {},
+        "started_at": "2026-01-01T00:00:00+00:00",
+        "environment_id": HARNESS_VERSION,
+    }
+    return Record(**(values | changes))
+
+
 @pytest.fixture
 def make_record():
-    """Builds a valid record; keyword arguments replace fields."""
-
-    def make(**changes):
-        values = {
-            "schema_version": SCHEMA_VERSION,
-            "key": "k0",
-            "cell": "c0",
-            "cell_size": 1,
-            "workload": "article-base",
-            "num_partitions": 32,
-            "in_features": 32,
-            "out_features": 32,
-            "batch": 128,
-            "dtype": "float32",
-            "device": "cpu",
-            "framework": "torch",
-            "implementation": "matmul",
-            "kind": "implementation",
-            "mode": "eager",
-            "direction": "forward",
-            "division": "matched",
-            "precision": "ieee_fp32",
-            "observed_precision": "ieee_fp32",
-            "layout": "contiguous",
-            "cache": "warm",
-            "status": "ok",
-            "reason": "",
-            "skipped": False,
-            "block_latency_s": (0.02, 0.021, 0.0202, 0.0209),
-            "calls_per_block": 10,
-            "latency_s": 0.00205,
-            "rejected_block_latency_s": (),
-            "warm_up_block_latency_s": (0.03,),
-            "compile_s": None,
-            "peak_memory_bytes": 4096,
-            "memory_method": "resident_high_water",
-            "static_memory_bytes": None,
-            "bound_fraction": 0.2,
-            "parity": {"y": {"status": "ok", "bound_fraction": 0.2, "max_abs_error": 1e-7}},
-            "useful_flops": 1,
-            "compulsory_bytes": 1,
-            "waste_factor": 1,
-            "process_replicate": 0,
-            "control": False,
-            "baseline": False,
-            "seed": 0,
-            "inputs_digest": "d",
-            "switches": {},
-            "started_at": "2026-01-01T00:00:00+00:00",
-            "environment_id": HARNESS_VERSION,
-        }
-        return Record(**(values | changes))
-
-    return make
+    return example_record
 
 
 @pytest.fixture
@@ -73,3 +75,13 @@ def fake_starter():
         return WorkerProcess([sys.executable, "-m", "bench.tests.fake_worker", framework], environment)
 
     return start
+
+
+@pytest.fixture
+def call():
+    """Runs a command of the benchmark in this process."""
+
+    def invoke(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+    return invoke

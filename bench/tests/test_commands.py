@@ -1,23 +1,12 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from bench.__main__ import app
 from bench.measure.diagnosis import cuda_packages, warnings_for
 from bench.measure.pool import WorkerPool
 from bench.store import Store, read_environments, read_records
+from bench.tests.synthetic import FINGERPRINT
 
-FINGERPRINT = {
-    "git": {"commit": "0123456789abcdef", "dirty": False},
-    "cpu_model": "a processor",
-    "affinity": [0, 1],
-    "system": "a system",
-    "device": "cpu",
-    "division": "matched",
-    "gpus": None,
-    "frameworks": {"torch": {"python": "3.11", "versions": {"torch": "2.13"}, "default_switches": {}}},
-}
 TINY = ("--preset", "smoke", "--workload", "article-batch-1", "--rounds", "2")
 
 
@@ -26,14 +15,6 @@ def fake_pool(monkeypatch, fake_starter):
     """Lets the commands talk to workers that need no framework."""
     monkeypatch.setattr("bench.measure.sweep.starter", lambda *args, **kwargs: fake_starter)
     monkeypatch.setattr("bench.commands.inspect.starter", lambda *args, **kwargs: fake_starter)
-
-
-@pytest.fixture
-def call():
-    def invoke(*arguments):
-        return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-
-    return invoke
 
 
 @pytest.mark.usefixtures("fake_pool")

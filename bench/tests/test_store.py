@@ -3,7 +3,8 @@ import os
 
 import pytest
 
-from bench.records import RecordError, parse_line
+from bench.record_lines import parse_line
+from bench.records import RecordError
 from bench.store import Store, StoreError, read_records
 
 

@@ -81,18 +81,21 @@ def run_user_pair(spec: str, options: Options, torch_python: str | None = None, 
     return HOLDS if report.ok else FAILED
 
 
-def pairs(json_file: Path | None) -> int:
+def pairs(json_file: Path | None, readme: Path | None) -> int:
     """Judges the five example pairs, made equal and with every default, and prints what differs by default.
 
     Args:
         json_file: where the results go, or None.
+        readme: file whose table of the pairs is replaced, or None.
 
     Returns:
         0 if every pair that was made equal holds.
     """
-    from parity_tests.pair.examples.overview import overview
+    from parity_tests.pair.examples.overview import overview, readme_block, with_block
 
     check_writable("--json", json_file)
+    if readme is not None and not readme.is_file():
+        raise refuse(f"--readme: expected an existing file, got {readme}; give another path.")
     if len(chosen_frameworks([])) < 2:
         raise refuse("pairs: expected torch and Flax, got one of them; install the extras torch and jax.")
     entries = []
@@ -102,4 +105,11 @@ def pairs(json_file: Path | None) -> int:
     if json_file is not None:
         document = {"schema_version": 1, "pairs": [entry.record() for entry in entries]}
         json_file.write_text(json.dumps(document, indent=1) + "\n")
+    if readme is not None:
+        differences = [difference for entry in entries for difference in entry.differences]
+        block = readme_block({entry.name: entry.defaults for entry in entries}, differences)
+        try:
+            readme.write_text(with_block(readme.read_text(), block))
+        except ValueError as error:
+            raise refuse(f"--readme {readme}: {error}") from None
     return HOLDS if entries and all(entry.matched.ok for entry in entries) else FAILED

@@ -103,7 +103,7 @@ def check_pair(
     """
     given = dict(locals())
     given.pop("pair")
-    arguments = given if pair is None else merged(pair, given, _DEFAULTS)
+    arguments = given if pair is None else merged(pair, given, DEFAULT_ARGUMENTS)
     with prepared(arguments, pair) as sides_and_rules:
         return judge_pair(
             sides_and_rules,
@@ -114,7 +114,7 @@ def check_pair(
         )
 
 
-_DEFAULTS = {
+DEFAULT_ARGUMENTS = {
     name: parameter.default for name, parameter in inspect.signature(check_pair).parameters.items() if name != "pair"
 }
 

@@ -41,12 +41,12 @@ def traced(call: Call, device: str) -> Trace:
     if device == "cpu":
         with profile(activities=[ProfilerActivity.CPU]) as found:
             call()
-        return Trace(dict(_outermost(found.events())), None)
+        return Trace(dict(_outermost(found.events() or ())), None)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         call()
         torch.cuda.synchronize()
-    events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [event for event in found.events() or () if event.device_type.name == "CUDA"]
     intervals = [(event.time_range.start, event.time_range.end) for event in events]
     # The profiler's unit is the microsecond.
     return Trace(dict(Counter(event.name for event in events)), busy_s(intervals) * 1e-6)

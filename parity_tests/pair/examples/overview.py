@@ -1,6 +1,6 @@
 """The five example pairs in one view: made equal, with every default, and what differs by default."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from parity_tests.pair.examples.differences import Difference, default_differenc
 from parity_tests.pair.report import PairReport
 
 _HERE = "parity_tests.pair.examples"
+BEGIN, END = "<!-- pairs:begin -->", "<!-- pairs:end -->"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ def outcome(report: PairReport) -> str:
     return "holds" if report.ok else f"MISMATCH: {report.likely_cause or report.headline}"
 
 
+def by_default(name: str) -> PairReport:
+    """Judges the outputs of an example with every setting but the parameters at its default."""
+    return run_pair(f"{_HERE}:{name}_defaults", gradients=False)
+
+
 def overview() -> Iterator[Entry]:
     """Judges and measures every example; needs both frameworks."""
     differences = default_differences()
@@ -63,13 +69,32 @@ def overview() -> Iterator[Entry]:
         yield Entry(
             name,
             run_pair(f"{_HERE}:{name}", dtypes=("float32", "bfloat16")),
-            run_pair(f"{_HERE}:{name}_defaults", gradients=False),
+            by_default(name),
             tuple(difference for difference in differences if difference.pair == name),
         )
 
 
-def markdown_table(differences: Sequence[Difference]) -> str:
-    """What differs by default as a table for the README, one line an aspect."""
-    lines = ["| pair | what differs by default | torch | Flax |", "|---|---|---|---|"]
-    lines += [f"| {d.pair} | {d.aspect} | {d.torch} | {d.flax} |" for d in differences if d.differs]
-    return "\n".join(lines)
+def readme_block(outcomes: Mapping[str, PairReport], differences: Sequence[Difference]) -> str:
+    """The README's table of the five pairs, markers included.
+
+    Args:
+        outcomes: report with each framework's defaults, by pair.
+        differences: as measured.
+    """
+    lines = [BEGIN, "", "| pair | the check, everything else at its default | differs by default (torch / Flax) |"]
+    lines += ["|---|---|---|"]
+    for name, report in outcomes.items():
+        own = [f"{d.aspect}: {d.torch} / {d.flax}" for d in differences if d.pair == name and d.differs]
+        lines.append(f"| {name} | {outcome(report)} | {'; '.join(own)} |")
+    return "\n".join([*lines, "", END])
+
+
+def with_block(text: str, block: str) -> str:
+    """The README's text with its table replaced.
+
+    Raises:
+        ValueError: if the markers are not there exactly once, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"expected the markers {BEGIN} and {END} once each, in this order; add them to the file.")
+    return text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :]

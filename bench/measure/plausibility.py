@@ -1,0 +1,70 @@
+"""Whether a competitor can have done the work at all: by its program's own account, by the hardware's limits."""
+
+from collections.abc import Iterable, Mapping
+from statistics import median
+from typing import Any
+
+from bench.measure.entry import Entry
+from bench.measure.processors import cpu_flops_limit
+from bench.plan.cells import Cell
+from bench.plan.costs import useful_product_flops
+from bench.plan.hardware import peak_rates
+
+# How far over the rate of a large product no product can be, where no data sheet tells: a large one reaches most of
+# the peak, unless the device was disturbed just then.
+_OVER_THE_CEILING = 4.0
+
+
+def take_probe(entry: Entry, found: dict[str, Any]) -> None:
+    """Keeps what a probe found; a program that does less than the function needs ends its competitor."""
+    doubt = found.pop("doubt")
+    entry.probe = found
+    if doubt:
+        entry.rejected.extend(entry.blocks)
+        entry.blocks.clear()
+        entry.fail("mismatch", doubt)
+
+
+def measured_ceilings(replies: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The higher of the frameworks' rates: a ceiling is what the device can do, whoever shows it."""
+    highest: dict[str, float] = {}
+    for found in replies:
+        for name, rate in found.items():
+            if name.startswith("ceiling_"):
+                highest[name] = max(rate, highest.get(name, 0.0))
+    return highest
+
+
+def flops_limit(cell: Cell, ceilings: Mapping[str, float], device_name: str) -> float | None:
+    """Operations a second that the device cannot exceed: by its data sheet, its kind, or what it was seen to do."""
+    limit = peak_rates(device_name, cell.precision).get("flops_per_s")
+    if limit is None and cell.device == "cpu":
+        return cpu_flops_limit(cell.precision)
+    if limit is None and "ceiling_flops_per_s" in ceilings:
+        return _OVER_THE_CEILING * ceilings["ceiling_flops_per_s"]
+    return limit
+
+
+def reject_the_impossible(
+    entries: Iterable[Entry], cell: Cell, ceilings: Mapping[str, float], device_name: str
+) -> None:
+    """Ends every competitor whose rate is above what the hardware can do: the work was not done.
+
+    Args:
+        entries: after the rounds.
+        cell: what was measured.
+        ceilings: what ``measured_ceilings`` found.
+        device_name: of the GPU, for its data sheet.
+    """
+    limit = flops_limit(cell, ceilings, device_name)
+    if limit is None:
+        return
+    for entry in entries:
+        if not (entry.going and entry.blocks and entry.calls_per_block):
+            continue
+        rate = useful_product_flops(cell) * entry.calls_per_block / median(entry.blocks)
+        if rate > limit:
+            said = f"{rate:.3g} operations a second, over the {limit:.3g} that the device can do: not all was done"
+            entry.rejected.extend(entry.blocks)
+            entry.blocks.clear()
+            entry.fail("mismatch", said)

@@ -1,0 +1,103 @@
+"""Reads one line of ``records.jsonl``, field by field: a file may have been edited by hand."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from operator import itemgetter
+from sys import intern
+from typing import Any, get_type_hints
+
+from bench.records import FIELD_NAMES, SCHEMA_VERSION, Record, RecordError, filled
+
+# Fields that came later have a default, so that records of earlier runs can still be read.
+_REQUIRED = {item.name for item in fields(Record) if item.default is MISSING and item.default_factory is MISSING}
+# Checked when a line is read, since a file may have been edited by hand; a number is never a truth value.
+_KINDS: Mapping[Any, tuple[type, ...]] = {
+    str: (str,),
+    str | None: (str, type(None)),
+    int: (int,),
+    int | None: (int, type(None)),
+    float | None: (float, int, type(None)),
+    bool: (bool,),
+    tuple[float, ...]: (list,),
+    tuple[Mapping[str, Any], ...]: (list,),
+}
+_HINTS: Mapping[str, Any] = get_type_hints(Record)
+_KINDS_OF = {name: _KINDS.get(_HINTS[name], (dict,)) for name in FIELD_NAMES}
+_SAMPLES = {name for name in FIELD_NAMES if _HINTS[name] == tuple[float, ...]}
+_LISTS = tuple((k, name) for k, name in enumerate(FIELD_NAMES) if _KINDS_OF[name] == (list,))
+_TEXTS = tuple(k for k, name in enumerate(FIELD_NAMES) if _KINDS_OF[name] == (str,))
+_NUMBERS = tuple(name for name in FIELD_NAMES if int in _KINDS_OF[name])
+_POSITIVE = ("num_partitions", "in_features", "out_features", "batch", "cell_size", "calls_per_block", "waste_factor")
+_POSITIVE += ("useful_flops", "compulsory_bytes", "latency_s")
+_DEFAULTS: Mapping[str, Any] = {
+    item.name: [] if _KINDS_OF[item.name] == (list,) else {} if item.default is MISSING else item.default
+    for item in fields(Record)
+    if item.name not in _REQUIRED
+}
+_ROW = itemgetter(*FIELD_NAMES)
+_SEEN_KINDS: set[tuple[type, ...]] = set()
+# Far above anything measured, and still exact enough to be divided and drawn.
+_LARGEST = 2**100
+
+
+def _constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_constant)
+
+
+def parse_line(line: bytes | str) -> Record:
+    """Reads one line of ``records.jsonl``.
+
+    Fields that this version does not know are ignored: fields may be added without a new schema version.
+
+    Raises:
+        RecordError: if the line is torn, of another schema version, lacks a field or contradicts itself.
+    """
+    try:
+        values = _DECODER.decode(line if isinstance(line, str) else line.decode())
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise RecordError("not a JSON object")
+    if values.get("schema_version") != SCHEMA_VERSION:
+        raise RecordError(f"schema_version: expected {SCHEMA_VERSION}, got {values.get('schema_version')!r:.40}")
+    missing = sorted(_REQUIRED - values.keys())
+    if missing:
+        raise RecordError(f"missing fields: {', '.join(missing)}")
+    merged = {**_DEFAULTS, **values}
+    row = list(_ROW(merged))
+    kinds = tuple(map(type, row))
+    # Most lines of a file have the same kinds of values, and a large file has many lines.
+    if kinds not in _SEEN_KINDS:
+        for (name, allowed), value in zip(_KINDS_OF.items(), row, strict=True):
+            if type(value) not in allowed:
+                names = " or ".join(kind.__name__ for kind in allowed)
+                raise RecordError(f"{name}: expected {names}, got {str(value)[:80]!r}")
+        _SEEN_KINDS.add(kinds)
+    for name in _NUMBERS:
+        value = merged[name]
+        if value is not None and not 0 <= value <= _LARGEST:
+            raise RecordError(f"{name}: expected a number that is not negative, got {str(value)[:80]}")
+    if any(merged[name] == 0 for name in _POSITIVE):
+        raise RecordError(f"{', '.join(_POSITIVE)}: expected more than 0")
+    for k in _TEXTS:
+        # The same few names again and again.
+        row[k] = intern(row[k])
+    for k, name in _LISTS:
+        row[k] = _samples(name, row[k]) if name in _SAMPLES else tuple(row[k])
+    if len(merged["block_latency_s"]) % 2:
+        raise RecordError(f"block_latency_s: expected two blocks a round, got {len(merged['block_latency_s'])} blocks")
+    if not all(isinstance(value, dict) for value in (*merged["parity"].values(), *merged["conditions"])):
+        raise RecordError("parity, conditions: expected objects in them")
+    if not all(type(count) is int and count >= 0 for count in merged["kernels"].values()):
+        raise RecordError("kernels: expected a number of executions for each name")
+    return filled(row)
+
+
+def _samples(name: str, values: list[Any]) -> tuple[float, ...]:
+    if values and not (set(map(type, values)) <= {float, int} and min(values) > 0 and max(values) <= _LARGEST):
+        raise RecordError(f"{name}: expected a list of positive numbers, got {str(values)[:80]}")
+    return tuple(values)

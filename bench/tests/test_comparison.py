@@ -1,0 +1,173 @@
+import csv
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from bench.archive import Archive
+from bench.store import Store
+from bench.study.comparison import compare, measured_cells
+from bench.tests.synthetic import FINGERPRINT
+
+NAMES = (("torch", "matmul", "eager"), ("torch", "loop", "eager"), ("jax", "matmul", "jit"), ("jax", "loop", "jit"))
+
+
+@pytest.fixture
+def write(tmp_path, make_record):
+    """Writes a run of two cells; ``factors`` multiply the latencies of competitors, ``shift`` those of all."""
+
+    def run(name, *, seed, factors=None, shift=1.0, fingerprint=None, broken=(), noise=0.004, extra=()):
+        rng = np.random.default_rng(seed)
+        store = Store(tmp_path / name, resume=False)
+        store.add_environment(name, FINGERPRINT | (fingerprint or {}))
+        for direction in ("forward", "forward_backward", *extra):
+            records = []
+            for k, (framework, implementation, mode) in enumerate((*NAMES, NAMES[0])):
+                label = f"{framework} {implementation}"
+                latency = 1e-3 * (1 + k % len(NAMES)) * shift * (factors or {}).get(label, 1.0)
+                blocks = tuple((10 * latency * np.exp(noise * rng.standard_normal(24))).tolist())
+                changes = {"block_latency_s": blocks, "latency_s": float(np.median(blocks)) / 10}
+                if label in broken:
+                    changes = {"status": "crash", "reason": "SIGKILL", "latency_s": None, "block_latency_s": ()}
+                records.append(
+                    make_record(
+                        key=f"{name}{direction}{k}",
+                        cell=f"{name}{direction}",
+                        cell_size=len(NAMES) + 1,
+                        direction=direction,
+                        framework=framework,
+                        implementation=implementation,
+                        mode=mode,
+                        baseline=k in (0, len(NAMES)),
+                        control=k == len(NAMES),
+                        environment_id=name,
+                        **changes,
+                    )
+                )
+            store.append(records)
+        return tmp_path / name
+
+    return run
+
+
+def found(a, b):
+    return compare(*(measured_cells(Archive([run]), str(run)) for run in (a, b)))
+
+
+def test_a_repetition_shows_no_change(write, call):
+    a, b = write("a", seed=0), write("b", seed=1)
+    both = found(a, b)
+    assert {change.verdict for change in both.changes} == {"SAME"}
+    assert len(both.changes) == 2 * len(NAMES)
+    assert (both.agreeing, both.contradicting) == (6, ())
+    done = call("compare", a, b)
+    assert done.exit_code == 0
+    assert "8 SAME" in done.output
+    assert "6 FASTER or SLOWER in both runs alike, 0 contradict" in done.output
+
+
+def test_repetitions_of_a_noisy_run_are_no_regressions(write):
+    """What a regression test must not do: fail for nothing. 40 pairs of equal runs, 8 comparisons each."""
+    runs = [write(f"r{k}", seed=k, noise=0.05) for k in range(41)]
+    cells = [measured_cells(Archive([run]), str(run)) for run in runs]
+    failed = sum(bool(compare(a, b).regressions) for a, b in pairwise(cells))
+    assert failed <= 2
+
+
+def test_a_regression_is_found_and_ends_with_status_1(write, call, tmp_path):
+    a, b = write("a", seed=0), write("b", seed=1, factors={"torch loop": 1.2, "jax loop": 0.8})
+    done = call("compare", a, b, "--json", tmp_path / "f.json", "--csv", tmp_path / "f.csv")
+    assert done.exit_code == 1
+    assert "Regression: torch loop (eager) in article-base" in done.output
+    written = json.loads((tmp_path / "f.json").read_text())
+    assert written["regressions"] == 2
+    (slower, *_) = [change for change in written["changes"] if change["competitor"] == "torch loop (eager)"]
+    assert slower["verdict"] == "SLOWER"
+    assert slower["ratio_b_to_a"]["low"] < 1 / 1.2 < slower["ratio_b_to_a"]["high"] < 1
+    with (tmp_path / "f.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["verdict"] for row in rows if row["competitor"] == "jax loop (jit)"] == ["FASTER", "FASTER"]
+    assert len(rows) == len(written["changes"])
+    assert call("compare", b, a).exit_code == 1
+
+
+def test_a_slower_machine_is_no_regression_of_anybody(write, call):
+    a, b = write("a", seed=0), write("b", seed=1, shift=1.3)
+    both = found(a, b)
+    assert {change.verdict for change in both.changes} == {"UNRESOLVED"}
+    done = call("compare", a, b)
+    assert done.exit_code == 0
+    assert "all competitors together: 0.77x" in done.output
+
+
+def test_an_answer_that_was_lost_is_a_regression(write, call):
+    a, b = write("a", seed=0), write("b", seed=1, broken=("jax matmul",))
+    done = call("compare", a, b)
+    assert done.exit_code == 1
+    assert "Regression: jax matmul (jit)" in done.output
+    assert "crash, SIGKILL" in done.output
+    assert call("compare", b, a).exit_code == 0
+
+
+def test_contradicting_verdicts_are_counted(write, call):
+    # Against the baseline, jax matmul takes 3 times as long in A and a third in B.
+    a, b = write("a", seed=0), write("b", seed=1, factors={"jax matmul": 1 / 9})
+    both = found(a, b)
+    assert [label for _, label in both.contradicting] == ["jax matmul (jit)"] * 2
+    assert "2 contradict" in call("compare", a, b).output
+
+
+def test_cells_of_one_run_alone_are_listed(write, call):
+    a, b = write("a", seed=0, extra=("train_step",)), write("b", seed=1)
+    assert "1 cells only in A: article-base (B=128, n=32, 32->32), train_step" in call("compare", a, b).output
+    assert len(found(b, a).only_b) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"cpu_model": "another processor"},
+        {"affinity": [0]},
+        {"device": "cuda", "gpus": ["NVIDIA H200, GPU-1, 550"]},
+    ],
+)
+def test_different_devices_are_refused_unless_told(write, call, other):
+    a, b = write("a", seed=0), write("b", seed=1, fingerprint=other)
+    done = call("compare", a, b)
+    assert done.exit_code == 2
+    assert "add --across-devices" in done.stderr
+    assert "a processor" in done.stderr
+    assert call("compare", a, b, "--across-devices").exit_code == 0
+
+
+def test_the_same_gpu_model_is_the_same_device(write, call):
+    gpus = [{"gpus": [f"NVIDIA H200, GPU-{k}, 550"]} for k in range(2)]
+    a, b = write("a", seed=0, fingerprint=gpus[0]), write("b", seed=1, fingerprint=gpus[1])
+    assert call("compare", a, b).exit_code == 0
+
+
+def test_wrong_usage_is_one_sentence(write, call, tmp_path):
+    a = write("a", seed=0)
+    other = write("b", seed=1, extra=())
+    (tmp_path / "b" / "records.jsonl").write_text(
+        (tmp_path / "b" / "records.jsonl").read_text().replace('"article-base"', '"another"')
+    )
+    for arguments, message in (
+        ((a, tmp_path / "nowhere"), "holds no records.jsonl"),
+        ((a, other), "no competitor was timed in both"),
+        ((a, a, "--json", "/nowhere/f.json"), "--json: /nowhere/f.json cannot be written"),
+    ):
+        done = call("compare", *arguments)
+        assert done.exit_code == 2
+        assert message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_cell_that_was_measured_twice_is_refused(write, call, tmp_path):
+    a, b = write("a", seed=0), write("b", seed=1)
+    (a / "records.jsonl").write_bytes((a / "records.jsonl").read_bytes() + (b / "records.jsonl").read_bytes())
+    (a / "environment.json").write_text(json.dumps({"a": FINGERPRINT, "b": FINGERPRINT}))
+    done = call("compare", a, b)
+    assert done.exit_code == 2
+    assert "was measured twice, in the environments a and b" in done.stderr

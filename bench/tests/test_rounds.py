@@ -1,0 +1,160 @@
+"""Rounds with invented durations: who leaves when, why they end, and what a hot device costs."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bench.measure.conditions import NoMonitor, NvmlMonitor, monitor_for, thermally_throttled
+from bench.measure.entry import Entry
+from bench.measure.rounds import Rounds
+from bench.plan.competitors import Competitor
+from bench.plan.hardware import data_sheet, peak_rates
+from bench.plan.presets import PRESETS
+from bench.study.elimination import far_behind
+
+PRESET = replace(PRESETS["seed"], rounds=40, least_rounds=5, cell_s=float("inf"))
+
+
+def entries(*names):
+    found = [Entry(Competitor("torch", name, "eager"), name, calls_per_block=10) for name in names]
+    found[0].baseline = True
+    found.append(Entry(found[0].competitor, names[0], control=True, baseline=True, calls_per_block=10))
+    return found
+
+
+def run(found, durations, *, noise=0.002, preset=PRESET, monitor=None, seed=0):
+    """Runs rounds in which a block takes its competitor's duration with lognormal noise."""
+    rng = np.random.default_rng(seed)
+    verified = []
+
+    def block(entry, verify):
+        if verify:
+            verified.append((entry.label, len(entry.blocks) + 1))
+        return {"block_latency_s": durations[entry.handle] * float(np.exp(noise * rng.standard_normal()))}
+
+    rounds = Rounds(found, preset, seed=seed, block=block, monitor=monitor or NoMonitor(), report=lambda text: None)
+    return rounds.run(), verified
+
+
+def test_who_is_far_behind_leaves_early_and_its_last_block_is_judged():
+    found = entries("matmul", "near", "far")
+    stopped, verified = run(found, {"matmul": 0.05, "near": 0.06, "far": 0.5})
+    matmul, near, far, control = found
+    assert stopped in ("resolved", "precise")
+    assert len(far.blocks) == 2 * 5
+    assert len(near.blocks) == len(matmul.blocks) == len(control.blocks) > len(far.blocks)
+    # The last block of everybody, in its own last round.
+    assert sorted(verified) == sorted((entry.label, len(entry.blocks)) for entry in found)
+
+
+def test_a_fast_baseline_is_never_alone_without_its_control():
+    found = entries("matmul", "far")
+    stopped, _ = run(found, {"matmul": 0.05, "far": 0.5})
+    assert len(found[0].blocks) == len(found[2].blocks)
+    assert stopped in ("resolved", "precise")
+
+
+def test_noise_without_end_stops_at_the_cap_and_time_at_its_own():
+    found = entries("matmul", "like")
+    assert run(found, {"matmul": 0.05, "like": 0.05}, noise=0.3)[0] == "rounds"
+    assert len(found[0].blocks) == 2 * PRESET.rounds
+    found = entries("matmul", "like")
+    assert run(found, {"matmul": 0.05, "like": 0.05}, noise=0.3, preset=replace(PRESET, cell_s=0.0))[0] == "time"
+    assert len(found[0].blocks) == 2 * PRESET.least_rounds
+
+
+def test_a_competitor_that_fails_in_a_round_does_not_stop_the_others():
+    found = entries("matmul", "fails")
+
+    def block(entry, verify):
+        if entry.handle == "fails" and len(entry.blocks) == 3:
+            entry.fail("crash", "planted")
+            return None
+        return {"block_latency_s": 0.05}
+
+    Rounds(found, PRESET, seed=0, block=block, monitor=NoMonitor(), report=lambda text: None).run()
+    assert [len(entry.blocks) > 8 for entry in found] == [True, False, True]
+
+
+def test_far_behind_needs_certainty_and_distance():
+    rng = np.random.default_rng(0)
+    base = np.log(0.01) + 0.01 * rng.standard_normal(6)
+    assert far_behind({"a": base, "b": base + np.log(2)}, "a") == ["b"]
+    assert far_behind({"a": base, "b": base + np.log(1.1)}, "a") == []
+    assert far_behind({"a": base, "b": base + np.log(2) + rng.standard_normal(6)}, "a") == []
+    # The baseline stays however slow it is, and so does whoever is near it.
+    assert far_behind({"a": base, "b": base - np.log(3)}, "a") == []
+    assert far_behind({"a": base, "c": base + np.log(1.05), "b": base - np.log(3)}, "a") == []
+    assert far_behind({"a": base[:3], "b": base[:3] + 5}, "a") == []
+
+
+class FakeNvml:
+    """The few functions of NVML that are read; hot for the first reads."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 0, 1, 0
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, hot=0):
+        self.hot, self.joules = hot, 0.0
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):
+        self.hot -= 1
+        return 0x40 if self.hot >= 0 else 0x4
+
+    def nvmlDeviceGetClockInfo(self, handle, which):
+        return 1980 if which == 0 else 3201
+
+    def nvmlDeviceGetPowerUsage(self, handle):
+        return 650_000
+
+    def nvmlDeviceGetTemperature(self, handle, which):
+        return 70
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle):
+        return [1, 2]
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        self.joules += 5.0
+        return 1000 * self.joules
+
+
+def test_a_hot_device_has_its_block_measured_again_and_a_capped_one_is_labelled():
+    found = entries("matmul", "like")
+    monitor = NvmlMonitor(FakeNvml(hot=2), None)
+    run(found, {"matmul": 0.05, "like": 0.05}, monitor=monitor, preset=replace(PRESET, rounds=2))
+    assert sum(len(entry.rejected) for entry in found) == 2
+    assert all(len(entry.blocks) == len(entry.conditions) == 4 for entry in found)
+    seen = found[0].conditions[-1]
+    assert seen["power_capped"] == ["software power cap"]
+    assert (seen["sm_clock_mhz"], seen["power_w"], seen["temperature_c"], seen["processes"]) == (1980, 650.0, 70, 2)
+    # Five joules a reading, ten calls a block.
+    assert found[0].energy_j == pytest.approx([0.5] * 4)
+
+
+def test_a_device_that_is_always_hot_still_ends():
+    found = entries("matmul", "like")
+    run(
+        found,
+        {"matmul": 0.05, "like": 0.05},
+        monitor=NvmlMonitor(FakeNvml(hot=10**6), None),
+        preset=replace(PRESET, rounds=2),
+    )
+    assert all(thermally_throttled(entry.conditions[-1]) for entry in found)
+    assert all(len(entry.blocks) == 4 for entry in found)
+
+
+def test_a_cpu_reports_nothing():
+    monitor = monitor_for("cpu", None)
+    assert (monitor.read(), monitor.energy_j()) == ({}, None)
+
+
+def test_data_sheets_are_found_by_the_longest_name():
+    assert peak_rates("NVIDIA H200", "bf16") == pytest.approx({"flops_per_s": 989.4e12, "bytes_per_s": 4.8e12})
+    sheet = data_sheet("NVIDIA A100-SXM4-80GB")
+    assert sheet is not None
+    assert sheet.bytes_per_s == pytest.approx(2.039e12)
+    assert data_sheet("cpu") is None
+    assert peak_rates("", "fp64") == {}

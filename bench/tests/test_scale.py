@@ -1,0 +1,89 @@
+"""A large sweep in little memory. Time is not asserted: it depends on the machine."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from bench.measure.worker_process import CHECKOUT
+from bench.report.tables import show_rankings
+from bench.study.ranking import rankings
+from bench.tests.conftest import example_record
+from bench.tests.synthetic import cell_records, write_sweep
+
+CELLS, COMPETITORS, SAMPLES = 20, 8, 8000
+CAP_BYTES = 32 * 2**20
+
+# The cap counts from what the process holds once everything is imported.
+_CHILD = """
+import resource, sys
+from pathlib import Path
+import numpy, rich.console
+import bench.commands.report, bench.commands.validate
+from bench.commands.report import Outputs, report_command
+from bench.archive import read_records
+from bench.store import Store
+# The linear algebra library takes its buffers at its first use, whatever the size.
+numpy.linalg.eigvalsh(numpy.eye(64))
+directory = Path(sys.argv[1])
+pages = int(open("/proc/self/statm").read().split()[0])
+cap = pages * resource.getpagesize() + int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_AS, (cap, cap))
+if sys.argv[3] == "whole":
+    read_records(directory)
+store = Store(directory, resume=True)
+assert store.holds("0000000000000000", 0)
+outputs = Outputs(
+    markdown=directory / "r.md",
+    json_file=directory / "r.json",
+    csv_file=directory / "r.csv",
+    pytest_benchmark=directory / "p.json",
+)
+status = report_command([directory], outputs)
+assert status == 0, status
+"""
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sweep") / "run"
+    # Many samples in each record, so that the file is large and the number of cells small.
+    write_sweep(directory, example_record, CELLS, competitors=COMPETITORS, warm_up=SAMPLES)
+    return directory
+
+
+def limited(sweep, how):
+    return subprocess.run(
+        [sys.executable, "-c", _CHILD, str(sweep), str(CAP_BYTES), how],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        # One thread, since each takes address space of its own.
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT), "OPENBLAS_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space of a process")
+def test_a_sweep_resumes_and_reports_in_less_memory_than_its_samples_take(sweep):
+    done = limited(sweep, "cell by cell")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((sweep / "r.json").read_text())
+    assert len(found["cells"]) == CELLS
+    assert {cell["winner"] for cell in found["cells"]} == {"torch form-0 (eager)"}
+    assert len(json.loads((sweep / "p.json").read_text())["benchmarks"]) == CELLS * COMPETITORS
+    # The cap is one that matters: all records at once do not fit.
+    assert "MemoryError" in limited(sweep, "whole").stderr
+
+
+def test_a_sweep_of_thousands_of_cells_prints_one_line_for_each(make_record, capsys):
+    one = rankings(cell_records(make_record, 0, (64, 8, 2, 2), competitors=5))
+    show_rankings(Console(), one * 1000)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1001
+    assert lines[0].endswith("Fastest: torch form-0 (eager), against every other competitor (Holm-corrected).")
+    assert lines[-1].startswith("1000 cells, one line each; --markdown, --json and --csv")

@@ -1,0 +1,123 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.tests.synthetic import FINGERPRINT, cell_records
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+@pytest.fixture
+def lines(make_record):
+    records = cell_records(make_record, 0, (128, 32, 32, 32), competitors=3)
+    return [json.loads(record.to_line()) for record in records]
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    def write(lines):
+        directory = tmp_path / "run"
+        directory.mkdir(exist_ok=True)
+        (directory / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (directory / "environment.json").write_text(json.dumps({"e0": FINGERPRINT}))
+        return directory
+
+    return write
+
+
+@pytest.mark.parametrize("directory", sorted(RESULTS.glob("*/records.jsonl")), ids=lambda path: path.parent.name)
+def test_the_published_records_are_valid(directory, call):
+    done = call("validate", directory.parent)
+    assert done.exit_code == 0, done.output
+
+
+def test_there_are_published_records():
+    assert list(RESULTS.glob("*/records.jsonl"))
+
+
+def test_what_a_run_leaves_is_valid(lines, run_of, call, tmp_path):
+    done = call("validate", run_of(lines), "--json", tmp_path / "v.json")
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "v.json").read_text()) == {"records": 4, "cells": 1, "violations": []}
+
+
+PEAKS = {"peak_flops_per_s": 1e9, "peak_bytes_per_s": 1e9}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latency_s": 1.0}, "latency_s: expected the median block over calls_per_block"),
+        ({"bound_fraction": 1.2}, "bound_fraction: expected at most 1 of a right answer, got 1.2"),
+        ({"bound_fraction": None}, "bound_fraction: expected at most 1"),
+        ({"parity": {}}, "parity: expected the tensors that were checked, got none"),
+        ({"parity": {"y": {"status": "mismatch"}}}, "parity: y is mismatch although the status is ok"),
+        ({"observed_precision": "tf32"}, "observed_precision: tf32 is coarser than ieee_fp32"),
+        ({"observed_precision": "fp8"}, "observed_precision: expected one of fp64"),
+        ({"observed_precision": None}, "observed_precision: expected one of fp64"),
+        ({"dtype": "bfloat16"}, "dtype: bfloat16 does not store the precision ieee_fp32"),
+        ({"precision": "fp8"}, "precision: expected one of"),
+        ({"framework": "keras"}, "framework: expected one of torch, jax"),
+        ({"inputs_digest": None}, "inputs_digest: expected the hash"),
+        ({"inputs_digest": "other"}, "the competitors had different inputs"),
+        ({"useful_flops": 10**9, **PEAKS}, "useful_flops / latency_s = "),
+        ({"compulsory_bytes": 10**9, "cache": "cold", **PEAKS}, "compulsory_bytes / latency_s = "),
+        ({"key": "0000000000000002"}, "is that of line"),
+        ({"batch": 64}, "batch: expected the same in every record"),
+        ({"baseline": True}, "expected one baseline, got 2"),
+        ({"control": True}, "expected one A/A control, got 2"),
+        ({"environment_id": "lost"}, "records name the environment lost"),
+        ({"status": "fine"}, "line 2: status: expected one of ok"),
+        ({"schema_version": 2}, "line 2: schema_version: expected 1, got 2"),
+        ({"calls_per_block": "x"}, "line 2: calls_per_block: expected int"),
+    ],
+)
+def test_every_violation_is_named_with_its_place(lines, run_of, call, changes, message):
+    lines[1] |= changes
+    done = call("validate", run_of(lines))
+    assert done.exit_code == 1, done.output
+    assert message in done.output
+    assert "records.jsonl" in done.output or "environment.json" in done.output
+
+
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [
+        (0, "expected one baseline, got 0"),
+        (3, "expected one A/A control, got 0"),
+        (1, "expected 4 records, got 3"),
+    ],
+)
+def test_a_missing_line_is_noticed(lines, run_of, call, drop, message):
+    del lines[drop]
+    done = call("validate", run_of(lines))
+    assert done.exit_code == 1
+    assert message in done.output
+
+
+def test_what_may_be_is_let_through(lines, run_of, call):
+    # Out of the box JAX computes in TF32; a warm cache gives bytes faster than the memory; stricter than asked is fine.
+    lines[1] |= {"division": "stock", "observed_precision": "tf32"}
+    lines[2] |= {"compulsory_bytes": 10**9, "cache": "warm", "peak_bytes_per_s": 1e9, "observed_precision": "fp64"}
+    done = call("validate", run_of(lines))
+    assert done.exit_code == 0, done.output
+
+
+def test_a_torn_line_and_an_empty_file_are_violations(lines, run_of, call, tmp_path):
+    directory = run_of(lines)
+    with (directory / "records.jsonl").open("a") as file:
+        file.write('{"schema')
+    done = call("validate", directory, "--csv", tmp_path / "v.csv")
+    assert done.exit_code == 1
+    assert "line 5: the line has no end" in done.output
+    with (tmp_path / "v.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 1
+    assert "holds no record" in call("validate", run_of([])).output
+
+
+def test_a_directory_without_records_is_wrong_usage(call, tmp_path):
+    done = call("validate", tmp_path)
+    assert done.exit_code == 2
+    assert "holds no records.jsonl" in done.stderr
