@@ -51,7 +51,7 @@ class FakeWorker:
             "ok": True,
             "catalogue": catalogue,
             "devices": ["cpu"],
-            "environment": {self.framework: "0"},
+            "environment": {self.framework: "0", "device_name": os.environ.get("FAKE_DEVICE", "")},
             "python": "3",
             "default_switches": {},
             "variables": {},
