@@ -9,7 +9,8 @@ pytest.importorskip("flax", reason="flax is not installed here")
 from parity_tests.pair.check import judge_pair
 from parity_tests.pair.defects import score
 from parity_tests.pair.examples import EXAMPLES
-from parity_tests.pair.subjects.jax_defects import DEFECTS, healthy
+from parity_tests.pair.subjects.jax_defects import DEFECTS
+from parity_tests.pair.subjects.jax_planting import healthy
 
 REQUIRED = (
     "transposed kernel",
