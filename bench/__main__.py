@@ -38,6 +38,10 @@ def run(
     seed: Annotated[int, typer.Option(min=0, help="Of the inputs and of the order.")] = 0,
     torch_python: TorchPython = None,
     jax_python: JaxPython = None,
+    engine: Annotated[str, typer.Option(help="local, or dask: workers that own a device each.")] = "local",
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Of the dask scheduler, with --engine dask.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the records in DIR; repeats nothing.")] = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -67,6 +71,8 @@ def run(
         jax_python=jax_python,
         resume=resume,
         json_file=json_file,
+        engine=engine,
+        scheduler=scheduler,
     )
     raise typer.Exit(run_command(options))
 

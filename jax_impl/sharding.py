@@ -6,6 +6,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_impl.layer import PartitionedLinear
+from jax_impl.registry import IMPLEMENTATIONS, UnsupportedImplementationError
 from jax_impl.validation import check_instance
 
 
@@ -51,8 +52,15 @@ def shard_partitions(layer: PartitionedLinear, mesh: Mesh, axis_name: str = "par
     Raises:
         TypeError: If `layer` is no nnx `PartitionedLinear`, or `mesh` no `jax.sharding.Mesh`.
         ValueError: If the mesh has no such axis, or its size does not divide n; the layer is unchanged.
+        UnsupportedImplementationError: If the layer names an implementation that is wrong on divided operands.
     """
     check_instance("layer", layer, PartitionedLinear, "place linen's parameters with partition_sharding and device_put")
+    shardable = ["auto", *(entry.name for entry in IMPLEMENTATIONS.values() if entry.shards_partitions)]
+    if layer.implementation not in shardable:
+        raise UnsupportedImplementationError(
+            f"`layer`: expected an implementation that can be divided over devices, one of {', '.join(shardable)}, got "
+            f"{layer.implementation!r}; build the layer with one of these."
+        )
     sharding = partition_sharding(mesh, axis_name)
     size = mesh.shape[axis_name]
     if layer.num_partitions % size:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from parity_tests.commands.usage import choices_help, refuse
+from parity_tests.commands.usage import choices_help, modes_help, refuse
 from parity_tests.harness.cases import CASE_SETS
 from parity_tests.harness.dtypes import STORAGE_DTYPES
 from parity_tests.harness.subjects.base import FRAMEWORKS
@@ -17,6 +17,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 def run(
     framework: Annotated[list[str] | None, typer.Option(help=choices_help(FRAMEWORKS))] = None,
     implementation: Annotated[list[str] | None, typer.Option(help="Repeat for several; default: all.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help=modes_help())] = None,
     dtype: Annotated[list[str] | None, typer.Option(help=choices_help(STORAGE_DTYPES))] = None,
     cases: Annotated[str, typer.Option(help=f"Which set of shapes: {', '.join(CASE_SETS)}.")] = "default",
     case: Annotated[list[str] | None, typer.Option(help="Single shapes by name, instead of a set.")] = None,
@@ -40,6 +41,7 @@ def run(
     options = Options(
         frameworks=tuple(framework or ()),
         implementations=tuple(implementation or ()),
+        modes=tuple(mode or ()),
         dtypes=tuple(dtype or ()),
         case_set=cases,
         cases=tuple(case or ()),

@@ -34,6 +34,24 @@ def pytest_configure(config):
     install_import_hook(packages, "beartype.beartype").__enter__()
 
 
+@pytest.fixture
+def quick_compilation():
+    """JAX leaves LLVM's optimisations out, which are most of a small program's compilation.
+
+    XLA's own passes, where wrong arithmetic has come from, are the same. The smoke cases, the findings and every
+    command are compiled in full.
+    """
+    if "jax" not in sys.modules:
+        yield
+        return
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--no-shape-checks"):
         return

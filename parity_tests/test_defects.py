@@ -47,7 +47,7 @@ def test_a_run_reports_the_defect_and_where_it_is():
     subject = next(iter(HEALTHY.values()))
 
     class Broken:
-        framework, implementation, isolates_partitions = subject.framework, "broken", True
+        framework, implementation, isolates_partitions, mode = subject.framework, "broken", True, subject.mode
 
         def unsupported_reason(self, case, dtype):
             return None

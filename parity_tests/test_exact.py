@@ -11,6 +11,8 @@ from parity_tests.harness.oracle import reference
 from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, load_subjects
 from parity_tests.harness.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SUBJECTS = {
     f"{subject.framework}-{subject.implementation}": subject
     for framework in FRAMEWORKS

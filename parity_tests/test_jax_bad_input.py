@@ -17,6 +17,8 @@ from flax import nnx
 import jax_impl
 from jax_impl import PartitionedLinear, linen, partitioned_linear
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 N, IN, OUT = 3, 4, 5
 X, KERNEL, BIAS = np.ones((2, N, IN), np.float32), np.ones((N, IN, OUT), np.float32), np.ones((N, OUT), np.float32)
 NAMES = "'loop', 'masked', 'einsum', 'vmap', 'matmul', 'grouped_conv', 'grouped_matmul'"

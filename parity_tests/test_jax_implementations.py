@@ -15,6 +15,8 @@ from jax_impl import UnsupportedImplementationError, functional, partitioned_lin
 from jax_impl.registry import IMPLEMENTATIONS, get_implementation, unsupported_reason
 from jax_impl.selection import select_implementation
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NAMES = tuple(IMPLEMENTATIONS)
 N, IN, OUT = 3, 4, 5
 ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}

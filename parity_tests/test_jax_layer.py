@@ -15,6 +15,8 @@ from flax import nnx
 
 from jax_impl import PartitionedLinear, partitioned_linear
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 N, IN, OUT = 3, 4, 5
 LOW = (jnp.float32, jnp.bfloat16, jnp.float16)
 

@@ -16,6 +16,8 @@ from flax import nnx
 import jax_impl
 from jax_impl.linen import PartitionedLinear
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 N, IN, OUT = 3, 4, 5
 LOW = (jnp.float32, jnp.bfloat16, jnp.float16)
 KEY = jax.random.key(0)

@@ -24,6 +24,8 @@ import jax_impl
 from jax_impl import PartitionedLinear, linen
 from parity_tests.harness.dtypes import STORAGE_DTYPES, numpy_dtype
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 N, IN, OUT = 3, 4, 5
 METADATA = {"format": "partitioned_linear", "format_version": "1"}
 

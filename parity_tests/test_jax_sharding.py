@@ -16,7 +16,10 @@ import jax
 from flax import nnx
 
 from jax_impl import PartitionedLinear
+from jax_impl.registry import IMPLEMENTATIONS, UnsupportedImplementationError
 from jax_impl.sharding import partition_sharding, shard_partitions
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")
 PROGRAM = """
@@ -118,3 +121,13 @@ def test_bad_meshes_are_refused(mesh):
     abstract = jax.sharding.AbstractMesh((2,), ("partitions",))
     with pytest.raises(TypeError, match="`mesh`: expected a Mesh, got a AbstractMesh;"):
         shard_partitions(layer, abstract)
+
+
+def test_an_implementation_that_is_wrong_when_divided_is_refused(mesh):
+    for name, entry in IMPLEMENTATIONS.items():
+        layer = PartitionedLinear(3, 4, 5, implementation=name, rngs=nnx.Rngs(0))
+        if entry.shards_partitions:
+            assert shard_partitions(layer, mesh) is layer
+        else:
+            with pytest.raises(UnsupportedImplementationError, match=f"`layer`: expected .*, got '{name}'; build"):
+                shard_partitions(layer, mesh)

@@ -18,8 +18,14 @@ from parity_tests.harness.oracle import reference
 from parity_tests.harness.run import judge
 from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, load_subjects
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Deterministic by default, so that a failure seen once is seen again; compilation makes single examples slow.
-_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "database": None}
+_COMMON = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    "database": None,
+}
 settings.register_profile("quick", max_examples=4, derandomize=True, **_COMMON)
 settings.register_profile("thorough", max_examples=200, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))

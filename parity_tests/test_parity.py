@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from parity_tests.harness.cases import DEFAULT, SMOKE
-from parity_tests.harness.comparison import compare_pair
+from parity_tests.harness.comparison import compare_pair, pair_limits
 from parity_tests.harness.dtypes import STORAGE_DTYPES
 from parity_tests.harness.inputs import draw_inputs
 from parity_tests.harness.oracle import TENSORS, reference
@@ -20,6 +20,10 @@ SUBJECTS = {
     for subject in load_subjects(framework)
 }
 CASES = {case.name: case for case in DEFAULT}
+EACH_CASE = [
+    name if case in SMOKE else pytest.param(name, marks=pytest.mark.usefixtures("quick_compilation"))
+    for name, case in CASES.items()
+]
 
 
 @functools.cache
@@ -44,7 +48,7 @@ def test_at_least_one_framework_is_installed():
 
 
 @pytest.mark.parametrize("tensor", TENSORS)
-@pytest.mark.parametrize("case_name", CASES)
+@pytest.mark.parametrize("case_name", EACH_CASE)
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
 @pytest.mark.parametrize("subject_id", SUBJECTS)
 def test_subject_agrees_with_the_oracle(subject_id, dtype, case_name, tensor):
@@ -58,11 +62,12 @@ def test_subject_agrees_with_the_oracle(subject_id, dtype, case_name, tensor):
 
 
 @pytest.mark.skipif(len(INSTALLED) < 2, reason=f"pairs need both frameworks, installed: {', '.join(INSTALLED)}")
-@pytest.mark.parametrize("case_name", CASES)
+@pytest.mark.parametrize("case_name", EACH_CASE)
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
 def test_every_torch_jax_pair_agrees(dtype, case_name):
     arithmetic = declared_arithmetic(PRECISION_OF_DTYPE[dtype])
     _, truth = problem(case_name, dtype)
+    limits = pair_limits(truth, (arithmetic, arithmetic))
     sides = {
         framework: {
             name: judged.outputs
@@ -76,7 +81,7 @@ def test_every_torch_jax_pair_agrees(dtype, case_name):
         f"{first_name} against {second_name}: {result.reason}"
         for first_name, first in sides["torch"].items()
         for second_name, second in sides["jax"].items()
-        for result in compare_pair(first, second, truth, (arithmetic, arithmetic))
+        for result in compare_pair(first, second, truth, limits)
         if result.status != "ok"
     ]
     assert failures == []

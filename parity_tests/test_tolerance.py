@@ -1,14 +1,17 @@
 """The bound itself: never violated by correct NumPy arithmetic, and tight enough to see one rounding too many."""
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from parity_tests.harness.cases import DEFAULT, Case
-from parity_tests.harness.comparison import compare, compare_pair
+from parity_tests.harness.comparison import compare, compare_pair, pair_limits
 from parity_tests.harness.dtypes import FORMATS, STORAGE_DTYPES, numpy_dtype
 from parity_tests.harness.inputs import draw_inputs, draw_lattice
 from parity_tests.harness.oracle import reference
+from parity_tests.harness.subjects.modes import arithmetic_of, as_cast
 from parity_tests.harness.tolerance import (
     PRECISION_OF_DTYPE,
     TIERS,
@@ -153,7 +156,7 @@ def test_comparing_nothing_or_the_unknown_is_an_error():
         compare({"dbias": np.zeros((2, 8))}, truth, declared_arithmetic("ieee_fp32"))
     arithmetic = declared_arithmetic("ieee_fp32")
     with pytest.raises(ValueError, match="expected the same tensors"):
-        compare_pair({"y": np.zeros(1)}, {"dx": np.zeros(1)}, truth, (arithmetic, arithmetic))
+        compare_pair({"y": np.zeros(1)}, {"dx": np.zeros(1)}, truth, pair_limits(truth, (arithmetic, arithmetic)))
 
 
 def test_pair_bound_is_the_sum_of_both():
@@ -162,11 +165,45 @@ def test_pair_bound_is_the_sum_of_both():
     arithmetic = declared_arithmetic("ieee_fp32")
     limit = bound(truth["y"], arithmetic)
     low, high = truth["y"].value - 0.9 * limit, truth["y"].value + 0.9 * limit
-    (inside,) = compare_pair({"y": low}, {"y": high}, truth, (arithmetic, arithmetic))
+    limits = pair_limits(truth, (arithmetic, arithmetic))
+    (inside,) = compare_pair({"y": low}, {"y": high}, truth, limits)
     assert inside.status == "ok"
     assert inside.bound_fraction == pytest.approx(0.9)
-    (outside,) = compare_pair({"y": low}, {"y": high + 0.3 * limit}, truth, (arithmetic, arithmetic))
+    (outside,) = compare_pair({"y": low}, {"y": high + 0.3 * limit}, truth, limits)
     assert outside.status == "mismatch"
+
+
+def test_pair_bound_of_two_arithmetics_is_the_sum_of_theirs():
+    truth = reference(draw_inputs(Case("pair", (4,), 2, 8, 8), "float32"))
+    plain, cast = arithmetic_of("eager", "float32"), arithmetic_of("autocast", "float32")
+    expected = bound(truth["y"], plain) + bound(truth["y"], cast)
+    assert np.array_equal(pair_limits(truth, (plain, cast))["y"], expected)
+    assert np.array_equal(pair_limits(truth, (plain, plain))["y"], 2 * bound(truth["y"], plain))
+
+
+def cast_outputs(inputs, accumulator):
+    """What autocast computes: everything rounded to bf16 first, gradients handed out in fp32."""
+    half = ml_dtypes.bfloat16
+    arrays = {name: getattr(inputs, name).astype(half) for name in ("x", "weight", "bias", "cotangent")}
+    outputs = sequential(dataclasses.replace(inputs, dtype="bfloat16", **arrays), accumulator)
+    return {name: value if name == "y" else value.astype(np.float32) for name, value in outputs.items()}
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_casting_mode_is_judged_by_what_it_computes_in(seed):
+    inputs = draw_inputs(Case("cast", (512,), 2, 16, 8), "float32", seed)
+    truth, arithmetic = reference(inputs), arithmetic_of("autocast", "float32")
+    right = compare(cast_outputs(inputs, np.float32), truth, arithmetic)
+    assert [result.reason for result in right if result.status != "ok"] == []
+    assert max(result.bound_fraction for result in right) > 0.2, "a bound that is never approached sees nothing"
+    exact, strict = as_cast("autocast", inputs), arithmetic_of("autocast", "float32", representable=True)
+    truth = reference(exact)
+    right = compare(cast_outputs(exact, np.float32), truth, strict)
+    assert [result.reason for result in right if result.status != "ok"] == []
+    wrong = compare(cast_outputs(exact, ml_dtypes.bfloat16), truth, strict)
+    assert {result.tensor for result in wrong if result.status != "ok"} == {"y", "dx", "dweight", "dbias"}
+    unrounded = compare(sequential(inputs, np.float32), truth, arithmetic)
+    assert [result.reason for result in unrounded if result.tensor == "y"] == ["y has dtype float32, expected bfloat16"]
 
 
 def test_inputs_are_the_same_numbers_in_every_dtype_and_run():

@@ -23,6 +23,8 @@ from parity_tests.harness.training import training_parity
 from parity_tests.harness.training_criteria import free_running
 from parity_tests.harness.training_defects import TRAINING_DEFECTS, plant, spec_of
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS = 500
 CASE = Case("ladder", (64,), 3, 16, 16)
 

@@ -1,9 +1,10 @@
 """``bench run``."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from bench.commands.usage import (
     check_writable,
     complain,
 )
+from bench.engines import ENGINES, EngineError
 from bench.measure.protocol import RequestError
 from bench.measure.sweep import Progress, Request, SelectionError, SweepNotes, run_sweep
 from bench.plan.cells import CACHES, DEVICES, DIRECTIONS, DIVISIONS, PRECISIONS
@@ -58,6 +60,25 @@ class Options:
     jax_python: str | None
     resume: bool
     json_file: Path | None
+    engine: str = "local"
+    scheduler: str | None = None
+
+
+Engine = Callable[[Request, Store, SweepNotes, Callable[[Progress], None]], None]
+
+
+def _engine(options: Options) -> Engine:
+    """The function that measures: here, or on the workers of a scheduler."""
+    check_choices("--engine", [options.engine], ENGINES)
+    if (options.engine == "dask") != (options.scheduler is not None):
+        raise UsageError("--scheduler: expected with --engine dask, and only there; give both or neither.")
+    if options.scheduler is None:
+        return run_sweep
+    try:
+        from bench.engines.dask import run_on_cluster
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--engine: dask needs the package {error.name}; install the extra `dask`.") from error
+    return partial(run_on_cluster, address=options.scheduler)
 
 
 def _request(options: Options) -> Request:
@@ -114,7 +135,7 @@ def _progress_bar() -> Iterator[ProgressBar]:
         yield bar
 
 
-def _measure(request: Request, store: Store, notes: SweepNotes) -> bool:
+def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes) -> bool:
     """Runs the sweep; returns whether it was interrupted."""
     with _progress_bar() as bar:
         task = bar.add_task("starting", total=None)
@@ -123,7 +144,7 @@ def _measure(request: Request, store: Store, notes: SweepNotes) -> bool:
             bar.update(task, description=state.text[:100], completed=state.done, total=state.total)
 
         try:
-            run_sweep(request, store, notes, show)
+            engine(request, store, notes, show)
         except KeyboardInterrupt:
             return True
     return False
@@ -133,16 +154,19 @@ def run_command(options: Options) -> int:
     """Runs ``bench run`` and returns its exit status."""
     notes = SweepNotes()
     try:
-        request = _request(options)
+        request, engine = _request(options), _engine(options)
         store = Store(options.out, resume=options.resume)
         check_environments(store.environment_ids, read_environments(options.out), str(options.out))
         if store.set_aside_bytes:
             notes.add(f"{store.set_aside_bytes} bytes of an unfinished cell were set aside; it is measured again.")
-        interrupted = _measure(request, store, notes)
+        interrupted = _measure(engine, request, store, notes)
     except (UsageError, SelectionError, StoreError) as error:
         return complain(error)
     except RequestError as error:
         print(f"bench: a worker cannot start: {error}", file=sys.stderr)
+        return FAILED
+    except EngineError as error:
+        print(f"bench: {error}", file=sys.stderr)
         return FAILED
     outcomes: Mapping[str, int] = {}
     if store.environment_ids:

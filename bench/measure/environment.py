@@ -15,6 +15,10 @@ from bench.records import HARNESS_VERSION, digest
 _MEASURED = ("torch_impl", "jax_impl", "parity_tests/harness", "bench/measure", "bench/plan")
 _GPU_FIELDS = "name,uuid,driver_version,power.limit,clocks.max.sm,clocks.max.mem,mig.mode.current,ecc.mode.current"
 
+# Tells machines of one kind apart; set by the engine that uses several. A name of its own that a machine changes with
+# every start, as containers do, would make a resumed run measure everything again.
+MACHINE_VARIABLE = "PARTITIONED_LINEAR_BENCH_MACHINE"
+
 
 def _output(*command: str) -> str | None:
     """What a command prints, or None where it is not installed or refuses."""
@@ -65,6 +69,7 @@ def fingerprint(
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu_model": cpu_model(),
         "cpu_count": os.cpu_count(),
+        "machine": os.environ.get(MACHINE_VARIABLE),
         "cpu_governor": governor(),
         "affinity": list(cpus),
         "gpus": None if gpu is None else gpu.splitlines(),

@@ -14,6 +14,18 @@ from bench.measure.worker import CPUS_VARIABLE
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 _READ_BYTES = 65536
+# How a process that could not have more memory says so in its last line, whatever it is written in.
+_OUT_OF_MEMORY = ("MemoryError", "bad_alloc", "annot allocate memory", "ut of memory", "RESOURCE_EXHAUSTED")
+_KERNEL_COUNTERS = Path("/proc/vmstat")
+
+
+def _memory_kills() -> int:
+    """How many processes the kernel has ended for want of memory since it started; 0 where it does not say."""
+    try:
+        lines = _KERNEL_COUNTERS.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
 def worker_environment(framework: str, *, device: str, division: str, cpus: Sequence[int]) -> dict[str, str]:
@@ -70,6 +82,7 @@ class WorkerProcess:
             self._stderr.close()
             raise RequestError("crash", f"{command[0]} cannot be started ({error.strerror})") from error
         self._buffer = b""
+        self._memory_kills = _memory_kills()
 
     @property
     def alive(self) -> bool:
@@ -103,7 +116,7 @@ class WorkerProcess:
             stream.write(encode(message))
             stream.flush()
         except BrokenPipeError as error:
-            raise RequestError("crash", self._last_words()) from error
+            raise self._ended() from error
 
     def receive(self, timeout_s: float) -> Message:
         """Waits for the reply to the oldest request that has none; see ``request``."""
@@ -118,7 +131,7 @@ class WorkerProcess:
                 raise RequestError("timeout", f"no answer within {timeout_s:g} s")
             data = os.read(stream.fileno(), _READ_BYTES)
             if not data:
-                raise RequestError("crash", self._last_words())
+                raise self._ended()
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
         try:
@@ -128,14 +141,22 @@ class WorkerProcess:
             self.kill()
             raise
 
-    def _last_words(self) -> str:
-        """Why the process ended, with the last line that it wrote to stderr."""
+    def _ended(self) -> RequestError:
+        """Why the process ended, with the last line that it wrote to stderr: ``oom`` if memory ran out, else ``crash``.
+
+        The kernel sends the signal of ``kill -9`` to who takes the last memory, and counts that.
+        """
         self.kill()
         code = self._process.wait()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        return one_line(f"the worker process ended with {how}" + (f": {lines[-1]}" if lines else ""))
+        last = lines[-1] if lines else ""
+        killed_for_memory = code == -signal.SIGKILL and _memory_kills() > self._memory_kills
+        if killed_for_memory:
+            how += ", sent by the kernel because memory ran out"
+        status = "oom" if killed_for_memory or any(words in last for words in _OUT_OF_MEMORY) else "crash"
+        return RequestError(status, one_line(f"the worker process ended with {how}" + (f": {last}" if last else "")))
 
     def kill(self) -> None:
         """Ends the process, unless it is ending by itself: then its own exit status says more than our signal."""

@@ -22,6 +22,7 @@ BAD = (
     "wrong",
     "wrong-later",
     "out-of-memory",
+    "allocate-without-end",
     "refused",
     "hopeless",
     "lazy",
@@ -50,7 +51,7 @@ class FakeWorker:
             "ok": True,
             "catalogue": catalogue,
             "devices": ["cpu"],
-            "environment": {self.framework: "0"},
+            "environment": {self.framework: "0", "device_name": os.environ.get("FAKE_DEVICE", "")},
             "python": "3",
             "default_switches": {},
             "variables": {},
@@ -58,6 +59,9 @@ class FakeWorker:
 
     def open_cell(self, request):
         self.names, self.blocks = {}, {}
+        if log := os.environ.get("FAKE_LOG"):
+            with open(log, "a") as file:
+                file.write(f"{request['cell']['workload']['name']} {request['cell']['direction']}\n")
         digest = os.environ.get(f"FAKE_DIGEST_{self.framework}", "same")
         return {"ok": True, "inputs_digest": digest, "switches": {"pid": os.getpid()}, "free_bytes": 2**40}
 
@@ -67,6 +71,10 @@ class FakeWorker:
             os.kill(os.getpid(), signal.SIGKILL)
         if name == "hang-in-prepare":
             time.sleep(3600)
+        if name == "allocate-without-end":
+            held = []
+            while True:
+                held.append(bytearray(2**24))
         if name == "out-of-memory":
             return failure("oom", "no memory left")
         if name == "refused":

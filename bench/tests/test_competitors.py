@@ -11,6 +11,7 @@ import torch
 from bench.measure.functions import jax as jax_functions
 from bench.measure.functions import packages
 from bench.measure.functions import torch as torch_functions
+from bench.measure.programs.torch import counted_flops
 from bench.measure.verification import Oracle, Verifier
 from bench.measure.worker_process import CHECKOUT
 from parity_tests.harness.cases import Case
@@ -64,6 +65,9 @@ def test_a_torch_competitor_is_right_in_values_and_gradients(name):
     function = torch_functions.resolve(name)
     for _ in range(2):  # the second call meets what the first one has kept
         check(torch_results(function))
+    # Three products and no more, under torch's own counter, as a worker counts them.
+    products = 3 * 2 * CASE.rows * CASE.num_partitions * CASE.in_features * CASE.out_features
+    assert counted_flops(lambda: torch_results(function)) == products
 
 
 @pytest.mark.parametrize("name", [name for name in jax_functions.STOCK if "keras" not in name])

@@ -21,7 +21,8 @@ def partitioned_linear_grouped_conv(
     """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] as a convolution with n feature groups.
 
     Every feature is a channel, every partition a group, and signal and kernel have length one. The kernel layout
-    of a convolution, (n*o, i, 1), costs one transpose of the weight.
+    of a convolution, (n*o, i, 1), costs one transpose of the weight. Not for operands that are divided over devices:
+    XLA then returns wrong values (jax 0.10.2 and 0.11.2).
 
     Args:
         x: Inputs, shape (*b, n, i).

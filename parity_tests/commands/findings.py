@@ -26,8 +26,8 @@ def findings(json_file: Path | None) -> int:
     rows = []
     for finding in all_findings():
         measured = finding.measure()
-        here = "present" if finding.present(measured) else "mended"
         version = metadata.version(finding.library)
+        here = finding.state(measured, version)
         seen = ", ".join(finding.seen_in)
         table.add_row(finding.name, finding.library, version, seen, here, f"{measured:.3g}", finding.sentence)
         rows.append(
@@ -37,6 +37,7 @@ def findings(json_file: Path | None) -> int:
                 "version": version,
                 "seen_in": list(finding.seen_in),
                 "present": finding.present(measured),
+                "state": here,
                 "measured": measured,
                 "figure": finding.figure,
                 "sentence": finding.sentence,

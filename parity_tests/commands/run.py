@@ -1,5 +1,6 @@
 """``python -m parity_tests run``: cells, and the ladder up to K optimiser steps."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,20 @@ from parity_tests.commands.usage import (
     choose,
     chosen_cases,
     chosen_frameworks,
+    chosen_modes,
     chosen_subjects,
     console,
     progress_bar,
 )
+from parity_tests.harness.cases import Case
 from parity_tests.harness.dtypes import STORAGE_DTYPES
 from parity_tests.harness.html import Curves, html_document
 from parity_tests.harness.junit import junit_document
 from parity_tests.harness.records import ParityRow, environment, summarize, write_json
 from parity_tests.harness.report import print_report
-from parity_tests.harness.run import run_cells
+from parity_tests.harness.run import count_cells, run_cells
+from parity_tests.harness.subjects.base import Subject
+from parity_tests.harness.subjects.modes import covered
 from parity_tests.harness.training_run import TRAINED, curves_of, training_rows
 
 
@@ -32,6 +37,7 @@ class Options:
 
     frameworks: tuple[str, ...]
     implementations: tuple[str, ...]
+    modes: tuple[str, ...]
     dtypes: tuple[str, ...]
     case_set: str
     cases: tuple[str, ...]
@@ -42,13 +48,13 @@ class Options:
     html_file: Path | None
 
 
-def _write(options: Options, rows: Sequence[ParityRow], curves: Sequence[Curves]) -> None:
+def _write(options: Options, rows: Sequence[ParityRow], curves: Sequence[Curves], cells_left: int) -> None:
     if options.json_file is not None:
-        write_json(options.json_file, rows)
+        write_json(options.json_file, rows, cells_left)
     if options.junit_file is not None:
         options.junit_file.write_text(junit_document(rows))
     if options.html_file is not None:
-        options.html_file.write_text(html_document(rows, environment(), curves))
+        options.html_file.write_text(html_document(rows, environment(), curves, cells_left=cells_left))
 
 
 def check_files(options: Options) -> None:
@@ -63,28 +69,38 @@ def run(options: Options) -> int:
 
     Returns:
         0 if all compared cells hold, 1 for a mismatch or if nothing was compared, 130 if interrupted; what was compared
-        until then is reported and written.
+        until then is reported and written, with the number of cells that were left.
     """
     check_files(options)
     cases = chosen_cases(options.case_set, options.cases)
     dtypes = choose("--dtype", options.dtypes, STORAGE_DTYPES) or list(STORAGE_DTYPES)
     device = choose("--device", [options.device], DEVICES)[0]
     frameworks = chosen_frameworks(options.frameworks)
-    subjects = chosen_subjects(frameworks, options.implementations, device)
+    whole = options.case_set == "full" and not (options.cases or options.modes)
+    modes = chosen_modes(frameworks, options.modes, every=whole)
+    subjects = chosen_subjects(frameworks, options.implementations, device, modes)
+
+    def included(subject: Subject, case: Case) -> bool:
+        return not whole or covered(subject.framework, subject.mode, case)
+
     # A selection of cells asks for just these; the ladder belongs to a whole set.
-    selective = options.implementations or options.cases or options.dtypes
+    selective = options.implementations or options.cases or options.dtypes or options.modes
     optimizers = () if selective or len(frameworks) < 2 else TRAINED[options.case_set]
     rows: list[ParityRow] = []
     curves: list[Curves] = []
-    interrupted = False
+    total = count_cells(subjects, dtypes, cases, included) + len(optimizers)
+    begun, interrupted = 0, False
     with progress_bar() as progress:
-        task = progress.add_task("", total=len(subjects) * len(dtypes) * len(cases) + len(optimizers))
+        task = progress.add_task("", total=total)
 
         def advance(label: str) -> None:
-            progress.update(task, description=label, advance=1)
+            nonlocal begun
+            # What is announced has begun, and what was announced before it is finished.
+            progress.update(task, description=label, completed=begun)
+            begun += 1
 
         def work() -> Iterator[ParityRow]:
-            yield from run_cells(subjects, dtypes, cases, options.seed, advance)
+            yield from run_cells(subjects, dtypes, cases, options.seed, advance, included)
             for task_name, optimizer in optimizers:
                 advance(f"training: {task_name}, {optimizer}")
                 report = training_rows(task_name, optimizer)
@@ -96,10 +112,18 @@ def run(options: Options) -> int:
                 rows.append(row)  # noqa: PERF402 - one by one, so that an interruption keeps what is there
         except KeyboardInterrupt:
             interrupted = True
+    # The cell in flight counts as left: its rows may be there in part.
+    left = total - begun + 1 if interrupted and begun else total - begun
+    if interrupted:
+        # A second Ctrl-C, in impatience, must not cost the files.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     summary = summarize(rows)
     print_report(console, rows, summary)
-    _write(options, rows, curves)
+    _write(options, rows, curves, left)
     if interrupted:
-        console.print("[yellow]interrupted: what was compared until then is above and in the files[/]")
+        console.print(
+            f"[yellow]interrupted: {left} of {total} cells were left; what was compared until then is above and in the "
+            "files[/]"
+        )
         return INTERRUPTED
     return HOLDS if summary.ok else FAILED

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import typer
@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from parity_tests.harness.cases import CASE_SETS, Case
 from parity_tests.harness.subjects.base import FRAMEWORKS, Subject, framework_available, load_subjects
+from parity_tests.harness.subjects.modes import DEFAULT_MODES, MODES, SHARDS, modes_of
 
 DEVICES = ("auto", "cpu", "cuda")
 HOLDS, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -29,6 +30,13 @@ def refuse(sentence: str) -> typer.Exit:
 def choices_help(choices: Iterable[str]) -> str:
     """Help text of an option that may be repeated."""
     return f"One of {', '.join(choices)}; repeat for several; default: all."
+
+
+def modes_help() -> str:
+    """Help text of ``--mode``: each mode with the frameworks that have it."""
+    known = ", ".join(f"{mode.name} ({' and '.join(mode.frameworks)})" for mode in MODES.values())
+    defaults = " and ".join(f"{mode} for {framework}" for framework, mode in DEFAULT_MODES.items())
+    return f"One of {known}; repeat for several; default: {defaults}; with --cases full: all."
 
 
 def choose(option: str, values: Iterable[str], choices: Iterable[str]) -> list[str]:
@@ -56,12 +64,37 @@ def chosen_frameworks(frameworks: Sequence[str]) -> list[str]:
     return found
 
 
-def chosen_subjects(frameworks: Sequence[str], implementations: Sequence[str], device: str) -> list[Subject]:
-    """Loads the subjects of the frameworks and keeps the named implementations, or all."""
+def chosen_modes(frameworks: Sequence[str], names: Sequence[str], every: bool) -> dict[str, tuple[str, ...]]:
+    """Each framework's modes: those named that it has, else all or its default; refuses names that none of them has."""
+    choose("--mode", names, MODES)
+    if not names:
+        return {framework: modes_of(framework) if every else (DEFAULT_MODES[framework],) for framework in frameworks}
+    found = {framework: tuple(mode for mode in modes_of(framework) if mode in names) for framework in frameworks}
+    for framework, modes in found.items():
+        if not modes and any(found.values()):
+            console.print(f"[yellow]{framework} has no mode {', '.join(names)}: it is left out[/]")
+    if not any(found.values()):
+        known = "; ".join(f"{framework}: {', '.join(modes_of(framework))}" for framework in frameworks)
+        raise refuse(f"--mode: expected a mode of {known}, got {', '.join(names)}; choose one of these.")
+    return {framework: modes for framework, modes in found.items() if modes}
+
+
+def chosen_subjects(
+    frameworks: Sequence[str],
+    implementations: Sequence[str],
+    device: str,
+    modes: Mapping[str, Sequence[str]] | None = None,
+) -> list[Subject]:
+    """Loads the subjects of the frameworks, in these modes or the default, and keeps the named implementations."""
+    if "sharded" in (modes or {}).get("jax", ()):
+        # Read when JAX starts; a machine with as many real devices of the platform that is asked for loses nothing.
+        flags = os.environ.get("XLA_FLAGS", "")
+        if "host_platform_device_count" not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={SHARDS}".strip()
     found: list[Subject] = []
-    for name in frameworks:
+    for name in frameworks if modes is None else modes:
         try:
-            found += load_subjects(name, device)
+            found += load_subjects(name, device, () if modes is None else modes[name])
         except ValueError as error:
             raise refuse(str(error)) from None
     choose("--implementation", implementations, sorted({subject.implementation for subject in found}))
@@ -85,7 +118,7 @@ def check_writable(option: str, path: Path | None) -> None:
 def progress_bar() -> Progress:
     """A bar with the remaining time, on a terminal only."""
     return Progress(
-        TextColumn("{task.description:<56}"),
+        TextColumn("{task.description:<64}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

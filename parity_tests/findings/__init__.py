@@ -3,8 +3,13 @@
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
+
+from packaging.version import Version
 
 from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available
+
+State = Literal["present", "not seen here", "mended"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class Finding:
         sentence: what goes wrong, in one sentence.
         seen_in: the versions in which it was seen.
         measure: runs the library and returns how far it is from right, as a multiple of what is right (or of the error
-            bound); 1 or less means mended.
+            bound); 1 or less means that the trap does not show.
         figure: what the measure counts.
     """
 
@@ -31,6 +36,26 @@ class Finding:
     def present(self, measured: float) -> bool:
         """Whether a measured figure shows the trap."""
         return measured > 1
+
+    def state(self, measured: float, version: str) -> State:
+        """What a figure says about an installed version of the library.
+
+        Args:
+            measured: from ``measure``.
+            version: of the library, with or without a local part such as ``+cpu``.
+
+        Returns:
+            ``present``; ``mended`` in a version later than all in which the trap was seen; else ``not seen here``: an
+            earlier version, or a machine on which the trap does not show.
+        """
+        if self.present(measured):
+            return "present"
+        later = Version(version) > max(map(Version, self.seen_in))
+        return "mended" if later and Version(version).public not in self.seen_in else "not seen here"
+
+    def readme_line(self) -> str:
+        """The finding's line in the README."""
+        return f"- `{self.name}` ({self.library} {', '.join(self.seen_in)}): {self.sentence}"
 
 
 def load_findings(framework: str) -> tuple[Finding, ...]:

@@ -1,6 +1,9 @@
 """Findings in JAX, Flax and einops' Flax layers."""
 
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +63,61 @@ def _bias_gradient() -> float:
     return result.bound_fraction
 
 
+def _batched_product() -> float:
+    """4096 ones, a sum that bf16 holds exactly and a bf16 accumulator never reaches: right over returned."""
+    x, weight = jnp.ones((4, 2, 4096), jnp.bfloat16), jnp.ones((2, 4096, 16), jnp.bfloat16)
+    y = jax.jit(lambda x, w: jnp.einsum("bni,nio->bno", x, w))(x, weight)
+    return 4096 / float(y.min())
+
+
+def _weight_gradient() -> float:
+    x, weight = jnp.ones((64, 64, 2, 16), jnp.bfloat16), jnp.ones((2, 16, 16), jnp.bfloat16)
+
+    def gradient(x, weight):
+        y, pullback = jax.vjp(lambda w: jnp.einsum("abni,nio->abno", x, w), weight)
+        return pullback(jnp.ones_like(y))[0]
+
+    return 4096 / float(jax.jit(gradient)(x, weight).min())
+
+
+def _wide_result() -> float:
+    """1 if the product works; infinite if it raises."""
+    x, weight = jnp.ones((4, 2, 8), jnp.bfloat16), jnp.ones((2, 8, 16), jnp.bfloat16)
+    try:
+        y = jnp.einsum("bni,nio->bno", x, weight, preferred_element_type=jnp.float32)
+        return 8 / float(y.min())
+    except jax.errors.JaxRuntimeError:
+        return math.inf
+
+
+_DIVIDED_CONVOLUTION = """
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+mesh = jax.make_mesh((8,), ("p",), axis_types=(AxisType.Auto,))
+rng = np.random.default_rng(0)
+x, kernel = (rng.integers(-3, 4, shape).astype("float32") for shape in ((4, 8 * 16, 1), (8 * 8, 16, 1)))
+run = jax.jit(lambda x, k: jax.lax.conv_general_dilated(
+    x, k, (1,), "VALID", dimension_numbers=("NCH", "OIH", "NCH"), feature_group_count=8))
+place = lambda a, *axes: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*axes)))
+one, many = np.asarray(run(x, kernel)), np.asarray(run(place(x, None, "p"), place(kernel, "p")))
+print(1 + np.mean(one != many))
+"""
+
+
+def _divided_convolution() -> float:
+    """1 plus the share of wrong values; in a process of its own, because it needs eight devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, "-c", _DIVIDED_CONVOLUTION],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        check=True,
+        timeout=300,
+    )
+    return float(result.stdout)
+
+
 FINDINGS: tuple[Finding, ...] = (
     Finding(
         "flax-nnx-einsum-init",
@@ -89,7 +147,7 @@ FINDINGS: tuple[Finding, ...] = (
         "einops-einmix-flax-positive",
         "einops",
         "EinMix for Flax draws U[0, b) where EinMix for torch draws U(-b, b): every weight is positive.",
-        ("0.8.1",),
+        ("0.8.1", "0.8.2"),
         _einmix,
         "share of positive weights over the largest that a symmetric draw shows",
     ),
@@ -100,5 +158,39 @@ FINDINGS: tuple[Finding, ...] = (
         ("0.10.2", "0.11.2"),
         _bias_gradient,
         "error over the bound of an fp32 sum",
+    ),
+    Finding(
+        "jax-cpu-bf16-batched-product",
+        "jax",
+        "On a CPU, a bf16 product that is batched over a middle axis, as jnp.einsum('bni,nio->bno', x, w) is, adds up "
+        "in bf16: 4096 ones make 1536. Operands that are laid partition-major are summed in fp32.",
+        ("0.11.2",),
+        _batched_product,
+        "right sum over returned sum",
+    ),
+    Finding(
+        "jax-cpu-bf16-weight-gradient",
+        "jax",
+        "On a CPU, the jitted weight gradient of a batched bf16 product adds up in bf16: 4096 ones make 1536.",
+        ("0.11.2",),
+        _weight_gradient,
+        "right sum over returned sum",
+    ),
+    Finding(
+        "jax-cpu-bf16-wide-result",
+        "jax",
+        "On a CPU, jnp.einsum('bni,nio->bno', x, w, preferred_element_type=float32) on bf16 raises an internal error.",
+        ("0.10.2", "0.11.2"),
+        _wide_result,
+        "infinite if it raises",
+    ),
+    Finding(
+        "jax-sharded-grouped-convolution",
+        "jax",
+        "A grouped convolution whose kernel is divided over devices along its output features returns wrong values "
+        "without an error: each device keeps the number of groups and gets fewer features.",
+        ("0.10.2", "0.11.2"),
+        _divided_convolution,
+        "1 plus the share of wrong values",
     ),
 )

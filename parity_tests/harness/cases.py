@@ -68,6 +68,7 @@ FULL: tuple[Case, ...] = (
     Case("two-thousand-terms", (3,), 2, 2048, 8),
     Case("four-thousand-rows", (4096,), 2, 8, 8),
     Case("four-leading-dims", (2, 1, 3, 2), 3, 8, 8),
+    Case("eight-partitions", (4,), 8, 16, 8),
 )
 
 CASE_SETS: dict[str, tuple[Case, ...]] = {"smoke": SMOKE, "default": DEFAULT, "full": FULL}

@@ -180,13 +180,32 @@ def compare(
     return [compare_tensor(name, value, reference[name], arithmetic, zero_mean) for name, value in outputs.items()]
 
 
+def pair_limits(reference: Reference, arithmetics: tuple[Arithmetic, Arithmetic]) -> dict[str, np.ndarray]:
+    """Returns how far two subjects may lie apart, by tensor: the sum of both T1 bounds.
+
+    Args:
+        reference: the oracle's tensors.
+        arithmetics: what either side is entitled to.
+    """
+    first, second = arithmetics
+    if first == second:
+        return {name: 2 * bound(truth, first) for name, truth in reference.items()}
+    return {name: bound(truth, first) + bound(truth, second) for name, truth in reference.items()}
+
+
 def compare_pair(
     first: Mapping[str, np.ndarray],
     second: Mapping[str, np.ndarray],
     reference: Reference,
-    arithmetics: tuple[Arithmetic, Arithmetic],
+    limits: Mapping[str, np.ndarray],
 ) -> list[TensorResult]:
-    """Judges two subjects against each other: ``|t - j| <= B_t + B_j`` with both T1 bounds.
+    """Judges two subjects against each other: ``|t - j| <= B_t + B_j``.
+
+    Args:
+        first: tensors of one side.
+        second: tensors of the other.
+        reference: the oracle's tensors.
+        limits: from ``pair_limits``.
 
     Raises:
         ValueError: if the two do not have the same tensors.
@@ -202,7 +221,6 @@ def compare_pair(
         if value.shape != truth.value.shape or second[name].shape != truth.value.shape:
             results.append(_shape_mismatch(name, value.shape, second[name].shape))
             continue
-        limit = bound(truth, arithmetics[0]) + bound(truth, arithmetics[1])
         expected = second[name].astype(truth.value.dtype)
-        results.append(_result(name, value, expected, truth.partition_axis, {"T1": limit}))
+        results.append(_result(name, value, expected, truth.partition_axis, {"T1": limits[name]}))
     return results

@@ -10,7 +10,8 @@ _FORBIDDEN = {code: "\N{REPLACEMENT CHARACTER}" for code in range(32) if chr(cod
 
 
 def _case(row: ParityRow) -> ElementTree.Element:
-    place = ".".join((row.kind, row.framework, row.implementation, row.dtype)).translate(_FORBIDDEN)
+    parts = (row.kind, row.framework, row.implementation, row.mode, row.dtype)
+    place = ".".join(part for part in parts if part).translate(_FORBIDDEN)
     name = " ".join(part for part in (row.case, row.tensor) if part).translate(_FORBIDDEN)
     case = ElementTree.Element("testcase", {"classname": place, "name": name, "time": "0"})
     if row.status == "mismatch":

@@ -21,7 +21,8 @@ class ParityRow:
     """One cell: a subject against the oracle, or a pair of subjects against each other.
 
     Attributes:
-        kind: ``oracle``, ``pair`` (torch against jax), ``ladder`` (a rung) or ``training`` (a criterion).
+        kind: ``oracle``, ``pair`` (torch against jax), ``mode`` (a mode against its subject's default mode), ``ladder``
+            (a rung) or ``training`` (a criterion).
         framework: ``torch`` or ``jax``; ``torch+jax`` for a pair.
         implementation: the subject's name; ``a+b`` for a pair.
         dtype: storage dtype.
@@ -31,10 +32,11 @@ class ParityRow:
         reason: one sentence for a mismatch or a skip.
         diagnosis: what the arithmetic fingerprint says about this subject and dtype.
         command: reproduces this row.
+        mode: how the subject was run, see ``subjects.modes``; ``a+b`` for two subjects, empty for what has no mode.
         max_abs_error: see ``comparison.TensorResult``, as are the following.
     """
 
-    kind: Literal["oracle", "pair", "ladder", "training"]
+    kind: Literal["oracle", "pair", "mode", "ladder", "training"]
     framework: str
     implementation: str
     dtype: str
@@ -44,6 +46,7 @@ class ParityRow:
     reason: str = ""
     diagnosis: str = ""
     command: str = ""
+    mode: str = ""
     max_abs_error: float | None = None
     median_abs_error: float | None = None
     bound_fraction: float | None = None
@@ -108,12 +111,19 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, rows: Sequence[ParityRow]) -> None:
-    """Writes ``schema_version, environment, summary, rows``."""
+def write_json(path: Path, rows: Sequence[ParityRow], cells_left: int = 0) -> None:
+    """Writes ``schema_version, environment, summary, cells_left, rows``.
+
+    Args:
+        path: where to.
+        rows: what was compared or skipped.
+        cells_left: how many cells an interrupted run did not come to.
+    """
     document = {
         "schema_version": SCHEMA_VERSION,
         "environment": environment(),
         "summary": dataclasses.asdict(summarize(rows)),
+        "cells_left": cells_left,
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     path.write_text(json.dumps(_plain(document), indent=1, allow_nan=False) + "\n")

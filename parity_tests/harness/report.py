@@ -1,4 +1,4 @@
-"""What a person reads in a terminal after a parity run: one line a subject and dtype, then everything that failed."""
+"""What a person reads in a terminal after a run: a line a subject, mode and dtype, then everything that failed."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -22,24 +22,25 @@ def print_report(console: Console, rows: Sequence[ParityRow], summary: Summary) 
         rows: all rows of the run.
         summary: their counts.
     """
-    groups: dict[tuple[str, str, str], list[ParityRow]] = defaultdict(list)
+    groups: dict[tuple[str, str, str, str], list[ParityRow]] = defaultdict(list)
     for row in rows:
-        # 72 pairs a case would bury the subjects: pairs are one line a dtype.
-        name = "every torch-jax pair" if row.kind == "pair" else row.implementation
-        groups[row.framework, name, row.dtype].append(row)
+        # 72 pairs a case would bury the subjects: pairs are one line a dtype and mode.
+        name = {"pair": "every torch-jax pair", "mode": "every implementation"}.get(row.kind, row.implementation)
+        groups[row.framework, name, row.mode, row.dtype].append(row)
     table = Table(title="parity: largest error over its derived bound (T1 must not exceed 1)", title_justify="left")
-    for column in ("framework", "implementation", "dtype", "status"):
+    for column in ("framework", "implementation", "mode", "dtype", "status"):
         table.add_column(column)
     for column in ("compared", "skipped", "T1", "T2", "T3"):
         table.add_column(column, justify="right")
     table.add_column("diagnosis")
-    for (framework, name, dtype), members in groups.items():
+    for (framework, name, mode, dtype), members in groups.items():
         compared = [row for row in members if row.status != "skipped"]
         failed = sum(row.status == "mismatch" for row in members)
         status = "[red]MISMATCH[/]" if failed else "[green]ok[/]" if compared else "[yellow]skipped[/]"
         table.add_row(
             framework,
             name,
+            mode,
             dtype,
             status,
             str(len(compared)),
@@ -52,7 +53,10 @@ def print_report(console: Console, rows: Sequence[ParityRow], summary: Summary) 
     console.print(table)
     for row in rows:
         if row.status == "mismatch":
-            console.print(f"[red]MISMATCH[/] {row.framework} {row.implementation} {row.dtype} {row.case}: {row.reason}")
+            place = " ".join(
+                part for part in (row.framework, row.implementation, row.mode, row.dtype, row.case) if part
+            )
+            console.print(f"[red]MISMATCH[/] {place}: {row.reason}")
             console.print(f"  reproduce: {row.command}", highlight=False)
     skipped = Counter(
         (row.framework, row.implementation, row.dtype, row.reason) for row in rows if row.status == "skipped"

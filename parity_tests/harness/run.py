@@ -1,4 +1,4 @@
-"""Runs cells: framework x implementation x dtype x case, each against the oracle, and each torch-JAX pair."""
+"""Runs cells: framework x implementation x mode x dtype x case, each against the oracle, and pairs of what ran."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from parity_tests.harness.cases import Case
-from parity_tests.harness.comparison import TensorResult, compare, compare_pair, missing_tensors
+from parity_tests.harness.comparison import TensorResult, compare, compare_pair, missing_tensors, pair_limits
 from parity_tests.harness.fingerprint import Fingerprint, take_fingerprint
 from parity_tests.harness.inputs import Inputs, draw_inputs
 from parity_tests.harness.oracle import Reference, reference
 from parity_tests.harness.records import ParityRow, row_from_result
 from parity_tests.harness.subjects.base import Subject
-from parity_tests.harness.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
+from parity_tests.harness.subjects.modes import COUNTERPARTS, DEFAULT_MODES, arithmetic_of, as_cast
+from parity_tests.harness.tolerance import Arithmetic
 
 _PROBE_CASE = Case("fingerprint", (1,), 1, 16, 16)
 
@@ -27,7 +28,9 @@ class Judgement:
 
 
 def judge(subject: Subject, inputs: Inputs, truth: Reference, forward: bool = True) -> Judgement:
-    """Runs forward and vjp and compares y, dx, dW and db with the oracle within what the dtype promises.
+    """Runs forward and vjp and compares y, dx, dW and db with the oracle within what dtype and mode promise.
+
+    In a mode that casts, numbers that the cast leaves alone are judged as well, and the worse verdict is reported.
 
     Args:
         subject: what is judged.
@@ -36,41 +39,85 @@ def judge(subject: Subject, inputs: Inputs, truth: Reference, forward: bool = Tr
         forward: judge the y of a call without gradients as well (another program, for a compiler), and report the
             worse of the two; without, only the y that comes with the gradients.
     """
-    arithmetic = declared_arithmetic(PRECISION_OF_DTYPE[inputs.dtype])
+    judgement = _judge(subject, inputs, truth, forward, arithmetic_of(subject.mode, inputs.dtype))
+    exact = as_cast(subject.mode, inputs)
+    if exact is None:
+        return judgement
+    strict = arithmetic_of(subject.mode, inputs.dtype, representable=True)
+    again = _judge(subject, exact, reference(exact), forward, strict)
+    return Judgement(_worst(judgement.results, again.results), judgement.outputs)
+
+
+def _judge(subject: Subject, inputs: Inputs, truth: Reference, forward: bool, arithmetic: Arithmetic) -> Judgement:
     outputs = subject.vjp(inputs)
     results = [*compare(outputs, truth, arithmetic, inputs.zero_mean), *missing_tensors(outputs, truth)]
     if not forward:
         return Judgement(results, outputs)
-    (alone,) = compare({"y": subject.forward(inputs)}, truth, arithmetic, inputs.zero_mean)
-    merged = [alone if result.tensor == "y" and _worse(alone, result) else result for result in results]
-    return Judgement(merged, outputs)
+    alone = compare({"y": subject.forward(inputs)}, truth, arithmetic, inputs.zero_mean)
+    return Judgement(_worst(results, alone), outputs)
+
+
+def _worst(results: list[TensorResult], others: list[TensorResult]) -> list[TensorResult]:
+    """Each tensor's worse verdict."""
+    by_name = {result.tensor: result for result in others}
+    return [
+        other if (other := by_name.get(result.tensor)) is not None and _worse(other, result) else result
+        for result in results
+    ]
 
 
 def _worse(first: TensorResult, second: TensorResult) -> bool:
     return (first.status == "mismatch", first.bound_fraction) > (second.status == "mismatch", second.bound_fraction)
 
 
-def _command(framework: str, implementation: str, dtype: str, case: str, seed: int) -> str:
-    return (
-        f"python -m parity_tests run --framework {framework} --implementation {implementation} --dtype {dtype} "
-        f"--case {case} --seed {seed}"
-    )
+def _command(dtype: str, case: str, seed: int, *subjects: Subject) -> str:
+    """The command that repeats a row: everything by name, the mode only where it is not the default."""
+    frameworks = dict.fromkeys(subject.framework for subject in subjects)
+    names = dict.fromkeys(subject.implementation for subject in subjects)
+    modes = dict.fromkeys(subject.mode for subject in subjects)
+    if all(subject.mode == DEFAULT_MODES[subject.framework] for subject in subjects):
+        modes = {}
+    options = [
+        *(f"--framework {name}" for name in frameworks if len(frameworks) == 1),
+        *(f"--implementation {name}" for name in names),
+        *(f"--mode {name}" for name in modes),
+    ]
+    return f"python -m parity_tests run {' '.join(options)} --dtype {dtype} --case {case} --seed {seed}"
 
 
 class Diagnoses:
-    """Fingerprints, taken once per subject and dtype."""
+    """Fingerprints of the default modes, taken once per subject and dtype."""
 
     def __init__(self) -> None:
         """Starts empty."""
         self._taken: dict[tuple[str, str, str], Fingerprint | None] = {}
 
     def of(self, subject: Subject, dtype: str) -> Fingerprint | None:
-        """The fingerprint, or None where the probe's shape is unsupported."""
+        """The fingerprint, or None where the probe's shape is unsupported or the mode is not the default.
+
+        In a compiled mode each of some hundred probes is a program, and a mode that casts says what it computes in.
+        """
+        if subject.mode != DEFAULT_MODES[subject.framework]:
+            return None
         key = (subject.framework, subject.implementation, dtype)
         if key not in self._taken:
             unsupported = subject.unsupported_reason(_PROBE_CASE, dtype)
             self._taken[key] = None if unsupported else take_fingerprint(subject, dtype)
         return self._taken[key]
+
+
+Included = Callable[[Subject, Case], bool]
+
+
+def _every(subject: Subject, case: Case) -> bool:
+    return True
+
+
+def count_cells(
+    subjects: Sequence[Subject], dtypes: Sequence[str], cases: Sequence[Case], included: Included = _every
+) -> int:
+    """How many cells ``run_cells`` runs, each announced once by its ``progress``."""
+    return len(dtypes) * sum(included(subject, case) for subject in subjects for case in cases)
 
 
 def run_cells(
@@ -79,31 +126,35 @@ def run_cells(
     cases: Sequence[Case],
     seed: int = 0,
     progress: Callable[[str], None] = lambda label: None,
+    included: Included = _every,
 ) -> Iterator[ParityRow]:
-    """Yields a row per subject, dtype, case and tensor, then a row per torch-JAX pair of the same dtype and case.
+    """Yields a row per subject, dtype, case and tensor, then rows for pairs of the same dtype and case.
 
     Args:
-        subjects: of one framework or both; pairs need both.
+        subjects: of one framework or both; pairs of frameworks need both.
         dtypes: storage dtypes.
         cases: shapes.
         seed: of the inputs.
         progress: called with a label before each cell.
+        included: which subject runs which case; the others are no cells.
     """
     diagnoses = Diagnoses()
     for dtype in dtypes:
         for case in cases:
+            chosen = [subject for subject in subjects if included(subject, case)]
             inputs = draw_inputs(case, dtype, seed)
             truth = reference(inputs)
             judged: list[tuple[Subject, Judgement]] = []
-            for subject in subjects:
-                progress(f"{subject.framework} {subject.implementation} {dtype} {case.name}")
+            for subject in chosen:
+                progress(f"{subject.framework} {subject.implementation} {subject.mode} {dtype} {case.name}")
                 where: dict[str, Any] = {
                     "kind": "oracle",
                     "framework": subject.framework,
                     "implementation": subject.implementation,
+                    "mode": subject.mode,
                     "dtype": dtype,
                     "case": case.name,
-                    "command": _command(subject.framework, subject.implementation, dtype, case.name, seed),
+                    "command": _command(dtype, case.name, seed, subject),
                 }
                 reason = subject.unsupported_reason(case, dtype)
                 if reason is not None:
@@ -118,23 +169,46 @@ def run_cells(
             yield from _pairs(judged, truth, dtype, case, seed)
 
 
+def _kind_of_pair(first: Subject, second: Subject) -> str | None:
+    """``pair`` for torch against JAX in counterpart modes, ``mode`` for a mode against its subject's default.
+
+    Every implementation meets every other in the default modes; in the others it meets itself.
+    """
+    default = tuple(DEFAULT_MODES.values())
+    if (first.framework, second.framework) == ("torch", "jax"):
+        modes = (first.mode, second.mode)
+        same = first.implementation == second.implementation
+        return "pair" if modes == default or (same and modes in COUNTERPARTS) else None
+    if (first.framework, first.implementation) != (second.framework, second.implementation):
+        return None
+    return "mode" if first.mode != second.mode == DEFAULT_MODES[second.framework] else None
+
+
 def _pairs(
     judged: Sequence[tuple[Subject, Judgement]], truth: Reference, dtype: str, case: Case, seed: int
 ) -> Iterator[ParityRow]:
-    arithmetic = declared_arithmetic(PRECISION_OF_DTYPE[dtype])
+    # The same for every pair of two modes, and dearer than a comparison.
+    limits: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for first, first_judgement in judged:
         for second, second_judgement in judged:
-            if (first.framework, second.framework) != ("torch", "jax"):
+            kind = _kind_of_pair(first, second)
+            if kind is None:
                 continue
-            results = compare_pair(first_judgement.outputs, second_judgement.outputs, truth, (arithmetic, arithmetic))
+            modes = (first.mode, second.mode)
+            if modes not in limits:
+                limits[modes] = pair_limits(truth, (arithmetic_of(modes[0], dtype), arithmetic_of(modes[1], dtype)))
+            results = compare_pair(first_judgement.outputs, second_judgement.outputs, truth, limits[modes])
             worst = max(results, key=lambda result: (result.status == "mismatch", result.bound_fraction))
+            frameworks = dict.fromkeys((first.framework, second.framework))
             yield row_from_result(
                 worst,
-                kind="pair",
-                framework="torch+jax",
-                implementation=f"{first.implementation}+{second.implementation}",
+                kind=kind,
+                framework="+".join(frameworks),
+                implementation=f"{first.implementation}+{second.implementation}"
+                if kind == "pair"
+                else first.implementation,
+                mode=f"{first.mode}+{second.mode}",
                 dtype=dtype,
                 case=case.name,
-                command=f"python -m parity_tests run --dtype {dtype} --case {case.name} --seed {seed} "
-                f"--implementation {first.implementation} --implementation {second.implementation}",
+                command=_command(dtype, case.name, seed, first, second),
             )

@@ -90,6 +90,8 @@ def mode_reason(mode: str, table_name: str | None, device: Any, case: Case, dtyp
     if mode == "vmap" and table_name is not None and not IMPLEMENTATIONS[table_name].maps:
         return f"mode vmap: {table_name} is declared not to be mapped by jax.vmap."
     if mode == "sharded":
+        if table_name is not None and not IMPLEMENTATIONS[table_name].shards_partitions:
+            return f"mode sharded: {table_name} is declared wrong on operands that are divided over devices."
         shards, devices = shards_of(case.num_partitions), len(jax.devices(device.platform))
         if shards == 1:
             return f"mode sharded: {case.num_partitions} partitions are divided by no number of devices at hand."

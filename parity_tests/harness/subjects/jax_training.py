@@ -2,7 +2,8 @@
 
 import functools
 from collections.abc import Mapping
-from typing import cast
+from dataclasses import dataclass
+from typing import ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,15 @@ from parity_tests.harness.tasks import TrainingTask
 Arrays = dict[str, jax.Array]
 
 
+@dataclass(frozen=True)
 class JaxTraining:
-    """The JAX side of training parity; see ``base.TrainingSubject``."""
+    """The JAX side of training parity; see ``base.TrainingSubject``.
 
-    framework = "jax"
+    Frozen, so that equal sides are the same static argument and share what was compiled.
+    """
 
-    def __init__(self, implementation: str = "auto") -> None:
-        """Trains with one implementation of the partitioned linear map."""
-        self.implementation = implementation
+    implementation: str = "auto"
+    framework: ClassVar[str] = "jax"
 
     def _layer(self, name: str, x: jax.Array, parameters: Arrays, offsets: Arrays, taps: dict) -> jax.Array:
         weight, bias = parameters[f"{name}.weight"], parameters[f"{name}.bias"]

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
+
 from parity_tests.harness.cases import CASE_SETS, Case
-from parity_tests.harness.dtypes import STORAGE_DTYPES
+from parity_tests.harness.dtypes import STORAGE_DTYPES, numpy_dtype
 from parity_tests.harness.inputs import Inputs
 from parity_tests.harness.tolerance import PRECISION_OF_DTYPE, Arithmetic, declared_arithmetic
 
@@ -72,7 +74,7 @@ def modes_of(framework: str) -> tuple[str, ...]:
     return tuple(mode.name for mode in _TABLE if framework in mode.frameworks)
 
 
-def arithmetic_of(mode: str, dtype: str) -> Arithmetic:
+def arithmetic_of(mode: str, dtype: str, representable: bool = False) -> Arithmetic:
     """What a subject in this mode is entitled to.
 
     Where the mode casts, the operands are rounded on their way in, sums are kept in fp32, and the gradients, rounded to
@@ -81,11 +83,35 @@ def arithmetic_of(mode: str, dtype: str) -> Arithmetic:
     Args:
         mode: a name of ``MODES``.
         dtype: storage dtype of the inputs.
+        representable: the inputs come from ``as_cast``, so that the cast rounds nothing.
     """
     cast = MODES[mode].computes_in
     if cast is None:
         return declared_arithmetic(PRECISION_OF_DTYPE[dtype])
-    return dataclasses.replace(declared_arithmetic(PRECISION_OF_DTYPE[cast]), casts=True, gradients_in=dtype)
+    promised = declared_arithmetic(PRECISION_OF_DTYPE[cast])
+    return dataclasses.replace(promised, casts=not representable, gradients_in=dtype)
+
+
+def as_cast(mode: str, inputs: Inputs) -> Inputs | None:
+    """The inputs rounded to what the mode casts to, in the storage dtype; None where it casts nothing.
+
+    Rounding the operands may move a sum of K products by as much as keeping it in 16 bits would. On numbers that the
+    cast leaves alone only the sum is left to judge, and a compiler that drops the cast changes nothing.
+    """
+    cast = MODES[mode].computes_in
+    if cast is None:
+        return None
+
+    def rounded(array: np.ndarray) -> np.ndarray:
+        return array.astype(numpy_dtype(cast)).astype(array.dtype)
+
+    return dataclasses.replace(
+        inputs,
+        x=rounded(inputs.x),
+        weight=rounded(inputs.weight),
+        bias=None if inputs.bias is None else rounded(inputs.bias),
+        cotangent=rounded(inputs.cotangent),
+    )
 
 
 def covered(framework: str, mode: str, case: Case) -> bool:

@@ -31,7 +31,8 @@ def einmix() -> Function:
         module = held["module"]
         # A plain attribute costs a microsecond; torch.func.functional_call, ten times that, would be charged to EinMix.
         module.weight, module.bias = weight, bias[None]
-        return module(x)
+        # Not module(x): torch's counter of operations hooks into that, and fails where x itself is differentiated.
+        return module.forward(x)
 
     return run
 

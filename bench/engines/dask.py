@@ -1,0 +1,216 @@
+"""Hands whole cells to dask workers, each of which owns one device, and merges what they record.
+
+A worker offers the resource ``DEVICE`` once, and a cell takes it: so that a device never measures two cells at a time.
+The worker runs the coordinator with framework processes of its own, exactly as a local run does, and returns records;
+this process alone writes the store. All process replicates of a cell are measured by the same worker.
+"""
+
+import os
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+from distributed import Client, Future, as_completed
+
+from bench.engines.base import EngineError
+from bench.measure.environment import MACHINE_VARIABLE
+from bench.measure.protocol import RequestError
+from bench.measure.sweep import Progress, Request, SelectionError, SweepNotes, run_sweep
+from bench.plan.cells import DEVICES, Cell
+from bench.plan.presets import plan_cells
+from bench.records import Record, parse_line
+from bench.store import Store
+
+RESOURCE = "DEVICE"
+_CONNECT_S = 10
+
+
+@dataclass
+class _Collector:
+    """Takes the place of a store in a worker: keeps what is recorded, to be returned."""
+
+    lines: list[bytes]
+    environments: dict[str, Mapping[str, Any]]
+
+    def holds(self, cell: str, process_replicate: int) -> bool:
+        return False
+
+    def append(self, records: Iterable[Record]) -> None:
+        self.lines.append(b"".join(record.to_line() for record in records))
+
+    def add_environment(self, environment_id: str, fingerprint: Mapping[str, Any]) -> None:
+        self.environments[environment_id] = dict(fingerprint)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a worker returns for a cell: exceptions of ours included, since their classes need not survive the way back.
+
+    Attributes:
+        batches: the records of each process replicate, as lines.
+        environments: id to fingerprint.
+        notes: what the user should know.
+        wrong_selection: why the request selects nothing there, or None.
+        failure: why the framework processes could not start, or None.
+    """
+
+    batches: tuple[bytes, ...]
+    environments: Mapping[str, Mapping[str, Any]]
+    notes: tuple[str, ...]
+    wrong_selection: str | None = None
+    failure: str | None = None
+
+
+def measure_cell(request: Request) -> Measured:
+    """Runs in a dask worker: measures the one cell that the request is narrowed to."""
+    # Two machines of one kind would otherwise have the same fingerprint.
+    os.environ[MACHINE_VARIABLE] = platform.node()
+    collector, notes = _Collector([], {}), SweepNotes()
+    wrong, failure = None, None
+    try:
+        run_sweep(request, collector, notes)  # type: ignore[arg-type]  # the part of a store that a sweep uses
+    except SelectionError as error:
+        wrong = str(error)
+    except RequestError as error:
+        failure = str(error)
+    return Measured(tuple(collector.lines), collector.environments, tuple(notes.lines), wrong, failure)
+
+
+def narrowed_to(cell: Cell, request: Request) -> Request:
+    """The request for one cell, in all its process replicates."""
+    preset = replace(
+        request.preset,
+        workloads=(cell.workload.name,),
+        directions=(cell.direction,),
+        precisions=(cell.precision,),
+        divisions=(cell.division,),
+        caches=(cell.cache,),
+    )
+    return replace(request, preset=preset)
+
+
+def _identity(source: Cell | Record) -> tuple[object, ...]:
+    """What makes two cells the same whatever the device: it decides what a resumed run need not measure again."""
+    name = source.workload.name if isinstance(source, Cell) else source.workload
+    return name, source.direction, source.precision, source.division, source.cache, source.optimizer
+
+
+def _recorded(store: Store, request: Request) -> set[tuple[object, ...]]:
+    """Cells that are there in every process replicate and with every competitor that is asked for by name."""
+    if not store.environment_ids:
+        return set()
+    seeds: dict[tuple[object, ...], set[int]] = {}
+    names: dict[tuple[object, ...], set[str]] = {}
+    for record in store.records:
+        if request.device in ("auto", record.device) and record.seed - record.process_replicate == request.seed:
+            seeds.setdefault(_identity(record), set()).add(record.seed)
+            names.setdefault(_identity(record), set()).add(record.implementation)
+    wanted = {request.seed + replicate for replicate in range(request.preset.replicates)}
+    return {
+        identity
+        for identity, found in seeds.items()
+        if wanted <= found and set(request.implementations) <= names[identity]
+    }
+
+
+def _connect(address: str, notes: SweepNotes) -> Client:
+    """Connects to a scheduler that has workers with a device.
+
+    Raises:
+        SelectionError: if nobody answers there, or no worker offers a device.
+    """
+    try:
+        client = Client(address, timeout=_CONNECT_S)
+    except (OSError, ValueError) as error:
+        raise SelectionError(
+            f"scheduler: nobody answers at {address!r} ({type(error).__name__}); start `dask scheduler` and give its "
+            "address."
+        ) from error
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    owners = [worker for worker in workers if worker["resources"].get(RESOURCE, 0) >= 1]
+    if not owners:
+        client.close()
+        raise SelectionError(
+            f"scheduler: none of the {len(workers)} workers at {address!r} offers a device; start each with "
+            f"`dask worker {address} --nthreads 1 --resources {RESOURCE}=1`."
+        )
+    for host, workers_there in Counter(worker["host"] for worker in owners).items():
+        if workers_there > 1:
+            notes.add(
+                f"{workers_there} workers share the machine {host}: unless each has processors or a GPU of its own "
+                "(taskset, CUDA_VISIBLE_DEVICES), they disturb each other."
+            )
+    return client
+
+
+def _store(measured: Measured, store: Store, notes: SweepNotes) -> None:
+    """Merges what a worker returned; a key that is there already is left as it is.
+
+    Raises:
+        SelectionError: if the request selects nothing.
+    """
+    for line in measured.notes:
+        notes.add(line)
+    if measured.wrong_selection is not None:
+        raise SelectionError(measured.wrong_selection)
+    for environment_id, fingerprint in measured.environments.items():
+        store.add_environment(environment_id, fingerprint)
+    for batch in measured.batches:
+        records = [parse_line(line) for line in batch.splitlines(keepends=True)]
+        if not store.holds(records[0].cell, records[0].process_replicate):
+            store.append(records)
+
+
+def run_on_cluster(
+    request: Request,
+    store: Store,
+    notes: SweepNotes,
+    progress: Callable[[Progress], None] = lambda state: None,
+    *,
+    address: str,
+) -> None:
+    """Measures every cell that the store does not hold yet, on the workers of a dask scheduler.
+
+    Args:
+        request: what to do; interpreters are paths on the workers.
+        store: where the records go; each cell is durable when it arrives.
+        notes: is filled with what the user should know.
+        progress: called when a cell arrives.
+        address: of the scheduler.
+
+    Raises:
+        SelectionError: if nothing is selected, nobody answers at the address, or no worker owns a device.
+        EngineError: if cells were lost; all others are recorded.
+    """
+    planned = plan_cells(request.preset, DEVICES[0])
+    if not planned:
+        raise SelectionError("the selection is empty: no cell has this precision in this division; choose another.")
+    recorded = _recorded(store, request)
+    cells = [cell for cell in planned if _identity(cell) not in recorded]
+    done = count(len(planned) - len(cells) + 1)
+    lost: list[str] = []
+    with _connect(address, notes) as client:
+        waiting: dict[Future, Cell] = {
+            # A cell whose worker dies goes to another one, by dask's own rule (distributed.scheduler.allowed-failures).
+            client.submit(measure_cell, narrowed_to(cell, request), pure=False, resources={RESOURCE: 1}): cell
+            for cell in cells
+        }
+        progress(Progress(len(planned) - len(cells), len(planned), "handing out cells"))
+        try:
+            for future in as_completed(list(waiting)):
+                cell = waiting.pop(future)
+                error = future.exception()
+                measured = None if error is not None else future.result()
+                if measured is None or measured.failure is not None:
+                    lost.append(f"{cell.title}: {error if measured is None else measured.failure}")
+                else:
+                    _store(measured, store, notes)
+                progress(Progress(next(done), len(planned), cell.title))
+        finally:
+            # Also when the user interrupts: what is not wanted any more must not keep the devices busy.
+            client.cancel(list(waiting))
+    if lost:
+        raise EngineError(f"{len(lost)} cells were lost, the first: {lost[0]}; the others are recorded: add --resume.")

@@ -1,0 +1,93 @@
+"""Kills running benchmarks with SIGKILL, again and again: ``python -m bench.tests.killed_runs OUT LOG KILLS SEED``.
+
+A process of its own, because it forks: each run is a child that begins where its imports are done, so that dozens of
+runs take seconds. Prints what each run opened and recorded, as JSON.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from bench.__main__ import app
+from bench.commands import run as command
+from bench.measure import sweep
+from bench.measure.environment import fingerprint
+from bench.measure.worker_process import WorkerProcess, worker_environment
+from bench.plan.sweeps import log_grid
+from bench.plan.workloads import sweep as points
+
+WORKLOADS = [found.name for found in points(batch=log_grid(1, 2048), num_partitions=log_grid(1, 256))]
+
+
+def start(framework):
+    environment = worker_environment(framework, device="cpu", division="matched", cpus=())
+    return WorkerProcess([sys.executable, "-m", "bench.tests.fake_worker", framework], environment)
+
+
+def launch(out):
+    """One run with ``--resume`` in a child, silent; returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    arguments = ["run", "--preset", "smoke", "--rounds", "2", "--framework", "torch", "--resume", "--out", str(out)]
+    arguments += ["--implementation", "matmul", "--implementation", "fast"]
+    for name in WORKLOADS:
+        arguments += ["--workload", name]
+    try:
+        app(arguments, standalone_mode=True)
+    except SystemExit as error:
+        os._exit(int(error.code or 0))
+    finally:
+        os._exit(70)
+
+
+def lines_of(path):
+    return path.read_bytes().splitlines(keepends=True) if path.exists() else []
+
+
+def wait_for_growth(log, lines, child):
+    """Until a cell is opened; a child that has ended, with nothing left to do, opens none."""
+    while len(lines_of(log)) == lines and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.001)
+
+
+def main(out, log, kills, seed):
+    sweep.starter = lambda *args, **kwargs: start
+    # Always the same here, and most of what a start costs.
+    place = fingerprint({}, device="cpu", division="matched", cpus=())
+    sweep.fingerprint = lambda *args, **kwargs: place
+    # What is shown at the end is derived from the records, and tested elsewhere.
+    command._show = lambda options, notes: {"ok": 1}
+    os.environ["FAKE_LOG"] = str(log)
+    moment = random.Random(seed)
+    runs = []
+    for number in range(kills + 1):
+        opened = len(lines_of(log))
+        child = launch(out)
+        if number < kills:
+            # Every fourth anywhere from the start on, the others while cells are measured and written.
+            if number % 4:
+                wait_for_growth(log, opened, child)
+            time.sleep(moment.uniform(0.0, 0.06))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        runs.append(
+            {
+                "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
+                "exit": os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
+                "opened": [line.decode().strip() for line in lines_of(log)[opened:]],
+                "records": [line.decode(errors="replace") for line in lines_of(out / "records.jsonl")],
+            }
+        )
+    print(json.dumps(runs))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -1,0 +1,281 @@
+"""Faults, each really brought about: kill -9, no memory, no end, a wrong answer, a full and a read-only disk."""
+
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from bench.__main__ import app
+from bench.measure import worker_process
+from bench.measure.protocol import RequestError
+from bench.measure.sweep import Request, SweepNotes, run_sweep
+from bench.measure.worker_process import CHECKOUT, WorkerProcess, worker_environment
+from bench.plan.presets import PRESETS, narrowed
+from bench.records import parse_line
+from bench.store import Store, read_records
+from bench.tests.fake_worker import GOOD
+
+KILLS = 50
+LIMITS = replace(PRESETS["smoke"].limits, unrolled_products=1000, prepare_s=2.0, request_s=2.0)
+PRESET = replace(
+    narrowed(PRESETS["smoke"], workloads=["article-base", "article-n8"], directions=["forward"], rounds=3),
+    limits=LIMITS,
+    compiled={},
+)
+
+
+def fake(framework, kind=WorkerProcess, virtual_kib=None):
+    """A worker that needs no framework, under a limit of its memory where one is given."""
+    environment = worker_environment(framework, device="cpu", division="matched", cpus=())
+    command = [sys.executable, "-m", "bench.tests.fake_worker", framework]
+    if virtual_kib is not None:
+        command = ["sh", "-c", f'ulimit -v {virtual_kib}; exec "$@"', "sh", *command]
+    return kind(command, environment)
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Runs a sweep over two workloads and returns the records of each by competitor, the control as ``again``."""
+
+    def run(start, *names, frameworks=("torch",), preset=PRESET):
+        monkeypatch.setattr("bench.measure.sweep.starter", lambda *args, **kwargs: start)
+        request = Request(preset, device="cpu", frameworks=frameworks, implementations=(*GOOD, *names))
+        run_sweep(request, Store(tmp_path / "run", resume=False), SweepNotes())
+        found = {name: {} for name in preset.workloads}
+        for record in read_records(tmp_path / "run"):
+            name = f"{record.implementation} again" if record.control else record.implementation
+            found[record.workload][record.framework, name] = record
+        return list(found.values())
+
+    return run
+
+
+# --- the coordinator ---
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-m", "bench.tests.killed_runs", folder / "out", folder / "log", str(KILLS), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=CHECKOUT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def whole_cells(lines):
+    """Lines of whole cells, and which cells they are; the rest was torn by the kill."""
+    records = [parse_line(line) for line in lines if line.endswith("\n")]
+    sizes = Counter(record.cell for record in records)
+    kept = [record for record in records if sizes[record.cell] == record.cell_size]
+    assert records[: len(kept)] == kept
+    return lines[: len(kept)], {f"{record.workload} {record.direction}" for record in kept}
+
+
+def test_runs_killed_at_random_moments_repeat_nothing_and_lose_the_cell_in_flight_at_most(killed):
+    *kills, last = killed
+    assert [run["signal"] for run in kills] == [signal.SIGKILL] * KILLS
+    assert last["exit"] == 0
+    # Not a test of starting up: most of them were measuring.
+    assert sum(bool(run["opened"]) for run in kills) > KILLS / 2
+    before, recorded_before = [], set()
+    for run in killed:
+        lines, recorded = whole_cells(run["records"])
+        assert lines[: len(before)] == before, "what was recorded has changed"
+        assert not recorded_before & set(run["opened"]), "a recorded cell was measured again"
+        assert len(set(run["opened"]) - recorded) <= 1, "more than the cell in flight was lost"
+        before, recorded_before = lines, recorded
+
+
+def test_after_all_kills_the_records_are_complete_and_no_key_is_there_twice(killed):
+    from bench.tests.killed_runs import WORKLOADS
+
+    lines, recorded = whole_cells(killed[-1]["records"])
+    assert lines == killed[-1]["records"]
+    assert recorded == {f"{name} {direction}" for name in WORKLOADS for direction in ("forward", "forward_backward")}
+    keys = Counter(parse_line(line).key for line in lines)
+    assert set(keys.values()) == {1}
+
+
+# --- a worker ---
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "reason"),
+    [
+        ("hang-in-block", "timeout", "no answer within 2 s"),
+        ("wrong", "mismatch", "before timing: y is wrong"),
+        ("wrong-later", "mismatch", "after timing: y is wrong"),
+    ],
+)
+def test_a_worker_that_sleeps_for_ever_or_answers_wrongly_ends_its_competitor_and_the_sweep_goes_on(
+    measured, name, status, reason
+):
+    for found in measured(fake, name):
+        assert found["torch", name].status == status
+        assert reason in found["torch", name].reason
+        assert {found["torch", good].status for good in GOOD} == {"ok"}
+
+
+def test_a_worker_that_allocates_without_end_under_a_limit_ends_its_competitor_as_oom(measured):
+    for found in measured(lambda framework: fake(framework, virtual_kib=2**20), "allocate-without-end"):
+        greedy = found["torch", "allocate-without-end"]
+        assert (greedy.status, greedy.reason) == ("oom", "the worker process ended with exit status 1: MemoryError")
+        assert {found["torch", good].status for good in GOOD} == {"ok"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_worker_killed_from_outside_while_it_times_ends_one_competitor_as_crash(measured, seed):
+    blocks = iter(range(1000))
+    moment = random.Random(seed).randrange(12)
+
+    class Victim(WorkerProcess):
+        def send(self, message):
+            if message["operation"] == "block" and next(blocks) == moment:
+                os.kill(self.pid, signal.SIGKILL)
+            super().send(message)
+
+    first, second = measured(lambda framework: fake(framework, Victim))
+    ended = {name: record for (_, name), record in first.items() if record.status != "ok"}
+    # The control is the baseline's own call, timed again: it cannot outlive it.
+    assert len(ended) == 1 or set(ended) == {"matmul", "matmul again"}
+    assert {record.status for record in ended.values()} == {"crash"}
+    assert any("signal SIGKILL" in record.reason for record in ended.values())
+    assert {record.status for record in second.values()} == {"ok"}
+
+
+def test_a_kill_by_the_kernel_for_want_of_memory_is_told_from_another(tmp_path, monkeypatch):
+    counters = tmp_path / "vmstat"
+    counters.write_text("nr_free_pages 7\noom_kill 3\n")
+    monkeypatch.setattr(worker_process, "_KERNEL_COUNTERS", counters)
+    ends = []
+    for kills in (3, 4):
+        worker = fake("torch")
+        counters.write_text(f"nr_free_pages 7\noom_kill {kills}\n")
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(RequestError) as error:
+            worker.request({"operation": "hello"}, 5.0)
+        ends.append((error.value.status, "sent by the kernel because memory ran out" in str(error.value)))
+        worker.close()
+    assert ends == [("crash", False), ("oom", True)]
+
+
+def test_a_real_worker_without_memory_for_one_workload_measures_the_next(measured, monkeypatch):
+    """Not invented: torch draws arrays that its process may not hold, says so, and goes on."""
+    pytest.importorskip("torch", reason="needs torch")
+
+    def start(framework):
+        environment = worker_environment(framework, device="cpu", division="matched", cpus=())
+        command = [sys.executable, "-m", "bench.measure.worker", framework]
+        return WorkerProcess(["sh", "-c", f'ulimit -v {8 * 2**20}; exec "$@"', "sh", *command], environment)
+
+    monkeypatch.setattr(sys.modules[__name__], "GOOD", ("matmul",))
+    # One billion weights: eight gigabytes while they are drawn.
+    preset = replace(PRESET, workloads=("sweep-b1-n1-i32768-o32768", "article-batch-1"), rounds=1, probe_s=0.0)
+    preset = replace(preset, limits=PRESETS["smoke"].limits)
+    large, small = measured(start, preset=preset)
+    assert large["torch", "matmul"].status == "oom"
+    assert "MemoryError" in large["torch", "matmul"].reason
+    assert small["torch", "matmul"].status == "ok"
+
+
+# --- the disk ---
+
+
+@pytest.fixture
+def command_line(monkeypatch):
+    """Calls ``bench run`` with a fake worker; returns the result and how many workers were started."""
+
+    def call(out, *more):
+        started = []
+
+        def start(framework):
+            started.append(framework)
+            return fake(framework)
+
+        monkeypatch.setattr("bench.measure.sweep.starter", lambda *args, **kwargs: start)
+        arguments = ["run", "--preset", "smoke", "--rounds", "2", "--framework", "torch", "--direction", "forward"]
+        arguments += ["--implementation", "matmul", "--out", str(out), *more]
+        return CliRunner().invoke(app, arguments, catch_exceptions=False), len(started)
+
+    return call
+
+
+@contextmanager
+def file_size_limit(size):
+    """No file of this process and its children grows beyond ``size``, as on a disk that is full there."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A real file system of a few pages."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True, check=False
+        )
+    except FileNotFoundError:
+        pytest.skip("there is no mount command here; a limit of the file size stands in for a full disk")
+    if done.returncode:
+        pytest.skip("no right to mount a file system here; a limit of the file size stands in for a full disk")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_that_takes_nothing_is_reported_before_measuring(tmp_path, command_line):
+    with file_size_limit(0):
+        result, workers = command_line(tmp_path / "run")
+    assert (result.exit_code, workers) == (2, 0)
+    assert f"cannot be written ({os.strerror(errno.EFBIG)}); choose another --out" in result.stderr
+
+
+def test_a_full_disk_is_reported_before_measuring(tiny_disk, command_line):
+    with pytest.raises(OSError, match="No space left"):
+        (tiny_disk / "ballast").write_bytes(bytes(2**20))
+    result, workers = command_line(tiny_disk / "run")
+    assert (result.exit_code, workers) == (2, 0)
+    assert "cannot be written (No space left on device); choose another --out" in result.stderr
+
+
+def test_a_read_only_disk_is_reported_before_measuring(tiny_disk, command_line):
+    subprocess.run(["mount", "-o", "remount,ro", tiny_disk], check=True)
+    result, workers = command_line(tiny_disk / "run")
+    assert (result.exit_code, workers) == (2, 0)
+    assert "cannot be written (Read-only file system); choose another --out" in result.stderr
+
+
+def test_a_disk_that_fills_while_measuring_keeps_whole_cells_and_the_run_resumes(tmp_path, command_line):
+    out = tmp_path / "run"
+    assert command_line(out, "--workload", "article-base")[0].exit_code == 0
+    room = (out / "records.jsonl").stat().st_size
+    three = [part for name in ("article-base", "article-n8", "article-batch-1") for part in ("--workload", name)]
+    # Smaller cells follow, since nothing is compiled in them: one fits, the next one does not.
+    with file_size_limit(2 * room):
+        full, _ = command_line(out, *three, "--resume")
+    assert full.exit_code == 2
+    assert "cannot be written any more" in full.stderr
+    # Part of a cell may be there: it is set aside when the run resumes.
+    _, whole = whole_cells((out / "records.jsonl").read_text().splitlines(keepends=True))
+    assert whole == {"article-base forward", "article-n8 forward"}
+    resumed, _ = command_line(out, *three, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    records = read_records(out)
+    assert {record.workload for record in records} == {"article-base", "article-n8", "article-batch-1"}
+    assert {record.status for record in records} == {"ok"}
+    assert len({record.key for record in records}) == len(records)

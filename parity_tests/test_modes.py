@@ -1,0 +1,199 @@
+"""Every mode reaches every implementation: vmapped, compiled, cast, uncompiled and sharded, against the oracle.
+
+The default modes are judged in ``test_parity``. What needs several devices or processes runs through the command line,
+which starts JAX with eight virtual devices, in a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parity_tests.harness.cases import FULL, Case
+from parity_tests.harness.inputs import draw_inputs
+from parity_tests.harness.oracle import reference
+from parity_tests.harness.run import count_cells, judge, run_cells
+from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, load_subjects
+from parity_tests.harness.subjects.modes import (
+    COUNTERPARTS,
+    DEFAULT_MODES,
+    MODES,
+    SHARDS,
+    covered,
+    members_of,
+    modes_of,
+    shards_of,
+    split_members,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framework)]
+# Six partitions are two members of three: an ensemble whose members have several partitions.
+CASE = Case("modes", (2, 3), 6, 8, 16)
+IN_PROCESS = {
+    f"{framework}-{mode}-{subject.implementation}": subject
+    for framework in INSTALLED
+    for mode in modes_of(framework)
+    if mode not in (DEFAULT_MODES[framework], "sharded")
+    for subject in load_subjects(framework, "cpu", [mode])
+}
+COMPILED = {name: subject for name, subject in IN_PROCESS.items() if subject.mode == "compile"}
+EAGER = {name: subject for name, subject in IN_PROCESS.items() if subject.mode != "compile"}
+# Uncompiled JAX compiles each operation by itself: in bf16 only for what "auto" means.
+CELLS = [
+    (name, dtype)
+    for name, subject in EAGER.items()
+    for dtype in ("float32", "bfloat16")
+    if dtype in MODES[subject.mode].dtypes
+    and (dtype == "float32" or (subject.framework, subject.mode) != ("jax", "eager") or name.endswith("-matmul"))
+]
+# What no mode can do, by framework, mode and implementation; everything else must be reached.
+UNREACHED = {
+    ("torch", "compile", "grouped_matmul"),  # traced in bfloat16 only
+    ("jax", "vmap", "grouped_matmul"),  # ragged_dot cannot be mapped over its operands alone
+}
+UNSHARDED = {
+    "torch": {"loop", "masked", "vmap", "grouped_conv", "grouped_matmul", "masked_layer"},
+    "jax": {"grouped_conv"},
+}
+
+
+def failures(subject, dtype):
+    inputs = draw_inputs(CASE, dtype)
+    judgement = judge(subject, inputs, reference(inputs))
+    assert {result.tensor for result in judgement.results} == {"y", "dx", "dweight", "dbias"}
+    return [result.reason for result in judgement.results if result.status != "ok"]
+
+
+def reachable(subject, dtype):
+    reason = subject.unsupported_reason(CASE, dtype)
+    if reason is not None:
+        assert reason.startswith(("mode ", "`implementation`")), reason
+        if dtype == "float32":
+            assert (subject.framework, subject.mode, subject.implementation) in UNREACHED
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize(("subject_id", "dtype"), CELLS)
+@pytest.mark.usefixtures("quick_compilation")
+def test_mode_agrees_with_the_oracle_forward_and_backward(subject_id, dtype):
+    subject = EAGER[subject_id]
+    reachable(subject, dtype)
+    assert failures(subject, dtype) == []
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+# torch's own compiler uses what torch deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("subject_id", COMPILED)
+def test_inductor_agrees_with_the_oracle_forward_and_backward(subject_id):
+    subject = COMPILED[subject_id]
+    dtype = "bfloat16" if subject.implementation == "grouped_matmul" else "float32"
+    reachable(subject, dtype)
+    assert failures(subject, dtype) == []
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "parity_tests", "run", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "OMP_NUM_THREADS": "1"},
+        timeout=500,
+        check=False,
+    )
+
+
+# Eight devices of JAX are threads; eight processes of PyTorch are eight start-ups, so here there are two.
+@pytest.mark.slow
+@pytest.mark.parametrize(("framework", "case"), [("torch", "wide-output"), ("jax", "eight-partitions")])
+def test_shards_agree_with_the_oracle_and_with_one_device(framework, case, tmp_path):
+    if framework not in INSTALLED:
+        pytest.skip(f"{framework} is not installed here")
+    target = tmp_path / "rows.json"
+    result = command(
+        *("--framework", framework, "--mode", "sharded", "--mode", DEFAULT_MODES[framework]),
+        *("--case", case, "--dtype", "float32", "--json", str(target)),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads(target.read_text())["rows"]
+    implementations = {row["implementation"] for row in rows}
+    sharded = [row for row in rows if row["mode"] == "sharded"]
+    skipped = {row["implementation"] for row in sharded if row["status"] == "skipped"}
+    assert skipped == UNSHARDED[framework]
+    assert all(row["reason"] in result.stdout for row in sharded if row["status"] == "skipped")
+    against_one = [row for row in rows if row["kind"] == "mode"]
+    assert {row["implementation"] for row in against_one} == implementations - skipped
+    assert {row["mode"] for row in against_one} == {f"sharded+{DEFAULT_MODES[framework]}"}
+
+
+def test_the_cells_of_a_run_are_those_that_were_counted():
+    framework = INSTALLED[0]
+    subjects = [
+        subject
+        for mode in modes_of(framework)[:1]
+        for subject in load_subjects(framework, "cpu", [mode])
+        if subject.implementation in ("loop", "matmul")
+    ]
+    announced = []
+
+    def included(subject, case):
+        return subject.implementation == "matmul" or case.bias
+
+    cases = [Case("with", (2,), 2, 8, 8), Case("without", (2,), 2, 8, 8, bias=False)]
+    rows = list(run_cells(subjects, ["float32"], cases, progress=announced.append, included=included))
+    assert len(announced) == count_cells(subjects, ["float32"], cases, included) == 3
+    assert {(row.implementation, row.case) for row in rows} == {
+        ("loop", "with"),
+        ("matmul", "with"),
+        ("matmul", "without"),
+    }
+
+
+@pytest.mark.skipif(len(INSTALLED) < 2, reason="counterparts are pairs of both frameworks")
+@pytest.mark.usefixtures("quick_compilation")
+def test_counterparts_meet_each_other_and_their_defaults():
+    subjects = [
+        subject
+        for framework in INSTALLED
+        for subject in load_subjects(
+            framework, "cpu", [DEFAULT_MODES[framework], {"torch": "autocast", "jax": "policy"}[framework]]
+        )
+        if subject.implementation == "matmul"
+    ]
+    rows = list(run_cells(subjects, ["float32"], [Case("square", (8,), 4, 16, 16)]))
+    assert {(row.kind, row.framework, row.mode) for row in rows if row.kind != "oracle"} == {
+        ("pair", "torch+jax", "eager+jit"),
+        ("pair", "torch+jax", "autocast+policy"),
+        ("mode", "torch", "autocast+eager"),
+        ("mode", "jax", "policy+jit"),
+    }
+    assert [row.reason for row in rows if row.status != "ok"] == []
+    assert all("--mode policy" in row.command for row in rows if "policy" in row.mode)
+
+
+def test_the_table_names_every_mode_once_and_its_sets_exist():
+    for framework, default in DEFAULT_MODES.items():
+        assert default in modes_of(framework)
+        for mode in modes_of(framework):
+            for case in FULL:
+                assert covered(framework, default, case)
+                assert isinstance(covered(framework, mode, case), bool)
+    assert {mode for mode in MODES if not any(mode in modes_of(framework) for framework in FRAMEWORKS)} == set()
+    assert all(first in modes_of("torch") and second in modes_of("jax") for first, second in COUNTERPARTS)
+
+
+def test_an_ensemble_and_its_shards_divide_the_partitions():
+    assert [members_of(n) for n in (1, 2, 3, 4, 9, 321)] == [1, 2, 3, 2, 3, 3]
+    assert [shards_of(n) for n in (1, 2, 4, 8, 32, 10, 321, 11)] == [1, 2, 4, SHARDS, SHARDS, 5, 3, 1]
+    inputs = draw_inputs(CASE, "float32")
+    members = split_members(inputs)
+    assert len(members) == 2
+    assert np.array_equal(np.concatenate([member.x for member in members], -2), inputs.x)
+    assert np.array_equal(np.concatenate([member.weight for member in members]), inputs.weight)
