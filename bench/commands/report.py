@@ -70,7 +70,7 @@ def _selection(conditions: Sequence[str]) -> Callable[[Record], bool]:
         name, sign, pattern = condition.partition("=")
         if not sign or name not in SHARED:
             raise UsageError(
-                f"--where: expected FIELD=PATTERN with one of {', '.join(SHARED)}, got {condition!r}; name one of these."
+                f"--where: expected FIELD=PATTERN, FIELD one of {', '.join(SHARED)}, got {condition!r}; name one."
             )
         wanted.append((name, pattern))
     return lambda record: all(fnmatchcase(str(getattr(record, name)), pattern) for name, pattern in wanted)
