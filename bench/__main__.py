@@ -95,6 +95,10 @@ def report(
     roofline: Annotated[
         Path | None, typer.Option(metavar="F", help="Draw rates against the machine's ceilings (.svg, .png, .html).")
     ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=PATTERN", help="Only cells such as direction=forward, workload=article-*."),
+    ] = None,
     readme: Annotated[Path | None, typer.Option(metavar="F", help="Replace the results block of this README.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="With --readme: change nothing, exit 1 if it is stale.")
@@ -116,7 +120,7 @@ def report(
         roofline=roofline,
         readme=readme,
     )
-    raise typer.Exit(report_command(directories, outputs, check=check, efficiency=efficiency))
+    raise typer.Exit(report_command(directories, outputs, conditions=where or (), check=check, efficiency=efficiency))
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,6 +192,7 @@ class Archive:
 
     Args:
         directories: of runs.
+        keep: whether a cell is wanted, by any of its records.
 
     Attributes:
         environments: id to fingerprint, of all directories.
@@ -201,7 +202,8 @@ class Archive:
             key.
     """
 
-    def __init__(self, directories: Sequence[Path]):
+    def __init__(self, directories: Sequence[Path], keep: Callable[[Record], bool] = lambda record: True):
+        self._keep = keep
         self.environments: dict[str, dict[str, Any]] = {}
         self._places: dict[tuple[str, str], list[tuple[Path, int, int]]] = {}
         keys: set[str] = set()
@@ -240,4 +242,5 @@ class Archive:
                     if (record.environment_id, record.cell) != where:
                         raise StoreError(f"{path}, line {number}: names two cells; repair or remove the file.")
                     group.append(record)
-                yield group
+                if self._keep(group[0]):
+                    yield group

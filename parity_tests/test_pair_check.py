@@ -45,7 +45,7 @@ def test_layout_is_a_likely_cause():
 
 def test_transposed_kernel_is_a_likely_cause():
     rules = [("weight", "kernel", ""), ("bias", "bias", "")]
-    report = check_pair(**linear_pair(9, 9, params=rules))
+    report = check_pair(**linear_pair(9, 9, params=rules), gradients=False)
     assert report.likely_cause.startswith("the kernel weight is transposed")
 
 
@@ -56,7 +56,8 @@ def test_gelu_is_a_likely_cause():
             flax_module=lambda params, x: jax.nn.gelu(x @ params["kernel"] + params["bias"]),
             flax_params={"kernel": np.ones((12, 7), np.float32), "bias": np.zeros(7, np.float32)},
             params=[("0.weight", "kernel", "o i -> i o"), ("0.bias", "bias", "")],
-        )
+        ),
+        gradients=False,
     )
     assert report.likely_cause == (
         "gelu: the torch side uses the exact gelu (erf), the flax side behaves like the tanh approximation of gelu"
@@ -103,7 +104,7 @@ def tokens_scales_and_mask(rng):
 
 def test_linen_with_integer_inputs_masks_buffers_and_two_outputs():
     arguments = {"torch_module": TorchBlock().eval(), "flax_module": Block(), "inputs": tokens_scales_and_mask}
-    report = check_pair(**arguments, params=[*BLOCK, *BUFFERS], dtypes=("float32", "bfloat16"))
+    report = check_pair(**arguments, params=[*BLOCK, *BUFFERS])
     report.assert_ok()
     tensors = {row.tensor for row in report.rows if row.rung != "weights"}
     assert {"y.hidden", "y.best", "d_embed.weight", "d_input1"} <= tensors
@@ -111,7 +112,7 @@ def test_linen_with_integer_inputs_masks_buffers_and_two_outputs():
     assert "d_norm.running_mean" not in tensors
     assert report.not_compared == ("torch buffer norm.num_batches_tracked",)
     # Buffers left out keep their own values and are said not to be compared.
-    report = check_pair(**arguments, params=BLOCK)
+    report = check_pair(**arguments, params=BLOCK, gradients=False)
     assert "torch buffer norm.running_var" in report.not_compared
     assert "flax buffer batch_stats.norm.mean" in report.not_compared
 
@@ -140,7 +141,7 @@ def test_explicit_single_precision_inside_a_module_does_not_hide_the_float64_tru
 
     shapes = {"kernel": np.ones((12, 7), np.float32), "bias": np.zeros(7, np.float32)}
     pair = linear_pair(torch_module=Upcast(12, 7), flax_module=upcast, flax_params=shapes)
-    check_pair(**pair, dtypes=("float32", "bfloat16")).assert_ok()
+    check_pair(**pair, dtypes=("bfloat16",)).assert_ok()
 
 
 def test_a_recurrent_loop_that_is_fixed_to_float32_still_has_a_truth():
@@ -159,7 +160,8 @@ def test_a_recurrent_loop_that_is_fixed_to_float32_still_has_a_truth():
         torch_params={name: p.detach().numpy() for name, p in lstm.named_parameters()},
         flax_module=nn.RNN(nn.LSTMCell(hidden)),
         params=[*rules, ("bias_ih_l0", None, "0")],
-        inputs=((2, 5, features),),
+        inputs=((2, 3, features),),
+        gradients=False,
     )
     report.assert_ok()
     assert any("cannot be traced in float64" in note for note in report.notes)
@@ -173,7 +175,9 @@ def test_a_dtype_that_a_framework_refuses_is_skipped_with_its_reason():
         return x @ params["kernel"] + params["bias"]
 
     shapes = {"kernel": np.ones((12, 7), np.float32), "bias": np.zeros(7, np.float32)}
-    report = check_pair(**linear_pair(flax_module=picky, flax_params=shapes), dtypes=("float32", "float16"))
+    report = check_pair(
+        **linear_pair(flax_module=picky, flax_params=shapes), dtypes=("float32", "float16"), gradients=False
+    )
     report.assert_ok()
     (skipped,) = [row for row in report.rows if row.status == "skipped"]
     assert (skipped.framework, skipped.dtype) == ("jax", "float16")
@@ -185,7 +189,7 @@ def test_dropout_that_is_active_is_named_on_either_side():
     rules = [("0.weight", "kernel", "o i -> i o"), ("0.bias", "bias", "")]
     report = check_pair(**linear_pair(torch_module=noisy, params=rules))
     assert report.likely_cause.startswith("the torch side draws random numbers: dropout is active")
-    check_pair(**linear_pair(torch_module=noisy.eval(), params=rules)).assert_ok()
+    check_pair(**linear_pair(torch_module=noisy.eval(), params=rules), gradients=False).assert_ok()
 
     class Dropped(nn.Module):
         @nn.compact
@@ -195,7 +199,7 @@ def test_dropout_that_is_active_is_named_on_either_side():
     rules = [("weight", "dense.kernel", "o i -> i o"), ("bias", "dense.bias", "")]
     for deterministic in (False, True):
         kwargs = {"rngs": {"dropout": jax.random.key(1)}, "deterministic": deterministic}
-        report = check_pair(**linear_pair(flax_module=Dropped(), params=rules, flax_kwargs=kwargs))
+        report = check_pair(**linear_pair(flax_module=Dropped(), params=rules, flax_kwargs=kwargs), gradients=False)
         assert report.ok == deterministic
         assert deterministic or report.likely_cause.startswith("the flax side draws random numbers")
 
@@ -205,7 +209,7 @@ def test_parameters_are_never_judged_at_their_initial_zeros():
         flax_module=lambda p, x: x @ p["kernel"],
         flax_params={"kernel": np.ones((12, 7), np.float32), "bias": np.zeros(7, np.float32)},
     )
-    report = check_pair(**ignores_bias)
+    report = check_pair(**ignores_bias, gradients=False)
     assert report.likely_cause.startswith("bias has no effect on the flax side")
 
 
@@ -245,21 +249,6 @@ def test_outputs_that_do_not_correspond_are_refused():
         ValueError, match=r"expected the same names on both sides, got y from torch and y\.0, y\.1 from"
     ):
         check_pair(**two)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("examples", "expected package.module:factory"),
-        ("no_such_module:pair", "expected a module that can be imported"),
-        ("parity_tests.pair.examples:no_such", "it has linear, conv, layer_norm, attention, gru_cell"),
-        ("parity_tests.pair.examples.differences:default_differences", "expected a dict of check_pair's arguments"),
-    ],
-)
-def test_a_pair_that_cannot_be_loaded_gets_one_sentence(spec, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        run_pair(spec)
-    assert "\n" not in str(caught.value)
 
 
 def test_named_pair_with_overrides(tmp_path):

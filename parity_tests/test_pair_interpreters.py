@@ -62,9 +62,10 @@ with prepared(merged(spec, DEFAULT_ARGUMENTS | pythons, DEFAULT_ARGUMENTS), spec
     assert {{"y", "d_weight", "d_bias", "d_input0"}} <= {{row.tensor for row in report.rows}}
     assert sum("in an interpreter of its own: Python" in note for note in report.notes) == 2, report.notes
     halves = [("weight[0:8]", "kernel[:, 8:]", "o i -> i o"), ("weight[8:]", "kernel[:, :8]", "o i -> i o")]
-    report = judge_pair(dataclasses.replace(pair, rules=[*halves, ("bias", "bias")]), gradients=False)
+    halves += [("bias[0:8]", "bias[8:]"), ("bias[8:]", "bias[:8]")]
+    report = judge_pair(dataclasses.replace(pair, rules=halves), gradients=False)
     assert not report.ok and report.first_failing_rung == "forward"
-    assert "weight come in the order 1, 0 on the flax side" in report.likely_cause, report.likely_cause
+    assert "weight, bias come in the order 1, 0 on the flax side" in report.likely_cause, report.likely_cause
     # An interpreter that dies ends the check: it does not pass for a dtype that is not supported.
     pair.sides["jax"]._process.kill()
     try:

@@ -46,7 +46,7 @@ def test_named_files_and_make_targets_exist():
 
 
 def test_the_results_are_those_of_the_published_records():
-    assert len(re.findall(r"^\| \d+ \| (?:torch|jax) ", README, flags=re.M)) >= 20, "the results block is empty"
+    assert len(re.findall(r"^\| \d+=? \| (?:torch|jax) ", README, flags=re.M)) >= 20, "the results block is empty"
     result = subprocess.run(
         [sys.executable, "-m", "bench", "report", "bench/results/cpu-epyc-2core", "--readme", "README.md", "--check"],
         capture_output=True,

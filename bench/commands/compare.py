@@ -79,7 +79,8 @@ def _show(console: Console, found: Comparison) -> None:
     console.print(", ".join(f"{count} {word}" for word, count in counts.items()) + ".")
     console.print(
         f"Verdicts against the baseline: {found.agreeing} FASTER or SLOWER in both runs alike, "
-        f"{len(found.contradicting)} contradict."
+        f"{len(found.contradicting)} contradict"
+        + (f" in {len({where for where, _ in found.contradicting})} cells." if found.contradicting else ".")
     )
     for where, label in found.contradicting:
         console.print(f"  contradiction: {label} in {where.title}")

@@ -1,14 +1,16 @@
 """``bench report``."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from bench.archive import Archive, StoreError
 from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain
+from bench.records import Record
 from bench.report.chart import ChartError, save_chart
-from bench.report.export import write_summary, write_table
+from bench.report.export import SHARED, write_summary, write_table
 from bench.report.markdown import write_report
 from bench.report.output import OutputError, write_text
 from bench.report.pytest_benchmark import write_pytest_benchmark
@@ -57,7 +59,24 @@ def _update_readme(path: Path, block: str, *, check: bool) -> int:
     return FAILED
 
 
-def _write(results: Results, directories: Sequence[Path], outputs: Outputs) -> None:
+def _selection(conditions: Sequence[str]) -> Callable[[Record], bool]:
+    """Whether a cell meets conditions such as ``direction=forward`` or ``workload=article-*``.
+
+    Raises:
+        UsageError: if one is no condition on what the competitors of a cell share.
+    """
+    wanted = []
+    for condition in conditions:
+        name, sign, pattern = condition.partition("=")
+        if not sign or name not in SHARED:
+            raise UsageError(
+                f"--where: expected FIELD=PATTERN, FIELD one of {', '.join(SHARED)}, got {condition!r}; name one."
+            )
+        wanted.append((name, pattern))
+    return lambda record: all(fnmatchcase(str(getattr(record, name)), pattern) for name, pattern in wanted)
+
+
+def _write(results: Results, directories: Sequence[Path], keep: Callable[[Record], bool], outputs: Outputs) -> None:
     if outputs.chart is not None:
         save_chart(results.found, outputs.chart)
     if outputs.winner_map is not None:
@@ -71,11 +90,16 @@ def _write(results: Results, directories: Sequence[Path], outputs: Outputs) -> N
     if outputs.csv_file is not None:
         write_table(outputs.csv_file, results)
     if outputs.pytest_benchmark is not None:
-        write_pytest_benchmark(outputs.pytest_benchmark, Archive(directories))
+        write_pytest_benchmark(outputs.pytest_benchmark, Archive(directories, keep))
 
 
 def report_command(
-    directories: Sequence[Path], outputs: Outputs, *, check: bool = False, efficiency: bool = False
+    directories: Sequence[Path],
+    outputs: Outputs,
+    *,
+    conditions: Sequence[str] = (),
+    check: bool = False,
+    efficiency: bool = False,
 ) -> int:
     """Runs ``bench report`` and returns its exit status."""
     readme = outputs.readme
@@ -83,12 +107,15 @@ def report_command(
         if check and readme is None:
             raise UsageError("--check: needs --readme; name the README to check.")
         outputs.check()
-        results = read_results(directories)
+        keep = _selection(conditions)
+        results = read_results(directories, keep)
+        if not results.found:
+            raise UsageError(f"--where: no cell meets {' and '.join(conditions)}; loosen the conditions.")
         if readme is not None:
             status = _update_readme(readme, results_block(results), check=check)
             if check:
                 return status
-        _write(results, directories, outputs)
+        _write(results, directories, keep, outputs)
     except (UsageError, StoreError, ChartError, OutputError) as error:
         return complain(error)
     except ReadmeError as error:

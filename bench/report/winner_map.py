@@ -49,7 +49,7 @@ def winner_map(found: Sequence[Ranking]) -> Any:
     if len(panels) > MOST_PANELS:
         raise ChartError(
             f"--winner-map: expected at most {MOST_PANELS} combinations of sizes and conditions, got {len(panels)}; "
-            "give the directories of a smaller sweep."
+            "choose some of them with --where."
         )
     names = sorted({point["leader"] for point in points})
     legend = alt.Legend(labelLimit=320)

@@ -1,7 +1,7 @@
 """What reports are made of: rankings, outcomes and environments of one run or several."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,17 @@ def results_of(records: Sequence[Record], environments: Mapping[str, Mapping[str
     return Results(tuple(rankings(records)), tally(records), environments)
 
 
-def read_results(directories: Sequence[Path]) -> Results:
+def read_results(directories: Sequence[Path], keep: Callable[[Record], bool] = lambda record: True) -> Results:
     """The results of runs, read cell by cell.
+
+    Args:
+        directories: of runs.
+        keep: whether a cell is wanted, by any of its records.
 
     Raises:
         StoreError: if a directory holds no record, or anything in it is damaged.
     """
-    archive = Archive(directories)
+    archive = Archive(directories, keep)
     outcomes: Counter[str] = Counter()
 
     def counted() -> Iterable[list[Record]]:

@@ -115,7 +115,7 @@ def test_contradicting_verdicts_are_counted(write, call):
     a, b = write("a", seed=0), write("b", seed=1, factors={"jax matmul": 1 / 9})
     both = found(a, b)
     assert [label for _, label in both.contradicting] == ["jax matmul (jit)"] * 2
-    assert "2 contradict" in call("compare", a, b).output
+    assert "2 contradict in 2 cells" in call("compare", a, b).output
 
 
 def test_cells_of_one_run_alone_are_listed(write, call):

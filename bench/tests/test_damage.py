@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.records import RecordError, parse_line
+from bench.record_lines import parse_line
+from bench.records import RecordError
 from bench.store import Store
 from bench.tests.synthetic import FINGERPRINT, cell_records
 

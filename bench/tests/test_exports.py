@@ -119,6 +119,22 @@ def test_pytest_benchmark_gets_its_own_format(run, call, tmp_path):
     assert stats["mean"] == pytest.approx(0.002, rel=0.05)
 
 
+def test_a_report_of_some_cells_only(run, call, tmp_path):
+    files = ("--json", tmp_path / "r.json", "--pytest-benchmark", tmp_path / "p.json")
+    done = call("report", run, "--where", "batch=64", "--where", "workload=*-n16-*", *files)
+    assert done.exit_code == 0
+    (cell,) = json.loads((tmp_path / "r.json").read_text())["cells"]
+    assert (cell["batch"], cell["num_partitions"]) == (64, 16)
+    assert len(json.loads((tmp_path / "p.json").read_text())["benchmarks"]) == 5
+    for wrong, message in (
+        ("batch", "--where: expected FIELD=PATTERN with one of workload"),
+        ("latency_s=1", "--where: expected FIELD=PATTERN"),
+        ("batch=3", "--where: no cell meets batch=3"),
+    ):
+        done = call("report", run, "--where", wrong)
+        assert (done.exit_code, message in done.stderr) == (2, True)
+
+
 def test_who_gave_no_right_answer_is_no_benchmark(tmp_path, make_record, call):
     store = Store(tmp_path / "run", resume=False)
     store.add_environment("e0", FINGERPRINT)

@@ -114,3 +114,13 @@ def test_a_program_that_leaves_products_out_is_doubted(framework):
     held = bench._held["0"]
     bench._timer.account = lambda prepared: 6 * 3 * 8 * 16
     assert "does 2.3e+03 operations" in bench.probe(REQUEST | {"budget_s": 0.01})["doubt"], held
+
+
+@pytest.mark.parametrize("direction", ["forward_backward", "train_step"])
+def test_a_module_of_another_library_can_be_probed(direction):
+    pytest.importorskip("einops", reason="needs einops")
+    bench = opened("torch", direction=direction, optimizer="sgd" if direction == "train_step" else None)
+    assert judged(bench, "torch", "stock:einops.EinMix", "stock")["status"] == "ok"
+    found = bench.probe(REQUEST | {"budget_s": 0.001})
+    assert found["program_flops"] == 3 * 2 * 6 * 3 * 8 * 16
+    assert found["doubt"] == ""

@@ -15,6 +15,7 @@ from parity_tests.pair.verdict import within
 _OTHER = {"torch": "flax", "jax": "torch"}
 _OWN = {"torch": "torch", "jax": "flax"}
 _MOST_BLOCKS = 4  # gates of an LSTM
+_MOST_TRIED = 500  # runs of a module; a model of many equal layers has millions of pairs to exchange
 Hypothesis = tuple[str, Callable[[], Arrays], str]
 
 
@@ -46,7 +47,7 @@ def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
         return _shapes(evidence)
     if not any(row.dtype == "float64" for row in failed):
         return _precision(evidence, failed)
-    for sentence, run, key in _hypotheses(pair, evidence):
+    for sentence, run, key in itertools.islice(_hypotheses(pair, evidence), _MOST_TRIED):
         try:
             outputs = run()
         except (IndexError, RuntimeError, TypeError, ValueError):

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from bench.measure.functions.torch import Function, resolve
 from bench.measure.layouts import swapped_axes
@@ -104,11 +105,27 @@ def _graphed(call: Call) -> Call:
     return replay
 
 
+class _ProductCounter(TorchDispatchMode):
+    """Adds up torch's own formulas for the operations of products and convolutions.
+
+    Not ``FlopCounterMode``, which hooks into modules and then refuses ``torch.autograd.grad`` on their parameters.
+    """
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
 def counted_flops(call: Call) -> int | None:
     """Operations of the products and convolutions in one call, or None where torch knows of none."""
-    with FlopCounterMode(display=False) as counter:
+    with _ProductCounter() as counter:
         call()
-    return counter.get_total_flops() or None
+    return counter.flops or None
 
 
 def build(
@@ -151,22 +168,20 @@ def build(
         for step in steps:
             step.restart()
 
-    compile_s, again = None, None
-    if task.mode in COMPILE_MODES:
+    def first_call_s() -> float:
         start = time.perf_counter()
         wait(calls[0]())
-        compile_s = time.perf_counter() - start
+        return time.perf_counter() - start
 
-        def again() -> float:
-            torch.compiler.reset()
-            begin = time.perf_counter()
-            wait(calls[0]())
-            return time.perf_counter() - begin
+    def compile_again() -> float:
+        torch.compiler.reset()
+        return first_call_s()
 
+    compiled = task.mode in COMPILE_MODES
     return Prepared(
         _in_turn(calls),
-        compile_s,
-        compile_again=again,
+        first_call_s() if compiled else None,
+        compile_again=compile_again if compiled else None,
         restart=restart if steps else None,
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -91,31 +92,35 @@ def measure_defaults() -> dict[tuple[str, str], str]:
         norm = nnx.LayerNorm(2, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
         normalised = float(norm(jnp.asarray([[1e-3, -1e-3]], jnp.float64))[0, 0])
     cell = nn.GRUCell(64)
-    variables = cell.init(jax.random.key(0), jnp.zeros((1, 64)), jnp.zeros((1, 64)))["params"]
+    variables = jax.jit(cell.init)(jax.random.key(0), np.zeros((1, 64)), np.zeros((1, 64)))["params"]
     gates = nn.GRUCell(3)
-    zeros = jax.tree.map(jnp.zeros_like, gates.init(jax.random.key(0), jnp.zeros((1, 3)), jnp.zeros((1, 2)))["params"])
-    hidden = jnp.full((1, 3), 0.7)
+    hidden, x = np.full((1, 3), 0.7, np.float32), np.zeros((1, 2), np.float32)
+    shapes = jax.eval_shape(gates.init, jax.random.key(0), hidden, x)["params"]
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    run = jax.jit(gates.apply)
     kept = [
-        bool(jnp.allclose(gates.apply({"params": zeros | {name: raised}}, hidden, jnp.zeros((1, 2)))[0], hidden))
+        np.allclose(run({"params": zeros | {name: raised}}, hidden, x)[0], hidden)
         for name in ("ir", "iz", "in")
-        for raised in ({**zeros[name], "bias": jnp.full((3,), 50.0)},)
+        for raised in ({**zeros[name], "bias": np.full((3,), 50.0, np.float32)},)
     ]
     small_attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
-    tokens = jax.random.normal(jax.random.key(1), (2, 2, 8))
-    attended = small_attention(tokens)
-    reached = jnp.abs(small_attention(tokens.at[0, 1].add(1.0)) - attended).sum(-1) > 0
-    recurrent = jnp.asarray(variables["hr"]["kernel"])
+    tokens = np.random.default_rng(1).standard_normal((2, 2, 8)).astype(np.float32)
+    attended = small_attention(jnp.asarray(tokens))
+    moved = tokens.copy()
+    moved[0, 1] += 1.0
+    reached = np.abs(np.asarray(small_attention(jnp.asarray(moved))) - np.asarray(attended)).sum(-1) > 0
+    recurrent = np.asarray(variables["hr"]["kernel"])
     output = plain_conv(jnp.zeros((1, 8, 8, 16)))
     return {
-        ("linear", "kernel std times sqrt(fan-in)"): f"{float(dense.kernel.std()) * 400**0.5:.1f}",
-        ("linear", "bias at zero"): str(not jnp.any(jnp.asarray(nnx.state(dense)["bias"][...]))),
+        ("linear", "kernel std times sqrt(fan-in)"): f"{np.std(dense.kernel[...]) * 400**0.5:.1f}",
+        ("linear", "bias at zero"): str(not np.asarray(nnx.state(dense)["bias"][...]).any()),
         ("linear", "kernel shape of 400 -> 300"): str(dense.kernel.shape),
-        ("conv", "kernel std times sqrt(fan-in)"): f"{float(plain_conv.kernel.std()) * 144**0.5:.1f}",
+        ("conv", "kernel std times sqrt(fan-in)"): f"{np.std(plain_conv.kernel[...]) * 144**0.5:.1f}",
         ("conv", "kernel shape of 16 -> 200, 3 x 3"): str(plain_conv.kernel.shape),
         ("conv", "height of the output, input of 8, kernel of 3"): str(output.shape[1]),
         ("conv", "axis of the channels"): str(output.shape.index(200)),
         ("layer_norm", "epsilon"): f"{(1e-3 / normalised) ** 2 - 1e-6:.1e}",
-        ("attention", "query kernel std times sqrt(fan-in)"): f"{float(attention.query.kernel.std()) * 16:.1f}",
+        ("attention", "query kernel std times sqrt(fan-in)"): f"{np.std(attention.query.kernel[...]) * 16:.1f}",
         ("attention", "axis of the batch"): str(0 if bool(reached[0].all()) else 1),
         ("attention", "outputs of a call"): str(len(jax.tree.leaves(attended))),
         ("attention", "arrays of the input projections"): str(
@@ -125,14 +130,10 @@ def measure_defaults() -> dict[tuple[str, str], str]:
             )
         ),
         ("gru_cell", "arguments of a call"): ", ".join(list(inspect.signature(cell.__call__).parameters)[:2]),
-        ("gru_cell", "outputs of a call"): str(
-            len(gates.apply({"params": zeros}, jnp.zeros((1, 3)), jnp.zeros((1, 2))))
-        ),
+        ("gru_cell", "outputs of a call"): str(len(run({"params": zeros}, hidden, x))),
         ("gru_cell", "elements of biases per hidden unit"): str(
             sum(leaf["bias"].size for leaf in variables.values() if "bias" in leaf) // 64
         ),
         ("gru_cell", "update gate among r, z, n (ir, iz, in)"): str(kept.index(True)),
-        ("gru_cell", "recurrent kernel orthogonal"): str(
-            bool(jnp.allclose(recurrent @ recurrent.T, jnp.eye(64), atol=1e-4))
-        ),
+        ("gru_cell", "recurrent kernel orthogonal"): str(np.allclose(recurrent @ recurrent.T, np.eye(64), atol=1e-4)),
     }

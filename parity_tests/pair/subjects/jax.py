@@ -13,7 +13,7 @@ from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS
 from parity_tests.pair.draws import is_float
 from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant, collect_ensemble, leaf_name
 from parity_tests.pair.subjects.jax_modules import FlatModule, Function, flatten_module
-from parity_tests.pair.subjects.jax_noise import Interpreter
+from parity_tests.pair.subjects.jax_noise import Interpreter, normal_pool
 
 Program = Callable[..., dict[str, Any]]
 # Interpreted programs are large and run a few dozen times: compiling them well would take longer than running them.
@@ -102,10 +102,11 @@ class JaxSide:
         (run, names), notes = self._programs[key]
         with jax.enable_x64(True), jax.default_device(self._device):
             leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(_map_floats(arguments, np.float64))]
+            pool = jnp.asarray(normal_pool())
 
             def member(number: int, amplitude: float) -> dict[str, np.ndarray]:
                 index = np.int64(seed * (MEMBERS + KINK_MEMBERS) + number)
-                return dict(zip(names, map(np.asarray, run(leaves, index, np.float64(amplitude))), strict=True))
+                return dict(zip(names, map(np.asarray, run(leaves, index, np.float64(amplitude), pool)), strict=True))
 
             result = collect_ensemble(member, MEMBERS, KINK_MEMBERS, KINK_AMPLITUDE)
         return Ensemble(result.centre, result.spread, result.kinks, MEMBERS, tuple(sorted(notes)))
@@ -201,8 +202,8 @@ class JaxSide:
         names = sorted(shapes)  # the order in which a dict is flattened
         notes: set[str] = set()
 
-        def run(leaves: list[Any], member: Any = 0, amplitude: Any = None) -> list[Any]:
-            interpreter = Interpreter(dtype, member, amplitude)
+        def run(leaves: list[Any], member: Any = 0, amplitude: Any = None, pool: Any = None) -> list[Any]:
+            interpreter = Interpreter(dtype, member, amplitude, pool)
             results = interpreter.run(closed, leaves)
             notes.update(interpreter.notes)
             return results

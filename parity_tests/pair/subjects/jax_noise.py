@@ -34,7 +34,8 @@ _POOL_BITS = 16
 
 
 @functools.cache
-def _pool() -> np.ndarray:
+def normal_pool() -> np.ndarray:
+    """The standard normal numbers that all noise is looked up in."""
     pool = np.random.default_rng(0xD1CE).standard_normal(1 << _POOL_BITS)
     return (pool - pool.mean()) / pool.std()
 
@@ -46,10 +47,11 @@ class Interpreter:
         dtype: no operation errs more coarsely than this format.
         member: traced int64, the number of the ensemble's run.
         amplitude: traced float64, of the noise; None leaves all noise out (the truth).
+        pool: traced, ``normal_pool``: as a constant every operation would carry its own copy.
     """
 
-    def __init__(self, dtype: str = "float64", member: Any = 0, amplitude: Any = None) -> None:
-        self._limit, self._member, self._amplitude = FORMATS[dtype].roundoff, member, amplitude
+    def __init__(self, dtype: str = "float64", member: Any = 0, amplitude: Any = None, pool: Any = None) -> None:
+        self._limit, self._member, self._amplitude, self._pool = FORMATS[dtype].roundoff, member, amplitude, pool
         self._operation = 0
         self.notes: set[str] = set()
 
@@ -102,7 +104,7 @@ class Interpreter:
             terms = SUMS[name](equation, operands)
             u_acc = self._accumulator(name, equation)
             return [
-                self._noisy(value, self._sum_deviation(value, square, terms, u_acc, str(aval_of(var).dtype)))
+                self._summed(value, square, terms, u_acc, str(aval_of(var).dtype))
                 for value, square, var in zip(results, squares, equation.outvars, strict=True)
             ]
         if not is_elementwise(equation) and any(is_floating(value) for value in results):
@@ -134,23 +136,40 @@ class Interpreter:
             return self._roundoff("float32")
         return self._roundoff(str(aval_of(equation.invars[0]).dtype))
 
-    def _sum_deviation(self, value: Any, square: Any, terms: Any, u_acc: float, dtype: str) -> jax.Array:
-        summation = u_acc**2 * (terms * value**2 / 3 + terms * square / 6 + square)
-        variance = jnp.maximum(summation + (self._roundoff(dtype) * value) ** 2, 0.0)
-        return jnp.sqrt(variance) + FORMATS[dtype].smallest_normal * (square != 0)
+    def _summed(self, value: Any, square: Any, terms: Any, u_acc: float, dtype: str) -> jax.Array:
+        tiny = FORMATS[dtype].smallest_normal
+        return _noisy_sum(value, square, terms, u_acc, self._roundoff(dtype), tiny, *self._source())
 
     def _round(self, value: jax.Array, dtype: str, factor: float = 1.0) -> jax.Array:
         u = factor * self._roundoff(dtype)
-        return self._noisy(value, u * jnp.abs(value) + FORMATS[dtype].smallest_normal * (value != 0))
+        return _noisy_rounding(value, u, FORMATS[dtype].smallest_normal, *self._source())
 
-    def _noisy(self, value: jax.Array, deviation: jax.Array) -> jax.Array:
-        # Multiplicative hashing, as on the torch side: xi depends on the value, the operation and the member.
+    def _source(self) -> tuple[Any, Any, np.uint64, Any]:
+        """Where the next operation's noise comes from."""
         self._operation += 1
         odd = (self._operation * 0x9E3779B97F4A7C15 | 1) & ((1 << 64) - 1)
-        key = (2 * jnp.asarray(self._member, jnp.uint64) + 1) * np.uint64(odd)
-        bits = lax.bitcast_convert_type(jnp.abs(value), jnp.uint64) * key
-        index = lax.shift_right_logical(bits, np.uint64(64 - _POOL_BITS)).astype(jnp.int32)
-        return value + self._amplitude * deviation * jnp.asarray(_pool())[index]
+        return self._amplitude, self._member, np.uint64(odd), self._pool
+
+
+# Jitted, so that what every operation needs is traced and lowered once a shape, not once an operation.
+@jax.jit
+def _noisy_rounding(value: Any, u: Any, tiny: Any, *source: Any) -> jax.Array:
+    return _perturbed(value, u * jnp.abs(value) + tiny * (value != 0), *source)
+
+
+@jax.jit
+def _noisy_sum(value: Any, square: Any, terms: Any, u_acc: Any, u: Any, tiny: Any, *source: Any) -> jax.Array:
+    summation = u_acc**2 * (terms * value**2 / 3 + terms * square / 6 + square)
+    variance = jnp.maximum(summation + (u * value) ** 2, 0.0)
+    return _perturbed(value, jnp.sqrt(variance) + tiny * (square != 0), *source)
+
+
+def _perturbed(value: Any, deviation: Any, amplitude: Any, member: Any, odd: Any, pool: Any) -> jax.Array:
+    # Multiplicative hashing, as on the torch side: xi depends on the value, the operation and the member.
+    key = (2 * jnp.asarray(member, jnp.uint64) + 1) * odd
+    bits = lax.bitcast_convert_type(jnp.abs(value), jnp.uint64) * key
+    index = lax.shift_right_logical(bits, np.uint64(64 - _POOL_BITS)).astype(jnp.int32)
+    return value + amplitude * deviation * pool[index]
 
 
 def _as_integer(argument: Any, atom: Any) -> jax.Array:
