@@ -21,7 +21,8 @@ from bench.measure.protocol import RequestError
 from bench.measure.sweep import Progress, Request, SelectionError, SweepNotes, run_sweep
 from bench.plan.cells import DEVICES, Cell
 from bench.plan.presets import plan_cells
-from bench.records import Record, parse_line
+from bench.record_lines import parse_line
+from bench.records import Record
 from bench.store import Store
 
 RESOURCE = "DEVICE"

@@ -28,19 +28,19 @@ def _dense(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, precision: Any) 
     return (jnp.matmul(x[:, 0], kernel[0], precision=precision) + bias[0])[:, None]
 
 
-_KNOWN: Mapping[str, Callable[..., jax.Array]] = {
-    "stock:nnx.Einsum": nnx_einsum,
-    "stock:nnx.LinearGeneral": nnx_linear_general,
-    "stock:linen.DenseGeneral": linen_dense_general,
+_KNOWN: Mapping[str, Callable[[], Callable[..., jax.Array]]] = {
+    "stock:nnx.Einsum": lambda: nnx_einsum,
+    "stock:nnx.LinearGeneral": lambda: nnx_linear_general,
+    "stock:linen.DenseGeneral": lambda: linen_dense_general,
     "stock:einops.EinMix": einmix,
     "stock:equinox.filter_vmap": equinox_filter_vmap,
     "stock:keras.EinsumDense": keras_einsum_dense,
 }
 MISSING: Mapping[str, str] = MappingProxyType(missing_competitors(_KNOWN))
-STOCK: Mapping[str, Callable[..., jax.Array]] = MappingProxyType(
-    {name: function for name, function in _KNOWN.items() if name not in MISSING}
+STOCK: Mapping[str, Callable[[], Callable[..., jax.Array]]] = MappingProxyType(
+    {name: build for name, build in _KNOWN.items() if name not in MISSING}
 )
-YARDSTICKS: Mapping[str, Callable[..., jax.Array]] = MappingProxyType({"dense": _dense})
+YARDSTICKS: Mapping[str, Callable[[], Callable[..., jax.Array]]] = MappingProxyType({"dense": lambda: _dense})
 
 
 def resolve(name: str, precision: Any) -> Function:
@@ -59,4 +59,4 @@ def resolve(name: str, precision: Any) -> Function:
     if name not in known:
         choices = ", ".join((*implementation_names(), *known))
         raise ValueError(f"implementation: expected one of {choices}, got {name!r}; choose one of these.")
-    return partial(known[name], precision=precision)
+    return partial(known[name](), precision=precision)

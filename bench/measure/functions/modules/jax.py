@@ -1,4 +1,7 @@
-"""JAX competitors that are modules: the layers of Flax nnx and linen, einops EinMix, equinox, Keras EinsumDense."""
+"""JAX competitors that are modules: the layers of Flax nnx and linen, einops EinMix, equinox, Keras EinsumDense.
+
+Those of other packages are builders, which import the package: tracing, which is timed, would import it otherwise.
+"""
 
 import os
 from collections.abc import Callable
@@ -58,47 +61,56 @@ def _matmul_precision(precision: Any) -> AbstractContextManager[object]:
     return jax.default_matmul_precision(name.lower() if isinstance(precision, jax.lax.Precision) else name)
 
 
-def einmix(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
+def einmix() -> Function:
     """Einops ``EinMix`` for Flax."""
     from einops.layers.flax import EinMix
 
-    n, i, o = kernel.shape
-    layer = EinMix("b n i -> b n o", weight_shape="n i o", bias_shape="n o", sizes={"n": n, "i": i, "o": o})
-    with _matmul_precision(precision):
-        return cast(Array, layer.apply({"params": {"weight": kernel, "bias": bias[None]}}, x))
+    def run(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
+        n, i, o = kernel.shape
+        layer = EinMix("b n i -> b n o", weight_shape="n i o", bias_shape="n o", sizes={"n": n, "i": i, "o": o})
+        with _matmul_precision(precision):
+            return cast(Array, layer.apply({"params": {"weight": kernel, "bias": bias[None]}}, x))
+
+    return run
 
 
-def equinox_filter_vmap(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
+def equinox_filter_vmap() -> Function:
     """Equinox: ``filter_vmap`` over an ensemble of ``eqx.nn.Linear``, which keeps (out, in)."""
     import equinox as eqx
 
-    _, i, o = kernel.shape
-    # The key is needed to describe the layer, and never drawn from.
-    with jax.ensure_compile_time_eval():
-        key = jax.random.key(0)
-    skeleton = eqx.filter_eval_shape(eqx.nn.Linear, i, o, dtype=kernel.dtype, key=key)
-    ensemble = eqx.tree_at(lambda layer: (layer.weight, layer.bias), skeleton, (jnp.swapaxes(kernel, 1, 2), bias))
-    each = eqx.filter_vmap(lambda layer, rows: jax.vmap(layer)(rows), in_axes=(eqx.if_array(0), 1), out_axes=1)
-    with _matmul_precision(precision):
-        return each(ensemble, x)
+    def run(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
+        _, i, o = kernel.shape
+        # The key is needed to describe the layer, and never drawn from.
+        with jax.ensure_compile_time_eval():
+            key = jax.random.key(0)
+        skeleton = eqx.filter_eval_shape(eqx.nn.Linear, i, o, dtype=kernel.dtype, key=key)
+        ensemble = eqx.tree_at(lambda layer: (layer.weight, layer.bias), skeleton, (jnp.swapaxes(kernel, 1, 2), bias))
+        each = eqx.filter_vmap(lambda layer, rows: jax.vmap(layer)(rows), in_axes=(eqx.if_array(0), 1), out_axes=1)
+        with _matmul_precision(precision):
+            return each(ensemble, x)
+
+    return run
 
 
-def keras_einsum_dense(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
+def keras_einsum_dense() -> Function:
     """Keras ``EinsumDense`` on its JAX backend, called statelessly."""
     # Read once, when keras is imported; a worker runs one framework only.
     os.environ["KERAS_BACKEND"] = "jax"
     import keras
 
-    n, _, o = kernel.shape
-    layer = keras.layers.EinsumDense(
-        "bni,nio->bno",
-        output_shape=(n, o),
-        bias_axes="no",
-        kernel_initializer="zeros",
-        dtype=str(kernel.dtype),
-    )
-    # Outside the traced program, which holds the stateless call alone.
-    with jax.ensure_compile_time_eval():
-        layer.build(x.shape)
-    with _matmul_precision(precision):
-        return layer.stateless_call([kernel, bias], [], x)[0]
+    def run(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
+        n, _, o = kernel.shape
+        layer = keras.layers.EinsumDense(
+            "bni,nio->bno",
+            output_shape=(n, o),
+            bias_axes="no",
+            kernel_initializer="zeros",
+            dtype=str(kernel.dtype),
+        )
+        # Outside the traced program, which holds the stateless call alone.
+        with jax.ensure_compile_time_eval():
+            layer.build(x.shape)
+        with _matmul_precision(precision):
+            return layer.stateless_call([kernel, bias], [], x)[0]
+
+    return run
