@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from parity_tests.commands.usage import choices_help, modes_help, refuse
+from parity_tests.commands.usage import choices_help, modes_help
 from parity_tests.harness.cases import CASE_SETS
 from parity_tests.harness.dtypes import STORAGE_DTYPES
 from parity_tests.harness.subjects.base import FRAMEWORKS
@@ -37,6 +37,7 @@ def run(
     Exit status: 0 all compared cells hold, 1 a mismatch or nothing compared, 2 wrong usage, 130 interrupted.
     """
     from parity_tests.commands.run import Options, run
+    from parity_tests.commands.usage import refuse
 
     options = Options(
         frameworks=tuple(framework or ()),

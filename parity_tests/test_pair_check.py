@@ -28,9 +28,11 @@ def linear_pair(i=12, o=7, **changes):
     } | changes
 
 
-def test_every_dtype_and_the_report_of_a_linear_layer():
-    report = check_pair(**linear_pair(), dtypes=("float64", "float32", "bfloat16", "float16"))
+def test_the_remaining_dtypes_and_the_report_of_a_linear_layer():
+    # float32 and bfloat16: test_pair_defects.
+    report = check_pair(**linear_pair(), dtypes=("float64", "float16"))
     report.assert_ok()
+    assert {row.dtype for row in report.rows} == {"float64", "float16"}
     tensors = {row.tensor for row in report.rows if row.rung != "weights"}
     assert tensors == {"y", "d_weight", "d_bias", "d_input0"}
     assert "calibrated" in report.describe()
