@@ -58,7 +58,11 @@ def check_writable(argument: str, path: Path | None) -> None:
     if path is None:
         return
     try:
+        existed = path.exists()
         with path.open("ab"):
             pass
+        if not existed:
+            # A command that ends with a complaint leaves no empty file behind.
+            path.unlink()
     except OSError as error:
         raise UsageError(f"{argument}: {path} cannot be written ({error.strerror}); choose another file.") from error

@@ -80,7 +80,10 @@ class CellRun:
                 framework, {"operation": operation, "handle": entry.handle, **fields}, timeout_s
             )
         except RequestError as error:
-            entry.fail(error.status, error.reason)
+            for same in self._entries:
+                # The control runs its baseline's call, and cannot outlive it.
+                if same is entry or (same.control and entry.baseline):
+                    same.fail(error.status, error.reason)
         if not self._workers.alive(framework):
             self._recover(framework)
         return None

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bench.measure.memory import free_bytes
 from bench.measure.probes import ceilings_of, probed
 from bench.measure.protocol import Message
-from bench.measure.timers.base import Prepared, Task, Timer
+from bench.measure.timers.base import Prepared, Task, Timer, Unsupported
 from bench.measure.verification import Judgement, Oracle, Verifier, inputs_digest, results_digest
 from bench.plan.cells import Cell
 from bench.plan.competitors import YARDSTICK
@@ -21,6 +22,8 @@ from parity_tests.harness.inputs import draw_inputs
 _CALLS_BEFORE_TIMING = 3
 _LONG_CALL_S = 0.1
 _GIVE_UP = 10  # one call this many times over the limit is no disturbance, and is not repeated
+# Inputs are drawn in float64, rounded to the storage dtype, and copied to the device.
+_BYTES_AN_ELEMENT = 16
 _VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -94,6 +97,11 @@ class Workbench:
         self._cell = Cell(**{**values, "workload": Workload(**values["workload"])})
         self._seed = request["seed"]
         self._timer.configure(self._cell.precision, self._cell.division, self._cell.device)
+        needed, free = _BYTES_AN_ELEMENT * self._cell.workload.elements, free_bytes()
+        if needed > free:
+            raise Unsupported(
+                f"the inputs take about {needed / 2**30:.1f} GiB to draw, and {free / 2**30:.1f} GiB are free"
+            )
         digest = inputs_digest(self._oracle(dense=False).inputs)
         return {"inputs_digest": digest, "switches": self._timer.switches(), "free_bytes": self._timer.free_bytes()}
 

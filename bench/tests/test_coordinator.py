@@ -12,7 +12,7 @@ from bench.tests.fake_worker import GOOD
 
 CELL = Cell(WORKLOADS["article-base"], "forward", "ieee_fp32", "matched", "cpu")
 LIMITS = replace(PRESETS["smoke"].limits, unrolled_products=1000, prepare_s=3.0, request_s=3.0)
-PRESET = replace(PRESETS["smoke"], rounds=3, limits=LIMITS)
+PRESET = replace(PRESETS["smoke"], rounds=3, probe_s=0.01, limits=LIMITS)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.measure import memory
-from bench.measure.functions.jax import STOCK, YARDSTICKS
+from bench.measure.functions.jax import MISSING, STOCK, YARDSTICKS
 from bench.measure.layouts import swapped_axes
 from bench.measure.programs.jax import build, compiler_options
 from bench.measure.timers.base import Call, Prepared, Task, Trace, Unsupported
@@ -47,7 +47,7 @@ class JaxTimer:
 
     def catalogue(self) -> Catalogue:
         """What can be run."""
-        return Catalogue(self.framework, implementation_names(), tuple(STOCK), tuple(YARDSTICKS))
+        return Catalogue(self.framework, implementation_names(), tuple(STOCK), tuple(YARDSTICKS), MISSING)
 
     def environment(self) -> dict[str, Any]:
         """Versions and device."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bench.measure import memory
-from bench.measure.functions.torch import STOCK, YARDSTICKS
+from bench.measure.functions.torch import MISSING, STOCK, YARDSTICKS
 from bench.measure.layouts import swapped_axes
 from bench.measure.programs.torch import build, counted_flops
 from bench.measure.timers.base import Call, Prepared, Task, Trace, Unsupported
@@ -53,7 +53,7 @@ class TorchTimer:
 
     def catalogue(self) -> Catalogue:
         """What can be run."""
-        return Catalogue(self.framework, implementation_names(), tuple(STOCK), tuple(YARDSTICKS))
+        return Catalogue(self.framework, implementation_names(), tuple(STOCK), tuple(YARDSTICKS), MISSING)
 
     def environment(self) -> dict[str, Any]:
         """Versions and device."""
