@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -62,6 +66,8 @@ def test_a_run_that_compares_nothing_fails():
         (["run", "--case", "magic"], "--case: expected one of"),
         (["run", "--framework", "tensorflow"], "tensorflow"),
         (["run", "--dtype", "float8"], "float8"),
+        (["run", "--mode", "magic"], "--mode: expected one of"),
+        (["run", "--framework", INSTALLED[0], "--mode", {"torch": "jit", "jax": "compile"}[INSTALLED[0]]], "a mode of"),
         (["run", "--cases", "huge"], "huge"),
         (["run", "--seed", "-1"], "--seed"),
         (["run", "--json", "/nowhere/at/all.json"], "writable folder"),
@@ -75,6 +81,51 @@ def test_wrong_usage_is_one_sentence_and_exit_two(arguments, sentence):
     assert result.returncode == 2
     assert sentence in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "openpty"), reason="a progress bar is shown on a terminal only, this system has none"
+)
+def test_an_interrupted_run_keeps_what_it_compared(tmp_path):
+    files = {option: tmp_path / f"rows.{option}" for option in ("json", "junit", "html")}
+    framework = INSTALLED[0]
+    arguments = ["--framework", framework, "--mode", {"torch": "eager", "jax": "jit"}[framework], "--cases", "full"]
+    arguments += [part for option, path in files.items() for part in (f"--{option}", str(path))]
+    terminal, end = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "parity_tests", "run", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=end,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "160", "TERM": "xterm"},
+    )
+    os.close(end)
+    try:
+        shown, deadline = "", time.monotonic() + 240
+        while not (found := re.findall(r"\b([1-9]\d*)/(\d+)\b", shown)) and time.monotonic() < deadline:
+            shown += os.read(terminal, 65536).decode(errors="replace")
+        assert found, f"no progress was shown: {shown}"
+        process.send_signal(signal.SIGINT)
+        stdout, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.communicate()
+        os.close(terminal)
+    assert process.returncode == 130, stdout
+    assert re.search(r"\d:\d\d:\d\d|-:--:--", shown), "the remaining time is not shown"
+    (left, total) = map(int, re.search(r"interrupted: (\d+) of (\d+) cells were left", stdout).groups())
+    assert total == int(found[0][1])
+    assert 0 < left < total
+    document = json.loads(files["json"].read_text())
+    assert document["cells_left"] == left
+    assert document["summary"]["compared"] > 0
+    # Every finished cell left rows; the one in flight may have left some.
+    cells = {(row["implementation"], row["dtype"], row["case"]) for row in document["rows"] if row["kind"] == "oracle"}
+    assert total - left <= len(cells) <= total - left + 1
+    (suite,) = ElementTree.parse(files["junit"]).getroot()
+    assert len(suite) == len(document["rows"])
+    assert f"interrupted with {left} cells left" in files["html"].read_text()
 
 
 def test_defects_prints_the_score(tmp_path):

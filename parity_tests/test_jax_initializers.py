@@ -26,8 +26,6 @@ from parity_tests.harness.initialization import (
     torch_distribution,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 N, IN, OUT = 16, 24, 40
 EXPECTED = {
     ("torch", "kernel"): torch_distribution(IN),

@@ -20,10 +20,13 @@ SUBJECTS = {
     for subject in load_subjects(framework)
 }
 CASES = {case.name: case for case in DEFAULT}
-EACH_CASE = [
-    name if case in SMOKE else pytest.param(name, marks=pytest.mark.usefixtures("quick_compilation"))
-    for name, case in CASES.items()
-]
+
+
+@pytest.fixture(autouse=True)
+def _compile_the_smoke_cases_in_full(request):
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and CASES[callspec.params["case_name"]] not in SMOKE:
+        request.getfixturevalue("quick_compilation")
 
 
 @functools.cache
@@ -48,7 +51,7 @@ def test_at_least_one_framework_is_installed():
 
 
 @pytest.mark.parametrize("tensor", TENSORS)
-@pytest.mark.parametrize("case_name", EACH_CASE)
+@pytest.mark.parametrize("case_name", CASES)
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
 @pytest.mark.parametrize("subject_id", SUBJECTS)
 def test_subject_agrees_with_the_oracle(subject_id, dtype, case_name, tensor):
@@ -62,7 +65,7 @@ def test_subject_agrees_with_the_oracle(subject_id, dtype, case_name, tensor):
 
 
 @pytest.mark.skipif(len(INSTALLED) < 2, reason=f"pairs need both frameworks, installed: {', '.join(INSTALLED)}")
-@pytest.mark.parametrize("case_name", EACH_CASE)
+@pytest.mark.parametrize("case_name", CASES)
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
 def test_every_torch_jax_pair_agrees(dtype, case_name):
     arithmetic = declared_arithmetic(PRECISION_OF_DTYPE[dtype])

@@ -27,6 +27,7 @@ def _refuse_options_of_cells(options: Options) -> None:
         "--framework": options.frameworks,
         "--implementation": options.implementations,
         "--case": options.cases,
+        "--mode": options.modes,
         "--cases": options.case_set != "default",
     }
     for option, value in given.items():

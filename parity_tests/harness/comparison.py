@@ -26,6 +26,7 @@ class TensorResult:
         partition: the partition that element belongs to.
         subject_value: what the subject returned there.
         expected_value: what the oracle (or the other subject) has there.
+        partition_fractions: largest error over the T1 bound in each partition, to three digits; None for a pair.
     """
 
     tensor: str
@@ -40,6 +41,7 @@ class TensorResult:
     partition: int | None
     subject_value: float | None
     expected_value: float | None
+    partition_fractions: tuple[float, ...] | None = None
 
 
 def _errors(value: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -75,8 +77,18 @@ def missing_tensors(outputs: Mapping[str, np.ndarray], reference: Reference) -> 
     return [_mismatch(name, f"{name} is missing") for name in reference if name not in outputs]
 
 
+def _by_partition(fractions: np.ndarray, axis: int) -> tuple[float, ...]:
+    others = tuple(k for k in range(fractions.ndim) if k != axis)
+    return tuple(float(f"{value:.3g}") for value in fractions.max(axis=others))
+
+
 def _result(
-    name: str, value: np.ndarray, expected: np.ndarray, axis: int, limits: Mapping[Tier, np.ndarray]
+    name: str,
+    value: np.ndarray,
+    expected: np.ndarray,
+    axis: int,
+    limits: Mapping[Tier, np.ndarray],
+    by_partition: bool = False,
 ) -> TensorResult:
     value = value.astype(expected.dtype)
     if value.shape != expected.shape:
@@ -108,6 +120,7 @@ def _result(
         partition=index[axis],
         subject_value=float(value[index]),
         expected_value=float(expected[index]),
+        partition_fractions=_by_partition(by_tier["T1"], axis) if by_partition else None,
     )
 
 
@@ -132,7 +145,7 @@ def compare_tensor(
         return _shape_mismatch(name, value.shape, truth.value.shape)
     tiers = applicable_tiers(arithmetic, zero_mean)
     limits = bounds(truth, arithmetic, tiers)
-    return _result(name, value, truth.value, truth.partition_axis, limits)
+    return _result(name, value, truth.value, truth.partition_axis, limits, by_partition=True)
 
 
 def compare_with_limit(

@@ -1,50 +1,21 @@
-"""One self-contained page over parity rows: verdict, filterable table, heatmap of error over bound, training curves.
+"""One self-contained page over parity rows: verdict, heatmaps of error over bound, training curves, a filterable table.
 
 Nothing is fetched: styles, script and drawings are in the page. Everything that comes from rows is escaped.
 """
 
-import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from string import Template
 from typing import Any
 
+from parity_tests.harness.drawings import Block, Curves, draw_curves, heatmap, legend, number
 from parity_tests.harness.records import ParityRow, summarize
+from parity_tests.harness.subjects.modes import DEFAULT_MODES
 
-_COLUMNS = ("status", "kind", "framework", "implementation", "dtype", "case", "tensor")
-_WIDTH, _HEIGHT = 640, 220
+__all__ = ["Curves", "html_document"]
 
-
-@dataclass(frozen=True)
-class Curves:
-    """One drawing of training trajectories over steps.
-
-    Attributes:
-        title: above the drawing.
-        lines: values by name, one a step.
-        band: lowest and highest value a step that rounding noise explains, or None.
-        logarithmic: whether the vertical axis is logarithmic; values at or below 0 are then left out.
-    """
-
-    title: str
-    lines: Mapping[str, Sequence[float]]
-    band: tuple[Sequence[float], Sequence[float]] | None = None
-    logarithmic: bool = True
-    colours: Sequence[str] = field(default=("#b4441f", "#1f6fb4", "#3b8a3e", "#7a3bb4", "#8a7a1f"))
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
-
-
-def _colour(fraction: float) -> str:
-    """From white (exact) through yellow to red (at the bound and above), on the logarithm of the fraction."""
-    if fraction > 1:
-        return "#b0142a"
-    warmth = 0.0 if fraction <= 1e-3 else (3 + math.log10(fraction)) / 3
-    return f"hsl({60 - 45 * warmth:.0f} 90% {97 - 35 * warmth:.0f}%)"
+_COLUMNS = ("status", "kind", "framework", "implementation", "mode", "dtype", "case", "tensor")
 
 
 def _table(rows: Sequence[ParityRow]) -> str:
@@ -52,7 +23,7 @@ def _table(rows: Sequence[ParityRow]) -> str:
     for row in rows:
         place = "" if row.worst_index is None else str(list(row.worst_index))
         cells = [str(getattr(row, column)) for column in _COLUMNS]
-        cells += [_number(row.bound_fraction), _number(row.max_abs_error), place, row.reason or row.diagnosis]
+        cells += [number(row.bound_fraction), number(row.max_abs_error), place, row.reason or row.diagnosis]
         text = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         lines.append(f'<tr class="{escape(row.status)}" title="{escape(row.command)}">{text}</tr>')
     heads = (*_COLUMNS, "error / bound", "largest error", "worst index", "reason or diagnosis")
@@ -60,88 +31,86 @@ def _table(rows: Sequence[ParityRow]) -> str:
     return f'<table id="rows"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
 
-def _heatmap(rows: Sequence[ParityRow]) -> str:
-    """Largest error over bound: a line for each subject and dtype, a column for each partition, else each tensor."""
-    by_partition: dict[str, dict[Any, float]] = defaultdict(dict)
-    by_tensor: dict[str, dict[Any, float]] = defaultdict(dict)
+class _Grid:
+    """The largest value seen for each line and column, both in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[str, float]] = defaultdict(dict)
+        self.columns: dict[str, None] = {}
+
+    def add(self, line: str, column: str, value: float) -> None:
+        known = self.values[line]
+        known[column] = max(known.get(column, 0.0), value)
+        self.columns[column] = None
+
+    def block(self, columns: Iterable[str] | None = None) -> Block:
+        return Block(list(self.columns if columns is None else columns), self.values)
+
+
+def _subjects(rows: Sequence[ParityRow]) -> str:
+    """A drawing for each mode and dtype: a line for each subject; a column for each tensor, one for each partition."""
+    tensors: dict[str, _Grid] = defaultdict(_Grid)
+    partitions: dict[str, _Grid] = defaultdict(_Grid)
+    for row in rows:
+        default = row.mode in ("", DEFAULT_MODES.get(row.framework))
+        title, line = f"{row.dtype}{'' if default else ', ' + row.mode}", f"{row.framework} {row.implementation}"
+        if row.bound_fraction is None:
+            continue
+        tensors[title].add(line, row.tensor or row.case, row.bound_fraction)
+        if row.partition_fractions is not None:
+            for partition, fraction in enumerate(row.partition_fractions):
+                partitions[title].add(line, str(partition), fraction)
+        elif row.partition is not None:
+            partitions[title].add(line, str(row.partition), row.bound_fraction)
+    return "".join(
+        heatmap(
+            f"{title}: by tensor and by partition",
+            list(grid.values),
+            [grid.block(), partitions[title].block(sorted(partitions[title].columns, key=int))],
+        )
+        for title, grid in tensors.items()
+    )
+
+
+def _against_each_other(rows: Sequence[ParityRow]) -> str:
+    """A drawing for each pair of modes and dtype: torch's implementations against those of JAX."""
+    grids: dict[str, _Grid] = defaultdict(_Grid)
     for row in rows:
         if row.bound_fraction is None:
             continue
-        line = f"{row.framework} {row.implementation} {row.dtype}"
-        known = by_tensor[line]
-        known[row.tensor] = max(known.get(row.tensor, 0.0), row.bound_fraction)
-        # The worst element of each tensor names its partition; others are not kept in the rows.
-        if row.partition is not None:
-            known = by_partition[line]
-            known[row.partition] = max(known.get(row.partition, 0.0), row.bound_fraction)
-    drawings = [
-        _grid("largest error over bound by partition (of the worst element of each case)", by_partition),
-        _grid("largest error over bound by tensor", by_tensor),
-    ]
-    return "".join(drawings)
+        first, _, second = row.implementation.partition("+")
+        if row.kind == "mode":
+            modes = row.mode.partition("+")
+            title, line, column = f"{row.dtype}: a mode against the default", f"{row.framework} {first}", modes[0]
+        else:
+            title, line, column = f"{row.dtype}, {row.mode}: torch (lines) against jax (columns)", first, second
+        grids[title].add(line, column, row.bound_fraction)
+    return "".join(heatmap(title, list(grid.values), [grid.block()]) for title, grid in grids.items())
 
 
-def _grid(title: str, cells: Mapping[str, Mapping[Any, float]]) -> str:
-    if not cells:
+def _training(rows: Sequence[ParityRow]) -> str:
+    grid = _Grid()
+    for row in rows:
+        if row.bound_fraction is not None:
+            grid.add(row.implementation, row.case, row.bound_fraction)
+    return heatmap("each criterion's fraction of its limit", list(grid.values), [grid.block()]) if grid.values else ""
+
+
+def _section(title: str, *drawings: str) -> str:
+    inside = "".join(drawings)
+    return f"<h2>{escape(title)}</h2><div class='figures'>{inside}</div>" if inside else ""
+
+
+def _skipped(rows: Sequence[ParityRow]) -> str:
+    counts: dict[str, int] = defaultdict(int)
+    for row in rows:
+        if row.status == "skipped":
+            counts[row.reason] += 1
+    if not counts:
         return ""
-    columns = sorted({column for line in cells.values() for column in line}, key=lambda c: (str(type(c)), c))
-    side, left, top = 18, 10 + 7 * max(map(len, cells)), 20 + 6 * max(len(str(column)) for column in columns)
-    parts = []
-    for k, column in enumerate(columns):
-        x = left + side * k + side / 2
-        parts.append(
-            f'<text x="{x}" y="{top - 6}" transform="rotate(-90 {x} {top - 6})" dy="4">{escape(str(column))}</text>'
-        )
-    for k, (name, line) in enumerate(cells.items()):
-        y = top + side * k
-        parts.append(f'<text x="{left - 6}" y="{y + 13}" text-anchor="end">{escape(name)}</text>')
-        for c, column in enumerate(columns):
-            if column in line:
-                shown = escape(f"{name}, {column}: {_number(line[column])}")
-                parts.append(
-                    f'<rect x="{left + side * c}" y="{y}" width="{side - 1}" height="{side - 1}" '
-                    f'fill="{_colour(line[column])}"><title>{shown}</title></rect>'
-                )
-    width, height = left + side * len(columns) + 10, top + side * len(cells) + 10
-    drawing = f'<svg width="{width}" height="{height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    return f"<h2>{escape(title)}</h2><div class='wide'>{drawing}</div>"
-
-
-def _curves(curves: Curves) -> str:
-    def height(value: float) -> float:
-        return math.log10(value) if curves.logarithmic else value
-
-    def usable(value: float) -> bool:
-        return math.isfinite(value) and (value > 0 or not curves.logarithmic)
-
-    series = [*curves.lines.values(), *(curves.band or ())]
-    heights = [height(value) for line in series for value in line if usable(value)]
-    if not heights:
-        return f"<h2>{escape(curves.title)}</h2><p>nothing finite to draw</p>"
-    low, high, steps = min(heights), max(heights), max(map(len, series))
-
-    def point(step: int, value: float) -> str:
-        x = 60 + (_WIDTH - 70) * step / max(steps - 1, 1)
-        y = 10 + (_HEIGHT - 40) * (high - height(value)) / ((high - low) or 1.0)
-        return f"{x:.1f},{y:.1f}"
-
-    def path(line: Sequence[float], order: int = 1) -> list[str]:
-        return [point(step, value) for step, value in list(enumerate(line))[::order] if usable(value)]
-
-    parts = []
-    if curves.band is not None:
-        outline = " ".join(path(curves.band[0]) + path(curves.band[1], -1))
-        parts.append(
-            f'<polygon points="{outline}" fill="#88888844"><title>explained by rounding noise</title></polygon>'
-        )
-    for k, (name, line) in enumerate(curves.lines.items()):
-        colour = curves.colours[k % len(curves.colours)]
-        parts.append(f'<polyline points="{" ".join(path(line))}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        parts.append(f'<text x="{70 + 180 * k}" y="{_HEIGHT - 4}" fill="{colour}">{escape(name)}</text>')
-    for value, y in ((high, 14), (low, _HEIGHT - 30)):
-        parts.append(f'<text x="2" y="{y}">{_number(10**value if curves.logarithmic else value)}</text>')
-    drawing = f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{escape(curves.title)}">'
-    return f"<h2>{escape(curves.title)}</h2>{drawing}{''.join(parts)}</svg>"
+    items = "".join(f"<li>skipped {count} x: {escape(reason)}</li>" for reason, count in counts.items())
+    state = " open" if len(counts) <= 6 else ""
+    return f"<details{state}><summary>{sum(counts.values())} skipped, with reasons</summary><ul>{items}</ul></details>"
 
 
 def html_document(
@@ -150,6 +119,7 @@ def html_document(
     training: Sequence[Curves] = (),
     title: str = "parity",
     notes: Sequence[str] = (),
+    cells_left: int = 0,
 ) -> str:
     """Returns the page.
 
@@ -158,28 +128,33 @@ def html_document(
         environment: as from ``records.environment``; shown as it is.
         training: drawings of trajectories, may be empty.
         title: of the page.
-        notes: sentences at the top.
+        notes: sentences beside the skipped cells.
+        cells_left: how many cells an interrupted run did not come to.
     """
     summary = summarize(rows)
     verdict = (
         "all compared cells hold" if summary.ok else "nothing was compared" if not summary.compared else "MISMATCH"
     )
+    if cells_left:
+        verdict += f", interrupted with {cells_left} cells left"
     packages = environment.get("packages", {})
     versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version) or "unknown versions"
-    skipped = defaultdict(int)
+    by_kind: dict[str, list[ParityRow]] = defaultdict(list)
     for row in rows:
-        if row.status == "skipped":
-            skipped[row.reason] += 1
+        kind = "against" if row.kind in ("pair", "mode") and "+" in row.mode else row.kind
+        by_kind["trained" if kind in ("ladder", "training") else kind].append(row)
+    judged = [row for kind, members in by_kind.items() if kind not in ("against", "trained") for row in members]
+    subjects, against = _subjects(judged), _against_each_other(by_kind["against"])
     return _PAGE.substitute(
         title=escape(title),
-        state="ok" if summary.ok else "bad",
+        state="bad" if not summary.ok else "open" if cells_left else "ok",
         verdict=verdict,
         counts=f"{summary.compared} compared, {summary.failed} failed, {summary.skipped} skipped",
         environment=escape(f"{versions}; Python {environment.get('python')}, {environment.get('machine')}"),
-        skipped="".join(f"<li>{escape(note)}</li>" for note in notes)
-        + "".join(f"<li>skipped {count} x: {escape(reason)}</li>" for reason, count in skipped.items()),
-        heatmap=_heatmap(rows),
-        training="".join(_curves(curves) for curves in training),
+        skipped="".join(f"<li>{escape(note)}</li>" for note in notes) + _skipped(rows),
+        legend=legend() if subjects or against else "",
+        heatmap=_section("largest error over its bound", subjects) + _section("against each other", against),
+        training=_section("training", _training(by_kind["trained"]), *map(draw_curves, training)),
         table=_table(rows),
     )
 
@@ -187,17 +162,26 @@ def html_document(
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title><style>
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em; color: #222; background: #fff }
-h1 .ok { color: #27702a } h1 .bad { color: #b0142a } h2 { font-size: 1.05em; margin: 1.6em 0 .4em }
-svg text { font-size: 11px; fill: #444 } .wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: 12px }
-th, td { padding: 2px 8px; border-bottom: 1px solid #ddd; text-align: left }
-th { position: sticky; top: 0; background: #f3f3f3 }
+h1 { margin-bottom: .2em } p { margin: .3em 0 }
+h1 .ok { color: #27702a } h1 .bad { color: #b0142a } h1 .open { color: #8a6a00 }
+h2 { font-size: 1.15em; margin: 1.8em 0 .4em; border-bottom: 1px solid #ccc }
+.figures { display: flex; flex-wrap: wrap; gap: 1.2em 2.5em; align-items: flex-start }
+figure { margin: 0; max-width: 100%; overflow-x: auto }
+figcaption { font-weight: 600; margin: .3em 0; max-width: 560px }
+svg text { font-size: 11px; fill: #444 } svg text.bad { fill: #b0142a; font-weight: 700 }
+rect.cell { stroke: #ccc; stroke-width: .5 } line.grid { stroke: #e4e4e4 }
+polygon.band { fill: #8888; stroke: #777; stroke-width: .8 }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: 12px }
+th, td { padding: 2px 8px; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap }
+td:last-child { white-space: normal; min-width: 24em }
+thead th { background: #f3f3f3 }
 tr.mismatch td { background: #fde7ea } tr.skipped td { color: #888 }
-input { font: inherit; width: 30em; padding: 3px 6px; margin: .4em 0 }
+input { font: inherit; width: 36em; max-width: 90%; padding: 3px 6px; margin: .4em 0 }
 </style></head><body>
-<h1>$title: <span class="$state">$verdict</span></h1><p>$counts</p><p>$environment</p><ul>$skipped</ul>
+<h1>$title: <span class="$state">$verdict</span></h1><p>$counts</p><p>$environment</p>$skipped
+<p>$legend</p>
 $heatmap$training
-<h2>rows</h2><input id="filter" placeholder="filter: words that a row must contain, e.g. mismatch bfloat16">
+<h2>rows</h2><input id="filter" aria-label="filter" placeholder="words that a row must contain: mismatch bfloat16">
 <p id="shown"></p><div class="wide">$table</div>
 <script>
 const filter = document.getElementById("filter"), lines = [...document.querySelectorAll("#rows tbody tr")];

@@ -56,6 +56,7 @@ class ParityRow:
     partition: int | None = None
     subject_value: float | None = None
     expected_value: float | None = None
+    partition_fractions: tuple[float, ...] | None = None
 
 
 _RESULT_FIELDS = {field.name for field in dataclasses.fields(TensorResult)} & {

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from parity_tests.harness.cases import Case
-from parity_tests.harness.html import Curves
+from parity_tests.harness.drawings import Curves
 from parity_tests.harness.inputs import draw_inputs
 from parity_tests.harness.ladder import RUNGS, LadderSide, climb
 from parity_tests.harness.optimizers import OPTIMIZERS

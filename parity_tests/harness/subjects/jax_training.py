@@ -94,7 +94,8 @@ class JaxTraining:
                     if members:
                         keys = jax.random.split(jax.random.fold_in(key, index), len(params))
                         params = {
-                            name: value * (1 + noise * jax.random.uniform(k, value.shape, value.dtype, -1.0, 1.0))
+                            # Not value * (1 + ...): near 1 only the noise below it survives, a drift instead of noise.
+                            name: value + value * (noise * jax.random.uniform(k, value.shape, value.dtype, -1.0, 1.0))
                             for k, (name, value) in zip(keys, params.items(), strict=True)
                         }
                     return (params, state), (loss, params)
