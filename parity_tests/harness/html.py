@@ -151,7 +151,7 @@ def html_document(
         verdict=verdict,
         counts=f"{summary.compared} compared, {summary.failed} failed, {summary.skipped} skipped",
         environment=escape(f"{versions}; Python {environment.get('python')}, {environment.get('machine')}"),
-        skipped="".join(f"<li>{escape(note)}</li>" for note in notes) + _skipped(rows),
+        skipped="".join(f"<p>{escape(note)}</p>" for note in notes) + _skipped(rows),
         legend=legend() if subjects or against else "",
         heatmap=_section("largest error over its bound", subjects) + _section("against each other", against),
         training=_section("training", _training(by_kind["trained"]), *map(draw_curves, training)),

@@ -46,7 +46,7 @@ class Execution:
     """
 
     wrap: Callable[[Function], Function] = _plainly
-    program: Callable[[Function], Any] = jax.jit
+    program: Callable[[Callable[..., Any]], Any] = jax.jit
     casts: bool = False
     divides: bool = False
 
