@@ -65,7 +65,7 @@ class TorchSubject:
         cotangent = to_torch(inputs.cotangent, self.device).to(y.dtype)
         gradients = torch.autograd.grad([y], [x, *leaves], [cotangent])
         names = ("dx", "dweight", "dbias")[: len(leaves) + 1]
-        named = dict(zip(names, map(to_numpy, gradients), strict=True))
+        named: dict[str, np.ndarray] = dict(zip(names, map(to_numpy, gradients), strict=True))
         return {"y": to_numpy(y), **canonical_gradients(named, inputs, self.dense_weight, self.mode)}
 
 
