@@ -20,12 +20,20 @@ SUBJECTS = {
     for subject in load_subjects(framework)
 }
 CASES = {case.name: case for case in DEFAULT}
+# A JAX layer calls the function with "auto": away from the smoke cases it compiles the very program of `matmul`, again.
+CELLS = [
+    (subject_id, case_name)
+    for subject_id in SUBJECTS
+    for case_name, case in CASES.items()
+    if case in SMOKE or subject_id not in ("jax-layer", "jax-linen")
+]
 
 
 @pytest.fixture(autouse=True)
 def _compile_the_smoke_cases_in_full(request):
     callspec = getattr(request.node, "callspec", None)
-    if callspec is not None and CASES[callspec.params["case_name"]] not in SMOKE:
+    name = None if callspec is None else callspec.params.get("case_name")
+    if name is not None and CASES[name] not in SMOKE:
         request.getfixturevalue("quick_compilation")
 
 
@@ -51,9 +59,8 @@ def test_at_least_one_framework_is_installed():
 
 
 @pytest.mark.parametrize("tensor", TENSORS)
-@pytest.mark.parametrize("case_name", CASES)
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
-@pytest.mark.parametrize("subject_id", SUBJECTS)
+@pytest.mark.parametrize(("subject_id", "case_name"), CELLS)
 def test_subject_agrees_with_the_oracle(subject_id, dtype, case_name, tensor):
     if tensor == "dbias" and not CASES[case_name].bias:
         pytest.skip("the case has no bias")
@@ -62,6 +69,18 @@ def test_subject_agrees_with_the_oracle(subject_id, dtype, case_name, tensor):
         pytest.skip(judged)
     (result,) = [result for result in judged.results if result.tensor == tensor]
     assert result.status == "ok", result.reason
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+@pytest.mark.parametrize("subject_id", SUBJECTS)
+def test_correct_code_is_accepted_whatever_is_drawn(subject_id, dtype):
+    subject, case = SUBJECTS[subject_id], CASES["square"]
+    if (reason := subject.unsupported_reason(case, dtype)) is not None:
+        pytest.skip(reason)
+    for seed in range(1, 6):
+        inputs = draw_inputs(case, dtype, seed)
+        rejected = [r.reason for r in judge(subject, inputs, reference(inputs)).results if r.status != "ok"]
+        assert rejected == [], f"seed {seed}"
 
 
 @pytest.mark.skipif(len(INSTALLED) < 2, reason=f"pairs need both frameworks, installed: {', '.join(INSTALLED)}")
@@ -74,8 +93,10 @@ def test_every_torch_jax_pair_agrees(dtype, case_name):
     sides = {
         framework: {
             name: judged.outputs
-            for name in SUBJECTS
-            if name.startswith(framework) and not isinstance(judged := judgement(name, dtype, case_name), str)
+            for name, at in CELLS
+            if at == case_name
+            and name.startswith(framework)
+            and not isinstance(judged := judgement(name, dtype, case_name), str)
         }
         for framework in FRAMEWORKS
     }

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -101,7 +101,7 @@ def _forward(function: Function, layout: Layout, mode: str) -> Function:
 
 
 @functools.cache
-def _vjp(function: Function, layout: Layout, mode: str) -> Function:
+def _vjp(function: Function, layout: Layout, mode: str) -> Callable[..., Any]:
     def run(cotangent: jax.Array, *arguments: jax.Array):
         y, pullback = jax.vjp(_called(function, layout, mode), *arguments)
         return y, pullback(cotangent.astype(y.dtype))

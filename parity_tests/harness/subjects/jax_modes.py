@@ -30,7 +30,7 @@ def _mapped(function: Function) -> Function:
     return ensemble
 
 
-def _plainly(function: Function) -> Function:
+def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
@@ -46,7 +46,7 @@ class Execution:
     """
 
     wrap: Callable[[Function], Function] = _plainly
-    program: Callable[[Callable[..., Any]], Any] = jax.jit
+    program: Callable[[Callable[..., Any]], Callable[..., Any]] = jax.jit
     casts: bool = False
     divides: bool = False
 

@@ -64,7 +64,7 @@ class TorchSubject:
         y = function(x, *leaves)
         cotangent = to_torch(inputs.cotangent, self.device).to(y.dtype)
         gradients = torch.autograd.grad([y], [x, *leaves], [cotangent])
-        names: tuple[str, ...] = ("dx", "dweight", "dbias")[: len(leaves) + 1]
+        names = ("dx", "dweight", "dbias")[: len(leaves) + 1]
         named: dict[str, np.ndarray] = dict(zip(names, map(to_numpy, gradients), strict=True))
         return {"y": to_numpy(y), **canonical_gradients(named, inputs, self.dense_weight, self.mode)}
 
