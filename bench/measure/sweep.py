@@ -97,7 +97,9 @@ def _competitors(pool: WorkerPool, request: Request, cell: Cell) -> tuple[Compet
     if not compiled and cell.division == "tuned":
         compiled = ("matmul",)
     modes = further_modes(cell.division, cell.device, compile_gradients=cell.direction in preset.compiled_directions)
-    return competitors_for(pool.catalogues(), compiled=compiled, modes=modes, only=request.implementations)
+    return competitors_for(
+        pool.catalogues(), compiled=compiled, modes=modes, only=request.implementations, without=preset.left_out
+    )
 
 
 def _device_name(pool: WorkerPool) -> str:

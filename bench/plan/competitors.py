@@ -71,6 +71,7 @@ def competitors_for(
     compiled: Sequence[str] = (),
     modes: Mapping[str, Sequence[str]] | None = None,
     only: Sequence[str] = (),
+    without: Sequence[str] = (),
 ) -> tuple[Competitor, ...]:
     """Lists the competitors of a cell.
 
@@ -78,7 +79,8 @@ def competitors_for(
         catalogues: one for each framework that takes part.
         compiled: names that run in the further modes as well.
         modes: framework to its further modes; ``compile`` for torch if not given.
-        only: names to keep; empty keeps all.
+        only: names to keep; empty keeps all but ``without``.
+        without: names that take part only if ``only`` holds them.
 
     Returns:
         Competitors, framework by framework, each in its default mode first.
@@ -86,7 +88,9 @@ def competitors_for(
     further = {"torch": (COMPILE,)} if modes is None else modes
     found: list[Competitor] = []
     for catalogue in catalogues:
-        kinds = {name: kind for name, kind in catalogue.kinds().items() if not only or name in only}
+        kinds = {
+            name: kind for name, kind in catalogue.kinds().items() if (name in only if only else name not in without)
+        }
         mode = DEFAULT_MODE[catalogue.framework]
         found.extend(Competitor(catalogue.framework, name, mode, kind) for name, kind in kinds.items())
         found.extend(

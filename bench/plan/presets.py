@@ -40,6 +40,7 @@ class Preset:
         probe_s: seconds for each of the further clocks of a competitor; 0 leaves them out.
         caches: ``warm``, ``cold``.
         optimizer: of the direction ``train_step``, by its name in the neutral specification.
+        left_out: competitors that take part only where they are asked for by name.
         limits: caps.
     """
 
@@ -61,6 +62,7 @@ class Preset:
     probe_s: float = 0.05
     caches: tuple[str, ...] = ("warm",)
     optimizer: str = "adamw"
+    left_out: tuple[str, ...] = ()
 
 
 _SEED = (
@@ -86,6 +88,17 @@ _SHORT = Limits(
     executed_flops=2e9, unrolled_products=16, memory_fraction=0.25, call_s=0.05, slowdown=6, prepare_s=40, request_s=60
 )
 
+# Modules around the same products. Keras takes longer to import than a small cell takes to measure.
+_KERAS = ("stock:keras.EinsumDense",)
+_MODULES = (
+    *_KERAS,
+    "stock:einops.EinMix",
+    "stock:equinox.filter_vmap",
+    "stock:torch.func",
+    "stock:nnx.LinearGeneral",
+    "stock:linen.DenseGeneral",
+)
+
 _ALL = (
     Preset(
         "smoke",
@@ -97,6 +110,7 @@ _ALL = (
         compiled_directions=("forward",),
         warm_up_blocks=1,
         probe_s=0,
+        left_out=_MODULES,
     ),
     Preset(
         "seed",
@@ -107,6 +121,7 @@ _ALL = (
         least_rounds=4,
         warm_up_blocks=2,
         probe_s=0.01,
+        left_out=_KERAS,
         limits=_PATIENT,
         compiled={"article-base": ("matmul", "einsum"), "recurrentgemma-2b-gates-1024": ("matmul",)},
     ),

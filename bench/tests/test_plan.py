@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from bench.plan.cells import STORAGE_DTYPES, Cell
-from bench.plan.competitors import Catalogue, Competitor, competitors_for
+from bench.plan.competitors import Catalogue, Competitor, competitors_for, further_modes
 from bench.plan.costs import (
     compulsory_bytes,
     executed_flops,
@@ -134,3 +134,26 @@ def test_competitors_come_from_the_catalogues():
     assert [c.kind for c in found[:4]] == ["implementation", "implementation", "stock", "yardstick"]
     assert {c.implementation for c in competitors_for([TORCH, JAX], only=["matmul"])} == {"matmul"}
     assert competitors_for([TORCH], only=["nothing"]) == ()
+
+
+def test_who_is_left_out_takes_part_only_by_name():
+    catalogue = Catalogue("torch", ("matmul",), ("stock:bmm+bias", "stock:keras.EinsumDense"), ())
+    names = [c.implementation for c in competitors_for([catalogue], without=["stock:keras.EinsumDense"])]
+    assert names == ["matmul", "stock:bmm+bias"]
+    asked = competitors_for([catalogue], only=["stock:keras.EinsumDense"], without=["stock:keras.EinsumDense"])
+    assert [c.implementation for c in asked] == ["stock:keras.EinsumDense"]
+
+
+@pytest.mark.parametrize(
+    ("division", "device", "gradients", "torch", "jax"),
+    [
+        ("stock", "cpu", True, ("compile",), ()),
+        ("stock", "cuda", True, ("compile",), ()),
+        ("matched", "cpu", False, (), ()),
+        ("matched", "cuda", True, ("compile", "cuda-graph"), ("jit-graph",)),
+        ("tuned", "cpu", True, ("compile", "compile-max-autotune"), ()),
+        ("tuned", "cuda", False, ("cuda-graph", "compile-reduce-overhead"), ()),
+    ],
+)
+def test_cuda_graphs_are_on_both_sides_or_on_neither(division, device, gradients, torch, jax):
+    assert further_modes(division, device, compile_gradients=gradients) == {"torch": torch, "jax": jax}
