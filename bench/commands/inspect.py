@@ -124,6 +124,8 @@ def doctor_command(torch_python: str | None, jax_python: str | None, json_file: 
         for heading in ("versions", "default_switches", "variables"):
             shown = ", ".join(f"{key}={value}" for key, value in framework[heading].items() if value is not None)
             console.print(f"  {heading.replace('_', ' ')}: {shown}")
+    if found["gpu"]:
+        console.print("GPU now: " + ", ".join(f"{key}={value}" for key, value in found["gpu"].items()))
     for line in found["warnings"]:
         console.print(f"Warning: {line}")
     if not found["warnings"]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
+from bench.measure.conditions import monitor_for
 from bench.measure.environment import git_state, source_digest
 from bench.measure.processors import allowed_cpus, cpu_model
 from bench.plan.cells import DIVISIONS
@@ -60,6 +61,23 @@ def warnings_for(
     return said
 
 
+def gpu_warnings(conditions: Mapping[str, Any]) -> list[str]:
+    """One sentence for each thing about a GPU that would spoil a measurement.
+
+    Args:
+        conditions: what its monitor reads, before anything runs on it.
+    """
+    said = []
+    # A worker of each framework may have touched the GPU already; whatever is beyond these two is somebody else's.
+    others = conditions.get("processes", 0) - 2
+    if others > 0:
+        said.append(f"{others} other processes use the GPU: their work is measured too; wait until they have ended.")
+    for kind, advice in (("thermal", "let it cool down"), ("power_capped", "expect rows that are labelled so")):
+        if conditions.get(kind):
+            said.append(f"The GPU holds its clocks down ({', '.join(conditions[kind])}); {advice}.")
+    return said
+
+
 def diagnose(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str]) -> dict[str, Any]:
     """Everything that ``bench doctor`` shows, as a JSON object.
 
@@ -68,6 +86,10 @@ def diagnose(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str])
         missing: per framework that is not installed, why.
     """
     packages = cuda_packages(installed_distributions())
+    environments = [reply["environment"] for reply in hello.values()]
+    with_gpu = any("cuda" in reply["devices"] for reply in hello.values())
+    uuid = next((found["device_uuid"] for found in environments if "device_uuid" in found), None)
+    gpu = dict(monitor_for("cuda" if with_gpu else "cpu", uuid).read())
     return {
         "cpu_model": cpu_model(),
         "cpu_count": os.cpu_count(),
@@ -88,5 +110,6 @@ def diagnose(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str])
             for name, reply in hello.items()
         },
         "missing": dict(missing),
-        "warnings": warnings_for(hello, missing, packages),
+        "gpu": gpu,
+        "warnings": [*warnings_for(hello, missing, packages), *gpu_warnings(gpu)],
     }

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bench.measure.conditions import NoMonitor, NvmlMonitor, monitor_for, thermally_throttled
+from bench.measure.diagnosis import gpu_warnings
 from bench.measure.entry import Entry
 from bench.measure.rounds import Rounds
 from bench.plan.competitors import Competitor
@@ -158,3 +159,12 @@ def test_data_sheets_are_found_by_the_longest_name():
     assert sheet.bytes_per_s == pytest.approx(2.039e12)
     assert data_sheet("cpu") is None
     assert peak_rates("", "fp64") == {}
+
+
+def test_the_doctor_warns_of_a_busy_or_hot_gpu():
+    assert gpu_warnings({}) == []
+    assert gpu_warnings({"processes": 2, "thermal": [], "power_capped": []}) == []
+    said = gpu_warnings({"processes": 5, "thermal": ["hardware thermal slowdown"], "power_capped": []})
+    assert len(said) == 2
+    assert said[0].startswith("3 other processes use the GPU")
+    assert "hardware thermal slowdown" in said[1]
