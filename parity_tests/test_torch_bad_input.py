@@ -321,7 +321,7 @@ PARAMETERS = {
     "save-no-folder": (
         lambda: save_parameters(PartitionedLinear(3, 4, 5), "missing-folder/layer.safetensors"),
         FileNotFoundError,
-        r"^`path`: expected a file in an existing folder, got missing-folder/.*; create it first\.$",
+        r"^`path`: expected a file in an existing folder, got missing-folder/.*; create the folder first\.$",
     ),
     "import-list": (
         lambda: import_parameters(PartitionedLinear(3, 4, 5), [np.zeros(1)]),

@@ -20,7 +20,11 @@ from bench.measure.worker_process import WorkerProcess, worker_environment
 from bench.plan.sweeps import log_grid
 from bench.plan.workloads import sweep as points
 
-WORKLOADS = [found.name for found in points(batch=log_grid(1, 2048), num_partitions=log_grid(1, 256))]
+# Many more cells than fit between the kills, on a fast machine too: every kill must hit a run that is under way.
+_SIZES = log_grid(4, 32)
+WORKLOADS = [
+    found.name for found in points(batch=log_grid(1, 2048), num_partitions=log_grid(1, 256), in_features=_SIZES)
+]
 
 
 def start(framework):
@@ -75,7 +79,7 @@ def main(out, log, kills, seed):
             # Every fourth anywhere from the start on, the others while cells are measured and written.
             if number % 4:
                 wait_for_growth(log, opened, child)
-            time.sleep(moment.uniform(0.0, 0.06))
+            time.sleep(moment.uniform(0.0, 0.04))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         runs.append(

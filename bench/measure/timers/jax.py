@@ -47,7 +47,7 @@ class JaxTimer:
 
     def catalogue(self) -> Catalogue:
         """What can be run."""
-        return Catalogue(self.framework, implementation_names(), tuple(STOCK), tuple(YARDSTICKS), MISSING)
+        return Catalogue(self.framework, implementation_names(), tuple(STOCK), tuple(YARDSTICKS), dict(MISSING))
 
     def environment(self) -> dict[str, Any]:
         """Versions and device."""
