@@ -161,7 +161,8 @@ def build(
         compile_s,
         None if analysis is None else analysis.output_size_in_bytes + analysis.temp_size_in_bytes,
         program_flops=_flops(compiled),
-        compile_again=again,
+        # Without a cache on disk JAX compiles everything anew: there is no other time to measure.
+        compile_again=again if jax.config.jax_compilation_cache_dir else None,
         restart=restart if steps else None,
         text=compiled.as_text,
     )
