@@ -222,3 +222,21 @@ def test_inputs_are_the_same_numbers_in_every_dtype_and_run():
 def test_longdouble_judges_float64_where_it_is_longer():
     truth = reference(draw_inputs(Case("f64", (2,), 2, 4, 4), "float64"))["y"]
     assert truth.value.dtype == np.longdouble
+
+
+def test_a_sum_that_starts_at_a_large_bias_is_within_the_bound():
+    """Every partial sum is rounded at the bias's magnitude, which a product rounded apart from it never sees."""
+    rng = np.random.default_rng(0)
+    case = Case("large-bias", (64,), 2, 64, 32)
+    inputs = draw_inputs(case, "float32")
+    inputs = dataclasses.replace(
+        inputs, x=inputs.x * np.float32(1e-3), bias=(100 + rng.random(inputs.bias.shape)).astype(np.float32)
+    )
+    y = np.broadcast_to(inputs.bias, inputs.cotangent.shape).astype(np.float32)
+    for i in range(case.in_features):
+        y = (y + inputs.x[..., i, None] * inputs.weight[:, i]).astype(np.float32)
+    (result,) = compare({"y": y}, reference(inputs), declared_arithmetic("ieee_fp32"))
+    assert result.status == "ok", result.reason
+    unfused = reference(inputs)["y"]
+    apart = 2 * 2.0**-24 * np.abs(unfused.value) + 65 * 2.0**-24 * unfused.magnitude
+    assert np.max(np.abs(y - unfused.value) / apart) > 1, "the case would prove nothing"

@@ -6,7 +6,7 @@ from bench.measure.clocks import measure_single_calls, shortest_call_s
 from bench.measure.protocol import Message
 from bench.measure.timers.base import Prepared, Timer
 from bench.plan.cells import Cell
-from bench.plan.costs import useful_product_flops
+from bench.plan.costs import least_product_flops
 
 # The frameworks count differently around the edges (padding, fused additions); a product left out is a third.
 _COUNTED_FRACTION = 0.9
@@ -26,7 +26,7 @@ def probed(timer: Timer, prepared: Prepared, cell: Cell, budget_s: float) -> Mes
     """
     single = measure_single_calls(prepared.call, timer.wait, budget_s=budget_s)
     trace = timer.trace(prepared)
-    flops, needed = timer.account(prepared), useful_product_flops(cell)
+    flops, needed = timer.account(prepared), least_product_flops(cell)
     doubt = ""
     # On a GPU libraries do the products, and what their calls count for differs between versions: recorded, not judged.
     if flops is not None and cell.device == "cpu" and flops < _COUNTED_FRACTION * needed:

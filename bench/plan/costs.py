@@ -69,6 +69,17 @@ def useful_product_flops(cell: Cell) -> int:
     return products(cell) * 2 * w.batch * w.num_partitions * w.in_features * w.out_features
 
 
+def least_product_flops(cell: Cell) -> int:
+    """Operations that no program of products can do without: K multiplications and K - 1 additions for each sum of K.
+
+    Compilers drop the addition to nothing, so that with one row dW takes one operation for each element and not two.
+    """
+    w = cell.workload
+    b, n, i, o = w.batch, w.num_partitions, w.in_features, w.out_features
+    forward = b * n * o * (2 * i - 1)
+    return forward if cell.direction == "forward" else forward + b * n * i * (2 * o - 1) + n * i * o * (2 * b - 1)
+
+
 def buffer_sets(cell: Cell, cache_bytes: int) -> int:
     """How many sets of x, W, b and dy a cell needs: one if warm, else enough to fill the last cache four times.
 

@@ -75,7 +75,6 @@ _SEED = (
     "article-out8096",
     "article-out256",
     "electricity-336-96",
-    "electricity-336-720",
     "recurrentgemma-2b-gates-1024",
 )
 # Drawing an array takes twice its size, and each worker holds its own: larger ones are for machines with much memory.

@@ -24,7 +24,7 @@ def timer_of(framework) -> Timer:
 def opened(framework, **changes):
     bench = Workbench(timer_of(framework))
     bench.hello({})
-    workload = replace(TINY, layout=changes.pop("layout", "contiguous"))
+    workload = replace(TINY, layout=changes.pop("layout", "contiguous"), batch=changes.pop("batch", TINY.batch))
     cell = Cell(
         workload,
         **({"direction": "forward", "precision": "ieee_fp32", "division": "matched", "device": "cpu"} | changes),
@@ -136,3 +136,10 @@ def test_a_cache_on_disk_has_its_own_time(tmp_path):
         assert bench.probe(REQUEST | {"budget_s": 0.001})["compile_warm_s"] > 0
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize("framework", MODES)
+def test_one_row_takes_fewer_operations_and_is_not_doubted(framework):
+    bench = opened(framework, direction="forward_backward", batch=1)
+    judged(bench, framework)
+    assert bench.probe(REQUEST | {"budget_s": 0.001})["doubt"] == ""

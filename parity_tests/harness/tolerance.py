@@ -8,6 +8,8 @@ their magnitudes. For an exact value z, with operands rounded by ``theta = 2 u_i
 
 Without fusion the product is rounded to the output dtype first, the bias is added, and the sum is rounded again. Where
 a mode casts fp32 operands to bf16, theta is that of the cast, and the bias, rounded too, adds ``(1 + u_out) u_in |b|``.
+Where nobody promised fusion, an implementation may still start its sum at the bias, and every partial sum is then
+rounded at the bias's magnitude: the bound is the larger of the two. (For |b| T3 takes the growth of T2.)
 
 Tiers: T1 as above holds for any order of summation. T2 replaces gamma_n by
 ``expm1(lambda sqrt(n) u + n u^2 / (1 - u))`` and T3 by ``lambda u`` (zero-mean data only), with
@@ -20,7 +22,7 @@ rounding error analysis; Blanchard, Higham, Lopez, Mary and Pranesh (2020) on mi
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -42,7 +44,7 @@ class Arithmetic:
         output: format that the result is stored in.
         operand: format that the operands are rounded to before they are multiplied (the storage format when exact).
         accumulator: format of the running sum.
-        fused_bias: the bias is added before the one rounding to the output.
+        fused_bias: the bias is certainly added before the one rounding to the output; False leaves both open.
         flushes_subnormals: results below the smallest normal become zero.
         truncates: the accumulator chops instead of rounding to nearest (tensor cores).
         casts: operands, bias and cotangent are stored wider and rounded to ``operand`` first (autocast, a dtype
@@ -158,12 +160,15 @@ def bounds(tensor: OracleTensor, arithmetic: Arithmetic, tiers: Sequence[Tier]) 
         underflow = (1 + u) * underflow + eta
     shared += underflow
     found: dict[Tier, np.ndarray] = {}
+    fused = bounds(tensor, replace(arithmetic, fused_bias=True), tiers) if unfused else {}
     for tier in tiers:
         growth = _growth(terms + 1 if addend is not None and not unfused else terms, u_acc, tier, confidence)
         limit = shared + (roundings * (theta + growth * (1 + theta)) + oracle_error) * magnitude
         if addend is not None and not unfused:
-            limit += roundings * growth * (1 + arithmetic.addend_error) * addend
-        found[tier] = limit
+            # Partial sums around a bias do not shrink with zero-mean data: their roundings add up as in T2.
+            around = _growth(terms + 1, u_acc, "T2" if tier == "T3" else tier, confidence)
+            limit += roundings * around * (1 + arithmetic.addend_error) * addend
+        found[tier] = np.maximum(limit, fused[tier]) if unfused else limit
     return found
 
 
