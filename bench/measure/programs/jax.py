@@ -20,6 +20,7 @@ from parity_tests.harness.subjects.jax_optimizer import build_optax
 
 # The learning-rate table of an optimiser is finite; JAX clamps an index past its end, so that the last rate stays.
 _RATES = 1
+_CACHE_ON_DISK = "jax_compilation_cache_dir"
 
 
 def compiler_options(division: str, device: str, mode: str) -> dict[str, Any]:
@@ -162,7 +163,7 @@ def build(
         None if analysis is None else analysis.output_size_in_bytes + analysis.temp_size_in_bytes,
         program_flops=_flops(compiled),
         # Without a cache on disk JAX compiles everything anew: there is no other time to measure.
-        compile_again=again if jax.config.jax_compilation_cache_dir else None,
+        compile_again=again if getattr(jax.config, _CACHE_ON_DISK) else None,
         restart=restart if steps else None,
         text=compiled.as_text,
     )
