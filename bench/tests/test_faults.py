@@ -127,7 +127,9 @@ def test_a_worker_that_sleeps_for_ever_or_answers_wrongly_ends_its_competitor_an
 
 
 def test_a_worker_that_allocates_without_end_under_a_limit_ends_its_competitor_as_oom(measured):
-    for found in measured(lambda framework: fake(framework, virtual_kib=2**20), "allocate-without-end"):
+    # Filling a gigabyte takes a busy machine longer than any of the other limits here.
+    patient = replace(PRESET, limits=replace(LIMITS, prepare_s=60.0, request_s=60.0))
+    for found in measured(lambda framework: fake(framework, virtual_kib=2**20), "allocate-without-end", preset=patient):
         greedy = found["torch", "allocate-without-end"]
         assert (greedy.status, greedy.reason) == ("oom", "the worker process ended with exit status 1: MemoryError")
         assert {found["torch", good].status for good in GOOD} == {"ok"}
