@@ -127,7 +127,7 @@ def test_a_module_of_another_library_can_be_probed(direction):
 
 
 def test_a_cache_on_disk_has_its_own_time(tmp_path):
-    jax = pytest.importorskip("jax")
+    jax = pytest.importorskip("jax", reason="needs jax")
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     try:

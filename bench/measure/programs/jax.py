@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import cycle
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import optax
 
 from bench.measure.functions.jax import Function, resolve
 from bench.measure.layouts import swapped_axes
-from bench.measure.timers.base import Call, Prepared, Task, Unsupported
+from bench.measure.timers.base import Call, Prepared, Task, Unsupported, in_turn
 from bench.plan.competitors import JIT, JIT_GRAPH
 from jax_impl import UnsupportedImplementationError
 from parity_tests.harness.optimizers import OPTIMIZERS
@@ -158,7 +157,7 @@ def build(
             step.run_with(run)
     analysis = compiled.memory_analysis()
     return Prepared(
-        _in_turn(calls),
+        in_turn(calls),
         compile_s,
         None if analysis is None else analysis.output_size_in_bytes + analysis.temp_size_in_bytes,
         program_flops=_flops(compiled),
@@ -173,10 +172,3 @@ def _flops(compiled: Any) -> int | None:
     analysis = compiled.cost_analysis()
     found = analysis.get("flops") if isinstance(analysis, Mapping) else None
     return int(found) if found and found > 0 else None
-
-
-def _in_turn(calls: Sequence[Call]) -> Call:
-    if len(calls) == 1:
-        return calls[0]
-    turn = cycle(calls)
-    return lambda: next(turn)()

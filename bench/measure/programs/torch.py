@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.measure.functions.torch import Function, resolve
 from bench.measure.layouts import swapped_axes
-from bench.measure.timers.base import Call, Prepared, Task, Unsupported
+from bench.measure.timers.base import Call, Prepared, Task, Unsupported, in_turn
 from bench.plan.competitors import COMPILE, CUDA_GRAPH, EAGER, MAX_AUTOTUNE, REDUCE_OVERHEAD
 from parity_tests.harness.optimizers import OPTIMIZERS
 from parity_tests.harness.subjects.torch_optimizer import build_torch
@@ -162,7 +161,7 @@ def build(
         start = time.perf_counter()
         calls = [_graphed(call) for call in calls]
         compile_s = time.perf_counter() - start
-        return Prepared(_in_turn(calls), compile_s)
+        return Prepared(in_turn(calls), compile_s)
 
     def restart() -> None:
         for step in steps:
@@ -179,15 +178,8 @@ def build(
 
     compiled = task.mode in COMPILE_MODES
     return Prepared(
-        _in_turn(calls),
+        in_turn(calls),
         first_call_s() if compiled else None,
         compile_again=compile_again if compiled else None,
         restart=restart if steps else None,
     )
-
-
-def _in_turn(calls: Sequence[Call]) -> Call:
-    if len(calls) == 1:
-        return calls[0]
-    turn = cycle(calls)
-    return lambda: next(turn)()

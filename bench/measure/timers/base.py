@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,6 +70,14 @@ class Trace:
 
 class Unsupported(Exception):
     """The framework, or the device, cannot run what was asked; the message is the reason."""
+
+
+def in_turn(calls: Sequence[Call]) -> Call:
+    """One call that runs the given ones in turn, one at a time: each set of buffers has its own."""
+    if len(calls) == 1:
+        return calls[0]
+    turn = cycle(calls)
+    return lambda: next(turn)()
 
 
 class Timer(Protocol):
