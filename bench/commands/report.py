@@ -17,7 +17,7 @@ from bench.report.pytest_benchmark import write_pytest_benchmark
 from bench.report.readme import ReadmeError, results_block, with_block
 from bench.report.roofline import save_roofline
 from bench.report.tables import show_rankings, wide_console
-from bench.report.text import summary_line
+from bench.report.text import resolution_line, summary_line
 from bench.report.winner_map import save_winner_map
 from bench.study.results import Results, read_results
 
@@ -121,5 +121,5 @@ def report_command(
         return complain(f"{readme}: {error}")
     console = wide_console()
     show_rankings(console, results.found, efficiency=efficiency)
-    console.print(f"Outcomes: {summary_line(results.outcomes)}.", markup=False)
+    console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}", markup=False)
     return OK

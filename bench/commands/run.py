@@ -33,7 +33,7 @@ from bench.report.export import write_summary
 from bench.report.markdown import environment_lines, write_report
 from bench.report.output import OutputError
 from bench.report.tables import show_rankings, wide_console
-from bench.report.text import summary_line
+from bench.report.text import resolution_line, summary_line
 from bench.store import Store
 from bench.study.results import read_results
 
@@ -54,6 +54,7 @@ class Options:
     caches: tuple[str, ...]
     optimizer: str | None
     rounds: int | None
+    cell_s: float | None
     replicates: int | None
     seed: int
     torch_python: str | None
@@ -106,6 +107,7 @@ def _request(options: Options) -> Request:
         caches=options.caches,
         optimizer=options.optimizer,
         rounds=options.rounds,
+        cell_s=options.cell_s,
         replicates=options.replicates,
     )
     return Request(
@@ -192,7 +194,7 @@ def _show(options: Options, notes: SweepNotes) -> Mapping[str, int]:
     show_rankings(console, results.found)
     for line in notes.lines:
         console.print(line, markup=False)
-    console.print(f"Outcomes: {summary_line(results.outcomes)}.", markup=False)
+    console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}", markup=False)
     if options.json_file is not None:
         write_summary(options.json_file, results, notes.lines)
     write_report("report", options.out / "report.md", results, notes.lines)

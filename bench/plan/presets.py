@@ -87,6 +87,9 @@ _SHORT = Limits(
     executed_flops=2e9, unrolled_products=16, memory_fraction=0.25, call_s=0.05, slowdown=6, prepare_s=40, request_s=60
 )
 
+# More than any time allows.
+_ANY_ROUNDS = 10**6
+
 # Modules around the same products. Keras takes longer to import than a small cell takes to measure.
 _KERAS = ("stock:keras.EinsumDense",)
 _MODULES = (
@@ -167,11 +170,13 @@ def narrowed(
     caches: Sequence[str] = (),
     optimizer: str | None = None,
     rounds: int | None = None,
+    cell_s: float | None = None,
     replicates: int | None = None,
 ) -> Preset:
     """Returns the preset with the given selections in place of its own; an empty one keeps the preset's.
 
-    A workload that the preset does not contain may be named too: ``workload`` decides what exists.
+    With ``cell_s`` alone, time is what ends a cell that is not resolved, and no number of rounds does. A workload that
+    the preset does not contain may be named too: ``workload`` decides what exists.
     """
     return replace(
         preset,
@@ -181,7 +186,8 @@ def narrowed(
         divisions=tuple(divisions) or preset.divisions,
         caches=tuple(caches) or preset.caches,
         optimizer=optimizer or preset.optimizer,
-        rounds=preset.rounds if rounds is None else rounds,
+        rounds=rounds or (preset.rounds if cell_s is None else _ANY_ROUNDS),
+        cell_s=preset.cell_s if cell_s is None else cell_s,
         replicates=preset.replicates if replicates is None else replicates,
     )
 

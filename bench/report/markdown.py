@@ -12,6 +12,7 @@ from bench.report.text import (
     efficiency_cells,
     ranking_cells,
     reasons,
+    resolution_line,
     summary_line,
     winner_line,
 )
@@ -82,7 +83,14 @@ def report_lines(results: Results, notes: Sequence[str] = ()) -> Iterator[str]:
         results: of one run or several.
         notes: sentences for the top.
     """
-    yield from ("# Benchmark report", "", f"Outcomes: {summary_line(results.outcomes)}.", *notes, "")
+    yield from (
+        "# Benchmark report",
+        "",
+        f"Outcomes: {summary_line(results.outcomes)}.",
+        resolution_line(results.found),
+        *notes,
+        "",
+    )
     for environment_id, found in results.places().items():
         yield from ("## Environment " + environment_id, "")
         if environment_id in results.environments:

@@ -1,7 +1,17 @@
 """The README's results block, generated from records so that it cannot drift from them."""
 
 from bench.report.markdown import environment_lines, table
-from bench.report.text import baseline_line, byte_count, parity, place, ratio, seconds, summary_line, winner_line
+from bench.report.text import (
+    baseline_line,
+    byte_count,
+    parity,
+    place,
+    ratio,
+    resolution_line,
+    seconds,
+    summary_line,
+    winner_line,
+)
 from bench.study.ranking import BASELINE, Ranking, Row
 from bench.study.results import Results
 
@@ -46,7 +56,12 @@ def _shown(ranking: Ranking) -> list[Row]:
 
 def results_block(results: Results) -> str:
     """The block between the markers, markers included."""
-    lines = [BEGIN, "", f"Outcomes over all cells: {summary_line(results.outcomes)}.", ""]
+    lines = [
+        BEGIN,
+        "",
+        f"Outcomes over all cells: {summary_line(results.outcomes)}. {resolution_line(results.found)}",
+        "",
+    ]
     for environment_id, found in results.places().items():
         if environment_id in results.environments:
             known = environment_lines(environment_id, results.environments[environment_id])

@@ -1,12 +1,14 @@
 """Numbers and statuses as text, the same in every report."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import median
 
 from bench.records import Record
 from bench.study.ranking import Ranking, Row
 from bench.study.roofline import Efficiency
 from bench.study.statistics import Interval
+from bench.study.stopping import RESOLUTION
 
 RANKING_COLUMNS: tuple[str, ...] = (
     "#",
@@ -145,6 +147,19 @@ def baseline_line(ranking: Ranking) -> str:
         return f"{text} No A/A control, so nothing is resolved."
     noise = f"{math.expm1(min(ranking.resolution, 2.4)):.1%}"
     return f"{text} A/A control {ratio(ranking.control)}: differences below {noise} are noise."
+
+
+def resolution_line(found: Sequence[Ranking]) -> str:
+    """How well the A/A controls of a run are known: what it could have told apart."""
+    timed = [ranking for ranking in found if ranking.baseline is not None]
+    widths = sorted(width for ranking in timed if (width := ranking.half_width) is not None)
+    if not widths:
+        return "A/A controls: none with an interval, so nothing is resolved."
+    fine = sum(width < RESOLUTION for width in widths)
+    return (
+        f"A/A controls: half-width below {math.expm1(RESOLUTION):.0%} in {fine} of {len(timed)} cells, "
+        f"median {math.expm1(median(widths)):.1%}, largest {math.expm1(min(widths[-1], 2.4)):.1%}."
+    )
 
 
 def reasons(ranking: Ranking) -> list[str]:

@@ -1,5 +1,6 @@
 """From records to rankings: for each cell, who is how much faster than the baseline, and how certain that is."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -82,6 +83,13 @@ class Ranking:
     @property
     def _ranked(self) -> list[Row]:
         return [row for row in self.rows if row.rank is not None]
+
+    @property
+    def half_width(self) -> float | None:
+        """Half of the width of the A/A control's interval, as a log ratio; None without an interval of finite width."""
+        if self.control is None or self.control.low <= 0 or math.isinf(self.control.high):
+            return None
+        return 0.5 * math.log(self.control.high / self.control.low)
 
     @property
     def title(self) -> str:

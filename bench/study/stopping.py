@@ -2,9 +2,13 @@
 
 Looking at the data again and again and stopping at the first good moment finds differences where there are none. So
 the rounds at which one may look are fixed (10, 14, 20, 28, 40, ...), and the k-th look is allowed an error of
-``0.05 / (k (k + 1))``. These sum to 0.05 over any number of looks, so that by the union bound the intervals of a
-stopped run still cover at the stated rate, whatever the dependence between looks. The report of a stopped run uses
-the same level (``confidence``), not a fresh 5%.
+``0.01 / (k (k + 1))``. These sum to 0.01 over any number of looks; the other 0.04 are left for a run that a cap ends.
+So by the union bound the intervals cover at the stated rate, whatever the dependence between looks, and a noisy cell,
+which runs to its cap, pays little for having been looked at. The report of a run uses the level of its last look or of
+the cap (``confidence``), not a fresh 5%.
+
+A run is not over before its A/A control is known to 3%: a cell in which everybody else is far behind would otherwise
+stop without having found out what it can resolve.
 """
 
 import math
@@ -17,6 +21,10 @@ from bench.study.statistics import CONFIDENCE, UNRESOLVED, Interval, ratio_inter
 LEAST_ROUNDS = 10
 LEAST_MEASURED_S = 0.5
 PRECISE = math.log(1.01)
+# Half-width of the A/A control's interval that a run aims at, however clear the other verdicts are.
+RESOLUTION = math.log(1.03)
+# Chance of error of all looks together, and of the report of a run that none of them stopped.
+_LOOKS, _CAP = 0.01, 1 - CONFIDENCE - 0.01
 RESOLVED_REASON, PRECISE_REASON = "resolved", "precise"
 
 
@@ -34,9 +42,9 @@ def is_look(rounds: int) -> bool:
 
 
 def look_confidence(rounds: int) -> float:
-    """Confidence of the intervals at the look after so many rounds, or at the end of a run that a cap ended there."""
+    """Confidence of the intervals at the look after so many rounds."""
     earlier = next(k for k, look in enumerate(looks()) if look >= rounds)
-    return 1 - (1 - CONFIDENCE) / ((earlier + 1) * (earlier + 2))
+    return 1 - _LOOKS / ((earlier + 1) * (earlier + 2))
 
 
 def confidence(rounds: int, stopped: str) -> float:
@@ -47,9 +55,9 @@ def confidence(rounds: int, stopped: str) -> float:
         stopped: the record's reason; without one, or where a cap left room for one look only, nothing was chosen by
             looking and the full 5% is there.
     """
-    if not stopped or (stopped not in (RESOLVED_REASON, PRECISE_REASON) and rounds <= LEAST_ROUNDS):
-        return CONFIDENCE
-    return look_confidence(rounds)
+    if stopped in (RESOLVED_REASON, PRECISE_REASON):
+        return look_confidence(rounds)
+    return 1 - _CAP if stopped and rounds > LEAST_ROUNDS else CONFIDENCE
 
 
 def _half_width(interval: Interval) -> float:
@@ -70,7 +78,8 @@ def stop_reason(
         measured_s: seconds of blocks that the competitor with the fewest has been timed for.
 
     Returns:
-        ``resolved`` if every competitor's verdict is settled, ``precise`` if every interval's half-width is below 1%,
+        ``resolved`` if every competitor's verdict is settled and the control's half-width is below 3%, ``precise`` if
+        every interval's half-width is below 1%,
         or None to go on; always None before 10 rounds and 0.5 s, and between looks.
     """
     rounds = min([len(control), *(len(values) for values in log_ratios.values())])
@@ -79,7 +88,7 @@ def stop_reason(
     matrix = np.array([np.asarray(values, float)[:rounds] for values in (control, *log_ratios.values())])
     aa, *others = ratio_intervals(matrix, (rounds,), confidence=look_confidence(rounds))
     floor = resolution(aa)
-    if all(verdict(interval, floor) != UNRESOLVED for interval in others):
+    if _half_width(aa) < RESOLUTION and all(verdict(interval, floor) != UNRESOLVED for interval in others):
         return RESOLVED_REASON
     if all(_half_width(interval) < PRECISE for interval in (aa, *others)):
         return PRECISE_REASON

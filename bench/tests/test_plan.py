@@ -113,6 +113,16 @@ def test_narrowing_replaces_only_what_is_given():
     assert preset.workloads == PRESETS["smoke"].workloads
 
 
+def test_time_for_a_cell_alone_lifts_the_number_of_rounds():
+    seed = PRESETS["seed"]
+    preset = narrowed(seed, cell_s=40.0)
+    assert preset.cell_s == 40.0
+    assert preset.rounds > 1000 * seed.rounds
+    both = narrowed(seed, cell_s=40.0, rounds=30)
+    assert (both.cell_s, both.rounds) == (40.0, 30)
+    assert narrowed(seed) == seed
+
+
 def test_tf32_is_no_stock_precision():
     preset = narrowed(PRESETS["smoke"], precisions=["tf32"], divisions=["stock"])
     assert plan_cells(preset, "cuda") == ()

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -9,7 +10,7 @@ from bench.report.chart import ChartError, save_chart
 from bench.report.export import summary
 from bench.report.markdown import report
 from bench.report.readme import BEGIN, END, ReadmeError, results_block, with_block
-from bench.report.text import baseline_line, byte_count, ratio, seconds
+from bench.report.text import baseline_line, byte_count, ratio, resolution_line, seconds
 from bench.study.ranking import rankings, tally
 from bench.study.results import results_of
 from bench.study.statistics import Interval
@@ -144,6 +145,18 @@ def test_a_cell_without_a_control_resolves_nothing(cell):
     (ranking,) = rankings(record for record in cell if not record.control)
     assert {row.verdict for row in ranking.rows} <= {"baseline", "yardstick", "UNRESOLVED", ""}
     assert "nothing is resolved" in baseline_line(ranking)
+
+
+def test_the_resolution_of_a_run_counts_its_cells(cell):
+    (fine,) = rankings(cell)
+    assert fine.half_width == pytest.approx(0.5 * math.log(fine.control.high / fine.control.low))
+    unclear = replace(fine, control=Interval(1.0, 0.9, 1.1, 10))
+    (none,) = rankings(record for record in cell if not record.control)
+    assert none.half_width is None
+    assert "below 3% in 1 of 3 cells" in resolution_line([fine, unclear, none])
+    assert "largest 10.6%" in resolution_line([fine, unclear])
+    assert "nothing is resolved" in resolution_line([none])
+    assert "below 3% in 1 of 1 cells" in report(results_of(cell, ENVIRONMENT))
 
 
 def test_a_cell_in_which_nobody_was_right_has_no_baseline(cell):

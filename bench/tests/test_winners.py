@@ -97,13 +97,12 @@ def test_the_looks_and_what_they_cost():
     assert [next(schedule) for _ in range(7)] == [10, 14, 20, 28, 40, 56, 80]
     assert [is_look(k) for k in (9, 10, 12, 14, 28, 30)] == [False, True, False, True, True, False]
     errors = [1 - look_confidence(k) for k in (10, 14, 20, 28, 40, 56, 80)]
-    assert errors[:3] == pytest.approx([0.025, 0.05 / 6, 0.05 / 12])
-    assert sum(errors) < 0.05
-    # Between two looks only a cap ends a run, and that is a look of its own.
-    assert look_confidence(12) == look_confidence(14)
+    assert errors[:3] == pytest.approx([0.005, 0.01 / 6, 0.01 / 12])
+    # Nobody looks before a cap of ten rounds; a later cap has what the looks leave of the 5%.
     assert confidence(10, "") == confidence(10, "rounds") == confidence(3, "time") == 0.95
     assert confidence(10, "resolved") == look_confidence(10)
-    assert confidence(25, "rounds") == look_confidence(28)
+    assert confidence(25, "rounds") == confidence(300, "time") == pytest.approx(0.96)
+    assert sum(errors) + (1 - confidence(25, "rounds")) < 0.05
 
 
 def test_stopping_waits_for_rounds_time_and_a_look():
@@ -119,6 +118,8 @@ def test_stopping_waits_for_rounds_time_and_a_look():
     assert stop_reason(odd, 0.022 + 0.1 * control[:10], measured_s=1.0) == "precise"
     noisy = {"a": 0.022 + 100 * control[:10]}
     assert stop_reason(noisy, control[:10], measured_s=1.0) is None
+    # Everybody is clearly ahead or behind, but what the cell can resolve is known to 5% only.
+    assert stop_reason({k: v[:10] for k, v in clear.items()}, 50 * control[:10], measured_s=1.0) is None
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(1.03, FASTER), (1.1, FASTER), (1 / 1.03, SLOWER), (1 / 1.1, SLOWER)])
