@@ -36,14 +36,18 @@ GPU_PRESET ?= seed
 # What the article's claims are judged in; fewer precisions or divisions take proportionally less time.
 GPU_OPTIONS ?= $(foreach d,stock matched tuned,--division $(d)) $(foreach p,ieee_fp32 tf32 bf16,--precision $(p))
 
-.PHONY: compare test test-newest lint gpu clean
+.PHONY: compare setup test test-newest lint gpu clean
 
 compare: $(VENV)/.installed
 	@mkdir -p $(OUT)
 	$(VENV)/bin/python -m parity_tests run --cases smoke --json $(OUT)/parity.json
 	$(VENV)/bin/python -m bench run --preset $(PRESET) --out $(OUT)
 
-test: $(VENV)/.installed
+# Both environments at once: most of the time goes into downloads.
+setup: $(VENV)/.installed $(if $(PYTHON_NEWEST),$(VENV_NEWEST)/.installed)
+
+test:
+	@$(MAKE) --no-print-directory -j2 setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not compile"
 	$(VENV)/bin/python -m pytest -q -m compile --no-shape-checks
 	@$(MAKE) --no-print-directory test-newest

@@ -11,7 +11,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from typer.testing import CliRunner
 
+from parity_tests.__main__ import app
 from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +34,10 @@ def command(*arguments):
 
 def test_run_writes_every_row_and_exits_zero(tmp_path):
     target = tmp_path / "rows.json"
-    result = command("run", "--cases", "smoke", "--dtype", "float32", "--dtype", "bfloat16", "--json", str(target))
+    # Every implementation is judged by test_parity.py and, in a run of its own, by test-newest of the Makefile.
+    chosen = [part for name in ("matmul", "masked", "layer") for part in ("--implementation", name)]
+    dtypes = ("--dtype", "float32", "--dtype", "bfloat16")
+    result = command("run", "--cases", "smoke", *dtypes, *chosen, "--json", str(target))
     assert result.returncode == 0, result.stdout + result.stderr
     document = json.loads(target.read_text())
     assert {"schema_version", "environment", "summary", "rows"} <= set(document)
@@ -77,9 +82,16 @@ def test_a_run_that_compares_nothing_fails():
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_wrong_usage_is_one_sentence_and_exit_two(arguments, sentence):
-    result = command(*arguments)
-    assert result.returncode == 2
+    # In this process: an exception that the command lets through fails the test by itself.
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 2
     assert sentence in result.stderr
+
+
+def test_wrong_usage_ends_the_process_so_too():
+    result = command("run", "--case", "magic")
+    assert result.returncode == 2
+    assert "--case: expected one of" in result.stderr
     assert "Traceback" not in result.stderr
 
 
