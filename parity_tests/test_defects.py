@@ -2,17 +2,22 @@
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from parity_tests.harness.cases import Case
 from parity_tests.harness.defects import CASE, DEFECTS, killed
+from parity_tests.harness.html import html_document
 from parity_tests.harness.initialization import (
     flax_distribution,
     initialization_faults,
     torch_distribution,
 )
 from parity_tests.harness.inputs import draw_inputs
+from parity_tests.harness.junit import junit_document
 from parity_tests.harness.oracle import reference
-from parity_tests.harness.run import judge, run_cells
+from parity_tests.harness.records import environment, summarize
+from parity_tests.harness.report import print_report
+from parity_tests.harness.run import judge, run_cells, too_dense
 from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, load_subjects
 
 HEALTHY = {
@@ -66,6 +71,53 @@ def test_a_run_reports_the_defect_and_where_it_is():
     assert (row.tensor, row.worst_index, row.partition) == ("y", (1, 2, 3), 2)
     assert row.bound_fraction > 1
     assert "--implementation broken" in row.command
+
+
+def test_a_subject_that_raises_fails_its_cell_and_the_others_go_on(capsys):
+    subject = next(iter(HEALTHY.values()))
+
+    class Raising:
+        framework, implementation, isolates_partitions, mode = subject.framework, "raising", True, subject.mode
+
+        def unsupported_reason(self, case, dtype):
+            return None
+
+        def forward(self, inputs):
+            raise RuntimeError("no [/memory] left\nand a second line")
+
+        vjp = forward
+
+    rows = list(run_cells([Raising(), subject], ["float32"], [Case("square", (4,), 3, 8, 8)]))
+    (failed,) = [row for row in rows if row.implementation == "raising"]
+    assert (failed.status, failed.tensor) == ("mismatch", "")
+    assert failed.reason == "the call raised RuntimeError: no [/memory] left"
+    assert "--implementation raising" in failed.command
+    others = [row for row in rows if row is not failed]
+    assert {row.tensor for row in others} == {"y", "dx", "dweight", "dbias"}
+    assert {row.status for row in others} == {"ok"}
+    summary = summarize(rows)
+    assert (summary.failed, summary.ok) == (1, False)
+    # Every report can show a failure that has no tensor and no number.
+    print_report(Console(width=200), rows, summary)
+    assert "raising" in (shown := capsys.readouterr().out)
+    assert failed.reason in shown
+    assert "no [/memory] left" in junit_document(rows)
+    assert "no [/memory] left" in html_document(rows, environment())
+
+
+def test_a_dense_matrix_that_is_too_large_is_skipped_with_its_reason():
+    subject = next(iter(HEALTHY.values()))
+
+    class Dense:
+        framework, implementation, isolates_partitions, mode = subject.framework, "masked", False, subject.mode
+        unsupported_reason, forward, vjp = subject.unsupported_reason, subject.forward, subject.vjp
+
+    large, small = Case("large", (1,), 4096, 2, 8), Case("small", (1,), 4, 2, 8)
+    assert too_dense(Dense(), small) is None
+    assert too_dense(subject, large) is None
+    (row,) = run_cells([Dense()], ["float32"], [large])
+    assert row.status == "skipped"
+    assert "(32768, 8192)" in row.reason
 
 
 def _draw(name, rng, n, i, o):

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from parity_tests.harness.records import ParityRow, Summary
@@ -56,13 +57,15 @@ def print_report(console: Console, rows: Sequence[ParityRow], summary: Summary) 
             place = " ".join(
                 part for part in (row.framework, row.implementation, row.mode, row.dtype, row.case) if part
             )
-            console.print(f"[red]MISMATCH[/] {place}: {row.reason}")
+            console.print(f"[red]MISMATCH[/] {place}: {escape(row.reason)}")
             console.print(f"  reproduce: {row.command}", highlight=False)
     skipped = Counter(
         (row.framework, row.implementation, row.dtype, row.reason) for row in rows if row.status == "skipped"
     )
     for (framework, implementation, dtype, reason), count in skipped.items():
-        console.print(f"skipped {count} x {framework} {implementation} {dtype}: {reason}", style="dim", highlight=False)
+        console.print(
+            f"skipped {count} x {framework} {implementation} {dtype}: {escape(reason)}", style="dim", highlight=False
+        )
     verdict = "[green]all compared cells hold[/]" if summary.ok else "[red]FAILED[/]"
     if summary.compared == 0:
         verdict = "[red]FAILED: nothing was compared[/]"

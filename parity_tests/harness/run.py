@@ -16,6 +16,11 @@ from parity_tests.harness.subjects.base import Subject
 from parity_tests.harness.subjects.modes import COUNTERPARTS, DEFAULT_MODES, arithmetic_of, as_cast
 from parity_tests.harness.tolerance import Arithmetic
 
+# One product over all features at once holds n * n blocks; beyond this many entries it takes some gigabytes for
+# each of the weight, its mask, their product and the gradients, and the zeros say nothing new about the arithmetic.
+_DENSE = ("masked", "masked_layer")
+_MOST_DENSE_ENTRIES = 2**27
+
 _PROBE_CASE = Case("fingerprint", (1,), 1, 16, 16)
 
 
@@ -106,6 +111,23 @@ class Diagnoses:
         return self._taken[key]
 
 
+def too_dense(subject: Subject, case: Case) -> str | None:
+    """One sentence if the subject's one dense matrix would be too large for this case, else None."""
+    shape = (case.num_partitions * case.out_features, case.num_partitions * case.in_features)
+    if subject.implementation not in _DENSE or shape[0] * shape[1] <= _MOST_DENSE_ENTRIES:
+        return None
+    return (
+        f"{subject.implementation} multiplies by one dense matrix (n * out, n * in) = {shape}, more than the "
+        f"{_MOST_DENSE_ENTRIES} entries that are compared; its arithmetic is judged on the smaller cases."
+    )
+
+
+def _raised(error: Exception) -> str:
+    """One sentence for a call that ended in an exception: its type and the first line of its message."""
+    message = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"the call raised {type(error).__name__}: {message[:300]}"
+
+
 Included = Callable[[Subject, Case], bool]
 
 
@@ -129,6 +151,8 @@ def run_cells(
     included: Included = _every,
 ) -> Iterator[ParityRow]:
     """Yields a row per subject, dtype, case and tensor, then rows for pairs of the same dtype and case.
+
+    A subject that raises fails its cell, and the others go on.
 
     Args:
         subjects: of one framework or both; pairs of frameworks need both.
@@ -156,13 +180,18 @@ def run_cells(
                     "case": case.name,
                     "command": _command(dtype, case.name, seed, subject),
                 }
-                reason = subject.unsupported_reason(case, dtype)
+                reason = subject.unsupported_reason(case, dtype) or too_dense(subject, case)
                 if reason is not None:
                     yield ParityRow(**where, tensor="", status="skipped", reason=reason)
                     continue
-                fingerprint = diagnoses.of(subject, dtype)
+                # Whatever one call raises must not cost the rows of all others.
+                try:
+                    fingerprint = diagnoses.of(subject, dtype)
+                    judgement = judge(subject, inputs, truth)
+                except Exception as error:
+                    yield ParityRow(**where, tensor="", status="mismatch", reason=_raised(error))
+                    continue
                 diagnosis = "; ".join(fingerprint.diagnosis()) if fingerprint else ""
-                judgement = judge(subject, inputs, truth)
                 judged.append((subject, judgement))
                 for result in judgement.results:
                     yield row_from_result(result, **where, diagnosis=diagnosis)
