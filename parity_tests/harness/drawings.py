@@ -72,10 +72,11 @@ def heatmap(title: str, lines: Sequence[str], blocks: Sequence[Block]) -> str:
     """
     blocks = [block for block in blocks if block.columns]
     side, gap = 17, 14
-    left = 12 + max((round(6.6 * len(line)) for line in lines), default=0)
+    above = {line for block in blocks for line, found in block.values.items() if any(v > 1 for v in found.values())}
+    # Bold letters are wider.
+    left = 12 + max((round((7.6 if line in above else 6.6) * len(line)) for line in lines), default=0)
     top = 14 + max((round(6.2 * len(column)) for block in blocks for column in block.columns), default=0)
     parts, x = [], left
-    above = {line for block in blocks for line, found in block.values.items() if any(v > 1 for v in found.values())}
     for k, line in enumerate(lines):
         bad = ' class="bad"' if line in above else ""
         parts.append(f'<text x="{left - 6}" y="{top + side * k + 13}" text-anchor="end"{bad}>{escape(line)}</text>')

@@ -64,7 +64,7 @@ def _subjects(rows: Sequence[ParityRow]) -> str:
             partitions[title].add(line, str(row.partition), row.bound_fraction)
     return "".join(
         heatmap(
-            f"{title}: by tensor and by partition",
+            f"{title}: by tensor" + (" and by partition" if partitions[title].columns else ""),
             list(grid.values),
             [grid.block(), partitions[title].block(sorted(partitions[title].columns, key=int))],
         )
@@ -173,7 +173,7 @@ rect.cell { stroke: #ccc; stroke-width: .5 } line.grid { stroke: #e4e4e4 }
 polygon.band { fill: #8888; stroke: #777; stroke-width: .8 }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: 12px }
 th, td { padding: 2px 8px; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap }
-td:last-child { white-space: normal; min-width: 24em }
+td:last-child { white-space: normal; min-width: 20em }
 thead th { background: #f3f3f3 }
 tr.mismatch td { background: #fde7ea } tr.skipped td { color: #888 }
 input { font: inherit; width: 36em; max-width: 90%; padding: 3px 6px; margin: .4em 0 }
