@@ -83,7 +83,8 @@ def round_log_latency(block_latency_s: Sequence[float] | np.ndarray, calls_per_b
     """
     if len(block_latency_s) == 0 or len(block_latency_s) % 2:
         raise ValueError(f"expected two blocks a round, got {len(block_latency_s)} blocks")
-    return np.log(np.asarray(block_latency_s, float) / calls_per_block).reshape(-1, 2).mean(1)
+    logs = np.log(np.asarray(block_latency_s, float) / calls_per_block)
+    return 0.5 * (logs[0::2] + logs[1::2])
 
 
 def student_t_two_sided(t: np.ndarray, degrees: int) -> np.ndarray:

@@ -43,7 +43,10 @@ def leaders(
     """
     if not competitors:
         return ()
-    means = {label: np.mean([values.mean() for values in rounds.values()]) for label, rounds in competitors.items()}
+    means = {
+        label: sum(float(np.add.reduce(values)) / len(values) for values in rounds.values()) / len(rounds)
+        for label, rounds in competitors.items()
+    }
     best = min(means, key=means.__getitem__)
     # Who shares no process with the best was never compared with it.
     tied = dict.fromkeys(competitors, True)
