@@ -12,6 +12,8 @@ PIP_ARGS ?=
 # A folder of its own for every run: nothing measured is ever overwritten.
 OUT := $(or $(OUT),bench/results/local/$(shell date +%Y%m%dT%H%M%S))
 PRESET ?= smoke
+# Further options of `bench run`. Narrower intervals, a third of an hour: make compare PRESET=seed BENCH_ARGS="--cell-s 40"
+BENCH_ARGS ?=
 # Two files at a time; the tests of one file stay together, because they share what they computed.
 PARALLEL ?= -n 2 --dist loadfile
 
@@ -41,7 +43,7 @@ GPU_OPTIONS ?= $(foreach d,stock matched tuned,--division $(d)) $(foreach p,ieee
 compare: $(VENV)/.installed
 	@mkdir -p $(OUT)
 	$(VENV)/bin/python -m parity_tests run --cases smoke --json $(OUT)/parity.json
-	$(VENV)/bin/python -m bench run --preset $(PRESET) --out $(OUT)
+	$(VENV)/bin/python -m bench run --preset $(PRESET) $(BENCH_ARGS) --out $(OUT)
 
 # Both environments at once: most of the time goes into downloads.
 setup: $(VENV)/.installed $(if $(PYTHON_NEWEST),$(VENV_NEWEST)/.installed)

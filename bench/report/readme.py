@@ -1,5 +1,7 @@
 """The README's results block, generated from records so that it cannot drift from them."""
 
+from html import escape
+
 from bench.report.markdown import environment_lines, table
 from bench.report.text import (
     baseline_line,
@@ -67,8 +69,10 @@ def results_block(results: Results) -> str:
             known = environment_lines(environment_id, results.environments[environment_id])
             lines += [f"- {line}" for line in known] + [""]
         for ranking in found:
-            lines += [f"**{ranking.title}**", "", *table(_COLUMNS, map(_cells, _shown(ranking))), ""]
-            lines += [f"{winner_line(ranking)} {baseline_line(ranking)}", ""]
+            # Folded, so that a reader sees every cell's verdict at once and opens the tables that matter to them.
+            summary = f"<b>{escape(ranking.title)}</b>: {escape(winner_line(ranking))}"
+            lines += [f"<details><summary>{summary}</summary>", "", *table(_COLUMNS, map(_cells, _shown(ranking))), ""]
+            lines += [baseline_line(ranking), "", "</details>", ""]
     return "\n".join([*lines, END])
 
 
