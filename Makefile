@@ -25,7 +25,13 @@ PYTHON_NEWEST ?= $(shell for p in python3.12 python3.13 $$(ls -d $${PYENV_ROOT:-
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
 
 # The CUDA major that the driver supports; empty without an NVIDIA GPU. torch and JAX must be built for the same one.
-CUDA_MAJOR := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9][0-9]*\).*/\1/p' | awk '$$1 >= 12' | head -n 1)
+# Drivers from 610 on write "CUDA UMD Version" in the header of nvidia-smi.
+CUDA_DRIVER := $(shell nvidia-smi 2>/dev/null | sed -nE 's/.*CUDA( UMD)? Version: *([0-9]+).*/\2/p' | head -n 1)
+ifneq ($(CUDA_DRIVER),)
+CUDA_MAJOR := $(shell echo $(CUDA_DRIVER) | awk '$$1 >= 12')
+else ifneq ($(shell nvidia-smi 2>/dev/null | head -c 1),)
+$(warning nvidia-smi is there, but names no CUDA version that is understood: the build for CPUs is installed)
+endif
 ifeq ($(CUDA_MAJOR),)
 REQUIREMENTS = -c constraints.txt -e '.[dev]'
 else

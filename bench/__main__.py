@@ -1,9 +1,19 @@
 """Command line: ``python -m bench run | report | claims | compare | recommend | validate | list | doctor``."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError as missing:
+    # Run by an interpreter into which nothing was installed.
+    print(
+        f"bench: the package {missing.name} is not installed for {sys.executable}; run `pip install -e .` with it, or "
+        "take .venv/bin/python after `make compare`.",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 

@@ -107,14 +107,20 @@ def per_partition(argument: str, initializer: Initializer) -> Initializer:
 
     Returns:
         (key, (n, *shape), dtype) -> values of all partitions; it raises ValueError if one partition's values have
-        another shape.
+        another shape, or if the initialiser raises it.
     """
 
     def stacked(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         boxes = []
 
         def one(partition_key: Array) -> Any:
-            drawn = initializer(partition_key, shape[1:], dtype)
+            try:
+                drawn = initializer(partition_key, shape[1:], dtype)
+            except ValueError as error:
+                raise ValueError(
+                    f"`{argument}`: expected a function that draws one partition's values of shape {shape[1:]}, got an "
+                    f"error from it ({error}); pass a function for this shape."
+                ) from error
             if isinstance(drawn, nnx.VariableMetadata):
                 # Unlike linen's boxes this one is no pytree: it is opened inside vmap and closed again outside.
                 boxes.append(drawn)

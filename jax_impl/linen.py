@@ -86,7 +86,9 @@ class PartitionedLinear(nn.Module):
         """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
 
         Args:
-            x: Inputs, shape (..., n, in).
+            x: Inputs, shape (..., n, in). They and the parameters are promoted to `dtype`, or to their common one, as
+                Flax's own layers do: integers become floating, and float64 becomes float32 while x64 is off. (The
+                pure function `partitioned_linear` refuses both.)
 
         Returns:
             Outputs, shape (..., n, out).

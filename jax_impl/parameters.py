@@ -160,7 +160,11 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         OSError: If the file cannot be read.
     """
     path = _checked(path)
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        got = f"{str(path)!r} ({error.strerror})"
+        raise type(error)(f"`path`: expected a readable file, got {got}; check the name.") from error
     try:
         entries = dict(safetensors.deserialize(content))
         with safetensors.safe_open(path, framework="np") as file:

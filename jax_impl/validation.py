@@ -33,7 +33,9 @@ def check_sizes(**sizes: Any) -> None:
 def check_instance(argument: str, value: Any, kind: type, advice: str) -> None:
     """Refuse a value of another type than `kind`, by a TypeError."""
     if not isinstance(value, kind):
-        raise TypeError(f"`{argument}`: expected a {kind.__name__}, got a {_kind(value)}; {advice}.")
+        raise TypeError(
+            f"`{argument}`: expected a {kind.__name__}, got a {kind_beside(value, kind.__name__)}; {advice}."
+        )
 
 
 def check_dtype(argument: str, dtype: Any) -> None:
@@ -238,6 +240,12 @@ def _advice(x: Array, num_partitions: int, in_features: int) -> str:
     if x.ndim >= 2 and x.shape[-1] == num_partitions and x.shape[-2] == in_features:
         return "swap its last two axes with x.mT"
     return "move the partition axis next to last and the features last"
+
+
+def kind_beside(value: Any, *expected: str) -> str:
+    """The name of a value's type; with its package where it is a namesake of what was expected."""
+    package, name = type(value).__module__.partition(".")[0], type(value).__name__
+    return f"{package}.{name}" if name in expected else name
 
 
 def _kind(value: Any) -> str:

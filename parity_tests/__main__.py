@@ -1,14 +1,24 @@
 """Command line of the parity judge: ``python -m parity_tests run``, ``pairs``, ``defects`` and ``findings``."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+try:
+    import typer
 
-from parity_tests.commands.usage import choices_help, modes_help
-from parity_tests.harness.cases import CASE_SETS
-from parity_tests.harness.dtypes import STORAGE_DTYPES
-from parity_tests.harness.subjects.base import FRAMEWORKS
+    from parity_tests.commands.usage import choices_help, modes_help
+    from parity_tests.harness.cases import CASE_SETS
+    from parity_tests.harness.dtypes import STORAGE_DTYPES
+    from parity_tests.harness.subjects.base import FRAMEWORKS
+except ModuleNotFoundError as missing:
+    # Run by an interpreter into which nothing was installed.
+    print(
+        f"parity_tests: the package {missing.name} is not installed for {sys.executable}; run `pip install -e .` with "
+        "it, or take .venv/bin/python after `make test`.",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -177,6 +177,12 @@ CASES = [
         "`kernel_init`: expected values of shape (in, out) = (4, 5) for one partition, got (3, 4, 5);",
     ),
     (
+        "bias-init-raises",
+        layer(bias_init=jax.nn.initializers.lecun_normal()),
+        ValueError,
+        "`bias_init`: expected a function that draws one partition's values of shape (5,), got an error from it (",
+    ),
+    (
         "bias-init-shape",
         layer(bias_init=lambda key, shape, dtype: jnp.zeros((), dtype)),
         ValueError,
@@ -303,6 +309,18 @@ CASES = [
         lambda: jax_impl.export_parameters(nnx.Linear(IN, OUT, rngs=nnx.Rngs(0))),
         TypeError,
         "`layer`: expected a PartitionedLinear, got a Linear; pass the nnx layer (for the",
+    ),
+    (
+        "export-namesake",
+        lambda: jax_impl.export_parameters(type("PartitionedLinear", (), {"__module__": "torch_impl.layer"})()),
+        TypeError,
+        "`layer`: expected a PartitionedLinear, got a torch_impl.PartitionedLinear; pass the nnx layer",
+    ),
+    (
+        "load-missing",
+        lambda: jax_impl.load_parameters(layer()(), "/nowhere/at-all"),
+        FileNotFoundError,
+        "`path`: expected a readable file, got '/nowhere/at-all' (No such file or directory); check the name.",
     ),
     (
         "load-no-path",

@@ -194,6 +194,16 @@ LAYER = {
         TypeError,
         r"^`weight_init`: expected a function that fills its argument of shape \(5, 4\) in place,",
     ),
+    "init-bias-raises": (
+        lambda: PartitionedLinear(3, 4, 5, init=(nn.init.xavier_uniform_,) * 2),
+        ValueError,
+        r"^`bias_init`: expected a function that fills one partition's tensor of shape \(5,\), got an error from it",
+    ),
+    "init-shape": (
+        lambda: PartitionedLinear(3, 4, 5, init=lambda view: view.copy_(torch.ones(3, 3))),
+        ValueError,
+        r"^`weight_init`: expected a function that fills one partition's tensor of shape \(5, 4\), got an error",
+    ),
     "dtype-integer": (
         lambda: PartitionedLinear(3, 4, 5, dtype=torch.int64),
         TypeError,
@@ -307,6 +317,21 @@ PARAMETERS = {
         lambda: import_parameters({"weight": W}, {}),
         TypeError,
         r"^`layer`: expected a PartitionedLinear or MaskedPartitionedLinear, got a dict;",
+    ),
+    "export-namesake": (
+        lambda: export_parameters(type("PartitionedLinear", (), {"__module__": "jax_impl.layer"})()),
+        TypeError,
+        r"^`layer`: expected a PartitionedLinear or MaskedPartitionedLinear, got a jax_impl.PartitionedLinear;",
+    ),
+    "load-directory": (
+        lambda: load_parameters(PartitionedLinear(3, 4, 5), "/"),
+        IsADirectoryError,
+        r"`path`: expected a readable file, got '/' \(Is a directory\); check the name",
+    ),
+    "load-missing": (
+        lambda: load_parameters(PartitionedLinear(3, 4, 5), "/nowhere/at-all"),
+        FileNotFoundError,
+        r"`path`: expected a readable file, got '/nowhere/at-all' \(No such file or directory\); check the name",
     ),
     "load-no-path": (
         lambda: load_parameters(PartitionedLinear(3, 4, 5), None),

@@ -80,6 +80,7 @@ def initialize_(init: Init, weight: Tensor, bias: Tensor | None) -> None:
 
     Raises:
         TypeError: If a custom initialiser returns another tensor instead of filling its argument.
+        ValueError: If a custom initialiser raises for the shape of one partition.
     """
     in_features = weight.shape[-1]
     if isinstance(init, str):
@@ -100,7 +101,13 @@ def initialize_(init: Init, weight: Tensor, bias: Tensor | None) -> None:
 
 def _fill_each(argument: str, fill: InPlaceInit, views: Tensor) -> None:
     for view in views.unbind(0):
-        result = fill(view)
+        try:
+            result = fill(view)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"`{argument}`: expected a function that fills one partition's tensor of shape {tuple(view.shape)}, "
+                f"got an error from it ({error}); pass a function for this shape."
+            ) from error
         if isinstance(result, Tensor) and result.data_ptr() != view.data_ptr():
             raise TypeError(
                 f"`{argument}`: expected a function that fills its argument of shape {tuple(view.shape)} in place, "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torch_impl.linears import state_dict_from_linears
 from torch_impl.registry import DTYPE_NAMES
-from torch_impl.validation import check_arrays, check_materialised
+from torch_impl.validation import check_arrays, check_materialised, kind_beside
 
 __all__ = [
     "export_parameters",
@@ -135,8 +135,9 @@ def load_parameters(layer: PartitionedModule, path: str | os.PathLike[str]) -> N
 
 def _views(layer: PartitionedModule) -> dict[str, Tensor]:
     if not hasattr(layer, "partition_views"):
+        got = kind_beside(layer, "PartitionedLinear", "MaskedPartitionedLinear")
         raise TypeError(
-            f"`layer`: expected a PartitionedLinear or MaskedPartitionedLinear, got a {type(layer).__name__}; pass the "
+            f"`layer`: expected a PartitionedLinear or MaskedPartitionedLinear, got a {got}; pass the "
             f"layer itself, or use state_dict_from_linears for a list of nn.Linear."
         )
     views = layer.partition_views()
@@ -165,7 +166,11 @@ def _from_numpy(array: np.ndarray, like: Tensor) -> Tensor:
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        got = f"{str(path)!r} ({error.strerror})"
+        raise type(error)(f"`path`: expected a readable file, got {got}; check the name.") from error
     try:
         entries = dict(safetensors.deserialize(content))
         with safetensors.safe_open(path, framework="np") as file:

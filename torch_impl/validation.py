@@ -240,6 +240,12 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def kind_beside(value: Any, *expected: str) -> str:
+    """The name of a value's type; with its package where it is a namesake of what was expected."""
+    package, name = type(value).__module__.partition(".")[0], type(value).__name__
+    return f"{package}.{name}" if name in expected else name
+
+
 def _kind(value: Any) -> str:
     return type(value).__name__
 

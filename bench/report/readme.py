@@ -71,8 +71,9 @@ def results_block(results: Results) -> str:
         for ranking in found:
             # Folded, so that a reader sees every cell's verdict at once and opens the tables that matter to them.
             summary = f"<b>{escape(ranking.title)}</b>: {escape(winner_line(ranking))}"
-            lines += [f"<details><summary>{summary}</summary>", "", *table(_COLUMNS, map(_cells, _shown(ranking))), ""]
-            lines += [baseline_line(ranking), "", "</details>", ""]
+            shown, count = _shown(ranking), len(ranking.rows)
+            lines += [f"<details><summary>{summary}</summary>", "", *table(_COLUMNS, map(_cells, shown)), ""]
+            lines += [f"{baseline_line(ranking)} {len(shown)} of {count} competitors are shown.", "", "</details>", ""]
     return "\n".join([*lines, END])
 
 

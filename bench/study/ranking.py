@@ -9,7 +9,7 @@ from statistics import median
 from bench.plan.competitors import YARDSTICK
 from bench.records import Record
 from bench.study.pairing import by_label, intervals, log_latencies
-from bench.study.statistics import CONFIDENCE, Interval, resolution, tukey_outliers, verdict
+from bench.study.statistics import CONFIDENCE, SLOWER, Interval, resolution, tukey_outliers, verdict
 from bench.study.stopping import confidence
 from bench.study.winners import leaders
 
@@ -138,6 +138,11 @@ def _rank_cell(records: Sequence[Record]) -> Ranking:
     rows.sort(key=speed)
     ranked = [row for row in rows if row.record.kind != YARDSTICK]
     first = leaders({row.record.label: rounds[row.record.label] for row in ranked}, floor, confidence=level)
+    # Where few rounds let the correction for many competitors reject nobody, whoever is SLOWER than the baseline still
+    # does not tie with the fastest. Nobody becomes a winner by that.
+    slower = {row.record.label for row in ranked if row.verdict == SLOWER}
+    near = tuple(label for label in first if label not in slower)
+    first = near if len(near) > 1 else first
     ordered = [
         replace(row, rank=k, tied=len(first) > 1 and row.record.label in first) for k, row in enumerate(ranked, start=1)
     ]

@@ -147,6 +147,21 @@ def test_a_cell_without_a_control_resolves_nothing(cell):
     assert "nothing is resolved" in baseline_line(ranking)
 
 
+def test_who_is_slower_than_the_baseline_ties_with_nobody(cell, monkeypatch):
+    # As after very few rounds, where the correction for many competitors rejects nobody.
+    monkeypatch.setattr("bench.study.ranking.leaders", lambda competitors, floor, confidence: tuple(competitors))
+    (ranking,) = rankings(cell)
+    assert {row.record.label for row in ranking.rows if row.verdict == "SLOWER"} == {"torch einsum (eager)"}
+    assert "torch einsum (eager)" not in ranking.tied
+    assert len(ranking.tied) == 3
+    # That alone makes nobody a winner.
+    (two,) = rankings(
+        record for record in cell if record.implementation in ("matmul", "einsum") and record.mode != "jit"
+    )
+    assert two.winner is None
+    assert len(two.tied) == 2
+
+
 def test_the_resolution_of_a_run_counts_its_cells(cell):
     (fine,) = rankings(cell)
     assert fine.half_width == pytest.approx(0.5 * math.log(fine.control.high / fine.control.low))
