@@ -8,7 +8,7 @@ from bench.plan.competitors import IMPLEMENTATION
 from bench.records import Record
 from bench.study.pairing import by_label, intervals, log_latencies
 from bench.study.ranking import Ranking, rank_cells
-from bench.study.statistics import Interval
+from bench.study.statistics import SLOWER, Interval, verdict
 from bench.study.winners import leaders
 
 SIZES: tuple[str, ...] = ("batch", "num_partitions", "in_features", "out_features")
@@ -82,7 +82,10 @@ def _neighbour(shape: Shape, group: Sequence[Record]) -> Neighbour | None:
     if not first:
         return None
     speeds = intervals(competitors[first[0]], competitors, ranking.confidence)
-    return Neighbour(ranking, distance(shape, group[0]), first, speeds)
+    # As in a ranking: whom few rounds could not reject after the correction does not lead if it is clearly slower.
+    slower = {label for label, speed in speeds.items() if verdict(speed, ranking.resolution) == SLOWER}
+    near = tuple(label for label in first if label not in slower)
+    return Neighbour(ranking, distance(shape, group[0]), near if len(near) > 1 else first, speeds)
 
 
 def nearest(shape: Shape, groups: Iterable[Sequence[Record]]) -> list[Neighbour]:
