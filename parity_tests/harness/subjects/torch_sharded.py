@@ -25,14 +25,26 @@ from parity_tests.harness.subjects.torch_subject import TorchSubject
 _TIMEOUT_S = 120
 
 
+@functools.cache
+def _context() -> Any:
+    """How processes are started: never forked from this one, whose thread pools a child may hang in.
+
+    A server that has imported PyTorch and done nothing yet forks them: eight start-ups cost little more than one.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([serve.__module__])
+    return context
+
+
 class _Shards:
     """Processes of one group; every one is sent each task, the first one answers with whole tensors."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
-        # Spawned, not forked: a child that inherits the parent's thread pools may hang in them.
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         store = str(Path(self._folder.name) / "store")
         self._ends, self._processes = [], []
         for rank in range(size):
