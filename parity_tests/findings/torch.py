@@ -8,7 +8,7 @@ from parity_tests.harness.cases import Case
 from parity_tests.harness.comparison import compare
 from parity_tests.harness.inputs import draw_inputs
 from parity_tests.harness.oracle import reference
-from parity_tests.harness.subjects.torch import to_numpy, to_torch
+from parity_tests.harness.subjects.torch_arrays import to_numpy, to_torch
 from parity_tests.harness.tolerance import declared_arithmetic
 
 _CPU = torch.device("cpu")

@@ -10,6 +10,7 @@ from parity_tests.harness.dtypes import FORMATS
 from parity_tests.harness.inputs import Inputs, draw_lattice
 from parity_tests.harness.oracle import reference
 from parity_tests.harness.subjects.base import Subject
+from parity_tests.harness.subjects.modes import MODES
 
 
 def lattice_limit(case: Case, dtype: str, largest: int = 3) -> int:
@@ -51,14 +52,14 @@ def check_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) -> li
 
     Args:
         subject: the subject.
-        case: a shape small enough for exact sums, see ``lattice_limit``.
+        case: a shape small enough for exact sums in what the mode computes in, see ``lattice_limit``.
         dtype: storage dtype.
         seed: of the integers.
 
     Returns:
         One result per tensor.
     """
-    inputs = draw_lattice(case, dtype, seed, lattice_limit(case, dtype))
+    inputs = draw_lattice(case, dtype, seed, lattice_limit(case, MODES[subject.mode].computes_in or dtype))
     truth = reference(inputs)
     outputs = subject.vjp(inputs)
     return [_bitwise(name, value, truth[name].value, truth[name].partition_axis) for name, value in outputs.items()]

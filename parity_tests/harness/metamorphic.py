@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from parity_tests.harness.comparison import compare
-from parity_tests.harness.dtypes import numpy_dtype
+from parity_tests.harness.comparison import compare, compare_pair, compare_with_limit, pair_limits
+from parity_tests.harness.dtypes import FORMATS, numpy_dtype
 from parity_tests.harness.inputs import Inputs
 from parity_tests.harness.oracle import reference
 from parity_tests.harness.subjects.base import Subject
-from parity_tests.harness.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
+from parity_tests.harness.subjects.modes import arithmetic_of
+from parity_tests.harness.tolerance import bound
 
 Check = Callable[[Subject, Inputs], list[str]]
 
@@ -28,9 +29,11 @@ def _take(inputs: Inputs, order: np.ndarray) -> Inputs:
     )
 
 
-def _within(first: dict[str, np.ndarray], second: dict[str, np.ndarray], inputs: Inputs, what: str) -> list[str]:
+def _within(
+    first: dict[str, np.ndarray], second: dict[str, np.ndarray], subject: Subject, inputs: Inputs, what: str
+) -> list[str]:
     """Two evaluations of the same sums, perhaps in another order: each within the bound of the shared truth."""
-    truth, arithmetic = reference(inputs), declared_arithmetic(PRECISION_OF_DTYPE[inputs.dtype])
+    truth, arithmetic = reference(inputs), arithmetic_of(subject.mode, inputs.dtype)
     results = [
         *compare(first, truth, arithmetic, inputs.zero_mean),
         *compare(second, truth, arithmetic, inputs.zero_mean),
@@ -41,31 +44,47 @@ def _within(first: dict[str, np.ndarray], second: dict[str, np.ndarray], inputs:
 def check_permutation(subject: Subject, inputs: Inputs) -> list[str]:
     """Permuting the partitions of x, W, b and dy permutes y, dx, dW and db."""
     n = len(inputs.weight)
-    order = np.roll(np.arange(n)[::-1], 1)
+    if n < 2:
+        raise ValueError(f"inputs: expected at least two partitions to permute, got {n}; use a larger case.")
+    # A reflection that keeps partition 0: it commutes neither with a shift of all partitions nor with their reversal,
+    # so that code that confuses partitions in such a way does not permute along. Two can only be exchanged.
+    order = np.roll(np.arange(n)[::-1], 1) if n > 2 else np.array([1, 0])
     plain, permuted = subject.vjp(inputs), subject.vjp(_take(inputs, order))
     axes = {"y": -2, "dx": -2, "dweight": 0, "dbias": 0}
     back = {name: np.take(value, np.argsort(order), axis=axes[name]) for name, value in permuted.items()}
-    return _within(plain, back, inputs, "permutation of partitions")
+    return _within(plain, back, subject, inputs, "permutation of partitions")
 
 
 def check_scaling(subject: Subject, inputs: Inputs) -> list[str]:
-    """Scaling x and b by a power of two scales y and dW by it, exactly, and leaves dx and db as they are."""
+    """Scaling x and b by a power of two scales y and dW by it, exactly, and leaves dx and db as they are.
+
+    Subnormal results are left out: they keep fewer bits, or none, and scaled by four they keep others.
+    """
     factor = numpy_dtype(inputs.dtype).type(4)
     scaled = dataclasses.replace(
         inputs, x=inputs.x * factor, bias=None if inputs.bias is None else inputs.bias * factor
     )
     plain, large = subject.vjp(inputs), subject.vjp(scaled)
-    expected = {name: value * factor if name in ("y", "dweight") else value for name, value in plain.items()}
-    return [
-        f"scaling by 4: {name} is not scaled exactly"
-        for name, value in large.items()
-        if not np.array_equal(value.astype(np.float64), expected[name].astype(np.float64))
-    ]
+    arithmetic = arithmetic_of(subject.mode, inputs.dtype)
+    # A result that a mode hands out in a wider format was rounded to the mode's own before.
+    least = FORMATS[arithmetic.output].smallest_normal
+    wrong = []
+    for name, value in large.items():
+        expected = plain[name].astype(np.float64) * (4 if name in ("y", "dweight") else 1)
+        found = value.astype(np.float64)
+        if not np.all((found == expected) | ((np.abs(found) <= 4 * least) & (np.abs(expected) <= 4 * least))):
+            wrong.append(f"scaling by 4: {name} is not scaled exactly")
+    return wrong
+
+
+def _integers(inputs: Inputs) -> bool:
+    arrays = (inputs.x, inputs.weight, inputs.cotangent, *(() if inputs.bias is None else (inputs.bias,)))
+    return all(np.all(array == np.rint(array)) for array in arrays)
 
 
 def check_adjoint(subject: Subject, inputs: Inputs) -> list[str]:
     """``<dy, xW> = <dx, x> = <dW, W>`` and ``<dy, 1 b> = <db, b>``, in float64 on results of integer inputs: exact."""
-    if any(np.any(a != np.rint(a)) for a in (inputs.x, inputs.weight, inputs.cotangent) if a.size):
+    if not _integers(inputs):
         raise ValueError("inputs: expected integers, for exact inner products, got other numbers; use draw_lattice.")
 
     def inner(first: np.ndarray, second: np.ndarray) -> float:
@@ -105,7 +124,49 @@ def check_concatenation(subject: Subject, inputs: Inputs) -> list[str]:
     ]
     whole, halves = subject.vjp(inputs), [subject.vjp(part) for part in parts]
     joined = {name: np.concatenate([half[name] for half in halves]) for name in ("y", "dx")}
-    return _within({name: whole[name] for name in joined}, joined, inputs, "concatenated batches")
+    wrong = _within({name: whole[name] for name in joined}, joined, subject, inputs, "concatenated batches")
+    arithmetic = arithmetic_of(subject.mode, inputs.dtype)
+    truths = [reference(one) for one in (inputs, *parts)]
+    for name in sorted({"dweight", "dbias"} & set(whole)):
+        limit = np.sum([bound(truth[name], arithmetic) for truth in truths], axis=0)
+        # Added in the oracle's dtype: the addition is no part of what is judged.
+        total = np.sum([half[name].astype(limit.dtype) for half in halves], axis=0)
+        result = compare_with_limit(name, whole[name], total, limit, truths[0][name].partition_axis)
+        if result.status != "ok":
+            wrong.append(f"concatenated batches: {result.reason}")
+    return wrong
+
+
+def check_one_partition(subject: Subject, inputs: Inputs, plain: Subject) -> list[str]:
+    """With n = 1 the map is the framework's own Linear: bit for bit on integers, else within both bounds.
+
+    Args:
+        subject: the subject.
+        inputs: with one partition.
+        plain: the framework's Linear, from ``load_plain_linear``.
+    """
+    if len(inputs.weight) != 1:
+        raise ValueError(f"inputs: expected one partition, as a Linear has, got {len(inputs.weight)}; use n = 1.")
+    ours, theirs = subject.vjp(inputs), plain.vjp(inputs)
+    if set(ours) != set(theirs):
+        return [f"one partition: got {', '.join(ours)}, {plain.implementation} has {', '.join(theirs)}"]
+    if _integers(inputs):
+        return [
+            f"one partition: {name} differs from {plain.implementation} on integers"
+            for name, value in ours.items()
+            if not np.array_equal(value.astype(np.float64), theirs[name].astype(np.float64))
+        ]
+    truth, arithmetic = reference(inputs), arithmetic_of(subject.mode, inputs.dtype)
+    limits = pair_limits(truth, (arithmetic, arithmetic))
+    if "dbias" in limits:
+        # The other side only: Flax's Linear sums the bias gradient in the storage format.
+        low = dataclasses.replace(arithmetic, accumulator=arithmetic.output)
+        limits["dbias"] = bound(truth["dbias"], arithmetic) + bound(truth["dbias"], low)
+    wrong = [result for result in compare_pair(ours, theirs, truth, limits) if result.status != "ok"]
+    return [
+        *(f"one partition, against {plain.implementation}: {result.reason}" for result in wrong),
+        *(f"one partition: {result.reason}" for result in compare(ours, truth, arithmetic) if result.status != "ok"),
+    ]
 
 
 def check_affine_differences(subject: Subject, inputs: Inputs) -> list[str]:

@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -133,6 +133,24 @@ def load_subjects(framework: str, device: str = "auto", modes: Sequence[str] = (
         ValueError: for another framework, or a device that is not there.
         ImportError: if the framework is not installed.
     """
+    return _subjects_of(framework).subjects(device, modes)
+
+
+def load_plain_linear(framework: str, device: str = "auto") -> Subject:
+    """Imports a framework and returns its own Linear, as a subject for inputs with one partition.
+
+    Args:
+        framework: ``torch`` or ``jax``.
+        device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+
+    Raises:
+        ValueError: for another framework, or a device that is not there.
+        ImportError: if the framework is not installed.
+    """
+    return _subjects_of(framework).plain_linear(device)
+
+
+def _subjects_of(framework: str) -> Any:
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework: expected one of {', '.join(FRAMEWORKS)}, got {framework!r}; choose one of these.")
-    return importlib.import_module(f"parity_tests.harness.subjects.{framework}").subjects(device, modes)
+    return importlib.import_module(f"parity_tests.harness.subjects.{framework}")

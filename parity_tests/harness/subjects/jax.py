@@ -18,7 +18,7 @@ from jax_impl.linen import PartitionedLinear as LinenPartitionedLinear
 from jax_impl.registry import IMPLEMENTATIONS, unsupported_reason
 from parity_tests.harness.cases import Case, Layout
 from parity_tests.harness.inputs import Inputs
-from parity_tests.harness.subjects.jax_modes import EXECUTIONS, Function, mode_reason, placement
+from parity_tests.harness.subjects.jax_modes import EXECUTIONS, Function, by_itself, mode_reason, placement
 from parity_tests.harness.subjects.modes import DEFAULT_MODES, MODES
 
 
@@ -158,6 +158,22 @@ def _linen_layer(dtype: DTypeLike | None = None) -> Function:
     return call
 
 
+def _plain_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    _, i, o = kernel.shape
+    linear = nnx.Linear(
+        i,
+        o,
+        use_bias=bias is not None,
+        param_dtype=kernel.dtype,
+        precision=jax.lax.Precision.HIGHEST,
+        rngs=nnx.Rngs(0),
+    )
+    linear.kernel = nnx.Param(kernel[0])
+    if bias is not None:
+        linear.bias = nnx.Param(bias[0])
+    return linear(x[..., 0, :])[..., None, :]
+
+
 def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Puts canonical arrays into the layer and takes them out again."""
     n, i, o = arrays["weight"].shape
@@ -185,6 +201,18 @@ def resolve_device(device: str) -> Any:
         ) from None
 
 
+def _divided(source: JaxSubject) -> JaxSubject:
+    """What is wrong on operands that XLA divides runs on every device by itself, with that device's partitions."""
+    if source.table_name is None or IMPLEMENTATIONS[source.table_name].shards_partitions:
+        return source
+    return dataclasses.replace(source, function=by_itself(source.function, source.device))
+
+
+def plain_linear(device: str = "auto") -> JaxSubject:
+    """Returns ``flax.nnx.Linear`` as a subject, for inputs with one partition."""
+    return JaxSubject("nnx.Linear", True, resolve_device(device), _plain_linear, table_name=None)
+
+
 def subjects(device: str = "auto", modes: Sequence[str] = ()) -> list[JaxSubject]:
     """Returns every JAX subject, in every mode that is asked for; in the default mode if none is."""
     target = resolve_device(device)
@@ -204,5 +232,7 @@ def subjects(device: str = "auto", modes: Sequence[str] = ()) -> list[JaxSubject
         ]
         sources.append(JaxSubject("layer", True, target, _nnx_layer(dtype=cast_to), table_name=None))
         sources.append(JaxSubject("linen", True, target, _linen_layer(cast_to), table_name=None))
+        if EXECUTIONS[mode].divides:
+            sources = [_divided(source) for source in sources]
         found += [dataclasses.replace(source, mode=mode) for source in sources]
     return found

@@ -1,5 +1,6 @@
 """How JAX runs a call in each mode of ``modes.MODES``."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -62,6 +63,12 @@ EXECUTIONS: Mapping[str, Execution] = MappingProxyType(
 )
 
 
+def _mesh(device: Any, num_partitions: int) -> jax.sharding.Mesh:
+    """The devices, of this one's platform, that the partitions are divided over."""
+    devices = jax.devices(device.platform)[: shards_of(num_partitions)]
+    return jax.make_mesh((len(devices),), ("partitions",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+
+
 def placement(device: Any, num_partitions: int, axis: int) -> jax.sharding.NamedSharding:
     """Divides an array over the devices that the partitions are divided over.
 
@@ -70,9 +77,26 @@ def placement(device: Any, num_partitions: int, axis: int) -> jax.sharding.Named
         num_partitions: n.
         axis: where the array has it.
     """
-    devices = jax.devices(device.platform)[: shards_of(num_partitions)]
-    mesh = jax.make_mesh((len(devices),), ("partitions",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
-    return partition_sharding(mesh, leading_axes=axis)
+    return partition_sharding(_mesh(device, num_partitions), leading_axes=axis)
+
+
+# Cached, because jit recognises a function by its identity.
+@functools.cache
+def by_itself(function: Function, device: Any) -> Function:
+    """Every device calls the function with its own partitions: for what XLA cannot divide, or divides wrongly.
+
+    Args:
+        function: (x, *parameters) -> y.
+        device: one of the platform that is meant.
+    """
+
+    def call(x: jax.Array, *parameters: jax.Array) -> jax.Array:
+        mesh = _mesh(device, parameters[0].shape[0])
+        rows = partition_sharding(mesh, leading_axes=x.ndim - 2).spec
+        specs = (rows, *(partition_sharding(mesh).spec for _ in parameters))
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows)(x, *parameters)
+
+    return call
 
 
 def mode_reason(mode: str, table_name: str | None, device: Any, case: Case, dtype: str) -> str | None:
@@ -90,8 +114,6 @@ def mode_reason(mode: str, table_name: str | None, device: Any, case: Case, dtyp
     if mode == "vmap" and table_name is not None and not IMPLEMENTATIONS[table_name].maps:
         return f"mode vmap: {table_name} is declared not to be mapped by jax.vmap."
     if mode == "sharded":
-        if table_name is not None and not IMPLEMENTATIONS[table_name].shards_partitions:
-            return f"mode sharded: {table_name} is declared wrong on operands that are divided over devices."
         shards, devices = shards_of(case.num_partitions), len(jax.devices(device.platform))
         if shards == 1:
             return f"mode sharded: {case.num_partitions} partitions are divided by no number of devices at hand."

@@ -1,5 +1,6 @@
 """One process of a sharded PyTorch subject: places its partitions, computes, and rank 0 hands back whole tensors."""
 
+import dataclasses
 import os
 import signal
 from multiprocessing.connection import Connection
@@ -8,11 +9,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from parity_tests.harness.inputs import Inputs
 from parity_tests.harness.subjects.torch_arrays import lay_out, to_numpy, to_torch
+from parity_tests.harness.subjects.torch_subject import eager_subjects
 from torch_impl import PartitionedLinear, import_parameters
+from torch_impl.registry import IMPLEMENTATIONS
 from torch_impl.sharding import shard_inputs, shard_partitions
 
 _CPU = torch.device("cpu")
@@ -25,7 +28,8 @@ def _whole(tensor: torch.Tensor, axis: int, size: int) -> np.ndarray:
     return to_numpy(tensor.full_tensor())
 
 
-def _evaluate(mesh: DeviceMesh, implementation: str, inputs: Inputs, gradients: bool) -> dict[str, np.ndarray]:
+def _sharded(mesh: DeviceMesh, implementation: str, inputs: Inputs, gradients: bool) -> dict[str, np.ndarray]:
+    """The whole layer on DTensors."""
     n, i, o = inputs.weight.shape
     arrays = {"weight": inputs.weight} | ({} if inputs.bias is None else {"bias": inputs.bias})
     dtype = to_torch(inputs.weight[:0], _CPU).dtype
@@ -42,6 +46,36 @@ def _evaluate(mesh: DeviceMesh, implementation: str, inputs: Inputs, gradients: 
     found = torch.autograd.grad([y], [x, *layer.parameters()], [cotangent])
     named = zip(("dx", "dweight", "dbias"), (-2, 0, 0), found, strict=False)
     return {"y": _whole(y, -2, size)} | {name: _whole(tensor, axis, size) for name, axis, tensor in named}
+
+
+def _by_itself(mesh: DeviceMesh, implementation: str, inputs: Inputs, gradients: bool) -> dict[str, np.ndarray]:
+    """Each process calls the implementation with its own partitions; the results are gathered."""
+    size, rank = mesh.size(), mesh.get_rank()
+    share = len(inputs.weight) // size
+    own = slice(rank * share, (rank + 1) * share)
+    mine = dataclasses.replace(
+        inputs,
+        x=inputs.x[..., own, :],
+        weight=inputs.weight[own],
+        bias=None if inputs.bias is None else inputs.bias[own],
+        cotangent=inputs.cotangent[..., own, :],
+    )
+    (subject,) = [found for found in eager_subjects(_CPU) if found.implementation == implementation]
+    found = subject.vjp(mine) if gradients else {"y": subject.forward(mine)}
+
+    def gathered(name: str, value: np.ndarray) -> np.ndarray:
+        axis = value.ndim - 2 if name in ("y", "dx") else 0
+        return _whole(DTensor.from_local(to_torch(value, _CPU), mesh, [Shard(axis)]), axis, size)
+
+    return {name: gathered(name, value) for name, value in found.items()}
+
+
+def _evaluate(mesh: DeviceMesh, implementation: str, inputs: Inputs, gradients: bool) -> dict[str, np.ndarray]:
+    if implementation == "layer":
+        return _sharded(mesh, "auto", inputs, gradients)
+    entry = IMPLEMENTATIONS.get(implementation)
+    run = _sharded if entry is not None and entry.shards_partitions else _by_itself
+    return run(mesh, implementation, inputs, gradients)
 
 
 def serve(rank: int, size: int, store: str, connection: Connection) -> None:

@@ -5,6 +5,7 @@ another size; between calls of the same size they stay.
 """
 
 import atexit
+import dataclasses
 import functools
 import multiprocessing
 import tempfile
@@ -19,9 +20,22 @@ from parity_tests.harness.cases import Case
 from parity_tests.harness.inputs import Inputs
 from parity_tests.harness.subjects.modes import shards_of
 from parity_tests.harness.subjects.torch_shard import serve
-from torch_impl.registry import IMPLEMENTATIONS
+from parity_tests.harness.subjects.torch_subject import TorchSubject
 
 _TIMEOUT_S = 120
+
+
+@functools.cache
+def _context() -> Any:
+    """How processes are started: never forked from this one, whose thread pools a child may hang in.
+
+    A server that has imported PyTorch and done nothing yet forks them: eight start-ups cost little more than one.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([serve.__module__])
+    return context
 
 
 class _Shards:
@@ -30,8 +44,7 @@ class _Shards:
     def __init__(self, size: int) -> None:
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
-        # Spawned, not forked: a child that inherits the parent's thread pools may hang in them.
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         store = str(Path(self._folder.name) / "store")
         self._ends, self._processes = [], []
         for rank in range(size):
@@ -86,28 +99,38 @@ def _shards(size: int) -> _Shards:
 
 @dataclass(frozen=True)
 class ShardedTorchSubject:
-    """The layer with one implementation, its partitions divided over processes; see ``base.Subject``."""
+    """A subject with its partitions divided over processes; see ``base.Subject``.
 
-    implementation: str
-    isolates_partitions: bool
-    device: torch.device
+    Where the implementation runs on DTensors the whole layer is sharded, as a user would have it. Where it does not,
+    each process calls it with its own partitions as ordinary tensors, and only the results are put together.
+    """
+
+    source: TorchSubject
     framework: str = "torch"
     mode: str = "sharded"
 
+    @property
+    def implementation(self) -> str:
+        """The name of what each process calls."""
+        return self.source.implementation
+
+    @property
+    def isolates_partitions(self) -> bool:
+        """As without shards; between two processes everything is isolated."""
+        return self.source.isolates_partitions
+
     def unsupported_reason(self, case: Case, dtype: str) -> str | None:
         """One sentence if nothing can be divided here, else None."""
-        entry = IMPLEMENTATIONS.get(self.implementation)
-        if entry is None and self.implementation != "layer":
-            return f"mode sharded: {self.implementation} is one dense product; only partitions can be divided."
-        if entry is not None and not entry.shards_partitions:
-            return f"mode sharded: {self.implementation} is declared not to run on sharded tensors."
-        if self.device.type != "cpu":
-            return f"mode sharded: expected processes on CPUs, got {self.device.type}; use --device cpu."
+        device = self.source.device.type
+        if device != "cpu":
+            return f"mode sharded: expected processes on CPUs, got {device}; use --device cpu."
         if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
             return "mode sharded: this PyTorch was built without gloo."
-        if shards_of(case.num_partitions) == 1:
+        shards = shards_of(case.num_partitions)
+        if shards == 1:
             return f"mode sharded: {case.num_partitions} partitions are divided by no number of devices at hand."
-        return None
+        own = dataclasses.replace(case, num_partitions=case.num_partitions // shards)
+        return self.source.unsupported_reason(own, dtype)
 
     def forward(self, inputs: Inputs) -> np.ndarray:
         """Returns y."""
@@ -118,5 +141,4 @@ class ShardedTorchSubject:
         return self._run(inputs, gradients=True)
 
     def _run(self, inputs: Inputs, gradients: bool) -> dict[str, np.ndarray]:
-        name = "auto" if self.implementation == "layer" else self.implementation
-        return _shards(shards_of(len(inputs.weight))).run((name, inputs, gradients))
+        return _shards(shards_of(len(inputs.weight))).run((self.implementation, inputs, gradients))

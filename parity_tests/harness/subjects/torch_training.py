@@ -7,7 +7,7 @@ import torch
 
 from parity_tests.harness.optimizers import OptimizerSpec
 from parity_tests.harness.subjects.base import LayerTap, StepGradients, Trajectory
-from parity_tests.harness.subjects.torch import to_numpy, to_torch
+from parity_tests.harness.subjects.torch_arrays import to_numpy, to_torch
 from parity_tests.harness.subjects.torch_optimizer import TorchOptimizer
 from parity_tests.harness.tasks import TrainingTask
 from torch_impl import partitioned_linear

@@ -9,7 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten_with_path
 
-from parity_tests.harness.subjects.torch import resolve_device, to_numpy, to_torch
+from parity_tests.harness.subjects.torch import resolve_device
+from parity_tests.harness.subjects.torch_arrays import to_numpy, to_torch
 from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS
 from parity_tests.pair.draws import is_float
 from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant, collect_ensemble, leaf_name
