@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parity_tests.harness.causes import explain, explain_optimizer
+from parity_tests.harness.causes import explain
 from parity_tests.harness.inputs import Inputs
+from parity_tests.harness.optimizer_causes import explain_optimizer
 from parity_tests.harness.optimizers import OptimizerSpec
 from parity_tests.harness.oracle import reference
 from parity_tests.harness.run import judge
