@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from parity_tests.harness.optimizers import OptimizerSpec
+from parity_tests.harness.subjects.base import TrainingSubject
+from parity_tests.harness.tasks import TrainingTask
+from parity_tests.harness.training_criteria import SEMANTIC_FACTOR, distances
 
 Replay = Callable[[OptimizerSpec], Mapping[str, np.ndarray]]
 
@@ -46,3 +49,38 @@ def explain_optimizer(spec: OptimizerSpec, replay: Replay, observed: Mapping[str
         if distance <= limit:
             return sentence
     return "none of the known settings explains it"
+
+
+def replayed_cause(
+    trusted: TrainingSubject,
+    other: TrainingSubject,
+    task: TrainingTask,
+    spec: OptimizerSpec,
+    steps: int,
+    dtype: str = "float64",
+) -> str:
+    """Feeds the same gradients to both optimisers in float64 and returns which setting explains their difference.
+
+    Args:
+        trusted: whose gradients and states count.
+        other: the side in question.
+        task: the model and its data.
+        spec: what both were meant to run.
+        steps: how many.
+        dtype: what the model computes its gradients in: 16 bits with wider parameters is mixed precision.
+
+    Returns:
+        A clause; empty if the optimisers agree.
+    """
+    states = trusted.train(task, spec, "float64", steps)[0].states
+    gradients = [trusted.gradients(task, state, k + 1, dtype).gradients for k, state in enumerate(states)]
+    own = [trusted.replay(task.parameters, spec, gradients, wide).states for wide in ("float64", "float32")]
+    limit = SEMANTIC_FACTOR * float(distances(own[1], own[0]).max())
+    observed = other.replay(task.parameters, spec, gradients, "float64").states[-1]
+    if float(distances(own[0][-1:], [observed])[0]) <= limit:
+        return ""
+
+    def replay(candidate: OptimizerSpec) -> Mapping[str, np.ndarray]:
+        return trusted.replay(task.parameters, candidate, gradients, "float64").states[-1]
+
+    return explain_optimizer(spec, replay, observed, limit)
