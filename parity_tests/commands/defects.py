@@ -1,38 +1,67 @@
 """``python -m parity_tests defects``: plants defects in correct code and counts how many the judge kills."""
 
+import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from parity_tests.commands.usage import FAILED, HOLDS, check_writable, chosen_frameworks, chosen_subjects, console
-from parity_tests.harness.defects import DEFECTS, killed
+from parity_tests.harness.defects import DEFECTS
+from parity_tests.harness.layer_defects import (
+    DISTRIBUTIONS,
+    DTYPES,
+    INITIAL_DEFECTS,
+    OFF_BLOCK_DEFECTS,
+    has_masked_layer,
+    layers_of,
+    observe_initial,
+    observe_off_block,
+)
+from parity_tests.harness.planting import observe
 from parity_tests.harness.training_defects import TRAINING_DEFECTS
-from parity_tests.harness.training_run import training_defect_killed
+from parity_tests.harness.training_run import observe_training
 
 
 @dataclass(frozen=True)
 class Score:
-    """One planted defect and whether it was killed."""
+    """One planted defect, whether it was killed, and the likely cause that was named."""
 
     where: str
     name: str
-    dead: bool
+    killed: bool
+    cause: str
 
 
 def _cell_defects(frameworks: Sequence[str], implementation: str) -> Iterator[Score]:
     for subject in chosen_subjects(frameworks, [implementation], "auto"):
         for defect in DEFECTS:
             for dtype in defect.dtypes:
-                yield Score(f"{subject.framework} {dtype}", defect.name, killed(defect, subject, dtype))
+                seen = observe(defect, subject, dtype)
+                yield Score(f"{subject.framework} {dtype}", defect.name, seen.killed, seen.cause)
+
+
+def _layer_defects(frameworks: Sequence[str]) -> Iterator[Score]:
+    for framework, dtype in itertools.product(frameworks, DTYPES):
+        for layer, init, defect in itertools.product(layers_of(framework), DISTRIBUTIONS, INITIAL_DEFECTS):
+            seen = observe_initial(defect, framework, layer, init, dtype)
+            yield Score(f"{framework} {layer} {dtype} {init}", defect.name, seen.killed, seen.cause)
+        if not has_masked_layer(framework):
+            console.print(f"skipped {len(OFF_BLOCK_DEFECTS)} defects in {framework} {dtype}: it has no masked layer")
+            continue
+        for defect in OFF_BLOCK_DEFECTS:
+            seen = observe_off_block(defect, framework, dtype)
+            yield Score(f"{framework} masked_layer {dtype}", defect.name, seen.killed, seen.cause)
 
 
 def _training_defects(frameworks: Sequence[str]) -> Iterator[Score]:
     if len(frameworks) < 2:
         console.print(f"skipped {len(TRAINING_DEFECTS)} training defects: they need both frameworks")
         return
-    for defect in TRAINING_DEFECTS:
-        yield Score("training", defect.name, training_defect_killed(defect))
+    for defect, dtype in itertools.product(TRAINING_DEFECTS, DTYPES):
+        seen = observe_training(defect, dtype)
+        yield Score(f"training {dtype}", defect.name, seen.killed, seen.cause)
 
 
 def _pair_defects(frameworks: Sequence[str]) -> Iterator[Score]:
@@ -42,7 +71,7 @@ def _pair_defects(frameworks: Sequence[str]) -> Iterator[Score]:
     from parity_tests.pair.defects import score
 
     for killing in score():
-        yield Score(f"pair {killing.dtype}", killing.name, killing.killed)
+        yield Score(f"pair {killing.dtype}", killing.name, killing.killed, killing.likely_cause)
 
 
 def defects(frameworks: Sequence[str], implementation: str, json_file: Path | None) -> int:
@@ -59,17 +88,19 @@ def defects(frameworks: Sequence[str], implementation: str, json_file: Path | No
     check_writable("--json", json_file)
     chosen = chosen_frameworks(frameworks)
     scores: list[Score] = []
-    for source in (_cell_defects(chosen, implementation), _training_defects(chosen), _pair_defects(chosen)):
-        for score in source:
-            scores.append(score)
-            verdict, style = ("killed  ", None) if score.dead else ("SURVIVED", "red")
-            console.print(f"{verdict} {score.where:<15} {score.name}", style=style, highlight=False)
-    survivors = [f"{score.where}: {score.name}" for score in scores if not score.dead]
+    sources = (_cell_defects(chosen, implementation), _layer_defects(chosen), _training_defects(chosen))
+    for score in itertools.chain(*sources, _pair_defects(chosen)):
+        scores.append(score)
+        verdict, style = ("killed  ", None) if score.killed else ("SURVIVED", "red")
+        line = f"{verdict} {score.where:<33} {score.name}: {score.cause or 'no cause was named'}"
+        console.print(line, style=style, highlight=False, markup=False)
+    survivors = [f"{score.where}: {score.name}" for score in scores if not score.killed]
     document = {
         "schema_version": 1,
         "planted": len(scores),
         "killed": len(scores) - len(survivors),
         "survivors": survivors,
+        "defects": [dataclasses.asdict(score) for score in scores],
     }
     console.print(
         f"planted {document['planted']}, killed {document['killed']}, survivors {len(survivors)}", highlight=False

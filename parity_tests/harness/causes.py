@@ -1,17 +1,26 @@
-"""Likely causes of a mismatch, found by trying: which known mistake turns the oracle into what the subject returned?"""
+"""Likely causes of a mismatch, found by trying: which known mistake turns the oracle into what the subject returned?
+
+Mistakes in the operands and in whole tensors are tried first, on the partitions that differ; then what the errors look
+like. Only evidence that distinguishes counts: a wide bound alone (low-precision sums over many terms) fits anything.
+"""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from parity_tests.harness.comparison import TensorResult, compare_tensor
+from parity_tests.harness import error_patterns
+from parity_tests.harness.comparison import TensorResult
+from parity_tests.harness.error_patterns import Evidence, restricted
 from parity_tests.harness.inputs import Inputs
-from parity_tests.harness.optimizers import OptimizerSpec
-from parity_tests.harness.oracle import Reference, reference
+from parity_tests.harness.oracle import OracleTensor, Reference, reference
 from parity_tests.harness.tolerance import PRECISION_OF_DTYPE, Arithmetic, declared_arithmetic
 
+UNEXPLAINED = "none of the known mistakes explains it"
+_GRADIENTS = {"dx": "gradient of x", "dweight": "gradient of the weight", "dbias": "gradient of the bias"}
+# The oracle is evaluated once for each mistake that is tried: seconds for a case beyond this many products.
+_MOST_PRODUCTS = 2**25
 Change = Callable[[Inputs], Inputs | None]
 
 
@@ -53,6 +62,10 @@ def _bias_twice(inputs: Inputs) -> Inputs | None:
     return None if inputs.bias is None else _with(inputs, bias=(2 * inputs.bias).astype(inputs.bias.dtype))
 
 
+def _summed(inputs: Inputs) -> Inputs:
+    return dataclasses.replace(inputs, cotangent=np.ones_like(inputs.cotangent), zero_mean=False)
+
+
 OPERANDS: tuple[Hypothesis, ...] = (
     Hypothesis("the kernel is transposed", _transposed),
     Hypothesis("the kernel's (n, o, i) numbers are read as (n, i, o)", _reshaped),
@@ -62,108 +75,128 @@ OPERANDS: tuple[Hypothesis, ...] = (
     Hypothesis("the bias is rolled by one partition", _bias_rolled(1)),
     Hypothesis("the bias is rolled back by one partition", _bias_rolled(-1)),
     Hypothesis("the bias is added twice", _bias_twice),
-    Hypothesis("the cotangent is replaced by ones", lambda a: _with(a, cotangent=np.ones_like(a.cotangent))),
+    Hypothesis("the cotangent is replaced by ones", _summed),
 )
 
 
-def _fits(name: str, value: np.ndarray, truth: Reference, arithmetic: Arithmetic) -> bool:
-    return name in truth and compare_tensor(name, value, truth[name], arithmetic, zero_mean=False).status == "ok"
+def _shortened(array: np.ndarray, bits: int, nearest: bool) -> np.ndarray:
+    """The numbers with so many significand bits, rounded or chopped (hardware does either)."""
+    mantissa, exponent = np.frexp(array.astype(np.float64))
+    scaled = mantissa * 2.0**bits
+    return np.ldexp((np.rint(scaled) if nearest else np.trunc(scaled)) / 2.0**bits, exponent).astype(array.dtype)
 
 
-def _by_arithmetic(name: str, value: np.ndarray, truth: Reference, dtype: str) -> str | None:
-    candidates = [("operands are rounded to TF32", Arithmetic(dtype, "tf32", "float32", truncates=True))]
-    if dtype == "float32":
-        candidates.append(
-            ("operands are rounded to bfloat16", Arithmetic(dtype, "bfloat16", "float32", truncates=True))
-        )
-    candidates.append(("sums are accumulated in bfloat16", Arithmetic(dtype, dtype, "bfloat16")))
-    candidates.append(("sums are accumulated in float16", Arithmetic(dtype, dtype, "float16")))
-    return next((sentence for sentence, arithmetic in candidates if _fits(name, value, truth, arithmetic)), None)
+_SHORTER = (("float32", 24), ("TF32", 11), ("bfloat16", 8))
 
 
-def _by_pattern(name: str, value: np.ndarray, truth: Reference, arithmetic: Arithmetic) -> str | None:
-    expected = truth[name].value
-    if not np.any(value):
-        return f"{name} is all zero"
-    if np.isnan(value.astype(np.float64)).any():
-        return f"{name} contains NaN"
-    axis = truth[name].partition_axis
-    n = expected.shape[axis]
-    if n > 1 and _fits(name, value.astype(np.float64) * n, truth, dataclasses.replace(arithmetic, output="bfloat16")):
-        return f"{name} is scaled by 1/n"
-    good = [
-        k
-        for k in range(n)
-        if np.allclose(
-            np.take(value.astype(np.float64), k, axis), np.take(expected, k, axis).astype(np.float64), rtol=1e-2
-        )
-    ]
-    if 0 < len(good) < n:
-        bad = sorted(set(range(n)) - set(good))
-        return f"only {'partition' if len(bad) == 1 else 'partitions'} {', '.join(map(str, bad))} of {n} differ"
+def _rounded_operands(evidence: Evidence, inputs: Inputs) -> str | None:
+    """Operands that lost bits on their way into the product: the oracle on the shortened ones explains the errors."""
+    before = float(np.sqrt(np.mean(evidence.error.astype(np.float64) ** 2)))
+    for name, bits in _SHORTER:
+        for nearest in (True, False):
+            arrays = {key: _shortened(getattr(inputs, key), bits, nearest) for key in ("x", "weight", "cotangent")}
+            if all(np.array_equal(array, getattr(inputs, key)) for key, array in arrays.items()):
+                continue
+            truth = reference(_with(inputs, **arrays))[evidence.name]
+            # What rounds its operands is a tensor core more often than not, and those chop their sums.
+            arithmetic = dataclasses.replace(evidence.arithmetic, truncates=True)
+            candidate = dataclasses.replace(evidence, truth=truth, arithmetic=arithmetic)
+            after = float(np.sqrt(np.mean(candidate.error.astype(np.float64) ** 2)))
+            if candidate.fits() and after <= before / 4:
+                return f"operands are rounded to {name}"
     return None
 
 
-def explain(results: Sequence[TensorResult], outputs: Mapping[str, np.ndarray], inputs: Inputs) -> str:
+def _whole_tensors(evidence: Evidence) -> Iterator[tuple[str, np.ndarray]]:
+    """Results that are right but in the wrong place: how to say it, and the value put right."""
+    name, axis = evidence.name, evidence.truth.partition_axis
+    if evidence.value.shape[axis] > 1:
+        for by, direction in ((1, "rolled"), (-1, "rolled back")):
+            yield f"{name} is {direction} by one partition", np.roll(evidence.value, -by, axis)
+    if name == "dweight" and evidence.value.shape[1] == evidence.value.shape[2]:
+        yield f"{name} is transposed", evidence.value.swapaxes(1, 2)
+
+
+def _by_trying(whole: Evidence, different: np.ndarray, inputs: Inputs, truth: Reference) -> str | None:
+    """Mistakes in the operands and in whole tensors, looked for in the partitions that differ."""
+    part = whole.partitions(different)
+    factors = {"1/n": 1 / len(inputs.weight), "n": float(len(inputs.weight)), "-1": -1.0}
+    if rows := truth["dweight"].terms:
+        factors |= {"1/rows (a mean, not a sum)": 1 / rows}
+    if found := error_patterns.not_finite(part) or error_patterns.all_zero(part):
+        return found
+    for hypothesis in OPERANDS:
+        changed = hypothesis.change(inputs)
+        if changed is None:
+            continue
+        other: OracleTensor = restricted(reference(changed)[whole.name], different)
+        if dataclasses.replace(part, truth=other, zero_mean=changed.zero_mean).fits():
+            return hypothesis.sentence
+    for sentence, righted in _whole_tensors(whole):
+        if dataclasses.replace(whole, value=righted).fits():
+            return sentence
+    return error_patterns.scaled(part, {name: factor for name, factor in factors.items() if factor != 1.0})
+
+
+def explain(
+    results: Sequence[TensorResult],
+    outputs: Mapping[str, np.ndarray],
+    inputs: Inputs,
+    arithmetic: Arithmetic | None = None,
+) -> str:
     """Returns a likely cause of the first mismatch in one clause, or that none of the known mistakes explains it.
 
     Args:
         results: the verdicts on the subject's tensors.
         outputs: those tensors.
         inputs: what the subject was given.
+        arithmetic: what the subject was entitled to; None for what its dtype promises.
     """
     failed = next((result for result in results if result.status == "mismatch"), None)
     if failed is None:
         return ""
-    name, value = failed.tensor, outputs[failed.tensor]
-    truth = reference(inputs)
-    arithmetic = declared_arithmetic(PRECISION_OF_DTYPE[inputs.dtype])
-    if value.shape != truth[name].value.shape:
+    name, truth = failed.tensor, reference(inputs)
+    arithmetic = arithmetic or declared_arithmetic(PRECISION_OF_DTYPE[inputs.dtype])
+    if name not in outputs:
+        return f"no {_GRADIENTS.get(name, name)} is returned"
+    value, expected = outputs[name], truth[name]
+    if value.shape != expected.value.shape:
         return f"{name} has another shape"
-    for hypothesis in OPERANDS:
-        changed = hypothesis.change(inputs)
-        if changed is not None and _fits(name, value, reference(changed), arithmetic):
-            return hypothesis.sentence
-    found = _by_pattern(name, value, truth, arithmetic) or _by_arithmetic(name, value, truth, inputs.dtype)
-    return found or "none of the known mistakes explains it"
+    if value.dtype.name != arithmetic.dtype_of(name):
+        return f"{name} is returned as {value.dtype.name} instead of {arithmetic.dtype_of(name)}"
+    whole = Evidence(name, value, expected, arithmetic, inputs.zero_mean)
+    axis = expected.partition_axis
+    outside = whole.outside()
+    if not outside.any():
+        return "these numbers are right: another call (without gradients, or on numbers that a cast leaves) differs"
+    n = value.shape[axis]
+    different = np.nonzero(outside.any(axis=tuple(k for k in range(outside.ndim) if k != axis)))[0]
+    listed = f"{'partition' if len(different) == 1 else 'partitions'} {', '.join(map(str, different))} of {n}"
+    if found := _by_trying(whole, different, inputs, truth):
+        return found if len(different) == n else f"{found} in {listed}"
+    found = (
+        _rounded_operands(whole, inputs)
+        or error_patterns.coarse_output(whole)
+        or error_patterns.few_elements(whole)
+        or error_patterns.coarse_sums(whole)
+    )
+    return found or (UNEXPLAINED if len(different) == n else f"only {listed} differ")
 
 
-Replay = Callable[[OptimizerSpec], Mapping[str, np.ndarray]]
-
-
-def explain_optimizer(spec: OptimizerSpec, replay: Replay, observed: Mapping[str, np.ndarray], limit: float) -> str:
-    """Returns which change to the optimiser's settings reproduces an observed state.
+def with_cause(
+    result: TensorResult, outputs: Mapping[str, np.ndarray], inputs: Inputs, arithmetic: Arithmetic
+) -> TensorResult:
+    """Returns a mismatch with its likely cause in its reason; anything else unchanged.
 
     Args:
-        spec: what both sides were meant to run.
-        replay: runs the trusted side with another spec over the same gradients and returns its final parameters.
-        observed: the other side's final parameters.
-        limit: Euclidean distance within which two states are equal.
+        result: a verdict.
+        outputs: the subject's tensors.
+        inputs: what it was given.
+        arithmetic: what it was entitled to.
     """
-    decay = spec.weight_decay
-    candidates: list[tuple[str, OptimizerSpec]] = [
-        (f"epsilon is {value:g} instead of {spec.epsilon:g}", dataclasses.replace(spec, epsilon=value))
-        for value in (1e-5, 1e-6, 1e-7, 1e-8, 1e-10, 0.0)
-        if value != spec.epsilon and spec.name != "sgd"
-    ]
-    candidates += [
-        (f"weight decay is {value:g} instead of {decay:g}", dataclasses.replace(spec, weight_decay=value))
-        for value in (0.0, 1e-4, 1e-2)
-        if value != decay
-    ]
-    candidates += [
-        ("weight decay also touches the biases", dataclasses.replace(spec, decay_bias=not spec.decay_bias)),
-        ("Nesterov momentum is switched", dataclasses.replace(spec, nesterov=not spec.nesterov and spec.momentum > 0)),
-        ("the gradient is not clipped", dataclasses.replace(spec, clip_norm=None)),
-        ("there is no warm-up", dataclasses.replace(spec, warmup_steps=0)),
-        ("the schedule is off by one step", dataclasses.replace(spec, first_step=spec.first_step + 1)),
-        ("weight decay is coupled", dataclasses.replace(spec, name="adam" if spec.name == "adamw" else spec.name)),
-    ]
-    for sentence, candidate in candidates:
-        if candidate == spec:
-            continue
-        state = replay(candidate)
-        distance = np.sqrt(sum(float(np.sum((state[k] - observed[k]).astype(np.float64) ** 2)) for k in observed))
-        if distance <= limit:
-            return sentence
-    return "none of the known settings explains it"
+    if result.status != "mismatch":
+        return result
+    products = inputs.x.size * inputs.weight.shape[2]
+    small = products <= _MOST_PRODUCTS
+    cause = explain([result], outputs, inputs, arithmetic) if small else "sought on smaller cases only"
+    return dataclasses.replace(result, reason=f"{result.reason}; likely cause: {cause}")

@@ -5,64 +5,14 @@ A judge that cannot fail proves nothing. ``python -m parity_tests defects`` prin
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 
-from parity_tests.harness.cases import Case
-from parity_tests.harness.exact import check_isolation
-from parity_tests.harness.inputs import Inputs, draw_inputs
+from parity_tests.harness.inputs import Inputs
 from parity_tests.harness.oracle import reference
-from parity_tests.harness.run import judge
+from parity_tests.harness.planting import Defect, Outputs, Spoil
 from parity_tests.harness.subjects.base import Subject
-
-Outputs = dict[str, np.ndarray]
-Spoil = Callable[[Subject, Inputs], Outputs]
-
-# Square, so that a transposed kernel still fits; three partitions, so that a shift is no exchange; bias and many rows.
-CASE = Case("defects", (512,), 3, 32, 32)
-
-
-@dataclass(frozen=True)
-class Defect:
-    """One way to be wrong.
-
-    Attributes:
-        name: what was planted.
-        spoil: evaluates the subject with the defect.
-        dtypes: storage dtypes in which the defect changes the function; in others it is equivalent to correct code.
-        isolation: True if only the isolation check can see it.
-    """
-
-    name: str
-    spoil: Spoil
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    isolation: bool = False
-
-
-@dataclass(frozen=True)
-class SpoiledSubject:
-    """A subject with a defect planted."""
-
-    subject: Subject
-    spoil: Spoil
-    framework: str
-    implementation: str
-    isolates_partitions: bool
-    mode: str
-
-    def unsupported_reason(self, case: Case, dtype: str) -> str | None:
-        """As the healthy subject."""
-        return self.subject.unsupported_reason(case, dtype)
-
-    def forward(self, inputs: Inputs) -> np.ndarray:
-        """Returns the spoiled y."""
-        return self.spoil(self.subject, inputs)["y"]
-
-    def vjp(self, inputs: Inputs) -> Outputs:
-        """Returns the spoiled tensors."""
-        return self.spoil(self.subject, inputs)
 
 
 def _on_inputs(change: Callable[[Inputs], Mapping[str, np.ndarray | None]]) -> Spoil:
@@ -144,52 +94,70 @@ def _swallow(inputs: Inputs, outputs: Outputs) -> dict[str, np.ndarray]:
     return {"y": np.nan_to_num(outputs["y"].astype(np.float64)).astype(outputs["y"].dtype)}
 
 
+def _transposed(inputs: Inputs) -> dict[str, np.ndarray]:
+    return {"weight": np.ascontiguousarray(inputs.weight.swapaxes(1, 2))}
+
+
+def _one_over_n(inputs: Inputs, outputs: Outputs) -> dict[str, np.ndarray]:
+    return {"y": (outputs["y"] / len(inputs.weight)).astype(outputs["y"].dtype)}
+
+
+def _dweight_off(inputs: Inputs, outputs: Outputs) -> dict[str, np.ndarray]:
+    del inputs
+    return {"dweight": _scaled_partition(outputs["dweight"], 1.01).astype(outputs["dweight"].dtype)}
+
+
+def _tf32_operands(inputs: Inputs) -> dict[str, np.ndarray]:
+    return {"x": _rounded_to_tf32(inputs.x), "weight": _rounded_to_tf32(inputs.weight)}
+
+
+def _without_bias_gradient(subject: Subject, inputs: Inputs) -> Outputs:
+    return {name: array for name, array in subject.vjp(inputs).items() if name != "dbias"}
+
+
 DEFECTS: tuple[Defect, ...] = (
-    Defect("kernel transposed", _on_inputs(lambda a: {"weight": np.ascontiguousarray(a.weight.swapaxes(1, 2))})),
-    Defect("partitions off by one", _on_inputs(lambda a: {"weight": np.roll(a.weight, 1, axis=0)})),
-    Defect("bias missing on one partition", _on_inputs(_without_one_bias)),
-    Defect("bias rolled", _on_inputs(lambda a: {"bias": np.roll(_bias(a), 1, axis=0)})),
-    Defect("bf16 accumulation", _on_outputs(_bf16_sums)),
-    Defect("truncated output", _on_outputs(_truncated)),
-    Defect("output scaled by 1/n", _on_outputs(lambda a, o: {"y": (o["y"] / len(a.weight)).astype(o["y"].dtype)})),
-    Defect("dW all zero", _on_outputs(lambda a, o: {"dweight": np.zeros_like(o["dweight"])})),
+    Defect("kernel transposed", _on_inputs(_transposed), "the kernel is transposed"),
     Defect(
-        "dW of one partition times 1.01",
-        _on_outputs(lambda a, o: {"dweight": _scaled_partition(o["dweight"], 1.01).astype(o["dweight"].dtype)}),
+        "partitions off by one",
+        _on_inputs(lambda a: {"weight": np.roll(a.weight, 1, axis=0)}),
+        "partitions are off by one",
     ),
-    Defect("db accumulated in bf16", _on_outputs(_bf16_bias_gradient)),
-    Defect("NaN swallowed", _on_outputs(_swallow), isolation=True),
-    Defect("one element off by 1 percent", _on_outputs(lambda a, o: {"y": _one_element(o)})),
+    Defect("bias missing on one partition", _on_inputs(_without_one_bias), "the bias is missing in partition 1 of 3"),
+    Defect(
+        "bias rolled",
+        _on_inputs(lambda a: {"bias": np.roll(_bias(a), 1, axis=0)}),
+        "the bias is rolled by one partition",
+    ),
+    Defect("bf16 accumulation", _on_outputs(_bf16_sums), "sums are accumulated in bfloat16"),
+    Defect("truncated output", _on_outputs(_truncated), "y is truncated"),
+    Defect("output scaled by 1/n", _on_outputs(_one_over_n), "y is scaled by 1/n"),
+    Defect("dW all zero", _on_outputs(lambda a, o: {"dweight": np.zeros_like(o["dweight"])}), "dweight is all zero"),
+    Defect(
+        "dW of one partition times 1.01", _on_outputs(_dweight_off), "dweight is scaled by 1.01 in partition 1 of 3"
+    ),
+    Defect("db accumulated in bf16", _on_outputs(_bf16_bias_gradient), "sums are accumulated in bfloat16"),
+    Defect("NaN swallowed", _on_outputs(_swallow), "NaN does not reach the output", isolation=True),
+    Defect("one element off by 1 percent", _on_outputs(lambda a, o: {"y": _one_element(o)}), "only y["),
     Defect(
         "TF32 in place of fp32",
-        _on_inputs(lambda a: {"x": _rounded_to_tf32(a.x), "weight": _rounded_to_tf32(a.weight)}),
+        _on_inputs(_tf32_operands),
+        "operands are rounded to TF32",
         dtypes=("float32",),  # a bfloat16 operand has fewer bits than TF32 keeps
     ),
-    Defect("result in another dtype", _on_outputs(lambda a, o: {name: v.astype(np.float64) for name, v in o.items()})),
-    Defect("no gradient of the bias", lambda subject, a: {k: v for k, v in subject.vjp(a).items() if k != "dbias"}),
-    Defect("dx of the wrong partition", _on_outputs(lambda a, o: {"dx": np.roll(o["dx"], 1, axis=-2)})),
     Defect(
-        "gradient of a sum instead of the cotangent", _on_inputs(lambda a: {"cotangent": np.ones_like(a.cotangent)})
+        "result in another dtype",
+        _on_outputs(lambda a, o: {name: v.astype(np.float64) for name, v in o.items()}),
+        "y is returned as float64",
+    ),
+    Defect("no gradient of the bias", _without_bias_gradient, "no gradient of the bias"),
+    Defect(
+        "dx of the wrong partition",
+        _on_outputs(lambda a, o: {"dx": np.roll(o["dx"], 1, axis=-2)}),
+        "dx is rolled by one partition",
+    ),
+    Defect(
+        "gradient of a sum instead of the cotangent",
+        _on_inputs(lambda a: {"cotangent": np.ones_like(a.cotangent)}),
+        "the cotangent is replaced by ones",
     ),
 )
-
-
-def plant(defect: Defect, subject: Subject) -> SpoiledSubject:
-    """Returns a copy of the subject that has the defect."""
-    return SpoiledSubject(
-        subject, defect.spoil, subject.framework, subject.implementation, subject.isolates_partitions, subject.mode
-    )
-
-
-def killed(defect: Defect, subject: Subject, dtype: str, seed: int = 0) -> bool:
-    """True if the judge rejects the subject once the defect is planted (and the healthy one passes the same check)."""
-    inputs = draw_inputs(CASE, dtype, seed)
-    truth = reference(inputs)
-
-    def rejected(candidate: Subject) -> bool:
-        if defect.isolation:
-            return not check_isolation(candidate, inputs, partition=1, poison=float("nan"))["visible"]
-        return any(result.status == "mismatch" for result in judge(candidate, inputs, truth).results)
-
-    # Rejecting a subject that was broken before says nothing about the defect.
-    return rejected(plant(defect, subject)) and not rejected(subject)

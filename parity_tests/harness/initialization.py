@@ -79,3 +79,24 @@ def initialization_faults(draws: np.ndarray, expected: Distribution) -> list[str
         for index in range(1, len(values))
         if np.array_equal(values[index], values[0])
     ]
+
+
+def initialization_cause(draws: np.ndarray, expected: Distribution) -> str:
+    """Returns a likely cause of the faults in one clause; empty if there are none.
+
+    Args:
+        draws: ``(n, ...)``, as for ``initialization_faults``.
+        expected: the distribution per partition.
+    """
+    faults = initialization_faults(draws, expected)
+    if not faults:
+        return ""
+    values = draws.astype(np.float64).reshape(len(draws), -1)
+    if len(values) > 1 and (values == values[:1]).all():
+        return "all partitions drew the same values"
+    if (values > 0).all():
+        return "only positive values were drawn"
+    relative_error = math.sqrt((expected.kurtosis - 1) / values.size)
+    if abs(len(values) * float(np.mean(values**2)) / expected.std**2 - 1) <= STANDARD_ERRORS * relative_error:
+        return "the fan-in counts all n partitions: the std is sqrt(n) too small"
+    return faults[0]

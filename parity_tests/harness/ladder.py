@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parity_tests.harness.causes import explain, explain_optimizer
+from parity_tests.harness.causes import explain
 from parity_tests.harness.inputs import Inputs
+from parity_tests.harness.optimizer_causes import explain_optimizer, replayed_cause
 from parity_tests.harness.optimizers import OptimizerSpec
 from parity_tests.harness.oracle import reference
 from parity_tests.harness.run import judge
@@ -155,23 +156,8 @@ def climb(
         worst = max(training.criteria, key=lambda criterion: criterion.fraction)
         rungs.append(Rung(RUNGS[4], True, f"closest to its limit: {worst.name}, {worst.fraction:.3g} of it"))
         return LadderReport(rungs, training)
-    cause = _later_cause(sides, task, spec, min(steps, 50))
+    trusted, other = (side.training for side in sides)
+    cause = replayed_cause(trusted, other, task, spec, min(steps, 50))
+    cause = cause or "the optimisers agree on the same gradients: the models differ"
     rungs.append(Rung(RUNGS[4], False, f"{failed.name}: {failed.detail}", cause))
     return LadderReport(rungs, training)
-
-
-def _later_cause(sides: Sequence[LadderSide], task: TrainingTask, spec: OptimizerSpec, steps: int) -> str:
-    """Replays the same gradients on both sides and looks for the setting that explains the difference."""
-    trusted, other = (side.training for side in sides)
-    states = trusted.train(task, spec, "float64", steps)[0].states
-    gradients = [trusted.gradients(task, state, k + 1, "float64").gradients for k, state in enumerate(states)]
-    own = [trusted.replay(task.parameters, spec, gradients, dtype).states for dtype in ("float64", "float32")]
-    limit = SEMANTIC_FACTOR * float(distances(own[1], own[0]).max())
-    observed = other.replay(task.parameters, spec, gradients, "float64").states[-1]
-    if float(distances(own[0][-1:], [observed])[0]) <= limit:
-        return "the optimisers agree on the same gradients: the models differ"
-
-    def replay(candidate: OptimizerSpec) -> Arrays:
-        return trusted.replay(task.parameters, candidate, gradients, "float64").states[-1]
-
-    return explain_optimizer(spec, replay, observed, limit)

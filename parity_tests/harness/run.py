@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from parity_tests.harness.cases import Case
+from parity_tests.harness.causes import with_cause
 from parity_tests.harness.comparison import TensorResult, compare, compare_pair, missing_tensors, pair_limits
 from parity_tests.harness.fingerprint import Fingerprint, take_fingerprint
 from parity_tests.harness.inputs import Inputs, draw_inputs
@@ -194,7 +195,8 @@ def run_cells(
                 diagnosis = "; ".join(fingerprint.diagnosis()) if fingerprint else ""
                 judged.append((subject, judgement))
                 for result in judgement.results:
-                    yield row_from_result(result, **where, diagnosis=diagnosis)
+                    verdict = with_cause(result, judgement.outputs, inputs, arithmetic_of(subject.mode, dtype))
+                    yield row_from_result(verdict, **where, diagnosis=diagnosis)
             yield from _pairs(judged, truth, dtype, case, seed)
 
 

@@ -19,7 +19,7 @@ class TrainingDefect:
         name: what was planted.
         optimizer: the optimiser of ``OPTIMIZERS`` in which it matters.
         change: the spec that the spoiled side runs.
-        cause: what ``causes.explain_optimizer`` must say.
+        cause: what ``optimizer_causes.explain_optimizer`` must say.
     """
 
     name: str

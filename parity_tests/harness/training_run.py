@@ -11,7 +11,9 @@ from parity_tests.harness.cases import Case
 from parity_tests.harness.drawings import Curves
 from parity_tests.harness.inputs import draw_inputs
 from parity_tests.harness.ladder import RUNGS, LadderSide, climb
+from parity_tests.harness.optimizer_causes import replayed_cause
 from parity_tests.harness.optimizers import OPTIMIZERS
+from parity_tests.harness.planting import Killing
 from parity_tests.harness.records import ParityRow
 from parity_tests.harness.subjects.base import FRAMEWORKS
 from parity_tests.harness.tasks import TASKS
@@ -113,11 +115,25 @@ def load_side(framework: str) -> LadderSide:
     return LadderSide(subject, training.training(), subjects.round_trip)
 
 
-def training_defect_killed(defect: TrainingDefect, steps: int = 60, members: int = 2) -> bool:
-    """True if the ladder rejects the JAX side once the defect is planted, and names its cause."""
+def observe_training(defect: TrainingDefect, dtype: str = "float32", steps: int = 60, members: int = 2) -> Killing:
+    """Plants a defect in the JAX side; it is killed only if its cause is named as well.
+
+    In float32 the whole ladder is climbed. In 16 bits a model is trained with wider parameters: the gradients that it
+    computed in ``dtype`` are fed to both optimisers.
+
+    Args:
+        defect: what is planted.
+        dtype: what the model computes in.
+        steps: K.
+        members: size of the noise ensemble of the top rung.
+    """
     trusted, healthy = (load_side(framework) for framework in FRAMEWORKS)
     spoiled = dataclasses.replace(healthy, training=plant(defect, healthy.training))
-    task, inputs = TASKS["partitioned-mlp"](), draw_inputs(CASE, "float32")
-    report = climb([trusted, spoiled], inputs, task, spec_of(defect), defect.optimizer, steps, members)
-    failure = report.first_failure
-    return failure is not None and defect.cause in failure.cause
+    task, spec = TASKS["partitioned-mlp"](), spec_of(defect)
+    if dtype == "float32":
+        report = climb([trusted, spoiled], draw_inputs(CASE, dtype), task, spec, defect.optimizer, steps, members)
+        cause = report.first_failure.cause if report.first_failure else ""
+        return Killing(defect.cause in cause, cause)
+    cause = replayed_cause(trusted.training, spoiled.training, task, spec, steps, dtype)
+    agrees = not replayed_cause(trusted.training, healthy.training, task, spec, steps, dtype)
+    return Killing(agrees and defect.cause in cause, cause)
