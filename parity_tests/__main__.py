@@ -31,6 +31,10 @@ def run(
     dtype: Annotated[list[str] | None, typer.Option(help=choices_help(STORAGE_DTYPES))] = None,
     cases: Annotated[str, typer.Option(help=f"Which set of shapes: {', '.join(CASE_SETS)}.")] = "default",
     case: Annotated[list[str] | None, typer.Option(help="Single shapes by name, instead of a set.")] = None,
+    train: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this training, TASK:OPTIMIZER such as partitioned-mlp:adamw; repeat for several."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the inputs.")] = 0,
     pair: Annotated[str | None, typer.Option(help="Judge your own pair instead: package.module:factory.")] = None,
@@ -56,6 +60,7 @@ def run(
         dtypes=tuple(dtype or ()),
         case_set=cases,
         cases=tuple(case or ()),
+        trainings=tuple(train or ()),
         device=device,
         seed=seed,
         json_file=json_file,

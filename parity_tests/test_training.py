@@ -12,8 +12,12 @@ from parity_tests.harness.subjects.base import framework_available
 if not (framework_available("torch") and framework_available("jax")):
     pytest.skip("training parity needs both frameworks", allow_module_level=True)
 
+import torch
+
+from parity_tests.harness import training_run
 from parity_tests.harness.ladder import RUNGS, LadderSide, climb
 from parity_tests.harness.optimizers import OPTIMIZERS, OptimizerSpec
+from parity_tests.harness.stepwise_criteria import off_block
 from parity_tests.harness.subjects import jax as jax_subjects
 from parity_tests.harness.subjects import torch as torch_subjects
 from parity_tests.harness.subjects.jax_training import JaxTraining
@@ -22,6 +26,8 @@ from parity_tests.harness.tasks import nlinear_series, partitioned_mlp
 from parity_tests.harness.training import training_parity
 from parity_tests.harness.training_criteria import free_running
 from parity_tests.harness.training_defects import TRAINING_DEFECTS, plant, spec_of
+from parity_tests.harness.training_run import load_side
+from torch_impl import MaskedPartitionedLinear
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -58,7 +64,9 @@ def test_mlp_trains_alike(optimizer):
         "resynchronised",
         "free-running",
         "not vacuous",
+        "moments",
         "step counts",
+        "off-block",
     }
 
 
@@ -97,6 +105,52 @@ def test_the_ladder_stops_at_a_broken_conversion():
     report = climb([trusted, broken], draw_inputs(CASE, "float32"), partitioned_mlp(), OPTIMIZERS["sgd"], "sgd", 5, 2)
     assert (report.first_failure.name, report.first_failure.cause) == (RUNGS[0], "the kernel is transposed")
     assert len(report.rungs) == 1
+
+
+class UnmaskedAfter(MaskedPartitionedLinear):
+    """A layer that forgets its mask after some calls."""
+
+    masked_calls = 0
+
+    def forward(self, x):
+        self.masked_calls -= 1
+        return super().forward(x) if self.masked_calls >= 0 else self._dense(x)
+
+    def _dense(self, x):
+        y = torch.nn.functional.linear(x.flatten(-2), self.weight, self.bias)
+        return y.unflatten(-1, (self.num_partitions, self.out_features))
+
+
+class UnmaskedAfterOneStep(UnmaskedAfter):
+    """A layer whose mask covers the first step only."""
+
+    masked_calls = 1
+
+
+@pytest.mark.parametrize("layer", [UnmaskedAfter, UnmaskedAfterOneStep])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weights_outside_the_blocks_are_noticed(layer, optimizer):
+    task, spec, steps = partitioned_mlp(), OPTIMIZERS[optimizer], 4
+    double, single = (TorchTraining().train(task, spec, dtype, steps)[0] for dtype in ("float64", "float32"))
+    healthy = TorchTraining().train_masked(task, spec, "float64", steps)
+    assert off_block("torch", healthy, double, single).ok
+    spoiled = TorchTraining(masked_layer=layer).train_masked(task, spec, "float64", steps)
+    criterion = off_block("torch", spoiled, double, single)
+    assert not criterion.ok
+    assert criterion.detail.endswith(f"the first is step {layer.masked_calls}")
+
+
+def test_a_failing_training_says_how_to_repeat_it(monkeypatch):
+    defect = TRAINING_DEFECTS[0]
+
+    def side(framework):
+        healthy = load_side(framework)
+        return dataclasses.replace(healthy, training=plant(defect, healthy.training)) if framework == "jax" else healthy
+
+    monkeypatch.setattr(training_run, "load_side", side)
+    rows = training_run.training_rows("partitioned-mlp", defect.optimizer, steps=5, members=2).rows
+    assert {row.status for row in rows} == {"ok", "mismatch", "skipped"}
+    assert {row.command for row in rows} == {"python -m parity_tests run --train partitioned-mlp:adam"}
 
 
 def test_a_run_far_outside_the_ensemble_is_rejected():

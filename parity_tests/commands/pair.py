@@ -28,6 +28,7 @@ def _refuse_options_of_cells(options: Options) -> None:
         "--implementation": options.implementations,
         "--case": options.cases,
         "--mode": options.modes,
+        "--train": options.trainings,
         "--cases": options.case_set != "default",
     }
     for option, value in given.items():

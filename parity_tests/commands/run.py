@@ -18,6 +18,7 @@ from parity_tests.commands.usage import (
     chosen_subjects,
     console,
     progress_bar,
+    refuse,
 )
 from parity_tests.harness.cases import Case
 from parity_tests.harness.dtypes import STORAGE_DTYPES
@@ -28,7 +29,7 @@ from parity_tests.harness.report import print_report
 from parity_tests.harness.run import count_cells, run_cells
 from parity_tests.harness.subjects.base import Subject
 from parity_tests.harness.subjects.modes import covered
-from parity_tests.harness.training_run import TRAINED, curves_of, training_rows
+from parity_tests.harness.training_run import TRAINED, TRAININGS, curves_of, training_rows
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Options:
     dtypes: tuple[str, ...]
     case_set: str
     cases: tuple[str, ...]
+    trainings: tuple[str, ...]
     device: str
     seed: int
     json_file: Path | None
@@ -64,6 +66,36 @@ def check_files(options: Options) -> None:
     check_writable("--html", options.html_file)
 
 
+def _chosen_trainings(options: Options, frameworks: Sequence[str]) -> list[tuple[str, str]]:
+    """The named tasks and optimisers, or those of the set; a selection of cells asks for just these and for none."""
+    selection = {
+        "--implementation": options.implementations,
+        "--mode": options.modes,
+        "--dtype": options.dtypes,
+        "--case": options.cases,
+    }
+    if not options.trainings:
+        return [] if any(selection.values()) or len(frameworks) < 2 else list(TRAINED[options.case_set])
+    chosen = [TRAININGS[name] for name in dict.fromkeys(choose("--train", options.trainings, TRAININGS))]
+    # A training's device and data are its own: to take these options and not heed them would be worse.
+    of_cells = selection | {
+        "--cases": options.case_set != "default",
+        "--device": options.device != "auto",
+        "--seed": options.seed,
+    }
+    beside = [option for option, value in of_cells.items() if value]
+    if beside:
+        raise refuse(
+            f"--train: expected no option of cells beside it, got {', '.join(beside)}; "
+            "run trainings and selected cells one after the other."
+        )
+    if len(frameworks) < 2:
+        raise refuse(
+            f"--train: expected torch and jax, got {frameworks[0]} alone; leave --framework out and install both."
+        )
+    return chosen
+
+
 def run(options: Options) -> int:
     """Compares, prints the report, writes the files.
 
@@ -78,14 +110,13 @@ def run(options: Options) -> int:
     frameworks = chosen_frameworks(options.frameworks)
     whole = options.case_set == "full" and not (options.cases or options.modes)
     modes = chosen_modes(frameworks, options.modes, every=whole)
-    subjects = chosen_subjects(frameworks, options.implementations, device, modes)
+    optimizers = _chosen_trainings(options, frameworks)
+    # Trainings that are named are all that is asked for.
+    subjects = [] if options.trainings else chosen_subjects(frameworks, options.implementations, device, modes)
 
     def included(subject: Subject, case: Case) -> bool:
         return not whole or covered(subject.framework, subject.mode, case)
 
-    # A selection of cells asks for just these; the ladder belongs to a whole set.
-    selective = options.implementations or options.cases or options.dtypes or options.modes
-    optimizers = () if selective or len(frameworks) < 2 else TRAINED[options.case_set]
     rows: list[ParityRow] = []
     curves: list[Curves] = []
     total = count_cells(subjects, dtypes, cases, included) + len(optimizers)
@@ -100,7 +131,7 @@ def run(options: Options) -> int:
             begun += 1
 
         def work() -> Iterator[ParityRow]:
-            yield from run_cells(subjects, dtypes, cases, options.seed, advance, included)
+            yield from run_cells(subjects, dtypes, cases, options.seed, advance, included, device)
             for task_name, optimizer in optimizers:
                 advance(f"training: {task_name}, {optimizer}")
                 report = training_rows(task_name, optimizer)

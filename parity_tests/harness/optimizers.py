@@ -68,6 +68,16 @@ class OptimizerSpec:
         done = min(step - self.warmup_steps, self.cosine_steps) / self.cosine_steps
         return 0.5 * (1 + math.cos(math.pi * done))
 
+    @property
+    def keeps_moments(self) -> bool:
+        """Whether the algorithm averages or sums gradients over the steps: all but plain SGD."""
+        return self.name != "sgd" or self.momentum != 0
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether an update depends on how many steps were taken, apart from the schedule: Adam's bias correction."""
+        return self.name in ("adam", "adamw")
+
     def decays(self, parameter: str) -> bool:
         """Whether weight decay touches a parameter, by its name ``...weight`` or ``...bias``."""
         return self.weight_decay > 0 and (self.decay_bias or not parameter.endswith("bias"))

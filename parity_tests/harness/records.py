@@ -27,13 +27,14 @@ class ParityRow:
         implementation: the subject's name; ``a+b`` for a pair.
         dtype: storage dtype.
         case: name of the case.
-        tensor: ``y``, ``dx``, ``dweight``, ``dbias``; for a pair, the tensor that came closest to its bound.
+        tensor: ``y``, ``dx``, ``dweight``, ``dbias``; for a pair that holds, the tensor that came closest to its bound.
         status: ``ok``, ``mismatch`` or ``skipped``.
         reason: one sentence for a mismatch or a skip.
         diagnosis: what the arithmetic fingerprint says about this subject and dtype.
         command: reproduces this row.
         mode: how the subject was run, see ``subjects.modes``; ``a+b`` for two subjects, empty for what has no mode.
         max_abs_error: see ``comparison.TensorResult``, as are the following.
+        tensor_fractions: for a pair, the error over bound of every tensor.
     """
 
     kind: Literal["oracle", "pair", "mode", "ladder", "training"]
@@ -57,6 +58,7 @@ class ParityRow:
     subject_value: float | None = None
     expected_value: float | None = None
     partition_fractions: tuple[float, ...] | None = None
+    tensor_fractions: dict[str, float] | None = None
 
 
 _RESULT_FIELDS = {field.name for field in dataclasses.fields(TensorResult)} & {

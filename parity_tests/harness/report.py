@@ -58,7 +58,9 @@ def print_report(console: Console, rows: Sequence[ParityRow], summary: Summary) 
                 part for part in (row.framework, row.implementation, row.mode, row.dtype, row.case) if part
             )
             console.print(f"[red]MISMATCH[/] {place}: {escape(row.reason)}")
-            console.print(f"  reproduce: {row.command}", highlight=False)
+            if row.command:
+                # Not wrapped: a command that is cut into lines cannot be pasted.
+                console.print(f"  reproduce: {row.command}", highlight=False, markup=False, soft_wrap=True)
     skipped = Counter(
         (row.framework, row.implementation, row.dtype, row.reason) for row in rows if row.status == "skipped"
     )

@@ -76,8 +76,8 @@ def _worse(first: TensorResult, second: TensorResult) -> bool:
     return (first.status == "mismatch", first.bound_fraction) > (second.status == "mismatch", second.bound_fraction)
 
 
-def _command(dtype: str, case: str, seed: int, *subjects: Subject) -> str:
-    """The command that repeats a row: everything by name, the mode only where it is not the default."""
+def _command(dtype: str, case: str, seed: int, device: str, *subjects: Subject) -> str:
+    """The command that repeats a row: everything by name, mode and device only where they are not the default."""
     frameworks = dict.fromkeys(subject.framework for subject in subjects)
     names = dict.fromkeys(subject.implementation for subject in subjects)
     modes = dict.fromkeys(subject.mode for subject in subjects)
@@ -87,6 +87,7 @@ def _command(dtype: str, case: str, seed: int, *subjects: Subject) -> str:
         *(f"--framework {name}" for name in frameworks if len(frameworks) == 1),
         *(f"--implementation {name}" for name in names),
         *(f"--mode {name}" for name in modes),
+        *([] if device == "auto" else [f"--device {device}"]),
     ]
     return f"python -m parity_tests run {' '.join(options)} --dtype {dtype} --case {case} --seed {seed}"
 
@@ -150,6 +151,7 @@ def run_cells(
     seed: int = 0,
     progress: Callable[[str], None] = lambda label: None,
     included: Included = _every,
+    device: str = "auto",
 ) -> Iterator[ParityRow]:
     """Yields a row per subject, dtype, case and tensor, then rows for pairs of the same dtype and case.
 
@@ -162,6 +164,7 @@ def run_cells(
         seed: of the inputs.
         progress: called with a label before each cell.
         included: which subject runs which case; the others are no cells.
+        device: as the subjects were loaded with, for the commands that reproduce rows.
     """
     diagnoses = Diagnoses()
     for dtype in dtypes:
@@ -179,7 +182,7 @@ def run_cells(
                     "mode": subject.mode,
                     "dtype": dtype,
                     "case": case.name,
-                    "command": _command(dtype, case.name, seed, subject),
+                    "command": _command(dtype, case.name, seed, device, subject),
                 }
                 reason = subject.unsupported_reason(case, dtype) or too_dense(subject, case)
                 if reason is not None:
@@ -197,7 +200,7 @@ def run_cells(
                 for result in judgement.results:
                     verdict = with_cause(result, judgement.outputs, inputs, arithmetic_of(subject.mode, dtype))
                     yield row_from_result(verdict, **where, diagnosis=diagnosis)
-            yield from _pairs(judged, truth, dtype, case, seed)
+            yield from _pairs(judged, truth, dtype, case, seed, device)
 
 
 def _kind_of_pair(first: Subject, second: Subject) -> str | None:
@@ -216,7 +219,7 @@ def _kind_of_pair(first: Subject, second: Subject) -> str | None:
 
 
 def _pairs(
-    judged: Sequence[tuple[Subject, Judgement]], truth: Reference, dtype: str, case: Case, seed: int
+    judged: Sequence[tuple[Subject, Judgement]], truth: Reference, dtype: str, case: Case, seed: int, device: str
 ) -> Iterator[ParityRow]:
     # The same for every pair of two modes, and dearer than a comparison.
     limits: dict[tuple[str, str], dict[str, np.ndarray]] = {}
@@ -229,17 +232,20 @@ def _pairs(
             if modes not in limits:
                 limits[modes] = pair_limits(truth, (arithmetic_of(modes[0], dtype), arithmetic_of(modes[1], dtype)))
             results = compare_pair(first_judgement.outputs, second_judgement.outputs, truth, limits[modes])
-            worst = max(results, key=lambda result: (result.status == "mismatch", result.bound_fraction))
             frameworks = dict.fromkeys((first.framework, second.framework))
-            yield row_from_result(
-                worst,
-                kind=kind,
-                framework="+".join(frameworks),
-                implementation=f"{first.implementation}+{second.implementation}"
+            where: dict[str, Any] = {
+                "kind": kind,
+                "framework": "+".join(frameworks),
+                "implementation": f"{first.implementation}+{second.implementation}"
                 if kind == "pair"
                 else first.implementation,
-                mode=f"{first.mode}+{second.mode}",
-                dtype=dtype,
-                case=case.name,
-                command=_command(dtype, case.name, seed, first, second),
-            )
+                "mode": f"{first.mode}+{second.mode}",
+                "dtype": dtype,
+                "case": case.name,
+                "command": _command(dtype, case.name, seed, device, first, second),
+                "tensor_fractions": {result.tensor: result.bound_fraction for result in results},
+            }
+            # Some thousand pairs hold in a run: one row each that names its closest tensor, and one for each failure.
+            failed = [result for result in results if result.status == "mismatch"]
+            for result in failed or [max(results, key=lambda result: result.bound_fraction)]:
+                yield row_from_result(result, **where)

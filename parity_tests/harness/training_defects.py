@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parity_tests.harness.optimizers import OPTIMIZERS, OptimizerSpec
-from parity_tests.harness.subjects.base import StepGradients, TrainingSubject, Trajectory
+from parity_tests.harness.subjects.base import MaskedRun, StepGradients, TrainingSubject, Trajectory
 from parity_tests.harness.tasks import TrainingTask
 
 
@@ -74,6 +74,10 @@ class SpoiledTraining:
     ) -> Trajectory:
         """With the changed spec."""
         return self.side.replay(parameters, self.change(spec), gradients, dtype)
+
+    def train_masked(self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int) -> MaskedRun | None:
+        """With the changed spec."""
+        return self.side.train_masked(task, self.change(spec), dtype, steps)
 
 
 def plant(defect: TrainingDefect, side: TrainingSubject) -> SpoiledTraining:

@@ -30,6 +30,12 @@ TRAINED: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
+# As `run --train` names them.
+TRAININGS: dict[str, tuple[str, str]] = {
+    f"{task}:{optimizer}": (task, optimizer) for task in TASKS for optimizer in OPTIMIZERS
+}
+
+
 @dataclass(frozen=True)
 class TrainingRows:
     """The rows of one ladder, and the training report if the top rung was reached."""
@@ -55,6 +61,7 @@ def training_rows(task_name: str, optimizer: str, steps: int = STEPS, members: i
         "framework": "torch+jax",
         "implementation": f"{task_name}: {optimizer}",
         "dtype": "float32",
+        "command": f"python -m parity_tests run --train {task_name}:{optimizer}",
     }
     rows = [
         ParityRow(

@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,6 +58,7 @@ class LayerTap:
     x: np.ndarray
     y: np.ndarray
     cotangent: np.ndarray
+    dx: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,28 @@ class Trajectory:
         states: the parameters after each update.
         moments: the optimiser's moments after the last update, as ``<parameter>/<first|second>``.
         step_counts: the distinct step counts that the optimiser keeps at the end.
+        moment_history: the moments after each update; kept by a replay only.
     """
 
     losses: np.ndarray
     states: list[dict[str, np.ndarray]]
     moments: dict[str, np.ndarray]
     step_counts: set[int]
+    moment_history: list[dict[str, np.ndarray]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MaskedRun:
+    """A training run of layers that hold a dense matrix of which only the diagonal blocks are used.
+
+    Attributes:
+        states: the blocks and biases after each update, under the names and in the layout of the task's parameters.
+        off_block: ``(steps,)``: after each update, the largest magnitude among the weights outside the blocks and
+            their gradients, NaN if one of them is.
+    """
+
+    states: list[dict[str, np.ndarray]]
+    off_block: np.ndarray
 
 
 class TrainingSubject(Protocol):
@@ -112,6 +129,10 @@ class TrainingSubject(Protocol):
         dtype: str,
     ) -> Trajectory:
         """Feeds recorded gradients to the optimiser alone."""
+        ...
+
+    def train_masked(self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int) -> MaskedRun | None:
+        """Trains with dense masked layers, or None if the framework has no layer with weights outside the blocks."""
         ...
 
 
