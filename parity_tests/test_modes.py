@@ -1,8 +1,8 @@
 """Every mode reaches every implementation: vmapped, compiled, cast, uncompiled and sharded, against the oracle.
 
 So do the checks without a tolerance, on the shapes that are compiled here anyway. The default modes are judged in
-``test_parity``, ``test_exact`` and ``test_metamorphic``. What needs several devices or processes runs through the command line,
-which starts JAX with eight virtual devices, in a process of its own.
+``test_parity``, ``test_exact`` and ``test_metamorphic``. What needs several devices or processes runs through the
+command line, which starts JAX with eight virtual devices, in a process of its own.
 """
 
 import json
@@ -277,3 +277,18 @@ def test_an_ensemble_and_its_shards_divide_the_partitions():
     assert len(members) == 2
     assert np.array_equal(np.concatenate([member.x for member in members], -2), inputs.x)
     assert np.array_equal(np.concatenate([member.weight for member in members]), inputs.weight)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists the memory maps of a process")
+@pytest.mark.skipif(not framework_available("jax"), reason="jax is not installed")
+def test_a_long_run_does_not_keep_what_it_compiled():
+    """A process of thousands of programs would have as many memory maps as Linux allows, and crash."""
+    chosen = [subject for subject in load_subjects("jax", "cpu") if subject.implementation == "loop"]
+    maps = []
+    for rows in range(4, 8):
+        # An unrolled program, another one for each number of rows.
+        cells = run_cells(chosen, ["float32"], [Case("unrolled", (rows,), 16, 4, 4)])
+        assert {row.status for row in cells} == {"ok"}
+        maps.append(len(Path("/proc/self/maps").read_text().splitlines()))
+    # Each of them is a hundred maps and more.
+    assert max(maps) - maps[0] < 100

@@ -13,7 +13,7 @@ from parity_tests.harness.fingerprint import Fingerprint, take_fingerprint
 from parity_tests.harness.inputs import Inputs, draw_inputs
 from parity_tests.harness.oracle import Reference, reference
 from parity_tests.harness.records import ParityRow, row_from_result
-from parity_tests.harness.subjects.base import Subject
+from parity_tests.harness.subjects.base import Subject, release_programs
 from parity_tests.harness.subjects.modes import COUNTERPARTS, DEFAULT_MODES, arithmetic_of, as_cast
 from parity_tests.harness.tolerance import Arithmetic
 
@@ -201,6 +201,7 @@ def run_cells(
                     verdict = with_cause(result, judgement.outputs, inputs, arithmetic_of(subject.mode, dtype))
                     yield row_from_result(verdict, **where, diagnosis=diagnosis)
             yield from _pairs(judged, truth, dtype, case, seed, device)
+            release_programs()
 
 
 def _kind_of_pair(first: Subject, second: Subject) -> str | None:

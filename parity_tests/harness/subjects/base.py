@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -175,3 +176,15 @@ def _subjects_of(framework: str) -> Any:
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework: expected one of {', '.join(FRAMEWORKS)}, got {framework!r}; choose one of these.")
     return importlib.import_module(f"parity_tests.harness.subjects.{framework}")
+
+
+def release_programs() -> None:
+    """Drops what the frameworks that were loaded have compiled so far.
+
+    JAX keeps every program, and a program for a CPU takes memory maps, one or more for each of its products: after some
+    hundred cells a process would have as many as Linux allows (65530) and crash.
+    """
+    for framework in FRAMEWORKS:
+        module = sys.modules.get(f"parity_tests.harness.subjects.{framework}")
+        if module is not None:
+            module.release_programs()

@@ -236,3 +236,8 @@ def subjects(device: str = "auto", modes: Sequence[str] = ()) -> list[JaxSubject
             sources = [_divided(source) for source in sources]
         found += [dataclasses.replace(source, mode=mode) for source in sources]
     return found
+
+
+def release_programs() -> None:
+    """Drops all compiled programs."""
+    jax.clear_caches()

@@ -1,6 +1,7 @@
 """PyTorch subjects: every implementation of the table through the public function, and both layer classes."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -55,3 +56,9 @@ def subjects(device: str = "auto", modes: Sequence[str] = ()) -> list[Subject]:
                 dataclasses.replace(source, mode=mode, prepare=WRAPPERS[mode](source.prepare)) for source in sources
             ]
     return found
+
+
+def release_programs() -> None:
+    """Drops all compiled programs, if any was compiled."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
