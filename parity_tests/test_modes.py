@@ -5,6 +5,7 @@ So do the checks without a tolerance, on the shapes that are compiled here anywa
 command line, which starts JAX with eight virtual devices, in a process of its own.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -120,6 +121,14 @@ def test_mode_keeps_what_needs_no_tolerance(subject_id, dtype):
     subject = EAGER[subject_id]
     reachable(subject, dtype)
     assert exact_failures(subject, CASE, dtype) == []
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_leak_that_is_not_declared_is_noticed_in_a_mode():
+    masked = next(subject for subject in EAGER.values() if (subject.mode, subject.implementation) == ("vmap", "masked"))
+    assert exact_failures(masked, CASE, "float32") == []
+    (reason, *_) = exact_failures(dataclasses.replace(masked, isolates_partitions=True), CASE, "float32")
+    assert reason == "nan reached another partition"
 
 
 @pytest.mark.compile
