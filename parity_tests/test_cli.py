@@ -147,4 +147,6 @@ def test_defects_prints_the_score(tmp_path):
     score = json.loads(target.read_text())
     assert score["planted"] == score["killed"] >= 20
     assert score["survivors"] == []
+    assert len(score["defects"]) == score["planted"]
+    assert all(entry["killed"] and entry["cause"] for entry in score["defects"])
     assert f"planted {score['planted']}, killed {score['killed']}, survivors 0" in result.stdout

@@ -230,4 +230,4 @@ def test_initialiser_judge_accepts_the_right_and_kills_the_wrong(name):
     survivors = [what for what, draws in planted.items() if not initialization_faults(draws, expected)]
     assert survivors == []
     assert initialization_cause(right, expected) == ""
-    assert "partition 3: std is 0.8" in initialization_cause(one_scaled, expected)
+    assert "times the expected" in initialization_cause(one_scaled, expected)

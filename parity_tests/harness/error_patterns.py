@@ -3,6 +3,7 @@
 Each function asks one question of the same evidence and answers with a clause, or None.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from parity_tests.harness.comparison import applicable_tiers
 from parity_tests.harness.dtypes import FORMATS
 from parity_tests.harness.oracle import OracleTensor
-from parity_tests.harness.tolerance import Arithmetic, bound, bounds
+from parity_tests.harness.tolerance import Arithmetic, Tier, bound, bounds
 
 _FEW = 0.01  # a larger share of elements outside the bound is no accident of single elements
 _LEAST = 8  # fewer numbers than this can have the same sign of their error, or short significands, by chance
@@ -43,17 +44,17 @@ class Evidence:
         """Value minus truth, in the oracle's dtype."""
         return self.value.astype(self.truth.value.dtype) - self.truth.value
 
-    def outside(self) -> np.ndarray:
-        """Which elements lie outside the bound of any tier that applies."""
-        tiers = applicable_tiers(self.arithmetic, self.zero_mean)
+    def outside(self, tiers: Sequence[Tier] = ()) -> np.ndarray:
+        """Which elements lie outside the bound of any of these tiers, or of any that applies."""
+        tiers = tiers or applicable_tiers(self.arithmetic, self.zero_mean)
         limits = bounds(self.truth, self.arithmetic, tiers)
         error = np.abs(self.error)
         # Not "error > limit": NaN lies outside every bound.
         return ~np.logical_and.reduce([error <= limit for limit in limits.values()])
 
-    def fits(self) -> bool:
+    def fits(self, tiers: Sequence[Tier] = ()) -> bool:
         """Whether the value is right for this truth."""
-        return not self.outside().any()
+        return not self.outside(tiers).any()
 
     def partitions(self, chosen: np.ndarray) -> "Evidence":
         """The same for some partitions only."""
