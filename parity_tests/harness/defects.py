@@ -189,7 +189,7 @@ def killed(defect: Defect, subject: Subject, dtype: str, seed: int = 0) -> bool:
     def rejected(candidate: Subject) -> bool:
         if defect.isolation:
             return not check_isolation(candidate, inputs, partition=1, poison=float("nan"))["visible"]
-        return any(result.status == "mismatch" for result in judge(candidate, inputs, truth).results)
+        return any(result.status == "mismatch" for result in judge(candidate, inputs, truth, measured=subject).results)
 
     # Rejecting a subject that was broken before says nothing about the defect.
     return rejected(plant(defect, subject)) and not rejected(subject)

@@ -1,78 +1,26 @@
 """Runs cells: framework x implementation x mode x dtype x case, each against the oracle, and pairs of what ran."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from parity_tests.harness.cases import Case
-from parity_tests.harness.comparison import TensorResult, compare, compare_pair, missing_tensors, pair_limits
-from parity_tests.harness.fingerprint import Fingerprint, take_fingerprint
-from parity_tests.harness.inputs import Inputs, draw_inputs
+from parity_tests.harness.comparison import compare_pair, pair_limits
+from parity_tests.harness.entitlement import fingerprint_of
+from parity_tests.harness.exact_rows import exact_rows
+from parity_tests.harness.inputs import draw_inputs
+from parity_tests.harness.judge import Judgement, judge, observed_class
 from parity_tests.harness.oracle import Reference, reference
 from parity_tests.harness.records import ParityRow, row_from_result
-from parity_tests.harness.subjects.base import Subject
-from parity_tests.harness.subjects.modes import COUNTERPARTS, DEFAULT_MODES, arithmetic_of, as_cast
+from parity_tests.harness.subjects.base import Subject, load_subjects
+from parity_tests.harness.subjects.modes import COUNTERPARTS, DEFAULT_MODES
 from parity_tests.harness.tolerance import Arithmetic
 
 # One product over all features at once holds n * n blocks; beyond this many entries it takes some gigabytes for
 # each of the weight, its mask, their product and the gradients, and the zeros say nothing new about the arithmetic.
 _DENSE = ("masked", "masked_layer")
 _MOST_DENSE_ENTRIES = 2**27
-
-_PROBE_CASE = Case("fingerprint", (1,), 1, 16, 16)
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """One subject on one case: the verdict on each tensor, and the tensors, for pairs."""
-
-    results: list[TensorResult]
-    outputs: dict[str, np.ndarray]
-
-
-def judge(subject: Subject, inputs: Inputs, truth: Reference, forward: bool = True) -> Judgement:
-    """Runs forward and vjp and compares y, dx, dW and db with the oracle within what dtype and mode promise.
-
-    In a mode that casts, numbers that the cast leaves alone are judged as well, and the worse verdict is reported.
-
-    Args:
-        subject: what is judged.
-        inputs: what it is given.
-        truth: the oracle's tensors for these inputs.
-        forward: judge the y of a call without gradients as well (another program, for a compiler), and report the
-            worse of the two; without, only the y that comes with the gradients.
-    """
-    judgement = _judge(subject, inputs, truth, forward, arithmetic_of(subject.mode, inputs.dtype))
-    exact = as_cast(subject.mode, inputs)
-    if exact is None:
-        return judgement
-    strict = arithmetic_of(subject.mode, inputs.dtype, representable=True)
-    again = _judge(subject, exact, reference(exact), forward, strict)
-    return Judgement(_worst(judgement.results, again.results), judgement.outputs)
-
-
-def _judge(subject: Subject, inputs: Inputs, truth: Reference, forward: bool, arithmetic: Arithmetic) -> Judgement:
-    outputs = subject.vjp(inputs)
-    results = [*compare(outputs, truth, arithmetic, inputs.zero_mean), *missing_tensors(outputs, truth)]
-    if not forward:
-        return Judgement(results, outputs)
-    alone = compare({"y": subject.forward(inputs)}, truth, arithmetic, inputs.zero_mean)
-    return Judgement(_worst(results, alone), outputs)
-
-
-def _worst(results: list[TensorResult], others: list[TensorResult]) -> list[TensorResult]:
-    """Each tensor's worse verdict."""
-    by_name = {result.tensor: result for result in others}
-    return [
-        other if (other := by_name.get(result.tensor)) is not None and _worse(other, result) else result
-        for result in results
-    ]
-
-
-def _worse(first: TensorResult, second: TensorResult) -> bool:
-    return (first.status == "mismatch", first.bound_fraction) > (second.status == "mismatch", second.bound_fraction)
 
 
 def _command(dtype: str, case: str, seed: int, *subjects: Subject) -> str:
@@ -90,25 +38,24 @@ def _command(dtype: str, case: str, seed: int, *subjects: Subject) -> str:
     return f"python -m parity_tests run {' '.join(options)} --dtype {dtype} --case {case} --seed {seed}"
 
 
-class Diagnoses:
-    """Fingerprints of the default modes, taken once per subject and dtype."""
+class _Defaults:
+    """The same implementation in its framework's default mode: its fingerprint tells how a device treats subnormals."""
 
-    def __init__(self) -> None:
-        """Starts empty."""
-        self._taken: dict[tuple[str, str, str], Fingerprint | None] = {}
+    def __init__(self, subjects: Sequence[Subject], device: str):
+        self._device = device
+        self._known: dict[str, dict[str, Subject]] = {}
+        for subject in subjects:
+            if subject.mode == DEFAULT_MODES[subject.framework]:
+                self._known.setdefault(subject.framework, {})[subject.implementation] = subject
 
-    def of(self, subject: Subject, dtype: str) -> Fingerprint | None:
-        """The fingerprint, or None where the probe's shape is unsupported or the mode is not the default.
-
-        In a compiled mode each of some hundred probes is a program, and a mode that casts says what it computes in.
-        """
-        if subject.mode != DEFAULT_MODES[subject.framework]:
-            return None
-        key = (subject.framework, subject.implementation, dtype)
-        if key not in self._taken:
-            unsupported = subject.unsupported_reason(_PROBE_CASE, dtype)
-            self._taken[key] = None if unsupported else take_fingerprint(subject, dtype)
-        return self._taken[key]
+    def of(self, subject: Subject) -> Subject | None:
+        """The subject itself in its default mode; in another, the one that was given, or one of the framework's own."""
+        if subject.mode == DEFAULT_MODES[subject.framework]:
+            return subject
+        if subject.framework not in self._known:
+            loaded = load_subjects(subject.framework, self._device)
+            self._known[subject.framework] = {other.implementation: other for other in loaded}
+        return self._known[subject.framework].get(subject.implementation)
 
 
 def too_dense(subject: Subject, case: Case) -> str | None:
@@ -149,6 +96,9 @@ def run_cells(
     seed: int = 0,
     progress: Callable[[str], None] = lambda label: None,
     included: Included = _every,
+    device: str = "auto",
+    precision: str | None = None,
+    exact: bool = False,
 ) -> Iterator[ParityRow]:
     """Yields a row per subject, dtype, case and tensor, then rows for pairs of the same dtype and case.
 
@@ -161,8 +111,12 @@ def run_cells(
         seed: of the inputs.
         progress: called with a label before each cell.
         included: which subject runs which case; the others are no cells.
+        device: that the subjects run on, for the fingerprints of what is not among them.
+        precision: asked for in place of fp32's own, see ``entitlement``.
+        exact: run the checks that need no tolerance as well, see ``exact_rows``.
     """
-    diagnoses = Diagnoses()
+    defaults = _Defaults(subjects, device)
+    asked = "" if precision is None else f" --precision {precision}"
     for dtype in dtypes:
         for case in cases:
             chosen = [subject for subject in subjects if included(subject, case)]
@@ -178,7 +132,7 @@ def run_cells(
                     "mode": subject.mode,
                     "dtype": dtype,
                     "case": case.name,
-                    "command": _command(dtype, case.name, seed, subject),
+                    "command": _command(dtype, case.name, seed, subject) + asked,
                 }
                 reason = subject.unsupported_reason(case, dtype) or too_dense(subject, case)
                 if reason is not None:
@@ -186,16 +140,26 @@ def run_cells(
                     continue
                 # Whatever one call raises must not cost the rows of all others.
                 try:
-                    fingerprint = diagnoses.of(subject, dtype)
-                    judgement = judge(subject, inputs, truth)
+                    fingerprint = fingerprint_of(subject, dtype)
+                    measured = defaults.of(subject)
+                    judgement = judge(subject, inputs, truth, precision=precision, measured=measured)
+                    observed = observed_class(judgement, inputs, truth, precision)
+                    exact_found = list(exact_rows(subject, case, inputs, where, seed)) if exact else []
                 except Exception as error:
                     yield ParityRow(**where, tensor="", status="mismatch", reason=_raised(error))
                     continue
                 diagnosis = "; ".join(fingerprint.diagnosis()) if fingerprint else ""
                 judged.append((subject, judgement))
                 for result in judgement.results:
-                    yield row_from_result(result, **where, diagnosis=diagnosis)
-            yield from _pairs(judged, truth, dtype, case, seed)
+                    yield row_from_result(
+                        result,
+                        **where,
+                        diagnosis=diagnosis,
+                        arithmetic=judgement.arithmetic.describe(),
+                        observed=observed,
+                    )
+                yield from exact_found
+            yield from _pairs(judged, truth, dtype, case, seed, asked)
 
 
 def _kind_of_pair(first: Subject, second: Subject) -> str | None:
@@ -214,19 +178,19 @@ def _kind_of_pair(first: Subject, second: Subject) -> str | None:
 
 
 def _pairs(
-    judged: Sequence[tuple[Subject, Judgement]], truth: Reference, dtype: str, case: Case, seed: int
+    judged: Sequence[tuple[Subject, Judgement]], truth: Reference, dtype: str, case: Case, seed: int, asked: str
 ) -> Iterator[ParityRow]:
-    # The same for every pair of two modes, and dearer than a comparison.
-    limits: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    # The same for many pairs, and dearer than a comparison.
+    limits: dict[tuple[Arithmetic, Arithmetic], dict[str, np.ndarray]] = {}
     for first, first_judgement in judged:
         for second, second_judgement in judged:
             kind = _kind_of_pair(first, second)
             if kind is None:
                 continue
-            modes = (first.mode, second.mode)
-            if modes not in limits:
-                limits[modes] = pair_limits(truth, (arithmetic_of(modes[0], dtype), arithmetic_of(modes[1], dtype)))
-            results = compare_pair(first_judgement.outputs, second_judgement.outputs, truth, limits[modes])
+            used = (first_judgement.arithmetic, second_judgement.arithmetic)
+            if used not in limits:
+                limits[used] = pair_limits(truth, used)
+            results = compare_pair(first_judgement.outputs, second_judgement.outputs, truth, limits[used])
             worst = max(results, key=lambda result: (result.status == "mismatch", result.bound_fraction))
             frameworks = dict.fromkeys((first.framework, second.framework))
             yield row_from_result(
@@ -239,5 +203,5 @@ def _pairs(
                 mode=f"{first.mode}+{second.mode}",
                 dtype=dtype,
                 case=case.name,
-                command=_command(dtype, case.name, seed, first, second),
+                command=_command(dtype, case.name, seed, first, second) + asked,
             )
