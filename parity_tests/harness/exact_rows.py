@@ -56,13 +56,14 @@ def exact_rows(
 
 
 def _isolation_faults(subject: Subject, inputs: Inputs) -> Iterator[str]:
-    """What is wrong with the isolation of NaN and Inf: swallowed, or not as the implementation declares."""
+    """What is wrong with NaN and Inf in one partition: swallowed, or seen in others though that is declared not to be.
+
+    What declares no isolation may still have it in some shapes, where a compiler chose another algorithm.
+    """
     for poison in _POISONS:
         partition = len(inputs.weight) // 2
         found = check_isolation(subject, inputs, partition, poison)
         if not found["visible"]:
             yield f"{poison} in partition {partition} was swallowed"
-        if found["isolated"] != subject.isolates_partitions:
-            declared = "isolated" if subject.isolates_partitions else "not isolated"
-            seen = "changed none of" if found["isolated"] else "changed"
-            yield f"{poison} in partition {partition} {seen} the others, which are declared {declared}"
+        if subject.isolates_partitions and not found["isolated"]:
+            yield f"{poison} in partition {partition} changed the others, which are declared isolated"

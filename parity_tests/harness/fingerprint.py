@@ -146,7 +146,7 @@ def take_fingerprint(subject: Subject, dtype: str) -> Fingerprint:
     def loses_partial_sums() -> bool:
         # Sixteen products, each a sixteenth of the smallest normal: what keeps them sums them up to just that.
         whole = FORMATS[declared_arithmetic(PRECISION_OF_DTYPE[dtype]).accumulator].smallest_normal
-        root = 2.0 ** (np.log2(whole / _WIDTH) // 2)
+        root = float(2.0 ** (np.log2(whole / _WIDTH) // 2))
         other = whole / _WIDTH / root
         if min(root, other) < fmt.smallest_normal:
             return False
