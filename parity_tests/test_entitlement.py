@@ -260,6 +260,15 @@ def test_a_run_makes_the_checks_that_need_no_tolerance(spoil, expected, capsys):
     assert "false-alarm rate of 1e-06" in shown
 
 
+def test_isolation_is_demanded_only_where_it_is_declared():
+    class Undeclared(NumpySubject):
+        isolates_partitions = False
+
+    for spoil in (lambda inputs, outputs: outputs, spread):
+        rows = run_cells([Undeclared(spoil=spoil)], ["float32"], [CASE], exact=True)
+        assert [row.status for row in rows if row.tensor == "isolation"] == ["ok"]
+
+
 def test_checks_that_a_case_does_not_admit_are_no_rows():
     cases = [Case("empty", (0,), 3, 8, 8), Case("one", (4,), 1, 8, 8), Case("rows", (512,), 2, 8, 8)]
     rows = list(run_cells([NumpySubject()], ["bfloat16"], cases, exact=True))
