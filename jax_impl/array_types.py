@@ -3,7 +3,7 @@
 Letters: `b` batch (any number of leading axes), `n` partition, `i` in_features, `o` out_features.
 """
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from jax import Array
 from jaxtyping import Float
@@ -19,3 +19,9 @@ Bias: TypeAlias = Float[Array, "n o"]
 
 Outputs: TypeAlias = Float[Array, "*b n o"]
 """Results of every partition, shape (*b, n, o)."""
+
+
+def kind_of(value: Any, *expected: str) -> str:
+    """The name of a value's type; with its package where it is a namesake of what was expected."""
+    package = f"{type(value).__module__.partition('.')[0]}." if type(value).__name__ in expected else ""
+    return package + type(value).__name__

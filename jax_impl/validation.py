@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from jax_impl.array_types import kind_of
 from jax_impl.registry import DTYPE_NAMES, IMPLEMENTATIONS
 
 _FLOATS = ", ".join(DTYPE_NAMES.values())
@@ -25,7 +26,9 @@ def check_sizes(**sizes: Any) -> None:
     """Refuse what is no int (bool included) by a TypeError, and zero or negative sizes by a ValueError."""
     for argument, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"`{argument}`: expected a positive int, got {size!r} of type {_kind(size)}; pass an int.")
+            raise TypeError(
+                f"`{argument}`: expected a positive int, got {size!r} of type {kind_of(size)}; pass an int."
+            )
         if size <= 0:
             raise ValueError(f"`{argument}`: expected a positive int, got {size}; pass at least 1.")
 
@@ -33,9 +36,7 @@ def check_sizes(**sizes: Any) -> None:
 def check_instance(argument: str, value: Any, kind: type, advice: str) -> None:
     """Refuse a value of another type than `kind`, by a TypeError."""
     if not isinstance(value, kind):
-        raise TypeError(
-            f"`{argument}`: expected a {kind.__name__}, got a {kind_beside(value, kind.__name__)}; {advice}."
-        )
+        raise TypeError(f"`{argument}`: expected a {kind.__name__}, got a {kind_of(value, kind.__name__)}; {advice}.")
 
 
 def check_dtype(argument: str, dtype: Any) -> None:
@@ -79,7 +80,7 @@ def check_precision(precision: Any) -> None:
     kinds = str | jax.lax.Precision | jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset | None
     for name in precision if isinstance(precision, tuple) else (precision,):
         if not isinstance(name, kinds):
-            raise TypeError(f"`precision`: expected a name or a jax.lax.Precision, got a {_kind(name)}; pass one.")
+            raise TypeError(f"`precision`: expected a name or a jax.lax.Precision, got a {kind_of(name)}; pass one.")
         if isinstance(name, str) and name.lower() not in _PRECISIONS and name not in _ALGORITHMS:
             raise ValueError(
                 f"`precision`: expected one of {_quoted(_PRECISIONS)} or a name of jax.lax.DotAlgorithmPreset, got "
@@ -103,7 +104,7 @@ def check_implementation_name(name: Any) -> None:
 def check_callable(argument: str, function: Any, signature: str) -> None:
     """Refuse what cannot be called, by a TypeError."""
     if not callable(function):
-        raise TypeError(f"`{argument}`: expected a function {signature}, got a {_kind(function)}; pass a function.")
+        raise TypeError(f"`{argument}`: expected a function {signature}, got a {kind_of(function)}; pass a function.")
 
 
 def check_stream(argument: str, rngs: Any, stream: str) -> None:
@@ -115,7 +116,7 @@ def check_stream(argument: str, rngs: Any, stream: str) -> None:
 def check_is_array(argument: str, value: Any) -> None:
     """Refuse, by a TypeError, all but JAX and NumPy arrays and holders of one, such as `nnx.Param`."""
     if not (isinstance(value, Array | np.ndarray) or hasattr(value, "__jax_array__")):
-        raise TypeError(f"`{argument}`: expected a jax.Array, got a {_kind(value)}; convert it first.")
+        raise TypeError(f"`{argument}`: expected a jax.Array, got a {kind_of(value)}; convert it first.")
 
 
 def check_partition_axes(x: Any) -> None:
@@ -202,14 +203,14 @@ def check_materialised(parameters: Mapping[str, Any]) -> None:
         concrete = isinstance(value, np.ndarray) or (isinstance(value, Array) and not isinstance(value, Tracer))
         if not concrete or not getattr(value, "is_fully_addressable", True):
             raise ValueError(
-                f"`layer`: expected values in `{name}`, got a {_kind(value)}; use a layer that holds its values."
+                f"`layer`: expected values in `{name}`, got a {kind_of(value)}; use a layer that holds its values."
             )
 
 
 def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
     """Refuse canonical arrays unless they are those of name -> (shape, dtype), by a TypeError or a ValueError."""
     if not isinstance(arrays, Mapping):
-        raise TypeError(f"`arrays`: expected a mapping of names to NumPy arrays, got a {_kind(arrays)}; pass a dict.")
+        raise TypeError(f"`arrays`: expected a mapping of names to NumPy arrays, got a {kind_of(arrays)}; pass a dict.")
     if set(arrays) != set(expected):
         raise ValueError(
             f"`arrays`: expected exactly the names {_quoted(sorted(expected))}, got "
@@ -219,7 +220,7 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
         array = arrays[name]
         if not isinstance(array, np.ndarray):
             raise TypeError(
-                f"`arrays[{name!r}]`: expected a NumPy array, got a {_kind(array)}; the layer is unchanged."
+                f"`arrays[{name!r}]`: expected a NumPy array, got a {kind_of(array)}; the layer is unchanged."
             )
         if array.shape != shape:
             symbols = "(n, in, out)" if name == "weight" else "(n, out)"
@@ -240,16 +241,6 @@ def _advice(x: Array, num_partitions: int, in_features: int) -> str:
     if x.ndim >= 2 and x.shape[-1] == num_partitions and x.shape[-2] == in_features:
         return "swap its last two axes with x.mT"
     return "move the partition axis next to last and the features last"
-
-
-def kind_beside(value: Any, *expected: str) -> str:
-    """The name of a value's type; with its package where it is a namesake of what was expected."""
-    package, name = type(value).__module__.partition(".")[0], type(value).__name__
-    return f"{package}.{name}" if name in expected else name
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -37,6 +37,9 @@ def run(
     ] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the inputs.")] = 0,
+    precision: Annotated[
+        str, typer.Option(help="How fp32 products may be computed: ieee_fp32, or tf32 (NVIDIA GPUs).")
+    ] = "ieee_fp32",
     pair: Annotated[str | None, typer.Option(help="Judge your own pair instead: package.module:factory.")] = None,
     torch_python: Annotated[
         str | None, typer.Option(help="With --pair: run the torch side in this interpreter.")
@@ -51,8 +54,9 @@ def run(
     Exit status: 0 all compared cells hold, 1 a mismatch or nothing compared, 2 wrong usage, 130 interrupted.
     """
     from parity_tests.commands.run import Options, run
-    from parity_tests.commands.usage import refuse
+    from parity_tests.commands.usage import FP32_PRECISIONS, choose, refuse
 
+    (asked,) = choose("--precision", [precision], FP32_PRECISIONS)
     options = Options(
         frameworks=tuple(framework or ()),
         implementations=tuple(implementation or ()),
@@ -63,6 +67,7 @@ def run(
         trainings=tuple(train or ()),
         device=device,
         seed=seed,
+        precision=None if asked == "ieee_fp32" else asked,
         json_file=json_file,
         junit_file=junit_file,
         html_file=html_file,
@@ -73,6 +78,8 @@ def run(
         raise typer.Exit(run(options))
     from parity_tests.commands.pair import run_user_pair
 
+    if options.precision is not None:
+        raise refuse(f"--precision: expected none beside --pair, got {asked}; a pair's modules say how they compute.")
     raise typer.Exit(run_user_pair(pair, options, torch_python, jax_python))
 
 

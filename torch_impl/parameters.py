@@ -17,9 +17,10 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
+from torch_impl.array_types import kind_of
 from torch_impl.linears import state_dict_from_linears
 from torch_impl.registry import DTYPE_NAMES
-from torch_impl.validation import check_arrays, check_materialised, kind_beside
+from torch_impl.validation import check_arrays, check_materialised
 
 __all__ = [
     "export_parameters",
@@ -135,7 +136,7 @@ def load_parameters(layer: PartitionedModule, path: str | os.PathLike[str]) -> N
 
 def _views(layer: PartitionedModule) -> dict[str, Tensor]:
     if not hasattr(layer, "partition_views"):
-        got = kind_beside(layer, "PartitionedLinear", "MaskedPartitionedLinear")
+        got = kind_of(layer, "PartitionedLinear", "MaskedPartitionedLinear")
         raise TypeError(
             f"`layer`: expected a PartitionedLinear or MaskedPartitionedLinear, got a {got}; pass the "
             f"layer itself, or use state_dict_from_linears for a list of nn.Linear."

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, strided
 
+from torch_impl.array_types import kind_of
 from torch_impl.registry import DTYPE_NAMES, IMPLEMENTATIONS
 
 _FLOATS = ", ".join(DTYPE_NAMES.values())
@@ -24,7 +25,9 @@ def check_sizes(**sizes: Any) -> None:
     """
     for argument, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"`{argument}`: expected a positive int, got {size!r} of type {_kind(size)}; pass an int.")
+            raise TypeError(
+                f"`{argument}`: expected a positive int, got {size!r} of type {kind_of(size)}; pass an int."
+            )
         if size <= 0:
             raise ValueError(f"`{argument}`: expected a positive int, got {size}; pass at least 1.")
 
@@ -36,7 +39,7 @@ def check_bias_switch(bias: Any) -> None:
         TypeError: If it is not a bool.
     """
     if not isinstance(bias, bool):
-        raise TypeError(f"`bias`: expected True or False, got a {_kind(bias)}; pass a bool.")
+        raise TypeError(f"`bias`: expected True or False, got a {kind_of(bias)}; pass a bool.")
 
 
 def check_dtype(dtype: Any) -> None:
@@ -57,7 +60,7 @@ def check_implementation_name(name: Any) -> None:
         ValueError: If it is unknown; the message lists the choices.
     """
     if not isinstance(name, str):
-        raise TypeError(f"`implementation`: expected a name, got a {_kind(name)}; pass a str.")
+        raise TypeError(f"`implementation`: expected a name, got a {kind_of(name)}; pass a str.")
     if name != "auto" and name not in IMPLEMENTATIONS:
         choices = ", ".join(repr(choice) for choice in ("auto", *IMPLEMENTATIONS))
         raise ValueError(f"`implementation`: expected one of {choices}, got {name!r}; choose one of these.")
@@ -130,7 +133,7 @@ def check_tensor(argument: str, tensor: Any) -> None:
         TypeError: If it is no tensor, is sparse, or its dtype is none of the supported ones.
     """
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"`{argument}`: expected a torch.Tensor, got a {_kind(tensor)}; convert it first.")
+        raise TypeError(f"`{argument}`: expected a torch.Tensor, got a {kind_of(tensor)}; convert it first.")
     if tensor.layout is not strided:
         raise TypeError(f"`{argument}`: expected a dense tensor, got layout {tensor.layout}; call to_dense first.")
     if tensor.dtype not in DTYPE_NAMES:
@@ -201,7 +204,7 @@ def check_materialised(views: Mapping[str, Tensor]) -> None:
 def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
     """Refuse canonical arrays unless they are those of name -> (shape, dtype), by a TypeError or a ValueError."""
     if not isinstance(arrays, Mapping):
-        raise TypeError(f"`arrays`: expected a mapping of names to NumPy arrays, got a {_kind(arrays)}; pass a dict.")
+        raise TypeError(f"`arrays`: expected a mapping of names to NumPy arrays, got a {kind_of(arrays)}; pass a dict.")
     if set(arrays) != set(expected):
         raise ValueError(
             f"`arrays`: expected exactly the names {_names(expected)}, got {_names(arrays)}; the layer is unchanged."
@@ -210,7 +213,7 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
         array = arrays[name]
         if not isinstance(array, np.ndarray):
             raise TypeError(
-                f"`arrays[{name!r}]`: expected a NumPy array, got a {_kind(array)}; the layer is unchanged."
+                f"`arrays[{name!r}]`: expected a NumPy array, got a {kind_of(array)}; the layer is unchanged."
             )
         if array.shape != shape:
             symbols = "(n, in, out)" if name == "weight" else "(n, out)"
@@ -238,16 +241,6 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def kind_beside(value: Any, *expected: str) -> str:
-    """The name of a value's type; with its package where it is a namesake of what was expected."""
-    package, name = type(value).__module__.partition(".")[0], type(value).__name__
-    return f"{package}.{name}" if name in expected else name
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__
 
 
 def _names(mapping: Mapping[str, Any]) -> str:

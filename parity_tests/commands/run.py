@@ -45,6 +45,7 @@ class Options:
     trainings: tuple[str, ...]
     device: str
     seed: int
+    precision: str | None
     json_file: Path | None
     junit_file: Path | None
     html_file: Path | None
@@ -107,12 +108,17 @@ def run(options: Options) -> int:
     cases = chosen_cases(options.case_set, options.cases)
     dtypes = choose("--dtype", options.dtypes, STORAGE_DTYPES) or list(STORAGE_DTYPES)
     device = choose("--device", [options.device], DEVICES)[0]
+    if options.precision is not None and "float32" not in dtypes:
+        raise refuse(
+            f"--precision {options.precision}: expected float32 among --dtype, got {', '.join(dtypes)}; leave one out."
+        )
     frameworks = chosen_frameworks(options.frameworks)
     whole = options.case_set == "full" and not (options.cases or options.modes)
     modes = chosen_modes(frameworks, options.modes, every=whole)
     optimizers = _chosen_trainings(options, frameworks)
     # Trainings that are named are all that is asked for.
-    subjects = [] if options.trainings else chosen_subjects(frameworks, options.implementations, device, modes)
+    chosen = (frameworks, options.implementations, device, modes, options.precision)
+    subjects = [] if options.trainings else chosen_subjects(*chosen)
 
     def included(subject: Subject, case: Case) -> bool:
         return not whole or covered(subject.framework, subject.mode, case)
@@ -131,7 +137,9 @@ def run(options: Options) -> int:
             begun += 1
 
         def work() -> Iterator[ParityRow]:
-            yield from run_cells(subjects, dtypes, cases, options.seed, advance, included, device)
+            yield from run_cells(
+                subjects, dtypes, cases, options.seed, advance, included, device, options.precision, exact=True
+            )
             for task_name, optimizer in optimizers:
                 advance(f"training: {task_name}, {optimizer}")
                 report = training_rows(task_name, optimizer)

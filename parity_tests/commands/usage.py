@@ -14,6 +14,8 @@ from parity_tests.harness.subjects.base import FRAMEWORKS, Subject, framework_av
 from parity_tests.harness.subjects.modes import DEFAULT_MODES, MODES, SHARDS, modes_of
 
 DEVICES = ("auto", "cpu", "cuda")
+# How products of fp32 arrays may be computed; every other dtype has one precision.
+FP32_PRECISIONS = ("ieee_fp32", "tf32")
 HOLDS, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 # In a pipe or a log there is no terminal to fit into: 80 columns would cut names until they cannot be told apart.
 _WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
@@ -84,6 +86,7 @@ def chosen_subjects(
     implementations: Sequence[str],
     device: str,
     modes: Mapping[str, Sequence[str]] | None = None,
+    precision: str | None = None,
 ) -> list[Subject]:
     """Loads the subjects of the frameworks, in these modes or the default, and keeps the named implementations."""
     if "sharded" in (modes or {}).get("jax", ()):
@@ -94,7 +97,7 @@ def chosen_subjects(
     found: list[Subject] = []
     for name in frameworks if modes is None else modes:
         try:
-            found += load_subjects(name, device, () if modes is None else modes[name])
+            found += load_subjects(name, device, () if modes is None else modes[name], precision)
         except ValueError as error:
             raise refuse(str(error)) from None
     choose("--implementation", implementations, sorted({subject.implementation for subject in found}))

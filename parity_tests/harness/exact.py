@@ -69,11 +69,12 @@ def check_wide_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) 
     """Sums beyond the output's exact integers, yet exact in an fp32 accumulator: one rounding, and only one, is right.
 
     All products are positive, so that the running sum passes the output format's largest exact integer early; an
-    accumulator of that format then loses every odd term. y only, without bias, because a bias may legitimately be added
-    after the rounding.
+    accumulator of that format then loses every odd term. y only, and any bias is zero, because a bias may legitimately
+    be added after the rounding.
     """
     inputs = draw_lattice(case, dtype, seed, limit=3)
-    positive = dataclasses.replace(inputs, x=np.abs(inputs.x), weight=np.abs(inputs.weight), bias=None)
+    bias = None if inputs.bias is None else np.zeros_like(inputs.bias)
+    positive = dataclasses.replace(inputs, x=np.abs(inputs.x), weight=np.abs(inputs.weight), bias=bias)
     largest = int(
         (positive.x.astype(np.float64).max(initial=0) * positive.weight.astype(np.float64).max()) * case.in_features
     )

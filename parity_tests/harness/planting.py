@@ -90,15 +90,15 @@ def _problem(dtype: str, seed: int) -> tuple[Inputs, Reference]:
     return inputs, reference(inputs)
 
 
-def _verdict(candidate: Subject, dtype: str, seed: int, isolation: bool) -> Killing:
-    """Whether the judge rejects a subject, and why."""
+def _verdict(candidate: Subject, dtype: str, seed: int, isolation: bool, measured: Subject) -> Killing:
+    """Whether the judge rejects a subject, and why; the bound is that of the subject that was measured."""
     inputs, truth = _problem(dtype, seed)
     if isolation:
         visible = check_isolation(candidate, inputs, partition=1, poison=float("nan"))["visible"]
         return Killing(not visible, "" if visible else "NaN does not reach the output of its own partition")
-    judgement = judge(candidate, inputs, truth)
+    judgement = judge(candidate, inputs, truth, measured=measured)
     rejected = any(result.status == "mismatch" for result in judgement.results)
-    return Killing(rejected, explain(judgement.results, judgement.outputs, inputs))
+    return Killing(rejected, explain(judgement.results, judgement.outputs, inputs, judgement.arithmetic))
 
 
 # Once for all defects that are planted in the same subject.
@@ -117,7 +117,7 @@ def observe(defect: Defect, subject: Subject, dtype: str, seed: int = 0) -> Kill
     Returns:
         Whether the defect was killed (and the healthy subject passes the same check), and the cause that was named.
     """
-    spoiled = _verdict(plant(defect, subject), dtype, seed, defect.isolation)
+    spoiled = _verdict(plant(defect, subject), dtype, seed, defect.isolation, subject)
     # Rejecting a subject that was broken before says nothing about the defect.
-    healthy = not _healthy(subject, dtype, seed, defect.isolation).killed
+    healthy = not _healthy(subject, dtype, seed, defect.isolation, subject).killed
     return Killing(spoiled.killed and healthy, spoiled.cause)

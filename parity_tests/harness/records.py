@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from parity_tests.harness.comparison import TensorResult
+from parity_tests.harness.tolerance import FALSE_ALARM_RATE
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "flax", "optax")
@@ -21,23 +22,26 @@ class ParityRow:
     """One cell: a subject against the oracle, or a pair of subjects against each other.
 
     Attributes:
-        kind: ``oracle``, ``pair`` (torch against jax), ``mode`` (a mode against its subject's default mode), ``ladder``
-            (a rung) or ``training`` (a criterion).
+        kind: ``oracle``, ``pair`` (torch against jax), ``mode`` (a mode against its subject's default mode), ``exact``
+            (a check that needs no tolerance), ``ladder`` (a rung) or ``training`` (a criterion).
         framework: ``torch`` or ``jax``; ``torch+jax`` for a pair.
         implementation: the subject's name; ``a+b`` for a pair.
         dtype: storage dtype.
         case: name of the case.
-        tensor: ``y``, ``dx``, ``dweight``, ``dbias``; for a pair that holds, the tensor that came closest to its bound.
+        tensor: ``y``, ``dx``, ``dweight``, ``dbias``; for a pair that holds, the tensor that came closest to its bound;
+            for ``exact`` the check: ``lattice``, ``wide lattice`` or ``isolation``.
         status: ``ok``, ``mismatch`` or ``skipped``.
         reason: one sentence for a mismatch or a skip.
         diagnosis: what the arithmetic fingerprint says about this subject and dtype.
         command: reproduces this row.
         mode: how the subject was run, see ``subjects.modes``; ``a+b`` for two subjects, empty for what has no mode.
+        arithmetic: what the bound was derived for: the promise of mode and dtype, closed by what was measured.
+        observed: the precision class that the error shows, ``ieee_fp32``, ``tf32``, ...; ``lower`` for none.
         max_abs_error: see ``comparison.TensorResult``, as are the following.
         tensor_fractions: for a pair, the error over bound of every tensor.
     """
 
-    kind: Literal["oracle", "pair", "mode", "ladder", "training"]
+    kind: Literal["oracle", "pair", "mode", "exact", "ladder", "training"]
     framework: str
     implementation: str
     dtype: str
@@ -48,6 +52,8 @@ class ParityRow:
     diagnosis: str = ""
     command: str = ""
     mode: str = ""
+    arithmetic: str = ""
+    observed: str = ""
     max_abs_error: float | None = None
     median_abs_error: float | None = None
     bound_fraction: float | None = None
@@ -93,14 +99,24 @@ def summarize(rows: Sequence[ParityRow]) -> Summary:
 
 
 def environment() -> dict[str, Any]:
-    """Versions that a reader needs to repeat the run; asking for them imports no framework."""
+    """What a reader needs to repeat and to weigh the run; asking for it imports no framework.
+
+    Returns:
+        ``python``, ``machine``, ``packages`` by name (None for one that is not installed) and ``false_alarm_rate``, at
+        which tiers T2 and T3 reject correct code.
+    """
     versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    return {"python": platform.python_version(), "machine": platform.machine(), "packages": versions}
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "packages": versions,
+        "false_alarm_rate": FALSE_ALARM_RATE,
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -8,11 +8,27 @@ from rich.markup import escape
 from rich.table import Table
 
 from parity_tests.harness.records import ParityRow, Summary
+from parity_tests.harness.tolerance import FALSE_ALARM_RATE, PRECISION_OF_DTYPE
+
+_RATE = f"{FALSE_ALARM_RATE:.0e}"
 
 
 def _fraction(rows: Sequence[ParityRow], field: str) -> str:
     values = [getattr(row, field) for row in rows if getattr(row, field) is not None]
     return f"{max(values):.3f}" if values else "-"
+
+
+def _exact(rows: Sequence[ParityRow]) -> str:
+    """How many of the checks that need no tolerance hold."""
+    checks = [row.status == "ok" for row in rows if row.kind == "exact"]
+    return f"{sum(checks)}/{len(checks)}" if checks else "-"
+
+
+def _diagnosis(rows: Sequence[ParityRow]) -> str:
+    """What the fingerprint says, and every precision class that was observed in place of the dtype's own."""
+    said = [next((row.diagnosis for row in rows if row.diagnosis), "")]
+    other = {row.observed: None for row in rows if row.observed not in ("", PRECISION_OF_DTYPE.get(row.dtype))}
+    return "; ".join(filter(None, [*said, *(f"observed precision: {name}" for name in other)]))
 
 
 def print_report(console: Console, rows: Sequence[ParityRow], summary: Summary) -> None:
@@ -28,10 +44,11 @@ def print_report(console: Console, rows: Sequence[ParityRow], summary: Summary) 
         # 72 pairs a case would bury the subjects: pairs are one line a dtype and mode.
         name = {"pair": "every torch-jax pair", "mode": "every implementation"}.get(row.kind, row.implementation)
         groups[row.framework, name, row.mode, row.dtype].append(row)
-    table = Table(title="parity: largest error over its derived bound (T1 must not exceed 1)", title_justify="left")
+    title = f"parity: largest error over its bound, at most 1 (T1 certain; T2, T3 at a false-alarm rate of {_RATE})"
+    table = Table(title=title, title_justify="left")
     for column in ("framework", "implementation", "mode", "dtype", "status"):
         table.add_column(column)
-    for column in ("compared", "skipped", "T1", "T2", "T3"):
+    for column in ("compared", "skipped", "T1", "T2", "T3", "exact"):
         table.add_column(column, justify="right")
     table.add_column("diagnosis")
     for (framework, name, mode, dtype), members in groups.items():
@@ -49,7 +66,8 @@ def print_report(console: Console, rows: Sequence[ParityRow], summary: Summary) 
             _fraction(compared, "bound_fraction"),
             _fraction(compared, "bound_fraction_t2"),
             _fraction(compared, "bound_fraction_t3"),
-            next((row.diagnosis for row in compared if row.diagnosis), ""),
+            _exact(compared),
+            _diagnosis(compared),
         )
     console.print(table)
     for row in rows:

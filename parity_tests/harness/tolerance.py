@@ -45,7 +45,8 @@ class Arithmetic:
         operand: format that the operands are rounded to before they are multiplied (the storage format when exact).
         accumulator: format of the running sum.
         fused_bias: the bias is certainly added before the one rounding to the output; False leaves both open.
-        flushes_subnormals: results below the smallest normal become zero.
+        flushes_subnormals: results below the smallest normal of ``output`` may become zero.
+        flushes_partial_sums: the same for products and running sums, below the smallest normal of ``accumulator``.
         truncates: the accumulator chops instead of rounding to nearest (tensor cores).
         casts: operands, bias and cotangent are stored wider and rounded to ``operand`` first (autocast, a dtype
             policy); they are taken to be normal numbers of that format.
@@ -57,6 +58,7 @@ class Arithmetic:
     accumulator: str
     fused_bias: bool = False
     flushes_subnormals: bool = True
+    flushes_partial_sums: bool = True
     truncates: bool = False
     casts: bool = False
     gradients_in: str | None = None
@@ -83,10 +85,31 @@ class Arithmetic:
         """The unit roundoff of the running sum."""
         return _TRUNCATING_ROUNDOFF if self.truncates else FORMATS[self.accumulator].roundoff
 
-    def underflow(self, name: str) -> float:
-        """Largest absolute error that underflow in format ``name`` can cause."""
-        fmt = FORMATS[name]
-        return fmt.smallest_normal if self.flushes_subnormals else fmt.smallest_subnormal
+    @property
+    def underflow(self) -> float:
+        """Largest absolute error that underflow of a result can cause."""
+        return _underflow(self.output, self.flushes_subnormals)
+
+    @property
+    def partial_underflow(self) -> float:
+        """Largest absolute error that underflow of one product, or of the sum that it joins, can cause."""
+        return _underflow(self.accumulator, self.flushes_partial_sums)
+
+    def describe(self) -> str:
+        """A clause for a reader: what the bound was derived for."""
+        said = [
+            f"{self.operand} operands{' (cast)' if self.casts else ''}",
+            f"{self.accumulator} sums{' (truncated)' if self.truncates else ''}",
+            f"{self.output} results",
+            "bias fused" if self.fused_bias else "bias fused or not",
+            "subnormals may be flushed" if self.flushes_subnormals else "subnormals kept",
+        ]
+        return ", ".join(said)
+
+
+def _underflow(name: str, flushed: bool) -> float:
+    fmt = FORMATS[name]
+    return fmt.smallest_normal if flushed else fmt.smallest_subnormal
 
 
 _DECLARED = {
@@ -94,7 +117,9 @@ _DECLARED = {
     "ieee_fp32": Arithmetic("float32", "float32", "float32"),
     "tf32": Arithmetic("float32", "tf32", "float32", truncates=True),
     "bf16": Arithmetic("bfloat16", "bfloat16", "float32"),
-    "fp16": Arithmetic("float16", "float16", "float32"),
+    # Results of ordinary size lie below fp16's smallest normal, 6e-5: unless a device was seen to flush them, a result
+    # that became zero there is lost. (fp32 and bf16 subnormals lie below 1.2e-38, and XLA flushes them on a CPU.)
+    "fp16": Arithmetic("float16", "float16", "float32", flushes_subnormals=False),
 }
 PRECISION_OF_DTYPE = {"float64": "fp64", "float32": "ieee_fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -103,7 +128,8 @@ def declared_arithmetic(precision: str) -> Arithmetic:
     """Returns what a precision promises: storage, operands and an fp32 accumulator for the 16-bit formats.
 
     The promise leaves open what implementations legitimately do either way: the bias may be added after the product was
-    rounded, and subnormals may be flushed.
+    rounded, and subnormals of formats other than fp16 may be flushed. What a device was seen to do closes this again,
+    see ``entitlement``.
 
     Args:
         precision: ``fp64``, ``ieee_fp32``, ``tf32``, ``bf16`` or ``fp16``.
@@ -141,10 +167,10 @@ def bounds(tensor: OracleTensor, arithmetic: Arithmetic, tiers: Sequence[Tier]) 
     """
     theta, u_acc = arithmetic.operand_error, arithmetic.accumulator_roundoff
     u = FORMATS[arithmetic.output].roundoff
-    eta = arithmetic.underflow(arithmetic.output)
+    eta = arithmetic.underflow
     terms, magnitude, addend = tensor.terms, tensor.magnitude, tensor.addend
     confidence = math.sqrt(2 * math.log(2 * max(terms, 1) * max(tensor.value.size, 1) / FALSE_ALARM_RATE))
-    underflow = eta + terms * arithmetic.underflow(arithmetic.accumulator)
+    underflow = eta + terms * arithmetic.partial_underflow
     u_oracle = 2.0**-53 if tensor.value.dtype == np.float64 else float(np.finfo(np.longdouble).eps) / 2
     oracle_error = _growth(terms + 2, u_oracle, "T1", 0.0)
     unfused = addend is not None and not arithmetic.fused_bias

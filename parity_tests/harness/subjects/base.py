@@ -143,19 +143,35 @@ def framework_available(framework: str) -> bool:
     return all(importlib.util.find_spec(package) is not None for package in packages)
 
 
-def load_subjects(framework: str, device: str = "auto", modes: Sequence[str] = ()) -> Sequence[Subject]:
+def check_precision(precision: str | None, has_tf32: bool) -> None:
+    """Refuses TF32 where there is none: a bound for it would only be too wide.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if precision == "tf32" and not has_tf32:
+        raise ValueError(
+            "precision: expected ieee_fp32 on a CPU, which has no TF32 arithmetic, got 'tf32'; leave it out, or use "
+            "--device cuda where there is a GPU."
+        )
+
+
+def load_subjects(
+    framework: str, device: str = "auto", modes: Sequence[str] = (), precision: str | None = None
+) -> Sequence[Subject]:
     """Imports a framework and returns all its subjects.
 
     Args:
         framework: ``torch`` or ``jax``.
         device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
         modes: of the framework, see ``modes.modes_of``; none for its default.
+        precision: ``tf32`` to let products of fp32 arrays round their operands to TF32; None for fp32's own.
 
     Raises:
-        ValueError: for another framework, or a device that is not there.
+        ValueError: for another framework, a device that is not there, or TF32 on a CPU.
         ImportError: if the framework is not installed.
     """
-    return _subjects_of(framework).subjects(device, modes)
+    return _subjects_of(framework).subjects(device, modes, precision)
 
 
 def load_plain_linear(framework: str, device: str = "auto") -> Subject:

@@ -18,6 +18,7 @@ from jax_impl.linen import PartitionedLinear as LinenPartitionedLinear
 from jax_impl.registry import IMPLEMENTATIONS, unsupported_reason
 from parity_tests.harness.cases import Case, Layout
 from parity_tests.harness.inputs import Inputs
+from parity_tests.harness.subjects.base import check_precision
 from parity_tests.harness.subjects.jax_modes import EXECUTIONS, Function, by_itself, mode_reason, placement
 from parity_tests.harness.subjects.modes import DEFAULT_MODES, MODES
 
@@ -111,15 +112,12 @@ def _vjp(function: Function, layout: Layout, mode: str) -> Callable[..., Any]:
 
 # Cached likewise: the subjects of one process share what was compiled.
 @functools.cache
-def _functional(name: str) -> Function:
-    # HIGHEST: what is judged is the formulation, not the device's default of rounding fp32 operands to TF32.
-    return lambda x, *parameters: partitioned_linear(
-        x, *parameters, implementation=name, precision=jax.lax.Precision.HIGHEST
-    )
+def _functional(name: str, precision: jax.lax.Precision) -> Function:
+    return lambda x, *parameters: partitioned_linear(x, *parameters, implementation=name, precision=precision)
 
 
 @functools.cache
-def _nnx_layer(name: str = "auto", dtype: DTypeLike | None = None) -> Function:
+def _nnx_layer(precision: jax.lax.Precision, name: str = "auto", dtype: DTypeLike | None = None) -> Function:
     def call(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         n, i, o = kernel.shape
         layer = PartitionedLinear(
@@ -130,7 +128,7 @@ def _nnx_layer(name: str = "auto", dtype: DTypeLike | None = None) -> Function:
             implementation=name,
             dtype=dtype,
             param_dtype=kernel.dtype,
-            precision=jax.lax.Precision.HIGHEST,
+            precision=precision,
             rngs=nnx.Rngs(0),
         )
         # Replaced after construction: the gradient flows to the arguments through the attributes the layer reads.
@@ -143,14 +141,14 @@ def _nnx_layer(name: str = "auto", dtype: DTypeLike | None = None) -> Function:
 
 
 @functools.cache
-def _linen_layer(dtype: DTypeLike | None = None) -> Function:
+def _linen_layer(precision: jax.lax.Precision, dtype: DTypeLike | None = None) -> Function:
     def call(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         layer = LinenPartitionedLinear(
             features=kernel.shape[2],
             use_bias=bias is not None,
             dtype=dtype,
             param_dtype=kernel.dtype,
-            precision=jax.lax.Precision.HIGHEST,
+            precision=precision,
         )
         parameters = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
         return cast(jax.Array, layer.apply({"params": parameters}, x))
@@ -213,9 +211,13 @@ def plain_linear(device: str = "auto") -> JaxSubject:
     return JaxSubject("nnx.Linear", True, resolve_device(device), _plain_linear, table_name=None)
 
 
-def subjects(device: str = "auto", modes: Sequence[str] = ()) -> list[JaxSubject]:
+def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | None = None) -> list[JaxSubject]:
     """Returns every JAX subject, in every mode that is asked for; in the default mode if none is."""
     target = resolve_device(device)
+    check_precision(precision, has_tf32=target.platform == "gpu")
+    # HIGHEST: what is judged is the formulation, not the device's default of rounding fp32 operands to TF32. For TF32
+    # that default and no preset: convolutions take none.
+    product = jax.lax.Precision.DEFAULT if precision == "tf32" else jax.lax.Precision.HIGHEST
     found = []
     for mode in modes or (DEFAULT_MODES["jax"],):
         # A dtype policy belongs to a layer: there each implementation is judged inside one.
@@ -225,13 +227,13 @@ def subjects(device: str = "auto", modes: Sequence[str] = ()) -> list[JaxSubject
                 name,
                 entry.isolates_partitions,
                 target,
-                _nnx_layer(name, cast_to) if EXECUTIONS[mode].casts else _functional(name),
+                _nnx_layer(product, name, cast_to) if EXECUTIONS[mode].casts else _functional(name, product),
                 table_name=name,
             )
             for name, entry in IMPLEMENTATIONS.items()
         ]
-        sources.append(JaxSubject("layer", True, target, _nnx_layer(dtype=cast_to), table_name=None))
-        sources.append(JaxSubject("linen", True, target, _linen_layer(cast_to), table_name=None))
+        sources.append(JaxSubject("layer", True, target, _nnx_layer(product, dtype=cast_to), table_name=None))
+        sources.append(JaxSubject("linen", True, target, _linen_layer(product, cast_to), table_name=None))
         if EXECUTIONS[mode].divides:
             sources = [_divided(source) for source in sources]
         found += [dataclasses.replace(source, mode=mode) for source in sources]

@@ -74,7 +74,7 @@ def modes_of(framework: str) -> tuple[str, ...]:
     return tuple(mode.name for mode in _TABLE if framework in mode.frameworks)
 
 
-def arithmetic_of(mode: str, dtype: str, representable: bool = False) -> Arithmetic:
+def arithmetic_of(mode: str, dtype: str, representable: bool = False, precision: str | None = None) -> Arithmetic:
     """What a subject in this mode is entitled to.
 
     Where the mode casts, the operands are rounded on their way in, sums are kept in fp32, and the gradients, rounded to
@@ -84,10 +84,11 @@ def arithmetic_of(mode: str, dtype: str, representable: bool = False) -> Arithme
         mode: a name of ``MODES``.
         dtype: storage dtype of the inputs.
         representable: the inputs come from ``as_cast``, so that the cast rounds nothing.
+        precision: what a user asked for in place of fp32's own, ``tf32``; other dtypes keep their promise.
     """
     cast = MODES[mode].computes_in
     if cast is None:
-        return declared_arithmetic(PRECISION_OF_DTYPE[dtype])
+        return declared_arithmetic((dtype == "float32" and precision) or PRECISION_OF_DTYPE[dtype])
     promised = declared_arithmetic(PRECISION_OF_DTYPE[cast])
     return dataclasses.replace(promised, casts=not representable, gradients_in=dtype)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from parity_tests.harness.subjects.base import Subject
+from parity_tests.harness.subjects.base import Subject, check_precision
 from parity_tests.harness.subjects.modes import DEFAULT_MODES
 from parity_tests.harness.subjects.torch_arrays import to_torch
 from parity_tests.harness.subjects.torch_modes import WRAPPERS
@@ -43,9 +43,17 @@ def plain_linear(device: str = "auto") -> Subject:
     return plain_linear_subject(resolve_device(device))
 
 
-def subjects(device: str = "auto", modes: Sequence[str] = ()) -> list[Subject]:
-    """Returns every PyTorch subject, in every mode that is asked for; in the default mode if none is."""
+def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | None = None) -> list[Subject]:
+    """Returns every PyTorch subject, in every mode that is asked for; in the default mode if none is.
+
+    On a GPU it sets PyTorch's switches for fp32 products and convolutions: what is judged is the formulation, not the
+    default of rounding the operands of convolutions to TF32.
+    """
     target = resolve_device(device)
+    check_precision(precision, has_tf32=target.type == "cuda")
+    if target.type == "cuda":
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
     sources = eager_subjects(target)
     found: list[Subject] = []
     for mode in modes or (DEFAULT_MODES["torch"],):

@@ -1,0 +1,69 @@
+"""The checks that need no tolerance as rows of a run: integer lattices and the isolation of NaN and Inf."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from parity_tests.harness.cases import Case
+from parity_tests.harness.dtypes import FORMATS
+from parity_tests.harness.exact import check_isolation, check_lattice, check_wide_lattice
+from parity_tests.harness.inputs import Inputs
+from parity_tests.harness.records import ParityRow
+from parity_tests.harness.subjects.base import Subject
+from parity_tests.harness.subjects.modes import MODES
+
+# The numbers say nothing new on a larger array, and every check is a few calls more.
+_MOST_ENTRIES = 2**20
+# Here each of those calls is a compilation or a round through eight processes.
+_DEAR_MODES = (("torch", "compile"), ("torch", "sharded"))
+_POISONS = (float("nan"), float("inf"))
+
+
+def exact_rows(
+    subject: Subject, case: Case, inputs: Inputs, where: Mapping[str, Any], seed: int = 0
+) -> Iterator[ParityRow]:
+    """Yields a row for each check that the case and dtype admit, in the shapes that the case is judged in anyway.
+
+    None is admitted by an empty batch, a mode that casts (its sums are rounded to another format than the lattice was
+    sized for) or one where each call is dear, nor by more than 2^20 elements. The lattice needs sums that stay exact in
+    the dtype, the wide one sums well beyond them in a 16-bit dtype, and isolation at least two partitions.
+
+    Args:
+        subject: supports the case in this dtype.
+        case: the shape.
+        inputs: drawn for the case.
+        where: the fields of a row that say which cell it belongs to.
+        seed: of the integers.
+    """
+    size = inputs.x.size + inputs.weight.size + inputs.cotangent.size
+    dear = (subject.framework, subject.mode) in _DEAR_MODES
+    if not case.rows or size > _MOST_ENTRIES or dear or MODES[subject.mode].computes_in is not None:
+        return
+
+    def row(check: str, reasons: list[str]) -> ParityRow:
+        status = "mismatch" if reasons else "ok"
+        return ParityRow(**{**where, "kind": "exact"}, tensor=check, status=status, reason="; ".join(reasons))
+
+    largest = FORMATS[inputs.dtype].largest_integer
+    if max(case.in_features, case.out_features, case.rows) < largest:
+        results = check_lattice(subject, case, inputs.dtype, seed)
+        yield row("lattice", [result.reason for result in results if result.status != "ok"])
+    # On average a product of the lattice's magnitudes is 3: from here on sums lie well beyond the exact integers.
+    if inputs.dtype in ("bfloat16", "float16") and largest < 2 * case.in_features <= 2**20:
+        results = check_wide_lattice(subject, case, inputs.dtype, seed)
+        yield row("wide lattice", [result.reason for result in results if result.status != "ok"])
+    if case.num_partitions > 1:
+        yield row("isolation", list(_isolation_faults(subject, inputs)))
+
+
+def _isolation_faults(subject: Subject, inputs: Inputs) -> Iterator[str]:
+    """What is wrong with NaN and Inf in one partition: swallowed, or seen in others though that is declared not to be.
+
+    What declares no isolation may still have it in some shapes, where a compiler chose another algorithm.
+    """
+    for poison in _POISONS:
+        partition = len(inputs.weight) // 2
+        found = check_isolation(subject, inputs, partition, poison)
+        if not found["visible"]:
+            yield f"{poison} in partition {partition} was swallowed"
+        if subject.isolates_partitions and not found["isolated"]:
+            yield f"{poison} in partition {partition} changed the others, which are declared isolated"
