@@ -84,7 +84,7 @@ _PATIENT = Limits(
     executed_flops=2e11, unrolled_products=40, memory_fraction=0.5, call_s=0.5, slowdown=4, prepare_s=90, request_s=300
 )
 _SHORT = Limits(
-    executed_flops=2e9, unrolled_products=32, memory_fraction=0.25, call_s=0.05, slowdown=6, prepare_s=40, request_s=60
+    executed_flops=2e9, unrolled_products=16, memory_fraction=0.25, call_s=0.05, slowdown=6, prepare_s=40, request_s=60
 )
 
 # More than any time allows.
