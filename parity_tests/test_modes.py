@@ -289,7 +289,7 @@ def test_an_ensemble_and_its_shards_divide_the_partitions():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists the memory maps of a process")
-@pytest.mark.skipif(not framework_available("jax"), reason="jax is not installed")
+@pytest.mark.skipif("jax" not in INSTALLED, reason="the JAX tree needs jax and flax")
 def test_a_long_run_does_not_keep_what_it_compiled():
     """A process of thousands of programs would have as many memory maps as Linux allows, and crash."""
     chosen = [subject for subject in load_subjects("jax", "cpu") if subject.implementation == "loop"]

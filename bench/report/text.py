@@ -31,6 +31,8 @@ EFFICIENCY_COLUMNS: tuple[str, ...] = (
     "enqueue",
     "kernels a call",
 )
+# A log ratio of some 1000%: the digits of anything larger mean nothing.
+_LARGEST_SHOWN = 2.4
 # More names say less: the JSON lists them all.
 _NAMED = 5
 _TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
@@ -145,7 +147,7 @@ def baseline_line(ranking: Ranking) -> str:
     text = f"Baseline: {ranking.baseline}; above 1x is faster."
     if ranking.resolution is None or math.isinf(ranking.resolution):
         return f"{text} No A/A control, so nothing is resolved."
-    noise = f"{math.expm1(min(ranking.resolution, 2.4)):.1%}"
+    noise = f"{math.expm1(min(ranking.resolution, _LARGEST_SHOWN)):.1%}"
     return f"{text} A/A control {ratio(ranking.control)}: differences below {noise} are noise."
 
 
@@ -158,7 +160,7 @@ def resolution_line(found: Sequence[Ranking]) -> str:
     fine = sum(width < RESOLUTION for width in widths)
     return (
         f"A/A controls: half-width below {math.expm1(RESOLUTION):.0%} in {fine} of {len(timed)} cells, "
-        f"median {math.expm1(median(widths)):.1%}, largest {math.expm1(min(widths[-1], 2.4)):.1%}."
+        f"median {math.expm1(median(widths)):.1%}, largest {math.expm1(min(widths[-1], _LARGEST_SHOWN)):.1%}."
     )
 
 
