@@ -15,7 +15,7 @@ from bench.measure.rounds import Rounds
 from bench.plan.cells import Cell
 from bench.plan.competitors import EAGER, YARDSTICK, Competitor
 from bench.plan.costs import planned_skip
-from bench.plan.presets import Preset
+from bench.plan.presets import BLOCK_S, Preset
 
 _BASELINES = (("torch", "matmul", EAGER), ("jax", "matmul", None))
 
@@ -101,7 +101,9 @@ class CellRun:
         for entry in prepared:
             # A failure in here recovers again, and then prepares these once more; each failure ends one competitor.
             if entry.going and self._prepare(entry) is not None and entry.calls_per_block is not None:
-                self._ask(entry, "warm_up", self._preset.limits.request_s, block_s=self._preset.block_s, max_blocks=1)
+                self._ask(
+                    entry, "warm_up", self._preset.limits.request_s, block_s=BLOCK_S[self._cell.device], max_blocks=1
+                )
 
     def _prepare(self, entry: Entry) -> Message | None:
         competitor = entry.competitor
@@ -152,7 +154,7 @@ class CellRun:
         if used is None:
             return
         entry.peak_memory_bytes, entry.memory_method = used["peak_memory_bytes"], used["memory_method"]
-        fields = {"block_s": self._preset.block_s, "max_blocks": self._preset.warm_up_blocks}
+        fields = {"block_s": BLOCK_S[self._cell.device], "max_blocks": self._preset.warm_up_blocks}
         warm = self._ask(entry, "warm_up", limits.request_s, **fields)
         if warm is not None:
             entry.calls_per_block, entry.warm_up = warm["calls_per_block"], warm["block_latency_s"]

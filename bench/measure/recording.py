@@ -12,7 +12,7 @@ from bench.plan.cells import Cell
 from bench.plan.competitors import Competitor
 from bench.plan.costs import compulsory_bytes, useful_flops, waste_factor
 from bench.plan.hardware import peak_rates
-from bench.plan.presets import Preset
+from bench.plan.presets import BLOCK_S, Preset
 from bench.records import HARNESS_VERSION, SCHEMA_VERSION, Record, digest
 
 
@@ -27,7 +27,7 @@ def cell_hash(cell: Cell, competitors: Sequence[Competitor], preset: Preset, *, 
                 preset.least_rounds,
                 # A JSON number: no limit is written as null.
                 preset.cell_s if math.isfinite(preset.cell_s) else None,
-                preset.block_s,
+                BLOCK_S[cell.device],
                 preset.warm_up_blocks,
                 preset.probe_s,
                 asdict(preset.limits),

@@ -1,6 +1,7 @@
 """What a worker does, whatever its framework: holds the competitors of one cell, judges them and times their blocks."""
 
 import gc
+import math
 import os
 import platform
 import time
@@ -20,7 +21,9 @@ from bench.plan.workloads import Workload
 from parity_tests.harness.inputs import draw_inputs
 
 _CALLS_BEFORE_TIMING = 3
-_LONG_CALL_S = 0.1
+_LONG_CALL_S = 0.03
+# Other competitors ran since the last block, and left their data in the caches and perhaps a thread that still spins.
+_REFILL_S = 0.001
 _GIVE_UP = 10  # one call this many times over the limit is no disturbance, and is not repeated
 # Inputs are drawn in float64, rounded to the storage dtype, and copied to the device.
 _BYTES_AN_ELEMENT = 16
@@ -46,7 +49,7 @@ class _Held:
     judgement: Judgement | None = None
     first_result: Any = None
     result_bytes: int = 0
-    long: bool = False
+    calls_to_refill: int = 1
 
 
 class Workbench:
@@ -192,10 +195,8 @@ class Workbench:
 
     def _timed(self, held: _Held, calls: int) -> tuple[float, Any]:
         call, wait = held.prepared.call, self._timer.wait
-        # Other competitors ran since the last block, and left their data in the caches. Refilling them costs a
-        # millisecond or so, which only a long call does not notice.
         result = None
-        for _ in range(0 if held.long else max(1, calls // 10)):
+        for _ in range(held.calls_to_refill):
             result = call()
         wait(result)
         collecting = gc.isenabled()
@@ -217,7 +218,9 @@ class Workbench:
         while (elapsed := self._timed(held, calls)[0]) < block_s:
             # A little more than the target, so that a slightly faster block still reaches it; never ten times at once.
             calls = max(calls + 1, int(calls * min(10.0, 1.15 * block_s / elapsed)))
-        held.long = calls == 1 and elapsed >= _LONG_CALL_S
+        # Only a long call does not notice what refilling costs.
+        long = calls == 1 and elapsed >= _LONG_CALL_S
+        held.calls_to_refill = 0 if long else math.ceil(calls * min(1.0, _REFILL_S / elapsed))
         blocks.append(elapsed)
         while len(blocks) < request["max_blocks"]:
             blocks.append(self._timed(held, calls)[0])

@@ -11,6 +11,11 @@ from bench.plan.sweeps import preset_sweep
 from bench.plan.workloads import WORKLOADS, workload
 from parity_tests.harness.optimizers import OPTIMIZERS
 
+# Shortest block in seconds. A GPU works through a queue, and the block must be long beside filling it and waiting for
+# its end. A CPU has no queue; there the host is what disturbs: its speed drifts within some ten milliseconds (on a
+# shared two-core machine by 20%), so competitors are compared the better the closer their blocks lie together. Blocks
+# of 3 ms knew the ratio of two equals three times as well as blocks of 20 ms over the same time.
+BLOCK_S: Mapping[str, float] = MappingProxyType({"cpu": 0.003, "cuda": 0.02})
 # A step adds the optimiser's own time, the same for everybody, to that of forward and backward: asked for by name.
 USUAL_DIRECTIONS: tuple[str, ...] = ("forward", "forward_backward")
 # Clipping joins all partitions in one norm, and a schedule changes nothing about the time of a step.
@@ -35,7 +40,6 @@ class Preset:
             ``least_rounds``.
         least_rounds: fewest rounds of each cell.
         replicates: how often everything is measured in fresh processes.
-        block_s: shortest block, in seconds.
         warm_up_blocks: most blocks spent on waiting for a steady state.
         probe_s: seconds for each of the further clocks of a competitor; 0 leaves them out.
         caches: ``warm``, ``cold``.
@@ -55,7 +59,6 @@ class Preset:
     compiled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     compiled_directions: tuple[str, ...] = USUAL_DIRECTIONS
     replicates: int = 1
-    block_s: float = 0.02
     warm_up_blocks: int = 6
     cell_s: float = math.inf
     least_rounds: int = 5
@@ -106,7 +109,9 @@ _ALL = (
         "smoke",
         "three small workloads and few rounds: does everything run, and roughly how fast (under a minute on two cores)",
         ("article-base", "article-batch-1", "recurrentgemma-2b-gates-256"),
-        rounds=3,
+        rounds=10,
+        cell_s=2.0,
+        least_rounds=3,
         limits=_SHORT,
         compiled={"article-base": ("matmul",)},
         compiled_directions=("forward",),
@@ -118,20 +123,22 @@ _ALL = (
         "seed",
         "the source article's settings and two real models (under ten minutes on two cores)",
         _SEED,
-        rounds=10,
-        cell_s=6.0,
+        rounds=_ANY_ROUNDS,
+        cell_s=10.0,
         least_rounds=4,
         warm_up_blocks=2,
         probe_s=0.01,
         left_out=_MODULES,
-        limits=_PATIENT,
+        limits=replace(_PATIENT, executed_flops=2e10),
         compiled={"article-base": ("matmul", "einsum"), "recurrentgemma-2b-gates-1024": ("matmul",)},
     ),
     Preset(
         "workloads",
         "every workload of the catalogue whose arrays take at most 1 GiB in fp32",
         _MODERATE,
-        rounds=25,
+        rounds=_ANY_ROUNDS,
+        cell_s=30.0,
+        least_rounds=10,
         limits=replace(_PATIENT, executed_flops=1e12, call_s=2.0, prepare_s=300, request_s=300),
         compiled=dict.fromkeys(_MODERATE, ("matmul",)),
     ),
@@ -139,7 +146,7 @@ _ALL = (
         "sweep",
         "around the article's base: batch, partitions and sizes on a log grid, few rounds of each",
         preset_sweep(),
-        rounds=10,
+        rounds=_ANY_ROUNDS,
         cell_s=5.0,
         warm_up_blocks=2,
         limits=replace(_PATIENT, executed_flops=2e10, call_s=0.2),
@@ -148,7 +155,9 @@ _ALL = (
         "full",
         "every workload of the catalogue, precision and division, in three process replicates",
         tuple(WORKLOADS),
-        rounds=25,
+        rounds=_ANY_ROUNDS,
+        cell_s=30.0,
+        least_rounds=10,
         limits=replace(_PATIENT, executed_flops=1e13, call_s=5.0, unrolled_products=1000, prepare_s=600, request_s=600),
         precisions=PRECISIONS,
         divisions=DIVISIONS,

@@ -31,17 +31,22 @@ from bench.study.statistics import (
     student_t_quantile,
     verdict,
 )
+from bench.study.trimming import middle_rounds, pseudo_values, trimmed_mean
 
 LOST = "LOST"
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A competitor's latency in one run: mean log seconds, its standard error and the number of units behind it."""
+    """A competitor's latency in one run: trimmed mean log seconds, its standard error and degrees of freedom.
+
+    ``units`` is the number of processes, or of rounds where there is one process.
+    """
 
     mean: float
     error: float
     units: int
+    degrees: int
 
 
 @dataclass(frozen=True)
@@ -124,11 +129,13 @@ def measured_cells(archive: Archive, name: str) -> dict[Identity, Measured]:
             rounds = log_latencies(records)
             if not rounds or any(record.status != "ok" for record in records):
                 continue
-            units = np.array([values.mean() for values in rounds.values()])
+            units = np.array([trimmed_mean(values) for values in rounds.values()])
+            degrees = len(units) - 1
             if len(units) == 1:
-                units = next(iter(rounds.values()))
+                values = next(iter(rounds.values()))
+                units, degrees = pseudo_values(values, (len(values),)), middle_rounds(len(values)) - 1
             error = float(units.std(ddof=1) / math.sqrt(len(units))) if len(units) > 1 else math.inf
-            spreads[label] = Spread(float(units.mean()), error, len(units))
+            spreads[label] = Spread(float(units.mean()), error, len(units), degrees)
         cells[where] = Measured(rank_cells([group])[0], spreads)
     return cells
 
@@ -138,7 +145,7 @@ def _interval(a: Spread, b: Spread, floors: tuple[float, float], shift: float, c
     units = min(a.units, b.units)
     noise = math.inf
     if units > 1:
-        reach = student_t_quantile(0.5 + confidence / 2, units - 1) * math.hypot(a.error, b.error)
+        reach = student_t_quantile(0.5 + confidence / 2, min(a.degrees, b.degrees)) * math.hypot(a.error, b.error)
         noise = math.hypot(reach, *floors) + abs(shift)
     # Beyond any ratio that could be measured, and still a number.
     ends = (max(estimate - noise, -700.0), min(estimate + noise, 700.0))

@@ -71,12 +71,13 @@ def matches(shape: Shape, record: Record) -> bool:
 
 def _neighbour(shape: Shape, group: Sequence[Record]) -> Neighbour | None:
     ranking = rank_cells([group])[0]
+    by_competitor = by_label(group)
+    # In the order of the ranking, the fastest first; whoever has a rank has no record that failed.
+    ours = [row.record for row in ranking.rows if row.rank is not None and row.record.kind == IMPLEMENTATION]
     competitors = {
-        label: log_latencies(records)
-        for label, records in by_label(group).items()
-        if records[0].kind == IMPLEMENTATION
-        and shape.framework in (None, records[0].framework)
-        and all(record.status == "ok" for record in records)
+        record.label: log_latencies(by_competitor[record.label])
+        for record in ours
+        if shape.framework in (None, record.framework)
     }
     first = leaders(competitors, ranking.resolution, confidence=ranking.confidence)
     if not first:

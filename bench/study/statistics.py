@@ -1,11 +1,13 @@
 """Paired ratios with intervals, and what may be concluded from them.
 
 For round r let ``d_r = log(baseline_r) - log(competitor_r)``, each the mean log duration of that round's two blocks
-(order, then reverse order, which cancels a linear drift). The estimate is the geometric mean ratio ``exp(mean d)``:
-above 1 the competitor is faster than the baseline. Its interval is a 95% percentile bootstrap over processes, then
-rounds, widened about the estimate by ``sqrt(m / (m - 1)) t_{m-1} / z`` with m the number of outermost units, since a
-bootstrap of few units is too narrow (Hesterberg, What teachers should know about the bootstrap, 2015). Another
-confidence enters through the quantile ``t_{m-1}`` alone: the far tail of 2,000 resamples would be noise.
+(order, then reverse order, which cancels a linear drift). The estimate is the geometric mean ratio of the middle three
+fifths of the rounds, ``exp(trimmed mean d)`` (see ``trimming``): above 1 the competitor is faster than the baseline.
+Its interval is a 95% percentile bootstrap over processes, then rounds, widened about the estimate by
+``sqrt(m / (m - 1)) t_k / z`` with m the number of outermost units, since a bootstrap of few units is too narrow
+(Hesterberg, What teachers should know about the bootstrap, 2015); k is m - 1 over processes, and over rounds one less
+than the number of those in the middle. Another confidence enters through the quantile ``t_k`` alone: the far tail of
+2,000 resamples would be noise.
 """
 
 import math
@@ -16,6 +18,8 @@ from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
+
+from bench.study.trimming import middle_rounds, pseudo_values
 
 CONFIDENCE = 0.95
 EQUIVALENCE = math.log(1.02)
@@ -28,7 +32,7 @@ class Interval:
     """A ratio to the baseline with its interval; above 1 is faster than the baseline.
 
     Attributes:
-        ratio: baseline time over competitor time, geometric mean over rounds.
+        ratio: baseline time over competitor time, trimmed geometric mean over rounds.
         low: lower end.
         high: upper end; infinite where a single round says nothing about spread.
         rounds: number of rounds behind it.
@@ -105,9 +109,9 @@ def student_t_two_sided(t: np.ndarray, degrees: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=1024)
-def widening(units: int, confidence: float) -> float:
+def widening(units: int, degrees: int, confidence: float) -> float:
     """How far the ends of a 95% percentile interval of few units are moved out from the estimate."""
-    quantile = student_t_quantile(0.5 + confidence / 2, units - 1)
+    quantile = student_t_quantile(0.5 + confidence / 2, degrees)
     return math.sqrt(units / (units - 1)) * quantile / NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
 
 
@@ -150,22 +154,23 @@ def ratio_intervals(
         seed: of the resampling, so that a report is reproducible.
 
     Returns:
-        The geometric mean ratios and their intervals. Every process counts alike.
+        The trimmed geometric mean ratios and their intervals. Every process counts alike.
     """
-    estimates = process_means(log_ratios, lengths).mean(1)
+    values = pseudo_values(log_ratios, lengths)
+    estimates = process_means(values, lengths).mean(1)
     count = int(sum(lengths))
-    units = len(lengths) if len(lengths) > 1 else count
+    units, degrees = (len(lengths), len(lengths) - 1) if len(lengths) > 1 else (count, middle_rounds(count) - 1)
     if units == 1:
         return [Interval(_exponential(float(estimate)), 0.0, math.inf, count) for estimate in estimates]
     # Not a matrix product: its threads cost more than so small a sum, and its rounding differs between machines.
-    resampled = np.einsum("kr,rs->ks", log_ratios, _resampling(lengths, seed))
+    resampled = np.einsum("kr,rs->ks", values, _resampling(lengths, seed))
     places = [(1 - CONFIDENCE) / 2 * (RESAMPLES - 1), (1 + CONFIDENCE) / 2 * (RESAMPLES - 1)]
     ordered = np.sort(resampled, axis=1)
     low, high = (
         ordered[:, int(place)] + (place - int(place)) * (ordered[:, int(place) + 1] - ordered[:, int(place)])
         for place in places
     )
-    scale = widening(units, confidence)
+    scale = widening(units, degrees, confidence)
     ends = np.stack([estimates, estimates + scale * (low - estimates), estimates + scale * (high - estimates)], axis=1)
     return [Interval(_exponential(m), _exponential(a), _exponential(b), count) for m, a, b in ends.tolist()]
 

@@ -114,13 +114,13 @@ def test_narrowing_replaces_only_what_is_given():
 
 
 def test_time_for_a_cell_alone_lifts_the_number_of_rounds():
-    seed = PRESETS["seed"]
-    preset = narrowed(seed, cell_s=40.0)
+    smoke = PRESETS["smoke"]
+    preset = narrowed(smoke, cell_s=40.0)
     assert preset.cell_s == 40.0
-    assert preset.rounds > 1000 * seed.rounds
-    both = narrowed(seed, cell_s=40.0, rounds=30)
+    assert preset.rounds > 1000 * smoke.rounds
+    both = narrowed(smoke, cell_s=40.0, rounds=30)
     assert (both.cell_s, both.rounds) == (40.0, 30)
-    assert narrowed(seed) == seed
+    assert narrowed(smoke) == smoke
 
 
 def test_tf32_is_no_stock_precision():

@@ -18,6 +18,7 @@ from bench.study.statistics import (
     tukey_outliers,
     verdict,
 )
+from bench.study.trimming import middle_rounds, pseudo_values, trimmed_mean
 
 ROUNDS, NOISE = 13, 0.01
 
@@ -95,6 +96,42 @@ def test_intervals_cover_at_the_stated_rate(processes, rounds):
         covered += interval.low <= math.exp(truth) <= interval.high
     # Three standard errors of a rate of 0.95 over 600 trials are 0.027.
     assert covered / trials >= 0.95 - 0.027
+
+
+@pytest.mark.parametrize("rounds", [10, 25, 60])
+@pytest.mark.parametrize("disturbed", [False, True])
+def test_intervals_cover_where_a_host_disturbs_some_rounds_and_stay_narrow(rounds, disturbed):
+    rng = np.random.default_rng(5)
+    truth, trials, widths = 0.05, 600, []
+    covered = 0
+    for _ in range(trials):
+        # One round in ten is slowed down or sped up against the other by tens of percent.
+        scale = np.where(rng.random(rounds) < 0.1, 20.0, 1.0) if disturbed else 1.0
+        interval = ratio_interval([truth + 0.02 * scale * rng.standard_normal(rounds)])
+        covered += interval.low <= math.exp(truth) <= interval.high
+        widths.append(0.5 * math.log(interval.high / interval.low))
+    assert covered / trials >= 0.95 - 0.027
+    if rounds >= 25:
+        # The mean of undisturbed rounds is known to 1.96 * 0.02 / sqrt(rounds); of disturbed ones to six times that.
+        assert np.median(widths) < (1.6 if disturbed else 1.25) * 1.96 * 0.02 / math.sqrt(rounds)
+
+
+@pytest.mark.parametrize("rounds", [10, 11, 25, 100])
+def test_trimmed_means_and_their_scatter_are_those_of_scipy(rounds):
+    values = np.random.default_rng(6).standard_t(2, rounds)
+    pseudo = pseudo_values(values, (rounds,))
+    assert trimmed_mean(values) == pytest.approx(stats.trim_mean(values, 0.2))
+    assert pseudo.mean() == pytest.approx(stats.trim_mean(values, 0.2))
+    error = stats.mstats.trimmed_stde(values, limits=(0.2, 0.2))
+    assert pseudo.std(ddof=1) / math.sqrt(rounds) == pytest.approx(float(error), rel=0.1)
+    assert middle_rounds(rounds) == rounds - 2 * (rounds // 5)
+
+
+def test_few_rounds_are_all_averaged():
+    values = np.random.default_rng(7).standard_normal((3, 9))
+    assert np.array_equal(pseudo_values(values, (9,)), values)
+    assert trimmed_mean(values) == pytest.approx(values.mean(1))
+    assert middle_rounds(9) == 9
 
 
 def test_a_single_round_resolves_nothing():
