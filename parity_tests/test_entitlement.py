@@ -269,12 +269,35 @@ def test_isolation_is_demanded_only_where_it_is_declared():
         assert [row.status for row in rows if row.tensor == "isolation"] == ["ok"]
 
 
-def test_checks_that_a_case_does_not_admit_are_no_rows():
-    cases = [Case("empty", (0,), 3, 8, 8), Case("one", (4,), 1, 8, 8), Case("rows", (512,), 2, 8, 8)]
+def test_checks_that_a_case_does_not_admit_are_left_out_and_a_cell_without_any_says_why():
+    cases = [
+        Case("empty", (0,), 3, 8, 8),
+        Case("large", (2**10,), 4, 256, 8),
+        Case("one", (4,), 1, 8, 8),
+        Case("rows", (512,), 2, 8, 8),
+    ]
     rows = list(run_cells([NumpySubject()], ["bfloat16"], cases, exact=True))
-    assert [(row.case, row.tensor) for row in rows if row.kind == "exact"] == [
-        ("one", "lattice"),
-        ("rows", "isolation"),
+    assert [(row.case, row.tensor, row.status) for row in rows if row.kind == "exact"] == [
+        ("empty", "", "skipped"),
+        ("large", "", "skipped"),
+        ("one", "lattice", "ok"),
+        ("rows", "isolation", "ok"),
+    ]
+    assert [row.reason for row in rows if row.status == "skipped"] == [
+        "an empty batch has no sums to compare without tolerance.",
+        "integers and NaN say nothing new on more than 1048576 elements; smaller cases have these checks.",
+    ]
+
+
+@pytest.mark.skipif("torch" not in INSTALLED, reason="needs torch")
+def test_a_mode_that_casts_or_compiles_each_call_says_why_it_has_no_checks_without_tolerance():
+    (subject,) = [s for s in load_subjects("torch", "cpu", modes=["autocast"]) if s.implementation == "matmul"]
+    rows = [row for row in run_cells([subject], ["float32"], [CASE], exact=True) if row.kind == "exact"]
+    assert [(row.status, row.reason) for row in rows] == [
+        (
+            "skipped",
+            "autocast computes in bfloat16: sums of integers that are exact in the storage dtype are rounded.",
+        )
     ]
 
 

@@ -13,9 +13,30 @@ from parity_tests.harness.subjects.modes import MODES
 
 # The numbers say nothing new on a larger array, and every check is a few calls more.
 _MOST_ENTRIES = 2**20
-# Here each of those calls is a compilation or a round through eight processes.
-_DEAR_MODES = (("torch", "compile"), ("torch", "sharded"))
+_DEAR_MODES = {
+    ("torch", "compile"): "each of these calls would be a compilation",
+    ("torch", "sharded"): "each of these calls would go through eight processes",
+}
 _POISONS = (float("nan"), float("inf"))
+
+
+def left_out(subject: Subject, case: Case, inputs: Inputs) -> str | None:
+    """One sentence if a cell is judged against its bounds alone, else None."""
+    size = inputs.x.size + inputs.weight.size + inputs.cotangent.size
+    if not case.rows:
+        return "an empty batch has no sums to compare without tolerance."
+    if size > _MOST_ENTRIES:
+        return (
+            f"integers and NaN say nothing new on more than {_MOST_ENTRIES} elements; smaller cases have these checks."
+        )
+    if (subject.framework, subject.mode) in _DEAR_MODES:
+        return f"{_DEAR_MODES[subject.framework, subject.mode]}; the other modes have the checks without tolerance."
+    casts_to = MODES[subject.mode].computes_in
+    if casts_to is not None:
+        return (
+            f"{subject.mode} computes in {casts_to}: sums of integers that are exact in the storage dtype are rounded."
+        )
+    return None
 
 
 def exact_rows(
@@ -23,9 +44,8 @@ def exact_rows(
 ) -> Iterator[ParityRow]:
     """Yields a row for each check that the case and dtype admit, in the shapes that the case is judged in anyway.
 
-    None is admitted by an empty batch, a mode that casts (its sums are rounded to another format than the lattice was
-    sized for) or one where each call is dear, nor by more than 2^20 elements. The lattice needs sums that stay exact in
-    the dtype, the wide one sums well beyond them in a 16-bit dtype, and isolation at least two partitions.
+    Where none is run, one skipped row says why (see ``left_out``). The lattice needs sums that stay exact in the dtype,
+    the wide one sums well beyond them in a 16-bit dtype, and isolation at least two partitions.
 
     Args:
         subject: supports the case in this dtype.
@@ -34,14 +54,15 @@ def exact_rows(
         where: the fields of a row that say which cell it belongs to.
         seed: of the integers.
     """
-    size = inputs.x.size + inputs.weight.size + inputs.cotangent.size
-    dear = (subject.framework, subject.mode) in _DEAR_MODES
-    if not case.rows or size > _MOST_ENTRIES or dear or MODES[subject.mode].computes_in is not None:
+    where = {**where, "kind": "exact"}
+    reason = left_out(subject, case, inputs)
+    if reason is not None:
+        yield ParityRow(**where, tensor="", status="skipped", reason=reason)
         return
 
     def row(check: str, reasons: list[str]) -> ParityRow:
         status = "mismatch" if reasons else "ok"
-        return ParityRow(**{**where, "kind": "exact"}, tensor=check, status=status, reason="; ".join(reasons))
+        return ParityRow(**where, tensor=check, status=status, reason="; ".join(reasons))
 
     largest = FORMATS[inputs.dtype].largest_integer
     if max(case.in_features, case.out_features, case.rows) < largest:

@@ -20,7 +20,7 @@ def _fraction(rows: Sequence[ParityRow], field: str) -> str:
 
 def _exact(rows: Sequence[ParityRow]) -> str:
     """How many of the checks that need no tolerance hold."""
-    checks = [row.status == "ok" for row in rows if row.kind == "exact"]
+    checks = [row.status == "ok" for row in rows if row.kind == "exact" and row.status != "skipped"]
     return f"{sum(checks)}/{len(checks)}" if checks else "-"
 
 
