@@ -7,7 +7,7 @@ from operator import itemgetter
 from sys import intern
 from typing import Any, get_type_hints
 
-from bench.records import FIELD_NAMES, SCHEMA_VERSION, Record, RecordError, filled
+from bench.records import FIELD_NAMES, SAMPLES, SCHEMA_VERSION, Record, RecordError, filled
 
 # Fields that came later have a default, so that records of earlier runs can still be read.
 _REQUIRED = {item.name for item in fields(Record) if item.default is MISSING and item.default_factory is MISSING}
@@ -24,7 +24,6 @@ _KINDS: Mapping[Any, tuple[type, ...]] = {
 }
 _HINTS: Mapping[str, Any] = get_type_hints(Record)
 _KINDS_OF = {name: _KINDS.get(_HINTS[name], (dict,)) for name in FIELD_NAMES}
-_SAMPLES = {name for name in FIELD_NAMES if _HINTS[name] == tuple[float, ...]}
 _LISTS = tuple((k, name) for k, name in enumerate(FIELD_NAMES) if _KINDS_OF[name] == (list,))
 _TEXTS = tuple(k for k, name in enumerate(FIELD_NAMES) if _KINDS_OF[name] == (str,))
 _NUMBERS = tuple(name for name in FIELD_NAMES if int in _KINDS_OF[name])
@@ -87,7 +86,7 @@ def parse_line(line: bytes | str) -> Record:
         # The same few names again and again.
         row[k] = intern(row[k])
     for k, name in _LISTS:
-        row[k] = _samples(name, row[k]) if name in _SAMPLES else tuple(row[k])
+        row[k] = _samples(name, row[k]) if name in SAMPLES else tuple(row[k])
     if len(merged["block_latency_s"]) % 2:
         raise RecordError(f"block_latency_s: expected two blocks a round, got {len(merged['block_latency_s'])} blocks")
     if not all(isinstance(value, dict) for value in (*merged["parity"].values(), *merged["conditions"])):

@@ -188,11 +188,11 @@ FIELD_NAMES = tuple(item.name for item in fields(Record))
 # Loops over the fields in C: a large sweep has hundreds of thousands of records.
 _VALUES = operator.attrgetter(*FIELD_NAMES)
 _SETTERS = tuple(Record.__dict__[name].__set__ for name in FIELD_NAMES)
-_SAMPLES = ("block_latency_s", "warm_up_block_latency_s", "rejected_block_latency_s", "synchronised_latency_s")
+SAMPLES = tuple(item.name for item in fields(Record) if item.type == tuple[float, ...])
 _LIGHT: tuple[tuple[int, Any], ...] = tuple(
     (FIELD_NAMES.index(name), value)
     for name, value in {
-        **dict.fromkeys((*_SAMPLES, "conditions"), ()),
+        **dict.fromkeys((*SAMPLES, "conditions"), ()),
         "parity": MappingProxyType({}),
         "switches": MappingProxyType({}),
     }.items()
