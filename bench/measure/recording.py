@@ -27,6 +27,7 @@ def cell_hash(cell: Cell, competitors: Sequence[Competitor], preset: Preset, *, 
                 preset.least_rounds,
                 # A JSON number: no limit is written as null.
                 preset.cell_s if math.isfinite(preset.cell_s) else None,
+                preset.most_cell_s,
                 BLOCK_S[cell.device],
                 preset.warm_up_blocks,
                 preset.probe_s,

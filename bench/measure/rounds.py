@@ -16,7 +16,7 @@ from bench.measure.entry import Entry
 from bench.plan.presets import Preset
 from bench.study.elimination import far_behind
 from bench.study.statistics import round_log_latency
-from bench.study.stopping import RESOLVED_REASON, stop_reason
+from bench.study.stopping import RESOLVED_REASON, control_known, stop_reason
 
 ROUNDS, TIME = "rounds", "time"
 _REPEATS_OF_A_THROTTLED_BLOCK = 2
@@ -49,15 +49,19 @@ class Rounds:
         self._entries, self._preset, self._block = entries, preset, block
         self._monitor, self._report = monitor, report
         self._order = random.Random(seed)
+        self._control_known = False
 
     def run(self) -> str:
         """Runs rounds until one of the reasons to stop; returns it: resolved, precise, rounds or time."""
         preset, spent, stop = self._preset, 0.0, None
+        most_s = max(preset.cell_s, preset.most_cell_s)
         for number in range(1, preset.rounds + 1):
             self._report(f"round {number} of at most {preset.rounds}")
             # Known before the round begins, because its last blocks are judged as well as timed.
-            if stop is None and number >= preset.least_rounds and spent * (1 + 1 / number) > preset.cell_s:
-                stop = TIME
+            if stop is None and number >= preset.least_rounds:
+                expected = spent * (1 + 1 / number)
+                if expected > most_s or (expected > preset.cell_s and self._control_known):
+                    stop = TIME
             last = stop is not None or number == preset.rounds
             started = time.monotonic()
             self._round(last=last)
@@ -116,10 +120,12 @@ class Rounds:
             entry.leaving = entry.leaving or (entry.timed and not entry.control and entry.label in far)
         if control not in logs:
             return None
+        aa = logs[baseline.label] - logs[control]
+        self._control_known = self._control_known or control_known(aa)
         ratios = {
             label: logs[baseline.label] - values
             for label, values in rivals.items()
             if label != baseline.label and label not in far
         }
         measured_s = min((sum(entry.blocks) for entry in self._entries if entry.label in ratios), default=math.inf)
-        return stop_reason(ratios, logs[baseline.label] - logs[control], measured_s=measured_s)
+        return stop_reason(ratios, aa, measured_s=measured_s)

@@ -37,7 +37,8 @@ class Preset:
         compiled_directions: directions in which they do; compiling the gradients takes most of the time.
         rounds: most rounds of each cell; a round is one block of every competitor, then all again in reverse order.
         cell_s: time for the rounds of one cell, in seconds; the round that exceeds it is the last, but not before
-            ``least_rounds``.
+            ``least_rounds``, nor before the A/A control is known to 3%.
+        most_cell_s: the most time for that, however little is known of the control; no more than ``cell_s`` if 0.
         least_rounds: fewest rounds of each cell.
         replicates: how often everything is measured in fresh processes.
         warm_up_blocks: most blocks spent on waiting for a steady state.
@@ -61,6 +62,7 @@ class Preset:
     replicates: int = 1
     warm_up_blocks: int = 6
     cell_s: float = math.inf
+    most_cell_s: float = 0.0
     least_rounds: int = 5
     probe_s: float = 0.05
     caches: tuple[str, ...] = ("warm",)
@@ -124,7 +126,8 @@ _ALL = (
         "the source article's settings and two real models (under ten minutes on two cores)",
         _SEED,
         rounds=_ANY_ROUNDS,
-        cell_s=10.0,
+        cell_s=6.0,
+        most_cell_s=45.0,
         least_rounds=4,
         warm_up_blocks=2,
         probe_s=0.01,
@@ -184,8 +187,9 @@ def narrowed(
 ) -> Preset:
     """Returns the preset with the given selections in place of its own; an empty one keeps the preset's.
 
-    With ``cell_s`` alone, time is what ends a cell that is not resolved, and no number of rounds does. A workload that
-    the preset does not contain may be named too: ``workload`` decides what exists.
+    With ``cell_s`` alone, time is what ends a cell that is not resolved, and no number of rounds does; it leaves
+    ``most_cell_s`` as it is. A workload that the preset does not contain may be named too: ``workload`` decides what
+    exists.
     """
     return replace(
         preset,

@@ -8,7 +8,7 @@ which runs to its cap, pays little for having been looked at. The report of a ru
 the cap (``confidence``), not a fresh 5%.
 
 A run is not over before its A/A control is known to 3%: a cell in which everybody else is far behind would otherwise
-stop without having found out what it can resolve.
+stop without having found out what it can resolve, and time goes where the noise is.
 """
 
 import math
@@ -62,6 +62,21 @@ def confidence(rounds: int, stopped: str) -> float:
 
 def _half_width(interval: Interval) -> float:
     return 0.5 * (math.log(interval.high) - math.log(interval.low)) if interval.low > 0 else math.inf
+
+
+def control_known(control: Sequence[float] | np.ndarray) -> bool:
+    """Whether the A/A control's half-width is below 3%, so that time may end the run.
+
+    Decided at a look only, and by the width alone: it says nothing about who is ahead, and needs no correction.
+
+    Args:
+        control: per-round log ratios of the baseline and its second run.
+    """
+    rounds = len(control)
+    if rounds < LEAST_ROUNDS or not is_look(rounds):
+        return False
+    (aa,) = ratio_intervals(np.asarray(control, float)[None], (rounds,), confidence=1 - _CAP)
+    return _half_width(aa) < RESOLUTION
 
 
 def stop_reason(

@@ -13,8 +13,9 @@ from bench.plan.competitors import Competitor
 from bench.plan.hardware import data_sheet, peak_rates
 from bench.plan.presets import PRESETS
 from bench.study.elimination import far_behind
+from bench.study.statistics import ratio_interval
 
-PRESET = replace(PRESETS["seed"], rounds=40, least_rounds=5, cell_s=float("inf"))
+PRESET = replace(PRESETS["seed"], rounds=40, least_rounds=5, cell_s=float("inf"), most_cell_s=0.0)
 
 
 def entries(*names):
@@ -63,6 +64,22 @@ def test_noise_without_end_stops_at_the_cap_and_time_at_its_own():
     found = entries("matmul", "like")
     assert run(found, {"matmul": 0.05, "like": 0.05}, noise=0.3, preset=replace(PRESET, cell_s=0.0))[0] == "time"
     assert len(found[0].blocks) == 2 * PRESET.least_rounds
+
+
+def test_time_goes_where_the_noise_is_up_to_a_limit():
+    patient = replace(PRESET, rounds=1000, cell_s=0.0, most_cell_s=float("inf"))
+    for noise, least, most in ((0.02, 10, 20), (0.1, 40, 240)):
+        found = entries("matmul", "like")
+        # Between 1% and 2% ahead: never resolved, so that only time ends the run.
+        stopped, _ = run(found, {"matmul": 0.05, "like": 0.05 * 1.02}, noise=noise, preset=patient)
+        assert stopped == "time"
+        assert least <= len(found[0].blocks) // 2 <= most
+        logs = [np.log(entry.blocks).reshape(-1, 2).mean(1) for entry in (found[0], found[-1])]
+        interval = ratio_interval([logs[0] - logs[1]], confidence=0.96)
+        assert 0.5 * np.log(interval.high / interval.low) < np.log(1.032)
+    found = entries("matmul", "like")
+    assert run(found, {"matmul": 0.05, "like": 0.051}, noise=0.1, preset=replace(patient, most_cell_s=0.0))[0] == "time"
+    assert len(found[0].blocks) // 2 == patient.least_rounds
 
 
 def test_a_competitor_that_fails_in_a_round_does_not_stop_the_others():
