@@ -13,7 +13,7 @@ from typing import Any
 
 SCHEMA_VERSION = 1
 # Raised when a change makes earlier measurements incomparable; part of every key.
-HARNESS_VERSION = "1"
+HARNESS_VERSION = "2"
 STATUSES: tuple[str, ...] = ("ok", "mismatch", "unsupported", "oom", "timeout", "crash")
 
 

@@ -50,6 +50,7 @@ class CellRun:
         self._cell, self._workers, self._preset, self._seed, self._report = cell, workers, preset, seed, report
         self._entries = [Entry(competitor, str(k)) for k, competitor in enumerate(competitors)]
         self._opened: dict[str, Message] = {}
+        self._last_timed = ""
 
     def _of(self, framework: str) -> list[Entry]:
         return [entry for entry in self._entries if entry.going and entry.competitor.framework == framework]
@@ -187,8 +188,12 @@ class CellRun:
         self._entries.append(control)
 
     def _block(self, entry: Entry, verify: bool) -> dict[str, Any] | None:
-        limit = self._preset.limits.request_s
-        timed = self._ask(entry, "block", limit, calls=entry.calls_per_block, verify=verify)
+        limit, framework = self._preset.limits.request_s, entry.competitor.framework
+        # On a GPU the host's processors do not compute.
+        after_other = self._cell.device == "cpu" and self._last_timed != framework
+        self._last_timed = framework
+        calls = entry.calls_per_block
+        timed = self._ask(entry, "block", limit, calls=calls, after_other=after_other, verify=verify)
         if timed is not None and verify:
             self._accept(entry, timed["judgement"], "after timing")
         return timed
@@ -230,6 +235,7 @@ class CellRun:
             block=self._block,
             monitor=self._monitor,
             report=self._report,
+            block_s=BLOCK_S[self._cell.device],
         )
         stopped = rounds.run() if any(entry.going for entry in self._entries) else ""
         ceilings: dict[str, float] = {}

@@ -34,6 +34,7 @@ class Rounds:
         block: runs one block of an entry and judges it where the second argument says so; None if that ended it.
         monitor: reads the device around each block.
         report: called with a short text at each round.
+        block_s: length that blocks were sized for, in seconds.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class Rounds:
         block: Block,
         monitor: Monitor,
         report: Callable[[str], None],
+        block_s: float,
     ):
         self._entries, self._preset, self._block = entries, preset, block
+        self._block_s = block_s
         self._monitor, self._report = monitor, report
         self._order = random.Random(seed)
         self._control_known = False
@@ -60,7 +63,7 @@ class Rounds:
             # Known before the round begins, because its last blocks are judged as well as timed.
             if stop is None and number >= preset.least_rounds:
                 expected = spent * (1 + 1 / number)
-                if expected > most_s or (expected > preset.cell_s and self._control_known):
+                if expected > most_s or (expected > preset.cell_s and (self._control_known or not self._controlled)):
                     stop = TIME
             last = stop is not None or number == preset.rounds
             started = time.monotonic()
@@ -100,6 +103,11 @@ class Rounds:
                 entry.energy_j.append((after - before) / entry.calls_per_block)
             return
 
+    @property
+    def _controlled(self) -> bool:
+        """Whether baseline and control are still there: without either, nothing more can be learned."""
+        return sum(entry.timed for entry in self._entries if entry.baseline) == 2
+
     def _decide(self, number: int) -> str | None:
         """Marks who leaves with the next round; says whether that round is the last."""
         baseline = next((entry for entry in self._entries if entry.baseline and not entry.control), None)
@@ -128,4 +136,4 @@ class Rounds:
             if label != baseline.label and label not in far
         }
         measured_s = min((sum(entry.blocks) for entry in self._entries if entry.label in ratios), default=math.inf)
-        return stop_reason(ratios, aa, measured_s=measured_s)
+        return stop_reason(ratios, aa, measured_blocks=measured_s / self._block_s)

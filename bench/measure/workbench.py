@@ -1,14 +1,14 @@
 """What a worker does, whatever its framework: holds the competitors of one cell, judges them and times their blocks."""
 
 import gc
-import math
 import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from bench.measure.blocks import BlockSize, find_size, time_block
 from bench.measure.memory import free_bytes
 from bench.measure.probes import ceilings_of, probed
 from bench.measure.protocol import Message
@@ -21,9 +21,6 @@ from bench.plan.workloads import Workload
 from parity_tests.harness.inputs import draw_inputs
 
 _CALLS_BEFORE_TIMING = 3
-_LONG_CALL_S = 0.03
-# Other competitors ran since the last block, and left their data in the caches and perhaps a thread that still spins.
-_REFILL_S = 0.001
 _GIVE_UP = 10  # one call this many times over the limit is no disturbance, and is not repeated
 # Inputs are drawn in float64, rounded to the storage dtype, and copied to the device.
 _BYTES_AN_ELEMENT = 16
@@ -34,6 +31,7 @@ _VARIABLES = (
     "JAX_CPU_ENABLE_ASYNC_DISPATCH",
     "CUDA_VISIBLE_DEVICES",
 )
+_ONE_CALL = BlockSize(1, 1)
 _STEADY = 0.02  # warm-up ends when a block is no longer faster than the one before by more than the equivalence margin
 
 
@@ -49,7 +47,7 @@ class _Held:
     judgement: Judgement | None = None
     first_result: Any = None
     result_bytes: int = 0
-    calls_to_refill: int = 1
+    size: BlockSize = _ONE_CALL
 
 
 class Workbench:
@@ -193,45 +191,25 @@ class Workbench:
             self._ceilings[self._cell.precision] = ceilings_of(self._timer)
         return dict(self._ceilings[self._cell.precision])
 
-    def _timed(self, held: _Held, calls: int) -> tuple[float, Any]:
-        call, wait = held.prepared.call, self._timer.wait
-        result = None
-        for _ in range(held.calls_to_refill):
-            result = call()
-        wait(result)
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            start = time.perf_counter()
-            for _ in range(calls):
-                result = call()
-            wait(result)
-            return time.perf_counter() - start, result
-        finally:
-            if collecting:
-                gc.enable()
-
     def warm_up(self, request: Message) -> Message:
         """Finds how many calls fill a block, then runs blocks until they no longer get faster."""
-        held, block_s = self._held[request["handle"]], request["block_s"]
-        calls, blocks = 1, []
-        while (elapsed := self._timed(held, calls)[0]) < block_s:
-            # A little more than the target, so that a slightly faster block still reaches it; never ten times at once.
-            calls = max(calls + 1, int(calls * min(10.0, 1.15 * block_s / elapsed)))
-        # Only a long call does not notice what refilling costs.
-        long = calls == 1 and elapsed >= _LONG_CALL_S
-        held.calls_to_refill = 0 if long else math.ceil(calls * min(1.0, _REFILL_S / elapsed))
-        blocks.append(elapsed)
+        held = self._held[request["handle"]]
+        call, wait = held.prepared.call, self._timer.wait
+        held.size, elapsed = find_size(call, wait, request["block_s"])
+        blocks = [elapsed]
         while len(blocks) < request["max_blocks"]:
-            blocks.append(self._timed(held, calls)[0])
+            blocks.append(time_block(call, wait, held.size)[0])
             if blocks[-1] > blocks[-2] * (1 - _STEADY):
                 break
-        return {"calls_per_block": calls, "block_latency_s": blocks}
+        return {"calls_per_block": held.size.calls, "block_latency_s": blocks}
 
     def block(self, request: Message) -> Message:
         """Times one block; judges the result of its last call where the request says so."""
         held = self._held[request["handle"]]
-        elapsed, result = self._timed(held, request["calls"])
+        # The coordinator's number of calls: a worker that replaced another may have found another size.
+        size = replace(held.size, calls=request["calls"])
+        call, wait = held.prepared.call, self._timer.wait
+        elapsed, result = time_block(call, wait, size, after_other=request["after_other"])
         reply: Message = {"block_latency_s": elapsed}
         if request["verify"]:
             reply["judgement"] = asdict(self._judge(held, result))

@@ -37,8 +37,8 @@ class Preset:
         compiled_directions: directions in which they do; compiling the gradients takes most of the time.
         rounds: most rounds of each cell; a round is one block of every competitor, then all again in reverse order.
         cell_s: time for the rounds of one cell, in seconds; the round that exceeds it is the last, but not before
-            ``least_rounds``, nor before the A/A control is known to 3%.
-        most_cell_s: the most time for that, however little is known of the control; no more than ``cell_s`` if 0.
+            ``least_rounds``.
+        most_cell_s: where this is more, a cell whose A/A control is not yet known to 3% goes on for so long.
         least_rounds: fewest rounds of each cell.
         replicates: how often everything is measured in fresh processes.
         warm_up_blocks: most blocks spent on waiting for a steady state.
@@ -187,9 +187,8 @@ def narrowed(
 ) -> Preset:
     """Returns the preset with the given selections in place of its own; an empty one keeps the preset's.
 
-    With ``cell_s`` alone, time is what ends a cell that is not resolved, and no number of rounds does; it leaves
-    ``most_cell_s`` as it is. A workload that the preset does not contain may be named too: ``workload`` decides what
-    exists.
+    With ``cell_s`` alone, this time is what ends a cell that is not resolved, and neither ``most_cell_s`` nor a number
+    of rounds does. A workload that the preset does not contain may be named too: ``workload`` decides what exists.
     """
     return replace(
         preset,
@@ -201,6 +200,7 @@ def narrowed(
         optimizer=optimizer or preset.optimizer,
         rounds=rounds or (preset.rounds if cell_s is None else _ANY_ROUNDS),
         cell_s=preset.cell_s if cell_s is None else cell_s,
+        most_cell_s=preset.most_cell_s if cell_s is None else 0.0,
         replicates=preset.replicates if replicates is None else replicates,
     )
 

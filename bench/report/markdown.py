@@ -68,7 +68,8 @@ def ranking_lines(ranking: Ranking, *, level: int = 3) -> list[str]:
 
 
 _EXPLANATION = (
-    "Ratios are paired by round and averaged geometrically; intervals are 95% bootstrap intervals, wider where a run",
+    "Ratios are paired by round, and averaged geometrically over the middle three fifths of the rounds (over all where",
+    "there are fewer than ten); intervals are 95% bootstrap intervals, wider where a run",
     "looked several times before it stopped. SAME means that the whole interval lies within 2% of the baseline,",
     "UNRESOLVED that nothing may be said; `1=` marks those that tie for the first place, since no claim against",
     "all others at once holds (Holm). A yardstick computes another function and is not ranked. The measured ceiling",

@@ -67,7 +67,7 @@ def winner_map(found: Sequence[Ranking]) -> Any:
             tooltip=[alt.Tooltip(f"{name}:N") for name in ("leaders", "outcome", "batch", "num_partitions")],
         )
         drawn.append((rectangles + base.mark_text(fontSize=10).encode(text="mark:N")).properties(title=panel))
-    note = "=k: k competitors tie for the first place (Holm-corrected); the colour is that of the smallest mean"
+    note = "=k: k competitors tie for the first place (Holm-corrected); the colour is that of the first in the ranking"
     return alt.concat(*drawn, columns=3, title=note)
 
 

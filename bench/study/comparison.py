@@ -1,7 +1,7 @@
 """Two runs, A before and B after: who became faster or slower, beyond what a repetition would show anyway.
 
 For each competitor that both runs timed under the same conditions, the ratio of speeds is B over A, the difference of
-the mean log latencies. Rounds of two runs cannot be paired, so its interval adds up three kinds of noise:
+the trimmed mean log latencies. Rounds of two runs cannot be paired, so its interval adds up three kinds of noise:
 
 - the spread within each run (over processes where there are several, else over rounds), by Student's t at a level that
   is shared out among all comparisons, so that equal runs fail with a chance of 5% in all and not in each;

@@ -13,7 +13,7 @@ from bench.study.trimming import middle_rounds, pseudo_values
 FAR = math.log(1.25)
 # Far stricter than the intervals of the report: leaving early must never decide anything.
 _CONFIDENCE = 0.9999
-_LEAST_ROUNDS = 3
+_LEAST_ROUNDS = 4
 
 
 @cache
@@ -21,10 +21,14 @@ def _quantile(degrees: int) -> float:
     return student_t_quantile(0.5 + _CONFIDENCE / 2, degrees)
 
 
-def _least_mean(values: np.ndarray, scatter: float, degrees: int) -> float:
-    """Lower end of the mean of the pseudo-values of paired log differences."""
-    own = float(values.std(ddof=1))
-    return float(values.mean()) - _quantile(degrees) * max(own, scatter) / math.sqrt(len(values))
+def _certainly_beyond(differences: np.ndarray, margin: float) -> bool:
+    """Whether the mean of paired log differences is above the margin."""
+    rounds = len(differences)
+    if rounds < _LEAST_ROUNDS:
+        return False
+    values = pseudo_values(differences, (rounds,))
+    error = float(values.std(ddof=1)) / math.sqrt(rounds)
+    return float(values.mean()) - _quantile(middle_rounds(rounds) - 1) * error > margin
 
 
 def far_behind(log_latencies: Mapping[str, Sequence[float] | np.ndarray], baseline: str) -> list[str]:
@@ -38,20 +42,11 @@ def far_behind(log_latencies: Mapping[str, Sequence[float] | np.ndarray], baseli
         Names, in the order given.
     """
     values = {name: np.asarray(rounds, float) for name, rounds in log_latencies.items()}
-    rounds = len(values[baseline])
-    if rounds < _LEAST_ROUNDS or len(values) < 2:
-        return []
-    beside = {name: pseudo_values(own - values[baseline], (rounds,)) for name, own in values.items()}
-    fastest = min(beside, key=lambda name: float(beside[name].mean()))
-    behind = {name: pseudo_values(own - values[fastest], (rounds,)) for name, own in values.items()}
-    # Few rounds say little about the scatter of one difference. The host disturbs all alike, so that together they say
-    # enough; whoever scatters more than the others is judged by its own.
-    scatter = math.sqrt(float(np.mean([np.var(own, ddof=1) for name, own in beside.items() if name != baseline])))
-    degrees = (len(values) - 1) * (middle_rounds(rounds) - 1)
+    fastest = min(values, key=lambda name: float(values[name].mean()))
     return [
         name
-        for name in values
+        for name, rounds in values.items()
         if name != baseline
-        and _least_mean(behind[name], scatter, degrees) > FAR
-        and max(_least_mean(beside[name], scatter, degrees), _least_mean(-beside[name], scatter, degrees)) > FAR
+        and _certainly_beyond(rounds - values[fastest], FAR)
+        and (_certainly_beyond(rounds - values[baseline], FAR) or _certainly_beyond(values[baseline] - rounds, FAR))
     ]

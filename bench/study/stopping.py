@@ -19,7 +19,8 @@ import numpy as np
 from bench.study.statistics import CONFIDENCE, UNRESOLVED, Interval, ratio_intervals, resolution, verdict
 
 LEAST_ROUNDS = 10
-LEAST_MEASURED_S = 0.5
+# Of the length that the cell's blocks are sized for: half a second on a GPU, where a block lasts 20 ms.
+LEAST_MEASURED_BLOCKS = 25
 PRECISE = math.log(1.01)
 # Half-width of the A/A control's interval that a run aims at, however clear the other verdicts are.
 RESOLUTION = math.log(1.03)
@@ -83,22 +84,22 @@ def stop_reason(
     log_ratios: Mapping[str, Sequence[float] | np.ndarray],
     control: Sequence[float] | np.ndarray,
     *,
-    measured_s: float,
+    measured_blocks: float,
 ) -> str | None:
     """Says whether a cell of one process may stop now, and why.
 
     Args:
         log_ratios: per competitor still going, ``log(baseline) - log(competitor)`` of each round.
         control: the same for the A/A control.
-        measured_s: seconds of blocks that the competitor with the fewest has been timed for.
+        measured_blocks: for how long the competitor with the least time has been timed, in lengths of a block.
 
     Returns:
         ``resolved`` if every competitor's verdict is settled and the control's half-width is below 3%, ``precise`` if
         every interval's half-width is below 1%,
-        or None to go on; always None before 10 rounds and 0.5 s, and between looks.
+        or None to go on; always None before 10 rounds and the time of 25 blocks, and between looks.
     """
     rounds = min([len(control), *(len(values) for values in log_ratios.values())])
-    if rounds < LEAST_ROUNDS or measured_s < LEAST_MEASURED_S or not is_look(rounds):
+    if rounds < LEAST_ROUNDS or measured_blocks < LEAST_MEASURED_BLOCKS or not is_look(rounds):
         return None
     matrix = np.array([np.asarray(values, float)[:rounds] for values in (control, *log_ratios.values())])
     aa, *others = ratio_intervals(matrix, (rounds,), confidence=look_confidence(rounds))

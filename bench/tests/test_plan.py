@@ -121,6 +121,9 @@ def test_time_for_a_cell_alone_lifts_the_number_of_rounds():
     both = narrowed(smoke, cell_s=40.0, rounds=30)
     assert (both.cell_s, both.rounds) == (40.0, 30)
     assert narrowed(smoke) == smoke
+    # What is asked for is the limit, also where the preset has more time for noisy cells.
+    assert PRESETS["seed"].most_cell_s > PRESETS["seed"].cell_s
+    assert narrowed(PRESETS["seed"], cell_s=2.0).most_cell_s == 0
 
 
 def test_tf32_is_no_stock_precision():

@@ -13,7 +13,10 @@ from bench.plan.competitors import Competitor
 from bench.plan.hardware import data_sheet, peak_rates
 from bench.plan.presets import PRESETS
 from bench.study.elimination import far_behind
-from bench.study.statistics import ratio_interval
+from bench.study.pairing import intervals
+from bench.study.statistics import ratio_interval, round_log_latency, verdict
+from bench.study.stopping import confidence
+from bench.study.winners import leaders
 
 PRESET = replace(PRESETS["seed"], rounds=40, least_rounds=5, cell_s=float("inf"), most_cell_s=0.0)
 
@@ -25,17 +28,34 @@ def entries(*names):
     return found
 
 
-def run(found, durations, *, noise=0.002, preset=PRESET, monitor=None, seed=0):
-    """Runs rounds in which a block takes its competitor's duration with lognormal noise."""
+def run(found, durations, *, noise=0.002, preset=PRESET, monitor=None, seed=0, fails=None, clock=None):
+    """Runs rounds in which a block takes its competitor's duration with lognormal noise.
+
+    ``fails`` is an entry that crashes in its third block; ``clock`` is moved on by each block.
+    """
     rng = np.random.default_rng(seed)
     verified = []
 
     def block(entry, verify):
+        if entry is fails and len(entry.blocks) == 2:
+            entry.fail("crash", "planted")
+            return None
         if verify:
             verified.append((entry.label, len(entry.blocks) + 1))
-        return {"block_latency_s": durations[entry.handle] * float(np.exp(noise * rng.standard_normal()))}
+        duration = durations[entry.handle] * float(np.exp(noise * rng.standard_normal()))
+        if clock is not None:
+            clock[0] += duration
+        return {"block_latency_s": duration}
 
-    rounds = Rounds(found, preset, seed=seed, block=block, monitor=monitor or NoMonitor(), report=lambda text: None)
+    rounds = Rounds(
+        found,
+        preset,
+        seed=seed,
+        block=block,
+        monitor=monitor or NoMonitor(),
+        report=lambda text: None,
+        block_s=min(durations.values()),
+    )
     return rounds.run(), verified
 
 
@@ -66,20 +86,67 @@ def test_noise_without_end_stops_at_the_cap_and_time_at_its_own():
     assert len(found[0].blocks) == 2 * PRESET.least_rounds
 
 
-def test_time_goes_where_the_noise_is_up_to_a_limit():
-    patient = replace(PRESET, rounds=1000, cell_s=0.0, most_cell_s=float("inf"))
-    for noise, least, most in ((0.02, 10, 20), (0.1, 40, 240)):
-        found = entries("matmul", "like")
-        # Between 1% and 2% ahead: never resolved, so that only time ends the run.
-        stopped, _ = run(found, {"matmul": 0.05, "like": 0.05 * 1.02}, noise=noise, preset=patient)
-        assert stopped == "time"
-        assert least <= len(found[0].blocks) // 2 <= most
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds, in place of the monotonic clock of the rounds."""
+    now = [0.0]
+    monkeypatch.setattr("bench.measure.rounds.time.monotonic", lambda: now[0])
+    return now
+
+
+ALIKE = {"matmul": 0.003, "like": 0.003 * 1.012}
+PATIENT = replace(PRESET, rounds=10**6, cell_s=2.0, most_cell_s=5.0)
+
+
+@pytest.mark.parametrize(
+    ("noise", "least_s", "most_s"),
+    [
+        # Known after some sixty rounds: time ends a cell that stays unresolved as soon as its own time is over.
+        (0.1, 1.9, 2.1),
+        # Not known after 2 s, which are some hundred rounds, and known before 5 s.
+        (0.18, 2.2, 4.9),
+        (1.0, 4.9, 5.1),
+    ],
+)
+def test_time_goes_where_the_noise_is_up_to_a_limit(clock, noise, least_s, most_s):
+    # Neither SAME nor within reach of FASTER or SLOWER: never resolved, so that only time ends the run.
+    for seed in range(3):
+        found, clock[0] = entries("matmul", "like"), 0.0
+        assert run(found, ALIKE, noise=noise, preset=PATIENT, clock=clock, seed=seed)[0] == "time"
+        assert least_s <= clock[0] <= most_s
         logs = [np.log(entry.blocks).reshape(-1, 2).mean(1) for entry in (found[0], found[-1])]
         interval = ratio_interval([logs[0] - logs[1]], confidence=0.96)
-        assert 0.5 * np.log(interval.high / interval.low) < np.log(1.032)
+        assert (0.5 * np.log(interval.high / interval.low) < np.log(1.032)) == (noise < 1)
+
+
+@pytest.mark.parametrize("lost", [0, -1], ids=["baseline", "control"])
+def test_a_cell_that_lost_its_control_gets_no_extra_time(clock, lost):
     found = entries("matmul", "like")
-    assert run(found, {"matmul": 0.05, "like": 0.051}, noise=0.1, preset=replace(patient, most_cell_s=0.0))[0] == "time"
-    assert len(found[0].blocks) // 2 == patient.least_rounds
+    assert run(found, ALIKE, noise=0.25, preset=PATIENT, clock=clock, fails=found[lost])[0] == "time"
+    assert clock[0] == pytest.approx(2.0, abs=0.1)
+
+
+def test_short_blocks_are_enough_for_a_clear_verdict(clock):
+    found = entries("matmul", "near")
+    stopped, _ = run(found, {"matmul": 0.003, "near": 0.0035}, preset=PATIENT, clock=clock)
+    assert stopped == "resolved"
+    assert len(found[0].blocks) // 2 <= 21
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whoever_left_early_is_clearly_slower_in_the_report_too(seed):
+    ratios = {"matmul": 1.0, "win": 0.88, **{f"far{k}": 1.5 + 0.13 * k for k in range(10)}}
+    found = entries(*ratios)
+    stopped, _ = run(found, {name: 0.003 * ratio for name, ratio in ratios.items()}, noise=0.07, seed=seed)
+    logs = {entry.label: {0: round_log_latency(entry.blocks, 10)} for entry in found if not entry.control}
+    level = confidence(max(len(entry.blocks) // 2 for entry in found), stopped)
+    against = intervals(logs["torch matmul (eager)"], logs, level)
+    left = [entry.label for entry in found if len(entry.blocks) < len(found[0].blocks)]
+    assert len(left) >= 8
+    floor = np.log(1.03)
+    assert {verdict(against[label], floor) for label in left} == {"SLOWER"}
+    first = leaders(dict(sorted(logs.items(), key=lambda item: -against[item[0]].ratio)), floor, confidence=level)
+    assert not set(first) & set(left)
 
 
 def test_a_competitor_that_fails_in_a_round_does_not_stop_the_others():
@@ -91,7 +158,8 @@ def test_a_competitor_that_fails_in_a_round_does_not_stop_the_others():
             return None
         return {"block_latency_s": 0.05}
 
-    Rounds(found, PRESET, seed=0, block=block, monitor=NoMonitor(), report=lambda text: None).run()
+    options = {"monitor": NoMonitor(), "report": lambda text: None, "block_s": 0.05}
+    Rounds(found, PRESET, seed=0, block=block, **options).run()
     assert [len(entry.blocks) > 8 for entry in found] == [True, False, True]
 
 
@@ -104,7 +172,7 @@ def test_far_behind_needs_certainty_and_distance():
     # The baseline stays however slow it is, and so does whoever is near it.
     assert far_behind({"a": base, "b": base - np.log(3)}, "a") == []
     assert far_behind({"a": base, "c": base + np.log(1.05), "b": base - np.log(3)}, "a") == []
-    assert far_behind({"a": base[:2], "b": base[:2] + 5}, "a") == []
+    assert far_behind({"a": base[:3], "b": base[:3] + 5}, "a") == []
 
 
 class FakeNvml:

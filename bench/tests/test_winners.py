@@ -45,7 +45,7 @@ def run(rng, factors, **options):
         if rounds > logs.shape[1]:
             return logs, "rounds"
         ratios = {str(k): logs[0, :rounds] - logs[k, :rounds] for k in range(2, len(logs))}
-        why = stop_reason(ratios, logs[0, :rounds] - logs[1, :rounds], measured_s=1.0)
+        why = stop_reason(ratios, logs[0, :rounds] - logs[1, :rounds], measured_blocks=50)
         if why is not None:
             return logs[:, :rounds], why
     raise AssertionError
@@ -111,17 +111,17 @@ def test_stopping_waits_for_rounds_time_and_a_look():
     rng = np.random.default_rng(1)
     control = 0.001 * rng.standard_normal(30)
     clear = {"a": 0.5 + control, "b": -0.5 + control}
-    assert stop_reason({k: v[:9] for k, v in clear.items()}, control[:9], measured_s=9.0) is None
-    assert stop_reason({k: v[:10] for k, v in clear.items()}, control[:10], measured_s=0.4) is None
-    assert stop_reason({k: v[:11] for k, v in clear.items()}, control[:11], measured_s=9.0) is None
-    assert stop_reason({k: v[:10] for k, v in clear.items()}, control[:10], measured_s=0.6) == "resolved"
+    assert stop_reason({k: v[:9] for k, v in clear.items()}, control[:9], measured_blocks=400) is None
+    assert stop_reason({k: v[:10] for k, v in clear.items()}, control[:10], measured_blocks=24) is None
+    assert stop_reason({k: v[:11] for k, v in clear.items()}, control[:11], measured_blocks=400) is None
+    assert stop_reason({k: v[:10] for k, v in clear.items()}, control[:10], measured_blocks=30) == "resolved"
     # At 2.2% neither SAME nor beyond a control that is itself 2.2% off, yet known to less than 1%.
     odd = {"a": 0.022 + 0.1 * control[:10]}
-    assert stop_reason(odd, 0.022 + 0.1 * control[:10], measured_s=1.0) == "precise"
+    assert stop_reason(odd, 0.022 + 0.1 * control[:10], measured_blocks=50) == "precise"
     noisy = {"a": 0.022 + np.resize([0.1, -0.1], 10)}
-    assert stop_reason(noisy, control[:10], measured_s=1.0) is None
+    assert stop_reason(noisy, control[:10], measured_blocks=50) is None
     # Everybody is clearly ahead or behind, but what the cell can resolve is known to 5% only.
-    assert stop_reason({k: v[:10] for k, v in clear.items()}, 100 * control[:10], measured_s=1.0) is None
+    assert stop_reason({k: v[:10] for k, v in clear.items()}, 100 * control[:10], measured_blocks=50) is None
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(1.03, FASTER), (1.1, FASTER), (1 / 1.03, SLOWER), (1 / 1.1, SLOWER)])

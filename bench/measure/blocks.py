@@ -1,0 +1,94 @@
+"""Blocks of calls: how many calls fill one, what happens before one, and how it is timed."""
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from bench.measure.timers.base import Call
+
+# Other competitors ran since the last block, and left their data in the caches: calls of about this time come first.
+_REFILL_S = 0.001
+# Only a call of this length does not notice what refilling costs, and goes without.
+_LONG_CALL_S = 0.03
+# Threads of torch's OpenMP pool spin for some milliseconds after its last product, and XLA's for one: on two cores they
+# take a quarter of the speed of whoever runs in another process at that time. Measured: after 2 ms and a refill, or
+# after 6 ms without one, a block is as fast as the next one. Longer pauses cost both sides the same.
+_PAUSE_S, _PAUSE_BEFORE_LONG_S = 0.002, 0.006
+# Two looks at a block that lasts this many times its target would only cost time: no disturbance is that long.
+_BEYOND_DOUBT = 30
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """How many calls a block has, and how many run untimed before it."""
+
+    calls: int
+    refill: int
+
+
+def time_calls(call: Call, wait: Callable[[Any], None], calls: int) -> tuple[float, Any]:
+    """Seconds until the last result is there, and that result; no garbage is collected meanwhile."""
+    result = None
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = call()
+        wait(result)
+        return time.perf_counter() - start, result
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def time_block(
+    call: Call, wait: Callable[[Any], None], size: BlockSize, *, after_other: bool = False
+) -> tuple[float, Any]:
+    """Times one block after its refill.
+
+    Args:
+        call: what is timed.
+        wait: returns when a result is computed.
+        size: of the block.
+        after_other: whether another framework's process computed on the same processors until just now.
+
+    Returns:
+        Seconds, and the result of the last call.
+    """
+    if after_other:
+        time.sleep(_PAUSE_S if size.refill else _PAUSE_BEFORE_LONG_S)
+    if size.refill:
+        time_calls(call, wait, size.refill)
+    return time_calls(call, wait, size.calls)
+
+
+def find_size(call: Call, wait: Callable[[Any], None], block_s: float) -> tuple[BlockSize, float]:
+    """Finds how many calls fill a block.
+
+    A size is accepted by the shorter of two blocks: a host that stops the process for some milliseconds once would
+    otherwise leave blocks that are far too short.
+
+    Args:
+        call: what is timed.
+        wait: returns when a result is computed.
+        block_s: seconds that a block lasts at least.
+
+    Returns:
+        The size, and the seconds that such a block took.
+    """
+    size = BlockSize(1, 1)
+    while True:
+        elapsed = time_block(call, wait, size)[0]
+        if block_s <= elapsed < _BEYOND_DOUBT * block_s:
+            elapsed = min(elapsed, time_block(call, wait, size)[0])
+        calls = size.calls
+        if elapsed >= block_s:
+            long = calls == 1 and elapsed >= _LONG_CALL_S
+            return BlockSize(calls, 0 if long else math.ceil(calls * min(1.0, _REFILL_S / elapsed))), elapsed
+        # A little more than the target, so that a slightly faster block still reaches it; never ten times at once.
+        calls = max(calls + 1, int(calls * min(10.0, 1.15 * block_s / elapsed)))
+        size = BlockSize(calls, max(1, calls // 10))

@@ -1,0 +1,62 @@
+"""The size of a block, on an invented clock."""
+
+import pytest
+
+from bench.measure.blocks import BlockSize, find_size, time_block
+
+
+class Machine:
+    """A clock that a call moves on by its duration; ``stalls`` maps the number of a call to further seconds."""
+
+    def __init__(self, monkeypatch, call_s, stalls=None):
+        self.now, self.calls, self.slept = 0.0, 0, []
+        self._call_s, self._stalls = call_s, stalls or {}
+        monkeypatch.setattr("bench.measure.blocks.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("bench.measure.blocks.time.sleep", self.slept.append)
+
+    def call(self):
+        self.calls += 1
+        self.now += self._call_s + self._stalls.get(self.calls, 0.0)
+        return self.calls
+
+    def wait(self, result):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("call_s", "calls", "refill"),
+    [(20e-6, range(150, 174), range(45, 60)), (1.2e-3, range(3, 5), range(1, 2)), (0.01, [1], [1]), (0.05, [1], [0])],
+)
+def test_a_block_lasts_its_time_and_is_preceded_by_a_millisecond_of_calls(monkeypatch, call_s, calls, refill):
+    machine = Machine(monkeypatch, call_s)
+    size, elapsed = find_size(machine.call, machine.wait, 0.003)
+    assert elapsed >= 0.003
+    assert elapsed == pytest.approx(size.calls * call_s)
+    assert size.calls in calls
+    assert size.refill in refill
+
+
+def test_one_stall_does_not_make_a_block_short(monkeypatch):
+    for stalled in range(1, 40):
+        machine = Machine(monkeypatch, 20e-6, {stalled: 0.02})
+        size, elapsed = find_size(machine.call, machine.wait, 0.003)
+        assert size.calls >= 150, stalled
+        assert elapsed < 0.01
+
+
+def test_a_long_call_is_not_repeated_to_find_its_size(monkeypatch):
+    machine = Machine(monkeypatch, 2.0)
+    assert find_size(machine.call, machine.wait, 0.003) == (BlockSize(1, 0), 2.0)
+    # One to refill before it was known to be long, and one that was timed.
+    assert machine.calls == 2
+
+
+def test_a_block_waits_for_the_threads_of_the_other_framework(monkeypatch):
+    machine = Machine(monkeypatch, 0.001)
+    assert time_block(machine.call, machine.wait, BlockSize(3, 1)) == (pytest.approx(0.003), 4)
+    assert machine.slept == []
+    time_block(machine.call, machine.wait, BlockSize(3, 1), after_other=True)
+    time_block(machine.call, machine.wait, BlockSize(1, 0), after_other=True)
+    # What no refill precedes waits longer.
+    assert len(machine.slept) == 2
+    assert 0 < machine.slept[0] < machine.slept[1]
