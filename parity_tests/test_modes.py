@@ -170,7 +170,9 @@ def test_eight_shards_agree_with_the_oracle_and_with_one_device(framework, tmp_p
     )
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads(target.read_text())["rows"]
-    assert {row["status"] for row in rows} == {"ok"}
+    unjudged = {(row["kind"], row["mode"]) for row in rows if row["status"] != "ok"}
+    # A sharded call of PyTorch starts processes: no check without tolerance is repeated there (see left_out).
+    assert unjudged <= {("exact", "sharded")}
     implementations = {subject.implementation for subject in load_subjects(framework, "cpu")}
     sharded = {row["implementation"] for row in rows if (row["kind"], row["mode"]) == ("oracle", "sharded")}
     assert sharded == implementations

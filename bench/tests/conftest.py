@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from bench.__main__ import app
 from bench.measure.worker_process import WorkerProcess, worker_environment
-from bench.records import HARNESS_VERSION, SCHEMA_VERSION, Record
+from bench.records import SCHEMA_VERSION, Record
 
 
 def example_record(**changes):
@@ -56,7 +56,7 @@ def example_record(**changes):
         "inputs_digest": "d",
         "switches": {},
         "started_at": "2026-01-01T00:00:00+00:00",
-        "environment_id": HARNESS_VERSION,
+        "environment_id": "1",
     }
     return Record(**(values | changes))
 

@@ -12,7 +12,7 @@ from parity_tests.harness.subjects.base import framework_available
 
 TINY = Workload("tiny", 6, 3, 8, 16, "test")
 MODES = {"torch": "eager", "jax": "jit"}
-REQUEST = {"handle": "0", "kind": "implementation", "call_limit_s": 60}
+REQUEST = {"handle": "0", "kind": "implementation", "call_limit_s": 60, "after_other": False}
 
 
 def timer_of(framework) -> Timer:
