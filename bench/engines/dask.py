@@ -2,13 +2,15 @@
 
 A worker offers the resource ``DEVICE`` once, and a cell takes it: so that a device never measures two cells at a time.
 The worker runs the coordinator with framework processes of its own, exactly as a local run does, and returns records;
-this process alone writes the store. All process replicates of a cell are measured by the same worker.
+this process alone writes the store. The framework processes stay for the next cell; all process replicates of a cell
+are measured by the same worker.
 """
 
 import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -16,9 +18,12 @@ from typing import Any
 from distributed import Client, Future, as_completed
 
 from bench.engines.base import EngineError
+from bench.engines.kept_pool import KeptPool
+from bench.engines.resuming import identity, recorded_cells
 from bench.measure.environment import MACHINE_VARIABLE
+from bench.measure.pool import WorkerPool
 from bench.measure.protocol import RequestError
-from bench.measure.sweep import Progress, Request, SelectionError, SweepNotes, run_sweep
+from bench.measure.sweep import Progress, Request, SelectionError, SweepNotes, run_sweep, started_pool
 from bench.plan.cells import DEVICES, Cell
 from bench.plan.presets import plan_cells
 from bench.record_lines import parse_line
@@ -65,6 +70,18 @@ class Measured:
     failure: str | None = None
 
 
+# Of this dask worker, which owns one device.
+_KEPT = KeptPool()
+
+
+def _workers(request: Request, division: str) -> AbstractContextManager[WorkerPool]:
+    if request.preset.replicates > 1:
+        # A replicate is there to show what differs from process to process.
+        return started_pool(request, division)
+    kind = (request.device, request.frameworks, tuple(sorted(request.pythons.items())), division)
+    return _KEPT.take(kind, lambda: started_pool(request, division))
+
+
 def measure_cell(request: Request) -> Measured:
     """Runs in a dask worker: measures the one cell that the request is narrowed to."""
     # Two machines of one kind would otherwise have the same fingerprint.
@@ -72,7 +89,7 @@ def measure_cell(request: Request) -> Measured:
     collector, notes = _Collector([], {}), SweepNotes()
     wrong, failure = None, None
     try:
-        run_sweep(request, collector, notes)  # type: ignore[arg-type]  # the part of a store that a sweep uses
+        run_sweep(request, collector, notes, pools=_workers)
     except SelectionError as error:
         wrong = str(error)
     except RequestError as error:
@@ -91,30 +108,6 @@ def narrowed_to(cell: Cell, request: Request) -> Request:
         caches=(cell.cache,),
     )
     return replace(request, preset=preset)
-
-
-def _identity(source: Cell | Record) -> tuple[object, ...]:
-    """What makes two cells the same whatever the device: it decides what a resumed run need not measure again."""
-    name = source.workload.name if isinstance(source, Cell) else source.workload
-    return name, source.direction, source.precision, source.division, source.cache, source.optimizer
-
-
-def _recorded(store: Store, request: Request) -> set[tuple[object, ...]]:
-    """Cells that are there in every process replicate and with every competitor that is asked for by name."""
-    if not store.environment_ids:
-        return set()
-    seeds: dict[tuple[object, ...], set[int]] = {}
-    names: dict[tuple[object, ...], set[str]] = {}
-    for record in store.records:
-        if request.device in ("auto", record.device) and record.seed - record.process_replicate == request.seed:
-            seeds.setdefault(_identity(record), set()).add(record.seed)
-            names.setdefault(_identity(record), set()).add(record.implementation)
-    wanted = {request.seed + replicate for replicate in range(request.preset.replicates)}
-    return {
-        identity
-        for identity, found in seeds.items()
-        if wanted <= found and set(request.implementations) <= names[identity]
-    }
 
 
 def _connect(address: str, notes: SweepNotes) -> Client:
@@ -189,8 +182,8 @@ def run_on_cluster(
     planned = plan_cells(request.preset, DEVICES[0])
     if not planned:
         raise SelectionError("the selection is empty: no cell has this precision in this division; choose another.")
-    recorded = _recorded(store, request)
-    cells = [cell for cell in planned if _identity(cell) not in recorded]
+    recorded = recorded_cells(store, request)
+    cells = [cell for cell in planned if identity(cell) not in recorded]
     done = count(len(planned) - len(cells) + 1)
     lost: list[str] = []
     with _connect(address, notes) as client:

@@ -1,10 +1,11 @@
 """A whole run: every cell of a preset, in every division and process replicate, into a store."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from bench.measure.conditions import monitor_for
 from bench.measure.coordinator import CellRun
@@ -15,7 +16,23 @@ from bench.measure.recording import cell_hash, records_of
 from bench.plan.cells import DEVICES, Cell
 from bench.plan.competitors import FRAMEWORKS, Competitor, competitors_for, further_modes
 from bench.plan.presets import Preset, plan_cells
-from bench.store import Store
+from bench.records import Record
+
+
+class RecordStore(Protocol):
+    """Where a sweep puts what it measured: a ``Store``, or what stands in for it in a worker of a cluster."""
+
+    def holds(self, cell: str, process_replicate: int) -> bool:
+        """Whether a cell is there."""
+        ...
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Keeps the records of one cell."""
+        ...
+
+    def add_environment(self, environment_id: str, fingerprint: Mapping[str, Any]) -> None:
+        """Keeps what the records name as their environment."""
+        ...
 
 
 class SelectionError(ValueError):
@@ -108,11 +125,15 @@ def _device_name(pool: WorkerPool) -> str:
     return next((name for name in names if name), "")
 
 
-def _started_pool(request: Request, device: str, division: str, notes: SweepNotes) -> WorkerPool:
-    start = starter(request.pythons, device=device, division=division, cpus=allowed_cpus())
+def started_pool(request: Request, division: str) -> WorkerPool:
+    """Starts the framework processes for one division.
+
+    Raises:
+        SelectionError: if no framework is there.
+        RequestError: if a framework is installed but its worker cannot start.
+    """
+    start = starter(request.pythons, device=request.device, division=division, cpus=allowed_cpus())
     pool = WorkerPool(start, request.frameworks)
-    for framework, reason in pool.missing.items():
-        notes.add(f"Without {framework}: {reason}.")
     if not pool.hello:
         pool.close()
         reasons = "; ".join(pool.missing.values())
@@ -122,8 +143,17 @@ def _started_pool(request: Request, device: str, division: str, notes: SweepNote
     return pool
 
 
+# What lends workers for the cells of a division; the caller's with statement gives them back.
+Pools = Callable[[Request, str], AbstractContextManager[WorkerPool]]
+
+
 def run_sweep(
-    request: Request, store: Store, notes: SweepNotes, progress: Callable[[Progress], None] = lambda state: None
+    request: Request,
+    store: RecordStore,
+    notes: SweepNotes,
+    progress: Callable[[Progress], None] = lambda state: None,
+    *,
+    pools: Pools = started_pool,
 ) -> None:
     """Measures every cell that the store does not hold yet.
 
@@ -132,6 +162,7 @@ def run_sweep(
         store: where the records go; each cell is durable before the next begins.
         notes: is filled with what the user should know.
         progress: called often.
+        pools: lends workers, which must be fresh ones for every process replicate.
 
     Raises:
         SelectionError: if nothing is selected, or no framework is there.
@@ -145,7 +176,9 @@ def run_sweep(
     for replicate in range(preset.replicates):
         for division in preset.divisions:
             progress(Progress(done, total, "starting the workers"))
-            with _started_pool(request, request.device, division, notes) as pool:
+            with pools(request, division) as pool:
+                for framework, reason in pool.missing.items():
+                    notes.add(f"Without {framework}: {reason}.")
                 device = choose_device(request.device, pool.hello, notes)
                 place = fingerprint(pool.hello, device=device, division=division, cpus=allowed_cpus())
                 place_id = environment_id(place)
@@ -164,7 +197,7 @@ def _run_cell(
     cell: Cell,
     replicate: int,
     request: Request,
-    store: Store,
+    store: RecordStore,
     pool: WorkerPool,
     place_id: str,
     report: Callable[[str], None],

@@ -96,6 +96,29 @@ def test_a_resumed_run_repeats_nothing_and_adds_what_is_missing(finished):
     assert len(added) == 2 * 2 * 2  # directions, replicates, frameworks
 
 
+def test_framework_processes_stay_for_the_next_cell_and_another_effort_is_measured_anew(cluster, tmp_path):
+    address, log = cluster
+    out = tmp_path / "run"
+    lines = [len(log.read_text().splitlines()) if log.exists() else 0]
+
+    def opened(*more):
+        """How many times a framework process opened a cell for one more run."""
+        assert run(address, out, *more).exit_code == 0
+        lines.append(len(log.read_text().splitlines()))
+        return lines[-1] - lines[-2]
+
+    every = len(WORKLOADS) * 2 * 2
+    assert opened() == every
+    records = read_records(out)
+    assert len({record.cell for record in records}) == len(WORKLOADS) * 2
+    processes = {(record.framework, record.switches["pid"]) for record in records}
+    # One process of each framework for each worker that got a cell.
+    assert len(processes) == 2 * len({record.environment_id for record in records})
+    assert opened("--resume") == 0
+    assert opened("--resume", "--rounds", "3") == every
+    assert len({record.cell for record in read_records(out)}) == 2 * len(WORKLOADS) * 2
+
+
 def test_wrong_usage_is_one_sentence(cluster, tmp_path, monkeypatch):
     address, _ = cluster
     monkeypatch.setattr("bench.engines.dask._CONNECT_S", 1)
