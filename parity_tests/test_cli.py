@@ -1,11 +1,13 @@
 """The command line: exit status, JSON, wrong usage in one sentence, never a traceback."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from xml.etree import ElementTree
@@ -95,6 +97,13 @@ def test_wrong_usage_ends_the_process_so_too():
     assert "Traceback" not in result.stderr
 
 
+def read_until_closed(terminal):
+    # The last process that held the other end has closed it when reading fails.
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 65536):
+            pass
+
+
 @pytest.mark.skipif(
     not hasattr(os, "openpty"), reason="a progress bar is shown on a terminal only, this system has none"
 )
@@ -119,6 +128,9 @@ def test_an_interrupted_run_keeps_what_it_compared(tmp_path):
             shown += os.read(terminal, 65536).decode(errors="replace")
         assert found, f"no progress was shown: {shown}"
         process.send_signal(signal.SIGINT)
+        # A terminal holds a few thousand characters: whoever writes more waits until they are read.
+        reader = threading.Thread(target=read_until_closed, args=(terminal,), daemon=True)
+        reader.start()
         stdout, _ = process.communicate(timeout=120)
     finally:
         process.kill()
