@@ -12,7 +12,7 @@ PIP_ARGS ?=
 # A folder of its own for every run: nothing measured is ever overwritten.
 OUT := $(or $(OUT),bench/results/local/$(shell date +%Y%m%dT%H%M%S))
 PRESET ?= smoke
-# Further options of `bench run`. Narrower intervals, a third of an hour: make compare PRESET=seed BENCH_ARGS="--cell-s 40"
+# Further options of `bench run`. Noisy machine, a quarter of an hour: make compare PRESET=seed BENCH_ARGS="--most-cell-s 150"
 BENCH_ARGS ?=
 # Two files at a time; the tests of one file stay together, because they share what they computed.
 PARALLEL ?= -n 2 --dist loadfile

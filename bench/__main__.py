@@ -47,6 +47,10 @@ def run(
     cell_s: Annotated[
         float | None, typer.Option(min=0, help="Seconds for the rounds of each cell, unless it is resolved earlier.")
     ] = None,
+    most_cell_s: Annotated[
+        float | None,
+        typer.Option(min=0, help="A cell whose A/A control is not known to 3% may go on for so many seconds."),
+    ] = None,
     replicates: Annotated[int | None, typer.Option(min=1, help="Sets of fresh processes.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the inputs and of the order.")] = 0,
     torch_python: TorchPython = None,
@@ -79,6 +83,7 @@ def run(
         optimizer=optimizer,
         rounds=rounds,
         cell_s=cell_s,
+        most_cell_s=most_cell_s,
         replicates=replicates,
         seed=seed,
         torch_python=torch_python,

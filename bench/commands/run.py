@@ -55,6 +55,7 @@ class Options:
     optimizer: str | None
     rounds: int | None
     cell_s: float | None
+    most_cell_s: float | None
     replicates: int | None
     seed: int
     torch_python: str | None
@@ -108,6 +109,7 @@ def _request(options: Options) -> Request:
         optimizer=options.optimizer,
         rounds=options.rounds,
         cell_s=options.cell_s,
+        most_cell_s=options.most_cell_s,
         replicates=options.replicates,
     )
     return Request(

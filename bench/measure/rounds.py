@@ -129,7 +129,7 @@ class Rounds:
         if control not in logs:
             return None
         aa = logs[baseline.label] - logs[control]
-        self._control_known = self._control_known or control_known(aa)
+        self._control_known = control_known(aa)
         ratios = {
             label: logs[baseline.label] - values
             for label, values in rivals.items()

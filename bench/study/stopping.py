@@ -68,13 +68,13 @@ def _half_width(interval: Interval) -> float:
 def control_known(control: Sequence[float] | np.ndarray) -> bool:
     """Whether the A/A control's half-width is below 3%, so that time may end the run.
 
-    Decided at a look only, and by the width alone: it says nothing about who is ahead, and needs no correction.
+    Decided by the width alone: it says nothing about who is ahead, and needs no correction.
 
     Args:
         control: per-round log ratios of the baseline and its second run.
     """
     rounds = len(control)
-    if rounds < LEAST_ROUNDS or not is_look(rounds):
+    if rounds < LEAST_ROUNDS:
         return False
     (aa,) = ratio_intervals(np.asarray(control, float)[None], (rounds,), confidence=1 - _CAP)
     return _half_width(aa) < RESOLUTION

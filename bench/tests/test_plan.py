@@ -124,6 +124,10 @@ def test_time_for_a_cell_alone_lifts_the_number_of_rounds():
     # What is asked for is the limit, also where the preset has more time for noisy cells.
     assert PRESETS["seed"].most_cell_s > PRESETS["seed"].cell_s
     assert narrowed(PRESETS["seed"], cell_s=2.0).most_cell_s == 0
+    patient = narrowed(PRESETS["smoke"], most_cell_s=60.0)
+    assert (patient.cell_s, patient.most_cell_s) == (PRESETS["smoke"].cell_s, 60.0)
+    assert patient.rounds == PRESETS["seed"].rounds
+    assert narrowed(PRESETS["smoke"], most_cell_s=60.0, rounds=3).rounds == 3
 
 
 def test_tf32_is_no_stock_precision():
