@@ -9,6 +9,7 @@ if not framework_available("jax"):
     pytest.skip("the JAX tree needs jax and flax", allow_module_level=True)
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from jax_impl import UnsupportedImplementationError, functional, partitioned_linear
@@ -233,6 +234,77 @@ def test_a_hessian_through_auto():
             want[n, :, n, :] = block @ block.T
             reach[n, :, n, :] = np.abs(block) @ np.abs(block.T)
         assert np.all(np.abs(hessian - want) <= 2 * (OUT + 2) * ROUNDOFF["float64"] * reach)
+
+
+@pytest.fixture(params=["x only", "kernel only", "both"])
+def few_rows(request, monkeypatch):
+    """A function of the arrays that are differentiated, for small operands that count as few rows of a large weight."""
+    monkeypatch.setattr("jax_impl.implementations.matmul._MANY_WEIGHTS", 1)
+    monkeypatch.setattr("jax_impl.implementations.matmul._FEWEST_ROWS", 1)
+    with jax.enable_x64(True):
+        x, kernel, bias = operands("float64", rows=(2,), i=9)
+
+        def outputs(name, *arrays):
+            replaced = {"x only": (*arrays, kernel), "kernel only": (x, *arrays), "both": arrays}[request.param]
+            return jnp.tanh(partitioned_linear(*replaced, bias, implementation=name))
+
+        yield outputs, {"x only": (x,), "kernel only": (kernel,), "both": (x, kernel)}[request.param]
+
+
+def taken(name, outputs, arrays):
+    """Everything that is derived from a function: values, both modes, both orders, mapped, with and without a jit."""
+    directions = drawn("float64", *(array.shape for array in arrays), seed=1)
+
+    def loss(*arguments):
+        return jnp.sum(outputs(name, *arguments) ** 2)
+
+    places = tuple(range(len(arrays)))
+
+    def slope(*arguments):
+        return jax.jvp(loss, arguments, tuple(directions))[1]
+
+    stacked = [jnp.stack([array, 2 * array]) for array in arrays]
+    return (
+        outputs(name, *arrays),
+        jax.grad(loss, places)(*arrays),
+        jax.jit(jax.grad(slope, places))(*arrays),
+        jax.jvp(jax.grad(loss, places), tuple(arrays), tuple(directions))[1],
+        jax.vmap(jax.grad(loss, places))(*stacked),
+        jax.grad(jax.checkpoint(loss), places)(*arrays),
+    )
+
+
+def test_few_rows_of_a_large_weight_have_the_same_derivatives(few_rows, monkeypatch):
+    outputs, arrays = few_rows
+    programs = []
+    for most in (1, 2**60):
+        monkeypatch.setattr("jax_impl.implementations.matmul._MANY_WEIGHTS", most)
+        programs.append(str(jax.make_jaxpr(lambda *a: outputs("matmul", *a))(*arrays)))
+        found = jax.tree.leaves(taken("matmul", outputs, arrays))
+        for left, right in zip(found, jax.tree.leaves(taken("loop", outputs, arrays)), strict=True):
+            np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)
+    assert ["custom_jvp" in program for program in programs] == [True, False]
+
+
+def test_the_gradient_of_few_rows_moves_no_large_weight():
+    x, kernel, bias = operands(rows=(16,), n=32, i=256, o=256)
+
+    def gradient(x, kernel):
+        return jax.grad(lambda x: jnp.sum(partitioned_linear(x, kernel, bias, implementation="matmul") ** 2))(x)
+
+    products = [eqn for eqn in jax.make_jaxpr(gradient)(x, kernel).eqns if eqn.primitive.name == "dot_general"]
+    # The cotangent of y contracts its middle axis, which a transposed weight would have to do otherwise.
+    ((left, right), _) = products[-1].params["dimension_numbers"]
+    assert (left, right) == ((1,), (2,))
+
+
+def test_a_program_is_exported_for_any_number_of_rows():
+    _, kernel, bias = operands("float32")
+    (rows,) = jax.export.symbolic_shape("rows")
+    call = jax.jit(partitioned_linear)
+    exported = jax.export.export(call)(jax.ShapeDtypeStruct((rows, N, IN), "float32"), kernel, bias)
+    (x,) = drawn("float32", (7, N, IN))
+    np.testing.assert_allclose(exported.call(x, kernel, bias), partitioned_linear(x, kernel, bias), rtol=1e-5)
 
 
 def test_auto_is_matmul_and_is_what_the_function_runs(monkeypatch):

@@ -5,6 +5,7 @@ is declared in `jax_impl.registry`. The arithmetic rules that several of them sh
 """
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,8 +34,8 @@ def partition_major(x: Array) -> Array:
     return jnp.swapaxes(x.reshape(rows, *x.shape[-2:]), 0, 1)
 
 
-def batch_major(y: Array, batch_shape: tuple[int, ...]) -> Array:
-    """Turn (n, rows, o) back into (*b, n, o)."""
+def batch_major(y: Array, batch_shape: tuple[Any, ...]) -> Array:
+    """Turn (n, rows, o) back into (*b, n, o); b may be symbolic, in a program that is exported for any batch."""
     return jnp.swapaxes(y, 0, 1).reshape(*batch_shape, y.shape[0], y.shape[2])
 
 

@@ -1,11 +1,63 @@
 """One batched product whose batch axis is the partition axis."""
 
-from jax import lax
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
 from jax_impl.implementations import add_bias, batch_major, partition_major, result_dtype
+
+# Where `_product_for_few_rows` was measured to be the faster one.
+_MANY_WEIGHTS = 2**21
+_FEWEST_ROWS, _IN_FEATURES_A_ROW = 16, 4
+
+
+def _product(rows: Array, weight: Array, precision: PrecisionLike, dtype: Any) -> Array:
+    """Compute y[n, r, o] = sum_i x[n, r, i] * W[n, i, o]."""
+    dimensions = (((2,), (1,)), ((0,), (0,)))
+    return lax.dot_general(rows, weight, dimensions, precision=precision, preferred_element_type=dtype)
+
+
+def _product_for_few_rows(rows: Array, weight: Array, precision: PrecisionLike, dtype: Any) -> Array:
+    """Compute `_product` with a gradient of the rows that leaves a large weight where it is.
+
+    The gradient of the rows multiplies by W with its last two axes exchanged. Where the rows come first, XLA on a CPU
+    rearranges all of W for that, in memory that is new in every call; with 41 MB of weights and 16 rows this takes
+    three times as long as the product (jax 0.10.2). So the tangent of the rows is spelled with W first: what JAX
+    derives from it rearranges the rows' cotangent instead. It remains linear: all orders and modes of derivative hold.
+    """
+
+    @jax.custom_jvp
+    def product(rows: Array, weight: Array) -> Array:
+        return _product(rows, weight, precision, dtype)
+
+    def tangent(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Any]:
+        (rows, weight), (d_rows, d_weight) = primals, tangents
+        parts = []
+        if not isinstance(d_rows, SymbolicZero):
+            dimensions = (((1,), (2,)), ((0,), (0,)))
+            by_weight = lax.dot_general(weight, d_rows, dimensions, precision=precision, preferred_element_type=dtype)
+            parts.append(jnp.swapaxes(by_weight, 1, 2))
+        if not isinstance(d_weight, SymbolicZero):
+            parts.append(_product(rows, d_weight, precision, dtype))
+        y = product(rows, weight)
+        return y, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
+
+    product.defjvp(tangent, symbolic_zeros=True)
+    return product(rows, weight)
+
+
+def _has_few_rows(rows: Array, weight: Array) -> bool:
+    """Say whether the weight is what moves: it fits no cache, and its use for each row is small beside its size."""
+    count, in_features = rows.shape[1:]
+    # An exported program may have a number of rows that is not known yet.
+    few = isinstance(count, int) and count >= _FEWEST_ROWS and _IN_FEATURES_A_ROW * count <= in_features
+    return few and weight.size >= _MANY_WEIGHTS and rows.dtype.itemsize >= 4
 
 
 def partitioned_linear_matmul(
@@ -33,12 +85,8 @@ def partitioned_linear_matmul(
         Outputs, shape (*b, n, o).
     """
     dtype = result_dtype(x, preferred_element_type)
-    product = lax.dot_general(
-        partition_major(x),
-        weight,
-        (((2,), (1,)), ((0,), (0,))),
-        precision=precision,
-        preferred_element_type=dtype,
-    )
+    rows = partition_major(x)
+    multiply = _product_for_few_rows if _has_few_rows(rows, weight) else _product
+    product = multiply(rows, weight, precision, dtype)
     y = add_bias(product, None if bias is None else bias[:, None], dtype)
     return batch_major(y, x.shape[:-2])
