@@ -24,6 +24,8 @@ LEAST_MEASURED_BLOCKS = 25
 PRECISE = math.log(1.01)
 # Half-width of the A/A control's interval that a run aims at, however clear the other verdicts are.
 RESOLUTION = math.log(1.03)
+# The round that follows the decision may widen the interval again.
+_MARGIN = 0.93
 # Chance of error of all looks together, and of the report of a run that none of them stopped.
 _LOOKS, _CAP = 0.01, 1 - CONFIDENCE - 0.01
 RESOLVED_REASON, PRECISE_REASON = "resolved", "precise"
@@ -77,7 +79,7 @@ def control_known(control: Sequence[float] | np.ndarray) -> bool:
     if rounds < LEAST_ROUNDS:
         return False
     (aa,) = ratio_intervals(np.asarray(control, float)[None], (rounds,), confidence=1 - _CAP)
-    return _half_width(aa) < RESOLUTION
+    return _half_width(aa) < _MARGIN * RESOLUTION
 
 
 def stop_reason(
