@@ -113,6 +113,15 @@ def test_narrowing_replaces_only_what_is_given():
     assert preset.workloads == PRESETS["smoke"].workloads
 
 
+def test_seed_leaves_out_no_dense_layer_that_the_claims_speak_of():
+    seed = PRESETS["seed"]
+    for found in plan_cells(seed, "cpu"):
+        if found.workload.name.startswith("article"):
+            assert (
+                executed_flops(Competitor("torch", "dense", "eager", "yardstick"), found) <= seed.limits.executed_flops
+            )
+
+
 def test_time_for_a_cell_alone_lifts_the_number_of_rounds():
     smoke = PRESETS["smoke"]
     preset = narrowed(smoke, cell_s=40.0)
