@@ -1,9 +1,12 @@
 """``python -m parity_tests run``: cells, and the ladder up to K optimiser steps."""
 
 import signal
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from parity_tests.commands.usage import (
     DEVICES,
@@ -97,6 +100,33 @@ def _chosen_trainings(options: Options, frameworks: Sequence[str]) -> list[tuple
     return chosen
 
 
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """Gives a function that raises KeyboardInterrupt if the user asked for it and the exception was lost.
+
+    Python's own is raised wherever the program happens to be; in a finaliser or a callback of a library it is printed
+    or dropped, and the run would go on.
+    """
+    asked = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    # Only the main thread may set a handler, and only it is interrupted.
+    before = signal.signal(signal.SIGINT, handle) if threading.current_thread() is threading.main_thread() else None
+    try:
+        yield check
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
 def run(options: Options) -> int:
     """Compares, prints the report, writes the files.
 
@@ -127,11 +157,12 @@ def run(options: Options) -> int:
     curves: list[Curves] = []
     total = count_cells(subjects, dtypes, cases, included) + len(optimizers)
     begun, interrupted = 0, False
-    with progress_bar() as progress:
+    with progress_bar() as progress, _interruptible() as check_interruption:
         task = progress.add_task("", total=total)
 
         def advance(label: str) -> None:
             nonlocal begun
+            check_interruption()
             # What is announced has begun, and what was announced before it is finished.
             progress.update(task, description=label, completed=begun)
             begun += 1
