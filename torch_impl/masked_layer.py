@@ -109,9 +109,13 @@ class MaskedPartitionedLinear(nn.Module):
         if autocast_is_on(effective.device.type):
             rows, effective, bias = autocast_operands(x, effective, bias)
         check_same_dtype(rows, effective, bias)
-        if x.shape[-1] == self.num_partitions * self.in_features:
-            return F.linear(rows, effective, bias)
-        return F.linear(rows.flatten(-2), effective, bias).unflatten(-1, (self.num_partitions, self.out_features))
+        flat = x.shape[-1] == self.num_partitions * self.in_features
+        # One matrix of rows: with more axes torch.vmap turns the product into a batched one over a broadcast weight,
+        # whose gradient is then summed in 16 bits.
+        product = F.linear(rows.reshape(-1, effective.shape[1]), effective, bias)
+        if flat:
+            return product.reshape(*x.shape[:-1], effective.shape[0])
+        return product.reshape(*x.shape[:-2], self.num_partitions, self.out_features)
 
     @classmethod
     def from_linears(cls, linears: Sequence[nn.Linear] | nn.ModuleList, *, init: Init = "torch") -> Self:
