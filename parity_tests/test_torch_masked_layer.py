@@ -168,3 +168,23 @@ def test_reset_zeroes_the_off_block_weights():
     layer.reset_parameters()
     assert (layer.weight[~blocks()] == 0).all()
     assert (layer.weight[blocks()].abs() < 7).all()
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+def test_the_weight_gradient_of_an_ensemble_is_summed_in_fp32(low):
+    """With the members on an inner axis and n = 1, ``torch.vmap`` summed products of broadcast 16-bit weights."""
+    rows, members = 64, 2
+    layer = MaskedPartitionedLinear(1, IN, OUT, bias=False, dtype=low)
+    weights = torch.stack([layer.weight.detach()] * members).requires_grad_()
+    x, cotangent = torch.randn(rows, members, 1, IN).to(low), torch.randn(rows, members, 1, OUT).to(low)
+
+    def call(weight, x):
+        return torch.func.functional_call(layer, {"weight": weight}, x)
+
+    torch.func.vmap(call, in_dims=(0, 1), out_dims=1)(weights, x).backward(cotangent)
+    operands = x.double(), cotangent.double()
+    expected = torch.einsum("bmni,bmno->moi", *operands)
+    magnitude = torch.einsum("bmni,bmno->moi", *(operand.abs() for operand in operands))
+    # One rounding of the result, and fp32 sums far below it.
+    bound = 0.51 * torch.finfo(low).eps * expected.abs() + 2.0**-20 * magnitude
+    assert ((weights.grad - expected).abs() <= bound).all()
