@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from bench.measure.blocks import BlockSize, find_size, time_block
+from bench.measure.blocks import BlockSize, time_block, warm_up
 from bench.measure.memory import free_bytes
 from bench.measure.probes import ceilings_of, probed
 from bench.measure.protocol import Message
@@ -32,7 +32,6 @@ _VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
 )
 _ONE_CALL = BlockSize(1, 1)
-_STEADY = 0.02  # warm-up ends when a block is no longer faster than the one before by more than the equivalence margin
 
 
 @dataclass
@@ -195,12 +194,7 @@ class Workbench:
         """Finds how many calls fill a block, then runs blocks until they no longer get faster."""
         held = self._held[request["handle"]]
         call, wait = held.prepared.call, self._timer.wait
-        held.size, elapsed = find_size(call, wait, request["block_s"])
-        blocks = [elapsed]
-        while len(blocks) < request["max_blocks"]:
-            blocks.append(time_block(call, wait, held.size)[0])
-            if blocks[-1] > blocks[-2] * (1 - _STEADY):
-                break
+        held.size, blocks = warm_up(call, wait, request["block_s"], request["max_blocks"])
         return {"calls_per_block": held.size.calls, "block_latency_s": blocks}
 
     def block(self, request: Message) -> Message:

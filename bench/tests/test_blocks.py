@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.measure.blocks import BlockSize, find_size, time_block
+from bench.measure.blocks import BlockSize, find_size, time_block, warm_up
 
 
 class Machine:
@@ -42,6 +42,30 @@ def test_one_stall_does_not_make_a_block_short(monkeypatch):
         size, elapsed = find_size(machine.call, machine.wait, 0.003)
         assert size.calls >= 150, stalled
         assert elapsed < 0.01
+
+
+def test_stalls_in_a_row_do_not_make_a_block_short(monkeypatch):
+    for first in range(1, 30):
+        for distance in (1, 2, 5):
+            stalls = {first + k * distance: 0.02 for k in range(4)}
+            machine = Machine(monkeypatch, 20e-6, stalls)
+            size, elapsed = find_size(machine.call, machine.wait, 0.003)
+            assert size.calls >= 150, (first, distance)
+            assert elapsed < 0.01
+
+
+def test_a_first_call_that_is_slow_beyond_doubt_does_not_make_a_block_short(monkeypatch):
+    machine = Machine(monkeypatch, 20e-6, {1: 0.4, 2: 0.2})
+    size, blocks = warm_up(machine.call, machine.wait, 0.003, 3)
+    assert size.calls >= 150
+    assert blocks == pytest.approx([size.calls * 20e-6] * 2)
+
+
+def test_warm_up_goes_on_while_blocks_get_faster(monkeypatch):
+    # The refill, the block that tells the size, and then one call for each refill and block.
+    machine = Machine(monkeypatch, 0.004, {k: 0.01 / k for k in range(1, 40)})
+    assert len(warm_up(machine.call, machine.wait, 0.003, 3)[1]) == 3
+    assert len(warm_up(Machine(monkeypatch, 0.004).call, machine.wait, 0.003, 3)[1]) == 2
 
 
 def test_a_long_call_is_not_repeated_to_find_its_size(monkeypatch):
