@@ -19,9 +19,9 @@ _LONG_CALL_S = 0.03
 _PAUSE_S, _PAUSE_BEFORE_LONG_S = 0.002, 0.006
 # More looks at a block that lasts this many times its target would only cost time: few disturbances are that long.
 _BEYOND_DOUBT = 30
-# A shared host stops a process several times in a row. Of 800 records, accepted by the shorter of two blocks, two were
-# timed in blocks of a fraction of a millisecond: one competitor seemed 11% slower than in long ones.
-_LOOKS = 5
+# Before the further looks at a block that seems to fill its time. Of 778 records of `seed`, accepted by two looks at
+# once, three had far too short blocks; in two of them all looks within some ten milliseconds were alike 25 times slow.
+_BEFORE_LOOKS_S = (0.0, 0.01)
 _STEADY = 0.02  # warm-up ends when a block is no longer faster than the one before by more than the equivalence margin
 _SIZINGS = 3  # how often the size is looked for, where a block of it turns out to last less than half of its time
 
@@ -74,8 +74,8 @@ def time_block(
 def find_size(call: Call, wait: Callable[[Any], None], block_s: float) -> tuple[BlockSize, float]:
     """Finds how many calls fill a block.
 
-    A size is accepted by the shortest of several blocks: a host that stops the process for some milliseconds now and
-    then would otherwise leave blocks that are far too short.
+    A size is accepted by the shortest of three blocks, the last after a pause: whatever stops or slows the process for
+    some milliseconds would otherwise leave blocks that are far too short.
 
     Args:
         call: what is timed.
@@ -88,9 +88,10 @@ def find_size(call: Call, wait: Callable[[Any], None], block_s: float) -> tuple[
     size = BlockSize(1, 1)
     while True:
         elapsed = time_block(call, wait, size)[0]
-        for _ in range(_LOOKS - 1):
+        for pause in _BEFORE_LOOKS_S:
             if not block_s <= elapsed < _BEYOND_DOUBT * block_s:
                 break
+            time.sleep(pause)
             elapsed = min(elapsed, time_block(call, wait, size)[0])
         calls = size.calls
         if elapsed >= block_s:
@@ -122,6 +123,6 @@ def warm_up(call: Call, wait: Callable[[Any], None], block_s: float, max_blocks:
             if blocks[-1] > blocks[-2] * (1 - _STEADY):
                 break
         sizings += 1
-        # Otherwise a long stall, or first calls that were slow, passed for the length of a call.
+        # Otherwise stalls, or first calls that were slow, passed for the length of a call.
         if min(blocks) > 0.5 * block_s or sizings == _SIZINGS:
             return size, blocks
