@@ -143,3 +143,34 @@ def test_one_row_takes_fewer_operations_and_is_not_doubted(framework):
     bench = opened(framework, direction="forward_backward", batch=1)
     judged(bench, framework)
     assert bench.probe(REQUEST | {"budget_s": 0.001})["doubt"] == ""
+
+
+def test_products_in_loops_are_counted_as_often_as_they_run():
+    jax = pytest.importorskip("jax", reason="needs jax")
+    jnp = jax.numpy
+    from bench.measure.programs.jax import _flops
+
+    x, weight = jnp.ones((4, 6, 8)), jnp.ones((8, 16))
+
+    def once_a_pass(x, weight):
+        return jax.lax.map(lambda rows: jax.lax.map(lambda row: row @ weight, rows), x)
+
+    def once_in_all(x, weight):
+        product = x[0] @ weight
+        return jax.lax.fori_loop(0, 40, lambda step, y: jnp.sin(y) + product, product)
+
+    for function, passes in ((once_a_pass, 4), (once_in_all, 1), (lambda x, w: x @ w, 4)):
+        compiled = jax.jit(function).lower(x, weight).compile()
+        needed = passes * 2 * 6 * 8 * 16
+        assert needed <= _flops(compiled) < 1.9 * needed
+
+
+def test_partitions_that_are_taken_in_turn_are_not_doubted(monkeypatch):
+    pytest.importorskip("jax", reason="needs jax")
+    for name in ("_LARGE_PARTITION", "_MANY_FEATURES"):
+        monkeypatch.setattr(f"jax_impl.implementations.matmul.{name}", 1)
+    bench = opened("jax")
+    judged(bench, "jax")
+    found = bench.probe(REQUEST | {"budget_s": 0.001})
+    assert "while" in found["kernels"]
+    assert found["doubt"] == ""

@@ -1,5 +1,8 @@
-"""One batched product whose batch axis is the partition axis."""
+"""One batched product whose batch axis is the partition axis; of large partitions on a CPU one after the other."""
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,9 +15,14 @@ from jax.typing import DTypeLike
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
 from jax_impl.implementations import add_bias, batch_major, partition_major, result_dtype
 
-# Where `_product_for_few_rows` was measured to be the faster one.
+# A weight that fits no cache.
 _MANY_WEIGHTS = 2**21
+# Where `_product_for_few_rows` was measured to be the faster one, with many weights.
 _FEWEST_ROWS, _IN_FEATURES_A_ROW = 16, 4
+# Where `_one_after_the_other` was: each partition is worth a step of a loop, and many weights serve a few rows, or
+# copies of x and y fit no cache.
+_LARGE_PARTITION = 2**14
+_FEWEST_ROWS_IN_TURN, _MANY_FEATURES = 4, 2**22
 
 
 def _product(rows: Array, weight: Array, precision: PrecisionLike, dtype: Any) -> Array:
@@ -60,6 +68,69 @@ def _has_few_rows(rows: Array, weight: Array) -> bool:
     return few and weight.size >= _MANY_WEIGHTS and rows.dtype.itemsize >= 4
 
 
+def _one_after_the_other(x: Array, weight: Array, bias: Array | None, *, precision: PrecisionLike) -> Array:
+    """Compute y, (rows, n, o), in place and from x, (rows, n, i), where it lies.
+
+    What one partition needs stays in the cache until it is used. The batched product needs partition-major copies of
+    all of x and y, in memory that is new in every call, and is some tenth slower itself than plain products are.
+    """
+
+    def add_partition(partition: Array, y: Array) -> Array:
+        rows = lax.dynamic_index_in_dim(x, partition, 1, keepdims=False)
+        own_weight = lax.dynamic_index_in_dim(weight, partition, 0, keepdims=False)
+        own_bias = None if bias is None else lax.dynamic_index_in_dim(bias, partition, 0, keepdims=False)
+        own_y = add_bias(lax.dot(rows, own_weight, precision=precision), own_bias, y.dtype)
+        return lax.dynamic_update_index_in_dim(y, own_y, partition, 1)
+
+    (rows, partitions, _), out_features = x.shape, weight.shape[2]
+    return lax.fori_loop(0, partitions, add_partition, lax.empty((rows, partitions, out_features), x.dtype))
+
+
+def _in_turn_on_a_cpu(batched: Callable[..., Array], precision: PrecisionLike) -> Callable[..., Array]:
+    """Replace a batched product, where the program runs on a CPU and nobody differentiates it.
+
+    Derivatives are those of the batched product, y included: gradients need partition-major copies of x and of the
+    cotangent in any case, and share them with it.
+    """
+    in_turn = partial(_one_after_the_other, precision=precision)
+
+    @jax.custom_jvp
+    def affine(*operands: Array | None) -> Array:
+        return lax.platform_dependent(*operands, cpu=in_turn, default=batched)
+
+    def tangent(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Any]:
+        still = (type(None), SymbolicZero)
+        moving = [place for place, tangent in enumerate(tangents) if not isinstance(tangent, still)]
+        if not moving:
+            y = affine(*primals)
+            return y, jnp.zeros_like(y)
+
+        def of_moving(*operands: Array) -> Array:
+            given = dict(zip(moving, operands, strict=True))
+            return batched(*(given.get(place, primal) for place, primal in enumerate(primals)))
+
+        return jax.jvp(of_moving, tuple(primals[place] for place in moving), tuple(tangents[place] for place in moving))
+
+    affine.defjvp(tangent, symbolic_zeros=True)
+    return affine
+
+
+def _gains_in_turn(x: Array, weight: Array, dtype: Any) -> bool:
+    """Say whether the partitions of x, (rows, n, i), are better taken one after the other on a CPU.
+
+    Operands of 16 bits stay with the batched product, and so do programs for several devices: taking one partition of
+    operands that are divided over the partitions would gather them all.
+    """
+    rows, (partitions, in_features, out_features) = x.shape[0], weight.shape
+    if not isinstance(rows, int) or dtype != x.dtype or dtype.itemsize < 4 or partitions == 1:
+        return False
+    if jax.device_count() > 1 or not all(jax.typeof(array).sharding.mesh.empty for array in (x, weight)):
+        return False
+    many_weights = weight.size >= _MANY_WEIGHTS and rows >= _FEWEST_ROWS_IN_TURN
+    many_features = rows * partitions * (in_features + out_features) >= _MANY_FEATURES
+    return in_features * out_features >= _LARGE_PARTITION and (many_weights or many_features)
+
+
 def partitioned_linear_matmul(
     x: Inputs,
     weight: Weight,
@@ -72,7 +143,8 @@ def partitioned_linear_matmul(
 
     The partition axis of `x` is moved to the front before the product, and back after the bias: the compiler then
     chooses layouts for a plain batched product, forward and backward, instead of transposing whole operands as it does
-    for the einsum spelling.
+    for the einsum spelling. On a single CPU device a forward pass takes large partitions one after the other instead,
+    which copies no whole operand; a program that is exported to another platform, or differentiated, does not.
 
     Args:
         x: Inputs, shape (*b, n, i).
@@ -85,8 +157,15 @@ def partitioned_linear_matmul(
         Outputs, shape (*b, n, o).
     """
     dtype = result_dtype(x, preferred_element_type)
-    rows = partition_major(x)
-    multiply = _product_for_few_rows if _has_few_rows(rows, weight) else _product
-    product = multiply(rows, weight, precision, dtype)
-    y = add_bias(product, None if bias is None else bias[:, None], dtype)
-    return batch_major(y, x.shape[:-2])
+
+    def batched(x: Array, weight: Array, bias: Array | None) -> Array:
+        rows = partition_major(x)
+        multiply = _product_for_few_rows if _has_few_rows(rows, weight) else _product
+        product = multiply(rows, weight, precision, dtype)
+        return batch_major(add_bias(product, None if bias is None else bias[:, None], dtype), x.shape[:-2])
+
+    flat = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    if not _gains_in_turn(flat, weight, dtype):
+        return batched(x, weight, bias)
+    y = _in_turn_on_a_cpu(batched, precision)(flat, weight, bias)
+    return y.reshape(*x.shape[:-1], weight.shape[-1])

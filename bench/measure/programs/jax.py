@@ -11,6 +11,7 @@ import optax
 
 from bench.measure.functions.jax import Function, resolve
 from bench.measure.layouts import swapped_axes
+from bench.measure.programs.xla_loops import repeated_product_flops
 from bench.measure.timers.base import Call, Prepared, Task, Unsupported, in_turn
 from bench.plan.competitors import JIT, JIT_GRAPH
 from jax_impl import UnsupportedImplementationError
@@ -171,4 +172,4 @@ def build(
 def _flops(compiled: Any) -> int | None:
     analysis = compiled.cost_analysis()
     found = analysis.get("flops") if isinstance(analysis, Mapping) else None
-    return int(found) if found and found > 0 else None
+    return int(found) + repeated_product_flops(compiled.as_text()) if found and found > 0 else None

@@ -1,0 +1,63 @@
+"""The products that a compiled XLA program repeats in loops, which XLA's own account of operations counts once."""
+
+import math
+import re
+from collections.abc import Mapping
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_SHAPE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]")
+_DOT = re.compile(r" dot\(([^)]*)\).*lhs_contracting_dims=\{([\d,]*)\}")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
+def _computations(text: str) -> tuple[Mapping[str, list[str]], str]:
+    """The lines of every computation by its name, and the name of the one that runs first."""
+    found: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in text.splitlines():
+        if start := _COMPUTATION.match(line):
+            lines = found.setdefault(start[2], [])
+            entry = start[2] if start[1] else entry
+        else:
+            lines.append(line)
+    return found, entry
+
+
+def _dot_flops(line: str, shapes: Mapping[str, list[int]]) -> int:
+    """Operations of a product: two for each element of the result and each term of its sum."""
+    dot, result = _DOT.search(line), _SHAPE.match(line)
+    if not (dot and result):
+        return 0
+    left = shapes[_OPERAND.findall(dot[1])[0]]
+    return 2 * math.prod(_numbers(result[2])) * math.prod(left[axis] for axis in _numbers(dot[2]))
+
+
+def repeated_product_flops(text: str) -> int:
+    """Count the operations of the products in loops beyond the first pass of each loop.
+
+    Args:
+        text: a compiled program, as ``jax.stages.Compiled.as_text`` gives it.
+
+    Returns:
+        What is to be added to ``cost_analysis()["flops"]``; 0 without a loop. A loop whose number of passes the
+        compiler does not know counts as one pass.
+    """
+    computations, entry = _computations(text)
+
+    def flops(name: str, *, repeated: bool) -> int:
+        lines = computations.get(name, [])
+        shapes = {shape[1]: _numbers(shape[2]) for line in lines if (shape := _SHAPE.match(line))}
+        total = 0
+        for line in lines:
+            trips = _TRIPS.search(line) if repeated else None
+            called = sum(flops(other, repeated=repeated) for other in _CALLED.findall(line))
+            total += _dot_flops(line, shapes) + called * (int(trips[1]) if trips else 1)
+        return total
+
+    return flops(entry, repeated=True) - flops(entry, repeated=False)
