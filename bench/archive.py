@@ -1,21 +1,17 @@
-"""Reading ``records.jsonl`` and ``environment.json`` back, without changing either."""
+"""Reading ``records.jsonl`` back, whole or cell by cell, without changing it."""
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.environments import StoreError, check_environments, read_environments
 from bench.record_lines import parse_line
 from bench.records import Record, RecordError
 
-RECORDS, ENVIRONMENTS = "records.jsonl", "environment.json"
-
-
-class StoreError(ValueError):
-    """A results directory that cannot be used as asked."""
+RECORDS = "records.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,66 +123,42 @@ def records_file(directory: Path) -> Path:
     return path
 
 
-def read_environments(directory: Path) -> dict[str, dict[str, Any]]:
-    """Reads ``environment.json``: id to fingerprint; empty if there is none yet.
+class CellPlaces(NamedTuple):
+    """Where the records of one cell and environment are: file, line from 1, offset.
+
+    Attributes:
+        where: the environment and the cell.
+        places: of its records, in the order in which they were written.
+    """
+
+    where: tuple[str, str]
+    places: tuple[tuple[Path, int, int], ...]
+
+
+def read_cells(cells: Iterable[CellPlaces]) -> Iterator[list[Record]]:
+    """The records of one cell and environment at a time.
 
     Raises:
-        StoreError: if it cannot be read, or is no object of fingerprints.
+        StoreError: if a line is damaged.
     """
-    path = directory / ENVIRONMENTS
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read ({error.strerror}); check the file.") from error
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{path}: not JSON ({error}); repair or remove the file.") from error
-    if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
-        raise StoreError(f"{path}: expected an object of fingerprints by id; repair or remove the file.")
-    return found
+    with ExitStack() as stack:
+        files: dict[Path, Any] = {}
+        for where, places in cells:
+            group = []
+            for path, number, start in places:
+                if path not in files:
+                    files[path] = stack.enter_context(path.open("rb"))
+                files[path].seek(start)
+                record = Line(path, number, start, files[path].readline()).record()
+                if (record.environment_id, record.cell) != where:
+                    raise StoreError(f"{path}, line {number}: names two cells; repair or remove the file.")
+                group.append(record)
+            yield group
 
 
-_FINGERPRINT: Mapping[str, tuple[type, ...]] = {
-    "cpu_model": (str,),
-    "affinity": (list,),
-    "system": (str,),
-    "device": (str,),
-    "division": (str,),
-    "frameworks": (dict,),
-    "git": (dict, type(None)),
-    "gpus": (list, type(None)),
-}
-
-
-def _wrong(fingerprint: Mapping[str, Any]) -> str | None:
-    """What a fingerprint lacks of that which every report prints, or None."""
-    for name, kinds in _FINGERPRINT.items():
-        if type(fingerprint.get(name)) not in kinds:
-            return f"{name}: expected {kinds[0].__name__}, got {str(fingerprint.get(name))[:80]!r}"
-    for name, framework in fingerprint["frameworks"].items():
-        parts = ("versions", "default_switches")
-        if not isinstance(framework, dict) or not all(isinstance(framework.get(part), dict) for part in parts):
-            return f"frameworks: {name} lacks its versions or default_switches"
-    return None
-
-
-def check_environments(used: Iterable[str], environments: Mapping[str, Any], where: str) -> None:
-    """Refuses records whose environment nobody knows: two machines could be compared as if they were one.
-
-    Raises:
-        StoreError: if an environment id has no fingerprint, or one that lacks what every report prints.
-    """
-    used = set(used)
-    lost = sorted(used - set(environments))
-    if lost:
-        raise StoreError(
-            f"{where}: records name the environment {lost[0]}, which {ENVIRONMENTS} lacks; restore that file from the "
-            "machine that measured, or measure again with another --out."
-        )
-    for identity in sorted(used):
-        if wrong := _wrong(environments[identity]):
-            raise StoreError(f"{where}/{ENVIRONMENTS}: fingerprint {identity}: {wrong}; repair or restore the file.")
+def keep_every_cell(record: Record) -> bool:
+    """Keeps whatever the record says."""
+    return True
 
 
 class Archive:
@@ -198,14 +170,15 @@ class Archive:
 
     Attributes:
         environments: id to fingerprint, of all directories.
+        keep: as given.
 
     Raises:
         StoreError: if a directory holds no record, a file is damaged, an environment is unknown, or two records share a
             key.
     """
 
-    def __init__(self, directories: Sequence[Path], keep: Callable[[Record], bool] = lambda record: True):
-        self._keep = keep
+    def __init__(self, directories: Sequence[Path], keep: Callable[[Record], bool] = keep_every_cell):
+        self.keep = keep
         self.environments: dict[str, dict[str, Any]] = {}
         self._places: dict[tuple[str, str], list[tuple[Path, int, int]]] = {}
         keys: set[str] = set()
@@ -226,23 +199,14 @@ class Archive:
         if not keys:
             raise StoreError(f"{', '.join(map(str, directories))}: no complete record; run the benchmark first.")
 
+    def places(self) -> list[CellPlaces]:
+        """Where every cell is, wanted or not, in the order in which the cells were recorded."""
+        return [CellPlaces(where, tuple(places)) for where, places in self._places.items()]
+
     def cells(self) -> Iterator[list[Record]]:
-        """The records of one cell and environment at a time, in the order in which the cells were recorded.
+        """The records of one wanted cell and environment at a time, in the order in which the cells were recorded.
 
         Raises:
             StoreError: if a line is damaged.
         """
-        with ExitStack() as stack:
-            files: dict[Path, Any] = {}
-            for where, places in self._places.items():
-                group = []
-                for path, number, start in places:
-                    if path not in files:
-                        files[path] = stack.enter_context(path.open("rb"))
-                    files[path].seek(start)
-                    record = Line(path, number, start, files[path].readline()).record()
-                    if (record.environment_id, record.cell) != where:
-                        raise StoreError(f"{path}, line {number}: names two cells; repair or remove the file.")
-                    group.append(record)
-                if self._keep(group[0]):
-                    yield group
+        return (group for group in read_cells(self.places()) if self.keep(group[0]))

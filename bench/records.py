@@ -7,6 +7,7 @@ import operator
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import repeat
 from types import MappingProxyType
 from typing import Any
@@ -177,6 +178,11 @@ class Record:
         for place, value in _LIGHT:
             row[place] = value
         return filled(row, check=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the values in order; a read-only mapping, which cannot be pickled, arrives as a plain one."""
+        row = [dict(value) if isinstance(value, MappingProxyType) else value for value in _VALUES(self)]
+        return partial(filled, check=False), (row,)
 
     def to_line(self) -> bytes:
         """The record as one JSON line, newline included."""

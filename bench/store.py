@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.archive import ENVIRONMENTS, RECORDS, StoreError, place_of, read_environments, read_records, scan
+from bench.archive import RECORDS, place_of, read_records, scan
+from bench.environments import ENVIRONMENTS, StoreError, read_environments
 from bench.records import Record
 
 TORN = "torn.jsonl"

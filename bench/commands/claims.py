@@ -5,8 +5,9 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from bench.archive import Archive, StoreError
+from bench.archive import Archive
 from bench.commands.usage import OK, UsageError, check_writable, complain
+from bench.environments import StoreError
 from bench.report.claims import claim_rows, claims_json, markdown, overview
 from bench.report.markdown import environment_lines
 from bench.report.output import OutputError, columns_of, write_csv, write_json, write_text

@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.archive import Archive, StoreError
+from bench.archive import Archive
 from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain
+from bench.environments import StoreError
 from bench.report.export import interval_json
 from bench.report.output import OutputError, columns_of, flat, write_csv, write_json
 from bench.report.text import ratio

@@ -7,8 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.archive import Archive, StoreError
+from bench.archive import Archive
 from bench.commands.usage import FAILED, OK, UsageError, check_choices, check_writable, complain
+from bench.environments import StoreError
 from bench.plan.cells import DEVICES, DIRECTIONS, STORAGE_DTYPES
 from bench.plan.competitors import FRAMEWORKS
 from bench.report.export import interval_json

@@ -1,13 +1,15 @@
 """``bench report``."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
-from bench.archive import Archive, StoreError
+from bench.archive import Archive
 from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain
+from bench.environments import StoreError
 from bench.records import Record
 from bench.report.chart import ChartError, save_chart
 from bench.report.export import SHARED, write_summary, write_table
@@ -72,7 +74,12 @@ def _selection(conditions: Sequence[str]) -> Callable[[Record], bool]:
             names = ", ".join(SHARED)
             raise UsageError(f"--where: expected FIELD=PATTERN with one of {names}, got {condition!r}; name one.")
         wanted.append((name, pattern))
-    return lambda record: all(fnmatchcase(str(getattr(record, name)), pattern) for name, pattern in wanted)
+    # No closure: it travels to other processes.
+    return partial(_meets, tuple(wanted))
+
+
+def _meets(wanted: Iterable[tuple[str, str]], record: Record) -> bool:
+    return all(fnmatchcase(str(getattr(record, name)), pattern) for name, pattern in wanted)
 
 
 def _write(results: Results, directories: Sequence[Path], keep: Callable[[Record], bool], outputs: Outputs) -> None:

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from bench.archive import StoreError, check_environments, read_environments
 from bench.commands.usage import (
     FAILED,
     INTERRUPTED,
@@ -23,6 +22,7 @@ from bench.commands.usage import (
     complain,
 )
 from bench.engines import ENGINES, EngineError
+from bench.environments import StoreError, check_environments, read_environments
 from bench.measure.protocol import RequestError
 from bench.measure.sweep import Progress, Request, SelectionError, SweepNotes, run_sweep
 from bench.plan.cells import CACHES, DEVICES, DIRECTIONS, DIVISIONS, PRECISIONS

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.archive import StoreError
 from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain
+from bench.environments import StoreError
 from bench.report.output import OutputError, write_csv, write_json
 from bench.study.validation import Count, violations
 

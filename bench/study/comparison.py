@@ -17,7 +17,8 @@ from statistics import median
 
 import numpy as np
 
-from bench.archive import Archive, StoreError
+from bench.archive import Archive
+from bench.environments import StoreError
 from bench.plan.competitors import YARDSTICK
 from bench.study.identity import Identity, identity
 from bench.study.pairing import by_label, log_latencies

@@ -1,14 +1,15 @@
 """What reports are made of: rankings, outcomes and environments of one run or several."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.archive import Archive
+from bench.archive import Archive, keep_every_cell
 from bench.records import Record
-from bench.study.ranking import Ranking, rank_cells, rankings, tally
+from bench.study.archive_ranking import ranked_archive
+from bench.study.ranking import Ranking, rankings, tally
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def results_of(records: Sequence[Record], environments: Mapping[str, Mapping[str
     return Results(tuple(rankings(records)), tally(records), environments)
 
 
-def read_results(directories: Sequence[Path], keep: Callable[[Record], bool] = lambda record: True) -> Results:
+def read_results(directories: Sequence[Path], keep: Callable[[Record], bool] = keep_every_cell) -> Results:
     """The results of runs, read cell by cell.
 
     Args:
@@ -50,11 +51,8 @@ def read_results(directories: Sequence[Path], keep: Callable[[Record], bool] = l
     """
     archive = Archive(directories, keep)
     outcomes: Counter[str] = Counter()
-
-    def counted() -> Iterable[list[Record]]:
-        for group in archive.cells():
-            outcomes.update(tally(group))
-            yield group
-
-    found = tuple(rank_cells(counted()))
-    return Results(found, dict(outcomes), archive.environments)
+    found: list[Ranking] = []
+    for ranked, counted in ranked_archive(archive):
+        found += ranked
+        outcomes.update(counted)
+    return Results(tuple(found), dict(outcomes), archive.environments)

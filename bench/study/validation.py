@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from bench.archive import Archive, StoreError, check_environments, read_environments, records_file
+from bench.archive import Archive, records_file
+from bench.environments import StoreError, check_environments, read_environments
 from bench.plan.cells import DEVICES, DIVISIONS, STORAGE_DTYPES
 from bench.plan.competitors import FRAMEWORKS
 from bench.record_lines import parse_line

@@ -2,15 +2,21 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from rich.console import Console
 
+from bench.commands.report import _meets
+from bench.environments import StoreError
 from bench.measure.worker_process import CHECKOUT
 from bench.report.tables import show_rankings
+from bench.study import archive_ranking
 from bench.study.ranking import rankings
+from bench.study.results import read_results
 from bench.tests.conftest import example_record
 from bench.tests.synthetic import cell_records, write_sweep
 
@@ -87,3 +93,29 @@ def test_a_sweep_of_thousands_of_cells_prints_one_line_for_each(make_record, cap
     assert len(lines) == 1001
     assert lines[0].endswith("Fastest: torch form-0 (eager), against every other competitor (Holm-corrected).")
     assert lines[-1].startswith("1000 cells, one line each; --markdown, --json and --csv")
+
+
+def test_a_large_sweep_is_ranked_by_several_processes_as_by_one(sweep, monkeypatch):
+    monkeypatch.setattr(archive_ranking, "_CELLS_A_TASK", 7)
+    wanted = partial(_meets, (("in_features", "2"),))
+    alone = read_results([sweep]), read_results([sweep], wanted)
+    started = []
+    pool = archive_ranking.ProcessPoolExecutor
+    monkeypatch.setattr(archive_ranking, "ProcessPoolExecutor", lambda *a, **k: started.append(a) or pool(*a, **k))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(archive_ranking, "_MANY_CELLS", 1)
+    assert (read_results([sweep]), read_results([sweep], wanted)) == alone
+    assert 0 < len(alone[1].found) < len(alone[0].found)
+    assert started == [(2,), (2,)]
+
+
+def test_damage_is_found_by_other_processes_as_well(sweep, tmp_path, monkeypatch):
+    damaged = tmp_path / "run"
+    shutil.copytree(sweep, damaged)
+    lines = (damaged / "records.jsonl").read_text().splitlines(keepends=True)
+    lines[30] = lines[30].replace('"block_latency_s": [', '"block_latency_s": ["x", ')
+    (damaged / "records.jsonl").write_text("".join(lines))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(archive_ranking, "_MANY_CELLS", 1)
+    with pytest.raises(StoreError, match=r"records.jsonl, line 31: .*block_latency_s"):
+        read_results([damaged])

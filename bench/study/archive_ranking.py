@@ -1,0 +1,56 @@
+"""Ranking the cells of a large sweep on several processors: no cell needs another one."""
+
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
+from bench.archive import Archive, CellPlaces, read_cells
+from bench.records import Record
+from bench.study.ranking import Ranking, rank_cells, tally
+
+# Below this, starting processes takes longer than they save.
+_MANY_CELLS = 1000
+# Enough work for the way between processes not to matter, and little enough for all of them to end together.
+_CELLS_A_TASK = 100
+# Each holds some sixty megabytes of libraries.
+_MOST_PROCESSES = 4
+
+Ranked = tuple[list[Ranking], Counter[str]]
+
+
+def _ranked(keep: Callable[[Record], bool], cells: Sequence[CellPlaces]) -> Ranked:
+    outcomes: Counter[str] = Counter()
+
+    def counted() -> Iterator[list[Record]]:
+        for group in read_cells(cells):
+            if keep(group[0]):
+                outcomes.update(tally(group))
+                yield group
+
+    return rank_cells(counted()), outcomes
+
+
+def ranked_archive(archive: Archive) -> Iterator[Ranked]:
+    """Ranks the wanted cells of an archive, in the order in which they were recorded.
+
+    Args:
+        archive: of few cells, which are ranked in this process, or of many, whose ``keep`` must then be picklable.
+
+    Returns:
+        Some rankings at a time, with the number of their records by outcome.
+
+    Raises:
+        StoreError: if a line is damaged.
+    """
+    cells, rank = archive.places(), partial(_ranked, archive.keep)
+    processes = min(os.cpu_count() or 1, _MOST_PROCESSES)
+    if len(cells) < _MANY_CELLS or processes < 2:
+        yield rank(cells)
+        return
+    tasks = [cells[start : start + _CELLS_A_TASK] for start in range(0, len(cells), _CELLS_A_TASK)]
+    # Not forked: this process may have threads, of a progress bar or of a linear algebra library.
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(rank, tasks)
