@@ -245,8 +245,13 @@ MATMUL = "jax_impl.implementations.matmul"
 @pytest.fixture
 def in_turn(monkeypatch):
     """Small operands count as large partitions, which are taken one after the other."""
-    for name in ("_LARGE_PARTITION", "_MANY_FEATURES"):
-        monkeypatch.setattr(f"{MATMUL}.{name}", 1)
+    for name, limit in {
+        "_MANY_WEIGHTS": 1,
+        "_LARGE_PARTITION": 1,
+        "_FEWEST_ROWS_IN_TURN": 1,
+        "_WEIGHTS_A_FEATURE": 0,
+    }.items():
+        monkeypatch.setattr(f"{MATMUL}.{name}", limit)
     if jax.device_count() > 1:
         pytest.skip("with several devices no partition is taken apart from the others")
 
@@ -315,8 +320,8 @@ def test_the_gradient_of_few_rows_moves_no_large_weight():
 
 def test_partitions_in_turn_have_the_same_derivatives(few_rows, in_turn, monkeypatch):
     outputs, arrays = few_rows
-    for most in (1, 2**60):
-        monkeypatch.setattr(f"{MATMUL}._MANY_WEIGHTS", most)
+    for fewest in (1, 2**60):
+        monkeypatch.setattr(f"{MATMUL}._FEWEST_ROWS", fewest)
         found = jax.tree.leaves(taken("matmul", outputs, arrays))
         for left, right in zip(found, jax.tree.leaves(taken("loop", outputs, arrays)), strict=True):
             np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)

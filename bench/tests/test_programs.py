@@ -167,8 +167,8 @@ def test_products_in_loops_are_counted_as_often_as_they_run():
 
 def test_partitions_that_are_taken_in_turn_are_not_doubted(monkeypatch):
     pytest.importorskip("jax", reason="needs jax")
-    for name in ("_LARGE_PARTITION", "_MANY_FEATURES"):
-        monkeypatch.setattr(f"jax_impl.implementations.matmul.{name}", 1)
+    for name, limit in {"_MANY_WEIGHTS": 1, "_LARGE_PARTITION": 1, "_WEIGHTS_A_FEATURE": 0}.items():
+        monkeypatch.setattr(f"jax_impl.implementations.matmul.{name}", limit)
     bench = opened("jax")
     judged(bench, "jax")
     found = bench.probe(REQUEST | {"budget_s": 0.001})

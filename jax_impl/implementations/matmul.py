@@ -19,10 +19,11 @@ from jax_impl.implementations import add_bias, batch_major, partition_major, res
 _MANY_WEIGHTS = 2**21
 # Where `_product_for_few_rows` was measured to be the faster one, with many weights.
 _FEWEST_ROWS, _IN_FEATURES_A_ROW = 16, 4
-# Where `_one_after_the_other` was: each partition is worth a step of a loop, and many weights serve a few rows, or
-# copies of x and y fit no cache.
+# Where `_one_after_the_other` was, with many weights too: each partition is worth a step of a loop, and the weights far
+# outnumber the features of x and y. With more rows a single call would still gain, but a stack of layers, or a caller
+# whose arrays lie partition-major, would lose more: there XLA cancels the batched product's transposes.
 _LARGE_PARTITION = 2**14
-_FEWEST_ROWS_IN_TURN, _MANY_FEATURES = 4, 2**22
+_FEWEST_ROWS_IN_TURN, _WEIGHTS_A_FEATURE = 4, 4
 
 
 def _product(rows: Array, weight: Array, precision: PrecisionLike, dtype: Any) -> Array:
@@ -71,8 +72,8 @@ def _has_few_rows(rows: Array, weight: Array) -> bool:
 def _one_after_the_other(x: Array, weight: Array, bias: Array | None, *, precision: PrecisionLike) -> Array:
     """Compute y, (rows, n, o), in place and from x, (rows, n, i), where it lies.
 
-    What one partition needs stays in the cache until it is used. The batched product needs partition-major copies of
-    all of x and y, in memory that is new in every call, and is some tenth slower itself than plain products are.
+    What one partition needs stays in the cache until it is used, and the products are plain ones. XLA's batched product
+    on a CPU passes a large weight through memory more slowly (jax 0.10.2).
     """
 
     def add_partition(partition: Array, y: Array) -> Array:
@@ -126,9 +127,9 @@ def _gains_in_turn(x: Array, weight: Array, dtype: Any) -> bool:
         return False
     if jax.device_count() > 1 or not all(jax.typeof(array).sharding.mesh.empty for array in (x, weight)):
         return False
-    many_weights = weight.size >= _MANY_WEIGHTS and rows >= _FEWEST_ROWS_IN_TURN
-    many_features = rows * partitions * (in_features + out_features) >= _MANY_FEATURES
-    return in_features * out_features >= _LARGE_PARTITION and (many_weights or many_features)
+    partition_size, features = in_features * out_features, rows * (in_features + out_features)
+    few = rows >= _FEWEST_ROWS_IN_TURN and _WEIGHTS_A_FEATURE * features <= partition_size
+    return few and partition_size >= _LARGE_PARTITION and weight.size >= _MANY_WEIGHTS
 
 
 def partitioned_linear_matmul(
@@ -143,8 +144,8 @@ def partitioned_linear_matmul(
 
     The partition axis of `x` is moved to the front before the product, and back after the bias: the compiler then
     chooses layouts for a plain batched product, forward and backward, instead of transposing whole operands as it does
-    for the einsum spelling. On a single CPU device a forward pass takes large partitions one after the other instead,
-    which copies no whole operand; a program that is exported to another platform, or differentiated, does not.
+    for the einsum spelling. On a single CPU device a forward pass of few rows takes large partitions one after the
+    other instead; a program that is exported to another platform, or differentiated, does not.
 
     Args:
         x: Inputs, shape (*b, n, i).
