@@ -59,8 +59,8 @@ def test_isolation_is_as_declared(subject_id, poison):
     case = Case("isolation", (6,), 4, 8, 8)
     subject = supported(subject_id, case, "float32")
     found = check_isolation(subject, draw_inputs(case, "float32"), partition=2, poison=poison)
-    assert found["visible"], "the poison was swallowed"
-    assert found["isolated"] == subject.isolates_partitions
+    assert found.swallowed == ()
+    assert found.isolated == subject.isolates_partitions
 
 
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)

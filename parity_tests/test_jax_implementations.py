@@ -353,6 +353,23 @@ def test_partitions_are_taken_in_turn_where_nobody_differentiates(in_turn, dtype
             assert bool(jnp.all(jnp.abs(stacked - want) <= 32 * ROUNDOFF[dtype] * (1 + jnp.abs(want))))
 
 
+def test_calls_without_jit_compile_partitions_in_turn_once(in_turn, caplog):
+    x, kernel, bias = operands()
+    stacked = jnp.stack([x, x])
+
+    def call():
+        for precision in (None, "highest"):
+            run = partial(partitioned_linear, implementation="matmul", precision=precision)
+            jax.block_until_ready((run(x, kernel, bias), jax.vmap(run, (0, None, None))(stacked, kernel, bias)))
+
+    with jax.log_compiles():
+        call()
+        assert "Finished XLA compilation" in caplog.text
+        caplog.clear()
+        call()
+    assert "Finished XLA compilation" not in caplog.text
+
+
 def test_no_partition_is_taken_apart_where_operands_may_be_divided(in_turn, monkeypatch):
     arrays = operands()
     run = jax.jit(partial(partitioned_linear, implementation="matmul"))

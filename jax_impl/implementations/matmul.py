@@ -1,7 +1,6 @@
 """One batched product whose batch axis is the partition axis; of large partitions on a CPU one after the other."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -87,33 +86,48 @@ def _one_after_the_other(x: Array, weight: Array, bias: Array | None, *, precisi
     return lax.fori_loop(0, partitions, add_partition, lax.empty((rows, partitions, out_features), x.dtype))
 
 
-def _in_turn_on_a_cpu(batched: Callable[..., Array], precision: PrecisionLike) -> Callable[..., Array]:
-    """Replace a batched product, where the program runs on a CPU and nobody differentiates it.
+def _batched(x: Array, weight: Array, bias: Array | None, precision: PrecisionLike, dtype: Any) -> Array:
+    rows = partition_major(x)
+    multiply = _product_for_few_rows if _has_few_rows(rows, weight) else _product
+    product = multiply(rows, weight, precision, dtype)
+    return batch_major(add_bias(product, None if bias is None else bias[:, None], dtype), x.shape[:-2])
+
+
+# One jitted function for all calls: a loop that is made anew in each call would be compiled anew as well, wherever the
+# caller does not jit.
+@partial(jax.jit, static_argnums=3)
+def _compiled_for_the_platform(x: Array, weight: Array, bias: Array | None, precision: PrecisionLike) -> Array:
+    in_turn = partial(_one_after_the_other, precision=precision)
+    batched = partial(_batched, precision=precision, dtype=x.dtype)
+    return lax.platform_dependent(x, weight, bias, cpu=in_turn, default=batched)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _in_turn_on_a_cpu(x: Array, weight: Array, bias: Array | None, precision: PrecisionLike) -> Array:
+    """Compute y, (rows, n, o), one partition after the other where the program runs on a CPU.
 
     Derivatives are those of the batched product, y included: gradients need partition-major copies of x and of the
     cotangent in any case, and share them with it.
     """
-    in_turn = partial(_one_after_the_other, precision=precision)
+    return _compiled_for_the_platform(x, weight, bias, precision)
 
-    @jax.custom_jvp
-    def affine(*operands: Array | None) -> Array:
-        return lax.platform_dependent(*operands, cpu=in_turn, default=batched)
 
-    def tangent(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Any]:
-        still = (type(None), SymbolicZero)
-        moving = [place for place, tangent in enumerate(tangents) if not isinstance(tangent, still)]
-        if not moving:
-            y = affine(*primals)
-            return y, jnp.zeros_like(y)
+def _tangent(precision: PrecisionLike, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Any]:
+    still = (type(None), SymbolicZero)
+    moving = [place for place, tangent in enumerate(tangents) if not isinstance(tangent, still)]
+    if not moving:
+        y = _in_turn_on_a_cpu(*primals, precision)
+        return y, jnp.zeros_like(y)
 
-        def of_moving(*operands: Array) -> Array:
-            given = dict(zip(moving, operands, strict=True))
-            return batched(*(given.get(place, primal) for place, primal in enumerate(primals)))
+    def of_moving(*operands: Array) -> Array:
+        given: dict[int, Any] = dict(zip(moving, operands, strict=True))
+        x, weight, bias = (given.get(place, primal) for place, primal in enumerate(primals))
+        return _batched(x, weight, bias, precision, x.dtype)
 
-        return jax.jvp(of_moving, tuple(primals[place] for place in moving), tuple(tangents[place] for place in moving))
+    return jax.jvp(of_moving, tuple(primals[place] for place in moving), tuple(tangents[place] for place in moving))
 
-    affine.defjvp(tangent, symbolic_zeros=True)
-    return affine
+
+_in_turn_on_a_cpu.defjvp(_tangent, symbolic_zeros=True)
 
 
 def _gains_in_turn(x: Array, weight: Array, dtype: Any) -> bool:
@@ -158,15 +172,7 @@ def partitioned_linear_matmul(
         Outputs, shape (*b, n, o).
     """
     dtype = result_dtype(x, preferred_element_type)
-
-    def batched(x: Array, weight: Array, bias: Array | None) -> Array:
-        rows = partition_major(x)
-        multiply = _product_for_few_rows if _has_few_rows(rows, weight) else _product
-        product = multiply(rows, weight, precision, dtype)
-        return batch_major(add_bias(product, None if bias is None else bias[:, None], dtype), x.shape[:-2])
-
     flat = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    if not _gains_in_turn(flat, weight, dtype):
-        return batched(x, weight, bias)
-    y = _in_turn_on_a_cpu(batched, precision)(flat, weight, bias)
-    return y.reshape(*x.shape[:-1], weight.shape[-1])
+    if _gains_in_turn(flat, weight, dtype):
+        return _in_turn_on_a_cpu(flat, weight, bias, precision).reshape(*x.shape[:-1], weight.shape[-1])
+    return _batched(x, weight, bias, precision, dtype)

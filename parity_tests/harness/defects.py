@@ -89,9 +89,11 @@ def _one_element(outputs: Outputs) -> np.ndarray:
     return y
 
 
-def _swallow(inputs: Inputs, outputs: Outputs) -> dict[str, np.ndarray]:
-    del inputs
-    return {"y": np.nan_to_num(outputs["y"].astype(np.float64)).astype(outputs["y"].dtype)}
+def _swallow(*names: str) -> Spoil:
+    def finite(array: np.ndarray) -> np.ndarray:
+        return np.nan_to_num(array.astype(np.float64)).astype(array.dtype)
+
+    return _on_outputs(lambda inputs, outputs: {name: finite(outputs[name]) for name in names})
 
 
 def _transposed(inputs: Inputs) -> dict[str, np.ndarray]:
@@ -136,7 +138,14 @@ DEFECTS: tuple[Defect, ...] = (
         "dW of one partition times 1.01", _on_outputs(_dweight_off), "dweight is scaled by 1.01 in partition 1 of 3"
     ),
     Defect("db accumulated in bf16", _on_outputs(_bf16_bias_gradient), "sums are accumulated in bfloat16"),
-    Defect("NaN swallowed", _on_outputs(_swallow), "NaN does not reach the output", isolation=True),
+    Defect("NaN swallowed", _swallow("y"), "NaN does not reach y, forward", isolation=True),
+    Defect(
+        "NaN swallowed without gradients", _swallow("y"), "NaN does not reach forward", isolation=True, backward=False
+    ),
+    *(
+        Defect(f"NaN swallowed in {name}", _swallow(name), f"NaN does not reach {name}", isolation=True)
+        for name in ("dx", "dweight", "dbias")
+    ),
     Defect("one element off by 1 percent", _on_outputs(lambda a, o: {"y": _one_element(o)}), "only y["),
     Defect(
         "TF32 in place of fp32",

@@ -1,6 +1,7 @@
 """Checks that need no tolerance: the integer lattice, and isolation of NaN and Inf between partitions."""
 
 import dataclasses
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -87,7 +88,23 @@ def check_wide_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) 
     return [_bitwise("y", subject.forward(positive), truth.value, truth.partition_axis)]
 
 
-def check_isolation(subject: Subject, inputs: Inputs, partition: int, poison: float) -> dict[str, bool]:
+@dataclass(frozen=True)
+class Isolation:
+    """What became of NaN or an infinity in one partition.
+
+    Attributes:
+        isolated: whether every other partition of every tensor has the same bits as without it.
+        swallowed: the tensors in whose poisoned partition something is finite, ``forward`` being y without gradients;
+            none in right code.
+    """
+
+    isolated: bool
+    swallowed: tuple[str, ...]
+
+
+def check_isolation(
+    subject: Subject, inputs: Inputs, partition: int, poison: float, *, plain_forward: bool = True
+) -> Isolation:
     """Poisons one partition of x, W, b and dy and looks at the others.
 
     Args:
@@ -95,10 +112,10 @@ def check_isolation(subject: Subject, inputs: Inputs, partition: int, poison: fl
         inputs: finite inputs with at least two partitions.
         partition: the poisoned one.
         poison: NaN or an infinity.
+        plain_forward: whether y without gradients is looked at too.
 
     Returns:
-        ``isolated``: every other partition of every tensor has the same bits as without poison;
-        ``visible``: the poison shows in the poisoned partition of y, so that it was not swallowed.
+        Whether the others stayed as they were, and where the poison does not show.
     """
 
     def poisoned(array: np.ndarray, axis: int) -> np.ndarray:
@@ -114,12 +131,19 @@ def check_isolation(subject: Subject, inputs: Inputs, partition: int, poison: fl
         cotangent=poisoned(inputs.cotangent, -2),
         zero_mean=False,
     )
+    # Each tensor has terms from poisoned operands alone in that partition: nothing in it can be finite.
     clean, dirty = subject.vjp(inputs), subject.vjp(dirty_inputs)
-    axes = {"y": -2, "dx": -2, "dweight": 0, "dbias": 0}
+    if plain_forward:
+        clean, dirty = (
+            {**found, "forward": subject.forward(a)} for found, a in ((clean, inputs), (dirty, dirty_inputs))
+        )
+    axes = {"y": -2, "dx": -2, "dweight": 0, "dbias": 0, "forward": -2}
 
     def others(name: str, array: np.ndarray) -> bytes:
         return np.delete(array, partition, axis=axes[name]).tobytes()
 
+    def shows(name: str) -> bool:
+        return not np.isfinite(np.take(dirty[name].astype(np.float64), partition, axis=axes[name])).any()
+
     isolated = all(others(name, clean[name]) == others(name, dirty[name]) for name in clean)
-    visible = bool(np.all(~np.isfinite(np.take(dirty["y"].astype(np.float64), partition, axis=-2))))
-    return {"isolated": isolated, "visible": visible}
+    return Isolation(isolated, tuple(name for name in dirty if not shows(name)))

@@ -84,7 +84,7 @@ def _isolation_faults(subject: Subject, inputs: Inputs) -> Iterator[str]:
     for poison in _POISONS:
         partition = len(inputs.weight) // 2
         found = check_isolation(subject, inputs, partition, poison)
-        if not found["visible"]:
-            yield f"{poison} in partition {partition} was swallowed"
-        if subject.isolates_partitions and not found["isolated"]:
+        if found.swallowed:
+            yield f"{poison} in partition {partition} was swallowed in {', '.join(found.swallowed)}"
+        if subject.isolates_partitions and not found.isolated:
             yield f"{poison} in partition {partition} changed the others, which are declared isolated"

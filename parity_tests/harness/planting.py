@@ -31,6 +31,8 @@ class Defect:
         cause: what ``causes.explain`` must say; for ``isolation``, what the check says.
         dtypes: storage dtypes in which the defect changes the function; in others it is equivalent to correct code.
         isolation: True if only the isolation check can see it.
+        forward: whether it is in y as computed without gradients.
+        backward: whether it is in y and the gradients as computed together.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Defect:
     cause: str
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     isolation: bool = False
+    forward: bool = True
+    backward: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class SpoiledSubject:
     """A subject with a defect planted."""
 
     subject: Subject
-    spoil: Spoil
+    defect: Defect
     framework: str
     implementation: str
     isolates_partitions: bool
@@ -70,17 +74,17 @@ class SpoiledSubject:
 
     def forward(self, inputs: Inputs) -> np.ndarray:
         """Returns the spoiled y."""
-        return self.spoil(self.subject, inputs)["y"]
+        return self.defect.spoil(self.subject, inputs)["y"] if self.defect.forward else self.subject.forward(inputs)
 
     def vjp(self, inputs: Inputs) -> Outputs:
         """Returns the spoiled tensors."""
-        return self.spoil(self.subject, inputs)
+        return self.defect.spoil(self.subject, inputs) if self.defect.backward else self.subject.vjp(inputs)
 
 
 def plant(defect: Defect, subject: Subject) -> SpoiledSubject:
     """Returns a copy of the subject that has the defect."""
     return SpoiledSubject(
-        subject, defect.spoil, subject.framework, subject.implementation, subject.isolates_partitions, subject.mode
+        subject, defect, subject.framework, subject.implementation, subject.isolates_partitions, subject.mode
     )
 
 
@@ -94,8 +98,8 @@ def _verdict(candidate: Subject, dtype: str, seed: int, isolation: bool, measure
     """Whether the judge rejects a subject, and why; the bound is that of the subject that was measured."""
     inputs, truth = _problem(dtype, seed)
     if isolation:
-        visible = check_isolation(candidate, inputs, partition=1, poison=float("nan"))["visible"]
-        return Killing(not visible, "" if visible else "NaN does not reach the output of its own partition")
+        swallowed = check_isolation(candidate, inputs, partition=1, poison=float("nan")).swallowed
+        return Killing(bool(swallowed), f"NaN does not reach {', '.join(swallowed)}" if swallowed else "")
     judgement = judge(candidate, inputs, truth, measured=measured)
     rejected = any(result.status == "mismatch" for result in judgement.results)
     return Killing(rejected, explain(judgement.results, judgement.outputs, inputs, judgement.arithmetic))

@@ -14,6 +14,7 @@ from parity_tests.pair.judge import Judge
 from parity_tests.pair.legs import Pair
 from parity_tests.pair.mapping import Rule
 from parity_tests.pair.report import PairReport
+from parity_tests.pair.side import first_line
 
 
 def judge_pair(
@@ -132,4 +133,4 @@ def run_pair(spec: str, **overrides: Any) -> PairReport:
     try:
         return check_pair(pair=spec, **overrides)
     except (ImportError, TypeError) as error:
-        raise ValueError(f"pair: {spec} cannot be checked: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"pair: {spec} cannot be checked: {first_line(error)}") from error

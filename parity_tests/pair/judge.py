@@ -12,7 +12,7 @@ from parity_tests.pair.calibration import SEMANTIC_SCALE, calibrated_bound
 from parity_tests.pair.draws import is_float
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
-from parity_tests.pair.side import Ensemble
+from parity_tests.pair.side import Ensemble, first_line
 from parity_tests.pair.verdict import refused, same_bits, within
 
 KEYS = ("torch", "jax")
@@ -54,6 +54,8 @@ class Judge:
         self._pair, self._seed, self._gradients, self._semantic = pair, seed, gradients, semantic
         self.evidence = Evidence()
         self.notes: set[str] = set()
+        # Why a dtype was not compared whole on both sides, by dtype.
+        self._missing: dict[str, list[str]] = {}
 
     def rows(self, dtypes: Sequence[str]) -> Iterator[PairRow]:
         """Yields every comparison, lowest rung first within a leg."""
@@ -68,8 +70,14 @@ class Judge:
         if random:
             return
         comparable = yield from self._semantic_leg(values)
-        for dtype in dtypes if comparable else ():
+        if not comparable:
+            return
+        for dtype in dtypes:
             yield from self._leg(dtype)
+        if dtypes and all(self._missing.get(dtype) for dtype in dtypes):
+            reasons = "; ".join(dict.fromkeys(reason for found in self._missing.values() for reason in found))
+            reason = f"no dtype that was asked for ({', '.join(dtypes)}) could be compared on both sides: {reasons}"
+            yield self._row(refused("y", reason), _BOTH, dtypes[0], "forward")
 
     def _weights(self, dtype: str) -> Iterator[PairRow]:
         values, mapping = self._pair.values(dtype, self._seed), self._pair.mapping
@@ -99,11 +107,30 @@ class Judge:
         ensembles = {key: self._pair.ensemble(key, values, "float32", self._seed) for key in KEYS}
         bounds = {key: self._bounds(outputs[key], ensembles[key], "float32", SEMANTIC_SCALE) for key in KEYS}
         self.evidence = Evidence(values, outputs, bounds, ensembles)
+        yield from self._says_nothing(outputs["torch"], outputs["jax"])
         if self._semantic:
             for name, expected in outputs["torch"].items():
                 limit = bounds["torch"].get(name, 0.0) + bounds["jax"].get(name, 0.0)
-                yield self._row(within(name, outputs["jax"][name], expected, limit), _BOTH, "float64", self._rung(name))
+                result = within(name, outputs["jax"][name], expected, limit)
+                yield self._row(result, _BOTH, "float64", self._rung(name), leg=" semantic")
         return True
+
+    def _says_nothing(self, torch: Mapping[str, np.ndarray], jax: Mapping[str, np.ndarray]) -> Iterator[PairRow]:
+        """Fails a pair whose outputs are empty, zero or not finite on both sides: any two modules agree on that."""
+        shown = [name for name in torch if _is_informative(torch[name]) or _is_informative(jax[name])]
+        if not any(self._rung(name) == "forward" for name in shown):
+            reason = (
+                "every output is empty, zero or not finite on both sides, as that of any other pair could be; give "
+                "inputs, or draws of the parameters, for which the function has values"
+            )
+            yield self._row(refused("y", reason), _BOTH, "float64", "forward")
+            return
+        silent = [name for name in torch if name not in shown]
+        if silent:
+            self.notes.add(f"empty, zero or not finite on both sides, so that nothing is shown: {', '.join(silent)}")
+        partly = [name for name in shown if not (np.isfinite(torch[name]) & np.isfinite(jax[name])).all()]
+        if partly:
+            self.notes.add(f"not finite in places: {', '.join(partly)}")
 
     def _leg(self, dtype: str) -> Iterator[PairRow]:
         """Both sides as they are, in one dtype, against their truths and against each other."""
@@ -112,18 +139,23 @@ class Judge:
         alone: dict[str, dict[str, np.ndarray]] = {}
         bounds: dict[str, dict[str, np.ndarray]] = {}
         for key in KEYS:
+            rung = "forward"
             try:
-                alone[key] = self._pair.forward(key, values)
+                results[key] = alone[key] = self._pair.forward(key, values)
+                rung = "gradients"
                 results[key] = self._pair.vjp(key, values) if self._gradients else alone[key]
             except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
                 # The function runs in float64, as the semantic leg has shown: what fails is this format, here.
-                sentence = str(error).strip().splitlines()[0]
-                yield self._row(refused("", f"{type(error).__name__}: {sentence}"), key, dtype, "forward", "skipped")
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                self._missing.setdefault(dtype, []).append(f"{key} {rung}: {reason}")
+                yield self._row(refused("", reason), key, dtype, rung, "skipped")
         if dtype == "float32":
             self.evidence.results = results
         for key in results:
             truths, bounds[key] = self._truths_and_bounds(key, values)
             for name, expected in truths.items():
+                if name not in results[key]:
+                    continue
                 # In float64 the truth itself errs as much as what it judges.
                 limit = bounds[key].get(name, 0.0) * (2.0 if dtype == "float64" else 1.0)
                 result = within(name, results[key][name], expected, limit)
@@ -133,8 +165,9 @@ class Judge:
         if len(results) < len(KEYS):
             return
         for name, expected in results["torch"].items():
-            limit = bounds["torch"].get(name, 0.0) + bounds["jax"].get(name, 0.0)
-            yield self._row(within(name, results["jax"][name], expected, limit), _BOTH, dtype, self._rung(name))
+            if name in results["jax"]:
+                limit = bounds["torch"].get(name, 0.0) + bounds["jax"].get(name, 0.0)
+                yield self._row(within(name, results["jax"][name], expected, limit), _BOTH, dtype, self._rung(name))
 
     def _values(self, dtype: str) -> Values:
         if dtype == "float32":
@@ -168,7 +201,9 @@ class Judge:
     def _rung(self, name: str) -> str:
         return "gradients" if name.startswith("d_") else "forward"
 
-    def _row(self, result: TensorResult, key: str, dtype: str, rung: str, bound: str = "calibrated") -> PairRow:
+    def _row(
+        self, result: TensorResult, key: str, dtype: str, rung: str, bound: str = "calibrated", *, leg: str = ""
+    ) -> PairRow:
         names = {key: side.name for key, side in self._pair.sides.items()}
         plain = row_from_result(
             result,
@@ -176,12 +211,16 @@ class Judge:
             framework=key,
             implementation=names.get(key, f"{names['torch']}+{names['jax']}"),
             dtype=dtype,
-            case=f"{self._pair.name} seed {self._seed}",
+            case=f"{self._pair.name} seed {self._seed}{leg}",
         )
         if bound == "skipped":
             plain = dataclasses.replace(plain, status="skipped", max_abs_error=None, bound_fraction=None)
         fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
         return PairRow(**fields, rung=rung, bound=bound)
+
+
+def _is_informative(value: np.ndarray) -> bool:
+    return bool((np.isfinite(value) & (value != 0)).any())
 
 
 def _badness(result: TensorResult) -> tuple[bool, float]:

@@ -60,6 +60,16 @@ class Pair:
             key: side.parameters(examples[key]) for key, side in self.sides.items()
         }
         self.mapping = ParameterMapping(self.rules, self.specs["torch"], self.specs["jax"])
+        self._check_output_patterns()
+
+    def _check_output_patterns(self) -> None:
+        """Refuses a pattern for an output that is not there: it would be applied to nothing."""
+        if not self.output_patterns:
+            return
+        values = self.values("float32", 0)
+        known = sorted(self.sides["torch"].outline(values.parameters["torch"], values.inputs["torch"]))
+        if unknown := sorted(set(self.output_patterns) - set(known)):
+            raise MappingError(f"output_patterns: expected names among {', '.join(known)}, got {', '.join(unknown)}.")
 
     def values(self, dtype: str, seed: int) -> Values:
         """Draws everything but the cotangents, rounded to the storage dtype."""

@@ -54,6 +54,12 @@ class Variant:
     sentence: str
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; some say nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no reason given"
+
+
 class Side(Protocol):
     """A module or function of one framework.
 

@@ -14,7 +14,7 @@ import numpy as np
 from parity_tests.harness.records import environment
 from parity_tests.pair.exchange import read_groups, write_groups
 from parity_tests.pair.loading import build, load_factory
-from parity_tests.pair.side import Arrays, ParameterSpec, Side, make_side
+from parity_tests.pair.side import Arrays, ParameterSpec, Side, first_line, make_side
 
 
 def _reply(
@@ -58,7 +58,7 @@ def serve(side: Side, requests: TextIO, replies: TextIO) -> None:
             write_groups(folder / "reply.safetensors", groups)
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             # The caller decides what a refusal means; the worker stays there for the next request.
-            line = {"error": str(error).strip().splitlines()[0], "kind": type(error).__name__}
+            line = {"error": first_line(error), "kind": type(error).__name__}
         replies.write(json.dumps(line) + "\n")
         replies.flush()
 
@@ -70,7 +70,7 @@ def main(framework: str, spec: str, device: str) -> None:
     try:
         side = make_side(framework, build(load_factory(spec), (framework,)), device)
     except (ImportError, TypeError, ValueError) as error:
-        replies.write(json.dumps({"error": str(error).strip().splitlines()[0], "kind": type(error).__name__}) + "\n")
+        replies.write(json.dumps({"error": first_line(error), "kind": type(error).__name__}) + "\n")
         return
     replies.write(json.dumps({"name": side.name, "environment": environment()}) + "\n")
     replies.flush()

@@ -11,7 +11,7 @@ import numpy as np
 from parity_tests.harness.subjects.jax import resolve_device
 from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS
 from parity_tests.pair.draws import is_float
-from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant, collect_ensemble, leaf_name
+from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant, collect_ensemble, first_line, leaf_name
 from parity_tests.pair.subjects.jax_modules import FlatModule, Function, flatten_module
 from parity_tests.pair.subjects.jax_noise import Interpreter, normal_pool
 
@@ -187,7 +187,7 @@ class JaxSide:
             # interpreted in float64 it is the same function, but for constants, which tracing has rounded.
             self._notes.add(
                 "the flax side cannot be traced in float64, so that its constants count as rounded to float32 "
-                f"({str(error).splitlines()[0]})"
+                f"({first_line(error)})"
             )
             with jax.enable_x64(False):
                 narrow = _map_floats(arguments, np.float32)
