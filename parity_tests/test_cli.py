@@ -107,7 +107,8 @@ def read_until_closed(terminal):
 @pytest.mark.skipif(
     not hasattr(os, "openpty"), reason="a progress bar is shown on a terminal only, this system has none"
 )
-def test_an_interrupted_run_keeps_what_it_compared(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "time limit"])
+def test_an_interrupted_run_keeps_what_it_compared(tmp_path, number):
     files = {option: tmp_path / f"rows.{option}" for option in ("json", "junit", "html")}
     framework = INSTALLED[0]
     arguments = ["--framework", framework, "--mode", {"torch": "eager", "jax": "jit"}[framework], "--cases", "full"]
@@ -127,7 +128,7 @@ def test_an_interrupted_run_keeps_what_it_compared(tmp_path):
         while not (found := re.findall(r"\b([1-9]\d*)/(\d+)\b", shown)) and time.monotonic() < deadline:
             shown += os.read(terminal, 65536).decode(errors="replace")
         assert found, f"no progress was shown: {shown}"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         # A terminal holds a few thousand characters: whoever writes more waits until they are read.
         reader = threading.Thread(target=read_until_closed, args=(terminal,), daemon=True)
         reader.start()

@@ -70,6 +70,17 @@ METHOD = {
 }
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", HEALTHY)
+@pytest.mark.usefixtures("quick_compilation")
+def test_correct_code_is_never_rejected_over_200_seeds(name, dtype):
+    case, subject = Case("seeds", (12,), 3, 40, 24), HEALTHY[name]
+    for seed in range(200):
+        inputs = draw_inputs(case, dtype, seed)
+        results = judge(subject, inputs, reference(inputs)).results
+        assert [r.reason for r in results if r.status != "ok"] == [], seed
+
+
 def test_the_methods_whole_list_is_planted_in_both_dtypes():
     in_every_dtype = {defect.name for defect in (*INITIAL_DEFECTS, *OFF_BLOCK_DEFECTS, *TRAINING_DEFECTS)}
     planted = {(name, dtype) for name in in_every_dtype for dtype in DTYPES}

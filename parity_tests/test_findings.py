@@ -1,5 +1,7 @@
 """Each finding is seen where it was seen before; when a library mends it, the test says so, for the README."""
 
+import importlib
+import json
 import re
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +18,8 @@ FINDINGS = {finding.name: finding for finding in all_findings()}
 @pytest.mark.parametrize("name", FINDINGS)
 def test_finding_is_as_recorded(name):
     finding = FINDINGS[name]
+    if finding.missing():
+        pytest.skip(finding.missing())
     version, measured = metadata.version(finding.library), finding.measure()
     state = finding.state(measured, version)
     if state == "mended":
@@ -24,6 +28,29 @@ def test_finding_is_as_recorded(name):
         assert version.split("+")[0] not in finding.seen_in, (
             f"{name} was seen in {version}, now it measures {measured:.3g}"
         )
+
+
+def test_the_command_lists_what_it_cannot_check(tmp_path, monkeypatch):
+    def fails():
+        raise RuntimeError
+
+    common = {"library": "numpy", "sentence": "It is wrong.", "seen_in": ("1.0",), "figure": "how wrong"}
+    checks = [
+        Finding("works", measure=lambda: 2.0, **common),
+        Finding("infinite", measure=lambda: float("inf"), **common),
+        Finding("lacks", measure=fails, needs="a_package_that_is_not_there", **common),
+        Finding("raises", measure=fails, **common),
+    ]
+    command = importlib.import_module("parity_tests.commands.findings")
+    monkeypatch.setattr(command, "all_findings", lambda: checks)
+    assert command.findings(tmp_path / "f.json") == 0
+    rows = json.loads((tmp_path / "f.json").read_text())["findings"]
+    assert [row["state"] for row in rows] == ["present", "present", "skipped", "skipped"]
+    assert [row.get("measured") for row in rows] == [2.0, None, None, None]
+    assert "a_package_that_is_not_there is not installed" in rows[2]["reason"]
+    assert rows[3]["reason"] == "the check raised RuntimeError: no message"
+    monkeypatch.setattr(command, "all_findings", lambda: checks[2:])
+    assert command.findings(None) == 1
 
 
 def test_there_are_findings_for_what_is_installed():

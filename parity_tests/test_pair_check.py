@@ -38,6 +38,84 @@ def test_the_remaining_dtypes_and_the_report_of_a_linear_layer():
     assert "calibrated" in report.describe()
 
 
+def test_a_pair_that_shows_nothing_does_not_hold():
+    always_off = torch.nn.Sequential(torch.nn.Linear(12, 7), torch.nn.ReLU())
+
+    def off(params, x):
+        return 0 * jax.nn.relu(3 * (x @ params["kernel"]) + params["bias"])
+
+    def not_finite(params, x):
+        return jnp.sqrt(-jnp.exp(x @ params["kernel"] + params["bias"]))
+
+    class NotFinite(torch.nn.Linear):
+        def forward(self, x):
+            return torch.sqrt(-torch.exp(7 * super().forward(x)))
+
+    flax_params = {"kernel": np.ones((12, 7), np.float32), "bias": np.zeros(7, np.float32)}
+    given = {"flax_params": flax_params, "dtypes": ("float32",)}
+    sentence = "every output is empty, zero or not finite on both sides"
+    draws = {"0.bias": lambda rng, shape: np.full(shape, -1e6, np.float32)}
+    rules = [("0.weight", "kernel", "o i -> i o"), ("0.bias", "bias", "")]
+    for changes in (
+        {"torch_module": always_off, "flax_module": off, "params": rules, "draws": draws},
+        {"torch_module": NotFinite(12, 7), "flax_module": not_finite},
+    ):
+        report = check_pair(**linear_pair(**given, **changes))
+        assert not report.ok
+        assert sentence in report.describe()
+    report = check_pair(**linear_pair(inputs=((0, 12),)), dtypes=("float32",))
+    assert not report.ok
+    assert sentence in report.describe()
+
+
+def test_what_is_silent_beside_what_is_not_is_a_note():
+    class Two(torch.nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, 0 * y
+
+    def two(params, x):
+        y = x @ params["kernel"] + params["bias"]
+        return y, jnp.zeros_like(y)
+
+    flax_params = {"kernel": np.ones((12, 7), np.float32), "bias": np.zeros(7, np.float32)}
+    report = check_pair(
+        **linear_pair(torch_module=Two(12, 7), flax_module=two, flax_params=flax_params), dtypes=("float32",)
+    )
+    report.assert_ok()
+    assert "so that nothing is shown: y.1" in report.describe()
+
+
+def test_a_dtype_that_only_one_side_runs_is_not_what_was_asked_for():
+    class NoSinglePrecisionGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, cotangent):
+            if cotangent.dtype == torch.float32:
+                raise NotImplementedError
+            return cotangent
+
+    class Half(torch.nn.Linear):
+        def forward(self, x):
+            return NoSinglePrecisionGradient.apply(super().forward(x))
+
+    report = check_pair(**linear_pair(torch_module=Half(12, 7)), dtypes=("float32",))
+    assert not report.ok
+    assert "no dtype that was asked for (float32) could be compared on both sides: torch gradients" in report.describe()
+    assert "NotImplementedError: no reason given" in report.describe()
+    # What it does run is judged, and another dtype that both run is enough.
+    assert {row.tensor for row in report.rows if row.framework == "torch" and row.rung == "forward"} == {"y"}
+    check_pair(**linear_pair(torch_module=Half(12, 7)), dtypes=("float32", "bfloat16")).assert_ok()
+
+
+def test_a_pattern_for_an_output_that_is_not_there_is_refused():
+    with pytest.raises(MappingError, match=r"output_patterns: expected names among y, got z"):
+        check_pair(**linear_pair(output_patterns={"z": "b o -> o b"}))
+
+
 def test_layout_is_a_likely_cause():
     factory = EXAMPLES["conv"]
     pair = factory("pair") | {"output_patterns": {}}
@@ -258,4 +336,4 @@ def test_named_pair_with_overrides(tmp_path):
     report.assert_ok()
     assert report.name == "linear"
     assert {row.rung for row in report.rows} == {"weights", "forward"}
-    assert all(row.case == "linear seed 3" for row in report.rows)
+    assert {row.case for row in report.rows} == {"linear seed 3", "linear seed 3 semantic"}

@@ -1,7 +1,8 @@
 """What the device reports about itself while it is measured: clocks, power, temperature, throttling, energy."""
 
+import contextlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,18 +48,29 @@ class NvmlMonitor:
     handle: Any
 
     def read(self) -> Mapping[str, Any]:
-        """Clocks in MHz, power in watts, temperature in degrees Celsius, reasons for lower clocks, processes."""
+        """Clocks in MHz, power in watts, temperature in degrees Celsius, reasons for lower clocks, processes.
+
+        Whatever the GPU does not report is not there.
+        """
         nvml, handle = self.nvml, self.handle
-        bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-        return {
-            "sm_clock_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-            "memory_clock_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-            "power_w": nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            "temperature_c": nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-            "thermal": [name for bit, name in _THERMAL.items() if bits & bit],
-            "power_capped": [name for bit, name in _POWER.items() if bits & bit],
-            "processes": len(nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
+        readings: dict[str, Callable[[], Any]] = {
+            "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+            "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+            "reasons": lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
+            "processes": lambda: len(nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
         }
+        found: dict[str, Any] = {}
+        for name, reading in readings.items():
+            # A slice of a GPU, or a virtual one, does not report all of them: what it lacks is left out.
+            with contextlib.suppress(nvml.NVMLError):
+                found[name] = reading()
+        bits = found.pop("reasons", None)
+        if bits is not None:
+            found["thermal"] = [name for bit, name in _THERMAL.items() if bits & bit]
+            found["power_capped"] = [name for bit, name in _POWER.items() if bits & bit]
+        return found
 
     def energy_j(self) -> float | None:
         """Joules since the driver was loaded; None on GPUs older than Volta."""

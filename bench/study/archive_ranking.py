@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 from bench.archive import Archive, CellPlaces, read_cells
@@ -52,5 +53,13 @@ def ranked_archive(archive: Archive) -> Iterator[Ranked]:
         return
     tasks = [cells[start : start + _CELLS_A_TASK] for start in range(0, len(cells), _CELLS_A_TASK)]
     # Not forked: this process may have threads, of a progress bar or of a linear algebra library.
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(rank, tasks)
+    done = 0
+    try:
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for ranked in pool.map(rank, tasks):
+                yield ranked
+                done += 1
+    except BrokenProcessPool:
+        # Ended by the system for want of memory, or not startable from the calling script: the same work, done here.
+        for task in tasks[done:]:
+            yield rank(task)

@@ -159,7 +159,12 @@ def test_products_in_loops_are_counted_as_often_as_they_run():
         product = x[0] @ weight
         return jax.lax.fori_loop(0, 40, lambda step, y: jnp.sin(y) + product, product)
 
-    for function, passes in ((once_a_pass, 4), (once_in_all, 1), (lambda x, w: x @ w, 4)):
+    def in_a_branch(x, weight):
+        return jax.lax.cond(x[0, 0, 0] > 0, once_a_pass, lambda x, w: jnp.zeros((4, 6, 16)), x, weight)
+
+    # The last one has both branches of a condition in its program; the longer one is counted.
+    cases = ((once_a_pass, 4), (once_in_all, 1), (lambda x, w: x @ w, 4), (in_a_branch, 4))
+    for function, passes in cases:
         compiled = jax.jit(function).lower(x, weight).compile()
         needed = passes * 2 * 6 * 8 * 16
         assert needed <= _flops(compiled) < 1.9 * needed

@@ -220,6 +220,18 @@ def test_a_hot_device_has_its_block_measured_again_and_a_capped_one_is_labelled(
     assert found[0].energy_j == pytest.approx([0.5] * 4)
 
 
+def test_what_a_slice_of_a_gpu_does_not_report_is_left_out():
+    nvml = FakeNvml()
+
+    def not_supported(*arguments):
+        raise nvml.NVMLError
+
+    nvml.nvmlDeviceGetPowerUsage = nvml.nvmlDeviceGetCurrentClocksThrottleReasons = not_supported
+    seen = NvmlMonitor(nvml, None).read()
+    assert set(seen) == {"sm_clock_mhz", "memory_clock_mhz", "temperature_c", "processes"}
+    assert not thermally_throttled(seen)
+
+
 def test_a_device_that_is_always_hot_still_ends():
     found = entries("matmul", "like")
     run(

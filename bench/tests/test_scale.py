@@ -109,6 +109,20 @@ def test_a_large_sweep_is_ranked_by_several_processes_as_by_one(sweep, monkeypat
     assert started == [(2,), (2,)]
 
 
+def test_a_process_that_cannot_start_leaves_the_work_to_this_one(sweep, monkeypatch):
+    class Broken(archive_ranking.ProcessPoolExecutor):
+        def map(self, rank, tasks):
+            yield rank(tasks[0])
+            raise archive_ranking.BrokenProcessPool
+
+    alone = read_results([sweep])
+    monkeypatch.setattr(archive_ranking, "_CELLS_A_TASK", 7)
+    monkeypatch.setattr(archive_ranking, "ProcessPoolExecutor", Broken)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(archive_ranking, "_MANY_CELLS", 1)
+    assert read_results([sweep]) == alone
+
+
 def test_damage_is_found_by_other_processes_as_well(sweep, tmp_path, monkeypatch):
     damaged = tmp_path / "run"
     shutil.copytree(sweep, damaged)

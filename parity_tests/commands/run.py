@@ -20,6 +20,7 @@ from parity_tests.commands.usage import (
     chosen_modes,
     chosen_subjects,
     console,
+    heartbeat,
     progress_bar,
     refuse,
 )
@@ -32,7 +33,9 @@ from parity_tests.harness.report import print_report
 from parity_tests.harness.run import count_cells, run_cells
 from parity_tests.harness.subjects.base import Subject
 from parity_tests.harness.subjects.modes import covered
-from parity_tests.harness.training_run import TRAINED, TRAININGS, curves_of, training_rows
+from parity_tests.harness.training_run import TRAINED, TRAININGS, curves_of, failed_training, training_rows
+
+_INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -118,13 +121,15 @@ def _interruptible() -> Iterator[Callable[[], None]]:
         if asked:
             raise KeyboardInterrupt
 
-    # Only the main thread may set a handler, and only it is interrupted.
-    before = signal.signal(signal.SIGINT, handle) if threading.current_thread() is threading.main_thread() else None
+    # Only the main thread may set a handler, and only it is interrupted. A job that is ended from outside, by a batch
+    # system's time limit for one, is told by SIGTERM.
+    own = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handle) for number in _INTERRUPTIONS} if own else {}
     try:
         yield check
     finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(options: Options) -> int:
@@ -157,12 +162,14 @@ def run(options: Options) -> int:
     curves: list[Curves] = []
     total = count_cells(subjects, dtypes, cases, included) + len(optimizers)
     begun, interrupted = 0, False
+    beat = heartbeat()
     with progress_bar() as progress, _interruptible() as check_interruption:
         task = progress.add_task("", total=total)
 
         def advance(label: str) -> None:
             nonlocal begun
             check_interruption()
+            beat(f"{begun} of {total} cells; now {label}")
             # What is announced has begun, and what was announced before it is finished.
             progress.update(task, description=label, completed=begun)
             begun += 1
@@ -173,7 +180,11 @@ def run(options: Options) -> int:
             )
             for task_name, optimizer in optimizers:
                 advance(f"training: {task_name}, {optimizer}")
-                report = training_rows(task_name, optimizer)
+                try:
+                    report = training_rows(task_name, optimizer)
+                except Exception as error:
+                    yield failed_training(task_name, optimizer, error)
+                    continue
                 curves.extend(curves_of(report.training))
                 yield from report.rows
 
@@ -186,7 +197,8 @@ def run(options: Options) -> int:
     left = total - begun + 1 if interrupted and begun else total - begun
     if interrupted:
         # A second Ctrl-C, in impatience, must not cost the files.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in _INTERRUPTIONS:
+            signal.signal(number, signal.SIG_IGN)
     summary = summarize(rows)
     print_report(console, rows, summary)
     _write(options, rows, curves, left)

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import typer
@@ -116,6 +117,22 @@ def check_writable(option: str, path: Path | None) -> None:
     """Refuses before the work what would fail after it."""
     if path is not None and (path.is_dir() or not os.access(path.resolve().parent, os.W_OK)):
         raise refuse(f"{option}: expected a file in a writable folder, got {path}; choose another path.")
+
+
+_HEARTBEAT_S = 60.0
+
+
+def heartbeat() -> Callable[[str], None]:
+    """A function that prints where a run stands, once a minute at most, where there is no terminal for a bar."""
+    last = time.monotonic()
+
+    def beat(text: str) -> None:
+        nonlocal last
+        if not sys.stderr.isatty() and time.monotonic() - last >= _HEARTBEAT_S:
+            last = time.monotonic()
+            errors.print(text, highlight=False, markup=False)
+
+    return beat
 
 
 def progress_bar() -> Progress:

@@ -1,6 +1,7 @@
 """Findings in public libraries, each a runnable check that also notices when the library has mended it."""
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +25,7 @@ class Finding:
         measure: runs the library and returns how far it is from right, as a multiple of what is right (or of the error
             bound); 1 or less means that the trap does not show.
         figure: what the measure counts.
+        needs: a package that the framework does not bring, or None.
     """
 
     name: str
@@ -32,6 +34,13 @@ class Finding:
     seen_in: tuple[str, ...]
     measure: Callable[[], float]
     figure: str
+    needs: str | None = None
+
+    def missing(self) -> str:
+        """One sentence if the check cannot be run here, else empty."""
+        if self.needs is None or importlib.util.find_spec(self.needs) is not None:
+            return ""
+        return f"{self.needs} is not installed; install the extra competitors"
 
     def present(self, measured: float) -> bool:
         """Whether a measured figure shows the trap."""

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,17 @@ def _bias_gradient() -> float:
     return result.bound_fraction
 
 
+def _on_a_cpu(measure: Callable[[], float]) -> Callable[[], float]:
+    """Runs a check on the CPU that it is about, also where JAX would take a GPU."""
+
+    def on_a_cpu() -> float:
+        with jax.default_device(jax.devices("cpu")[0]):
+            return measure()
+
+    return on_a_cpu
+
+
+@_on_a_cpu
 def _batched_product() -> float:
     """4096 ones, a sum that bf16 holds exactly and a bf16 accumulator never reaches: right over returned."""
     x, weight = jnp.ones((4, 2, 4096), jnp.bfloat16), jnp.ones((2, 4096, 16), jnp.bfloat16)
@@ -70,6 +82,7 @@ def _batched_product() -> float:
     return 4096 / float(y.min())
 
 
+@_on_a_cpu
 def _weight_gradient() -> float:
     x, weight = jnp.ones((64, 64, 2, 16), jnp.bfloat16), jnp.ones((2, 16, 16), jnp.bfloat16)
 
@@ -80,6 +93,7 @@ def _weight_gradient() -> float:
     return 4096 / float(jax.jit(gradient)(x, weight).min())
 
 
+@_on_a_cpu
 def _wide_result() -> float:
     """1 if the product works; infinite if it raises."""
     x, weight = jnp.ones((4, 2, 8), jnp.bfloat16), jnp.ones((2, 8, 16), jnp.bfloat16)
@@ -150,6 +164,7 @@ FINDINGS: tuple[Finding, ...] = (
         ("0.8.1", "0.8.2"),
         _einmix,
         "share of positive weights over the largest that a symmetric draw shows",
+        needs="einops",
     ),
     Finding(
         "jax-bf16-bias-gradient",

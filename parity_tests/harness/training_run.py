@@ -57,12 +57,7 @@ def training_rows(task_name: str, optimizer: str, steps: int = STEPS, members: i
     report = climb(
         sides, draw_inputs(CASE, "float32"), TASKS[task_name](), OPTIMIZERS[optimizer], optimizer, steps, members
     )
-    where: dict[str, Any] = {
-        "framework": "torch+jax",
-        "implementation": f"{task_name}: {optimizer}",
-        "dtype": "float32",
-        "command": f"python -m parity_tests run --train {task_name}:{optimizer}",
-    }
+    where = _where(task_name, optimizer)
     rows = [
         ParityRow(
             kind="ladder",
@@ -94,6 +89,23 @@ def training_rows(task_name: str, optimizer: str, steps: int = STEPS, members: i
             for criterion in report.training.criteria
         ]
     return TrainingRows(rows, report.training)
+
+
+def _where(task_name: str, optimizer: str) -> dict[str, Any]:
+    return {
+        "framework": "torch+jax",
+        "implementation": f"{task_name}: {optimizer}",
+        "dtype": "float32",
+        "command": f"python -m parity_tests run --train {task_name}:{optimizer}",
+    }
+
+
+def failed_training(task_name: str, optimizer: str, error: Exception) -> ParityRow:
+    """The row of a ladder that ended in an exception: it must not cost what else was compared."""
+    message = (str(error).strip().splitlines() or ["no message"])[0]
+    reason = f"the training raised {type(error).__name__}: {message[:300]}"
+    where = _where(task_name, optimizer)
+    return ParityRow(kind="ladder", case=RUNGS[0], tensor="", status="mismatch", reason=reason, **where)
 
 
 def curves_of(report: TrainingReport | None) -> list[Curves]:

@@ -9,6 +9,7 @@ _SHAPE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]")
 _DOT = re.compile(r" dot\(([^)]*)\).*lhs_contracting_dims=\{([\d,]*)\}")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
+_BRANCH = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -57,6 +58,9 @@ def repeated_product_flops(text: str) -> int:
         for line in lines:
             trips = _TRIPS.search(line) if repeated else None
             called = sum(flops(other, repeated=repeated) for other in _CALLED.findall(line))
+            # One of them runs; XLA's own account takes the longest.
+            branches = [name for some, one in _BRANCH.findall(line) for name in _OPERAND.findall(some) or [one] if name]
+            called += max((flops(branch, repeated=repeated) for branch in branches), default=0)
             total += _dot_flops(line, shapes) + called * (int(trips[1]) if trips else 1)
         return total
 
