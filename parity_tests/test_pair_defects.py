@@ -23,6 +23,15 @@ REQUIRED = (
     "gradient stopped for one parameter",
     "dropout active",
     "bf16 compute for fp32",
+    "bf16 accumulation",
+    "bias rolled",
+    "output rolled by one",
+    "output scaled by 1/n",
+    "output truncated",
+    "gradient all zero",
+    "gradient of one parameter times 1.01",
+    "bias gradient summed in bf16",
+    "TF32 operands for fp32",
 )
 
 

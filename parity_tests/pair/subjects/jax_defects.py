@@ -1,4 +1,8 @@
-"""Defects planted in the flax side of the example pairs: each spoils a correct module the way real ports go wrong."""
+"""Defects planted in the flax side of the example pairs: each spoils a correct module the way real ports go wrong.
+
+Of the method's list, initialisers, optimisers and blocks of a masked layer have no counterpart here: the harness draws
+a pair's parameters, and a pair is not trained.
+"""
 
 from typing import Any
 
@@ -50,6 +54,42 @@ def _stopped(function: Function) -> Function:
 
 def _scaled_gradient(function: Function) -> Function:
     return lambda arrays, x: function({**arrays, "kernel": _with_scaled_gradient(arrays["kernel"])}, x)
+
+
+@jax.custom_vjp
+def _added(product: jax.Array, bias: jax.Array) -> jax.Array:
+    return product + bias
+
+
+def _added_backward(shape: tuple[int, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def step(total: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
+        return (total + row.astype(jnp.bfloat16)).astype(jnp.bfloat16), None
+
+    total, _ = jax.lax.scan(step, jnp.zeros(shape, jnp.bfloat16), dy.reshape(-1, *shape))
+    return dy, total.astype(dy.dtype)
+
+
+_added.defvjp(lambda product, bias: (product + bias, bias.shape), _added_backward)
+
+
+def _bias_gradient_in_bfloat16(function: Function) -> Function:
+    del function
+    return lambda arrays, x: _added(x @ arrays["kernel"], arrays["bias"])
+
+
+def _with_tf32_operands(function: Function) -> Function:
+    def rounded(array: jax.Array) -> jax.Array:
+        return jax.lax.reduce_precision(array, exponent_bits=8, mantissa_bits=10)
+
+    return lambda arrays, x: function({**arrays, "kernel": rounded(arrays["kernel"])}, rounded(x))
+
+
+def _truncated(results: Arrays) -> Arrays:
+    """Keeps the bits that a bfloat16 has and drops the rest without rounding; the last one of a bfloat16 itself."""
+    y = results["y"]
+    mantissa, exponent = np.frexp(y.astype(np.float64))
+    bits = 2.0 ** (7 if y.dtype.itemsize == 2 else 8)
+    return {"y": np.ldexp(np.trunc(mantissa * bits) / bits, exponent).astype(y.dtype)}
 
 
 def _scaled(array: np.ndarray, factor: float, where: Any = ...) -> np.ndarray:
@@ -131,6 +171,30 @@ DEFECTS: tuple[Defect, ...] = (
     Defect("dropout active", "attention", module=_dropout, cause="dropout is active"),
     Defect("output of one element off by 1 percent", "linear", results=_one_element),
     Defect("output scaled by 1.001", "linear", results=lambda r: {"y": _scaled(r["y"], 1.001)}, cause="1.001 times"),
+    Defect("output scaled by 1/n", "linear", results=lambda r: {"y": _scaled(r["y"], 0.2)}, cause="0.2 times"),
+    Defect("output rolled by one", "linear", results=lambda r: {"y": np.roll(r["y"], 1, axis=-1)}),
+    Defect("output truncated", "linear", results=_truncated),
+    Defect("bias rolled", "linear", parameters=lambda arrays: {"bias": np.roll(arrays["bias"], 1)}),
+    Defect(
+        "gradient all zero",
+        "linear",
+        results=lambda r: {n: 0 * r[n] for n in ("d_kernel",) if n in r},
+        cause="the gradient of weight is stopped on the flax side",
+    ),
+    Defect(
+        "bias gradient summed in bf16",
+        "linear",
+        function=_bias_gradient_in_bfloat16,
+        dtypes=("float32",),  # in bfloat16 the program itself says that every partial sum is rounded
+        cause="computes d_bias with less precision than float32 promises",
+    ),
+    Defect(
+        "TF32 operands for fp32",
+        "linear",
+        function=_with_tf32_operands,
+        dtypes=("float32",),  # a bfloat16 operand has fewer bits than TF32 keeps
+        cause="computes y with less precision than float32 promises",
+    ),
     Defect("NaN where the truth is finite", "linear", results=_one_nan),
     Defect("output channels reversed", "conv", results=lambda r: {"y": r["y"][..., ::-1].copy()}),
     Defect(
