@@ -81,9 +81,21 @@ def command(*arguments):
 def test_a_pair_that_holds_is_reported_in_every_format(user_code, tmp_path):
     files = {kind: tmp_path / f"report.{kind}" for kind in ("json", "junit", "html")}
     options = [text for kind, path in files.items() for text in (f"--{kind}", str(path))]
-    result = command("--pair", "user_pairs:linear", "--dtype", "bfloat16", "--seed", "7", "--device", "cpu", *options)
+    result = command(
+        "--pair",
+        "user_pairs:linear",
+        "--dtype",
+        "bfloat16",
+        "--dtype",
+        "float64",
+        "--seed",
+        "7",
+        "--device",
+        "cpu",
+        *options,
+    )
     assert result.exit_code == 0, result.output
-    assert "user_pairs:linear: holds; 20 compared, 20 passed, 0 failed, 0 skipped" in result.output
+    assert "user_pairs:linear: holds; 36 compared, 36 passed, 0 failed, 0 skipped" in result.output
     document = json.loads(files["json"].read_text())
     assert document["schema_version"] == 1
     assert document["pair"]["ok"] is True
@@ -94,6 +106,7 @@ def test_a_pair_that_holds_is_reported_in_every_format(user_code, tmp_path):
     assert all("--pair user_pairs:linear --seed 7" in row["command"] for row in document["rows"])
     suite = ElementTree.parse(files["junit"]).getroot()[0]
     assert int(suite.get("tests")) == len(document["rows"]) == document["summary"]["compared"]
+    assert len({(case.get("classname"), case.get("name")) for case in suite}) == len(suite)
     assert "user_pairs:linear" in files["html"].read_text()
 
 

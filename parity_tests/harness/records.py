@@ -34,7 +34,8 @@ class ParityRow:
         reason: one sentence for a mismatch or a skip.
         diagnosis: what the arithmetic fingerprint says about this subject and dtype.
         command: reproduces this row.
-        mode: how the subject was run, see ``subjects.modes``; ``a+b`` for two subjects, empty for what has no mode.
+        mode: how the subject was run, see ``subjects.modes``; ``a+b`` for two subjects, ``truth`` for the float64
+            functions of a pair, empty for what has no mode.
         arithmetic: what the bound was derived for: the promise of mode and dtype, closed by what was measured.
         observed: the precision class that the error shows, ``ieee_fp32``, ``tf32``, ...; ``lower`` for none.
         max_abs_error: see ``comparison.TensorResult``, as are the following.

@@ -112,7 +112,7 @@ class Judge:
             for name, expected in outputs["torch"].items():
                 limit = bounds["torch"].get(name, 0.0) + bounds["jax"].get(name, 0.0)
                 result = within(name, outputs["jax"][name], expected, limit)
-                yield self._row(result, _BOTH, "float64", self._rung(name), leg=" semantic")
+                yield self._row(result, _BOTH, "float64", self._rung(name), mode="truth")
         return True
 
     def _says_nothing(self, torch: Mapping[str, np.ndarray], jax: Mapping[str, np.ndarray]) -> Iterator[PairRow]:
@@ -202,7 +202,7 @@ class Judge:
         return "gradients" if name.startswith("d_") else "forward"
 
     def _row(
-        self, result: TensorResult, key: str, dtype: str, rung: str, bound: str = "calibrated", *, leg: str = ""
+        self, result: TensorResult, key: str, dtype: str, rung: str, bound: str = "calibrated", *, mode: str = ""
     ) -> PairRow:
         names = {key: side.name for key, side in self._pair.sides.items()}
         plain = row_from_result(
@@ -211,7 +211,8 @@ class Judge:
             framework=key,
             implementation=names.get(key, f"{names['torch']}+{names['jax']}"),
             dtype=dtype,
-            case=f"{self._pair.name} seed {self._seed}{leg}",
+            case=f"{self._pair.name} seed {self._seed}",
+            mode=mode,
         )
         if bound == "skipped":
             plain = dataclasses.replace(plain, status="skipped", max_abs_error=None, bound_fraction=None)
