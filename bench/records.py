@@ -14,7 +14,7 @@ from typing import Any
 
 SCHEMA_VERSION = 1
 # Raised when a change makes earlier measurements incomparable; part of every key.
-HARNESS_VERSION = "2"
+HARNESS_VERSION = "3"
 STATUSES: tuple[str, ...] = ("ok", "mismatch", "unsupported", "oom", "timeout", "crash")
 
 
@@ -56,7 +56,7 @@ class Record:
         latency_s: median seconds of one call; None unless the status is ok.
         rejected_block_latency_s: blocks of a competitor whose result was wrong after timing or whose process ended.
         warm_up_block_latency_s: blocks before the first round.
-        compile_s: tracing, lowering and compilation; None in eager mode.
+        compile_s: tracing, lowering and compilation with an empty on-disk cache; None in eager mode.
         peak_memory_bytes: growth over the live arguments during one call, at least the results themselves; or None.
         memory_method: how that figure was obtained.
         static_memory_bytes: outputs and temporaries by the compiler's own account, or None.
@@ -78,9 +78,10 @@ class Record:
         enqueue_s: median host seconds until a call returns, its result not waited for.
         device_busy_s: seconds of one call in which the device ran anything; from a separate, traced pass.
         kernels: name to executions in one call, of what ran on the device; from the same pass.
-        compile_warm_s: the same compilation again, with the framework's on-disk cache filled; None in eager mode.
+        compile_warm_s: the same compilation again, with the cache that the first one filled; None in eager mode.
         program_flops: operations of the compiled or traced program by the framework's own account, or None.
-        energy_j: joules of one call where the device reports energy, or None.
+        energy_j: joules of one call where the device reports energy, or None; all that the device took in a
+            second or more of such calls, over their number.
         ceiling_flops_per_s: rate of a large product in the same session and precision, or None.
         ceiling_bytes_per_s: rate of a large copy in the same session, bytes read and written, or None.
         peak_flops_per_s: the most that the hardware can do by its data sheet, or None where that is not known.

@@ -57,6 +57,25 @@ def measure_single_calls(call: Call, wait: Wait, *, budget_s: float) -> SingleCa
     return SingleCalls(tuple(durations), median(enqueued))
 
 
+def run_for(call: Call, wait: Wait, *, seconds: float, calls_at_a_time: int) -> int:
+    """Runs calls for some time and returns how many there were.
+
+    Args:
+        call: a call that was warmed up.
+        wait: returns when a result is computed.
+        seconds: that must have passed before the last wait.
+        calls_at_a_time: calls that are started before one is waited for.
+    """
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        result = None
+        for _ in range(calls_at_a_time):
+            result = call()
+        wait(result)
+        count += calls_at_a_time
+    return count
+
+
 def shortest_call_s(call: Call, wait: Wait) -> float:
     """The shortest of a few calls: a ceiling is the most that the device can do."""
     wait(call())

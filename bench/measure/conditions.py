@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+# The counter of a GPU's energy moves in steps of up to a tenth of a second.
+ENERGY_S = 1.0
 # NVML's reasons for clocks below the maximum, by bit; an idle GPU lowers its clocks by itself, and that is none.
 _THERMAL = {0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown"}
 _POWER = {0x4: "software power cap", 0x80: "hardware power brake"}
@@ -78,6 +80,24 @@ class NvmlMonitor:
             return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1000
         except self.nvml.NVMLError:
             return None
+
+
+def energy_of_a_call(monitor: Monitor, run_calls: Callable[[], int | None]) -> float | None:
+    """Measures the energy of calls that nothing interrupts.
+
+    Args:
+        monitor: reads the device's counter.
+        run_calls: runs calls for ``ENERGY_S`` seconds and returns how many; None if it failed.
+
+    Returns:
+        Joules of one call, or None where the device reports no energy or the calls failed.
+    """
+    before = monitor.energy_j()
+    if before is None:
+        return None
+    calls = run_calls()
+    after = monitor.energy_j()
+    return None if calls is None or after is None else (after - before) / calls
 
 
 def thermally_throttled(conditions: Mapping[str, Any]) -> bool:

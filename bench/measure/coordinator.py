@@ -7,17 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from bench.measure.conditions import Monitor, NoMonitor
-from bench.measure.entry import CellOutcome, Entry
+from bench.measure.conditions import ENERGY_S, Monitor, NoMonitor, energy_of_a_call
+from bench.measure.entry import CellOutcome, Entry, choose_baseline
 from bench.measure.plausibility import measured_ceilings, reject_the_impossible, take_probe
 from bench.measure.protocol import Message, RequestError, Workers
 from bench.measure.rounds import Rounds
 from bench.plan.cells import Cell
-from bench.plan.competitors import EAGER, YARDSTICK, Competitor
+from bench.plan.competitors import Competitor
 from bench.plan.costs import planned_skip
 from bench.plan.presets import BLOCK_S, Preset
-
-_BASELINES = (("torch", "matmul", EAGER), ("jax", "matmul", None))
 
 
 class CellRun:
@@ -140,7 +138,7 @@ class CellRun:
 
         The baseline stays in any case: a disturbance in its first calls must not change what the ratios refer to.
         """
-        limits, baseline = self._preset.limits, self._choose_baseline()
+        limits, baseline = self._preset.limits, choose_baseline(self._entries)
         fastest = min((entry.call_s for entry in self._entries if entry.going), default=0.0)
         cap = max(limits.call_s, limits.slowdown * fastest)
         for entry in self._entries:
@@ -166,18 +164,8 @@ class CellRun:
             entry.fail("mismatch", f"{when}: {judgement['reason']}")
         return entry.going
 
-    def _choose_baseline(self) -> Entry | None:
-        """The torch product in eager mode, else JAX's, else whoever is first; never the yardstick."""
-        going = [entry for entry in self._entries if entry.going and entry.competitor.kind != YARDSTICK]
-        for framework, implementation, mode in _BASELINES:
-            for entry in going:
-                who = entry.competitor
-                if (who.framework, who.implementation) == (framework, implementation) and mode in (None, who.mode):
-                    return entry
-        return going[0] if going else None
-
     def _add_control(self) -> None:
-        baseline = self._choose_baseline()
+        baseline = choose_baseline(self._entries)
         if baseline is None:
             return
         baseline.baseline = True
@@ -205,6 +193,15 @@ class CellRun:
         found = self._ask(entry, "probe", self._preset.limits.prepare_s, budget_s=self._preset.probe_s)
         if found is not None:
             take_probe(entry, found)
+
+    def _measure_energy(self, entry: Entry) -> None:
+        def run_calls() -> int | None:
+            limit, calls = self._preset.limits.request_s, entry.calls_per_block
+            ran = self._ask(entry, "run_for", limit, seconds=ENERGY_S, calls=calls)
+            return None if ran is None else ran["calls"]
+
+        if not entry.control:
+            entry.energy_j = energy_of_a_call(self._monitor, run_calls)
 
     def _ceilings_of(self, framework: str) -> Message:
         try:
@@ -242,6 +239,7 @@ class CellRun:
         if self._preset.probe_s > 0:
             # After the rounds: a tracer leaves its hooks behind, and compiling again replaces the program.
             ceilings = measured_ceilings(self._ceilings_of(framework) for framework in self._opened)
+            self._each("measuring the energy of", self._measure_energy)
             self._each("probing", self._probe)
         reject_the_impossible(self._entries, self._cell, ceilings, self._device_name)
         switches = {framework: reply["switches"] for framework, reply in self._opened.items()}

@@ -1,10 +1,12 @@
 """A competitor on its way through a cell, and what the cell came to."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.plan.competitors import Competitor
+from bench.plan.competitors import EAGER, YARDSTICK, Competitor
+
+_BASELINES = (("torch", "matmul", EAGER), ("jax", "matmul", None))
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Entry:
     memory_method: str | None = None
     judgement: dict[str, Any] | None = None
     probe: dict[str, Any] = field(default_factory=dict)
-    energy_j: list[float] = field(default_factory=list)
+    energy_j: float | None = None
     conditions: list[Mapping[str, Any]] = field(default_factory=list)
     rejected: list[float] = field(default_factory=list)
     leaving: bool = False
@@ -57,6 +59,17 @@ class Entry:
     def going(self) -> bool:
         """Whether it still takes part."""
         return self.status == "ok"
+
+
+def choose_baseline(entries: Sequence[Entry]) -> Entry | None:
+    """The torch product in eager mode, else JAX's, else whoever is first; never the yardstick."""
+    going = [entry for entry in entries if entry.going and entry.competitor.kind != YARDSTICK]
+    for framework, implementation, mode in _BASELINES:
+        for entry in going:
+            who = entry.competitor
+            if (who.framework, who.implementation) == (framework, implementation) and mode in (None, who.mode):
+                return entry
+    return going[0] if going else None
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def _record(entry: Entry, shared: dict[str, Any], switches: dict[str, Any], cell
         control=entry.control,
         baseline=entry.baseline,
         switches=switches,
-        energy_j=median(entry.energy_j) if entry.energy_j else None,
+        energy_j=entry.energy_j,
         conditions=tuple(entry.conditions),
         enqueue_s=entry.probe.get("enqueue_s"),
         device_busy_s=entry.probe.get("device_busy_s"),

@@ -88,9 +88,8 @@ class Rounds:
 
     def _one(self, entry: Entry, *, verify: bool) -> None:
         for repeats_left in reversed(range(1 + _REPEATS_OF_A_THROTTLED_BLOCK)):
-            before = self._monitor.energy_j()
             timed = self._block(entry, verify)
-            after, conditions = self._monitor.energy_j(), self._monitor.read()
+            conditions = self._monitor.read()
             if timed is None:
                 return
             if thermally_throttled(conditions) and repeats_left:
@@ -99,8 +98,6 @@ class Rounds:
             entry.blocks.append(timed["block_latency_s"])
             if conditions:
                 entry.conditions.append(conditions)
-            if before is not None and after is not None and entry.calls_per_block:
-                entry.energy_j.append((after - before) / entry.calls_per_block)
             return
 
     @property

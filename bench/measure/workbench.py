@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bench.measure.blocks import BlockSize, time_block, warm_up
+from bench.measure.clocks import run_for
 from bench.measure.memory import free_bytes
 from bench.measure.probes import ceilings_of, probed
 from bench.measure.protocol import Message
@@ -70,6 +71,7 @@ class Workbench:
             "check": self.check,
             "memory": self.memory,
             "probe": self.probe,
+            "run_for": self.run_for,
             "ceilings": self.ceilings,
             "warm_up": self.warm_up,
             "block": self.block,
@@ -182,6 +184,12 @@ class Workbench:
         """The other clocks, apart from the timed blocks: single calls, enqueueing, tracing, compiling again."""
         assert self._cell is not None
         return probed(self._timer, self._held[request["handle"]].prepared, self._cell, request["budget_s"])
+
+    def run_for(self, request: Message) -> Message:
+        """Runs calls for some time, while the coordinator reads the device's energy before and after."""
+        held = self._held[request["handle"]]
+        call, wait = held.prepared.call, self._timer.wait
+        return {"calls": run_for(call, wait, seconds=request["seconds"], calls_at_a_time=request["calls"])}
 
     def ceilings(self, request: Message) -> Message:
         """The rates of a large product and of a large copy, on this device and in this cell's precision."""

@@ -67,19 +67,22 @@ class WorkerProcess:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
         # A file and not a pipe: nobody reads it while the worker runs, and a full pipe would stop it.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, closed with the worker
+        # What a worker leaves there, compile caches above all, goes with it, whichever way it ends.
+        self._scratch = tempfile.TemporaryDirectory(prefix="partitioned-linear-worker-")
         try:
             self._process = subprocess.Popen(
                 list(command),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
-                env=dict(environment),
+                env={**environment, "TMPDIR": self._scratch.name},
                 cwd=CHECKOUT,
                 # Ctrl-C is the coordinator's to handle: it ends its workers itself, after the records are safe.
                 start_new_session=True,
             )
         except OSError as error:
             self._stderr.close()
+            self._scratch.cleanup()
             raise RequestError("crash", f"{command[0]} cannot be started ({error.strerror})") from error
         self._buffer = b""
         self._memory_kills = _memory_kills()
@@ -187,3 +190,4 @@ class WorkerProcess:
                     stream.close()
                 except BrokenPipeError:
                     continue
+        self._scratch.cleanup()

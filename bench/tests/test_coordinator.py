@@ -74,6 +74,25 @@ def test_many_bad_competitors_end_one_by_one(measure):
     assert all(entry.status == "ok" for entry in outcome.entries if entry.competitor.implementation in GOOD)
 
 
+def test_energy_is_that_of_a_call_where_the_device_reports_any(fake_starter):
+    class Meter:
+        joules = 0.0
+
+        def read(self):
+            return {}
+
+        def energy_j(self):
+            self.joules += 6.0
+            return self.joules
+
+    competitors = [Competitor("torch", name, "eager") for name in GOOD]
+    with WorkerPool(fake_starter) as pool:
+        outcome = CellRun(CELL, competitors, pool, PRESET, monitor=Meter()).run()
+    # Six joules from reading to reading; the worker ran forty calls.
+    assert {entry.energy_j for entry in outcome.entries if not entry.control} == {6.0 / 40}
+    assert {entry.energy_j for entry in outcome.entries if entry.control} == {None}
+
+
 def test_different_inputs_end_the_cell(measure, monkeypatch):
     monkeypatch.setenv("FAKE_DIGEST_jax", "other")
     outcome, _ = measure()

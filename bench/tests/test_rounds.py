@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench.measure.conditions import NoMonitor, NvmlMonitor, monitor_for, thermally_throttled
+from bench.measure.conditions import NoMonitor, NvmlMonitor, energy_of_a_call, monitor_for, thermally_throttled
 from bench.measure.diagnosis import gpu_warnings
 from bench.measure.entry import Entry
 from bench.measure.rounds import Rounds
@@ -216,8 +216,14 @@ def test_a_hot_device_has_its_block_measured_again_and_a_capped_one_is_labelled(
     seen = found[0].conditions[-1]
     assert seen["power_capped"] == ["software power cap"]
     assert (seen["sm_clock_mhz"], seen["power_w"], seen["temperature_c"], seen["processes"]) == (1980, 650.0, 70, 2)
-    # Five joules a reading, ten calls a block.
-    assert found[0].energy_j == pytest.approx([0.5] * 4)
+
+
+def test_energy_is_read_around_calls_alone():
+    monitor = NvmlMonitor(FakeNvml(), None)
+    # Five joules from reading to reading.
+    assert energy_of_a_call(monitor, lambda: 10) == pytest.approx(0.5)
+    assert energy_of_a_call(monitor, lambda: None) is None
+    assert energy_of_a_call(NoMonitor(), lambda: pytest.fail("calls run where no energy is reported")) is None
 
 
 def test_what_a_slice_of_a_gpu_does_not_report_is_left_out():

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from bench.measure.compile_caches import CacheFolder
 from bench.measure.functions.torch import Function, resolve
 from bench.measure.layouts import swapped_axes
 from bench.measure.timers.base import Call, Prepared, Task, Unsupported, in_turn
@@ -167,19 +168,44 @@ def build(
         for step in steps:
             step.restart()
 
-    def first_call_s() -> float:
-        start = time.perf_counter()
-        wait(calls[0]())
-        return time.perf_counter() - start
-
-    def compile_again() -> float:
-        torch.compiler.reset()
-        return first_call_s()
-
-    compiled = task.mode in COMPILE_MODES
+    if task.mode not in COMPILE_MODES:
+        return Prepared(in_turn(calls), restart=restart if steps else None)
+    compile_s, flops, compile_again = _compiled(lambda: wait(calls[0]()))
+    x, weight = buffers[0][:2]
+    only_factors = x.numel() == weight.numel() == weight.shape[0]
+    # Factors alone look like any multiplication; and torch has no formula for some operations, in whatever graph.
+    if only_factors or counted_flops(_bound(plain, task, buffers[0], settle=settle)) is None:
+        flops = None
     return Prepared(
         in_turn(calls),
-        first_call_s() if compiled else None,
-        compile_again=compile_again if compiled else None,
+        compile_s,
+        program_flops=flops,
+        compile_again=compile_again,
         restart=restart if steps else None,
     )
+
+
+def _compiled(first_call: Callable[[], None]) -> tuple[float, int | None, Callable[[], float]]:
+    """Compiles by calling, with an empty cache on disk.
+
+    Returns:
+        Seconds, operations of the products in the compiled program, and what compiles again with the cache filled.
+    """
+    # Inductor takes seconds to import, and most workers never compile.
+    from bench.measure.compile_caches.torch import kept_in
+    from bench.measure.programs.inductor_products import products_seen
+
+    cache = CacheFolder()
+
+    def timed() -> tuple[float, int | None]:
+        # What is seen belongs to what Inductor looks up: both compilations need the same.
+        with kept_in(cache.path), products_seen() as seen:
+            start = time.perf_counter()
+            first_call()
+            return time.perf_counter() - start, seen.flops
+
+    def again() -> float:
+        torch.compiler.reset()
+        return timed()[0]
+
+    return *timed(), again

@@ -143,8 +143,12 @@ class TorchTimer:
         return build(task, buffers, settle=settle, wait=self.wait)
 
     def account(self, prepared: Prepared) -> int | None:
-        """Operations of the products of one call, as torch counts them; None where it knows of none."""
-        return counted_flops(prepared.call)
+        """Operations of the products of one call, by torch's formulas; None where it has none.
+
+        Of a compiled function those in the graphs that Inductor turns into code.
+        """
+        compiled = prepared.compile_s is not None and prepared.compile_again is not None
+        return prepared.program_flops if compiled else counted_flops(prepared.call)
 
     def trace(self, prepared: Prepared) -> Trace:
         """Runs one call under the profiler."""
