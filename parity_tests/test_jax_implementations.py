@@ -1,7 +1,5 @@
 """Each JAX implementation: shapes, derivatives, mapping, isolation and accumulation, as its table entry declares."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 
@@ -13,7 +11,6 @@ if not framework_available("jax"):
 import jax
 import jax.export
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_impl import UnsupportedImplementationError, functional, partitioned_linear
 from jax_impl.registry import IMPLEMENTATIONS, get_implementation, unsupported_reason
@@ -237,154 +234,6 @@ def test_a_hessian_through_auto():
             want[n, :, n, :] = block @ block.T
             reach[n, :, n, :] = np.abs(block) @ np.abs(block.T)
         assert np.all(np.abs(hessian - want) <= 2 * (OUT + 2) * ROUNDOFF["float64"] * reach)
-
-
-MATMUL = "jax_impl.implementations.matmul"
-
-
-@pytest.fixture
-def in_turn(monkeypatch):
-    """Small operands count as large partitions, which are taken one after the other."""
-    for name, limit in {
-        "_MANY_WEIGHTS": 1,
-        "_LARGE_PARTITION": 1,
-        "_FEWEST_ROWS_IN_TURN": 1,
-        "_WEIGHTS_A_FEATURE": 0,
-    }.items():
-        monkeypatch.setattr(f"{MATMUL}.{name}", limit)
-    if jax.device_count() > 1:
-        pytest.skip("with several devices no partition is taken apart from the others")
-
-
-@pytest.fixture(params=["x only", "kernel only", "both"])
-def few_rows(request, monkeypatch):
-    """A function of the arrays that are differentiated, for small operands that count as few rows of a large weight."""
-    monkeypatch.setattr(f"{MATMUL}._MANY_WEIGHTS", 1)
-    monkeypatch.setattr(f"{MATMUL}._FEWEST_ROWS", 1)
-    with jax.enable_x64(True):
-        x, kernel, bias = operands("float64", rows=(2,), i=9)
-
-        def outputs(name, *arrays):
-            replaced = {"x only": (*arrays, kernel), "kernel only": (x, *arrays), "both": arrays}[request.param]
-            return jnp.tanh(partitioned_linear(*replaced, bias, implementation=name))
-
-        yield outputs, {"x only": (x,), "kernel only": (kernel,), "both": (x, kernel)}[request.param]
-
-
-def taken(name, outputs, arrays):
-    """Everything that is derived from a function: values, both modes, both orders, mapped, with and without a jit."""
-    directions = drawn("float64", *(array.shape for array in arrays), seed=1)
-
-    def loss(*arguments):
-        return jnp.sum(outputs(name, *arguments) ** 2)
-
-    places = tuple(range(len(arrays)))
-
-    def slope(*arguments):
-        return jax.jvp(loss, arguments, tuple(directions))[1]
-
-    stacked = [jnp.stack([array, 2 * array]) for array in arrays]
-    return (
-        outputs(name, *arrays),
-        jax.grad(loss, places)(*arrays),
-        jax.jit(jax.grad(slope, places))(*arrays),
-        jax.jvp(jax.grad(loss, places), tuple(arrays), tuple(directions))[1],
-        jax.vmap(jax.grad(loss, places))(*stacked),
-        jax.grad(jax.checkpoint(loss), places)(*arrays),
-    )
-
-
-def test_few_rows_of_a_large_weight_have_the_same_derivatives(few_rows, monkeypatch):
-    outputs, arrays = few_rows
-    programs = []
-    for most in (1, 2**60):
-        monkeypatch.setattr(f"{MATMUL}._MANY_WEIGHTS", most)
-        programs.append(str(jax.make_jaxpr(lambda *a: outputs("matmul", *a))(*arrays)))
-        found = jax.tree.leaves(taken("matmul", outputs, arrays))
-        for left, right in zip(found, jax.tree.leaves(taken("loop", outputs, arrays)), strict=True):
-            np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)
-    assert ["custom_jvp" in program for program in programs] == [True, False]
-
-
-def test_the_gradient_of_few_rows_moves_no_large_weight():
-    x, kernel, bias = operands(rows=(16,), n=32, i=256, o=256)
-
-    def gradient(x, kernel):
-        return jax.grad(lambda x: jnp.sum(partitioned_linear(x, kernel, bias, implementation="matmul") ** 2))(x)
-
-    products = [eqn for eqn in jax.make_jaxpr(gradient)(x, kernel).eqns if eqn.primitive.name == "dot_general"]
-    # The cotangent of y contracts its middle axis, which a transposed weight would have to do otherwise.
-    ((left, right), _) = products[-1].params["dimension_numbers"]
-    assert (left, right) == ((1,), (2,))
-
-
-def test_partitions_in_turn_have_the_same_derivatives(few_rows, in_turn, monkeypatch):
-    outputs, arrays = few_rows
-    for fewest in (1, 2**60):
-        monkeypatch.setattr(f"{MATMUL}._FEWEST_ROWS", fewest)
-        found = jax.tree.leaves(taken("matmul", outputs, arrays))
-        for left, right in zip(found, jax.tree.leaves(taken("loop", outputs, arrays)), strict=True):
-            np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)
-
-
-def while_loops(function, *arrays):
-    """How many loops the compiled program of a function has; none is hidden in a branch."""
-    text = jax.jit(function).lower(*arrays).compile().as_text()
-    assert "conditional" not in text
-    return text.count(" while(")
-
-
-@pytest.mark.parametrize("rows", [(5,), (2, 3), ()])
-@pytest.mark.parametrize("dtype", ROUNDOFF)
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="partitions are taken in turn on a CPU only")
-def test_partitions_are_taken_in_turn_where_nobody_differentiates(in_turn, dtype, rows):
-    with jax.enable_x64(dtype == "float64"):
-        x, kernel, bias = operands(dtype, rows=rows)
-        run = partial(partitioned_linear, implementation="matmul")
-        wide = dtype in ("float32", "float64")
-        for arrays in ((x, kernel, bias), (x, kernel)):
-            assert while_loops(run, *arrays) == wide
-            y, want = run(*arrays), partitioned_linear(*arrays, implementation="loop")
-            assert y.dtype == want.dtype
-            assert y.shape == want.shape
-            assert bool(jnp.all(jnp.abs(y - want) <= 32 * ROUNDOFF[dtype] * (1 + jnp.abs(want))))
-            assert while_loops(lambda dy, *a: jax.vjp(run, *a)[1](dy), want, *arrays) == 0
-            stacked = jax.vmap(run)(*(jnp.stack([array, array]) for array in arrays))
-            assert bool(jnp.all(jnp.abs(stacked - want) <= 32 * ROUNDOFF[dtype] * (1 + jnp.abs(want))))
-
-
-def test_calls_without_jit_compile_partitions_in_turn_once(in_turn, caplog):
-    x, kernel, bias = operands()
-    stacked = jnp.stack([x, x])
-
-    def call():
-        for precision in (None, "highest"):
-            run = partial(partitioned_linear, implementation="matmul", precision=precision)
-            jax.block_until_ready((run(x, kernel, bias), jax.vmap(run, (0, None, None))(stacked, kernel, bias)))
-
-    with jax.log_compiles():
-        call()
-        assert "Finished XLA compilation" in caplog.text
-        caplog.clear()
-        call()
-    assert "Finished XLA compilation" not in caplog.text
-
-
-def test_no_partition_is_taken_apart_where_operands_may_be_divided(in_turn, monkeypatch):
-    arrays = operands()
-    run = jax.jit(partial(partitioned_linear, implementation="matmul"))
-    # Written on this machine for a GPU, the same program holds no loop there.
-    assert "while" not in jax.export.export(run, platforms=["cuda"])(*arrays).mlir_module()
-    want = run(*arrays)
-    for kind in (jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto):
-        mesh = jax.make_mesh((1,), ("n",), axis_types=(kind,))
-        x, *others = [jax.device_put(array, NamedSharding(mesh, PartitionSpec())) for array in arrays]
-        np.testing.assert_allclose(run(x, *others), want, rtol=1e-5, atol=1e-6)
-    specs = (PartitionSpec(None, "n"), PartitionSpec("n"), PartitionSpec("n"))
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[0])
-    np.testing.assert_allclose(mapped(*arrays), want, rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr(jax, "device_count", lambda: 8)
-    assert "while" not in str(jax.make_jaxpr(partial(partitioned_linear, implementation="matmul"))(*arrays))
 
 
 def test_a_program_is_exported_for_any_number_of_rows():

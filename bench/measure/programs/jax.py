@@ -13,7 +13,7 @@ from bench.measure.compile_caches import CacheFolder
 from bench.measure.compile_caches.jax import kept_in
 from bench.measure.functions.jax import Function, resolve
 from bench.measure.layouts import swapped_axes
-from bench.measure.programs.xla_loops import repeated_product_flops
+from bench.measure.products.jax import repeated_product_flops
 from bench.measure.timers.base import Call, Prepared, Task, Unsupported, in_turn
 from bench.plan.competitors import JIT, JIT_GRAPH
 from jax_impl import UnsupportedImplementationError

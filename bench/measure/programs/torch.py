@@ -193,7 +193,7 @@ def _compiled(first_call: Callable[[], None]) -> tuple[float, int | None, Callab
     """
     # Inductor takes seconds to import, and most workers never compile.
     from bench.measure.compile_caches.torch import kept_in
-    from bench.measure.programs.inductor_products import products_seen
+    from bench.measure.products.torch import products_seen
 
     cache = CacheFolder()
 
