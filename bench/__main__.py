@@ -61,6 +61,7 @@ def run(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the records in DIR; repeats nothing.")] = False,
     json_file: JsonFile = None,
+    csv_file: CsvFile = None,
 ) -> None:
     """Measures a preset and shows the ranking of every workload and direction.
 
@@ -90,6 +91,7 @@ def run(
         jax_python=jax_python,
         resume=resume,
         json_file=json_file,
+        csv_file=csv_file,
         engine=engine,
         scheduler=scheduler,
     )
@@ -208,7 +210,7 @@ def recommend(
 def validate(directories: Directories, json_file: JsonFile = None, csv_file: CsvFile = None) -> None:
     """Checks every record against the schema and against itself.
 
-    Exit status: 0 if all is well; 1 if anything is wrong; 2 for wrong usage.
+    Exit status: 0 if nothing is wrong, whatever is remarked; 1 if anything is; 2 for wrong usage.
     """
     from bench.commands.validate import validate_command
 
@@ -229,11 +231,16 @@ def list_(
 
 
 @app.command()
-def doctor(torch_python: TorchPython = None, jax_python: JaxPython = None, json_file: JsonFile = None) -> None:
+def doctor(
+    torch_python: TorchPython = None,
+    jax_python: JaxPython = None,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+) -> None:
     """Checks what a measurement depends on: frameworks, CUDA packages, threads, precision switches, load."""
     from bench.commands.inspect import doctor_command
 
-    raise typer.Exit(doctor_command(torch_python, jax_python, json_file))
+    raise typer.Exit(doctor_command(torch_python, jax_python, json_file, csv_file))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,32 @@ import sys
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import pytest
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
+
+# How many examples hypothesis draws for each relation.
+SEARCH_PROFILES = {"quick": 4, "thorough": 200}
+
+
+def load_search_profile(name):
+    """Registers the profiles and loads one, before any test module draws from it."""
+    if name not in SEARCH_PROFILES:
+        raise pytest.UsageError(
+            f"HYPOTHESIS_PROFILE: expected one of {', '.join(SEARCH_PROFILES)}, got {name!r}; set it to one of these."
+        )
+    # Compilation makes single examples slow.
+    checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    for profile, examples in SEARCH_PROFILES.items():
+        settings.register_profile(
+            profile,
+            max_examples=examples,
+            # By default a failure that was seen once is seen again.
+            derandomize=profile == "quick",
+            deadline=None,
+            suppress_health_check=checks,
+            database=None,
+        )
+    settings.load_profile(name)
 
 
 def pytest_addoption(parser):
@@ -25,6 +50,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    load_search_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
     if config.getoption("--no-shape-checks"):
         return
     packages = ["torch_impl.implementations", "jax_impl.implementations"]

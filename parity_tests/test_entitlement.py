@@ -15,6 +15,7 @@ from parity_tests.harness.cases import Case
 from parity_tests.harness.comparison import compare
 from parity_tests.harness.dtypes import FORMATS, numpy_dtype
 from parity_tests.harness.entitlement import entitlement, fingerprint_of
+from parity_tests.harness.exact_rows import left_out
 from parity_tests.harness.fingerprint import fuses_bias, take_fingerprint
 from parity_tests.harness.inputs import draw_inputs
 from parity_tests.harness.judge import judge, observed_class
@@ -289,16 +290,33 @@ def test_checks_that_a_case_does_not_admit_are_left_out_and_a_cell_without_any_s
     ]
 
 
-@pytest.mark.skipif("torch" not in INSTALLED, reason="needs torch")
-def test_a_mode_that_casts_or_compiles_each_call_says_why_it_has_no_checks_without_tolerance():
-    (subject,) = [s for s in load_subjects("torch", "cpu", modes=["autocast"]) if s.implementation == "matmul"]
-    rows = [row for row in run_cells([subject], ["float32"], [CASE], exact=True) if row.kind == "exact"]
-    assert [(row.status, row.reason) for row in rows] == [
-        (
-            "skipped",
-            "autocast computes in bfloat16: sums of integers that are exact in the storage dtype are rounded.",
-        )
+@pytest.mark.parametrize("framework", INSTALLED)
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_mode_that_casts_has_the_checks_without_tolerance_in_what_it_computes_in(framework):
+    mode = {"torch": "autocast", "jax": "policy"}[framework]
+    (subject,) = [s for s in load_subjects(framework, "cpu", modes=[mode]) if s.implementation == "matmul"]
+    # 160 terms: float32 would allow integers up to 3, bfloat16 only +-1; for the wide lattice they are enough.
+    case = Case("exact", (4,), 3, 160, 8, bias=False)
+    rows = [row for row in run_cells([subject], ["float32"], [case], exact=True) if row.kind == "exact"]
+    assert [(row.tensor, row.status) for row in rows] == [
+        (check, "ok") for check in ("lattice", "wide lattice", "isolation")
     ]
+    # More terms than bfloat16 has exact integers: the lattice would be wrong, and is left out.
+    rows = [
+        row
+        for row in run_cells([subject], ["float32"], [Case("long", (300,), 1, 8, 8)], exact=True)
+        if row.kind == "exact"
+    ]
+    assert rows == []
+
+
+@pytest.mark.skipif("torch" not in INSTALLED, reason="needs torch")
+def test_a_mode_that_compiles_each_call_says_why_it_has_no_checks_without_tolerance():
+    (subject,) = [s for s in load_subjects("torch", "cpu", modes=["compile"]) if s.implementation == "matmul"]
+    inputs = draw_inputs(CASE, "float32")
+    assert left_out(subject, CASE, inputs) == (
+        "each of these calls would be a compilation; the other modes have the checks without tolerance."
+    )
 
 
 def test_rows_and_document_say_what_the_bound_was_derived_for():

@@ -24,6 +24,8 @@ def test_finding_is_as_recorded(name):
     state = finding.state(measured, version)
     if state == "mended":
         pytest.fail(f"{name} is mended in {finding.library} {version}: say so in the finding and in the README")
+    if state == "not seen here" and finding.by_processor:
+        pytest.skip(f"{name} does not show on this processor: it measures {measured:.3g}")
     if state == "not seen here":
         assert version.split("+")[0] not in finding.seen_in, (
             f"{name} was seen in {version}, now it measures {measured:.3g}"
@@ -48,7 +50,7 @@ def test_the_command_lists_what_it_cannot_check(tmp_path, monkeypatch):
     assert [row["state"] for row in rows] == ["present", "present", "skipped", "skipped"]
     assert [row.get("measured") for row in rows] == [2.0, None, None, None]
     assert "a_package_that_is_not_there is not installed" in rows[2]["reason"]
-    assert rows[3]["reason"] == "the check raised RuntimeError: no message"
+    assert rows[3]["reason"] == "the check raised RuntimeError: no reason given"
     monkeypatch.setattr(command, "all_findings", lambda: checks[2:])
     assert command.findings(None) == 1
 

@@ -4,11 +4,10 @@ A larger search: ``HYPOTHESIS_PROFILE=thorough python -m pytest parity_tests/tes
 """
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from parity_tests.harness.cases import Case
@@ -22,18 +21,9 @@ from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-# Deterministic by default, so that a failure seen once is seen again; compilation makes single examples slow.
-_COMMON = {
-    "deadline": None,
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-    "database": None,
-}
-PROFILES = {"quick": 4, "thorough": 200}
-settings.register_profile("quick", max_examples=PROFILES["quick"], derandomize=True, **_COMMON)
-settings.register_profile("thorough", max_examples=PROFILES["thorough"], **_COMMON)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 # Of each relation, where the quick profile has its explicit examples besides.
-FEW = settings(max_examples=2 if settings.default.max_examples <= PROFILES["quick"] else settings.default.max_examples)
+QUICK = settings.get_profile("quick").max_examples
+FEW = settings(max_examples=2 if settings.default.max_examples <= QUICK else settings.default.max_examples)
 
 INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framework)]
 SUBJECTS = {

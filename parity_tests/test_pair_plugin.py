@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import tomllib
 from pathlib import Path
 
@@ -20,12 +21,15 @@ SUITE = """
 import torch
 from flax import nnx
 
+NODE = __file__.rpartition("/")[2]
+
 
 def test_holds(parity_pair):
     rules = [("weight", "kernel", "o i -> i o"), ("bias", "bias")]
     module = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     report = parity_pair(torch_module=torch.nn.Linear(4, 3), flax_module=module, params=rules, inputs=((2, 4),))
     assert report.ok and report.summary.compared > 10
+    assert {row.command for row in report.rows} == {"pytest " + NODE + "::test_holds"}
 
 
 def test_must_fail(parity_pair):
@@ -47,6 +51,7 @@ def test_a_pair_that_holds_passes_and_one_that_differs_fails_with_its_report(pyt
     assert "first failing rung: forward; likely cause: epsilon: the torch side uses 1e-05" in text
     assert "FAILED" in text
     assert "test_must_fail" in text
+    assert re.search(r"^  reproduce: pytest test_\S+\.py::test_must_fail$", text, re.M)
     # The report, not a traceback through the judge.
     assert "judge.py" not in text
 

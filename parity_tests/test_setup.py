@@ -49,6 +49,20 @@ def test_a_driver_that_is_too_old_or_not_understood_gets_the_build_for_cpus(tmp_
     assert "names no CUDA version that is understood" in warning
 
 
+def test_a_mistyped_search_profile_is_one_sentence_with_the_choices():
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", __file__],
+        cwd=ROOT,
+        env=os.environ | {"HYPOTHESIS_PROFILE": "thorogh"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR, result.stdout
+    sentence = "HYPOTHESIS_PROFILE: expected one of quick, thorough, got 'thorogh'; set it to one of these."
+    assert result.stderr.strip() == f"ERROR: {sentence}"
+
+
 @pytest.mark.parametrize("package", ["parity_tests", "bench"])
 def test_without_the_packages_a_command_says_what_to_install(package):
     result = subprocess.run(

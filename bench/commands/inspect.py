@@ -1,6 +1,7 @@
 """``bench list`` and ``bench doctor``: what there is to measure, and whether it can be measured here."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,32 @@ def list_command(
     return OK
 
 
-def doctor_command(torch_python: str | None, jax_python: str | None, json_file: Path | None) -> int:
+def _facts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What ``bench doctor`` found as lines of one table: what it is about, which fact, and its value."""
+    facts: dict[str, Mapping[str, Any]] = {"machine": {}}
+    for name, value in found.items():
+        if name == "frameworks":
+            facts |= value
+        elif name == "warnings":
+            facts["warning"] = {str(k): line for k, line in enumerate(value, start=1)}
+        elif isinstance(value, Mapping):
+            facts[name] = value
+        else:
+            facts["machine"] = {**facts["machine"], name: value}
+    return [
+        {"section": section, "name": name, "value": value}
+        for section, known in facts.items()
+        for name, value in flat(known).items()
+    ]
+
+
+def doctor_command(
+    torch_python: str | None, jax_python: str | None, json_file: Path | None, csv_file: Path | None = None
+) -> int:
     """Runs ``bench doctor``; its exit status is 1 if no framework can be measured, whatever else it finds."""
     try:
         check_writable("--json", json_file)
+        check_writable("--csv", csv_file)
         # The stock division changes nothing, so what is shown is what a user gets without the benchmark.
         with _pool(torch_python, jax_python, "stock") as pool:
             found = diagnose(pool.hello, pool.missing)
@@ -133,6 +156,8 @@ def doctor_command(torch_python: str | None, jax_python: str | None, json_file: 
     try:
         if json_file is not None:
             write_json(json_file, found)
+        if csv_file is not None:
+            write_csv(csv_file, ["section", "name", "value"], _facts(found))
     except OutputError as error:
         return complain(error)
     return OK if found["frameworks"] else FAILED

@@ -29,7 +29,7 @@ from bench.plan.cells import CACHES, DEVICES, DIRECTIONS, DIVISIONS, PRECISIONS
 from bench.plan.competitors import FRAMEWORKS
 from bench.plan.presets import PRESETS, STEPPED_OPTIMIZERS, narrowed
 from bench.plan.workloads import UnknownWorkloadError, workload
-from bench.report.export import write_summary
+from bench.report.export import write_summary, write_table
 from bench.report.markdown import environment_lines, write_report
 from bench.report.output import OutputError
 from bench.report.tables import show_rankings, wide_console
@@ -62,6 +62,7 @@ class Options:
     jax_python: str | None
     resume: bool
     json_file: Path | None
+    csv_file: Path | None = None
     engine: str = "local"
     scheduler: str | None = None
 
@@ -99,6 +100,7 @@ def _request(options: Options) -> Request:
     check_choices("--cache", options.caches, CACHES)
     check_choices("--optimizer", [options.optimizer] if options.optimizer else [], STEPPED_OPTIMIZERS)
     check_writable("--json", options.json_file)
+    check_writable("--csv", options.csv_file)
     preset = narrowed(
         PRESETS[options.preset],
         workloads=options.workloads,
@@ -199,6 +201,8 @@ def _show(options: Options, notes: SweepNotes) -> Mapping[str, int]:
     console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}", markup=False)
     if options.json_file is not None:
         write_summary(options.json_file, results, notes.lines)
+    if options.csv_file is not None:
+        write_table(options.csv_file, results)
     write_report("report", options.out / "report.md", results, notes.lines)
     console.print(
         f"Records: {options.out / 'records.jsonl'}; report: {options.out / 'report.md'}", markup=False, soft_wrap=True

@@ -12,19 +12,23 @@ from bench.study.validation import Count, violations
 def validate_command(
     directories: Sequence[Path], *, json_file: Path | None = None, csv_file: Path | None = None
 ) -> int:
-    """Runs ``bench validate``; its exit status is 1 if anything is wrong with the records."""
+    """Runs ``bench validate``; its exit status is 1 if anything is wrong with the records, whatever is remarked."""
     count = Count()
     try:
         check_writable("--json", json_file)
         check_writable("--csv", csv_file)
         problems = [problem for directory in directories for problem in violations(directory, count)]
         if json_file is not None:
-            write_json(json_file, {"records": count.records, "cells": count.cells, "violations": problems})
+            found = {"records": count.records, "cells": count.cells, "violations": problems, "remarks": count.remarks}
+            write_json(json_file, found)
         if csv_file is not None:
-            write_csv(csv_file, ["violation"], [{"violation": problem} for problem in problems])
+            rows = [{"violation": problem} for problem in problems] + [{"remark": remark} for remark in count.remarks]
+            write_csv(csv_file, ["violation", "remark"], rows)
     except (UsageError, StoreError, OutputError) as error:
         return complain(error)
     for problem in problems:
         print(problem)
-    print(f"{count.records} records in {count.cells} cells: {len(problems)} violations.")
+    for remark in count.remarks:
+        print(f"Remark: {remark}.")
+    print(f"{count.records} records in {count.cells} cells: {len(problems)} violations, {len(count.remarks)} remarks.")
     return FAILED if problems else OK

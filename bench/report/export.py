@@ -2,8 +2,9 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ SHARED: tuple[str, ...] = (
     "environment_id",
 )
 
+_EFFICIENCY: tuple[str, ...] = tuple(item.name for item in fields(Efficiency))
+
 
 def interval_json(interval: Interval | None) -> dict[str, Any] | None:
     """A ratio with its interval; an end that is infinite becomes null."""
@@ -40,10 +43,14 @@ def interval_json(interval: Interval | None) -> dict[str, Any] | None:
 
 def _efficiency(efficiency: Efficiency) -> dict[str, Any]:
     pays = None if efficiency.payback_calls is None else math.isfinite(efficiency.payback_calls)
-    return asdict(efficiency) | {"payback_calls": finite(efficiency.payback_calls), "compile_pays": pays}
+    # Not ``asdict``, whose search for nested values takes most of the time of a large sweep's table.
+    return {name: getattr(efficiency, name) for name in _EFFICIENCY} | {
+        "payback_calls": finite(efficiency.payback_calls),
+        "compile_pays": pays,
+    }
 
 
-def _row(row: Row, efficiency: Efficiency) -> dict[str, Any]:
+def _row(row: Row, efficiency: Efficiency, short_blocks: int) -> dict[str, Any]:
     record = row.record
     return {
         "rank": row.rank,
@@ -68,12 +75,16 @@ def _row(row: Row, efficiency: Efficiency) -> dict[str, Any]:
         "device_busy_s": record.device_busy_s,
         "energy_j": record.energy_j,
         "outlier_blocks": row.outliers,
+        "short_blocks": short_blocks,
         **_efficiency(efficiency),
     }
 
 
 def _ranking(ranking: Ranking) -> dict[str, Any]:
     found = efficiencies(ranking)
+    short: Counter[str] = Counter()
+    for account in ranking.short_blocks:
+        short[account.label] += 0 if account.control else account.short
     return {name: getattr(ranking.first, name) for name in SHARED} | {
         "baseline": ranking.baseline,
         "resolution": None if ranking.resolution is None else finite(math.expm1(min(ranking.resolution, 700.0))),
@@ -83,7 +94,8 @@ def _ranking(ranking: Ranking) -> dict[str, Any]:
         "stopped": ranking.first.stopped or None,
         "winner": ranking.winner,
         "tied": list(ranking.tied),
-        "rows": [_row(row, found[row.record.label]) for row in ranking.rows],
+        "short_blocks": [asdict(account) for account in ranking.short_blocks],
+        "rows": [_row(row, found[row.record.label], short[row.record.label]) for row in ranking.rows],
     }
 
 

@@ -12,6 +12,7 @@ from bench.report.text import (
     efficiency_cells,
     ranking_cells,
     reasons,
+    remarks,
     resolution_line,
     summary_line,
     winner_line,
@@ -56,10 +57,11 @@ def environment_lines(environment_id: str, found: Mapping[str, Any]) -> list[str
 
 
 def ranking_lines(ranking: Ranking, *, level: int = 3) -> list[str]:
-    """One ranking: heading, table, winner, baseline, reasons, and how well the machine is used."""
+    """One ranking: heading, table, winner, baseline, reasons, remarks, and how well the machine is used."""
     lines = ["#" * level + " " + ranking.title, ""]
     lines += table(RANKING_COLUMNS, (ranking_cells(row) for row in ranking.rows))
-    lines += ["", winner_line(ranking), baseline_line(ranking), *(f"- {line}" for line in reasons(ranking)), ""]
+    lines += ["", winner_line(ranking), baseline_line(ranking)]
+    lines += [*(f"- {line}" for line in (*reasons(ranking), *remarks(ranking))), ""]
     found = efficiencies(ranking)
     timed = [row.record.label for row in ranking.rows if row.latency_s is not None]
     if timed:

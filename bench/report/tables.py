@@ -14,6 +14,7 @@ from bench.report.text import (
     efficiency_cells,
     ranking_cells,
     reasons,
+    remarks,
     winner_line,
 )
 from bench.study.ranking import Ranking
@@ -54,7 +55,7 @@ def efficiency_table(ranking: Ranking) -> Table:
 
 
 def show_rankings(console: Console, found: Sequence[Ranking], *, efficiency: bool = False) -> None:
-    """Prints all rankings, each with the reasons of those without a speed; one line each if there are very many.
+    """Prints all rankings, each with reasons and remarks; one line each if there are very many.
 
     Args:
         console: where to.
@@ -65,11 +66,13 @@ def show_rankings(console: Console, found: Sequence[Ranking], *, efficiency: boo
         # Laying out a table takes longer than ranking a cell, and nobody scrolls through thousands.
         for ranking in found:
             print(f"{ranking.title}: {winner_line(ranking)}")
+            for line in remarks(ranking):
+                print(f"  {line}")
         print(f"{len(found)} cells, one line each; --markdown, --json and --csv hold every competitor.")
         return
     for ranking in found:
         console.print(ranking_table(ranking))
-        for line in reasons(ranking):
+        for line in (*reasons(ranking), *remarks(ranking)):
             console.print(f"  {escape(line)}", style="dim", soft_wrap=True)
         console.print()
         if efficiency and any(row.latency_s is not None for row in ranking.rows):

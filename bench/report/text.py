@@ -170,6 +170,11 @@ def reasons(ranking: Ranking) -> list[str]:
     return [f"{r.label}: {r.reason if r.skipped else f'{r.status}, {r.reason}'}" for r in failed]
 
 
+def remarks(ranking: Ranking) -> list[str]:
+    """What else a reader of a cell's figures should know, one line for each."""
+    return [f"Remark: {found.sentence}." for found in ranking.short_blocks]
+
+
 def summary_line(counts: Mapping[str, int]) -> str:
     """How many competitors ended how."""
     return ", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "nothing was measured"

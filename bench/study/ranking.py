@@ -9,6 +9,7 @@ from statistics import median
 from bench.plan.competitors import YARDSTICK
 from bench.records import Record
 from bench.study.pairing import by_label, intervals, log_latencies
+from bench.study.short_blocks import ShortBlocks, short_blocks
 from bench.study.statistics import CONFIDENCE, SLOWER, Interval, resolution, tukey_outliers, verdict
 from bench.study.stopping import confidence
 from bench.study.winners import leaders
@@ -58,6 +59,7 @@ class Ranking:
         replicates: number of process replicates.
         leaders: labels of the fastest competitor and of everybody who ties with it; empty if nobody was timed.
         confidence: of the intervals, so that they hold at 95% however often the run looked at them.
+        short_blocks: of every record, the control's included, that has blocks much shorter than intended.
     """
 
     cell: str
@@ -69,6 +71,7 @@ class Ranking:
     replicates: int = 1
     leaders: tuple[str, ...] = ()
     confidence: float = CONFIDENCE
+    short_blocks: tuple[ShortBlocks, ...] = ()
 
     @property
     def winner(self) -> str | None:
@@ -113,13 +116,13 @@ def _rank_cell(records: Sequence[Record]) -> Ranking:
     reference = rounds[baseline] if baseline is not None else {}
     # Every process stops by itself; the one that looked most often decides what the looks cost.
     level = max(confidence(len(r.block_latency_s) // 2, r.stopped if r.status == "ok" else "") for r in records)
-    aa = intervals(reference, {"control": log_latencies(r for r in records if r.control)}, level)
-    control = aa.get("control")
-    floor = None if control is None else resolution(control)
-
     failed = {label: worst for label, group in by_competitor.items() if (worst := _worst(group)) is not None}
     timed = {label: group for label, group in by_competitor.items() if label not in failed}
-    found = intervals(reference, {label: rounds[label] for label in timed}, level)
+    # The control together with the competitors, whose rounds it shares; its key is no label.
+    repeated = log_latencies(record for record in records if record.control)
+    found = intervals(reference, {"": repeated} | {label: rounds[label] for label in timed}, level)
+    control = found.get("")
+    floor = None if control is None else resolution(control)
     rows: list[Row] = []
     for label, group in timed.items():
         interval = found.get(label)
@@ -158,6 +161,7 @@ def _rank_cell(records: Sequence[Record]) -> Ranking:
         replicates=len({record.process_replicate for record in records}),
         leaders=first,
         confidence=level,
+        short_blocks=short_blocks(records),
     )
 
 

@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -14,6 +14,7 @@ from bench.plan.competitors import FRAMEWORKS
 from bench.record_lines import parse_line
 from bench.records import Record, RecordError
 from bench.study.ranking import rank_cells
+from bench.study.short_blocks import short_blocks
 
 # From strict to coarse: arithmetic that was asked for may turn out stricter, never coarser.
 _STRICTNESS: tuple[str, ...] = ("fp64", "ieee_fp32", "tf32", "fp16", "bf16", "lower")
@@ -23,10 +24,17 @@ _RATE_SLACK = 1.01
 
 @dataclass
 class Count:
-    """How much was looked at."""
+    """How much was looked at, and what is worth a remark although nothing is wrong with it.
+
+    Attributes:
+        records: lines that could be read.
+        cells: cells of one process replicate each.
+        remarks: one sentence each, with its place.
+    """
 
     records: int = 0
     cells: int = 0
+    remarks: list[str] = field(default_factory=list)
 
 
 def record_violations(record: Record) -> Iterator[str]:
@@ -85,9 +93,9 @@ def _cell_violations(records: list[Record]) -> Iterator[str]:
     name = f"cell {first.cell}, process {first.process_replicate}"
     if len(records) != first.cell_size:
         yield f"{name}: expected {first.cell_size} records, got {len(records)}"
-    for field in ("workload", "batch", "num_partitions", "in_features", "out_features", "direction", "precision"):
-        if len({getattr(record, field) for record in records}) > 1:
-            yield f"{name}: {field}: expected the same in every record, got several"
+    for shared in ("workload", "batch", "num_partitions", "in_features", "out_features", "direction", "precision"):
+        if len({getattr(record, shared) for record in records}) > 1:
+            yield f"{name}: {shared}: expected the same in every record, got several"
     if len({record.inputs_digest for record in records if record.status == "ok"}) > 1:
         yield f"{name}: inputs_digest: the competitors had different inputs"
     if any(record.status == "ok" for record in records):
@@ -106,7 +114,7 @@ def violations(directory: Path, count: Count) -> Iterator[str]:
 
     Args:
         directory: of a run.
-        count: is raised by what was looked at.
+        count: is raised by what was looked at, and gets the remarks.
 
     Raises:
         StoreError: if there are no records, or a file cannot be read.
@@ -134,6 +142,7 @@ def violations(directory: Path, count: Count) -> Iterator[str]:
                 keys[record.key] = number
                 used.add(record.environment_id)
                 yield from (f"{path}, line {number}: {wrong}" for wrong in record_violations(record))
+                count.remarks += [f"{path}, line {number}: {account.sentence}" for account in short_blocks([record])]
                 place = (record.environment_id, record.cell, record.process_replicate)
                 cells[place].append(record.without_samples())
     except OSError as error:

@@ -8,6 +8,14 @@ from bench.measure.worker_process import WorkerProcess, worker_environment
 from bench.records import SCHEMA_VERSION, Record
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--whole-sweep",
+        action="store_true",
+        help="plan, store, resume and report a sweep of 10,000 cells too (some 30 seconds of processor)",
+    )
+
+
 def example_record(**changes):
     """Builds a valid record; keyword arguments replace fields."""
     values = {

@@ -1,3 +1,4 @@
+import csv
 import json
 
 import pytest
@@ -44,6 +45,26 @@ def test_run_writes_records_report_and_json_and_resumes(tmp_path, call):
     assert again.exit_code == 0
     assert "of an unfinished cell were set aside" in again.output
     assert {record.key for record in read_records(out)} == {record.key for record in records}
+
+
+@pytest.mark.usefixtures("fake_pool")
+def test_the_table_of_a_run_is_that_of_its_report(tmp_path, call):
+    out, wanted = tmp_path / "run", ("--implementation", "matmul", "--implementation", "wrong")
+    assert call("run", *TINY, *wanted, "--out", out, "--csv", tmp_path / "run.csv").exit_code == 1
+    assert call("report", out, "--csv", tmp_path / "report.csv").exit_code == 0
+    written = (tmp_path / "run.csv").read_text()
+    assert written == (tmp_path / "report.csv").read_text()
+    rows = list(csv.DictReader(written.splitlines()))
+    # Two directions, two frameworks, two competitors, those without a right answer included.
+    assert len(rows) == 2 * 2 * 2
+    assert {(row["implementation"], row["status"]) for row in rows} == {("matmul", "ok"), ("wrong", "mismatch")}
+
+
+def test_a_table_that_cannot_be_written_stops_a_run_before_it_measures(tmp_path, call, monkeypatch):
+    monkeypatch.setattr("bench.commands.run.run_sweep", lambda *args: pytest.fail("this measures"))
+    done = call("run", *TINY, "--out", tmp_path / "run", "--csv", "/nowhere/f.csv")
+    assert (done.exit_code, done.stderr.startswith("bench: --csv: /nowhere/f.csv")) == (2, True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("fake_pool")
@@ -110,6 +131,7 @@ def test_a_run_goes_on_without_a_framework_and_says_so(tmp_path, call, monkeypat
         (("--torch-python", "/nowhere/python"), "--torch-python: '/nowhere/python' is no program"),
         (("--jax-python", "/nowhere/python"), "--jax-python: '/nowhere/python' is no program"),
         (("--json", "/nowhere/f.json"), "--json: /nowhere/f.json cannot be written"),
+        (("--csv", "/nowhere/f.csv"), "--csv: /nowhere/f.csv cannot be written"),
         (("--out", "/dev/null/run"), "/dev/null/run: cannot be written"),
     ],
 )
@@ -203,6 +225,27 @@ def test_list_and_doctor(tmp_path, call):
     assert "Processor:" in checked.output
     assert set(json.loads((tmp_path / "doctor.json").read_text())["frameworks"]) == {"torch", "jax"}
     assert call("doctor", "--torch-python", "/nowhere/python").exit_code == 2
+
+
+@pytest.mark.usefixtures("fake_pool")
+def test_the_table_of_doctor_holds_every_fact_and_warning(tmp_path, call, monkeypatch):
+    said = ['Only torch sees a GPU: a comma, a "quotation".', "The machine is busy."]
+    monkeypatch.setattr("bench.measure.diagnosis.warnings_for", lambda *args: said)
+    files = ("--json", tmp_path / "d.json", "--csv", tmp_path / "d.csv")
+    assert call("doctor", *files).exit_code == 0
+    found = json.loads((tmp_path / "d.json").read_text())
+    with (tmp_path / "d.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {tuple(row) for row in rows} == {("section", "name", "value")}
+    facts = {(row["section"], row["name"]): row["value"] for row in rows}
+    assert len(facts) == len(rows)
+    assert facts["machine", "cpu_model"] == found["cpu_model"]
+    assert facts["machine", "affinity"] == "; ".join(map(str, found["affinity"]))
+    assert facts["git", "commit"] == (found["git"]["commit"] or "")
+    assert (facts["torch", "versions_torch"], facts["jax", "devices"]) == ("0", "cpu")
+    assert [row["value"] for row in rows if row["section"] == "warning"] == said == found["warnings"]
+    refused = call("doctor", "--csv", "/nowhere/d.csv")
+    assert (refused.exit_code, "--csv: /nowhere/d.csv cannot be written" in refused.stderr) == (2, True)
 
 
 def test_doctor_warns_of_two_cuda_majors_and_of_a_gpu_that_one_framework_sees():

@@ -19,6 +19,7 @@ from bench.study.ranking import rankings
 from bench.study.results import read_results
 from bench.tests.conftest import example_record
 from bench.tests.synthetic import cell_records, write_sweep
+from bench.tests.whole_sweep import LEFT_OUT
 
 CELLS, COMPETITORS, SAMPLES = 20, 8, 8000
 CAP_BYTES = 32 * 2**20
@@ -84,6 +85,42 @@ def test_a_sweep_resumes_and_reports_in_less_memory_than_its_samples_take(sweep)
     assert len(json.loads((sweep / "p.json").read_text())["benchmarks"]) == CELLS * COMPETITORS
     # The cap is one that matters: all records at once do not fit.
     assert "MemoryError" in limited(sweep, "whole").stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process how much memory it held at most")
+@pytest.mark.parametrize(("cells", "cap_bytes"), [(1000, 64 * 2**20), (10_000, 300 * 2**20)], ids=["1000", "10000"])
+def test_a_sweep_is_planned_stored_resumed_and_reported(cells, cap_bytes, request, tmp_path, record_property):
+    if cells > 1000 and not request.config.getoption("--whole-sweep", default=False):
+        pytest.skip("takes some 30 seconds of processor: run with --whole-sweep (-s shows what each stage took)")
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.tests.whole_sweep", str(tmp_path), str(cells), "10"],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT), "OPENBLAS_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    stages = json.loads(done.stdout)
+    for name, found in stages.items():
+        print(f"{cells} cells, {name}: {found}")
+        record_property(name, json.dumps(found))
+    assert stages["plan"]["cells"] == cells
+    # Interrupted, as by Ctrl-C, before the last few cells: the resumed run measures these and no other.
+    assert (stages["store"]["exit"], stages["store"]["measured"]) == (130, cells - LEFT_OUT)
+    assert (stages["resume"]["exit"], stages["resume"]["measured"]) == (0, LEFT_OUT)
+    assert stages["report"]["exit"] == 0
+    assert (tmp_path / "run" / "torn.jsonl").read_text().endswith('"torn')
+    with (tmp_path / "run" / "records.jsonl").open("rb") as file:
+        assert sum(1 for _ in file) == cells * 5
+    reported = json.loads((tmp_path / "report.json").read_text())
+    assert (len(reported["cells"]), reported["summary"]) == (cells, {"ok": cells * 4})
+    assert {cell["winner"] for cell in reported["cells"]} == {"jax matmul (jit)"}
+    with (tmp_path / "report.csv").open() as file:
+        assert sum(1 for _ in file) == 1 + cells * 4
+    assert (tmp_path / "report.md").read_text().count("Fastest: jax matmul (jit)") == cells
+    assert max(found["growth_bytes"] for found in stages.values()) < cap_bytes
 
 
 def test_a_sweep_of_thousands_of_cells_prints_one_line_for_each(make_record, capsys):

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from parity_tests.commands.usage import FAILED, HOLDS, check_writable, console
 from parity_tests.findings import Finding, all_findings
+from parity_tests.harness.failures import raised
 
 
 def _measured(finding: Finding) -> tuple[float | None, str]:
@@ -19,8 +20,7 @@ def _measured(finding: Finding) -> tuple[float | None, str]:
         return finding.measure(), ""
     except Exception as error:
         # A release may have moved what the check calls: the others still say something.
-        message = (str(error).strip().splitlines() or ["no message"])[0]
-        return None, f"the check raised {type(error).__name__}: {message[:200]}"
+        return None, raised("the check", error)
 
 
 def findings(json_file: Path | None) -> int:

@@ -1,8 +1,6 @@
 """``python -m parity_tests run --pair`` and ``pairs``: a user's own pair, and the five example pairs."""
 
-import dataclasses
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,8 @@ from parity_tests.commands.usage import (
     refuse,
 )
 from parity_tests.harness.dtypes import STORAGE_DTYPES
+from parity_tests.harness.failures import located
 from parity_tests.pair import PairReport, run_pair
-from parity_tests.pair.loading import told
 
 
 def _refuse_options_of_cells(options: Options) -> None:
@@ -44,7 +42,7 @@ def _judged(spec: str, **arguments: Any) -> PairReport:
     except ValueError as error:
         raise refuse(f"--pair {spec}: {error}") from None
     except Exception as error:  # a user's modules may raise anything; here a person reads one line
-        raise refuse(f"--pair {spec}: expected modules that run on their inputs, got {told(error)}.") from None
+        raise refuse(f"--pair {spec}: expected modules that run on their inputs, got {located(error)}.") from None
 
 
 def run_user_pair(spec: str, options: Options, torch_python: str | None = None, jax_python: str | None = None) -> int:
@@ -68,10 +66,6 @@ def run_user_pair(spec: str, options: Options, torch_python: str | None = None, 
     pythons = {"torch_python": torch_python, "jax_python": jax_python}
     pythons = {name: python for name, python in pythons.items() if python is not None}
     report = _judged(spec, **overrides, **pythons)
-    command = f"python -m parity_tests run --pair {spec} --seed {options.seed} --device {options.device}"
-    command += "".join(f" --{name.replace('_', '-')} {shlex.quote(python)}" for name, python in pythons.items())
-    rows = [dataclasses.replace(row, command=f"{command} --dtype {row.dtype}") for row in report.rows]
-    report = dataclasses.replace(report, rows=rows)
     console.print(report.describe(), highlight=False, markup=False, soft_wrap=True)
     for write, path in (
         (report.to_json, options.json_file),

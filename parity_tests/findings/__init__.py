@@ -26,6 +26,7 @@ class Finding:
             bound); 1 or less means that the trap does not show.
         figure: what the measure counts.
         needs: a package that the framework does not bring, or None.
+        by_processor: whether it shows only on some processors, whose instructions decide how the library computes.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Finding:
     measure: Callable[[], float]
     figure: str
     needs: str | None = None
+    by_processor: bool = False
 
     def missing(self) -> str:
         """One sentence if the check cannot be run here, else empty."""
@@ -55,10 +57,12 @@ class Finding:
 
         Returns:
             ``present``; ``mended`` in a version later than all in which the trap was seen; else ``not seen here``: an
-            earlier version, or a machine on which the trap does not show.
+            earlier version, or a machine on which the trap does not show. One that shows by processor is never mended.
         """
         if self.present(measured):
             return "present"
+        if self.by_processor:
+            return "not seen here"
         later = Version(version) > max(map(Version, self.seen_in))
         return "mended" if later and Version(version).public not in self.seen_in else "not seen here"
 

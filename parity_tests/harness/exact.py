@@ -71,17 +71,18 @@ def check_wide_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) 
 
     All products are positive, so that the running sum passes the output format's largest exact integer early; an
     accumulator of that format then loses every odd term. y only, and any bias is zero, because a bias may legitimately
-    be added after the rounding.
+    be added after the rounding. Where the mode casts, the output format is that of the cast.
     """
+    fmt = FORMATS[MODES[subject.mode].computes_in or dtype]
     inputs = draw_lattice(case, dtype, seed, limit=3)
     bias = None if inputs.bias is None else np.zeros_like(inputs.bias)
     positive = dataclasses.replace(inputs, x=np.abs(inputs.x), weight=np.abs(inputs.weight), bias=bias)
     largest = int(
         (positive.x.astype(np.float64).max(initial=0) * positive.weight.astype(np.float64).max()) * case.in_features
     )
-    if not FORMATS[dtype].largest_integer < largest <= FORMATS["float32"].largest_integer:
+    if not fmt.largest_integer < largest <= FORMATS["float32"].largest_integer:
         raise ValueError(
-            f"case {case.name}: expected sums between {FORMATS[dtype].largest_integer} and 2**24 for {dtype}, "
+            f"case {case.name}: expected sums between {fmt.largest_integer} and 2**24 for {fmt.name}, "
             f"got up to {largest}; choose in_features accordingly."
         )
     truth = reference(positive)["y"]

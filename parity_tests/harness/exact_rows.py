@@ -31,11 +31,6 @@ def left_out(subject: Subject, case: Case, inputs: Inputs) -> str | None:
         )
     if (subject.framework, subject.mode) in _DEAR_MODES:
         return f"{_DEAR_MODES[subject.framework, subject.mode]}; the other modes have the checks without tolerance."
-    casts_to = MODES[subject.mode].computes_in
-    if casts_to is not None:
-        return (
-            f"{subject.mode} computes in {casts_to}: sums of integers that are exact in the storage dtype are rounded."
-        )
     return None
 
 
@@ -45,7 +40,8 @@ def exact_rows(
     """Yields a row for each check that the case and dtype admit, in the shapes that the case is judged in anyway.
 
     Where none is run, one skipped row says why (see ``left_out``). The lattice needs sums that stay exact in the dtype,
-    the wide one sums well beyond them in a 16-bit dtype, and isolation at least two partitions.
+    the wide one sums well beyond them in a 16-bit dtype, and isolation at least two partitions. Where a mode casts, the
+    dtype is the one that it computes in: a cast leaves such integers alone.
 
     Args:
         subject: supports the case in this dtype.
@@ -64,12 +60,13 @@ def exact_rows(
         status = "mismatch" if reasons else "ok"
         return ParityRow(**where, tensor=check, status=status, reason="; ".join(reasons))
 
-    largest = FORMATS[inputs.dtype].largest_integer
+    computed = MODES[subject.mode].computes_in or inputs.dtype
+    largest = FORMATS[computed].largest_integer
     if max(case.in_features, case.out_features, case.rows) < largest:
         results = check_lattice(subject, case, inputs.dtype, seed)
         yield row("lattice", [result.reason for result in results if result.status != "ok"])
     # On average a product of the lattice's magnitudes is 3: from here on sums lie well beyond the exact integers.
-    if inputs.dtype in ("bfloat16", "float16") and largest < 2 * case.in_features <= 2**20:
+    if computed in ("bfloat16", "float16") and largest < 2 * case.in_features <= 2**20:
         results = check_wide_lattice(subject, case, inputs.dtype, seed)
         yield row("wide lattice", [result.reason for result in results if result.status != "ok"])
     if case.num_partitions > 1:

@@ -8,6 +8,7 @@ from parity_tests.harness.cases import Case
 from parity_tests.harness.causes import with_cause
 from parity_tests.harness.entitlement import fingerprint_of
 from parity_tests.harness.exact_rows import exact_rows
+from parity_tests.harness.failures import raised
 from parity_tests.harness.inputs import draw_inputs
 from parity_tests.harness.judge import Judgement, judge, observed_class
 from parity_tests.harness.oracle import reference
@@ -51,12 +52,6 @@ def too_dense(subject: Subject, case: Case) -> str | None:
         f"{subject.implementation} multiplies by one dense matrix (n * out, n * in) = {shape}, more than the "
         f"{_MOST_DENSE_ENTRIES} entries that are compared; its arithmetic is judged on the smaller cases."
     )
-
-
-def _raised(error: Exception) -> str:
-    """One sentence for a call that ended in an exception: its type and the first line of its message."""
-    message = (str(error).strip().splitlines() or ["no message"])[0]
-    return f"the call raised {type(error).__name__}: {message[:300]}"
 
 
 Included = Callable[[Subject, Case], bool]
@@ -131,7 +126,7 @@ def run_cells(
                     observed = observed_class(judgement, inputs, truth, precision)
                     exact_found = list(exact_rows(subject, case, inputs, where, seed)) if exact else []
                 except Exception as error:
-                    yield ParityRow(**where, tensor="", status="mismatch", reason=_raised(error))
+                    yield ParityRow(**where, tensor="", status="mismatch", reason=raised("the call", error))
                     continue
                 diagnosis = "; ".join(fingerprint.diagnosis()) if fingerprint else ""
                 judged.append((subject, judgement))

@@ -1,4 +1,4 @@
-"""Planted training defects: one side runs another optimiser than the spec says, or spoils its gradients."""
+"""Planted training defects: one side runs another optimiser, or the same with other constants, than the spec says."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -9,6 +9,7 @@ import numpy as np
 
 from parity_tests.harness.cases import Case
 from parity_tests.harness.drawings import Curves
+from parity_tests.harness.failures import raised
 from parity_tests.harness.inputs import draw_inputs
 from parity_tests.harness.ladder import RUNGS, LadderSide, climb
 from parity_tests.harness.optimizer_causes import replayed_cause
@@ -102,10 +103,10 @@ def _where(task_name: str, optimizer: str) -> dict[str, Any]:
 
 def failed_training(task_name: str, optimizer: str, error: Exception) -> ParityRow:
     """The row of a ladder that ended in an exception: it must not cost what else was compared."""
-    message = (str(error).strip().splitlines() or ["no message"])[0]
-    reason = f"the training raised {type(error).__name__}: {message[:300]}"
     where = _where(task_name, optimizer)
-    return ParityRow(kind="ladder", case=RUNGS[0], tensor="", status="mismatch", reason=reason, **where)
+    return ParityRow(
+        kind="ladder", case=RUNGS[0], tensor="", status="mismatch", reason=raised("the training", error), **where
+    )
 
 
 def curves_of(report: TrainingReport | None) -> list[Curves]:

@@ -30,11 +30,8 @@ def merged(spec: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     """
     chosen = {name: value for name, value in given.items() if value is not defaults[name]}
     pythons = {"torch": chosen.get("torch_python"), "jax": chosen.get("jax_python")}
-    factory = load_factory(spec)
-    if any(pythons.values()):
-        built = build(factory, (*(side for side, python in pythons.items() if python is None), "pair"))
-    else:
-        built = build(factory)
+    parts = (*(side for side, python in pythons.items() if python is None), "pair")
+    built = build(load_factory(spec, parts), parts)
     if unknown := sorted(set(built) - set(defaults)):
         raise ValueError(
             f"pair: expected {spec} to return arguments among {', '.join(defaults)}, got {', '.join(unknown)}."

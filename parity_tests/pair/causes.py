@@ -10,6 +10,7 @@ from parity_tests.pair.judge import KEYS, Evidence
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
 from parity_tests.pair.side import Arrays
+from parity_tests.pair.state import is_output, state_cause
 from parity_tests.pair.verdict import within
 
 _OTHER = {"torch": "flax", "jax": "torch"}
@@ -28,7 +29,8 @@ def likely_cause(pair: Pair, evidence: Evidence, rows: Sequence[PairRow]) -> str
         rows: all of them.
     """
     failed = [row for row in rows if row.status == "mismatch"]
-    for rung, search in (("weights", _weights), ("forward", _forward), ("gradients", _gradients)):
+    searches = {"weights": _weights, "forward": _forward, "gradients": _gradients, "state": _state}
+    for rung, search in searches.items():
         if found := [row for row in failed if row.rung == rung]:
             return search(pair, evidence, found)
     return ""
@@ -54,7 +56,7 @@ def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
             continue  # a change that the side cannot even run is not what the other side does
         if _agree(evidence, outputs, key):
             return sentence
-    return _scaled(evidence, [name for name in evidence.truths["torch"] if not name.startswith("d_")])
+    return _scaled(evidence, [name for name in evidence.truths["torch"] if is_output(name)])
 
 
 def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
@@ -69,6 +71,15 @@ def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str
             shown = ", ".join(name.removeprefix("d_") for name in stopped)
             return f"the gradient of {shown} is stopped on the {_OWN[key]} side"
     return _scaled(evidence, names)
+
+
+def _state(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
+    if not any(row.dtype == "float64" for row in failed):
+        return _precision(evidence, failed)
+    assert evidence.values is not None
+    before = evidence.values.parameters["torch"]
+    found = (state_cause(row.tensor, before, evidence.truths, evidence.bounds) for row in failed)
+    return next(filter(None, found), "")
 
 
 def _other(key: str) -> str:
@@ -98,6 +109,7 @@ def _shapes(evidence: Evidence) -> str:
 def _agree(evidence: Evidence, outputs: Arrays, key: str) -> bool:
     """Whether side ``key``, changed, returns what the other side returned."""
     expected = evidence.truths[_other(key)]
+    outputs = {name: value for name, value in outputs.items() if is_output(name)}
     limits = {name: evidence.bounds["torch"].get(name, 0.0) + evidence.bounds["jax"].get(name, 0.0) for name in outputs}
     return all(within(name, value, expected[name], limits[name]).status == "ok" for name, value in outputs.items())
 

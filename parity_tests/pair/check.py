@@ -1,12 +1,13 @@
 """``check_pair``: are a torch module and a Flax module the same function, gradients included, up to rounding?"""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from parity_tests.harness.dtypes import numpy_dtype
+from parity_tests.harness.failures import first_line
 from parity_tests.pair.assembly import merged, prepared
 from parity_tests.pair.causes import likely_cause
 from parity_tests.pair.draws import Draw, InputSource
@@ -14,28 +15,43 @@ from parity_tests.pair.judge import Judge
 from parity_tests.pair.legs import Pair
 from parity_tests.pair.mapping import Rule
 from parity_tests.pair.report import PairReport
-from parity_tests.pair.side import first_line
+from parity_tests.pair.reproduction import reproduction
 
 
 def judge_pair(
-    pair: Pair, seed: int = 0, dtypes: Sequence[str] = ("float32",), gradients: bool = True, semantic: bool = True
+    pair: Pair,
+    seed: int = 0,
+    dtypes: Sequence[str] = ("float32",),
+    gradients: bool = True,
+    semantic: bool = True,
+    state: bool = True,
 ) -> PairReport:
     """Judges a pair whose sides are there already; see ``check_pair`` for the arguments."""
     if not dtypes:
         raise ValueError("dtypes: expected at least one, got none; nothing would be compared.")
     for dtype in dtypes:
         numpy_dtype(dtype)
-    judge = Judge(pair, seed, gradients, semantic)
+    judge = Judge(pair, seed, gradients, semantic, state)
     rows = list(judge.rows(dtypes))
     held = tuple(f"{text} is held at zero" for text in pair.mapping.held_at_zero)
     return PairReport(
         name=pair.name,
         rows=rows,
-        not_compared=(*pair.mapping.not_compared, *held),
+        not_compared=(*_buffers_left_out(pair, state), *held),
         likely_cause=likely_cause(pair, judge.evidence, rows),
         notes=tuple(sorted(judge.notes)),
         random=bool(judge.evidence.random),
     )
+
+
+def _buffers_left_out(pair: Pair, state: bool) -> Iterator[str]:
+    """Names the buffers that are not compared, and says which of them a call updates."""
+    changed = [
+        f"{side} buffer {name}" for key, side in (("torch", "torch"), ("jax", "flax")) for name in pair.changed(key)
+    ]
+    unmapped = pair.mapping.not_compared
+    for text in dict.fromkeys((*unmapped, *(() if state else changed))):
+        yield f"{text}, which a call updates" if text in changed else text
 
 
 def check_pair(
@@ -48,6 +64,7 @@ def check_pair(
     dtypes: Sequence[str] = ("float32",),
     gradients: bool = True,
     semantic: bool = True,
+    state: bool = True,
     torch_kwargs: Mapping[str, Any] | None = None,
     flax_kwargs: Mapping[str, Any] | None = None,
     torch_params: Mapping[str, np.ndarray] | None = None,
@@ -65,9 +82,10 @@ def check_pair(
 
     Parameters are drawn at random around their own scale and given to both sides, then compared on a ladder: weights
     bit for bit through both sides; outputs; gradients of every mapped parameter and every floating-point input for a
-    random cotangent. In float64 both sides must agree to float64's rounding (the semantic leg); in each dtype each side
-    must lie within rounding of its own float64 truth, and the two of each other. The bounds come from rounding-noise
-    ensembles (``pair.calibration``) and are labelled ``calibrated``. Integer outputs must be equal.
+    random cotangent; buffers that a call updates. In float64 both sides must agree to float64's rounding (the semantic
+    leg); in each dtype each side must lie within rounding of its own float64 truth, and the two of each other. The
+    bounds come from rounding-noise ensembles (``pair.calibration``) and are labelled ``calibrated``. Integer outputs
+    must be equal.
 
     Args:
         torch_module: an ``nn.Module``, in the mode (train or eval) it is to be judged in, or ``f(params, *inputs)``.
@@ -80,6 +98,8 @@ def check_pair(
         dtypes: storage dtypes to judge in: ``float64``, ``float32``, ``bfloat16``, ``float16``.
         gradients: whether gradients are compared.
         semantic: False leaves the float64 comparison out, for a pair that is meant to differ by a rounded constant.
+        state: whether mapped buffers that a call updates (running statistics, caches) are compared as they are after
+            it; False for a pair that is not to be trained on, or to part there. Others are listed as not compared.
         torch_kwargs: keyword arguments of the torch call.
         flax_kwargs: keyword arguments of the flax call (``rngs`` and ``mutable`` as in linen's ``apply``).
         torch_params: initial parameters, for a torch function.
@@ -95,7 +115,8 @@ def check_pair(
         jax_python: the same for the flax side.
 
     Returns:
-        A report with ``ok``, ``rows``, ``assert_ok()``, ``to_json``, ``to_junit`` and ``to_html``.
+        A report with ``ok``, ``rows``, ``assert_ok()``, ``to_json``, ``to_junit`` and ``to_html``. Every row says what
+        reproduces it: a command, or for a pair of objects the call with that row's seed and dtype.
 
     Raises:
         MappingError: if the rules are not a bijection that fits both sides.
@@ -106,13 +127,15 @@ def check_pair(
     given.pop("pair")
     arguments = given if pair is None else merged(pair, given, DEFAULT_ARGUMENTS)
     with prepared(arguments, pair) as sides_and_rules:
-        return judge_pair(
+        report = judge_pair(
             sides_and_rules,
             seed=arguments["seed"],
             dtypes=arguments["dtypes"],
             gradients=arguments["gradients"],
             semantic=arguments["semantic"],
+            state=arguments["state"],
         )
+    return report.with_commands(reproduction(pair, given, arguments, DEFAULT_ARGUMENTS))
 
 
 DEFAULT_ARGUMENTS = {

@@ -1,7 +1,8 @@
 """Seeded parameters, inputs and cotangents for a pair: random, of different magnitudes, never at an initial value."""
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -84,18 +85,24 @@ def draw_inputs(source: InputSource, seed: int) -> tuple[np.ndarray, ...]:
         seed: non-negative.
 
     Raises:
-        TypeError: if an entry is neither a shape nor an array.
+        TypeError: if there is one array in place of a tuple, or an entry is neither a shape nor an array.
         ValueError: if there are no inputs.
     """
     rng = _generator(seed, "inputs")
     entries = source(rng) if callable(source) else source
+    if isinstance(entries, Mapping | str) or hasattr(entries, "__array__") or not isinstance(entries, Iterable):
+        # An array is a sequence as well: its rows would be taken for arguments.
+        raise TypeError(
+            f"inputs: expected a tuple with one entry per argument{' from the function' * callable(source)}, got "
+            f"{_outlined(entries)}; for one argument {'return (array,)' if callable(source) else 'pass (array,)'}."
+        )
     arrays = []
     for position, entry in enumerate(entries):
         if isinstance(entry, np.ndarray | np.generic):
             arrays.append(np.asarray(entry))
         elif callable(source) or not _is_shape(entry):
             raise TypeError(
-                f"inputs[{position}]: expected a shape such as (8, 64) or a NumPy array, got {entry!r}; "
+                f"inputs[{position}]: expected a shape such as (8, 64) or a NumPy array, got {_outlined(entry)}; "
                 "inputs is a tuple with one entry per argument, for one argument ((8, 64),)."
             )
         else:
@@ -106,6 +113,13 @@ def draw_inputs(source: InputSource, seed: int) -> tuple[np.ndarray, ...]:
         if not is_float(array) and array.dtype.kind not in "iub":
             raise TypeError(f"inputs[{position}]: expected floats, integers or booleans, got {array.dtype}.")
     return tuple(arrays)
+
+
+def _outlined(value: Any) -> str:
+    """A value in one line: an array of any framework by its kind, dtype and shape."""
+    if hasattr(value, "__array__") and hasattr(value, "shape"):
+        return f"{type(value).__name__} of {getattr(value, 'dtype', 'no dtype')} and shape {tuple(value.shape)}"
+    return type(value).__name__ if isinstance(value, Mapping) else repr(value)
 
 
 def _is_shape(entry: object) -> bool:

@@ -1,4 +1,4 @@
-"""Climbs the ladder for a pair: weights bit for bit, then outputs, then gradients, in float64 and in each dtype."""
+"""Climbs the ladder for a pair: weights bit for bit, outputs, gradients, state; in float64 and in each dtype."""
 
 import dataclasses
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from parity_tests.harness.comparison import TensorResult
+from parity_tests.harness.failures import first_line
 from parity_tests.harness.records import row_from_result
 from parity_tests.pair.calibration import SEMANTIC_SCALE, calibrated_bound
 from parity_tests.pair.draws import is_float
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
-from parity_tests.pair.side import Ensemble, first_line
+from parity_tests.pair.side import Ensemble
+from parity_tests.pair.state import PREFIX, is_output, updated
 from parity_tests.pair.verdict import refused, same_bits, within
 
 KEYS = ("torch", "jax")
@@ -48,10 +50,16 @@ class Judge:
         seed: of parameters, inputs, cotangents and noise.
         gradients: whether gradients are compared.
         semantic: whether float64 is compared.
+        state: whether the buffers that a call updates are compared.
     """
 
-    def __init__(self, pair: Pair, seed: int, gradients: bool = True, semantic: bool = True) -> None:
-        self._pair, self._seed, self._gradients, self._semantic = pair, seed, gradients, semantic
+    def __init__(
+        self, pair: Pair, seed: int, gradients: bool = True, semantic: bool = True, state: bool = True
+    ) -> None:
+        self._pair, self._seed = pair, seed
+        self._gradients, self._semantic, self._state = gradients, semantic, state
+        # Buffers that are compared, by their rows' names: known when the first calls have returned.
+        self._updated: frozenset[str] = frozenset()
         self.evidence = Evidence()
         self.notes: set[str] = set()
         # Why a dtype was not compared whole on both sides, by dtype.
@@ -104,6 +112,10 @@ class Judge:
         if self._gradients:
             values = self._pair.with_cotangents(values, shapes["torch"], self._seed)
         outputs = {key: self._pair.truth(key, values) for key in KEYS}
+        if self._state:
+            changed = frozenset().union(*(updated(found, values.parameters["torch"]) for found in outputs.values()))
+            self._updated = frozenset(f"{PREFIX}{name}" for name in changed)
+        outputs = {key: self._compared(found) for key, found in outputs.items()}
         ensembles = {key: self._pair.ensemble(key, values, "float32", self._seed) for key in KEYS}
         bounds = {key: self._bounds(outputs[key], ensembles[key], "float32", SEMANTIC_SCALE) for key in KEYS}
         self.evidence = Evidence(values, outputs, bounds, ensembles)
@@ -164,7 +176,7 @@ class Judge:
                 yield self._row(result, key, dtype, self._rung(name))
         if len(results) < len(KEYS):
             return
-        for name, expected in results["torch"].items():
+        for name, expected in self._compared(results["torch"]).items():
             if name in results["jax"]:
                 limit = bounds["torch"].get(name, 0.0) + bounds["jax"].get(name, 0.0)
                 yield self._row(within(name, results["jax"][name], expected, limit), _BOTH, dtype, self._rung(name))
@@ -174,7 +186,7 @@ class Judge:
             assert self.evidence.values is not None
             return self.evidence.values
         values = self._pair.values(dtype, self._seed)
-        outline = {name: array for name, array in self.evidence.truths["torch"].items() if not name.startswith("d_")}
+        outline = {name: array for name, array in self.evidence.truths["torch"].items() if is_output(name)}
         return self._pair.with_cotangents(values, outline, self._seed) if self._gradients else values
 
     def _truths_and_bounds(self, key: str, values: Values) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -182,7 +194,7 @@ class Judge:
         if dtype == "float32":
             truths, ensemble = evidence.truths[key], evidence.ensembles[key]
         else:
-            truths = self._pair.truth(key, values)
+            truths = self._compared(self._pair.truth(key, values))
             # Noise in float64 would drown in float64's own rounding: fp32 noise is scaled down instead.
             ensemble = self._pair.ensemble(key, values, "float32" if dtype == "float64" else dtype, self._seed)
         self.notes |= {*ensemble.notes, *self._pair.sides[key].notes()}
@@ -199,7 +211,11 @@ class Judge:
         }
 
     def _rung(self, name: str) -> str:
-        return "gradients" if name.startswith("d_") else "forward"
+        return "forward" if is_output(name) else "gradients" if name.startswith("d_") else "state"
+
+    def _compared(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Without the buffers that no call updates: the rung of the weights has these."""
+        return {n: array for n, array in arrays.items() if not n.startswith(PREFIX) or n in self._updated}
 
     def _row(
         self, result: TensorResult, key: str, dtype: str, rung: str, bound: str = "calibrated", *, mode: str = ""

@@ -10,6 +10,7 @@ from parity_tests.pair.draws import Draw, InputSource, as_stored, draw_cotangent
 from parity_tests.pair.mapping import ParameterMapping, Rule
 from parity_tests.pair.patterns import AxisPattern, MappingError
 from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Side
+from parity_tests.pair.state import PREFIX, is_output, state_of, updated
 
 Tuple = tuple[np.ndarray, ...]
 
@@ -60,6 +61,7 @@ class Pair:
             key: side.parameters(examples[key]) for key, side in self.sides.items()
         }
         self.mapping = ParameterMapping(self.rules, self.specs["torch"], self.specs["jax"])
+        self.updated: dict[str, frozenset[str]] = {}
         self._check_output_patterns()
 
     def _check_output_patterns(self) -> None:
@@ -67,7 +69,7 @@ class Pair:
         if not self.output_patterns:
             return
         values = self.values("float32", 0)
-        known = sorted(self.sides["torch"].outline(values.parameters["torch"], values.inputs["torch"]))
+        known = sorted(self.outline("torch", values))
         if unknown := sorted(set(self.output_patterns) - set(known)):
             raise MappingError(f"output_patterns: expected names among {', '.join(known)}, got {', '.join(unknown)}.")
 
@@ -97,13 +99,19 @@ class Pair:
 
     def outline(self, key: str, values: Values) -> dict[str, np.ndarray]:
         """Zeros of the shapes of a side's outputs, in torch names."""
-        return self.as_torch(key, self.sides[key].outline(values.parameters[key], values.inputs[key]))
+        found = self.sides[key].outline(values.parameters[key], values.inputs[key])
+        return self.as_torch(key, {name: array for name, array in found.items() if is_output(name)})
 
     def truth(self, key: str, values: Values, variant: str = "") -> dict[str, np.ndarray]:
-        """A side's float64 truth, in torch names."""
+        """A side's float64 truth, in torch names; notes in ``updated`` which of the side's buffers the call changed."""
         cotangents = None if values.cotangents is None else values.cotangents[key]
         arrays = self.sides[key].truth(values.parameters[key], values.inputs[key], cotangents, variant)
+        self.updated[key] = updated(arrays, values.parameters[key])
         return self.as_torch(key, arrays)
+
+    def changed(self, key: str) -> tuple[str, ...]:
+        """Names, on its own side, of the buffers that the last truth has changed; none before there was one."""
+        return tuple(sorted(self.updated.get(key, ())))
 
     def forward(self, key: str, values: Values) -> dict[str, np.ndarray]:
         """A side's outputs without gradients, in torch names."""
@@ -123,19 +131,21 @@ class Pair:
         return Ensemble(centre, spread, kinks, found.members, found.notes)
 
     def as_torch(self, key: str, arrays: Arrays) -> dict[str, np.ndarray]:
-        """Renames and rearranges a side's outputs and gradients; gradients of what has no counterpart are left out."""
+        """Renames and rearranges a side's results; gradients and state of what has no counterpart are left out."""
         wanted = [name for name in self.mapping.torch_names if self.specs["torch"][name].trainable]
+        kept = [name for name in self.mapping.torch_names if not self.specs["torch"][name].trainable]
         gradients = {name.removeprefix("d_"): array for name, array in arrays.items() if name.startswith("d_")}
-        result = {name: array for name, array in arrays.items() if not name.startswith("d_")}
+        result = {name: array for name, array in arrays.items() if is_output(name)}
         if key == "jax":
             result = {name: self._back(name, array) for name, array in result.items()}
-        if not gradients:
-            return result
-        if key == "torch":
-            by_name = self.mapping.without_held({name: gradients[name] for name in wanted})
-        else:
-            by_name = self.mapping.to_torch(gradients, wanted)
-        result |= {f"d_{name}": array for name, array in by_name.items()}
+        for prefix, names, found in (("d_", wanted, gradients), (PREFIX, kept, state_of(arrays))):
+            if not found:
+                continue
+            if key == "torch":
+                by_name = self.mapping.without_held({name: found[name] for name in names if name in found})
+            else:
+                by_name = self.mapping.to_torch(found, names)
+            result |= {f"{prefix}{name}": array for name, array in by_name.items()}
         for name, array in gradients.items():
             if name.startswith("input") and name.removeprefix("input").isdigit():
                 pattern = self._input(int(name.removeprefix("input"))) if key == "jax" else None

@@ -2,25 +2,37 @@
 
 A factory returns ``check_pair``'s keyword arguments. It takes no argument and returns all of them, or it takes
 ``"torch"``, ``"jax"`` or ``"pair"`` and returns that part: ``torch_*`` arguments, ``flax_*`` arguments, all others.
-Only the second kind can be built in two interpreters.
+Only the second kind can be built in two interpreters. torch is seeded while a module is imported and a factory called:
+parameters are drawn around the scale of the initial ones, and the same name shall give the same numbers in every run.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
-import traceback
 from collections.abc import Callable
 from typing import Any
+
+from parity_tests.harness.failures import located
+from parity_tests.harness.subjects.base import framework_available
 
 Factory = Callable[..., Any]
 _PARTS = ("torch", "jax", "pair")
 
 
-def load_factory(spec: str) -> Factory:
+def _seeded_initialisation(parts: tuple[str, ...]) -> contextlib.AbstractContextManager[None]:
+    """Seeds torch, whose modules initialise themselves from a global state; Flax takes keys from the factory."""
+    if "torch" not in parts or not framework_available("torch"):
+        return contextlib.nullcontext()
+    return importlib.import_module("parity_tests.pair.subjects.torch_random").seeded(0)
+
+
+def load_factory(spec: str, parts: tuple[str, ...] = _PARTS) -> Factory:
     """Imports a factory.
 
     Args:
         spec: ``package.module:factory``.
+        parts: which parts will be built here; without torch's, torch is not imported.
 
     Raises:
         ValueError: if there is none of that name, or importing its module fails; one sentence.
@@ -29,27 +41,22 @@ def load_factory(spec: str) -> Factory:
     if not module_name or not attribute:
         raise ValueError(f"pair: expected package.module:factory, got {spec!r}; name a function that returns the pair.")
     try:
-        module = importlib.import_module(module_name)
+        with _seeded_initialisation(parts):
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"pair: expected a module that can be imported, got {module_name!r} ({error}); check the name and the path."
         ) from None
     except Exception as error:
-        raise ValueError(f"pair: expected a module that can be imported, got one that raised {told(error)}.") from error
+        raise ValueError(
+            f"pair: expected a module that can be imported, got one that raised {located(error)}."
+        ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module_name]
         known = ", ".join(name for name in own if not name.startswith("_")) or "none"
         raise ValueError(f"pair: expected a function of {module_name}, got {attribute!r}; it has {known}.")
     return factory
-
-
-def told(error: BaseException) -> str:
-    """An exception in one line, with the place where it was raised: what a person needs in place of a traceback."""
-    lines = str(error).strip().splitlines() or ["without a message"]
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {lines[0]}{where}"
 
 
 def _required(factory: Factory) -> int:
@@ -85,9 +92,10 @@ def build(factory: Factory, parts: tuple[str, ...] = _PARTS) -> dict[str, Any]:
     else:
         calls = [functools.partial(factory, part) for part in parts]
     try:
-        built = [call() for call in calls]
+        with _seeded_initialisation(parts):
+            built = [call() for call in calls]
     except Exception as error:
-        raise ValueError(f"pair: expected a factory that returns, got one that raised {told(error)}.") from error
+        raise ValueError(f"pair: expected a factory that returns, got one that raised {located(error)}.") from error
     for result in built:
         if not isinstance(result, dict):
             raise ValueError(

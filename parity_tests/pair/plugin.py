@@ -1,5 +1,6 @@
 """A pytest plugin: the fixture ``parity_pair``, which checks a pair and fails the test with its report."""
 
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,11 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def parity_pair() -> "Callable[..., PairReport]":
+def parity_pair(request: pytest.FixtureRequest) -> "Callable[..., PairReport]":
     """Returns a function of ``check_pair``'s arguments that fails the test unless the report is ok, and returns it.
+
+    The test itself is what reproduces a row: it makes the modules. Parameters are drawn around the scale of the initial
+    ones, so that a test which seeds torch (``torch.manual_seed``) before it makes one repeats the row to the bit.
 
     Example::
 
@@ -21,8 +25,10 @@ def parity_pair() -> "Callable[..., PairReport]":
     # The plugin is loaded into every pytest run of an environment: the frameworks only into tests that use it.
     from parity_tests.pair import check_pair
 
+    command = shlex.join(["pytest", request.node.nodeid])
+
     def check(**arguments: Any) -> "PairReport":
-        report = check_pair(**arguments)
+        report = check_pair(**arguments).with_commands(lambda row: command)
         if not report.ok:
             # The report says it all: a traceback through the judge would hide it.
             pytest.fail(report.describe(), pytrace=False)

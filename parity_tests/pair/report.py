@@ -1,15 +1,17 @@
 """The outcome of a pair's check: rows, the first failing rung with a likely cause, and the files that show them."""
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from parity_tests.harness.html import html_document
 from parity_tests.harness.junit import junit_document
 from parity_tests.harness.records import ParityRow, Summary, environment, summarize, write_json
 
-RUNGS: tuple[str, ...] = ("weights", "forward", "gradients")
+RUNGS: tuple[str, ...] = ("weights", "forward", "gradients", "state")
 CALIBRATED = (
     "every bound is calibrated by a rounding-noise ensemble around a float64 run; it is not derived from a formula, "
     "not even where the module is linear"
@@ -21,7 +23,7 @@ class PairRow(ParityRow):
     """One comparison of a pair.
 
     Attributes:
-        rung: ``weights`` (bitwise), ``forward`` or ``gradients``.
+        rung: ``weights`` (bitwise), ``forward``, ``gradients`` or ``state`` (buffers that a call updates).
         bound: ``exact`` (bitwise), ``calibrated``, or ``skipped`` where a framework cannot run the dtype.
     """
 
@@ -36,7 +38,7 @@ class PairReport:
     Attributes:
         name: of the pair.
         rows: one per leg, subject and tensor.
-        not_compared: buffers without counterpart, and blocks held at zero.
+        not_compared: buffers without counterpart, with a word where a call updates them, and blocks held at zero.
         likely_cause: one sentence, empty if all holds or no hypothesis fits.
         random: True if a side draws random numbers, which ends the check before any dtype.
         notes: what a reader must know: operations with a generic rounding model or a coarse accumulator, ...
@@ -65,6 +67,15 @@ class PairReport:
         failed = {row.rung for row in self.rows if row.status == "mismatch"}
         return next((rung for rung in RUNGS if rung in failed), None)
 
+    def with_commands(self, command: Callable[[PairRow], str]) -> Self:
+        """Returns the same report, every row with what reproduces it.
+
+        Args:
+            command: from a row to a command, or to a call.
+        """
+        rows = [dataclasses.replace(row, command=command(row)) for row in self.rows]
+        return dataclasses.replace(self, rows=rows)
+
     def describe(self) -> str:
         """Says in a few lines what holds and what does not."""
         summary = self.summary
@@ -80,6 +91,7 @@ class PairReport:
         failures = [row for row in self.rows if row.status == "mismatch" and row.rung == rung]
         lines += [f"  {row.framework} {row.dtype} {row.case}: {row.reason}" for row in failures[:10]]
         lines += [f"  and {len(failures) - 10} more" for _ in failures[10:11]]
+        lines += [f"  reproduce: {row.command}" for row in failures[:1] if row.command]
         lines += [
             f"  skipped {row.framework} {row.dtype}: {row.reason}" for row in self.rows if row.status == "skipped"
         ]

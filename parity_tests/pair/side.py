@@ -54,18 +54,12 @@ class Variant:
     sentence: str
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line; some say nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no reason given"
-
-
 class Side(Protocol):
     """A module or function of one framework.
 
     Outputs are named ``y`` (one array) or ``y.<path>``; gradients ``d_<parameter>`` and ``d_input<k>``, for every
-    trainable parameter and every floating-point input. ``cotangents`` has one array per floating-point output; without
-    it only the outputs are returned.
+    trainable parameter and every floating-point input; buffers, as they are after the call, ``state:<buffer>``.
+    ``cotangents`` has one array per floating-point output; without it no gradients are returned.
     """
 
     framework: str

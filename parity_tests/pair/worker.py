@@ -11,10 +11,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from parity_tests.harness.failures import first_line
 from parity_tests.harness.records import environment
 from parity_tests.pair.exchange import read_groups, write_groups
 from parity_tests.pair.loading import build, load_factory
-from parity_tests.pair.side import Arrays, ParameterSpec, Side, first_line, make_side
+from parity_tests.pair.side import Arrays, ParameterSpec, Side, make_side
 
 
 def _reply(
@@ -68,7 +69,7 @@ def main(framework: str, spec: str, device: str) -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        side = make_side(framework, build(load_factory(spec), (framework,)), device)
+        side = make_side(framework, build(load_factory(spec, (framework,)), (framework,)), device)
     except (ImportError, TypeError, ValueError) as error:
         replies.write(json.dumps({"error": first_line(error), "kind": type(error).__name__}) + "\n")
         return

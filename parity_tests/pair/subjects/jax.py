@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from parity_tests.harness.failures import first_line
 from parity_tests.harness.subjects.jax import resolve_device
 from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS
 from parity_tests.pair.draws import is_float
-from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant, collect_ensemble, first_line, leaf_name
+from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant, collect_ensemble, leaf_name
+from parity_tests.pair.state import named_state
 from parity_tests.pair.subjects.jax_modules import FlatModule, Function, flatten_module
 from parity_tests.pair.subjects.jax_noise import Interpreter, normal_pool
 
@@ -126,8 +128,8 @@ class JaxSide:
             return False
         results = []
         with self._types(parameters), jax.default_device(self._device):
-            for function in (flat.function, flat.reseeded):
-                outputs = jax.jit(function)(dict(parameters), *inputs)
+            for function in (flat.stateful, flat.reseeded):
+                outputs, _ = jax.jit(function)(dict(parameters), *inputs)
                 results.append([np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(outputs)])
         return results[0] != results[1]
 
@@ -144,13 +146,15 @@ class JaxSide:
 
     def _program(self, inputs: tuple[np.ndarray, ...], with_gradients: bool) -> Program:
         flat = self._flattened(inputs)
-        function = self._change(flat.function) if self._change else flat.function
+        changed = self._change(flat.function) if self._change else None
         trained = {name for name, spec in flat.specs.items() if spec.trainable}
 
         def outputs(parameters: dict[str, Any], inputs: tuple[Any, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-            leaves = _leaves(function(parameters, *inputs))
+            found, state = (changed(parameters, *inputs), {}) if changed else flat.stateful(parameters, *inputs)
+            leaves = _leaves(found)
             floats = {name: leaf for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
-            return floats, {name: leaf for name, leaf in leaves.items() if name not in floats}
+            others = {name: leaf for name, leaf in leaves.items() if name not in floats}
+            return floats, others | named_state(state)
 
         def program(parameters: dict[str, Any], inputs: tuple[Any, ...], cotangents: dict[str, Any]) -> dict[str, Any]:
             if not with_gradients:

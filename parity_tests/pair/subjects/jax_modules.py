@@ -23,13 +23,17 @@ class FlatModule:
 
     Attributes:
         specs: arrays by dotted path; linen collections other than ``params`` come first in the path.
-        function: ``(arrays, *inputs) -> outputs``.
+        stateful: ``(arrays, *inputs) -> (outputs, buffers)``, the buffers by name as they are after the call.
         reseeded: the same with other random states, or None if there are none.
     """
 
     specs: dict[str, ParameterSpec]
-    function: Function
+    stateful: Function
     reseeded: Function | None
+
+    def function(self, arrays: Mapping[str, Any], *inputs: Any) -> Any:
+        """The outputs alone."""
+        return self.stateful(arrays, *inputs)[0]
 
 
 def _dotted(path: tuple) -> str:
@@ -50,7 +54,9 @@ def _nnx(module: nnx.Module, kwargs: Mapping[str, Any]) -> FlatModule:
         fresh = {path: variable.replace(variable[...]) for path, variable in base.items()}
         fresh |= {path: base[path].replace(arrays[name]) for name, path in names.items()}
         merged = nnx.merge(graph, nnx.from_flat_state(fresh))
-        return merged(*inputs, **kwargs)
+        outputs = merged(*inputs, **kwargs)
+        after = dict(nnx.to_flat_state(nnx.state(merged)))
+        return outputs, {name: after[path][...] for name, path in names.items() if not specs[name].trainable}
 
     others = {
         path: variable.replace(jax.random.fold_in(variable[...], 1)) if isinstance(variable, nnx.RngKey) else variable
@@ -76,7 +82,10 @@ def _linen(module: nn.Module, kwargs: Mapping[str, Any], inputs: tuple[np.ndarra
     def call(arrays: Mapping[str, Any], inputs: tuple, keys: Mapping[str, Any]) -> Any:
         tree = unflatten_dict({path: arrays[name] for name, path in names.items()})
         result = module.apply(tree, *inputs, rngs=dict(keys) or None, mutable=mutable, **kwargs)
-        return result[0] if mutable else result  # with mutable collections apply returns their updates as well
+        # With mutable collections apply returns their updates as well.
+        outputs, updates = result if mutable else (result, {})
+        after = {_dotted(path): value for path, value in flatten_dict(meta.unbox(updates)).items()}
+        return outputs, {name: after.get(name, arrays[name]) for name in names if not specs[name].trainable}
 
     others = {name: jax.random.fold_in(key, 1) for name, key in rngs.items()}
     return FlatModule(
@@ -92,8 +101,9 @@ def _function(function: Function, kwargs: Mapping[str, Any], initial: Mapping[st
     specs = {name: ParameterSpec(np.asarray(flat[path]), True) for name, path in paths.items()}
     return FlatModule(
         specs,
-        lambda arrays, *inputs: function(
-            unflatten_dict({path: arrays[name] for name, path in paths.items()}), *inputs, **kwargs
+        lambda arrays, *inputs: (
+            function(unflatten_dict({path: arrays[name] for name, path in paths.items()}), *inputs, **kwargs),
+            {},
         ),
         None,
     )

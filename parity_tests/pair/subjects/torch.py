@@ -14,8 +14,10 @@ from parity_tests.harness.subjects.torch_arrays import to_numpy, to_torch
 from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS
 from parity_tests.pair.draws import is_float
 from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant, collect_ensemble, leaf_name
+from parity_tests.pair.state import named_state
 from parity_tests.pair.subjects.torch_hypotheses import Recorder
 from parity_tests.pair.subjects.torch_noise import DoublePrecision
+from parity_tests.pair.subjects.torch_random import seeded
 
 Function = Callable[..., Any]
 
@@ -91,8 +93,9 @@ class TorchSide:
     def forward(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
         """Without gradients, which may take other paths (fast paths for inference)."""
         with torch.no_grad(), self._seeded(0):
-            outputs = self.function(self._tensors(parameters), *self._inputs(inputs))
-            return {name: to_numpy(leaf) for name, leaf in _leaves(outputs).items()}
+            tensors = self._tensors(parameters)
+            outputs = self.function(tensors, *self._inputs(inputs))
+            return self._results(tensors, _leaves(outputs))
 
     def vjp(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays) -> dict[str, np.ndarray]:
         """Through autograd, as it is."""
@@ -142,17 +145,22 @@ class TorchSide:
                 results.append({name: to_numpy(leaf).tobytes() for name, leaf in _leaves(outputs).items()})
         return results[0] != results[1]
 
-    @contextlib.contextmanager
-    def _seeded(self, seed: int) -> Iterator[None]:
-        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
+    def _seeded(self, seed: int) -> contextlib.AbstractContextManager[None]:
+        return seeded(seed, [self._device] if self._device.type == "cuda" else [])
 
     def _tensors(self, parameters: Arrays) -> dict[str, torch.Tensor]:
         return {name: to_torch(array, self._device) for name, array in parameters.items()}
 
     def _inputs(self, inputs: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
         return [to_torch(array, self._device) for array in inputs]
+
+    def _buffers(self) -> set[str]:
+        return set() if self._module is None else {name for name, _ in self._module.named_buffers()}
+
+    def _results(self, tensors: dict[str, torch.Tensor], leaves: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        # functional_call leaves in its dict what a module has put in a buffer's place; most are updated where they are.
+        after = named_state({name: to_numpy(tensors[name]) for name in sorted(self._buffers())})
+        return {name: to_numpy(leaf) for name, leaf in leaves.items()} | after
 
     def _double(
         self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, mode: DoublePrecision
@@ -169,12 +177,12 @@ class TorchSide:
     def _run(
         self, tensors: dict[str, torch.Tensor], inputs: list[torch.Tensor], cotangents: Arrays | None
     ) -> dict[str, np.ndarray]:
-        buffers = set() if self._module is None else {name for name, _ in self._module.named_buffers()}
+        buffers = self._buffers()
         sources = {f"d_{name}": tensor for name, tensor in tensors.items() if name not in buffers}
         sources |= {f"d_input{k}": tensor for k, tensor in enumerate(inputs)}
         sources = {name: tensor.requires_grad_() for name, tensor in sources.items() if tensor.is_floating_point()}
         leaves = _leaves(self.function(tensors, *inputs))
-        result = {name: to_numpy(leaf) for name, leaf in leaves.items()}
+        result = self._results(tensors, leaves)
         if cotangents is None:
             return result
         used = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad and name in cotangents}

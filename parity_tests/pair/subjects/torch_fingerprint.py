@@ -18,7 +18,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _MEMBERS = 16
 _cache: dict[tuple, str] = {}
 
-Noisy = Callable[[int], Any]
+Noisy = Callable[[int, tuple, dict], Any]
 
 
 def accumulator(func: Any, args: tuple, kwargs: dict, dtype: str, noisy: Noisy) -> str:
@@ -32,7 +32,7 @@ def accumulator(func: Any, args: tuple, kwargs: dict, dtype: str, noisy: Noisy) 
         args: float64 arguments, as they occur.
         kwargs: keyword arguments.
         dtype: storage format; 16 bits, or there is nothing to measure.
-        noisy: runs the operation with the noise of a float32 accumulator, for a member's number.
+        noisy: runs the operation with the noise of a float32 accumulator, for a member's number and its arguments.
     """
     if dtype not in _DTYPES:
         return dtype
@@ -58,9 +58,11 @@ def _explained(func: Any, args: tuple, kwargs: dict, dtype: str, noisy: Noisy) -
         return False  # the kernel wants mixed formats (statistics in float32): the coarser model covers it
     exact = _floats(func(*wide[0], **wide[1]))
     squares = [torch.zeros_like(value) for value in exact]
+    # Some operations update an argument (running statistics): what is measured must leave the caller's alone.
+    args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
     middle = _floats(func(*args, **kwargs))
     for member in range(_MEMBERS):
-        for total, value, centre in zip(squares, _floats(noisy(member)), middle, strict=True):
+        for total, value, centre in zip(squares, _floats(noisy(member, args, kwargs)), middle, strict=True):
             total += (value - centre) ** 2 / _MEMBERS
     worst = 0.0
     for value, centre, variance in zip(received, exact, squares, strict=True):

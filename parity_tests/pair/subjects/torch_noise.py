@@ -128,7 +128,7 @@ class DoublePrecision(TorchDispatchMode):
         if self._measure:
             name = self._format.name
 
-            def noisy(member: int) -> Any:
+            def noisy(member: int, args: tuple, kwargs: dict) -> Any:
                 with DoublePrecision(name, member, 1.0, self._device, measure=False):
                     return func(*args, **kwargs)
 
