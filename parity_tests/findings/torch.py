@@ -58,7 +58,8 @@ FINDINGS: tuple[Finding, ...] = (
     Finding(
         "torch-grouped-conv1d-bf16",
         "torch",
-        "On some CPUs, the weight gradient of a grouped conv1d over signals of length 1 is accumulated in bf16 or fp16.",
+        "On some CPUs, the weight gradient of a grouped conv1d over signals of length 1 is accumulated in bf16 or "
+        "fp16.",
         ("2.13.0",),
         _grouped_convolution,
         "error over the bound of an fp32 sum",
