@@ -42,12 +42,12 @@ class Record:
         implementation: registry name, ``stock:...`` or ``dense``.
         kind: ``implementation``, ``stock`` or ``yardstick``.
         mode: ``eager``, ``compile`` or ``jit``.
-        direction: ``forward`` or ``forward_backward``.
-        division: ``stock`` or ``matched``.
+        direction: ``forward``, ``forward_backward`` or ``train_step``.
+        division: ``stock``, ``matched`` or ``tuned``.
         precision: the precision class asked for.
         observed_precision: the class that the error shows, or None where nothing ran.
         layout: how x lies in memory.
-        cache: ``warm``.
+        cache: ``warm`` or ``cold``.
         status: one of ``STATUSES``.
         reason: one sentence for every status but ok, else empty.
         skipped: True where a cap of the preset kept the competitor out; its status is then ``unsupported``.
@@ -55,7 +55,8 @@ class Record:
         calls_per_block: calls in each block.
         latency_s: median seconds of one call; None unless the status is ok.
         rejected_block_latency_s: blocks of a competitor whose result was wrong after timing or whose process ended.
-        warm_up_block_latency_s: blocks before the first round.
+        warm_up_block_latency_s: blocks before the first round, the rehearsal's among them; where that was far too
+            short, those of the size that was found then follow.
         compile_s: tracing, lowering and compilation with an empty on-disk cache; None in eager mode.
         peak_memory_bytes: growth over the live arguments during one call, at least the results themselves; or None.
         memory_method: how that figure was obtained.
@@ -88,6 +89,7 @@ class Record:
         peak_bytes_per_s: the same for its memory.
         stopped: why no more rounds were run: ``resolved``, ``precise``, ``rounds`` or ``time``; empty if none ran.
         conditions: per round, what the device reported: clocks, power, temperature, throttling; empty without a report.
+        block_s: what a block was sized to last at least; None in records that do not say it.
     """
 
     schema_version: int
@@ -150,6 +152,7 @@ class Record:
     peak_bytes_per_s: float | None = None
     stopped: str = ""
     conditions: tuple[Mapping[str, Any], ...] = ()
+    block_s: float | None = None
 
     def __post_init__(self) -> None:
         """Refuses a record that contradicts itself."""

@@ -3,7 +3,7 @@
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ _BEYOND_DOUBT = 30
 # once, three had far too short blocks; in two of them all looks within some ten milliseconds were alike 25 times slow.
 _BEFORE_LOOKS_S = (0.0, 0.01)
 _STEADY = 0.02  # warm-up ends when a block is no longer faster than the one before by more than the equivalence margin
+_SHORT = 0.5  # a block that lasts less than this part of its time was sized by a disturbance, and not by its calls
 _SIZINGS = 3  # how often the size is looked for, where a block of it turns out to last less than half of its time
 
 
@@ -124,5 +125,15 @@ def warm_up(call: Call, wait: Callable[[Any], None], block_s: float, max_blocks:
                 break
         sizings += 1
         # Otherwise stalls, or first calls that were slow, passed for the length of a call.
-        if min(blocks) > 0.5 * block_s or sizings == _SIZINGS:
+        if not too_short(min(blocks), block_s) or sizings == _SIZINGS:
             return size, blocks
+
+
+def too_short(elapsed: float, block_s: float) -> bool:
+    """Whether a block lasted less than half of the time that it was sized for."""
+    return elapsed < _SHORT * block_s
+
+
+def could_be_short(warm_up_blocks: Sequence[float], block_s: float) -> bool:
+    """Whether a size may be wrong: one call that lasts many times the length of a block fills it in any case."""
+    return min(warm_up_blocks, default=math.inf) < _BEYOND_DOUBT * block_s

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from bench.measure.conditions import ENERGY_S, Monitor, NoMonitor, energy_of_a_call
-from bench.measure.entry import CellOutcome, Entry, choose_baseline
+from bench.measure.entry import CellOutcome, Entry, add_control, choose_baseline
 from bench.measure.plausibility import measured_ceilings, reject_the_impossible, take_probe
 from bench.measure.protocol import Message, RequestError, Workers
-from bench.measure.rounds import Rounds
+from bench.measure.rounds import Rounds, rehearse
 from bench.plan.cells import Cell
 from bench.plan.competitors import Competitor
 from bench.plan.costs import planned_skip
@@ -100,9 +100,7 @@ class CellRun:
         for entry in prepared:
             # A failure in here recovers again, and then prepares these once more; each failure ends one competitor.
             if entry.going and self._prepare(entry) is not None and entry.calls_per_block is not None:
-                self._ask(
-                    entry, "warm_up", self._preset.limits.request_s, block_s=BLOCK_S[self._cell.device], max_blocks=1
-                )
+                self._warm_up(entry, max_blocks=1)
 
     def _prepare(self, entry: Entry) -> Message | None:
         competitor = entry.competitor
@@ -153,27 +151,26 @@ class CellRun:
         if used is None:
             return
         entry.peak_memory_bytes, entry.memory_method = used["peak_memory_bytes"], used["memory_method"]
-        fields = {"block_s": BLOCK_S[self._cell.device], "max_blocks": self._preset.warm_up_blocks}
-        warm = self._ask(entry, "warm_up", limits.request_s, **fields)
+        self._size(entry)
+
+    def _warm_up(self, entry: Entry, *, max_blocks: int) -> Message | None:
+        block_s = BLOCK_S[self._cell.device]
+        return self._ask(entry, "warm_up", self._preset.limits.request_s, block_s=block_s, max_blocks=max_blocks)
+
+    def _size(self, entry: Entry) -> None:
+        warm = self._warm_up(entry, max_blocks=self._preset.warm_up_blocks)
         if warm is not None:
-            entry.calls_per_block, entry.warm_up = warm["calls_per_block"], warm["block_latency_s"]
+            entry.calls_per_block = warm["calls_per_block"]
+            entry.warm_up += warm["block_latency_s"]
+
+    def _rehearse(self, entry: Entry) -> None:
+        rehearse(entry, self._block, self._size, BLOCK_S[self._cell.device])
 
     def _accept(self, entry: Entry, judgement: dict[str, Any], when: str) -> bool:
         entry.judgement = judgement
         if judgement["status"] != "ok":
             entry.fail("mismatch", f"{when}: {judgement['reason']}")
         return entry.going
-
-    def _add_control(self) -> None:
-        baseline = choose_baseline(self._entries)
-        if baseline is None:
-            return
-        baseline.baseline = True
-        # The same prepared call in the same process, timed as if it were somebody else.
-        control = Entry(baseline.competitor, baseline.handle, control=True, baseline=True)
-        for name in ("calls_per_block", "compile_s", "judgement", "peak_memory_bytes", "memory_method"):
-            setattr(control, name, getattr(baseline, name))
-        self._entries.append(control)
 
     def _block(self, entry: Entry, verify: bool) -> dict[str, Any] | None:
         limit, framework = self._preset.limits.request_s, entry.competitor.framework
@@ -224,7 +221,8 @@ class CellRun:
         self._each("preparing", self._build)
         self._drop_hopeless()
         self._each("warming up", self._settle)
-        self._add_control()
+        self._each("rehearsing", self._rehearse)
+        add_control(self._entries)
         rounds = Rounds(
             self._entries,
             self._preset,

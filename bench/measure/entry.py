@@ -72,6 +72,18 @@ def choose_baseline(entries: Sequence[Entry]) -> Entry | None:
     return going[0] if going else None
 
 
+def add_control(entries: list[Entry]) -> None:
+    """Adds the A/A control: the baseline's prepared call in the same process, timed as if it were somebody else."""
+    baseline = choose_baseline(entries)
+    if baseline is None:
+        return
+    baseline.baseline = True
+    control = Entry(baseline.competitor, baseline.handle, control=True, baseline=True)
+    for name in ("calls_per_block", "compile_s", "judgement", "peak_memory_bytes", "memory_method"):
+        setattr(control, name, getattr(baseline, name))
+    entries.append(control)
+
+
 @dataclass(frozen=True)
 class CellOutcome:
     """What a cell came to.

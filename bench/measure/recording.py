@@ -122,6 +122,7 @@ def records_of(
         "peak_flops_per_s": peaks.get("flops_per_s"),
         "peak_bytes_per_s": peaks.get("bytes_per_s"),
         "stopped": outcome.stopped,
+        "block_s": BLOCK_S[cell.device],
         "started_at": started_at.astimezone(UTC).isoformat(timespec="seconds"),
         "environment_id": environment_id,
     }

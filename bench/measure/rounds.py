@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from bench.measure.blocks import could_be_short, too_short
 from bench.measure.conditions import Monitor, thermally_throttled
 from bench.measure.entry import Entry
 from bench.plan.presets import Preset
@@ -22,6 +23,28 @@ ROUNDS, TIME = "rounds", "time"
 _REPEATS_OF_A_THROTTLED_BLOCK = 2
 
 Block = Callable[[Entry, bool], dict[str, Any] | None]
+
+
+def rehearse(entry: Entry, block: Block, size: Callable[[Entry], None], block_s: float) -> None:
+    """Runs a block before the first round, and sizes the competitor again where that turns out far too short.
+
+    Its size was found within some ten milliseconds. Where the host was slow just then, all its blocks would be short;
+    by now the others have found theirs, and such a time is over.
+
+    Args:
+        entry: the competitor, sized; its ``warm_up`` gets the block.
+        block: runs one block of it.
+        size: finds the size again.
+        block_s: length that blocks are sized for, in seconds.
+    """
+    if not could_be_short(entry.warm_up, block_s):
+        return
+    timed = block(entry, False)
+    if timed is None:
+        return
+    entry.warm_up.append(timed["block_latency_s"])
+    if too_short(timed["block_latency_s"], block_s):
+        size(entry)
 
 
 class Rounds:

@@ -1,8 +1,9 @@
 """Blocks that turned out much shorter than they were sized for.
 
-How many calls a block has is found out by a few calls before the first round. Where those were slow, later blocks last
-less than was intended, and what surrounds their calls, the clock and the wait at the end, weighs more in them. The
-samples are as true as any others: this is worth a remark beside the result, and no fault of the record.
+How many calls a block has is found out by a few calls before the first round, and tried once more after a while. Where
+these were slow, later blocks last less than was intended, and what surrounds their calls, the clock and the wait at the
+end, weighs more in them. The samples are as true as any others: this is worth a remark beside the result, and no fault
+of the record.
 """
 
 from collections.abc import Iterable
@@ -29,7 +30,7 @@ class ShortBlocks:
         calls_per_block: calls in each.
         median_s: what a block lasted.
         shortest_s: what the shortest lasted.
-        intended_s: what a block is meant to last at least on this device.
+        intended_s: what a block was meant to last at least.
     """
 
     label: str
@@ -64,7 +65,9 @@ def short_blocks(records: Iterable[Record]) -> tuple[ShortBlocks, ...]:
     """
     found = []
     for record in records:
-        blocks, intended = record.block_latency_s, BLOCK_S.get(record.device)
+        blocks = record.block_latency_s
+        # Records of earlier runs do not say it; it has been the same since.
+        intended = record.block_s if record.block_s is not None else BLOCK_S.get(record.device)
         # The shortest tells of all others, and most records end here.
         if not blocks or intended is None or min(blocks) >= SHORT * intended:
             continue

@@ -12,6 +12,8 @@ import time
 from bench.measure.protocol import decode, encode, failure
 
 GOOD = ("matmul", "fast", "loop")
+# Its first calls are so slow that one seems to fill a block.
+STALLED = "stalled"
 BAD = (
     "die-in-prepare",
     "die-in-block",
@@ -35,6 +37,7 @@ class FakeWorker:
         self.framework = framework
         self.names = {}
         self.blocks = {}
+        self.sized = set()
 
     def reply(self, request):
         return getattr(self, request["operation"])(request)
@@ -42,7 +45,7 @@ class FakeWorker:
     def hello(self, request):
         catalogue = {
             "framework": self.framework,
-            "implementations": GOOD + BAD,
+            "implementations": (*GOOD, STALLED, *BAD),
             "stock": [],
             "yardsticks": ["dense"],
             "missing": {"stock:absent": "absent is not installed"},
@@ -58,7 +61,7 @@ class FakeWorker:
         }
 
     def open_cell(self, request):
-        self.names, self.blocks = {}, {}
+        self.names, self.blocks, self.sized = {}, {}, set()
         if log := os.environ.get("FAKE_LOG"):
             with open(log, "a") as file:
                 file.write(f"{request['cell']['workload']['name']} {request['cell']['direction']}\n")
@@ -130,7 +133,10 @@ class FakeWorker:
         return {"ok": True, "ceiling_flops_per_s": 1e12, "ceiling_bytes_per_s": 1e10}
 
     def warm_up(self, request):
-        return {"ok": True, "calls_per_block": 10, "block_latency_s": [0.02]}
+        handle = request["handle"]
+        stalls = self.names[handle] == STALLED and handle not in self.sized
+        self.sized.add(handle)
+        return {"ok": True, "calls_per_block": 1 if stalls else 10, "block_latency_s": [0.02]}
 
     def block(self, request):
         handle = request["handle"]
@@ -142,6 +148,8 @@ class FakeWorker:
             time.sleep(3600)
         if name == "impossible":
             return {"ok": True, "block_latency_s": 1e-9, "judgement": self.judgement(True)}
+        if name == STALLED:
+            return {"ok": True, "block_latency_s": 2e-4 * request["calls"], "judgement": self.judgement(True)}
         reply = {"ok": True, "block_latency_s": (0.01 if name == "fast" else 0.02) * (1 + 1e-3 * self.blocks[handle])}
         if request["verify"]:
             reply["judgement"] = self.judgement(name != "wrong-later")

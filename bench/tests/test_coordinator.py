@@ -3,12 +3,14 @@ from dataclasses import replace
 import pytest
 
 from bench.measure.coordinator import CellRun
+from bench.measure.entry import Entry
 from bench.measure.pool import WorkerPool
+from bench.measure.rounds import rehearse
 from bench.plan.cells import Cell
 from bench.plan.competitors import Competitor
 from bench.plan.presets import PRESETS
 from bench.plan.workloads import WORKLOADS
-from bench.tests.fake_worker import GOOD
+from bench.tests.fake_worker import GOOD, STALLED
 
 CELL = Cell(WORKLOADS["article-base"], "forward", "ieee_fp32", "matched", "cpu")
 LIMITS = replace(PRESETS["smoke"].limits, unrolled_products=1000, prepare_s=3.0, request_s=3.0)
@@ -130,7 +132,40 @@ def test_the_order_changes_from_round_to_round_and_is_mirrored_within_one(fake_s
     with Listening(fake_starter) as pool:
         CellRun(CELL, competitors, pool, PRESET).run()
     size = len(competitors) + 1
+    # The rehearsal: each once, in order, and the control has none of its own.
+    rehearsal, asked = asked[: size - 1], asked[size - 1 :]
+    assert [handle for _, handle in rehearsal] == [str(k) for k in range(size - 1)]
     rounds = [asked[k : k + 2 * size] for k in range(0, len(asked), 2 * size)]
     assert len(rounds) == 3
     assert all(order[:size] == order[size:][::-1] for order in rounds)
     assert len({tuple(order) for order in rounds}) > 1
+
+
+def test_who_was_sized_while_the_host_was_slow_is_sized_again_before_the_first_round(measure):
+    outcome, found = measure(STALLED)
+    stalled = found["torch", STALLED]
+    # Sized by one slow call, rehearsed by one of 0.2 ms, and sized again by as much as fills a block.
+    assert (stalled.calls_per_block, stalled.warm_up) == (10, [0.02, 2e-4, 0.02])
+    assert stalled.blocks == [pytest.approx(2e-3)] * 6
+    for entry in outcome.entries:
+        if entry is not stalled:
+            assert entry.calls_per_block == 10
+            assert len(entry.warm_up) == (0 if entry.control else 2)
+
+
+def test_a_call_that_fills_a_block_many_times_needs_no_rehearsal():
+    def never(*arguments):
+        raise AssertionError("nothing to find out")
+
+    long = Entry(Competitor("torch", "loop", "eager"), "0", calls_per_block=1, warm_up=[0.2, 0.21])
+    rehearse(long, never, never, 0.003)
+    assert long.warm_up == [0.2, 0.21]
+
+
+def test_a_competitor_that_ends_in_its_rehearsal_is_not_sized_again():
+    def never(*arguments):
+        raise AssertionError("it is gone")
+
+    gone = Entry(Competitor("torch", "loop", "eager"), "0", calls_per_block=1, warm_up=[0.004])
+    rehearse(gone, lambda entry, verify: None, never, 0.003)
+    assert gone.warm_up == [0.004]

@@ -55,6 +55,12 @@ def test_the_intended_length_is_that_of_the_device(make_record):
     assert short_blocks([make_record(device="cuda", **blocks_of(0.9, 0.9, intended_s=BLOCK_S["cuda"]))]) == ()
 
 
+def test_a_record_says_itself_what_was_intended(make_record):
+    (found,) = short_blocks([make_record(block_s=2.5 * CPU_S, **blocks_of(1.0, 1.0))])
+    assert (found.short, found.intended_s) == (2, 2.5 * CPU_S)
+    assert short_blocks([make_record(block_s=0.5 * CPU_S, **blocks_of(0.3, 0.3))]) == ()
+
+
 def test_who_has_no_speed_has_no_short_blocks(make_record):
     nothing = {"status": "crash", "reason": "gone", "latency_s": None, "block_latency_s": (), "bound_fraction": None}
     assert short_blocks([make_record(rejected_block_latency_s=(1e-6,), **nothing)]) == ()
