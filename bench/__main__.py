@@ -24,10 +24,8 @@ CsvFile = Annotated[
     Path | None, typer.Option("--csv", metavar="F", help="Write the rows as comma-separated values to this file too.")
 ]
 Directories = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories of earlier runs.")]
-TorchPython = Annotated[str | None, typer.Option(metavar="P", help="Interpreter that has torch; default: this one.")]
-JaxPython = Annotated[
-    str | None, typer.Option(metavar="P", help="Interpreter that has jax and flax; default: this one.")
-]
+TorchPython = Annotated[str | None, typer.Option(metavar="P", help="Interpreter with torch; default: this one.")]
+JaxPython = Annotated[str | None, typer.Option(metavar="P", help="Interpreter with jax and flax; default: this one.")]
 
 
 @app.command()
@@ -116,6 +114,8 @@ def report(
     roofline: Annotated[
         Path | None, typer.Option(metavar="F", help="Draw rates against the machine's ceilings (.svg, .png, .html).")
     ] = None,
+    framework_map: Annotated[Path | None, typer.Option(metavar="F", help="Draw PyTorch against JAX.")] = None,
+    frameworks_csv: Annotated[Path | None, typer.Option(metavar="F", help="The same, one line a cell.")] = None,
     where: Annotated[
         list[str] | None,
         typer.Option(metavar="FIELD=PATTERN", help="Only cells such as direction=forward, workload=article-*."),
@@ -139,6 +139,8 @@ def report(
         chart=chart,
         winner_map=winner_map,
         roofline=roofline,
+        framework_map=framework_map,
+        frameworks_csv=frameworks_csv,
         readme=readme,
     )
     raise typer.Exit(report_command(directories, outputs, conditions=where or (), check=check, efficiency=efficiency))

@@ -32,6 +32,13 @@ def read_environments(directory: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def device_name(fingerprint: Mapping[str, Any]) -> str:
+    """What measured, in words: only figures with the same name are ever put beside one another."""
+    gpus = [str(gpu).split(",")[0].strip() for gpu in fingerprint.get("gpus") or ()]
+    on = f"{fingerprint['device']}: {' + '.join(gpus)}" if gpus else str(fingerprint["device"])
+    return f"{on} with {fingerprint['cpu_model']}, {len(fingerprint['affinity'])} processors"
+
+
 _FINGERPRINT: Mapping[str, tuple[type, ...]] = {
     "cpu_model": (str,),
     "affinity": (list,),

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from bench.archive import Archive
 from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain
-from bench.environments import StoreError
+from bench.environments import StoreError, device_name
 from bench.report.export import interval_json
 from bench.report.output import OutputError, columns_of, flat, write_csv, write_json
 from bench.report.text import ratio
@@ -21,12 +21,7 @@ from bench.study.statistics import SAME, UNRESOLVED
 
 def _devices(archive: Archive) -> set[str]:
     """What measured, in words: two runs are comparable only if these agree."""
-    found = set()
-    for fingerprint in archive.environments.values():
-        gpus = [str(gpu).split(",")[0].strip() for gpu in fingerprint.get("gpus") or ()]
-        on = f"{fingerprint['device']}: {' + '.join(gpus)}" if gpus else str(fingerprint["device"])
-        found.add(f"{on} with {fingerprint['cpu_model']}, {len(fingerprint['affinity'])} processors")
-    return found
+    return {device_name(fingerprint) for fingerprint in archive.environments.values()}
 
 
 def _check_devices(a: Archive, b: Archive, names: tuple[Path, Path]) -> None:

@@ -12,13 +12,14 @@ from bench.commands.usage import FAILED, OK, UsageError, check_writable, complai
 from bench.environments import StoreError
 from bench.records import Record
 from bench.report.chart import ChartError, save_chart
-from bench.report.export import SHARED, write_summary, write_table
+from bench.report.export import SHARED, write_frameworks, write_summary, write_table
+from bench.report.framework_map import save_framework_map
 from bench.report.markdown import write_report
 from bench.report.output import OutputError, write_text
 from bench.report.pytest_benchmark import write_pytest_benchmark
 from bench.report.readme import ReadmeError, results_block, with_block
 from bench.report.roofline import save_roofline
-from bench.report.tables import show_rankings, wide_console
+from bench.report.tables import show_frameworks, show_rankings, wide_console
 from bench.report.text import resolution_line, summary_line
 from bench.report.winner_map import save_winner_map
 from bench.study.results import Results, read_results
@@ -35,6 +36,8 @@ class Outputs:
     chart: Path | None = None
     winner_map: Path | None = None
     roofline: Path | None = None
+    framework_map: Path | None = None
+    frameworks_csv: Path | None = None
     readme: Path | None = None
 
     def check(self) -> None:
@@ -89,12 +92,16 @@ def _write(results: Results, directories: Sequence[Path], keep: Callable[[Record
         save_winner_map(results.found, outputs.winner_map)
     if outputs.roofline is not None:
         save_roofline(results.found, outputs.roofline)
+    if outputs.framework_map is not None:
+        save_framework_map(results, outputs.framework_map)
     if outputs.markdown is not None:
         write_report("--markdown", outputs.markdown, results)
     if outputs.json_file is not None:
         write_summary(outputs.json_file, results)
     if outputs.csv_file is not None:
         write_table(outputs.csv_file, results)
+    if outputs.frameworks_csv is not None:
+        write_frameworks(outputs.frameworks_csv, results)
     if outputs.pytest_benchmark is not None:
         write_pytest_benchmark(outputs.pytest_benchmark, Archive(directories, keep))
 
@@ -128,5 +135,6 @@ def report_command(
         return complain(f"{readme}: {error}")
     console = wide_console()
     show_rankings(console, results.found, efficiency=efficiency)
+    show_frameworks(console, results)
     console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}", markup=False)
     return OK

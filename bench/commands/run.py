@@ -32,7 +32,7 @@ from bench.plan.workloads import UnknownWorkloadError, workload
 from bench.report.export import write_summary, write_table
 from bench.report.markdown import environment_lines, write_report
 from bench.report.output import OutputError
-from bench.report.tables import show_rankings, wide_console
+from bench.report.tables import show_frameworks, show_rankings, wide_console
 from bench.report.text import resolution_line, summary_line
 from bench.store import Store
 from bench.study.results import read_results
@@ -196,6 +196,7 @@ def _show(options: Options, notes: SweepNotes) -> Mapping[str, int]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print()
     show_rankings(console, results.found)
+    show_frameworks(console, results)
     for line in notes.lines:
         console.print(line, markup=False)
     console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}", markup=False)

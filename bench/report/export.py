@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.records import SCHEMA_VERSION, finite
-from bench.report.output import write_csv, write_text
+from bench.report.output import columns_of, flat, write_csv, write_text
+from bench.study.frameworks import FrameworkRatio
 from bench.study.ranking import Ranking, Row
 from bench.study.results import Results
 from bench.study.roofline import Efficiency, efficiencies
@@ -28,6 +29,7 @@ SHARED: tuple[str, ...] = (
     "precision",
     "layout",
     "cache",
+    "optimizer",
     "environment_id",
 )
 
@@ -80,6 +82,18 @@ def _row(row: Row, efficiency: Efficiency, short_blocks: int) -> dict[str, Any]:
     }
 
 
+def _frameworks(found: FrameworkRatio | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        "torch": found.torch,
+        "jax": found.jax,
+        "jax_over_torch": interval_json(found.interval),
+        "verdict": found.verdict,
+        "confidence": found.confidence,
+    }
+
+
 def _ranking(ranking: Ranking) -> dict[str, Any]:
     found = efficiencies(ranking)
     short: Counter[str] = Counter()
@@ -94,6 +108,7 @@ def _ranking(ranking: Ranking) -> dict[str, Any]:
         "stopped": ranking.first.stopped or None,
         "winner": ranking.winner,
         "tied": list(ranking.tied),
+        "frameworks": _frameworks(ranking.frameworks),
         "short_blocks": [asdict(account) for account in ranking.short_blocks],
         "rows": [_row(row, found[row.record.label], short[row.record.label]) for row in ranking.rows],
     }
@@ -129,6 +144,20 @@ def write_summary(path: Path, results: Results, notes: Sequence[str] = ()) -> No
         OutputError: if it cannot be written.
     """
     write_text("--json", path, _pieces(results, notes))
+
+
+def write_frameworks(path: Path, results: Results) -> None:
+    """Writes one line for each cell that has both frameworks as comma-separated values.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    rows = [
+        {name: getattr(ranking.first, name) for name in SHARED} | flat(found)
+        for ranking in results.found
+        if (found := _frameworks(ranking.frameworks)) is not None
+    ]
+    write_csv(path, columns_of(rows), rows, argument="--frameworks-csv")
 
 
 _INTERVAL = ("ratio", "low", "high", "rounds")

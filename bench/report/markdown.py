@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.report.frameworks import HEADING, LEGEND, framework_line, line, matrices
 from bench.report.output import write_text
 from bench.report.text import (
     EFFICIENCY_COLUMNS,
@@ -56,11 +57,21 @@ def environment_lines(environment_id: str, found: Mapping[str, Any]) -> list[str
     return lines
 
 
+def framework_lines(results: Results) -> list[str]:
+    """PyTorch against JAX over all cells, a table for each device; nothing where no cell has both."""
+    found = matrices(results)
+    lines = [LEGEND, ""] if found else []
+    for matrix in found:
+        lines += [f"On {matrix.device}:", ""] if len(found) > 1 else []
+        lines += [*table(("workload", *matrix.columns), (line(matrix, row) for row in matrix.rows)), ""]
+    return lines
+
+
 def ranking_lines(ranking: Ranking, *, level: int = 3) -> list[str]:
     """One ranking: heading, table, winner, baseline, reasons, remarks, and how well the machine is used."""
     lines = ["#" * level + " " + ranking.title, ""]
     lines += table(RANKING_COLUMNS, (ranking_cells(row) for row in ranking.rows))
-    lines += ["", winner_line(ranking), baseline_line(ranking)]
+    lines += ["", winner_line(ranking), *framework_line(ranking), baseline_line(ranking)]
     lines += [*(f"- {line}" for line in (*reasons(ranking), *remarks(ranking))), ""]
     found = efficiencies(ranking)
     timed = [row.record.label for row in ranking.rows if row.latency_s is not None]
@@ -94,6 +105,8 @@ def report_lines(results: Results, notes: Sequence[str] = ()) -> Iterator[str]:
         *notes,
         "",
     )
+    if overview := framework_lines(results):
+        yield from (f"## {HEADING}", "", *overview)
     for environment_id, found in results.places().items():
         yield from ("## Environment " + environment_id, "")
         if environment_id in results.environments:

@@ -65,7 +65,7 @@ def write_csv(
     Raises:
         OutputError: if it cannot be written.
     """
-    with writing("--csv", path), path.open("w", encoding="utf-8", newline="") as file:
+    with writing(argument, path), path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)

@@ -2,7 +2,7 @@
 
 from html import escape
 
-from bench.report.markdown import environment_lines, table
+from bench.report.markdown import environment_lines, framework_lines, table
 from bench.report.text import (
     baseline_line,
     byte_count,
@@ -14,6 +14,7 @@ from bench.report.text import (
     summary_line,
     winner_line,
 )
+from bench.study.identity import identity
 from bench.study.ranking import BASELINE, Ranking, Row
 from bench.study.results import Results
 
@@ -61,19 +62,26 @@ def results_block(results: Results) -> str:
     lines = [
         BEGIN,
         "",
+        *framework_lines(results),
         f"Outcomes over all cells: {summary_line(results.outcomes)}. {resolution_line(results.found)}",
         "",
     ]
+    # Whoever runs one preset in several precisions and divisions begins with the one that matters most.
+    shown = identity(results.found[0].first).how if results.found else ""
+    folded = sum(identity(ranking.first).how == shown for ranking in results.found)
+    if folded < len(results.found):
+        lines += [f"Rankings of the {folded} cells in {shown}; `bench report` shows those of the others.", ""]
     for environment_id, found in results.places().items():
+        detailed = [ranking for ranking in found if identity(ranking.first).how == shown]
         if environment_id in results.environments:
             known = environment_lines(environment_id, results.environments[environment_id])
-            lines += [f"- {line}" for line in known] + [""]
-        for ranking in found:
+            lines += [f"- {line}" for line in (known if detailed else known[:1])] + [""]
+        for ranking in detailed:
             # Folded, so that a reader sees every cell's verdict at once and opens the tables that matter to them.
             summary = f"<b>{escape(ranking.title)}</b>: {escape(winner_line(ranking))}"
-            shown, count = _shown(ranking), len(ranking.rows)
-            lines += [f"<details><summary>{summary}</summary>", "", *table(_COLUMNS, map(_cells, shown)), ""]
-            lines += [f"{baseline_line(ranking)} {len(shown)} of {count} competitors are shown.", "", "</details>", ""]
+            rows, count = _shown(ranking), len(ranking.rows)
+            lines += [f"<details><summary>{summary}</summary>", "", *table(_COLUMNS, map(_cells, rows)), ""]
+            lines += [f"{baseline_line(ranking)} {len(rows)} of {count} competitors are shown.", "", "</details>", ""]
     return "\n".join([*lines, END])
 
 

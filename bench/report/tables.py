@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bench.report.frameworks import HEADING, LEGEND, Matrix, line, matrices
 from bench.report.text import (
     EFFICIENCY_COLUMNS,
     RANKING_COLUMNS,
@@ -18,6 +19,7 @@ from bench.report.text import (
     winner_line,
 )
 from bench.study.ranking import Ranking
+from bench.study.results import Results
 from bench.study.roofline import efficiencies
 
 _NUMERIC = {"#", "time", "ratio [95%]", "compile", "memory"}
@@ -78,3 +80,20 @@ def show_rankings(console: Console, found: Sequence[Ranking], *, efficiency: boo
         if efficiency and any(row.latency_s is not None for row in ranking.rows):
             console.print(efficiency_table(ranking))
             console.print()
+
+
+def framework_table(matrix: Matrix) -> Table:
+    """One matrix for a terminal."""
+    shown = Table(title=escape(f"{HEADING}: {matrix.device}"), caption=escape(LEGEND), title_justify="left")
+    for k, column in enumerate(("workload", *matrix.columns)):
+        shown.add_column(escape(column), justify="right" if k else "left", no_wrap=not k)
+    for row in matrix.rows:
+        shown.add_row(*map(escape, line(matrix, row)))
+    return shown
+
+
+def show_frameworks(console: Console, results: Results) -> None:
+    """Prints PyTorch against JAX, a table for each device; nothing where no cell has both."""
+    for matrix in matrices(results):
+        console.print(framework_table(matrix))
+        console.print()

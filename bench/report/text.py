@@ -56,7 +56,7 @@ def byte_count(value: float | None) -> str:
     return _scaled(value, _BYTE_UNITS)
 
 
-def _factor(value: float) -> str:
+def factor(value: float) -> str:
     """Two decimals, and no digits that mean nothing."""
     return "<0.01" if value < 0.005 else ">1000" if value > 1000 else f"{value:.2f}"
 
@@ -65,7 +65,7 @@ def ratio(interval: Interval | None) -> str:
     """A ratio with its interval; above 1 is faster than the baseline."""
     if interval is None:
         return "-"
-    return f"{_factor(interval.ratio)}x [{_factor(interval.low)}, {_factor(interval.high)}]"
+    return f"{factor(interval.ratio)}x [{factor(interval.low)}, {factor(interval.high)}]"
 
 
 def outcome(record: Record) -> str:

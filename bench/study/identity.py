@@ -23,10 +23,21 @@ class Identity(NamedTuple):
     optimizer: str | None
 
     @property
+    def what(self) -> str:
+        """Workload, sizes and direction."""
+        sizes = f"B={self.batch}, n={self.num_partitions}, {self.in_features}->{self.out_features}"
+        direction = self.direction if self.optimizer is None else f"{self.direction} ({self.optimizer})"
+        return f"{self.workload} ({sizes}), {direction}"
+
+    @property
+    def how(self) -> str:
+        """Precision and division, and the cache where it is cold."""
+        return f"{self.precision}, {self.division}" + ("" if self.cache == "warm" else f", {self.cache}")
+
+    @property
     def title(self) -> str:
         """One line for a heading."""
-        sizes = f"B={self.batch}, n={self.num_partitions}, {self.in_features}->{self.out_features}"
-        return f"{self.workload} ({sizes}), {self.direction}, {self.precision}, {self.division}, {self.device}"
+        return f"{self.what}, {self.how}, {self.device}"
 
 
 def identity(record: Record) -> Identity:

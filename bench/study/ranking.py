@@ -2,13 +2,15 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
 from bench.plan.competitors import YARDSTICK
 from bench.records import Record
-from bench.study.pairing import by_label, intervals, log_latencies
+from bench.study.frameworks import FrameworkRatio, framework_ratio
+from bench.study.identity import identity
+from bench.study.pairing import Rounds, by_label, intervals, log_latencies
 from bench.study.short_blocks import ShortBlocks, short_blocks
 from bench.study.statistics import CONFIDENCE, SLOWER, Interval, resolution, tukey_outliers, verdict
 from bench.study.stopping import confidence
@@ -60,6 +62,7 @@ class Ranking:
         leaders: labels of the fastest competitor and of everybody who ties with it; empty if nobody was timed.
         confidence: of the intervals, so that they hold at 95% however often the run looked at them.
         short_blocks: of every record, the control's included, that has blocks much shorter than intended.
+        frameworks: the fastest of JAX against the fastest of PyTorch; None where either is missing.
     """
 
     cell: str
@@ -72,6 +75,7 @@ class Ranking:
     leaders: tuple[str, ...] = ()
     confidence: float = CONFIDENCE
     short_blocks: tuple[ShortBlocks, ...] = ()
+    frameworks: FrameworkRatio | None = None
 
     @property
     def winner(self) -> str | None:
@@ -97,11 +101,7 @@ class Ranking:
     @property
     def title(self) -> str:
         """One line for a heading."""
-        r = self.first
-        return (
-            f"{r.workload} (B={r.batch}, n={r.num_partitions}, {r.in_features}->{r.out_features}), {r.direction}, "
-            f"{r.precision}, {r.division}, {r.device}"
-        )
+        return identity(self.first).title
 
 
 def _median(values: Iterable[float | None]) -> float | None:
@@ -162,7 +162,15 @@ def _rank_cell(records: Sequence[Record]) -> Ranking:
         leaders=first,
         confidence=level,
         short_blocks=short_blocks(records),
+        frameworks=framework_ratio(_by_framework(ranked, rounds), found, floor, confidence=level),
     )
+
+
+def _by_framework(ranked: Sequence[Row], rounds: Mapping[str, Rounds]) -> dict[str, dict[str, Rounds]]:
+    apart: dict[str, dict[str, Rounds]] = defaultdict(dict)
+    for row in ranked:
+        apart[row.record.framework][row.record.label] = rounds[row.record.label]
+    return apart
 
 
 def _worst(group: Sequence[Record]) -> Record | None:

@@ -1,0 +1,87 @@
+"""PyTorch against JAX as a picture: a square for each cell, coloured by who is faster. Needs the ``report`` extra."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from bench.report.chart import ChartError, save_picture
+from bench.report.frameworks import LEGEND, Matrix, matrices, verdict_text
+from bench.study.frameworks import FrameworkRatio
+from bench.study.results import Results
+from bench.study.statistics import FASTER, SLOWER
+
+# Four times as fast or more has the full colour: what lies beyond would leave nothing to tell 1.1 from 1.5.
+_FULL = 4.0
+_HEIGHT, _WIDTH = 22, 110
+
+
+def shade(found: FrameworkRatio) -> float:
+    """Binary logarithm of JAX's speed over PyTorch's; 0 where neither was shown to be faster."""
+    if found.verdict not in (FASTER, SLOWER):
+        return 0.0
+    return math.log2(min(max(found.interval.ratio, 1 / _FULL), _FULL))
+
+
+def squares(matrix: Matrix) -> list[dict[str, Any]]:
+    """One square for each cell of a device."""
+    return [
+        {
+            "workload": row,
+            "conditions": column,
+            "shade": shade(ranking.frameworks),
+            "text": verdict_text(ranking.frameworks),
+            "torch": ranking.frameworks.torch,
+            "jax": ranking.frameworks.jax,
+            "interval": f"{ranking.frameworks.interval.low:.3g} to {ranking.frameworks.interval.high:.3g}",
+        }
+        for (row, column), ranking in matrix.places.items()
+        if ranking.frameworks is not None
+    ]
+
+
+def framework_map(results: Results) -> Any:
+    """The map as an altair object, a panel for each device.
+
+    Raises:
+        ChartError: if no cell has both frameworks.
+    """
+    import altair as alt
+
+    found = matrices(results)
+    if not found:
+        raise ChartError("--framework-map: no cell has a speed of both frameworks; measure both first.")
+    limit = math.log2(_FULL)
+    colour = alt.Color(
+        "shade:Q",
+        # Told apart by the colour-blind as well; white where nobody is faster.
+        scale=alt.Scale(scheme="purpleorange", domain=[limit, -limit]),
+        legend=alt.Legend(
+            title="faster",
+            values=[limit, 1, 0, -1, -limit],
+            labelExpr="datum.value == 0 ? 'neither' : "
+            "(datum.value > 0 ? 'JAX ' : 'torch ') + pow(2, abs(datum.value)) + 'x'",
+        ),
+    )
+    panels = []
+    for matrix in found:
+        base = alt.Chart(alt.InlineData(values=squares(matrix))).encode(
+            x=alt.X("conditions:N", sort=matrix.columns, title=None, axis=alt.Axis(orient="top", labelAngle=0)),
+            y=alt.Y("workload:N", sort=matrix.rows, title=None, axis=alt.Axis(labelLimit=460)),
+        )
+        tooltip = [alt.Tooltip(f"{name}:N") for name in ("torch", "jax", "interval")]
+        panels.append(
+            (
+                base.mark_rect(stroke="lightgray").encode(color=colour, tooltip=tooltip)
+                + base.mark_text(fontSize=10, color="black").encode(text="text:N")
+            ).properties(
+                title=matrix.device,
+                width=_WIDTH * len(matrix.columns),
+                height=_HEIGHT * len(matrix.rows),
+            )
+        )
+    return alt.vconcat(*panels, title=alt.Title(LEGEND.split(";", 1)[0] + ".", anchor="start", fontSize=11))
+
+
+def save_framework_map(results: Results, path: Path) -> None:
+    """Draws the map into a file; see ``save_picture``."""
+    save_picture("--framework-map", path, lambda: framework_map(results))

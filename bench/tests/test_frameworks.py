@@ -1,0 +1,173 @@
+"""PyTorch against JAX: the fastest of each in every cell, in tables, files and a picture."""
+
+import csv
+import json
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from bench.report.chart import ChartError
+from bench.report.export import summary
+from bench.report.framework_map import save_framework_map, shade
+from bench.report.frameworks import matrices, verdict_text
+from bench.report.markdown import report
+from bench.report.readme import results_block
+from bench.store import Store
+from bench.study.frameworks import framework_ratio
+from bench.study.ranking import rankings
+from bench.study.results import results_of
+from bench.study.statistics import FASTER, SAME, SLOWER, UNRESOLVED, Interval
+from bench.tests.synthetic import FINGERPRINT
+
+ENVIRONMENTS = {"e0": FINGERPRINT, "e1": FINGERPRINT | {"division": "tuned"}}
+
+
+@pytest.fixture
+def cell(make_record):
+    """Records of a cell: torch matmul, the baseline, takes 20 ms, its einsum 40 ms; JAX is so many times faster."""
+
+    def make(jax_speed, *, rounds=20, noise=0.003, seed=0, **shared):
+        rng = np.random.default_rng(seed)
+        shared = {"cell": f"c{seed}", "cell_size": 5, "environment_id": "e0", "calls_per_block": 10} | shared
+
+        def timed(name, speed, **changes):
+            blocks = 0.02 / speed * np.exp(noise * rng.standard_normal(2 * rounds))
+            found = {"block_latency_s": tuple(blocks.tolist()), "latency_s": float(np.median(blocks)) / 10}
+            return make_record(key=f"{seed}-{shared['environment_id']}-{name}", **found, **shared, **changes)
+
+        return [
+            timed("base", 1.0, baseline=True),
+            timed("control", 1.0, baseline=True, control=True),
+            timed("einsum", 0.5, implementation="einsum"),
+            timed("jax", jax_speed, framework="jax", mode="jit"),
+            timed("jax loop", 0.4 * jax_speed, framework="jax", implementation="loop", mode="jit"),
+        ]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("speed", "verdict", "text"),
+    [(2.0, FASTER, "JAX 2.00x"), (0.5, SLOWER, "torch 2.00x"), (1.0, SAME, "same")],
+)
+def test_the_fastest_of_each_framework_are_compared(cell, speed, verdict, text):
+    (ranking,) = rankings(cell(speed))
+    found = ranking.frameworks
+    assert (found.torch, found.jax, found.verdict) == ("torch matmul (eager)", "jax matmul (jit)", verdict)
+    assert found.interval.low < speed < found.interval.high
+    assert verdict_text(found).startswith(text[:-2])
+    assert found.faster.startswith({FASTER: "jax", SLOWER: "torch"}.get(verdict, ""))
+
+
+def test_noise_leaves_the_frameworks_open_and_few_rounds_do_not_decide(cell):
+    (ranking,) = rankings(cell(1.05, noise=0.3))
+    assert ranking.frameworks.verdict == UNRESOLVED
+    assert verdict_text(ranking.frameworks).startswith("open (")
+    (ranking,) = rankings(cell(1.05, rounds=2, noise=0.05))
+    assert ranking.frameworks.verdict == UNRESOLVED
+
+
+def test_yardsticks_and_whoever_has_no_speed_are_nobody_s_best(cell, make_record):
+    records = cell(2.0)
+    fast = replace(records[3], key="y", implementation="dense", kind="yardstick", framework="torch", mode="eager")
+    fast = replace(fast, block_latency_s=tuple(b / 10 for b in fast.block_latency_s), latency_s=fast.latency_s / 10)
+    (ranking,) = rankings([*records, fast])
+    assert ranking.frameworks.torch == "torch matmul (eager)"
+    alone = [record for record in records if record.framework == "torch"]
+    (ranking,) = rankings(alone)
+    assert ranking.frameworks is None
+    assert verdict_text(None) == "-"
+    assert matrices(results_of(alone, ENVIRONMENTS)) == []
+
+
+def test_a_choice_among_equals_costs_width(cell):
+    base = {0: np.zeros(20)}
+    rng = np.random.default_rng(0)
+
+    def ratio(count):
+        equals = {f"jax {k}": {0: 0.01 * rng.standard_normal(20)} for k in range(count)}
+        known = dict.fromkeys(("torch 0", *equals), Interval(1.0, 0.99, 1.01, 20))
+        return framework_ratio({"torch": {"torch 0": base}, "jax": equals}, known, 0.01, confidence=0.95)
+
+    assert ratio(1).confidence == pytest.approx(0.95)
+    assert ratio(8).confidence == pytest.approx(1 - 0.05 / 8)
+
+
+def test_among_equals_no_framework_is_faster_than_the_other():
+    """Eight equal competitors of JAX against two of PyTorch: the best of eight looks fast by chance alone."""
+    rng = np.random.default_rng(1)
+    wrong = 0
+    for _ in range(400):
+        logs = 0.05 * rng.standard_normal((10, 15))
+        order = np.argsort(logs.mean(1))
+        sides = {"torch": {}, "jax": {}}
+        for k in order:
+            sides["torch" if k < 2 else "jax"][str(k)] = {0: logs[k]}
+        found = framework_ratio(sides, {}, 0.0, confidence=0.95)
+        wrong += found.verdict in (FASTER, SLOWER)
+    assert wrong <= 0.05 * 400
+
+
+def test_a_matrix_has_a_column_for_each_precision_and_division(cell):
+    records = [
+        *cell(2.0, seed=0),
+        *cell(0.5, seed=1, direction="forward_backward"),
+        *cell(1.0, seed=2, division="tuned", environment_id="e1"),
+        *cell(3.0, seed=3, precision="bf16", dtype="bfloat16", cache="cold"),
+        *cell(1.5, seed=4, direction="train_step", optimizer="adamw"),
+    ]
+    results = results_of(records, ENVIRONMENTS)
+    (matrix,) = matrices(results)
+    assert matrix.columns == ["ieee_fp32, matched", "ieee_fp32, tuned", "bf16, matched, cold"]
+    assert [row.split("), ")[1] for row in matrix.rows] == ["forward", "forward_backward", "train_step (adamw)"]
+    text = report(results)
+    assert "## PyTorch against JAX" in text
+    assert "| workload | ieee_fp32, matched | ieee_fp32, tuned | bf16, matched, cold |" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("|") and "), forward |" in line]
+    assert [part.split()[0] for part in row.split("|")[2:5]] == ["JAX", "same", "JAX"]
+    assert text.count("JAX over PyTorch, the fastest of each: ") == 5
+    # The README folds the rankings of the first conditions, and names those of all others by one line.
+    block = results_block(results)
+    assert block.count("<details>") == 3
+    assert "Rankings of the 3 cells in ieee_fp32, matched;" in block
+    assert "division tuned" in block
+
+
+def test_a_second_run_and_a_second_device_have_tables_of_their_own(cell):
+    again = {"e0": FINGERPRINT, "e1": FINGERPRINT | {"git": None}, "e2": FINGERPRINT | {"cpu_model": "another"}}
+    records = [*cell(2.0), *cell(2.0, seed=1, environment_id="e1"), *cell(0.5, seed=2, environment_id="e2")]
+    found = matrices(results_of(records, again))
+    assert [len(matrix.places) for matrix in found] == [1, 1, 1]
+    assert found[0].device == found[1].device != found[2].device
+    assert "another" in found[2].device
+    assert matrices(results_of(records, {}))[0].device == "environment e0"
+
+
+def test_the_comparison_is_in_json_csv_and_on_the_terminal(cell, tmp_path, call):
+    records = [*cell(2.0), *cell(0.5, seed=1, direction="forward_backward")]
+    store = Store(tmp_path / "run", resume=False)
+    store.add_environment("e0", FINGERPRINT)
+    store.append(records[:5])
+    store.append(records[5:])
+    table, picture = tmp_path / "f.csv", tmp_path / "f.svg"
+    done = call("report", tmp_path / "run", "--frameworks-csv", table, "--framework-map", picture)
+    assert done.exit_code == 0, done.output
+    assert "PyTorch against JAX" in done.output
+    assert "torch 2.0" in done.output
+    with table.open() as file:
+        first, second = csv.DictReader(file)
+    assert (first["verdict"], second["verdict"]) == (FASTER, SLOWER)
+    assert float(first["jax_over_torch_low"]) < 2.0 < float(first["jax_over_torch_high"])
+    assert "JAX 2.0" in "".join(ElementTree.parse(picture).getroot().itertext())
+    found = json.loads(json.dumps(summary(results_of(records, ENVIRONMENTS))))["cells"][0]["frameworks"]
+    assert (found["jax"], found["verdict"]) == ("jax matmul (jit)", FASTER)
+
+
+def test_a_picture_needs_both_frameworks_and_shows_no_colour_where_neither_is_faster(cell, tmp_path):
+    alone = [record for record in cell(2.0) if record.framework == "torch"]
+    with pytest.raises(ChartError, match="--framework-map: no cell has a speed of both frameworks"):
+        save_framework_map(results_of(alone, ENVIRONMENTS), tmp_path / "f.svg")
+    shades = [shade(rankings(cell(speed))[0].frameworks) for speed in (50.0, 1.0, 0.02)]
+    assert shades == [2.0, 0.0, -2.0]
