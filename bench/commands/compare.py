@@ -15,7 +15,8 @@ from bench.environments import StoreError, device_name
 from bench.report.export import interval_json
 from bench.report.output import OutputError, columns_of, flat, write_csv, write_json
 from bench.report.text import ratio
-from bench.study.comparison import Change, Comparison, compare, measured_cells
+from bench.study.comparison import Change, Comparison, compare
+from bench.study.measured_cells import measured_cells
 from bench.study.statistics import SAME, UNRESOLVED
 
 
@@ -54,9 +55,32 @@ def _json(found: Comparison) -> dict[str, Any]:
         "only_a": [where._asdict() for where in found.only_a],
         "only_b": [where._asdict() for where in found.only_b],
         "verdicts_agreeing": found.agreeing,
-        "verdicts_contradicting": [{**where._asdict(), "competitor": label} for where, label in found.contradicting],
+        "verdicts_contradicting": [
+            {
+                **one.where._asdict(),
+                "competitor": one.label,
+                "ratio_to_baseline_b_to_a": interval_json(one.interval),
+                "beyond_noise": one.beyond_noise,
+            }
+            for one in found.contradicting
+        ],
         "other_baseline": [where._asdict() for where in found.other_baseline],
     }
+
+
+def _show_verdicts(console: Console, found: Comparison) -> None:
+    opposite = found.contradicting
+    text = f"{found.agreeing} FASTER or SLOWER in both runs alike, {len(opposite)} contradict"
+    if opposite:
+        text += f" in {len({one.where for one in opposite})} cells"
+        text += f", {sum(one.beyond_noise for one in opposite)} of them beyond both runs' noise"
+    console.print(f"Verdicts against the baseline: {text}.")
+    for one in opposite:
+        how = "beyond" if one.beyond_noise else "within"
+        console.print(
+            f"  contradiction {how} the noise: {one.label} in {one.where.title}: "
+            f"B's ratio over A's {ratio(one.interval)}"
+        )
 
 
 def _show(console: Console, found: Comparison) -> None:
@@ -73,13 +97,7 @@ def _show(console: Console, found: Comparison) -> None:
         "both runs' A/A controls and the shift that the competitors of a cell share."
     )
     console.print(", ".join(f"{count} {word}" for word, count in counts.items()) + ".")
-    console.print(
-        f"Verdicts against the baseline: {found.agreeing} FASTER or SLOWER in both runs alike, "
-        f"{len(found.contradicting)} contradict"
-        + (f" in {len({where for where, _ in found.contradicting})} cells." if found.contradicting else ".")
-    )
-    for where, label in found.contradicting:
-        console.print(f"  contradiction: {label} in {where.title}")
+    _show_verdicts(console, found)
     for title, cells in (
         ("only in A", found.only_a),
         ("only in B", found.only_b),

@@ -127,7 +127,7 @@ _ALL = (
         _SEED,
         rounds=_ANY_ROUNDS,
         cell_s=6.0,
-        most_cell_s=25.0,
+        most_cell_s=45.0,
         least_rounds=4,
         warm_up_blocks=2,
         probe_s=0.01,

@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from bench.report.chart import ChartError, save_picture
-from bench.report.frameworks import LEGEND, Matrix, matrices, verdict_text
+from bench.report.frameworks import HEADING, Matrix, matrices, verdict_text
 from bench.study.frameworks import FrameworkRatio
 from bench.study.results import Results
 from bench.study.statistics import FASTER, SLOWER
 
 # Four times as fast or more has the full colour: what lies beyond would leave nothing to tell 1.1 from 1.5.
 _FULL = 4.0
+_DARK = 0.8 * math.log2(_FULL)
 _HEIGHT, _WIDTH = 22, 110
+_NOTE = (
+    "the faster framework of each cell, the fastest competitor of each; open: not resolved (JAX's speed over PyTorch's)"
+)
 
 
 def shade(found: FrameworkRatio) -> float:
@@ -62,6 +66,8 @@ def framework_map(results: Results) -> Any:
             "(datum.value > 0 ? 'JAX ' : 'torch ') + pow(2, abs(datum.value)) + 'x'",
         ),
     )
+    # Black on the darkest squares would be hard to read.
+    ink = alt.condition(f"abs(datum.shade) > {_DARK}", alt.value("white"), alt.value("black"))
     panels = []
     for matrix in found:
         base = alt.Chart(alt.InlineData(values=squares(matrix))).encode(
@@ -72,14 +78,14 @@ def framework_map(results: Results) -> Any:
         panels.append(
             (
                 base.mark_rect(stroke="lightgray").encode(color=colour, tooltip=tooltip)
-                + base.mark_text(fontSize=10, color="black").encode(text="text:N")
+                + base.mark_text(fontSize=10).encode(text="text:N", color=ink)
             ).properties(
                 title=matrix.device,
                 width=_WIDTH * len(matrix.columns),
                 height=_HEIGHT * len(matrix.rows),
             )
         )
-    return alt.vconcat(*panels, title=alt.Title(LEGEND.split(";", 1)[0] + ".", anchor="start", fontSize=11))
+    return alt.vconcat(*panels, title=alt.Title(HEADING, subtitle=_NOTE, anchor="start"))
 
 
 def save_framework_map(results: Results, path: Path) -> None:

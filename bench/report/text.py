@@ -148,7 +148,7 @@ def baseline_line(ranking: Ranking) -> str:
     if ranking.resolution is None or math.isinf(ranking.resolution):
         return f"{text} No A/A control, so nothing is resolved."
     noise = f"{math.expm1(min(ranking.resolution, _LARGEST_SHOWN)):.1%}"
-    return f"{text} A/A control {ratio(ranking.control)}: differences below {noise} are noise."
+    return f"{text} A/A control {ratio(ranking.control)}: differences below {noise} are not told apart."
 
 
 def resolution_line(found: Sequence[Ranking]) -> str:

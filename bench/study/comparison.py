@@ -8,6 +8,10 @@ the trimmed mean log latencies. Rounds of two runs cannot be paired, so its inte
 - the far ends of both runs' A/A intervals: what the same code in the same run may differ by;
 - the median shift of the other competitors of the cell: what all of them share is the machine's doing, or a change
   that they all share, and cannot be told apart from it.
+
+Where one run says FASTER than the baseline and the other SLOWER, the ratios to the baseline are compared in the same
+way, without a shift, which they do not have: each verdict may be wrong with a chance of 5%, so among hundreds some are
+expected to be opposite, and only those beyond both runs' noise, at a level shared out among all, contradict for good.
 """
 
 import math
@@ -15,47 +19,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
-import numpy as np
-
-from bench.archive import Archive
-from bench.environments import StoreError
 from bench.plan.competitors import YARDSTICK
-from bench.study.identity import Identity, identity
-from bench.study.pairing import by_label, log_latencies
-from bench.study.ranking import Ranking, rank_cells
+from bench.study.identity import Identity
+from bench.study.measured_cells import Measured, Spread
 from bench.study.statistics import (
     CONFIDENCE,
     FASTER,
     SLOWER,
     UNRESOLVED,
     Interval,
+    resolution,
     student_t_quantile,
     verdict,
 )
-from bench.study.trimming import middle_rounds, pseudo_values, trimmed_mean
 
 LOST = "LOST"
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A competitor's latency in one run: trimmed mean log seconds, its standard error and degrees of freedom.
-
-    ``units`` is the number of processes, or of rounds where there is one process.
-    """
-
-    mean: float
-    error: float
-    units: int
-    degrees: int
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A cell of one run: its ranking, and the spread of everybody who was timed."""
-
-    ranking: Ranking
-    spreads: Mapping[str, Spread]
 
 
 @dataclass(frozen=True)
@@ -82,6 +60,23 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Contradiction:
+    """A competitor that is FASTER than the baseline in one run and SLOWER in the other.
+
+    Attributes:
+        where: the conditions.
+        label: who.
+        interval: its ratio to the baseline in B over that in A.
+        beyond_noise: whether that interval leaves out 1: the runs differ by more than both runs' noise.
+    """
+
+    where: Identity
+    label: str
+    interval: Interval
+    beyond_noise: bool
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What two runs came to.
 
@@ -90,7 +85,7 @@ class Comparison:
         only_a: cells that only A has.
         only_b: cells that only B has.
         agreeing: number of FASTER or SLOWER verdicts against the baseline that both runs give alike.
-        contradicting: cell and competitor where one run says FASTER and the other SLOWER.
+        contradicting: where one run says FASTER and the other SLOWER.
         other_baseline: cells whose baselines differ, so that their verdicts refer to different things.
     """
 
@@ -98,47 +93,13 @@ class Comparison:
     only_a: tuple[Identity, ...]
     only_b: tuple[Identity, ...]
     agreeing: int
-    contradicting: tuple[tuple[Identity, str], ...]
+    contradicting: tuple[Contradiction, ...]
     other_baseline: tuple[Identity, ...]
 
     @property
     def regressions(self) -> list[Change]:
         """What became slower beyond the noise, or lost its right answer."""
         return [change for change in self.changes if change.ranked and change.verdict in (SLOWER, LOST)]
-
-
-def measured_cells(archive: Archive, name: str) -> dict[Identity, Measured]:
-    """The cells of a run by their conditions.
-
-    Args:
-        archive: the run.
-        name: its directory, for the message.
-
-    Raises:
-        StoreError: if it holds one of them twice, from two environments.
-    """
-    cells: dict[Identity, Measured] = {}
-    for group in archive.cells():
-        where = identity(group[0])
-        if where in cells:
-            raise StoreError(
-                f"{name}: {where.title} was measured twice, in the environments "
-                f"{cells[where].ranking.first.environment_id} and {group[0].environment_id}; give runs of one each."
-            )
-        spreads = {}
-        for label, records in by_label(group).items():
-            rounds = log_latencies(records)
-            if not rounds or any(record.status != "ok" for record in records):
-                continue
-            units = np.array([trimmed_mean(values) for values in rounds.values()])
-            degrees = len(units) - 1
-            if len(units) == 1:
-                values = next(iter(rounds.values()))
-                units, degrees = pseudo_values(values, (len(values),)), middle_rounds(len(values)) - 1
-            error = float(units.std(ddof=1) / math.sqrt(len(units))) if len(units) > 1 else math.inf
-            spreads[label] = Spread(float(units.mean()), error, len(units), degrees)
-        cells[where] = Measured(rank_cells([group])[0], spreads)
-    return cells
 
 
 def _interval(a: Spread, b: Spread, floors: tuple[float, float], shift: float, confidence: float) -> Interval:
@@ -154,9 +115,21 @@ def _interval(a: Spread, b: Spread, floors: tuple[float, float], shift: float, c
     return Interval(math.exp(estimate), low, high, units)
 
 
+def _floors(a: Measured, b: Measured) -> tuple[float, float]:
+    controls = (run.ranking.control for run in (a, b))
+    first, second = (math.inf if control is None else resolution(control) for control in controls)
+    return first, second
+
+
+def _contradiction(where: Identity, label: str, a: Measured, b: Measured, confidence: float) -> Contradiction:
+    # Of speeds, where latencies are the minuend in A: the ratio in B over the ratio in A.
+    interval = _interval(b.to_baseline[label], a.to_baseline[label], _floors(a, b), 0.0, confidence)
+    return Contradiction(where, label, interval, not interval.low <= 1 <= interval.high)
+
+
 def _changes(where: Identity, a: Measured, b: Measured, confidence: float) -> list[Change]:
     ratios = {label: a.spreads[label].mean - b.spreads[label].mean for label in a.spreads.keys() & b.spreads.keys()}
-    floors = tuple(math.inf if run.ranking.resolution is None else run.ranking.resolution for run in (a, b))
+    floors = _floors(a, b)
     after = {row.record.label: row for row in b.ranking.rows}
     changes = []
     for row in a.ranking.rows:
@@ -172,7 +145,7 @@ def _changes(where: Identity, a: Measured, b: Measured, confidence: float) -> li
             continue
         others = [value for name, value in ratios.items() if name != label]
         shift = median(others) if others else 0.0
-        interval = _interval(a.spreads[label], b.spreads[label], (floors[0], floors[1]), shift, confidence)
+        interval = _interval(a.spreads[label], b.spreads[label], floors, shift, confidence)
         said = verdict(interval, 0.0) if math.isfinite(interval.high) else UNRESOLVED
         changes.append(Change(where, label, interval, said, shift, ranked))
     return changes
@@ -189,7 +162,7 @@ def compare(a: Mapping[Identity, Measured], b: Mapping[Identity, Measured]) -> C
     count = sum(len(a[where].spreads.keys() & b[where].spreads.keys()) for where in both)
     confidence = 1 - (1 - CONFIDENCE) / max(count, 1)
     changes = [change for where in both for change in _changes(where, a[where], b[where], confidence)]
-    agreeing, contradicting, other_baseline = 0, [], []
+    agreeing, opposite, other_baseline = 0, [], []
     for where in both:
         if a[where].ranking.baseline != b[where].ranking.baseline:
             other_baseline.append(where)
@@ -199,12 +172,13 @@ def compare(a: Mapping[Identity, Measured], b: Mapping[Identity, Measured]) -> C
             pair = {row.verdict, after.get(row.record.label)}
             agreeing += pair in ({FASTER}, {SLOWER})
             if pair == {FASTER, SLOWER}:
-                contradicting.append((where, row.record.label))
+                opposite.append((where, row.record.label))
+    level = 1 - (1 - CONFIDENCE) / max(agreeing + len(opposite), 1)
     return Comparison(
         changes=tuple(changes),
         only_a=tuple(where for where in a if where not in b),
         only_b=tuple(where for where in b if where not in a),
         agreeing=agreeing,
-        contradicting=tuple(contradicting),
+        contradicting=tuple(_contradiction(where, label, a[where], b[where], level) for where, label in opposite),
         other_baseline=tuple(other_baseline),
     )

@@ -12,11 +12,15 @@ from bench.study.frameworks import FrameworkRatio, framework_ratio
 from bench.study.identity import identity
 from bench.study.pairing import Rounds, by_label, intervals, log_latencies
 from bench.study.short_blocks import ShortBlocks, short_blocks
-from bench.study.statistics import CONFIDENCE, SLOWER, Interval, resolution, tukey_outliers, verdict
+from bench.study.statistics import CONFIDENCE, EQUIVALENCE, SLOWER, Interval, resolution, tukey_outliers, verdict
 from bench.study.stopping import confidence
 from bench.study.winners import leaders
 
 BASELINE = "baseline"
+# Where memory lies and how threads fall differs from process to process, and the control, which shares the baseline's
+# process, cannot see it: from one run of 60 cells to the next, a competitor went from 1.02x, certainly, to 0.95x. So a
+# single process names no winner by less than what counts as the same; of several, the intervals hold the spread.
+ONE_PROCESS = EQUIVALENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,8 @@ class Ranking:
         cell: the cell's hash.
         first: any record of the cell, for what they have in common.
         baseline: label of the baseline, or None if nothing could be timed.
-        resolution: smallest log ratio that can be told from nothing, or None without a control.
+        resolution: smallest log ratio that is named: the far end of the A/A control's interval, and at least 2% where
+            there is one process; None without a control.
         control: the A/A interval, or None.
         rows: ranked competitors first, then yardsticks, then those without a speed.
         replicates: number of process replicates.
@@ -123,6 +128,8 @@ def _rank_cell(records: Sequence[Record]) -> Ranking:
     found = intervals(reference, {"": repeated} | {label: rounds[label] for label in timed}, level)
     control = found.get("")
     floor = None if control is None else resolution(control)
+    if floor is not None and len({record.process_replicate for record in records}) == 1:
+        floor = max(floor, ONE_PROCESS)
     rows: list[Row] = []
     for label, group in timed.items():
         interval = found.get(label)

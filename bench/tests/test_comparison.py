@@ -1,13 +1,14 @@
 import csv
 import json
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 
 from bench.archive import Archive
 from bench.store import Store
-from bench.study.comparison import compare, measured_cells
+from bench.study.comparison import compare
+from bench.study.measured_cells import measured_cells
 from bench.tests.synthetic import FINGERPRINT
 
 NAMES = (("torch", "matmul", "eager"), ("torch", "loop", "eager"), ("jax", "matmul", "jit"), ("jax", "loop", "jit"))
@@ -110,12 +111,33 @@ def test_an_answer_that_was_lost_is_a_regression(write, call):
     assert call("compare", b, a).exit_code == 0
 
 
-def test_contradicting_verdicts_are_counted(write, call):
+def test_contradicting_verdicts_are_counted(write, call, tmp_path):
+    f = tmp_path / "f.json"
     # Against the baseline, jax matmul takes 3 times as long in A and a third in B.
     a, b = write("a", seed=0), write("b", seed=1, factors={"jax matmul": 1 / 9})
     both = found(a, b)
-    assert [label for _, label in both.contradicting] == ["jax matmul (jit)"] * 2
-    assert "2 contradict in 2 cells" in call("compare", a, b).output
+    assert [(one.label, one.beyond_noise) for one in both.contradicting] == [("jax matmul (jit)", True)] * 2
+    for one in both.contradicting:
+        # Three times as long as the baseline, then a third of it.
+        assert one.interval.low < 9 < one.interval.high
+    assert "2 contradict in 2 cells, 2 of them beyond both runs' noise." in call("compare", a, b, "--json", f).output
+    (first, _) = json.loads(f.read_text())["verdicts_contradicting"]
+    assert (first["competitor"], first["beyond_noise"]) == ("jax matmul (jit)", True)
+
+
+def test_opposite_verdicts_within_both_runs_noise_are_told_apart(write, call):
+    """Equal competitors, each unlucky once: some of many verdicts are wrong, and so they may be opposite."""
+    third = {"jax matmul": 1 / 3}
+    fast = {name: factor * 0.96 for name, factor in third.items()}
+    slow = {name: factor * 1.04 for name, factor in third.items()}
+    lucky = [write(f"a{seed}", seed=seed, noise=0.05, factors=fast) for seed in range(12)]
+    unlucky = [write(f"b{seed}", seed=100 + seed, noise=0.05, factors=slow) for seed in range(12)]
+    pairs = [(a, b, one) for a, b in product(lucky, unlucky) for one in found(a, b).contradicting]
+    assert {one.label for _, _, one in pairs} == {"jax matmul (jit)"}
+    within = [(a, b) for a, b, one in pairs if not one.beyond_noise]
+    # Chosen for being extreme, most are beyond the noise of two rounds of luck, and not all.
+    assert 0 < len(within) < len(pairs)
+    assert "contradiction within the noise: jax matmul (jit)" in call("compare", *within[0]).output
 
 
 def test_cells_of_one_run_alone_are_listed(write, call):

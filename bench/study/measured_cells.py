@@ -1,0 +1,87 @@
+"""The cells of one run, with the spread of every competitor, for a comparison with another run."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.archive import Archive
+from bench.environments import StoreError
+from bench.study.identity import Identity, identity
+from bench.study.pairing import by_label, log_latencies, paired
+from bench.study.ranking import Ranking, rank_cells
+from bench.study.trimming import middle_rounds, pseudo_values, trimmed_mean
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A competitor's latency in one run: trimmed mean log seconds, its standard error and degrees of freedom.
+
+    ``units`` is the number of processes, or of rounds where there is one process.
+    """
+
+    mean: float
+    error: float
+    units: int
+    degrees: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell of one run: its ranking, and the spread of everybody who was timed.
+
+    Attributes:
+        ranking: of its competitors.
+        spreads: of their log latencies.
+        to_baseline: of their log ratios to the baseline, paired by round.
+    """
+
+    ranking: Ranking
+    spreads: Mapping[str, Spread]
+    to_baseline: Mapping[str, Spread]
+
+
+def measured_cells(archive: Archive, name: str) -> dict[Identity, Measured]:
+    """The cells of a run by their conditions.
+
+    Args:
+        archive: the run.
+        name: its directory, for the message.
+
+    Raises:
+        StoreError: if it holds one of them twice, from two environments.
+    """
+    cells: dict[Identity, Measured] = {}
+    for group in archive.cells():
+        where = identity(group[0])
+        if where in cells:
+            raise StoreError(
+                f"{name}: {where.title} was measured twice, in the environments "
+                f"{cells[where].ranking.first.environment_id} and {group[0].environment_id}; give runs of one each."
+            )
+        ranking = rank_cells([group])[0]
+        timed = {
+            label: log_latencies(records)
+            for label, records in by_label(group).items()
+            if all(record.status == "ok" for record in records)
+        }
+        spreads = {label: _spread(list(rounds.values())) for label, rounds in timed.items()}
+        pairs = paired(timed[ranking.baseline], timed) if ranking.baseline in timed else []
+        to_baseline = {
+            label: _spread(np.split(ratios, np.cumsum(block.lengths)[:-1]))
+            for block in pairs
+            for label, ratios in zip(block.labels, block.log_ratios, strict=True)
+        }
+        cells[where] = Measured(ranking, spreads, to_baseline)
+    return cells
+
+
+def _spread(rounds: Sequence[np.ndarray]) -> Spread:
+    """The spread of one value a round, given for each process."""
+    units = np.array([trimmed_mean(values) for values in rounds])
+    degrees = len(units) - 1
+    if len(units) == 1:
+        units, degrees = pseudo_values(rounds[0], (len(rounds[0]),)), middle_rounds(len(rounds[0])) - 1
+    error = float(units.std(ddof=1) / math.sqrt(len(units))) if len(units) > 1 else math.inf
+    return Spread(float(units.mean()), error, len(units), degrees)
