@@ -39,6 +39,11 @@ def device_name(fingerprint: Mapping[str, Any]) -> str:
     return f"{on} with {fingerprint['cpu_model']}, {len(fingerprint['affinity'])} processors"
 
 
+def releases(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Framework to its Python and versions: what is the same in all divisions of a run."""
+    return {name: [part.get("python"), part["versions"]] for name, part in fingerprint["frameworks"].items()}
+
+
 _FINGERPRINT: Mapping[str, tuple[type, ...]] = {
     "cpu_model": (str,),
     "affinity": (list,),

@@ -28,7 +28,7 @@ _LISTS = tuple((k, name) for k, name in enumerate(FIELD_NAMES) if _KINDS_OF[name
 _TEXTS = tuple(k for k, name in enumerate(FIELD_NAMES) if _KINDS_OF[name] == (str,))
 _NUMBERS = tuple(name for name in FIELD_NAMES if int in _KINDS_OF[name])
 _POSITIVE = ("num_partitions", "in_features", "out_features", "batch", "cell_size", "calls_per_block", "waste_factor")
-_POSITIVE += ("useful_flops", "compulsory_bytes", "latency_s")
+_POSITIVE += ("useful_flops", "compulsory_bytes", "latency_s", "block_s")
 _DEFAULTS: Mapping[str, Any] = {
     item.name: [] if _KINDS_OF[item.name] == (list,) else {} if item.default is MISSING else item.default
     for item in fields(Record)

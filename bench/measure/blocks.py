@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.measure.timers.base import Call
+from bench.plan.presets import SHORT_BLOCK
 
 # Other competitors ran since the last block, and left their data in the caches: calls of about this time come first.
 _REFILL_S = 0.001
@@ -23,7 +24,6 @@ _BEYOND_DOUBT = 30
 # once, three had far too short blocks; in two of them all looks within some ten milliseconds were alike 25 times slow.
 _BEFORE_LOOKS_S = (0.0, 0.01)
 _STEADY = 0.02  # warm-up ends when a block is no longer faster than the one before by more than the equivalence margin
-_SHORT = 0.5  # a block that lasts less than this part of its time was sized by a disturbance, and not by its calls
 _SIZINGS = 3  # how often the size is looked for, where a block of it turns out to last less than half of its time
 
 
@@ -131,7 +131,7 @@ def warm_up(call: Call, wait: Callable[[Any], None], block_s: float, max_blocks:
 
 def too_short(elapsed: float, block_s: float) -> bool:
     """Whether a block lasted less than half of the time that it was sized for."""
-    return elapsed < _SHORT * block_s
+    return elapsed < SHORT_BLOCK * block_s
 
 
 def could_be_short(warm_up_blocks: Sequence[float], block_s: float) -> bool:

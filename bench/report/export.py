@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.records import SCHEMA_VERSION, finite
-from bench.report.output import columns_of, flat, write_csv, write_text
+from bench.report.output import OutputError, columns_of, flat, write_csv, write_text
 from bench.study.frameworks import FrameworkRatio
 from bench.study.ranking import Ranking, Row
 from bench.study.results import Results
@@ -150,13 +150,15 @@ def write_frameworks(path: Path, results: Results) -> None:
     """Writes one line for each cell that has both frameworks as comma-separated values.
 
     Raises:
-        OutputError: if it cannot be written.
+        OutputError: if there is none, or it cannot be written.
     """
     rows = [
         {name: getattr(ranking.first, name) for name in SHARED} | flat(found)
         for ranking in results.found
         if (found := _frameworks(ranking.frameworks)) is not None
     ]
+    if not rows:
+        raise OutputError("--frameworks-csv: no cell has a speed of both frameworks; measure both first.")
     write_csv(path, columns_of(rows), rows, argument="--frameworks-csv")
 
 

@@ -14,6 +14,8 @@ from bench.study.statistics import FASTER, SLOWER
 _FULL = 4.0
 _DARK = 0.8 * math.log2(_FULL)
 _HEIGHT, _WIDTH = 22, 110
+# More rows than this make a picture that nobody scrolls through.
+MOST_ROWS = 300
 _NOTE = (
     "the faster framework of each cell, the fastest competitor of each; open: not resolved (JAX's speed over PyTorch's)"
 )
@@ -47,13 +49,19 @@ def framework_map(results: Results) -> Any:
     """The map as an altair object, a panel for each device.
 
     Raises:
-        ChartError: if no cell has both frameworks.
+        ChartError: if no cell has both frameworks, or there are more rows than anybody can read.
     """
     import altair as alt
 
     found = matrices(results)
     if not found:
         raise ChartError("--framework-map: no cell has a speed of both frameworks; measure both first.")
+    rows = sum(len(matrix.rows) for matrix in found)
+    if rows > MOST_ROWS:
+        raise ChartError(
+            f"--framework-map: expected at most {MOST_ROWS} workloads and directions, got {rows}; choose some of them "
+            "with --where."
+        )
     limit = math.log2(_FULL)
     colour = alt.Color(
         "shade:Q",
@@ -80,7 +88,7 @@ def framework_map(results: Results) -> Any:
                 base.mark_rect(stroke="lightgray").encode(color=colour, tooltip=tooltip)
                 + base.mark_text(fontSize=10).encode(text="text:N", color=ink)
             ).properties(
-                title=matrix.device,
+                title=matrix.device if len(found) == 1 else matrix.title,
                 width=_WIDTH * len(matrix.columns),
                 height=_HEIGHT * len(matrix.rows),
             )

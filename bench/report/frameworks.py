@@ -1,8 +1,10 @@
 """PyTorch against JAX over all cells of a run: workloads downwards, conditions to the right."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from bench.environments import device_name
+from bench.environments import device_name, releases
 from bench.report.text import factor, ratio
 from bench.study.frameworks import FrameworkRatio
 from bench.study.identity import identity
@@ -13,7 +15,7 @@ from bench.study.statistics import FASTER, SAME, SLOWER
 HEADING = "PyTorch against JAX"
 LEGEND = (
     "The fastest competitor of each framework in a cell, whatever it is, and by how much the faster of the two beats "
-    "the other; `same`: within 2%; `open`: not resolved, with JAX's speed over PyTorch's; `-`: not measured."
+    "the other; `same`: within 2%; `open`: not resolved, with JAX's speed over PyTorch's; `-`: no speed of both."
 )
 
 
@@ -23,46 +25,56 @@ class Matrix:
 
     Attributes:
         device: what it was measured on.
-        rows: workloads with their sizes and direction.
-        columns: precision and division.
         places: row and column to the ranking there.
     """
 
     device: str
-    rows: list[str] = field(default_factory=list)
-    columns: list[str] = field(default_factory=list)
     places: dict[tuple[str, str], Ranking] = field(default_factory=dict)
 
-    def put(self, row: str, column: str, ranking: Ranking) -> None:
-        """Adds a cell, its row and column behind those that are there."""
-        for name, names in ((row, self.rows), (column, self.columns)):
-            if name not in names:
-                names.append(name)
-        self.places[row, column] = ranking
+    @property
+    def rows(self) -> list[str]:
+        """Workloads with their sizes and direction, in the order in which they were measured."""
+        return list(dict.fromkeys(row for row, _ in self.places))
+
+    @property
+    def columns(self) -> list[str]:
+        """Precisions and divisions, in the order in which they were measured."""
+        return list(dict.fromkeys(column for _, column in self.places))
+
+    @property
+    def environments(self) -> list[str]:
+        """Where the cells were measured; a division has an environment of its own."""
+        return list(dict.fromkeys(ranking.first.environment_id for ranking in self.places.values()))
+
+    @property
+    def title(self) -> str:
+        """One line for a heading."""
+        ids = self.environments
+        return f"{self.device}, environment{'s' if len(ids) > 1 else ''} {', '.join(ids)}"
 
 
 def matrices(results: Results) -> list[Matrix]:
-    """The cells in which both frameworks were timed, apart by device.
+    """The cells in which both frameworks were timed, apart by device and by releases of the frameworks.
 
-    A cell that was measured twice on one device, in two environments, goes into a further matrix.
+    A cell that was measured twice, in two environments, goes into a further matrix.
     """
-    found: list[Matrix] = []
+    found: dict[str, list[Matrix]] = {}
     for ranking in results.found:
         if ranking.frameworks is None:
             continue
         environment_id = ranking.first.environment_id
         known = results.environments.get(environment_id)
-        # An unknown environment is nobody else's device.
-        device = f"environment {environment_id}" if known is None else device_name(known)
+        # An unknown environment is like no other.
+        key = environment_id if known is None else json.dumps([device_name(known), releases(known)], sort_keys=True)
+        alike = found.setdefault(key, [])
         where = identity(ranking.first)
         place = (where.what, where.how)
-        free = (one for one in found if one.device == device and place not in one.places)
-        matrix = next(free, None)
+        matrix = next((one for one in alike if place not in one.places), None)
         if matrix is None:
-            matrix = Matrix(device)
-            found.append(matrix)
-        matrix.put(*place, ranking)
-    return found
+            matrix = Matrix("unknown" if known is None else device_name(known))
+            alike.append(matrix)
+        matrix.places[place] = ranking
+    return [matrix for alike in found.values() for matrix in alike]
 
 
 def verdict_text(found: FrameworkRatio | None) -> str:
@@ -77,9 +89,9 @@ def verdict_text(found: FrameworkRatio | None) -> str:
     return "same" if found.verdict == SAME else f"open ({factor(speed)}x)"
 
 
-def line(matrix: Matrix, row: str) -> list[str]:
+def line(matrix: Matrix, row: str, columns: Sequence[str]) -> list[str]:
     """The row of a matrix: its name and a verdict for each column."""
-    shown = (matrix.places.get((row, column)) for column in matrix.columns)
+    shown = (matrix.places.get((row, column)) for column in columns)
     return [row] + [verdict_text(None if ranking is None else ranking.frameworks) for ranking in shown]
 
 
@@ -88,5 +100,5 @@ def framework_line(ranking: Ranking) -> list[str]:
     found = ranking.frameworks
     if found is None:
         return []
-    who = f"{found.jax} against {found.torch}"
+    who = f"{found.jax} against {found.torch}; interval of {found.confidence:.1%}, for all that tie"
     return [f"JAX over PyTorch, the fastest of each: {ratio(found.interval)}, {found.verdict} ({who})."]

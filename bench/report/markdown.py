@@ -62,8 +62,9 @@ def framework_lines(results: Results) -> list[str]:
     found = matrices(results)
     lines = [LEGEND, ""] if found else []
     for matrix in found:
-        lines += [f"On {matrix.device}:", ""] if len(found) > 1 else []
-        lines += [*table(("workload", *matrix.columns), (line(matrix, row) for row in matrix.rows)), ""]
+        columns = matrix.columns
+        lines += [f"On {matrix.title}:", ""] if len(found) > 1 else []
+        lines += [*table(("workload", *columns), (line(matrix, row, columns) for row in matrix.rows)), ""]
     return lines
 
 
@@ -81,12 +82,14 @@ def ranking_lines(ranking: Ranking, *, level: int = 3) -> list[str]:
 
 
 _EXPLANATION = (
-    "Ratios are paired by round, and averaged geometrically over the middle three fifths of the rounds (over all where",
-    "there are fewer than ten); intervals are 95% bootstrap intervals, wider where a run",
-    "looked several times before it stopped. SAME means that the whole interval lies within 2% of the baseline,",
-    "UNRESOLVED that nothing may be said; `1=` marks those that tie for the first place, since no claim against",
-    "all others at once holds (Holm). A yardstick computes another function and is not ranked. The measured ceiling",
-    "and the data sheet bound the useful work: a share is the least possible time over the time taken.",
+    "Ratios are paired by round, and averaged geometrically over the middle three fifths of the rounds (over all",
+    "where there are fewer than ten); intervals are 95% bootstrap intervals, wider where a run looked several times",
+    "before it stopped, and between the frameworks wider by the number of pairs of those that tie. SAME means that",
+    "the whole interval lies within 2% of the baseline, UNRESOLVED that nothing may be said. FASTER and SLOWER need",
+    "more than the A/A control differs from itself by, and more than 2% where there is one process, because processes",
+    "differ. `1=` marks those that tie for the first place, since no claim against all others at once holds (Holm). A",
+    "yardstick computes another function and is not ranked. The measured ceiling and the data sheet bound the useful",
+    "work: a share is the least possible time over the time taken.",
 )
 
 

@@ -1,7 +1,9 @@
 """The README's results block, generated from records so that it cannot drift from them."""
 
 from html import escape
+from typing import Any
 
+from bench.environments import device_name, releases
 from bench.report.markdown import environment_lines, framework_lines, table
 from bench.report.text import (
     baseline_line,
@@ -71,11 +73,16 @@ def results_block(results: Results) -> str:
     folded = sum(identity(ranking.first).how == shown for ranking in results.found)
     if folded < len(results.found):
         lines += [f"Rankings of the {folded} cells in {shown}; `bench report` shows those of the others.", ""]
+    # Divisions of one run have environments that differ in nothing else: one of them says it all.
+    told: list[tuple[str, dict[str, Any]]] = []
     for environment_id, found in results.places().items():
         detailed = [ranking for ranking in found if identity(ranking.first).how == shown]
         if environment_id in results.environments:
-            known = environment_lines(environment_id, results.environments[environment_id])
-            lines += [f"- {line}" for line in (known if detailed else known[:1])] + [""]
+            fingerprint = results.environments[environment_id]
+            known = environment_lines(environment_id, fingerprint)
+            place = (device_name(fingerprint), releases(fingerprint))
+            lines += [f"- {line}" for line in (known[:1] if place in told and not detailed else known)] + [""]
+            told.append(place)
         for ranking in detailed:
             # Folded, so that a reader sees every cell's verdict at once and opens the tables that matter to them.
             summary = f"<b>{escape(ranking.title)}</b>: {escape(winner_line(ranking))}"

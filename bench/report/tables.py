@@ -26,6 +26,7 @@ _NUMERIC = {"#", "time", "ratio [95%]", "compile", "memory"}
 # Every column of the ranking side by side; a pipe has no width of its own, and a cut table says nothing.
 _WIDTH = 166
 _MOST_TABLES = 150
+_MOST_PLACES = 2000
 
 
 def wide_console() -> Console:
@@ -84,16 +85,20 @@ def show_rankings(console: Console, found: Sequence[Ranking], *, efficiency: boo
 
 def framework_table(matrix: Matrix) -> Table:
     """One matrix for a terminal."""
-    shown = Table(title=escape(f"{HEADING}: {matrix.device}"), caption=escape(LEGEND), title_justify="left")
-    for k, column in enumerate(("workload", *matrix.columns)):
+    columns = matrix.columns
+    shown = Table(title=escape(f"{HEADING}: {matrix.title}"), caption=escape(LEGEND), title_justify="left")
+    for k, column in enumerate(("workload", *columns)):
         shown.add_column(escape(column), justify="right" if k else "left", no_wrap=not k)
     for row in matrix.rows:
-        shown.add_row(*map(escape, line(matrix, row)))
+        shown.add_row(*map(escape, line(matrix, row, columns)))
     return shown
 
 
 def show_frameworks(console: Console, results: Results) -> None:
     """Prints PyTorch against JAX, a table for each device; nothing where no cell has both."""
     for matrix in matrices(results):
+        if len(matrix.places) > _MOST_PLACES:
+            print(f"{HEADING}: {len(matrix.places)} cells; --frameworks-csv and --framework-map show them.")
+            continue
         console.print(framework_table(matrix))
         console.print()

@@ -148,7 +148,8 @@ def baseline_line(ranking: Ranking) -> str:
     if ranking.resolution is None or math.isinf(ranking.resolution):
         return f"{text} No A/A control, so nothing is resolved."
     noise = f"{math.expm1(min(ranking.resolution, _LARGEST_SHOWN)):.1%}"
-    return f"{text} A/A control {ratio(ranking.control)}: differences below {noise} are not told apart."
+    why = " (one process)" if ranking.one_process else ""
+    return f"{text} A/A control {ratio(ranking.control)}: nobody is called faster by less than {noise}{why}."
 
 
 def resolution_line(found: Sequence[Ranking]) -> str:

@@ -5,13 +5,15 @@ the trimmed mean log latencies. Rounds of two runs cannot be paired, so its inte
 
 - the spread within each run (over processes where there are several, else over rounds), by Student's t at a level that
   is shared out among all comparisons, so that equal runs fail with a chance of 5% in all and not in each;
-- the far ends of both runs' A/A intervals: what the same code in the same run may differ by;
+- the floors of both runs, below which they name nobody: the far ends of their A/A intervals, what the same code in the
+  same run may differ by, and at least 2% of a run of one process, since processes differ;
 - the median shift of the other competitors of the cell: what all of them share is the machine's doing, or a change
   that they all share, and cannot be told apart from it.
 
 Where one run says FASTER than the baseline and the other SLOWER, the ratios to the baseline are compared in the same
 way, without a shift, which they do not have: each verdict may be wrong with a chance of 5%, so among hundreds some are
-expected to be opposite, and only those beyond both runs' noise, at a level shared out among all, contradict for good.
+expected to be opposite. Only those beyond both runs' noise, at a level shared out among all competitors of all cells,
+since any of them could have become opposite, contradict for good.
 """
 
 import math
@@ -28,7 +30,6 @@ from bench.study.statistics import (
     SLOWER,
     UNRESOLVED,
     Interval,
-    resolution,
     student_t_quantile,
     verdict,
 )
@@ -116,8 +117,7 @@ def _interval(a: Spread, b: Spread, floors: tuple[float, float], shift: float, c
 
 
 def _floors(a: Measured, b: Measured) -> tuple[float, float]:
-    controls = (run.ranking.control for run in (a, b))
-    first, second = (math.inf if control is None else resolution(control) for control in controls)
+    first, second = (math.inf if run.ranking.resolution is None else run.ranking.resolution for run in (a, b))
     return first, second
 
 
@@ -173,12 +173,11 @@ def compare(a: Mapping[Identity, Measured], b: Mapping[Identity, Measured]) -> C
             agreeing += pair in ({FASTER}, {SLOWER})
             if pair == {FASTER, SLOWER}:
                 opposite.append((where, row.record.label))
-    level = 1 - (1 - CONFIDENCE) / max(agreeing + len(opposite), 1)
     return Comparison(
         changes=tuple(changes),
         only_a=tuple(where for where in a if where not in b),
         only_b=tuple(where for where in b if where not in a),
         agreeing=agreeing,
-        contradicting=tuple(_contradiction(where, label, a[where], b[where], level) for where, label in opposite),
+        contradicting=tuple(_contradiction(where, label, a[where], b[where], confidence) for where, label in opposite),
         other_baseline=tuple(other_baseline),
     )

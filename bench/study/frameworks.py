@@ -1,15 +1,15 @@
 """PyTorch against JAX in one cell: the fastest competitor of the one against the fastest of the other.
 
 Which one of several equals comes first in its framework is chance, and to choose it by the same rounds that judge it
-would favour whoever has more of them. So the interval holds for every pair that could have been chosen: its error is
-shared out (Bonferroni) among the pairs of those that tie for the first place of their framework.
+would favour whoever has more of them. So its error is shared out (Bonferroni) among the pairs of those that tie for the
+first place of their framework: the interval holds for each of these pairs.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bench.study.pairing import Rounds, intervals
-from bench.study.statistics import FASTER, Interval, verdict
+from bench.study.statistics import Interval, verdict
 from bench.study.winners import leaders
 
 # The verdict is that of the second: its speed over that of the first.
@@ -34,15 +34,9 @@ class FrameworkRatio:
     verdict: str
     confidence: float
 
-    @property
-    def faster(self) -> str:
-        """Label of the faster one, going by the estimate alone."""
-        return self.jax if self.verdict == FASTER or self.interval.ratio > 1 else self.torch
-
 
 def framework_ratio(
     ranked: Mapping[str, Mapping[str, Rounds]],
-    to_baseline: Mapping[str, Interval],
     floor: float | None,
     *,
     confidence: float,
@@ -51,8 +45,7 @@ def framework_ratio(
 
     Args:
         ranked: framework to label to rounds, of everybody who is ranked, the fastest first.
-        to_baseline: label to the ratio to the cell's baseline.
-        floor: smallest log ratio that the cell can tell from nothing, or None.
+        floor: smallest log ratio that the cell names, or None.
         confidence: 1 less the chance of a false verdict.
 
     Returns:
@@ -66,13 +59,8 @@ def framework_ratio(
             return None
         tied = leaders(competitors, floor, confidence=confidence)
         first[framework] = tied[0]
-        pairs *= sum(_near(to_baseline.get(label), to_baseline.get(tied[0])) for label in tied)
+        pairs *= len(tied)
     level = 1 - (1 - confidence) / pairs
     torch, jax = first[REFERENCE], first[RIVAL]
     found = intervals(ranked[REFERENCE][torch], {jax: ranked[RIVAL][jax]}, level).get(jax)
     return None if found is None else FrameworkRatio(torch, jax, found, verdict(found, floor), level)
-
-
-def _near(other: Interval | None, best: Interval | None) -> bool:
-    """Whether one could have come first: with few rounds the correction for many lets even the slowest tie."""
-    return other is None or best is None or other.high >= best.low

@@ -12,15 +12,11 @@ from bench.study.frameworks import FrameworkRatio, framework_ratio
 from bench.study.identity import identity
 from bench.study.pairing import Rounds, by_label, intervals, log_latencies
 from bench.study.short_blocks import ShortBlocks, short_blocks
-from bench.study.statistics import CONFIDENCE, EQUIVALENCE, SLOWER, Interval, resolution, tukey_outliers, verdict
+from bench.study.statistics import CONFIDENCE, SLOWER, Interval, named_from, resolution, tukey_outliers, verdict
 from bench.study.stopping import confidence
 from bench.study.winners import leaders
 
 BASELINE = "baseline"
-# Where memory lies and how threads fall differs from process to process, and the control, which shares the baseline's
-# process, cannot see it: from one run of 60 cells to the next, a competitor went from 1.02x, certainly, to 0.95x. So a
-# single process names no winner by less than what counts as the same; of several, the intervals hold the spread.
-ONE_PROCESS = EQUIVALENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +93,11 @@ class Ranking:
         return [row for row in self.rows if row.rank is not None]
 
     @property
+    def one_process(self) -> bool:
+        """Whether the smallest ratio that is named is that of a single process, and not what the control shows."""
+        return self.control is not None and self.resolution is not None and self.resolution > resolution(self.control)
+
+    @property
     def half_width(self) -> float | None:
         """Half of the width of the A/A control's interval, as a log ratio; None without an interval of finite width."""
         if self.control is None or self.control.low <= 0 or math.isinf(self.control.high):
@@ -127,9 +128,7 @@ def _rank_cell(records: Sequence[Record]) -> Ranking:
     repeated = log_latencies(record for record in records if record.control)
     found = intervals(reference, {"": repeated} | {label: rounds[label] for label in timed}, level)
     control = found.get("")
-    floor = None if control is None else resolution(control)
-    if floor is not None and len({record.process_replicate for record in records}) == 1:
-        floor = max(floor, ONE_PROCESS)
+    floor = None if control is None else named_from(control, len(reference.keys() & repeated.keys()))
     rows: list[Row] = []
     for label, group in timed.items():
         interval = found.get(label)
@@ -169,7 +168,7 @@ def _rank_cell(records: Sequence[Record]) -> Ranking:
         leaders=first,
         confidence=level,
         short_blocks=short_blocks(records),
-        frameworks=framework_ratio(_by_framework(ranked, rounds), found, floor, confidence=level),
+        frameworks=framework_ratio(_by_framework(ranked, rounds), floor, confidence=level),
     )
 
 

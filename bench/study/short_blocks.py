@@ -10,11 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
-from bench.plan.presets import BLOCK_S
+from bench.plan.presets import BLOCK_S, SHORT_BLOCK
 from bench.records import Record
-
-# A block is sized for 15% more than its length, and speeds drift by 20%: nothing of that halves it.
-SHORT = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +66,14 @@ def short_blocks(records: Iterable[Record]) -> tuple[ShortBlocks, ...]:
         # Records of earlier runs do not say it; it has been the same since.
         intended = record.block_s if record.block_s is not None else BLOCK_S.get(record.device)
         # The shortest tells of all others, and most records end here.
-        if not blocks or intended is None or min(blocks) >= SHORT * intended:
+        if not blocks or intended is None or min(blocks) >= SHORT_BLOCK * intended:
             continue
         found.append(
             ShortBlocks(
                 label=record.label,
                 control=record.control,
                 process_replicate=record.process_replicate,
-                short=sum(block < SHORT * intended for block in blocks),
+                short=sum(block < SHORT_BLOCK * intended for block in blocks),
                 blocks=len(blocks),
                 calls_per_block=record.calls_per_block or 1,
                 median_s=float(median(blocks)),

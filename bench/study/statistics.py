@@ -24,6 +24,10 @@ from bench.study.trimming import middle_rounds, pseudo_values
 CONFIDENCE = 0.95
 EQUIVALENCE = math.log(1.02)
 RESAMPLES = 2000
+# Where memory lies and how threads fall differs from process to process, and the control, which shares the baseline's
+# process, cannot see it: from one run of 60 cells to the next, a competitor went from 1.02x, certainly, to 0.95x. So a
+# single process names no winner by less than what counts as the same; of several, the intervals hold the spread.
+ONE_PROCESS = EQUIVALENCE
 FASTER, SLOWER, SAME, UNRESOLVED = "FASTER", "SLOWER", "SAME", "UNRESOLVED"
 
 
@@ -200,15 +204,25 @@ def resolution(control: Interval) -> float:
     return max(abs(math.log(control.low)), abs(math.log(control.high)))
 
 
+def named_from(control: Interval, processes: int) -> float:
+    """The smallest log ratio that is called FASTER or SLOWER.
+
+    Args:
+        control: interval of the A/A control.
+        processes: number of processes behind it.
+    """
+    return resolution(control) if processes > 1 else max(resolution(control), ONE_PROCESS)
+
+
 def verdict(interval: Interval, floor: float | None) -> str:
     """What may be said about a competitor against the baseline.
 
     SAME: the whole interval lies within 2% of 1. FASTER or SLOWER: the interval leaves 1 out and the estimate lies
-    beyond the resolution that the A/A control shows. Anything else, and all without a control, is UNRESOLVED.
+    beyond the cell's floor. Anything else, and all without a control, is UNRESOLVED.
 
     Args:
         interval: ratio to the baseline.
-        floor: ``resolution`` of the cell's control, or None if it has none.
+        floor: ``named_from`` of the cell's control, or None if it has none.
     """
     if interval.low <= 0 or floor is None:
         return UNRESOLVED

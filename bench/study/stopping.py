@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from bench.study.statistics import CONFIDENCE, UNRESOLVED, Interval, ratio_intervals, resolution, verdict
+from bench.study.statistics import CONFIDENCE, UNRESOLVED, Interval, named_from, ratio_intervals, verdict
 
 LEAST_ROUNDS = 10
 # Of the length that the cell's blocks are sized for: half a second on a GPU, where a block lasts 20 ms.
@@ -105,7 +105,8 @@ def stop_reason(
         return None
     matrix = np.array([np.asarray(values, float)[:rounds] for values in (control, *log_ratios.values())])
     aa, *others = ratio_intervals(matrix, (rounds,), confidence=look_confidence(rounds))
-    floor = resolution(aa)
+    # A single process: what the report will not name is not settled.
+    floor = named_from(aa, processes=1)
     if _half_width(aa) < RESOLUTION and all(verdict(interval, floor) != UNRESOLVED for interval in others):
         return RESOLVED_REASON
     if all(_half_width(interval) < PRECISE for interval in (aa, *others)):

@@ -4,7 +4,8 @@
 other by a two-sided t test of their paired log ratios (per process where there are several, else per round, trimmed;
 two-sided, since X was chosen after looking), and the p values are corrected by Holm's step-down procedure
 (Holm, A simple sequentially rejective multiple test procedure, 1979). Who is not beaten so, or by no more than the
-cell's A/A control differs from itself, or by provably less than 2%, ties with X.
+cell names (what its A/A control differs from itself by, or 2% where there is one process), or by provably less than 2%,
+ties with X.
 """
 
 import math
