@@ -24,9 +24,7 @@ from bench.study.trimming import middle_rounds, pseudo_values
 CONFIDENCE = 0.95
 EQUIVALENCE = math.log(1.02)
 RESAMPLES = 2000
-# Where memory lies and how threads fall differs from process to process, and the control, which shares the baseline's
-# process, cannot see it: from one run of 60 cells to the next, a competitor went from 1.02x, certainly, to 0.95x. So a
-# single process names no winner by less than what counts as the same; of several, the intervals hold the spread.
+# Processes differ, and the control shares the baseline's: from run to run a competitor went from 1.02x to 0.95x.
 ONE_PROCESS = EQUIVALENCE
 FASTER, SLOWER, SAME, UNRESOLVED = "FASTER", "SLOWER", "SAME", "UNRESOLVED"
 
@@ -205,12 +203,7 @@ def resolution(control: Interval) -> float:
 
 
 def named_from(control: Interval, processes: int) -> float:
-    """The smallest log ratio that is called FASTER or SLOWER.
-
-    Args:
-        control: interval of the A/A control.
-        processes: number of processes behind it.
-    """
+    """The smallest log ratio called FASTER or SLOWER, with an A/A control of so many processes."""
     return resolution(control) if processes > 1 else max(resolution(control), ONE_PROCESS)
 
 
