@@ -94,7 +94,8 @@ def _show(console: Console, found: Comparison) -> None:
     counts = {word: sum(c.verdict == word for c in found.changes) for word in ("FASTER", "SLOWER", SAME, UNRESOLVED)}
     console.print(
         "Speed of B over A, above 1x is faster; the intervals hold for all of them together and include the noise of "
-        "both runs' A/A controls and the shift that the competitors of a cell share."
+        "both runs (their A/A controls, at least 2% of a single process) and the shift that the competitors of a cell "
+        "share."
     )
     console.print(", ".join(f"{count} {word}" for word, count in counts.items()) + ".")
     _show_verdicts(console, found)

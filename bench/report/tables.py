@@ -98,7 +98,7 @@ def show_frameworks(console: Console, results: Results) -> None:
     """Prints PyTorch against JAX, a table for each device; nothing where no cell has both."""
     for matrix in matrices(results):
         if len(matrix.places) > _MOST_PLACES:
-            print(f"{HEADING}: {len(matrix.places)} cells; --frameworks-csv and --framework-map show them.")
+            print(f"{HEADING}: {len(matrix.places)} cells; --frameworks-csv and --json hold them.")
             continue
         console.print(framework_table(matrix))
         console.print()

@@ -1,7 +1,7 @@
 """The cells of one run, with the spread of every competitor, for a comparison with another run."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,10 +9,10 @@ import numpy as np
 from bench.archive import Archive
 from bench.environments import StoreError
 from bench.study.identity import Identity, identity
-from bench.study.pairing import Block, by_label, log_latencies, paired
+from bench.study.pairing import by_label, log_latencies, paired
 from bench.study.ranking import Ranking, rank_cells
 from bench.study.statistics import process_means
-from bench.study.trimming import middle_rounds, pseudo_values, trimmed_mean
+from bench.study.trimming import middle_rounds, pseudo_values
 
 
 @dataclass(frozen=True)
@@ -62,37 +62,41 @@ def measured_cells(archive: Archive, name: str) -> dict[Identity, Measured]:
                 f"{cells[where].ranking.first.environment_id} and {group[0].environment_id}; give runs of one each."
             )
         ranking = rank_cells([group])[0]
+        groups = by_label(group)
+        rounds = {label: log_latencies(records) for label, records in groups.items()}
         timed = {
-            label: log_latencies(records)
-            for label, records in by_label(group).items()
+            label: rounds[label]
+            for label, records in groups.items()
             if all(record.status == "ok" for record in records)
         }
-        spreads = {label: _spread(list(rounds.values())) for label, rounds in timed.items()}
+        spreads = {
+            label: _spreads(np.concatenate(list(found.values()))[None], tuple(map(len, found.values())))[0]
+            for label, found in timed.items()
+        }
         # As the ranking does it: a baseline that failed in one process has rounds of the others.
-        everybody = {label: log_latencies(records) for label, records in by_label(group).items()}
-        pairs = paired(everybody[ranking.baseline], timed) if ranking.baseline is not None else []
-        to_baseline = {label: spread for block in pairs for label, spread in _spreads(block)}
+        pairs = paired(rounds[ranking.baseline], timed) if ranking.baseline is not None else []
+        to_baseline = {
+            label: spread
+            for block in pairs
+            for label, spread in zip(block.labels, _spreads(block.log_ratios, block.lengths), strict=True)
+        }
         cells[where] = Measured(ranking, spreads, to_baseline)
     return cells
 
 
-def _spread(rounds: Sequence[np.ndarray]) -> Spread:
-    """The spread of log latencies, given for each process."""
-    units = np.array([trimmed_mean(values) for values in rounds])
-    degrees = len(units) - 1
-    if len(units) == 1:
-        units, degrees = pseudo_values(rounds[0], (len(rounds[0]),)), middle_rounds(len(rounds[0])) - 1
-    error = float(units.std(ddof=1) / math.sqrt(len(units))) if len(units) > 1 else math.inf
-    return Spread(float(units.mean()), error, len(units), degrees)
+def _spreads(rows: np.ndarray, lengths: tuple[int, ...]) -> list[Spread]:
+    """The spread of each row: over processes where there are several, else over rounds.
 
-
-def _spreads(block: Block) -> Iterator[tuple[str, Spread]]:
-    """The spread of each competitor's log ratio to the baseline."""
-    units = pseudo_values(block.log_ratios, block.lengths)
+    Args:
+        rows: one value a round, the processes behind one another.
+        lengths: number of rounds of each process.
+    """
+    units = pseudo_values(rows, lengths)
     degrees = middle_rounds(units.shape[1]) - 1
-    if len(block.lengths) > 1:
-        units, degrees = process_means(units, block.lengths), len(block.lengths) - 1
+    if len(lengths) > 1:
+        units, degrees = process_means(units, lengths), len(lengths) - 1
     count = units.shape[1]
     errors = units.std(1, ddof=1) / math.sqrt(count) if count > 1 else np.full(len(units), math.inf)
-    for label, mean, error in zip(block.labels, units.mean(1), errors, strict=True):
-        yield label, Spread(float(mean), float(error), count, degrees)
+    return [
+        Spread(float(mean), float(error), count, degrees) for mean, error in zip(units.mean(1), errors, strict=True)
+    ]

@@ -62,17 +62,22 @@ def sweep(tmp_path_factory):
     return directory
 
 
-def limited(sweep, how):
+def in_a_process(*arguments):
+    """Python with these arguments, from the checkout."""
     return subprocess.run(
-        [sys.executable, "-c", _CHILD, str(sweep), str(CAP_BYTES), how],
+        [sys.executable, *map(str, arguments)],
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=500,
         # One thread, since each takes address space of its own.
         env=os.environ | {"PYTHONPATH": str(CHECKOUT), "OPENBLAS_NUM_THREADS": "1"},
     )
+
+
+def limited(sweep, how):
+    return in_a_process("-c", _CHILD, sweep, CAP_BYTES, how)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space of a process")
@@ -92,15 +97,7 @@ def test_a_sweep_resumes_and_reports_in_less_memory_than_its_samples_take(sweep)
 def test_a_sweep_is_planned_stored_resumed_and_reported(cells, cap_bytes, request, tmp_path, record_property):
     if cells > 1000 and not request.config.getoption("--whole-sweep", default=False):
         pytest.skip("takes some 30 seconds of processor: run with --whole-sweep (-s shows what each stage took)")
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.tests.whole_sweep", str(tmp_path), str(cells), "10"],
-        cwd=CHECKOUT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-        env=os.environ | {"PYTHONPATH": str(CHECKOUT), "OPENBLAS_NUM_THREADS": "1"},
-    )
+    done = in_a_process("-m", "bench.tests.whole_sweep", tmp_path, cells, 10)
     assert done.returncode == 0, done.stderr[-2000:]
     stages = json.loads(done.stdout)
     for name, found in stages.items():
