@@ -3,6 +3,7 @@
 # make lint      formatting, lint rules, types
 # make gpu       the whole comparison on an NVIDIA GPU, records under OUT (to publish: OUT=bench/results/<device>); with
 #                frameworks that are installed already: make gpu GPU_PYTHON=python3
+# make publish   draws all that README shows of the published records anew: its results, the pictures, the claims
 # Extra arguments for pip: make compare PIP_ARGS="--index-url ..."
 
 SHELL := /bin/bash
@@ -12,7 +13,8 @@ PIP_ARGS ?=
 # A folder of its own for every run: nothing measured is ever overwritten.
 OUT := $(or $(OUT),bench/results/local/$(shell date +%Y%m%dT%H%M%S))
 PRESET ?= smoke
-# Further options of `bench run`. Noisy machine, a quarter of an hour: make compare PRESET=seed BENCH_ARGS="--most-cell-s 150"
+# Further options of `bench run`. The article's settings in one process, under ten minutes:
+# make compare PRESET=seed BENCH_ARGS="--replicates 1"
 BENCH_ARGS ?=
 # Two files at a time; the tests of one file stay together, because they share what they computed.
 PARALLEL ?= -n 2 --dist loadfile
@@ -43,8 +45,17 @@ GPU_PYTHON ?= $(VENV)/bin/python
 GPU_PRESET ?= seed
 # What the article's claims are judged in; fewer precisions or divisions take proportionally less time.
 GPU_OPTIONS ?= $(foreach d,stock matched tuned,--division $(d)) $(foreach p,ieee_fp32 tf32 bf16,--precision $(p))
+# A device that is borrowed for half an hour does one; the same command with more goes on where it ended.
+GPU_REPLICATES ?= 1
 
-.PHONY: compare setup test test-newest lint gpu clean
+# The records that README shows, where their pictures and claims go, and the page; the tests draw them elsewhere.
+PUBLISHED ?= bench/results/cpu-epyc-2core
+DRAWN ?= $(PUBLISHED)
+PAGE ?= README.md
+# A picture of every cell would be too long to read: three settings of the article, both directions.
+CHARTED ?= workload=article-ba* division=matched precision=ieee_fp32 direction=f*
+
+.PHONY: compare setup test test-newest lint gpu publish clean
 
 compare: $(VENV)/.installed
 	@mkdir -p $(OUT)
@@ -80,8 +91,14 @@ gpu: $(if $(filter $(VENV)/bin/python,$(GPU_PYTHON)),$(VENV)/.installed)
 	@mkdir -p $(OUT)
 	PYTHONPATH=. $(GPU_PYTHON) -m bench doctor
 	PYTHONPATH=. $(GPU_PYTHON) -m parity_tests run --device cuda --cases default --json $(OUT)/parity.json
-	PYTHONPATH=. $(GPU_PYTHON) -m bench run --device cuda --preset $(GPU_PRESET) $(GPU_OPTIONS) --resume --out $(OUT)
+	PYTHONPATH=. $(GPU_PYTHON) -m bench run --device cuda --preset $(GPU_PRESET) $(GPU_OPTIONS) --replicates $(GPU_REPLICATES) --resume --out $(OUT)
 	PYTHONPATH=. $(GPU_PYTHON) -m bench claims $(OUT) --json $(OUT)/claims.json --markdown $(OUT)/claims.md
+
+publish:
+	@mkdir -p $(DRAWN)
+	$(VENV)/bin/python -m bench report $(PUBLISHED) --readme $(PAGE) --framework-map $(DRAWN)/frameworks.svg
+	$(VENV)/bin/python -m bench report $(PUBLISHED) $(foreach c,$(CHARTED),--where '$(c)') --chart $(DRAWN)/throughput.svg
+	$(VENV)/bin/python -m bench claims $(PUBLISHED) --json $(DRAWN)/claims.json --markdown $(DRAWN)/claims.md
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and was not found (set PYTHON)"; exit 1; }

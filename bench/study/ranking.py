@@ -115,13 +115,21 @@ def _median(values: Iterable[float | None]) -> float | None:
     return float(median(known)) if known else None
 
 
+def _level(records: Sequence[Record], processes: int) -> float:
+    """Confidence that the intervals of a cell are given, so that they hold at 95% however often its run looked."""
+    if processes > 1:
+        # A process stops by what it alone has seen: none could choose a moment at which the processes' means, whose
+        # scatter the interval is made of, happen to be close to each other.
+        return CONFIDENCE
+    return max(confidence(len(r.block_latency_s) // 2, r.stopped if r.status == "ok" else "") for r in records)
+
+
 def _rank_cell(records: Sequence[Record]) -> Ranking:
     by_competitor = by_label(records)
     baseline = next((record.label for record in records if record.baseline and not record.control), None)
     rounds = {label: log_latencies(group) for label, group in by_competitor.items()}
     reference = rounds[baseline] if baseline is not None else {}
-    # Every process stops by itself; the one that looked most often decides what the looks cost.
-    level = max(confidence(len(r.block_latency_s) // 2, r.stopped if r.status == "ok" else "") for r in records)
+    level = _level(records, processes=len(reference))
     failed = {label: worst for label, group in by_competitor.items() if (worst := _worst(group)) is not None}
     timed = {label: group for label, group in by_competitor.items() if label not in failed}
     # The control together with the competitors, whose rounds it shares; its key is no label.

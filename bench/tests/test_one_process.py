@@ -1,6 +1,7 @@
 """What one process cannot know: how much processes differ."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from bench.report.text import baseline_line
 from bench.study.ranking import rankings
 from bench.study.statistics import SAME, UNRESOLVED
+from bench.study.stopping import look_confidence
 
 
 @pytest.fixture
@@ -57,3 +59,11 @@ def test_a_process_in_which_the_baseline_failed_does_not_count(cell):
     ranking, found = verdicts([*cell(0), *cell(1, **gone)])
     assert ranking.resolution == pytest.approx(math.log(1.02))
     assert found["einsum"] in (SAME, UNRESOLVED)
+
+
+def test_the_price_of_looks_is_paid_by_one_process_alone(cell):
+    looked = {"stopped": "resolved"}
+    ranking, _ = verdicts([replace(record, **looked) for record in cell(0)])
+    assert ranking.confidence == look_confidence(20) > 0.99
+    ranking, _ = verdicts([replace(record, **looked) for replicate in (0, 1) for record in cell(replicate)])
+    assert ranking.confidence == 0.95

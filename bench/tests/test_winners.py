@@ -213,3 +213,28 @@ def test_a_single_interval_is_that_of_the_batch():
     batch = ratio_intervals(rows, (10, 15))
     assert batch[1] == ratio_interval([rows[1, :10], rows[1, 10:]])
     assert verdict(ratio_interval([np.zeros(1)]), 0.1) == UNRESOLVED
+
+
+@pytest.mark.parametrize("speed", [1.0, 1.03])
+@pytest.mark.parametrize("processes", [2, 5])
+def test_processes_that_stop_by_themselves_need_no_higher_confidence(speed, processes):
+    # Each process has speeds of its own, and stops by what it alone has seen; the control shares the baseline's.
+    rng = np.random.default_rng(3)
+    cells, inside, won, wrong = 300, [], 0, 0
+    for _ in range(cells):
+        own = np.exp(0.01 * rng.standard_normal((processes, 2)))
+        runs = [run(rng, [speed * a, b])[0] for a, b in own]
+        lengths = tuple(logs.shape[1] for logs in runs)
+        ratios = np.concatenate([logs[0] - logs[1:] for logs in runs], axis=1)
+        control, *others = ratio_intervals(ratios, lengths)
+        inside += [found.low <= truth <= found.high for found, truth in zip(others, (speed, 1.0), strict=True)]
+        means = [0.0, *(-math.log(found.ratio) for found in others)]
+        order = sorted(zip(means, (0, 2, 3), strict=True))
+        competitors = {str(k): {p: logs[k] for p, logs in enumerate(runs)} for _, k in order}
+        first = leaders(competitors, resolution(control))
+        won += len(first) == 1
+        wrong += verdict(others[1], resolution(control)) in (FASTER, SLOWER)
+    # 0.925 lies three standard errors of 600 intervals below 0.95.
+    assert np.mean(inside) >= 0.925
+    assert wrong <= 0.05 * cells
+    assert won <= 0.05 * cells or speed > 1

@@ -1,0 +1,80 @@
+"""What is shown of the published records is what `make publish` draws from them: none of it is stale."""
+
+import re
+import shutil
+import subprocess
+import sys
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = ROOT / "bench" / "results" / "cpu-epyc-2core"
+# Vega writes the minus sign of typography.
+NUMBER = re.compile(r"[-\u2212]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The folder into which everything was drawn anew."""
+    for package in ("altair", "vl_convert"):
+        pytest.importorskip(package, reason=f"pictures need {package} (extra report)")
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed here")
+    directory = tmp_path_factory.mktemp("drawn")
+    page = Path(shutil.copy(ROOT / "README.md", directory))
+    done = subprocess.run(
+        ["make", "publish", f"VENV={sys.prefix}", f"PUBLISHED={PUBLISHED}", f"DRAWN={directory}", f"PAGE={page}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return directory
+
+
+def words_and_numbers(text):
+    """A text without its numbers, and its numbers."""
+    return NUMBER.sub("#", text), [float(found.replace("\u2212", "-")) for found in NUMBER.findall(text)]
+
+
+def told(picture):
+    """What a picture says of its marks: their descriptions, in order, without where they lie (fonts differ)."""
+    return "\n".join(unescape(found) for found in re.findall(r'aria-label="([^"]*)"', picture))
+
+
+def assert_the_same(fresh, published):
+    """Texts are equal; numbers to what another processor's sums may change."""
+    fresh_words, fresh_numbers = words_and_numbers(fresh)
+    words, numbers = words_and_numbers(published)
+    assert fresh_words == words
+    assert fresh_numbers == pytest.approx(numbers, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["claims.md", "claims.json"])
+def test_claims_are_those_of_the_records(drawn, name):
+    fresh = (drawn / name).read_text()
+    assert len(fresh) > 10_000
+    assert_the_same(fresh, (PUBLISHED / name).read_text())
+
+
+@pytest.mark.parametrize("name", ["frameworks.svg", "throughput.svg"])
+def test_pictures_are_those_of_the_records(drawn, name):
+    fresh = told((drawn / name).read_text())
+    assert fresh.count("matmul") > 20, "the picture describes no competitor"
+    assert_the_same(fresh, told((PUBLISHED / name).read_text()))
+
+
+def test_the_page_is_that_of_the_records(drawn):
+    assert (drawn / "README.md").read_text() == (ROOT / "README.md").read_text()
+
+
+def test_a_stale_number_or_word_is_noticed():
+    picture = '<path aria-label="low: 1.25; competitor: torch matmul (eager)"/>'
+    assert_the_same(told(picture), told(picture.replace("1.25", "1.2500000001")))
+    for stale in (picture.replace("1.25", "1.26"), picture.replace("matmul", "einsum"), picture.replace("low", "high")):
+        with pytest.raises(AssertionError):
+            assert_the_same(told(stale), told(picture))
