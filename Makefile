@@ -45,7 +45,7 @@ GPU_PYTHON ?= $(VENV)/bin/python
 GPU_PRESET ?= seed
 # What the article's claims are judged in; fewer precisions or divisions take proportionally less time.
 GPU_OPTIONS ?= $(foreach d,stock matched tuned,--division $(d)) $(foreach p,ieee_fp32 tf32 bf16,--precision $(p))
-# A device that is borrowed for half an hour does one; the same command with more goes on where it ended.
+# Sets of fresh processes: one is for a first look; the same command and OUT with more (five) goes on where it ended.
 GPU_REPLICATES ?= 1
 
 # The records that README shows, where their pictures and claims go, and the page; the tests draw them elsewhere.

@@ -5,7 +5,7 @@ the rounds at which one may look are fixed (10, 14, 20, 28, 40, ...), and the k-
 ``0.01 / (k (k + 1))``. These sum to 0.01 over any number of looks; the other 0.04 are left for a run that a cap ends.
 So by the union bound the intervals cover at the stated rate, whatever the dependence between looks, and a noisy cell,
 which runs to its cap, pays little for having been looked at. The report of a run uses the level of its last look or of
-the cap (``confidence``), not a fresh 5%.
+the cap (``confidence``), not a fresh 5%. Over several processes it does not: see ``ranking``.
 
 A run is not over before its A/A control is known to 3%: a cell in which everybody else is far behind would otherwise
 stop without having found out what it can resolve, and time goes where the noise is.

@@ -232,9 +232,10 @@ def test_processes_that_stop_by_themselves_need_no_higher_confidence(speed, proc
         order = sorted(zip(means, (0, 2, 3), strict=True))
         competitors = {str(k): {p: logs[k] for p, logs in enumerate(runs)} for _, k in order}
         first = leaders(competitors, resolution(control))
-        won += len(first) == 1
+        # Where one is faster, its winning is right.
+        won += len(first) == 1 and (speed == 1 or first != ("2",))
         wrong += verdict(others[1], resolution(control)) in (FASTER, SLOWER)
     # 0.925 lies three standard errors of 600 intervals below 0.95.
     assert np.mean(inside) >= 0.925
     assert wrong <= 0.05 * cells
-    assert won <= 0.05 * cells or speed > 1
+    assert won <= 0.05 * cells
