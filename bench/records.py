@@ -66,7 +66,8 @@ class Record:
         useful_flops: operations that the function needs in one call.
         compulsory_bytes: bytes that must move in one call.
         waste_factor: how many times the useful products are carried out.
-        process_replicate: number of the set of processes.
+        process_replicate: number of the set of processes. Memory, single calls, enqueueing, kernels, energy and
+            compiling again are measured in the first alone, which is 0.
         control: True for the baseline's second run in the same rounds (the A/A control).
         baseline: True for the competitor that the ratios of the cell refer to.
         seed: of the inputs and the order.

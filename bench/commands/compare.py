@@ -65,6 +65,7 @@ def _json(found: Comparison) -> dict[str, Any]:
             for one in found.contradicting
         ],
         "other_baseline": [where._asdict() for where in found.other_baseline],
+        "one_process": found.one_process,
     }
 
 
@@ -108,6 +109,11 @@ def _show(console: Console, found: Comparison) -> None:
             console.print(f"{len(cells)} cells {title}: {', '.join(where.title for where in cells)}.")
     for change in found.regressions:
         console.print(f"Regression: {change.label} in {change.where.title}: {ratio(change.interval)} {change.reason}")
+    if found.one_process:
+        console.print(
+            "Cells of a single process are among them: how much processes differ, which may be more than all the noise "
+            "within one, is not known there. Measure both runs with --replicates 5 before you believe what they say."
+        )
 
 
 def compare_command(

@@ -30,6 +30,8 @@ class CellRun:
         report: called with a short text at each step.
         monitor: reads the device around each block.
         device_name: of the GPU or processor, for what it can do by its data sheet.
+        diagnose: whether to measure what is no speed as well (memory, the other clocks, energy, compiling again); the
+            answers and the number of products are checked in any case.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class CellRun:
         report: Callable[[str], None] = lambda text: None,
         monitor: Monitor | None = None,
         device_name: str = "",
+        diagnose: bool = True,
     ):
-        self._monitor, self._device_name = monitor or NoMonitor(), device_name
+        self._monitor, self._device_name, self._diagnose = monitor or NoMonitor(), device_name, diagnose
         self._cell, self._workers, self._preset, self._seed, self._report = cell, workers, preset, seed, report
         self._entries = [Entry(competitor, str(k)) for k, competitor in enumerate(competitors)]
         self._opened: dict[str, Message] = {}
@@ -144,14 +147,10 @@ class CellRun:
                 self._ask(entry, "drop", limits.request_s)
                 entry.skip(f"one call took {entry.call_s:.2g} s, over the preset's cap of {cap:.2g} s here")
 
-    def _settle(self, entry: Entry) -> None:
-        """Measures the memory and waits for a steady state."""
-        limits = self._preset.limits
-        used = self._ask(entry, "memory", limits.request_s)
-        if used is None:
-            return
-        entry.peak_memory_bytes, entry.memory_method = used["peak_memory_bytes"], used["memory_method"]
-        self._size(entry)
+    def _measure_memory(self, entry: Entry) -> None:
+        used = self._ask(entry, "memory", self._preset.limits.request_s)
+        if used is not None:
+            entry.peak_memory_bytes, entry.memory_method = used["peak_memory_bytes"], used["memory_method"]
 
     def _warm_up(self, entry: Entry, *, max_blocks: int) -> Message | None:
         block_s = BLOCK_S[self._cell.device]
@@ -184,10 +183,11 @@ class CellRun:
         return timed
 
     def _probe(self, entry: Entry) -> None:
-        """The other clocks; a program that does too little work ends here."""
+        """The program's operations and, to diagnose, the other clocks; one that does too little work ends here."""
         if entry.control:
             return
-        found = self._ask(entry, "probe", self._preset.limits.prepare_s, budget_s=self._preset.probe_s)
+        budget = self._preset.probe_s if self._diagnose else 0.0
+        found = self._ask(entry, "probe", self._preset.limits.prepare_s, budget_s=budget)
         if found is not None:
             take_probe(entry, found)
 
@@ -220,7 +220,9 @@ class CellRun:
         self._open_all()
         self._each("preparing", self._build)
         self._drop_hopeless()
-        self._each("warming up", self._settle)
+        if self._diagnose:
+            self._each("measuring the memory of", self._measure_memory)
+        self._each("warming up", self._size)
         self._each("rehearsing", self._rehearse)
         add_control(self._entries)
         rounds = Rounds(
@@ -235,10 +237,11 @@ class CellRun:
         stopped = rounds.run() if any(entry.going for entry in self._entries) else ""
         ceilings: dict[str, float] = {}
         if self._preset.probe_s > 0:
-            # After the rounds: a tracer leaves its hooks behind, and compiling again replaces the program.
             ceilings = measured_ceilings(self._ceilings_of(framework) for framework in self._opened)
-            self._each("measuring the energy of", self._measure_energy)
-            self._each("probing", self._probe)
+            if self._diagnose:
+                self._each("measuring the energy of", self._measure_energy)
+        # After the rounds: a tracer leaves its hooks behind, and compiling again replaces the program.
+        self._each("probing", self._probe)
         reject_the_impossible(self._entries, self._cell, ceilings, self._device_name)
         switches = {framework: reply["switches"] for framework, reply in self._opened.items()}
         digests = [reply["inputs_digest"] for reply in self._opened.values()]

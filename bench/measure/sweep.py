@@ -225,6 +225,8 @@ def _run_cell(
         report=lambda text: report(f"{cell.title}: {text}"),
         monitor=monitor_for(cell.device, uuid),
         device_name=_device_name(pool),
+        # Memory, kernels and compile times hardly differ from process to process; speeds do, and so do mistakes.
+        diagnose=replicate == 0,
     )
     outcome = run.run()
     store.append(

@@ -45,7 +45,7 @@ class Preset:
         least_rounds: fewest rounds of each cell.
         replicates: how often everything is measured in fresh processes.
         warm_up_blocks: most blocks spent on waiting for a steady state.
-        probe_s: seconds for each of the further clocks of a competitor; 0 leaves them out.
+        probe_s: seconds for each of the further clocks of a competitor in the first process; 0 leaves them out.
         caches: ``warm``, ``cold``.
         optimizer: of the direction ``train_step``, by its name in the neutral specification.
         left_out: competitors that take part only where they are asked for by name.

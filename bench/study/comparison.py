@@ -88,6 +88,7 @@ class Comparison:
         agreeing: number of FASTER or SLOWER verdicts against the baseline that both runs give alike.
         contradicting: where one run says FASTER and the other SLOWER.
         other_baseline: cells whose baselines differ, so that their verdicts refer to different things.
+        one_process: whether either run measured a cell that both have in one process.
     """
 
     changes: tuple[Change, ...]
@@ -96,6 +97,7 @@ class Comparison:
     agreeing: int
     contradicting: tuple[Contradiction, ...]
     other_baseline: tuple[Identity, ...]
+    one_process: bool
 
     @property
     def regressions(self) -> list[Change]:
@@ -180,4 +182,5 @@ def compare(a: Mapping[Identity, Measured], b: Mapping[Identity, Measured]) -> C
         agreeing=agreeing,
         contradicting=tuple(_contradiction(where, label, a[where], b[where], confidence) for where, label in opposite),
         other_baseline=tuple(other_baseline),
+        one_process=any(run[where].ranking.replicates == 1 for where in both for run in (a, b)),
     )

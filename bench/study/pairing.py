@@ -65,9 +65,9 @@ def intervals(reference: Rounds, others: Mapping[str, Rounds], confidence: float
 
 
 def by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """The records of each competitor, the control left out."""
+    """The records of each competitor, that of the first process before the others'; the control is left out."""
     found: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
+    for record in sorted(records, key=lambda record: record.process_replicate):
         if not record.control:
             found[record.label].append(record)
     return dict(found)

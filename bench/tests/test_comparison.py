@@ -110,6 +110,17 @@ def test_a_regression_is_found_and_ends_with_status_1(write, call, tmp_path):
     assert call("compare", b, a).exit_code == 1
 
 
+def test_what_one_process_cannot_know_is_said(write, call, tmp_path):
+    slower = {"torch loop": 1.2}
+    one, another = write("a", seed=0), write("b", seed=1, factors=slower)
+    several, others = write("c", seed=2, replicates=4), write("d", seed=3, replicates=4, factors=slower)
+    for a, b, said in ((one, another, True), (several, another, True), (several, others, False)):
+        done = call("compare", a, b, "--json", tmp_path / "f.json")
+        assert done.exit_code == 1
+        assert ("Measure both runs with --replicates 5" in done.output) == said
+        assert json.loads((tmp_path / "f.json").read_text())["one_process"] == said
+
+
 def test_a_slower_machine_is_no_regression_of_anybody(write, call):
     a, b = write("a", seed=0), write("b", seed=1, shift=1.3)
     both = found(a, b)

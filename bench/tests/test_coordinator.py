@@ -95,6 +95,33 @@ def test_energy_is_that_of_a_call_where_the_device_reports_any(fake_starter):
     assert {entry.energy_j for entry in outcome.entries if entry.control} == {None}
 
 
+def test_a_later_process_measures_speeds_and_checks_answers_and_programs_alone(fake_starter):
+    competitors = [Competitor("torch", name, "eager") for name in (*GOOD, "lazy", "wrong-later")]
+    asked = set()
+
+    class Listening(WorkerPool):
+        def request(self, framework, message, timeout_s):
+            asked.add(message["operation"])
+            return super().request(framework, message, timeout_s)
+
+    with Listening(fake_starter) as pool:
+        outcome = CellRun(CELL, competitors, pool, PRESET, diagnose=False).run()
+    found = {entry.competitor.implementation: entry for entry in outcome.entries if not entry.control}
+    assert not asked & {"memory", "run_for"}
+    assert {found[name].peak_memory_bytes for name in GOOD} == {None}
+    assert all(found[name].probe["program_flops"] and "enqueue_s" not in found[name].probe for name in GOOD)
+    assert all(len(found[name].blocks) == 6 for name in GOOD)
+    assert "does 1 operation" in found["lazy"].reason
+    assert "after timing" in found["wrong-later"].reason
+
+
+@pytest.mark.parametrize("probe_s", [0.0, 0.01])
+def test_programs_are_counted_with_and_without_the_other_clocks(measure, probe_s):
+    _, found = measure("lazy", preset=replace(PRESET, probe_s=probe_s))
+    assert "does 1 operation" in found["torch", "lazy"].reason
+    assert ("enqueue_s" in found["torch", "matmul"].probe) == (probe_s > 0)
+
+
 def test_different_inputs_end_the_cell(measure, monkeypatch):
     monkeypatch.setenv("FAKE_DIGEST_jax", "other")
     outcome, _ = measure()

@@ -72,6 +72,8 @@ def test_every_cell_is_measured_once_in_every_replicate(finished):
     assert len({record.key for record in records}) == len(records)
     # Both replicates of a cell belong to one comparison, on one device.
     assert len({record.cell for record in records}) == len(WORKLOADS) * 2
+    # What is no speed is measured in the first.
+    assert {(r.process_replicate, r.peak_memory_bytes is None) for r in records} == {(0, False), (1, True)}
 
 
 def test_both_devices_worked_and_their_records_stay_apart(finished):
