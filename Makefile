@@ -48,9 +48,12 @@ GPU_OPTIONS ?= $(foreach d,stock matched tuned,--division $(d)) $(foreach p,ieee
 # Sets of fresh processes: one is for a first look; the same command and OUT with more (five) goes on where it ended.
 GPU_REPLICATES ?= 1
 
-# The records that README shows, where their pictures and claims go, and the page; the tests draw them elsewhere.
+# The records that README shows, those of the catalogue, where their pictures and claims go, and the page; the tests
+# draw them elsewhere.
 PUBLISHED ?= bench/results/cpu-epyc-2core
+CATALOGUE ?= $(PUBLISHED)-catalogue
 DRAWN ?= $(PUBLISHED)
+DRAWN_CATALOGUE ?= $(CATALOGUE)
 PAGE ?= README.md
 # A picture of every cell would be too long to read: three settings of the article, both directions.
 CHARTED ?= workload=article-ba* division=matched precision=ieee_fp32 direction=f*
@@ -95,10 +98,12 @@ gpu: $(if $(filter $(VENV)/bin/python,$(GPU_PYTHON)),$(VENV)/.installed)
 	PYTHONPATH=. $(GPU_PYTHON) -m bench claims $(OUT) --json $(OUT)/claims.json --markdown $(OUT)/claims.md
 
 publish:
-	@mkdir -p $(DRAWN)
+	@mkdir -p $(DRAWN) $(DRAWN_CATALOGUE)
 	$(VENV)/bin/python -m bench report $(PUBLISHED) --readme $(PAGE) --framework-map $(DRAWN)/frameworks.svg
 	$(VENV)/bin/python -m bench report $(PUBLISHED) $(foreach c,$(CHARTED),--where '$(c)') --chart $(DRAWN)/throughput.svg
 	$(VENV)/bin/python -m bench claims $(PUBLISHED) --json $(DRAWN)/claims.json --markdown $(DRAWN)/claims.md
+	$(VENV)/bin/python -m bench report $(CATALOGUE) --framework-map $(DRAWN_CATALOGUE)/frameworks.svg \
+		--markdown $(DRAWN_CATALOGUE)/report.md
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and was not found (set PYTHON)"; exit 1; }

@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "bench" / "results" / "cpu-epyc-2core"
+CATALOGUE = ROOT / "bench" / "results" / "cpu-epyc-2core-catalogue"
 # Vega writes the minus sign of typography.
 NUMBER = re.compile(r"[-\u2212]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
@@ -27,8 +28,16 @@ def drawn(tmp_path_factory):
         pytest.skip("make is not installed here")
     directory = tmp_path_factory.mktemp("drawn")
     page = Path(shutil.copy(ROOT / "README.md", directory))
+    places = {
+        "VENV": sys.prefix,
+        "PUBLISHED": PUBLISHED,
+        "CATALOGUE": CATALOGUE,
+        "DRAWN": directory,
+        "DRAWN_CATALOGUE": directory / CATALOGUE.name,
+        "PAGE": page,
+    }
     done = subprocess.run(
-        ["make", "publish", f"VENV={sys.prefix}", f"PUBLISHED={PUBLISHED}", f"DRAWN={directory}", f"PAGE={page}"],
+        ["make", "publish", *(f"{name}={place}" for name, place in places.items())],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -37,6 +46,11 @@ def drawn(tmp_path_factory):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return directory
+
+
+def published(name):
+    """Where what was drawn as ``name`` is published."""
+    return PUBLISHED.parent / name if name.startswith(CATALOGUE.name) else PUBLISHED / name
 
 
 def words_and_numbers(text):
@@ -57,18 +71,18 @@ def assert_the_same(fresh, published):
     assert fresh_numbers == pytest.approx(numbers, rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["claims.md", "claims.json"])
-def test_claims_are_those_of_the_records(drawn, name):
+@pytest.mark.parametrize("name", ["claims.md", "claims.json", f"{CATALOGUE.name}/report.md"])
+def test_texts_are_those_of_the_records(drawn, name):
     fresh = (drawn / name).read_text()
     assert len(fresh) > 10_000
-    assert_the_same(fresh, (PUBLISHED / name).read_text())
+    assert_the_same(fresh, published(name).read_text())
 
 
-@pytest.mark.parametrize("name", ["frameworks.svg", "throughput.svg"])
+@pytest.mark.parametrize("name", ["frameworks.svg", "throughput.svg", f"{CATALOGUE.name}/frameworks.svg"])
 def test_pictures_are_those_of_the_records(drawn, name):
     fresh = told((drawn / name).read_text())
     assert fresh.count("matmul") > 20, "the picture describes no competitor"
-    assert_the_same(fresh, told((PUBLISHED / name).read_text()))
+    assert_the_same(fresh, told(published(name).read_text()))
 
 
 def test_a_stale_number_or_word_is_noticed():
