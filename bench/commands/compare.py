@@ -17,6 +17,7 @@ from bench.report.output import OutputError, columns_of, flat, write_csv, write_
 from bench.report.text import ratio
 from bench.study.comparison import Change, Comparison, compare
 from bench.study.measured_cells import measured_cells
+from bench.study.overall import Overall
 from bench.study.statistics import SAME, UNRESOLVED
 
 
@@ -38,6 +39,7 @@ def _change(change: Change) -> dict[str, Any]:
     where: Mapping[str, Any] = change.where._asdict()
     return {
         **where,
+        "cells": 1,
         "competitor": change.label,
         "verdict": change.verdict,
         "ratio_b_to_a": interval_json(change.interval),
@@ -47,11 +49,23 @@ def _change(change: Change) -> dict[str, Any]:
     }
 
 
+def _overall(one: Overall) -> dict[str, Any]:
+    return {
+        "cells": one.cells,
+        "competitor": one.label,
+        "verdict": one.verdict,
+        "ratio_b_to_a": interval_json(one.interval),
+        "shift_of_the_others": math.exp(one.shift),
+        "ranked": one.ranked,
+    }
+
+
 def _json(found: Comparison) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "changes": [_change(change) for change in found.changes],
-        "regressions": len(found.regressions),
+        "overall": [_overall(one) for one in found.overall],
+        "regressions": len(found.regressions) + len(found.overall_regressions),
         "only_a": [where._asdict() for where in found.only_a],
         "only_b": [where._asdict() for where in found.only_b],
         "verdicts_agreeing": found.agreeing,
@@ -85,6 +99,11 @@ def _show_verdicts(console: Console, found: Comparison) -> None:
 
 
 def _show(console: Console, found: Comparison) -> None:
+    if found.overall:
+        console.print("All cells of several processes together (what a set of processes shares in them is noise):")
+        for one in found.overall:
+            note = "" if one.ranked else " (yardstick)"
+            console.print(f"  {one.label:40} {ratio(one.interval):28} {one.verdict}{note}, {one.cells} cells")
     for where, group in groupby(found.changes, key=lambda change: change.where):
         changes = list(group)
         shift = math.exp(median(change.shift for change in changes))
@@ -109,6 +128,8 @@ def _show(console: Console, found: Comparison) -> None:
             console.print(f"{len(cells)} cells {title}: {', '.join(where.title for where in cells)}.")
     for change in found.regressions:
         console.print(f"Regression: {change.label} in {change.where.title}: {ratio(change.interval)} {change.reason}")
+    for one in found.overall_regressions:
+        console.print(f"Regression: {one.label} over {one.cells} cells: {ratio(one.interval)}")
     if found.one_process:
         console.print(
             "Cells of a single process are among them: how much processes differ, which may be more than all the noise "
@@ -132,9 +153,10 @@ def compare_command(
         if json_file is not None:
             write_json(json_file, _json(found))
         if csv_file is not None:
-            rows = [flat(_change(change)) for change in found.changes]
+            # Those of all cells together have no conditions, and their number of cells.
+            rows = [flat(_change(change)) for change in found.changes] + [flat(_overall(one)) for one in found.overall]
             write_csv(csv_file, columns_of(rows), rows)
     except (UsageError, StoreError, OutputError) as error:
         return complain(error)
     _show(Console(highlight=False, markup=False, soft_wrap=True), found)
-    return FAILED if found.regressions else OK
+    return FAILED if found.regressions or found.overall_regressions else OK

@@ -3,12 +3,15 @@
 For each competitor that both runs timed under the same conditions, the ratio of speeds is B over A, the difference of
 the trimmed mean log latencies. Rounds of two runs cannot be paired, so its interval adds up three kinds of noise:
 
-- the spread within each run (over processes where there are several, else over rounds), by Student's t at a level that
-  is shared out among all comparisons, so that equal runs fail with a chance of 5% in all and not in each;
+- the spread within each run, by Student's t at a level that is shared out among all comparisons, so that equal runs
+  fail with a chance of 5% in all and not in each: over processes as ``scatter`` learns it from all competitors
+  together, and over rounds where a run has one process;
 - the floors of both runs, below which they name nobody: the far ends of their A/A intervals, what the same code in the
   same run may differ by, and at least 2% of a run of one process, since processes differ;
 - the median shift of the other competitors of the cell: what all of them share is the machine's doing, or a change
   that they all share, and cannot be told apart from it.
+
+What is too small for a single cell may show in all cells together: see ``overall``, which has half of the 5%.
 
 Where one run says FASTER than the baseline and the other SLOWER, the ratios to the baseline are compared in the same
 way, without a shift, which they do not have: each verdict may be wrong with a chance of 5%, so among hundreds some are
@@ -19,20 +22,14 @@ since any of them could have become opposite, contradict for good.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
 
 from bench.plan.competitors import YARDSTICK
+from bench.study.differences import Difference, differences, ratio_differences, usual_scatter
 from bench.study.identity import Identity
-from bench.study.measured_cells import Measured, Spread
-from bench.study.statistics import (
-    CONFIDENCE,
-    FASTER,
-    SLOWER,
-    UNRESOLVED,
-    Interval,
-    student_t_quantile,
-    verdict,
-)
+from bench.study.measured_cells import Measured
+from bench.study.overall import Overall, overall
+from bench.study.scatter import Prior
+from bench.study.statistics import CONFIDENCE, FASTER, SLOWER, UNRESOLVED, Interval, verdict
 
 LOST = "LOST"
 
@@ -89,6 +86,7 @@ class Comparison:
         contradicting: where one run says FASTER and the other SLOWER.
         other_baseline: cells whose baselines differ, so that their verdicts refer to different things.
         one_process: whether either run measured a cell that both have in one process.
+        overall: competitors over all cells of several processes.
     """
 
     changes: tuple[Change, ...]
@@ -98,58 +96,43 @@ class Comparison:
     contradicting: tuple[Contradiction, ...]
     other_baseline: tuple[Identity, ...]
     one_process: bool
+    overall: tuple[Overall, ...]
 
     @property
     def regressions(self) -> list[Change]:
-        """What became slower beyond the noise, or lost its right answer."""
+        """What became slower beyond the noise in a cell, or lost its right answer there."""
         return [change for change in self.changes if change.ranked and change.verdict in (SLOWER, LOST)]
 
-
-def _interval(a: Spread, b: Spread, floors: tuple[float, float], shift: float, confidence: float) -> Interval:
-    estimate = a.mean - b.mean
-    units = min(a.units, b.units)
-    noise = math.inf
-    if units > 1:
-        reach = student_t_quantile(0.5 + confidence / 2, min(a.degrees, b.degrees)) * math.hypot(a.error, b.error)
-        noise = math.hypot(reach, *floors) + abs(shift)
-    # Beyond any ratio that could be measured, and still a number.
-    ends = (max(estimate - noise, -700.0), min(estimate + noise, 700.0))
-    low, high = (math.exp(ends[0]), math.exp(ends[1])) if math.isfinite(noise) else (0.0, math.inf)
-    return Interval(math.exp(estimate), low, high, units)
+    @property
+    def overall_regressions(self) -> list[Overall]:
+        """What became slower beyond the noise in all cells together."""
+        return [one for one in self.overall if one.ranked and one.verdict == SLOWER]
 
 
-def _floors(a: Measured, b: Measured) -> tuple[float, float]:
-    first, second = (math.inf if run.ranking.resolution is None else run.ranking.resolution for run in (a, b))
-    return first, second
-
-
-def _contradiction(where: Identity, label: str, a: Measured, b: Measured, confidence: float) -> Contradiction:
-    # Of speeds, where latencies are the minuend in A: the ratio in B over the ratio in A.
-    interval = _interval(b.to_baseline[label], a.to_baseline[label], _floors(a, b), 0.0, confidence)
-    return Contradiction(where, label, interval, not interval.low <= 1 <= interval.high)
-
-
-def _changes(where: Identity, a: Measured, b: Measured, confidence: float) -> list[Change]:
-    ratios = {label: a.spreads[label].mean - b.spreads[label].mean for label in a.spreads.keys() & b.spreads.keys()}
-    floors = _floors(a, b)
+def _changes(
+    where: Identity,
+    a: Measured,
+    b: Measured,
+    known: Mapping[str, Difference],
+    priors: Mapping[str, Prior],
+    level: float,
+) -> list[Change]:
     after = {row.record.label: row for row in b.ranking.rows}
     changes = []
     for row in a.ranking.rows:
         label = row.record.label
-        ranked = row.record.kind != YARDSTICK
         if label not in after or row.latency_s is None:
             continue
-        if label not in ratios:
+        if label not in known:
             failed = after[label].record
             # A cap of the preset is a decision about effort, not an answer that went wrong.
             if not failed.skipped:
+                ranked = row.record.kind != YARDSTICK
                 changes.append(Change(where, label, None, LOST, 0.0, ranked, f"{failed.status}, {failed.reason}"))
             continue
-        others = [value for name, value in ratios.items() if name != label]
-        shift = median(others) if others else 0.0
-        interval = _interval(a.spreads[label], b.spreads[label], floors, shift, confidence)
+        interval = known[label].interval(priors, level)
         said = verdict(interval, 0.0) if math.isfinite(interval.high) else UNRESOLVED
-        changes.append(Change(where, label, interval, said, shift, ranked))
+        changes.append(Change(where, label, interval, said, known[label].shift, known[label].ranked))
     return changes
 
 
@@ -161,10 +144,19 @@ def compare(a: Mapping[Identity, Measured], b: Mapping[Identity, Measured]) -> C
         b: the later one.
     """
     both = [where for where in a if where in b]
-    count = sum(len(a[where].spreads.keys() & b[where].spreads.keys()) for where in both)
-    confidence = 1 - (1 - CONFIDENCE) / max(count, 1)
-    changes = [change for where in both for change in _changes(where, a[where], b[where], confidence)]
-    agreeing, opposite, other_baseline = 0, [], []
+    found = {where: differences(where, a[where], b[where]) for where in both}
+    everything = [one for group in found.values() for one in group]
+    alpha = 1 - CONFIDENCE
+    together = overall(everything, alpha / 2)
+    # Where nothing can be said about all cells together, the single ones have all of the 5%.
+    level = 1 - (alpha / 2 if together else alpha) / max(len(everything), 1)
+    priors = usual_scatter(everything)
+    changes = [
+        change
+        for where, group in found.items()
+        for change in _changes(where, a[where], b[where], {one.label: one for one in group}, priors, level)
+    ]
+    agreeing, opposite, other_baseline = 0, set(), []
     for where in both:
         if a[where].ranking.baseline != b[where].ranking.baseline:
             other_baseline.append(where)
@@ -174,13 +166,31 @@ def compare(a: Mapping[Identity, Measured], b: Mapping[Identity, Measured]) -> C
             pair = {row.verdict, after.get(row.record.label)}
             agreeing += pair in ({FASTER}, {SLOWER})
             if pair == {FASTER, SLOWER}:
-                opposite.append((where, row.record.label))
+                opposite.add((where, row.record.label))
     return Comparison(
         changes=tuple(changes),
         only_a=tuple(where for where in a if where not in b),
         only_b=tuple(where for where in b if where not in a),
         agreeing=agreeing,
-        contradicting=tuple(_contradiction(where, label, a[where], b[where], confidence) for where, label in opposite),
+        contradicting=_contradictions(a, b, opposite),
         other_baseline=tuple(other_baseline),
         one_process=any(run[where].ranking.replicates == 1 for where in both for run in (a, b)),
+        overall=together,
     )
+
+
+def _contradictions(
+    a: Mapping[Identity, Measured], b: Mapping[Identity, Measured], opposite: set[tuple[Identity, str]]
+) -> tuple[Contradiction, ...]:
+    """Opposite verdicts, each with what all ratios to the baseline together say about their noise."""
+    if not opposite:
+        return ()
+    found = [one for where in a if where in b for one in ratio_differences(where, a[where], b[where])]
+    priors = usual_scatter(found)
+    level = 1 - (1 - CONFIDENCE) / len(found)
+    result = []
+    for one in found:
+        if (one.where, one.label) in opposite:
+            interval = one.interval(priors, level)
+            result.append(Contradiction(one.where, one.label, interval, not interval.low <= 1 <= interval.high))
+    return tuple(result)

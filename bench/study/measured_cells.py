@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,15 +17,21 @@ from bench.study.trimming import middle_rounds, pseudo_values
 
 @dataclass(frozen=True)
 class Spread:
-    """A competitor in one run: trimmed mean of its log seconds or log ratios, their standard error, degrees of freedom.
+    """A competitor in one run.
 
-    ``units`` is the number of processes, or of rounds where there is one process.
+    Attributes:
+        mean: trimmed mean of its log seconds or log ratios.
+        error: its standard error.
+        units: number of processes, or of rounds where there is one process.
+        degrees: degrees of freedom of the error.
+        processes: mean of each process by its number; empty where there is one process.
     """
 
     mean: float
     error: float
     units: int
     degrees: int
+    processes: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,9 @@ def measured_cells(archive: Archive, name: str) -> dict[Identity, Measured]:
             if all(record.status == "ok" for record in records)
         }
         spreads = {
-            label: _spreads(np.concatenate(list(found.values()))[None], tuple(map(len, found.values())))[0]
+            label: _spreads(np.concatenate(list(found.values()))[None], tuple(map(len, found.values())), tuple(found))[
+                0
+            ]
             for label, found in timed.items()
         }
         # As the ranking does it: a baseline that failed in one process has rounds of the others.
@@ -78,25 +86,36 @@ def measured_cells(archive: Archive, name: str) -> dict[Identity, Measured]:
         to_baseline = {
             label: spread
             for block in pairs
-            for label, spread in zip(block.labels, _spreads(block.log_ratios, block.lengths), strict=True)
+            for label, spread in zip(
+                block.labels, _spreads(block.log_ratios, block.lengths, block.processes), strict=True
+            )
         }
         cells[where] = Measured(ranking, spreads, to_baseline)
     return cells
 
 
-def _spreads(rows: np.ndarray, lengths: tuple[int, ...]) -> list[Spread]:
+def _spreads(rows: np.ndarray, lengths: tuple[int, ...], processes: tuple[int, ...]) -> list[Spread]:
     """The spread of each row: over processes where there are several, else over rounds.
 
     Args:
         rows: one value a round, the processes behind one another.
         lengths: number of rounds of each process.
+        processes: their numbers.
     """
     units = pseudo_values(rows, lengths)
     degrees = middle_rounds(units.shape[1]) - 1
-    if len(lengths) > 1:
+    several = len(lengths) > 1
+    if several:
         units, degrees = process_means(units, lengths), len(lengths) - 1
     count = units.shape[1]
     errors = units.std(1, ddof=1) / math.sqrt(count) if count > 1 else np.full(len(units), math.inf)
     return [
-        Spread(float(mean), float(error), count, degrees) for mean, error in zip(units.mean(1), errors, strict=True)
+        Spread(
+            float(means.mean()),
+            float(error),
+            count,
+            degrees,
+            dict(zip(processes, means.tolist(), strict=True)) if several else {},
+        )
+        for means, error in zip(units, errors, strict=True)
     ]

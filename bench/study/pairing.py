@@ -30,11 +30,13 @@ class Block:
         labels: who, one for each row.
         log_ratios: ``log(reference) - log(competitor)`` for each round, the processes behind one another.
         lengths: number of rounds of each process.
+        processes: their numbers.
     """
 
     labels: tuple[str, ...]
     log_ratios: np.ndarray
     lengths: tuple[int, ...]
+    processes: tuple[int, ...]
 
 
 def paired(reference: Rounds, others: Mapping[str, Rounds]) -> list[Block]:
@@ -51,7 +53,9 @@ def paired(reference: Rounds, others: Mapping[str, Rounds]) -> list[Block]:
     for shared, labels in groups.items():
         base = np.concatenate([reference[k][:count] for k, count in shared])
         rows = np.stack([np.concatenate([others[label][k][:count] for k, count in shared]) for label in labels])
-        blocks.append(Block(tuple(labels), base - rows, tuple(count for _, count in shared)))
+        blocks.append(
+            Block(tuple(labels), base - rows, tuple(count for _, count in shared), tuple(k for k, _ in shared))
+        )
     return blocks
 
 

@@ -52,7 +52,7 @@ def _quadrature() -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=4096)
-def student_t_quantile(probability: float, degrees: int) -> float:
+def student_t_quantile(probability: float, degrees: float) -> float:
     """Quantile of Student's t distribution, by bisection of its integrated density.
 
     With ``t = sqrt(v) tan(a)`` the distribution function is ``1/2 + C int_0^a cos(s)^(v-1) ds``, smooth enough for
@@ -60,7 +60,7 @@ def student_t_quantile(probability: float, degrees: int) -> float:
 
     Args:
         probability: in [0.5, 1).
-        degrees: degrees of freedom, at least 1.
+        degrees: degrees of freedom, at least 1, not necessarily whole.
 
     Raises:
         ValueError: outside these ranges.

@@ -16,7 +16,7 @@ NAMES = (("torch", "matmul", "eager"), ("torch", "loop", "eager"), ("jax", "matm
 
 @pytest.fixture
 def write(tmp_path, make_record):
-    """Writes a run of two cells; ``factors`` multiply the latencies of competitors, ``shift`` those of all."""
+    """Writes a run of two cells; ``factors`` multiply latencies of competitors, ``shift`` all, chance a process's."""
 
     def run(
         name,
@@ -30,6 +30,7 @@ def write(tmp_path, make_record):
         extra=(),
         replicates=1,
         broken_in_last=(),
+        of_process=0.0,
     ):
         rng = np.random.default_rng(seed)
         store = Store(tmp_path / name, resume=False)
@@ -40,6 +41,7 @@ def write(tmp_path, make_record):
             for k, (framework, implementation, mode) in enumerate((*NAMES, NAMES[0])):
                 label = f"{framework} {implementation}"
                 latency = 1e-3 * (1 + k % len(NAMES)) * shift * (factors or {}).get(label, 1.0)
+                latency *= np.exp(of_process * rng.standard_normal())
                 blocks = tuple((10 * latency * np.exp(noise * rng.standard_normal(24))).tolist())
                 changes = {"block_latency_s": blocks, "latency_s": float(np.median(blocks)) / 10}
                 if label in broken or (label in broken_in_last and replicate == replicates - 1):
@@ -85,9 +87,10 @@ def test_a_repetition_shows_no_change(write, call):
     assert "6 FASTER or SLOWER in both runs alike, 0 contradict" in done.output
 
 
-def test_repetitions_of_a_noisy_run_are_no_regressions(write):
+@pytest.mark.parametrize(("replicates", "of_process"), [(1, 0.0), (3, 0.05)])
+def test_repetitions_of_a_noisy_run_are_no_regressions(write, replicates, of_process):
     """What a regression test must not do: fail for nothing. 40 pairs of equal runs, 8 comparisons each."""
-    runs = [write(f"r{k}", seed=k, noise=0.05) for k in range(41)]
+    runs = [write(f"r{k}", seed=k, noise=0.05, replicates=replicates, of_process=of_process) for k in range(41)]
     cells = [measured_cells(Archive([run]), str(run)) for run in runs]
     failed = sum(bool(compare(a, b).regressions) for a, b in pairwise(cells))
     assert failed <= 2
@@ -107,7 +110,29 @@ def test_a_regression_is_found_and_ends_with_status_1(write, call, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["verdict"] for row in rows if row["competitor"] == "jax loop (jit)"] == ["FASTER", "FASTER"]
     assert len(rows) == len(written["changes"])
+    assert written["overall"] == []
     assert call("compare", b, a).exit_code == 1
+
+
+def test_a_small_regression_shows_in_all_cells_together(write, call, tmp_path):
+    """4% in two cells, where processes differ by 1%: too little for one cell, and a regression all the same."""
+    kind = {"replicates": 5, "of_process": 0.01}
+    a, same = (write(f"a{seed}", seed=seed, **kind) for seed in range(2))
+    b = write("b", seed=2, factors={"torch loop": 1.04}, **kind)
+    assert call("compare", a, same).exit_code == 0
+    done = call("compare", a, b, "--json", tmp_path / "f.json", "--csv", tmp_path / "f.csv")
+    assert done.exit_code == 1
+    assert "Regression: torch loop (eager) over 2 cells: 0.96x" in done.output
+    assert "Regression: torch loop (eager) in" not in done.output
+    written = json.loads((tmp_path / "f.json").read_text())
+    assert written["regressions"] == 1
+    (slower,) = [one for one in written["overall"] if one["verdict"] == "SLOWER"]
+    assert (slower["competitor"], slower["cells"]) == ("torch loop (eager)", 2)
+    assert slower["ratio_b_to_a"]["low"] < 1 / 1.04 < slower["ratio_b_to_a"]["high"] < 1
+    with (tmp_path / "f.csv").open() as file:
+        rows = [(row["workload"], row["cells"]) for row in csv.DictReader(file) if row["verdict"] == "SLOWER"]
+    assert rows == [("", "2")]
+    assert len(written["overall"]) == len(NAMES)
 
 
 def test_what_one_process_cannot_know_is_said(write, call, tmp_path):
