@@ -98,12 +98,16 @@ def _show_verdicts(console: Console, found: Comparison) -> None:
         )
 
 
-def _show(console: Console, found: Comparison) -> None:
+def _show_overall(console: Console, found: Comparison) -> None:
+    # Behind the single cells, so that a long run ends with it.
     if found.overall:
-        console.print("All cells of several processes together (what a set of processes shares in them is noise):")
-        for one in found.overall:
-            note = "" if one.ranked else " (yardstick)"
-            console.print(f"  {one.label:40} {ratio(one.interval):28} {one.verdict}{note}, {one.cells} cells")
+        console.print("All cells of several processes together:")
+    for one in found.overall:
+        note = "" if one.ranked else " (yardstick)"
+        console.print(f"  {one.label:40} {ratio(one.interval):28} {one.verdict}{note}, {one.cells} cells")
+
+
+def _show(console: Console, found: Comparison) -> None:
     for where, group in groupby(found.changes, key=lambda change: change.where):
         changes = list(group)
         shift = math.exp(median(change.shift for change in changes))
@@ -111,13 +115,14 @@ def _show(console: Console, found: Comparison) -> None:
         for change in changes:
             note = "" if change.ranked else " (yardstick)"
             console.print(f"  {change.label:40} {ratio(change.interval):28} {change.verdict}{note} {change.reason}")
+    _show_overall(console, found)
     counts = {word: sum(c.verdict == word for c in found.changes) for word in ("FASTER", "SLOWER", SAME, UNRESOLVED)}
     console.print(
         "Speed of B over A, above 1x is faster; the intervals hold for all of them together and include the noise of "
         "both runs (their A/A controls, at least 2% of a single process) and the shift that the competitors of a cell "
         "share."
     )
-    console.print(", ".join(f"{count} {word}" for word, count in counts.items()) + ".")
+    console.print("In single cells: " + ", ".join(f"{count} {word}" for word, count in counts.items()) + ".")
     _show_verdicts(console, found)
     for title, cells in (
         ("only in A", found.only_a),
