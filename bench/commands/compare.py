@@ -20,6 +20,9 @@ from bench.study.measured_cells import measured_cells
 from bench.study.overall import Overall
 from bench.study.statistics import SAME, UNRESOLVED
 
+# Cells of one run alone whose titles are printed; --json has them all.
+NAMED = 3
+
 
 def _devices(archive: Archive) -> set[str]:
     """What measured, in words: two runs are comparable only if these agree."""
@@ -130,7 +133,9 @@ def _show(console: Console, found: Comparison) -> None:
         ("with another baseline, so that their verdicts are not compared", found.other_baseline),
     ):
         if cells:
-            console.print(f"{len(cells)} cells {title}: {', '.join(where.title for where in cells)}.")
+            more = f" and {len(cells) - NAMED} more" if len(cells) > NAMED else ""
+            named = "; ".join(where.title for where in cells[:NAMED])
+            console.print(f"{len(cells)} cells {title}: {named}{more}.")
     for change in found.regressions:
         console.print(f"Regression: {change.label} in {change.where.title}: {ratio(change.interval)} {change.reason}")
     for one in found.overall_regressions:

@@ -6,17 +6,27 @@ framework for all cells, counts as one observation, whatever the cells of a set 
 in Liang and Zeger, Longitudinal data analysis using generalized linear models, 1986). Nothing is assumed about cells
 being independent, and a cell that has fewer processes than others enters with those that it has.
 
-As in a single cell, the median change of the others counts as noise. Less than 2% is never named: a run takes an hour,
-and what the host does for longer than that scatters between runs only.
+What the host does for longer than a run takes does not scatter within a run, but between runs only. Two things tell of
+it: the median change of the others, which counts as noise as in a single cell, and how far the changes of all others
+scatter about it. Two whole runs of the same code on this project's two-core CPU, hours apart, showed both: JAX's
+competitors 5% slower and PyTorch's 9%, each by five times what its processes scatter. So noise is what the processes
+say or what the others say, whichever is more. The scale of the others is Rousseeuw and Croux's Qn (Alternatives to the
+median absolute deviation, 1993): a few that really changed do not stretch it. Less than 2% is never named.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from bench.study.differences import Difference
 from bench.study.scatter import pooled
-from bench.study.statistics import EQUIVALENCE, Interval, verdict
+from bench.study.statistics import EQUIVALENCE, Interval, student_t_quantile, verdict
+
+# With fewer others, their scale is a guess; what the host did to each of them between the runs is then not known.
+LEAST_OTHERS = 10
+# Of Qn under normal errors, beside a standard deviation's.
+EFFICIENCY = 0.82
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,25 @@ def _sets(apart: Sequence[Mapping[int, float]]) -> list[float]:
     return [len(numbers) * sum(cell[k] / len(cell) for cell in apart if k in cell) / len(apart) for k in numbers]
 
 
+def robust_scale(values: Sequence[float]) -> float:
+    """Standard deviation of at least ten values, not knowing which of them are outliers: Qn.
+
+    A quantile of the distances of all pairs, 1/4 of the way up, by the factors that make it right for samples of
+    normal values of this size.
+    """
+    count = len(values)
+    half = count // 2 + 1
+    distances = sorted(abs(x - y) for x, y in combinations(values, 2))
+    return 2.2219 * count / (count + (1.4 if count % 2 else 3.8)) * distances[half * (half - 1) // 2 - 1]
+
+
+def _reach_of_others(others: Sequence[float], confidence: float) -> float:
+    """How far a competitor may be from the shift of all, as these are."""
+    if len(others) < LEAST_OTHERS:
+        return 0.0
+    return student_t_quantile(0.5 + confidence / 2, EFFICIENCY * (len(others) - 1)) * robust_scale(others)
+
+
 def overall(found: Iterable[Difference], alpha: float) -> tuple[Overall, ...]:
     """The change of every competitor over all its cells.
 
@@ -61,12 +90,15 @@ def overall(found: Iterable[Difference], alpha: float) -> tuple[Overall, ...]:
         if one.scatter is not None:
             cells.setdefault(one.label, []).append(one)
     groups = {label: group for label, group in cells.items() if len(group) > 1}
+    estimates = {label: sum(one.estimate for one in group) / len(group) for label, group in groups.items()}
+    shifts = {label: sum(one.shift for one in group) / len(group) for label, group in groups.items()}
+    level = 1 - alpha / max(len(groups), 1)
     result = []
     for label, group in groups.items():
+        estimate, shift = estimates[label], shifts[label]
         first, second = (_sets([one.apart[k] for one in group]) for k in (0, 1))
-        estimate = sum(one.estimate for one in group) / len(group)
-        shift = sum(one.shift for one in group) / len(group)
-        noise = pooled(first, second).reach(1 - alpha / len(groups)) + abs(shift)
+        others = [estimates[name] - shifts[name] for name in groups if name != label]
+        noise = max(pooled(first, second).reach(level), _reach_of_others(others, level)) + abs(shift)
         ends = (max(estimate - noise, -700.0), min(estimate + noise, 700.0))
         interval = Interval(math.exp(estimate), math.exp(ends[0]), math.exp(ends[1]), min(len(first), len(second)))
         result.append(Overall(label, len(group), interval, verdict(interval, EQUIVALENCE), shift, group[0].ranked))

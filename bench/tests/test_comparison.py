@@ -202,6 +202,9 @@ def test_cells_of_one_run_alone_are_listed(write, call):
     a, b = write("a", seed=0, extra=("train_step",)), write("b", seed=1)
     assert "1 cells only in A: article-base (B=128, n=32, 32->32), train_step" in call("compare", a, b).output
     assert len(found(b, a).only_b) == 1
+    many = write("many", seed=0, extra=("train_step", "d1", "d2", "d3", "d4"))
+    output = call("compare", many, b).output
+    assert output.index("5 cells only in A: ") < output.index("and 2 more.")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from bench.study import scatter
 from bench.study.differences import Difference
 from bench.study.identity import Identity
 from bench.study.measured_cells import Spread
-from bench.study.overall import overall
+from bench.study.overall import LEAST_OTHERS, overall, robust_scale
 from bench.study.scatter import Prior, apart_from_others, pooled, usual
 
 LABELS = [f"torch {k}" for k in range(12)]
@@ -90,7 +90,7 @@ def test_what_all_others_share_is_taken_out_of_a_process():
     assert apart_from_others({"torch 0": spreads["torch 0"]})["torch 0"] == pytest.approx(own)
 
 
-def _cells(rng, *, planted, processes=(3, 3), cells=10, in_set=0.0):
+def _cells(rng, *, planted, processes=(3, 3), cells=10, in_set=0.0, between=0.0):
     """Differences of two runs in which a process differs by 3% from another, and the first competitor by a factor.
 
     Args:
@@ -99,14 +99,16 @@ def _cells(rng, *, planted, processes=(3, 3), cells=10, in_set=0.0):
         processes: of A and of B.
         cells: how many.
         in_set: standard deviation of what a competitor has in common in all cells of a set of processes.
+        between: standard deviation of what it has in common in a whole run.
     """
+    of_runs = rng.normal(0, between, (2, len(LABELS), 1))
     of_sets = [rng.normal(0, in_set, (len(LABELS), count)) for count in processes]
     found = []
     for k in range(cells):
         where = Identity(f"w{k}", 1, 1, 1, 1, "float32", "cpu", "forward", "matched", "ieee_fp32", "x", "warm", None)
         runs = []
         for run, count in enumerate(processes):
-            values = of_sets[run] + rng.normal(0, 0.03, (len(LABELS), count))
+            values = of_runs[run] + of_sets[run] + rng.normal(0, 0.03, (len(LABELS), count))
             values[0] -= planted * run
             rows = {label: dict(enumerate(row.tolist())) for label, row in zip(LABELS, values, strict=True)}
             runs.append(
@@ -124,14 +126,28 @@ def _cells(rng, *, planted, processes=(3, 3), cells=10, in_set=0.0):
     return found
 
 
-@pytest.mark.parametrize("in_set", [0.0, 0.03])
-def test_no_change_over_all_cells_is_claimed_between_equals(in_set):
-    """200 pairs of equal runs of 12 competitors; what the cells of a set share must not look like many cells."""
+@pytest.mark.parametrize("size", [10, 11, 24, 25])
+def test_a_scale_is_right_and_heeds_no_outliers(size):
+    rng = np.random.default_rng(size)
+    scales = [robust_scale(rng.normal(5, 0.1, size).tolist()) for _ in range(2000)]
+    assert np.mean(scales) == pytest.approx(0.1, rel=0.05)
+    values = rng.normal(0, 0.1, size)
+    values[:2] += 50
+    assert robust_scale(values.tolist()) < 0.25
+
+
+@pytest.mark.parametrize(("in_set", "between"), [(0.0, 0.0), (0.03, 0.0), (0.0, 0.02), (0.01, 0.05)])
+def test_no_change_over_all_cells_is_claimed_between_equals(in_set, between):
+    """200 pairs of equal runs of 12 competitors.
+
+    What the cells of a set share must not look like many cells, and what those of a run share not like a change.
+    """
     rng = np.random.default_rng(1)
-    named = sum(
-        any(one.verdict in ("FASTER", "SLOWER") for one in overall(_cells(rng, planted=0.0, in_set=in_set), 0.05))
-        for _ in range(200)
-    )
+    assert len(LABELS) > LEAST_OTHERS
+    named = 0
+    for _ in range(200):
+        found = overall(_cells(rng, planted=0.0, in_set=in_set, between=between), 0.05)
+        named += any(one.verdict in ("FASTER", "SLOWER") for one in found)
     # Of 200 with a chance of 5%, 17 or more occur in 2.5% of all trials.
     assert named <= 16
 
