@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
+from scipy import special
 
 from bench.study.measured_cells import Spread
 from bench.study.statistics import student_t_quantile
@@ -86,23 +87,7 @@ def apart_from_others(spreads: Mapping[str, Spread]) -> dict[str, dict[int, floa
 
 
 def _trigamma(x: float) -> float:
-    """Derivative of the digamma function, by recurrence and its asymptotic series."""
-    total = 0.0
-    while x < 10:
-        total += 1 / x**2
-        x += 1
-    square = 1 / x**2
-    return total + 1 / x + square / 2 + square / x * (1 / 6 - square * (1 / 30 - square * (1 / 42 - square / 30)))
-
-
-def _digamma(x: float) -> float:
-    """Derivative of the log gamma function, in the same way."""
-    total = 0.0
-    while x < 10:
-        total -= 1 / x
-        x += 1
-    square = 1 / x**2
-    return total + math.log(x) - 1 / (2 * x) - square * (1 / 12 - square * (1 / 120 - square / 252))
+    return float(special.polygamma(1, x))
 
 
 def _inverse_trigamma(value: float) -> float:
@@ -136,7 +121,7 @@ def usual(scatters: Sequence[Scatter]) -> Prior:
     # A variance of 0 has no logarithm and is an accident of the clock's resolution.
     logs = np.log(np.maximum(variances, max(1e-5 * float(np.median(variances)), 1e-30)))
     halves = [scatter.degrees / 2 for scatter in scatters]
-    values = logs - np.array([_digamma(half) - math.log(half) for half in halves])
+    values = logs - np.array([special.digamma(half) - math.log(half) for half in halves])
     spread = float(values.var(ddof=1))
     # How much more the log variances scatter than samples of one variance would, and as much more as it may well be:
     # a weight that is too large makes intervals too short, one that is too small only costs some of what was gained.
@@ -145,4 +130,4 @@ def usual(scatters: Sequence[Scatter]) -> Prior:
     if excess <= 0:
         return Prior(math.exp(center), MOST_DEGREES)
     half = min(_inverse_trigamma(excess), MOST_DEGREES / 2)
-    return Prior(math.exp(center + _digamma(half) - math.log(half)), 2 * half)
+    return Prior(math.exp(center + special.digamma(half) - math.log(half)), 2 * half)

@@ -18,6 +18,7 @@ from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
+from scipy import special
 
 from bench.study.trimming import middle_rounds, pseudo_values
 
@@ -46,17 +47,9 @@ class Interval:
     rounds: int
 
 
-@lru_cache(maxsize=1)
-def _quadrature() -> tuple[np.ndarray, np.ndarray]:
-    return np.polynomial.legendre.leggauss(64)
-
-
 @lru_cache(maxsize=4096)
 def student_t_quantile(probability: float, degrees: float) -> float:
-    """Quantile of Student's t distribution, by bisection of its integrated density.
-
-    With ``t = sqrt(v) tan(a)`` the distribution function is ``1/2 + C int_0^a cos(s)^(v-1) ds``, smooth enough for
-    64-point Gauss-Legendre quadrature.
+    """Quantile of Student's t distribution.
 
     Args:
         probability: in [0.5, 1).
@@ -67,18 +60,7 @@ def student_t_quantile(probability: float, degrees: float) -> float:
     """
     if not 0.5 <= probability < 1 or degrees < 1:
         raise ValueError(f"expected 0.5 <= probability < 1 and degrees >= 1, got {probability} and {degrees}")
-    nodes, weights = _quadrature()
-    log_scale = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(math.pi)
-
-    def upper_mass(angle: float) -> float:
-        points = 0.5 * angle * (nodes + 1)
-        return 0.5 * angle * math.exp(log_scale) * float(weights @ np.cos(points) ** (degrees - 1))
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if upper_mass(middle) < probability - 0.5 else (low, middle)
-    return math.sqrt(degrees) * math.tan(0.5 * (low + high))
+    return float(special.stdtrit(degrees, probability))
 
 
 def round_log_latency(block_latency_s: Sequence[float] | np.ndarray, calls_per_block: int) -> np.ndarray:
@@ -94,20 +76,14 @@ def round_log_latency(block_latency_s: Sequence[float] | np.ndarray, calls_per_b
 
 
 def student_t_two_sided(t: np.ndarray, degrees: int) -> np.ndarray:
-    """Probability that ``|T|`` exceeds ``|t|``, by the quadrature of ``student_t_quantile`` over the tail itself.
+    """Probability that ``|T|`` exceeds ``|t|``.
 
     Args:
         t: statistics, of any shape; infinite ones have probability 0, undefined ones 1.
         degrees: degrees of freedom, at least 1.
     """
-    nodes, weights = _quadrature()
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(math.pi))
-    start = np.arctan(np.abs(np.asarray(t, float)) / math.sqrt(degrees))
-    # Half of the rest of the way to a right angle, where the density ends.
-    half = 0.5 * (math.pi / 2 - start)
-    points = start[..., None] + half[..., None] * (nodes + 1)
-    mass = 2 * scale * half * (np.cos(points) ** (degrees - 1) @ weights)
-    return np.where(np.isnan(mass), 1.0, np.clip(mass, 0.0, 1.0))
+    mass = 2 * special.stdtr(degrees, -np.abs(np.asarray(t, float)))
+    return np.where(np.isnan(mass), 1.0, mass)
 
 
 @lru_cache(maxsize=1024)
