@@ -23,7 +23,8 @@ from bench.study.differences import Difference
 from bench.study.scatter import pooled
 from bench.study.statistics import EQUIVALENCE, Interval, student_t_quantile, verdict
 
-# With fewer others, their scale is a guess; what the host did to each of them between the runs is then not known.
+# The factors of Qn below hold from here on, and fewer say little: what the host did to each of them between the runs is
+# then not known.
 LEAST_OTHERS = 10
 # Of Qn under normal errors, beside a standard deviation's.
 EFFICIENCY = 0.82
