@@ -42,13 +42,12 @@ def run(
     cache: Annotated[list[str] | None, typer.Option(help="warm or cold: is the data in the last cache?")] = None,
     optimizer: Annotated[str | None, typer.Option(help="Of train_step, such as adamw or sgd.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each cell.")] = None,
-    cell_s: Annotated[
-        float | None, typer.Option(min=0, help="Seconds for the rounds of each cell, unless it is resolved earlier.")
-    ] = None,
+    cell_s: Annotated[float | None, typer.Option(min=0, help="Seconds for the rounds of an unresolved cell.")] = None,
     most_cell_s: Annotated[
         float | None,
         typer.Option(min=0, help="A cell whose A/A control is not known to 3% may go on for so many seconds."),
     ] = None,
+    probe_s: Annotated[float | None, typer.Option(min=0, help="Seconds for each further clock; 0: only speed.")] = None,
     replicates: Annotated[int | None, typer.Option(min=1, help="Sets of fresh processes.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the inputs and of the order.")] = 0,
     torch_python: TorchPython = None,
@@ -83,6 +82,7 @@ def run(
         rounds=rounds,
         cell_s=cell_s,
         most_cell_s=most_cell_s,
+        probe_s=probe_s,
         replicates=replicates,
         seed=seed,
         torch_python=torch_python,

@@ -60,7 +60,8 @@ class Record:
         compile_s: tracing, lowering and compilation with an empty on-disk cache; None in eager mode.
         peak_memory_bytes: growth over the live arguments during one call, at least the results themselves; or None.
         memory_method: how that figure was obtained.
-        static_memory_bytes: outputs and temporaries by the compiler's own account, or None.
+        static_memory_bytes: outputs and temporaries by the compiler's own account, or what a CUDA graph took while
+            it was recorded; or None.
         bound_fraction: largest error over its bound, over all tensors; at most 1 if right.
         parity: per tensor: status, bound_fraction, max_abs_error.
         useful_flops: operations that the function needs in one call.

@@ -27,7 +27,8 @@ from bench.measure.protocol import RequestError
 from bench.measure.sweep import Progress, Request, SelectionError, SweepNotes, run_sweep
 from bench.plan.cells import CACHES, DEVICES, DIRECTIONS, DIVISIONS, PRECISIONS
 from bench.plan.competitors import FRAMEWORKS
-from bench.plan.presets import PRESETS, STEPPED_OPTIMIZERS, narrowed
+from bench.plan.presets import PRESETS, STEPPED_OPTIMIZERS
+from bench.plan.selection import narrowed
 from bench.plan.workloads import UnknownWorkloadError, workload
 from bench.report.export import write_summary, write_table
 from bench.report.markdown import environment_lines, write_report
@@ -56,6 +57,7 @@ class Options:
     rounds: int | None
     cell_s: float | None
     most_cell_s: float | None
+    probe_s: float | None
     replicates: int | None
     seed: int
     torch_python: str | None
@@ -112,6 +114,7 @@ def _request(options: Options) -> Request:
         rounds=options.rounds,
         cell_s=options.cell_s,
         most_cell_s=options.most_cell_s,
+        probe_s=options.probe_s,
         replicates=options.replicates,
     )
     return Request(

@@ -25,7 +25,7 @@ from bench.measure.pool import WorkerPool
 from bench.measure.protocol import RequestError
 from bench.measure.sweep import Progress, Request, SelectionError, SweepNotes, run_sweep, started_pool
 from bench.plan.cells import DEVICES, Cell
-from bench.plan.presets import plan_cells
+from bench.plan.selection import plan_cells
 from bench.record_lines import parse_line
 from bench.records import Record
 from bench.store import Store

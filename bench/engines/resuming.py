@@ -5,7 +5,7 @@ from bench.measure.recording import cell_hash
 from bench.measure.sweep import Request
 from bench.plan.cells import Cell
 from bench.plan.competitors import Competitor
-from bench.plan.presets import plan_cells
+from bench.plan.selection import plan_cells
 from bench.records import Record
 from bench.store import Store
 

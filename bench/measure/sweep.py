@@ -15,7 +15,8 @@ from bench.measure.processors import allowed_cpus
 from bench.measure.recording import cell_hash, records_of
 from bench.plan.cells import DEVICES, Cell
 from bench.plan.competitors import FRAMEWORKS, Competitor, competitors_for, further_modes
-from bench.plan.presets import Preset, plan_cells
+from bench.plan.presets import Preset
+from bench.plan.selection import plan_cells
 from bench.records import Record
 
 

@@ -1,14 +1,14 @@
 """Ready-made selections: what a preset measures and how long it may take."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from bench.plan.cells import DIVISIONS, PRECISIONS, Cell
+from bench.plan.cells import DIVISIONS, PRECISIONS
 from bench.plan.costs import Limits
 from bench.plan.sweeps import preset_sweep
-from bench.plan.workloads import WORKLOADS, workload
+from bench.plan.workloads import WORKLOADS
 from parity_tests.harness.optimizers import OPTIMIZERS
 
 # Shortest block in seconds. A GPU works through a queue, and the block must be long beside filling it and waiting for
@@ -45,7 +45,8 @@ class Preset:
         least_rounds: fewest rounds of each cell.
         replicates: how often everything is measured in fresh processes.
         warm_up_blocks: most blocks spent on waiting for a steady state.
-        probe_s: seconds for each of the further clocks of a competitor in the first process; 0 leaves them out.
+        probe_s: seconds for each of the further clocks of a competitor in the first process; 0 leaves them out, and
+            energy, ceilings and compiling again too.
         caches: ``warm``, ``cold``.
         optimizer: of the direction ``train_step``, by its name in the neutral specification.
         left_out: competitors that take part only where they are asked for by name.
@@ -96,7 +97,7 @@ _SHORT = Limits(
 )
 
 # More than any time allows.
-_ANY_ROUNDS = 10**6
+ANY_ROUNDS = 10**6
 
 # Modules around the same products. Keras takes longer to import than a small cell takes to measure.
 _KERAS = ("stock:keras.EinsumDense",)
@@ -128,7 +129,7 @@ _ALL = (
         "seed",
         "the source article's settings and two real models, in five sets of processes (forty minutes on two cores)",
         _SEED,
-        rounds=_ANY_ROUNDS,
+        rounds=ANY_ROUNDS,
         cell_s=6.0,
         most_cell_s=45.0,
         least_rounds=4,
@@ -145,7 +146,7 @@ _ALL = (
         "workloads",
         "every workload of the catalogue whose arrays take at most 1 GiB in fp32",
         _MODERATE,
-        rounds=_ANY_ROUNDS,
+        rounds=ANY_ROUNDS,
         cell_s=30.0,
         least_rounds=10,
         limits=replace(_PATIENT, executed_flops=1e12, call_s=2.0, prepare_s=300, request_s=300),
@@ -155,7 +156,7 @@ _ALL = (
         "sweep",
         "around the article's base: batch, partitions and sizes on a log grid, few rounds of each",
         preset_sweep(),
-        rounds=_ANY_ROUNDS,
+        rounds=ANY_ROUNDS,
         cell_s=5.0,
         warm_up_blocks=2,
         limits=replace(_PATIENT, executed_flops=2e10, call_s=0.2),
@@ -164,7 +165,7 @@ _ALL = (
         "full",
         "every workload of the catalogue, precision and division, in three process replicates",
         tuple(WORKLOADS),
-        rounds=_ANY_ROUNDS,
+        rounds=ANY_ROUNDS,
         cell_s=30.0,
         least_rounds=10,
         limits=replace(_PATIENT, executed_flops=1e13, call_s=5.0, unrolled_products=1000, prepare_s=600, request_s=600),
@@ -176,75 +177,3 @@ _ALL = (
 )
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _ALL})
-
-
-def narrowed(
-    preset: Preset,
-    *,
-    workloads: Sequence[str] = (),
-    directions: Sequence[str] = (),
-    precisions: Sequence[str] = (),
-    divisions: Sequence[str] = (),
-    caches: Sequence[str] = (),
-    optimizer: str | None = None,
-    rounds: int | None = None,
-    cell_s: float | None = None,
-    most_cell_s: float | None = None,
-    replicates: int | None = None,
-) -> Preset:
-    """Returns the preset with the given selections in place of its own; an empty one keeps the preset's.
-
-    With ``cell_s`` alone, this time is what ends a cell that is not resolved, and neither ``most_cell_s`` nor a number
-    of rounds does. With ``most_cell_s`` a number of rounds does not either. A workload that the preset does not contain
-    may be named too: ``workload`` decides what exists.
-    """
-    return replace(
-        preset,
-        workloads=tuple(workloads) or preset.workloads,
-        directions=tuple(directions) or preset.directions,
-        precisions=tuple(precisions) or preset.precisions,
-        divisions=tuple(divisions) or preset.divisions,
-        caches=tuple(caches) or preset.caches,
-        optimizer=optimizer or preset.optimizer,
-        rounds=rounds or (preset.rounds if cell_s is None and most_cell_s is None else _ANY_ROUNDS),
-        cell_s=preset.cell_s if cell_s is None else cell_s,
-        most_cell_s=most_cell_s if most_cell_s is not None else preset.most_cell_s if cell_s is None else 0.0,
-        replicates=preset.replicates if replicates is None else replicates,
-    )
-
-
-def plan_cells(preset: Preset, device: str) -> tuple[Cell, ...]:
-    """Lists the cells: division by division, since a division needs its own processes; directions innermost.
-
-    Args:
-        preset: the selection.
-        device: ``cpu`` or ``cuda``.
-
-    Returns:
-        The cells in the order in which they are measured, without repeats.
-
-    Raises:
-        UnknownWorkloadError: for a name that no workload has.
-    """
-    workloads = [workload(name) for name in preset.workloads]
-    cells = [
-        Cell(
-            found,
-            direction,
-            precision,
-            division,
-            device,
-            cache,
-            preset.optimizer if direction == "train_step" else None,
-        )
-        for division in preset.divisions
-        for found in workloads
-        for precision in preset.precisions
-        for cache in preset.caches
-        for direction in preset.directions
-        # The stock division runs a framework's defaults, and TF32 is nothing one gets by asking for nothing.
-        if not (division == "stock" and precision == "tf32")
-        # With parameters and moments in fp16 the usual epsilon is zero, and nobody trains so.
-        and not (direction == "train_step" and precision == "fp16")
-    ]
-    return tuple(dict.fromkeys(cells))

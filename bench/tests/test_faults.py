@@ -21,7 +21,8 @@ from bench.measure.memory import free_bytes
 from bench.measure.protocol import RequestError
 from bench.measure.sweep import Request, SweepNotes, run_sweep
 from bench.measure.worker_process import CHECKOUT, WorkerProcess, worker_environment
-from bench.plan.presets import PRESETS, narrowed
+from bench.plan.presets import PRESETS
+from bench.plan.selection import narrowed
 from bench.record_lines import parse_line
 from bench.store import Store, read_records
 from bench.tests.fake_worker import GOOD

@@ -13,7 +13,8 @@ from bench.plan.costs import (
     waste_factor,
     working_bytes,
 )
-from bench.plan.presets import PRESETS, narrowed, plan_cells
+from bench.plan.presets import PRESETS
+from bench.plan.selection import narrowed, plan_cells
 from bench.plan.workloads import WORKLOADS, Workload, workload
 
 TORCH = Catalogue("torch", ("loop", "matmul"), ("stock:bmm+bias",), ("dense",))

@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 
 from bench.plan.catalogue import catalogue
-from bench.plan.presets import PRESETS, narrowed, plan_cells
+from bench.plan.presets import PRESETS
+from bench.plan.selection import narrowed, plan_cells
 from bench.plan.sweeps import log_grid
 from bench.plan.workloads import (
     LAYOUTS,

@@ -20,7 +20,8 @@ from bench.__main__ import app
 from bench.commands import report, run  # noqa: F401  imported by the commands anyway, and no part of what a stage takes
 from bench.measure import sweep
 from bench.measure.entry import CellOutcome, Entry
-from bench.plan.presets import PRESETS, narrowed, plan_cells
+from bench.plan.presets import PRESETS
+from bench.plan.selection import narrowed, plan_cells
 from bench.plan.sweeps import log_grid
 from bench.plan.sweeps import sweep as points
 from bench.tests.killed_runs import start

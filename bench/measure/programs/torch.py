@@ -86,8 +86,11 @@ def _bound(function: Function, task: Task, arguments: tuple[Tensor, ...], *, set
     return lambda: function(*leaves)
 
 
-def _graphed(call: Call) -> Call:
-    """The call recorded as a CUDA graph; its results stay in the graph's own buffers, as its users know."""
+def _graphed(call: Call) -> tuple[Call, int]:
+    """The call recorded as a CUDA graph, and the peak of what it took while it was recorded, in bytes.
+
+    Its results stay in the graph's own buffers, as its users know; a replay takes no memory beside them.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -95,14 +98,18 @@ def _graphed(call: Call) -> Call:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     with torch.cuda.graph(graph):
         results = call()
+    taken = torch.cuda.max_memory_allocated() - before
 
     def replay() -> Any:
         graph.replay()
         return results
 
-    return replay
+    return replay, taken
 
 
 class _ProductCounter(TorchDispatchMode):
@@ -160,9 +167,9 @@ def build(
         if steps:
             raise Unsupported("an optimiser that counts its steps on the host cannot be replayed as a CUDA graph")
         start = time.perf_counter()
-        calls = [_graphed(call) for call in calls]
+        graphs = [_graphed(call) for call in calls]
         compile_s = time.perf_counter() - start
-        return Prepared(in_turn(calls), compile_s)
+        return Prepared(in_turn([replay for replay, _ in graphs]), compile_s, graphs[0][1])
 
     def restart() -> None:
         for step in steps:

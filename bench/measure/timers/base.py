@@ -39,7 +39,8 @@ class Prepared:
     Attributes:
         call: returns all results of the direction, possibly before they are computed.
         compile_s: seconds for tracing, lowering and compilation; None where nothing is compiled.
-        static_memory_bytes: outputs and temporaries by the compiler's account, or None.
+        static_memory_bytes: outputs and temporaries by the compiler's account, or what a CUDA graph took while it was
+            recorded; or None.
         program_flops: operations of one call by the framework's account of the program that runs, or None.
         compile_again: compiles the same program anew, with what is cached on disk; returns seconds.
         restart: brings parameters and optimiser back to their first state; None where a call changes nothing.

@@ -183,14 +183,21 @@ class TorchTimer:
         return {name: _to_numpy(tensor) for name, tensor in named.items()}
 
     def peak_memory(self, prepared: Prepared) -> tuple[int | None, str]:
-        """Allocator peak less what was live before on a GPU; growth of the resident set on a CPU."""
+        """Allocator peak less what was live before on a GPU; growth of the resident set on a CPU.
+
+        A CUDA graph replays in memory that it took while it was recorded: that is its figure where it is known, and
+        graphs that ``torch.compile`` records by itself have none.
+        """
         if self._device == "cpu":
             return memory.resident_growth(prepared.call)
         self.wait(None)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self.wait(prepared.call())
-        return torch.cuda.max_memory_allocated() - before, "max_memory_allocated"
+        peak = torch.cuda.max_memory_allocated() - before
+        if peak > 0:
+            return peak, "max_memory_allocated"
+        return prepared.static_memory_bytes, "cuda_graph_capture"
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """The GPU's error has a class of its own, the CPU's only a text."""
