@@ -48,15 +48,18 @@ GPU_OPTIONS ?= $(foreach d,stock matched tuned,--division $(d)) $(foreach p,ieee
 # Sets of fresh processes: one is for a first look; the same command and OUT with more (five) goes on where it ended.
 GPU_REPLICATES ?= 1
 
-# The records that README shows, those of the catalogue, where their pictures and claims go, and the page; the tests
-# draw them elsewhere.
+# The records that README shows, those of the catalogue and of a GPU, where their pictures and claims go, and the page;
+# the tests draw them elsewhere.
 PUBLISHED ?= bench/results/cpu-epyc-2core
 CATALOGUE ?= $(PUBLISHED)-catalogue
+PUBLISHED_GPU ?= bench/results/h200
 DRAWN ?= $(PUBLISHED)
 DRAWN_CATALOGUE ?= $(CATALOGUE)
+DRAWN_GPU ?= $(PUBLISHED_GPU)
 PAGE ?= README.md
 # A picture of every cell would be too long to read: three settings of the article, both directions.
 CHARTED ?= workload=article-ba* division=matched precision=ieee_fp32 direction=f*
+CHARTED_GPU ?= workload=article-base division=matched precision=ieee_fp32 direction=f*
 
 .PHONY: compare setup test test-newest lint gpu publish clean
 
@@ -98,7 +101,10 @@ gpu: $(if $(filter $(VENV)/bin/python,$(GPU_PYTHON)),$(VENV)/.installed)
 	PYTHONPATH=. $(GPU_PYTHON) -m bench claims $(OUT) --json $(OUT)/claims.json --markdown $(OUT)/claims.md
 
 publish:
-	@mkdir -p $(DRAWN) $(DRAWN_CATALOGUE)
+	@mkdir -p $(DRAWN) $(DRAWN_CATALOGUE) $(DRAWN_GPU)
+	$(VENV)/bin/python -m bench report $(PUBLISHED_GPU) --readme $(PAGE) --framework-map $(DRAWN_GPU)/frameworks.svg
+	$(VENV)/bin/python -m bench report $(PUBLISHED_GPU) $(foreach c,$(CHARTED_GPU),--where '$(c)') --chart $(DRAWN_GPU)/throughput.svg
+	$(VENV)/bin/python -m bench claims $(PUBLISHED_GPU) --readme $(PAGE) --json $(DRAWN_GPU)/claims.json --markdown $(DRAWN_GPU)/claims.md
 	$(VENV)/bin/python -m bench report $(PUBLISHED) --readme $(PAGE) --framework-map $(DRAWN)/frameworks.svg
 	$(VENV)/bin/python -m bench report $(PUBLISHED) $(foreach c,$(CHARTED),--where '$(c)') --chart $(DRAWN)/throughput.svg
 	$(VENV)/bin/python -m bench claims $(PUBLISHED) --json $(DRAWN)/claims.json --markdown $(DRAWN)/claims.md

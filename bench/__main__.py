@@ -150,13 +150,14 @@ def report(
 def claims(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a run; the preset seed has it all.")],
     markdown: Annotated[Path | None, typer.Option(metavar="F", help="Write the whole account as Markdown.")] = None,
+    readme: Annotated[Path | None, typer.Option(metavar="F", help="Replace the claims block of this README.")] = None,
     json_file: JsonFile = None,
     csv_file: CsvFile = None,
 ) -> None:
     """Judges the source article's ten claims by measurements: what holds, what does not, and why."""
     from bench.commands.claims import claims_command
 
-    raise typer.Exit(claims_command(directory, json_file=json_file, csv_file=csv_file, markdown_file=markdown))
+    raise typer.Exit(claims_command(directory, json_file, csv_file, markdown, readme))
 
 
 @app.command()

@@ -8,9 +8,11 @@ from rich.table import Table
 from bench.archive import Archive
 from bench.commands.usage import OK, UsageError, check_writable, complain
 from bench.environments import StoreError
-from bench.report.claims import claim_rows, claims_json, markdown, overview
+from bench.report.claims import claim_rows, claims_block, claims_json, overview
+from bench.report.claims import markdown as whole_account
 from bench.report.markdown import environment_lines
 from bench.report.output import OutputError, columns_of, write_csv, write_json, write_text
+from bench.report.page import CLAIMS, PageError, update_page
 from bench.report.tables import wide_console
 from bench.report.text import ratio
 from bench.study.claim_results import ClaimResult, claim_results
@@ -31,13 +33,17 @@ def _show(results: list[ClaimResult]) -> None:
 
 
 def claims_command(
-    directory: Path, *, json_file: Path | None = None, csv_file: Path | None = None, markdown_file: Path | None = None
+    directory: Path,
+    json_file: Path | None = None,
+    csv_file: Path | None = None,
+    markdown: Path | None = None,
+    readme: Path | None = None,
 ) -> int:
     """Runs ``bench claims``; whatever the verdicts are, its exit status is 0."""
     try:
         check_writable("--json", json_file)
         check_writable("--csv", csv_file)
-        check_writable("--markdown", markdown_file)
+        check_writable("--markdown", markdown)
         archive = Archive([directory])
         results = claim_results(archive.cells())
         if json_file is not None:
@@ -45,10 +51,12 @@ def claims_command(
         if csv_file is not None:
             rows = list(claim_rows(results))
             write_csv(csv_file, columns_of(rows), rows)
-        if markdown_file is not None:
+        if markdown is not None:
             places = [line for name, found in archive.environments.items() for line in environment_lines(name, found)]
-            write_text("--markdown", markdown_file, markdown(results, places))
-    except (UsageError, StoreError, OutputError) as error:
+            write_text("--markdown", markdown, whole_account(results, places))
+        if readme is not None:
+            update_page(readme, claims_block(results), CLAIMS, directory.resolve().name)
+    except (UsageError, StoreError, OutputError, PageError) as error:
         return complain(error)
     _show(results)
     return OK

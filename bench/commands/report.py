@@ -15,9 +15,10 @@ from bench.report.chart import ChartError, save_chart
 from bench.report.export import SHARED, write_frameworks, write_summary, write_table
 from bench.report.framework_map import save_framework_map
 from bench.report.markdown import write_report
-from bench.report.output import OutputError, write_text
+from bench.report.output import OutputError
+from bench.report.page import RESULTS, PageError, update_page
 from bench.report.pytest_benchmark import write_pytest_benchmark
-from bench.report.readme import ReadmeError, results_block, with_block
+from bench.report.readme import results_block
 from bench.report.roofline import save_roofline
 from bench.report.tables import show_frameworks, show_rankings, wide_console
 from bench.report.text import resolution_line, summary_line
@@ -46,22 +47,6 @@ class Outputs:
             if item.name != "readme":
                 option = "--" + item.name.removesuffix("_file").replace("_", "-")
                 check_writable(option, getattr(self, item.name))
-
-
-def _update_readme(path: Path, block: str, *, check: bool) -> int:
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is no text"
-        raise UsageError(f"--readme: {path} cannot be read ({why}); give an existing file.") from error
-    fresh = with_block(text, block)
-    if not check:
-        write_text("--readme", path, fresh)
-        return OK
-    if fresh == text:
-        return OK
-    print(f"bench: the results in {path} are stale; run the same command without --check.", file=sys.stderr)
-    return FAILED
 
 
 def _selection(conditions: Sequence[str]) -> Callable[[Record], bool]:
@@ -125,14 +110,14 @@ def report_command(
         if not results.found:
             raise UsageError(f"--where: no cell meets {' and '.join(conditions)}; loosen the conditions.")
         if readme is not None:
-            status = _update_readme(readme, results_block(results), check=check)
+            fresh = update_page(readme, results_block(results), RESULTS, directories[0].resolve().name, check=check)
+            if not fresh:
+                print(f"bench: the results in {readme} are stale; run this without --check.", file=sys.stderr)
             if check:
-                return status
+                return OK if fresh else FAILED
         _write(results, directories, keep, outputs)
-    except (UsageError, StoreError, ChartError, OutputError) as error:
+    except (UsageError, StoreError, ChartError, OutputError, PageError) as error:
         return complain(error)
-    except ReadmeError as error:
-        return complain(f"{readme}: {error}")
     console = wide_console()
     show_rankings(console, results.found, efficiency=efficiency)
     show_frameworks(console, results)

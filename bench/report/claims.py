@@ -6,9 +6,11 @@ from typing import Any
 from bench.report.export import interval_json
 from bench.report.markdown import table
 from bench.report.text import ratio
-from bench.study.claim_results import ClaimResult
+from bench.study.claim_results import NOT_HERE, ClaimResult
+from bench.study.claims import MEMORY
 
 _MEASURED = ("setting", "framework", "claimed", "measured [95%]", "verdict")
+_SUMMARY = ("#", "setting", "claim", "forward", "forward and backward", "our fastest", "verdict")
 _BEST = ("setting", "our fastest implementation", "speed over the torch loop [95%]")
 
 
@@ -44,6 +46,33 @@ def markdown(results: Sequence[ClaimResult], places: Sequence[str]) -> str:
             lines += ["", *table(_BEST, best)]
     lines += ["", "Ratios are speeds over the loop's (bytes over the loop's for memory); the verdicts rest on PyTorch."]
     return "\n".join(lines) + "\n"
+
+
+def _range(ratios: Sequence[float]) -> str:
+    low, high = (f"{found:.2g}" if found < 1 else f"{found:.3g}" for found in (min(ratios), max(ratios)))
+    return f"{low}x" if low == high else f"{low}x to {high}x"
+
+
+def _of_direction(result: ClaimResult, direction: str) -> str:
+    """What PyTorch was measured at in one direction: the smallest and largest ratio of each case."""
+    found: dict[str, list[float]] = {}
+    for finding in result.findings:
+        if finding.framework == "torch" and finding.interval is not None and finding.where.direction == direction:
+            found.setdefault(finding.part.case, []).append(finding.interval.ratio)
+    return ", ".join(f"{case} {_range(ratios)}" for case, ratios in found.items()) or "-"
+
+
+def claims_block(results: Sequence[ClaimResult]) -> str:
+    """README's block of claims: one line for each, over all precisions and divisions that were measured."""
+    rows = []
+    for result in results:
+        claim, measured = result.claim, result.verdict != NOT_HERE
+        figures = [_of_direction(result, name) if measured else "-" for name in ("forward", "forward_backward")]
+        fastest = [best.interval.ratio for best in result.best] if measured and claim.subject != MEMORY else []
+        verdict = result.verdict if measured else f"{result.verdict}: {result.why[0].lower()}{result.why[1:]}"
+        ours = _range(fastest) if fastest else "-"
+        rows.append((str(claim.number), claim.setting, claim.statement, *figures, ours, verdict))
+    return "\n".join(["", *table(_SUMMARY, rows), ""])
 
 
 def claims_json(results: Sequence[ClaimResult], environments: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The README's results block, generated from records so that it cannot drift from them."""
+"""README's block of results; see ``page`` for where it goes."""
 
 from html import escape
 from typing import Any
@@ -20,14 +20,9 @@ from bench.study.identity import identity
 from bench.study.ranking import BASELINE, Ranking, Row
 from bench.study.results import Results
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 _COLUMNS = ("#", "competitor", "time", "ratio [95%]", "verdict", "asked / observed", "parity", "memory")
 # Enough to show the winner, the runner-up and the usual alternatives; the full ranking is in the run's report.
 _SHOWN = 5
-
-
-class ReadmeError(ValueError):
-    """A README without one well-formed results block."""
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -60,9 +55,8 @@ def _shown(ranking: Ranking) -> list[Row]:
 
 
 def results_block(results: Results) -> str:
-    """The block between the markers, markers included."""
+    """The block between the markers, without them."""
     lines = [
-        BEGIN,
         "",
         *framework_lines(results),
         f"Outcomes over all cells: {summary_line(results.outcomes)}. {resolution_line(results.found)}",
@@ -89,16 +83,4 @@ def results_block(results: Results) -> str:
             rows, count = _shown(ranking), len(ranking.rows)
             lines += [f"<details><summary>{summary}</summary>", "", *table(_COLUMNS, map(_cells, rows)), ""]
             lines += [f"{baseline_line(ranking)} {len(rows)} of {count} competitors are shown.", "", "</details>", ""]
-    return "\n".join([*lines, END])
-
-
-def with_block(text: str, block: str) -> str:
-    """The README's text with its results block replaced.
-
-    Raises:
-        ReadmeError: if the markers are not there exactly once, in order.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ReadmeError(f"expected the markers {BEGIN} and {END} once each, in this order; add them to the file.")
-    start, stop = text.index(BEGIN), text.index(END) + len(END)
-    return text[:start] + block + text[stop:]
+    return "\n".join(lines)

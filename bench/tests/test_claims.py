@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from bench.plan.workloads import WORKLOADS
+from bench.report.claims import claims_block
 from bench.store import Store
 from bench.study.claim_results import DOES_NOT, HOLDS, IN_PART, NOT_HERE, claim_results, judge
 from bench.study.claims import CLAIMS, DENSE, LOOP, MASKED, Part
@@ -187,3 +188,18 @@ def test_the_command_writes_the_same_in_every_form(seed_records, tmp_path, call)
         rows = list(csv.DictReader(file))
     assert len(rows) == sum(len(claim["measured"]) for claim in written)
     assert LOOP not in {row["case"] for row in rows}
+
+
+def test_the_block_of_a_page_has_a_line_for_each_claim(seed_records):
+    lines = [line.split(" | ") for line in claims_block(claim_results(seed_records(AS_CLAIMED))).splitlines() if line]
+    claims = {line[0].strip("| "): line for line in lines[2:]}
+    assert list(claims) == [str(number) for number in range(1, 11)]
+    forward, both, ours, verdict = claims["2"][3:]
+    assert (forward, both) == ("dense 12.5x", "dense 12.5x")
+    assert ours.endswith("x")
+    assert verdict.startswith(HOLDS)
+    assert "masked " in claims["1"][3]
+    # A ratio of bytes is no speed, and nothing was measured on a CPU.
+    assert claims["10"][5] == "-"
+    assert claims["9"][3:6] == ["-", "-", "-"]
+    assert "these records are of a GPU" in claims["9"][6]

@@ -63,6 +63,24 @@ def test_a_training_step_is_judged_by_its_first_update(framework, optimizer):
     assert bench.block(REQUEST | {"calls": 3, "verify": True})["judgement"]["status"] == "ok"
 
 
+@pytest.mark.parametrize("mode", ["jit", "jit-graph"])
+@pytest.mark.parametrize("direction", ["forward", "forward_backward", "train_step"])
+def test_the_options_for_a_gpu_are_understood_and_given_to_the_compiler(direction, mode, monkeypatch):
+    bench = opened("jax", direction=direction, optimizer="sgd" if direction == "train_step" else None)
+    timer = __import__("bench.measure.timers.jax", fromlist=["compiler_options"])
+    options = {division: timer.compiler_options(division, "cuda", mode) for division in ("stock", "matched", "tuned")}
+    assert options["stock"] == {}
+    assert options["matched"]
+    assert options["tuned"]
+    for chosen in options.values():
+        monkeypatch.setattr(timer, "compiler_options", lambda *_, chosen=chosen: chosen)
+        assert judged(bench, "jax", mode=mode)["status"] == "ok"
+    # One that does not exist shows that they are not just dropped.
+    monkeypatch.setattr(timer, "compiler_options", lambda *_: {"xla_no_such_option": True})
+    with pytest.raises(Exception, match="xla_no_such_option"):
+        judged(bench, "jax", mode=mode)
+
+
 @pytest.mark.parametrize("framework", MODES)
 @pytest.mark.parametrize("wrong", ["sgd", "adam", "rmsprop"])
 def test_another_optimizer_is_a_mismatch(framework, wrong, monkeypatch):

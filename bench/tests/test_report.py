@@ -9,12 +9,14 @@ import pytest
 from bench.report.chart import ChartError, save_chart
 from bench.report.export import summary
 from bench.report.markdown import report
-from bench.report.readme import BEGIN, END, ReadmeError, results_block, with_block
+from bench.report.page import CLAIMS, RESULTS, PageError, markers, with_block
+from bench.report.readme import results_block
 from bench.report.text import baseline_line, byte_count, ratio, resolution_line, seconds
 from bench.study.ranking import rankings, tally
 from bench.study.results import results_of
 from bench.study.statistics import Interval
 
+BEGIN, END = markers(RESULTS)
 ENVIRONMENT = {
     "1": {
         "git": {"commit": "0123456789abcdef", "dirty": True},
@@ -190,9 +192,20 @@ def test_the_readme_block_is_replaced_and_nothing_else(cell):
     assert with_block(fresh, results_block(results_of(cell, ENVIRONMENT))) == fresh
 
 
+def test_a_page_may_show_several_directories():
+    first, second, claims = markers(RESULTS, "a"), markers(RESULTS, "b"), markers(CLAIMS, "a")
+    text = "\n".join((*first, BEGIN, END, *second, *claims, "after"))
+    for what, name, (begin, end) in ((RESULTS, "a", first), (RESULTS, "b", second), (CLAIMS, "a", claims)):
+        assert with_block(text, "new", what, name) == text.replace(f"{begin}\n{end}", f"{begin}\nnew\n{end}")
+    # A directory that no marker names takes the block without a name.
+    assert with_block(text, "new", RESULTS, "mine") == text.replace(f"{BEGIN}\n{END}", f"{BEGIN}\nnew\n{END}")
+    with pytest.raises(PageError, match="claims:begin -->"):
+        with_block(text, "new", CLAIMS, "b")
+
+
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END} {BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
 def test_a_readme_without_one_block_is_refused(text):
-    with pytest.raises(ReadmeError, match="once each, in this order"):
+    with pytest.raises(PageError, match="once each, in this order"):
         with_block(text, "x")
 
 

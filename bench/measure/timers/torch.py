@@ -190,7 +190,8 @@ class TorchTimer:
         """
         if self._device == "cpu":
             return memory.resident_growth(prepared.call)
-        self.wait(None)
+        # A library's workspace is not this call's: graphs that torch.compile records give it back, and it comes again.
+        self.wait(prepared.call())
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self.wait(prepared.call())
