@@ -141,6 +141,7 @@ def doctor_command(
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"Processor: {found['cpu_model']}; {len(found['affinity'])} of {found['cpu_count']} processors usable"
+        + (f"; it offers {', '.join(found['cpu_features'])}" if found["cpu_features"] else "")
     )
     for name, framework in found["frameworks"].items():
         console.print(f"{name} (Python {framework['python']}), devices {', '.join(framework['devices'])}")

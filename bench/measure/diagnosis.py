@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.measure.conditions import monitor_for
 from bench.measure.environment import git_state, source_digest
-from bench.measure.processors import allowed_cpus, cpu_model
+from bench.measure.processors import allowed_cpus, cpu_features, cpu_model
 from bench.plan.cells import DIVISIONS
 
 # Both CUDA majors install files of the same names (nvidia/cudnn/lib/libcudnn.so.9 and others): the later one wins.
@@ -92,6 +92,7 @@ def diagnose(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str])
     gpu = dict(monitor_for("cuda" if with_gpu else "cpu", uuid).read())
     return {
         "cpu_model": cpu_model(),
+        "cpu_features": list(cpu_features()),
         "cpu_count": os.cpu_count(),
         "affinity": list(allowed_cpus()),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

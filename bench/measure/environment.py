@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.measure.processors import cpu_model, governor
+from bench.measure.processors import cpu_features, cpu_model, governor
 from bench.measure.worker_process import CHECKOUT
 from bench.records import HARNESS_VERSION, digest
 
@@ -68,6 +68,7 @@ def fingerprint(
         "division": division,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu_model": cpu_model(),
+        "cpu_features": list(cpu_features()),
         "cpu_count": os.cpu_count(),
         "machine": os.environ.get(MACHINE_VARIABLE),
         "cpu_governor": governor(),

@@ -10,14 +10,55 @@ def allowed_cpus() -> tuple[int, ...]:
     return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
 
 
+_CPUINFO = Path("/proc/cpuinfo")
+# The instruction sets that a product's speed hangs on, as Linux calls them, on x86 and on ARM.
+_FEATURES = frozenset(
+    [
+        "fma",
+        "avx2",
+        "avx_vnni",
+        "avx512f",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx512_fp16",
+        "amx_tile",
+        "amx_bf16",
+        "amx_fp16",
+        "asimd",
+        "asimdhp",
+        "sve",
+        "sve2",
+        "bf16",
+        "svebf16",
+        "sme",
+    ]
+)
+
+
+def _first_processor() -> dict[str, str]:
+    """What Linux says of the first processor; empty elsewhere."""
+    if not _CPUINFO.exists():
+        return {}
+    lines = (line.split(":", 1) for line in _CPUINFO.read_text().split("\n\n")[0].splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in lines}
+
+
 def cpu_model() -> str:
-    """The processor's name for itself."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    """The processor's name for itself, with its family and model number where the name is that of a whole series.
+
+    Virtual machines are often told a name such as "AMD EPYC", under which processors of several generations go.
+    """
+    found = _first_processor()
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= set(found) and not any(letter.isdigit() for letter in name):
+        return f"{name} (family {found['cpu family']}, model {found['model']})"
+    return name
+
+
+def cpu_features() -> tuple[str, ...]:
+    """The instruction sets that a product's speed hangs on and that this processor offers, in order of name."""
+    found = _first_processor()
+    return tuple(sorted(_FEATURES & set((found.get("flags") or found.get("Features") or "").split())))
 
 
 def governor() -> str | None:

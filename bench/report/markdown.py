@@ -43,8 +43,9 @@ def environment_lines(environment_id: str, found: Mapping[str, Any]) -> list[str
         if commit is None
         else f"commit {commit[:12]}" + (" (modified)" if git.get("dirty") else "")
     )
+    features = "".join(f"{feature}, " for feature in found.get("cpu_features") or ())
     lines = [
-        f"Environment `{environment_id}`: {found['cpu_model']}, {len(found['affinity'])} processors used, "
+        f"Environment `{environment_id}`: {found['cpu_model']}, {len(found['affinity'])} processors used, {features}"
         f"{found['system']}, device {found['device']}, division {found['division']}, {source}."
     ]
     lines.extend(f"GPU: {gpu}." for gpu in found.get("gpus") or ())
