@@ -48,18 +48,35 @@ GPU_OPTIONS ?= $(foreach d,stock matched tuned,--division $(d)) $(foreach p,ieee
 # Sets of fresh processes: one is for a first look; the same command and OUT with more (five) goes on where it ended.
 GPU_REPLICATES ?= 1
 
-# The records that README shows, those of the catalogue and of a GPU, where their pictures and claims go, and the page;
-# the tests draw them elsewhere.
-PUBLISHED ?= bench/results/cpu-epyc-2core
-CATALOGUE ?= $(PUBLISHED)-catalogue
-PUBLISHED_GPU ?= bench/results/h200
-DRAWN ?= $(PUBLISHED)
-DRAWN_CATALOGUE ?= $(CATALOGUE)
-DRAWN_GPU ?= $(PUBLISHED_GPU)
+# Where the published records lie and where their reports, pictures and claims go (the tests draw them elsewhere), and the
+# page. Directories with a block of results on the page, with one of claims, and those with a report and a map alone.
+RESULTS ?= bench/results
+DRAWN ?= $(RESULTS)
 PAGE ?= README.md
-# A picture of every cell would be too long to read: three settings of the article, both directions.
+SHOWN ?= h200 cpu-epyc-2core cpu-xeon-2core
+SHOWN_CLAIMS ?= h200
+REPORTED ?= cpu-epyc-2core-catalogue
+# A picture of every cell would be too long to read: three settings of the article, both directions; of a GPU, where a
+# cell has more competitors, the first setting alone.
 CHARTED ?= workload=article-ba* division=matched precision=ieee_fp32 direction=f*
-CHARTED_GPU ?= workload=article-base division=matched precision=ieee_fp32 direction=f*
+CHARTED_h200 ?= workload=article-base division=matched precision=ieee_fp32 direction=f*
+
+# $(call report,DIRECTORY,OPTIONS) and $(call show,DIRECTORY): what is drawn of a directory. Whatever README and all
+# that it links to shows of records comes from here.
+define report
+	@mkdir -p $(DRAWN)/$(1)
+	$(VENV)/bin/python -m bench report $(RESULTS)/$(1) $(2) \
+		--framework-map $(DRAWN)/$(1)/frameworks.svg --markdown $(DRAWN)/$(1)/report.md
+
+endef
+define show
+$(call report,$(1),--readme $(PAGE))
+	$(VENV)/bin/python -m bench report $(RESULTS)/$(1) --chart $(DRAWN)/$(1)/throughput.svg \
+		$(foreach c,$(or $(CHARTED_$(1)),$(CHARTED)),--where '$(c)')
+	$(VENV)/bin/python -m bench claims $(RESULTS)/$(1) $(if $(filter $(1),$(SHOWN_CLAIMS)),--readme $(PAGE)) \
+		--json $(DRAWN)/$(1)/claims.json --markdown $(DRAWN)/$(1)/claims.md
+
+endef
 
 .PHONY: compare setup test test-newest lint gpu publish clean
 
@@ -101,15 +118,8 @@ gpu: $(if $(filter $(VENV)/bin/python,$(GPU_PYTHON)),$(VENV)/.installed)
 	PYTHONPATH=. $(GPU_PYTHON) -m bench claims $(OUT) --json $(OUT)/claims.json --markdown $(OUT)/claims.md
 
 publish:
-	@mkdir -p $(DRAWN) $(DRAWN_CATALOGUE) $(DRAWN_GPU)
-	$(VENV)/bin/python -m bench report $(PUBLISHED_GPU) --readme $(PAGE) --framework-map $(DRAWN_GPU)/frameworks.svg
-	$(VENV)/bin/python -m bench report $(PUBLISHED_GPU) $(foreach c,$(CHARTED_GPU),--where '$(c)') --chart $(DRAWN_GPU)/throughput.svg
-	$(VENV)/bin/python -m bench claims $(PUBLISHED_GPU) --readme $(PAGE) --json $(DRAWN_GPU)/claims.json --markdown $(DRAWN_GPU)/claims.md
-	$(VENV)/bin/python -m bench report $(PUBLISHED) --readme $(PAGE) --framework-map $(DRAWN)/frameworks.svg
-	$(VENV)/bin/python -m bench report $(PUBLISHED) $(foreach c,$(CHARTED),--where '$(c)') --chart $(DRAWN)/throughput.svg
-	$(VENV)/bin/python -m bench claims $(PUBLISHED) --json $(DRAWN)/claims.json --markdown $(DRAWN)/claims.md
-	$(VENV)/bin/python -m bench report $(CATALOGUE) --framework-map $(DRAWN_CATALOGUE)/frameworks.svg \
-		--markdown $(DRAWN_CATALOGUE)/report.md
+	$(foreach directory,$(SHOWN),$(call show,$(directory)))
+	$(foreach directory,$(REPORTED),$(call report,$(directory)))
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and was not found (set PYTHON)"; exit 1; }

@@ -6,8 +6,10 @@ a store sets that tail aside in ``torn.jsonl``, never deletes it, and the cell i
 
 import json
 import os
+import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,43 @@ from bench.archive import RECORDS, place_of, read_records, scan
 from bench.environments import ENVIRONMENTS, StoreError, read_environments
 from bench.records import Record
 
+if sys.platform != "win32":
+    import fcntl
+
 TORN = "torn.jsonl"
+
+
+@contextmanager
+def sole_writer(directory: Path) -> Iterator[None]:
+    """Keeps every other run out of a results directory, which is created if missing.
+
+    Two runs would take each other's cell for torn, record keys twice, and time against each other. The lock is the
+    kernel's and ends with the process, however that ends; where there is none (Windows, some network file systems)
+    nothing is kept out.
+
+    Raises:
+        StoreError: if another run writes there, or the directory cannot be made.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise StoreError(f"{directory}: cannot be written ({error.strerror}); choose another --out.") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(
+                f"{directory}: another run writes there; wait until it ends, or choose another --out."
+            ) from error
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 class Store:

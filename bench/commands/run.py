@@ -1,6 +1,8 @@
 """``bench run``."""
 
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +37,7 @@ from bench.report.markdown import environment_lines, write_report
 from bench.report.output import OutputError
 from bench.report.tables import show_frameworks, show_rankings, wide_console
 from bench.report.text import resolution_line, summary_line
-from bench.store import Store
+from bench.store import Store, sole_writer
 from bench.study.results import read_results
 
 
@@ -144,6 +146,24 @@ def _progress_bar() -> Iterator[ProgressBar]:
         yield bar
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, by which batch systems announce the end of a job, interrupts as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # Python lets only the main thread say what a signal does.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes) -> bool:
     """Runs the sweep; returns whether it was interrupted."""
     with _progress_bar() as bar:
@@ -153,7 +173,8 @@ def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes) 
             bar.update(task, description=state.text[:100], completed=state.done, total=state.total)
 
         try:
-            engine(request, store, notes, show)
+            with _terminable():
+                engine(request, store, notes, show)
         except KeyboardInterrupt:
             return True
     return False
@@ -164,11 +185,12 @@ def run_command(options: Options) -> int:
     notes = SweepNotes()
     try:
         request, engine = _request(options), _engine(options)
-        store = Store(options.out, resume=options.resume)
-        check_environments(store.environment_ids, read_environments(options.out), str(options.out))
-        if store.set_aside_bytes:
-            notes.add(f"{store.set_aside_bytes} bytes of an unfinished cell were set aside; it is measured again.")
-        interrupted = _measure(engine, request, store, notes)
+        with sole_writer(options.out):
+            store = Store(options.out, resume=options.resume)
+            check_environments(store.environment_ids, read_environments(options.out), str(options.out))
+            if store.set_aside_bytes:
+                notes.add(f"{store.set_aside_bytes} bytes of an unfinished cell were set aside; it is measured again.")
+            interrupted = _measure(engine, request, store, notes)
     except (UsageError, SelectionError, StoreError) as error:
         return complain(error)
     except RequestError as error:

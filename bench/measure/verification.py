@@ -137,7 +137,7 @@ class Verifier:
         self._known: dict[tuple[str, str, str], tuple[dict[str, Any], str]] = {}
 
     def _compare(self, outputs: Mapping[str, np.ndarray], promised: str) -> dict[str, tuple[dict[str, Any], str]]:
-        """Tensor to its figures and the first reason against it."""
+        """Tensor to its figures and the gravest reason against it."""
         arithmetic, slices = declared_arithmetic(promised), self._oracle.slices
 
         def one(number: int) -> list[TensorResult]:
@@ -212,13 +212,14 @@ def _part(outputs: Mapping[str, np.ndarray], partitions: slice) -> dict[str, np.
 
 
 def _fold(found: dict[str, tuple[dict[str, Any], str]], result: TensorResult, where: str) -> None:
-    """Adds the figures of some partitions to those of the partitions before them; the first reason stays."""
+    """Adds the figures of some partitions to those of the partitions before them; the reason of the worst stays."""
     nothing = {"status": "ok", "bound_fraction": 0.0, "max_abs_error": 0.0}
     figures, reason = found.get(result.tensor, (nothing, ""))
     right = result.status == "ok"
+    worse = not right and (not reason or result.bound_fraction > figures["bound_fraction"])
     figures = {
         "status": figures["status"] if right else result.status,
         "bound_fraction": max(figures["bound_fraction"], result.bound_fraction),
         "max_abs_error": max(figures["max_abs_error"], result.max_abs_error),
     }
-    found[result.tensor] = (figures, reason if right or reason else where)
+    found[result.tensor] = (figures, where if worse else reason)

@@ -16,7 +16,7 @@ from bench.report.text import (
     summary_line,
     winner_line,
 )
-from bench.study.identity import identity
+from bench.study.identity import Identity, identity
 from bench.study.ranking import BASELINE, Ranking, Row
 from bench.study.results import Results
 
@@ -54,6 +54,11 @@ def _shown(ranking: Ranking) -> list[Row]:
     ]
 
 
+def _alike(one: Identity, other: Identity) -> bool:
+    """Whether two cells are of one workload under the same conditions, whatever the direction."""
+    return (one.workload, one.how) == (other.workload, other.how)
+
+
 def results_block(results: Results) -> str:
     """The block between the markers, without them."""
     lines = [
@@ -62,22 +67,27 @@ def results_block(results: Results) -> str:
         f"Outcomes over all cells: {summary_line(results.outcomes)}. {resolution_line(results.found)}",
         "",
     ]
-    # Whoever runs one preset in several precisions and divisions begins with the one that matters most.
-    shown = identity(results.found[0].first).how if results.found else ""
-    folded = sum(identity(ranking.first).how == shown for ranking in results.found)
-    if folded < len(results.found):
-        lines += [f"Rankings of the {folded} cells in {shown}; `bench report` shows those of the others.", ""]
+    # A page is read to its end only where it is short: the rankings of the first workload, in the conditions that
+    # matter most and so come first, stand for the others.
+    shown = identity(results.found[0].first) if results.found else None
+    cells = sum(_alike(identity(ranking.first), shown) for ranking in results.found if shown)
+    if shown and cells < len(results.found):
+        those = f"the {cells} of {shown.workload}" if cells > 1 else f"that of {shown.workload}"
+        lines += [
+            f"Of {len(results.found)} rankings, {those} in {shown.how}; `bench report` with `--markdown` writes all.",
+            "",
+        ]
     # Divisions of one run have environments that differ in nothing else: one of them says it all.
     told: list[tuple[str, dict[str, Any]]] = []
     for environment_id, found in results.places().items():
-        detailed = [ranking for ranking in found if identity(ranking.first).how == shown]
+        here = [ranking for ranking in found if shown and _alike(identity(ranking.first), shown)]
         if environment_id in results.environments:
             fingerprint = results.environments[environment_id]
             known = environment_lines(environment_id, fingerprint)
             place = (device_name(fingerprint), releases(fingerprint))
-            lines += [f"- {line}" for line in (known[:1] if place in told and not detailed else known)] + [""]
+            lines += [f"- {line}" for line in (known[:1] if place in told and not here else known)] + [""]
             told.append(place)
-        for ranking in detailed:
+        for ranking in here:
             # Folded, so that a reader sees every cell's verdict at once and opens the tables that matter to them.
             summary = f"<b>{escape(ranking.title)}</b>: {escape(winner_line(ranking))}"
             rows, count = _shown(ranking), len(ranking.rows)

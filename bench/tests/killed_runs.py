@@ -1,4 +1,4 @@
-"""Kills running benchmarks with SIGKILL, again and again: ``python -m bench.tests.killed_runs OUT LOG KILLS SEED``.
+"""Sends running benchmarks a signal, again and again: ``python -m bench.tests.killed_runs OUT LOG SEED SIGNALS``.
 
 A process of its own, because it forks: each run is a child that begins where its imports are done, so that dozens of
 runs take seconds. Prints what each run opened and recorded, as JSON.
@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from bench.__main__ import app
@@ -19,6 +20,7 @@ from bench.measure.environment import fingerprint
 from bench.measure.worker_process import WorkerProcess, worker_environment
 from bench.plan.sweeps import log_grid
 from bench.plan.workloads import sweep as points
+from bench.record_lines import parse_line
 
 # Many more cells than fit between the kills, on a fast machine too: every kill must hit a run that is under way.
 _SIZES = log_grid(4, 32)
@@ -37,6 +39,8 @@ def launch(out):
     child = os.fork()
     if child:
         return child
+    # A shell starts what it puts into the background with SIGINT ignored, and that is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
@@ -56,13 +60,22 @@ def lines_of(path):
     return path.read_bytes().splitlines(keepends=True) if path.exists() else []
 
 
+def whole_cells(lines):
+    """Lines of whole cells, and which cells they are; the rest was torn by the kill."""
+    records = [parse_line(line) for line in lines if line.endswith("\n")]
+    sizes = Counter(record.cell for record in records)
+    kept = [record for record in records if sizes[record.cell] == record.cell_size]
+    assert records[: len(kept)] == kept
+    return lines[: len(kept)], {f"{record.workload} {record.direction}" for record in kept}
+
+
 def wait_for_growth(log, lines, child):
     """Until a cell is opened; a child that has ended, with nothing left to do, opens none."""
     while len(lines_of(log)) == lines and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         time.sleep(0.001)
 
 
-def main(out, log, kills, seed):
+def main(out, log, seed, numbers):
     sweep.starter = lambda *args, **kwargs: start
     # Always the same here, and most of what a start costs.
     place = fingerprint({}, device="cpu", division="matched", cpus=())
@@ -72,15 +85,16 @@ def main(out, log, kills, seed):
     os.environ["FAKE_LOG"] = str(log)
     moment = random.Random(seed)
     runs = []
-    for number in range(kills + 1):
+    for run, number in enumerate([*numbers, None]):
         opened = len(lines_of(log))
         child = launch(out)
-        if number < kills:
-            # Every fourth anywhere from the start on, the others while cells are measured and written.
-            if number % 4:
+        if number is not None:
+            # Every fourth kill anywhere from the start on, the others while cells are measured and written. The other
+            # signals can be answered only by a run that has begun.
+            if run % 4 or number != signal.SIGKILL:
                 wait_for_growth(log, opened, child)
             time.sleep(moment.uniform(0.0, 0.04))
-            os.kill(child, signal.SIGKILL)
+            os.kill(child, number)
         _, status = os.waitpid(child, 0)
         runs.append(
             {
@@ -94,4 +108,4 @@ def main(out, log, kills, seed):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), [int(number) for number in sys.argv[4].split(",")])

@@ -1,14 +1,12 @@
-"""Faults, each really brought about: kill -9, no memory, no end, a wrong answer, a full and a read-only disk."""
+"""Faults of workers and disks, each really brought about: kill -9, no memory, no end, wrong answers, full disks."""
 
 import errno
-import json
 import os
 import random
 import resource
 import signal
 import subprocess
 import sys
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -20,14 +18,13 @@ from bench.measure import worker_process
 from bench.measure.memory import free_bytes
 from bench.measure.protocol import RequestError
 from bench.measure.sweep import Request, SweepNotes, run_sweep
-from bench.measure.worker_process import CHECKOUT, WorkerProcess, worker_environment
+from bench.measure.worker_process import WorkerProcess, worker_environment
 from bench.plan.presets import PRESETS
 from bench.plan.selection import narrowed
-from bench.record_lines import parse_line
 from bench.store import Store, read_records
 from bench.tests.fake_worker import GOOD
+from bench.tests.killed_runs import whole_cells
 
-KILLS = 50
 LIMITS = replace(PRESETS["smoke"].limits, unrolled_products=1000, prepare_s=2.0, request_s=2.0)
 PRESET = replace(
     narrowed(PRESETS["smoke"], workloads=["article-base", "article-n8"], directions=["forward"], rounds=3),
@@ -60,52 +57,6 @@ def measured(tmp_path, monkeypatch):
         return list(found.values())
 
     return run
-
-
-# --- the coordinator ---
-
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-m", "bench.tests.killed_runs", folder / "out", folder / "log", str(KILLS), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=CHECKOUT)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def whole_cells(lines):
-    """Lines of whole cells, and which cells they are; the rest was torn by the kill."""
-    records = [parse_line(line) for line in lines if line.endswith("\n")]
-    sizes = Counter(record.cell for record in records)
-    kept = [record for record in records if sizes[record.cell] == record.cell_size]
-    assert records[: len(kept)] == kept
-    return lines[: len(kept)], {f"{record.workload} {record.direction}" for record in kept}
-
-
-def test_runs_killed_at_random_moments_repeat_nothing_and_lose_the_cell_in_flight_at_most(killed):
-    *kills, last = killed
-    assert [run["signal"] for run in kills] == [signal.SIGKILL] * KILLS
-    assert last["exit"] == 0
-    # Not a test of starting up: most of them were measuring.
-    assert sum(bool(run["opened"]) for run in kills) > KILLS / 2
-    before, recorded_before = [], set()
-    for run in killed:
-        lines, recorded = whole_cells(run["records"])
-        assert lines[: len(before)] == before, "what was recorded has changed"
-        assert not recorded_before & set(run["opened"]), "a recorded cell was measured again"
-        assert len(set(run["opened"]) - recorded) <= 1, "more than the cell in flight was lost"
-        before, recorded_before = lines, recorded
-
-
-def test_after_all_kills_the_records_are_complete_and_no_key_is_there_twice(killed):
-    from bench.tests.killed_runs import WORKLOADS
-
-    lines, recorded = whole_cells(killed[-1]["records"])
-    assert lines == killed[-1]["records"]
-    assert recorded == {f"{name} {direction}" for name in WORKLOADS for direction in ("forward", "forward_backward")}
-    keys = Counter(parse_line(line).key for line in lines)
-    assert set(keys.values()) == {1}
 
 
 # --- a worker ---

@@ -127,11 +127,19 @@ def test_a_matrix_has_a_column_for_each_precision_and_division(cell):
     (row,) = [line for line in text.splitlines() if line.startswith("|") and "), forward |" in line]
     assert [part.split()[0] for part in row.split("|")[2:5]] == ["JAX", "same", "JAX"]
     assert text.count("JAX over PyTorch, the fastest of each: ") == 5
-    # The README folds the rankings of the first conditions, and names those of all others by one line.
+    # The README folds the rankings of the first workload and conditions, and counts the others.
     block = results_block(results)
     assert block.count("<details>") == 3
-    assert "Rankings of the 3 cells in ieee_fp32, matched;" in block
+    assert "Of 5 rankings, the 3 of article-base in ieee_fp32, matched;" in block
     assert "division tuned" in block
+
+
+def test_a_page_shows_the_rankings_of_one_workload_and_the_frameworks_in_all(cell):
+    block = results_block(results_of([*cell(2.0), *cell(0.5, seed=1, workload="article-n8")], ENVIRONMENTS))
+    assert block.count("<details>") == 1
+    assert "Of 2 rankings, that of article-base in ieee_fp32, matched;" in block
+    assert "| article-n8 (" in block
+    assert "Of 1 rankings" not in results_block(results_of(cell(2.0), ENVIRONMENTS))
 
 
 def test_a_second_run_and_a_second_device_have_tables_of_their_own(cell):

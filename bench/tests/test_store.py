@@ -1,11 +1,13 @@
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
 from bench.record_lines import parse_line
 from bench.records import RecordError
-from bench.store import Store, StoreError, read_records
+from bench.store import Store, StoreError, read_records, sole_writer
 
 
 def cell(make_record, name, size=3, replicate=0):
@@ -29,6 +31,25 @@ def test_a_second_run_needs_resume(tmp_path, make_record):
     assert store.holds("a", 0)
     assert not store.holds("a", 1)
     assert not store.holds("b", 0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock: nothing is kept out there")
+def test_two_runs_never_write_into_one_directory(tmp_path, call):
+    holding = "import sys, time, pathlib; from bench.store import sole_writer\n"
+    holding += "with sole_writer(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    out = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", holding, out], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        refused = call("run", "--preset", "smoke", "--resume", "--out", out)
+        assert refused.exit_code == 2
+        assert "another run writes there" in refused.stderr
+        assert list(out.iterdir()) == []
+        # However the other one ends, the directory is free.
+        other.kill()
+        other.wait()
+        with sole_writer(out):
+            pass
 
 
 def test_a_key_is_never_written_twice(tmp_path, make_record):

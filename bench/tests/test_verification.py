@@ -45,6 +45,17 @@ def test_one_wrong_element_anywhere_is_found(tensor):
     assert judgement.tensors[tensor]["status"] == "mismatch"
 
 
+def test_the_reason_is_that_of_the_worst_partitions(monkeypatch):
+    monkeypatch.setattr(verification, "_ELEMENTS_AT_A_TIME", 1)
+    inputs = draw_inputs(CASE, "float32")
+    for worst in (1, 4):
+        outputs = right(inputs)
+        for partition in (1, 4):
+            outputs["dbias"][partition] *= 1.5 if partition == worst else 1.01
+        judgement = Verifier(Oracle(inputs), "forward_backward").judge(outputs, "ieee_fp32")
+        assert judgement.reason.startswith(f"partitions {worst} to {worst}: ")
+
+
 def test_lower_precision_is_named():
     inputs = draw_inputs(CASE, "float32")
     rounded = draw_inputs(CASE, "float32")
