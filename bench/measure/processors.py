@@ -12,27 +12,8 @@ def allowed_cpus() -> tuple[int, ...]:
 
 _CPUINFO = Path("/proc/cpuinfo")
 # The instruction sets that a product's speed hangs on, as Linux calls them, on x86 and on ARM.
-_FEATURES = frozenset(
-    [
-        "fma",
-        "avx2",
-        "avx_vnni",
-        "avx512f",
-        "avx512_vnni",
-        "avx512_bf16",
-        "avx512_fp16",
-        "amx_tile",
-        "amx_bf16",
-        "amx_fp16",
-        "asimd",
-        "asimdhp",
-        "sve",
-        "sve2",
-        "bf16",
-        "svebf16",
-        "sme",
-    ]
-)
+_FEATURES = {"fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"}
+_FEATURES |= {"amx_tile", "amx_bf16", "amx_fp16", "asimd", "asimdhp", "sve", "sve2", "bf16", "svebf16", "sme"}
 
 
 def _first_processor() -> dict[str, str]:
