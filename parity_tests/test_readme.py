@@ -21,7 +21,7 @@ def test_there_are_blocks_for_both_frameworks():
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n", 1)[0])
-def test_block_runs(block):
+def test_block_runs(block, tmp_path):
     for framework in ("torch", "jax"):
         if re.search(rf"\b{framework}\b|{framework}_impl", block) and not framework_available(framework):
             pytest.skip(f"{framework} is not installed here")
@@ -29,7 +29,7 @@ def test_block_runs(block):
         [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", block],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=tmp_path,  # one block writes a file where it runs
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=120,
         check=False,
