@@ -86,6 +86,13 @@ def fake_starter():
 
 
 @pytest.fixture
+def fake_pool(monkeypatch, fake_starter):
+    """Lets the commands talk to workers that need no framework."""
+    monkeypatch.setattr("bench.measure.sweep.starter", lambda *args, **kwargs: fake_starter)
+    monkeypatch.setattr("bench.commands.inspect.starter", lambda *args, **kwargs: fake_starter)
+
+
+@pytest.fixture
 def call():
     """Runs a command of the benchmark in this process."""
 

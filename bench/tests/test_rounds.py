@@ -5,18 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench.measure.conditions import NoMonitor, NvmlMonitor, energy_of_a_call, monitor_for, thermally_throttled
-from bench.measure.diagnosis import gpu_warnings
+from bench.measure.conditions import NoMonitor, NvmlMonitor, thermally_throttled
 from bench.measure.entry import Entry
 from bench.measure.rounds import Rounds
 from bench.plan.competitors import Competitor
-from bench.plan.hardware import data_sheet, peak_rates
 from bench.plan.presets import PRESETS
 from bench.study.elimination import far_behind
 from bench.study.pairing import intervals
 from bench.study.statistics import ratio_interval, round_log_latency, verdict
 from bench.study.stopping import confidence
 from bench.study.winners import leaders
+from bench.tests.fake_nvml import FakeNvml
 
 PRESET = replace(PRESETS["seed"], rounds=40, least_rounds=5, cell_s=float("inf"), most_cell_s=0.0)
 
@@ -175,38 +174,6 @@ def test_far_behind_needs_certainty_and_distance():
     assert far_behind({"a": base[:3], "b": base[:3] + 5}, "a") == []
 
 
-class FakeNvml:
-    """The few functions of NVML that are read; hot for the first reads."""
-
-    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 0, 1, 0
-
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, hot=0):
-        self.hot, self.joules = hot, 0.0
-
-    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):
-        self.hot -= 1
-        return 0x40 if self.hot >= 0 else 0x4
-
-    def nvmlDeviceGetClockInfo(self, handle, which):
-        return 1980 if which == 0 else 3201
-
-    def nvmlDeviceGetPowerUsage(self, handle):
-        return 650_000
-
-    def nvmlDeviceGetTemperature(self, handle, which):
-        return 70
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle):
-        return [1, 2]
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
-        self.joules += 5.0
-        return 1000 * self.joules
-
-
 def test_a_hot_device_has_its_block_measured_again_and_a_capped_one_is_labelled():
     found = entries("matmul", "like")
     monitor = NvmlMonitor(FakeNvml(hot=2), None)
@@ -216,26 +183,6 @@ def test_a_hot_device_has_its_block_measured_again_and_a_capped_one_is_labelled(
     seen = found[0].conditions[-1]
     assert seen["power_capped"] == ["software power cap"]
     assert (seen["sm_clock_mhz"], seen["power_w"], seen["temperature_c"], seen["processes"]) == (1980, 650.0, 70, 2)
-
-
-def test_energy_is_read_around_calls_alone():
-    monitor = NvmlMonitor(FakeNvml(), None)
-    # Five joules from reading to reading.
-    assert energy_of_a_call(monitor, lambda: 10) == pytest.approx(0.5)
-    assert energy_of_a_call(monitor, lambda: None) is None
-    assert energy_of_a_call(NoMonitor(), lambda: pytest.fail("calls run where no energy is reported")) is None
-
-
-def test_what_a_slice_of_a_gpu_does_not_report_is_left_out():
-    nvml = FakeNvml()
-
-    def not_supported(*arguments):
-        raise nvml.NVMLError
-
-    nvml.nvmlDeviceGetPowerUsage = nvml.nvmlDeviceGetCurrentClocksThrottleReasons = not_supported
-    seen = NvmlMonitor(nvml, None).read()
-    assert set(seen) == {"sm_clock_mhz", "memory_clock_mhz", "temperature_c", "processes"}
-    assert not thermally_throttled(seen)
 
 
 def test_a_device_that_is_always_hot_still_ends():
@@ -248,26 +195,3 @@ def test_a_device_that_is_always_hot_still_ends():
     )
     assert all(thermally_throttled(entry.conditions[-1]) for entry in found)
     assert all(len(entry.blocks) == 4 for entry in found)
-
-
-def test_a_cpu_reports_nothing():
-    monitor = monitor_for("cpu", None)
-    assert (monitor.read(), monitor.energy_j()) == ({}, None)
-
-
-def test_data_sheets_are_found_by_the_longest_name():
-    assert peak_rates("NVIDIA H200", "bf16") == pytest.approx({"flops_per_s": 989.4e12, "bytes_per_s": 4.8e12})
-    sheet = data_sheet("NVIDIA A100-SXM4-80GB")
-    assert sheet is not None
-    assert sheet.bytes_per_s == pytest.approx(2.039e12)
-    assert data_sheet("cpu") is None
-    assert peak_rates("", "fp64") == {}
-
-
-def test_the_doctor_warns_of_a_busy_or_hot_gpu():
-    assert gpu_warnings({}) == []
-    assert gpu_warnings({"processes": 2, "thermal": [], "power_capped": []}) == []
-    said = gpu_warnings({"processes": 5, "thermal": ["hardware thermal slowdown"], "power_capped": []})
-    assert len(said) == 2
-    assert said[0].startswith("3 other processes use the GPU")
-    assert "hardware thermal slowdown" in said[1]
