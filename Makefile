@@ -55,7 +55,7 @@ DRAWN ?= $(RESULTS)
 PAGE ?= README.md
 SHOWN ?= h200 cpu-epyc-2core cpu-xeon-2core
 SHOWN_CLAIMS ?= h200
-REPORTED ?= cpu-epyc-2core-catalogue
+REPORTED ?= cpu-epyc-2core-catalogue cpu-xeon-amx-2core
 # A picture of every cell would be too long to read: three settings of the article, both directions; of a GPU, where a
 # cell has more competitors, the first setting alone.
 CHARTED ?= workload=article-ba* division=matched precision=ieee_fp32 direction=f*

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 # Those whose results README shows, and those with a report and a map alone.
 SHOWN = ("h200", "cpu-epyc-2core", "cpu-xeon-2core")
-REPORTED = ("cpu-epyc-2core-catalogue",)
+REPORTED = ("cpu-epyc-2core-catalogue", "cpu-xeon-amx-2core")
 TEXTS = [(directory, name) for directory in SHOWN for name in ("claims.md", "claims.json", "report.md")]
 TEXTS += [(directory, "report.md") for directory in REPORTED]
 PICTURES = [(directory, name) for directory in SHOWN for name in ("frameworks.svg", "throughput.svg")]
