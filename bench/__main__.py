@@ -35,6 +35,10 @@ def run(
     workload: Annotated[list[str] | None, typer.Option(help="Only this workload; may be repeated.")] = None,
     framework: Annotated[list[str] | None, typer.Option(help="Only torch or only jax.")] = None,
     implementation: Annotated[list[str] | None, typer.Option(help="Only this competitor; may be repeated.")] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this mode, such as eager, cuda-graph or jit, and everybody in it; may be repeated."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[list[str] | None, typer.Option(help="ieee_fp32, tf32, bf16, fp16 or fp64.")] = None,
     direction: Annotated[list[str] | None, typer.Option(help="forward, forward_backward or train_step.")] = None,
@@ -48,6 +52,9 @@ def run(
         typer.Option(min=0, help="A cell whose A/A control is not known to 3% may go on for so many seconds."),
     ] = None,
     probe_s: Annotated[float | None, typer.Option(min=0, help="Seconds for each further clock; 0: only speed.")] = None,
+    prepare_s: Annotated[
+        float | None, typer.Option(min=1, help="Most seconds to build and compile a competitor; then it is a timeout.")
+    ] = None,
     replicates: Annotated[int | None, typer.Option(min=1, help="Sets of fresh processes.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the inputs and of the order.")] = 0,
     torch_python: TorchPython = None,
@@ -73,6 +80,7 @@ def run(
         workloads=tuple(workload or ()),
         frameworks=tuple(framework or ()),
         implementations=tuple(implementation or ()),
+        modes=tuple(mode or ()),
         device=device,
         precisions=tuple(precision or ()),
         directions=tuple(direction or ()),
@@ -83,6 +91,7 @@ def run(
         cell_s=cell_s,
         most_cell_s=most_cell_s,
         probe_s=probe_s,
+        prepare_s=prepare_s,
         replicates=replicates,
         seed=seed,
         torch_python=torch_python,

@@ -28,7 +28,7 @@ from bench.environments import StoreError, check_environments, read_environments
 from bench.measure.protocol import RequestError
 from bench.measure.sweep import Progress, Request, SelectionError, SweepNotes, run_sweep
 from bench.plan.cells import CACHES, DEVICES, DIRECTIONS, DIVISIONS, PRECISIONS
-from bench.plan.competitors import FRAMEWORKS
+from bench.plan.competitors import FRAMEWORKS, MODES
 from bench.plan.presets import PRESETS, STEPPED_OPTIMIZERS
 from bench.plan.selection import narrowed
 from bench.plan.workloads import UnknownWorkloadError, workload
@@ -50,6 +50,7 @@ class Options:
     workloads: tuple[str, ...]
     frameworks: tuple[str, ...]
     implementations: tuple[str, ...]
+    modes: tuple[str, ...]
     device: str
     precisions: tuple[str, ...]
     directions: tuple[str, ...]
@@ -60,6 +61,7 @@ class Options:
     cell_s: float | None
     most_cell_s: float | None
     probe_s: float | None
+    prepare_s: float | None
     replicates: int | None
     seed: int
     torch_python: str | None
@@ -97,6 +99,7 @@ def _request(options: Options) -> Request:
     except UnknownWorkloadError as error:
         raise UsageError(f"--workload: {error}") from error
     check_choices("--framework", options.frameworks, FRAMEWORKS)
+    check_choices("--mode", options.modes, MODES)
     check_choices("--device", [options.device], ("auto", *DEVICES))
     check_choices("--precision", options.precisions, PRECISIONS)
     check_choices("--direction", options.directions, DIRECTIONS)
@@ -117,6 +120,7 @@ def _request(options: Options) -> Request:
         cell_s=options.cell_s,
         most_cell_s=options.most_cell_s,
         probe_s=options.probe_s,
+        prepare_s=options.prepare_s,
         replicates=options.replicates,
     )
     return Request(
@@ -124,6 +128,7 @@ def _request(options: Options) -> Request:
         device=options.device,
         frameworks=tuple(name for name in FRAMEWORKS if not options.frameworks or name in options.frameworks),
         implementations=options.implementations,
+        modes=options.modes,
         pythons=check_interpreters(options.torch_python, options.jax_python),
         seed=options.seed,
     )

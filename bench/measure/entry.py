@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.plan.competitors import EAGER, YARDSTICK, Competitor
 
-_BASELINES = (("torch", "matmul", EAGER), ("jax", "matmul", None))
+_BASELINES = (("torch", "matmul", EAGER), ("torch", "matmul", None), ("jax", "matmul", None))
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Entry:
 
 
 def choose_baseline(entries: Sequence[Entry]) -> Entry | None:
-    """The torch product in eager mode, else JAX's, else whoever is first; never the yardstick."""
+    """The torch product, in eager mode if it is there, else JAX's, else whoever is first; never the yardstick."""
     going = [entry for entry in entries if entry.going and entry.competitor.kind != YARDSTICK]
     for framework, implementation, mode in _BASELINES:
         for entry in going:

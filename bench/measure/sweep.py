@@ -1,6 +1,6 @@
 """A whole run: every cell of a preset, in every division and process replicate, into a store."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -14,7 +14,7 @@ from bench.measure.pool import WorkerPool, starter
 from bench.measure.processors import allowed_cpus
 from bench.measure.recording import cell_hash, records_of
 from bench.plan.cells import DEVICES, Cell
-from bench.plan.competitors import FRAMEWORKS, Competitor, competitors_for, further_modes
+from bench.plan.competitors import FRAMEWORKS, Competitor, competitors_for, further_modes, offered_modes
 from bench.plan.presets import Preset
 from bench.plan.selection import plan_cells
 from bench.records import Record
@@ -49,6 +49,7 @@ class Request:
         device: ``auto``, ``cpu`` or ``cuda``.
         frameworks: which frameworks take part, if installed.
         implementations: names to keep; empty keeps all.
+        modes: modes to keep, in which every competitor then runs; empty keeps those of the division and the preset.
         pythons: framework to interpreter, where not the running one.
         seed: of the inputs and the order.
     """
@@ -57,6 +58,7 @@ class Request:
     device: str = "auto"
     frameworks: tuple[str, ...] = FRAMEWORKS
     implementations: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
     pythons: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
 
@@ -114,10 +116,30 @@ def _competitors(pool: WorkerPool, request: Request, cell: Cell) -> tuple[Compet
     # A tuned cell without compiled competitors would be a matched one.
     if not compiled and cell.division == "tuned":
         compiled = ("matmul",)
-    modes = further_modes(cell.division, cell.device, compile_gradients=cell.direction in preset.compiled_directions)
+    # Whoever names a mode wants it in this direction too.
+    gradients = bool(request.modes) or cell.direction in preset.compiled_directions
     return competitors_for(
-        pool.catalogues(), compiled=compiled, modes=modes, only=request.implementations, without=preset.left_out
+        pool.catalogues(),
+        compiled=compiled,
+        modes=further_modes(cell.division, cell.device, compile_gradients=gradients),
+        only=request.implementations,
+        without=preset.left_out,
+        only_modes=request.modes,
     )
+
+
+def _check_modes(request: Request, device: str, frameworks: Sequence[str], notes: SweepNotes) -> None:
+    """Notes which of the modes that were asked for a division lacks, and refuses a division that lacks them all."""
+    for division in request.preset.divisions if request.modes else ():
+        offered = offered_modes(division, device, frameworks)
+        lacking = [mode for mode in request.modes if mode not in offered]
+        if len(lacking) == len(request.modes):
+            raise SelectionError(
+                f"mode: expected one of {', '.join(offered)} in the {division} division on {device}, "
+                f"got {', '.join(lacking)}; choose one of these, or another --division."
+            )
+        for mode in lacking:
+            notes.add(f"The {division} division has no {mode} on {device} with {' and '.join(frameworks)}: left out.")
 
 
 def _device_name(pool: WorkerPool) -> str:
@@ -181,6 +203,7 @@ def run_sweep(
                 for framework, reason in pool.missing.items():
                     notes.add(f"Without {framework}: {reason}.")
                 device = choose_device(request.device, pool.hello, notes)
+                _check_modes(request, device, tuple(pool.hello), notes)
                 place = fingerprint(pool.hello, device=device, division=division, cpus=allowed_cpus())
                 place_id = environment_id(place)
                 store.add_environment(place_id, place)

@@ -13,6 +13,7 @@ IMPLEMENTATION, STOCK, YARDSTICK = "implementation", "stock", "yardstick"
 # What a user of the framework would type; the mode that every competitor of that framework is timed in.
 DEFAULT_MODE: Mapping[str, str] = {"torch": EAGER, "jax": JIT}
 FRAMEWORKS: tuple[str, ...] = tuple(DEFAULT_MODE)
+MODES: tuple[str, ...] = (EAGER, COMPILE, REDUCE_OVERHEAD, MAX_AUTOTUNE, CUDA_GRAPH, JIT, JIT_GRAPH)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def competitors_for(
     modes: Mapping[str, Sequence[str]] | None = None,
     only: Sequence[str] = (),
     without: Sequence[str] = (),
+    only_modes: Sequence[str] = (),
 ) -> tuple[Competitor, ...]:
     """Lists the competitors of a cell.
 
@@ -81,6 +83,7 @@ def competitors_for(
         modes: framework to its further modes; ``compile`` for torch if not given.
         only: names to keep; empty keeps all but ``without``.
         without: names that take part only if ``only`` holds them.
+        only_modes: modes to keep, in which every competitor then runs; empty keeps ``compiled`` to the further ones.
 
     Returns:
         Competitors, framework by framework, each in its default mode first.
@@ -95,11 +98,11 @@ def competitors_for(
         found.extend(Competitor(catalogue.framework, name, mode, kind) for name, kind in kinds.items())
         found.extend(
             Competitor(catalogue.framework, name, other, kinds[name])
-            for name in compiled
+            for name in (kinds if only_modes else compiled)
             if name in kinds
             for other in further.get(catalogue.framework, ())
         )
-    return tuple(found)
+    return tuple(competitor for competitor in found if not only_modes or competitor.mode in only_modes)
 
 
 def further_modes(division: str, device: str, *, compile_gradients: bool) -> dict[str, tuple[str, ...]]:
@@ -116,3 +119,9 @@ def further_modes(division: str, device: str, *, compile_gradients: bool) -> dic
         torch += (CUDA_GRAPH,) if division == "matched" else (CUDA_GRAPH, REDUCE_OVERHEAD)
         jax += (JIT_GRAPH,) if division == "matched" else ()
     return {"torch": torch, "jax": jax}
+
+
+def offered_modes(division: str, device: str, frameworks: Sequence[str] = FRAMEWORKS) -> tuple[str, ...]:
+    """All modes of some frameworks that a division compares on a device."""
+    further = further_modes(division, device, compile_gradients=True)
+    return tuple(mode for name in frameworks for mode in (DEFAULT_MODE[name], *further[name]))

@@ -21,6 +21,7 @@ def narrowed(
     cell_s: float | None = None,
     most_cell_s: float | None = None,
     probe_s: float | None = None,
+    prepare_s: float | None = None,
     replicates: int | None = None,
 ) -> Preset:
     """Returns the preset with the given selections in place of its own; an empty one keeps the preset's.
@@ -41,6 +42,7 @@ def narrowed(
         cell_s=preset.cell_s if cell_s is None else cell_s,
         most_cell_s=most_cell_s if most_cell_s is not None else preset.most_cell_s if cell_s is None else 0.0,
         probe_s=preset.probe_s if probe_s is None else probe_s,
+        limits=preset.limits if prepare_s is None else replace(preset.limits, prepare_s=prepare_s),
         replicates=preset.replicates if replicates is None else replicates,
     )
 

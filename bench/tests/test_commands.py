@@ -119,6 +119,12 @@ def test_a_run_goes_on_without_a_framework_and_says_so(tmp_path, call, monkeypat
         (("--direction", "backward"), "--direction: expected one of forward, forward_backward"),
         (("--division", "equal"), "--division: expected one of stock, matched, tuned, got 'equal'"),
         (("--implementation", "nothing"), "implementation: nothing is called nothing; choose from"),
+        (("--mode", "fast"), "--mode: expected one of eager, compile, compile-reduce-overhead"),
+        (
+            ("--mode", "cuda-graph", "--division", "stock"),
+            "mode: expected one of eager, compile, jit in the stock division on cpu, got cuda-graph; choose one of",
+        ),
+        (("--framework", "torch", "--mode", "jit"), "mode: expected one of eager, compile in the matched division"),
         (("--division", "stock", "--precision", "tf32"), "the selection is empty"),
         (("--torch-python", "/nowhere/python"), "--torch-python: '/nowhere/python' is no program"),
         (("--jax-python", "/nowhere/python"), "--jax-python: '/nowhere/python' is no program"),
@@ -133,6 +139,17 @@ def test_wrong_usage_of_run_is_one_sentence(tmp_path, call, arguments, message):
     assert message in done.stderr
     assert done.stderr.startswith("bench: ")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.usefixtures("fake_pool")
+def test_a_mode_that_a_division_lacks_is_left_out_and_told(tmp_path, call):
+    done = call(
+        "run", *TINY, "--out", tmp_path / "run", "--division", "tuned", "--mode", "compile", "--mode", "cuda-graph"
+    )
+    assert "The tuned division has no cuda-graph on cpu with torch and jax: left out." in done.stdout
+    records = read_records(tmp_path / "run")
+    assert {record.mode for record in records} == {"compile"}
+    assert {record.label for record in records if record.baseline} == {"torch matmul (compile)"}
 
 
 @pytest.mark.usefixtures("fake_pool")

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from bench.plan.cells import STORAGE_DTYPES, Cell
-from bench.plan.competitors import Catalogue, Competitor, competitors_for, further_modes
+from bench.plan.cells import DEVICES, DIVISIONS, STORAGE_DTYPES, Cell
+from bench.plan.competitors import MODES, Catalogue, Competitor, competitors_for, further_modes, offered_modes
 from bench.plan.costs import (
     compulsory_bytes,
     executed_flops,
@@ -160,6 +160,34 @@ def test_competitors_come_from_the_catalogues():
     assert [c.kind for c in found[:4]] == ["implementation", "implementation", "stock", "yardstick"]
     assert {c.implementation for c in competitors_for([TORCH, JAX], only=["matmul"])} == {"matmul"}
     assert competitors_for([TORCH], only=["nothing"]) == ()
+
+
+def test_named_modes_are_kept_and_everybody_runs_in_them():
+    further = {"torch": ("compile", "cuda-graph"), "jax": ("jit-graph",)}
+    found = competitors_for(
+        [TORCH, JAX], compiled=["matmul"], modes=further, only=["loop", "matmul"], only_modes=["cuda-graph", "jit"]
+    )
+    assert [c.label for c in found] == [
+        "torch loop (cuda-graph)",
+        "torch matmul (cuda-graph)",
+        "jax loop (jit)",
+        "jax matmul (jit)",
+    ]
+    assert competitors_for([TORCH], only_modes=["jit"]) == ()
+
+
+def test_the_modes_of_a_division_are_those_of_its_frameworks():
+    assert offered_modes("stock", "cuda") == ("eager", "compile", "jit")
+    assert offered_modes("matched", "cuda", ["jax"]) == ("jit", "jit-graph")
+    for division in DIVISIONS:
+        for device in DEVICES:
+            assert set(offered_modes(division, device)) <= set(MODES)
+
+
+def test_a_named_time_to_prepare_replaces_that_cap_alone():
+    smoke = PRESETS["smoke"]
+    assert narrowed(smoke).limits == smoke.limits
+    assert narrowed(smoke, prepare_s=7.0).limits == replace(smoke.limits, prepare_s=7.0)
 
 
 def test_who_is_left_out_takes_part_only_by_name():
