@@ -1,11 +1,20 @@
 """The formula itself, handed to `jax.numpy.einsum`."""
 
+import math
+
 import jax.numpy as jnp
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
-from jax_impl.implementations import add_bias, batch_major, needs_partition_major, partition_major, result_dtype
+from jax_impl.implementations import (
+    add_bias,
+    batch_major,
+    needs_partition_major,
+    partition_major,
+    product_dtype,
+    result_dtype,
+)
 
 
 def partitioned_linear_einsum(
@@ -32,12 +41,13 @@ def partitioned_linear_einsum(
         Outputs, shape (*b, n, o).
     """
     dtype = result_dtype(x, preferred_element_type)
+    wide = product_dtype(dtype, math.prod(x.shape[:-2]), *weight.shape[1:])
     if needs_partition_major(x):
         equation = "nri,nio->nro"
         rows = partition_major(x)
-        product = jnp.einsum(equation, rows, weight, precision=precision, preferred_element_type=dtype)
+        product = jnp.einsum(equation, rows, weight, precision=precision, preferred_element_type=wide)
         product = batch_major(product, x.shape[:-2])
     else:
         equation = "...ni,nio->...no"
-        product = jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=dtype)
+        product = jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=wide)
     return add_bias(product, bias, dtype)

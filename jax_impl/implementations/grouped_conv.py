@@ -7,7 +7,7 @@ from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
-from jax_impl.implementations import add_bias, result_dtype
+from jax_impl.implementations import add_bias, product_dtype, result_dtype
 
 
 def partitioned_linear_grouped_conv(
@@ -36,14 +36,17 @@ def partitioned_linear_grouped_conv(
     """
     dtype = result_dtype(x, preferred_element_type)
     num_partitions, in_features, out_features = weight.shape
+    rows = math.prod(x.shape[:-2])
+    # XLA makes a matrix product of a convolution of kernel size one where there is a single group.
+    wide = product_dtype(dtype, rows, in_features, out_features) if num_partitions == 1 else dtype
     product = lax.conv_general_dilated(
-        x.reshape(math.prod(x.shape[:-2]), num_partitions * in_features, 1),
+        x.reshape(rows, num_partitions * in_features, 1),
         weight.mT.reshape(num_partitions * out_features, in_features, 1),
         window_strides=(1,),
         padding="VALID",
         dimension_numbers=("NCH", "OIH", "NCH"),
         feature_group_count=num_partitions,
         precision=precision,
-        preferred_element_type=dtype,
+        preferred_element_type=wide,
     )
     return add_bias(product.reshape(*x.shape[:-1], out_features), bias, dtype)

@@ -8,7 +8,7 @@ from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
-from jax_impl.implementations import add_bias, batch_major, partition_major, result_dtype
+from jax_impl.implementations import add_bias, batch_major, partition_major, product_dtype, result_dtype
 
 
 def partitioned_linear_grouped_matmul(
@@ -44,7 +44,7 @@ def partitioned_linear_grouped_matmul(
         weight,
         jnp.full((num_partitions,), rows, jnp.int32),
         precision=precision,
-        preferred_element_type=dtype,
+        preferred_element_type=product_dtype(dtype, rows, in_features, out_features),
     ).reshape(num_partitions, rows, out_features)
     y = add_bias(product, None if bias is None else bias[:, None], dtype)
     return batch_major(y, x.shape[:-2])

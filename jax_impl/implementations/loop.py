@@ -8,7 +8,7 @@ from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
-from jax_impl.implementations import add_bias, result_dtype
+from jax_impl.implementations import add_bias, product_dtype, result_dtype
 
 
 def partitioned_linear_loop(
@@ -36,6 +36,7 @@ def partitioned_linear_loop(
     """
     dtype = result_dtype(x, preferred_element_type)
     rows = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    wide = product_dtype(dtype, rows.shape[0], *weight.shape[1:])
     outputs = []
     for partition in range(weight.shape[0]):
         product = lax.dot_general(
@@ -43,7 +44,7 @@ def partitioned_linear_loop(
             weight[partition],
             (((1,), (0,)), ((), ())),
             precision=precision,
-            preferred_element_type=dtype,
+            preferred_element_type=wide,
         )
         outputs.append(add_bias(product, None if bias is None else bias[partition], dtype))
     return jnp.stack(outputs, axis=1).reshape(*x.shape[:-1], weight.shape[-1])

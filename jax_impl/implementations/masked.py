@@ -8,7 +8,7 @@ from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
-from jax_impl.implementations import add_bias, result_dtype
+from jax_impl.implementations import add_bias, product_dtype, result_dtype
 
 
 def partitioned_linear_masked(
@@ -39,11 +39,12 @@ def partitioned_linear_masked(
     num_partitions, in_features, out_features = weight.shape
     diagonal = jnp.eye(num_partitions, dtype=bool)[:, None, :, None]
     blocks = jnp.where(diagonal, weight[:, :, None, :], jnp.zeros((), weight.dtype))
+    rows, all_in, all_out = math.prod(x.shape[:-2]), num_partitions * in_features, num_partitions * out_features
     product = lax.dot_general(
-        x.reshape(math.prod(x.shape[:-2]), num_partitions * in_features),
-        blocks.reshape(num_partitions * in_features, num_partitions * out_features),
+        x.reshape(rows, all_in),
+        blocks.reshape(all_in, all_out),
         (((1,), (0,)), ((), ())),
         precision=precision,
-        preferred_element_type=dtype,
+        preferred_element_type=product_dtype(dtype, rows, all_in, all_out),
     )
     return add_bias(product.reshape(*x.shape[:-1], out_features), bias, dtype)

@@ -12,7 +12,7 @@ from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
-from jax_impl.implementations import add_bias, batch_major, partition_major, result_dtype
+from jax_impl.implementations import add_bias, batch_major, partition_major, product_dtype, result_dtype
 
 # A weight that fits no cache.
 _MANY_WEIGHTS = 2**21
@@ -89,7 +89,7 @@ def _one_after_the_other(x: Array, weight: Array, bias: Array | None, *, precisi
 def _batched(x: Array, weight: Array, bias: Array | None, precision: PrecisionLike, dtype: Any) -> Array:
     rows = partition_major(x)
     multiply = _product_for_few_rows if _has_few_rows(rows, weight) else _product
-    product = multiply(rows, weight, precision, dtype)
+    product = multiply(rows, weight, precision, product_dtype(dtype, rows.shape[1], *weight.shape[1:]))
     return batch_major(add_bias(product, None if bias is None else bias[:, None], dtype), x.shape[:-2])
 
 

@@ -1,12 +1,21 @@
 """One partition's linear map, batched over partitions by `jax.vmap`."""
 
+import math
+
 import jax
 from jax import Array, lax
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
-from jax_impl.implementations import add_bias, batch_major, needs_partition_major, partition_major, result_dtype
+from jax_impl.implementations import (
+    add_bias,
+    batch_major,
+    needs_partition_major,
+    partition_major,
+    product_dtype,
+    result_dtype,
+)
 
 
 def partitioned_linear_vmap(
@@ -33,6 +42,7 @@ def partitioned_linear_vmap(
         Outputs, shape (*b, n, o).
     """
     dtype = result_dtype(x, preferred_element_type)
+    wide = product_dtype(dtype, math.prod(x.shape[:-2]), *weight.shape[1:])
 
     def one_partition(features: Array, matrix: Array, vector: Array | None) -> Array:
         product = lax.dot_general(
@@ -40,7 +50,7 @@ def partitioned_linear_vmap(
             matrix,
             (((features.ndim - 1,), (0,)), ((), ())),
             precision=precision,
-            preferred_element_type=dtype,
+            preferred_element_type=wide,
         )
         return add_bias(product, vector, dtype)
 
