@@ -15,17 +15,9 @@ except ModuleNotFoundError as missing:
     )
     sys.exit(2)
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+from bench.commands.arguments import CsvFile, Directories, JaxPython, JsonFile, TorchPython, picture
 
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="F", help="Write the result as JSON to this file too.")
-]
-CsvFile = Annotated[
-    Path | None, typer.Option("--csv", metavar="F", help="Write the rows as comma-separated values to this file too.")
-]
-Directories = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories of earlier runs.")]
-TorchPython = Annotated[str | None, typer.Option(metavar="P", help="Interpreter with torch; default: this one.")]
-JaxPython = Annotated[str | None, typer.Option(metavar="P", help="Interpreter with jax and flax; default: this one.")]
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 
 @app.command()
@@ -114,16 +106,10 @@ def report(
     pytest_benchmark: Annotated[
         Path | None, typer.Option(metavar="F", help="Write the blocks as JSON that pytest-benchmark compares.")
     ] = None,
-    chart: Annotated[
-        Path | None, typer.Option(metavar="F", help="Draw ratios with intervals (.svg, .png, .html).")
-    ] = None,
-    winner_map: Annotated[
-        Path | None, typer.Option(metavar="F", help="Draw who wins at which size (.svg, .png, .html).")
-    ] = None,
-    roofline: Annotated[
-        Path | None, typer.Option(metavar="F", help="Draw rates against the machine's ceilings (.svg, .png, .html).")
-    ] = None,
-    framework_map: Annotated[Path | None, typer.Option(metavar="F", help="Draw PyTorch against JAX.")] = None,
+    chart: Annotated[Path | None, picture("ratios with intervals")] = None,
+    winner_map: Annotated[Path | None, picture("who wins at which size")] = None,
+    roofline: Annotated[Path | None, picture("rates against the machine's ceilings")] = None,
+    framework_map: Annotated[Path | None, picture("PyTorch against JAX")] = None,
     frameworks_csv: Annotated[Path | None, typer.Option(metavar="F", help="The same, one line a cell.")] = None,
     where: Annotated[
         list[str] | None,

@@ -26,7 +26,8 @@ from bench.commands.usage import (
 from bench.engines import ENGINES, EngineError
 from bench.environments import StoreError, check_environments, read_environments
 from bench.measure.protocol import RequestError
-from bench.measure.sweep import Progress, Request, SelectionError, SweepNotes, run_sweep
+from bench.measure.request import Request, SelectionError, SweepNotes
+from bench.measure.sweep import Progress, run_sweep
 from bench.plan.cells import CACHES, DEVICES, DIRECTIONS, DIVISIONS, PRECISIONS
 from bench.plan.competitors import FRAMEWORKS, MODES
 from bench.plan.presets import PRESETS, STEPPED_OPTIMIZERS

@@ -23,7 +23,8 @@ from bench.engines.resuming import identity, recorded_cells
 from bench.measure.environment import MACHINE_VARIABLE
 from bench.measure.pool import WorkerPool
 from bench.measure.protocol import RequestError
-from bench.measure.sweep import Progress, Request, SelectionError, SweepNotes, run_sweep, started_pool
+from bench.measure.request import Request, SelectionError, SweepNotes
+from bench.measure.sweep import Progress, run_sweep, started_pool
 from bench.plan.cells import DEVICES, Cell
 from bench.plan.selection import plan_cells
 from bench.record_lines import parse_line

@@ -2,7 +2,7 @@
 
 from bench.archive import RECORDS, scan
 from bench.measure.recording import cell_hash
-from bench.measure.sweep import Request
+from bench.measure.request import Request
 from bench.plan.cells import Cell
 from bench.plan.competitors import Competitor
 from bench.plan.selection import plan_cells

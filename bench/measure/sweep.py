@@ -1,8 +1,8 @@
 """A whole run: every cell of a preset, in every division and process replicate, into a store."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Protocol
@@ -13,9 +13,15 @@ from bench.measure.environment import environment_id, fingerprint
 from bench.measure.pool import WorkerPool, starter
 from bench.measure.processors import allowed_cpus
 from bench.measure.recording import cell_hash, records_of
+from bench.measure.request import (
+    Request,
+    SelectionError,
+    SweepNotes,
+    check_modes,
+    choose_device,
+    chosen_competitors,
+)
 from bench.plan.cells import DEVICES, Cell
-from bench.plan.competitors import FRAMEWORKS, Competitor, competitors_for, further_modes, offered_modes
-from bench.plan.presets import Preset
 from bench.plan.selection import plan_cells
 from bench.records import Record
 
@@ -36,33 +42,6 @@ class RecordStore(Protocol):
         ...
 
 
-class SelectionError(ValueError):
-    """A request that selects nothing, or something that is not there; the message is one sentence for the user."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a run is asked to do.
-
-    Attributes:
-        preset: cells and effort, already narrowed.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        frameworks: which frameworks take part, if installed.
-        implementations: names to keep; empty keeps all.
-        modes: modes to keep, in which every competitor then runs; empty keeps those of the division and the preset.
-        pythons: framework to interpreter, where not the running one.
-        seed: of the inputs and the order.
-    """
-
-    preset: Preset
-    device: str = "auto"
-    frameworks: tuple[str, ...] = FRAMEWORKS
-    implementations: tuple[str, ...] = ()
-    modes: tuple[str, ...] = ()
-    pythons: Mapping[str, str] = field(default_factory=dict)
-    seed: int = 0
-
-
 @dataclass(frozen=True)
 class Progress:
     """Where a run stands.
@@ -76,70 +55,6 @@ class Progress:
     done: int
     total: int
     text: str
-
-
-@dataclass
-class SweepNotes:
-    """What the user should know beside the records."""
-
-    lines: list[str] = field(default_factory=list)
-
-    def add(self, line: str) -> None:
-        """Adds a line once."""
-        if line not in self.lines:
-            self.lines.append(line)
-
-
-def choose_device(asked: str, hello: Mapping[str, Mapping[str, Any]], notes: SweepNotes) -> str:
-    """Turns ``auto`` into a device that every framework has, and refuses one that a framework lacks.
-
-    Raises:
-        SelectionError: if the device that was asked for is not there.
-    """
-    found = {framework: tuple(reply["devices"]) for framework, reply in hello.items()}
-    if asked != "auto":
-        lacking = [framework for framework, devices in found.items() if asked not in devices]
-        if lacking:
-            raise SelectionError(f"device: {' and '.join(lacking)} cannot use {asked!r} here; choose another --device.")
-        return asked
-    if all("cuda" in devices for devices in found.values()):
-        return "cuda"
-    with_gpu = [framework for framework, devices in found.items() if "cuda" in devices]
-    if with_gpu:
-        notes.add(f"Only {with_gpu[0]} sees a GPU: everything runs on the CPU, where the frameworks can be compared.")
-    return "cpu"
-
-
-def _competitors(pool: WorkerPool, request: Request, cell: Cell) -> tuple[Competitor, ...]:
-    preset = request.preset
-    compiled = preset.compiled.get(cell.workload.name, ())
-    # A tuned cell without compiled competitors would be a matched one.
-    if not compiled and cell.division == "tuned":
-        compiled = ("matmul",)
-    # Whoever names a mode wants it in this direction too.
-    gradients = bool(request.modes) or cell.direction in preset.compiled_directions
-    return competitors_for(
-        pool.catalogues(),
-        compiled=compiled,
-        modes=further_modes(cell.division, cell.device, compile_gradients=gradients),
-        only=request.implementations,
-        without=preset.left_out,
-        only_modes=request.modes,
-    )
-
-
-def _check_modes(request: Request, device: str, frameworks: Sequence[str], notes: SweepNotes) -> None:
-    """Notes which of the modes that were asked for a division lacks, and refuses a division that lacks them all."""
-    for division in request.preset.divisions if request.modes else ():
-        offered = offered_modes(division, device, frameworks)
-        lacking = [mode for mode in request.modes if mode not in offered]
-        if len(lacking) == len(request.modes):
-            raise SelectionError(
-                f"mode: expected one of {', '.join(offered)} in the {division} division on {device}, "
-                f"got {', '.join(lacking)}; choose one of these, or another --division."
-            )
-        for mode in lacking:
-            notes.add(f"The {division} division has no {mode} on {device} with {' and '.join(frameworks)}: left out.")
 
 
 def _device_name(pool: WorkerPool) -> str:
@@ -203,7 +118,7 @@ def run_sweep(
                 for framework, reason in pool.missing.items():
                     notes.add(f"Without {framework}: {reason}.")
                 device = choose_device(request.device, pool.hello, notes)
-                _check_modes(request, device, tuple(pool.hello), notes)
+                check_modes(request, device, tuple(pool.hello), notes)
                 place = fingerprint(pool.hello, device=device, division=division, cpus=allowed_cpus())
                 place_id = environment_id(place)
                 store.add_environment(place_id, place)
@@ -226,11 +141,7 @@ def _run_cell(
     place_id: str,
     report: Callable[[str], None],
 ) -> None:
-    competitors = _competitors(pool, request, cell)
-    known = sorted({name for catalogue in pool.catalogues() for name in catalogue.kinds()})
-    unknown = [name for name in request.implementations if name not in known]
-    if unknown or not competitors:
-        raise SelectionError(f"implementation: nothing is called {', '.join(unknown)}; choose from {', '.join(known)}.")
+    competitors = chosen_competitors(pool.catalogues(), request, cell)
     key = cell_hash(cell, competitors, request.preset, seed=request.seed, environment_id=place_id)
     if store.holds(key, replicate):
         return

@@ -17,7 +17,8 @@ from bench.__main__ import app
 from bench.measure import worker_process
 from bench.measure.memory import free_bytes
 from bench.measure.protocol import RequestError
-from bench.measure.sweep import Request, SweepNotes, run_sweep
+from bench.measure.request import Request, SweepNotes
+from bench.measure.sweep import run_sweep
 from bench.measure.worker_process import WorkerProcess, worker_environment
 from bench.plan.presets import PRESETS
 from bench.plan.selection import narrowed
