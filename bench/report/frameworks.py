@@ -56,7 +56,8 @@ class Matrix:
 def matrices(results: Results) -> list[Matrix]:
     """The cells in which both frameworks were timed, apart by device and by releases of the frameworks.
 
-    A cell that was measured twice, in two environments, goes into a further matrix.
+    A cell that was measured twice, in two environments, goes into a further matrix, and so do workloads that share no
+    condition with the others, directly or through a third: one table would be mostly empty.
     """
     found: dict[str, list[Matrix]] = {}
     for ranking in results.found:
@@ -74,7 +75,22 @@ def matrices(results: Results) -> list[Matrix]:
             matrix = Matrix("unknown" if known is None else device_name(known))
             alike.append(matrix)
         matrix.places[place] = ranking
-    return [matrix for alike in found.values() for matrix in alike]
+    return [part for alike in found.values() for matrix in alike for part in _connected(matrix)]
+
+
+def _connected(matrix: Matrix) -> list[Matrix]:
+    """The parts of a matrix that have neither a row nor a column in common."""
+    parts: list[tuple[set[str], set[str]]] = []
+    for row, column in matrix.places:
+        touched = [part for part in parts if row in part[0] or column in part[1]]
+        rows, columns = {row}.union(*(part[0] for part in touched)), {column}.union(*(part[1] for part in touched))
+        parts = [part for part in parts if part not in touched] + [(rows, columns)]
+    found = [
+        Matrix(matrix.device, {place: ranking for place, ranking in matrix.places.items() if place[0] in rows})
+        for rows, _ in parts
+    ]
+    order = list(matrix.places)
+    return sorted(found, key=lambda part: order.index(next(iter(part.places))))
 
 
 def verdict_text(found: FrameworkRatio | None) -> str:

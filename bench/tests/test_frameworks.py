@@ -134,6 +134,22 @@ def test_a_matrix_has_a_column_for_each_precision_and_division(cell):
     assert "division tuned" in block
 
 
+def test_workloads_without_a_condition_in_common_have_tables_of_their_own(cell):
+    def conditions(k, workload, **changes):
+        return cell(2.0, seed=k, workload=workload, **changes)
+
+    tuned = {"division": "tuned", "environment_id": "e1"}
+    apart = [*conditions(0, "a"), *conditions(1, "b", **tuned), *conditions(2, "c")]
+    first, second = matrices(results_of(apart, ENVIRONMENTS))
+    assert [row.split(" (")[0] for row in first.rows] == ["a", "c"]
+    assert (first.columns, first.environments) == (["ieee_fp32, matched"], ["e0"])
+    assert [row.split(" (")[0] for row in second.rows] == ["b"]
+    assert (second.columns, second.environments) == (["ieee_fp32, tuned"], ["e1"])
+    # A fourth workload that was measured in both conditions joins them, in the order in which they were measured.
+    (joined,) = matrices(results_of([*apart, *conditions(3, "d"), *conditions(4, "d", **tuned)], ENVIRONMENTS))
+    assert [row.split(" (")[0] for row in joined.rows] == ["a", "b", "c", "d"]
+
+
 def test_a_page_shows_the_rankings_of_one_workload_and_the_frameworks_in_all(cell):
     block = results_block(results_of([*cell(2.0), *cell(0.5, seed=1, workload="article-n8")], ENVIRONMENTS))
     assert block.count("<details>") == 1
