@@ -18,6 +18,7 @@ _HEIGHT, _WIDTH = 22, 110
 MOST_ROWS = 300
 _NOTE = (
     "the faster framework of each cell, the fastest competitor of each; open: not resolved (JAX's speed over PyTorch's)"
+    "; empty: no speed of both"
 )
 
 
