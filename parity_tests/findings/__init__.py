@@ -26,6 +26,7 @@ class Finding:
             bound); 1 or less means that the trap does not show.
         figure: what the measure counts.
         needs: a package that the framework does not bring, or None.
+        lacks: says in one sentence what this machine lacks for the check; empty where it can be run.
         by_processor: whether it shows only on some processors, whose instructions decide how the library computes.
     """
 
@@ -36,12 +37,13 @@ class Finding:
     measure: Callable[[], float]
     figure: str
     needs: str | None = None
+    lacks: Callable[[], str] = str
     by_processor: bool = False
 
     def missing(self) -> str:
         """One sentence if the check cannot be run here, else empty."""
         if self.needs is None or importlib.util.find_spec(self.needs) is not None:
-            return ""
+            return self.lacks()
         return f"{self.needs} is not installed; install the extra competitors"
 
     def present(self, measured: float) -> bool:

@@ -104,6 +104,21 @@ def _wide_result() -> float:
         return math.inf
 
 
+def _no_gpu() -> str:
+    return "" if "gpu" in {device.platform for device in jax.devices()} else "JAX sees no GPU"
+
+
+def _product_with_a_vector() -> float:
+    """Pairs of terms that leave 2**-14 each, the part of a square that bf16 has no room for; right over returned."""
+    pairs, remainder = 15, 2.0**-14
+    root = 1 + 2.0**-7
+    x = jnp.asarray([root, -1.0] * pairs + [remainder], jnp.bfloat16)
+    column = jnp.asarray([root, root**2 - remainder] * pairs + [1.0], jnp.bfloat16)
+    weight = jnp.broadcast_to(column[:, None], (len(column), 16))
+    y = jax.jit(lambda x, w: jnp.einsum("bni,nio->nbo", x, w))(x[None, None], weight[None])
+    return (pairs + 1) * remainder / float(y.min())
+
+
 _DIVIDED_CONVOLUTION = """
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -198,6 +213,17 @@ FINDINGS: tuple[Finding, ...] = (
         ("0.10.2", "0.11.2"),
         _wide_result,
         "infinite if it raises",
+    ),
+    Finding(
+        "jax-gpu-bf16-product-with-a-vector",
+        "jax",
+        "On a GPU, a batched 16-bit product with a vector, such as that of a single row, rounds every term to 16 bits "
+        "before it is added.",
+        ("0.11.2",),
+        _product_with_a_vector,
+        "right sum over returned sum",
+        lacks=_no_gpu,
+        by_processor=True,
     ),
     Finding(
         "jax-sharded-grouped-convolution",
