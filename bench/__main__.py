@@ -182,6 +182,7 @@ def recommend(
     out_features: Annotated[int, typer.Option(min=1, help="Outputs of one partition.")],
     batch: Annotated[int, typer.Option(min=1, help="Rows that one partition sees.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    precision: Annotated[str | None, typer.Option(help="tf32; default: that of --dtype.")] = None,
     direction: Annotated[str, typer.Option(help="forward or forward_backward.")] = "forward",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the only one that was measured.")] = None,
     framework: Annotated[str | None, typer.Option(help="torch or jax; default: both.")] = None,
@@ -198,7 +199,8 @@ def recommend(
     from bench.commands.recommend import recommend_command
     from bench.study.recommendation import Shape
 
-    shape = Shape(batch, num_partitions, in_features, out_features, dtype, direction, device, framework)
+    sizes = (batch, num_partitions, in_features, out_features)
+    shape = Shape(*sizes, dtype, direction, device, framework, precision)
     raise typer.Exit(
         recommend_command(directories, shape, extrapolate=extrapolate, json_file=json_file, csv_file=csv_file)
     )

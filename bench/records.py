@@ -87,7 +87,8 @@ class Record:
             second or more of such calls, over their number.
         ceiling_flops_per_s: rate of a large product in the same session and precision, or None.
         ceiling_bytes_per_s: rate of a large copy in the same session, bytes read and written, or None.
-        peak_flops_per_s: the most that the hardware can do by its data sheet, or None where that is not known.
+        peak_flops_per_s: the most that the hardware can do by its data sheet, in the faster one of the precisions that
+            was asked for and that was observed; None where that is not known.
         peak_bytes_per_s: the same for its memory.
         stopped: why no more rounds were run: ``resolved``, ``precise``, ``rounds`` or ``time``; empty if none ran.
         conditions: per round, what the device reported: clocks, power, temperature, throttling; empty without a report.

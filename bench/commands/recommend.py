@@ -10,7 +10,7 @@ from rich.console import Console
 from bench.archive import Archive
 from bench.commands.usage import FAILED, OK, UsageError, check_choices, check_writable, complain
 from bench.environments import StoreError
-from bench.plan.cells import DEVICES, DIRECTIONS, STORAGE_DTYPES
+from bench.plan.cells import DEVICES, DIRECTIONS, PRECISIONS, STORAGE_DTYPES
 from bench.plan.competitors import FRAMEWORKS
 from bench.report.export import interval_json
 from bench.report.output import OutputError, columns_of, write_csv, write_json
@@ -82,7 +82,9 @@ def _show(shape: Shape, found: Sequence[Neighbour], *, answered: bool) -> None:
             console.print(f"Warning: extrapolated, {2**first.distance:.1f} times away; measure this shape to be sure.")
         near = [neighbour for neighbour in found if neighbour.distance <= FAR]
         if near and not set(near[0].leaders).intersection(*(neighbour.leaders for neighbour in near)):
-            console.print("The neighbours below disagree, so the answer depends on the exact size.")
+            alike = len({neighbour.distance for neighbour in near}) == 1
+            why = "what took part, or on the division" if alike else "the exact size"
+            console.print(f"The measurements below disagree, so the answer depends on {why}.")
     for neighbour in found:
         console.print(f"{neighbour.ranking.title}, {2**neighbour.distance:.1f} times away, speed over the fastest:")
         for label, interval in sorted(neighbour.speeds.items(), key=lambda item: -item[1].ratio):
@@ -103,6 +105,12 @@ def recommend_command(
         check_choices("--dtype", [shape.dtype], tuple(dict.fromkeys(STORAGE_DTYPES.values())))
         check_choices("--direction", [shape.direction], DIRECTIONS)
         check_choices("--device", [shape.device] if shape.device else [], DEVICES)
+        check_choices("--precision", [shape.precision] if shape.precision else [], PRECISIONS)
+        if shape.precision and STORAGE_DTYPES[shape.precision] != shape.dtype:
+            raise UsageError(
+                f"--precision: {shape.precision} is of {STORAGE_DTYPES[shape.precision]}, got --dtype {shape.dtype}; "
+                "give both alike."
+            )
         check_choices("--framework", [shape.framework] if shape.framework else [], FRAMEWORKS)
         check_writable("--json", json_file)
         check_writable("--csv", csv_file)
@@ -113,8 +121,9 @@ def recommend_command(
         found = nearest(shape, archive.cells())
         if not found:
             raise UsageError(
-                f"nothing was measured with dtype {shape.dtype}, {shape.direction}, device {shape.device or 'any'} and "
-                f"framework {shape.framework or 'any'}; give the directory of a run that has them."
+                f"nothing was measured with dtype {shape.dtype}, precision {shape.precision or 'of the dtype'}, "
+                f"{shape.direction}, device {shape.device or 'any'} and framework "
+                f"{shape.framework or 'any'}; give the directory of a run that has them."
             )
         answered = extrapolate or found[0].distance <= FAR
         if json_file is not None:

@@ -7,7 +7,7 @@ from typing import Any
 from bench.measure.entry import Entry
 from bench.measure.processors import cpu_flops_limit
 from bench.plan.cells import Cell
-from bench.plan.costs import useful_product_flops
+from bench.plan.costs import compulsory_bytes, useful_product_flops
 from bench.plan.hardware import peak_rates
 
 # How far over the rate of a large product no product can be, where no data sheet tells: a large one reaches most of
@@ -35,9 +35,18 @@ def measured_ceilings(replies: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return highest
 
 
-def flops_limit(cell: Cell, ceilings: Mapping[str, float], device_name: str) -> float | None:
-    """Operations a second that the device cannot exceed: by its data sheet, its kind, or what it was seen to do."""
-    limit = peak_rates(device_name, cell.precision).get("flops_per_s")
+def flops_limit(
+    cell: Cell, ceilings: Mapping[str, float], device_name: str, observed: str | None = None
+) -> float | None:
+    """Operations a second that the device cannot exceed: by its data sheet, its kind, or what it was seen to do.
+
+    Args:
+        cell: what was asked for.
+        ceilings: what ``measured_ceilings`` found.
+        device_name: of the GPU, for its data sheet.
+        observed: the precision class of the results.
+    """
+    limit = peak_rates(device_name, cell.precision, observed).get("flops_per_s")
     if limit is None and cell.device == "cpu":
         return cpu_flops_limit(cell.precision)
     if limit is None and "ceiling_flops_per_s" in ceilings:
@@ -56,15 +65,22 @@ def reject_the_impossible(
         ceilings: what ``measured_ceilings`` found.
         device_name: of the GPU, for its data sheet.
     """
-    limit = flops_limit(cell, ceilings, device_name)
-    if limit is None:
-        return
     for entry in entries:
         if not (entry.going and entry.blocks and entry.calls_per_block):
             continue
-        rate = useful_product_flops(cell) * entry.calls_per_block / median(entry.blocks)
-        if rate > limit:
-            said = f"{rate:.3g} operations a second, over the {limit:.3g} that the device can do: not all was done"
-            entry.rejected.extend(entry.blocks)
-            entry.blocks.clear()
-            entry.fail("mismatch", said)
+        calls_per_s = entry.calls_per_block / median(entry.blocks)
+        observed = (entry.judgement or {}).get("observed_precision")
+        limits = {
+            "operations": (useful_product_flops(cell), flops_limit(cell, ceilings, device_name, observed)),
+            # A warm cache may deliver bytes faster than the memory can.
+            "bytes of memory": (
+                compulsory_bytes(cell),
+                peak_rates(device_name, cell.precision).get("bytes_per_s") if cell.cache == "cold" else None,
+            ),
+        }
+        for what, (amount, limit) in limits.items():
+            if limit is not None and entry.going and amount * calls_per_s > limit:
+                said = f"{amount * calls_per_s:.3g} {what} a second, over the {limit:.3g} that the device can do"
+                entry.rejected.extend(entry.blocks)
+                entry.blocks.clear()
+                entry.fail("mismatch", f"{said}: not all was done")

@@ -40,9 +40,10 @@ def cell_hash(cell: Cell, competitors: Sequence[Competitor], preset: Preset, *, 
     )
 
 
-def _record(entry: Entry, shared: dict[str, Any], switches: dict[str, Any], cell: Cell) -> Record:
+def _record(entry: Entry, shared: dict[str, Any], switches: dict[str, Any], cell: Cell, device_name: str) -> Record:
     who, right = entry.competitor, entry.going
     judgement = entry.judgement or {}
+    peaks = peak_rates(device_name, cell.precision, judgement.get("observed_precision"))
     identity = [shared["cell"], shared["process_replicate"], asdict(who), entry.control]
     blocks, calls = tuple(entry.blocks), entry.calls_per_block
     return Record(
@@ -53,6 +54,8 @@ def _record(entry: Entry, shared: dict[str, Any], switches: dict[str, Any], cell
         kind=who.kind,
         mode=who.mode,
         observed_precision=judgement.get("observed_precision"),
+        peak_flops_per_s=peaks.get("flops_per_s"),
+        peak_bytes_per_s=peaks.get("bytes_per_s"),
         status=entry.status,
         reason=entry.reason,
         skipped=entry.skipped,
@@ -94,7 +97,7 @@ def records_of(
     device_name: str = "",
 ) -> list[Record]:
     """Builds the records of a cell, one for each competitor and one for the control."""
-    workload, peaks = cell.workload, peak_rates(device_name, cell.precision)
+    workload = cell.workload
     shared = {
         "schema_version": SCHEMA_VERSION,
         "cell": cell_key,
@@ -119,13 +122,12 @@ def records_of(
         "optimizer": cell.optimizer,
         "ceiling_flops_per_s": outcome.ceilings.get("ceiling_flops_per_s"),
         "ceiling_bytes_per_s": outcome.ceilings.get("ceiling_bytes_per_s"),
-        "peak_flops_per_s": peaks.get("flops_per_s"),
-        "peak_bytes_per_s": peaks.get("bytes_per_s"),
         "stopped": outcome.stopped,
         "block_s": BLOCK_S[cell.device],
         "started_at": started_at.astimezone(UTC).isoformat(timespec="seconds"),
         "environment_id": environment_id,
     }
     return [
-        _record(entry, shared, outcome.switches.get(entry.competitor.framework, {}), cell) for entry in outcome.entries
+        _record(entry, shared, outcome.switches.get(entry.competitor.framework, {}), cell, device_name)
+        for entry in outcome.entries
     ]

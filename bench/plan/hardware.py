@@ -47,9 +47,17 @@ def data_sheet(device_name: str) -> DataSheet | None:
     return _SHEETS[max(fitting, key=len)] if fitting else None
 
 
-def peak_rates(device_name: str, precision: str) -> dict[str, float]:
-    """``flops_per_s`` and ``bytes_per_s`` of a device; empty for an unknown one."""
+def peak_rates(device_name: str, precision: str, observed: str | None = None) -> dict[str, float]:
+    """``flops_per_s`` and ``bytes_per_s`` of a device; empty for an unknown one.
+
+    Args:
+        device_name: as its driver reports it.
+        precision: the class that was asked for.
+        observed: the class that was seen. Where it is a faster one, as with a framework whose default is TF32, its rate
+            is what bounds the products.
+    """
     sheet = data_sheet(device_name)
     if sheet is None:
         return {}
-    return {"flops_per_s": sheet.flops_per_s[precision], "bytes_per_s": sheet.bytes_per_s}
+    rates = sheet.flops_per_s
+    return {"flops_per_s": max(rates[precision], rates.get(observed or "", 0.0)), "bytes_per_s": sheet.bytes_per_s}

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from bench.plan.cells import STORAGE_DTYPES
 from bench.plan.competitors import IMPLEMENTATION
 from bench.records import Record
 from bench.study.pairing import by_label, intervals, log_latencies
@@ -30,6 +31,7 @@ class Shape:
         direction: ``forward``, ``forward_backward`` or ``train_step``.
         device: ``cpu`` or ``cuda``; None takes the only one that was measured.
         framework: ``torch`` or ``jax``; None compares both.
+        precision: that was asked for; None is the dtype's own, which is never TF32.
     """
 
     batch: int
@@ -40,6 +42,7 @@ class Shape:
     direction: str = "forward"
     device: str | None = None
     framework: str | None = None
+    precision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ def distance(shape: Shape, record: Record) -> float:
 
 def matches(shape: Shape, record: Record) -> bool:
     """Whether a cell was measured under the conditions that were asked for."""
-    return record.dtype == shape.dtype and record.direction == shape.direction and shape.device in (None, record.device)
+    own = next(precision for precision, dtype in STORAGE_DTYPES.items() if dtype == shape.dtype)
+    asked = (shape.dtype, shape.precision or own, shape.direction)
+    return asked == (record.dtype, record.precision, record.direction) and shape.device in (None, record.device)
 
 
 def _neighbour(shape: Shape, group: Sequence[Record]) -> Neighbour | None:
@@ -97,13 +102,16 @@ def nearest(shape: Shape, groups: Iterable[Sequence[Record]]) -> list[Neighbour]
         groups: the records of one cell and environment each.
 
     Returns:
-        At most three; empty if nothing was measured under these conditions.
+        At most three; empty if nothing was measured under these conditions. Of cells of the same sizes the one in which
+        most took part comes first: first by the number of frameworks, then by that of our implementations.
     """
-    kept: list[tuple[float, int, Sequence[Record]]] = []
+    kept: list[tuple[float, int, int, int, Sequence[Record]]] = []
     for k, group in enumerate(groups):
         if matches(shape, group[0]):
-            kept.append((distance(shape, group[0]), k, group))
+            timed = {record.label: record for record in group if record.kind == IMPLEMENTATION and record.latency_s}
+            frameworks = {record.framework for record in timed.values()}
+            kept.append((distance(shape, group[0]), -len(frameworks), -len(timed), k, group))
             # A few more than are shown, since in some nobody of ours may have been timed.
-            kept = sorted(kept, key=lambda item: item[:2])[: 4 * SHOWN]
-    found = (_neighbour(shape, group) for _, _, group in kept)
+            kept = sorted(kept, key=lambda item: item[:4])[: 4 * SHOWN]
+    found = (_neighbour(shape, group) for *_, group in kept)
     return [neighbour for neighbour in found if neighbour is not None][:SHOWN]
