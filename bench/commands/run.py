@@ -31,7 +31,7 @@ from bench.measure.sweep import Progress, run_sweep
 from bench.plan.cells import CACHES, DEVICES, DIRECTIONS, DIVISIONS, PRECISIONS
 from bench.plan.competitors import FRAMEWORKS, MODES
 from bench.plan.presets import PRESETS, STEPPED_OPTIMIZERS
-from bench.plan.selection import narrowed
+from bench.plan.selection import left_out, narrowed
 from bench.plan.workloads import UnknownWorkloadError, workload
 from bench.report.export import write_summary, write_table
 from bench.report.markdown import environment_lines, write_report
@@ -191,6 +191,8 @@ def run_command(options: Options) -> int:
     notes = SweepNotes()
     try:
         request, engine = _request(options), _engine(options)
+        for line in left_out(request.preset):
+            notes.add(line)
         with sole_writer(options.out):
             store = Store(options.out, resume=options.resume)
             check_environments(store.environment_ids, read_environments(options.out), str(options.out))

@@ -1,8 +1,7 @@
 """What ``bench doctor`` finds: the things that spoil a measurement or a set-up without an error."""
 
 import os
-from collections.abc import Iterable, Mapping
-from importlib import metadata
+from collections.abc import Mapping
 from typing import Any
 
 from bench.measure.conditions import monitor_for
@@ -10,47 +9,25 @@ from bench.measure.environment import git_state, source_digest
 from bench.measure.processors import allowed_cpus, cpu_features, cpu_model
 from bench.plan.cells import DIVISIONS
 
-# Both CUDA majors install files of the same names (nvidia/cudnn/lib/libcudnn.so.9 and others): the later one wins.
-_CUDA_SUFFIXES: Mapping[str, tuple[str, ...]] = {"12": ("-cu12", "-cuda12-plugin"), "13": ("-cu13", "-cuda13-plugin")}
 _BUSY_LOAD_PER_CPU = 0.5
 
 
-def cuda_packages(names: Iterable[str]) -> dict[str, list[str]]:
-    """CUDA major version to the installed packages that are built for it.
-
-    Args:
-        names: names of installed distributions.
-    """
-    found: dict[str, list[str]] = {}
-    for name in sorted({name.lower().replace("_", "-") for name in names}):
-        for major, suffixes in _CUDA_SUFFIXES.items():
-            if name.endswith(suffixes):
-                found.setdefault(major, []).append(name)
-    return found
-
-
-def installed_distributions() -> list[str]:
-    """Names of the distributions in this interpreter."""
-    return [name for distribution in metadata.distributions() if (name := distribution.metadata["Name"])]
-
-
-def warnings_for(
-    hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str], packages: Mapping[str, list[str]]
-) -> list[str]:
+def warnings_for(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str]) -> list[str]:
     """One sentence for each thing that a user should mend or know.
 
     Args:
         hello: per framework, its worker's reply.
         missing: per framework that is not installed, why.
-        packages: what ``cuda_packages`` found.
     """
     said = [f"{framework} cannot take part: {reason}." for framework, reason in missing.items()]
-    if len(packages) > 1:
-        shown = "; ".join(f"CUDA {major}: {', '.join(names[:3])}" for major, names in packages.items())
-        said.append(
-            f"Packages of several CUDA majors are installed and overwrite each other's files ({shown}); "
-            "use a fresh environment with the extra cuda12 or cuda13."
-        )
+    for framework, reply in hello.items():
+        packages: Mapping[str, list[str]] = reply["cuda_packages"]
+        if len(packages) > 1:
+            shown = "; ".join(f"CUDA {major}: {', '.join(names[:3])}" for major, names in packages.items())
+            said.append(
+                f"Packages of several CUDA majors are installed for {framework}'s interpreter and overwrite each "
+                f"other's files ({shown}); use a fresh environment with the extra cuda12 or cuda13."
+            )
     with_gpu = [framework for framework, reply in hello.items() if "cuda" in reply["devices"]]
     if with_gpu and len(with_gpu) < len(hello):
         said.append(f"Only {with_gpu[0]} sees a GPU: the frameworks can be compared on the CPU only.")
@@ -61,15 +38,15 @@ def warnings_for(
     return said
 
 
-def gpu_warnings(conditions: Mapping[str, Any]) -> list[str]:
+def gpu_warnings(conditions: Mapping[str, Any], own: int) -> list[str]:
     """One sentence for each thing about a GPU that would spoil a measurement.
 
     Args:
         conditions: what its monitor reads, before anything runs on it.
+        own: workers that may have touched the GPU already; whatever is beyond these is somebody else's.
     """
     said = []
-    # A worker of each framework may have touched the GPU already; whatever is beyond these two is somebody else's.
-    others = conditions.get("processes", 0) - 2
+    others = conditions.get("processes", 0) - own
     if others > 0:
         said.append(f"{others} other processes use the GPU: their work is measured too; wait until they have ended.")
     for kind, advice in (("thermal", "let it cool down"), ("power_capped", "expect rows that are labelled so")):
@@ -85,9 +62,8 @@ def diagnose(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str])
         hello: per framework, its worker's reply.
         missing: per framework that is not installed, why.
     """
-    packages = cuda_packages(installed_distributions())
     environments = [reply["environment"] for reply in hello.values()]
-    with_gpu = any("cuda" in reply["devices"] for reply in hello.values())
+    with_gpu = sum("cuda" in reply["devices"] for reply in hello.values())
     uuid = next((found["device_uuid"] for found in environments if "device_uuid" in found), None)
     gpu = dict(monitor_for("cuda" if with_gpu else "cpu", uuid).read())
     return {
@@ -99,7 +75,7 @@ def diagnose(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str])
         "git": git_state(),
         "source_digest": source_digest(),
         "divisions": list(DIVISIONS),
-        "cuda_packages": packages,
+        "cuda_packages": {name: reply["cuda_packages"] for name, reply in hello.items()},
         "frameworks": {
             name: {
                 "python": reply["python"],
@@ -112,5 +88,5 @@ def diagnose(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str])
         },
         "missing": dict(missing),
         "gpu": gpu,
-        "warnings": [*warnings_for(hello, missing, packages), *gpu_warnings(gpu)],
+        "warnings": [*warnings_for(hello, missing), *gpu_warnings(gpu, with_gpu)],
     }

@@ -124,6 +124,13 @@ def chosen_competitors(catalogues: Sequence[Catalogue], request: Request, cell: 
     )
     known = sorted({name for catalogue in catalogues for name in catalogue.kinds()})
     unknown = [name for name in request.implementations if name not in known]
-    if unknown or not competitors:
+    if unknown:
         raise SelectionError(f"implementation: nothing is called {', '.join(unknown)}; choose from {', '.join(known)}.")
+    if not competitors:
+        who = " or ".join(request.implementations) or "no competitor"
+        how = f" in the mode {' or '.join(request.modes)}" if request.modes else ""
+        raise SelectionError(
+            f"implementation: no framework that takes part has {who}{how} in {cell.title}; choose another "
+            "--implementation, --mode or --framework."
+        )
     return competitors

@@ -191,7 +191,8 @@ class Verifier:
         if new:
             self._known.update((keys[name], figures) for name, figures in self._compare(new, promised).items())
         found = {name: self._known[key] for name, key in keys.items()}
-        reason = next((why for figures, why in found.values() if figures["status"] != "ok"), "")
+        wrong = [(figures["bound_fraction"], why) for figures, why in found.values() if figures["status"] != "ok"]
+        reason = max(wrong, default=(0.0, ""), key=lambda one: one[0])[1]
         worst = max(figures["bound_fraction"] for figures, _ in found.values())
         # The class of the arithmetic does not change from partition to partition: the first few tell.
         oracle = self._oracle

@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.measure.blocks import BlockSize, time_block, warm_up
 from bench.measure.clocks import run_for
+from bench.measure.cuda_packages import cuda_packages, installed_distributions
 from bench.measure.memory import free_bytes
 from bench.measure.probes import ceilings_of, probed
 from bench.measure.protocol import Message
@@ -88,6 +89,7 @@ class Workbench:
             "python": platform.python_version(),
             "variables": {name: os.environ.get(name) for name in _VARIABLES},
             "default_switches": timer.switches(),
+            "cuda_packages": cuda_packages(installed_distributions()),
         }
 
     def open_cell(self, request: Message) -> Message:

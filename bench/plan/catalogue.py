@@ -46,7 +46,7 @@ def _time_series() -> Iterator[Workload]:
     source = f"{_LTSF}, batch 32; Electricity, horizon 96"
     yield Workload("electricity-336-96-batch-32", 32, 321, 336, 96, source)
     for data, channels, batch in (("electricity", 321, 32), ("traffic", 862, 24)):
-        for horizon in (96, 720):
+        for horizon in _HORIZONS:
             source = f"{_PATCHTST}; {data.capitalize()}, horizon {horizon}, batch {batch}"
             yield Workload(f"patchtst-{data}-{horizon}", batch, channels, 5376, horizon, source)
 

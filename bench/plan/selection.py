@@ -1,5 +1,6 @@
 """From a preset to the cells that a run measures: the options of a command narrow it, and a device makes it cells."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -47,6 +48,21 @@ def narrowed(
     )
 
 
+def _left_out(division: str, precision: str, direction: str) -> str:
+    """Why a combination of conditions is no cell, or an empty text."""
+    if division == "stock" and precision == "tf32":
+        return "The stock division has no tf32, since it runs what one gets by asking for nothing: left out."
+    if direction == "train_step" and precision == "fp16":
+        return "There is no train_step in fp16, where the optimizer's usual epsilon is zero: left out."
+    return ""
+
+
+def left_out(preset: Preset) -> tuple[str, ...]:
+    """Says in a sentence each which combinations of a preset's conditions are no cells."""
+    conditions = itertools.product(preset.divisions, preset.precisions, preset.directions)
+    return tuple(dict.fromkeys(found for one in conditions if (found := _left_out(*one))))
+
+
 def plan_cells(preset: Preset, device: str) -> tuple[Cell, ...]:
     """Lists the cells: division by division, since a division needs its own processes; directions innermost.
 
@@ -76,9 +92,6 @@ def plan_cells(preset: Preset, device: str) -> tuple[Cell, ...]:
         for precision in preset.precisions
         for cache in preset.caches
         for direction in preset.directions
-        # The stock division runs a framework's defaults, and TF32 is nothing one gets by asking for nothing.
-        if not (division == "stock" and precision == "tf32")
-        # With parameters and moments in fp16 the usual epsilon is zero, and nobody trains so.
-        and not (direction == "train_step" and precision == "fp16")
+        if not _left_out(division, precision, direction)
     ]
     return tuple(dict.fromkeys(cells))

@@ -8,6 +8,8 @@ from typing import Any
 
 from bench.plan.competitors import YARDSTICK
 from bench.report.output import writing
+from bench.report.text import told_apart
+from bench.study.identity import identity
 from bench.study.ranking import Ranking
 
 FORMATS: tuple[str, ...] = (".svg", ".png", ".html")
@@ -18,10 +20,17 @@ class ChartError(ValueError):
     """A chart that cannot be drawn: an unknown file type, no data, or a package that is not installed."""
 
 
+def _panels(found: Sequence[Ranking]) -> list[str]:
+    """A panel for each cell: conditions, and where it was measured if two cells have the same."""
+    short = [f"{ranking.first.workload}, {ranking.first.direction}, {identity(ranking.first).how}" for ranking in found]
+    placed = [f"{name}, {ranking.first.environment_id[:6]}" for name, ranking in zip(short, found, strict=True)]
+    return told_apart(short, placed, [f"{name}, {one.cell[:6]}" for name, one in zip(placed, found, strict=True)])
+
+
 def _points(found: Sequence[Ranking]) -> list[dict[str, Any]]:
     return [
         {
-            "panel": f"{ranking.first.workload}, {ranking.first.direction}, {ranking.first.precision}",
+            "panel": panel,
             "competitor": row.record.label + (" *" if row.record.kind == YARDSTICK else ""),
             "framework": row.record.framework,
             "ratio": row.interval.ratio,
@@ -29,7 +38,7 @@ def _points(found: Sequence[Ranking]) -> list[dict[str, Any]]:
             "high": row.interval.high,
             "verdict": row.verdict,
         }
-        for ranking in found
+        for ranking, panel in zip(found, _panels(found), strict=True)
         for row in ranking.rows
         # On a logarithmic axis an interval without ends cannot be drawn.
         if row.interval is not None and row.interval.low > 0 and math.isfinite(row.interval.high)

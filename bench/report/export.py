@@ -33,7 +33,7 @@ SHARED: tuple[str, ...] = (
     "environment_id",
 )
 
-_EFFICIENCY: tuple[str, ...] = tuple(item.name for item in fields(Efficiency))
+_EFFICIENCY: tuple[str, ...] = tuple(item.name for item in fields(Efficiency) if item.name != "kernels")
 
 
 def interval_json(interval: Interval | None) -> dict[str, Any] | None:
@@ -79,6 +79,7 @@ def _row(row: Row, efficiency: Efficiency, short_blocks: int) -> dict[str, Any]:
         "outlier_blocks": row.outliers,
         "short_blocks": short_blocks,
         **_efficiency(efficiency),
+        "kernels": dict(efficiency.kernels),
     }
 
 
@@ -171,6 +172,8 @@ def _table_rows(results: Results) -> Iterator[dict[str, Any]]:
         shared = {name: cell[name] for name in (*SHARED, "baseline", "resolution", "confidence")}
         for row in cell["rows"]:
             interval = row.pop("ratio_to_baseline") or dict.fromkeys(_INTERVAL)
+            # Names to counts are no value of a table; JSON has them.
+            del row["kernels"]
             yield (
                 shared
                 | {"competitor": "", **row}

@@ -90,7 +90,8 @@ _EXPLANATION = (
     "more than the A/A control differs from itself by, and more than 2% where there is one process, because processes",
     "differ. `1=` marks those that tie for the first place, since no claim against all others at once holds (Holm). A",
     "yardstick computes another function and is not ranked. The measured ceiling and the data sheet bound the useful",
-    "work: a share is the least possible time over the time taken.",
+    "work: a share is the least possible time over the time taken. Compiling pays after so many calls against eager",
+    "calls of the same implementation, and where none were timed, as in JAX, against the baseline's.",
 )
 
 

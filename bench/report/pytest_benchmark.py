@@ -55,7 +55,8 @@ def _benchmark(group: Sequence[Record]) -> dict[str, Any] | None:
     if any(record.status != "ok" for record in group):
         return None
     first = group[0]
-    cell = "-".join((first.workload, first.direction, first.precision, first.division, first.device))
+    conditions = (first.workload, first.direction, first.optimizer, first.precision, first.division, first.cache)
+    cell = "-".join(part for part in (*conditions, first.device) if part not in (None, "warm"))
     seconds = np.concatenate([np.array(r.block_latency_s) / (r.calls_per_block or 1) for r in group])
     params = {name: getattr(first, name) for name in SHARED}
     params |= {name: getattr(first, name) for name in ("framework", "implementation", "mode")}
@@ -66,7 +67,7 @@ def _benchmark(group: Sequence[Record]) -> dict[str, Any] | None:
         "params": params,
         "param": first.label,
         "extra_info": {"observed_precision": first.observed_precision, "bound_fraction": first.bound_fraction},
-        "options": {"disable_gc": False, "timer": "monotonic", "min_rounds": 1, "warmup": True},
+        "options": {"disable_gc": True, "timer": "perf_counter", "min_rounds": 1, "warmup": True},
         "stats": _stats(seconds, first.calls_per_block or 1),
     }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from bench.plan.competitors import YARDSTICK
 from bench.report.chart import ChartError, save_picture
+from bench.report.text import titles
 from bench.study.ranking import Ranking
 from bench.study.roofline import efficiencies
 
@@ -23,7 +24,7 @@ def _panel(ranking: Ranking) -> str:
 def points(found: Sequence[Ranking]) -> list[dict[str, Any]]:
     """One point for each ranked competitor of each cell."""
     listed = []
-    for ranking in found:
+    for ranking, title in zip(found, titles(found), strict=True):
         rates = efficiencies(ranking)
         for row in ranking.rows:
             rate = rates[row.record.label].flops_per_s
@@ -36,7 +37,7 @@ def points(found: Sequence[Ranking]) -> list[dict[str, Any]]:
                     "flops_per_s": rate,
                     "framework": row.record.framework,
                     "competitor": row.record.label,
-                    "cell": ranking.title,
+                    "cell": title,
                     "place": "leads" if row.leads else "behind",
                 }
             )

@@ -16,6 +16,7 @@ from bench.report.text import (
     ranking_cells,
     reasons,
     remarks,
+    titles,
     winner_line,
 )
 from bench.study.ranking import Ranking
@@ -34,10 +35,10 @@ def wide_console() -> Console:
     return Console(width=max(_WIDTH, os.get_terminal_size().columns if os.isatty(1) else 0))
 
 
-def ranking_table(ranking: Ranking) -> Table:
+def ranking_table(ranking: Ranking, title: str) -> Table:
     """The ranking of one cell."""
     caption = f"{winner_line(ranking)}\n{baseline_line(ranking)}"
-    table = Table(title=escape(ranking.title), caption=escape(caption), title_justify="left")
+    table = Table(title=escape(title), caption=escape(caption), title_justify="left")
     for column in RANKING_COLUMNS:
         table.add_column(column, justify="right" if column in _NUMERIC else "left", no_wrap=True)
     for row in ranking.rows:
@@ -46,9 +47,9 @@ def ranking_table(ranking: Ranking) -> Table:
     return table
 
 
-def efficiency_table(ranking: Ranking) -> Table:
+def efficiency_table(ranking: Ranking, title: str) -> Table:
     """How well the competitors of one cell use the machine."""
-    table = Table(title=escape(f"{ranking.title}: efficiency"), title_justify="left")
+    table = Table(title=escape(f"{title}: efficiency"), title_justify="left")
     for column in EFFICIENCY_COLUMNS:
         table.add_column(column, justify="left" if column == "competitor" else "right", no_wrap=True)
     for label, found in efficiencies(ranking).items():
@@ -67,19 +68,19 @@ def show_rankings(console: Console, found: Sequence[Ranking], *, efficiency: boo
     """
     if len(found) > _MOST_TABLES:
         # Laying out a table takes longer than ranking a cell, and nobody scrolls through thousands.
-        for ranking in found:
-            print(f"{ranking.title}: {winner_line(ranking)}")
+        for ranking, title in zip(found, titles(found), strict=True):
+            print(f"{title}: {winner_line(ranking)}")
             for line in remarks(ranking):
                 print(f"  {line}")
         print(f"{len(found)} cells, one line each; --markdown, --json and --csv hold every competitor.")
         return
-    for ranking in found:
-        console.print(ranking_table(ranking))
+    for ranking, title in zip(found, titles(found), strict=True):
+        console.print(ranking_table(ranking, title))
         for line in (*reasons(ranking), *remarks(ranking)):
             console.print(f"  {escape(line)}", style="dim", soft_wrap=True)
         console.print()
         if efficiency and any(row.latency_s is not None for row in ranking.rows):
-            console.print(efficiency_table(ranking))
+            console.print(efficiency_table(ranking, title))
             console.print()
 
 

@@ -1,6 +1,7 @@
 """Numbers and statuses as text, the same in every report."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
 
@@ -29,6 +30,7 @@ EFFICIENCY_COLUMNS: tuple[str, ...] = (
     "waste",
     "compiling pays after",
     "enqueue",
+    "one call, waited for",
     "kernels a call",
 )
 # A log ratio of some 1000%: the digits of anything larger mean nothing.
@@ -125,7 +127,31 @@ def efficiency_cells(label: str, efficiency: Efficiency) -> tuple[str, ...]:
         f"{efficiency.waste_factor}x",
         _calls(efficiency.payback_calls),
         seconds(efficiency.enqueue_s),
+        seconds(efficiency.waited_s),
         "-" if efficiency.kernels_per_call is None else str(efficiency.kernels_per_call),
+    )
+
+
+def percent(log_ratio: float) -> str:
+    """A log ratio as a percentage."""
+    return f"{math.expm1(log_ratio):.1%}" if log_ratio < _LARGEST_SHOWN else f"over {math.expm1(_LARGEST_SHOWN):.0%}"
+
+
+def told_apart(*versions: Sequence[str]) -> list[str]:
+    """For each item the first of its names, from short to long, that no other item has; else the longest."""
+    counted = [Counter(version) for version in versions]
+    return [
+        next((name for name, count in zip(names, counted, strict=True) if count[name] == 1), names[-1])
+        for names in zip(*versions, strict=True)
+    ]
+
+
+def titles(found: Sequence[Ranking]) -> list[str]:
+    """The headings of rankings: conditions alone, with the environment where two have the same, with the cell else."""
+    plain = [ranking.title for ranking in found]
+    placed = [f"{ranking.title}, environment {ranking.first.environment_id}" for ranking in found]
+    return told_apart(
+        plain, placed, [f"{name}, cell {ranking.cell}" for name, ranking in zip(placed, found, strict=True)]
     )
 
 
@@ -134,7 +160,9 @@ def winner_line(ranking: Ranking) -> str:
     if ranking.winner is not None:
         return f"Fastest: {ranking.winner}, against every other competitor (Holm-corrected)."
     if not ranking.tied:
-        return "Nobody could be timed."
+        return "No competitor could be timed."
+    if len(ranking.tied) == 1:
+        return f"The only competitor that was timed: {ranking.tied[0]}."
     named = ", ".join(ranking.tied[:_NAMED])
     more = len(ranking.tied) - _NAMED
     return f"Tie for the first place: {named}" + (f" and {more} more." if more > 0 else ".")
@@ -147,7 +175,7 @@ def baseline_line(ranking: Ranking) -> str:
     text = f"Baseline: {ranking.baseline}; above 1x is faster."
     if ranking.resolution is None or math.isinf(ranking.resolution):
         return f"{text} No A/A control, so nothing is resolved."
-    noise = f"{math.expm1(min(ranking.resolution, _LARGEST_SHOWN)):.1%}"
+    noise = percent(ranking.resolution)
     why = " (one process)" if ranking.one_process else ""
     return f"{text} A/A control {ratio(ranking.control)}: nobody is called faster by less than {noise}{why}."
 
@@ -161,7 +189,7 @@ def resolution_line(found: Sequence[Ranking]) -> str:
     fine = sum(width < RESOLUTION for width in widths)
     return (
         f"A/A controls: half-width below {math.expm1(RESOLUTION):.0%} in {fine} of {len(timed)} cells, "
-        f"median {math.expm1(median(widths)):.1%}, largest {math.expm1(min(widths[-1], _LARGEST_SHOWN)):.1%}."
+        f"median {percent(median(widths))}, largest {percent(widths[-1])}."
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report.chart import ChartError, save_picture
+from bench.study.identity import identity
 from bench.study.ranking import Ranking
 
 # Past this many panels a picture is a wall of stamps; narrow the records instead.
@@ -20,7 +21,7 @@ def squares(found: Sequence[Ranking]) -> list[dict[str, Any]]:
         r = ranking.first
         points.append(
             {
-                "panel": f"{r.in_features}->{r.out_features}, {r.layout}, {r.direction}, {r.precision}, {r.division}, "
+                "panel": f"{r.in_features}->{r.out_features}, {r.layout}, {r.direction}, {identity(r).how}, "
                 f"{r.device}, {r.environment_id[:6]}",
                 "batch": r.batch,
                 "num_partitions": r.num_partitions,

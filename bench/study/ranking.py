@@ -31,6 +31,7 @@ class Row:
         verdict: FASTER, SLOWER, SAME, UNRESOLVED, ``baseline``, ``yardstick``, or empty without an interval.
         outliers: number of blocks outside Tukey's fences.
         tied: whether it is one of several that tie for the first place.
+        waited_s: median seconds of a single call that was waited for, or None.
     """
 
     record: Record
@@ -40,6 +41,7 @@ class Row:
     verdict: str
     outliers: int
     tied: bool = False
+    waited_s: float | None = None
 
     @property
     def leads(self) -> bool:
@@ -147,7 +149,8 @@ def _rank_cell(records: Sequence[Record]) -> Ranking:
             said = YARDSTICK
         latency = _median(record.latency_s for record in group)
         outliers = sum(tukey_outliers(record.block_latency_s) for record in group)
-        rows.append(Row(group[0].without_samples(), None, latency, interval, said, outliers))
+        waited = _median(seconds for record in group for seconds in record.synchronised_latency_s)
+        rows.append(Row(group[0].without_samples(), None, latency, interval, said, outliers, waited_s=waited))
 
     def speed(row: Row) -> float:
         return -row.interval.ratio if row.interval is not None else row.latency_s or 0.0

@@ -1,11 +1,12 @@
 """How well a competitor uses the machine: rates of useful work against what the hardware can do."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from bench.plan.competitors import EAGER
 from bench.records import Record
-from bench.study.ranking import Ranking
+from bench.study.ranking import Ranking, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +19,13 @@ class Efficiency:
         ceiling_fraction: least possible time by the rates measured in the same session, over the time taken.
         peak_fraction: the same by the data sheet.
         waste_factor: how many times the useful products are carried out.
-        payback_calls: calls after which compiling has paid against eager calls of the same implementation; infinite if
-            it never does.
+        payback_calls: calls after which compiling has paid; infinite if it never does.
+        payback_against: label of what the compiled call is held against: eager calls of the same implementation, and
+            where none were timed, as in JAX, those of the baseline.
         enqueue_s: host seconds until a call returns.
+        waited_s: median seconds of a single call that is waited for.
         kernels_per_call: executions on the device in one call.
+        kernels: name to executions in one call.
     """
 
     flops_per_s: float | None
@@ -30,8 +34,11 @@ class Efficiency:
     peak_fraction: float | None
     waste_factor: int
     payback_calls: float | None
+    payback_against: str | None
     enqueue_s: float | None
+    waited_s: float | None
     kernels_per_call: int | None
+    kernels: Mapping[str, int] = field(default_factory=dict)
 
 
 def least_s(record: Record, flops_per_s: float | None, bytes_per_s: float | None) -> float | None:
@@ -44,33 +51,36 @@ def least_s(record: Record, flops_per_s: float | None, bytes_per_s: float | None
     return max(bounds) if bounds else None
 
 
-def _payback(record: Record, latency_s: float | None, eager_s: float | None) -> float | None:
-    if record.mode == EAGER or record.compile_s is None or latency_s is None or eager_s is None:
-        return None
-    saved = eager_s - latency_s
-    return record.compile_s / saved if saved > 0 else math.inf
+def _payback(record: Record, latency_s: float | None, eager: Row | None) -> tuple[float | None, str | None]:
+    if record.mode == EAGER or record.compile_s is None or latency_s is None or eager is None:
+        return None, None
+    saved = (eager.latency_s or 0.0) - latency_s
+    return record.compile_s / saved if saved > 0 else math.inf, eager.record.label
 
 
 def efficiencies(ranking: Ranking) -> dict[str, Efficiency]:
     """Label to figures, for every row of a ranking."""
-    eager = {
-        (row.record.framework, row.record.implementation): row.latency_s
-        for row in ranking.rows
-        if row.record.mode == EAGER
-    }
+    eager = {row.record.label: row for row in ranking.rows if row.record.mode == EAGER and row.latency_s is not None}
+    same = {(row.record.framework, row.record.implementation): row for row in eager.values()}
+    # A failed baseline has no speed.
+    baseline = eager.get(ranking.baseline or "")
     found = {}
     for row in ranking.rows:
         r, taken = row.record, row.latency_s
         ceiling = least_s(r, r.ceiling_flops_per_s, r.ceiling_bytes_per_s)
         peak = least_s(r, r.peak_flops_per_s, r.peak_bytes_per_s)
+        payback, against = _payback(r, taken, same.get((r.framework, r.implementation), baseline))
         found[r.label] = Efficiency(
             flops_per_s=r.useful_flops / taken if taken else None,
             bytes_per_s=r.compulsory_bytes / taken if taken else None,
             ceiling_fraction=ceiling / taken if ceiling and taken else None,
             peak_fraction=peak / taken if peak and taken else None,
             waste_factor=r.waste_factor,
-            payback_calls=_payback(r, taken, eager.get((r.framework, r.implementation))),
+            payback_calls=payback,
+            payback_against=against,
             enqueue_s=r.enqueue_s,
+            waited_s=row.waited_s,
             kernels_per_call=sum(r.kernels.values()) if r.kernels else None,
+            kernels=r.kernels,
         )
     return found

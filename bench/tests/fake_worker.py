@@ -58,6 +58,7 @@ class FakeWorker:
             "python": "3",
             "default_switches": {},
             "variables": {},
+            "cuda_packages": {},
         }
 
     def open_cell(self, request):

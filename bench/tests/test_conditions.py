@@ -43,9 +43,12 @@ def test_data_sheets_are_found_by_the_longest_name():
 
 
 def test_the_doctor_warns_of_a_busy_or_hot_gpu():
-    assert gpu_warnings({}) == []
-    assert gpu_warnings({"processes": 2, "thermal": [], "power_capped": []}) == []
-    said = gpu_warnings({"processes": 5, "thermal": ["hardware thermal slowdown"], "power_capped": []})
+    assert gpu_warnings({}, 2) == []
+    cool = {"processes": 2, "thermal": [], "power_capped": []}
+    assert gpu_warnings(cool, 2) == []
+    # With one framework one of them is somebody else.
+    assert len(gpu_warnings(cool, 1)) == 1
+    said = gpu_warnings({"processes": 5, "thermal": ["hardware thermal slowdown"], "power_capped": []}, 2)
     assert len(said) == 2
     assert said[0].startswith("3 other processes use the GPU")
     assert "hardware thermal slowdown" in said[1]

@@ -30,6 +30,7 @@ def run(tmp_path, make_record):
 def compiled(make_record):
     """One cell: eager and compiled, against known ceilings; 2e9 operations and 1e9 bytes in a call of 2 ms."""
     amounts = {"useful_flops": 2 * 10**9, "compulsory_bytes": 10**9}
+    waits = {"synchronised_latency_s": (3e-3, 5e-3, 4e-3)}
     rates = {"ceiling_flops_per_s": 4e12, "ceiling_bytes_per_s": 1e12, "peak_flops_per_s": 8e12}
 
     def timed(latency_s, key, **changes):
@@ -38,7 +39,8 @@ def compiled(make_record):
     return [
         timed(2e-3, "a", baseline=True, **rates),
         timed(2e-3, "b", baseline=True, control=True),
-        timed(1.5e-3, "c", mode="compile", compile_s=1.0, enqueue_s=1e-5, kernels={"gemm": 2, "add": 1}),
+        timed(1.5e-3, "c", mode="compile", compile_s=1.0, enqueue_s=1e-5, kernels={"gemm": 2, "add": 1}, **waits),
+        timed(1e-3, "f", framework="jax", mode="jit", compile_s=2.0),
         timed(4e-3, "d", implementation="loop", waste_factor=32),
         timed(5e-3, "e", implementation="loop", mode="compile", compile_s=1.0),
     ]
@@ -55,18 +57,22 @@ def test_efficiency_is_useful_work_against_the_ceilings(compiled):
     assert (fast.ceiling_fraction, fast.enqueue_s, fast.kernels_per_call) == (None, 1e-5, 3)
     # A second of compiling, half a millisecond saved a call.
     assert fast.payback_calls == pytest.approx(2000)
+    assert fast.payback_against == "torch matmul (eager)"
     assert eager.payback_calls is None
+    # Two seconds of compiling, a millisecond saved a call; nobody times JAX without compiling, so against the baseline.
+    jitted = found["jax matmul (jit)"]
+    assert (jitted.payback_calls, jitted.payback_against) == (pytest.approx(2000), "torch matmul (eager)")
     assert found["torch loop (compile)"].payback_calls == float("inf")
     assert found["torch loop (eager)"].waste_factor == 32
     cells = efficiency_cells("x", fast)
-    assert cells == ("x", "1.33 TFLOP/s", "-", "-", "1x", "2000 calls", "10 us", "3")
+    assert cells == ("x", "1.33 TFLOP/s", "-", "-", "1x", "2000 calls", "10 us", "4 ms", "3")
     assert efficiency_cells("x", found["torch loop (compile)"])[5] == "never"
     assert rate(None) == "-"
 
 
 def test_the_markdown_shows_efficiency_and_the_winner(compiled, run):
     text = report(results_of(compiled, {}))
-    assert "| torch matmul (eager) | 1 TFLOP/s | 50.0% | 12.5% | 1x | - | - | - |" in text
+    assert "| torch matmul (eager) | 1 TFLOP/s | 50.0% | 12.5% | 1x | - | - | - | - |" in text
     text = report(read_results([run]))
     assert text.count("Fastest: torch form-0 (eager), against every other competitor (Holm-corrected).") == 3
     assert text.count("Tie for the first place: ") == 1
@@ -81,6 +87,10 @@ def test_json_and_csv_hold_winners_and_efficiency(run, compiled, tmp_path):
     rows = {(row["implementation"], row["mode"]): row for row in cell["rows"]}
     assert (rows["loop", "compile"]["payback_calls"], rows["loop", "compile"]["compile_pays"]) == (None, False)
     assert rows["matmul", "compile"]["compile_pays"] is True
+    assert (rows["matmul", "compile"]["waited_s"], rows["matmul", "compile"]["kernels"]) == (
+        4e-3,
+        {"gemm": 2, "add": 1},
+    )
     cells = summary(read_results([run]))["cells"]
     assert [cell["winner"] for cell in cells] == ["torch form-0 (eager)"] * 3 + [None]
     assert [len(cell["tied"]) for cell in cells] == [0, 0, 0, 3]

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from bench.measure.diagnosis import cuda_packages, warnings_for
+from bench.measure.cuda_packages import cuda_packages
+from bench.measure.diagnosis import warnings_for
 
 
 @pytest.mark.usefixtures("fake_pool")
@@ -50,9 +51,17 @@ def test_the_table_of_doctor_holds_every_fact_and_warning(tmp_path, call, monkey
 def test_doctor_warns_of_two_cuda_majors_and_of_a_gpu_that_one_framework_sees():
     both = cuda_packages(["nvidia-cudnn-cu12", "nvidia_cublas_cu13", "jax-cuda12-plugin", "numpy"])
     assert both == {"12": ["jax-cuda12-plugin", "nvidia-cudnn-cu12"], "13": ["nvidia-cublas-cu13"]}
-    hello = {"torch": {"devices": ["cpu", "cuda"]}, "jax": {"devices": ["cpu"]}}
-    said = " ".join(warnings_for(hello, {"flax": "not installed"}, both))
-    for expected in ("several CUDA majors", "Only torch sees a GPU", "flax cannot take part"):
-        assert expected in said
     one = cuda_packages(["nvidia-cudnn-cu12", "jax-cuda12-plugin"])
-    assert not any("CUDA majors" in line for line in warnings_for({}, {}, one))
+    hello = {
+        "torch": {"devices": ["cpu", "cuda"], "cuda_packages": one},
+        "jax": {"devices": ["cpu"], "cuda_packages": both},
+    }
+    said = " ".join(warnings_for(hello, {"flax": "not installed"}))
+    # An interpreter of its own, with another CUDA, spoils nothing.
+    assert (
+        said.count("several CUDA majors are installed for jax's interpreter") == said.count("several CUDA majors") == 1
+    )
+    for expected in ("Only torch sees a GPU", "flax cannot take part"):
+        assert expected in said
+    hello["jax"] |= {"cuda_packages": one}
+    assert not any("CUDA majors" in line for line in warnings_for(hello, {}))

@@ -178,7 +178,7 @@ def test_named_modes_are_kept_and_everybody_runs_in_them():
 
 def test_the_modes_of_a_division_are_those_of_its_frameworks():
     assert offered_modes("stock", "cuda") == ("eager", "compile", "jit")
-    assert offered_modes("matched", "cuda", ["jax"]) == ("jit", "jit-graph")
+    assert offered_modes("matched", "cuda", ["jax"]) == offered_modes("tuned", "cuda", ["jax"]) == ("jit", "jit-graph")
     for division in DIVISIONS:
         for device in DEVICES:
             assert set(offered_modes(division, device)) <= set(MODES)
@@ -206,7 +206,7 @@ def test_who_is_left_out_takes_part_only_by_name():
         ("matched", "cpu", False, (), ()),
         ("matched", "cuda", True, ("compile", "cuda-graph"), ("jit-graph",)),
         ("tuned", "cpu", True, ("compile", "compile-max-autotune"), ()),
-        ("tuned", "cuda", False, ("cuda-graph", "compile-reduce-overhead"), ()),
+        ("tuned", "cuda", False, ("cuda-graph", "compile-reduce-overhead"), ("jit-graph",)),
     ],
 )
 def test_cuda_graphs_are_on_both_sides_or_on_neither(division, device, gradients, torch, jax):

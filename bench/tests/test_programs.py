@@ -72,6 +72,8 @@ def test_the_options_for_a_gpu_are_understood_and_given_to_the_compiler(directio
     assert options["stock"] == {}
     assert options["matched"]
     assert options["tuned"]
+    graphs = ["xla_gpu_graph_min_graph_size" in options[division] for division in ("matched", "tuned")]
+    assert graphs == [mode == "jit-graph"] * 2
     for chosen in options.values():
         monkeypatch.setattr(timer, "compiler_options", lambda *_, chosen=chosen: chosen)
         assert judged(bench, "jax", mode=mode)["status"] == "ok"

@@ -28,14 +28,17 @@ def compiler_options(division: str, device: str, mode: str) -> dict[str, Any]:
     """XLA's options for the programs of a division; empty for its defaults.
 
     On a GPU the matched division compares ``jit`` with torch's eager mode, which records no CUDA graph, so that XLA may
-    record none either; ``jit-graph`` is compared with ``cuda-graph``. By default XLA records no graph of fewer than
-    five kernels, and the forward pass of this map is one kernel: ``jit-graph`` records any.
+    record none either; ``jit-graph`` is compared with ``cuda-graph``, in the tuned division too. By default XLA records
+    no graph of fewer than five kernels, and the forward pass of this map is one kernel: ``jit-graph`` records any.
     """
-    if device == "cuda" and division == "matched":
-        return {"xla_gpu_enable_command_buffer": ""} if mode == JIT else {"xla_gpu_graph_min_graph_size": 1}
-    if device == "cuda" and division == "tuned":
-        return {"xla_gpu_exhaustive_tiling_search": True}
-    return {}
+    if device != "cuda" or division == "stock":
+        return {}
+    options: dict[str, Any] = {"xla_gpu_graph_min_graph_size": 1} if mode == JIT_GRAPH else {}
+    if division == "tuned":
+        options["xla_gpu_exhaustive_tiling_search"] = True
+    elif mode == JIT:
+        options["xla_gpu_enable_command_buffer"] = ""
+    return options
 
 
 def _in_layout(function: Function, layout: str) -> Function:
