@@ -15,7 +15,7 @@ except ModuleNotFoundError as missing:
     )
     sys.exit(2)
 
-from bench.commands.arguments import CsvFile, Directories, JaxPython, JsonFile, TorchPython, picture
+from bench.commands.arguments import CsvFile, Directories, JaxPython, JsonFile, TorchPython, cells_where, picture
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -111,10 +111,7 @@ def report(
     roofline: Annotated[Path | None, picture("rates against the machine's ceilings")] = None,
     framework_map: Annotated[Path | None, picture("PyTorch against JAX")] = None,
     frameworks_csv: Annotated[Path | None, typer.Option(metavar="F", help="The same, one line a cell.")] = None,
-    where: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FIELD=PATTERN", help="Only cells such as direction=forward, workload=article-*."),
-    ] = None,
+    where: Annotated[list[str] | None, cells_where("")] = None,
     readme: Annotated[Path | None, typer.Option(metavar="F", help="Replace the results block of this README.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="With --readme: change nothing, exit 1 if it is stale.")
@@ -162,6 +159,8 @@ def compare(
     across_devices: Annotated[
         bool, typer.Option("--across-devices", help="Compare runs of different devices all the same.")
     ] = False,
+    where_a: Annotated[list[str] | None, cells_where("A: ")] = None,
+    where_b: Annotated[list[str] | None, cells_where("B: ")] = None,
     json_file: JsonFile = None,
     csv_file: CsvFile = None,
 ) -> None:
@@ -171,7 +170,8 @@ def compare(
     """
     from bench.commands.compare import compare_command
 
-    raise typer.Exit(compare_command(a, b, json_file=json_file, csv_file=csv_file, across_devices=across_devices))
+    conditions = (where_a or (), where_b or ())
+    raise typer.Exit(compare_command(a, b, conditions, json_file, csv_file, across_devices=across_devices))
 
 
 @app.command()

@@ -19,3 +19,10 @@ JaxPython = Annotated[str | None, typer.Option(metavar="P", help="Interpreter wi
 def picture(shown: str) -> Any:
     """Returns the option that names the file of a picture of something."""
     return typer.Option(metavar="F", help=f"Draw {shown} (.svg, .png, .html).")
+
+
+def cells_where(run: str) -> Any:
+    """Returns the option that chooses cells by their conditions."""
+    return typer.Option(
+        metavar="FIELD=PATTERN", help=f"{run}Only cells such as direction=forward, workload=article-*; may be repeated."
+    )

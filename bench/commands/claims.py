@@ -8,7 +8,7 @@ from rich.table import Table
 from bench.archive import Archive
 from bench.commands.usage import OK, UsageError, check_writable, complain
 from bench.environments import StoreError
-from bench.report.claims import claim_rows, claims_block, claims_json, overview
+from bench.report.claims import MEASURED, claim_rows, claims_block, claims_json, measured, overview
 from bench.report.claims import markdown as whole_account
 from bench.report.markdown import environment_lines
 from bench.report.output import OutputError, columns_of, write_csv, write_json, write_text
@@ -26,6 +26,14 @@ def _show(results: list[ClaimResult]) -> None:
     for line in overview(results):
         table.add_row(*(escape(cell) for cell in line))
     console.print(table)
+    for result in results:
+        if result.findings:
+            shown = Table(title=f"Claim {result.claim.number}: {escape(result.claim.statement)}", title_justify="left")
+            for column in MEASURED:
+                shown.add_column(escape(column), no_wrap=column != "verdict")
+            for line in measured(result):
+                shown.add_row(*map(escape, line))
+            console.print(shown)
     console.print("Our fastest implementation in the same settings, its speed over that of the torch loop:")
     shown = dict.fromkeys((best.where, best.label, best.interval) for result in results for best in result.best)
     for where, label, interval in shown:

@@ -1,7 +1,7 @@
 """``bench compare``."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -10,13 +10,15 @@ from typing import Any
 from rich.console import Console
 
 from bench.archive import Archive
+from bench.commands.conditions import selection
 from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain
 from bench.environments import StoreError, device_name
 from bench.report.export import interval_json
 from bench.report.output import OutputError, columns_of, flat, write_csv, write_json
 from bench.report.text import ratio
 from bench.study.comparison import Change, Comparison, compare
-from bench.study.measured_cells import measured_cells
+from bench.study.identity import Identity
+from bench.study.measured_cells import Measured, measured_cells
 from bench.study.overall import Overall
 from bench.study.statistics import SAME, UNRESOLVED
 
@@ -24,13 +26,15 @@ from bench.study.statistics import SAME, UNRESOLVED
 NAMED = 3
 
 
-def _devices(archive: Archive) -> set[str]:
+Cells = Mapping[Identity, Measured]
+
+
+def _devices(archive: Archive, cells: Cells) -> set[str]:
     """What measured, in words: two runs are comparable only if these agree."""
-    return {device_name(fingerprint) for fingerprint in archive.environments.values()}
+    return {device_name(archive.environments[cell.ranking.first.environment_id]) for cell in cells.values()}
 
 
-def _check_devices(a: Archive, b: Archive, names: tuple[Path, Path]) -> None:
-    first, second = _devices(a), _devices(b)
+def _check_devices(first: set[str], second: set[str], names: tuple[Path, Path]) -> None:
     if first != second:
         raise UsageError(
             f"{names[0]} was measured on {'; '.join(sorted(first))} and {names[1]} on {'; '.join(sorted(second))}: "
@@ -148,16 +152,24 @@ def _show(console: Console, found: Comparison) -> None:
 
 
 def compare_command(
-    a: Path, b: Path, *, json_file: Path | None = None, csv_file: Path | None = None, across_devices: bool = False
+    a: Path,
+    b: Path,
+    conditions: tuple[Sequence[str], Sequence[str]] = ((), ()),
+    json_file: Path | None = None,
+    csv_file: Path | None = None,
+    *,
+    across_devices: bool = False,
 ) -> int:
     """Runs ``bench compare``; its exit status is 1 if anything became slower beyond the noise or lost its answer."""
     try:
         check_writable("--json", json_file)
         check_writable("--csv", csv_file)
-        first, second = Archive([a]), Archive([b])
+        first = Archive([a], selection("--where-a", conditions[0]))
+        second = Archive([b], selection("--where-b", conditions[1]))
+        cells = measured_cells(first, str(a)), measured_cells(second, str(b))
         if not across_devices:
-            _check_devices(first, second, (a, b))
-        found = compare(measured_cells(first, str(a)), measured_cells(second, str(b)))
+            _check_devices(_devices(first, cells[0]), _devices(second, cells[1]), (a, b))
+        found = compare(*cells)
         if not found.changes:
             raise UsageError(f"{a} and {b}: no competitor was timed in both under the same conditions; compare others.")
         if json_file is not None:

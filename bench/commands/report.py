@@ -1,18 +1,17 @@
 """``bench report``."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 
 from bench.archive import Archive
+from bench.commands.conditions import selection
 from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain
 from bench.environments import StoreError
 from bench.records import Record
 from bench.report.chart import ChartError, save_chart
-from bench.report.export import SHARED, write_frameworks, write_summary, write_table
+from bench.report.export import write_frameworks, write_summary, write_table
 from bench.report.framework_map import save_framework_map
 from bench.report.markdown import write_report
 from bench.report.output import OutputError
@@ -47,27 +46,6 @@ class Outputs:
             if item.name != "readme":
                 option = "--" + item.name.removesuffix("_file").replace("_", "-")
                 check_writable(option, getattr(self, item.name))
-
-
-def _selection(conditions: Sequence[str]) -> Callable[[Record], bool]:
-    """Whether a cell meets conditions such as ``direction=forward`` or ``workload=article-*``.
-
-    Raises:
-        UsageError: if one is no condition on what the competitors of a cell share.
-    """
-    wanted = []
-    for condition in conditions:
-        name, sign, pattern = condition.partition("=")
-        if not sign or name not in SHARED:
-            names = ", ".join(SHARED)
-            raise UsageError(f"--where: expected FIELD=PATTERN with one of {names}, got {condition!r}; name one.")
-        wanted.append((name, pattern))
-    # No closure: it travels to other processes.
-    return partial(_meets, tuple(wanted))
-
-
-def _meets(wanted: Iterable[tuple[str, str]], record: Record) -> bool:
-    return all(fnmatchcase(str(getattr(record, name)), pattern) for name, pattern in wanted)
 
 
 def _write(results: Results, directories: Sequence[Path], keep: Callable[[Record], bool], outputs: Outputs) -> None:
@@ -105,7 +83,7 @@ def report_command(
         if check and readme is None:
             raise UsageError("--check: needs --readme; name the README to check.")
         outputs.check()
-        keep = _selection(conditions)
+        keep = selection("--where", conditions)
         results = read_results(directories, keep)
         if not results.found:
             raise UsageError(f"--where: no cell meets {' and '.join(conditions)}; loosen the conditions.")

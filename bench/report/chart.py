@@ -22,9 +22,10 @@ class ChartError(ValueError):
 
 def _panels(found: Sequence[Ranking]) -> list[str]:
     """A panel for each cell: conditions, and where it was measured if two cells have the same."""
-    short = [f"{ranking.first.workload}, {ranking.first.direction}, {identity(ranking.first).how}" for ranking in found]
+    conditions = [identity(ranking.first) for ranking in found]
+    short = [f"{where.workload}, {where.step}, {where.how}" for where in conditions]
     placed = [f"{name}, {ranking.first.environment_id[:6]}" for name, ranking in zip(short, found, strict=True)]
-    return told_apart(short, placed, [f"{name}, {one.cell[:6]}" for name, one in zip(placed, found, strict=True)])
+    return told_apart(short, placed, [f"{name}, {one.cell}" for name, one in zip(placed, found, strict=True)])
 
 
 def _points(found: Sequence[Ranking]) -> list[dict[str, Any]]:

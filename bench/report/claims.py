@@ -9,7 +9,7 @@ from bench.report.text import ratio
 from bench.study.claim_results import NOT_HERE, ClaimResult
 from bench.study.claims import MEMORY
 
-_MEASURED = ("setting", "framework", "claimed", "measured [95%]", "verdict")
+MEASURED = ("setting", "framework", "claimed", "measured [95%]", "verdict")
 _SUMMARY = ("#", "setting", "claim", "forward", "forward and backward", "verdict")
 _BEST = ("setting", "our fastest implementation", "speed over the torch loop [95%]")
 
@@ -22,8 +22,12 @@ def overview(results: Sequence[ClaimResult]) -> list[tuple[str, ...]]:
     ]
 
 
-def _measured(result: ClaimResult) -> Iterator[tuple[str, ...]]:
-    for found in result.findings:
+def measured(result: ClaimResult) -> Iterator[tuple[str, ...]]:
+    """One line for each part of a claim in each cell: setting, framework, claimed, measured with interval, verdict.
+
+    Cells in which one of the two did not take part say nothing, unless there are no others.
+    """
+    for found in [found for found in result.findings if not found.absent] or result.findings:
         yield found.where.title, found.framework, found.part.text, ratio(found.interval), found.verdict or found.reason
 
 
@@ -40,7 +44,7 @@ def markdown(results: Sequence[ClaimResult], places: Sequence[str]) -> str:
         lines += ["", f"## Claim {result.claim.number}: {result.claim.statement}", ""]
         lines += [f"Setting: {result.claim.setting}. {result.verdict.capitalize()}. {result.why}", ""]
         if result.findings:
-            lines += table(_MEASURED, _measured(result))
+            lines += table(MEASURED, measured(result))
         if result.best:
             best = ((found.where.title, found.label, ratio(found.interval)) for found in result.best)
             lines += ["", *table(_BEST, best)]

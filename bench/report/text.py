@@ -177,7 +177,8 @@ def baseline_line(ranking: Ranking) -> str:
         return f"{text} No A/A control, so nothing is resolved."
     noise = percent(ranking.resolution)
     why = " (one process)" if ranking.one_process else ""
-    return f"{text} A/A control {ratio(ranking.control)}: nobody is called faster by less than {noise}{why}."
+    least = "" if noise.startswith("over") else "less than "
+    return f"{text} A/A control {ratio(ranking.control)}: nobody is called faster by {least}{noise}{why}."
 
 
 def resolution_line(found: Sequence[Ranking]) -> str:

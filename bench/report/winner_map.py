@@ -21,7 +21,7 @@ def squares(found: Sequence[Ranking]) -> list[dict[str, Any]]:
         r = ranking.first
         points.append(
             {
-                "panel": f"{r.in_features}->{r.out_features}, {r.layout}, {r.direction}, {identity(r).how}, "
+                "panel": f"{r.in_features}->{r.out_features}, {r.layout}, {identity(r).step}, {identity(r).how}, "
                 f"{r.device}, {r.environment_id[:6]}",
                 "batch": r.batch,
                 "num_partitions": r.num_partitions,

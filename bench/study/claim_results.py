@@ -31,6 +31,7 @@ class Finding:
         interval: the measured ratio, or None where one of the two has no figure.
         verdict: ``holds``, ``holds in part`` or ``does not hold``; empty without a ratio.
         reason: why there is no ratio, else empty.
+        absent: whether one of the two did not take part at all.
     """
 
     where: Identity
@@ -39,6 +40,7 @@ class Finding:
     interval: Interval | None
     verdict: str
     reason: str = ""
+    absent: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def judge(part: Part, interval: Interval) -> str:
     return HOLDS if interval.high < 1 else IN_PART if interval.low < 1 else DOES_NOT
 
 
-def _absent(records: Sequence[Record], name: str) -> str:
+def _missing(records: Sequence[Record], name: str) -> str:
     if not records:
         return f"{name} was not measured"
     failed = next((record for record in records if record.status != "ok"), None)
@@ -94,9 +96,9 @@ def _absent(records: Sequence[Record], name: str) -> str:
 
 def _speed(cell: _Cell, framework: str, part: Part) -> Finding:
     loop, case = cell.of(framework, LOOP), cell.of(framework, part.case)
-    reason = _absent(loop, LOOP) or _absent(case, part.case)
+    reason = _missing(loop, LOOP) or _missing(case, part.case)
     if reason:
-        return Finding(cell.where, framework, part, None, "", reason)
+        return Finding(cell.where, framework, part, None, "", reason, absent=not (loop and case))
     found = intervals(log_latencies(loop), {part.case: log_latencies(case)}, cell.ranking.confidence)
     if part.case not in found:
         return Finding(cell.where, framework, part, None, "", "the two share no process")
@@ -105,10 +107,12 @@ def _speed(cell: _Cell, framework: str, part: Part) -> Finding:
 
 def _memory(cell: _Cell, framework: str, part: Part) -> Finding:
     loop, case = cell.of(framework, LOOP), cell.of(framework, part.case)
-    reason = _absent(loop, LOOP) or _absent(case, part.case)
+    reason = _missing(loop, LOOP) or _missing(case, part.case)
     bytes_ = [record.peak_memory_bytes for record in (*loop[:1], *case[:1])]
     if reason or not all(bytes_):
-        return Finding(cell.where, framework, part, None, "", reason or "the memory was not measured")
+        return Finding(
+            cell.where, framework, part, None, "", reason or "the memory was not measured", absent=not (loop and case)
+        )
     ratio = (bytes_[1] or 0) / (bytes_[0] or 1)
     # One deterministic reading: the interval has no width.
     interval = Interval(ratio, ratio, ratio, 1)
@@ -149,7 +153,7 @@ def _conclude(claim: Claim, findings: Sequence[Finding], cells: Sequence[_Cell])
     held = verdicts.count(HOLDS)
     verdict = HOLDS if held == len(verdicts) else DOES_NOT if set(verdicts) == {DOES_NOT} else IN_PART
     what = "Bytes" if claim.subject == MEMORY else "Speed"
-    share = f"in {held} of {len(verdicts)} cells as claimed"
+    share = f"in {held} of {len(verdicts)} ratios as claimed"
     return verdict, f"{what} over the loop's, {share}: {_ranges(counted)}.{absent}"
 
 

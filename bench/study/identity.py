@@ -26,8 +26,12 @@ class Identity(NamedTuple):
     def what(self) -> str:
         """Workload, sizes and direction."""
         sizes = f"B={self.batch}, n={self.num_partitions}, {self.in_features}->{self.out_features}"
-        direction = self.direction if self.optimizer is None else f"{self.direction} ({self.optimizer})"
-        return f"{self.workload} ({sizes}), {direction}"
+        return f"{self.workload} ({sizes}), {self.step}"
+
+    @property
+    def step(self) -> str:
+        """Direction, and the optimiser where there is one."""
+        return self.direction if self.optimizer is None else f"{self.direction} ({self.optimizer})"
 
     @property
     def how(self) -> str:

@@ -65,7 +65,8 @@ def measured_cells(archive: Archive, name: str) -> dict[Identity, Measured]:
         if where in cells:
             raise StoreError(
                 f"{name}: {where.title} was measured twice, in the environments "
-                f"{cells[where].ranking.first.environment_id} and {group[0].environment_id}; give runs of one each."
+                f"{cells[where].ranking.first.environment_id} and {group[0].environment_id}; choose one with --where-a "
+                "or --where-b environment_id=..., or give runs of one each."
             )
         ranking = rank_cells([group])[0]
         groups = by_label(group)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bench.plan.workloads import WORKLOADS
-from bench.report.claims import claims_block
+from bench.report.claims import claims_block, measured
 from bench.store import Store
 from bench.study.claim_results import DOES_NOT, HOLDS, IN_PART, NOT_HERE, claim_results, judge
 from bench.study.claims import CLAIMS, DENSE, LOOP, MASKED, Part
@@ -124,7 +124,7 @@ def test_on_a_gpu_that_does_the_opposite_no_claim_holds(seed_records):
 def test_half_a_claim_holds_in_part(seed_records):
     found = claim_results(seed_records(AS_CLAIMED | {"article-in8096": {DENSE: 2.5, MASKED: 0.5}}))
     assert found[4].verdict == IN_PART
-    assert "in 2 of 4 cells as claimed" in found[4].why
+    assert "in 2 of 4 ratios as claimed" in found[4].why
     assert "masked forward ieee_fp32 0.50x" in found[4].why
 
 
@@ -157,6 +157,18 @@ def test_what_was_not_measured_is_said(seed_records):
     assert "Not among these records: article-batch-1;" in results[0].why
 
 
+def test_a_cell_without_the_two_that_are_compared_has_no_line(seed_records):
+    full = seed_records(AS_CLAIMED)
+    alone = [
+        [r for r in group if r.implementation != LOOP] for group in full if group[0].workload == "article-batch-2048"
+    ]
+    (result,) = [found for found in claim_results([*full, *alone]) if found.claim.number == 3]
+    assert sum(finding.absent for finding in result.findings) > 0
+    assert len(list(measured(result))) == sum(not finding.absent for finding in result.findings)
+    (nothing,) = [found for found in claim_results(alone) if found.claim.number == 3]
+    assert {line[-1] for line in measured(nothing)} == {"loop was not measured"}
+
+
 def test_our_best_in_the_same_setting_is_shown(seed_records):
     results = claim_results(seed_records({"article-base": {DENSE: 12.5, MASKED: 11}}))
     (forward, _) = results[1].best
@@ -175,6 +187,8 @@ def test_the_command_writes_the_same_in_every_form(seed_records, tmp_path, call)
     assert done.exit_code == 0
     for expected in ("not measurable here", "A about 12.5x faster than B", "torch masked (eager) 11"):
         assert expected in done.output
+    # Every ratio with its interval, not only the ranges of the verdict.
+    assert re.search(r"article-base .*, forward, .* torch .* dense about 12\.5x .* 12\.\d+x \[12\.", done.output)
     written = json.loads(files["json"].read_text())["claims"]
     assert [claim["verdict"] for claim in written] == [NOT_HERE] * 8 + [DOES_NOT, HOLDS]
     first = written[1]["measured"][0]

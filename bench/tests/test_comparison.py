@@ -253,4 +253,11 @@ def test_a_cell_that_was_measured_twice_is_refused(write, call, tmp_path):
     (a / "environment.json").write_text(json.dumps({"a": FINGERPRINT, "b": FINGERPRINT}))
     done = call("compare", a, b)
     assert done.exit_code == 2
-    assert "was measured twice, in the environments a and b" in done.stderr
+    assert "was measured twice, in the environments a and b; choose one with --where-a or --where-b" in done.stderr
+    assert call("compare", a, b, "--where-a", "environment_id=a").exit_code == 0
+    # What is left out has no say in whether the devices are the same.
+    (a / "environment.json").write_text(json.dumps({"a": FINGERPRINT, "b": FINGERPRINT | {"cpu_model": "another"}}))
+    assert call("compare", a, b, "--where-a", "environment_id=b").exit_code == 2
+    assert call("compare", a, b, "--where-a", "environment_id=a").exit_code == 0
+    wrong = call("compare", a, b, "--where-b", "place=a")
+    assert (wrong.exit_code, "--where-b: expected FIELD=PATTERN with one of workload" in wrong.stderr) == (2, True)

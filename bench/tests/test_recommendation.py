@@ -48,6 +48,26 @@ def test_only_the_conditions_that_were_asked_for_count(groups):
     assert first.leaders == ("jax matmul (jit)",)
 
 
+def test_of_cells_of_one_size_the_one_in_which_most_took_part_comes_first(make_record, tmp_path, call):
+    def cells(number, competitors, **changes):
+        group = cell_records(make_record, number, (64, 32, 32, 32), competitors=competitors)
+        return [parse_line(json.dumps(json.loads(record.to_line()) | changes)) for record in group]
+
+    alone = [record for record in cells(0, 5) if record.framework == "torch"]
+    both, tf32 = cells(1, 4, division="tuned"), cells(2, 6, precision="tf32")
+    found = nearest(Shape(64, 32, 32, 32), [alone, both, tf32])
+    assert [neighbour.ranking.cell for neighbour in found] == [both[0].cell, alone[0].cell]
+    (other,) = nearest(Shape(64, 32, 32, 32, precision="tf32"), [alone, both, tf32])
+    assert other.ranking.cell == tf32[0].cell
+    store = Store(tmp_path / "run", resume=False)
+    store.add_environment("e0", FINGERPRINT)
+    store.append([parse_line(json.dumps(json.loads(r.to_line()) | {"cell_size": len(alone)})) for r in alone])
+    # In the second cell form-0, which leads in the first, did not take part.
+    store.append(cells(1, 3, division="tuned"))
+    done = call("recommend", *ASK, "--batch", 64, tmp_path / "run")
+    assert "disagree, so the answer depends on what took part, or on the division." in done.output
+
+
 def test_what_users_write_instead_is_no_implementation_of_ours(make_record):
     group = [
         parse_line(json.dumps(json.loads(record.to_line()) | {"kind": "stock"}))
@@ -101,6 +121,9 @@ def test_a_far_measurement_is_a_hint_and_a_very_far_one_no_answer(run, call, tmp
         (("--dtype", "float8"), "--dtype: expected one of float32"),
         (("--direction", "sideways"), "--direction: expected one of forward"),
         (("--device", "tpu"), "--device: expected one of cpu, cuda"),
+        (("--precision", "fp8"), "--precision: expected one of ieee_fp32, tf32"),
+        (("--precision", "bf16"), "--precision: bf16 is of bfloat16, got --dtype float32; give both alike"),
+        (("--precision", "tf32"), "nothing was measured with dtype float32, precision tf32, forward"),
         (("--framework", "keras"), "--framework: expected one of torch, jax"),
         (("--dtype", "float64"), "nothing was measured with dtype float64"),
         (("--json", "/nowhere/f.json"), "cannot be written"),

@@ -1,0 +1,65 @@
+"""What of a request can be done with the workers that are there, and what is said of the rest."""
+
+import pytest
+
+from bench.measure.request import Request, SelectionError, chosen_competitors
+from bench.plan.cells import Cell
+from bench.plan.competitors import Catalogue
+from bench.plan.presets import PRESETS
+from bench.plan.selection import left_out, narrowed, plan_cells
+from bench.plan.workloads import workload
+
+TORCH = Catalogue("torch", ("loop", "matmul"), ("stock:bmm+bias",), ("dense",))
+JAX = Catalogue("jax", ("loop", "matmul"), ("stock:nnx.Einsum",), ("dense",))
+CELL = Cell(workload("article-base"), "forward", "ieee_fp32", "matched", "cpu")
+
+
+def request(**changes):
+    return Request(PRESETS["smoke"], **changes)
+
+
+def test_a_name_that_nobody_has_is_refused_with_those_that_there_are():
+    with pytest.raises(SelectionError, match=r"nothing is called bmm; choose from dense, loop, matmul, stock:bmm"):
+        chosen_competitors([TORCH, JAX], request(implementations=("matmul", "bmm")), CELL)
+
+
+def test_a_name_without_the_mode_that_is_asked_for_is_refused_in_other_words():
+    wanted = request(implementations=("stock:nnx.Einsum",), modes=("eager",))
+    message = (
+        "implementation: no framework that takes part has stock:nnx.Einsum in the mode eager in "
+        "article-base (B=128, n=32, 32->32), forward, ieee_fp32, matched; choose another --implementation, --mode or "
+        "--framework."
+    )
+    with pytest.raises(SelectionError) as error:
+        chosen_competitors([TORCH, JAX], wanted, CELL)
+    assert str(error.value) == message
+    (found,) = chosen_competitors([TORCH, JAX], request(implementations=("stock:nnx.Einsum",), modes=("jit",)), CELL)
+    assert found.label == "jax stock:nnx.Einsum (jit)"
+
+
+def test_what_is_no_cell_is_told_and_not_planned():
+    preset = narrowed(
+        PRESETS["smoke"],
+        workloads=["article-base"],
+        directions=["forward", "train_step"],
+        precisions=["ieee_fp32", "tf32", "fp16"],
+        divisions=["stock", "matched"],
+    )
+    first, second = left_out(preset)
+    assert first.startswith("The stock division has no tf32,")
+    assert second.startswith("There is no train_step in fp16,")
+    planned = {(cell.division, cell.precision, cell.direction) for cell in plan_cells(preset, "cuda")}
+    # Of two divisions, three precisions and two directions: stock has no TF32, and fp16 no step.
+    assert len(planned) == 12 - 2 - 2
+    assert left_out(PRESETS["seed"]) == ()
+
+
+@pytest.mark.usefixtures("fake_pool")
+def test_a_run_says_what_it_left_out(tmp_path, call):
+    conditions = ("--division", "stock", "--precision", "ieee_fp32", "--precision", "tf32")
+    done = call(
+        "run", "--workload", "article-batch-1", "--rounds", "2", *conditions, "--implementation", "matmul",
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "The stock division has no tf32, since it runs what one gets by asking for nothing: left out." in done.stdout
