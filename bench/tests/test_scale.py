@@ -5,12 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 from rich.console import Console
 
-from bench.commands.report import _meets
+from bench.commands.conditions import selection
 from bench.environments import StoreError
 from bench.measure.worker_process import CHECKOUT
 from bench.report.tables import show_rankings
@@ -131,7 +130,7 @@ def test_a_sweep_of_thousands_of_cells_prints_one_line_for_each(make_record, cap
 
 def test_a_large_sweep_is_ranked_by_several_processes_as_by_one(sweep, monkeypatch):
     monkeypatch.setattr(archive_ranking, "_CELLS_A_TASK", 7)
-    wanted = partial(_meets, (("in_features", "2"),))
+    wanted = selection("--where", ["in_features=2"])
     alone = read_results([sweep]), read_results([sweep], wanted)
     started = []
     pool = archive_ranking.ProcessPoolExecutor
