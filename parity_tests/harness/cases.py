@@ -52,6 +52,7 @@ DEFAULT: tuple[Case, ...] = (
     Case("one-in", (9,), 4, 1, 8),
     Case("one-out", (9,), 4, 8, 1),
     Case("strided-rows", (6,), 3, 8, 16, layout="strided"),
+    Case("strided-sequences", (3, 2), 2, 8, 8, layout="strided"),
     Case("features-first", (6,), 5, 16, 8, layout="transposed"),
     Case("long-contraction", (4,), 2, 729, 16),
     Case("wide-output", (4,), 2, 8, 253),
