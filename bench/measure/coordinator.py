@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from bench.measure.conditions import ENERGY_S, Monitor, NoMonitor, energy_of_a_call
-from bench.measure.entry import CellOutcome, Entry, add_control, choose_baseline
+from bench.measure.entry import CellOutcome, Entry, add_control
 from bench.measure.plausibility import measured_ceilings, reject_the_impossible, take_probe
 from bench.measure.protocol import Message, RequestError, Workers
-from bench.measure.rounds import Rounds, rehearse
+from bench.measure.rounds import Rounds, hopeless, rehearse
 from bench.plan.cells import Cell
 from bench.plan.competitors import Competitor
 from bench.plan.costs import planned_skip
@@ -135,17 +135,10 @@ class CellRun:
         return None
 
     def _drop_hopeless(self) -> None:
-        """Keeps out who is both slow and far behind: the usual candidates are timed however slow the machine is.
-
-        The baseline stays in any case: a disturbance in its first calls must not change what the ratios refer to.
-        """
-        limits, baseline = self._preset.limits, choose_baseline(self._entries)
-        fastest = min((entry.call_s for entry in self._entries if entry.going), default=0.0)
-        cap = max(limits.call_s, limits.slowdown * fastest)
-        for entry in self._entries:
-            if entry.going and entry is not baseline and entry.call_s > cap:
-                self._ask(entry, "drop", limits.request_s)
-                entry.skip(f"one call took {entry.call_s:.2g} s, over the preset's cap of {cap:.2g} s here")
+        limits = self._preset.limits
+        for entry, cap in hopeless(self._entries, limits, self._size):
+            self._ask(entry, "drop", limits.request_s)
+            entry.skip(f"one call took {entry.call_s:.2g} s, over the preset's cap of {cap:.2g} s here")
 
     def _measure_memory(self, entry: Entry) -> None:
         used = self._ask(entry, "memory", self._preset.limits.request_s)

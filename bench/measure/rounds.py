@@ -8,12 +8,13 @@ of whoever leaves are judged as well as timed.
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bench.measure.blocks import could_be_short, too_short
 from bench.measure.conditions import Monitor, thermally_throttled
-from bench.measure.entry import Entry
+from bench.measure.entry import Entry, choose_baseline
+from bench.plan.costs import Limits
 from bench.plan.presets import Preset
 from bench.study.elimination import far_behind
 from bench.study.statistics import round_log_latency
@@ -23,6 +24,36 @@ ROUNDS, TIME = "rounds", "time"
 _REPEATS_OF_A_THROTTLED_BLOCK = 2
 
 Block = Callable[[Entry, bool], dict[str, Any] | None]
+
+
+def hopeless(entries: Sequence[Entry], limits: Limits, size: Callable[[Entry], None]) -> Iterator[tuple[Entry, float]]:
+    """Finds who is both slow and far behind: the usual candidates are timed however slow the machine is.
+
+    The baseline stays in any case, and nobody goes for calls that were disturbed: whoever seems too slow is called
+    again, some time after the first calls.
+
+    Args:
+        entries: all competitors of the cell, prepared.
+        limits: caps.
+        size: warms a competitor up, for the second opinion; its ``warm_up`` and ``calls_per_block`` get the result.
+
+    Yields:
+        A competitor that goes, and the cap in seconds a call.
+    """
+    baseline = choose_baseline(entries)
+    fastest = min((entry.call_s for entry in entries if entry.going), default=0.0)
+    cap = max(limits.call_s, limits.slowdown * fastest)
+    for entry in entries:
+        if not entry.going or entry is baseline or entry.call_s <= cap:
+            continue
+        size(entry)
+        if entry.going and entry.calls_per_block:
+            entry.call_s = min(entry.call_s, min(entry.warm_up) / entry.calls_per_block)
+            # The second opinion is no part of the warm-up that is recorded.
+            entry.warm_up.clear()
+            entry.calls_per_block = None
+            if entry.call_s > cap:
+                yield entry, cap
 
 
 def rehearse(entry: Entry, block: Block, size: Callable[[Entry], None], block_s: float) -> None:

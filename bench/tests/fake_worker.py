@@ -27,6 +27,7 @@ BAD = (
     "allocate-without-end",
     "refused",
     "hopeless",
+    "disturbed",
     "lazy",
     "impossible",
 )
@@ -86,7 +87,7 @@ class FakeWorker:
         self.names[request["handle"]] = name
         return {
             "ok": True,
-            "call_s": 0.1 if name == "hopeless" else 0.001,
+            "call_s": 0.1 if name in ("hopeless", "disturbed") else 0.001,
             "compile_s": None,
             "static_memory_bytes": None,
         }
@@ -136,6 +137,8 @@ class FakeWorker:
         handle = request["handle"]
         stalls = self.names[handle] == STALLED and handle not in self.sized
         self.sized.add(handle)
+        if self.names[handle] == "hopeless":
+            return {"ok": True, "calls_per_block": 1, "block_latency_s": [0.1]}
         return {"ok": True, "calls_per_block": 1 if stalls else 10, "block_latency_s": [0.02]}
 
     def block(self, request):

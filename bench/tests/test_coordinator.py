@@ -140,8 +140,11 @@ def test_competitors_over_a_cap_are_skipped_with_the_figure(measure):
 
 def test_who_is_slow_and_far_behind_is_skipped_but_a_slow_machine_alone_ends_nobody(measure):
     limits = replace(PRESET.limits, call_s=1e-4, slowdown=4.0)
-    _, found = measure("hopeless", preset=replace(PRESET, limits=limits))
+    _, found = measure("hopeless", "disturbed", preset=replace(PRESET, limits=limits))
     assert [name for (_, name), entry in found.items() if entry.skipped] == ["hopeless"]
+    # The other one had slow first calls and is called again; what that took is no warm-up of its blocks.
+    assert len(found["torch", "disturbed"].blocks) == 6
+    assert len(found["torch", "disturbed"].warm_up) == len(found["torch", "matmul"].warm_up)
     assert found["torch", "hopeless"].reason == "skipped: one call took 0.1 s, over the preset's cap of 0.004 s here"
 
 
