@@ -65,7 +65,12 @@ CASES = [
     ),
     ("x-one-partition", call(X[:, :1]), ValueError, "got (2, 1, 4); a shared input is not broadcast, use jnp.broad"),
     ("x-wrong-n", call(X[:, :2]), ValueError, "got (2, 2, 4); move the partition axis next to last and the features"),
-    ("x-wrong-in", call(X[..., :3]), ValueError, "expected shape (..., n, in) = (..., 3, 4), got (2, 3, 3);"),
+    (
+        "x-wrong-in",
+        call(X[..., :3]),
+        ValueError,
+        "expected shape (..., n, in) = (..., 3, 4), got (2, 3, 3); give sizes per partition, never",
+    ),
     ("x-one-feature", call(X[..., :1]), ValueError, "expected shape (..., n, in) = (..., 3, 4), got (2, 3, 1);"),
     ("x-swapped", call(X.swapaxes(1, 2)), ValueError, "got (2, 4, 3); swap its last two axes with x.mT."),
     ("x-partitions-first", call(np.ones((N, 2, IN), np.float32)), ValueError, "got (3, 2, 4); move the partition axis"),

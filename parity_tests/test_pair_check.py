@@ -35,7 +35,7 @@ def test_the_remaining_dtypes_and_the_report_of_a_linear_layer():
     assert {row.dtype for row in report.rows} == {"float64", "float16"}
     tensors = {row.tensor for row in report.rows if row.rung != "weights"}
     assert tensors == {"y", "d_weight", "d_bias", "d_input0"}
-    assert "calibrated" in report.describe()
+    assert "calibrated" in report.describe() == str(report)
 
 
 def test_layout_is_a_likely_cause():

@@ -67,7 +67,11 @@ FUNCTION = {
         ValueError,
         r"^`x`: expected shape \(\.\.\., n, in\) = \(\.\.\., 4, 8\), got \(5, 3, 8\);",
     ),
-    "x-wrong-in": (call(x=torch.zeros(5, 4, 7)), ValueError, r"= \(\.\.\., 4, 8\), got \(5, 4, 7\);"),
+    "x-wrong-in": (
+        call(x=torch.zeros(5, 4, 7)),
+        ValueError,
+        r"= \(\.\.\., 4, 8\), got \(5, 4, 7\); give sizes per partition",
+    ),
     "x-size-1-partition-axis": (
         call(x=torch.zeros(5, 1, 8)),
         ValueError,

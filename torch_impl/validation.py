@@ -232,6 +232,8 @@ def _advice(x: Tensor, num_partitions: int, in_features: int) -> str:
         return f"a shared input is not broadcast, use x.expand(..., {num_partitions}, {in_features})"
     if x.ndim >= 2 and x.shape[-1] == num_partitions and x.shape[-2] == in_features:
         return "swap its last two axes with x.mT"
+    if x.ndim >= 2 and x.shape[-2] == num_partitions:
+        return "give sizes per partition, never totals: its last axis holds the features of one partition"
     return "move the partition axis next to last and the features last"
 
 

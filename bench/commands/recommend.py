@@ -75,8 +75,9 @@ def _show(shape: Shape, found: Sequence[Neighbour], *, answered: bool) -> None:
             "with `bench run`, or take what follows as a guess with --extrapolate."
         )
     else:
-        names = " = ".join(first.leaders)
-        console.print(f"{'Recommended' if len(first.leaders) == 1 else 'A tie, take any of'}: {names}")
+        console.print(f"Recommended: {first.leaders[0]}")
+        if first.leaders[1:]:
+            console.print(f"Not shown to be slower: {', '.join(first.leaders[1:])}.")
         console.print(f"Nearest measurement: {first.ranking.title} ({_far(shape, first)}).")
         if first.distance > NEAR:
             console.print(f"Warning: extrapolated, {2**first.distance:.1f} times away; measure this shape to be sure.")
@@ -88,7 +89,13 @@ def _show(shape: Shape, found: Sequence[Neighbour], *, answered: bool) -> None:
     for neighbour in found:
         console.print(f"{neighbour.ranking.title}, {2**neighbour.distance:.1f} times away, speed over the fastest:")
         for label, interval in sorted(neighbour.speeds.items(), key=lambda item: -item[1].ratio):
-            mark = "leads" if label in neighbour.leaders else ""
+            mark = (
+                ""
+                if label not in neighbour.leaders
+                else "fastest"
+                if label == neighbour.leaders[0]
+                else "not told apart"
+            )
             console.print(f"  {label:36} {ratio(interval):26} {mark}")
 
 

@@ -47,6 +47,10 @@ class Outputs:
                 option = "--" + item.name.removesuffix("_file").replace("_", "-")
                 check_writable(option, getattr(self, item.name))
 
+    def written(self) -> list[Path]:
+        """The files that were asked for."""
+        return [path for item in fields(self) if (path := getattr(self, item.name)) is not None]
+
 
 def _write(results: Results, directories: Sequence[Path], keep: Callable[[Record], bool], outputs: Outputs) -> None:
     if outputs.chart is not None:
@@ -100,4 +104,6 @@ def report_command(
     show_rankings(console, results.found, efficiency=efficiency)
     show_frameworks(console, results)
     console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}", markup=False)
+    if written := outputs.written():
+        console.print(f"Written: {', '.join(map(str, written))}.", markup=False, highlight=False, soft_wrap=True)
     return OK

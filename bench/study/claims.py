@@ -64,7 +64,7 @@ def _both(relation: str, dense: float, masked: float) -> tuple[Part, ...]:
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         1,
-        "B <= 128, in = out = 1024 in total, n = 32",
+        "batch <= 128, in = out = 1024 in total, n = 32",
         "A and C more than 10x faster than B",
         GPU,
         ("article-base", "article-batch-1"),
@@ -78,7 +78,7 @@ CLAIMS: tuple[Claim, ...] = (
         ("article-base",),
         (Part(DENSE, ABOUT, 12.5),),
     ),
-    Claim(3, "B = 2048", "A only 1.5x faster than B", GPU, ("article-batch-2048",), (Part(DENSE, ABOUT, 1.5),)),
+    Claim(3, "batch = 2048", "A only 1.5x faster than B", GPU, ("article-batch-2048",), (Part(DENSE, ABOUT, 1.5),)),
     Claim(4, "n <= 8", "B faster than A and C", GPU, ("article-n8",), _both(SLOWER_THAN_LOOP, 1, 1)),
     Claim(
         5,

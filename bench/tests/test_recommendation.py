@@ -98,9 +98,12 @@ def test_ties_are_ties(tmp_path, make_record, call):
     store.append(cell_records(make_record, 0, (64, 32, 32, 32), competitors=3))
     done = call("recommend", *ASK, "--batch", 64, tmp_path / "run")
     assert done.exit_code == 0
-    (line,) = [line for line in done.output.splitlines() if line.startswith("A tie, take any of: ")]
+    lines = done.output.splitlines()
+    (first,) = [line.removeprefix("Recommended: ") for line in lines if line.startswith("Recommended: ")]
+    (others,) = [line for line in lines if line.startswith("Not shown to be slower: ")]
     names = {"torch matmul (eager)", "torch loop (eager)", "jax matmul (jit)"}
-    assert set(line.removeprefix("A tie, take any of: ").split(" = ")) == names
+    assert {first, *others.removeprefix("Not shown to be slower: ").removesuffix(".").split(", ")} == names
+    assert sum(line.endswith("not told apart") for line in lines) == len(names) - 1
 
 
 def test_a_far_measurement_is_a_hint_and_a_very_far_one_no_answer(run, call, tmp_path):

@@ -33,20 +33,23 @@ def findings(json_file: Path | None) -> int:
         0 if something was checked, 1 if no framework is installed. A mended trap is good news and no failure.
     """
     check_writable("--json", json_file)
-    table = Table(title="traps in public libraries, measured here", title_justify="left")
-    for column in ("finding", "library", "installed", "seen in", "here", "measured", "what it is"):
+    title = "traps in public libraries, measured here: above 1 the trap is there"
+    table = Table(title=title, title_justify="left")
+    for column in ("finding", "library", "installed", "seen in", "here", "measured", "of what", "what it is"):
         table.add_column(column)
     rows = []
     for finding in all_findings():
         seen = ", ".join(finding.seen_in)
         measured, reason = _measured(finding)
         if measured is None:
-            table.add_row(finding.name, finding.library, "", seen, "SKIPPED", "", reason)
+            table.add_row(finding.name, finding.library, "", seen, "SKIPPED", "", "", reason)
             rows.append({"name": finding.name, "library": finding.library, "state": "skipped", "reason": reason})
             continue
         version = metadata.version(finding.library)
         here = finding.state(measured, version)
-        table.add_row(finding.name, finding.library, version, seen, here, f"{measured:.3g}", finding.sentence)
+        table.add_row(
+            finding.name, finding.library, version, seen, here, f"{measured:.3g}", finding.figure, finding.sentence
+        )
         rows.append(
             {
                 "name": finding.name,

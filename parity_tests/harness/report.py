@@ -11,6 +11,8 @@ from parity_tests.harness.records import ParityRow, Summary
 from parity_tests.harness.tolerance import FALSE_ALARM_RATE, PRECISION_OF_DTYPE
 
 _RATE = f"{FALSE_ALARM_RATE:.0e}"
+# Subjects that are named beside the reason why they were skipped.
+_NAMED = 3
 
 
 def _fraction(rows: Sequence[ParityRow], field: str) -> str:
@@ -79,13 +81,15 @@ def print_report(console: Console, rows: Sequence[ParityRow], summary: Summary) 
             if row.command:
                 # Not wrapped: a command that is cut into lines cannot be pasted.
                 console.print(f"  reproduce: {row.command}", highlight=False, markup=False, soft_wrap=True)
-    skipped = Counter(
-        (row.framework, row.implementation, row.dtype, row.reason) for row in rows if row.status == "skipped"
-    )
-    for (framework, implementation, dtype, reason), count in skipped.items():
-        console.print(
-            f"skipped {count} x {framework} {implementation} {dtype}: {escape(reason)}", style="dim", highlight=False
-        )
+    skipped: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        if row.status == "skipped":
+            skipped[row.reason][f"{row.framework} {row.implementation} {row.dtype}"] += 1
+    for reason, who in skipped.items():
+        # One line a reason: what holds for all subjects would bury the result.
+        more = f" and {len(who) - _NAMED} more" if len(who) > _NAMED else ""
+        names = ", ".join(list(who)[:_NAMED]) + more
+        console.print(f"skipped {who.total()} x {names}: {escape(reason)}", style="dim", highlight=False)
     verdict = "[green]all compared cells hold[/]" if summary.ok else "[red]FAILED[/]"
     if summary.compared == 0:
         verdict = "[red]FAILED: nothing was compared[/]"

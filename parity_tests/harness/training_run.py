@@ -66,7 +66,7 @@ def training_rows(task_name: str, optimizer: str, steps: int = STEPS, members: i
             tensor="",
             status="ok" if rung.ok else "mismatch",
             reason="" if rung.ok else f"{rung.detail}; likely cause: {rung.cause}",
-            diagnosis=rung.detail if rung.ok else "",
+            diagnosis=f"{rung.name}: {rung.detail}" if rung.ok and rung.detail else "",
             **where,
         )
         for rung in report.rungs

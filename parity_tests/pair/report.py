@@ -76,6 +76,10 @@ class PairReport:
         rows = [dataclasses.replace(row, command=command(row)) for row in self.rows]
         return dataclasses.replace(self, rows=rows)
 
+    def __str__(self) -> str:
+        """What ``describe`` says: the rows of a report fill pages."""
+        return self.describe()
+
     def describe(self) -> str:
         """Says in a few lines what holds and what does not."""
         summary = self.summary
