@@ -54,7 +54,7 @@ class Outputs:
 
 def _write(results: Results, directories: Sequence[Path], keep: Callable[[Record], bool], outputs: Outputs) -> None:
     if outputs.chart is not None:
-        save_chart(results.found, outputs.chart)
+        save_chart(results, outputs.chart)
     if outputs.winner_map is not None:
         save_winner_map(results.found, outputs.winner_map)
     if outputs.roofline is not None:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.environments import device_name
 from bench.plan.competitors import YARDSTICK
 from bench.report.output import writing
 from bench.report.text import told_apart
 from bench.study.identity import identity
 from bench.study.ranking import Ranking
+from bench.study.results import Results
 
 FORMATS: tuple[str, ...] = (".svg", ".png", ".html")
 _NEEDED = {"altair": FORMATS, "vl_convert": (".svg", ".png")}
@@ -32,6 +34,7 @@ def _points(found: Sequence[Ranking]) -> list[dict[str, Any]]:
     return [
         {
             "panel": panel,
+            "baseline": ranking.baseline,
             "competitor": row.record.label + (" *" if row.record.kind == YARDSTICK else ""),
             "framework": row.record.framework,
             "ratio": row.interval.ratio,
@@ -46,8 +49,12 @@ def _points(found: Sequence[Ranking]) -> list[dict[str, Any]]:
     ]
 
 
-def ratio_chart(found: Sequence[Ranking]) -> Any:
+def ratio_chart(found: Sequence[Ranking], places: Sequence[str] = ()) -> Any:
     """The chart as an altair object; each panel orders its competitors by ratio.
+
+    Args:
+        found: rankings.
+        places: what it was measured on, for the heading.
 
     Raises:
         ChartError: if no ranking holds an interval.
@@ -58,12 +65,12 @@ def ratio_chart(found: Sequence[Ranking]) -> Any:
     if not points:
         raise ChartError("--chart: there is no ratio with an interval to draw; measure at least two rounds.")
     panels = []
-    for panel in dict.fromkeys(point["panel"] for point in points):
+    for panel, baseline in dict.fromkeys((point["panel"], point["baseline"]) for point in points):
         base = alt.Chart(alt.InlineData(values=[point for point in points if point["panel"] == panel])).encode(
             y=alt.Y("competitor:N", sort=alt.EncodingSortField("ratio", order="descending"), title=None),
             color=alt.Color("framework:N", title="framework"),
         )
-        scale = alt.Scale(type="log")
+        scale = alt.Scale(type="log", nice=False, padding=8)
         dots = base.mark_point(filled=True, size=45).encode(
             x=alt.X("ratio:Q", scale=scale, title="speed relative to the baseline (right is faster)"),
             tooltip=[
@@ -74,11 +81,12 @@ def ratio_chart(found: Sequence[Ranking]) -> Any:
         one = (
             alt.Chart(alt.InlineData(values=[{"one": 1}])).mark_rule(strokeDash=[4, 3], color="gray").encode(x="one:Q")
         )
-        panels.append((one + bars + dots).properties(title=panel, width=320))
-    note = "* computes another function: a yardstick, not a competitor"
+        title = alt.Title(panel, subtitle=f"1 is {baseline}")
+        panels.append((one + bars + dots).properties(title=title, width=320))
+    note = alt.Title("; ".join(places), subtitle="* computes another function: a yardstick, not a competitor")
     # Room for labels in a browser whose font is wider than the one that the picture was laid out with.
     padding = {"left": 30, "right": 10, "top": 5, "bottom": 5}
-    return alt.concat(*panels, columns=2, title=note, padding=padding).resolve_scale(y="independent", x="independent")
+    return alt.concat(*panels, columns=2, title=note, padding=padding).resolve_scale(y="independent", x="shared")
 
 
 def save_picture(argument: str, path: Path, draw: Callable[[], Any]) -> None:
@@ -105,6 +113,8 @@ def save_picture(argument: str, path: Path, draw: Callable[[], Any]) -> None:
         chart.save(str(path))
 
 
-def save_chart(found: Sequence[Ranking], path: Path) -> None:
+def save_chart(results: Results, path: Path) -> None:
     """Draws the ratios into a file; see ``save_picture``."""
-    save_picture("--chart", path, lambda: ratio_chart(found))
+    known = (results.environments.get(name) for name in results.places())
+    places = list(dict.fromkeys(device_name(fingerprint) for fingerprint in known if fingerprint is not None))
+    save_picture("--chart", path, lambda: ratio_chart(results.found, places))

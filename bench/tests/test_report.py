@@ -15,6 +15,7 @@ from bench.report.text import baseline_line, byte_count, ratio, resolution_line,
 from bench.study.ranking import rankings, tally
 from bench.study.results import results_of
 from bench.study.statistics import Interval
+from bench.tests.synthetic import FINGERPRINT
 
 BEGIN, END = markers(RESULTS)
 ENVIRONMENT = {
@@ -212,22 +213,23 @@ def test_a_readme_without_one_block_is_refused(text):
 def test_the_chart_draws_every_interval(cell, tmp_path):
     pytest.importorskip("altair", reason="charts need the report extra")
     pytest.importorskip("vl_convert", reason="charts need the report extra")
-    save_chart(rankings(cell), tmp_path / "chart.svg")
+    save_chart(results_of(cell, {"e0": FINGERPRINT}), tmp_path / "chart.svg")
     picture = ElementTree.parse(tmp_path / "chart.svg")
     text = "".join(picture.getroot().itertext())
     assert "jax matmul (jit)" in text
+    assert "1 is torch matmul (eager)" in text
     assert "torch dense (eager)" in text
     assert "torch loop (eager)" not in text
     with pytest.raises(ChartError, match="no ratio with an interval"):
-        save_chart([], tmp_path / "empty.svg")
+        save_chart(results_of([], {}), tmp_path / "empty.svg")
 
 
 def test_a_chart_without_the_extra_says_what_to_install(cell, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ChartError, match=r"altair is not installed; install the extra"):
-        save_chart(rankings(cell), tmp_path / "chart.svg")
+        save_chart(results_of(cell, {}), tmp_path / "chart.svg")
     with pytest.raises(ChartError, match=r"ending in \.svg, \.png, \.html"):
-        save_chart(rankings(cell), tmp_path / "chart.pdf")
+        save_chart(results_of(cell, {}), tmp_path / "chart.pdf")
 
 
 @pytest.mark.parametrize(

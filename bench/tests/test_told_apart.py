@@ -68,7 +68,7 @@ def test_headings_name_the_environment_or_the_cell_only_where_they_must(found):
 def test_every_cell_is_a_panel_of_the_chart_of_ratios(found):
     pytest.importorskip("altair", reason="charts need the report extra")
     drawn = ratio_chart(found).to_dict()["concat"]
-    assert len(drawn) == len({panel["title"] for panel in drawn}) == len(found)
+    assert len(drawn) == len({panel["title"]["text"] for panel in drawn}) == len(found)
 
 
 def test_every_cell_of_a_directory_is_a_square_of_its_own(found):
