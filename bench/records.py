@@ -78,7 +78,8 @@ class Record:
         environment_id: key into ``environment.json``.
         optimizer: of ``train_step``, by its name in the neutral specification; None in other directions.
         synchronised_latency_s: durations of single calls, each waited for, raw and in order.
-        enqueue_s: median host seconds until a call returns, its result not waited for.
+        enqueue_s: median host seconds until a call returns, its result not waited for; of several short series of
+            calls the least.
         device_busy_s: seconds of one call in which the device ran anything; from a separate, traced pass.
         kernels: name to executions in one call, of what ran on the device; from the same pass.
         compile_warm_s: the same compilation again, with the cache that the first one filled; None in eager mode.

@@ -30,5 +30,9 @@ def validate_command(
         print(problem)
     for remark in count.remarks:
         print(f"Remark: {remark}.")
-    print(f"{count.records} records in {count.cells} cells: {len(problems)} violations, {len(count.remarks)} remarks.")
+    said = ", ".join(
+        f"{len(found)} {what}{'' if len(found) == 1 else 's'}"
+        for what, found in (("violation", problems), ("remark", count.remarks))
+    )
+    print(f"{count.records} records in {count.cells} cells: {said}.")
     return FAILED if problems else OK

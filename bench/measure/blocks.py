@@ -3,7 +3,8 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,20 +36,27 @@ class BlockSize:
     refill: int
 
 
-def time_calls(call: Call, wait: Callable[[Any], None], calls: int) -> tuple[float, Any]:
-    """Seconds until the last result is there, and that result; no garbage is collected meanwhile."""
-    result = None
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """No garbage is collected meanwhile."""
     collecting = gc.isenabled()
     gc.disable()
     try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def time_calls(call: Call, wait: Callable[[Any], None], calls: int) -> tuple[float, Any]:
+    """Seconds until the last result is there, and that result; no garbage is collected meanwhile."""
+    result = None
+    with garbage_kept():
         start = time.perf_counter()
         for _ in range(calls):
             result = call()
         wait(result)
         return time.perf_counter() - start, result
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def time_block(

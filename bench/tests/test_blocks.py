@@ -1,8 +1,11 @@
 """The size of a block, on an invented clock."""
 
+import gc
+
 import pytest
 
 from bench.measure.blocks import BlockSize, find_size, time_block, warm_up
+from bench.measure.clocks import measure_single_calls
 
 
 class Machine:
@@ -96,3 +99,25 @@ def test_a_block_waits_for_the_threads_of_the_other_framework(monkeypatch):
     # What no refill precedes waits longer.
     assert len(machine.slept) == 2
     assert 0 < machine.slept[0] < machine.slept[1]
+
+
+def test_what_it_costs_to_enqueue_is_that_of_a_host_that_is_awake(monkeypatch):
+    """A synthetic clock: calls of the first series after an idle time take 60 us, later ones 30."""
+    now, calls, most, under_way = 0.0, 0, 0, 0
+
+    def call():
+        nonlocal now, calls, most, under_way
+        calls, under_way = calls + 1, under_way + 1
+        most = max(most, under_way)
+        assert not gc.isenabled() or calls <= 21
+        now += 60e-6 if calls <= 21 + 16 else 30e-6
+
+    def wait(result):
+        nonlocal under_way
+        under_way = 0
+
+    monkeypatch.setattr("bench.measure.clocks.time.perf_counter", lambda: now)
+    found = measure_single_calls(call, wait, budget_s=0.01)
+    assert found.enqueue_s == pytest.approx(30e-6)
+    assert (len(found.synchronised_latency_s), most, calls) == (20, 16, 21 + 5 * 16)
+    assert gc.isenabled()

@@ -111,7 +111,7 @@ def test_validation_remarks_short_blocks_and_lets_them_through(make_record, tmp_
     (tmp_path / "run" / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = call("validate", tmp_path / "run", "--json", tmp_path / "v.json", "--csv", tmp_path / "v.csv")
     assert done.exit_code == 0, done.output
-    assert "4 records in 1 cells: 0 violations, 1 remarks." in done.output
+    assert "4 records in 1 cells: 0 violations, 1 remark." in done.output
     found = json.loads((tmp_path / "v.json").read_text())
     (remark,) = found["remarks"]
     assert found["violations"] == []
