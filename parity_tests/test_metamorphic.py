@@ -17,7 +17,13 @@ from parity_tests.harness.inputs import draw_inputs, draw_lattice
 from parity_tests.harness.metamorphic import LATTICE_CHECKS, RANDOM_CHECKS, check_one_partition, check_permutation
 from parity_tests.harness.oracle import reference
 from parity_tests.harness.run import judge
-from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, load_plain_linear, load_subjects
+from parity_tests.harness.subjects.base import (
+    FRAMEWORKS,
+    framework_available,
+    load_plain_linear,
+    load_subjects,
+    release_programs,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -38,6 +44,17 @@ SEEDS = st.integers(0, 1000)
 # What every relation is tried on besides what is drawn; one shape, so that JAX compiles it once for all relations.
 SQUARE = Case("square", (4,), 4, 16, 16)
 ONE = Case("one", (6,), 1, 16, 24)
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Each program that XLA compiles takes four of the 65,530 memory maps that Linux grants a process by default.
+
+    Without one, JAX ends the process in the middle of a compilation, and the larger search compiles more than that.
+    """
+    yield
+    if settings.default.max_examples > QUICK:
+        release_programs()
 
 
 @st.composite
