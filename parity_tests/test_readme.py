@@ -62,7 +62,8 @@ def test_the_results_are_those_of_the_published_records(directory):
 
 
 def test_commands_of_the_readme_are_accepted():
-    for line in re.findall(r"^    python -m (.*?)(?:  +#.*)?$", README, flags=re.M):
+    # A command may go on in the next line.
+    for line in re.findall(r"^    python -m (.*?)(?:  +#.*)?$", re.sub(r"\\\n +", " ", README), flags=re.M):
         module, subcommand, *arguments = line.split()
         result = subprocess.run(
             [sys.executable, "-m", module, subcommand, "--help"],

@@ -22,6 +22,8 @@ from bench.study.stopping import RESOLVED_REASON, control_known, stop_reason
 
 ROUNDS, TIME = "rounds", "time"
 _REPEATS_OF_A_THROTTLED_BLOCK = 2
+# Of one that takes as long as a block: two for its size, and one for each further block.
+_CALLS_OF_A_WARM_UP = 4
 
 Block = Callable[[Entry, bool], dict[str, Any] | None]
 
@@ -30,7 +32,7 @@ def hopeless(entries: Sequence[Entry], limits: Limits, size: Callable[[Entry], N
     """Finds who is both slow and far behind: the usual candidates are timed however slow the machine is.
 
     The baseline stays in any case, and nobody goes for calls that were disturbed: whoever seems too slow is called
-    again, some time after the first calls.
+    again, some time after the first calls, where that fits into the time of a request.
 
     Args:
         entries: all competitors of the cell, prepared.
@@ -45,6 +47,10 @@ def hopeless(entries: Sequence[Entry], limits: Limits, size: Callable[[Entry], N
     cap = max(limits.call_s, limits.slowdown * fastest)
     for entry in entries:
         if not entry.going or entry is baseline or entry.call_s <= cap:
+            continue
+        if _CALLS_OF_A_WARM_UP * entry.call_s > limits.request_s:
+            # Asked again, it would end as a timeout, and its worker with it.
+            yield entry, cap
             continue
         size(entry)
         if entry.going and entry.calls_per_block:

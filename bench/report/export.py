@@ -33,7 +33,7 @@ SHARED: tuple[str, ...] = (
     "environment_id",
 )
 
-_EFFICIENCY: tuple[str, ...] = tuple(item.name for item in fields(Efficiency) if item.name != "kernels")
+_EFFICIENCY: tuple[str, ...] = tuple(item.name for item in fields(Efficiency))
 
 
 def interval_json(interval: Interval | None) -> dict[str, Any] | None:
@@ -79,7 +79,7 @@ def _row(row: Row, efficiency: Efficiency, short_blocks: int) -> dict[str, Any]:
         "outlier_blocks": row.outliers,
         "short_blocks": short_blocks,
         **_efficiency(efficiency),
-        "kernels": dict(efficiency.kernels),
+        "kernels": dict(record.kernels),
     }
 
 

@@ -177,7 +177,7 @@ def baseline_line(ranking: Ranking) -> str:
         return f"{text} No A/A control, so nothing is resolved."
     noise = percent(ranking.resolution)
     why = " (one process)" if ranking.one_process else ""
-    least = "" if noise.startswith("over") else "less than "
+    least = "less than " if ranking.resolution < _LARGEST_SHOWN else ""
     return f"{text} A/A control {ratio(ranking.control)}: nobody is called faster by {least}{noise}{why}."
 
 

@@ -1,8 +1,7 @@
 """How well a competitor uses the machine: rates of useful work against what the hardware can do."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from bench.plan.competitors import EAGER
 from bench.records import Record
@@ -25,7 +24,6 @@ class Efficiency:
         enqueue_s: host seconds until a call returns.
         waited_s: median seconds of a single call that is waited for.
         kernels_per_call: executions on the device in one call.
-        kernels: name to executions in one call.
     """
 
     flops_per_s: float | None
@@ -38,7 +36,6 @@ class Efficiency:
     enqueue_s: float | None
     waited_s: float | None
     kernels_per_call: int | None
-    kernels: Mapping[str, int] = field(default_factory=dict)
 
 
 def least_s(record: Record, flops_per_s: float | None, bytes_per_s: float | None) -> float | None:
@@ -81,6 +78,5 @@ def efficiencies(ranking: Ranking) -> dict[str, Efficiency]:
             enqueue_s=r.enqueue_s,
             waited_s=row.waited_s,
             kernels_per_call=sum(r.kernels.values()) if r.kernels else None,
-            kernels=r.kernels,
         )
     return found

@@ -7,7 +7,7 @@ import pytest
 
 from bench.measure.conditions import NoMonitor, NvmlMonitor, thermally_throttled
 from bench.measure.entry import Entry
-from bench.measure.rounds import Rounds
+from bench.measure.rounds import Rounds, hopeless
 from bench.plan.competitors import Competitor
 from bench.plan.presets import PRESETS
 from bench.study.elimination import far_behind
@@ -195,3 +195,22 @@ def test_a_device_that_is_always_hot_still_ends():
     )
     assert all(thermally_throttled(entry.conditions[-1]) for entry in found)
     assert all(len(entry.blocks) == 4 for entry in found)
+
+
+def test_a_second_opinion_is_asked_for_only_where_there_is_time_for_one():
+    names = ("matmul", "disturbed", "slow", "endless")
+    found = [Entry(Competitor("torch", name, "eager"), name) for name in names]
+    for entry, seconds in zip(found, (0.001, 0.5, 0.5, 30.0), strict=True):
+        entry.call_s = seconds
+    asked = []
+
+    def size(entry):
+        asked.append(entry.handle)
+        entry.calls_per_block, entry.warm_up = 1, [0.002 if entry.handle == "disturbed" else 0.4]
+
+    limits = replace(PRESETS["smoke"].limits, call_s=0.05, slowdown=6, request_s=60)
+    gone = {entry.handle: cap for entry, cap in hopeless(found, limits, size)}
+    assert gone == {"slow": 0.05, "endless": 0.05}
+    # Four calls of half a minute would be a timeout, and end the worker of all others.
+    assert asked == ["disturbed", "slow"]
+    assert [entry.call_s for entry in found] == [0.001, 0.002, 0.4, 30.0]
