@@ -47,7 +47,7 @@ def load_factory(spec: str, parts: tuple[str, ...] = _PARTS) -> Factory:
         raise ValueError(
             f"pair: expected a module that can be imported, got {module_name!r} ({error}); check the name and the path."
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"pair: expected a module that can be imported, got one that raised {located(error)}."
         ) from error
@@ -62,7 +62,12 @@ def load_factory(spec: str, parts: tuple[str, ...] = _PARTS) -> Factory:
 def _required(factory: Factory) -> int:
     """How many arguments a call needs; what has a default is the factory's own affair."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(factory).parameters.values()
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"pair: expected a function whose arguments can be counted, got {type(factory).__name__}; write one in Python."
+        ) from None
     return sum(parameter.kind in positional and parameter.default is parameter.empty for parameter in parameters)
 
 
@@ -94,7 +99,7 @@ def build(factory: Factory, parts: tuple[str, ...] = _PARTS) -> dict[str, Any]:
     try:
         with _seeded_initialisation(parts):
             built = [call() for call in calls]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"pair: expected a factory that returns, got one that raised {located(error)}.") from error
     for result in built:
         if not isinstance(result, dict):

@@ -1,0 +1,127 @@
+"""A Python interpreter that runs a module of this project and exchanges JSON messages with it."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from parity_tests.interpreters.child import GREETING, Message
+from parity_tests.interpreters.process import ChildProcess, ProcessError, printable
+
+_ROOT = Path(__file__).resolve().parents[2]
+DEFAULT_TIMEOUT_S = 300.0
+# A Python greets before it imports anything but the standard library: minutes are for what comes after.
+GREETING_S = 60.0
+_MOST_GREETING_BYTES = 2**20
+
+
+class Interpreter:
+    """Starts `python -m parity_tests.interpreters target argument ...`; use as a context, which ends it.
+
+    Args:
+        target: a module whose `main(channel, *arguments)` is to run, see `child`.
+        arguments: its own.
+        who: the child as the subject of a sentence: "the torch interpreter".
+        python: the interpreter; None for this one.
+        timeout_s: seconds that one message may take.
+
+    Attributes:
+        child: the process.
+
+    Raises:
+        ProcessError: if it cannot be started, or is no Python that is new enough.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        arguments: Sequence[str] = (),
+        *,
+        who: str,
+        python: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        self._who, self.timeout_s = who, timeout_s
+        path = [str(_ROOT), *filter(None, [_working_directory(), os.environ.get("PYTHONPATH")])]
+        command = [python or sys.executable, "-m", "parity_tests.interpreters", target, *arguments]
+        self.child = ChildProcess(command, os.environ | {"PYTHONPATH": os.pathsep.join(path)}, who)
+        try:
+            self._greet()
+        except BaseException:
+            self.child.end(0)
+            raise
+
+    def _greet(self) -> None:
+        """Waits for the first message; a start-up file may have printed something before it."""
+        before = self.child.printed_bytes
+        try:
+            while True:
+                line = self.child.read_line(min(self.timeout_s, GREETING_S), _MOST_GREETING_BYTES)
+                if _decoded(line).get("greeting") == GREETING:
+                    return
+                self.child.keep_printed(line + b"\n")
+                if self.child.printed_bytes - before > _MOST_GREETING_BYTES:
+                    self.child.kill()
+                    raise ProcessError(self._who, "printed without end", "garbled", self.child.printed)
+        except ProcessError as error:
+            self.child.keep_printed(self.child.unfinished)
+            happened = f"{error.happened} before it greeted as a Python from 3.11 on does"
+            raise ProcessError(self._who, happened, error.kind, self.child.printed, error.status) from None
+
+    def send(self, message: Message) -> None:
+        """Sends a message."""
+        self.child.write((json.dumps(message) + "\n").encode())
+
+    def receive(self) -> Message:
+        """Waits for the next message.
+
+        Raises:
+            ProcessError: if there is none within `timeout_s`; the process is dead afterwards.
+        """
+        line = self.child.read_line(self.timeout_s)
+        message = _decoded(line)
+        if not message:
+            self.child.kill()
+            happened = f"wrote something that is no message ({printable(line.decode(errors='backslashreplace'), 80)})"
+            raise ProcessError(self._who, happened, "garbled", self.child.printed)
+        if "raised" in message:
+            raise ProcessError(self._who, f"raised {message['raised']}", "raised", self.child.printed)
+        return message
+
+    def kill(self) -> None:
+        """Ends the process and all that it started, at once."""
+        self.child.kill()
+
+    def end(self) -> None:
+        """Lets the process end by itself, if it does so soon, and frees what it held."""
+        self.child.end()
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Ends the process: at once if something went wrong."""
+        self.child.end(0) if kind else self.child.end()
+
+
+def _working_directory() -> str:
+    """Where this process works; empty where that folder has been removed."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
+
+
+def _decoded(line: bytes) -> dict[str, Any]:
+    """The message in a line; empty if there is none."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return message if isinstance(message, dict) else {}

@@ -1,0 +1,117 @@
+"""A named pair judged in a process of its own: both ends of the conversation.
+
+The factory and the modules are other people's code, which may end, hang or flood the process that it runs in. The
+parent imports none of it and no framework: it asks, and gets a text for each step, a row for each comparison and a
+report at the end. Whatever happens to the child, the parent has the rows so far, and one sentence about what happened.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from parity_tests.harness.failures import located
+from parity_tests.interpreters.child import Channel, Message
+from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S, GREETING_S, Interpreter
+from parity_tests.interpreters.process import ProcessError, last_words, printable
+from parity_tests.pair.report import PairReport, PairRow
+
+# What an interpreter that the child starts may take to greet, and the child to say that it did not.
+_BESIDE_S = GREETING_S + 10.0
+_MOST_SENTENCE = 1000
+_SHOWN_LINES = 20
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What came of a check in a process of its own.
+
+    Attributes:
+        report: of what was compared; `stopped` says why it is not all.
+        interrupted: True if this process was asked to stop.
+        printed: the last lines that the pair's own code printed.
+    """
+
+    report: PairReport
+    interrupted: bool = False
+    printed: tuple[str, ...] = ()
+
+
+def judge_apart(spec: str, arguments: Mapping[str, Any], timeout_s: float = DEFAULT_TIMEOUT_S) -> Judgement:
+    """Judges a named pair in a process of its own, which is ended with all that it started.
+
+    Args:
+        spec: `package.module:factory`, importable from where this process imports.
+        arguments: of `check_pair`, those that JSON can carry.
+        timeout_s: seconds that one step may take: importing the pair, a call of one side, ...
+    """
+    rows: list[PairRow] = []
+    step = "starting"
+    beside = any(arguments.get(name) for name in ("torch_python", "jax_python"))
+    printed: tuple[str, ...] = ()
+    try:
+        with Interpreter(__name__, who="its process", timeout_s=timeout_s) as interpreter:
+            # The child waits for others by the same limit, and then says which of them it was.
+            interpreter.timeout_s = timeout_s + (_BESIDE_S if beside else 0.0)
+            asked = {"spec": spec, "path": list(map(str, sys.path)), "arguments": {**arguments, "timeout_s": timeout_s}}
+            interpreter.send(asked)
+            while True:
+                message = interpreter.receive()
+                if "step" in message:
+                    step = message["step"]
+                elif "row" in message:
+                    rows.append(_row(message["row"]))
+                elif "refused" in message:
+                    return Judgement(PairReport(spec, rows, stopped=message["refused"]))
+                else:
+                    report = _report(message["report"])
+                    printed = tuple(interpreter.child.printed_lines(_SHOWN_LINES))
+                    break
+        return Judgement(report, printed=printed)
+    except ProcessError as error:
+        hint = "; if that is only slow, give more by --timeout-s" if error.kind == "timeout" else ""
+        stopped = f"expected a pair that can be judged, got one whose process {error.happened} while {step}"
+        return Judgement(PairReport(spec, rows, stopped=f"{stopped}{last_words(error.printed)}{hint}."))
+    except KeyboardInterrupt:
+        return Judgement(PairReport(spec, rows, stopped=f"interrupted while {step}."), interrupted=True)
+
+
+def _row(fields: Message) -> PairRow:
+    return PairRow(**_with_tuples(fields))
+
+
+def _report(fields: Message) -> PairReport:
+    return PairReport(**{**_with_tuples(fields), "rows": [_row(row) for row in fields["rows"]]})
+
+
+def _with_tuples(fields: Message) -> Message:
+    """Gives the sequences of a record back their kind: JSON has one, and records hold tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def main(channel: Channel) -> None:
+    """Judges the pair that the parent asks for, and tells it every step, every row and the report.
+
+    Args:
+        channel: to the parent.
+    """
+    asked = channel.receive()
+    if asked is None:
+        return
+    sys.path[:] = asked["path"]
+
+    def tell(found: Any) -> None:
+        channel.send({"row": dataclasses.asdict(found)} if isinstance(found, PairRow) else {"step": str(found)})
+
+    try:
+        tell("importing the judge")
+        from parity_tests.pair.check import run_pair
+
+        report = run_pair(asked["spec"], tell, **asked["arguments"])
+    except (ValueError, ProcessError) as error:
+        channel.send({"refused": printable(" ".join(str(error).split()), _MOST_SENTENCE)})
+    except Exception as error:  # a user's modules may raise anything; a person reads one line
+        channel.send({"refused": f"expected modules that run on their inputs, got {located(error)}."})
+    else:
+        channel.send({"report": dataclasses.asdict(report)})
