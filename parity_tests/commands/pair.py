@@ -26,6 +26,7 @@ from parity_tests.harness.dtypes import STORAGE_DTYPES
 from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
 from parity_tests.pair.judging import Judgement, judge_apart
+from parity_tests.pair.loading import names_in
 
 _LONGEST_S = 7 * 24 * 3600.0
 
@@ -100,6 +101,10 @@ def run_user_pair(
     choose("--device", [options.device], DEVICES)
     if not 0 < timeout_s <= _LONGEST_S:
         raise refuse(f"--timeout-s: expected seconds above 0 and up to {_LONGEST_S:g} (a week), got {timeout_s:g}.")
+    try:
+        names_in(spec)
+    except ValueError as error:
+        raise refuse(f"--pair {spec}: {error}") from None
     pythons = _interpreters({"torch": torch_python, "jax": jax_python})
     _check_installed(spec, pythons)
     arguments: dict[str, Any] = {"device": options.device, "seed": options.seed}

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_TIMEOUT_S = 300.0
 # A Python greets before it imports anything but the standard library: minutes are for what comes after.
 GREETING_S = 60.0
-_MOST_GREETING_BYTES = 2**20
+_MOST_GREETING_BYTES = 2**16
 
 
 class Interpreter:
@@ -46,7 +47,7 @@ class Interpreter:
     ) -> None:
         self._who, self.timeout_s = who, timeout_s
         path = [str(_ROOT), *filter(None, [_working_directory(), os.environ.get("PYTHONPATH")])]
-        command = [python or sys.executable, "-m", "parity_tests.interpreters", target, *arguments]
+        command = [sys.executable if python is None else python, "-m", "parity_tests.interpreters", target, *arguments]
         self.child = ChildProcess(command, os.environ | {"PYTHONPATH": os.pathsep.join(path)}, who)
         try:
             self._greet()
@@ -56,19 +57,21 @@ class Interpreter:
 
     def _greet(self) -> None:
         """Waits for the first message; a start-up file may have printed something before it."""
-        before = self.child.printed_bytes
+        limit_s = min(self.timeout_s, GREETING_S)
+        deadline, said = time.monotonic() + limit_s, 0
         try:
-            while True:
-                line = self.child.read_line(min(self.timeout_s, GREETING_S), _MOST_GREETING_BYTES)
+            while said <= _MOST_GREETING_BYTES:
+                line = self.child.read_line(max(0.0, deadline - time.monotonic()), _MOST_GREETING_BYTES)
                 if _decoded(line).get("greeting") == GREETING:
                     return
+                said += len(line) + 1
                 self.child.keep_printed(line + b"\n")
-                if self.child.printed_bytes - before > _MOST_GREETING_BYTES:
-                    self.child.kill()
-                    raise ProcessError(self._who, "printed without end", "garbled", self.child.printed)
+            self.child.kill()
+            raise ProcessError(self._who, f"printed {said} bytes", "garbled")
         except ProcessError as error:
             self.child.keep_printed(self.child.unfinished)
-            happened = f"{error.happened} before it greeted as a Python from 3.11 on does"
+            happened = f"gave no answer within {limit_s:g} s" if error.kind == "timeout" else error.happened
+            happened += " before it greeted as a Python from 3.11 on does"
             raise ProcessError(self._who, happened, error.kind, self.child.printed, error.status) from None
 
     def send(self, message: Message) -> None:

@@ -43,12 +43,15 @@ class ProcessError(ConnectionError):
 
     def __init__(self, who: str, happened: str, kind: str, printed: str = "", status: int | None = None) -> None:
         self.happened, self.kind, self.printed, self.status = happened, kind, printed, status
-        super().__init__(f"{who} {happened}{last_words(printed)}")
+        super().__init__(f"{who} {happened}{self.last_words}")
 
-
-def last_words(printed: str) -> str:
-    """Returns the end of a sentence about a process: what it printed last."""
-    return f"; it printed last: {printed}" if printed else "; it printed nothing"
+    @property
+    def last_words(self) -> str:
+        """The end of the sentence: what the child printed last, and what to do about a time limit."""
+        if self.kind == "start":
+            return ""
+        said = f"; it printed last: {self.printed}" if self.printed else "; it printed nothing"
+        return said + ("; if it is only slow, allow more by --timeout-s (timeout_s)" if self.kind == "timeout" else "")
 
 
 def printable(text: str, most: int = 200) -> str:
@@ -105,8 +108,7 @@ class ChildProcess:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ProcessError(who, f"cannot be started ({reason})", "start") from error
-        assert self._process.stdin and self._process.stdout and self._process.stderr
-        self._pipes = (self._process.stdin, self._process.stdout, self._process.stderr)
+        self._pipes = [pipe for pipe in (self._process.stdin, self._process.stdout, self._process.stderr) if pipe]
         self._input, self._output, self._errors = (pipe.fileno() for pipe in self._pipes)
         self._pending, self._lines, self._printed = bytearray(), bytearray(), bytearray()
         self.printed_bytes = 0

@@ -11,6 +11,7 @@ from parity_tests.pair.remote import RemoteSide
 from parity_tests.pair.side import Side, make_side
 
 Tell = Callable[[Any], None]
+_BETWEEN = "drawing and comparing values"
 _STEPS = {
     "parameters": "reading the parameters of",
     "outline": "tracing",
@@ -75,7 +76,9 @@ class _Told:
         @functools.wraps(value)
         def told(*arguments: Any, **named: Any) -> Any:
             self._tell(f"{_STEPS[name]} the {self._side.framework} side")
-            return value(*arguments, **named)
+            result = value(*arguments, **named)
+            self._tell(_BETWEEN)
+            return result
 
         return told
 
@@ -111,6 +114,7 @@ def prepared(arguments: Mapping[str, Any], spec: str | None, tell: Tell = tell_n
                 remote = RemoteSide(key, spec, python, arguments["device"], arguments["timeout_s"])
                 side = stack.enter_context(remote)
             sides[key] = side if tell is tell_nobody else _Told(side, tell)
+        tell(_BETWEEN)
         yield Pair(
             name=arguments["name"] or spec or f"{sides['torch'].name}-{sides['jax'].name}",
             sides=sides,

@@ -14,7 +14,7 @@ from typing import Any
 from parity_tests.harness.failures import located
 from parity_tests.interpreters.child import Channel, Message
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S, GREETING_S, Interpreter
-from parity_tests.interpreters.process import ProcessError, last_words, printable
+from parity_tests.interpreters.process import ProcessError, printable
 from parity_tests.pair.report import PairReport, PairRow
 
 # What an interpreter that the child starts may take to greet, and the child to say that it did not.
@@ -70,9 +70,8 @@ def judge_apart(spec: str, arguments: Mapping[str, Any], timeout_s: float = DEFA
                     break
         return Judgement(report, printed=printed)
     except ProcessError as error:
-        hint = "; if that is only slow, give more by --timeout-s" if error.kind == "timeout" else ""
         stopped = f"expected a pair that can be judged, got one whose process {error.happened} while {step}"
-        return Judgement(PairReport(spec, rows, stopped=f"{stopped}{last_words(error.printed)}{hint}."))
+        return Judgement(PairReport(spec, rows, stopped=f"{stopped}{error.last_words}."))
     except KeyboardInterrupt:
         return Judgement(PairReport(spec, rows, stopped=f"interrupted while {step}."), interrupted=True)
 

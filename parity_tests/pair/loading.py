@@ -27,6 +27,18 @@ def _seeded_initialisation(parts: tuple[str, ...]) -> contextlib.AbstractContext
     return importlib.import_module("parity_tests.pair.subjects.torch_random").seeded(0)
 
 
+def names_in(spec: str) -> tuple[str, str]:
+    """Returns the module and the factory that a spec names.
+
+    Raises:
+        ValueError: if it does not name both.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"pair: expected package.module:factory, got {spec!r}; name a function that returns the pair.")
+    return module_name, attribute
+
+
 def load_factory(spec: str, parts: tuple[str, ...] = _PARTS) -> Factory:
     """Imports a factory.
 
@@ -37,9 +49,7 @@ def load_factory(spec: str, parts: tuple[str, ...] = _PARTS) -> Factory:
     Raises:
         ValueError: if there is none of that name, or importing its module fails; one sentence.
     """
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
-        raise ValueError(f"pair: expected package.module:factory, got {spec!r}; name a function that returns the pair.")
+    module_name, attribute = names_in(spec)
     try:
         with _seeded_initialisation(parts):
             module = importlib.import_module(module_name)
@@ -66,7 +76,7 @@ def _required(factory: Factory) -> int:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):
         raise ValueError(
-            f"pair: expected a function whose arguments can be counted, got {type(factory).__name__}; write one in Python."
+            f"pair: expected a function whose arguments can be counted, got {type(factory).__name__}; wrap it in one."
         ) from None
     return sum(parameter.kind in positional and parameter.default is parameter.empty for parameter in parameters)
 
