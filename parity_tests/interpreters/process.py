@@ -278,7 +278,8 @@ class ChildProcess:
         self._drain()
         self.kill()
         status = self._process.returncode if by_itself else None
-        happened = "closed its connection" if status is None else f"ended with status {status}{_signal_name(status)}"
+        happened = "closed its connection" if status is None else f"ended with status {status}"
+        happened += f" ({signal_name(status)})" if status is not None and status < 0 else ""
         return ProcessError(self._who, happened, "ended", self.printed, status)
 
     def kill(self) -> None:
@@ -319,13 +320,12 @@ class ChildProcess:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _signal_name(status: int) -> str:
-    if status >= 0:
-        return ""
+def signal_name(status: int) -> str:
+    """Returns the name of the signal that a negative exit status stands for, or its number where it has no name."""
     try:
-        return f" ({signal.Signals(-status).name})"
+        return signal.Signals(-status).name
     except ValueError:
-        return ""
+        return str(-status)
 
 
 def kill_marked(folder: Path) -> None:

@@ -108,8 +108,9 @@ def prepared(arguments: Mapping[str, Any], spec: str | None, tell: Tell = tell_n
         sides: dict[str, Any] = {}
         for key, python in pythons.items():
             tell(f"making the {key} side")
+            side: Side
             if python is None or spec is None:
-                side: Side = make_side(key, arguments, arguments["device"])
+                side = make_side(key, arguments, arguments["device"])
             else:
                 remote = RemoteSide(key, spec, python, arguments["device"], arguments["timeout_s"])
                 side = stack.enter_context(remote)
