@@ -108,13 +108,12 @@ def prepared(arguments: Mapping[str, Any], spec: str | None, tell: Tell = tell_n
         sides: dict[str, Any] = {}
         for key, python in pythons.items():
             tell(f"making the {key} side")
-            side: Side
             if python is None or spec is None:
-                side = make_side(key, arguments, arguments["device"])
+                made = make_side(key, arguments, arguments["device"])
             else:
                 remote = RemoteSide(key, spec, python, arguments["device"], arguments["timeout_s"])
-                side = stack.enter_context(remote)
-            sides[key] = side if tell is tell_nobody else _Told(side, tell)
+                made = stack.enter_context(remote)
+            sides[key] = made if tell is tell_nobody else _Told(made, tell)
         tell(_BETWEEN)
         yield Pair(
             name=arguments["name"] or spec or f"{sides['torch'].name}-{sides['jax'].name}",
