@@ -16,7 +16,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_TIMEOUT_S = 300.0
 # A Python greets before it imports anything but the standard library: minutes are for what comes after.
 GREETING_S = 60.0
-_MOST_GREETING_BYTES = 2**16
+# What start-up files may print before.
+_MOST_LINES, _MOST_LINE_BYTES = 1000, 2**16
 
 
 class Interpreter:
@@ -58,16 +59,15 @@ class Interpreter:
     def _greet(self) -> None:
         """Waits for the first message; a start-up file may have printed something before it."""
         limit_s = min(self.timeout_s, GREETING_S)
-        deadline, said = time.monotonic() + limit_s, 0
+        deadline = time.monotonic() + limit_s
         try:
-            while said <= _MOST_GREETING_BYTES:
-                line = self.child.read_line(max(0.0, deadline - time.monotonic()), _MOST_GREETING_BYTES)
-                if _decoded(line).get("greeting") == GREETING:
+            for _ in range(_MOST_LINES):
+                line = self.child.read_line(max(0.0, deadline - time.monotonic()), _MOST_LINE_BYTES)
+                if (_decoded(line) or {}).get("greeting") == GREETING:
                     return
-                said += len(line) + 1
                 self.child.keep_printed(line + b"\n")
             self.child.kill()
-            raise ProcessError(self._who, f"printed {said} bytes", "garbled")
+            raise ProcessError(self._who, f"printed {_MOST_LINES} lines", "garbled")
         except ProcessError as error:
             self.child.keep_printed(self.child.unfinished)
             happened = f"gave no answer within {limit_s:g} s" if error.kind == "timeout" else error.happened
@@ -86,7 +86,7 @@ class Interpreter:
         """
         line = self.child.read_line(self.timeout_s)
         message = _decoded(line)
-        if not message:
+        if message is None:
             self.child.kill()
             happened = f"wrote something that is no message ({printable(line.decode(errors='backslashreplace'), 80)})"
             raise ProcessError(self._who, happened, "garbled", self.child.printed)
@@ -121,10 +121,10 @@ def _working_directory() -> str:
         return ""
 
 
-def _decoded(line: bytes) -> dict[str, Any]:
-    """The message in a line; empty if there is none."""
+def _decoded(line: bytes) -> dict[str, Any] | None:
+    """Returns the message in a line, or None if there is none."""
     try:
         message = json.loads(line)
     except (ValueError, RecursionError):
-        return {}
-    return message if isinstance(message, dict) else {}
+        return None
+    return message if isinstance(message, dict) else None

@@ -55,14 +55,19 @@ class ProcessError(ConnectionError):
 
 
 def printable(text: str, most: int = 200) -> str:
-    """Returns the text on one line, with control characters escaped, cut to `most` characters.
+    """Returns the text on one line, with control characters escaped, and without its middle if it is long.
 
     Args:
         text: anything.
-        most: where longer text is cut.
+        most: how many characters may be left.
     """
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
-    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
+    if len(text) <= most:
+        return _escaped(text)
+    return f"{_escaped(text[: most // 2])} ... {_escaped(text[-(most // 2) :])}"
+
+
+def _escaped(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def child_environment(environment: Mapping[str, str], folder: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ report at the end. Whatever happens to the child, the parent has the rows so far
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from parity_tests.pair.report import PairReport, PairRow
 _BESIDE_S = GREETING_S + 10.0
 _MOST_SENTENCE = 1000
 _SHOWN_LINES = 20
+Tell = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _with_tuples(fields: Message) -> Message:
 
 
 def main(channel: Channel) -> None:
-    """Judges the pair that the parent asks for, and tells it every step, every row and the report.
+    """Judges the pair that the parent asks for, and tells it every step, every row and the outcome.
 
     Args:
         channel: to the parent.
@@ -103,14 +104,26 @@ def main(channel: Channel) -> None:
     def tell(found: Any) -> None:
         channel.send({"row": dataclasses.asdict(found)} if isinstance(found, PairRow) else {"step": str(found)})
 
+    channel.send(outcome(asked["spec"], asked["arguments"], tell))
+
+
+def outcome(spec: str, arguments: Mapping[str, Any], tell: Tell) -> Message:
+    """Judges a named pair in this process.
+
+    Args:
+        spec: `package.module:factory`.
+        arguments: of `check_pair`.
+        tell: is called with every step, a text, and every row.
+
+    Returns:
+        The last message: `report` with its fields, or `refused` with one sentence.
+    """
     try:
         tell("importing the judge")
         from parity_tests.pair.check import run_pair
 
-        report = run_pair(asked["spec"], tell, **asked["arguments"])
+        return {"report": dataclasses.asdict(run_pair(spec, tell, **arguments))}
     except (ValueError, ProcessError) as error:
-        channel.send({"refused": printable(" ".join(str(error).split()), _MOST_SENTENCE)})
+        return {"refused": printable(" ".join(str(error).split()), _MOST_SENTENCE)}
     except Exception as error:  # a user's modules may raise anything; a person reads one line
-        channel.send({"refused": f"expected modules that run on their inputs, got {located(error)}."})
-    else:
-        channel.send({"report": dataclasses.asdict(report)})
+        return {"refused": f"expected modules that run on their inputs, got {located(error)}."}
