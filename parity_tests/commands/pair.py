@@ -1,6 +1,5 @@
 """``python -m parity_tests run --pair`` and ``pairs``: a user's own pair, and the five example pairs."""
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -23,7 +22,7 @@ from parity_tests.commands.usage import (
     refuse,
 )
 from parity_tests.harness.dtypes import STORAGE_DTYPES
-from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available
+from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, package_available
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
 from parity_tests.pair.judging import Judgement, judge_apart
 from parity_tests.pair.loading import names_in
@@ -51,7 +50,7 @@ def _check_installed(spec: str, pythons: Mapping[str, str]) -> None:
     """Refuses, before a process is started, what it would need and not find."""
     packages = {framework: framework_available(framework) for framework in FRAMEWORKS if framework not in pythons}
     lacking = [framework for framework, there in packages.items() if not there]
-    if any(importlib.util.find_spec(package) is None for package in ("einops", "scipy")):
+    if not all(package_available(package) for package in ("einops", "scipy")):
         lacking.append("pair")
     if lacking:
         extras = " and ".join(lacking)

@@ -94,6 +94,10 @@ class Interpreter:
             raise ProcessError(self._who, f"raised {message['raised']}", "raised", self.child.printed)
         return message
 
+    def messages_left(self) -> list[Message]:
+        """Kills the process and returns the messages that were on their way."""
+        return [message for line in self.child.lines_left() if (message := _decoded(line)) is not None]
+
     def kill(self) -> None:
         """Ends the process and all that it started, at once."""
         self.child.kill()

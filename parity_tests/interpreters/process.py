@@ -192,6 +192,12 @@ class ChildProcess:
                 raise self._killed(f"gave no answer within {timeout_s:g} s", "timeout")
         return line
 
+    def lines_left(self) -> list[bytes]:
+        """Kills the process and returns the lines that it had written and nobody has read."""
+        self.kill()
+        self._drain()
+        return list(iter(self._take_line, None))
+
     def _take_line(self) -> bytes | None:
         end = self._lines.find(b"\n", self._searched)
         if end < 0:

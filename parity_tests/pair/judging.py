@@ -47,34 +47,53 @@ def judge_apart(spec: str, arguments: Mapping[str, Any], timeout_s: float = DEFA
         arguments: of `check_pair`, those that JSON can carry.
         timeout_s: seconds that one step may take: importing the pair, a call of one side, ...
     """
-    rows: list[PairRow] = []
-    step = "starting"
+    heard = _Heard(spec)
     beside = any(arguments.get(name) for name in ("torch_python", "jax_python"))
-    printed: tuple[str, ...] = ()
     try:
         with Interpreter(__name__, who="its process", timeout_s=timeout_s) as interpreter:
             # The child waits for others by the same limit, and then says which of them it was.
             interpreter.timeout_s = timeout_s + (_BESIDE_S if beside else 0.0)
             asked = {"spec": spec, "path": list(map(str, sys.path)), "arguments": {**arguments, "timeout_s": timeout_s}}
             interpreter.send(asked)
-            while True:
-                message = interpreter.receive()
-                if "step" in message:
-                    step = message["step"]
-                elif "row" in message:
-                    rows.append(_row(message["row"]))
-                elif "refused" in message:
-                    return Judgement(PairReport(spec, rows, stopped=message["refused"]))
-                else:
-                    report = _report(message["report"])
-                    printed = tuple(interpreter.child.printed_lines(_SHOWN_LINES))
-                    break
-        return Judgement(report, printed=printed)
+            try:
+                while heard.report is None:
+                    heard.take(interpreter.receive())
+            except KeyboardInterrupt:
+                for message in interpreter.messages_left():
+                    heard.take(message)
+                raise
+            printed = () if heard.report.stopped else tuple(interpreter.child.printed_lines(_SHOWN_LINES))
+        return Judgement(heard.report, printed=printed)
     except ProcessError as error:
-        stopped = f"expected a pair that can be judged, got one whose process {error.happened} while {step}"
-        return Judgement(PairReport(spec, rows, stopped=f"{stopped}{error.last_words}."))
+        what = f"expected a pair that can be judged, got one whose process {error.happened} while {heard.step}"
+        return Judgement(heard.stopped(f"{what}{error.last_words}."))
     except KeyboardInterrupt:
-        return Judgement(PairReport(spec, rows, stopped=f"interrupted while {step}."), interrupted=True)
+        return Judgement(heard.stopped(f"interrupted while {heard.step}."), interrupted=True)
+
+
+class _Heard:
+    """What the child has said so far."""
+
+    def __init__(self, spec: str) -> None:
+        self._spec = spec
+        self._rows: list[PairRow] = []
+        self.step = "starting"
+        self.report: PairReport | None = None
+
+    def take(self, message: Message) -> None:
+        """Takes the next message."""
+        if "step" in message:
+            self.step = message["step"]
+        elif "row" in message:
+            self._rows.append(_row(message["row"]))
+        elif "refused" in message:
+            self.report = self.stopped(message["refused"])
+        elif "report" in message:
+            self.report = _report(message["report"])
+
+    def stopped(self, sentence: str) -> PairReport:
+        """Returns a report of what there is, which says why there is no more."""
+        return PairReport(self._spec, self._rows, stopped=sentence)
 
 
 def _row(fields: Message) -> PairRow:
