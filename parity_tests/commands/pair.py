@@ -148,7 +148,7 @@ def pairs(json_file: Path | None, readme: Path | None) -> int:
         readme: file whose table of the pairs is replaced, or None.
 
     Returns:
-        0 if every pair that was made equal holds.
+        0 if every pair that was made equal holds, 130 if interrupted: the pairs until then are written.
     """
     from parity_tests.pair.examples.overview import overview, readme_block, with_block
 
@@ -157,13 +157,21 @@ def pairs(json_file: Path | None, readme: Path | None) -> int:
         raise refuse(f"--readme: expected an existing file, got {readme}; give another path.")
     if len(chosen_frameworks([])) < 2:
         raise refuse("pairs: expected torch and Flax, got one of them; install the extras torch and jax.")
-    entries = []
-    for entry in overview():
-        entries.append(entry)
-        console.print(entry.describe(), highlight=False, markup=False, soft_wrap=True)
-    if json_file is not None:
-        document = {"schema_version": 1, "pairs": [entry.record() for entry in entries]}
-        json_file.write_text(json.dumps(document, indent=1) + "\n")
+    entries, interrupted = [], False
+    with interruptible():
+        try:
+            for entry in overview():
+                entries.append(entry)
+                console.print(entry.describe(), highlight=False, markup=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            interrupted = True
+            uninterruptible()
+        if json_file is not None:
+            document = {"schema_version": 1, "pairs": [entry.record() for entry in entries], "interrupted": interrupted}
+            json_file.write_text(json.dumps(document, indent=1) + "\n")
+    if interrupted:
+        refuse(f"pairs: interrupted after {len(entries)} pairs; run it again for the others.")
+        return INTERRUPTED
     if readme is not None:
         differences = [difference for entry in entries for difference in entry.differences]
         block = readme_block({entry.name: entry.defaults for entry in entries}, differences)
