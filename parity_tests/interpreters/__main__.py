@@ -10,4 +10,5 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 from parity_tests.interpreters.child import run
 
-run(sys.argv[1], sys.argv[2:])
+if __name__ == "__main__":
+    run(sys.argv[1], sys.argv[2:])

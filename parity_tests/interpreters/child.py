@@ -7,7 +7,6 @@ error, and its standard input is empty. Functions that other code might replace 
 
 import contextlib
 import ctypes
-import fcntl
 import importlib
 import os
 import platform
@@ -27,6 +26,8 @@ _LOST = 70
 
 
 def _moved(descriptor: int) -> int:
+    import fcntl  # where a parent only imports this module, there may be none
+
     try:
         return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _FIRST_DESCRIPTOR)
     except OSError:  # fewer descriptors than that are allowed
