@@ -12,7 +12,7 @@ import pytest
 import parity_tests.interpreters as interpreters
 from parity_tests.interpreters import interpreter, process
 from parity_tests.interpreters.interpreter import Interpreter
-from parity_tests.interpreters.process import ChildProcess, ProcessError, printable
+from parity_tests.interpreters.process import ChildProcess, ProcessError, clipped
 
 # Answers after it did what it is told to.
 CHILD = """
@@ -312,8 +312,8 @@ def test_the_transport_needs_the_standard_library_only():
 
 
 def test_texts_are_made_printable():
-    assert printable("a\tb\x1b[0m\u202e\udc80") == "a\\tb\\x1b[0m\\u202e\\udc80"
-    assert printable("x" * 10**6) == "x" * 100 + " ... " + "x" * 100
+    assert clipped("a\tb\x1b[0m\u202e\udc80") == "a\\tb\\x1b[0m\\u202e\\udc80"
+    assert clipped("x" * 10**6) == "x" * 100 + " ... " + "x" * 100
     assert process.signal_name(-9) == "SIGKILL"
     assert process.signal_name(-63) == "63"
     assert interpreter._decoded(b"[" * 10**5) is None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from parity_tests.commands.run import Options, check_files, interruptible, uninterruptible
+from parity_tests.commands.run import Options, check_files
 from parity_tests.commands.usage import (
     DEVICES,
     FAILED,
@@ -22,6 +22,7 @@ from parity_tests.commands.usage import (
     refuse,
 )
 from parity_tests.harness.dtypes import STORAGE_DTYPES
+from parity_tests.harness.interruption import interruptible
 from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, package_available
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
 from parity_tests.pair.judging import Judgement, judge_apart
@@ -109,10 +110,8 @@ def run_user_pair(
     arguments: dict[str, Any] = {"device": options.device, "seed": options.seed}
     arguments |= {"dtypes": list(options.dtypes)} if options.dtypes else {}
     arguments |= {f"{framework}_python": python for framework, python in pythons.items()}
-    with interruptible():
-        judgement = judge_apart(spec, arguments, timeout_s)
-        if judgement.interrupted:
-            uninterruptible()
+    with interruptible() as interruption:
+        judgement = judge_apart(spec, arguments, timeout_s, interruption)
         return _reported(spec, judgement, options)
 
 
@@ -148,7 +147,7 @@ def pairs(json_file: Path | None, readme: Path | None) -> int:
         readme: file whose table of the pairs is replaced, or None.
 
     Returns:
-        0 if every pair that was made equal holds, 130 if interrupted: the pairs until then are written.
+        0 if every pair that was made equal holds.
     """
     from parity_tests.pair.examples.overview import overview, readme_block, with_block
 
@@ -157,21 +156,13 @@ def pairs(json_file: Path | None, readme: Path | None) -> int:
         raise refuse(f"--readme: expected an existing file, got {readme}; give another path.")
     if len(chosen_frameworks([])) < 2:
         raise refuse("pairs: expected torch and Flax, got one of them; install the extras torch and jax.")
-    entries, interrupted = [], False
-    with interruptible():
-        try:
-            for entry in overview():
-                entries.append(entry)
-                console.print(entry.describe(), highlight=False, markup=False, soft_wrap=True)
-        except KeyboardInterrupt:
-            interrupted = True
-            uninterruptible()
-        if json_file is not None:
-            document = {"schema_version": 1, "pairs": [entry.record() for entry in entries], "interrupted": interrupted}
-            json_file.write_text(json.dumps(document, indent=1) + "\n")
-    if interrupted:
-        refuse(f"pairs: interrupted after {len(entries)} pairs; run it again for the others.")
-        return INTERRUPTED
+    entries = []
+    for entry in overview():
+        entries.append(entry)
+        console.print(entry.describe(), highlight=False, markup=False, soft_wrap=True)
+    if json_file is not None:
+        document = {"schema_version": 1, "pairs": [entry.record() for entry in entries]}
+        json_file.write_text(json.dumps(document, indent=1) + "\n")
     if readme is not None:
         differences = [difference for entry in entries for difference in entry.differences]
         block = readme_block({entry.name: entry.defaults for entry in entries}, differences)

@@ -104,7 +104,7 @@ def _chosen_trainings(options: Options, frameworks: Sequence[str]) -> list[tuple
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], None]]:
+def _interruptible() -> Iterator[Callable[[], None]]:
     """Gives a function that raises KeyboardInterrupt if the user asked for it and the exception was lost.
 
     Python's own is raised wherever the program happens to be; in a finaliser or a callback of a library it is printed
@@ -130,13 +130,6 @@ def interruptible() -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def uninterruptible() -> None:
-    """Ignores further interruptions: a second Ctrl-C, in impatience, must not cost the files."""
-    if threading.current_thread() is threading.main_thread():
-        for number in _INTERRUPTIONS:
-            signal.signal(number, signal.SIG_IGN)
 
 
 def run(options: Options) -> int:
@@ -170,7 +163,7 @@ def run(options: Options) -> int:
     total = count_cells(subjects, dtypes, cases, included) + len(optimizers)
     begun, interrupted = 0, False
     beat = heartbeat()
-    with progress_bar() as progress, interruptible() as check_interruption:
+    with progress_bar() as progress, _interruptible() as check_interruption:
         task = progress.add_task("", total=total)
 
         def advance(label: str) -> None:
@@ -203,7 +196,9 @@ def run(options: Options) -> int:
     # The cell in flight counts as left: its rows may be there in part.
     left = total - begun + 1 if interrupted and begun else total - begun
     if interrupted:
-        uninterruptible()
+        # A second Ctrl-C, in impatience, must not cost the files.
+        for number in _INTERRUPTIONS:
+            signal.signal(number, signal.SIG_IGN)
     summary = summarize(rows)
     print_report(console, rows, summary)
     _write(options, rows, curves, left)

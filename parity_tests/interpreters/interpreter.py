@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from parity_tests.interpreters.child import GREETING, Message
-from parity_tests.interpreters.process import ChildProcess, ProcessError, printable
+from parity_tests.interpreters.process import ChildProcess, ProcessError, clipped
 
 _ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_TIMEOUT_S = 300.0
@@ -88,7 +88,7 @@ class Interpreter:
         message = _decoded(line)
         if message is None:
             self.child.kill()
-            happened = f"wrote something that is no message ({printable(line.decode(errors='backslashreplace'), 80)})"
+            happened = f"wrote something that is no message ({clipped(line.decode(errors='backslashreplace'), 80)})"
             raise ProcessError(self._who, happened, "garbled", self.child.printed)
         if "raised" in message:
             raise ProcessError(self._who, f"raised {message['raised']}", "raised", self.child.printed)

@@ -54,7 +54,7 @@ class ProcessError(ConnectionError):
         return said + ("; if it is only slow, allow more by --timeout-s (timeout_s)" if self.kind == "timeout" else "")
 
 
-def printable(text: str, most: int = 200) -> str:
+def clipped(text: str, most: int = 200) -> str:
     """Returns the text on one line, with control characters escaped, and without its middle if it is long.
 
     Args:
@@ -149,7 +149,7 @@ class ChildProcess:
     def printed_lines(self, most: int) -> list[str]:
         """Returns the last lines that the process printed, made printable, without the empty ones."""
         text = bytes(self._printed).decode(errors="backslashreplace")
-        return [printable(line.strip()) for line in text.splitlines() if line.strip()][-most:]
+        return [clipped(line.strip()) for line in text.splitlines() if line.strip()][-most:]
 
     @property
     def unfinished(self) -> bytes:

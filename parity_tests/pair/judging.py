@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from parity_tests.harness.failures import located
+from parity_tests.harness.interruption import Interruption
 from parity_tests.interpreters.child import Channel, Message
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S, GREETING_S, Interpreter
-from parity_tests.interpreters.process import ProcessError, printable
+from parity_tests.interpreters.process import ProcessError, clipped
 from parity_tests.pair.report import PairReport, PairRow
 
 # What an interpreter that the child starts may take to greet, and the child to say that it did not.
@@ -39,15 +40,21 @@ class Judgement:
     printed: tuple[str, ...] = ()
 
 
-def judge_apart(spec: str, arguments: Mapping[str, Any], timeout_s: float = DEFAULT_TIMEOUT_S) -> Judgement:
+def judge_apart(
+    spec: str,
+    arguments: Mapping[str, Any],
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    interruption: Interruption | None = None,
+) -> Judgement:
     """Judges a named pair in a process of its own, which is ended with all that it started.
 
     Args:
         spec: `package.module:factory`, importable from where this process imports.
         arguments: of `check_pair`, those that JSON can carry.
         timeout_s: seconds that one step may take: importing the pair, a call of one side, ...
+        interruption: of the caller; settled when the judgement is there.
     """
-    heard = _Heard(spec)
+    heard, interruption = _Heard(spec), interruption or Interruption()
     beside = any(arguments.get(name) for name in ("torch_python", "jax_python"))
     try:
         with Interpreter(__name__, who="its process", timeout_s=timeout_s) as interpreter:
@@ -57,11 +64,13 @@ def judge_apart(spec: str, arguments: Mapping[str, Any], timeout_s: float = DEFA
             interpreter.send(asked)
             try:
                 while heard.report is None:
+                    interruption.check()
                     heard.take(interpreter.receive())
             except KeyboardInterrupt:
                 for message in interpreter.messages_left():
                     heard.take(message)
                 raise
+            interruption.settle()
             printed = () if heard.report.stopped else tuple(interpreter.child.printed_lines(_SHOWN_LINES))
         return Judgement(heard.report, printed=printed)
     except ProcessError as error:
@@ -143,6 +152,6 @@ def outcome(spec: str, arguments: Mapping[str, Any], tell: Tell) -> Message:
 
         return {"report": dataclasses.asdict(run_pair(spec, tell, **arguments))}
     except (ValueError, ProcessError) as error:
-        return {"refused": printable(" ".join(str(error).split()), _MOST_SENTENCE)}
+        return {"refused": clipped(" ".join(str(error).split()), _MOST_SENTENCE)}
     except Exception as error:  # a user's modules may raise anything; a person reads one line
         return {"refused": f"expected modules that run on their inputs, got {located(error)}."}
