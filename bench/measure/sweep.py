@@ -21,6 +21,7 @@ from bench.measure.request import (
     choose_device,
     chosen_competitors,
 )
+from bench.measure.switches import sentences
 from bench.plan.cells import DEVICES, Cell
 from bench.plan.selection import plan_cells
 from bench.records import Record
@@ -119,6 +120,8 @@ def run_sweep(
                     notes.add(f"Without {framework}: {reason}.")
                 device = choose_device(request.device, pool.hello, notes)
                 check_modes(request, device, tuple(pool.hello), notes)
+                for line in sentences(tuple(pool.hello), len(allowed_cpus())):
+                    notes.add(line)
                 place = fingerprint(pool.hello, device=device, division=division, cpus=allowed_cpus())
                 place_id = environment_id(place)
                 store.add_environment(place_id, place)
