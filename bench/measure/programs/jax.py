@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from bench.measure.compile_caches import CacheFolder
 from bench.measure.compile_caches.jax import kept_in
@@ -59,7 +60,7 @@ class _Uncompiled:
     calls = 0
 
     def note(self, x: jax.Array) -> None:
-        if not isinstance(x, jax.core.Tracer):
+        if not isinstance(x, Tracer):
             self.calls += 1
 
 
