@@ -94,8 +94,8 @@ class Record:
         stopped: why no more rounds were run: ``resolved``, ``precise``, ``rounds`` or ``time``; empty if none ran.
         conditions: per round, what the device reported: clocks, power, temperature, throttling; empty without a report.
         block_s: what a block was sized to last at least; None in records that do not say it.
-        disturbance: what others took of the machine during the rounds, and what that did to the workers; empty where the
-            system does not say, and in earlier records. See `bench.measure.disturbance`.
+        disturbance: what others took of the machine during the rounds, and what that did to the workers, by
+            `bench.measure.disturbance`; empty where the system does not say, and in earlier records.
         disturbance_windows: the same for every half second or so, in order; in the record of the baseline alone.
     """
 

@@ -58,10 +58,10 @@ def disturbance_line(records: Iterable[Record]) -> str | None:
     found = list(by_process.values())
     worst = max(found, key=lambda one: one["disturbed_windows"] / max(1, one["windows"]))
     windows, hit = sum(one["windows"] for one in found), sum(one["disturbed_windows"] for one in found)
-    waiting = ", ".join(f"{name}'s threads {share:.2f}" for name, share in worst["waiting"].items())
+    waiting = ", ".join(f"{name} {share:.2f}" for name, share in worst["waiting"].items())
     said = (
-        f"Machine: {taken_by_others(worst, worst['cpus'])} (at most {worst['other_cpus_most']:.2f}); of every second, "
-        f"{waiting or 'no thread'} s ready to run and waiting; a fixed loop stretched {worst['stretch'] or 1:.2f} times; "
-        f"{hit} of {windows} windows disturbed"
+        f"Machine: {taken_by_others(worst, worst['cpus'])} (at most {worst['other_cpus_most']:.2f}); seconds in which "
+        f"threads waited for a processor, in each second: {waiting or 'not known'}; a fixed loop took "
+        f"{worst['stretch'] or 1:.2f} times its shortest; {hit} of {windows} windows disturbed"
     )
     return said + (": no verdict." if is_disturbed(records) else ".")
