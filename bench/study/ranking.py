@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from bench.plan.competitors import YARDSTICK
+from bench.plan.competitors import CALLS, GRAPHS, YARDSTICK, launch
 from bench.records import Record
 from bench.study.frameworks import FrameworkRatio, framework_ratio
 from bench.study.identity import identity
@@ -65,7 +65,8 @@ class Ranking:
         leaders: labels of the fastest competitor and of everybody who ties with it; empty if nobody was timed.
         confidence: of the intervals, so that they hold at 95% however often the run looked at them.
         short_blocks: of every record, the control's included, that has blocks much shorter than intended.
-        frameworks: the fastest of JAX against the fastest of PyTorch; None where either is missing.
+        frameworks: the fastest plain calls of JAX against those of PyTorch; None where neither has any.
+        framework_graphs: the same for recorded graphs.
     """
 
     cell: str
@@ -79,6 +80,13 @@ class Ranking:
     confidence: float = CONFIDENCE
     short_blocks: tuple[ShortBlocks, ...] = ()
     frameworks: FrameworkRatio | None = None
+    framework_graphs: FrameworkRatio | None = None
+
+    @property
+    def framework_ratios(self) -> dict[str, FrameworkRatio]:
+        """Kind of launch to the comparison of the frameworks, where either has a speed of it."""
+        both = {CALLS: self.frameworks, GRAPHS: self.framework_graphs}
+        return {kind: found for kind, found in both.items() if found is not None}
 
     @property
     def winner(self) -> str | None:
@@ -179,13 +187,16 @@ def _rank_cell(records: Sequence[Record]) -> Ranking:
         leaders=first,
         confidence=level,
         short_blocks=short_blocks(records),
-        frameworks=framework_ratio(_by_framework(ranked, rounds), floor, confidence=level),
+        frameworks=framework_ratio(_by_framework(ranked, rounds, CALLS), floor, confidence=level),
+        framework_graphs=framework_ratio(_by_framework(ranked, rounds, GRAPHS), floor, confidence=level),
     )
 
 
-def _by_framework(ranked: Sequence[Row], rounds: Mapping[str, Rounds]) -> dict[str, dict[str, Rounds]]:
+def _by_framework(ranked: Sequence[Row], rounds: Mapping[str, Rounds], kind: str) -> dict[str, dict[str, Rounds]]:
     apart: dict[str, dict[str, Rounds]] = defaultdict(dict)
     for row in ranked:
+        if launch(row.record.mode, row.record.device) != kind:
+            continue
         apart[row.record.framework][row.record.label] = rounds[row.record.label]
     return apart
 
