@@ -1,8 +1,9 @@
 """The child's end: keeps the connection where the code that runs here cannot get into its way, and says how it failed.
 
-Messages are JSON objects, one a line. They came in on standard input and go out on what was standard output; both move
-to descriptors of their own before anything else is imported. What the code prints, on whatever level, goes to standard
-error, and its standard input is empty. Functions that other code might replace are kept from the start.
+Messages are JSON objects, one a line; a field `payload` announces how many bytes follow the line. They come in on
+standard input and go out on what was standard output; both move to descriptors of their own before anything else is
+imported. What the code prints, on whatever level, goes to standard error, and its standard input is empty. Functions
+that other code might replace are kept from the start.
 """
 
 import contextlib
@@ -53,17 +54,28 @@ class Channel:
         self._write, self._stat, self._process, self._exit = os.write, os.fstat, os.getpid, os._exit
         self._owner, self._identity = os.getpid(), os.fstat(self._replies).st_ino
 
-    def send(self, message: Message) -> None:
-        """Sends a message; ends a forked copy of the process, which must not speak in its place."""
-        data = (self._encode(message) + "\n").encode()
+    def send(self, message: Message, payload: bytes | None = None) -> None:
+        """Sends a message; ends a forked copy of the process, which must not speak in its place.
+
+        Args:
+            message: what JSON can carry.
+            payload: arrives as the message's field `payload`.
+        """
+        announced = message if payload is None else message | {"payload": len(payload)}
+        self._send((self._encode(announced) + "\n").encode())
+        if payload:
+            self._send(payload)
+
+    def _send(self, data: bytes) -> None:
         if self._process() != self._owner:
             self._exit(0)
         try:
             # A program that closed every descriptor may have opened a file of its own under our number since.
             if self._stat(self._replies).st_ino != self._identity:
                 raise OSError
-            while data:
-                data = data[self._write(self._replies, data) :]
+            left = memoryview(data)
+            while left:
+                left = left[self._write(self._replies, left) :]
         except OSError:
             with contextlib.suppress(OSError):
                 self._write(2, b"the connection to the parent process is closed\n")
@@ -72,7 +84,12 @@ class Channel:
     def receive(self) -> Message | None:
         """Waits for the next message; None when the parent has closed the connection."""
         line = self._requests.readline()
-        return self._decode(line.decode()) if line else None
+        if not line:
+            return None
+        message = self._decode(line.decode())
+        if "payload" in message:
+            message["payload"] = self._requests.read(message["payload"])
+        return message
 
 
 def end_with_parent() -> None:

@@ -74,9 +74,12 @@ class Interpreter:
             happened += " before it greeted as a Python from 3.11 on does"
             raise ProcessError(self._who, happened, error.kind, self.child.printed, error.status) from None
 
-    def send(self, message: Message) -> None:
-        """Sends a message."""
-        self.child.write((json.dumps(message) + "\n").encode())
+    def send(self, message: Message, payload: bytes | None = None) -> None:
+        """Sends a message; a payload arrives as its field `payload`."""
+        announced = message if payload is None else message | {"payload": len(payload)}
+        self.child.write((json.dumps(announced) + "\n").encode())
+        if payload:
+            self.child.write(payload)
 
     def receive(self) -> Message:
         """Waits for the next message.
@@ -92,10 +95,12 @@ class Interpreter:
             raise ProcessError(self._who, happened, "garbled", self.child.printed)
         if "raised" in message:
             raise ProcessError(self._who, f"raised {message['raised']}", "raised", self.child.printed)
+        if "payload" in message:
+            message["payload"] = self.child.read_bytes(message["payload"], self.timeout_s)
         return message
 
     def messages_left(self) -> list[Message]:
-        """Kills the process and returns the messages that were on their way."""
+        """Kills the process and returns the messages without payload that were on their way."""
         return [message for line in self.child.lines_left() if (message := _decoded(line)) is not None]
 
     def kill(self) -> None:

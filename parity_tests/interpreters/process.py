@@ -1,25 +1,24 @@
 """The parent's end of a child process: lines in, lines out, a time limit for each wait, and an end for all of it.
 
-The child is the first of a session and a process group of its own. Its standard input and output carry lines; what it
-writes to standard error is read all the time, so that a full pipe never stops it, and only the last of it is kept. No
-wait is for a pipe to close, which a process left behind can hold open for ever: the child's own end counts.
+The child is the first of a session and a process group of its own. Its standard input and output carry lines, or bytes
+that a line announced; what it writes to standard error is read all the time, so that a full pipe never stops it, and
+only the last of it is kept. No wait is for a pipe to close, which a process left behind can hold open for ever: the
+child's own end counts.
 """
 
 import contextlib
 import os
 import secrets
 import selectors
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-# Names the child's folder, in the environment of the child and of all that it starts: a process that left the group is
-# known by it, and a child's own child puts its files into it.
-FOLDER_VARIABLE = "PARITY_TESTS_PROCESS_FOLDER"
+# Marks a child, in its environment and in that of all that it starts: a process that left the group is known by it. The
+# mark of a child's own child begins with the child's.
+MARK_VARIABLE = "PARITY_TESTS_PROCESS"
 _CHUNK_BYTES = 65536
 _KEPT_BYTES = 65536
 _MOST_LINE_BYTES = 2**28
@@ -70,11 +69,6 @@ def _escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def child_environment(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Returns the environment with the child's folder in it, and with prints that leave the process at once."""
-    return {**environment, FOLDER_VARIABLE: str(folder), "PYTHONUNBUFFERED": "1"}
-
-
 class ChildProcess:
     """A running child.
 
@@ -85,7 +79,6 @@ class ChildProcess:
         cwd: its working directory; None for this process's.
 
     Attributes:
-        folder: a path of its own for temporary files, created by whoever writes there, removed with the child.
         printed_bytes: how much it has printed.
 
     Raises:
@@ -96,8 +89,7 @@ class ChildProcess:
         self, command: Sequence[str], environment: Mapping[str, str], who: str, cwd: str | Path | None = None
     ) -> None:
         self._who = who
-        outer = os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir()
-        self.folder = Path(outer) / f"parity-{os.getpid()}-{secrets.token_hex(8)}"
+        self._mark = f"{os.environ.get(MARK_VARIABLE, '')}/{secrets.token_hex(8)}"
         try:
             self._process = subprocess.Popen(
                 list(command),
@@ -105,7 +97,8 @@ class ChildProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 bufsize=0,
-                env=child_environment(environment, self.folder),
+                # Prints leave the process at once: what was printed last is worth the most where it dies.
+                env={**environment, MARK_VARIABLE: self._mark, "PYTHONUNBUFFERED": "1"},
                 cwd=cwd,
                 # Ctrl-C is the parent's to handle: it ends its children itself, after what they found is safe.
                 start_new_session=True,
@@ -115,12 +108,12 @@ class ChildProcess:
             raise ProcessError(who, f"cannot be started ({reason})", "start") from error
         self._pipes = [pipe for pipe in (self._process.stdin, self._process.stdout, self._process.stderr) if pipe]
         self._input, self._output, self._errors = (pipe.fileno() for pipe in self._pipes)
-        self._pending, self._lines, self._printed = bytearray(), bytearray(), bytearray()
+        self._pending, self._unread, self._printed = bytearray(), bytearray(), bytearray()
         self.printed_bytes = 0
         self._searched = 0
         self._exited = self._closed = self._reaped = False
         self._selector = selectors.DefaultSelector()
-        for descriptor, act in ((self._output, self._read_lines), (self._errors, self._read_printed)):
+        for descriptor, act in ((self._output, self._read_answers), (self._errors, self._read_printed)):
             os.set_blocking(descriptor, False)
             self._selector.register(descriptor, selectors.EVENT_READ, act)
         os.set_blocking(self._input, False)
@@ -154,7 +147,7 @@ class ChildProcess:
     @property
     def unfinished(self) -> bytes:
         """What came without an end of line yet."""
-        return bytes(self._lines)
+        return bytes(self._unread)
 
     def keep_printed(self, data: bytes) -> None:
         """Takes what the process printed; only the last of it is kept."""
@@ -162,9 +155,9 @@ class ChildProcess:
         self._printed += data
         del self._printed[:-_KEPT_BYTES]
 
-    def write(self, line: bytes) -> None:
-        """Sends a line, as far as the pipe takes it at once; the rest goes while the answer is waited for."""
-        self._pending += line
+    def write(self, data: bytes) -> None:
+        """Sends data, as far as the pipe takes it at once; the rest goes while the answer is waited for."""
+        self._pending += data
         self._write_pending()
         if self._pending and self._input not in self._selector.get_map():
             self._selector.register(self._input, selectors.EVENT_WRITE, self._write_pending)
@@ -179,18 +172,25 @@ class ChildProcess:
         Raises:
             ProcessError: if there is none; the process and its group are dead afterwards.
         """
+        return self._taken(timeout_s, self._take_line, most_bytes)
+
+    def read_bytes(self, count: int, timeout_s: float) -> bytes:
+        """Waits for as many bytes as a line announced; see `read_line`."""
+        return self._taken(timeout_s, lambda: self._take_bytes(count), count)
+
+    def _taken(self, timeout_s: float, take: Callable[[], bytes | None], most_bytes: int) -> bytes:
         deadline = time.monotonic() + timeout_s
-        while (line := self._take_line()) is None:
-            if len(self._lines) > most_bytes:
-                raise self._killed(f"wrote {len(self._lines)} bytes without an end of line", "garbled")
+        while (data := take()) is None:
+            if len(self._unread) > most_bytes:
+                raise self._killed(f"wrote {len(self._unread)} bytes without an end of line", "garbled")
             if self._closed or self._exited:
                 self._drain()
-                if (line := self._take_line()) is None:
+                if (data := take()) is None:
                     raise self._ended()
                 break
             if not self._wait(deadline):
                 raise self._killed(f"gave no answer within {timeout_s:g} s", "timeout")
-        return line
+        return data
 
     def lines_left(self) -> list[bytes]:
         """Kills the process and returns the lines that it had written and nobody has read."""
@@ -198,13 +198,21 @@ class ChildProcess:
         self._drain()
         return list(iter(self._take_line, None))
 
-    def _take_line(self) -> bytes | None:
-        end = self._lines.find(b"\n", self._searched)
-        if end < 0:
-            self._searched = len(self._lines)
+    def _take_bytes(self, count: int) -> bytes | None:
+        if len(self._unread) < count:
             return None
-        line = bytes(self._lines[:end])
-        del self._lines[: end + 1]
+        data = bytes(self._unread[:count])
+        del self._unread[:count]
+        self._searched = 0
+        return data
+
+    def _take_line(self) -> bytes | None:
+        end = self._unread.find(b"\n", self._searched)
+        if end < 0:
+            self._searched = len(self._unread)
+            return None
+        line = bytes(self._unread[:end])
+        del self._unread[: end + 1]
         self._searched = 0
         return line
 
@@ -226,9 +234,9 @@ class ChildProcess:
         if self._end is not None:
             self._selector.unregister(self._end)
 
-    def _read_lines(self) -> bool:
+    def _read_answers(self) -> bool:
         data = self._read(self._output)
-        self._lines += data
+        self._unread += data
         if not data and self._output not in self._selector.get_map():
             self._closed = True
         return bool(data)
@@ -264,7 +272,7 @@ class ChildProcess:
         """Reads what the pipes still hold; something left behind may go on writing, so that there is an end to it."""
         deadline = time.monotonic() + _ENDING_S
         # Both are read each time: "or" would leave the second pipe to the end of the first.
-        while any([self._read_lines(), self._read_printed()]) and time.monotonic() < deadline:
+        while any([self._read_answers(), self._read_printed()]) and time.monotonic() < deadline:
             pass
 
     def _has_exited(self) -> bool:
@@ -294,7 +302,7 @@ class ChildProcess:
         return ProcessError(self._who, happened, "ended", self.printed, status)
 
     def kill(self) -> None:
-        """Ends the process, its group, and what left the group but still carries the folder in its environment."""
+        """Ends the process, its group, and what left the group but still carries the mark in its environment."""
         if self._reaped:
             return
         # The group first, and even if the process has ended: it is not reaped yet, so that the number is still its own.
@@ -304,7 +312,7 @@ class ChildProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=_KILLED_S)
         self._reaped = True
-        kill_marked(self.folder)
+        kill_marked(self._mark)
 
     def end(self, grace_s: float = _ENDING_S) -> None:
         """Closes the connection, gives the process a moment to end by itself, kills what is left, frees everything.
@@ -328,7 +336,6 @@ class ChildProcess:
             if self._end is not None:
                 os.close(self._end)
                 self._end = None
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def signal_name(status: int) -> str:
@@ -339,16 +346,16 @@ def signal_name(status: int) -> str:
         return str(-status)
 
 
-def kill_marked(folder: Path) -> None:
-    """Kills every process whose environment names the folder: one that made itself a daemon has left its group.
+def kill_marked(mark: str) -> None:
+    """Kills every process whose environment has the mark: one that made itself a daemon has left its group.
 
     Args:
-        folder: of a child; those of its own children lie within it.
+        mark: of a child.
     """
-    mark = f"{FOLDER_VARIABLE}={folder}".encode()
+    variable = f"{MARK_VARIABLE}={mark}".encode()
     # What is killed may have started another one meanwhile.
     for _ in range(3):
-        found = [path for path in Path("/proc").glob("[0-9]*/environ") if mark in _environment_of(path)]
+        found = [path for path in Path("/proc").glob("[0-9]*/environ") if variable in _environment_of(path)]
         if not found:
             return
         for path in found:

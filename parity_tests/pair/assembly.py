@@ -70,12 +70,12 @@ class _Told:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._side, name)
-        if name not in _STEPS:
+        if not callable(value):
             return value
 
         @functools.wraps(value)
         def told(*arguments: Any, **named: Any) -> Any:
-            self._tell(f"{_STEPS[name]} the {self._side.framework} side")
+            self._tell(f"{_STEPS.get(name, f'asking for {name} of')} the {self._side.framework} side")
             result = value(*arguments, **named)
             self._tell(_BETWEEN)
             return result

@@ -1,8 +1,6 @@
-"""Named groups of arrays in one safetensors file: what two interpreters hand to each other. Never pickle."""
+"""Named groups of arrays as the bytes of a safetensors file: what two interpreters hand to each other. Never pickle."""
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import safetensors
@@ -29,11 +27,10 @@ _DTYPES = {
 _SEPARATOR = "/"
 
 
-def write_groups(path: Path, groups: Mapping[str, Arrays]) -> None:
-    """Writes arrays bit for bit, atomically.
+def packed(groups: Mapping[str, Arrays]) -> bytes:
+    """Returns arrays as the bytes of a safetensors file, bit for bit.
 
     Args:
-        path: of the file.
         groups: arrays by group and name; a group may be empty.
 
     Raises:
@@ -45,15 +42,13 @@ def write_groups(path: Path, groups: Mapping[str, Arrays]) -> None:
             if array.dtype not in _DTYPES.values():
                 raise ValueError(f"{name}: expected a float, integer or boolean array, got {array.dtype}; convert it.")
             tensors[f"{group}{_SEPARATOR}{name}"] = np.array(array, order="C")
-    temporary = path.with_suffix(".part")
-    temporary.write_bytes(safetensors.numpy.save(tensors))
-    os.replace(temporary, path)
+    return safetensors.numpy.save(tensors)
 
 
-def read_groups(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Reads what ``write_groups`` wrote; groups without arrays are absent."""
+def unpacked(data: bytes) -> dict[str, dict[str, np.ndarray]]:
+    """Returns what `packed` was given; groups without arrays are absent."""
     groups: dict[str, dict[str, np.ndarray]] = {}
-    for key, tensor in safetensors.deserialize(path.read_bytes()):
+    for key, tensor in safetensors.deserialize(data):
         group, _, name = key.partition(_SEPARATOR)
         array = np.frombuffer(bytearray(tensor["data"]), _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
         groups.setdefault(group, {})[name] = array

@@ -8,7 +8,7 @@ import numpy as np
 
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S, Interpreter
 from parity_tests.interpreters.process import ProcessError
-from parity_tests.pair.exchange import read_groups, write_groups
+from parity_tests.pair.exchange import packed, unpacked
 from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant
 
 _LACKS = re.compile(r"No module named '(torch|jax|jaxlib|flax|numpy|ml_dtypes|safetensors|einops|scipy)\b")
@@ -54,9 +54,7 @@ class RemoteSide:
             raise ValueError(
                 f"{framework}_python: expected an interpreter, got {python!r}: {error}; check the path."
             ) from None
-        self._folder = self._process.child.folder
         try:
-            self._folder.mkdir(mode=0o700, parents=True)
             hello = self._receive()
             self.name, self._runs_in = hello["name"], _told(framework, hello["environment"])
         except (ProcessError, RemoteError) as error:
@@ -81,7 +79,7 @@ class RemoteSide:
         self.close()
 
     def close(self) -> None:
-        """Ends the process and removes the exchanged files."""
+        """Ends the process."""
         self._process.end()
 
     def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
@@ -156,11 +154,9 @@ class RemoteSide:
     ) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
         numbered = {str(position): array for position, array in enumerate(inputs)}
         groups = {"parameters": parameters, "inputs": numbered, "cotangents": cotangents or {}}
-        write_groups(self._folder / "request.safetensors", groups)
-        request = {"method": method, "folder": str(self._folder), "cotangents": cotangents is not None, **scalars}
-        self._process.send(request)
+        self._process.send({"method": method, "cotangents": cotangents is not None, **scalars}, packed(groups))
         line = self._receive()
-        return line, read_groups(self._folder / "reply.safetensors")
+        return line, unpacked(line["payload"])
 
     def _receive(self) -> dict[str, Any]:
         # A ProcessError is no RemoteError: a refusal skips a dtype, a dead interpreter must end the check.

@@ -1,9 +1,8 @@
 """One side of a pair in an interpreter of its own, see `interpreters`; it serves what `remote` asks for.
 
-Arrays go through safetensors files that the messages name.
+Arrays go beside the messages, as the bytes of safetensors files.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from parity_tests.harness.failures import first_line
 from parity_tests.harness.records import environment
 from parity_tests.interpreters.child import Channel
-from parity_tests.pair.exchange import read_groups, write_groups
+from parity_tests.pair.exchange import packed, unpacked
 from parity_tests.pair.loading import build, load_factory
 from parity_tests.pair.side import Arrays, ParameterSpec, Side, make_side
 
@@ -63,11 +62,11 @@ def main(channel: Channel, framework: str, spec: str, device: str) -> None:
         return
     channel.send({"name": side.name, "environment": environment()})
     while (request := channel.receive()) is not None:
-        folder = Path(request["folder"])
         try:
-            line, groups = _reply(side, request, read_groups(folder / "request.safetensors"))
-            write_groups(folder / "reply.safetensors", groups)
+            line, groups = _reply(side, request, unpacked(request["payload"]))
+            arrays = packed(groups)
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             # The caller decides what a refusal means; the worker stays there for the next request.
-            line = {"error": first_line(error), "kind": type(error).__name__}
-        channel.send(line)
+            channel.send({"error": first_line(error), "kind": type(error).__name__})
+        else:
+            channel.send(line, arrays)
