@@ -57,7 +57,7 @@ def decode(line: bytes) -> Message:
     """
     try:
         message = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError("crash", f"the worker wrote something that is no message: {line[:80]!r}") from error
     if not isinstance(message, dict):
         raise RequestError("crash", f"the worker wrote something that is no message: {line[:80]!r}")

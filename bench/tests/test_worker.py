@@ -132,6 +132,8 @@ def test_messages():
     assert decode(encode({"a": 1})) == {"a": 1}
     with pytest.raises(RequestError, match="no message"):
         decode(b"[1]")
+    with pytest.raises(RequestError, match="no message"):
+        decode(b"[" * 10**5)
     with pytest.raises(ValueError, match="JSON"):
         encode({"a": float("nan")})
     assert one_line("a\n  b") == "a b"
