@@ -1,15 +1,19 @@
 """A busy machine: what is measured of it, what a cell does about it, and what verdict it leaves."""
 
+import json
 import subprocess
 import sys
 import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from bench.measure import disturbance
 from bench.measure.disturbance import BusyError, Gate, Usage, Watch, _Process, stretch, usage
 from bench.measure.processors import allowed_cpus
-from bench.study.disturbance import disturbed_window
+from bench.study.disturbance import DISTURBED, disturbed_window
+from bench.study.statistics import FASTER, SAME, SLOWER
 
 needs_accounts = pytest.mark.skipif(
     usage({}, allowed_cpus()) is None, reason="this system has no /proc with accounts of its processors"
@@ -169,3 +173,47 @@ def test_the_option_is_checked_and_a_busy_machine_is_refused(tmp_path, call, mon
     refused = call("run", *TINY, "--out", tmp_path / "b", "--when-busy", "refuse")
     assert refused.exit_code == 1
     assert "--when-busy refuse: other processes take 1.00" in refused.stderr
+
+
+# Tried on an idle machine: what a quiet run says is the truth that a busy one must not contradict.
+CELL = ("--preset", "smoke", "--workload", "article-base", "--direction", "forward", "--probe-s", "0", "--rounds", "12")
+
+
+def measured(out, hogs, *options):
+    """Times the cell beside processes that compute without end, each on a processor of its own; label to verdict."""
+    started = []
+    for cpu in allowed_cpus()[:hogs]:
+        code = f"import os; os.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"
+        started.append(subprocess.Popen([sys.executable, "-c", code]))
+    try:
+        command = [sys.executable, "-m", "bench", "run", *CELL, *options, "--out", str(out), "--json", f"{out}.json"]
+        subprocess.run(command, check=False, capture_output=True, timeout=500)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    (cell,) = json.loads(Path(f"{out}.json").read_text())["cells"]
+    labels = {f"{row['framework']} {row['implementation']} ({row['mode']})": row["verdict"] for row in cell["rows"]}
+    return labels | {"PyTorch against JAX": cell["frameworks"]["verdict"]}
+
+
+def test_beside_busy_processes_no_verdict_contradicts_a_quiet_run(tmp_path, request):
+    runs = request.config.getoption("--busy-runs")
+    if not runs:
+        pytest.skip("takes minutes and an idle machine: --busy-runs 10")
+    quiet = measured(tmp_path / "quiet", 0, "--rounds", "40", "--cell-s", "60", "--most-cell-s", "60")
+    assert DISTURBED not in quiet.values(), "the machine is not idle, so that nothing can be tried"
+    assert {FASTER, SLOWER} & set(quiet.values())
+    said, wrong = Counter(), []
+    for hogs in (1, len(allowed_cpus())):
+        for run in range(runs):
+            found = measured(tmp_path / f"{hogs}-{run}", hogs)
+            said.update((hogs, verdict) for verdict in found.values())
+            opposite = {FASTER: (SLOWER, SAME), SLOWER: (FASTER, SAME)}
+            wrong += [
+                (hogs, run, label, verdict, quiet.get(label))
+                for label, verdict in found.items()
+                if quiet.get(label) in opposite.get(verdict, ())
+            ]
+    print("\n" + "\n".join(f"{hogs} busy, {verdict or 'no speed'}: {count}" for (hogs, verdict), count in said.items()))
+    assert wrong == []
