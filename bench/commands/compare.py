@@ -20,6 +20,7 @@ from bench.study.comparison import Change, Comparison, compare
 from bench.study.identity import Identity
 from bench.study.measured_cells import Measured, measured_cells
 from bench.study.overall import Overall
+from bench.study.process_spread import seen_spreads
 from bench.study.statistics import SAME, UNRESOLVED
 
 # Cells of one run alone whose titles are printed; --json has them all.
@@ -166,7 +167,8 @@ def compare_command(
         check_writable("--csv", csv_file)
         first = Archive([a], selection("--where-a", conditions[0]))
         second = Archive([b], selection("--where-b", conditions[1]))
-        cells = measured_cells(first, str(a)), measured_cells(second, str(b))
+        seen = seen_spreads(first, second)
+        cells = measured_cells(first, str(a), seen), measured_cells(second, str(b), seen)
         if not across_devices:
             _check_devices(_devices(first, cells[0]), _devices(second, cells[1]), (a, b))
         found = compare(*cells)

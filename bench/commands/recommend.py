@@ -15,6 +15,7 @@ from bench.plan.competitors import FRAMEWORKS
 from bench.report.export import interval_json
 from bench.report.output import OutputError, columns_of, write_csv, write_json
 from bench.report.text import ratio
+from bench.study.process_spread import seen_spreads
 from bench.study.recommendation import FAR, NEAR, SIZES, Neighbour, Shape, nearest
 
 
@@ -125,12 +126,13 @@ def recommend_command(
         devices = sorted({str(fingerprint["device"]) for fingerprint in archive.environments.values()})
         if shape.device is None and len(devices) > 1:
             raise UsageError(f"--device: expected one, since {' and '.join(devices)} were measured; choose one.")
-        found = nearest(shape, archive.cells())
+        found = nearest(shape, archive.cells(), seen_spreads(archive))
         if not found:
             raise UsageError(
-                f"nothing was measured with dtype {shape.dtype}, precision {shape.precision or 'of the dtype'}, "
-                f"{shape.direction}, device {shape.device or 'any'} and framework "
-                f"{shape.framework or 'any'}; give the directory of a run that has them."
+                f"nothing was measured undisturbed with dtype {shape.dtype}, "
+                f"precision {shape.precision or 'of the dtype'}, {shape.direction}, "
+                f"device {shape.device or 'any'} and framework {shape.framework or 'any'}; "
+                "give the directory of a run that has them."
             )
         answered = extrapolate or found[0].distance <= FAR
         if json_file is not None:

@@ -95,6 +95,11 @@ def _frameworks(found: FrameworkRatio | None) -> dict[str, Any] | None:
     }
 
 
+def _named_from(resolution: float | None) -> float | None:
+    """The smallest ratio that a cell names, less 1; None where it names nothing."""
+    return None if resolution is None or resolution > 700 else math.expm1(resolution)
+
+
 def _ranking(ranking: Ranking) -> dict[str, Any]:
     found = efficiencies(ranking)
     short: Counter[str] = Counter()
@@ -102,7 +107,7 @@ def _ranking(ranking: Ranking) -> dict[str, Any]:
         short[account.label] += 0 if account.control else account.short
     return {name: getattr(ranking.first, name) for name in SHARED} | {
         "baseline": ranking.baseline,
-        "resolution": None if ranking.resolution is None else finite(math.expm1(min(ranking.resolution, 700.0))),
+        "resolution": _named_from(ranking.resolution),
         "control": interval_json(ranking.control),
         "process_replicates": ranking.replicates,
         "confidence": ranking.confidence,
@@ -111,6 +116,8 @@ def _ranking(ranking: Ranking) -> dict[str, Any]:
         "tied": list(ranking.tied),
         "frameworks": _frameworks(ranking.frameworks),
         "framework_graphs": _frameworks(ranking.framework_graphs),
+        "disturbed": ranking.disturbed,
+        "disturbance": dict(ranking.first.disturbance) or None,
         "short_blocks": [asdict(account) for account in ranking.short_blocks],
         "rows": [_row(row, found[row.record.label], short[row.record.label]) for row in ranking.rows],
     }
