@@ -68,13 +68,15 @@ def diagnose(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str])
     with_gpu = sum("cuda" in reply["devices"] for reply in hello.values())
     uuid = next((found["device_uuid"] for found in environments if "device_uuid" in found), None)
     gpu = dict(monitor_for("cuda" if with_gpu else "cpu", uuid).read())
+    git = git_state()
+    late = [f"{git['unknown']}: records of this place would not say what was measured."] if "unknown" in git else []
     return {
         "cpu_model": cpu_model(),
         "cpu_features": list(cpu_features()),
         "cpu_count": os.cpu_count(),
         "affinity": list(allowed_cpus()),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "git": git_state(),
+        "git": git,
         "source_digest": source_digest(),
         "divisions": list(DIVISIONS),
         "cuda_packages": {name: reply["cuda_packages"] for name, reply in hello.items()},
@@ -90,5 +92,5 @@ def diagnose(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str])
         },
         "missing": dict(missing),
         "gpu": gpu,
-        "warnings": [*warnings_for(hello, missing), *gpu_warnings(gpu, with_gpu)],
+        "warnings": [*late, *warnings_for(hello, missing), *gpu_warnings(gpu, with_gpu)],
     }
