@@ -47,8 +47,10 @@ class ProcessSpread:
         guess = GUESS * normal.inv_cdf(1 - error / 2) / normal.inv_cdf(0.5 + CONFIDENCE / 2)
         if not self.off:
             return guess
-        beyond = int(error * len(self.off))
-        if beyond:
+        expected = error * len(self.off)
+        # A quantile of a sample is itself uncertain: one standard error of the count is left out.
+        beyond = int(expected - math.sqrt(expected))
+        if beyond > 0:
             return self.off[-1 - beyond]
         # Too few were seen to tell how far the rare ones reach: the bound of normal offsets, but not beyond the guess
         # unless a deviation was.
