@@ -131,9 +131,10 @@ def recommend_command(
         found = nearest(shape, archive.cells(), seen_spreads(archive))
         if not found:
             raise UsageError(
-                f"nothing was measured with dtype {shape.dtype}, precision {shape.precision or 'of the dtype'}, "
-                f"{shape.direction}, device {shape.device or 'any'} and framework "
-                f"{shape.framework or 'any'}; give the directory of a run that has them."
+                f"nothing was measured undisturbed with dtype {shape.dtype}, "
+                f"precision {shape.precision or 'of the dtype'}, {shape.direction}, "
+                f"device {shape.device or 'any'} and framework {shape.framework or 'any'}; "
+                "give the directory of a run that has them."
             )
         answered = extrapolate or found[0].distance <= FAR
         if json_file is not None:

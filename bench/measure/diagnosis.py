@@ -7,6 +7,7 @@ from typing import Any
 from bench.measure.conditions import monitor_for
 from bench.measure.environment import git_state, source_digest
 from bench.measure.processors import allowed_cpus, cpu_features, cpu_model
+from bench.measure.switches import sentences
 from bench.plan.cells import DIVISIONS
 
 _BUSY_LOAD_PER_CPU = 0.5
@@ -32,6 +33,7 @@ def warnings_for(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, s
     if with_gpu and len(with_gpu) < len(hello):
         said.append(f"Only {with_gpu[0]} sees a GPU: the frameworks can be compared on the CPU only.")
     cpus = len(allowed_cpus()) or os.cpu_count() or 1
+    said += sentences(tuple(hello), len(allowed_cpus()))
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > _BUSY_LOAD_PER_CPU * cpus:
         said.append(f"The machine is busy: load {load:.1f} on {cpus} processors; intervals will be wide.")

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.measure.processors import cpu_features, cpu_model, governor
+from bench.measure.switches import unset_for
 from bench.measure.worker_process import CHECKOUT
 from bench.records import HARNESS_VERSION, digest
 
@@ -73,6 +74,7 @@ def fingerprint(
         "machine": os.environ.get(MACHINE_VARIABLE),
         "cpu_governor": governor(),
         "affinity": list(cpus),
+        "unset_variables": {name: value for worker in workers for name, value in unset_for(worker).items()},
         "gpus": None if gpu is None else gpu.splitlines(),
         "compile_cache": {
             "torchinductor": "directory given" if os.environ.get("TORCHINDUCTOR_CACHE_DIR") else "default, may be warm",

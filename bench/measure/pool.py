@@ -84,6 +84,10 @@ class WorkerPool:
         """Asks the worker of a framework; see ``WorkerProcess.request``."""
         return self._workers[framework].request(message, timeout_s)
 
+    def pids(self) -> dict[str, int]:
+        """Framework to the process id of its worker."""
+        return {framework: worker.pid for framework, worker in self._workers.items()}
+
     def alive(self, framework: str) -> bool:
         """Whether the worker of a framework still runs."""
         return self._workers[framework].alive

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.measure.protocol import Message, RequestError, decode, encode, one_line
+from bench.measure.switches import without_unset
 from bench.measure.worker import CPUS_VARIABLE
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -31,13 +32,15 @@ def _memory_kills() -> int:
 def worker_environment(framework: str, *, device: str, division: str, cpus: Sequence[int]) -> dict[str, str]:
     """Environment variables of a worker: everything that must be set before a framework is imported.
 
+    Switches that would make a mode, a precision or a clock a lie are not passed on; see `switches.UNSET`.
+
     Args:
         framework: ``torch`` or ``jax``.
         device: ``auto``, ``cpu`` or ``cuda``.
         division: in ``matched``, XLA may not keep excess precision and JAX does not run ahead on a CPU.
         cpus: the processors that both frameworks may use.
     """
-    found = dict(os.environ)
+    found = without_unset(os.environ)
     path = [str(CHECKOUT), *filter(None, [found.get("PYTHONPATH")])]
     found |= {"PYTHONPATH": os.pathsep.join(path), CPUS_VARIABLE: ",".join(map(str, cpus)), "PYTHONUNBUFFERED": "1"}
     if cpus:

@@ -54,7 +54,16 @@ def environment_lines(environment_id: str, found: Mapping[str, Any]) -> list[str
             f"{key} {value}" for key, value in framework["versions"].items() if value is not None and "git" not in key
         )
         switches = ", ".join(f"{key}={value}" for key, value in framework["default_switches"].items())
-        lines.append(f"{name}: Python {framework.get('python')}, {versions}. Switches at its start: {switches}.")
+        variables = ", ".join(
+            f"{key}={value}" for key, value in (framework.get("variables") or {}).items() if value not in (None, "")
+        )
+        lines.append(
+            f"{name}: Python {framework.get('python')}, {versions}. Switches at its start: {switches}."
+            + (f" Variables: {variables}." if variables else "")
+        )
+    if unset := found.get("unset_variables"):
+        named = ", ".join(f"{key}={value}" for key, value in unset.items())
+        lines.append(f"Set in the shell, and unset for the measurement: {named}.")
     return lines
 
 

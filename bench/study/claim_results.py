@@ -99,6 +99,8 @@ def _missing(records: Sequence[Record], name: str) -> str:
 def _speed(cell: _Cell, framework: str, part: Part) -> Finding:
     loop, case = cell.of(framework, LOOP), cell.of(framework, part.case)
     reason = _missing(loop, LOOP) or _missing(case, part.case)
+    if not reason and cell.ranking.disturbed:
+        reason = "others used the machine while the two were timed"
     if reason:
         return Finding(cell.where, framework, part, None, "", reason, absent=not (loop and case))
     found = intervals(log_latencies(loop), {part.case: log_latencies(case)}, cell.ranking.confidence)

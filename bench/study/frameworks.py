@@ -1,5 +1,8 @@
 """PyTorch against JAX in one cell: the fastest competitor of the one against the fastest of the other.
 
+Plain calls meet plain calls and recorded graphs meet recorded graphs: where one framework has no speed of a kind of
+launch, that side is missing, and nothing of another kind stands in for it.
+
 Which one of several equals comes first in its framework is chance, and to choose it by the same rounds that judge it
 would favour whoever has more of them. So its error is shared out (Bonferroni) among the pairs of those that tie for the
 first place of their framework: the interval holds for each of these pairs.
@@ -19,19 +22,20 @@ REFERENCE, RIVAL = "torch", "jax"
 
 @dataclass(frozen=True, slots=True)
 class FrameworkRatio:
-    """The two frameworks in one cell.
+    """The two frameworks in one cell and one kind of launch.
 
     Attributes:
-        torch: label of PyTorch's fastest competitor, whatever it is: an implementation or what users write instead.
-        jax: label of JAX's.
-        interval: speed of JAX over that of PyTorch, of these two.
-        verdict: FASTER, SLOWER, SAME or UNRESOLVED, of JAX against PyTorch.
+        torch: label of PyTorch's fastest competitor, an implementation or what users write instead; None where it has
+            no speed.
+        jax: label of JAX's, or None.
+        interval: speed of JAX over that of PyTorch, of these two; None where a side is missing.
+        verdict: FASTER, SLOWER, SAME or UNRESOLVED, of JAX against PyTorch; empty where a side is missing.
         confidence: of the interval, so that it holds at 95% however the two were chosen.
     """
 
-    torch: str
-    jax: str
-    interval: Interval
+    torch: str | None
+    jax: str | None
+    interval: Interval | None
     verdict: str
     confidence: float
 
@@ -52,14 +56,17 @@ def framework_ratio(
         seen: what is known of the spread of processes on the machine; None leaves it out, as if processes were alike.
 
     Returns:
-        None where a framework has nobody, or the two fastest share no round.
+        None where neither framework has anybody, or the two fastest share no round.
     """
+    if not all(ranked.get(framework) for framework in (REFERENCE, RIVAL)):
+        alone = {framework: next(iter(ranked.get(framework) or ()), None) for framework in (REFERENCE, RIVAL)}
+        if not any(alone.values()):
+            return None
+        return FrameworkRatio(alone[REFERENCE], alone[RIVAL], None, "", confidence)
     first: dict[str, str] = {}
     pairs = 1
     for framework in (REFERENCE, RIVAL):
-        competitors = ranked.get(framework)
-        if not competitors:
-            return None
+        competitors = ranked[framework]
         tied = leaders(competitors, floor, confidence=confidence, seen=seen)
         first[framework] = tied[0]
         pairs *= len(tied)

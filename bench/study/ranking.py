@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from bench.plan.competitors import YARDSTICK
+from bench.plan.competitors import CALLS, GRAPHS, YARDSTICK, launch
 from bench.records import Record
+from bench.study.disturbance import DISTURBED, disturbance_line, is_disturbed
 from bench.study.frameworks import FrameworkRatio, framework_ratio
 from bench.study.identity import identity
 from bench.study.pairing import Rounds, by_label, log_latencies, paired
 from bench.study.process_spread import NOTHING_SEEN, ProcessSpread, spreads_by_machine
 from bench.study.short_blocks import ShortBlocks, short_blocks
-from bench.study.statistics import CONFIDENCE, SLOWER, Interval, tukey_outliers
+from bench.study.statistics import CONFIDENCE, JUDGED, SLOWER, Interval, tukey_outliers
 from bench.study.stopping import confidence
 from bench.study.verdicts import CONTROL, measure
 from bench.study.winners import leaders
@@ -30,7 +31,7 @@ class Row:
         rank: 1 for the fastest; None for a yardstick and for a competitor without a right answer.
         latency_s: median over the replicates of the median call, or None.
         interval: ratio to the baseline, or None.
-        verdict: FASTER, SLOWER, SAME, UNRESOLVED, ``baseline``, ``yardstick``, or empty without an interval.
+        verdict: FASTER, SLOWER, SAME, UNRESOLVED, DISTURBED, ``baseline``, ``yardstick``, or empty without an interval.
         outliers: number of blocks outside Tukey's fences.
         tied: whether it is one of several that tie for the first place.
         waited_s: median seconds of a single call that was waited for, or None.
@@ -70,7 +71,10 @@ class Ranking:
         leaders: labels of the fastest competitor and of everybody who ties with it; empty if nobody was timed.
         confidence: of the intervals, so that they hold at 95% however often the run looked at them.
         short_blocks: of every record, the control's included, that has blocks much shorter than intended.
-        frameworks: the fastest of JAX against the fastest of PyTorch; None where either is missing.
+        frameworks: the fastest plain calls of JAX against those of PyTorch; None where neither has any.
+        framework_graphs: the same for recorded graphs.
+        disturbed: whether others used the machine so that the cell has no verdict.
+        disturbance: how much they did, in one sentence; None where the records do not tell.
     """
 
     cell: str
@@ -84,8 +88,17 @@ class Ranking:
     confidence: float = CONFIDENCE
     short_blocks: tuple[ShortBlocks, ...] = ()
     frameworks: FrameworkRatio | None = None
+    framework_graphs: FrameworkRatio | None = None
     floor: float | None = None
     spread_of_processes: float = 0.0
+    disturbed: bool = False
+    disturbance: str | None = None
+
+    @property
+    def framework_ratios(self) -> dict[str, FrameworkRatio]:
+        """Kind of launch to the comparison of the frameworks, where either has a speed of it."""
+        both = {CALLS: self.frameworks, GRAPHS: self.framework_graphs}
+        return {kind: found for kind, found in both.items() if found is not None}
 
     @property
     def winner(self) -> str | None:
@@ -181,7 +194,11 @@ def _rank_cell(records: Sequence[Record], seen: ProcessSpread) -> Ranking:
     ]
     ordered += [row for row in rows if row.record.kind == YARDSTICK]
     ordered += [Row(worst.without_samples(), None, None, None, "", 0) for worst in failed.values()]
-    return Ranking(
+    between = {
+        kind: framework_ratio(_by_framework(ranked, rounds, kind), floor, confidence=level, seen=seen)
+        for kind in (CALLS, GRAPHS)
+    }
+    ranking = Ranking(
         cell=records[0].cell,
         first=records[0].without_samples(),
         baseline=baseline,
@@ -192,15 +209,42 @@ def _rank_cell(records: Sequence[Record], seen: ProcessSpread) -> Ranking:
         leaders=first,
         confidence=level,
         short_blocks=short_blocks(records),
-        frameworks=framework_ratio(_by_framework(ranked, rounds), floor, confidence=level, seen=seen),
+        frameworks=between[CALLS],
+        framework_graphs=between[GRAPHS],
         floor=floor,
         spread_of_processes=reach if single else 0.0,
+        disturbance=disturbance_line(records),
+    )
+    return _withheld(ranking) if is_disturbed(records) else ranking
+
+
+def _withheld(ranking: Ranking) -> Ranking:
+    """The ranking of a disturbed cell: figures in their order, and no verdict on any of them."""
+
+    def without_verdict(found: FrameworkRatio | None) -> FrameworkRatio | None:
+        return found and replace(found, verdict=found.verdict and DISTURBED)
+
+    return replace(
+        ranking,
+        rows=tuple(
+            replace(row, verdict=DISTURBED if row.verdict in JUDGED else row.verdict, tied=False)
+            for row in ranking.rows
+        ),
+        leaders=(),
+        frameworks=without_verdict(ranking.frameworks),
+        framework_graphs=without_verdict(ranking.framework_graphs),
+        # Nothing is named, however far apart.
+        resolution=math.inf,
+        floor=math.inf,
+        disturbed=True,
     )
 
 
-def _by_framework(ranked: Sequence[Row], rounds: Mapping[str, Rounds]) -> dict[str, dict[str, Rounds]]:
+def _by_framework(ranked: Sequence[Row], rounds: Mapping[str, Rounds], kind: str) -> dict[str, dict[str, Rounds]]:
     apart: dict[str, dict[str, Rounds]] = defaultdict(dict)
     for row in ranked:
+        if launch(row.record.mode, row.record.device) != kind:
+            continue
         apart[row.record.framework][row.record.label] = rounds[row.record.label]
     return apart
 

@@ -86,6 +86,8 @@ def _neighbour(shape: Shape, group: Sequence[Record], seen: Mapping[str, Process
         for record in ours
         if shape.framework in (None, record.framework)
     }
+    if ranking.disturbed:
+        return None
     first = leaders(competitors, ranking.floor, confidence=ranking.confidence, seen=known)
     if not first:
         return None

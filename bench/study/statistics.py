@@ -30,6 +30,7 @@ COARSE = math.log(1.15)
 # A control that may differ from itself by an order of magnitude says nothing about any other ratio.
 UNKNOWN = math.log(10)
 FASTER, SLOWER, SAME, UNRESOLVED = "FASTER", "SLOWER", "SAME", "UNRESOLVED"
+JUDGED = (FASTER, SLOWER, SAME, UNRESOLVED)
 
 
 @dataclass(frozen=True, slots=True)
