@@ -14,7 +14,7 @@ from bench.plan.cells import DEVICES, DIRECTIONS, PRECISIONS, STORAGE_DTYPES
 from bench.plan.competitors import FRAMEWORKS
 from bench.report.export import interval_json
 from bench.report.output import OutputError, columns_of, write_csv, write_json
-from bench.report.text import ratio
+from bench.report.text import MORE_PROCESSES, ratio
 from bench.study.process_spread import seen_spreads
 from bench.study.recommendation import FAR, NEAR, SIZES, Neighbour, Shape, nearest
 
@@ -87,6 +87,8 @@ def _show(shape: Shape, found: Sequence[Neighbour], *, answered: bool) -> None:
             alike = len({neighbour.distance for neighbour in near}) == 1
             why = "what took part, or on the division" if alike else "the exact size"
             console.print(f"The measurements below disagree, so the answer depends on {why}.")
+        if first.ranking.one_process and first.leaders[1:]:
+            console.print(f"One process measured it; {MORE_PROCESSES}.")
     for neighbour in found:
         console.print(f"{neighbour.ranking.title}, {2**neighbour.distance:.1f} times away, speed over the fastest:")
         for label, interval in sorted(neighbour.speeds.items(), key=lambda item: -item[1].ratio):

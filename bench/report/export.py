@@ -95,9 +95,9 @@ def _frameworks(found: FrameworkRatio | None) -> dict[str, Any] | None:
     }
 
 
-def _named_from(resolution: float | None) -> float | None:
-    """The smallest ratio that a cell names, less 1; None where it names nothing."""
-    return None if resolution is None or resolution > 700 else math.expm1(resolution)
+def _share(log_ratio: float | None) -> float | None:
+    """Return a log ratio as the share by which one is faster; None if it is infinite."""
+    return None if log_ratio is None or math.isinf(log_ratio) else finite(math.expm1(min(log_ratio, 700.0)))
 
 
 def _ranking(ranking: Ranking) -> dict[str, Any]:
@@ -107,7 +107,9 @@ def _ranking(ranking: Ranking) -> dict[str, Any]:
         short[account.label] += 0 if account.control else account.short
     return {name: getattr(ranking.first, name) for name in SHARED} | {
         "baseline": ranking.baseline,
-        "resolution": _named_from(ranking.resolution),
+        "resolution": _share(ranking.resolution),
+        "noise_floor": _share(ranking.floor),
+        "spread_of_processes": _share(ranking.spread_of_processes) if ranking.one_process else None,
         "control": interval_json(ranking.control),
         "process_replicates": ranking.replicates,
         "confidence": ranking.confidence,

@@ -16,6 +16,7 @@ from bench.archive import Archive, read_cells
 from bench.environments import device_name
 from bench.plan.competitors import YARDSTICK
 from bench.records import Record
+from bench.study.disturbance import is_disturbed
 from bench.study.pairing import Rounds, by_label, log_latencies, paired, spreads_of
 from bench.study.statistics import CONFIDENCE, student_t_quantile
 
@@ -47,8 +48,10 @@ class ProcessSpread:
         guess = GUESS * normal.inv_cdf(1 - error / 2) / normal.inv_cdf(0.5 + CONFIDENCE / 2)
         if not self.off:
             return guess
-        beyond = int(error * len(self.off))
-        if beyond:
+        expected = error * len(self.off)
+        # A quantile of a sample is itself uncertain: one standard error of the count is left out.
+        beyond = int(expected - math.sqrt(expected))
+        if beyond > 0:
             return self.off[-1 - beyond]
         # Too few were seen to tell how far the rare ones reach: the bound of normal offsets, but not beyond the guess
         # unless a deviation was.
@@ -92,7 +95,7 @@ def spreads_by_machine(groups: Iterable[Sequence[Record]], machines: Mapping[str
     """Return what cells of several processes tell of each environment's machine.
 
     Args:
-        groups: the records of one cell and environment each; those of a single process tell nothing.
+        groups: the records of one cell and environment each; a disturbed one, and one of a single process, tell nothing.
         machines: environment to the machine that it was on; an environment that is missing is a machine of its own.
 
     Returns:
@@ -104,7 +107,7 @@ def spreads_by_machine(groups: Iterable[Sequence[Record]], machines: Mapping[str
     for group in groups:
         environment_id = group[0].environment_id
         machine = environments.setdefault(environment_id, environment_id)
-        found, more = _deviations(group)
+        found, more = ([], 0) if is_disturbed(group) else _deviations(group)
         off[machine] += found
         degrees[machine] += more
     known = {machine: ProcessSpread(tuple(sorted(found)), degrees[machine]) for machine, found in off.items() if found}

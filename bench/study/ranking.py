@@ -14,7 +14,7 @@ from bench.study.identity import identity
 from bench.study.pairing import Rounds, by_label, log_latencies, paired
 from bench.study.process_spread import NOTHING_SEEN, ProcessSpread, spreads_by_machine
 from bench.study.short_blocks import ShortBlocks, short_blocks
-from bench.study.statistics import CONFIDENCE, EQUIVALENCE, JUDGED, SLOWER, Interval, tukey_outliers
+from bench.study.statistics import CONFIDENCE, JUDGED, SLOWER, Interval, tukey_outliers
 from bench.study.stopping import confidence
 from bench.study.verdicts import CONTROL, measure
 from bench.study.winners import leaders
@@ -60,8 +60,8 @@ class Ranking:
         cell: the cell's hash.
         first: any record of the cell, for what they have in common.
         baseline: label of the baseline, or None if nothing could be timed.
-        resolution: smallest log ratio that is named: the noise floor, and with a single process at least 2% and the
-            spread of processes; None without a control.
+        resolution: smallest log ratio that is named: the noise floor, and with a single process at least the spread of
+            processes; None without a control.
         floor: noise floor as a log ratio, which is the far end of the A/A control's interval; None without a control.
         spread_of_processes: log ratio within which the competitors' verdicts name nobody, since the cell has a single
             process; 0 where it has several.
@@ -163,7 +163,7 @@ def _rank_cell(records: Sequence[Record], seen: ProcessSpread) -> Ranking:
     verdicts = measured.verdicts(compared, reach)
     floor, least = measured.floor, measured.floor
     if single and floor is not None:
-        least = max(floor, reach, EQUIVALENCE)
+        least = max(floor, reach)
     rows: list[Row] = []
     for label, group in timed.items():
         said = verdicts.get(label, "")

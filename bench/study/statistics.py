@@ -205,7 +205,7 @@ def verdict(interval: Interval, floor: float | None, spread: float = 0.0) -> str
     SAME: the whole interval lies within 2% of 1. FASTER or SLOWER: the interval leaves 1 out and the estimate lies
     beyond the noise floor; where the floor itself is above 15%, the near end of the interval lies beyond it. Anything
     else, and everything without a control or with one that spans more than a factor of 10, is UNRESOLVED. The interval
-    of a single process counts with the spread of processes in it, and its floor is at least 2%.
+    of a single process counts with the spread of processes in it.
 
     Args:
         interval: ratio to the baseline.
@@ -214,8 +214,6 @@ def verdict(interval: Interval, floor: float | None, spread: float = 0.0) -> str
     """
     if interval.low <= 0 or floor is None or floor > UNKNOWN:
         return UNRESOLVED
-    if interval.processes == 1:
-        floor = max(floor, EQUIVALENCE)
     wide = interval.across_processes(spread)
     low, high, middle = math.log(wide.low), math.log(wide.high), math.log(wide.ratio)
     if low >= -EQUIVALENCE and high <= EQUIVALENCE:

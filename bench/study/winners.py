@@ -35,7 +35,8 @@ from bench.study.statistics import (
 
 # With fewer competitors, the scatter of their variances is a guess.
 _LEAST_COMPETITORS = 5
-_MOST_PRIOR_DEGREES = 3
+# Of the degrees of freedom of a variance, for those that the others may add.
+_MOST_FROM_OTHERS = 3
 
 
 def holm(p_values: np.ndarray, error: float) -> np.ndarray:
@@ -55,7 +56,7 @@ def _moderated(spreads: Sequence[Spread]) -> list[Scatter]:
         alike = [k for k, spread in enumerate(spreads) if bool(spread.processes) == several]
         prior = usual([own[k] for k in alike], _LEAST_COMPETITORS) if alike else Prior(0.0, 0.0)
         for k in alike:
-            limited = Prior(prior.variance, min(prior.degrees, _MOST_PRIOR_DEGREES * own[k].degrees))
+            limited = Prior(prior.variance, min(prior.degrees, _MOST_FROM_OTHERS * own[k].degrees))
             found[k] = limited.moderate(own[k])
     return found
 
@@ -87,7 +88,7 @@ def _far_enough(spread: Spread, floor: float | None, spread_of_processes: float,
         return False
     reach = student_t_quantile(0.5 + confidence / 2, spread.degrees) * spread.error
     if not spread.processes:
-        reach, floor = math.hypot(reach, spread_of_processes), max(floor, EQUIVALENCE)
+        reach = math.hypot(reach, spread_of_processes)
     # Above 15% the floor is not known well enough for an estimate to pass it, as in `statistics.verdict`.
     return (spread.mean - reach if floor > COARSE else spread.mean) > floor and spread.mean + reach > EQUIVALENCE
 
