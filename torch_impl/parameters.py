@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -17,10 +17,10 @@ import safetensors.numpy
 import torch
 from torch import Tensor, nn
 
-from torch_impl.array_types import kind_of, said
+from torch_impl.array_types import kind_of, said, shown
 from torch_impl.linears import state_dict_from_linears
 from torch_impl.registry import DTYPE_NAMES
-from torch_impl.validation import check_arrays, check_materialised, check_path, is_plain
+from torch_impl.validation import check_arrays, check_materialised, is_plain
 
 __all__ = [
     "check_writable",
@@ -106,7 +106,7 @@ def save_parameters(layer: PartitionedModule, path: str | os.PathLike[str]) -> N
         ValueError: If the parameters hold no values here.
         OSError: If the file cannot be written.
     """
-    target = check_path(path)
+    target = _checked(path)
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION}
     content = safetensors.numpy.save(export_parameters(layer), metadata)
     if not target.parent.is_dir():
@@ -135,7 +135,7 @@ def load_parameters(layer: PartitionedModule, path: str | os.PathLike[str]) -> N
             layer is unchanged.
         OSError: If the file cannot be read.
     """
-    import_parameters(layer, _read_arrays(check_path(path)))
+    import_parameters(layer, _read_arrays(_checked(path)))
 
 
 def check_writable(views: Mapping[str, Tensor]) -> None:
@@ -178,6 +178,23 @@ def _views(layer: PartitionedModule) -> dict[str, Tensor]:
     views = layer.partition_views()
     check_materialised(views)
     return views
+
+
+def _checked(path: Any) -> Path:
+    """Return a path; refuse other types by a TypeError, and what can be no file's name by a ValueError."""
+    try:
+        text = os.fspath(path)
+    except Exception:
+        text = None
+    if not isinstance(text, str):
+        raise TypeError(f"`path`: expected a str or a Path, got a {kind_of(path)}; pass the file's name.")
+    try:
+        possible = text not in ("", ".") and b"\0" not in os.fsencode(text)
+    except UnicodeError:
+        possible = False
+    if not possible:
+        raise ValueError(f"`path`: expected the name of a file, got {shown(text)}; pass another name.")
+    return Path(text)
 
 
 def _to_numpy(name: str, tensor: Tensor) -> np.ndarray:

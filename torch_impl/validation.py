@@ -6,9 +6,7 @@ Wrong Python types and dtypes raise `TypeError`, wrong values, shapes and device
 
 import contextlib
 import math
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,23 +81,6 @@ def check_implementation_name(name: Any) -> None:
     if name != "auto" and name not in IMPLEMENTATIONS:
         choices = ", ".join(repr(choice) for choice in ("auto", *IMPLEMENTATIONS))
         raise ValueError(f"`implementation`: expected one of {choices}, got {shown(name)}; choose one of these.")
-
-
-def check_path(path: Any) -> Path:
-    """Return a path; refuse other types by a TypeError, and what can be no file's name by a ValueError."""
-    try:
-        text = os.fspath(path)
-    except Exception:
-        text = None
-    if not isinstance(text, str):
-        raise TypeError(f"`path`: expected a str or a Path, got a {kind_of(path)}; pass the file's name.")
-    try:
-        possible = text not in ("", ".") and b"\0" not in os.fsencode(text)
-    except UnicodeError:
-        possible = False
-    if not possible:
-        raise ValueError(f"`path`: expected the name of a file, got {shown(text)}; pass another name.")
-    return Path(text)
 
 
 def check_operands(x: Any, weight: Any, bias: Any) -> None:
@@ -220,9 +201,13 @@ def check_storage(argument: str, tensor: Tensor) -> None:
     """Refuse, by a ValueError, a tensor whose storage was freed, as sharded training does between its steps."""
     if not is_plain(tensor) or tensor.is_meta or tensor.numel() == 0:
         return
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except RuntimeError:  # a tensor inside a transform such as torch.func.jvp
+        return
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = tensor.storage_offset() + sum((size - 1) * step for size, step in steps)
-    if tensor.untyped_storage().nbytes() < (last + 1) * tensor.element_size():
+    if held < (last + 1) * tensor.element_size():
         raise ValueError(
             f"`{argument}`: expected a tensor with values, got one whose storage was freed; use it while it holds them."
         )
