@@ -44,6 +44,8 @@ def partitioned_linear(x: Inputs, weight: Weight, bias: Bias | None = None, *, i
     check_same_dtype(x, weight, bias)
     num_partitions, in_features, out_features = weight.shape
     dtype = DTYPE_NAMES[weight.dtype]
+    if not isinstance(implementation, str):
+        check_implementation_name(implementation)
     if implementation == "auto":
         implementation = select_implementation(
             num_partitions=num_partitions,

@@ -86,6 +86,7 @@ def initialize_(init: Init, weight: Tensor, bias: Tensor | None) -> None:
         TypeError: If a custom initialiser returns another tensor, or puts one in the place of its argument.
         ValueError: If a custom initialiser raises for the shape of one partition, or leaves elements unfilled.
     """
+    check_initializer(init)
     in_features = weight.shape[-1]
     if isinstance(init, str):
         weight_init, bias_init = INITIALIZERS[init]

@@ -19,6 +19,7 @@ from torch_impl.validation import (
     check_placement,
     check_same_dtype,
     check_sizes,
+    explain_failure,
 )
 
 
@@ -134,7 +135,11 @@ class MaskedPartitionedLinear(nn.Module):
         flat = x.shape[-1] == self.num_partitions * self.in_features
         # One matrix of rows: with more axes torch.vmap turns the product into a batched one over a broadcast weight,
         # whose gradient is then summed in 16 bits.
-        product = F.linear(rows.reshape(-1, effective.shape[1]), effective, bias)
+        try:
+            product = F.linear(rows.reshape(-1, effective.shape[1]), effective, bias)
+        except RuntimeError as error:
+            explain_failure(error, "masked", rows, self.weight, bias)
+            raise
         if flat:
             return product.reshape(*x.shape[:-1], effective.shape[0])
         return product.reshape(*x.shape[:-2], self.num_partitions, self.out_features)

@@ -161,12 +161,17 @@ def explain_failure(error: RuntimeError, implementation: str, x: Tensor, weight:
     for argument, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is not None:
             check_storage(argument, tensor)
+        if tensor is not None and tensor.is_inference() and "nference" in str(error):
+            raise ValueError(
+                f"`{argument}`: expected a tensor that autograd may keep, got one made under torch.inference_mode; "
+                f"clone it, or call this in that mode."
+            ) from error
     if isinstance(error, NotImplementedError):
         raise UnsupportedImplementationError(
             f"`implementation`: expected one that supports this call, got {implementation!r} ({said(error)}); choose "
             f"another one."
         ) from error
-    if x.ndim > _MOST_AXES or x.numel() * weight.shape[2] >= _MOST_ELEMENTS:
+    if x.ndim > _MOST_AXES or x.numel() * weight.shape[-1] >= _MOST_ELEMENTS:
         raise ValueError(
             f"`x`: expected at most {_MOST_AXES} axes and an output of fewer than 2**60 elements, got "
             f"{shown(_shape(x))}; flatten its leading axes, or split them."
