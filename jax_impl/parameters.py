@@ -73,11 +73,11 @@ def import_parameters(layer: PartitionedLinear, arrays: Mapping[str, np.ndarray]
     written = []
     try:
         for name, variable in variables.items():
-            variable[...] = values[name]
+            variable.set_value(values[name])
             written.append(name)
     except Exception as error:
         for name in written:
-            variables[name][...] = before[name]
+            variables[name].set_value(before[name])
         raise ValueError(
             f"`layer`: expected a layer that may be changed here, got an error from Flax ({said(error)}); call this "
             f"outside of transforms."
