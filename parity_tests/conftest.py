@@ -15,7 +15,7 @@ SEARCH_PROFILES = {"quick": 4, "thorough": 200}
 
 
 # In a usual run; more are drawn in parts of as many, which can be run one by one.
-DRAWN_CALLS_A_TEST = 250
+DRAWN_CALLS_A_TEST = 200
 
 
 def load_search_profile(name):
@@ -67,6 +67,8 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_configure(config):
+    if config.getoption("--drawn-calls") < 1:
+        raise pytest.UsageError(f"--drawn-calls: expected at least 1, got {config.getoption('--drawn-calls')}.")
     load_search_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
     if config.getoption("--no-shape-checks"):
         return

@@ -896,4 +896,4 @@ def test_drawn_calls(drawn_calls, tmp_path):
     table = entries(tmp_path)
     judged = judge(table, (draw_call(table, 0, number) for number in drawn_calls), "torch_impl")
     assert judged.faults == []
-    assert min(judged.outcomes[outcome] for outcome in ("right", "refused", "unsupported")) > len(drawn_calls) // 100
+    assert min(judged.outcomes[outcome] for outcome in ("right", "refused")) > len(drawn_calls) // 100
