@@ -9,9 +9,11 @@ import numpy as np
 from parity_tests.harness.comparison import TensorResult
 from parity_tests.harness.failures import first_line
 from parity_tests.harness.records import row_from_result
+from parity_tests.pair.buffers import refuse_unmapped
 from parity_tests.pair.calibration import SEMANTIC_SCALE, calibrated_bound
 from parity_tests.pair.draws import is_float
-from parity_tests.pair.legs import Pair, Values
+from parity_tests.pair.legs import Pair, Values, running
+from parity_tests.pair.remarks import Remarks
 from parity_tests.pair.report import PairRow
 from parity_tests.pair.side import Ensemble
 from parity_tests.pair.state import PREFIX, is_output, updated
@@ -60,6 +62,9 @@ class Judge:
         self._gradients, self._semantic, self._state = gradients, semantic, state
         # Buffers that are compared, by their rows' names: known when the first calls have returned.
         self._updated: frozenset[str] = frozenset()
+        # Gradients that neither side has, though one of them could: known likewise.
+        self.untrained: tuple[str, ...] = ()
+        self.remarks = Remarks(pair)
         self.evidence = Evidence()
         self.notes: set[str] = set()
         # Why a dtype was not compared whole on both sides, by dtype.
@@ -70,7 +75,11 @@ class Judge:
         for dtype in dtypes:
             yield from self._weights(dtype)
         values = self._pair.values("float32", self._seed)
-        random = [key for key in KEYS if self._pair.sides[key].is_random(values.parameters[key], values.inputs[key])]
+        random = []
+        for key in KEYS:
+            with running(key, values.inputs[key]):
+                if self._pair.sides[key].is_random(values.parameters[key], values.inputs[key]):
+                    random.append(key)
         self.evidence.random = tuple(random)
         for key in random:
             reason = "the output depends on a random state: dropout is active, or the module draws numbers"
@@ -112,6 +121,13 @@ class Judge:
         if self._gradients:
             values = self._pair.with_cotangents(values, shapes["torch"], self._seed)
         outputs = {key: self._pair.truth(key, values) for key in KEYS}
+        refuse_unmapped(self._pair, values, self._state)
+        self.untrained = tuple(
+            name
+            for name in self._pair.mapping.half_trained
+            if self._gradients
+            and not any(found.get(f"d_{name}", np.zeros(1)).any() for found in outputs.values())
+        )
         if self._state:
             changed = frozenset().union(*(updated(found, values.parameters["torch"]) for found in outputs.values()))
             self._updated = frozenset(f"{PREFIX}{name}" for name in changed)
@@ -119,6 +135,8 @@ class Judge:
         ensembles = {key: self._pair.ensemble(key, values, "float32", self._seed) for key in KEYS}
         bounds = {key: self._bounds(outputs[key], ensembles[key], "float32", SEMANTIC_SCALE) for key in KEYS}
         self.evidence = Evidence(values, outputs, bounds, ensembles)
+        self.remarks.on_branches(values)
+        yield from self._trained_alone()
         yield from self._says_nothing(outputs["torch"], outputs["jax"])
         if self._semantic:
             for name, expected in outputs["torch"].items():
@@ -126,6 +144,13 @@ class Judge:
                 result = within(name, outputs["jax"][name], expected, limit)
                 yield self._row(result, _BOTH, "float64", self._rung(name), mode="truth")
         return True
+
+    def _trained_alone(self) -> Iterator[PairRow]:
+        """Fails what is kept as a constant on one side, without counterpart, and has a gradient there."""
+        for key, side in (("torch", "torch"), ("jax", "flax")):
+            for name in self._pair.trained_alone[key]:
+                reason = f"{name} is kept as it is, without counterpart, but the {side} side trains it; freeze it there"
+                yield self._row(refused(f"d_{name}", reason), _BOTH, "float64", "gradients", mode="truth")
 
     def _says_nothing(self, torch: Mapping[str, np.ndarray], jax: Mapping[str, np.ndarray]) -> Iterator[PairRow]:
         """Fails a pair whose outputs are empty, zero or not finite on both sides: any two modules agree on that."""
@@ -164,6 +189,7 @@ class Judge:
         if dtype == "float32":
             self.evidence.results = results
         for key in results:
+            self.remarks.on_formats(key, values, {**alone[key], **results[key]}, alone[key])
             truths, bounds[key] = self._truths_and_bounds(key, values)
             for name, expected in truths.items():
                 if name not in results[key]:
@@ -214,8 +240,15 @@ class Judge:
         return "forward" if is_output(name) else "gradients" if name.startswith("d_") else "state"
 
     def _compared(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Without the buffers that no call updates: the rung of the weights has these."""
-        return {n: array for n, array in arrays.items() if not n.startswith(PREFIX) or n in self._updated}
+        """Without the buffers that no call updates, which the rung of the weights has, and what is left out."""
+        left_out = {f"d_{name}" for name in self.untrained}
+        return {
+            name: array
+            for name, array in arrays.items()
+            if (not name.startswith(PREFIX) or name in self._updated)
+            and name not in left_out
+            and not (name.startswith("d_") and self._pair.left_out.covers(name))
+        }
 
     def _row(
         self, result: TensorResult, key: str, dtype: str, rung: str, bound: str = "calibrated", *, mode: str = ""
@@ -233,7 +266,7 @@ class Judge:
         if bound == "skipped":
             plain = dataclasses.replace(plain, status="skipped", max_abs_error=None, bound_fraction=None)
         fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
-        return PairRow(**fields, rung=rung, bound=bound)
+        return self.remarks.added(PairRow(**fields, rung=rung, bound=bound))
 
 
 def _is_informative(value: np.ndarray) -> bool:

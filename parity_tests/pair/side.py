@@ -15,11 +15,19 @@ class ParameterSpec:
 
     Attributes:
         value: as the module holds it before anything is drawn; gives the shape, the dtype and the scale.
-        trainable: True for a parameter, False for a buffer (a running statistic, a mask).
+        trainable: True for a parameter that gradients are taken of, False for a frozen one and for a buffer (a running
+            statistic, a mask).
+        frozen: True for a parameter that the module itself keeps out of training (``requires_grad=False``).
     """
 
     value: np.ndarray
     trainable: bool
+    frozen: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What the array is, as messages say it."""
+        return "a parameter" if self.trainable else "a frozen parameter" if self.frozen else "a buffer"
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,14 @@ class Side(Protocol):
 
     def is_random(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> bool:
         """True if the outputs depend on a random state (dropout that is active)."""
+        ...
+
+    def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
+        """Branches of clamps, selections and comparisons that no value takes in float64, see ``ranges``."""
+        ...
+
+    def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
+        """Operations of a call that work in a wider format than ``dtype``, in which all arrays are stored."""
         ...
 
 

@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from parity_tests.harness.dtypes import numpy_dtype
 from parity_tests.harness.failures import first_line
 from parity_tests.harness.subjects.jax import resolve_device
+from parity_tests.pair.branches import Branches
 from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS
 from parity_tests.pair.draws import is_float
 from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant, collect_ensemble, leaf_name
 from parity_tests.pair.state import named_state
+from parity_tests.pair.subjects import jax_watch
 from parity_tests.pair.subjects.jax_modules import FlatModule, Function, flatten_module
 from parity_tests.pair.subjects.jax_noise import Interpreter, normal_pool
 
@@ -26,9 +29,9 @@ class JaxSide:
     """One Flax module or JAX function; see ``side.Side``.
 
     Args:
-        module: a linen module, an nnx module or a function of a nested dict of arrays and the inputs.
+        module: a linen module, an nnx module, a callable pytree, or a function of a pytree of arrays and the inputs.
         kwargs: keyword arguments of every call.
-        initial: initial parameters of a function; None for a module.
+        initial: initial parameters of a function, variables of a linen module; None for another module.
         device: ``cpu``, ``cuda`` or ``auto``.
         change: spoils the flat function, to plant a defect.
     """
@@ -39,7 +42,7 @@ class JaxSide:
         self,
         module: Any,
         kwargs: Mapping[str, Any] | None = None,
-        initial: Mapping[str, Any] | None = None,
+        initial: Any = None,
         device: str = "cpu",
         change: Callable[[Function], Function] | None = None,
     ) -> None:
@@ -132,6 +135,38 @@ class JaxSide:
                 outputs, _ = jax.jit(function)(dict(parameters), *inputs)
                 results.append([np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(outputs)])
         return results[0] != results[1]
+
+    def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
+        """Watches the program as traced in the arrays' dtype, evaluated in float64."""
+        arguments = [dict(parameters), inputs, {}]
+        key = ("branches", *_signature(arguments))
+        if key not in self._programs:
+            with self._types(parameters), jax.default_device(self._device):
+                closed = jax.make_jaxpr(self._program(inputs, False))(*arguments)
+            self._programs[key] = (closed, jax_watch.branching(jax_watch.sites(closed)))
+        closed, watched = self._programs[key]
+        if not watched:
+            return ()
+        seen: dict[tuple[int, ...], list[np.ndarray]] = {path: [] for path in watched}
+        watch = jax_watch.BranchWatch(watched, lambda path, numbers: seen[path].append(np.asarray(numbers)))
+        with jax.enable_x64(True), jax.default_device(self._device):
+
+            def run(leaves: list[Any]) -> None:
+                watch.run(closed, leaves)
+
+            jax.jit(run, compiler_options=_COMPILE_QUICKLY)(jax.tree.leaves(_map_floats(arguments, np.float64)))
+            jax.effects_barrier()
+        branches = Branches()
+        for path, numbers in seen.items():
+            for found in numbers if path not in watch.consumed else ():
+                jax_watch.report(branches, path, watched[path], found)
+        return branches.sentences()
+
+    def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
+        """Looks at the program as traced in the dtype."""
+        with self._types(parameters), jax.default_device(self._device):
+            closed = jax.make_jaxpr(self._program(inputs, False))(dict(parameters), inputs, {})
+        return jax_watch.wide_operations(jax_watch.sites(closed), numpy_dtype(dtype).itemsize)
 
     @contextlib.contextmanager
     def _types(self, parameters: Arrays) -> Iterator[None]:

@@ -18,6 +18,7 @@ from parity_tests.pair.state import named_state
 from parity_tests.pair.subjects.torch_hypotheses import Recorder
 from parity_tests.pair.subjects.torch_noise import DoublePrecision
 from parity_tests.pair.subjects.torch_random import seeded
+from parity_tests.pair.subjects.torch_watch import BranchWatch, FormatWatch
 
 Function = Callable[..., Any]
 
@@ -56,10 +57,16 @@ class TorchSide:
         initial: Mapping[str, np.ndarray] | None = None,
         device: str = "cpu",
     ) -> None:
+        if isinstance(module, type):
+            raise TypeError(
+                f"torch_module: expected an nn.Module or a function, got the class {module.__name__}; create an instance."
+            )
         if not isinstance(module, torch.nn.Module) and not callable(module):
             raise TypeError(f"torch_module: expected an nn.Module or a function, got {type(module).__name__}.")
-        if not isinstance(module, torch.nn.Module) and initial is None:
-            raise TypeError("torch_params: expected a dict of initial arrays for a function, got None; pass one.")
+        if isinstance(module, torch.nn.Module) != (initial is None):
+            told = ("None beside a module, which holds its own", "a dict; leave it out")
+            wanted = told if initial is not None else ("a dict of initial arrays for a function", "None; pass one")
+            raise TypeError(f"torch_params: expected {wanted[0]}, got {wanted[1]}.")
         self.name = getattr(module, "__name__", type(module).__name__)
         self._kwargs, self._initial, self._device = dict(kwargs or {}), initial, resolve_device(device)
         if isinstance(module, torch.nn.Module):
@@ -68,19 +75,22 @@ class TorchSide:
         else:
             self._module, self.function = None, lambda tensors, *inputs: module(tensors, *inputs, **self._kwargs)
         self._recorder = Recorder()
+        self._trained = {name for name, spec in self.parameters(()).items() if spec.trainable}
 
     def _call_module(self, tensors: dict[str, torch.Tensor], *inputs: torch.Tensor) -> Any:
         assert self._module is not None
         return torch.func.functional_call(self._module, tensors, inputs, self._kwargs)
 
     def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
-        """Parameters, then buffers."""
+        """Parameters, then buffers; a parameter with ``requires_grad=False`` is frozen."""
         del inputs
         if self._module is None:
             assert self._initial is not None
-            return {name: ParameterSpec(np.asarray(value), True) for name, value in self._initial.items()}
-        found = {name: ParameterSpec(to_numpy(p), True) for name, p in self._module.named_parameters()}
-        return found | {name: ParameterSpec(to_numpy(b), False) for name, b in self._module.named_buffers()}
+            found = {name: _parameter_spec(name, value) for name, value in self._initial.items()}
+        else:
+            found = {name: _parameter_spec(name, value) for name, value in self._module.named_parameters()}
+            found |= {name: ParameterSpec(to_numpy(b), False) for name, b in self._module.named_buffers()}
+        return found
 
     def outline(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
         """Found by running."""
@@ -145,6 +155,20 @@ class TorchSide:
                 results.append({name: to_numpy(leaf).tobytes() for name, leaf in _leaves(outputs).items()})
         return results[0] != results[1]
 
+    def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
+        """Watches a float64 run."""
+        names = {} if self._module is None else {id(child): name for name, child in self._module.named_modules()}
+        watch = BranchWatch(names)
+        self._double(parameters, inputs, None, DoublePrecision(), watch)
+        return watch.branches.sentences()
+
+    def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
+        """Watches a run without gradients."""
+        watch = FormatWatch(dtype)
+        with torch.no_grad(), self._seeded(0), watch:
+            self.function(self._tensors(parameters), *self._inputs(inputs))
+        return watch.found()
+
     def _seeded(self, seed: int) -> contextlib.AbstractContextManager[None]:
         return seeded(seed, [self._device] if self._device.type == "cuda" else [])
 
@@ -163,7 +187,12 @@ class TorchSide:
         return {name: to_numpy(leaf) for name, leaf in leaves.items()} | after
 
     def _double(
-        self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, mode: DoublePrecision
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None,
+        mode: DoublePrecision,
+        watch: BranchWatch | None = None,
     ) -> dict[str, np.ndarray]:
         def wide(array: np.ndarray) -> np.ndarray:
             return array.astype(np.float64) if is_float(array) else array
@@ -172,16 +201,17 @@ class TorchSide:
         arguments = self._inputs(tuple(wide(array) for array in inputs))
         # Fused attention kernels hide their operations from the mode.
         with self._seeded(0), _double_default(), sdpa_kernel(SDPBackend.MATH), mode:
-            return self._run(tensors, arguments, cotangents)
+            with watch.of([*tensors.values(), *arguments]) if watch else contextlib.nullcontext():
+                return self._run(tensors, arguments, cotangents)
 
     def _run(
         self, tensors: dict[str, torch.Tensor], inputs: list[torch.Tensor], cotangents: Arrays | None
     ) -> dict[str, np.ndarray]:
-        buffers = self._buffers()
-        sources = {f"d_{name}": tensor for name, tensor in tensors.items() if name not in buffers}
+        sources = {f"d_{name}": tensor for name, tensor in tensors.items() if name in self._trained}
         sources |= {f"d_input{k}": tensor for k, tensor in enumerate(inputs)}
         sources = {name: tensor.requires_grad_() for name, tensor in sources.items() if tensor.is_floating_point()}
-        leaves = _leaves(self.function(tensors, *inputs))
+        # Copies, because a leaf that requires a gradient must not be changed in place, as the first operation may do.
+        leaves = _leaves(self.function(tensors, *(tensor.clone() for tensor in inputs)))
         result = self._results(tensors, leaves)
         if cotangents is None:
             return result
@@ -194,6 +224,18 @@ class TorchSide:
         for (name, source), gradient in zip(sources.items(), gradients, strict=True):
             result[name] = to_numpy(torch.zeros_like(source) if gradient is None else gradient)
         return result
+
+
+def _parameter_spec(name: str, value: Any) -> ParameterSpec:
+    if isinstance(value, torch.Tensor):
+        # A plain tensor is a value; only a parameter says whether it is trained.
+        trained = value.requires_grad or not isinstance(value, torch.nn.Parameter)
+        trained = trained and (value.is_floating_point() or value.is_complex())
+        return ParameterSpec(to_numpy(value), trained, frozen=not trained)
+    array = np.asarray(value)
+    if array.dtype == object:
+        raise TypeError(f"torch_params[{name!r}]: expected an array or a tensor, got {type(value).__name__}.")
+    return ParameterSpec(array, array.dtype.kind not in "iub", frozen=array.dtype.kind in "iub")
 
 
 def _leaves(outputs: Any) -> dict[str, torch.Tensor]:
