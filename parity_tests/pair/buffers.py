@@ -1,7 +1,9 @@
 """Arrays that no rule maps: on which of them results depend, and what the user consents to leave uncompared.
 
 A buffer at its initial value (a mean of 0, a variance of 1, a counter at 0) hides a port that ignores it. One that
-results depend on is therefore refused until a rule maps or keeps it, or ``not_compared=`` names it.
+results depend on is therefore refused until a rule maps or keeps it, or ``not_compared=`` names it. A table is another
+matter, of positions or of a mask, that a call leaves as it is and that the other side computes: its numbers differ from
+one another and show in the results, which are compared. It is listed.
 """
 
 import fnmatch
@@ -141,6 +143,7 @@ def refuse_unmapped(pair: "Pair", values: "Values", state: bool) -> None:
             return pair.sides[key].truth({**values.parameters[key], **changed}, inputs, cotangents)
 
         found += [(side, name) for name in depended_on(run, parameters, names[side])]
+    found, pair.constants = _without_tables(pair, found)
     if state:
         # One that a call updates on one side alone is listed; two may be meant as one, a counter on either side.
         sizes = {side: {name: pair.specs[key][name].value.size for name in names[side]} for key, side in _SIDES}
@@ -150,6 +153,19 @@ def refuse_unmapped(pair: "Pair", values: "Values", state: bool) -> None:
             found += [(side, name) for name in updated[side] if sizes[side][name] in there]
     if found:
         raise MappingError(_refusal(tuple(dict.fromkeys(found))))
+
+
+def _without_tables(pair: "Pair", found: list[tuple[str, str]]) -> tuple[list, tuple]:
+    """Split off the tables of one side; with arrays left on both sides, one may be meant as the other."""
+    keys = {side: key for key, side in _SIDES}
+    if len({side for side, _ in found}) > 1:
+        return found, ()
+    tables = tuple(
+        (side, name)
+        for side, name in found
+        if name not in pair.updated[keys[side]] and _differ(pair.specs[keys[side]][name].value)
+    )
+    return [entry for entry in found if entry not in tables], tables
 
 
 def _refusal(found: Sequence[tuple[str, str]]) -> str:
@@ -164,3 +180,7 @@ def _refusal(found: Sequence[tuple[str, str]]) -> str:
         f"none for {shown}; map them (at its initial value a buffer hides a port that ignores it), keep constants by "
         f"rules such as {rule!r}, or consent by not_compared=({consent})."
     )
+
+
+def _differ(value: np.ndarray) -> bool:
+    return bool((value != value.ravel()[0]).any())

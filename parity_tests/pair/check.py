@@ -63,12 +63,14 @@ def _left_out(pair: Pair, judge: Judge, gradients: bool, state: bool) -> Iterato
             kind = "frozen parameter" if pair.specs[key][name].frozen else "buffer"
             updates = ", which a call updates" if name in changed[side] else ""
             consent = ", left out by not_compared=" if name in mapping.unmapped[side] and covers(name) else ""
-            yield f"{side} {kind} {name}{updates}{consent}"
+            constant = ", a constant whose own values results depend on" if (side, name) in pair.constants else ""
+            yield f"{side} {kind} {name}{updates}{constant}{consent}"
     yield from (f"{text} is held at zero" for text in mapping.held_at_zero)
     yield from (f"{text} keeps its own values" for text in mapping.kept)
     if gradients:
         untrained = [name for name in mapping.torch_names if name in {*mapping.untrained, *judge.untrained}]
-        yield from (f"the gradient of {name}, which neither side trains" for name in untrained)
+        if untrained:
+            yield f"the gradients of {', '.join(untrained)}, which neither side trains"
         trained = [name for name in mapping.trained if name not in untrained and covers(f"d_{name}")]
         yield from (f"the gradient of {name}, left out by not_compared=" for name in trained)
         positions = range(len(pair.shapes))
