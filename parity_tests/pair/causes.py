@@ -37,7 +37,9 @@ def likely_cause(pair: Pair, evidence: Evidence, rows: Sequence[PairRow]) -> str
 
 
 def _weights(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
-    del pair, evidence
+    del evidence
+    if failed[0].tensor in pair.mapping.kept_by_both:
+        return f"the values of {failed[0].tensor} that both sides keep are not the same"
     return f"{failed[0].tensor} does not keep its {failed[0].dtype} bits in the {failed[0].framework} module"
 
 
@@ -62,7 +64,13 @@ def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
 def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
     if not any(row.dtype == "float64" for row in failed):
         return _precision(evidence, failed)
+    alone = [name for names in pair.trained_alone.values() for name in names]
+    if alone:
+        return f"{', '.join(alone)}: kept as a constant, and trained on the side that has it"
     names = [row.tensor for row in failed if row.dtype == "float64"]
+    frozen = [name for name in pair.mapping.half_trained if f"d_{name}" in names]
+    if frozen:
+        return f"{', '.join(frozen)}: frozen on the torch side (requires_grad=False, or a buffer), trained on the flax side"
     for key in KEYS:
         stopped = [
             name for name in names if not evidence.truths[key][name].any() and evidence.truths[_other(key)][name].any()

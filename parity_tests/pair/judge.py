@@ -103,7 +103,9 @@ class Judge:
         for name in mapping.torch_names:
             expected = values.parameters["torch"][name]
             yield self._row(same_bits(name, returned["torch"][name], expected), "torch", dtype, "weights", "exact")
-            yield self._row(same_bits(name, through_flax[name], expected), "jax", dtype, "weights", "exact")
+            if mapping.compared(name).any():
+                expected = mapping.without_held({name: expected})[name]
+                yield self._row(same_bits(name, through_flax[name], expected), "jax", dtype, "weights", "exact")
 
     def _semantic_leg(self, values: Values) -> Generator[PairRow, None, bool]:
         """Both sides in float64 on the same float32 numbers; returns whether their outputs have the same shapes."""

@@ -215,6 +215,11 @@ class ParameterMapping:
         return tuple(link.text for link in self.links if link.pattern is None and not link.keep)
 
     @property
+    def kept_by_both(self) -> frozenset[str]:
+        """The torch arrays of which both sides keep their own values."""
+        return frozenset(link.torch.name for link in self.links if link.keep and link.torch and link.flax)
+
+    @property
     def kept(self) -> tuple[str, ...]:
         """The rules that leave values as they are."""
         return tuple(link.text for link in self.links if link.keep)
@@ -239,7 +244,11 @@ class ParameterMapping:
     def trained(self) -> tuple[str, ...]:
         """The torch arrays that are mapped and trained on either side."""
         torch = self._specs["torch"]
-        return tuple(n for n in self.torch_names if torch[n].trainable or any(s.trainable for s in self._flax_of(n)))
+        return tuple(
+            name
+            for name in self.torch_names
+            if (flax := self._flax_of(name)) and (torch[name].trainable or any(spec.trainable for spec in flax))
+        )
 
     @property
     def half_trained(self) -> tuple[str, ...]:
@@ -250,7 +259,7 @@ class ParameterMapping:
     def untrained(self) -> tuple[str, ...]:
         """The frozen torch parameters that are mapped to what is no parameter of the flax side either."""
         trained, torch = set(self.trained), self._specs["torch"]
-        return tuple(name for name in self.torch_names if torch[name].frozen and name not in trained)
+        return tuple(n for n in self.torch_names if torch[n].frozen and n not in trained and self._flax_of(n))
 
     @property
     def stateful(self) -> tuple[str, ...]:
@@ -259,8 +268,8 @@ class ParameterMapping:
         return tuple(
             name
             for name in self.torch_names
-            if not (torch[name].trainable or torch[name].frozen)
-            or any(not spec.trainable for spec in self._flax_of(name))
+            if (flax := self._flax_of(name))
+            and (not (torch[name].trainable or torch[name].frozen) or any(not spec.trainable for spec in flax))
         )
 
     def _links(self, name: str) -> list[Link]:
