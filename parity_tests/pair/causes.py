@@ -11,7 +11,7 @@ from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
 from parity_tests.pair.side import Arrays
 from parity_tests.pair.state import is_output, state_cause
-from parity_tests.pair.verdict import within
+from parity_tests.pair.verdict import UNDECIDED, within
 
 _OTHER = {"torch": "flax", "jax": "torch"}
 _OWN = {"torch": "torch", "jax": "flax"}
@@ -28,7 +28,7 @@ def likely_cause(pair: Pair, evidence: Evidence, rows: Sequence[PairRow]) -> str
         evidence: of the judge.
         rows: all of them.
     """
-    failed = [row for row in rows if row.status == "mismatch"]
+    failed = [row for row in rows if row.status == "mismatch" and row.bound != UNDECIDED]
     searches = {"weights": _weights, "forward": _forward, "gradients": _gradients, "state": _state}
     for rung, search in searches.items():
         if found := [row for row in failed if row.rung == rung]:

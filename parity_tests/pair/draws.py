@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from parity_tests.harness.inputs import BIAS_SCALE, COTANGENT_SCALE, X_SCALE
+from parity_tests.pair.casts import exactly, is_complex, is_inexact, widened
 from parity_tests.pair.side import ParameterSpec
 
 InputSource = Sequence[Sequence[int] | np.ndarray] | Callable[[np.random.Generator], Sequence[np.ndarray]]
@@ -22,18 +23,40 @@ def _generator(seed: int, name: str) -> np.random.Generator:
 
 
 def draw_like(value: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws an array of the scale of ``value``, float64.
+    """Draws an array of the scale of ``value``, in float64 or complex128.
 
     A zero array (a bias as initialised) becomes normal with the harness' bias scale, because at zero a lost bias is
     invisible; a positive or negative one keeps its signs; any other becomes normal with its root mean square.
     """
-    value = value.astype(np.float64)
-    normal = rng.standard_normal(value.shape)
+    value = widened(value)
+    if not (finite := np.isfinite(value)).all():  # a mask: its infinities stay
+        drawn = value.copy()
+        drawn[finite] = draw_like(value[finite], rng)
+        return drawn
+    normal = _normal_like(value, rng)
     if not value.any():
         return BIAS_SCALE * normal
-    if (value > 0).all() or (value < 0).all():
+    if not is_complex(value) and ((value > 0).all() or (value < 0).all()):
         return value * np.exp(_RELATIVE_SPREAD * normal)
-    return np.sqrt(np.mean(value**2)) * normal
+    return np.sqrt(np.mean(np.abs(value) ** 2)) * normal
+
+
+def _normal_like(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draws normal numbers of variance 1, complex ones where the array is."""
+    if not is_complex(array):
+        return rng.standard_normal(array.shape)
+    return (rng.standard_normal(array.shape) + 1j * rng.standard_normal(array.shape)) / np.sqrt(2)
+
+
+def _of_kind(array: np.ndarray, like: np.ndarray, what: str) -> np.ndarray:
+    """The numbers that a user's function has drawn, wide, for an array of this kind.
+
+    Raises:
+        ValueError: if the array cannot hold them: complex numbers for a real one, 0.5 for an integer.
+    """
+    if is_inexact(like):
+        return widened(exactly(array, np.dtype(np.complex128 if is_complex(like) else np.float64), what))
+    return exactly(array, like.dtype, what)
 
 
 def draw_parameters(
@@ -56,24 +79,14 @@ def draw_parameters(
     for name, spec in specs.items():
         rng = _generator(seed, name)
         if name in draws:
-            drawn[name] = np.asarray(draws[name](rng, spec.value.shape), np.float64)
+            drawn[name] = _of_kind(np.asarray(draws[name](rng, spec.value.shape)), spec.value, f"draws[{name!r}]")
             if drawn[name].shape != spec.value.shape:
                 raise ValueError(f"draws[{name!r}]: expected shape {spec.value.shape}, got {drawn[name].shape}.")
-        elif is_float(spec.value):
+        elif is_inexact(spec.value):
             drawn[name] = draw_like(spec.value, rng)
         else:
             drawn[name] = spec.value
     return drawn
-
-
-def is_float(array: np.ndarray) -> bool:
-    """True for a floating-point array; bfloat16, which NumPy itself calls void, counts."""
-    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
-
-
-def as_stored(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Rounds a floating-point array to the storage dtype; leaves integers and booleans."""
-    return array.astype(dtype) if is_float(array) else array
 
 
 def draw_inputs(source: InputSource, seed: int) -> tuple[np.ndarray, ...]:
@@ -110,8 +123,8 @@ def draw_inputs(source: InputSource, seed: int) -> tuple[np.ndarray, ...]:
     if not arrays:
         raise ValueError("inputs: expected at least one, got none; nothing would be compared.")
     for position, array in enumerate(arrays):
-        if not is_float(array) and array.dtype.kind not in "iub":
-            raise TypeError(f"inputs[{position}]: expected floats, integers or booleans, got {array.dtype}.")
+        if not is_inexact(array) and array.dtype.kind not in "iub":
+            raise TypeError(f"inputs[{position}]: expected numbers or booleans, got {array.dtype}.")
     return tuple(arrays)
 
 
@@ -127,9 +140,9 @@ def _is_shape(entry: object) -> bool:
 
 
 def draw_cotangents(outputs: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """Draws a normal cotangent, float64, for every floating-point output."""
+    """Draws a normal cotangent, in float64 or complex128, for every real or complex output."""
     return {
-        name: COTANGENT_SCALE * _generator(seed, f"cotangent {name}").standard_normal(value.shape)
+        name: COTANGENT_SCALE * _normal_like(value, _generator(seed, f"cotangent {name}"))
         for name, value in outputs.items()
-        if is_float(value)
+        if is_inexact(value)
     }

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from parity_tests.harness.dtypes import numpy_dtype
-from parity_tests.pair.draws import Draw, InputSource, as_stored, draw_cotangents, draw_inputs, draw_parameters
+from parity_tests.pair.casts import as_stored, format_name, is_inexact, roundoff
+from parity_tests.pair.draws import Draw, InputSource, draw_cotangents, draw_inputs, draw_parameters
 from parity_tests.pair.mapping import ParameterMapping, Rule
 from parity_tests.pair.patterns import AxisPattern, MappingError
-from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Side
+from parity_tests.pair.side import Arrays, Constants, Ensemble, ParameterSpec, Side
 from parity_tests.pair.state import PREFIX, is_output, state_of, updated
 
 Tuple = tuple[np.ndarray, ...]
@@ -87,10 +88,24 @@ class Pair:
         parameters = {"torch": own["torch"] | drawn, "jax": own["jax"] | self.mapping.to_flax(drawn)}
         return Values(dtype, parameters, self._both_inputs(inputs), None)
 
-    def with_cotangents(self, values: Values, outputs: Mapping[str, np.ndarray], seed: int) -> Values:
-        """Adds random cotangents for the floating-point outputs of the torch side."""
+    def with_cotangents(self, values: Values, outputs: Mapping[str, Arrays], seed: int) -> Values:
+        """Adds random cotangents for the real and complex outputs, in a format that each side's output can hold.
+
+        Args:
+            values: without cotangents.
+            outputs: by side, in torch names and of the dtypes that the sides return.
+            seed: of the draw.
+        """
+        like: dict[str, np.ndarray] = {}
+        for name, array in (item for found in outputs.values() for item in found.items() if is_output(item[0])):
+            if is_inexact(array) and (name not in like or roundoff(array) > roundoff(like[name])):
+                like[name] = array
         target = numpy_dtype(values.dtype)
-        drawn = {name: array.astype(target) for name, array in draw_cotangents(outputs, seed).items()}
+        drawn = {
+            name: as_stored(as_stored(array, target), numpy_dtype(format_name(like[name].dtype)))
+            for name, array in draw_cotangents(like, seed).items()
+        }
+        drawn = {name: as_stored(array, target) for name, array in drawn.items()}
         other = {
             name: self._output(name, array.shape).forward(array) if name in self.output_patterns else array
             for name, array in drawn.items()
@@ -129,6 +144,20 @@ class Pair:
         found = self.sides[key].ensemble(values.parameters[key], values.inputs[key], cotangents, dtype, seed)
         centre, spread, kinks = (self.as_torch(key, arrays) for arrays in (found.centre, found.spread, found.kinks))
         return Ensemble(centre, spread, kinks, found.members, found.notes)
+
+    def constants(self, key: str, values: Values, computed: bool) -> Constants:
+        """What a side's rounded constants may move, in torch names; see ``Side.constants``."""
+        cotangents = None if values.cotangents is None else values.cotangents[key]
+        mapped = self.mapping.torch_names if key == "torch" else self.mapping.flax_names
+        # A narrow format that a module has stored a buffer in has rounded it, whatever the leg widens it to.
+        buffers = {
+            name: max((values.parameters[key][name], spec.value), key=roundoff).dtype
+            for name, spec in self.specs[key].items()
+            if name not in mapped and is_inexact(spec.value)
+        }
+        named = {name: format_name(dtype) for name, dtype in buffers.items()}
+        found = self.sides[key].constants(values.parameters[key], values.inputs[key], cotangents, named, computed)
+        return Constants(self.as_torch(key, found.spread), found.stored, found.literals, found.members)
 
     def as_torch(self, key: str, arrays: Arrays) -> dict[str, np.ndarray]:
         """Renames and rearranges a side's results; gradients and state of what has no counterpart are left out."""

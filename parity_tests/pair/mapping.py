@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from parity_tests.harness.dtypes import numpy_dtype
+from parity_tests.pair.casts import as_stored, exactly, format_name, is_inexact, roundoff
 from parity_tests.pair.patterns import AxisPattern, MappingError
 from parity_tests.pair.side import Arrays, ParameterSpec
 
@@ -82,7 +84,7 @@ def _link(rule: Rule, torch: Mapping[str, ParameterSpec], flax: Mapping[str, Par
         return Link(held_torch, None if flax_entry is None else _block(flax_entry, "flax", flax), None, text)
     left, right = _block(torch_entry, "torch", torch), _block(flax_entry, "flax", flax)
     first, second = torch[left.name], flax[right.name]
-    if first.value.dtype != second.value.dtype:
+    if first.value.dtype != second.value.dtype and not (_is_integer(first.value) and _is_integer(second.value)):
         raise MappingError(
             f"params: expected one dtype on both sides of {text}, got {first.value.dtype} and {second.value.dtype}."
         )
@@ -98,6 +100,11 @@ def _link(rule: Rule, torch: Mapping[str, ParameterSpec], flax: Mapping[str, Par
     except MappingError as error:
         raise MappingError(f"params: {text}: {error}") from None
     return Link(left, right, axes, text)
+
+
+def _is_integer(array: np.ndarray) -> bool:
+    """Integers of different widths hold the same numbers: torch's are int64, JAX's int32 unless told otherwise."""
+    return array.dtype.kind in "iu"
 
 
 def _coverage(specs: Mapping[str, ParameterSpec], blocks: Sequence[Block]) -> dict[str, np.ndarray]:
@@ -187,34 +194,40 @@ class ParameterMapping:
         return {name: np.where(self.compared(name), array, array.dtype.type(0)) for name, array in arrays.items()}
 
     def to_flax(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        """Flax arrays with the numbers, and the dtype, of torch arrays."""
-        dtype_of = {link.flax.name: arrays[link.torch.name].dtype for link in self.links if link.flax and link.torch}
-        result = {
-            name: np.zeros(self._specs["flax"][name].value.shape, dtype_of.get(name, np.float32))
-            for name in self.flax_names
-        }
-        for link in self.links:
-            if link.torch is not None and link.flax is not None and link.pattern is not None:
-                result[link.flax.name][link.flax.ranges] = link.pattern.forward(
-                    arrays[link.torch.name][link.torch.ranges]
-                )
-        return result
+        """Flax arrays with the numbers of torch arrays, in their formats; integers in the flax array's own."""
+        return self._carried("torch", "flax", arrays, self.flax_names)
 
     def to_torch(self, arrays: Arrays, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """Torch arrays with the numbers, and the dtype, of flax arrays; blocks without counterpart are 0.
+        """Torch arrays with the numbers of flax arrays, likewise; blocks without counterpart are 0.
 
         Args:
             arrays: by flax path.
-            names: the torch arrays wanted; default: all that are mapped.
+            names: the torch arrays wanted, of which those are returned whose counterparts ``arrays`` has; default: all
+                that are mapped.
         """
+        return self._carried("flax", "torch", arrays, self.torch_names if names is None else names)
+
+    def _carried(self, source: str, target: str, arrays: Arrays, names: Sequence[str]) -> dict[str, np.ndarray]:
         result: dict[str, np.ndarray] = {}
-        for name in self.torch_names if names is None else names:
-            links = [link for link in self.links if link.torch is not None and link.torch.name == name]
-            sources = [link.flax.name for link in links if link.flax is not None]
-            dtype = arrays[sources[0]].dtype if sources else np.dtype(np.float32)
-            result[name] = np.zeros(self._specs["torch"][name].value.shape, dtype)
-            for link in links:
-                if link.torch is not None and link.flax is not None and link.pattern is not None:
-                    box = arrays[link.flax.name][link.flax.ranges]
-                    result[name][link.torch.ranges] = link.pattern.backward(box)
+        for name in names:
+            # From the block on the other side, or from nothing, to the block on this one.
+            links = [
+                (link, getattr(link, source), here)
+                for link in self.links
+                if (here := getattr(link, target)) is not None and here.name == name
+            ]
+            sources = [there.name for _, there, _ in links if there is not None]
+            if any(there not in arrays for there in sources):
+                continue
+            value = self._specs[target][name].value
+            # Beside no number at all, a block that is held at zero has the format of what it stands with.
+            formats = [arrays[there] for there in sources] or [a for a in arrays.values() if is_inexact(a)] or [value]
+            finest = min(formats, key=roundoff)
+            dtype = numpy_dtype(format_name(finest.dtype)) if is_inexact(value) else value.dtype
+            result[name] = as_stored(np.zeros(value.shape, value.dtype), dtype)
+            for link, there, here in links:
+                if there is not None and link.pattern is not None:
+                    box = arrays[there.name][there.ranges]
+                    box = link.pattern.forward(box) if target == "flax" else link.pattern.backward(box)
+                    result[name][here.ranges] = exactly(box, result[name].dtype, link.text)
         return result

@@ -11,13 +11,23 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from parity_tests.harness.subjects.torch import resolve_device
 from parity_tests.harness.subjects.torch_arrays import to_numpy, to_torch
-from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS
-from parity_tests.pair.draws import is_float
-from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant, collect_ensemble, leaf_name
+from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS, moved_constant
+from parity_tests.pair.casts import is_inexact, roundoff, widened
+from parity_tests.pair.side import (
+    Arrays,
+    Constants,
+    Ensemble,
+    ParameterSpec,
+    Variant,
+    collect_ensemble,
+    constants_spread,
+    leaf_name,
+)
 from parity_tests.pair.state import named_state
 from parity_tests.pair.subjects.torch_hypotheses import Recorder
 from parity_tests.pair.subjects.torch_noise import DoublePrecision
 from parity_tests.pair.subjects.torch_random import seeded
+from parity_tests.pair.subjects.torch_truth import MovedConstants, machine_limits
 
 Function = Callable[..., Any]
 
@@ -68,6 +78,7 @@ class TorchSide:
         else:
             self._module, self.function = None, lambda tensors, *inputs: module(tensors, *inputs, **self._kwargs)
         self._recorder = Recorder()
+        self._captures = False  # whether the last truth used tensors that are no parameters, buffers or inputs
 
     def _call_module(self, tensors: dict[str, torch.Tensor], *inputs: torch.Tensor) -> Any:
         assert self._module is not None
@@ -111,7 +122,44 @@ class TorchSide:
     ) -> dict[str, np.ndarray]:
         """In float64; a variant rewrites operations on the way."""
         mode = DoublePrecision(rewrite=self._recorder.rewrite(variant))
-        return self._double(parameters, inputs, cotangents, mode)
+        found = self._double(parameters, inputs, cotangents, lambda tensors: mode)
+        self._captures = mode.captured
+        return found
+
+    def constants(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None,
+        buffers: Mapping[str, str],
+        computed: bool,
+    ) -> Constants:
+        """Runs with the buffers moved that are constants, and with tensors moved that the code has captured."""
+        wide = {name: widened(parameters[name]) for name in buffers}
+        moving = [
+            name
+            for name, array in wide.items()
+            if not np.array_equal(moved_constant(array, 1, buffers[name]), array, equal_nan=True)
+        ]
+        if not (moving or self._captures or computed):
+            return Constants({})
+        whole = {name for name, array in parameters.items() if name in buffers or not is_inexact(array)}
+        stored = {f"buffer {name}" for name in moving}
+
+        def run(member: int) -> dict[str, np.ndarray]:
+            def mode(tensors: dict[str, torch.Tensor]) -> MovedConstants:
+                constants = [tensor for name, tensor in tensors.items() if name in whole or name not in parameters]
+                modes.append(MovedConstants(member, computed, constants, self._device))
+                return modes[-1]
+
+            modes: list[MovedConstants] = []
+            moved = {name: moved_constant(wide[name], member, buffers[name]) for name in moving}
+            found = self._double({**parameters, **moved}, inputs, cotangents, mode, leg=parameters)
+            stored.update(modes[0].stored)
+            return found
+
+        spread = constants_spread(run, MEMBERS)
+        return Constants(spread, tuple(sorted(stored)), (), MEMBERS) if stored or computed else Constants({})
 
     def ensemble(
         self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
@@ -121,7 +169,7 @@ class TorchSide:
 
         def run(member: int, amplitude: float) -> dict[str, np.ndarray]:
             mode = DoublePrecision(dtype, seed * (MEMBERS + KINK_MEMBERS) + member, amplitude, self._device)
-            outputs = self._double(parameters, inputs, cotangents, mode)
+            outputs = self._double(parameters, inputs, cotangents, lambda tensors: mode)
             notes.update(mode.notes)
             return outputs
 
@@ -163,16 +211,23 @@ class TorchSide:
         return {name: to_numpy(leaf) for name, leaf in leaves.items()} | after
 
     def _double(
-        self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, mode: DoublePrecision
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None,
+        mode: Callable[[dict[str, torch.Tensor]], DoublePrecision],
+        leg: Arrays | None = None,
     ) -> dict[str, np.ndarray]:
-        def wide(array: np.ndarray) -> np.ndarray:
-            return array.astype(np.float64) if is_float(array) else array
-
-        tensors = self._tensors({name: wide(array) for name, array in parameters.items()})
-        arguments = self._inputs(tuple(wide(array) for array in inputs))
+        """Runs under a mode, made for the parameters and integer inputs; ``leg`` has the parameters' own dtypes."""
+        stored = max([*(leg or parameters).values(), *inputs], key=roundoff)
+        tensors = self._tensors({name: widened(array) for name, array in parameters.items()})
+        arguments = self._inputs(tuple(map(widened, inputs)))
+        integers = {f"inputs[{k}]": tensor for k, tensor in enumerate(arguments) if not is_inexact(inputs[k])}
+        wide = None if cotangents is None else {name: widened(array) for name, array in cotangents.items()}
+        limits = machine_limits(to_torch(np.zeros_like(stored, shape=()), self._device).dtype)
         # Fused attention kernels hide their operations from the mode.
-        with self._seeded(0), _double_default(), sdpa_kernel(SDPBackend.MATH), mode:
-            return self._run(tensors, arguments, cotangents)
+        with self._seeded(0), _double_default(), sdpa_kernel(SDPBackend.MATH), limits, mode(tensors | integers):
+            return self._run(tensors, arguments, wide)
 
     def _run(
         self, tensors: dict[str, torch.Tensor], inputs: list[torch.Tensor], cotangents: Arrays | None
@@ -180,7 +235,10 @@ class TorchSide:
         buffers = self._buffers()
         sources = {f"d_{name}": tensor for name, tensor in tensors.items() if name not in buffers}
         sources |= {f"d_input{k}": tensor for k, tensor in enumerate(inputs)}
-        sources = {name: tensor.requires_grad_() for name, tensor in sources.items() if tensor.is_floating_point()}
+        inexact = {
+            name: tensor for name, tensor in sources.items() if tensor.is_floating_point() or tensor.is_complex()
+        }
+        sources = {name: tensor.requires_grad_() for name, tensor in inexact.items()}
         leaves = _leaves(self.function(tensors, *inputs))
         result = self._results(tensors, leaves)
         if cotangents is None:
