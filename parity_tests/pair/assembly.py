@@ -100,6 +100,6 @@ def _check_kinds(arguments: Mapping[str, Any]) -> None:
         value = getattr(arguments[name], "rules", arguments[name]) if name == "params" else arguments[name]
         if value is None and name != "seed":
             continue
-        if not isinstance(value, kind) or isinstance(value, str) and name != "name" or name == "seed" and value < 0:
+        if not isinstance(value, kind) or (isinstance(value, str) and name != "name") or (name == "seed" and value < 0):
             hint = f"; for one dtype pass ({value!r},)" if name == "dtypes" else ""
             raise ValueError(f"{name}: expected {expected}, got {value!r:.80}{hint}.")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from parity_tests.pair.draws import draw_like, is_float
+from parity_tests.pair.casts import as_stored, is_inexact
+from parity_tests.pair.draws import draw_like
 from parity_tests.pair.mapping import KEEP
 from parity_tests.pair.patterns import MappingError
 from parity_tests.pair.side import Arrays
@@ -108,17 +109,16 @@ def _changed(value: np.ndarray) -> np.ndarray:
     """Return other values that the array might hold: of its own signs and magnitude, indices inside their range."""
     if value.dtype == np.bool_:
         return ~value
-    if not is_float(value):
+    if not is_inexact(value):
         rolled = np.roll(value.ravel(), 1).reshape(value.shape)
         return rolled if (rolled != value).any() else value + value.dtype.type(1)
-    wide = value.astype(np.float64)
-    if not np.isfinite(wide).all():  # an additive mask
-        return np.where(np.isfinite(wide), wide, 0.0).astype(value.dtype)
-    return draw_like(wide, np.random.default_rng(0)).astype(value.dtype)
+    if not np.isfinite(value).all():  # an additive mask
+        return np.where(np.isfinite(value), value, value.dtype.type(0))
+    return as_stored(draw_like(value, np.random.default_rng(0)), value.dtype)
 
 
 def _same(first: np.ndarray, second: np.ndarray | None) -> bool:
-    return second is not None and np.array_equal(first, second, equal_nan=first.dtype.kind in "fc")
+    return second is not None and np.array_equal(first, second, equal_nan=is_inexact(first))
 
 
 def refuse_unmapped(pair: "Pair", values: "Values", state: bool) -> None:
@@ -143,7 +143,7 @@ def refuse_unmapped(pair: "Pair", values: "Values", state: bool) -> None:
             return pair.sides[key].truth({**values.parameters[key], **changed}, inputs, cotangents)
 
         found += [(side, name) for name in depended_on(run, parameters, names[side])]
-    found, pair.constants = _without_tables(pair, found)
+    found, pair.tables = _without_tables(pair, found)
     if state:
         # One that a call updates on one side alone is listed; two may be meant as one, a counter on either side.
         sizes = {side: {name: pair.specs[key][name].value.size for name in names[side]} for key, side in _SIDES}

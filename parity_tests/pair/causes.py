@@ -11,7 +11,7 @@ from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
 from parity_tests.pair.side import Arrays
 from parity_tests.pair.state import is_output, state_cause
-from parity_tests.pair.verdict import within
+from parity_tests.pair.verdict import UNDECIDED, within
 
 _OTHER = {"torch": "flax", "jax": "torch"}
 _OWN = {"torch": "torch", "jax": "flax"}
@@ -28,7 +28,7 @@ def likely_cause(pair: Pair, evidence: Evidence, rows: Sequence[PairRow]) -> str
         evidence: of the judge.
         rows: all of them.
     """
-    failed = [row for row in rows if row.status == "mismatch"]
+    failed = [row for row in rows if row.status == "mismatch" and row.bound != UNDECIDED]
     searches = {"weights": _weights, "forward": _forward, "gradients": _gradients, "state": _state}
     for rung, search in searches.items():
         if found := [row for row in failed if row.rung == rung]:
@@ -70,7 +70,8 @@ def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str
     names = [row.tensor for row in failed if row.dtype == "float64"]
     frozen = [name for name in pair.mapping.half_trained if f"d_{name}" in names]
     if frozen:
-        return f"{', '.join(frozen)}: frozen on the torch side (requires_grad=False, or a buffer), trained on the flax side"
+        names = ", ".join(frozen)
+        return f"{names}: frozen on the torch side (requires_grad=False, or a buffer), trained on the flax side"
     for key in KEYS:
         stopped = [
             name for name in names if not evidence.truths[key][name].any() and evidence.truths[_other(key)][name].any()

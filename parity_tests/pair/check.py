@@ -50,7 +50,9 @@ def _explained(pair: Pair, row: PairRow) -> PairRow:
     if row.status != "mismatch" or row.rung != "gradients" or name not in pair.mapping.half_trained:
         return row
     kind = pair.specs["torch"][name].kind
-    return dataclasses.replace(row, reason=f"{row.reason}; {name} is {kind} on the torch side, and the flax side trains it")
+    return dataclasses.replace(
+        row, reason=f"{row.reason}; {name} is {kind} on the torch side, and the flax side trains it"
+    )
 
 
 def _left_out(pair: Pair, judge: Judge, gradients: bool, state: bool) -> Iterator[str]:
@@ -63,7 +65,7 @@ def _left_out(pair: Pair, judge: Judge, gradients: bool, state: bool) -> Iterato
             kind = "frozen parameter" if pair.specs[key][name].frozen else "buffer"
             updates = ", which a call updates" if name in changed[side] else ""
             consent = ", left out by not_compared=" if name in mapping.unmapped[side] and covers(name) else ""
-            constant = ", a constant whose own values results depend on" if (side, name) in pair.constants else ""
+            constant = ", a constant whose own values results depend on" if (side, name) in pair.tables else ""
             yield f"{side} {kind} {name}{updates}{constant}{consent}"
     yield from (f"{text} is held at zero" for text in mapping.held_at_zero)
     yield from (f"{text} keeps its own values" for text in mapping.kept)
@@ -136,8 +138,8 @@ def check_pair(
         scale: what is drawn is multiplied by: one number for all inputs given as shapes, or numbers by input position
             and torch parameter name, ``{0: 10.0}``. Notes of a report say which clamps and selections never took a
             branch: wider draws may reach it.
-        not_compared: names or patterns (``"*.num_batches_tracked"``) of unmapped buffers and frozen parameters of either
-            side that need not agree, though results depend on them, and of gradients (``"d_body.*"``).
+        not_compared: names or patterns (``"*.num_batches_tracked"``) of unmapped buffers and frozen parameters of
+            either side that need not agree, though results depend on them, and of gradients (``"d_body.*"``).
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU if there is one.
         name: of the pair, in reports.
         pair: ``package.module:factory`` in place of the modules, see ``loading``;

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from parity_tests.harness.inputs import BIAS_SCALE, COTANGENT_SCALE, X_SCALE
+from parity_tests.pair.casts import exactly, is_complex, is_float, is_inexact, widened
 from parity_tests.pair.side import ParameterSpec
 
 InputSource = Sequence[Sequence[int] | np.ndarray] | Callable[[np.random.Generator], Sequence[np.ndarray]]
@@ -28,24 +29,46 @@ def is_one_signed(value: np.ndarray) -> bool:
 
 
 def draw_like(value: np.ndarray, rng: np.random.Generator, signed: bool = False) -> np.ndarray:
-    """Draws an array of the scale of ``value``, float64.
+    """Draws an array of the scale of ``value``, in float64 or complex128.
 
     A zero array (a bias as initialised) becomes normal with the harness' bias scale, because at zero a lost bias is
     invisible; a positive or negative one keeps its signs, or with ``signed`` takes both (a single number the other
     one); any other becomes normal with its root mean square.
     """
-    value = value.astype(np.float64)
-    normal = rng.standard_normal(value.shape)
+    value = widened(value)
+    if not (finite := np.isfinite(value)).all():  # a mask: its infinities stay
+        drawn = value.copy()
+        drawn[finite] = draw_like(value[finite], rng, signed)
+        return drawn
+    normal = _normal_like(value, rng)
     if not value.any():
         return BIAS_SCALE * normal
     if not is_one_signed(value):
-        return np.sqrt(np.mean(value**2)) * normal
+        return np.sqrt(np.mean(np.abs(value) ** 2)) * normal
     if not signed:
         return value * np.exp(_RELATIVE_SPREAD * normal)
     signs = rng.choice((-1.0, 1.0), value.shape)
-    if (signs > 0).all() or value.size > 1 and (signs < 0).all():
+    if (signs > 0).all() or (value.size > 1 and (signs < 0).all()):
         signs.flat[0] *= -1.0
     return signs * value * np.exp(_SIGNED_SPREAD * normal)
+
+
+def _normal_like(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draws normal numbers of variance 1, complex ones where the array is."""
+    if not is_complex(array):
+        return rng.standard_normal(array.shape)
+    return (rng.standard_normal(array.shape) + 1j * rng.standard_normal(array.shape)) / np.sqrt(2)
+
+
+def _of_kind(array: np.ndarray, like: np.ndarray, what: str) -> np.ndarray:
+    """The numbers that a user's function has drawn, wide, for an array of this kind.
+
+    Raises:
+        ValueError: if the array cannot hold them: complex numbers for a real one, 0.5 for an integer.
+    """
+    if is_inexact(like):
+        return widened(exactly(array, np.dtype(np.complex128 if is_complex(like) else np.float64), what))
+    return exactly(array, like.dtype, what)
 
 
 def draw_parameters(
@@ -74,27 +97,27 @@ def draw_parameters(
     for name, spec in specs.items():
         rng = _generator(seed, name)
         if name in draws:
-            drawn[name] = _drawn_by(draws[name], name, rng, spec.value.shape)
-        elif is_float(spec.value):
+            drawn[name] = _drawn_by(draws[name], f"draws[{name!r}]", rng, spec.value)
+        elif is_inexact(spec.value):
             drawn[name] = draw_like(spec.value, rng, name in signed)
         else:
             drawn[name] = spec.value
-        if isinstance(scale, Mapping) and name in scale and is_float(drawn[name]):
+        if isinstance(scale, Mapping) and name in scale and is_inexact(drawn[name]):
             drawn[name] = scale[name] * drawn[name]
     return drawn
 
 
-def _drawn_by(draw: Draw, name: str, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+def _drawn_by(draw: Draw, what: str, rng: np.random.Generator, like: np.ndarray) -> np.ndarray:
     try:
-        array = np.asarray(draw(rng, shape), np.float64)
+        array = np.asarray(draw(rng, like.shape))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"draws[{name!r}]: expected a function (rng, shape) -> array of numbers, got {error}; write one such as "
+            f"{what}: expected a function (rng, shape) -> array of numbers, got {error}; write one such as "
             "lambda rng, shape: rng.random(shape)."
         ) from error
-    if array.shape != shape:
-        raise ValueError(f"draws[{name!r}]: expected shape {shape}, got {array.shape}.")
-    return array
+    if array.dtype.kind not in "biufcV" or array.shape != like.shape:
+        raise ValueError(f"{what}: expected numbers of shape {like.shape}, got {array.dtype} of shape {array.shape}.")
+    return _of_kind(array, like, what)
 
 
 def checked_scale(scale: Scale | None, source: InputSource, names: Collection[str]) -> Scale | None:
@@ -117,23 +140,14 @@ def checked_scale(scale: Scale | None, source: InputSource, names: Collection[st
         if isinstance(factor, bool) or not isinstance(factor, int | float | np.number) or not 0 < factor < np.inf:
             raise ValueError(f"scale: expected a positive number, got {factor!r} for {key!r}; 10.0 draws wider values.")
         if key not in drawn and key not in names:
+            positions = ", ".join(map(str, drawn)) or "none"
             raise ValueError(
-                f"scale: expected positions of inputs that are drawn from shapes ({', '.join(map(str, drawn)) or 'none'}"
-                f") or parameters among {', '.join(names)}, got {key!r}; scale given arrays yourself."
+                f"scale: expected positions of inputs that are drawn from shapes ({positions}) or parameters among "
+                f"{', '.join(names)}, got {key!r}; scale given arrays yourself."
             )
     if not factors:
         raise ValueError(f"scale: expected inputs that are drawn from shapes, got arrays and {scale!r}; scale them.")
     return scale
-
-
-def is_float(array: np.ndarray) -> bool:
-    """True for a floating-point array; bfloat16, which NumPy itself calls void, counts."""
-    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
-
-
-def as_stored(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Rounds a floating-point array to the storage dtype; leaves integers and booleans."""
-    return array.astype(dtype) if is_float(array) else array
 
 
 def draw_inputs(source: InputSource, seed: int, scale: Scale | None = None) -> tuple[np.ndarray, ...]:
@@ -172,8 +186,8 @@ def draw_inputs(source: InputSource, seed: int, scale: Scale | None = None) -> t
     if not arrays:
         raise ValueError("inputs: expected at least one, got none; nothing would be compared.")
     for position, array in enumerate(arrays):
-        if not is_float(array) and array.dtype.kind not in "iub":
-            raise TypeError(f"inputs[{position}]: expected floats, integers or booleans, got {array.dtype}.")
+        if not is_inexact(array) and array.dtype.kind not in "iub":
+            raise TypeError(f"inputs[{position}]: expected numbers or booleans, got {array.dtype}.")
     return tuple(arrays)
 
 
@@ -195,9 +209,9 @@ def _is_shape(entry: object) -> bool:
 
 
 def draw_cotangents(outputs: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """Draws a normal cotangent, float64, for every floating-point output."""
+    """Draws a normal cotangent, in float64 or complex128, for every real or complex output."""
     return {
-        name: COTANGENT_SCALE * _generator(seed, f"cotangent {name}").standard_normal(value.shape)
+        name: COTANGENT_SCALE * _normal_like(value, _generator(seed, f"cotangent {name}"))
         for name, value in outputs.items()
-        if is_float(value)
+        if is_inexact(value)
     }

@@ -10,21 +10,20 @@ import numpy as np
 from parity_tests.harness.dtypes import numpy_dtype
 from parity_tests.harness.failures import first_line
 from parity_tests.pair.buffers import LeftOut
+from parity_tests.pair.casts import as_stored, format_name, is_inexact, roundoff
 from parity_tests.pair.draws import (
     Draw,
     InputSource,
     Scale,
-    as_stored,
     checked_scale,
     draw_cotangents,
     draw_inputs,
     draw_parameters,
-    is_float,
     is_one_signed,
 )
 from parity_tests.pair.mapping import ParameterMapping, Rule
 from parity_tests.pair.patterns import AxisPattern, MappingError
-from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Side
+from parity_tests.pair.side import Arrays, Constants, Ensemble, ParameterSpec, Side
 from parity_tests.pair.state import PREFIX, is_output, state_of, updated
 
 Tuple = tuple[np.ndarray, ...]
@@ -82,7 +81,9 @@ class Pair:
             with running(key, examples[key]):
                 self.specs[key] = side.parameters(examples[key])
         covers = self.left_out.covers
-        self.mapping = ParameterMapping(self.rules, self.specs["torch"], self.specs["jax"], lambda _, name: covers(name))
+        self.mapping = ParameterMapping(
+            self.rules, self.specs["torch"], self.specs["jax"], lambda _, name: covers(name)
+        )
         gradients = [*self.mapping.trained, *(f"input{k}" for k in range(len(examples["torch"])))]
         unmapped = [name for names in self.mapping.unmapped.values() for name in names]
         self.left_out.check(unmapped, [f"d_{name}" for name in gradients])
@@ -90,7 +91,7 @@ class Pair:
         self.updated: dict[str, frozenset[str]] = {}
         self.trained_alone: dict[str, tuple[str, ...]] = {}
         # Unmapped arrays whose own values show in what is compared, see ``buffers``.
-        self.constants: tuple[tuple[str, str], ...] = ()
+        self.tables: tuple[tuple[str, str], ...] = ()
         self.notes: set[str] = set()
         self._signed: dict[int, frozenset[str]] = {}
         self._check_output_patterns()
@@ -158,10 +159,24 @@ class Pair:
                 return False
         return True
 
-    def with_cotangents(self, values: Values, outputs: Mapping[str, np.ndarray], seed: int) -> Values:
-        """Adds random cotangents for the floating-point outputs of the torch side."""
+    def with_cotangents(self, values: Values, outputs: Mapping[str, Arrays], seed: int) -> Values:
+        """Adds random cotangents for the real and complex outputs, in a format that each side's output can hold.
+
+        Args:
+            values: without cotangents.
+            outputs: by side, in torch names and of the dtypes that the sides return.
+            seed: of the draw.
+        """
+        like: dict[str, np.ndarray] = {}
+        for name, array in (item for found in outputs.values() for item in found.items() if is_output(item[0])):
+            if is_inexact(array) and (name not in like or roundoff(array) > roundoff(like[name])):
+                like[name] = array
         target = numpy_dtype(values.dtype)
-        drawn = {name: array.astype(target) for name, array in draw_cotangents(outputs, seed).items()}
+        drawn = {
+            name: as_stored(as_stored(array, target), numpy_dtype(format_name(like[name].dtype)))
+            for name, array in draw_cotangents(like, seed).items()
+        }
+        drawn = {name: as_stored(array, target) for name, array in drawn.items()}
         other = {
             name: self._output(name, array.shape).forward(array) if name in self.output_patterns else array
             for name, array in drawn.items()
@@ -211,6 +226,22 @@ class Pair:
         )
         return Ensemble(centre, spread, kinks, found.members, found.notes)
 
+    def constants(self, key: str, values: Values, computed: bool) -> Constants:
+        """What a side's rounded constants may move, in torch names; see ``Side.constants``."""
+        cotangents = None if values.cotangents is None else values.cotangents[key]
+        mapped = self.mapping.changing(key)
+        # A narrow format that a module has stored a buffer in has rounded it, whatever the leg widens it to.
+        buffers = {
+            name: max((values.parameters[key][name], spec.value), key=roundoff).dtype
+            for name, spec in self.specs[key].items()
+            if name not in mapped and is_inexact(spec.value)
+        }
+        named = {name: format_name(dtype) for name, dtype in buffers.items()}
+        found = self.sides[key].constants(values.parameters[key], values.inputs[key], cotangents, named, computed)
+        still = {name: np.zeros(array.shape) for name, array in values.parameters[key].items()}
+        spread = self.as_torch(key, found.spread, still) if found.spread else {}
+        return Constants(spread, found.stored, found.literals, found.members)
+
     def as_torch(self, key: str, arrays: Arrays, given: Arrays | None = None) -> dict[str, np.ndarray]:
         """Renames and rearranges a side's results; gradients and state of what has no counterpart are left out.
 
@@ -239,8 +270,10 @@ class Pair:
         if key == "jax":
             by_name = self.mapping.to_torch(found, names)
         else:
-            dtype = next((array.dtype for array in found.values() if is_float(array)), np.dtype(np.float64))
-            zeros = {name: np.zeros(self.specs["torch"][name].value.shape, dtype) for name in names if name not in found}
+            dtype = next((array.dtype for array in found.values() if is_inexact(array)), np.dtype(np.float64))
+            zeros = {
+                name: np.zeros(self.specs["torch"][name].value.shape, dtype) for name in names if name not in found
+            }
             by_name = self.mapping.without_held({name: (zeros if name in zeros else found)[name] for name in names})
         return {f"{prefix}{name}": array for name, array in by_name.items()}
 

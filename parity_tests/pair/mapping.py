@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.pair.draws import is_float
+from parity_tests.harness.dtypes import numpy_dtype
+from parity_tests.pair.casts import as_stored, exactly, format_name, is_inexact, roundoff
 from parity_tests.pair.patterns import AxisPattern, MappingError
 from parity_tests.pair.side import Arrays, ParameterSpec
 
@@ -96,7 +97,7 @@ def _block(entry: object, side: str, specs: Specs) -> Block:
 def _link(rule: Rule, torch: Specs, flax: Specs) -> Link:
     parts = list(rule) if isinstance(rule, tuple | list) else []
     keep = len(parts) > 2 and parts[-1] == KEEP
-    if not 2 <= len(parts) - keep <= 4 or len(parts) - keep == 4 and not isinstance(parts[3], Mapping):
+    if not 2 <= len(parts) - keep <= 4 or (len(parts) - keep == 4 and not isinstance(parts[3], Mapping)):
         raise MappingError(
             "params: expected (torch name, flax path, axis pattern) with an optional dict of lengths, and 'keep' where "
             f"the values stay as they are, got {rule!r}."
@@ -125,7 +126,7 @@ def _link(rule: Rule, torch: Specs, flax: Specs) -> Link:
 
 def _check_alike(first: ParameterSpec, second: ParameterSpec, text: str) -> None:
     dtypes = first.value.dtype, second.value.dtype
-    # Counters and indices are 64 bits wide in torch and 32 in JAX: their values are compared, whatever holds them.
+    # Integers of different widths hold the same numbers: torch's are int64, JAX's int32 unless told otherwise.
     if dtypes[0] != dtypes[1] and not all(dtype.kind in "iu" for dtype in dtypes):
         raise MappingError(f"params: expected one dtype on both sides of {text}, got {dtypes[0]} and {dtypes[1]}.")
     if first.trainable and not second.trainable:
@@ -194,7 +195,7 @@ class ParameterMapping:
                 f"{name}{_elements(count, count == 0)} {specs[name].value.shape}"
                 for name, count in by_name.items()
                 if not count.all()
-                and (count.any() or specs[name].trainable or specs[name].frozen and not left_out(side, name))
+                and (count.any() or specs[name].trainable or (specs[name].frozen and not left_out(side, name)))
             ]
         left = (
             f"left on the torch side: {', '.join(unused['torch']) or 'nothing'}; "
@@ -206,7 +207,9 @@ class ParameterMapping:
                 raise MappingError(f"params: expected every element once, got {side} {', '.join(twice)} twice; {left}.")
         frozen = [name for name in self.unmapped["torch"] if self._specs["torch"][name].frozen]
         if unused["torch"] or unused["flax"]:
-            kept = f"; a frozen parameter without counterpart is kept by ({frozen[0]!r}, None, {KEEP!r})" if frozen else ""
+            kept = (
+                f"; a frozen parameter without counterpart is kept by ({frozen[0]!r}, None, {KEEP!r})" if frozen else ""
+            )
             raise MappingError(f"params: expected every parameter to be mapped; {left}{kept}.")
 
     @property
@@ -231,10 +234,16 @@ class ParameterMapping:
             if link.keep and link.pattern is None and block is not None:
                 yield block
 
+    def changing(self, side: str) -> frozenset[str]:
+        """The arrays of one side that are mapped and do not, as a whole, stay as they are."""
+        blocks = [(link, link.torch if side == "torch" else link.flax) for link in self.links]
+        return frozenset(block.name for link, block in blocks if block is not None and not link.keep)
+
     @property
     def drawn(self) -> tuple[str, ...]:
         """The torch arrays that are mapped and do not stay as they are."""
-        return tuple(name for name in self.torch_names if not all(link.keep for link in self._links(name)))
+        changing = self.changing("torch")
+        return tuple(name for name in self.torch_names if name in changing)
 
     def _flax_of(self, name: str) -> list[ParameterSpec]:
         """The flax arrays that hold a torch array's elements."""
@@ -306,50 +315,37 @@ class ParameterMapping:
         return {"torch": torch, "jax": dict(own["jax"]) | flax}
 
     def to_flax(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        """Flax arrays with the numbers, and the dtype, of torch arrays; integers in the flax side's own format."""
-        specs = self._specs["flax"]
-        result = {
-            name: np.zeros(specs[name].value.shape, self._dtype("flax", name, arrays)) for name in self.flax_names
-        }
-        for link in self.links:
-            if link.torch is not None and link.flax is not None and link.pattern is not None:
-                box = link.pattern.forward(arrays[link.torch.name][link.torch.ranges])
-                _put(result[link.flax.name], link.flax.ranges, box, link.text)
-        return result
+        """Flax arrays with the numbers of torch arrays, in their formats; integers in the flax array's own."""
+        return self._carried("torch", "flax", arrays, self.flax_names)
 
     def to_torch(self, arrays: Arrays, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """Torch arrays with the numbers, and the dtype, of flax arrays; blocks without counterpart are 0.
+        """Torch arrays with the numbers of flax arrays, likewise; blocks without counterpart are 0.
 
         Args:
-            arrays: by flax path; what is missing counts as zero.
+            arrays: by flax path; what is missing, the gradient of a buffer, counts as zero.
             names: the torch arrays wanted; default: all that are mapped.
         """
+        return self._carried("flax", "torch", arrays, self.torch_names if names is None else names)
+
+    def _carried(self, source: str, target: str, arrays: Arrays, names: Sequence[str]) -> dict[str, np.ndarray]:
         result: dict[str, np.ndarray] = {}
-        for name in self.torch_names if names is None else names:
-            result[name] = np.zeros(self._specs["torch"][name].value.shape, self._dtype("torch", name, arrays))
-            for link in self._links(name):
-                if link.torch is None or link.flax is None or link.pattern is None or link.flax.name not in arrays:
-                    continue
-                box = link.pattern.backward(arrays[link.flax.name][link.flax.ranges])
-                _put(result[name], link.torch.ranges, box, link.text)
+        for name in names:
+            # From the block on the other side, or from nothing, to the block on this one.
+            links = [
+                (link, getattr(link, source), here)
+                for link in self.links
+                if (here := getattr(link, target)) is not None and here.name == name
+            ]
+            sources = [there.name for _, there, _ in links if there is not None and there.name in arrays]
+            value = self._specs[target][name].value
+            # Beside no number at all, a block that is held at zero has the format of what it stands with.
+            formats = [arrays[there] for there in sources] or [a for a in arrays.values() if is_inexact(a)] or [value]
+            finest = min(formats, key=roundoff)
+            dtype = numpy_dtype(format_name(finest.dtype)) if is_inexact(value) else value.dtype
+            result[name] = as_stored(np.zeros(value.shape, value.dtype), dtype)
+            for link, there, here in links:
+                if there is not None and there.name in arrays and link.pattern is not None:
+                    box = arrays[there.name][there.ranges]
+                    box = link.pattern.forward(box) if target == "flax" else link.pattern.backward(box)
+                    result[name][here.ranges] = exactly(box, result[name].dtype, link.text)
         return result
-
-    def _dtype(self, side: str, name: str, arrays: Arrays) -> np.dtype:
-        """What an array that is made from arrays of the other side is stored in."""
-        own = self._specs[side][name].value
-        if own.dtype.kind in "iub":
-            return own.dtype
-        links = [link for link in self.links if link.torch is not None and link.flax is not None]
-        ends = [(link.torch, link.flax) if side == "torch" else (link.flax, link.torch) for link in links]
-        sources = [arrays[b.name] for a, b in ends if a and b and a.name == name and b.name in arrays]
-        # What has no source is stored like everything else.
-        sources = sources or [array for array in arrays.values() if is_float(array)][:1] or [own]
-        return np.result_type(*{array.dtype for array in sources})
-
-
-def _put(target: np.ndarray, ranges: tuple[slice, ...], box: np.ndarray, text: str) -> None:
-    """Writes a block; integers that another width cannot hold are refused."""
-    target[ranges] = box
-    if target.dtype.kind in "iu" and not np.array_equal(target[ranges], box):
-        raise MappingError(f"params: {text}: expected integers that {target.dtype} can hold, got {box.dtype} beyond it.")
-

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Iterable
 
-
-from parity_tests.pair.draws import is_float
+from parity_tests.harness.dtypes import numpy_dtype
+from parity_tests.pair.casts import as_stored, format_name, is_inexact
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
 from parity_tests.pair.side import Arrays
@@ -46,11 +46,13 @@ class Remarks:
             results: its results, of every way in which it was run.
         """
         dtype = values.dtype
+        stored = numpy_dtype(dtype)
         formats = {
-            name: array.dtype.name
+            name: format_name(array.dtype)
             for found in results
             for name, array in found.items()
-            if is_float(array) and array.dtype.name != dtype
+            # There are no complex numbers of 16-bit parts.
+            if is_inexact(array) and format_name(array.dtype) != (format_name(as_stored(array, stored).dtype))
         }
         self._returned[key, dtype] = formats
         for name in sorted(set(formats.values())):
@@ -81,5 +83,3 @@ class Remarks:
 def _listed(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
-
-

@@ -47,7 +47,9 @@ def _named(paths: Iterable[tuple], argument: str) -> dict[str, Any]:
     for path in paths:
         name = _dotted(path)
         if name in found:
-            raise ValueError(f"{argument}: expected a name of its own for every array, got two called {name}; rename a key.")
+            raise ValueError(
+                f"{argument}: expected a name of its own for every array, got two called {name}; rename a key."
+            )
         found[name] = path
     return found
 
@@ -207,7 +209,7 @@ def flatten_module(
         return _linen(module, kwargs, initial, inputs)
     if not callable(module):
         raise TypeError(f"flax_module: expected a linen or nnx module or a function, got {module!r}; create one.")
-    held = isinstance(module, nnx.Module) or not isinstance(module, FunctionType) and _is_tree_with_arrays(module)
+    held = isinstance(module, nnx.Module) or (not isinstance(module, FunctionType) and _is_tree_with_arrays(module))
     if held and initial is not None:
         raise TypeError("flax_params: expected None beside a module, which holds its own, got a value; leave it out.")
     if isinstance(module, nnx.Module):

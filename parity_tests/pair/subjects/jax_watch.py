@@ -17,7 +17,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from parity_tests.pair.branches import Branch, Branches, is_bound
-from parity_tests.pair.subjects.jax_evaluation import aval_of, is_floating
+from parity_tests.pair.subjects.jax_evaluation import aval_of
 from parity_tests.pair.subjects.jax_noise import Interpreter
 from parity_tests.pair.subjects.operations import JAX_EXACT, JAX_INLINED, names
 
@@ -151,7 +151,8 @@ def wide_operations(found: Mapping[tuple[int, ...], Site], size: int) -> tuple[s
         if name in JAX_EXACT | JAX_INLINED or name == "convert_element_type" or _inner(site.equation):
             continue
         atoms = [*site.equation.outvars, *(a for a in site.equation.invars if aval_of(a).ndim)]
-        wide = [str(aval_of(a).dtype) for a in atoms if is_floating(aval_of(a)) and aval_of(a).dtype.itemsize > size]
+        dtypes = [aval_of(a).dtype for a in atoms]
+        wide = [str(dtype) for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > size]
         if wide and not site.is_of_a_norm() and not any(Path(file).name == "reductions.py" for file in site.files):
             places.setdefault((name, wide[0]), {})[site.place] = None
     return tuple(
@@ -171,36 +172,50 @@ class BranchWatch(Interpreter):
 
     def __init__(self, watched: Mapping[tuple[int, ...], Site], see: Callable[..., None]) -> None:
         super().__init__()
-        self._watched, self._see, self._path = watched, see, ()
+        self._watched, self._see = watched, see
+        # The path to the operation at hand, that to the program it stands in, and the numbers of those to come.
+        self._path: tuple[int, ...] = ()
+        self._within: tuple[int, ...] = ()
+        self._numbers: list[Iterator[int]] = []
         # Comparisons by the id of their result, which is kept: what decides a selection is reported by that.
         self._compared: dict[int, tuple[Any, tuple[int, ...]]] = {}
         self.consumed: set[tuple[int, ...]] = set()
 
-    def _jaxpr(self, jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-        values: dict[Var, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
-        outer = self._path
-        for index, equation in enumerate(jaxpr.eqns):
-            operands = [self._literal(a) if isinstance(a, Literal) else values[a] for a in equation.invars]
-            self._path = (*outer, id(jaxpr), index)
-            name = equation.primitive.name
-            if name in ("select_n", "cond", "reduce_or", "reduce_and") and (known := self._compared.get(id(operands[0]))):
-                self.consumed.add(known[1])
-            if (site := self._watched.get(self._path)) and (numbers := _numbers(site, operands)) is not None:
-                jax.debug.callback(functools.partial(self._see, self._path), numbers)
-            results = self._equation(equation, operands)
-            if name in _COMPARISONS:
-                self._compared[id(results[0])] = results[0], (*outer, id(jaxpr), index)
-            elif name in _PASSING_ON and (known := self._compared.get(id(operands[0]))):
-                self._compared[id(results[0])] = results[0], known[1]
-            values.update(zip(equation.outvars, results, strict=True))
-        self._path = outer
-        return [self._literal(v) if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
+    def _jaxpr(
+        self, jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], fixed: Sequence[bool] | None
+    ) -> tuple[list[Any], list[bool]]:
+        outer = self._within
+        self._within = (*self._path, id(jaxpr))
+        self._numbers.append(iter(range(len(jaxpr.eqns))))
+        try:
+            return super()._jaxpr(jaxpr, consts, arguments, fixed)
+        finally:
+            self._numbers.pop()
+            self._path, self._within = self._within[:-1], outer
+
+    def _equation(
+        self, equation: JaxprEqn, operands: list[Any], known: list[bool]
+    ) -> tuple[Sequence[Any], Sequence[bool]]:
+        name, here = equation.primitive.name, (*self._within, next(self._numbers[-1]))
+        if name in ("select_n", "cond", "reduce_or", "reduce_and") and (
+            known_as := self._compared.get(id(operands[0]))
+        ):
+            self.consumed.add(known_as[1])
+        if (site := self._watched.get(here)) and (numbers := _numbers(site, operands)) is not None:
+            jax.debug.callback(functools.partial(self._see, here), numbers)
+        self._path = here
+        results, known = super()._equation(equation, operands, known)
+        if name in _COMPARISONS:
+            self._compared[id(results[0])] = results[0], here
+        elif name in _PASSING_ON and (known_as := self._compared.get(id(operands[0]))):
+            self._compared[id(results[0])] = results[0], known_as[1]
+        return results, known
 
 
 def _numbers(site: Site, operands: Sequence[Any]) -> Any:
     """Which branches are taken, their bounds (NaN for none) and the extent of the operand, as one vector."""
     name = site.equation.primitive.name
-    if any(value.size == 0 for value in operands):
+    if any(value.size == 0 or (jnp.iscomplexobj(value) and name not in ("select_n", "cond")) for value in operands):
         return None
     masks, bounds, operand = _MASKS[name](site, operands)
     low, high = _extent(operand)
@@ -292,7 +307,7 @@ def report(branches: Branches, path: tuple[int, ...], site: Site, numbers: np.nd
     if not np.isfinite([low, high]).all():
         low = high = np.nan
     name, text, found = site.equation.primitive.name, site.equation.primitive.name, []
-    if name in ("max", "min") and not all(site.moving) or name == "clamp":
+    if (name in ("max", "min") and not all(site.moving)) or name == "clamp":
         words = ("below", "above", "between")[:count]
         for word, was, bound in zip(words, taken, bounds, strict=True):
             shown = "its limits" if word == "between" else "its limit" if np.isnan(bound) else f"{bound:.6g}"

@@ -11,13 +11,23 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from parity_tests.harness.subjects.torch import resolve_device
 from parity_tests.harness.subjects.torch_arrays import to_numpy, to_torch
-from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS
-from parity_tests.pair.draws import is_float
-from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant, collect_ensemble, leaf_name
+from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS, moved_constant
+from parity_tests.pair.casts import is_inexact, roundoff, widened
+from parity_tests.pair.side import (
+    Arrays,
+    Constants,
+    Ensemble,
+    ParameterSpec,
+    Variant,
+    collect_ensemble,
+    constants_spread,
+    leaf_name,
+)
 from parity_tests.pair.state import named_state
 from parity_tests.pair.subjects.torch_hypotheses import Recorder
 from parity_tests.pair.subjects.torch_noise import DoublePrecision
 from parity_tests.pair.subjects.torch_random import seeded
+from parity_tests.pair.subjects.torch_truth import MovedConstants, machine_limits
 from parity_tests.pair.subjects.torch_watch import BranchWatch, FormatWatch
 
 Function = Callable[..., Any]
@@ -59,7 +69,8 @@ class TorchSide:
     ) -> None:
         if isinstance(module, type):
             raise TypeError(
-                f"torch_module: expected an nn.Module or a function, got the class {module.__name__}; create an instance."
+                f"torch_module: expected an nn.Module or a function, got the class {module.__name__}; create an "
+                "instance."
             )
         if not isinstance(module, torch.nn.Module) and not callable(module):
             raise TypeError(f"torch_module: expected an nn.Module or a function, got {type(module).__name__}.")
@@ -76,6 +87,7 @@ class TorchSide:
             self._module, self.function = None, lambda tensors, *inputs: module(tensors, *inputs, **self._kwargs)
         self._recorder = Recorder()
         self._trained = {name for name, spec in self.parameters(()).items() if spec.trainable}
+        self._captures = False  # whether the last truth used tensors that are no parameters, buffers or inputs
 
     def _call_module(self, tensors: dict[str, torch.Tensor], *inputs: torch.Tensor) -> Any:
         assert self._module is not None
@@ -121,7 +133,44 @@ class TorchSide:
     ) -> dict[str, np.ndarray]:
         """In float64; a variant rewrites operations on the way."""
         mode = DoublePrecision(rewrite=self._recorder.rewrite(variant))
-        return self._double(parameters, inputs, cotangents, mode)
+        found = self._double(parameters, inputs, cotangents, lambda tensors: mode)
+        self._captures = mode.captured
+        return found
+
+    def constants(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None,
+        buffers: Mapping[str, str],
+        computed: bool,
+    ) -> Constants:
+        """Runs with the buffers moved that are constants, and with tensors moved that the code has captured."""
+        wide = {name: widened(parameters[name]) for name in buffers}
+        moving = [
+            name
+            for name, array in wide.items()
+            if not np.array_equal(moved_constant(array, 1, buffers[name]), array, equal_nan=True)
+        ]
+        if not (moving or self._captures or computed):
+            return Constants({})
+        whole = {name for name, array in parameters.items() if name in buffers or not is_inexact(array)}
+        stored = {f"buffer {name}" for name in moving}
+
+        def run(member: int) -> dict[str, np.ndarray]:
+            def mode(tensors: dict[str, torch.Tensor]) -> MovedConstants:
+                constants = [tensor for name, tensor in tensors.items() if name in whole or name not in parameters]
+                modes.append(MovedConstants(member, computed, constants, self._device))
+                return modes[-1]
+
+            modes: list[MovedConstants] = []
+            moved = {name: moved_constant(wide[name], member, buffers[name]) for name in moving}
+            found = self._double({**parameters, **moved}, inputs, cotangents, mode, leg=parameters)
+            stored.update(modes[0].stored)
+            return found
+
+        spread = constants_spread(run, MEMBERS)
+        return Constants(spread, tuple(sorted(stored)), (), MEMBERS) if stored or computed else Constants({})
 
     def ensemble(
         self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
@@ -131,7 +180,7 @@ class TorchSide:
 
         def run(member: int, amplitude: float) -> dict[str, np.ndarray]:
             mode = DoublePrecision(dtype, seed * (MEMBERS + KINK_MEMBERS) + member, amplitude, self._device)
-            outputs = self._double(parameters, inputs, cotangents, mode)
+            outputs = self._double(parameters, inputs, cotangents, lambda tensors: mode)
             notes.update(mode.notes)
             return outputs
 
@@ -159,7 +208,7 @@ class TorchSide:
         """Watches a float64 run."""
         names = {} if self._module is None else {id(child): name for name, child in self._module.named_modules()}
         watch = BranchWatch(names)
-        self._double(parameters, inputs, None, DoublePrecision(), watch)
+        self._double(parameters, inputs, None, lambda tensors: DoublePrecision(), watch=watch)
         return watch.branches.sentences()
 
     def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
@@ -191,25 +240,35 @@ class TorchSide:
         parameters: Arrays,
         inputs: tuple[np.ndarray, ...],
         cotangents: Arrays | None,
-        mode: DoublePrecision,
+        mode: Callable[[dict[str, torch.Tensor]], DoublePrecision],
+        leg: Arrays | None = None,
         watch: BranchWatch | None = None,
     ) -> dict[str, np.ndarray]:
-        def wide(array: np.ndarray) -> np.ndarray:
-            return array.astype(np.float64) if is_float(array) else array
-
-        tensors = self._tensors({name: wide(array) for name, array in parameters.items()})
-        arguments = self._inputs(tuple(wide(array) for array in inputs))
+        """Runs under a mode, made for the parameters and integer inputs; ``leg`` has the parameters' own dtypes."""
+        stored = max([*(leg or parameters).values(), *inputs], key=roundoff)
+        tensors = self._tensors({name: widened(array) for name, array in parameters.items()})
+        arguments = self._inputs(tuple(map(widened, inputs)))
+        integers = {f"inputs[{k}]": tensor for k, tensor in enumerate(arguments) if not is_inexact(inputs[k])}
+        wide = None if cotangents is None else {name: widened(array) for name, array in cotangents.items()}
+        limits = machine_limits(to_torch(np.zeros_like(stored, shape=()), self._device).dtype)
         # Fused attention kernels hide their operations from the mode.
-        with self._seeded(0), _double_default(), sdpa_kernel(SDPBackend.MATH), mode:
-            with watch.of([*tensors.values(), *arguments]) if watch else contextlib.nullcontext():
-                return self._run(tensors, arguments, cotangents)
+        with contextlib.ExitStack() as stack:
+            for context in (self._seeded(0), _double_default(), sdpa_kernel(SDPBackend.MATH), limits):
+                stack.enter_context(context)
+            stack.enter_context(mode(tensors | integers))
+            if watch is not None:
+                stack.enter_context(watch.of([*tensors.values(), *arguments]))
+            return self._run(tensors, arguments, wide)
 
     def _run(
         self, tensors: dict[str, torch.Tensor], inputs: list[torch.Tensor], cotangents: Arrays | None
     ) -> dict[str, np.ndarray]:
         sources = {f"d_{name}": tensor for name, tensor in tensors.items() if name in self._trained}
         sources |= {f"d_input{k}": tensor for k, tensor in enumerate(inputs)}
-        sources = {name: tensor.requires_grad_() for name, tensor in sources.items() if tensor.is_floating_point()}
+        inexact = {
+            name: tensor for name, tensor in sources.items() if tensor.is_floating_point() or tensor.is_complex()
+        }
+        sources = {name: tensor.requires_grad_() for name, tensor in inexact.items()}
         # Copies, because a leaf that requires a gradient must not be changed in place, as the first operation may do.
         leaves = _leaves(self.function(tensors, *(tensor.clone() for tensor in inputs)))
         result = self._results(tensors, leaves)

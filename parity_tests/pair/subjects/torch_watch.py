@@ -192,10 +192,10 @@ def _beside(x: torch.Tensor, bound: float) -> list[tuple]:
     ]
 
 
-def _signs(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]]:
+def _signs(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]] | None:
     del kwargs
     x = args[0]
-    return name, x, [("a negative value", x < 0), ("a positive value", x > 0)]
+    return None if x.is_complex() else (name, x, [("a negative value", x < 0), ("a positive value", x > 0)])
 
 
 def _negative(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]] | None:
@@ -210,7 +210,7 @@ def _between(x: torch.Tensor, low: Any, high: Any) -> list[tuple]:
     for limit, word, above in ((low, "below", False), (high, "above", True)):
         number = None if isinstance(limit, torch.Tensor) and limit.numel() != 1 else limit
         number = None if number is None else float(number)
-        if limit is None or number is not None and not is_bound(number):
+        if limit is None or (number is not None and not is_bound(number)):
             continue
         mask = x > limit if above else x < limit
         inside = inside & ~mask
@@ -222,9 +222,7 @@ def _between(x: torch.Tensor, low: Any, high: Any) -> list[tuple]:
 def _clamp(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]]:
     defaults = (-1.0, 1.0) if name == "hardtanh" else (None, None)
     keys = ("min_val", "max_val") if name == "hardtanh" else ("min", "max")
-    low, high = (
-        args[k + 1] if len(args) > k + 1 else kwargs.get(key, defaults[k]) for k, key in enumerate(keys)
-    )
+    low, high = (args[k + 1] if len(args) > k + 1 else kwargs.get(key, defaults[k]) for k, key in enumerate(keys))
     if name == "clamp_max":
         low, high = None, low if low is not None else high
     shown = [f"{word}={_text(limit)}" for word, limit in (("min", low), ("max", high)) if limit is not None]
@@ -347,8 +345,8 @@ class FormatWatch(TorchDispatchMode):
         name = _bare(func)
         if name in TORCH_EXACT or any(ret.alias_info and not ret.alias_info.is_write for ret in func._schema.returns):
             return result
-        # Beside an array, a single number leaves the format as it is.
-        wide = [t for t in _tensors(result) if self._is_wide(t)]
+        # Beside an array, a single number leaves the format as it is; further results are for the gradient's sake.
+        wide = [t for t in _tensors(result)[:1] if self._is_wide(t)]
         wide += [t for t in _tensors(args) if t.ndim and self._is_wide(t)]
         if wide and not _of_a_norm():
             place = _line()
