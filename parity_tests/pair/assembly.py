@@ -2,6 +2,7 @@
 
 import contextlib
 import numbers
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -103,3 +104,5 @@ def _check_kinds(arguments: Mapping[str, Any]) -> None:
         if not isinstance(value, kind) or (isinstance(value, str) and name != "name") or (name == "seed" and value < 0):
             hint = f"; for one dtype pass ({value!r},)" if name == "dtypes" else ""
             raise ValueError(f"{name}: expected {expected}, got {value!r:.80}{hint}.")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(arguments["device"])):
+        raise ValueError(f"device: expected cpu, cuda or auto, got {arguments['device']!r}; choose one of these.")

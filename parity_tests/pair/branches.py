@@ -108,5 +108,6 @@ def _advice(branch: Branch, low: float, high: float) -> str:
         # Beyond a large bound by wider draws, below a small one by narrower ones.
         outwards = (branch.bound > 0) == branch.above
         factor = branch.bound / reached * (_WIDER if outwards else 1 / _WIDER)
-        return f"scale={factor:.2g} may reach it"
+        text = f"{float(f'{factor:.2g}'):g}"
+        return f"scale={text}, or scale={{name: {text}}} of one input or parameter, may reach it"
     return "inputs= or draws= that reach it would show whether the sides agree there"

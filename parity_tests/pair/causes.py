@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from parity_tests.harness.dtypes import FORMATS
+from parity_tests.pair.casts import as_stored
 from parity_tests.pair.judge import KEYS, Evidence
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
@@ -146,6 +147,16 @@ def _hypotheses(pair: Pair, evidence: Evidence) -> Iterator[Hypothesis]:
     for variant in pair.sides["torch"].variants():
         yield variant.sentence, lambda name=variant.name: pair.truth("torch", values, name), "torch"
     yield from _calls(pair, values)
+    yield from _held_at_zero(pair, values, changed)
+    for name, array in own["torch"].items():
+        window = tuple(range(2, array.ndim))
+        if window and any(array.shape[axis] > 1 for axis in window):
+            axes = ", ".join(map(str, window))
+            sentence = (
+                f"the kernel {name} is flipped: reversing its window (axes {axes} on the torch side) makes both agree "
+                "(Flax's ConvTranspose flips it unless transpose_kernel=True)"
+            )
+            yield sentence, changed("torch", {name: np.flip(array, window).copy()}), "torch"
     for key, arrays in own.items():
         for name, array in arrays.items():
             sentence = f"{name} has no effect on the {_OTHER[key]} side (a missing bias, a weight that is not used)"
@@ -159,6 +170,21 @@ def _hypotheses(pair: Pair, evidence: Evidence) -> Iterator[Hypothesis]:
         shown = ", ".join(map(str, order))
         sentence = f"the blocks (gates, or query, key and value) of {names} come in the order {shown} on the flax side"
         yield sentence, changed("torch", arrays), "torch"
+
+
+def _held_at_zero(pair: Pair, values: Values, changed: Callable[..., Callable[[], Arrays]]) -> Iterator[Hypothesis]:
+    """Blocks without counterpart with the values that they have by themselves."""
+    for link in pair.mapping.links:
+        key, block = ("torch", link.torch) if link.flax is None else ("jax", link.flax)
+        if link.pattern is not None or link.keep or block is None:
+            continue
+        array = np.array(values.parameters[key][block.name])
+        array[block.ranges] = as_stored(pair.specs[key][block.name].value, array.dtype)[block.ranges]
+        if array[block.ranges].any():
+            sentence = (
+                f"{link.text} holds at zero what the {_OTHER[key]} side has: with its own values ('keep') both agree"
+            )
+            yield sentence, changed(key, {block.name: array}), key
 
 
 def _calls(pair: Pair, values: Values) -> Iterator[Hypothesis]:

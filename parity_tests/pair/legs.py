@@ -111,10 +111,12 @@ class Pair:
             self._signed[seed] = self._with_both_signs(seed)
         return self._values(dtype, seed, self._signed[seed])
 
-    def _values(self, dtype: str, seed: int, signed: frozenset[str]) -> Values:
+    def _values(self, dtype: str, seed: int, signed: frozenset[str], larger: str = "") -> Values:
         target = numpy_dtype(dtype)
         mapped = {name: self.specs["torch"][name] for name in self.mapping.drawn}
         drawn = draw_parameters(mapped, seed, self.draws, self.scale, signed)
+        if larger:
+            drawn[larger] = 1.25 * drawn[larger]
         own = {
             key: {name: as_stored(spec.value, target) for name, spec in specs.items()}
             for key, specs in self.specs.items()
@@ -137,27 +139,37 @@ class Pair:
             and is_one_signed(specs[name].value)
             and name not in self.draws
         ]
-        if not names or not self._undefined(seed, names):
-            return frozenset(names)
-        kept = {name for name in names if self._undefined(seed, [name])}
-        if self._undefined(seed, [name for name in names if name not in kept]):
-            kept = set(names)
-        for name in sorted(kept):
-            self.notes.add(f"{name} is drawn with the sign of its initial values: no side is finite with the other one")
-        return frozenset(names) - kept
+        kept: dict[str, str] = {}
+        if names and self._undefined(seed, names):
+            kept = {name: "no side is finite" for name in names if self._undefined(seed, [name])}
+            if self._undefined(seed, [name for name in names if name not in kept]):
+                kept = dict.fromkeys(names, "no side is finite")
+        for name in names:
+            # A single number cannot have both signs: behind a relu the other one may take all there is away.
+            if name not in kept and specs[name].value.size == 1 and not self._matters(seed, name):
+                kept[name] = "nothing depends on it"
+        for name, reason in kept.items():
+            self.notes.add(f"{name} is drawn with the sign of its initial values: {reason} with the other one")
+        return frozenset(names) - kept.keys()
 
     def _undefined(self, seed: int, signed: Sequence[str]) -> bool:
         """Whether no side is finite where it was before these parameters changed their sign."""
         for key in self.sides:
-            finite = []
-            for names in (frozenset(), frozenset(signed)):
-                values = self._values("float32", seed, names)
-                with running(key, values.inputs[key]):
-                    results = self.sides[key].forward(values.parameters[key], values.inputs[key])
-                finite.append({name: np.isfinite(array) for name, array in results.items() if is_output(name)})
-            if not any((finite[0][name] & ~after).any() for name, after in finite[1].items()):
+            before, after = (self._outputs(key, seed, names) for names in (frozenset(), frozenset(signed)))
+            if not any((np.isfinite(before[name]) & ~np.isfinite(after[name])).any() for name in before):
                 return False
         return True
+
+    def _matters(self, seed: int, name: str) -> bool:
+        """Whether a parameter that has changed its sign still changes the outputs of a side."""
+        found = ((self._outputs(key, seed, frozenset([name]), larger) for larger in ("", name)) for key in self.sides)
+        return any(any(first[n].tobytes() != second[n].tobytes() for n in first) for first, second in found)
+
+    def _outputs(self, key: str, seed: int, signed: frozenset[str], larger: str = "") -> dict[str, np.ndarray]:
+        values = self._values("float32", seed, signed, larger)
+        with running(key, values.inputs[key]):
+            results = self.sides[key].forward(values.parameters[key], values.inputs[key])
+        return {name: array for name, array in results.items() if is_output(name) and is_inexact(array)}
 
     def with_cotangents(self, values: Values, outputs: Mapping[str, Arrays], seed: int) -> Values:
         """Adds random cotangents for the real and complex outputs, in a format that each side's output can hold.
@@ -229,12 +241,12 @@ class Pair:
     def constants(self, key: str, values: Values, computed: bool) -> Constants:
         """What a side's rounded constants may move, in torch names; see ``Side.constants``."""
         cotangents = None if values.cotangents is None else values.cotangents[key]
-        mapped = self.mapping.changing(key)
+        constant = {*self.mapping.constants(key)}
         # A narrow format that a module has stored a buffer in has rounded it, whatever the leg widens it to.
         buffers = {
             name: max((values.parameters[key][name], spec.value), key=roundoff).dtype
             for name, spec in self.specs[key].items()
-            if name not in mapped and is_inexact(spec.value)
+            if name in constant and is_inexact(spec.value)
         }
         named = {name: format_name(dtype) for name, dtype in buffers.items()}
         found = self.sides[key].constants(values.parameters[key], values.inputs[key], cotangents, named, computed)

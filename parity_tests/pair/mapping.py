@@ -234,16 +234,18 @@ class ParameterMapping:
             if link.keep and link.pattern is None and block is not None:
                 yield block
 
-    def changing(self, side: str) -> frozenset[str]:
-        """The arrays of one side that are mapped and do not, as a whole, stay as they are."""
-        blocks = [(link, link.torch if side == "torch" else link.flax) for link in self.links]
-        return frozenset(block.name for link, block in blocks if block is not None and not link.keep)
+    def constants(self, side: str) -> tuple[str, ...]:
+        """The arrays of one side that are its own affair: unmapped, or kept as a whole without counterpart."""
+        side = "torch" if side == "torch" else "flax"
+        blocks = [(link, getattr(link, side)) for link in self.links]
+        others = {block.name for link, block in blocks if block and not (link.keep and link.pattern is None)}
+        names = self.torch_names if side == "torch" else self.flax_names
+        return (*self.unmapped[side], *(name for name in names if name not in others))
 
     @property
     def drawn(self) -> tuple[str, ...]:
         """The torch arrays that are mapped and do not stay as they are."""
-        changing = self.changing("torch")
-        return tuple(name for name in self.torch_names if name in changing)
+        return tuple(name for name in self.torch_names if not all(link.keep for link in self._links(name)))
 
     def _flax_of(self, name: str) -> list[ParameterSpec]:
         """The flax arrays that hold a torch array's elements."""

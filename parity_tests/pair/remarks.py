@@ -4,12 +4,15 @@ import dataclasses
 from collections.abc import Iterable
 
 from parity_tests.harness.dtypes import numpy_dtype
+from parity_tests.harness.failures import first_line
 from parity_tests.pair.casts import as_stored, format_name, is_inexact
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
 from parity_tests.pair.side import Arrays
 
 _SIDE = {"torch": "torch", "jax": "flax"}
+# What a side raises where it cannot be watched; it runs, as its results have shown.
+_CANNOT = (NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 class Remarks:
@@ -33,7 +36,11 @@ class Remarks:
     def on_branches(self, values: Values) -> None:
         """Ask both sides which branches these values never took."""
         for key, side in self._pair.sides.items():
-            found = side.unexercised(values.parameters[key], values.inputs[key])
+            try:
+                found = side.unexercised(values.parameters[key], values.inputs[key])
+            except _CANNOT as error:
+                self.notes[f"the branches of the {_SIDE[key]} side were not watched: {first_line(error)}"] = None
+                continue
             self._branches[key] = tuple(f"{_SIDE[key]}: {sentence}" for sentence in found)
             self.notes |= dict.fromkeys(self._branches[key])
 
@@ -61,7 +68,12 @@ class Remarks:
         if dtype == "float64":
             return
         side = self._pair.sides[key]
-        if found := side.wider_operations(values.parameters[key], values.inputs[key], dtype):
+        try:
+            found = side.wider_operations(values.parameters[key], values.inputs[key], dtype)
+        except _CANNOT as error:
+            self.notes[f"the formats of the {_SIDE[key]} side were not watched: {first_line(error)}"] = None
+            return
+        if found:
             wider = f"{_SIDE[key]} computes in more than the {dtype} that is judged: {_listed(found)}"
             self._wider[key, dtype] = wider
             self.notes[wider] = None

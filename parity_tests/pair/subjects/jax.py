@@ -192,7 +192,9 @@ class JaxSide:
         return branches.sentences()
 
     def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
-        """Looks at the program as traced in the dtype."""
+        """Looks at the program as traced in the dtype; without 64-bit types nothing is wider than float32."""
+        if dtype == "float32":
+            return ()
         with self._types(parameters, inputs), jax.default_device(self._device):
             closed = jax.make_jaxpr(self._program(inputs, False))(dict(parameters), inputs, {})
         return jax_watch.wide_operations(jax_watch.sites(closed), numpy_dtype(dtype).itemsize)

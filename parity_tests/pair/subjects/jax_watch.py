@@ -22,6 +22,7 @@ from parity_tests.pair.subjects.jax_noise import Interpreter
 from parity_tests.pair.subjects.operations import JAX_EXACT, JAX_INLINED, names
 
 _JAX = str(Path(jax.__file__).resolve().parent)
+_HERE = Path(__file__).parent
 _LIBRARIES = ("site-packages", "dist-packages")
 # Folders of JAX that hold functions for users; the others are its machinery.
 _FUNCTIONS = ("numpy", "nn", "lax", "scipy", "random", "image", "ops")
@@ -88,6 +89,8 @@ def _origin(equation: JaxprEqn, outer: tuple[tuple[str, ...], tuple[str, ...], s
                 functions.append(_bare(function))
                 files.append(file)
         else:
+            if Path(file).parent == _HERE:  # the module is a library's own
+                return tuple(functions), tuple(files), ""
             files.append(file)
             if not any(library in file for library in _LIBRARIES):
                 return tuple(functions), tuple(files), f"{Path(file).name}:{line}"
@@ -143,7 +146,7 @@ def branching(found: Mapping[tuple[int, ...], Site]) -> dict[tuple[int, ...], Si
 def wide_operations(found: Mapping[tuple[int, ...], Site], size: int) -> tuple[str, ...]:
     """Return the operations on formats wider than ``size`` bytes, with their lines; casts and choices do not count.
 
-    Sums and norms are meant to be wider than their operands, and are left out.
+    Sums, norms and attention are meant to be wider than their operands inside, and are left out.
     """
     places: dict[tuple[str, str], dict[str, None]] = {}
     for site in found.values():
@@ -153,7 +156,9 @@ def wide_operations(found: Mapping[tuple[int, ...], Site], size: int) -> tuple[s
         atoms = [*site.equation.outvars, *(a for a in site.equation.invars if aval_of(a).ndim)]
         dtypes = [aval_of(a).dtype for a in atoms]
         wide = [str(dtype) for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > size]
-        if wide and not site.is_of_a_norm() and not any(Path(file).name == "reductions.py" for file in site.files):
+        inside = any(Path(file).name == "reductions.py" for file in site.files)
+        inside = inside or any("dot_product_attention" in function for function in site.functions)
+        if wide and not inside and not site.is_of_a_norm():
             places.setdefault((name, wide[0]), {})[site.place] = None
     return tuple(
         f"{name} in {dtype}" + (f" ({', '.join(filter(None, lines))})" if any(lines) else "")
