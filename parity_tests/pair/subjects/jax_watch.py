@@ -136,7 +136,7 @@ def branching(found: Mapping[tuple[int, ...], Site]) -> dict[tuple[int, ...], Si
         path: site
         for path, site in found.items()
         if site.equation.primitive.name in _BRANCHING
-        and any(site.moving)
+        and (site.moving[0] if site.equation.primitive.name in ("select_n", "cond") else any(site.moving))
         and set(site.functions) <= _WRITTEN
         and not site.is_of_a_norm()
         and (site.equation.primitive.name == "rem" or not _REMAINDERS & set(site.functions))

@@ -19,12 +19,20 @@ from parity_tests.pair.subjects.operations import TORCH_EXACT, names
 
 _LIBRARY = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
+# Of torch, what stands between a line of Python and the mode.
+_MACHINERY = tuple(
+    f"{_LIBRARY}/{name}"
+    for name in ("_dynamo/", "_compile.py", "_ops.py", "_tensor.py", "overrides.py", "utils/_python_dispatch.py")
+)
+_CALLER = str(Path(__file__).with_name("torch.py"))
 # Their results do not depend on the values of their operands.
 _CREATORS = names("""
 zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty
 """)
 _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _CONSUMERS = names("where masked_fill any all")  # of a comparison that they, or Python, take care of
+# Which argument decides what is taken; elsewhere all of them do.
+_DECIDING = {"where": 0, "masked_fill": 1, "index": 1, "index_put": 1}
 _ONE_KINK = names("leaky_relu elu celu selu _prelu_kernel rrelu_with_noise")
 
 
@@ -32,10 +40,10 @@ def _frames() -> Iterator[FrameType]:
     """The frames of torch and of the user, from the operation outwards to this package's own call of the module."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        if frame.f_code.co_filename.startswith(_HERE):
-            if not frame.f_code.co_filename.endswith("torch_watch.py") and "_noise" not in frame.f_code.co_filename:
-                return
-        else:
+        path = frame.f_code.co_filename
+        if path == _CALLER:
+            return
+        if not path.startswith((_HERE, *_MACHINERY)):
             yield frame
         frame = frame.f_back
 
@@ -100,12 +108,13 @@ class BranchWatch(TorchDispatchMode):
         """Looks at one operation before it runs."""
         kwargs = dict(kwargs or {})
         name, moving = _bare(func), any(map(self._moves, _tensors(args, kwargs)))
+        decides = _tensors(args[_DECIDING[name]]) if name in _DECIDING else _tensors(args, kwargs)
         if name in _CONSUMERS:
             for tensor in _tensors(args):
                 if known := self._compared.get(_address(tensor)):
                     self.branches.forget(known[1])
         self._calls += 1
-        if moving and (found := self._branches(name, func, args, kwargs)):
+        if any(map(self._moves, decides)) and (found := self._branches(name, func, args, kwargs)):
             operation, operand, conditions = found
             low, high = _extent(operand)
             taken = [Branch(what, bool(mask.any()), *where) for what, mask, *where in conditions]
@@ -165,8 +174,6 @@ def _address(tensor: torch.Tensor) -> int:
 def _checks() -> bool:
     """Whether torch's own Python code asks, as in the validation of arguments."""
     frame = next(_frames(), None)
-    while frame is not None and frame.f_code.co_filename.endswith(("_ops.py", "_tensor.py", "_python_dispatch.py")):
-        frame = frame.f_back
     return frame is not None and frame.f_code.co_filename.startswith(_LIBRARY)
 
 
