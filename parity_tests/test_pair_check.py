@@ -1,5 +1,7 @@
 """check_pair: equal pairs pass, every kind of module is taken, and the first failing rung names a likely cause."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 import torch
 from flax import nnx
 
-from parity_tests.pair import check_pair, run_pair
+from parity_tests.pair import check_pair, propose_mapping, run_pair
 from parity_tests.pair.examples import EXAMPLES
 
 LINEAR = [("weight", "kernel", "o i -> i o"), ("bias", "bias", "")]
@@ -114,9 +116,11 @@ def test_linen_with_integer_inputs_masks_buffers_and_two_outputs():
     assert "d_norm.running_mean" not in tensors
     assert report.not_compared == ("torch buffer norm.num_batches_tracked",)
     # Buffers left out keep their own values and are said not to be compared.
-    report = check_pair(**arguments, params=BLOCK, gradients=False)
-    assert "torch buffer norm.running_var" in report.not_compared
-    assert "flax buffer batch_stats.norm.mean" in report.not_compared
+    report = check_pair(
+        **arguments, params=BLOCK, gradients=False, not_compared=("*.running_*", "batch_stats.norm.mean", "*.var")
+    )
+    assert "torch buffer norm.running_var, left out by not_compared=" in report.not_compared
+    assert "flax buffer batch_stats.norm.mean, left out by not_compared=" in report.not_compared
 
 
 def test_integer_outputs_are_compared_exactly():
@@ -197,6 +201,89 @@ def test_parameters_are_never_judged_at_their_initial_zeros():
     )
     report = check_pair(**ignores_bias, gradients=False)
     assert report.likely_cause.startswith("bias has no effect on the flax side")
+
+
+class Layer(NamedTuple):
+    w: np.ndarray
+    b: np.ndarray
+
+
+def test_any_pytree_of_parameters_has_names_and_the_proposal_goes_in_as_it_is():
+    """Lists, tuples and dictionaries of layers, and callable trees such as Equinox modules."""
+    original = torch.nn.Sequential(torch.nn.ReLU(inplace=True), torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+    layers = [Layer(np.ones(shape, np.float32), np.zeros(shape[1], np.float32)) for shape in ((4, 8), (8, 2))]
+
+    def ported(params, x):
+        x = jax.nn.relu(x)
+        for layer in params["mlp/~/layers"]:
+            x = x @ layer.w + layer.b
+        return params["sign"] * x if params["name"] == "mlp" else None
+
+    tree = {"mlp/~/layers": layers, "sign": 1, "name": "mlp"}
+    pair = {"torch_module": original, "flax_module": ported, "flax_params": tree, "inputs": ((3, 4),)}
+    proposal = propose_mapping(**pair)
+    assert proposal.rules[2:] == (("2.weight", "mlp/~/layers.1.w", "b a -> a b"), ("2.bias", "mlp/~/layers.1.b", ""))
+    # The torch side's first operation writes to its input.
+    check_pair(**pair, params=proposal).assert_ok()
+
+    @jax.tree_util.register_pytree_node_class
+    class Tree:
+        def __init__(self, layers):
+            self.layers = layers
+
+        def __call__(self, x):
+            return ported(tree | {"mlp/~/layers": self.layers}, x)
+
+        def tree_flatten(self):
+            return (self.layers,), None
+
+        @classmethod
+        def tree_unflatten(cls, _, children):
+            return cls(*children)
+
+    rules = [(name, f"0{path.removeprefix('mlp/~/layers')}", *rest) for name, path, *rest in proposal.rules]
+    check_pair(**pair | {"flax_module": Tree(layers), "flax_params": None}, params=rules, gradients=False).assert_ok()
+
+
+def test_initial_variables_of_a_linen_module_and_odd_variables_of_an_nnx_one_are_taken():
+    class Odd(nnx.Linear):
+        def __init__(self):
+            super().__init__(12, 7, rngs=nnx.Rngs(0))
+            self.table, self.count, self.text = jnp.arange(7.0), nnx.Variable(0), nnx.Variable("text")
+
+        def __call__(self, x):
+            self.count.set_value(self.count.get_value() + 1)
+            return super().__call__(x) + self.table
+
+    class Torch(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + torch.arange(7.0)
+
+    report = check_pair(**linear_pair(flax_module=Odd(), torch_module=Torch(12, 7)), gradients=False)
+    report.assert_ok()
+    assert report.not_compared == ("flax buffer count, which a call updates",)
+    dense = nn.WeightNorm(nn.Dense(7, name="dense"), name="norm", epsilon=0.0)
+    variables = dense.init(jax.random.key(0), np.ones((1, 12)))
+    rules = [
+        ("parametrizations.weight.original0", "layer_instance/kernel/scale", "o 1 -> o"),
+        ("parametrizations.weight.original1", "layer_instance.kernel", "o i -> i o"),
+        ("bias", "layer_instance.bias"),
+    ]
+    torch_module = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(12, 7))
+    pair = linear_pair(torch_module=torch_module, flax_module=dense, flax_params=variables, params=rules)
+    check_pair(**pair, gradients=False).assert_ok()
+
+
+def test_a_flipped_kernel_is_a_likely_cause():
+    pair = {
+        "torch_module": torch.nn.ConvTranspose1d(3, 5, 4, stride=2),
+        "flax_module": nnx.ConvTranspose(3, 5, (4,), (2,), padding="VALID", rngs=nnx.Rngs(0)),
+        "params": [("weight", "kernel", "i o w -> w i o"), ("bias", "bias")],
+        "input_patterns": {0: "b c w -> b w c"},
+        "output_patterns": {"y": "b c w -> b w c"},
+    }
+    report = check_pair(**pair, inputs=((2, 3, 6),), gradients=False)
+    assert report.likely_cause.startswith("the kernel weight is flipped: reversing its window (axes 2 on the torch")
 
 
 def test_named_pair_with_overrides(tmp_path):

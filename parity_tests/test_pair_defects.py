@@ -65,6 +65,7 @@ def test_a_correct_pair_is_accepted_in_every_seed(name, request):
         report.assert_ok()
         assert report.summary.skipped == 0
         assert report.first_failing_rung is None
+        assert not any(row.note for row in report.rows)
         assert {row.rung for row in report.rows} == {"weights", "forward", "gradients"}
         assert {row.bound for row in report.rows} == {"exact", "calibrated"}
         assert {row.dtype for row in report.rows} == {"float64", "float32", "bfloat16"}

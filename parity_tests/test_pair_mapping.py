@@ -111,15 +111,53 @@ def test_block_without_counterpart_is_held_at_zero_and_not_compared():
 
 def test_buffers_may_be_left_out_but_not_in_part():
     torch = TORCH | {"mean": ParameterSpec(np.zeros(6, np.float32), False)}
-    assert ParameterMapping(LINEAR, torch, FLAX).not_compared == ("torch buffer mean",)
+    assert ParameterMapping(LINEAR, torch, FLAX).unmapped == {"torch": ("mean",), "flax": ()}
     flax = FLAX | {"batch_stats.mean": ParameterSpec(np.zeros(3, np.float32), False)}
     with pytest.raises(MappingError, match=r"left on the torch side: mean\[3:6\]"):
         ParameterMapping([*LINEAR, ("mean[0:3]", "batch_stats.mean")], torch, flax)
 
 
+def test_names_are_taken_as_a_framework_spells_them():
+    flax = {
+        name: ParameterSpec(np.zeros(shape, np.float32), True)
+        for name, shape in {"mlp/~/linear_0.w": (4, 6), "heads[0]": (6,), "heads[1]": (6,)}.items()
+    }
+    torch = specs(weight=(6, 4), a=(6,), b=(6,))
+    for kernel in ("mlp/~/linear_0.w", "mlp.~.linear_0.w", "mlp/~/linear_0.w[:, 0:6]"):
+        rules = [("weight", kernel, "o i -> i o"), ("a", "heads[0]"), ("b[0:2]", "heads[1][0:2]")]
+        mapping = ParameterMapping([*rules, ("b[2:6]", "heads[1][2:6]")], torch, flax)
+        assert mapping.flax_names == tuple(flax)
+    alike = {name: ParameterSpec(np.zeros(3, np.float32), True) for name in ("x/y", "x.y")}
+    assert ParameterMapping([("a", "x/y"), ("b", "x.y")], specs(a=(3,), b=(3,)), alike).flax_names == ("x/y", "x.y")
+    many = specs(**{f"p{k}": (3,) for k in range(50)})
+    with pytest.raises(MappingError, match=r"expected a flax parameter among p7, .*\(50 in all\), got 'p77'"):
+        ParameterMapping([("a", "p77")], specs(a=(3,)), many)
+
+
+def test_what_is_kept_keeps_its_own_values_on_either_side():
+    own = {"torch": {"a": np.arange(6.0), "b": np.ones(3)}, "jax": {"x": -np.arange(6.0), "c": np.full(2, 7.0)}}
+    kinds = {
+        side: {name: ParameterSpec(array, False) for name, array in arrays.items()} for side, arrays in own.items()
+    }
+    rules = [("a[0:4]", "x[0:4]"), ("a[4:6]", "x[4:6]", "", "keep"), ("b", None, "keep"), (None, "c", "keep")]
+    mapping = ParameterMapping(rules, kinds["torch"], kinds["jax"])
+    assert mapping.drawn == ("a",)
+    assert (mapping.kept_by_both, mapping.held_at_zero) == ({"a"}, ())
+    assert (mapping.constants("torch"), mapping.constants("jax")) == (("b",), ("c",))
+    both = mapping.both({"a": np.full(6, 9.0)}, own)
+    np.testing.assert_array_equal(both["torch"]["a"], [9, 9, 9, 9, 4, 5])
+    np.testing.assert_array_equal(both["jax"]["x"], [9, 9, 9, 9, -4, -5])
+    np.testing.assert_array_equal(both["torch"]["b"], own["torch"]["b"])
+    np.testing.assert_array_equal(both["jax"]["c"], own["jax"]["c"])
+    assert own["torch"]["a"][0] == 0
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
+        ([("weight", "kernel", 7), LINEAR[1]], r"expected an axis pattern such as .* got 7"),
+        ([("weight", "kernel", "o i -> i o", 4)], "with an optional dict of lengths, and 'keep'"),
+        ([("bias", None, "a -> b", "keep")], "'keep' for one that stays as it is"),
         (LINEAR[:1], r"left on the torch side: bias \(6,\); on the flax side: bias \(6,\)"),
         ([*LINEAR, LINEAR[1]], "every element once, got torch bias twice"),
         (

@@ -79,6 +79,19 @@ def test_names_decide_among_equal_shapes():
     assert found == {name: name.replace("weight", "kernel") for name in torch}
 
 
+def test_frozen_parameters_may_be_buffers_elsewhere_and_are_kept_where_they_have_no_counterpart():
+    def table(trainable=False, frozen=False, dtype=np.float32):
+        return ParameterSpec(np.zeros((3, 4), dtype), trainable, frozen)
+
+    proposal = propose_rules({"pos": table(frozen=True)}, {"pos": table()})
+    assert proposal.rules == (("pos", "pos", ""),)
+    for other in (table(trainable=True), table(dtype=np.int32)):
+        assert propose_rules({"pos": table()}, {"pos": other}).rules == ()
+    proposal = propose_rules({"pos": table(frozen=True)}, {})
+    assert (proposal.rules, proposal.left) == ((("pos", None, "keep"),), ())
+    assert "pos is frozen and has no counterpart" in proposal.ambiguities[0]
+
+
 def test_nothing_fits():
     proposal = propose_rules(specs(weight=(3,)), specs(kernel=(4,)))
     assert proposal.rules == ()

@@ -95,6 +95,11 @@ def _frameworks(found: FrameworkRatio | None) -> dict[str, Any] | None:
     }
 
 
+def _share(log_ratio: float | None) -> float | None:
+    """Return a log ratio as the share by which one is faster; None if it is infinite."""
+    return None if log_ratio is None or math.isinf(log_ratio) else finite(math.expm1(min(log_ratio, 700.0)))
+
+
 def _ranking(ranking: Ranking) -> dict[str, Any]:
     found = efficiencies(ranking)
     short: Counter[str] = Counter()
@@ -102,7 +107,9 @@ def _ranking(ranking: Ranking) -> dict[str, Any]:
         short[account.label] += 0 if account.control else account.short
     return {name: getattr(ranking.first, name) for name in SHARED} | {
         "baseline": ranking.baseline,
-        "resolution": None if ranking.resolution is None else finite(math.expm1(min(ranking.resolution, 700.0))),
+        "resolution": _share(ranking.resolution),
+        "noise_floor": _share(ranking.floor),
+        "spread_of_processes": _share(ranking.spread_of_processes) if ranking.one_process else None,
         "control": interval_json(ranking.control),
         "process_replicates": ranking.replicates,
         "confidence": ranking.confidence,
@@ -111,6 +118,8 @@ def _ranking(ranking: Ranking) -> dict[str, Any]:
         "tied": list(ranking.tied),
         "frameworks": _frameworks(ranking.frameworks),
         "framework_graphs": _frameworks(ranking.framework_graphs),
+        "disturbed": ranking.disturbed,
+        "disturbance": dict(ranking.first.disturbance) or None,
         "short_blocks": [asdict(account) for account in ranking.short_blocks],
         "rows": [_row(row, found[row.record.label], short[row.record.label]) for row in ranking.rows],
     }

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from bench.environments import device_name, releases
 from bench.plan.competitors import CALLS
 from bench.report.text import factor, ratio
+from bench.study.disturbance import DISTURBED
 from bench.study.frameworks import FrameworkRatio
 from bench.study.identity import identity
 from bench.study.ranking import Ranking
@@ -18,8 +19,8 @@ HEADING = "PyTorch against JAX"
 LEGEND = (
     "The fastest competitor of each framework in a cell, whatever it is, and by how much the faster of the two beats "
     "the other; in brackets the mode of JAX's and that of PyTorch's; `same`: within 2%; `open`: not resolved, with "
-    "JAX's speed over PyTorch's; `only`: the other framework has no speed to set against it; `-`: no speed. Recorded "
-    "graphs are compared with recorded graphs, in columns of their own."
+    "JAX's speed over PyTorch's; `disturbed`: others used the machine; `only`: the other framework has no speed to set "
+    "against it; `-`: no speed. Recorded graphs are compared with recorded graphs, in columns of their own."
 )
 
 
@@ -126,7 +127,9 @@ def verdict_text(found: FrameworkRatio | None) -> str:
         return f"JAX {factor(speed)}x ({modes})"
     if found.verdict == SLOWER:
         return f"torch {factor(1 / speed)}x ({modes})"
-    return f"same ({modes})" if found.verdict == SAME else f"open: {factor(speed)}x ({modes})"
+    if found.verdict == SAME:
+        return f"same ({modes})"
+    return f"{'disturbed' if found.verdict == DISTURBED else 'open'}: {factor(speed)}x ({modes})"
 
 
 def line(matrix: Matrix, row: str, columns: Sequence[str]) -> list[str]:

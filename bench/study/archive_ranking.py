@@ -4,13 +4,14 @@ import multiprocessing
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 from bench.archive import Archive, CellPlaces, read_cells
 from bench.records import Record
+from bench.study.process_spread import ProcessSpread, seen_spreads
 from bench.study.ranking import Ranking, rank_cells, tally
 
 # Below this, starting processes takes longer than they save.
@@ -26,7 +27,7 @@ _TASK_S = 600.0
 Ranked = tuple[list[Ranking], Counter[str]]
 
 
-def _ranked(keep: Callable[[Record], bool], cells: Sequence[CellPlaces]) -> Ranked:
+def _ranked(keep: Callable[[Record], bool], seen: Mapping[str, ProcessSpread], cells: Sequence[CellPlaces]) -> Ranked:
     outcomes: Counter[str] = Counter()
 
     def counted() -> Iterator[list[Record]]:
@@ -35,7 +36,7 @@ def _ranked(keep: Callable[[Record], bool], cells: Sequence[CellPlaces]) -> Rank
                 outcomes.update(tally(group))
                 yield group
 
-    return rank_cells(counted()), outcomes
+    return rank_cells(counted(), seen), outcomes
 
 
 class _Watch:
@@ -84,7 +85,7 @@ def ranked_archive(archive: Archive) -> Iterator[Ranked]:
     Raises:
         StoreError: if a line is damaged.
     """
-    cells, rank = archive.places(), partial(_ranked, archive.keep)
+    cells, rank = archive.places(), partial(_ranked, archive.keep, seen_spreads(archive))
     processes = min(os.cpu_count() or 1, _MOST_PROCESSES)
     if len(cells) < _MANY_CELLS or processes < 2:
         yield rank(cells)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bench.study.pairing import Rounds, intervals
+from bench.study.process_spread import ProcessSpread
 from bench.study.statistics import Interval, verdict
 from bench.study.winners import leaders
 
@@ -44,13 +45,15 @@ def framework_ratio(
     floor: float | None,
     *,
     confidence: float,
+    seen: ProcessSpread | None = None,
 ) -> FrameworkRatio | None:
     """Compares the frameworks in one cell.
 
     Args:
         ranked: framework to label to rounds, of everybody who is ranked, the fastest first.
-        floor: smallest log ratio that the cell names, or None.
+        floor: the cell's noise floor as a log ratio, or None.
         confidence: 1 less the chance of a false verdict.
+        seen: what is known of the spread of processes on the machine; None leaves it out, as if processes were alike.
 
     Returns:
         None where neither framework has anybody, or the two fastest share no round.
@@ -64,10 +67,13 @@ def framework_ratio(
     pairs = 1
     for framework in (REFERENCE, RIVAL):
         competitors = ranked[framework]
-        tied = leaders(competitors, floor, confidence=confidence)
+        tied = leaders(competitors, floor, confidence=confidence, seen=seen)
         first[framework] = tied[0]
         pairs *= len(tied)
     level = 1 - (1 - confidence) / pairs
     torch, jax = first[REFERENCE], first[RIVAL]
     found = intervals(ranked[REFERENCE][torch], {jax: ranked[RIVAL][jax]}, level).get(jax)
-    return None if found is None else FrameworkRatio(torch, jax, found, verdict(found, floor), level)
+    if found is None:
+        return None
+    spread = 0.0 if seen is None else seen.reach(pairs)
+    return FrameworkRatio(torch, jax, found, verdict(found, floor, spread), level)

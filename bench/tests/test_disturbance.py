@@ -1,15 +1,26 @@
 """A busy machine: what is measured of it, what a cell does about it, and what verdict it leaves."""
 
+import json
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench.measure import disturbance
 from bench.measure.disturbance import BusyError, Gate, Usage, Watch, _Process, stretch, usage
 from bench.measure.processors import allowed_cpus
-from bench.study.disturbance import disturbed_window
+from bench.report.export import summary
+from bench.report.markdown import report
+from bench.study.disturbance import DISTURBED, disturbed_window, is_disturbed
+from bench.study.ranking import rankings
+from bench.study.results import results_of
+from bench.study.statistics import FASTER, SAME, SLOWER
+from bench.tests.synthetic import FINGERPRINT
 
 needs_accounts = pytest.mark.skipif(
     usage({}, allowed_cpus()) is None, reason="this system has no /proc with accounts of its processors"
@@ -169,3 +180,96 @@ def test_the_option_is_checked_and_a_busy_machine_is_refused(tmp_path, call, mon
     refused = call("run", *TINY, "--out", tmp_path / "b", "--when-busy", "refuse")
     assert refused.exit_code == 1
     assert "--when-busy refuse: other processes take 1.00" in refused.stderr
+
+
+def disturbed_records(make_record, *, hit, of=5, replicates=1):
+    """A cell in which JAX is four times as fast, with so many disturbed windows in each process."""
+    found = {"cpus": 2, "load": 1.0, "windows": of, "disturbed_windows": hit, "other_cpus": 0.9, "other_cpus_most": 1.0}
+    found |= {"steal_cpus": 0.0, "steal_cpus_most": 0.0, "put_off_per_s": 1.0, "stretch": 1.1}
+    found |= {"waiting": {"torch": 0.4, "jax": 0.01}}
+    rng, records = np.random.default_rng(0), []
+    rows = [("base", 1.0, {"baseline": True}), ("again", 1.0, {"baseline": True, "control": True})]
+    rows += [("jax", 4.0, {"framework": "jax", "mode": "jit"})]
+    for replicate in range(replicates):
+        for name, speed, changes in rows:
+            blocks = tuple((0.02 / speed * np.exp(0.003 * rng.standard_normal(40))).tolist())
+            shared = {"key": f"{replicate}{name}", "cell_size": 3, "process_replicate": replicate}
+            shared |= {"block_latency_s": blocks, "latency_s": float(np.median(blocks)) / 10, "calls_per_block": 10}
+            records.append(make_record(**shared, disturbance=found, **changes))
+    return records
+
+
+@pytest.mark.parametrize(("hit", "disturbed"), [(0, False), (1, False), (2, True), (5, True)])
+def test_a_disturbed_cell_has_figures_and_no_verdict(make_record, hit, disturbed):
+    records = disturbed_records(make_record, hit=hit)
+    (ranking,) = rankings(records)
+    assert ranking.disturbed is disturbed
+    (row,) = [row for row in ranking.rows if row.record.framework == "jax"]
+    assert row.interval.ratio == pytest.approx(4, rel=0.05)
+    assert row.verdict == (DISTURBED if disturbed else FASTER)
+    assert ranking.frameworks.verdict == (DISTURBED if disturbed else FASTER)
+    assert (ranking.winner is None) is disturbed
+    text = report(results_of(records, {"e0": FINGERPRINT}))
+    assert "other processes take 0.90 of 2 processors (at most 1.00)" in text
+    assert f"{hit} of 5 windows disturbed" in text
+    assert ("In 1 of 1 cells others used the machine" in text) is disturbed
+    assert ("no competitor is called faster than another" in text) is disturbed
+    cell = json.loads(json.dumps(summary(results_of(records, {"e0": FINGERPRINT})), allow_nan=False))["cells"][0]
+    assert (cell["disturbed"], cell["disturbance"]["other_cpus"]) == (disturbed, 0.9)
+    assert (cell["resolution"] is None) is disturbed
+
+
+def test_the_windows_of_all_processes_count_together(make_record):
+    assert is_disturbed(disturbed_records(make_record, hit=2, replicates=2))
+    quiet = disturbed_records(make_record, hit=0, replicates=3)
+    assert not is_disturbed([*quiet[3:], *disturbed_records(make_record, hit=2)])
+
+
+def test_records_that_do_not_tell_count_as_quiet(make_record):
+    records = [replace(record, disturbance={}) for record in disturbed_records(make_record, hit=5)]
+    (ranking,) = rankings(records)
+    assert (ranking.disturbed, ranking.disturbance) == (False, None)
+
+
+# Tried on an idle machine: what a quiet run says is the truth that a busy one must not contradict.
+CELL = ("--preset", "smoke", "--workload", "article-base", "--direction", "forward", "--probe-s", "0", "--rounds", "12")
+
+
+def measured(out, hogs, *options):
+    """Times the cell beside processes that compute without end, each on a processor of its own; label to verdict."""
+    started = []
+    for cpu in allowed_cpus()[:hogs]:
+        code = f"import os; os.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"
+        started.append(subprocess.Popen([sys.executable, "-c", code]))
+    try:
+        command = [sys.executable, "-m", "bench", "run", *CELL, *options, "--out", str(out), "--json", f"{out}.json"]
+        subprocess.run(command, check=False, capture_output=True, timeout=500)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    (cell,) = json.loads(Path(f"{out}.json").read_text())["cells"]
+    labels = {f"{row['framework']} {row['implementation']} ({row['mode']})": row["verdict"] for row in cell["rows"]}
+    return labels | {"PyTorch against JAX": cell["frameworks"]["verdict"]}
+
+
+def test_beside_busy_processes_no_verdict_contradicts_a_quiet_run(tmp_path, request):
+    runs = request.config.getoption("--busy-runs")
+    if not runs:
+        pytest.skip("takes minutes and an idle machine: --busy-runs 10")
+    quiet = measured(tmp_path / "quiet", 0, "--rounds", "40", "--cell-s", "60", "--most-cell-s", "60")
+    assert DISTURBED not in quiet.values(), "the machine is not idle, so that nothing can be tried"
+    assert {FASTER, SLOWER} & set(quiet.values())
+    said, wrong = Counter(), []
+    for hogs in (1, len(allowed_cpus())):
+        for run in range(runs):
+            found = measured(tmp_path / f"{hogs}-{run}", hogs)
+            said.update((hogs, verdict) for verdict in found.values())
+            opposite = {FASTER: (SLOWER, SAME), SLOWER: (FASTER, SAME)}
+            wrong += [
+                (hogs, run, label, verdict, quiet.get(label))
+                for label, verdict in found.items()
+                if quiet.get(label) in opposite.get(verdict, ())
+            ]
+    print("\n" + "\n".join(f"{hogs} busy, {verdict or 'no speed'}: {count}" for (hogs, verdict), count in said.items()))
+    assert wrong == []

@@ -23,10 +23,11 @@ def _table(rows: Sequence[ParityRow]) -> str:
     for row in rows:
         place = "" if row.worst_index is None else str(list(row.worst_index))
         cells = [str(getattr(row, column)) for column in _COLUMNS]
-        cells += [number(row.bound_fraction), number(row.max_abs_error), place, row.reason or row.diagnosis]
+        said = "; ".join(filter(None, (row.reason or row.diagnosis, row.note and f"note: {row.note}")))
+        cells += [number(row.bound_fraction), number(row.max_abs_error), place, said]
         text = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         lines.append(f'<tr class="{escape(row.status)}" title="{escape(row.command)}">{text}</tr>')
-    heads = (*_COLUMNS, "error / bound", "largest error", "worst index", "reason or diagnosis")
+    heads = (*_COLUMNS, "error / bound", "largest error", "worst index", "reason, diagnosis or note")
     head = "".join(f"<th>{escape(column)}</th>" for column in heads)
     return f'<table id="rows"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 

@@ -40,6 +40,7 @@ class ParityRow:
         observed: the precision class that the error shows, ``ieee_fp32``, ``tf32``, ...; ``lower`` for none.
         max_abs_error: see ``comparison.TensorResult``, as are the following.
         tensor_fractions: for a pair, the error over bound of every tensor.
+        note: what a reader must know about the row, whatever its status; empty for nothing.
     """
 
     kind: Literal["oracle", "pair", "mode", "exact", "ladder", "training"]
@@ -66,6 +67,7 @@ class ParityRow:
     expected_value: float | None = None
     partition_fractions: tuple[float, ...] | None = None
     tensor_fractions: dict[str, float] | None = None
+    note: str = ""
 
 
 _RESULT_FIELDS = {field.name for field in dataclasses.fields(TensorResult)} & {

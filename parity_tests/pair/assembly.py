@@ -2,9 +2,12 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import numbers
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from parity_tests.pair.buffers import LeftOut
 from parity_tests.pair.legs import Pair
 from parity_tests.pair.loading import build, load_factory
 from parity_tests.pair.remote import RemoteSide
@@ -104,6 +107,7 @@ def prepared(arguments: Mapping[str, Any], spec: str | None, tell: Tell = tell_n
     for name, side in _REQUIRED.items():
         if arguments[name] is None and (side is None or pythons[side] is None):
             raise ValueError(f"{name}: expected a value, got None; pass it, or a pair whose factory returns it.")
+    _check_kinds(arguments)
     with contextlib.ExitStack() as stack:
         sides: dict[str, Any] = {}
         for key, python in pythons.items():
@@ -118,9 +122,36 @@ def prepared(arguments: Mapping[str, Any], spec: str | None, tell: Tell = tell_n
         yield Pair(
             name=arguments["name"] or spec or f"{sides['torch'].name}-{sides['jax'].name}",
             sides=sides,
-            rules=arguments["params"],
+            # A proposal goes in as it is.
+            rules=getattr(arguments["params"], "rules", arguments["params"]),
             source=arguments["inputs"],
             input_patterns=arguments["input_patterns"] or {},
             output_patterns=arguments["output_patterns"] or {},
             draws=arguments["draws"] or {},
+            scale=arguments["scale"],
+            left_out=LeftOut(arguments["not_compared"] or ()),
         )
+
+
+_KINDS = {
+    "params": (Sequence, "a sequence of rules or a proposal"),
+    "dtypes": (Sequence, "a tuple of dtypes"),
+    "seed": (numbers.Integral, "a non-negative integer"),
+    "name": (str, "a string"),
+    **dict.fromkeys(("torch_kwargs", "flax_kwargs"), (Mapping, "a dict of keyword arguments")),
+    **dict.fromkeys(("torch_params", "draws", "output_patterns"), (Mapping, "a dict by name")),
+    "input_patterns": (Mapping, "a dict by position"),
+}
+
+
+def _check_kinds(arguments: Mapping[str, Any]) -> None:
+    """Refuses values of another kind, which would fail somewhere below."""
+    for name, (kind, expected) in _KINDS.items():
+        value = getattr(arguments[name], "rules", arguments[name]) if name == "params" else arguments[name]
+        if value is None and name != "seed":
+            continue
+        if not isinstance(value, kind) or (isinstance(value, str) and name != "name") or (name == "seed" and value < 0):
+            hint = f"; for one dtype pass ({value!r},)" if name == "dtypes" else ""
+            raise ValueError(f"{name}: expected {expected}, got {value!r:.80}{hint}.")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(arguments["device"])):
+        raise ValueError(f"device: expected cpu, cuda or auto, got {arguments['device']!r}; choose one of these.")

@@ -12,17 +12,26 @@ operation that contracts or reduces has this variance beside that of rounding it
 The same value is rounded the same way wherever it occurs: xi is a function of the value's bits, of the operation and of
 the member, so that equal rows err coherently, as they do in a real run.
 
+Infinities and NaN are not rounded. What is not finite in the truth has to be equal, place and sign included; where
+rounding alone decides whether a number is finite, there is no bound.
+
+A constant that was rounded before the graph was evaluated (a float32 table beside a computed one, ``0.1`` in a module
+that is fixed to float32) errs in float64 too: by at most u, so that members that move it by u, up or down at random,
+show the variance of the result exactly, to first order.
+
 Sources: Higham and Mary (2019) for rounding errors as random variables; Smyth (2004), Linear models and empirical Bayes
 methods, for variances moderated across elements.
 """
 
 import math
+import zlib
 
 import numpy as np
 from scipy import special, stats
 
 from parity_tests.harness.dtypes import FORMATS
 from parity_tests.harness.tolerance import FALSE_ALARM_RATE
+from parity_tests.pair.casts import from_parts, looks_rounded, parts
 
 MEMBERS = 16
 # Runs with amplified noise find what linear scaling cannot: kinks (a relu's derivative) and vanishing first orders. An
@@ -60,7 +69,7 @@ def moderated_spread(spread: np.ndarray, members: int) -> tuple[np.ndarray, floa
     Returns:
         The moderated spreads and their degrees of freedom.
     """
-    positive = spread[spread > 0]
+    positive = spread[(spread > 0) & np.isfinite(spread)]
     if positive.size < members:  # too few elements to say how alike they are
         return spread, float(members)
     half = members / 2
@@ -81,13 +90,14 @@ def confidence(elements: int, freedom: float) -> float:
 def calibrated_bound(
     truth: np.ndarray, spread: np.ndarray, kinks: np.ndarray, members: int, dtype: str, scale: float = 1.0
 ) -> np.ndarray:
-    """Returns the bound on ``|value - truth|``, element by element.
+    """Returns the bound on ``|value - truth|``, element by element; of complex numbers, part by part.
 
     ``B = max(t s~, kink) + u |z| + eta`` where anything moved at all, else 0: t is the confidence, kink the largest
-    deviation under amplified noise, u and eta the rounding and underflow of the output.
+    deviation under amplified noise, u and eta the rounding and underflow of the output. 0 where the truth is not
+    finite; infinite, which is no bound, where a member of the ensemble is not and the truth is.
 
     Args:
-        truth: z, float64.
+        truth: z, in float64 or complex128.
         spread: see ``Ensemble``.
         kinks: see ``Ensemble``.
         members: behind ``spread``.
@@ -96,8 +106,41 @@ def calibrated_bound(
     """
     semantic = scale == SEMANTIC_SCALE
     fmt = FORMATS["float64" if semantic else dtype]
+    z, spread, kinks = parts(truth), parts(spread), parts(kinks)
     moderated, freedom = moderated_spread(spread, members)
-    explained = scale * confidence(truth.size, freedom) * moderated
+    explained = scale * confidence(z.size, freedom) * moderated
     limit = explained if semantic else np.maximum(explained, kinks)
-    limit = limit + fmt.roundoff * np.abs(truth) + fmt.smallest_normal
-    return np.where((spread > 0) | (kinks > 0), limit, 0.0)
+    limit = limit + fmt.roundoff * np.abs(z) + fmt.smallest_normal
+    moved = np.isfinite(z) & ((spread > 0) | (kinks > 0))
+    return from_parts(np.where(moved, limit, 0.0), truth)
+
+
+def constants_bound(spread: np.ndarray, members: int) -> np.ndarray:
+    """Returns how far a result may move because constants were rounded before it was computed; of complex, by part.
+
+    Args:
+        spread: of the members that move them, see ``Side.constants``.
+        members: behind ``spread``.
+    """
+    values = parts(spread)
+    moderated, freedom = moderated_spread(values, members)
+    return from_parts(confidence(values.size, freedom) * moderated, spread)
+
+
+def moved_constant(array: np.ndarray, member: int, name: str) -> np.ndarray:
+    """Moves the numbers of a constant by the roundoff of its format, each up or down, equal ones alike.
+
+    Args:
+        array: float64 or complex128, as it is stored; numbers that were not rounded stay.
+        member: number of the run; 0 moves nothing.
+        name: of the format that rounded them; what no narrower format has rounded stays.
+    """
+    if member == 0 or name not in FORMATS or name == "float64":
+        return array
+    values = parts(array)
+    distinct, where = np.unique(values, return_inverse=True)
+    rng = np.random.default_rng([member, zlib.crc32(distinct.tobytes())])
+    moved = FORMATS[name].roundoff * rng.choice([-1.0, 1.0], distinct.shape)
+    step = np.where(looks_rounded(distinct, name), moved, 0.0)[where].reshape(values.shape)
+    with np.errstate(invalid="ignore"):
+        return from_parts(np.where(np.isfinite(values), values * (1.0 + step), values), array)

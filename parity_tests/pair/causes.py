@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from parity_tests.harness.dtypes import FORMATS
+from parity_tests.pair.casts import as_stored
 from parity_tests.pair.judge import KEYS, Evidence
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
 from parity_tests.pair.side import Arrays
 from parity_tests.pair.state import is_output, state_cause
-from parity_tests.pair.verdict import within
+from parity_tests.pair.verdict import UNDECIDED, within
 
 _OTHER = {"torch": "flax", "jax": "torch"}
 _OWN = {"torch": "torch", "jax": "flax"}
@@ -28,7 +29,7 @@ def likely_cause(pair: Pair, evidence: Evidence, rows: Sequence[PairRow]) -> str
         evidence: of the judge.
         rows: all of them.
     """
-    failed = [row for row in rows if row.status == "mismatch"]
+    failed = [row for row in rows if row.status == "mismatch" and row.bound != UNDECIDED]
     searches = {"weights": _weights, "forward": _forward, "gradients": _gradients, "state": _state}
     for rung, search in searches.items():
         if found := [row for row in failed if row.rung == rung]:
@@ -37,7 +38,9 @@ def likely_cause(pair: Pair, evidence: Evidence, rows: Sequence[PairRow]) -> str
 
 
 def _weights(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
-    del pair, evidence
+    del evidence
+    if failed[0].tensor in pair.mapping.kept_by_both:
+        return f"the values of {failed[0].tensor} that both sides keep are not the same"
     return f"{failed[0].tensor} does not keep its {failed[0].dtype} bits in the {failed[0].framework} module"
 
 
@@ -62,7 +65,14 @@ def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
 def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
     if not any(row.dtype == "float64" for row in failed):
         return _precision(evidence, failed)
+    alone = [name for names in pair.trained_alone.values() for name in names]
+    if alone:
+        return f"{', '.join(alone)}: kept as a constant, and trained on the side that has it"
     names = [row.tensor for row in failed if row.dtype == "float64"]
+    frozen = [name for name in pair.mapping.half_trained if f"d_{name}" in names]
+    if frozen:
+        names = ", ".join(frozen)
+        return f"{names}: frozen on the torch side (requires_grad=False, or a buffer), trained on the flax side"
     for key in KEYS:
         stopped = [
             name for name in names if not evidence.truths[key][name].any() and evidence.truths[_other(key)][name].any()
@@ -137,6 +147,16 @@ def _hypotheses(pair: Pair, evidence: Evidence) -> Iterator[Hypothesis]:
     for variant in pair.sides["torch"].variants():
         yield variant.sentence, lambda name=variant.name: pair.truth("torch", values, name), "torch"
     yield from _calls(pair, values)
+    yield from _held_at_zero(pair, values, changed)
+    for name, array in own["torch"].items():
+        window = tuple(range(2, array.ndim))
+        if window and any(array.shape[axis] > 1 for axis in window):
+            axes = ", ".join(map(str, window))
+            sentence = (
+                f"the kernel {name} is flipped: reversing its window (axes {axes} on the torch side) makes both agree "
+                "(Flax's ConvTranspose flips it unless transpose_kernel=True)"
+            )
+            yield sentence, changed("torch", {name: np.flip(array, window).copy()}), "torch"
     for key, arrays in own.items():
         for name, array in arrays.items():
             sentence = f"{name} has no effect on the {_OTHER[key]} side (a missing bias, a weight that is not used)"
@@ -150,6 +170,21 @@ def _hypotheses(pair: Pair, evidence: Evidence) -> Iterator[Hypothesis]:
         shown = ", ".join(map(str, order))
         sentence = f"the blocks (gates, or query, key and value) of {names} come in the order {shown} on the flax side"
         yield sentence, changed("torch", arrays), "torch"
+
+
+def _held_at_zero(pair: Pair, values: Values, changed: Callable[..., Callable[[], Arrays]]) -> Iterator[Hypothesis]:
+    """Blocks without counterpart with the values that they have by themselves."""
+    for link in pair.mapping.links:
+        key, block = ("torch", link.torch) if link.flax is None else ("jax", link.flax)
+        if link.pattern is not None or link.keep or block is None:
+            continue
+        array = np.array(values.parameters[key][block.name])
+        array[block.ranges] = as_stored(pair.specs[key][block.name].value, array.dtype)[block.ranges]
+        if array[block.ranges].any():
+            sentence = (
+                f"{link.text} holds at zero what the {_OTHER[key]} side has: with its own values ('keep') both agree"
+            )
+            yield sentence, changed(key, {block.name: array}), key
 
 
 def _calls(pair: Pair, values: Values) -> Iterator[Hypothesis]:

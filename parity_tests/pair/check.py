@@ -12,10 +12,10 @@ from parity_tests.harness.failures import first_line
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
 from parity_tests.pair.assembly import Tell, merged, prepared, tell_nobody
 from parity_tests.pair.causes import likely_cause
-from parity_tests.pair.draws import Draw, InputSource
+from parity_tests.pair.draws import Draw, InputSource, Scale
 from parity_tests.pair.judge import Judge
 from parity_tests.pair.legs import Pair
-from parity_tests.pair.mapping import Rule
+from parity_tests.pair.mapping import SIDES, Rule
 from parity_tests.pair.report import PairReport, PairRow
 from parity_tests.pair.reproduction import reproduction
 
@@ -37,29 +37,53 @@ def judge_pair(
     judge = Judge(pair, seed, gradients, semantic, state)
     rows = []
     for row in judge.rows(dtypes):
-        tell(row)
-        rows.append(row)
+        rows.append(_explained(pair, row))
+        tell(rows[-1])
     if any(row.status == "mismatch" for row in rows):
         tell("looking for the cause")
-    held = tuple(f"{text} is held at zero" for text in pair.mapping.held_at_zero)
     return PairReport(
         name=pair.name,
         rows=rows,
-        not_compared=(*_buffers_left_out(pair, state), *held),
+        not_compared=tuple(_left_out(pair, judge, gradients, state)),
         likely_cause=likely_cause(pair, judge.evidence, rows),
-        notes=tuple(sorted(judge.notes)),
+        notes=tuple(sorted({*judge.notes, *pair.notes, *judge.remarks.notes})),
         random=bool(judge.evidence.random),
     )
 
 
-def _buffers_left_out(pair: Pair, state: bool) -> Iterator[str]:
-    """Names the buffers that are not compared, and says which of them a call updates."""
-    changed = [
-        f"{side} buffer {name}" for key, side in (("torch", "torch"), ("jax", "flax")) for name in pair.changed(key)
-    ]
-    unmapped = pair.mapping.not_compared
-    for text in dict.fromkeys((*unmapped, *(() if state else changed))):
-        yield f"{text}, which a call updates" if text in changed else text
+def _explained(pair: Pair, row: PairRow) -> PairRow:
+    """Adds to a gradient's mismatch that the parameter is frozen on one side, which is all there is to say about it."""
+    name = row.tensor.removeprefix("d_")
+    if row.status != "mismatch" or row.rung != "gradients" or name not in pair.mapping.half_trained:
+        return row
+    kind = pair.specs["torch"][name].kind
+    return dataclasses.replace(
+        row, reason=f"{row.reason}; {name} is {kind} on the torch side, and the flax side trains it"
+    )
+
+
+def _left_out(pair: Pair, judge: Judge, gradients: bool, state: bool) -> Iterator[str]:
+    """Names what is not compared, and says which buffers a call updates."""
+    mapping, covers = pair.mapping, pair.left_out.covers
+    changed = {side: pair.changed(key) for key, side in (("torch", "torch"), ("jax", "flax"))}
+    names = {side: dict.fromkeys((*mapping.unmapped[side], *(() if state else changed[side]))) for side in SIDES}
+    for side, key in zip(SIDES, ("torch", "jax"), strict=True):
+        for name in names[side]:
+            kind = "frozen parameter" if pair.specs[key][name].frozen else "buffer"
+            updates = ", which a call updates" if name in changed[side] else ""
+            consent = ", left out by not_compared=" if name in mapping.unmapped[side] and covers(name) else ""
+            constant = ", a constant whose own values results depend on" if (side, name) in pair.tables else ""
+            yield f"{side} {kind} {name}{updates}{constant}{consent}"
+    yield from (f"{text} is held at zero" for text in mapping.held_at_zero)
+    yield from (f"{text} keeps its own values" for text in mapping.kept)
+    if gradients:
+        untrained = [name for name in mapping.torch_names if name in {*mapping.untrained, *judge.untrained}]
+        if untrained:
+            yield f"the gradients of {', '.join(untrained)}, which neither side trains"
+        trained = [name for name in mapping.trained if name not in untrained and covers(f"d_{name}")]
+        yield from (f"the gradient of {name}, left out by not_compared=" for name in trained)
+        positions = range(len(pair.shapes))
+        yield from (f"the gradient of input{k}, left out by not_compared=" for k in positions if covers(f"d_input{k}"))
 
 
 def check_pair(
@@ -80,6 +104,8 @@ def check_pair(
     input_patterns: Mapping[int, str] | None = None,
     output_patterns: Mapping[str, str] | None = None,
     draws: Mapping[str, Draw] | None = None,
+    scale: Scale | None = None,
+    not_compared: Sequence[str] = (),
     device: str = "cpu",
     name: str = "",
     pair: str | None = None,
@@ -101,9 +127,9 @@ def check_pair(
 
     Args:
         torch_module: an ``nn.Module``, in the mode (train or eval) it is to be judged in, or ``f(params, *inputs)``.
-        flax_module: a linen module, an nnx module, or ``f(params, *inputs)``.
+        flax_module: a linen module, an nnx module, a callable pytree (an Equinox module), or ``f(params, *inputs)``.
         params: ``(torch name, flax path, axis pattern)`` for every parameter, see ``mapping.ParameterMapping``;
-            ``propose_mapping`` writes a first version.
+            ``propose_mapping`` writes a first version, which is taken as it is.
         inputs: one entry an argument, a shape or an array, in the torch side's layout; or a function of a NumPy
             generator that returns the arrays.
         seed: of all that is drawn.
@@ -115,10 +141,16 @@ def check_pair(
         torch_kwargs: keyword arguments of the torch call.
         flax_kwargs: keyword arguments of the flax call (``rngs`` and ``mutable`` as in linen's ``apply``).
         torch_params: initial parameters, for a torch function.
-        flax_params: initial parameters, for a JAX function.
+        flax_params: initial parameters, for a JAX function (any pytree: dicts, lists, dataclasses, Equinox modules; its
+            arrays are named by their paths, ``layers.0.w``) or for a linen module.
         input_patterns: by position, where the layouts differ: ``{0: "b c h w -> b h w c"}``.
         output_patterns: by output name (``y``, or ``y.0``, ...), likewise.
         draws: by torch name, ``(rng, shape) -> array`` for parameters with constraints of their own.
+        scale: what is drawn is multiplied by: one number for all inputs given as shapes, or numbers by input position
+            and torch parameter name, ``{0: 10.0}``. Notes of a report say which clamps and selections never took a
+            branch: wider draws may reach it.
+        not_compared: names or patterns (``"*.num_batches_tracked"``) of unmapped buffers and frozen parameters of
+            either side that need not agree, though results depend on them, and of gradients (``"d_body.*"``).
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU if there is one.
         name: of the pair, in reports.
         pair: ``package.module:factory`` in place of the modules, see ``loading``;

@@ -1,19 +1,21 @@
 """Seeded parameters, inputs and cotangents for a pair: random, of different magnitudes, never at an initial value."""
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from parity_tests.harness.inputs import BIAS_SCALE, COTANGENT_SCALE, X_SCALE
+from parity_tests.pair.casts import exactly, is_complex, is_float, is_inexact, widened
 from parity_tests.pair.side import ParameterSpec
 
 InputSource = Sequence[Sequence[int] | np.ndarray] | Callable[[np.random.Generator], Sequence[np.ndarray]]
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
-_RELATIVE_SPREAD = (
-    0.25  # e-fold of a one-signed array (a norm's scale, a variance): keeps the sign, moves every element
-)
+Scale = float | Mapping[int | str, float]
+# E-folds by which the elements of a one-signed array move: one that keeps its sign (a variance), and one that is drawn
+# with both signs (a norm's scale), whose bounds and absolute values shall show.
+_RELATIVE_SPREAD, _SIGNED_SPREAD = 0.25, 0.5
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:
@@ -21,23 +23,60 @@ def _generator(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
-def draw_like(value: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws an array of the scale of ``value``, float64.
+def is_one_signed(value: np.ndarray) -> bool:
+    """Return whether all numbers are positive, or all negative."""
+    return is_float(value) and value.size > 0 and bool((value > 0).all() or (value < 0).all())
+
+
+def draw_like(value: np.ndarray, rng: np.random.Generator, signed: bool = False) -> np.ndarray:
+    """Draws an array of the scale of ``value``, in float64 or complex128.
 
     A zero array (a bias as initialised) becomes normal with the harness' bias scale, because at zero a lost bias is
-    invisible; a positive or negative one keeps its signs; any other becomes normal with its root mean square.
+    invisible; a positive or negative one keeps its signs, or with ``signed`` takes both (a single number the other
+    one); any other becomes normal with its root mean square.
     """
-    value = value.astype(np.float64)
-    normal = rng.standard_normal(value.shape)
+    value = widened(value)
+    if not (finite := np.isfinite(value)).all():  # a mask: its infinities stay
+        drawn = value.copy()
+        drawn[finite] = draw_like(value[finite], rng, signed)
+        return drawn
+    normal = _normal_like(value, rng)
     if not value.any():
         return BIAS_SCALE * normal
-    if (value > 0).all() or (value < 0).all():
+    if not is_one_signed(value):
+        return np.sqrt(np.mean(np.abs(value) ** 2)) * normal
+    if not signed:
         return value * np.exp(_RELATIVE_SPREAD * normal)
-    return np.sqrt(np.mean(value**2)) * normal
+    signs = rng.choice((-1.0, 1.0), value.shape)
+    if (signs > 0).all() or (value.size > 1 and (signs < 0).all()):
+        signs.flat[0] *= -1.0
+    return signs * value * np.exp(_SIGNED_SPREAD * normal)
+
+
+def _normal_like(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draws normal numbers of variance 1, complex ones where the array is."""
+    if not is_complex(array):
+        return rng.standard_normal(array.shape)
+    return (rng.standard_normal(array.shape) + 1j * rng.standard_normal(array.shape)) / np.sqrt(2)
+
+
+def _of_kind(array: np.ndarray, like: np.ndarray, what: str) -> np.ndarray:
+    """The numbers that a user's function has drawn, wide, for an array of this kind.
+
+    Raises:
+        ValueError: if the array cannot hold them: complex numbers for a real one, 0.5 for an integer.
+    """
+    if is_inexact(like):
+        return widened(exactly(array, np.dtype(np.complex128 if is_complex(like) else np.float64), what))
+    return exactly(array, like.dtype, what)
 
 
 def draw_parameters(
-    specs: Mapping[str, ParameterSpec], seed: int, draws: Mapping[str, Draw] | None = None
+    specs: Mapping[str, ParameterSpec],
+    seed: int,
+    draws: Mapping[str, Draw] | None = None,
+    scale: Scale | None = None,
+    signed: Collection[str] = (),
 ) -> dict[str, np.ndarray]:
     """Draws every floating-point array of a module in float64; others stay as they are.
 
@@ -45,44 +84,80 @@ def draw_parameters(
         specs: arrays by name.
         seed: non-negative.
         draws: for the arrays named here, ``(rng, shape) -> array`` in place of ``draw_like``.
+        scale: factors by name, see ``checked_scale``; a single number is one of the inputs.
+        signed: one-signed arrays that are drawn with both signs.
 
     Raises:
         ValueError: if ``draws`` names an unknown array or returns a wrong shape.
     """
     draws = draws or {}
-    if unknown := sorted(set(draws) - set(specs)):
+    if unknown := sorted(str(name) for name in set(draws) - set(specs)):
         raise ValueError(f"draws: expected names among {', '.join(specs)}, got {', '.join(unknown)}; choose one.")
     drawn = {}
     for name, spec in specs.items():
         rng = _generator(seed, name)
         if name in draws:
-            drawn[name] = np.asarray(draws[name](rng, spec.value.shape), np.float64)
-            if drawn[name].shape != spec.value.shape:
-                raise ValueError(f"draws[{name!r}]: expected shape {spec.value.shape}, got {drawn[name].shape}.")
-        elif is_float(spec.value):
-            drawn[name] = draw_like(spec.value, rng)
+            drawn[name] = _drawn_by(draws[name], f"draws[{name!r}]", rng, spec.value)
+        elif is_inexact(spec.value):
+            drawn[name] = draw_like(spec.value, rng, name in signed)
         else:
             drawn[name] = spec.value
+        if isinstance(scale, Mapping) and name in scale and is_inexact(drawn[name]):
+            drawn[name] = scale[name] * drawn[name]
     return drawn
 
 
-def is_float(array: np.ndarray) -> bool:
-    """True for a floating-point array; bfloat16, which NumPy itself calls void, counts."""
-    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+def _drawn_by(draw: Draw, what: str, rng: np.random.Generator, like: np.ndarray) -> np.ndarray:
+    try:
+        array = np.asarray(draw(rng, like.shape))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{what}: expected a function (rng, shape) -> array of numbers, got {error}; write one such as "
+            "lambda rng, shape: rng.random(shape)."
+        ) from error
+    if array.dtype.kind not in "biufcV" or array.shape != like.shape:
+        raise ValueError(f"{what}: expected numbers of shape {like.shape}, got {array.dtype} of shape {array.shape}.")
+    return _of_kind(array, like, what)
 
 
-def as_stored(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Rounds a floating-point array to the storage dtype; leaves integers and booleans."""
-    return array.astype(dtype) if is_float(array) else array
+def checked_scale(scale: Scale | None, source: InputSource, names: Collection[str]) -> Scale | None:
+    """Refuse factors that are none, or of what is not drawn.
+
+    Args:
+        scale: a factor of all inputs that are drawn from shapes, or factors by input position and by the torch name of
+            a parameter.
+        source: of the inputs.
+        names: of the parameters that are drawn.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if scale is None:
+        return None
+    drawn = () if callable(source) else tuple(k for k, entry in enumerate(source) if _is_shape(entry))
+    factors = scale if isinstance(scale, Mapping) else dict.fromkeys(drawn, scale)
+    for key, factor in factors.items():
+        if isinstance(factor, bool) or not isinstance(factor, int | float | np.number) or not 0 < factor < np.inf:
+            raise ValueError(f"scale: expected a positive number, got {factor!r} for {key!r}; 10.0 draws wider values.")
+        if key not in drawn and key not in names:
+            positions = ", ".join(map(str, drawn)) or "none"
+            raise ValueError(
+                f"scale: expected positions of inputs that are drawn from shapes ({positions}) or parameters among "
+                f"{', '.join(names)}, got {key!r}; scale given arrays yourself."
+            )
+    if not factors:
+        raise ValueError(f"scale: expected inputs that are drawn from shapes, got arrays and {scale!r}; scale them.")
+    return scale
 
 
-def draw_inputs(source: InputSource, seed: int) -> tuple[np.ndarray, ...]:
+def draw_inputs(source: InputSource, seed: int, scale: Scale | None = None) -> tuple[np.ndarray, ...]:
     """Draws the positional inputs.
 
     Args:
         source: a sequence whose entries are shapes (drawn normal, float64) or arrays (taken as they are); or a function
             of a NumPy generator that returns arrays of any dtype.
         seed: non-negative.
+        scale: what is drawn from shapes is multiplied by, see ``checked_scale``.
 
     Raises:
         TypeError: if there is one array in place of a tuple, or an entry is neither a shape nor an array.
@@ -106,12 +181,13 @@ def draw_inputs(source: InputSource, seed: int) -> tuple[np.ndarray, ...]:
                 "inputs is a tuple with one entry per argument, for one argument ((8, 64),)."
             )
         else:
-            arrays.append(X_SCALE * rng.standard_normal(tuple(entry)))
+            factor = 1.0 if scale is None else scale.get(position, 1.0) if isinstance(scale, Mapping) else scale
+            arrays.append(factor * X_SCALE * rng.standard_normal(_sizes(tuple(entry), position)))
     if not arrays:
         raise ValueError("inputs: expected at least one, got none; nothing would be compared.")
     for position, array in enumerate(arrays):
-        if not is_float(array) and array.dtype.kind not in "iub":
-            raise TypeError(f"inputs[{position}]: expected floats, integers or booleans, got {array.dtype}.")
+        if not is_inexact(array) and array.dtype.kind not in "iub":
+            raise TypeError(f"inputs[{position}]: expected numbers or booleans, got {array.dtype}.")
     return tuple(arrays)
 
 
@@ -122,14 +198,20 @@ def _outlined(value: Any) -> str:
     return type(value).__name__ if isinstance(value, Mapping) else repr(value)
 
 
+def _sizes(shape: tuple[int, ...], position: int) -> tuple[int, ...]:
+    if any(size < 0 for size in shape):
+        raise ValueError(f"inputs[{position}]: expected sizes of at least 0, got {shape}.")
+    return shape
+
+
 def _is_shape(entry: object) -> bool:
     return isinstance(entry, tuple | list) and all(isinstance(size, int | np.integer) for size in entry)
 
 
 def draw_cotangents(outputs: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """Draws a normal cotangent, float64, for every floating-point output."""
+    """Draws a normal cotangent, in float64 or complex128, for every real or complex output."""
     return {
-        name: COTANGENT_SCALE * _generator(seed, f"cotangent {name}").standard_normal(value.shape)
+        name: COTANGENT_SCALE * _normal_like(value, _generator(seed, f"cotangent {name}"))
         for name, value in outputs.items()
-        if is_float(value)
+        if is_inexact(value)
     }

@@ -9,16 +9,26 @@ import numpy as np
 from parity_tests.harness.comparison import TensorResult
 from parity_tests.harness.failures import first_line
 from parity_tests.harness.records import row_from_result
-from parity_tests.pair.calibration import SEMANTIC_SCALE, calibrated_bound
-from parity_tests.pair.draws import is_float
-from parity_tests.pair.legs import Pair, Values
+from parity_tests.pair.buffers import refuse_unmapped
+from parity_tests.pair.calibration import SEMANTIC_SCALE, calibrated_bound, constants_bound
+from parity_tests.pair.casts import is_complex, is_inexact
+from parity_tests.pair.legs import Pair, Values, running
+from parity_tests.pair.remarks import Remarks
 from parity_tests.pair.report import PairRow
 from parity_tests.pair.side import Ensemble
 from parity_tests.pair.state import PREFIX, is_output, updated
-from parity_tests.pair.verdict import refused, same_bits, within
+from parity_tests.pair.verdict import UNDECIDED, refused, same_bits, undecided, within
 
 KEYS = ("torch", "jax")
 _BOTH = "torch+jax"
+_MOST_SHOWN = 6
+_SHOWN = {"torch": "torch", "jax": "flax"}
+# What a framework or a module raises where it cannot run a format; the judge's own refusals are among them.
+_CANNOT = (NotImplementedError, RuntimeError, TypeError, ValueError)
+COMPLEX = (
+    "complex tensors are compared by real and imaginary part; their gradients are dL/dRe + i dL/dIm, PyTorch's "
+    "convention, to which JAX's are conjugated"
+)
 
 
 @dataclass
@@ -28,7 +38,7 @@ class Evidence:
     Attributes:
         values: stored in float32.
         truths: by side, in torch names.
-        bounds: of float64 evaluations, by side and tensor.
+        bounds: of float64 evaluations, by side and tensor; what rounded constants may move is part of them.
         ensembles: by side, of float32 noise.
         results: by side, what came out in float32.
         random: sides whose output depends on a random state.
@@ -60,6 +70,9 @@ class Judge:
         self._gradients, self._semantic, self._state = gradients, semantic, state
         # Buffers that are compared, by their rows' names: known when the first calls have returned.
         self._updated: frozenset[str] = frozenset()
+        # Gradients that neither side has, though one of them could: known likewise.
+        self.untrained: tuple[str, ...] = ()
+        self.remarks = Remarks(pair)
         self.evidence = Evidence()
         self.notes: set[str] = set()
         # Why a dtype was not compared whole on both sides, by dtype.
@@ -70,7 +83,11 @@ class Judge:
         for dtype in dtypes:
             yield from self._weights(dtype)
         values = self._pair.values("float32", self._seed)
-        random = [key for key in KEYS if self._pair.sides[key].is_random(values.parameters[key], values.inputs[key])]
+        random = []
+        for key in KEYS:
+            with running(key, values.inputs[key]):
+                if self._pair.sides[key].is_random(values.parameters[key], values.inputs[key]):
+                    random.append(key)
         self.evidence.random = tuple(random)
         for key in random:
             reason = "the output depends on a random state: dropout is active, or the module draws numbers"
@@ -94,7 +111,9 @@ class Judge:
         for name in mapping.torch_names:
             expected = values.parameters["torch"][name]
             yield self._row(same_bits(name, returned["torch"][name], expected), "torch", dtype, "weights", "exact")
-            yield self._row(same_bits(name, through_flax[name], expected), "jax", dtype, "weights", "exact")
+            if mapping.compared(name).any():
+                expected = mapping.without_held({name: expected})[name]
+                yield self._row(same_bits(name, through_flax[name], expected), "jax", dtype, "weights", "exact")
 
     def _semantic_leg(self, values: Values) -> Generator[PairRow, None, bool]:
         """Both sides in float64 on the same float32 numbers; returns whether their outputs have the same shapes."""
@@ -105,20 +124,41 @@ class Judge:
                 f"and {', '.join(sorted(shapes['jax']))} from flax; wrap one side so that both return the same tree."
             )
         self.evidence.values, self.evidence.truths = values, shapes
-        if any(shapes["torch"][name].shape != shapes["jax"][name].shape for name in shapes["torch"]):
-            for name, value in shapes["torch"].items():
-                yield self._row(within(name, shapes["jax"][name], value, np.inf), _BOTH, "float64", "forward")
+        compared = [within(name, shapes["jax"][name], value, 0.0) for name, value in shapes["torch"].items()]
+        if wrong := [result for result in compared if result.status != "ok"]:
+            for result in wrong:
+                yield self._row(result, _BOTH, "float64", "forward")
             return False
+        if any(is_complex(found) for found in shapes["torch"].values()):
+            self.notes.add(COMPLEX)
         if self._gradients:
-            values = self._pair.with_cotangents(values, shapes["torch"], self._seed)
-        outputs = {key: self._pair.truth(key, values) for key in KEYS}
+            values = self._pair.with_cotangents(values, shapes, self._seed)
+        outputs: dict[str, dict[str, np.ndarray]] = {}
+        ensembles: dict[str, Ensemble] = {}
+        for key in KEYS:
+            try:
+                outputs[key] = self._pair.truth(key, values)
+                ensembles[key] = self._pair.ensemble(key, values, "float32", self._seed)
+            except _CANNOT as error:
+                # The module runs in float32, as its outline has shown.
+                yield self._without_truth(error, key, "float64")
+                return False
+        refuse_unmapped(self._pair, values, self._state)
+        self.untrained = tuple(
+            name
+            for name in self._pair.mapping.half_trained
+            if self._gradients and not any(found.get(f"d_{name}", np.zeros(1)).any() for found in outputs.values())
+        )
         if self._state:
             changed = frozenset().union(*(updated(found, values.parameters["torch"]) for found in outputs.values()))
             self._updated = frozenset(f"{PREFIX}{name}" for name in changed)
         outputs = {key: self._compared(found) for key, found in outputs.items()}
-        ensembles = {key: self._pair.ensemble(key, values, "float32", self._seed) for key in KEYS}
+        moved = self._moved_by_constants(values)
         bounds = {key: self._bounds(outputs[key], ensembles[key], "float32", SEMANTIC_SCALE) for key in KEYS}
+        bounds = {key: {name: b + moved[key].get(name, 0.0) for name, b in bounds[key].items()} for key in KEYS}
         self.evidence = Evidence(values, outputs, bounds, ensembles)
+        self.remarks.on_branches(values)
+        yield from self._trained_alone()
         yield from self._says_nothing(outputs["torch"], outputs["jax"])
         if self._semantic:
             for name, expected in outputs["torch"].items():
@@ -126,6 +166,13 @@ class Judge:
                 result = within(name, outputs["jax"][name], expected, limit)
                 yield self._row(result, _BOTH, "float64", self._rung(name), mode="truth")
         return True
+
+    def _trained_alone(self) -> Iterator[PairRow]:
+        """Fails what is kept as a constant on one side, without counterpart, and has a gradient there."""
+        for key, side in (("torch", "torch"), ("jax", "flax")):
+            for name in self._pair.trained_alone[key]:
+                reason = f"{name} is kept as it is, without counterpart, but the {side} side trains it; freeze it there"
+                yield self._row(refused(f"d_{name}", reason), _BOTH, "float64", "gradients", mode="truth")
 
     def _says_nothing(self, torch: Mapping[str, np.ndarray], jax: Mapping[str, np.ndarray]) -> Iterator[PairRow]:
         """Fails a pair whose outputs are empty, zero or not finite on both sides: any two modules agree on that."""
@@ -146,25 +193,33 @@ class Judge:
 
     def _leg(self, dtype: str) -> Iterator[PairRow]:
         """Both sides as they are, in one dtype, against their truths and against each other."""
-        values = self._values(dtype)
-        results: dict[str, dict[str, np.ndarray]] = {}
+        evidence = self.evidence
+        values = evidence.values if dtype == "float32" else self._pair.values(dtype, self._seed)
+        assert values is not None
         alone: dict[str, dict[str, np.ndarray]] = {}
-        bounds: dict[str, dict[str, np.ndarray]] = {}
         for key in KEYS:
-            rung = "forward"
             try:
-                results[key] = alone[key] = self._pair.forward(key, values)
-                rung = "gradients"
-                results[key] = self._pair.vjp(key, values) if self._gradients else alone[key]
-            except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-                # The function runs in float64, as the semantic leg has shown: what fails is this format, here.
-                reason = f"{type(error).__name__}: {first_line(error)}"
-                self._missing.setdefault(dtype, []).append(f"{key} {rung}: {reason}")
-                yield self._row(refused("", reason), key, dtype, rung, "skipped")
+                alone[key] = self._pair.forward(key, values)
+            except _CANNOT as error:
+                yield self._cannot(error, key, dtype, "forward")
+        if self._gradients and dtype != "float32":
+            values = self._pair.with_cotangents(values, alone, self._seed)
+        results = dict(alone)
+        for key in alone if self._gradients else ():
+            try:
+                results[key] = self._pair.vjp(key, values)
+            except _CANNOT as error:
+                yield self._cannot(error, key, dtype, "gradients")
         if dtype == "float32":
-            self.evidence.results = results
+            evidence.results = results
+        bounds: dict[str, dict[str, np.ndarray]] = {}
         for key in results:
-            truths, bounds[key] = self._truths_and_bounds(key, values)
+            self.remarks.on_formats(key, values, {**alone[key], **results[key]}, alone[key])
+            try:
+                truths, bounds[key] = self._truths_and_bounds(key, values)
+            except _CANNOT as error:
+                yield self._without_truth(error, key, dtype)
+                continue
             for name, expected in truths.items():
                 if name not in results[key]:
                     continue
@@ -174,20 +229,26 @@ class Judge:
                 if name in alone[key]:
                     result = max(result, within(name, alone[key][name], expected, limit), key=_badness)
                 yield self._row(result, key, dtype, self._rung(name))
-        if len(results) < len(KEYS):
+        if len(bounds) < len(KEYS):
             return
+        moved = self._moved_by_constants(values)
         for name, expected in self._compared(results["torch"]).items():
             if name in results["jax"]:
-                limit = bounds["torch"].get(name, 0.0) + bounds["jax"].get(name, 0.0)
+                limit = sum(found.get(name, 0.0) for key in KEYS for found in (bounds[key], moved[key]))
                 yield self._row(within(name, results["jax"][name], expected, limit), _BOTH, dtype, self._rung(name))
 
-    def _values(self, dtype: str) -> Values:
-        if dtype == "float32":
-            assert self.evidence.values is not None
-            return self.evidence.values
-        values = self._pair.values(dtype, self._seed)
-        outline = {name: array for name, array in self.evidence.truths["torch"].items() if is_output(name)}
-        return self._pair.with_cotangents(values, outline, self._seed) if self._gradients else values
+    def _cannot(self, error: Exception, key: str, dtype: str, rung: str) -> PairRow:
+        """The function runs in float64, as the semantic leg has shown: what fails is this format, here."""
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        self._missing.setdefault(dtype, []).append(f"{key} {rung}: {reason}")
+        return self._row(refused("", reason), key, dtype, rung, "skipped")
+
+    def _without_truth(self, error: Exception, key: str, dtype: str) -> PairRow:
+        reason = (
+            f"the {_SHOWN[key]} side has no float64 truth, so that there is nothing to judge by: "
+            f"{type(error).__name__}: {first_line(error)}"
+        )
+        return self._row(undecided("y", reason), key, dtype, "forward")
 
     def _truths_and_bounds(self, key: str, values: Values) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         dtype, evidence = values.dtype, self.evidence
@@ -205,17 +266,53 @@ class Judge:
         self, truths: Mapping[str, np.ndarray], ensemble: Ensemble, dtype: str, scale: float
     ) -> dict[str, np.ndarray]:
         return {
-            name: calibrated_bound(truth, ensemble.spread[name], ensemble.kinks[name], ensemble.members, dtype, scale)
+            name: calibrated_bound(
+                truth,
+                ensemble.spread[name],
+                ensemble.kinks[name],
+                ensemble.members,
+                # There are no complex numbers of 16-bit parts.
+                "float32" if is_complex(truth) and dtype != "float64" else dtype,
+                scale,
+            )
             for name, truth in truths.items()
-            if is_float(truth)
+            if is_inexact(truth)
+        }
+
+    def _moved_by_constants(self, values: Values) -> dict[str, dict[str, np.ndarray]]:
+        """How far constants that were rounded before the call may move either side's results, by side and tensor.
+
+        Where one side has stored what the other computes (a rotary table), the computation counts as float32's.
+        """
+        found = {key: self._pair.constants(key, values, computed=False) for key in KEYS}
+        for key, other in (KEYS, KEYS[::-1]):
+            if found[other].stored:
+                found[key] = self._pair.constants(key, values, computed=True)
+        for key in KEYS:
+            if found[key].spread and (shown := (*found[key].stored, *found[key].literals)):
+                listed = ", ".join(shown[:_MOST_SHOWN]) + ", ..." * (len(shown) > _MOST_SHOWN)
+                self.notes.add(f"constants of the {_SHOWN[key]} side that count as rounded, in float64 too: {listed}")
+        return {
+            key: {
+                name: constants_bound(spread, constants.members)
+                for name, spread in self._compared(constants.spread).items()
+            }
+            for key, constants in found.items()
         }
 
     def _rung(self, name: str) -> str:
         return "forward" if is_output(name) else "gradients" if name.startswith("d_") else "state"
 
     def _compared(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Without the buffers that no call updates: the rung of the weights has these."""
-        return {n: array for n, array in arrays.items() if not n.startswith(PREFIX) or n in self._updated}
+        """Without the buffers that no call updates, which the rung of the weights has, and what is left out."""
+        left_out = {f"d_{name}" for name in self.untrained}
+        return {
+            name: array
+            for name, array in arrays.items()
+            if (not name.startswith(PREFIX) or name in self._updated)
+            and name not in left_out
+            and not (name.startswith("d_") and self._pair.left_out.covers(name))
+        }
 
     def _row(
         self, result: TensorResult, key: str, dtype: str, rung: str, bound: str = "calibrated", *, mode: str = ""
@@ -230,15 +327,17 @@ class Judge:
             case=f"{self._pair.name} seed {self._seed}",
             mode=mode,
         )
+        if result.status == UNDECIDED:
+            plain, bound = dataclasses.replace(plain, status="mismatch"), UNDECIDED
         if bound == "skipped":
             plain = dataclasses.replace(plain, status="skipped", max_abs_error=None, bound_fraction=None)
         fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
-        return PairRow(**fields, rung=rung, bound=bound)
+        return self.remarks.added(PairRow(**fields, rung=rung, bound=bound))
 
 
 def _is_informative(value: np.ndarray) -> bool:
     return bool((np.isfinite(value) & (value != 0)).any())
 
 
-def _badness(result: TensorResult) -> tuple[bool, float]:
-    return result.status == "mismatch", result.bound_fraction
+def _badness(result: TensorResult) -> tuple[int, float]:
+    return ("ok", UNDECIDED, "mismatch").index(result.status), result.bound_fraction

@@ -1,18 +1,33 @@
 """A pair on one set of numbers: what each side was given, and everything that came back in the torch side's names."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from parity_tests.harness.dtypes import numpy_dtype
-from parity_tests.pair.draws import Draw, InputSource, as_stored, draw_cotangents, draw_inputs, draw_parameters
+from parity_tests.harness.failures import first_line
+from parity_tests.pair.buffers import LeftOut
+from parity_tests.pair.casts import as_stored, format_name, is_inexact, roundoff
+from parity_tests.pair.draws import (
+    Draw,
+    InputSource,
+    Scale,
+    checked_scale,
+    draw_cotangents,
+    draw_inputs,
+    draw_parameters,
+    is_one_signed,
+)
 from parity_tests.pair.mapping import ParameterMapping, Rule
 from parity_tests.pair.patterns import AxisPattern, MappingError
-from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Side
+from parity_tests.pair.side import Arrays, Constants, Ensemble, ParameterSpec, Side
 from parity_tests.pair.state import PREFIX, is_output, state_of, updated
 
 Tuple = tuple[np.ndarray, ...]
+_OWN_SENTENCE = re.compile(r"^(\w+: )?\w+(\[[^\]]*\])?: expected ")  # of a side, or of one in another interpreter
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,8 @@ class Pair:
         input_patterns: by position, torch layout to flax layout; empty for the same.
         output_patterns: by output name, torch layout to flax layout.
         draws: of parameters that ``draw_like`` would draw wrongly.
+        scale: of inputs and parameters, see ``draws.checked_scale``.
+        left_out: what the user consents to leave uncompared.
     """
 
     name: str
@@ -53,15 +70,30 @@ class Pair:
     input_patterns: Mapping[int, str] = field(default_factory=dict)
     output_patterns: Mapping[str, str] = field(default_factory=dict)
     draws: Mapping[str, Draw] = field(default_factory=dict)
+    scale: Scale | None = None
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def __post_init__(self) -> None:
         """Reads both sides and checks the rules."""
         examples = self._both_inputs(draw_inputs(self.source, 0))
-        self.specs: dict[str, dict[str, ParameterSpec]] = {
-            key: side.parameters(examples[key]) for key, side in self.sides.items()
-        }
-        self.mapping = ParameterMapping(self.rules, self.specs["torch"], self.specs["jax"])
+        self.specs: dict[str, dict[str, ParameterSpec]] = {}
+        for key, side in self.sides.items():
+            with running(key, examples[key]):
+                self.specs[key] = side.parameters(examples[key])
+        covers = self.left_out.covers
+        self.mapping = ParameterMapping(
+            self.rules, self.specs["torch"], self.specs["jax"], lambda _, name: covers(name)
+        )
+        gradients = [*self.mapping.trained, *(f"input{k}" for k in range(len(examples["torch"])))]
+        unmapped = [name for names in self.mapping.unmapped.values() for name in names]
+        self.left_out.check(unmapped, [f"d_{name}" for name in gradients])
+        checked_scale(self.scale, self.source, self.mapping.drawn)
         self.updated: dict[str, frozenset[str]] = {}
+        self.trained_alone: dict[str, tuple[str, ...]] = {}
+        # Unmapped arrays whose own values show in what is compared, see ``buffers``.
+        self.tables: tuple[tuple[str, str], ...] = ()
+        self.notes: set[str] = set()
+        self._signed: dict[int, frozenset[str]] = {}
         self._check_output_patterns()
 
     def _check_output_patterns(self) -> None:
@@ -75,22 +107,88 @@ class Pair:
 
     def values(self, dtype: str, seed: int) -> Values:
         """Draws everything but the cotangents, rounded to the storage dtype."""
+        if seed not in self._signed:
+            self._signed[seed] = self._with_both_signs(seed)
+        return self._values(dtype, seed, self._signed[seed])
+
+    def _values(self, dtype: str, seed: int, signed: frozenset[str], larger: str = "") -> Values:
         target = numpy_dtype(dtype)
-        mapped = {name: self.specs["torch"][name] for name in self.mapping.torch_names}
-        drawn = draw_parameters(mapped, seed, self.draws)
-        drawn = {name: as_stored(array, target) for name, array in self.mapping.without_held(drawn).items()}
+        mapped = {name: self.specs["torch"][name] for name in self.mapping.drawn}
+        drawn = draw_parameters(mapped, seed, self.draws, self.scale, signed)
+        if larger:
+            drawn[larger] = 1.25 * drawn[larger]
         own = {
             key: {name: as_stored(spec.value, target) for name, spec in specs.items()}
             for key, specs in self.specs.items()
         }
-        inputs = tuple(as_stored(array, target) for array in draw_inputs(self.source, seed))
-        parameters = {"torch": own["torch"] | drawn, "jax": own["jax"] | self.mapping.to_flax(drawn)}
+        inputs = tuple(as_stored(array, target) for array in draw_inputs(self.source, seed, self.scale))
+        parameters = self.mapping.both({name: as_stored(array, target) for name, array in drawn.items()}, own)
         return Values(dtype, parameters, self._both_inputs(inputs), None)
 
-    def with_cotangents(self, values: Values, outputs: Mapping[str, np.ndarray], seed: int) -> Values:
-        """Adds random cotangents for the floating-point outputs of the torch side."""
+    def _with_both_signs(self, seed: int) -> frozenset[str]:
+        """Names the one-signed parameters whose sign changes: all but those that leave no side finite.
+
+        With a norm's scale that is positive throughout, its absolute value would be the same function. Where only one
+        of the sides stays finite the functions differ, which shall be seen.
+        """
+        specs = self.specs["torch"]
+        names = [
+            name
+            for name in self.mapping.drawn
+            if (specs[name].trainable or specs[name].frozen)
+            and is_one_signed(specs[name].value)
+            and name not in self.draws
+        ]
+        kept: dict[str, str] = {}
+        if names and self._undefined(seed, names):
+            kept = {name: "no side is finite" for name in names if self._undefined(seed, [name])}
+            if self._undefined(seed, [name for name in names if name not in kept]):
+                kept = dict.fromkeys(names, "no side is finite")
+        for name in names:
+            # A single number cannot have both signs: behind a relu the other one may take all there is away.
+            if name not in kept and specs[name].value.size == 1 and not self._matters(seed, name):
+                kept[name] = "nothing depends on it"
+        for name, reason in kept.items():
+            self.notes.add(f"{name} is drawn with the sign of its initial values: {reason} with the other one")
+        return frozenset(names) - kept.keys()
+
+    def _undefined(self, seed: int, signed: Sequence[str]) -> bool:
+        """Whether no side is finite where it was before these parameters changed their sign."""
+        for key in self.sides:
+            before, after = (self._outputs(key, seed, names) for names in (frozenset(), frozenset(signed)))
+            if not any((np.isfinite(before[name]) & ~np.isfinite(after[name])).any() for name in before):
+                return False
+        return True
+
+    def _matters(self, seed: int, name: str) -> bool:
+        """Whether a parameter that has changed its sign still changes the outputs of a side."""
+        found = ((self._outputs(key, seed, frozenset([name]), larger) for larger in ("", name)) for key in self.sides)
+        return any(any(first[n].tobytes() != second[n].tobytes() for n in first) for first, second in found)
+
+    def _outputs(self, key: str, seed: int, signed: frozenset[str], larger: str = "") -> dict[str, np.ndarray]:
+        values = self._values("float32", seed, signed, larger)
+        with running(key, values.inputs[key]):
+            results = self.sides[key].forward(values.parameters[key], values.inputs[key])
+        return {name: array for name, array in results.items() if is_output(name) and is_inexact(array)}
+
+    def with_cotangents(self, values: Values, outputs: Mapping[str, Arrays], seed: int) -> Values:
+        """Adds random cotangents for the real and complex outputs, in a format that each side's output can hold.
+
+        Args:
+            values: without cotangents.
+            outputs: by side, in torch names and of the dtypes that the sides return.
+            seed: of the draw.
+        """
+        like: dict[str, np.ndarray] = {}
+        for name, array in (item for found in outputs.values() for item in found.items() if is_output(item[0])):
+            if is_inexact(array) and (name not in like or roundoff(array) > roundoff(like[name])):
+                like[name] = array
         target = numpy_dtype(values.dtype)
-        drawn = {name: array.astype(target) for name, array in draw_cotangents(outputs, seed).items()}
+        drawn = {
+            name: as_stored(as_stored(array, target), numpy_dtype(format_name(like[name].dtype)))
+            for name, array in draw_cotangents(like, seed).items()
+        }
+        drawn = {name: as_stored(array, target) for name, array in drawn.items()}
         other = {
             name: self._output(name, array.shape).forward(array) if name in self.output_patterns else array
             for name, array in drawn.items()
@@ -99,7 +197,8 @@ class Pair:
 
     def outline(self, key: str, values: Values) -> dict[str, np.ndarray]:
         """Zeros of the shapes of a side's outputs, in torch names."""
-        found = self.sides[key].outline(values.parameters[key], values.inputs[key])
+        with running(key, values.inputs[key]):
+            found = self.sides[key].outline(values.parameters[key], values.inputs[key])
         return self.as_torch(key, {name: array for name, array in found.items() if is_output(name)})
 
     def truth(self, key: str, values: Values, variant: str = "") -> dict[str, np.ndarray]:
@@ -107,7 +206,12 @@ class Pair:
         cotangents = None if values.cotangents is None else values.cotangents[key]
         arrays = self.sides[key].truth(values.parameters[key], values.inputs[key], cotangents, variant)
         self.updated[key] = updated(arrays, values.parameters[key])
-        return self.as_torch(key, arrays)
+        self.trained_alone[key] = tuple(
+            block.name
+            for block in self.mapping.kept_alone(key)
+            if np.any(arrays.get(f"d_{block.name}", np.zeros(block.shape))[block.ranges])
+        )
+        return self.as_torch(key, arrays, values.parameters[key])
 
     def changed(self, key: str) -> tuple[str, ...]:
         """Names, on its own side, of the buffers that the last truth has changed; none before there was one."""
@@ -115,50 +219,83 @@ class Pair:
 
     def forward(self, key: str, values: Values) -> dict[str, np.ndarray]:
         """A side's outputs without gradients, in torch names."""
-        return self.as_torch(key, self.sides[key].forward(values.parameters[key], values.inputs[key]))
+        arrays = self.sides[key].forward(values.parameters[key], values.inputs[key])
+        return self.as_torch(key, arrays, values.parameters[key])
 
     def vjp(self, key: str, values: Values) -> dict[str, np.ndarray]:
         """A side's outputs and gradients, in torch names."""
         assert values.cotangents is not None
         arrays = self.sides[key].vjp(values.parameters[key], values.inputs[key], values.cotangents[key])
-        return self.as_torch(key, arrays)
+        return self.as_torch(key, arrays, values.parameters[key])
 
     def ensemble(self, key: str, values: Values, dtype: str, seed: int) -> Ensemble:
         """A side's rounding-noise ensemble, in torch names."""
         cotangents = None if values.cotangents is None else values.cotangents[key]
         found = self.sides[key].ensemble(values.parameters[key], values.inputs[key], cotangents, dtype, seed)
-        centre, spread, kinks = (self.as_torch(key, arrays) for arrays in (found.centre, found.spread, found.kinks))
+        still = {name: np.zeros(array.shape) for name, array in values.parameters[key].items()}
+        centre, spread, kinks = (
+            self.as_torch(key, arrays, still) for arrays in (found.centre, found.spread, found.kinks)
+        )
         return Ensemble(centre, spread, kinks, found.members, found.notes)
 
-    def as_torch(self, key: str, arrays: Arrays) -> dict[str, np.ndarray]:
-        """Renames and rearranges a side's results; gradients and state of what has no counterpart are left out."""
-        wanted = [name for name in self.mapping.torch_names if self.specs["torch"][name].trainable]
-        kept = [name for name in self.mapping.torch_names if not self.specs["torch"][name].trainable]
+    def constants(self, key: str, values: Values, computed: bool) -> Constants:
+        """What a side's rounded constants may move, in torch names; see ``Side.constants``."""
+        cotangents = None if values.cotangents is None else values.cotangents[key]
+        constant = {*self.mapping.constants(key)}
+        # A narrow format that a module has stored a buffer in has rounded it, whatever the leg widens it to.
+        buffers = {
+            name: max((values.parameters[key][name], spec.value), key=roundoff).dtype
+            for name, spec in self.specs[key].items()
+            if name in constant and is_inexact(spec.value)
+        }
+        named = {name: format_name(dtype) for name, dtype in buffers.items()}
+        found = self.sides[key].constants(values.parameters[key], values.inputs[key], cotangents, named, computed)
+        still = {name: np.zeros(array.shape) for name, array in values.parameters[key].items()}
+        spread = self.as_torch(key, found.spread, still) if found.spread else {}
+        return Constants(spread, found.stored, found.literals, found.members)
+
+    def as_torch(self, key: str, arrays: Arrays, given: Arrays | None = None) -> dict[str, np.ndarray]:
+        """Renames and rearranges a side's results; gradients and state of what has no counterpart are left out.
+
+        Args:
+            key: the side.
+            arrays: its results.
+            given: the arrays that it was given: what it returns no state for, a parameter, is as it was. Without them
+                the results carry no state.
+        """
         gradients = {name.removeprefix("d_"): array for name, array in arrays.items() if name.startswith("d_")}
         result = {name: array for name, array in arrays.items() if is_output(name)}
         if key == "jax":
             result = {name: self._back(name, array) for name, array in result.items()}
-        for prefix, names, found in (("d_", wanted, gradients), (PREFIX, kept, state_of(arrays))):
-            if not found:
-                continue
-            if key == "torch":
-                by_name = self.mapping.without_held({name: found[name] for name in names if name in found})
-            else:
-                by_name = self.mapping.to_torch(found, names)
-            result |= {f"{prefix}{name}": array for name, array in by_name.items()}
+        trained = self.mapping.trained if gradients else ()
+        result |= self._in_torch_names("d_", key, trained, gradients)
+        if given is not None:
+            result |= self._in_torch_names(PREFIX, key, self.mapping.stateful, {**given, **state_of(arrays)})
         for name, array in gradients.items():
             if name.startswith("input") and name.removeprefix("input").isdigit():
                 pattern = self._input(int(name.removeprefix("input"))) if key == "jax" else None
                 result[f"d_{name}"] = array if pattern is None else pattern.backward(array)
         return result
 
+    def _in_torch_names(self, prefix: str, key: str, names: Sequence[str], found: Arrays) -> dict[str, np.ndarray]:
+        """Arrays of one side under torch names; a gradient that a side does not have is zero."""
+        if key == "jax":
+            by_name = self.mapping.to_torch(found, names)
+        else:
+            dtype = next((array.dtype for array in found.values() if is_inexact(array)), np.dtype(np.float64))
+            zeros = {
+                name: np.zeros(self.specs["torch"][name].value.shape, dtype) for name in names if name not in found
+            }
+            by_name = self.mapping.without_held({name: (zeros if name in zeros else found)[name] for name in names})
+        return {f"{prefix}{name}": array for name, array in by_name.items()}
+
     def _both_inputs(self, inputs: Tuple) -> dict[str, Tuple]:
-        self._shapes = [array.shape for array in inputs]
+        self.shapes = [array.shape for array in inputs]
         return both_layouts(inputs, self.input_patterns)
 
     def _input(self, position: int) -> AxisPattern | None:
         pattern = self.input_patterns.get(position)
-        return None if pattern is None else _permutation(pattern, self._shapes[position])
+        return None if pattern is None else _permutation(pattern, self.shapes[position])
 
     def _output(self, name: str, shape: tuple[int, ...]) -> AxisPattern:
         return _permutation(self.output_patterns[name], shape)
@@ -169,6 +306,25 @@ class Pair:
             return array
         left, _, right = pattern.partition("->")
         return _permutation(f"{right} -> {left}", array.shape).forward(array)
+
+
+@contextlib.contextmanager
+def running(key: str, inputs: Tuple) -> Iterator[None]:
+    """Says in one sentence that a module does not run at all, with what it said itself."""
+    try:
+        yield
+    except (MappingError, ConnectionError):
+        raise
+    except Exception as error:
+        if _OWN_SENTENCE.match(str(error)):
+            raise
+        module, side = ("torch_module", "torch") if key == "torch" else ("flax_module", "flax")
+        shapes = ", ".join(f"{array.dtype} {array.shape}" for array in inputs)
+        layout = "" if key == "torch" else ", input_patterns= if its layout is another"
+        raise ValueError(
+            f"{module}: expected a module that runs on its inputs ({shapes}), got {type(error).__name__}: "
+            f"{first_line(error)}; check inputs=, {side}_kwargs={layout}."
+        ) from error
 
 
 def both_layouts(inputs: Tuple, patterns: Mapping[int, str]) -> dict[str, Tuple]:
@@ -182,8 +338,8 @@ def both_layouts(inputs: Tuple, patterns: Mapping[int, str]) -> dict[str, Tuple]
         MappingError: if a pattern does not fit its input, or there is no such input.
     """
     for position in patterns:
-        if not 0 <= position < len(inputs):
-            raise MappingError(f"input_patterns: expected positions below {len(inputs)}, got {position}.")
+        if not isinstance(position, int) or not 0 <= position < len(inputs):
+            raise MappingError(f"input_patterns: expected positions below {len(inputs)}, got {position!r}.")
     flax = (_permutation(patterns[k], x.shape).forward(x) if k in patterns else x for k, x in enumerate(inputs))
     return {"torch": inputs, "jax": tuple(flax)}
 

@@ -1,17 +1,25 @@
 """Parameters of one side to parameters of the other: explicit rules, every element used exactly once on both sides."""
 
+import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from parity_tests.harness.dtypes import numpy_dtype
+from parity_tests.pair.casts import as_stored, exactly, format_name, is_inexact, roundoff
 from parity_tests.pair.patterns import AxisPattern, MappingError
 from parity_tests.pair.side import Arrays, ParameterSpec
 
-Rule = tuple[str | None, str | None] | tuple[str | None, str | None, str] | tuple[str, str, str, Mapping[str, int]]
-ZERO = "0"
-_BLOCK = re.compile(r"^(?P<name>[^\[\]]+?)\s*(\[(?P<ranges>[^\[\]]*)\])?$")
+# (torch name, flax path), then an axis pattern, lengths that the shapes leave open, and KEEP, each of them optional.
+Rule = tuple[Any, ...]
+Specs = Mapping[str, ParameterSpec]
+ZERO, KEEP = "0", "keep"
+SIDES = ("torch", "flax")
+_ENTRY = re.compile(r"^(?P<name>.+?)\s*(\[(?P<ranges>[^\[\]]*)\])?$")
+_MOST_NAMES = 40  # that one sentence lists
 
 
 @dataclass(frozen=True)
@@ -25,23 +33,44 @@ class Block:
 
 @dataclass(frozen=True)
 class Link:
-    """A torch block and the flax block that holds the same numbers; one of the two is None for a block held at 0."""
+    """A torch block and the flax block that holds the same numbers.
+
+    Attributes:
+        torch: None for a flax block without counterpart.
+        flax: None for a torch block without counterpart.
+        pattern: from the one to the other; None without counterpart.
+        text: the rule.
+        keep: True if the values stay as they are, on either side; a block without counterpart is at zero otherwise.
+    """
 
     torch: Block | None
     flax: Block | None
     pattern: AxisPattern | None
     text: str
+    keep: bool = False
 
 
-def _block(entry: object, side: str, specs: Mapping[str, ParameterSpec]) -> Block:
-    match = _BLOCK.match(entry.strip()) if isinstance(entry, str) else None
+def _spelled(name: str, side: str, specs: Specs) -> str:
+    """The name of an array, as the framework spells it or with dots for slashes."""
+    if name in specs:
+        return name
+    alike = [known for known in specs if known.replace("/", ".") == name.replace("/", ".")]
+    if len(alike) == 1:
+        return alike[0]
+    likely = alike or (difflib.get_close_matches(name, specs, 8, 0.0) if len(specs) > _MOST_NAMES else list(specs))
+    shown = ", ".join(likely) + (f", ... ({len(specs)} in all)" if len(likely) < len(specs) else "")
+    raise MappingError(f"params: expected a {side} parameter among {shown}, got {name!r}; choose one.")
+
+
+def _block(entry: object, side: str, specs: Specs) -> Block:
+    match = _ENTRY.match(entry.strip()) if isinstance(entry, str) else None
     if match is None:
         raise MappingError(
             f"params: expected a {side} name such as 'weight' or 'weight[0:64]', got {entry!r}; name a parameter."
         )
-    name, ranges = match["name"].strip().replace("/", "."), match["ranges"]
-    if name not in specs:
-        raise MappingError(f"params: expected a {side} parameter among {', '.join(specs)}, got {name!r}; choose one.")
+    # A key may itself end in brackets.
+    whole = str(entry).strip()
+    name, ranges = (whole, None) if whole in specs else (_spelled(match["name"], side, specs), match["ranges"])
     full = specs[name].value.shape
     boxes = []
     for text in [] if ranges is None else ranges.split(","):
@@ -65,42 +94,49 @@ def _block(entry: object, side: str, specs: Mapping[str, ParameterSpec]) -> Bloc
     return Block(name, tuple(boxes), tuple(shape))
 
 
-def _link(rule: Rule, torch: Mapping[str, ParameterSpec], flax: Mapping[str, ParameterSpec]) -> Link:
-    if not isinstance(rule, tuple | list) or not 2 <= len(rule) <= 4:
+def _link(rule: Rule, torch: Specs, flax: Specs) -> Link:
+    parts = list(rule) if isinstance(rule, tuple | list) else []
+    keep = len(parts) > 2 and parts[-1] == KEEP
+    if not 2 <= len(parts) - keep <= 4 or (len(parts) - keep == 4 and not isinstance(parts[3], Mapping)):
         raise MappingError(
-            f"params: expected (torch name, flax path, axis pattern) with an optional dict of lengths, got {rule!r}."
+            "params: expected (torch name, flax path, axis pattern) with an optional dict of lengths, and 'keep' where "
+            f"the values stay as they are, got {rule!r}."
         )
-    torch_entry, flax_entry = rule[0], rule[1]
-    pattern = rule[2] if len(rule) > 2 else ""
-    text = f"({torch_entry!r}, {flax_entry!r}, {pattern!r})"
+    torch_entry, flax_entry, pattern, lengths = [*parts[: len(parts) - keep], None, None][:4]
+    pattern = pattern or ""
+    text = f"({torch_entry!r}, {flax_entry!r}, {pattern or KEEP * keep!r}{f', {KEEP!r}' * bool(keep and pattern)})"
     if torch_entry is None or flax_entry is None:
-        if (torch_entry is None) == (flax_entry is None) or pattern != ZERO:
+        if (torch_entry is None) == (flax_entry is None) or pattern != ("" if keep else ZERO):
             raise MappingError(
-                f"params: expected a counterpart, or None and '{ZERO}' for a block that is held at zero, got {text}."
+                f"params: expected a counterpart, or None and '{ZERO}' for a block that is held at zero, '{KEEP}' for "
+                f"one that stays as it is, got {text}."
             )
         held_torch = None if torch_entry is None else _block(torch_entry, "torch", torch)
-        return Link(held_torch, None if flax_entry is None else _block(flax_entry, "flax", flax), None, text)
+        return Link(held_torch, None if flax_entry is None else _block(flax_entry, "flax", flax), None, text, keep)
     left, right = _block(torch_entry, "torch", torch), _block(flax_entry, "flax", flax)
-    first, second = torch[left.name], flax[right.name]
-    if first.value.dtype != second.value.dtype:
-        raise MappingError(
-            f"params: expected one dtype on both sides of {text}, got {first.value.dtype} and {second.value.dtype}."
-        )
-    if first.trainable != second.trainable:
-        raise MappingError(
-            f"params: expected parameters on both sides of {text} or buffers on both, got "
-            f"{'a parameter' if first.trainable else 'a buffer'} and "
-            f"{'a parameter' if second.trainable else 'a buffer'}."
-        )
+    _check_alike(torch[left.name], flax[right.name], text)
+    if not isinstance(pattern, str):
+        raise MappingError(f"params: expected an axis pattern such as 'o i -> i o', got {pattern!r} in {text}.")
     try:
-        lengths = rule[3] if len(rule) == 4 else None
-        axes = AxisPattern(pattern or "", left.shape, right.shape, lengths)
+        axes = AxisPattern(pattern, left.shape, right.shape, lengths)
     except MappingError as error:
         raise MappingError(f"params: {text}: {error}") from None
-    return Link(left, right, axes, text)
+    return Link(left, right, axes, text, keep)
 
 
-def _coverage(specs: Mapping[str, ParameterSpec], blocks: Sequence[Block]) -> dict[str, np.ndarray]:
+def _check_alike(first: ParameterSpec, second: ParameterSpec, text: str) -> None:
+    dtypes = first.value.dtype, second.value.dtype
+    # Integers of different widths hold the same numbers: torch's are int64, JAX's int32 unless told otherwise.
+    if dtypes[0] != dtypes[1] and not all(dtype.kind in "iu" for dtype in dtypes):
+        raise MappingError(f"params: expected one dtype on both sides of {text}, got {dtypes[0]} and {dtypes[1]}.")
+    if first.trainable and not second.trainable:
+        raise MappingError(
+            f"params: expected parameters on both sides of {text} or buffers on both, got a parameter and a buffer; "
+            "freeze the torch parameter (requires_grad=False), or make the flax one a parameter."
+        )
+
+
+def _coverage(specs: Specs, blocks: Sequence[Block]) -> dict[str, np.ndarray]:
     counts = {name: np.zeros(spec.value.shape, np.int32) for name, spec in specs.items()}
     for block in blocks:
         counts[block.name][block.ranges] += 1
@@ -116,69 +152,145 @@ def _elements(counts: np.ndarray, wanted: np.ndarray) -> str:
     return f"[{box}]" if counts.ndim else ""
 
 
-def _unused(specs: Mapping[str, ParameterSpec], counts: Mapping[str, np.ndarray]) -> list[str]:
-    """Parameters, and partly mapped buffers, with elements that no rule uses. A buffer may be left out as a whole."""
-    return [
-        f"{name}{_elements(count, count == 0)} {specs[name].value.shape}"
-        for name, count in counts.items()
-        if not count.all() and (specs[name].trainable or count.any())
-    ]
-
-
 class ParameterMapping:
     """A bijection between the elements of the parameters of two sides.
 
     Args:
         rules: ``(torch name, flax path, axis pattern)``; names may carry ranges (``"in_proj_weight[0:64]"``), the
             pattern may be empty for equal shapes, a fourth entry gives lengths that the shapes leave open. A block
-            without counterpart is held at zero by ``(torch name, None, "0")`` or ``(None, flax path, "0")``.
+            without counterpart is held at zero by ``(torch name, None, "0")`` or ``(None, flax path, "0")``, and stays
+            as it is by ``"keep"`` in the place of ``"0"``; ``"keep"`` as the last entry of a rule with two names says
+            that both sides keep their own values, which must be the same.
         torch: parameters and buffers of the torch side.
         flax: those of the flax side.
+        left_out: which frozen parameters may be unmapped: ``(side, name) -> bool``. A buffer always may be.
 
     Raises:
         MappingError: for an unknown, unused, duplicate, mis-shaped or mistyped entry.
     """
 
-    def __init__(
-        self, rules: Sequence[Rule], torch: Mapping[str, ParameterSpec], flax: Mapping[str, ParameterSpec]
-    ) -> None:
+    def __init__(self, rules: Sequence[Rule], torch: Specs, flax: Specs, left_out: Any = None) -> None:
         self.links = tuple(_link(rule, torch, flax) for rule in rules)
         self._specs = {"torch": torch, "flax": flax}
         blocks = {
             "torch": [link.torch for link in self.links if link.torch is not None],
             "flax": [link.flax for link in self.links if link.flax is not None],
         }
-        counts = {side: _coverage(self._specs[side], blocks[side]) for side in blocks}
-        unused = {side: _unused(self._specs[side], counts[side]) for side in blocks}
+        counts = {side: _coverage(self._specs[side], blocks[side]) for side in SIDES}
+        self.torch_names, self.flax_names = (
+            tuple(name for name, count in counts[side].items() if count.any()) for side in SIDES
+        )
+        self.unmapped = {
+            side: tuple(name for name, count in counts[side].items() if count.size and not count.any())
+            for side in SIDES
+        }
+        self._check_coverage(counts, left_out or (lambda side, name: False))
+
+    def _check_coverage(self, counts: Mapping[str, Mapping[str, np.ndarray]], left_out: Any) -> None:
+        """Refuses elements that are used twice, and parameters and partly mapped buffers with elements left over."""
+        unused: dict[str, list[str]] = {}
+        for side, by_name in counts.items():
+            specs = self._specs[side]
+            unused[side] = [
+                f"{name}{_elements(count, count == 0)} {specs[name].value.shape}"
+                for name, count in by_name.items()
+                if not count.all()
+                and (count.any() or specs[name].trainable or (specs[name].frozen and not left_out(side, name)))
+            ]
         left = (
             f"left on the torch side: {', '.join(unused['torch']) or 'nothing'}; "
-            f"on the flax side: {', '.join(unused['flax']) or 'nothing'}."
+            f"on the flax side: {', '.join(unused['flax']) or 'nothing'}"
         )
         for side, by_name in counts.items():
             twice = [f"{name}{_elements(count, count > 1)}" for name, count in by_name.items() if (count > 1).any()]
             if twice:
-                raise MappingError(f"params: expected every element once, got {side} {', '.join(twice)} twice; {left}")
+                raise MappingError(f"params: expected every element once, got {side} {', '.join(twice)} twice; {left}.")
+        frozen = [name for name in self.unmapped["torch"] if self._specs["torch"][name].frozen]
         if unused["torch"] or unused["flax"]:
-            raise MappingError(f"params: expected every parameter to be mapped; {left}")
-        self.torch_names = tuple(name for name, count in counts["torch"].items() if count.any())
-        self.flax_names = tuple(name for name, count in counts["flax"].items() if count.any())
-        self.not_compared = tuple(
-            f"{side} buffer {name}"
-            for side in ("torch", "flax")
-            for name, count in counts[side].items()
-            if count.size and not count.any()
-        )
+            kept = (
+                f"; a frozen parameter without counterpart is kept by ({frozen[0]!r}, None, {KEEP!r})" if frozen else ""
+            )
+            raise MappingError(f"params: expected every parameter to be mapped; {left}{kept}.")
 
     @property
     def held_at_zero(self) -> tuple[str, ...]:
-        """The rules whose block has no counterpart."""
-        return tuple(link.text for link in self.links if link.pattern is None)
+        """The rules whose block has no counterpart and is at zero."""
+        return tuple(link.text for link in self.links if link.pattern is None and not link.keep)
+
+    @property
+    def kept_by_both(self) -> frozenset[str]:
+        """The torch arrays of which both sides keep their own values."""
+        return frozenset(link.torch.name for link in self.links if link.keep and link.torch and link.flax)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The rules that leave values as they are."""
+        return tuple(link.text for link in self.links if link.keep)
+
+    def kept_alone(self, side: str) -> Iterator[Block]:
+        """The blocks of one side that stay as they are and have no counterpart."""
+        for link in self.links:
+            block = link.torch if side == "torch" else link.flax
+            if link.keep and link.pattern is None and block is not None:
+                yield block
+
+    def constants(self, side: str) -> tuple[str, ...]:
+        """The arrays of one side that are its own affair: unmapped, or kept as a whole without counterpart."""
+        side = "torch" if side == "torch" else "flax"
+        blocks = [(link, getattr(link, side)) for link in self.links]
+        others = {block.name for link, block in blocks if block and not (link.keep and link.pattern is None)}
+        names = self.torch_names if side == "torch" else self.flax_names
+        return (*self.unmapped[side], *(name for name in names if name not in others))
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """The torch arrays that are mapped and do not stay as they are."""
+        return tuple(name for name in self.torch_names if not all(link.keep for link in self._links(name)))
+
+    def _flax_of(self, name: str) -> list[ParameterSpec]:
+        """The flax arrays that hold a torch array's elements."""
+        return [self._specs["flax"][link.flax.name] for link in self._links(name) if link.flax is not None]
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The torch arrays that are mapped and trained on either side."""
+        torch = self._specs["torch"]
+        return tuple(
+            name
+            for name in self.torch_names
+            if (flax := self._flax_of(name)) and (torch[name].trainable or any(spec.trainable for spec in flax))
+        )
+
+    @property
+    def half_trained(self) -> tuple[str, ...]:
+        """The torch arrays that are frozen, or buffers, and mapped to parameters of the flax side."""
+        return tuple(name for name in self.trained if not self._specs["torch"][name].trainable)
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """The frozen torch parameters that are mapped to what is no parameter of the flax side either."""
+        trained, torch = set(self.trained), self._specs["torch"]
+        return tuple(n for n in self.torch_names if torch[n].frozen and n not in trained and self._flax_of(n))
+
+    @property
+    def stateful(self) -> tuple[str, ...]:
+        """The torch arrays that are mapped, and are buffers on either side."""
+        torch = self._specs["torch"]
+        return tuple(
+            name
+            for name in self.torch_names
+            if (flax := self._flax_of(name))
+            and (not (torch[name].trainable or torch[name].frozen) or any(not spec.trainable for spec in flax))
+        )
+
+    def _links(self, name: str) -> list[Link]:
+        return [link for link in self.links if link.torch is not None and link.torch.name == name]
 
     def compared(self, name: str) -> np.ndarray:
         """Which elements of a torch array have a counterpart, as booleans of its shape."""
         mask = np.ones(self._specs["torch"][name].value.shape, bool)
-        for link in self.links:
-            if link.flax is None and link.torch is not None and link.torch.name == name:
+        for link in self._links(name):
+            if link.flax is None and link.torch is not None:
                 mask[link.torch.ranges] = False
         return mask
 
@@ -186,35 +298,56 @@ class ParameterMapping:
         """The same torch arrays, with the blocks that have no counterpart at zero."""
         return {name: np.where(self.compared(name), array, array.dtype.type(0)) for name, array in arrays.items()}
 
-    def to_flax(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        """Flax arrays with the numbers, and the dtype, of torch arrays."""
-        dtype_of = {link.flax.name: arrays[link.torch.name].dtype for link in self.links if link.flax and link.torch}
-        result = {
-            name: np.zeros(self._specs["flax"][name].value.shape, dtype_of.get(name, np.float32))
-            for name in self.flax_names
-        }
-        for link in self.links:
-            if link.torch is not None and link.flax is not None and link.pattern is not None:
-                result[link.flax.name][link.flax.ranges] = link.pattern.forward(
-                    arrays[link.torch.name][link.torch.ranges]
-                )
-        return result
-
-    def to_torch(self, arrays: Arrays, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """Torch arrays with the numbers, and the dtype, of flax arrays; blocks without counterpart are 0.
+    def both(self, drawn: Arrays, own: Mapping[str, Arrays]) -> dict[str, dict[str, np.ndarray]]:
+        """All arrays of both sides, ``torch`` and ``jax``: the numbers drawn, zeros and what is kept in their places.
 
         Args:
-            arrays: by flax path.
+            drawn: torch arrays.
+            own: the arrays that either side holds by itself, in the storage dtype.
+        """
+        torch = dict(own["torch"]) | self.without_held(drawn)
+        for link in self.links:
+            if link.keep and link.torch is not None:
+                torch[link.torch.name] = np.array(torch[link.torch.name])
+                torch[link.torch.name][link.torch.ranges] = own["torch"][link.torch.name][link.torch.ranges]
+        flax = self.to_flax({name: torch[name] for name in self.torch_names})
+        for link in self.links:
+            if link.keep and link.flax is not None:
+                flax[link.flax.name][link.flax.ranges] = own["jax"][link.flax.name][link.flax.ranges]
+        return {"torch": torch, "jax": dict(own["jax"]) | flax}
+
+    def to_flax(self, arrays: Arrays) -> dict[str, np.ndarray]:
+        """Flax arrays with the numbers of torch arrays, in their formats; integers in the flax array's own."""
+        return self._carried("torch", "flax", arrays, self.flax_names)
+
+    def to_torch(self, arrays: Arrays, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Torch arrays with the numbers of flax arrays, likewise; blocks without counterpart are 0.
+
+        Args:
+            arrays: by flax path; what is missing, the gradient of a buffer, counts as zero.
             names: the torch arrays wanted; default: all that are mapped.
         """
+        return self._carried("flax", "torch", arrays, self.torch_names if names is None else names)
+
+    def _carried(self, source: str, target: str, arrays: Arrays, names: Sequence[str]) -> dict[str, np.ndarray]:
         result: dict[str, np.ndarray] = {}
-        for name in self.torch_names if names is None else names:
-            links = [link for link in self.links if link.torch is not None and link.torch.name == name]
-            sources = [link.flax.name for link in links if link.flax is not None]
-            dtype = arrays[sources[0]].dtype if sources else np.dtype(np.float32)
-            result[name] = np.zeros(self._specs["torch"][name].value.shape, dtype)
-            for link in links:
-                if link.torch is not None and link.flax is not None and link.pattern is not None:
-                    box = arrays[link.flax.name][link.flax.ranges]
-                    result[name][link.torch.ranges] = link.pattern.backward(box)
+        for name in names:
+            # From the block on the other side, or from nothing, to the block on this one.
+            links = [
+                (link, getattr(link, source), here)
+                for link in self.links
+                if (here := getattr(link, target)) is not None and here.name == name
+            ]
+            sources = [there.name for _, there, _ in links if there is not None and there.name in arrays]
+            value = self._specs[target][name].value
+            # Beside no number at all, a block that is held at zero has the format of what it stands with.
+            formats = [arrays[there] for there in sources] or [a for a in arrays.values() if is_inexact(a)] or [value]
+            finest = min(formats, key=roundoff)
+            dtype = numpy_dtype(format_name(finest.dtype)) if is_inexact(value) else value.dtype
+            result[name] = as_stored(np.zeros(value.shape, value.dtype), dtype)
+            for link, there, here in links:
+                if there is not None and there.name in arrays and link.pattern is not None:
+                    box = arrays[there.name][there.ranges]
+                    box = link.pattern.forward(box) if target == "flax" else link.pattern.backward(box)
+                    result[name][here.ranges] = exactly(box, result[name].dtype, link.text)
         return result

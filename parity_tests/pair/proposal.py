@@ -9,10 +9,16 @@ from typing import Any
 
 from parity_tests.pair.draws import InputSource, draw_inputs
 from parity_tests.pair.legs import both_layouts
-from parity_tests.pair.mapping import Rule
+from parity_tests.pair.mapping import KEEP, Rule
 from parity_tests.pair.side import ParameterSpec, make_side
 
-_SAME_LEAF = ({"weight", "kernel", "scale", "embedding"}, {"bias"}, {"running_mean", "mean"}, {"running_var", "var"})
+_SAME_LEAF = (
+    {"weight", "kernel", "scale", "embedding", "w"},
+    {"bias", "b"},
+    {"running_mean", "mean"},
+    {"running_var", "var"},
+)
+_KERNELS = ("kernel", "w")  # inputs first; Equinox's "weight" is laid out as torch's
 _SYNONYMS = {"q": "query", "k": "key", "v": "value", "proj": "", "norm": "layernorm", "fc": "dense", "linear": "dense"}
 _AXES = "abcdefg"
 # In the order in which torch stores them one after the other.
@@ -60,9 +66,20 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def _is_called(leaf: str, kind: str) -> bool:
+    """Whether a name such as ``weight_ih`` or ``in_proj_bias`` is of a kind; single letters are whole names."""
+    return kind in leaf if len(kind) > 1 else kind == leaf
+
+
+def _fit(torch: ParameterSpec, flax: ParameterSpec) -> bool:
+    """Whether the one may be the other: a frozen parameter may be a buffer elsewhere."""
+    numbers = [spec.value.dtype.kind in "iub" for spec in (torch, flax)]
+    return numbers[0] == numbers[1] and (torch.frozen or torch.trainable == flax.trainable)
+
+
 def _likeness(torch: str, flax: str) -> float:
     first, second = _leaf(torch), _leaf(flax)
-    same = any(any(kind in first for kind in kinds) and second in kinds for kinds in _SAME_LEAF)
+    same = any(any(_is_called(first, kind) for kind in kinds) and second in kinds for kinds in _SAME_LEAF)
     letters = difflib.SequenceMatcher(None, _words(torch), _words(flax)).ratio()
     numbers = re.findall(r"\d+", torch) == re.findall(r"\d+", flax)
     return 2.0 * same + letters + 0.5 * numbers
@@ -83,7 +100,7 @@ def _patterns(source: tuple[int, ...], target: tuple[int, ...], flax: str) -> li
             names = iter(permutation)
             members = [[_AXES[next(names)] for _ in group] for group in groups]
             left = " ".join(axes[0] if len(axes) == 1 else f"({' '.join(axes)})" for axes in members)
-            unusual = _leaf(flax) == "kernel" and list(permutation) not in usual
+            unusual = _leaf(flax) in _KERNELS and list(permutation) not in usual
             found.append((unusual, f"{left} -> {' '.join(_AXES[: len(target)])}"))
     found.sort(key=lambda entry: entry[0])
     same = f"{' '.join(_AXES[: len(target)])} -> {' '.join(_AXES[: len(target)])}"
@@ -108,12 +125,12 @@ def _candidates(torch: Mapping[str, ParameterSpec], flax: Mapping[str, Parameter
     for name, spec in torch.items():
         shape = spec.value.shape
         for path, other in flax.items():
-            if other.trainable == spec.trainable and (patterns := _patterns(shape, other.value.shape, path)):
+            if _fit(spec, other) and (patterns := _patterns(shape, other.value.shape, path)):
                 yield _Candidate(_likeness(name, path), name, (path,), tuple(patterns))
         # One torch array that holds several flax arrays of one shape, one after the other along its first axis.
         families: dict[tuple, list[str]] = {}
         for path, other in flax.items():
-            if other.trainable == spec.trainable:
+            if _fit(spec, other):
                 families.setdefault((_leaf(path), other.value.shape), []).append(path)
         for (_, part), paths in families.items():
             for count in range(2, min(len(paths), 4) + 1):
@@ -159,7 +176,10 @@ def propose_rules(torch: Mapping[str, ParameterSpec], flax: Mapping[str, Paramet
             shown = ", ".join(repr(pattern) for pattern in candidate.patterns[1:4])
             doubts.append(f"{candidate.torch}: the shapes also allow the axis pattern {shown}")
     rules = [rule for name in torch if name in chosen for rule in _rules(chosen[name], torch[name].value.shape)]
-    left = [f"torch {name} {spec.value.shape}" for name, spec in torch.items() if name not in chosen]
+    kept = [name for name, spec in torch.items() if spec.frozen and name not in chosen]
+    rules += [(name, None, KEEP) for name in kept]
+    doubts += [f"{name} is frozen and has no counterpart: kept, if the flax side computes it" for name in kept]
+    left = [f"torch {n} {spec.value.shape}" for n, spec in torch.items() if n not in chosen and n not in kept]
     left += [f"flax {path} {spec.value.shape}" for path, spec in flax.items() if path not in used]
     return Proposal(tuple(rules), tuple(doubts), tuple(left))
 

@@ -86,7 +86,7 @@ class RemoteSide:
         """See ``side.Side``."""
         line, groups = self._call("parameters", {}, inputs)
         values = groups.get("values", {})
-        return {name: ParameterSpec(values[name], name in line["trainable"]) for name in line["order"]}
+        return {n: ParameterSpec(values[n], n in line["trainable"], n in line["frozen"]) for n in line["order"]}
 
     def outline(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
         """See ``side.Side``."""
@@ -133,6 +133,14 @@ class RemoteSide:
     def is_random(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> bool:
         """See ``side.Side``."""
         return bool(self._call("is_random", parameters, inputs)[0]["is_random"])
+
+    def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
+        """See ``side.Side``."""
+        return tuple(self._call("unexercised", parameters, inputs)[0]["sentences"])
+
+    def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
+        """See ``side.Side``."""
+        return tuple(self._call("wider_operations", parameters, inputs, dtype=dtype)[0]["sentences"])
 
     def _values(
         self,

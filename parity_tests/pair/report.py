@@ -24,7 +24,9 @@ class PairRow(ParityRow):
 
     Attributes:
         rung: ``weights`` (bitwise), ``forward``, ``gradients`` or ``state`` (buffers that a call updates).
-        bound: ``exact`` (bitwise), ``calibrated``, or ``skipped`` where a framework cannot run the dtype.
+        bound: ``exact`` (bitwise), ``calibrated``, ``skipped`` where a framework cannot run the dtype, or ``undecided``
+            where there is no truth or no bound to judge by: such a row neither holds nor shows a difference, and its
+            status is that of a mismatch because the pair is not shown to hold.
     """
 
     rung: str
@@ -64,6 +66,12 @@ class PairReport:
         return self.summary.ok and not self.stopped
 
     @property
+    def undecided(self) -> str:
+        """Why nothing can be said, where what fails has no truth or no bound to be judged by; else empty."""
+        failed = [row for row in self.rows if row.status == "mismatch"]
+        return failed[0].reason if failed and all(row.bound == "undecided" for row in failed) else ""
+
+    @property
     def first_failing_rung(self) -> str | None:
         """The lowest rung with a mismatch, or None."""
         failed = {row.rung for row in self.rows if row.status == "mismatch"}
@@ -86,6 +94,8 @@ class PairReport:
         """Says in a few lines what holds and what does not."""
         summary = self.summary
         verdict = "holds" if self.ok else "MISMATCH" if summary.failed else "FAILED: nothing was compared"
+        if self.undecided:
+            verdict = f"UNDECIDED: {self.undecided}"
         if self.stopped:
             verdict = "STOPPED, MISMATCH" if summary.failed else "STOPPED"
         lines = [
@@ -114,6 +124,8 @@ class PairReport:
         rung = self.first_failing_rung
         if rung is None:
             return ""
+        if self.undecided:
+            return f"undecided in rung {rung}: {self.undecided}"
         return f"first failing rung: {rung}; likely cause: {self.likely_cause or 'none of those tried'}"
 
     def _largest(self) -> list[str]:

@@ -14,7 +14,8 @@ from parity_tests.pair.report import PairRow
 # What the command line has an option for, or what changes no row that it leaves in.
 _OF_COMMAND = {"seed", "dtypes", "device", "torch_python", "jax_python", "timeout_s", "semantic", "state", "name"}
 # What a call that is written down must repeat, beside the seed and the dtype.
-_SCALARS = ("gradients", "semantic", "state", "device", "torch_python", "jax_python", "timeout_s")
+_SCALARS = ("gradients", "semantic", "state", "scale", "not_compared", "device", "torch_python", "jax_python")
+_SCALARS += ("timeout_s",)
 
 
 def reproduction(

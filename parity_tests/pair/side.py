@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from parity_tests.pair.casts import from_parts, is_inexact, parts
+
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -15,11 +17,19 @@ class ParameterSpec:
 
     Attributes:
         value: as the module holds it before anything is drawn; gives the shape, the dtype and the scale.
-        trainable: True for a parameter, False for a buffer (a running statistic, a mask).
+        trainable: True for a parameter that gradients are taken of, False for a frozen one and for a buffer (a running
+            statistic, a mask).
+        frozen: True for a parameter that the module itself keeps out of training (``requires_grad=False``).
     """
 
     value: np.ndarray
     trainable: bool
+    frozen: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What the array is, as messages say it."""
+        return "a parameter" if self.trainable else "a frozen parameter" if self.frozen else "a buffer"
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,24 @@ class Ensemble:
 
 
 @dataclass(frozen=True)
+class Constants:
+    """What a side takes from constants that were rounded before the call, and how far that may move its results.
+
+    Attributes:
+        spread: root mean square of the results' deviations when every such constant moves by its roundoff; empty where
+            there are none.
+        stored: arrays of unknown history: a module's buffers, what its code has captured.
+        literals: numbers in code that a narrow format has rounded.
+        members: how many runs ``spread`` is estimated from.
+    """
+
+    spread: Arrays
+    stored: tuple[str, ...] = ()
+    literals: tuple[str, ...] = ()
+    members: int = 0
+
+
+@dataclass(frozen=True)
 class Variant:
     """A hypothesis that a side can try on itself.
 
@@ -58,8 +86,10 @@ class Side(Protocol):
     """A module or function of one framework.
 
     Outputs are named ``y`` (one array) or ``y.<path>``; gradients ``d_<parameter>`` and ``d_input<k>``, for every
-    trainable parameter and every floating-point input; buffers, as they are after the call, ``state:<buffer>``.
-    ``cotangents`` has one array per floating-point output; without it no gradients are returned.
+    trainable parameter and every input of real or complex numbers; buffers, as they are after the call,
+    ``state:<buffer>``. ``cotangents`` has one array per real or complex output; without it no gradients are returned.
+    The gradient for a complex number z is torch's, ``dL/dRe(z) + i dL/dIm(z)``, and so are cotangents; JAX's own are
+    the conjugates.
     """
 
     framework: str
@@ -101,6 +131,26 @@ class Side(Protocol):
         """Float64 runs in which every operation errs as it may in ``dtype``."""
         ...
 
+    def constants(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None,
+        buffers: Mapping[str, str],
+        computed: bool,
+    ) -> Constants:
+        """Truths with the side's rounded constants moved.
+
+        Args:
+            parameters: as for ``truth``.
+            inputs: as for ``truth``.
+            cotangents: as for ``truth``.
+            buffers: those that are constants of the module, each with the format that has rounded it.
+            computed: whether what is computed from constants alone errs too, as in float32: where the other side has
+                stored it.
+        """
+        ...
+
     def variants(self) -> tuple[Variant, ...]:
         """Hypotheses about this side for the likely cause of a mismatch."""
         ...
@@ -111,6 +161,14 @@ class Side(Protocol):
 
     def is_random(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> bool:
         """True if the outputs depend on a random state (dropout that is active)."""
+        ...
+
+    def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
+        """Branches of clamps, selections and comparisons that no value takes in float64, see ``ranges``."""
+        ...
+
+    def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
+        """Operations of a call that work in a wider format than ``dtype``, in which all arrays are stored."""
         ...
 
 
@@ -124,7 +182,9 @@ def leaf_name(path: tuple) -> str:
 def collect_ensemble(
     run: Callable[[int, float], Arrays], members: int, kink_members: int, kink_amplitude: float
 ) -> Ensemble:
-    """Runs an ensemble and keeps its statistics of the floating-point tensors.
+    """Runs an ensemble and keeps its statistics of the real and complex tensors, of these part by part.
+
+    A deviation is infinite where a run is not finite and the centre is, or is not finite in another way.
 
     Args:
         run: one run, of a member's number and the noise's amplitude (0 for none).
@@ -132,18 +192,38 @@ def collect_ensemble(
         kink_members: runs with ``kink_amplitude``.
         kink_amplitude: see ``calibration``.
     """
-    centre = {name: value for name, value in run(0, 0.0).items() if value.dtype == np.float64}
-    squares = {name: np.zeros_like(value) for name, value in centre.items()}
-    kinks = {name: np.zeros_like(value) for name, value in centre.items()}
+    centre = {name: value for name, value in run(0, 0.0).items() if is_inexact(value)}
+    squares = {name: np.zeros(parts(value).shape) for name, value in centre.items()}
+    kinks = {name: np.zeros(parts(value).shape) for name, value in centre.items()}
     for member in range(members + kink_members):
         amplitude = 1.0 if member < members else kink_amplitude
         for name, value in run(member + 1, amplitude).items():
             if name in centre and amplitude == 1.0:
-                squares[name] += (value - centre[name]) ** 2
+                squares[name] += _deviation(value, centre[name]) ** 2
             elif name in centre:
-                np.maximum(kinks[name], np.abs(value - centre[name]), out=kinks[name])
-    spread = {name: np.sqrt(total / members) for name, total in squares.items()}
-    return Ensemble(centre, spread, kinks, members)
+                np.maximum(kinks[name], _deviation(value, centre[name]), out=kinks[name])
+    spread = {name: from_parts(np.sqrt(total / members), centre[name]) for name, total in squares.items()}
+    return Ensemble(centre, spread, {name: from_parts(kink, centre[name]) for name, kink in kinks.items()}, members)
+
+
+def constants_spread(run: Callable[[int], Arrays], members: int) -> dict[str, np.ndarray]:
+    """Root mean square of the deviations of runs with moved constants; part by part for complex numbers.
+
+    Args:
+        run: of a member's number; 0 moves nothing.
+        members: runs.
+    """
+    found = collect_ensemble(lambda member, _: run(member), members, 0, 0.0)
+    return dict(found.spread)
+
+
+def _deviation(value: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    value, centre = parts(value), parts(centre)
+    same = (value == centre) | (np.isnan(value) & np.isnan(centre))
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = np.abs(value - centre)
+    # Beyond the square root of the largest number its square, and so the spread, would be infinite anyway.
+    return np.where(same, 0.0, np.where(difference < 1e154, difference, np.inf))
 
 
 def make_side(framework: str, arguments: Mapping[str, Any], device: str) -> Side:

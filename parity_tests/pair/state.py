@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from parity_tests.pair.draws import is_float
+from parity_tests.pair.casts import is_float, is_inexact, widened
 from parity_tests.pair.side import Arrays
 
 PREFIX = "state:"
@@ -42,7 +42,7 @@ def updated(arrays: Arrays, before: Arrays) -> frozenset[str]:
 
     def same(name: str, after: np.ndarray) -> bool:
         # A NaN that stayed one is not changed; integers and booleans have none.
-        return np.array_equal(after, before[name].astype(after.dtype), equal_nan=is_float(after))
+        return np.array_equal(widened(after), widened(before[name]), equal_nan=is_inexact(after))
 
     return frozenset(name for name, after in state_of(arrays).items() if not same(name, after))
 
@@ -60,7 +60,7 @@ def state_cause(row: str, before: Arrays, truths: Mapping[str, Arrays], bounds: 
         bounds: of these, by side.
     """
     name = row.removeprefix(PREFIX)
-    old, torch, jax = before[name].astype(np.float64), truths["torch"][row], truths["jax"][row]
+    old, torch, jax = widened(before[name]), truths["torch"][row], truths["jax"][row]
     for side, after in (("torch", torch), ("flax", jax)):
         if (after == old).all():
             return f"a call updates {name}, but not on the {side} side"

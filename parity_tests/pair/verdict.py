@@ -3,7 +3,10 @@
 import numpy as np
 
 from parity_tests.harness.comparison import TensorResult
-from parity_tests.pair.draws import is_float
+from parity_tests.pair.casts import is_complex, is_float, is_inexact, parts
+
+UNDECIDED = "undecided"
+_PARTS = ("real part", "imaginary part")
 
 
 def _errors(value: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -20,44 +23,89 @@ def refused(name: str, reason: str) -> TensorResult:
     return TensorResult(name, "mismatch", reason, np.inf, np.inf, np.inf, None, None, None, None, None, None)
 
 
+def undecided(name: str, reason: str) -> TensorResult:
+    """Neither held nor a mismatch: there is no bound or no truth to judge by."""
+    return TensorResult(name, UNDECIDED, reason, np.inf, np.inf, np.inf, None, None, None, None, None, None)
+
+
 def within(name: str, value: np.ndarray, expected: np.ndarray, limit: np.ndarray | float) -> TensorResult:
-    """Judges floating-point values by a bound, integers and booleans by equality.
+    """Judges real and complex numbers by a bound, complex ones part by part; integers and booleans by equality.
+
+    What is not finite on one side has to be equal on the other. A bound that is not finite decides nothing.
 
     Args:
         name: of the tensor.
         value: what was computed.
         expected: the truth, or the other side's value.
-        limit: element by element; without meaning for integers.
+        limit: element by element, complex (a bound for each part) for complex numbers; without meaning for integers.
     """
     if value.shape != expected.shape:
         reason = f"{name} has shape {value.shape}, expected {expected.shape}"
         return refused(name, reason)
-    if is_float(value) != is_float(expected):
+    if (is_float(value), is_complex(value)) != (is_float(expected), is_complex(expected)):
         reason = f"{name} has dtype {value.dtype}, expected {expected.dtype}"
         return refused(name, reason)
     if value.size == 0:
         return TensorResult(name, "ok", "", 0.0, 0.0, 0.0, None, None, None, None, None, None)
-    value, expected = value.astype(np.float64), expected.astype(np.float64)
+    if not is_inexact(value):
+        return _equal(name, value, expected)
+    divided = is_complex(value)
+    limit = parts(np.broadcast_to(limit, value.shape).astype(np.complex128 if divided else np.float64))
+    value, expected = parts(value), parts(expected)
     errors = _errors(value, expected)
     with np.errstate(divide="ignore", invalid="ignore"):
-        fractions = errors / limit
-    # A bound that is not finite belongs to a truth that is not: there only equality counts, and that has error 0.
-    fractions = np.where(errors == 0, 0.0, np.where(np.isfinite(limit) & ~np.isnan(fractions), fractions, np.inf))
+        fractions = np.where(errors == 0, 0.0, errors / limit)
+    open_ = ~np.isfinite(limit) & np.isfinite(value) & np.isfinite(expected)
+    fractions = np.where(open_, 0.0, np.where(np.isnan(fractions), np.inf, fractions))
     index = tuple(int(k) for k in np.unravel_index(int(fractions.argmax()), errors.shape))
     worst = float(fractions[index])
-    reason = ""
+    place = f"the {_PARTS[index[-1]]} of {name}{list(index[:-1])}" if divided else f"{name}{list(index)}"
+    reason, status = "", "ok"
     if worst > 1:
-        reason = (
-            f"{name}{list(index)} is {float(value[index])!r}, expected {float(expected[index])!r}: "
-            f"{worst:.3g} times the bound"
+        status = "mismatch"
+        reason = f"{place} is {float(value[index])!r}, expected {float(expected[index])!r}: "
+        if np.isfinite(errors[index]):
+            reason += f"{worst:.3g} times the bound"
+        else:
+            reason += "what is not finite has to be equal on both sides"
+    elif open_.any():
+        first = tuple(int(k) for k in np.argwhere(open_)[0])
+        return undecided(
+            name,
+            f"{name}{list(first[:-1] if divided else first)} cannot be judged: rounding alone decides whether a value "
+            "behind it is finite, so that there is no bound; give inputs, or draws of the parameters, away from there",
         )
     return TensorResult(
         tensor=name,
-        status="mismatch" if worst > 1 else "ok",
+        status=status,
         reason=reason,
         max_abs_error=float(errors.max()),
         median_abs_error=float(np.median(errors)),
         bound_fraction=worst,
+        bound_fraction_t2=None,
+        bound_fraction_t3=None,
+        worst_index=index[:-1] if divided else index,
+        partition=None,
+        subject_value=float(value[index]),
+        expected_value=float(expected[index]),
+    )
+
+
+def _equal(name: str, value: np.ndarray, expected: np.ndarray) -> TensorResult:
+    """Integers and booleans, compared as such: float64 does not tell all 64-bit integers apart."""
+    differs = value != expected
+    # As Python's integers, which have no size; shown and counted as floats.
+    errors = np.where(differs, np.abs(value.astype(object) - expected.astype(object)).astype(np.float64), 0.0)
+    index = tuple(int(k) for k in np.unravel_index(int(errors.argmax()), errors.shape))
+    reason = f"{name}{list(index)} is {value[index]}, expected {expected[index]}" if differs.any() else ""
+    fraction = np.inf if reason else 0.0
+    return TensorResult(
+        tensor=name,
+        status="mismatch" if reason else "ok",
+        reason=reason,
+        max_abs_error=float(errors.max()),
+        median_abs_error=float(np.median(errors)),
+        bound_fraction=fraction,
         bound_fraction_t2=None,
         bound_fraction_t3=None,
         worst_index=index,

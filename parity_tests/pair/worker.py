@@ -25,7 +25,8 @@ def _reply(
     cotangents = groups.get("cotangents", {}) if request.get("cotangents") else None
     if method == "parameters":
         specs: dict[str, ParameterSpec] = side.parameters(inputs)
-        line = {"trainable": [name for name, spec in specs.items() if spec.trainable], "order": list(specs)}
+        line = {kind: [name for name, spec in specs.items() if getattr(spec, kind)] for kind in ("trainable", "frozen")}
+        line["order"] = list(specs)
         return line, {"values": {name: spec.value for name, spec in specs.items()}}
     if method == "variants":
         return {"variants": [[variant.name, variant.sentence] for variant in side.variants()]}, {}
@@ -33,6 +34,10 @@ def _reply(
         return {"notes": list(side.notes())}, {}
     if method == "is_random":
         return {"is_random": side.is_random(parameters, inputs)}, {}
+    if method == "unexercised":
+        return {"sentences": list(side.unexercised(parameters, inputs))}, {}
+    if method == "wider_operations":
+        return {"sentences": list(side.wider_operations(parameters, inputs, request["dtype"]))}, {}
     if method == "round_trip":
         return {}, {"values": side.round_trip(parameters)}
     if method in ("outline", "forward"):

@@ -18,14 +18,19 @@ def aval_of(atom: Any) -> Any:
     return atom.aval
 
 
-def is_floating(value: Any) -> bool:
-    """Whether an array holds floating-point numbers."""
-    return jnp.issubdtype(value.dtype, jnp.floating)
+def is_inexact(value: Any) -> bool:
+    """True for an array of numbers that are rounded, real or complex."""
+    return jnp.issubdtype(value.dtype, jnp.inexact)
+
+
+def wide_dtype(dtype: Any) -> np.dtype:
+    """float64 or complex128, for a dtype of real or complex numbers."""
+    return np.dtype(np.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else np.float64)
 
 
 def widened(value: Any) -> jax.Array:
-    """The array in float64, if it holds floating-point numbers."""
-    return jnp.asarray(value, jnp.float64) if is_floating(value) else jnp.asarray(value)
+    """The array in float64 or complex128, if it holds real or complex numbers."""
+    return jnp.asarray(value, wide_dtype(value.dtype)) if is_inexact(value) else jnp.asarray(value)
 
 
 def is_elementwise(equation: JaxprEqn) -> bool:
@@ -49,8 +54,10 @@ def evaluated(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     """Runs one operation on wide operands: parameters that name a narrow format name float64 instead."""
     params = dict(equation.params)
     for key in ("preferred_element_type", "new_dtype", "dtype"):
-        if params.get(key) is not None and jnp.issubdtype(params[key], jnp.floating):
-            params[key] = np.dtype(np.float64)
+        if params.get(key) is not None and jnp.issubdtype(params[key], jnp.inexact):
+            # Of squared moduli a complex program computes real sums.
+            given = [value.dtype for value in operands if is_inexact(value)] or [params[key]]
+            params[key] = wide_dtype(jnp.result_type(*given))
     if scatter := _SCATTERS.get(equation.primitive.name):
         # Bound directly it would carry the update function that was traced for the narrow format.
         operand, indices, updates = operands
@@ -58,6 +65,24 @@ def evaluated(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
         return [scatter(operand, indices, updates, params["dimension_numbers"], **options)]
     results = equation.primitive.bind(*operands, **params)
     return list(results) if equation.primitive.multiple_results else [results]
+
+
+def squared(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """The operands of a sum with squares in the place of its terms: the sum of these is Q, see ``calibration``."""
+    if equation.primitive.name == "select_and_scatter_add":  # the second operand only says where the terms go
+        return [jnp.square(operands[0]), *operands[1:]]
+    return [jnp.square(jnp.abs(value)) if is_inexact(value) else value for value in operands]
+
+
+def transformed_squares(equation: JaxprEqn, operand: Any) -> tuple[jax.Array, float]:
+    """Q and K of a Fourier transform, whose terms all have the modulus of its input."""
+    kind, lengths = equation.params["fft_type"].name, equation.params["fft_lengths"]
+    count = math.prod(lengths)
+    axes = tuple(range(operand.ndim - len(lengths), operand.ndim))
+    total = jnp.sum(jnp.square(jnp.abs(operand)), axes, keepdims=True)
+    # Half of a real signal's spectrum implies the other half; inverse transforms divide by their length.
+    scale = (2.0 if "IRFFT" in kind else 1.0) / (count**2 if kind.startswith("I") else 1.0)
+    return jnp.broadcast_to(scale * total, aval_of(equation.outvars[0]).shape), count
 
 
 def contains_program(params: dict[str, Any]) -> bool:
@@ -88,7 +113,7 @@ def _convolved(equation: JaxprEqn, operands: Sequence[Any]) -> float:
 
 
 def _scattered(equation: JaxprEqn, operands: Sequence[Any]) -> Any:
-    ones = [jnp.ones_like(value) if is_floating(value) else value for value in operands]
+    ones = [jnp.ones_like(value) if is_inexact(value) else value for value in operands]
     return evaluated(equation, ones)[0]
 
 
@@ -99,6 +124,9 @@ SUMS: dict[str, Callable[[JaxprEqn, Sequence[Any]], Any]] = {
     "cumsum": lambda equation, operands: operands[0].shape[equation.params["axis"]],
     "reduce_window_sum": lambda equation, operands: math.prod(equation.params["window_dimensions"]),
     "scatter-add": _scattered,
+    "select_and_scatter_add": lambda equation, operands: evaluated(equation, [jnp.ones_like(operands[0]), operands[1]])[
+        0
+    ],
     "ragged_dot": lambda equation, operands: operands[0].shape[-1],
     "ragged_dot_general": lambda equation, operands: operands[0].shape[-1],
 }

@@ -1,7 +1,8 @@
 """Flax linen modules, nnx modules and plain functions in one form: a function of a flat dict of arrays and inputs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import flax.linen as nn
@@ -40,44 +41,82 @@ def _dotted(path: tuple) -> str:
     return ".".join(str(part) for part in path)
 
 
+def _named(paths: Iterable[tuple], argument: str) -> dict[str, Any]:
+    """Paths by dotted name; two arrays of one name would be taken for each other."""
+    found: dict[str, Any] = {}
+    for path in paths:
+        name = _dotted(path)
+        if name in found:
+            raise ValueError(
+                f"{argument}: expected a name of its own for every array, got two called {name}; rename a key."
+            )
+        found[name] = path
+    return found
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray | np.generic | int | float | complex)
+
+
+def _spec(value: Any, trainable: bool) -> ParameterSpec:
+    # What JAX itself makes of a Python number: 32 bits.
+    array = np.asarray(value if isinstance(value, jax.Array | np.ndarray | np.generic) else jnp.asarray(value))
+    return ParameterSpec(array, trainable and not np.issubdtype(array.dtype, np.integer) and array.dtype != np.bool_)
+
+
 def _nnx(module: nnx.Module, kwargs: Mapping[str, Any]) -> FlatModule:
     graph, state = nnx.split(module)
     variables = dict(nnx.to_flat_state(state))
-    names = {_dotted(path): path for path, variable in variables.items() if not isinstance(variable, nnx.RngState)}
+    # An array that is no variable is a constant of the module, as one that the call computes.
+    held = [
+        path
+        for path, variable in variables.items()
+        if isinstance(variable, nnx.Variable)
+        and not isinstance(variable, nnx.RngState)
+        and _is_array(variable.get_value())
+    ]
+    names = _named(held, "flax_module")
     specs = {
-        name: ParameterSpec(np.asarray(variables[path][...]), isinstance(variables[path], nnx.Param))
-        for name, path in names.items()
+        name: _spec(variables[path].get_value(), isinstance(variables[path], nnx.Param)) for name, path in names.items()
     }
 
     def call(arrays: Mapping[str, Any], inputs: tuple, base: Mapping[tuple, Any]) -> Any:
         # New variables for random states too: a module may only update what was made at its own level of tracing.
-        fresh = {path: variable.replace(variable[...]) for path, variable in base.items()}
+        fresh = {path: v.replace(v.get_value()) if isinstance(v, nnx.Variable) else v for path, v in base.items()}
         fresh |= {path: base[path].replace(arrays[name]) for name, path in names.items()}
         merged = nnx.merge(graph, nnx.from_flat_state(fresh))
         outputs = merged(*inputs, **kwargs)
         after = dict(nnx.to_flat_state(nnx.state(merged)))
-        return outputs, {name: after[path][...] for name, path in names.items() if not specs[name].trainable}
+        return outputs, {name: after[path].get_value() for name, path in names.items() if not specs[name].trainable}
 
     others = {
-        path: variable.replace(jax.random.fold_in(variable[...], 1)) if isinstance(variable, nnx.RngKey) else variable
-        for path, variable in variables.items()
+        path: v.replace(jax.random.fold_in(v.get_value(), 1)) if isinstance(v, nnx.RngKey) else v
+        for path, v in variables.items()
     }
     return FlatModule(
         specs,
         lambda arrays, *inputs: call(arrays, inputs, variables),
-        (lambda arrays, *inputs: call(arrays, inputs, others)) if len(names) < len(variables) else None,
+        (lambda arrays, *inputs: call(arrays, inputs, others))
+        if any(isinstance(variable, nnx.RngState) for variable in variables.values())
+        else None,
     )
 
 
-def _linen(module: nn.Module, kwargs: Mapping[str, Any], inputs: tuple[np.ndarray, ...]) -> FlatModule:
+def _linen(
+    module: nn.Module, kwargs: Mapping[str, Any], initial: Mapping[str, Any] | None, inputs: tuple[np.ndarray, ...]
+) -> FlatModule:
     kwargs = dict(kwargs)
     rngs = dict(kwargs.pop("rngs", None) or {})
     mutable = kwargs.pop("mutable", False)
     arguments = [jnp.asarray(array.astype(np.float32) if array.dtype == np.float64 else array) for array in inputs]
-    variables = meta.unbox(module.init({"params": jax.random.key(0), **rngs}, *arguments, **kwargs))
-    flat = flatten_dict(variables)
-    names = {_dotted(path[1:] if path[0] == "params" else path): path for path in flat}
-    specs = {name: ParameterSpec(np.asarray(flat[path]), path[0] == "params") for name, path in names.items()}
+    if initial is None:
+        initial = module.init({"params": jax.random.key(0), **rngs}, *arguments, **kwargs)
+    elif "params" not in initial:
+        initial = {"params": initial}
+    flat = flatten_dict(meta.unbox(dict(initial)))
+    shortened = {path[1:] if path[0] == "params" else path: path for path in flat}
+    names = {name: shortened[path] for name, path in _named(shortened, "flax_module").items()}
+    specs = {name: _spec(flat[path], path[0] == "params") for name, path in names.items()}
 
     def call(arrays: Mapping[str, Any], inputs: tuple, keys: Mapping[str, Any]) -> Any:
         tree = unflatten_dict({path: arrays[name] for name, path in names.items()})
@@ -95,18 +134,55 @@ def _linen(module: nn.Module, kwargs: Mapping[str, Any], inputs: tuple[np.ndarra
     )
 
 
-def _function(function: Function, kwargs: Mapping[str, Any], initial: Mapping[str, Any]) -> FlatModule:
-    paths = {_dotted(path): path for path in flatten_dict(dict(initial))}
-    flat = flatten_dict(dict(initial))
-    specs = {name: ParameterSpec(np.asarray(flat[path]), True) for name, path in paths.items()}
-    return FlatModule(
-        specs,
-        lambda arrays, *inputs: (
-            function(unflatten_dict({path: arrays[name] for name, path in paths.items()}), *inputs, **kwargs),
-            {},
-        ),
-        None,
-    )
+def _part(entry: Any) -> str:
+    """One step of a path through a pytree."""
+    return str(next(getattr(entry, kind) for kind in ("key", "idx", "name") if hasattr(entry, kind)))
+
+
+def _pytree(call: Callable[..., Any], tree: Any, is_parameter: Callable[[Any], bool]) -> FlatModule:
+    """A function of any pytree, whose arrays are named by their paths; its other leaves stay what they are.
+
+    Args:
+        call: ``(tree, *inputs) -> outputs``.
+        tree: dicts, lists, tuples, dataclasses, Equinox modules, ... with initial values.
+        is_parameter: of a leaf.
+    """
+    found, structure = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = [leaf for _, leaf in found]
+    # A Flax variable is a node of its own, with one leaf: its path is the name.
+    paths = [
+        tuple(_part(e) for k, e in enumerate(path) if k < len(path) - 1 or not _is_value_of_a_variable(tree, path))
+        for path, _ in found
+    ]
+    places = {path: k for k, path in enumerate(paths) if is_parameter(leaves[k])}
+    if len(places) < sum(map(is_parameter, leaves)):
+        raise ValueError("flax_params: expected a path of its own for every array, got two that are spelled alike.")
+    names = {name: places[path] for name, path in _named(places, "flax_params").items()}
+    specs = {name: _spec(leaves[k], True) for name, k in names.items()}
+
+    def stateful(arrays: Mapping[str, Any], *inputs: Any) -> tuple[Any, dict[str, Any]]:
+        filled = [*leaves]
+        for name, k in names.items():
+            filled[k] = arrays[name]
+        return call(jax.tree.unflatten(structure, filled), *inputs), {}
+
+    return FlatModule(specs, stateful, None)
+
+
+def _is_value_of_a_variable(tree: Any, path: tuple) -> bool:
+    if getattr(path[-1], "name", "") not in ("value", "raw_value"):
+        return False
+    for entry in path[:-1]:
+        if hasattr(entry, "name") and not hasattr(entry, "key"):
+            tree = getattr(tree, entry.name)
+        else:
+            tree = tree[getattr(entry, "key", getattr(entry, "idx", None))]
+    return isinstance(tree, nnx.Variable | meta.AxisMetadata)
+
+
+def _is_tree_with_arrays(module: Any) -> bool:
+    leaves = jax.tree.leaves(module)
+    return leaves != [module] and any(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
 
 
 def flatten_module(
@@ -115,20 +191,38 @@ def flatten_module(
     """Brings any supported module into the one form.
 
     Args:
-        module: a linen module, an nnx module, or ``f(parameters, *inputs)`` of a nested dict.
+        module: a linen module, an nnx module, a callable pytree with arrays (an Equinox module), or
+            ``f(parameters, *inputs)`` of any pytree.
         kwargs: keyword arguments of every call; for linen ``rngs`` and ``mutable`` mean what they mean to ``apply``.
-        initial: initial parameters of a function, nested or with dotted names; None for a module.
+        initial: initial parameters of a function, or variables of a linen module; None for another module.
         inputs: examples, from which linen infers shapes.
 
     Raises:
         TypeError: for anything else, or a function without initial parameters.
     """
+    if isinstance(module, type):
+        raise TypeError(
+            f"flax_module: expected a linen or nnx module or a function, got the class {module.__name__}; create an "
+            "instance."
+        )
+    if isinstance(module, nn.Module):
+        return _linen(module, kwargs, initial, inputs)
+    if not callable(module):
+        raise TypeError(f"flax_module: expected a linen or nnx module or a function, got {module!r}; create one.")
+    held = isinstance(module, nnx.Module) or (not isinstance(module, FunctionType) and _is_tree_with_arrays(module))
+    if held and initial is not None:
+        raise TypeError("flax_params: expected None beside a module, which holds its own, got a value; leave it out.")
     if isinstance(module, nnx.Module):
         return _nnx(module, kwargs)
-    if isinstance(module, nn.Module):
-        return _linen(module, kwargs, inputs)
-    if not callable(module) or isinstance(module, type):
-        raise TypeError(f"flax_module: expected a linen or nnx module or a function, got {module!r}; create one.")
+    if held:
+        return _pytree(
+            lambda tree, *inputs: tree(*inputs, **kwargs), module, lambda leaf: isinstance(leaf, jax.Array | np.ndarray)
+        )
     if initial is None:
         raise TypeError("flax_params: expected a dict of initial arrays for a function, got None; pass one.")
-    return _function(module, kwargs, initial)
+    return _pytree(lambda tree, *inputs: module(tree, *inputs, **kwargs), initial, _is_initial)
+
+
+def _is_initial(leaf: Any) -> bool:
+    """Arrays and floating-point numbers are parameters; an integer or a text is a setting."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | float)

@@ -3,6 +3,9 @@
 Noise model: see ``pair.calibration``. The traced program says in which format each operation works (a norm's statistics
 in float32, a bias gradient summed in bfloat16); no operation is granted a coarser one than the pair is judged in, so
 that a module that computes in bfloat16 behind a float32 interface is not excused.
+
+A program that is traced with float64 arguments still has narrow constants, where a module is fixed to a format: numbers
+in its code, arrays that it has captured. Without noise the interpreter can move these, each by its roundoff.
 """
 
 import functools
@@ -17,6 +20,9 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from parity_tests.harness.dtypes import FORMATS
+from parity_tests.pair import casts
+from parity_tests.pair.calibration import MEMBERS, moved_constant
+from parity_tests.pair.casts import format_name, looks_rounded, parts
 from parity_tests.pair.subjects.jax_accuracy import function_error
 from parity_tests.pair.subjects.jax_evaluation import (
     SUMS,
@@ -25,10 +31,13 @@ from parity_tests.pair.subjects.jax_evaluation import (
     evaluated,
     evaluated_as_traced,
     is_elementwise,
-    is_floating,
+    is_inexact,
+    squared,
+    transformed_squares,
+    wide_dtype,
     widened,
 )
-from parity_tests.pair.subjects.operations import JAX_EXACT, JAX_INLINED
+from parity_tests.pair.subjects.operations import JAX_EXACT, JAX_INLINED, JAX_PRODUCTS
 
 _POOL_BITS = 16
 
@@ -48,79 +57,148 @@ class Interpreter:
         member: traced int64, the number of the ensemble's run.
         amplitude: traced float64, of the noise; None leaves all noise out (the truth).
         pool: traced, ``normal_pool``: as a constant every operation would carry its own copy.
+        constants: only rounded constants move, by ``moved_constant`` of the member; with noise also what is computed
+            from constants alone.
     """
 
-    def __init__(self, dtype: str = "float64", member: Any = 0, amplitude: Any = None, pool: Any = None) -> None:
+    def __init__(
+        self, dtype: str = "float64", member: Any = 0, amplitude: Any = None, pool: Any = None, constants: bool = False
+    ) -> None:
         self._limit, self._member, self._amplitude, self._pool = FORMATS[dtype].roundoff, member, amplitude, pool
+        self._constants = constants
         self._operation = 0
         self.notes: set[str] = set()
+        # Constants that a narrow format has rounded, as they are shown: arrays, and numbers in code.
+        self.stored: set[str] = set()
+        self.literals: set[str] = set()
 
-    def run(self, closed: ClosedJaxpr, arguments: Sequence[Any]) -> list[jax.Array]:
-        """Evaluates; floating-point arguments and results are float64."""
+    def run(self, closed: ClosedJaxpr, arguments: Sequence[Any], fixed: Sequence[bool] | None = None) -> list[Any]:
+        """Evaluates; real and complex arguments and results are float64 and complex128.
+
+        Args:
+            closed: the program.
+            arguments: its arguments.
+            fixed: which of them are constants: hold no number that parameters or inputs of fractions have changed.
+        """
         typed = [_as_integer(argument, atom) for argument, atom in zip(arguments, closed.jaxpr.invars, strict=True)]
-        return self._jaxpr(closed.jaxpr, [widened(const) for const in closed.consts], typed)
+        return self._jaxpr(closed.jaxpr, [self._const(const) for const in closed.consts], typed, fixed)[0]
 
-    def _jaxpr(self, jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-        values: dict[Var, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
+    def _jaxpr(
+        self, jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], fixed: Sequence[bool] | None
+    ) -> tuple[list[Any], list[bool]]:
+        """Results, and which of them are constants."""
+        variables = (*jaxpr.constvars, *jaxpr.invars)
+        values: dict[Var, Any] = dict(zip(variables, (*consts, *arguments), strict=True))
+        flags = [True] * len(consts) + list(fixed or [False] * len(arguments))
+        constant: dict[Var, bool] = dict(zip(variables, flags, strict=True))
+
+        def read(atom: Any) -> Any:
+            return self._literal(atom) if isinstance(atom, Literal) else values[atom]
+
+        def is_constant(atom: Any) -> bool:
+            return isinstance(atom, Literal) or constant[atom]
+
         for equation in jaxpr.eqns:
-            operands = [self._literal(a) if isinstance(a, Literal) else values[a] for a in equation.invars]
-            values.update(zip(equation.outvars, self._equation(equation, operands), strict=True))
-        return [self._literal(v) if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
+            known = [is_constant(atom) for atom in equation.invars]
+            results, known = self._equation(equation, [read(atom) for atom in equation.invars], known)
+            values.update(zip(equation.outvars, results, strict=True))
+            constant.update(zip(equation.outvars, known, strict=True))
+        return [read(atom) for atom in jaxpr.outvars], [is_constant(atom) for atom in jaxpr.outvars]
 
     def _literal(self, literal: Literal) -> jax.Array:
-        value = widened(
-            literal.val if hasattr(literal.val, "dtype") else np.asarray(literal.val, aval_of(literal).dtype)
-        )
-        if self._amplitude is None or not is_floating(value) or value.ndim:
-            return value
+        dtype = aval_of(literal).dtype
+        value = np.asarray(literal.val, dtype)
+        name = format_name(dtype)
         # A constant such as 0.1 was rounded to the format when the program was traced; 0.5 was not.
-        exact = float(literal.val)
-        if not math.isfinite(exact) or (math.frexp(exact)[0] * 16).is_integer():
-            return value
-        return self._round(value, str(aval_of(literal).dtype))
+        if (self._amplitude is None and not self._constants) or value.ndim or not _was_rounded(value, name):
+            return widened(value)
+        if not self._constants:
+            return self._round(widened(value), name)
+        if name != "float64":
+            self.literals.add(f"{value[()]:.9g} ({name})")
+        return self._moved(value, name)
 
-    def _equation(self, equation: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+    def _const(self, const: Any) -> jax.Array:
+        """An array that the program has captured."""
+        name = format_name(getattr(const, "dtype", ""))
+        if not self._constants or name == "float64" or not _was_rounded(const, name):
+            return widened(const)
+        self.stored.add(f"an array of {name} and shape {const.shape}")
+        return self._moved(const, name)
+
+    def _moved(self, const: Any, name: str) -> jax.Array:
+        """The constant as it is for the member; 0 moves nothing."""
+        array = casts.widened(np.asarray(const))
+        moved = np.stack([moved_constant(array, member, name) for member in range(MEMBERS + 1)])
+        return jnp.asarray(moved)[self._member]
+
+    def _equation(
+        self, equation: JaxprEqn, operands: list[Any], known: list[bool]
+    ) -> tuple[Sequence[Any], Sequence[bool]]:
+        """Results of one operation, and which of them are constants."""
         name, params = equation.primitive.name, equation.params
         if name in JAX_INLINED:
             inner = next(params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params)
             if isinstance(inner, ClosedJaxpr):
-                return self._jaxpr(inner.jaxpr, [widened(const) for const in inner.consts], operands)
-            return self._jaxpr(inner, [], operands)
+                return self._jaxpr(inner.jaxpr, [self._const(const) for const in inner.consts], operands, known)
+            return self._jaxpr(inner, [], operands, known)
+        constant = all(known)
         if name in _CONTROL:
-            return _CONTROL[name](self, params, operands)
+            results = _CONTROL[name](self, params, operands, known)
+        elif self._amplitude is None or (self._constants and not constant):
+            results = self._exactly(equation, operands)
+        else:
+            results = self._noisy(equation, operands)
+        return results, [constant] * len(equation.outvars)
+
+    def _exactly(self, equation: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+        name, params = equation.primitive.name, equation.params
         if name == "convert_element_type":
-            return [self._convert(params["new_dtype"], operands[0])]
+            return [_converted(params["new_dtype"], operands[0])]
         if name == "reduce_precision":
             return operands
         if name == "bitcast_convert_type" or contains_program(params):
-            if self._amplitude is not None and name != "bitcast_convert_type":
-                self.notes.add(f"jax {name} has no rounding model of its own")
             return evaluated_as_traced(equation, operands)
-        results = evaluated(equation, operands)
-        if self._amplitude is None or name in JAX_EXACT:
+        return evaluated(equation, operands)
+
+    def _noisy(self, equation: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+        name = equation.primitive.name
+        results = self._exactly(equation, operands)
+        if name in JAX_EXACT and not (name in ("abs", "sign") and jnp.iscomplexobj(operands[0])):
             return results
+        if name == "reduce_precision" or not any(is_inexact(value) for value in results):
+            return results
+        if name == "convert_element_type":
+            dtype = str(np.dtype(equation.params["new_dtype"]))
+            # From a wider format this rounds, and so it does for integers beyond those that the format holds; from a
+            # narrower one granting a rounding is harmless.
+            rounds = is_inexact(operands[0]) or jnp.abs(results[0]) * self._roundoff(dtype) > 1
+            return [self._round(results[0], dtype, jnp.where(rounds, 1.0, 0.0))]
+        if name == "bitcast_convert_type":
+            return results
+        if contains_program(equation.params):
+            self.notes.add(f"jax {name} has no rounding model of its own")
+            return results
+        if name == "fft":
+            square, count = transformed_squares(equation, operands[0])
+            u = self._roundoff(str(aval_of(equation.outvars[0]).dtype))
+            return [self._summed(results[0], square, count, u, str(aval_of(equation.outvars[0]).dtype))]
         if name in SUMS:
-            squares = evaluated(equation, [jnp.square(v) if is_floating(v) else v for v in operands])
+            squares = evaluated(equation, squared(equation, operands))
             terms = SUMS[name](equation, operands)
             u_acc = self._accumulator(name, equation)
             return [
                 self._summed(value, square, terms, u_acc, str(aval_of(var).dtype))
                 for value, square, var in zip(results, squares, equation.outvars, strict=True)
             ]
-        if not is_elementwise(equation) and any(is_floating(value) for value in results):
+        if not is_elementwise(equation) and name not in JAX_PRODUCTS:
             self.notes.add(f"jax {name} has no rounding model of its own")
-        factor = function_error(equation)
+        # A product of many factors is rounded once for each.
+        factor = math.sqrt(operands[0].size) if name in JAX_PRODUCTS else function_error(equation)
         return [
-            self._round(value, str(aval_of(var).dtype), factor) if is_floating(value) else value
+            self._round(value, str(aval_of(var).dtype), factor) if is_inexact(value) else value
             for value, var in zip(results, equation.outvars, strict=True)
         ]
-
-    def _convert(self, dtype: Any, value: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(dtype, jnp.floating):
-            return lax.convert_element_type(value, dtype)
-        wide = lax.convert_element_type(value, jnp.float64)
-        # From a wider format this rounds; from a narrower one, or from small integers, granting a rounding is harmless.
-        return wide if self._amplitude is None or not is_floating(value) else self._round(wide, str(np.dtype(dtype)))
 
     def _roundoff(self, dtype: str) -> float:
         """The format of the operation, no coarser than asked for, and no finer than float32.
@@ -128,7 +206,7 @@ class Interpreter:
         Noise of float64's size would drown in float64's own rounding: what was traced in float64 errs as float32 does,
         and the bound is scaled afterwards.
         """
-        return min(self._limit, max(FORMATS[dtype].roundoff, FORMATS["float32"].roundoff))
+        return min(self._limit, max(FORMATS[format_name(dtype)].roundoff, FORMATS["float32"].roundoff))
 
     def _accumulator(self, name: str, equation: JaxprEqn) -> float:
         """Products of 16-bit operands are accumulated in float32; other sums in the format they are written in."""
@@ -137,12 +215,13 @@ class Interpreter:
         return self._roundoff(str(aval_of(equation.invars[0]).dtype))
 
     def _summed(self, value: Any, square: Any, terms: Any, u_acc: float, dtype: str) -> jax.Array:
-        tiny = FORMATS[dtype].smallest_normal
+        tiny = FORMATS[format_name(dtype)].smallest_normal
         return _noisy_sum(value, square, terms, u_acc, self._roundoff(dtype), tiny, *self._source())
 
-    def _round(self, value: jax.Array, dtype: str, factor: float = 1.0) -> jax.Array:
-        u = factor * self._roundoff(dtype)
-        return _noisy_rounding(value, u, FORMATS[dtype].smallest_normal, *self._source())
+    def _round(self, value: jax.Array, dtype: str, factor: Any = 1.0) -> jax.Array:
+        # A part of a complex product is a sum of two products, which may cancel: it errs as its modulus does.
+        u = factor * self._roundoff(dtype) * (math.sqrt(2.0) if jnp.iscomplexobj(value) else 1.0)
+        return _noisy_rounding(value, u, FORMATS[format_name(dtype)].smallest_normal, *self._source())
 
     def _source(self) -> tuple[Any, Any, np.uint64, Any]:
         """Where the next operation's noise comes from."""
@@ -159,17 +238,39 @@ def _noisy_rounding(value: Any, u: Any, tiny: Any, *source: Any) -> jax.Array:
 
 @jax.jit
 def _noisy_sum(value: Any, square: Any, terms: Any, u_acc: Any, u: Any, tiny: Any, *source: Any) -> jax.Array:
-    summation = u_acc**2 * (terms * value**2 / 3 + terms * square / 6 + square)
-    variance = jnp.maximum(summation + (u * value) ** 2, 0.0)
+    modulus = jnp.abs(value)
+    summation = u_acc**2 * (jnp.abs(terms) * modulus**2 / 3 + jnp.abs(terms) * square / 6 + square)
+    variance = jnp.maximum(summation + (u * modulus) ** 2, 0.0)
     return _perturbed(value, jnp.sqrt(variance) + tiny * (square != 0), *source)
 
 
-def _perturbed(value: Any, deviation: Any, amplitude: Any, member: Any, odd: Any, pool: Any) -> jax.Array:
+def _perturbed(value: Any, deviation: Any, *source: Any) -> jax.Array:
+    if jnp.iscomplexobj(value):
+        return lax.complex(_shifted(value.real, deviation, *source), _shifted(value.imag, deviation, *source))
+    return _shifted(value, deviation, *source)
+
+
+def _shifted(value: Any, deviation: Any, amplitude: Any, member: Any, odd: Any, pool: Any) -> jax.Array:
     # Multiplicative hashing, as on the torch side: xi depends on the value, the operation and the member.
     key = (2 * jnp.asarray(member, jnp.uint64) + 1) * odd
     bits = lax.bitcast_convert_type(jnp.abs(value), jnp.uint64) * key
     index = lax.shift_right_logical(bits, np.uint64(64 - _POOL_BITS)).astype(jnp.int32)
-    return value + amplitude * deviation * pool[index]
+    # Infinities and NaN are not rounded: -inf is what a mask puts in the place of a score.
+    return jnp.where(jnp.isfinite(value), value + amplitude * deviation * pool[index], value)
+
+
+def _converted(dtype: Any, value: jax.Array) -> jax.Array:
+    """A cast as it is in float64: between formats it is left out; to integers, or to a real part, it is not."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return lax.convert_element_type(value, dtype)
+    if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        return lax.real(value)
+    return lax.convert_element_type(value, wide_dtype(dtype))
+
+
+def _was_rounded(value: Any, name: str) -> bool:
+    """Whether a concrete array or number of a format holds what the format has rounded."""
+    return name in FORMATS and bool(looks_rounded(parts(np.asarray(value)), name).any())
 
 
 def _as_integer(argument: Any, atom: Any) -> jax.Array:
@@ -178,13 +279,14 @@ def _as_integer(argument: Any, atom: Any) -> jax.Array:
     return wide.astype(aval_of(atom).dtype) if jnp.issubdtype(wide.dtype, jnp.integer) else wide
 
 
-def _scan(self: Interpreter, params: dict[str, Any], operands: list[Any]) -> list[Any]:
+def _scan(self: Interpreter, params: dict[str, Any], operands: list[Any], known: list[bool]) -> list[Any]:
     consts, carries = params["num_consts"], params["num_carry"]
     closed = params["jaxpr"]
     fixed = operands[:consts]
+    flags = [*known[:consts], *[False] * (len(operands) - consts)]
 
     def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-        results = self.run(closed, [*fixed, *carry, *x])
+        results = self.run(closed, [*fixed, *carry, *x], flags)
         return results[:carries], results[carries:]
 
     start = operands[consts : consts + carries]
@@ -192,7 +294,8 @@ def _scan(self: Interpreter, params: dict[str, Any], operands: list[Any]) -> lis
     return [*carry, *ys]
 
 
-def _while(self: Interpreter, params: dict[str, Any], operands: list[Any]) -> list[Any]:
+def _while(self: Interpreter, params: dict[str, Any], operands: list[Any], known: list[bool]) -> list[Any]:
+    del known
     conditions, bodies = params["cond_nconsts"], params["body_nconsts"]
     fixed_condition, fixed_body = operands[:conditions], operands[conditions : conditions + bodies]
     return lax.while_loop(
@@ -202,12 +305,12 @@ def _while(self: Interpreter, params: dict[str, Any], operands: list[Any]) -> li
     )
 
 
-def _cond(self: Interpreter, params: dict[str, Any], operands: list[Any]) -> list[Any]:
-    branches = [lambda *values, closed=closed: self.run(closed, values) for closed in params["branches"]]
+def _cond(self: Interpreter, params: dict[str, Any], operands: list[Any], known: list[bool]) -> list[Any]:
+    branches = [lambda *values, closed=closed: self.run(closed, values, known[1:]) for closed in params["branches"]]
     return lax.switch(operands[0], branches, *operands[1:])
 
 
-_CONTROL: dict[str, Callable[[Interpreter, dict[str, Any], list[Any]], list[Any]]] = {
+_CONTROL: dict[str, Callable[[Interpreter, dict[str, Any], list[Any], list[bool]], list[Any]]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,

@@ -11,13 +11,24 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from parity_tests.harness.subjects.torch import resolve_device
 from parity_tests.harness.subjects.torch_arrays import to_numpy, to_torch
-from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS
-from parity_tests.pair.draws import is_float
-from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant, collect_ensemble, leaf_name
+from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS, moved_constant
+from parity_tests.pair.casts import is_inexact, roundoff, widened
+from parity_tests.pair.side import (
+    Arrays,
+    Constants,
+    Ensemble,
+    ParameterSpec,
+    Variant,
+    collect_ensemble,
+    constants_spread,
+    leaf_name,
+)
 from parity_tests.pair.state import named_state
 from parity_tests.pair.subjects.torch_hypotheses import Recorder
 from parity_tests.pair.subjects.torch_noise import DoublePrecision
 from parity_tests.pair.subjects.torch_random import seeded
+from parity_tests.pair.subjects.torch_truth import MovedConstants, machine_limits
+from parity_tests.pair.subjects.torch_watch import BranchWatch, FormatWatch
 
 Function = Callable[..., Any]
 
@@ -56,10 +67,17 @@ class TorchSide:
         initial: Mapping[str, np.ndarray] | None = None,
         device: str = "cpu",
     ) -> None:
+        if isinstance(module, type):
+            raise TypeError(
+                f"torch_module: expected an nn.Module or a function, got the class {module.__name__}; create an "
+                "instance."
+            )
         if not isinstance(module, torch.nn.Module) and not callable(module):
             raise TypeError(f"torch_module: expected an nn.Module or a function, got {type(module).__name__}.")
-        if not isinstance(module, torch.nn.Module) and initial is None:
-            raise TypeError("torch_params: expected a dict of initial arrays for a function, got None; pass one.")
+        if isinstance(module, torch.nn.Module) != (initial is None):
+            told = ("None beside a module, which holds its own", "a dict; leave it out")
+            wanted = told if initial is not None else ("a dict of initial arrays for a function", "None; pass one")
+            raise TypeError(f"torch_params: expected {wanted[0]}, got {wanted[1]}.")
         self.name = getattr(module, "__name__", type(module).__name__)
         self._kwargs, self._initial, self._device = dict(kwargs or {}), initial, resolve_device(device)
         if isinstance(module, torch.nn.Module):
@@ -68,19 +86,23 @@ class TorchSide:
         else:
             self._module, self.function = None, lambda tensors, *inputs: module(tensors, *inputs, **self._kwargs)
         self._recorder = Recorder()
+        self._trained = {name for name, spec in self.parameters(()).items() if spec.trainable}
+        self._captures = False  # whether the last truth used tensors that are no parameters, buffers or inputs
 
     def _call_module(self, tensors: dict[str, torch.Tensor], *inputs: torch.Tensor) -> Any:
         assert self._module is not None
         return torch.func.functional_call(self._module, tensors, inputs, self._kwargs)
 
     def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
-        """Parameters, then buffers."""
+        """Parameters, then buffers; a parameter with ``requires_grad=False`` is frozen."""
         del inputs
         if self._module is None:
             assert self._initial is not None
-            return {name: ParameterSpec(np.asarray(value), True) for name, value in self._initial.items()}
-        found = {name: ParameterSpec(to_numpy(p), True) for name, p in self._module.named_parameters()}
-        return found | {name: ParameterSpec(to_numpy(b), False) for name, b in self._module.named_buffers()}
+            found = {name: _parameter_spec(name, value) for name, value in self._initial.items()}
+        else:
+            found = {name: _parameter_spec(name, value) for name, value in self._module.named_parameters()}
+            found |= {name: ParameterSpec(to_numpy(b), False) for name, b in self._module.named_buffers()}
+        return found
 
     def outline(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
         """Found by running."""
@@ -111,7 +133,44 @@ class TorchSide:
     ) -> dict[str, np.ndarray]:
         """In float64; a variant rewrites operations on the way."""
         mode = DoublePrecision(rewrite=self._recorder.rewrite(variant))
-        return self._double(parameters, inputs, cotangents, mode)
+        found = self._double(parameters, inputs, cotangents, lambda tensors: mode)
+        self._captures = mode.captured
+        return found
+
+    def constants(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None,
+        buffers: Mapping[str, str],
+        computed: bool,
+    ) -> Constants:
+        """Runs with the buffers moved that are constants, and with tensors moved that the code has captured."""
+        wide = {name: widened(parameters[name]) for name in buffers}
+        moving = [
+            name
+            for name, array in wide.items()
+            if not np.array_equal(moved_constant(array, 1, buffers[name]), array, equal_nan=True)
+        ]
+        if not (moving or self._captures or computed):
+            return Constants({})
+        whole = {name for name, array in parameters.items() if name in buffers or not is_inexact(array)}
+        stored = {f"buffer {name}" for name in moving}
+
+        def run(member: int) -> dict[str, np.ndarray]:
+            def mode(tensors: dict[str, torch.Tensor]) -> MovedConstants:
+                constants = [tensor for name, tensor in tensors.items() if name in whole or name not in parameters]
+                modes.append(MovedConstants(member, computed, constants, self._device))
+                return modes[-1]
+
+            modes: list[MovedConstants] = []
+            moved = {name: moved_constant(wide[name], member, buffers[name]) for name in moving}
+            found = self._double({**parameters, **moved}, inputs, cotangents, mode, leg=parameters)
+            stored.update(modes[0].stored)
+            return found
+
+        spread = constants_spread(run, MEMBERS)
+        return Constants(spread, tuple(sorted(stored)), (), MEMBERS) if stored or computed else Constants({})
 
     def ensemble(
         self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
@@ -121,7 +180,7 @@ class TorchSide:
 
         def run(member: int, amplitude: float) -> dict[str, np.ndarray]:
             mode = DoublePrecision(dtype, seed * (MEMBERS + KINK_MEMBERS) + member, amplitude, self._device)
-            outputs = self._double(parameters, inputs, cotangents, mode)
+            outputs = self._double(parameters, inputs, cotangents, lambda tensors: mode)
             notes.update(mode.notes)
             return outputs
 
@@ -145,6 +204,20 @@ class TorchSide:
                 results.append({name: to_numpy(leaf).tobytes() for name, leaf in _leaves(outputs).items()})
         return results[0] != results[1]
 
+    def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
+        """Watches a float64 run."""
+        names = {} if self._module is None else {id(child): name for name, child in self._module.named_modules()}
+        watch = BranchWatch(names)
+        self._double(parameters, inputs, None, lambda tensors: DoublePrecision(), watch=watch)
+        return watch.branches.sentences()
+
+    def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
+        """Watches a run without gradients."""
+        watch = FormatWatch(dtype)
+        with torch.no_grad(), self._seeded(0), watch:
+            self.function(self._tensors(parameters), *self._inputs(inputs))
+        return watch.found()
+
     def _seeded(self, seed: int) -> contextlib.AbstractContextManager[None]:
         return seeded(seed, [self._device] if self._device.type == "cuda" else [])
 
@@ -163,25 +236,41 @@ class TorchSide:
         return {name: to_numpy(leaf) for name, leaf in leaves.items()} | after
 
     def _double(
-        self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, mode: DoublePrecision
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None,
+        mode: Callable[[dict[str, torch.Tensor]], DoublePrecision],
+        leg: Arrays | None = None,
+        watch: BranchWatch | None = None,
     ) -> dict[str, np.ndarray]:
-        def wide(array: np.ndarray) -> np.ndarray:
-            return array.astype(np.float64) if is_float(array) else array
-
-        tensors = self._tensors({name: wide(array) for name, array in parameters.items()})
-        arguments = self._inputs(tuple(wide(array) for array in inputs))
+        """Runs under a mode, made for the parameters and integer inputs; ``leg`` has the parameters' own dtypes."""
+        stored = max([*(leg or parameters).values(), *inputs], key=roundoff)
+        tensors = self._tensors({name: widened(array) for name, array in parameters.items()})
+        arguments = self._inputs(tuple(map(widened, inputs)))
+        integers = {f"inputs[{k}]": tensor for k, tensor in enumerate(arguments) if not is_inexact(inputs[k])}
+        wide = None if cotangents is None else {name: widened(array) for name, array in cotangents.items()}
+        limits = machine_limits(to_torch(np.zeros_like(stored, shape=()), self._device).dtype)
         # Fused attention kernels hide their operations from the mode.
-        with self._seeded(0), _double_default(), sdpa_kernel(SDPBackend.MATH), mode:
-            return self._run(tensors, arguments, cotangents)
+        with contextlib.ExitStack() as stack:
+            for context in (self._seeded(0), _double_default(), sdpa_kernel(SDPBackend.MATH), limits):
+                stack.enter_context(context)
+            stack.enter_context(mode(tensors | integers))
+            if watch is not None:
+                stack.enter_context(watch.of([*tensors.values(), *arguments]))
+            return self._run(tensors, arguments, wide)
 
     def _run(
         self, tensors: dict[str, torch.Tensor], inputs: list[torch.Tensor], cotangents: Arrays | None
     ) -> dict[str, np.ndarray]:
-        buffers = self._buffers()
-        sources = {f"d_{name}": tensor for name, tensor in tensors.items() if name not in buffers}
+        sources = {f"d_{name}": tensor for name, tensor in tensors.items() if name in self._trained}
         sources |= {f"d_input{k}": tensor for k, tensor in enumerate(inputs)}
-        sources = {name: tensor.requires_grad_() for name, tensor in sources.items() if tensor.is_floating_point()}
-        leaves = _leaves(self.function(tensors, *inputs))
+        inexact = {
+            name: tensor for name, tensor in sources.items() if tensor.is_floating_point() or tensor.is_complex()
+        }
+        sources = {name: tensor.requires_grad_() for name, tensor in inexact.items()}
+        # Copies, because a leaf that requires a gradient must not be changed in place, as the first operation may do.
+        leaves = _leaves(self.function(tensors, *(tensor.clone() for tensor in inputs)))
         result = self._results(tensors, leaves)
         if cotangents is None:
             return result
@@ -194,6 +283,18 @@ class TorchSide:
         for (name, source), gradient in zip(sources.items(), gradients, strict=True):
             result[name] = to_numpy(torch.zeros_like(source) if gradient is None else gradient)
         return result
+
+
+def _parameter_spec(name: str, value: Any) -> ParameterSpec:
+    if isinstance(value, torch.Tensor):
+        # A plain tensor is a value; only a parameter says whether it is trained.
+        trained = value.requires_grad or not isinstance(value, torch.nn.Parameter)
+        trained = trained and (value.is_floating_point() or value.is_complex())
+        return ParameterSpec(to_numpy(value), trained, frozen=not trained)
+    array = np.asarray(value)
+    if array.dtype == object:
+        raise TypeError(f"torch_params[{name!r}]: expected an array or a tensor, got {type(value).__name__}.")
+    return ParameterSpec(array, array.dtype.kind not in "iub", frozen=array.dtype.kind in "iub")
 
 
 def _leaves(outputs: Any) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 Noise model: see ``pair.calibration``. Fused operations (softmax, norms, gelu, ...) are taken apart: torch evaluates
 their insides in float32 at least and rounds the result once, so the parts err at ``u_acc``, the result at ``u``.
+A few kernels hold a constant of float32 in float64 too; the truth goes round them.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,12 +24,21 @@ from parity_tests.pair.subjects.operations import (
     TORCH_FUSED,
     TORCH_SUMS,
     TORCH_SUMS_WITH_ADDEND,
+    TORCH_TRANSFORMS,
 )
 from parity_tests.pair.subjects.torch_accuracy import function_error
 from parity_tests.pair.subjects.torch_fingerprint import accumulator
 
-_aten = torch.ops.aten
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_WIDE = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+_INEXACT = (torch.float64, torch.complex128)
+
+_VIEW_AS_DTYPE = torch.ops.aten.view.dtype
 
 _POOL_BITS = 16
 _ACCUMULATOR = {"float64": "float64", "float32": "float32", "bfloat16": "float32", "float16": "float32"}
@@ -52,10 +63,18 @@ class _Noise:
         # Multiplicative hashing: the highest bits of value * odd number depend on all bits of the value. A new odd
         # number for each operation; |value|, because rounding to nearest is odd.
         self._state = (self._state * 0xD1342543DE82EF95 + 0x2545F4914F6CDD1D) & ((1 << 64) - 1)
+        if value.is_complex():
+            # Both parts err, by the deviation that belongs to the modulus.
+            pairs = torch.view_as_real(value.resolve_conj())
+            return torch.view_as_complex(self._moved(pairs, deviation.unsqueeze(-1)).contiguous())
+        return self._moved(value, deviation)
+
+    def _moved(self, value: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
         odd = self._state | 1
         bits = value.abs().contiguous().view(torch.int64) * (odd - (1 << 64) if odd >= 1 << 63 else odd)
         xi = self._pool[(bits >> (64 - _POOL_BITS)) & ((1 << _POOL_BITS) - 1)]
-        return value + self._amplitude * deviation * xi
+        # Infinities and NaN are not rounded: -inf is what a mask puts in the place of a score.
+        return torch.where(torch.isfinite(value), value + self._amplitude * deviation * xi, value)
 
 
 class DoublePrecision(TorchDispatchMode):
@@ -86,16 +105,48 @@ class DoublePrecision(TorchDispatchMode):
         self._noise = _Noise(self._device, member, amplitude) if amplitude else None
         self._rewrite, self._measure = rewrite, measure
         self.notes: set[str] = set()
+        self.captured = False  # whether tensors of a narrow format came in from outside
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Runs one operation."""
-        kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in _FLOATS:
-            kwargs["dtype"] = torch.float64
-        name = func._schema.name.partition("::")[2]
+        args, kwargs = self._wide(func, args, dict(kwargs or {}))
+        name = _name(func)
         if self._rewrite is not None:
             args, kwargs = self._rewrite(name, args, kwargs)
-        if self._noise is None or name in TORCH_EXACT or _is_view(func):
+        return self._run(name, func, args, kwargs, self._noise is not None)
+
+    def _wide(self, func: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Arguments in float64: formats that an operation is asked for, and tensors that the code has captured."""
+        if func is _VIEW_AS_DTYPE:
+            raise NotImplementedError("the torch side reads the bits of a tensor as another format's (view(dtype))")
+        declared = [argument.alias_info for argument in func._schema.arguments]
+        written = {k for k, alias in enumerate(declared) if alias is not None and alias.is_write}
+
+        def each(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor):
+                return self._captured(leaf) if leaf.dtype in _WIDE else leaf
+            if isinstance(leaf, tuple | list):
+                return type(leaf)(map(each, leaf)) if any(isinstance(part, torch.Tensor) for part in leaf) else leaf
+            return _WIDE.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
+
+        # What an operation writes to must stay the same tensor.
+        args = tuple(arg if k in written else each(arg) for k, arg in enumerate(args))
+        return args, {key: each(value) for key, value in kwargs.items()}
+
+    def _captured(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor from outside: everything that is made under this mode is float64."""
+        self.captured = True
+        return tensor.to(_WIDE[tensor.dtype])
+
+    def _run(self, name: str, func: Any, args: tuple, kwargs: dict, noisy: bool) -> Any:
+        """Runs an operation whose arguments are float64, with noise or without."""
+        if name == "elu_backward":
+            args = _with_exact_scale(*args)
+        if name == "hardsigmoid_backward" and not noisy:
+            # Its kernel multiplies by a sixth of float32, in float64 too; the parts do not.
+            with self:
+                return decomposition_table[func](*args, **kwargs)
+        if not noisy or (name in TORCH_EXACT and not _is_modulus(name, args)) or _is_view(func):
             return func(*args, **kwargs)
         if name in TORCH_SUMS_WITH_ADDEND:
             with self:
@@ -104,6 +155,8 @@ class DoublePrecision(TorchDispatchMode):
             with self:
                 product = func(*args[:2], None, *args[3:], **kwargs)
                 return product + args[2].reshape(1, -1, *[1] * (product.ndim - 2))
+        if name in TORCH_TRANSFORMS:
+            return self._transform(name, func, args, kwargs)
         if name in TORCH_SUMS:
             with self._accumulating(func, args, kwargs):
                 return self._sum(name, func, args, kwargs)
@@ -117,7 +170,7 @@ class DoublePrecision(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
         # The pieces of decomposed operations ("prims::div") do not carry the tag.
-        if torch.Tag.pointwise not in func.tags and func.namespace != "prims" and _floats(result):
+        if torch.Tag.pointwise not in func.tags and func.namespace != "prims" and _inexact(result):
             self.notes.add(f"torch {name} has no rounding model of its own")
         return self._rounded(name, result, function_error(func, args, kwargs, self._format.name))
 
@@ -135,8 +188,7 @@ class DoublePrecision(TorchDispatchMode):
             self._accumulator = FORMATS[accumulator(func, args, kwargs, name, noisy)]
             self._measure = False
             if self._accumulator.roundoff > FORMATS["float32"].roundoff:
-                operation = func._schema.name.partition("::")[2]
-                self.notes.add(f"torch {operation} accumulates in {self._accumulator.name} here, as measured")
+                self.notes.add(f"torch {_name(func)} accumulates in {self._accumulator.name} here, as measured")
         try:
             yield
         finally:
@@ -151,29 +203,64 @@ class DoublePrecision(TorchDispatchMode):
         finally:
             self._format = outer
 
+    def _units(self, value: torch.Tensor) -> tuple[float, float, float]:
+        """Roundoff of a result and of its accumulator, and the smallest normal number of its format.
+
+        There are no complex numbers of 16-bit parts: they are computed in float32's.
+        """
+        kept, accumulator = self._format, self._accumulator
+        if value.is_complex() and kept.roundoff > FORMATS["float32"].roundoff:
+            kept = accumulator = FORMATS["float32"]
+        return kept.roundoff, accumulator.roundoff, kept.smallest_normal
+
     def _sum(self, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
         """Adds the error of recursive summation: of K terms, squares adding up to Q, in a random order."""
 
         def mapped(change: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
             def each(leaf: Any) -> Any:
-                return change(leaf) if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 else leaf
+                return change(leaf) if isinstance(leaf, torch.Tensor) and leaf.dtype in _INEXACT else leaf
 
-            return _floats(func(*tree_map(each, args), **kwargs))
+            return [leaf.abs() for leaf in _inexact(func(*tree_map(each, args), **kwargs))]
 
         # The operation itself, on squares and on ones, gives Q and K: padding, strides and masks included.
-        squares, terms = mapped(torch.square), mapped(torch.ones_like)
+        squares = mapped(lambda leaf: torch.square(leaf.abs()))
+        terms = mapped(lambda leaf: torch.ones_like(leaf.abs()))
         result = func(*args, **kwargs)
-        deviations = []
-        for value, square, count in zip(_floats(result), squares, terms, strict=True):
-            summation = self._accumulator.roundoff**2 * (count * value**2 / 3 + count * square / 6 + square)
-            variance = summation + (self._format.roundoff * value) ** 2
-            deviations.append(variance.clamp_min(0).sqrt() + self._format.smallest_normal * (square != 0))
+        deviations = [
+            self._summed(value, square, count)
+            for value, square, count in zip(_inexact(result), squares, terms, strict=True)
+        ]
         return self._perturbed(name, result, deviations)
 
+    def _summed(self, value: torch.Tensor, square: torch.Tensor, count: Any) -> torch.Tensor:
+        u, u_acc, tiny = self._units(value)
+        modulus = value.abs()
+        summation = u_acc**2 * (count * modulus**2 / 3 + count * square / 6 + square)
+        return (summation + (u * modulus) ** 2).clamp_min(0).sqrt() + tiny * (square != 0)
+
+    def _transform(self, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
+        """A Fourier transform errs no more than the plain sum that it stands for; all its terms have modulus |x|."""
+        x, axes, normalization = args[:3]
+        lengths = [x.shape[axis] for axis in axes]
+        half = name == "_fft_c2r"  # of the spectrum: the other half is implied
+        if half:
+            lengths[-1] = args[3]
+        count = math.prod(lengths)
+        scale = (1.0, count**-0.5, 1.0 / count)[int(normalization)]
+        square = (2.0 if half else 1.0) * scale**2 * x.abs().square().sum(axes, keepdim=True)
+        result = func(*args, **kwargs)
+        return self._perturbed(name, result, [self._summed(result, square.expand_as(result.abs()), count)])
+
     def _rounded(self, name: str, result: Any, factor: float = 1.0) -> Any:
-        """Rounds the floating-point results to the format."""
-        u, eta = factor * self._format.roundoff, self._format.smallest_normal
-        return self._perturbed(name, result, [u * value.abs() + eta * (value != 0) for value in _floats(result)])
+        """Rounds real and complex results to the format."""
+
+        def deviation(value: torch.Tensor) -> torch.Tensor:
+            u, _, tiny = self._units(value)
+            # A part of a complex product is a sum of two products, which may cancel: it errs as its modulus does.
+            u *= math.sqrt(2.0) if value.is_complex() else 1.0
+            return factor * u * value.abs() + tiny * (value != 0)
+
+        return self._perturbed(name, result, [deviation(value) for value in _inexact(result)])
 
     def _perturbed(self, name: str, result: Any, deviations: list[torch.Tensor]) -> Any:
         assert self._noise is not None
@@ -181,7 +268,7 @@ class DoublePrecision(TorchDispatchMode):
         in_place = name.endswith("_")
 
         def each(leaf: Any) -> Any:
-            if not (isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64):
+            if not (isinstance(leaf, torch.Tensor) and leaf.dtype in _INEXACT):
                 return leaf
             assert self._noise is not None
             noisy = self._noise.perturb(leaf, next(left))
@@ -206,10 +293,26 @@ def _moment(name: str, args: tuple, kwargs: dict) -> torch.Tensor:
     return torch.sum(torch.square(centred), dims, keepdim=keep) / (count - (1 if correction is None else correction))
 
 
-def _floats(result: Any) -> list[torch.Tensor]:
+def _inexact(result: Any) -> list[torch.Tensor]:
     leaves = result if isinstance(result, tuple | list) else (result,)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64]
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dtype in _INEXACT]
+
+
+def _name(func: Any) -> str:
+    return func._schema.name.partition("::")[2]
 
 
 def _is_view(func: Any) -> bool:
     return any(ret.alias_info is not None and not ret.alias_info.is_write for ret in func._schema.returns)
+
+
+def _is_modulus(name: str, args: tuple) -> bool:
+    """Of complex numbers the absolute value and the sign are rounded."""
+    return name in ("abs", "sgn", "sign") and args[0].is_complex()
+
+
+def _with_exact_scale(grad: Any, alpha: Any, scale: Any, input_scale: Any, *rest: Any) -> tuple:
+    """The arguments of ``elu_backward``: celu asks for 1 / alpha there, and torch computes it from a float32 alpha."""
+    if scale == 1 and alpha and input_scale == 1.0 / float(np.float32(alpha)):
+        input_scale = 1.0 / alpha
+    return grad, alpha, scale, input_scale, *rest

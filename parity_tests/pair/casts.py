@@ -1,0 +1,112 @@
+"""Number formats of arrays: which of them hold fractions, and every change from one to another.
+
+A change either keeps every value or raises (``widened``, ``exactly``), or it is the rounding to the storage dtype that
+a leg is about (``as_stored``). There is no third kind in the judge: a cast that drops an imaginary part, high bits of
+an integer or digits of a number makes two different arrays equal.
+"""
+
+import numpy as np
+
+from parity_tests.harness.dtypes import FORMATS
+
+_REAL_PART = {"complex64": "float32", "complex128": "float64"}
+
+
+def is_float(array: np.ndarray) -> bool:
+    """True for a floating-point array; bfloat16, which NumPy itself calls void, counts."""
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+
+
+def is_complex(array: np.ndarray) -> bool:
+    """True for an array of complex numbers."""
+    return array.dtype.kind == "c"
+
+
+def is_inexact(array: np.ndarray) -> bool:
+    """True for numbers that are rounded and have gradients, real or complex."""
+    return is_float(array) or is_complex(array)
+
+
+def format_name(dtype: object) -> str:
+    """Returns the name of a floating-point dtype, or of a complex dtype's parts."""
+    return _REAL_PART.get(str(dtype), str(dtype))
+
+
+def roundoff(array: np.ndarray) -> float:
+    """Unit roundoff of an array's format; 0 for integers and booleans."""
+    return FORMATS[format_name(array.dtype)].roundoff if is_inexact(array) else 0.0
+
+
+def as_stored(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Rounds real and complex numbers to the storage dtype; leaves integers and booleans.
+
+    There are no complex numbers of 16-bit parts: they stay ``complex64``, as they do in models that are stored so.
+    """
+    if is_complex(array):
+        return array.astype(np.complex128 if dtype == np.float64 else np.complex64)
+    with np.errstate(over="ignore"):  # to infinity, which the judge notes
+        return array.astype(dtype) if is_float(array) else array
+
+
+def exactly(array: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
+    """Returns the array in another format, which must hold every value of it.
+
+    Args:
+        array: of any format.
+        dtype: the other format.
+        what: names the array in the message.
+
+    Raises:
+        ValueError: if a value would change.
+    """
+    if array.dtype == dtype:
+        return array
+    dropped = is_complex(array) and dtype.kind != "c"
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = (np.real(array) if dropped else array).astype(dtype)
+        back = cast.astype(array.dtype)
+    if not np.array_equal(back, array, equal_nan=is_inexact(array)):
+        raise ValueError(f"{what}: expected values that {dtype} holds, got others in {array.dtype}; round them.")
+    return cast
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """The same numbers in float64, or in complex128; integers and booleans as they are."""
+    if not is_inexact(array):
+        return array
+    return exactly(array, np.dtype(np.complex128 if is_complex(array) else np.float64), "array")
+
+
+def parts(array: np.ndarray) -> np.ndarray:
+    """Real numbers as they are in float64; complex ones as pairs of real and imaginary part on a last axis."""
+    wide = widened(array)
+    return np.stack([np.real(wide), np.imag(wide)], axis=-1) if is_complex(array) else wide
+
+
+def from_parts(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """The inverse of ``parts``.
+
+    Args:
+        values: float64.
+        like: an array of the kind that is wanted.
+    """
+    if not is_complex(like):
+        return values
+    result = np.empty(values.shape[:-1], np.complex128)
+    result.real, result.imag = values[..., 0], values[..., 1]  # not a + 1j b: that makes a NaN of an infinite part
+    return result
+
+
+def looks_rounded(array: np.ndarray, name: str) -> np.ndarray:
+    """Tells the numbers that use the lower half of a format's significand, as a rounded one nearly always does.
+
+    A number such as 0.5, 3 or 1024 leaves the lower half at zero and was written exactly.
+
+    Args:
+        array: float64.
+        name: of the format that the numbers are stored in.
+    """
+    bits = -int(np.log2(FORMATS[name].roundoff))
+    significand, _ = np.frexp(np.where(np.isfinite(array), array, 0.0))
+    scaled = significand * 2.0 ** (bits // 2)
+    return np.trunc(scaled) != scaled
