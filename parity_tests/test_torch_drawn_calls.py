@@ -39,7 +39,8 @@ from parity_tests.flaws import (
     flaws_of,
     wrong_shapes,
 )
-from parity_tests.harness.subjects.torch_arrays import lay_out, to_numpy, to_torch
+from parity_tests.harness.subjects import torch_arrays
+from parity_tests.harness.subjects.torch_arrays import lay_out, to_torch
 from torch_impl import MaskedPartitionedLinear, PartitionedLinear, implementation_names, partitioned_linear
 from torch_impl.parameters import state_dict_from_linears
 from torch_impl.registry import unsupported_reason
@@ -127,6 +128,10 @@ BIAS = NO_BIAS | NO_TENSOR | wrong_shapes("bias", BIAS_SHAPES)
 # What a call returns, and what it must leave alone.
 
 
+def to_numpy(tensor):
+    return torch_arrays.to_numpy(tensor.resolve_neg())
+
+
 def operands(inputs):
     x = lay_out(to_torch(inputs.x, CPU), inputs.layout)
     return x, to_torch(inputs.weight, CPU), None if inputs.bias is None else to_torch(inputs.bias, CPU)
@@ -136,7 +141,7 @@ def output_fault(y, x, weight, bias):
     """The verdict on y by what was passed, which a flaw may have made other but valid operands."""
     if y.is_meta:
         return "" if y.shape == (*x.shape[:-1], weight.shape[-1]) else f"shape {tuple(y.shape)}"
-    x, weight, bias = (None if tensor is None else to_numpy(tensor.resolve_neg()) for tensor in (x, weight, bias))
+    x, weight, bias = (None if tensor is None else to_numpy(tensor) for tensor in (x, weight, bias))
     cotangent = np.ones((*x.shape[:-1], weight.shape[-1]), x.dtype)
     given = dataclasses.replace(PLAIN, x=x, weight=weight, bias=bias, cotangent=cotangent, dtype=weight.dtype.name)
     return product_fault({"y": to_numpy(y)}, given)
@@ -390,7 +395,7 @@ def states(asked):
 
     names = ("layer", "x", "weight", "bias", "arrays")
     return {
-        kind: Flaw(make(change), verdict(kind, verdicts[asked]), names)
+        kind: Flaw(make(change), verdict(kind, verdicts[asked]), names, relative=kind == "meta")
         for kind, (change, verdicts) in STATES.items()
         if asked != "forward" or kind != "weight freed"
     }
@@ -676,7 +681,6 @@ LAST_LINEAR = {
     "weight of no parameter": (touched(plain_weight), True),
     "further parameter": (touched(lambda linear: linear.register_parameter("gain", nn.Parameter(torch.ones(1)))), True),
     "bias of another float": (with_bias(another_float), True),
-    "bias of one": (with_bias(lambda bias: bias[:1]), True),
     "bias of no axes": (with_bias(lambda bias: bias[0]), True),
     "bias elsewhere": (with_bias(lambda bias: bias.to("meta")), True),
     "bias sparse": (with_bias(lambda bias: bias.to_sparse()), True),
@@ -737,6 +741,10 @@ NO_LINEARS = (
         for kind, make in {"shared": shared, "tied": tied, "alias": one_memory}.items()
     }
     | {
+        "bias of one": Flaw(
+            replaced_last(with_bias(lambda bias: bias[:1])),
+            lambda _, call: True if call.case.out_features > 1 else None,
+        ),
         "generator": Flaw(lambda linears, _: (linear for linear in linears)),
         "bias in one": Flaw(
             replaced_last(touched(lambda linear: linear.register_parameter("bias", None))),

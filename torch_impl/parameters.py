@@ -198,7 +198,7 @@ def _checked(path: Any) -> Path:
 
 
 def _to_numpy(name: str, tensor: Tensor) -> np.ndarray:
-    values = tensor.detach().cpu().contiguous()
+    values = tensor.detach().cpu().resolve_neg().contiguous()
     try:
         if values.dtype == torch.bfloat16:
             return values.view(torch.uint16).numpy().view(ml_dtypes.bfloat16).copy()
