@@ -43,7 +43,6 @@ class Implementation:
         isolates_partitions: NaN or Inf in one partition leaves every other partition bitwise unchanged.
         stride_bytes: Required alignment of feature rows in bytes; 1 for none.
         maps: `jax.vmap` can map the call.
-        shards_partitions: Right values when its operands are divided over devices along the partition axis.
     """
 
     name: str
@@ -54,7 +53,6 @@ class Implementation:
     isolates_partitions: bool = True
     stride_bytes: int = 1
     maps: bool = True
-    shards_partitions: bool = True
 
 
 _TABLE = (
@@ -63,14 +61,7 @@ _TABLE = (
     Implementation("einsum", partitioned_linear_einsum),
     Implementation("vmap", partitioned_linear_vmap),
     Implementation("matmul", partitioned_linear_matmul),
-    Implementation(
-        "grouped_conv",
-        partitioned_linear_grouped_conv,
-        isolates_partitions=False,
-        # XLA divides the kernel's output features and lets every device count as many groups as before: wrong values
-        # without an error (jax 0.10.2 and 0.11.2, on a CPU).
-        shards_partitions=False,
-    ),
+    Implementation("grouped_conv", partitioned_linear_grouped_conv, isolates_partitions=False),
     Implementation(
         "grouped_matmul",
         partitioned_linear_grouped_matmul,
