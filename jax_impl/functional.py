@@ -1,11 +1,15 @@
 """The operation as a function: validate, select, run."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import cast
 
 import jax
 from jax import Array
 from jax.core import Tracer
 from jax.lax import PrecisionLike
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
@@ -81,13 +85,51 @@ def partitioned_linear(
         if reason is not None:
             raise UnsupportedImplementationError(reason)
     check_algorithm(precision, implementation)
+    run = get_implementation(implementation).run
+    run = partial(run, precision=precision, preferred_element_type=preferred_element_type)
     try:
-        return get_implementation(implementation).run(
-            x, kernel, bias, precision=precision, preferred_element_type=preferred_element_type
-        )
+        return over_explicit_axes(run, x, kernel, bias)
     except Exception as error:
         explain_failure(error, implementation, precision, kernel)
         raise
+
+
+def over_explicit_axes(run: Callable[..., Array], x: Array, kernel: Array, bias: Array | None) -> Array:
+    """Run an implementation on operands that may be divided over mesh axes of type `Explicit`.
+
+    Over such axes JAX wants to be told how every intermediate value is divided, and refuses most formulations of most
+    placements. Here XLA chooses inside, as it does for axes of type `Auto`, and only the result's division is fixed: as
+    the operands', leading axes as those of `x`, the partition axis as that of the first operand that divides it, the
+    features as those of `kernel` or else of `bias`. No mesh axis divides two of them: the first one keeps it.
+
+    Args:
+        run: The function (x, kernel, bias) -> y.
+        x: Inputs, shape (*b, n, i).
+        kernel: One matrix per partition, shape (n, i, o).
+        bias: One vector per partition, shape (n, o); or None.
+
+    Returns:
+        y, shape (*b, n, o).
+    """
+    shardings = [jax.typeof(operand).sharding for operand in (x, kernel, bias) if operand is not None]
+    meshes = [sharding.mesh for sharding in shardings if not sharding.mesh.empty]
+    mesh = meshes[0] if meshes else jax.sharding.get_abstract_mesh()
+    if not mesh.explicit_axes:
+        return run(x, kernel, bias)
+    by_x, by_kernel = (tuple(sharding.spec) for sharding in shardings[:2])
+    by_bias = (None, None) if bias is None else tuple(shardings[2].spec)
+    candidates = [(names,) for names in by_x[:-2]]
+    candidates += [(by_x[-2], by_kernel[0], by_bias[0]), (by_kernel[2], by_bias[1])]
+    taken: list[str] = []
+    division = []
+    for choices in candidates:
+        names = next((names for names in choices if names), ())
+        free = [name for name in ((names,) if isinstance(names, str) else names) if name not in taken]
+        taken += free
+        division.append(tuple(free) or None)
+    sharding = NamedSharding(mesh, PartitionSpec(*division))
+    inside = jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=sharding)
+    return cast(Callable[..., Array], inside)(x, kernel, bias)
 
 
 def device_type(*arrays: Array) -> str:

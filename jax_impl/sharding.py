@@ -6,7 +6,6 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_impl.layer import PartitionedLinear
-from jax_impl.registry import IMPLEMENTATIONS, UnsupportedImplementationError
 from jax_impl.validation import check_instance
 
 
@@ -39,7 +38,8 @@ def shard_partitions(layer: PartitionedLinear, mesh: Mesh, axis_name: str = "par
     """Divide a layer's kernel and bias over the partition axis, in place.
 
     The maps are independent, so with an input divided alike (`partition_sharding` with its number of leading axes)
-    neither the forward pass nor the gradients of input, kernel and bias need any communication.
+    neither the forward pass nor the gradients of input, kernel and bias need any communication in `matmul` (which is
+    "auto"), `einsum` and `vmap`. The other implementations are right too, but their devices exchange operands.
 
     Args:
         layer: The layer; its values are kept, only their placement changes.
@@ -52,15 +52,8 @@ def shard_partitions(layer: PartitionedLinear, mesh: Mesh, axis_name: str = "par
     Raises:
         TypeError: If `layer` is no nnx `PartitionedLinear`, or `mesh` no `jax.sharding.Mesh`.
         ValueError: If the mesh has no such axis, or its size does not divide n; the layer is unchanged.
-        UnsupportedImplementationError: If the layer names an implementation that is wrong on divided operands.
     """
     check_instance("layer", layer, PartitionedLinear, "place linen's parameters with partition_sharding and device_put")
-    shardable = ["auto", *(entry.name for entry in IMPLEMENTATIONS.values() if entry.shards_partitions)]
-    if layer.implementation not in shardable:
-        raise UnsupportedImplementationError(
-            f"`layer`: expected an implementation that can be divided over devices, one of {', '.join(shardable)}, got "
-            f"{layer.implementation!r}; build the layer with one of these."
-        )
     sharding = partition_sharding(mesh, axis_name)
     size = mesh.shape[axis_name]
     if layer.num_partitions % size:

@@ -1,11 +1,14 @@
 """The operation as a function: validate, select, run."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from torch_impl.array_types import Bias, Inputs, Outputs, Weight
 from torch_impl.registry import (
     DTYPE_NAMES,
+    Implementation,
     UnsupportedImplementationError,
     get_implementation,
     unsupported_reason,
@@ -67,11 +70,52 @@ def partitioned_linear(x: Inputs, weight: Weight, bias: Bias | None = None, *, i
         )
         if reason is not None:
             raise UnsupportedImplementationError(reason)
+    entry = get_implementation(implementation)
+    if hasattr(weight, "placements") or hasattr(x, "placements") or hasattr(bias, "placements"):
+        return on_dtensors(entry, x, weight, bias)
     try:
-        return get_implementation(implementation).run(x, weight, bias)
+        return entry.run(x, weight, bias)
     except RuntimeError as error:
         explain_failure(error, implementation, x, weight, bias)
         raise
+
+
+def on_dtensors(entry: Implementation, x: Any, weight: Any, bias: Any) -> Outputs:
+    """Run an implementation on DTensors, on whole operands in every process if DTensor cannot divide it rightly.
+
+    Args:
+        entry: The implementation.
+        x: Inputs, shape (*b, n, i).
+        weight: One matrix per partition, shape (n, i, o).
+        bias: One vector per partition, shape (n, o); or None.
+
+    Returns:
+        A DTensor of shape (*b, n, o).
+
+    Raises:
+        TypeError: If one operand is a DTensor and another is not.
+        ValueError: If their meshes differ.
+    """
+    # Here, since most processes that import this package have no use for the distributed part of PyTorch.
+    from torch.distributed.tensor import DTensor, Replicate
+
+    operands = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    mesh = next(operand.device_mesh for operand in operands.values() if isinstance(operand, DTensor))
+    for argument, operand in operands.items():
+        if not isinstance(operand, DTensor):
+            raise TypeError(
+                f"`{argument}`: expected a DTensor, as another operand is one, got a {type(operand).__name__}; call "
+                f"distribute_tensor with the same mesh."
+            )
+        if operand.device_mesh != mesh:
+            raise ValueError(
+                f"`{argument}`: expected one mesh for all operands, {mesh}, got {operand.device_mesh}; use "
+                f"distribute_tensor."
+            )
+    if entry.divides:
+        return entry.run(x, weight, bias)
+    y = entry.run(x.full_tensor(), weight.full_tensor(), None if bias is None else bias.full_tensor())
+    return DTensor.from_local(y, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def autocast_is_on(device: str) -> bool:

@@ -44,6 +44,8 @@ class Implementation:
         stride_bytes: Required alignment of feature rows in bytes; 1 for none.
         traced_dtypes: Dtypes whose shapes PyTorch can infer without data (the meta device, `torch.compile`).
         shards_partitions: Runs on DTensors sharded over the partition axis without communication.
+        divides: Runs on DTensors as they are placed, right wherever they are; otherwise every process gathers all
+            operands and computes everything.
         missing: What the installed PyTorch lacks to run it at all; None when nothing.
     """
 
@@ -56,22 +58,28 @@ class Implementation:
     stride_bytes: int = 1
     traced_dtypes: frozenset[str] = _EVERY_DTYPE
     shards_partitions: bool = False
+    divides: bool = True
     missing: str | None = None
 
 
 _TABLE = (
-    Implementation("loop", partitioned_linear_loop),
+    # DTensor refuses to take partitions apart along a sharded axis.
+    Implementation("loop", partitioned_linear_loop, divides=False),
     Implementation("masked", partitioned_linear_masked, isolates_partitions=False),
     Implementation("einsum", partitioned_linear_einsum, shards_partitions=True),
     Implementation("vmap", partitioned_linear_vmap),
     Implementation("matmul", partitioned_linear_matmul, shards_partitions=True),
-    Implementation("grouped_conv", partitioned_linear_grouped_conv),
+    # DTensor convolves what features a process has in as many groups as there are in all: wrong values where that fits
+    # (torch 2.13).
+    Implementation("grouped_conv", partitioned_linear_grouped_conv, divides=False),
     Implementation(
         "grouped_matmul",
         partitioned_linear_grouped_matmul,
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
         stride_bytes=ROW_ALIGNMENT_BYTES,
         traced_dtypes=frozenset({"bfloat16"}),
+        # DTensor traces it, and shards may lie where the kernel cannot read them.
+        divides=False,
         missing=None if hasattr(F, "grouped_mm") else "torch.nn.functional.grouped_mm (PyTorch 2.10 or later)",
     ),
 )

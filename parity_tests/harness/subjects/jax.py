@@ -19,7 +19,7 @@ from jax_impl.registry import IMPLEMENTATIONS, unsupported_reason
 from parity_tests.harness.cases import Case, Layout
 from parity_tests.harness.inputs import Inputs
 from parity_tests.harness.subjects.base import check_precision
-from parity_tests.harness.subjects.jax_modes import EXECUTIONS, Function, by_itself, mode_reason, placement
+from parity_tests.harness.subjects.jax_modes import EXECUTIONS, Function, mode_reason, placement
 from parity_tests.harness.subjects.modes import DEFAULT_MODES, MODES
 
 
@@ -199,13 +199,6 @@ def resolve_device(device: str) -> Any:
         ) from None
 
 
-def _divided(source: JaxSubject) -> JaxSubject:
-    """What is wrong on operands that XLA divides runs on every device by itself, with that device's partitions."""
-    if source.table_name is None or IMPLEMENTATIONS[source.table_name].shards_partitions:
-        return source
-    return dataclasses.replace(source, function=by_itself(source.function, source.device))
-
-
 def plain_linear(device: str = "auto") -> JaxSubject:
     """Returns ``flax.nnx.Linear`` as a subject, for inputs with one partition."""
     return JaxSubject("nnx.Linear", True, resolve_device(device), _plain_linear, table_name=None)
@@ -234,8 +227,6 @@ def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | N
         ]
         sources.append(JaxSubject("layer", True, target, _nnx_layer(product, dtype=cast_to), table_name=None))
         sources.append(JaxSubject("linen", True, target, _linen_layer(product, cast_to), table_name=None))
-        if EXECUTIONS[mode].divides:
-            sources = [_divided(source) for source in sources]
         found += [dataclasses.replace(source, mode=mode) for source in sources]
     return found
 

@@ -1,6 +1,5 @@
 """How JAX runs a call in each mode of ``modes.MODES``."""
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -78,25 +77,6 @@ def placement(device: Any, num_partitions: int, axis: int) -> jax.sharding.Named
         axis: where the array has it.
     """
     return partition_sharding(_mesh(device, num_partitions), leading_axes=axis)
-
-
-# Cached, because jit recognises a function by its identity.
-@functools.cache
-def by_itself(function: Function, device: Any) -> Function:
-    """Every device calls the function with its own partitions: for what XLA cannot divide, or divides wrongly.
-
-    Args:
-        function: (x, *parameters) -> y.
-        device: one of the platform that is meant.
-    """
-
-    def call(x: jax.Array, *parameters: jax.Array) -> jax.Array:
-        mesh = _mesh(device, parameters[0].shape[0])
-        rows = partition_sharding(mesh, leading_axes=x.ndim - 2).spec
-        specs = (rows, *(partition_sharding(mesh).spec for _ in parameters))
-        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows)(x, *parameters)
-
-    return call
 
 
 def mode_reason(mode: str, table_name: str | None, device: Any, case: Case, dtype: str) -> str | None:
