@@ -55,6 +55,10 @@ def run(
     scheduler: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Of the dask scheduler, with --engine dask.")
     ] = None,
+    when_busy: Annotated[
+        str,
+        typer.Option(help="warn, wait (at most 60 s a cell) or refuse: what a cell does while others use the machine."),
+    ] = "warn",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the records in DIR; repeats nothing.")] = False,
     json_file: JsonFile = None,
     csv_file: CsvFile = None,
@@ -89,6 +93,7 @@ def run(
         torch_python=torch_python,
         jax_python=jax_python,
         resume=resume,
+        when_busy=when_busy,
         json_file=json_file,
         csv_file=csv_file,
         engine=engine,

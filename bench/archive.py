@@ -181,6 +181,7 @@ class Archive:
         self.keep = keep
         self.environments: dict[str, dict[str, Any]] = {}
         self._places: dict[tuple[str, str], list[tuple[Path, int, int]]] = {}
+        self._processes: dict[tuple[str, str], set[int]] = {}
         keys: set[str] = set()
         for k, directory in enumerate(directories):
             used: set[str] = set()
@@ -193,6 +194,7 @@ class Archive:
                 used.add(place.environment_id)
                 where = (place.environment_id, place.cell)
                 self._places.setdefault(where, []).append((path, line.number, line.start))
+                self._processes.setdefault(where, set()).add(place.process_replicate)
             found = read_environments(directory)
             check_environments(used, found, str(directory))
             self.environments.update(found)
@@ -202,6 +204,10 @@ class Archive:
     def places(self) -> list[CellPlaces]:
         """Where every cell is, wanted or not, in the order in which the cells were recorded."""
         return [CellPlaces(where, tuple(places)) for where, places in self._places.items()]
+
+    def processes(self, where: tuple[str, str]) -> int:
+        """Return how many process replicates recorded a cell, which is given as in ``CellPlaces``."""
+        return len(self._processes[where])
 
     def cells(self) -> Iterator[list[Record]]:
         """The records of one wanted cell and environment at a time, in the order in which the cells were recorded.

@@ -94,6 +94,9 @@ class Record:
         stopped: why no more rounds were run: ``resolved``, ``precise``, ``rounds`` or ``time``; empty if none ran.
         conditions: per round, what the device reported: clocks, power, temperature, throttling; empty without a report.
         block_s: what a block was sized to last at least; None in records that do not say it.
+        disturbance: what others took of the machine during the rounds, and what that did to the workers, by
+            `bench.measure.disturbance`; empty where the system does not say, and in earlier records.
+        disturbance_windows: the same for every half second or so, in order; in the record of the baseline alone.
     """
 
     schema_version: int
@@ -157,6 +160,8 @@ class Record:
     stopped: str = ""
     conditions: tuple[Mapping[str, Any], ...] = ()
     block_s: float | None = None
+    disturbance: Mapping[str, Any] = field(default_factory=dict)
+    disturbance_windows: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses a record that contradicts itself."""
@@ -206,7 +211,7 @@ SAMPLES = tuple(item.name for item in fields(Record) if item.type == tuple[float
 _LIGHT: tuple[tuple[int, Any], ...] = tuple(
     (FIELD_NAMES.index(name), value)
     for name, value in {
-        **dict.fromkeys((*SAMPLES, "conditions"), ()),
+        **dict.fromkeys((*SAMPLES, "conditions", "disturbance_windows"), ()),
         "parity": MappingProxyType({}),
         "switches": MappingProxyType({}),
     }.items()

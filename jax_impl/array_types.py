@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 from jax import Array
 from jaxtyping import Float
 
+_LONGEST_VALUE, _LONGEST_CLAUSE = 80, 120  # characters of a message
+
 Inputs: TypeAlias = Float[Array, "*b n i"]
 """Features of every partition, shape (*b, n, i)."""
 
@@ -25,3 +27,29 @@ def kind_of(value: Any, *expected: str) -> str:
     """The name of a value's type; with its package where it is a namesake of what was expected."""
     package = f"{type(value).__module__.partition('.')[0]}." if type(value).__name__ in expected else ""
     return package + type(value).__name__
+
+
+def shown(value: Any) -> str:
+    """Return the repr of any value as a message shows it: on one line, cut where it is long.
+
+    Some values have none, such as an int of more digits than Python writes: they are shown by their type.
+    """
+    try:
+        return _on_one_line(repr(value), _LONGEST_VALUE)
+    except Exception:
+        return f"a {kind_of(value)} that cannot be shown"
+
+
+def said(error: BaseException) -> str:
+    """Return what another library's error says as a clause: its first line, cut where it is long, without a stop."""
+    try:
+        first = next(filter(None, map(str.strip, str(error).splitlines())), "")
+    except Exception:
+        first = ""
+    text = _on_one_line(first, _LONGEST_CLAUSE).rstrip(".").replace(";", ",").replace(". ", ", ")
+    return text or type(error).__name__
+
+
+def _on_one_line(text: str, longest: int) -> str:
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * longest]).split())
+    return line if len(line) <= longest else f"{line[: longest - 3]}..."

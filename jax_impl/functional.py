@@ -12,10 +12,12 @@ from jax_impl.array_types import Bias, Inputs, Outputs, Weight
 from jax_impl.registry import DTYPE_NAMES, UnsupportedImplementationError, get_implementation, unsupported_reason
 from jax_impl.selection import select_implementation
 from jax_impl.validation import (
+    check_algorithm,
     check_implementation_name,
     check_operands,
     check_precision,
     check_preferred_element_type,
+    explain_failure,
 )
 
 
@@ -78,9 +80,14 @@ def partitioned_linear(
         )
         if reason is not None:
             raise UnsupportedImplementationError(reason)
-    return get_implementation(implementation).run(
-        x, kernel, bias, precision=precision, preferred_element_type=preferred_element_type
-    )
+    check_algorithm(precision, implementation)
+    try:
+        return get_implementation(implementation).run(
+            x, kernel, bias, precision=precision, preferred_element_type=preferred_element_type
+        )
+    except Exception as error:
+        explain_failure(error, implementation, precision, kernel)
+        raise
 
 
 def device_type(*arrays: Array) -> str:

@@ -11,11 +11,17 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax import Array
+from flax.core import meta
+from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from jax_impl.validation import check_callable, check_name
+from jax_impl.array_types import said, shown
+from jax_impl.validation import as_array, check_callable, check_name, name_of
+
+_LARGE_BYTES = 2**30
 
 Initializer: TypeAlias = Callable[..., Any]
 """A function (key, shape, dtype) that returns an array, or a box of metadata around one."""
@@ -106,8 +112,9 @@ def per_partition(argument: str, initializer: Initializer) -> Initializer:
         initializer: (key, shape of one partition, dtype) -> values; it must be traceable by `jax.vmap`.
 
     Returns:
-        (key, (n, *shape), dtype) -> values of all partitions; it raises ValueError if one partition's values have
-        another shape, or if the initialiser raises it.
+        (key, (n, *shape), dtype) -> values of all partitions. It raises ValueError if the initialiser fails or one
+        partition's values have another shape, TypeError if they are no array of the dtype that was asked for, and
+        MemoryError if there is no room for all of them.
     """
 
     def stacked(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
@@ -116,27 +123,57 @@ def per_partition(argument: str, initializer: Initializer) -> Initializer:
         def one(partition_key: Array) -> Any:
             try:
                 drawn = initializer(partition_key, shape[1:], dtype)
-            except ValueError as error:
+            except jax.errors.JaxRuntimeError:
+                raise
+            except Exception as error:
                 raise ValueError(
                     f"`{argument}`: expected a function that draws one partition's values of shape {shape[1:]}, got an "
-                    f"error from it ({error}); pass a function for this shape."
+                    f"error from it ({said(error)}); pass a function for this shape."
                 ) from error
             if isinstance(drawn, nnx.VariableMetadata):
                 # Unlike linen's boxes this one is no pytree: it is opened inside vmap and closed again outside.
                 boxes.append(drawn)
                 drawn = drawn.raw_value
-            for values in jax.tree.leaves(drawn):
-                if jnp.shape(values) != shape[1:]:
-                    raise ValueError(
-                        f"`{argument}`: expected values of shape {'(in, out)' if len(shape) == 3 else '(out,)'} = "
-                        f"{shape[1:]} for one partition, got {jnp.shape(values)}; return the shape that is asked for."
-                    )
-            return drawn
+            values = meta.unbox(drawn)
+            values = _checked(argument, values, shape[1:], dtype)
+            return meta.replace_boxed(drawn, values) if isinstance(drawn, meta.AxisMetadata) else values
 
-        values = jax.vmap(one)(jax.random.split(key, shape[0]))
+        try:
+            keys = jax.random.split(key, shape[0])
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`rngs`: expected one random key for all partitions, got {shown(key)} ({said(error)}); pass one seed."
+            ) from error
+        try:
+            values = jax.vmap(one)(keys)
+            for array in jax.tree.leaves(values):
+                if not isinstance(array, Tracer) and array.nbytes >= _LARGE_BYTES:
+                    # JAX returns before it has the memory, and fails wherever the values are used.
+                    array.block_until_ready()
+        except jax.errors.JaxRuntimeError as error:
+            raise MemoryError(
+                f"`{argument}`: expected sizes that fit into memory, got values of shape {shape} ({said(error)}); use "
+                f"smaller ones."
+            ) from error
         return dataclasses.replace(boxes[0], raw_value=values) if boxes else values
 
     return stacked
+
+
+def _checked(argument: str, drawn: Any, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    values = as_array(argument, drawn)
+    if values.shape != shape:
+        raise ValueError(
+            f"`{argument}`: expected values of shape {'(in, out)' if len(shape) == 2 else '(out,)'} = {shape} for one "
+            f"partition, got {values.shape}; return the shape that is asked for."
+        )
+    if values.dtype != np.dtype(dtype):
+        raise TypeError(
+            f"`{argument}`: expected values of dtype {np.dtype(dtype).name}, got {name_of(values.dtype)}; return the "
+            f"dtype that is asked for."
+        )
+    # Without this a weak type would stay, whose values JAX rounds to the dtype of whatever they meet.
+    return lax.convert_element_type(values, dtype)
 
 
 def _drawn_in(dtype: DTypeLike) -> Any:

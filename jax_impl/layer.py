@@ -10,18 +10,19 @@ from flax.nnx.nn import dtypes
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
-from jax_impl.array_types import Inputs, Outputs
+from jax_impl.array_types import Inputs, Outputs, said, shown
 from jax_impl.functional import partitioned_linear
 from jax_impl.initializers import Initializer, bias_initializer, check_initializer, kernel_initializer
 from jax_impl.validation import (
+    as_array,
     check_callable,
     check_dtypes,
     check_implementation_name,
     check_instance,
-    check_is_array,
     check_precision,
     check_sizes,
     check_stream,
+    promoted,
 )
 
 
@@ -64,7 +65,8 @@ class PartitionedLinear(nnx.Module):
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
-        ValueError: If a size is not positive or a name unknown.
+        ValueError: If a size is not positive or too large, a name unknown, or an initialiser fails.
+        MemoryError: If there is no room for the parameters.
 
     Source: a list of `flax.nnx.Linear` applied one by one and stacked, whose function it computes.
     """
@@ -105,11 +107,12 @@ class PartitionedLinear(nnx.Module):
         check_instance("bias_metadata", bias_metadata, Mapping, "pass a dict")
         kernel_shape = (num_partitions, in_features, out_features)
         draw_kernel = kernel_initializer(init, kernel_init, in_features)
-        self.kernel = nnx.Param(draw_kernel(rngs.params(), kernel_shape, param_dtype), **kernel_metadata)
+        values = draw_kernel(_key(rngs), kernel_shape, param_dtype)
+        self.kernel = _param("kernel_metadata", values, kernel_metadata)
         if use_bias:
             draw_bias = bias_initializer(init, bias_init, in_features)
-            values = draw_bias(rngs.params(), (num_partitions, out_features), param_dtype)
-            self.bias = nnx.Param(values, **bias_metadata)
+            values = draw_bias(_key(rngs), (num_partitions, out_features), param_dtype)
+            self.bias = _param("bias_metadata", values, bias_metadata)
         else:
             self.bias = nnx.data(None)
         self.num_partitions = num_partitions
@@ -137,12 +140,16 @@ class PartitionedLinear(nnx.Module):
 
         Raises:
             TypeError: If `x` is no array, or the dtype of the computation is not a supported one.
-            ValueError: If its shape or device does not fit.
+            ValueError: If its shape or device does not fit, or `promote_dtype` fails.
             UnsupportedImplementationError: If the named implementation cannot run this call.
         """
-        check_is_array("x", x)
-        bias = None if self.bias is None else self.bias[...]
-        x, kernel, bias = self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
+        array = as_array("x", x)
+
+        def promote() -> Any:
+            bias = None if self.bias is None else self.bias[...]
+            return self.promote_dtype((array, self.kernel[...], bias), dtype=self.dtype)
+
+        x, kernel, bias = promoted(promote, array, kernel=self.kernel, bias=self.bias)
         return partitioned_linear(
             x,
             kernel,
@@ -151,3 +158,22 @@ class PartitionedLinear(nnx.Module):
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
         )
+
+
+def _key(rngs: nnx.Rngs) -> Any:
+    try:
+        return rngs.params()
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`rngs`: expected streams of one key each, got some of several ({said(error)}); pass one seed."
+        ) from error
+
+
+def _param(argument: str, values: Any, metadata: Mapping[str, Any]) -> nnx.Param[Any]:
+    try:
+        return nnx.Param(values, **metadata)
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise ValueError(
+            f"`{argument}`: expected metadata of an nnx.Param, got {shown(metadata)} and an error from Flax "
+            f"({said(error)}); pass what nnx.Param takes."
+        ) from error

@@ -12,14 +12,16 @@ import numpy as np
 from flax import linen as nn
 from flax.core import FrozenDict, freeze, meta
 from flax.linen import dtypes
+from jax import Array
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
-from jax_impl.array_types import Inputs, Outputs
+from jax_impl.array_types import Inputs, Outputs, kind_of, shown
 from jax_impl.functional import partitioned_linear
 from jax_impl.initializers import Initializer, bias_initializer, check_initializer, kernel_initializer
 from jax_impl.parameters import from_canonical, read_arrays, to_canonical, write_arrays
 from jax_impl.validation import (
+    as_array,
     check_callable,
     check_dtypes,
     check_implementation_name,
@@ -27,6 +29,7 @@ from jax_impl.validation import (
     check_partition_axes,
     check_precision,
     check_sizes,
+    promoted,
 )
 
 _LINEN_NAMES = {"weight": "kernel", "bias": "bias"}
@@ -64,7 +67,7 @@ class PartitionedLinear(nn.Module):
 
     Raises:
         TypeError: When called, if an attribute has a wrong type or dtype.
-        ValueError: When called, if `features` is not positive or a name unknown.
+        ValueError: When called, if `features` is not positive or too large, or a name unknown.
 
     Source: a list of `flax.linen.Dense` applied one by one and stacked, whose function it computes.
     """
@@ -95,7 +98,8 @@ class PartitionedLinear(nn.Module):
 
         Raises:
             TypeError: If `x` is no array, or the dtype of the computation is not a supported one.
-            ValueError: If its shape or device does not fit.
+            ValueError: If its shape or device does not fit, a parameter is missing or has another shape, or
+                `promote_dtype` fails.
             UnsupportedImplementationError: If the named implementation cannot run this call.
         """
         check_sizes(features=self.features)
@@ -105,21 +109,34 @@ class PartitionedLinear(nn.Module):
         check_dtypes(self.dtype, self.param_dtype, self.preferred_element_type)
         check_precision(self.precision)
         check_callable("promote_dtype", self.promote_dtype, "(x, kernel, bias, dtype=...)")
-        check_partition_axes(x)
-        num_partitions, in_features = x.shape[-2:]
-        if self.has_variable("params", "kernel"):
+        array = check_partition_axes(x)
+        num_partitions, in_features = array.shape[-2:]
+        stored = self._stored("kernel")
+        if stored is not None:
+            if stored.ndim != 3 or 0 in stored.shape or stored.shape[2] != self.features:
+                raise ValueError(
+                    f"`params['kernel']`: expected shape (n, in, out) with out = {self.features}, got {stored.shape}; "
+                    f"pass what init returned."
+                )
             # The sizes of what was initialised: a later input that differs is refused in this package's words.
-            stored = meta.unbox(self.get_variable("params", "kernel"))
-            if stored.ndim == 3:
-                num_partitions, in_features = stored.shape[:2]
+            num_partitions, in_features = stored.shape[:2]
+        check_sizes(num_partitions=num_partitions, in_features=in_features, features=self.features)
         draw_kernel = kernel_initializer(self.initializer, self.kernel_init, in_features)
         kernel_shape = (num_partitions, in_features, self.features)
         kernel = self.param("kernel", draw_kernel, kernel_shape, self.param_dtype)
         bias = None
         if self.use_bias:
+            stored = self._stored("bias")
+            if stored is not None and stored.shape != (num_partitions, self.features):
+                raise ValueError(
+                    f"`params['bias']`: expected shape (n, out) = {(num_partitions, self.features)}, got "
+                    f"{stored.shape}; pass what init returned."
+                )
             draw_bias = bias_initializer(self.initializer, self.bias_init, in_features)
             bias = self.param("bias", draw_bias, (num_partitions, self.features), self.param_dtype)
-        x, kernel, bias = self.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x, kernel, bias = promoted(
+            lambda: self.promote_dtype(array, kernel, bias, dtype=self.dtype), array, kernel=kernel, bias=bias
+        )
         return partitioned_linear(
             x,
             kernel,
@@ -128,6 +145,22 @@ class PartitionedLinear(nn.Module):
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
         )
+
+    def _stored(self, name: str) -> Any:
+        """Return a parameter of an earlier `init`, or None where Flax is to draw one."""
+        if self.has_variable("params", name):
+            stored = meta.unbox(self.get_variable("params", name))
+            if not isinstance(stored, Array | np.ndarray):
+                raise TypeError(
+                    f"`params[{name!r}]`: expected a jax.Array, got a {kind_of(stored)}; pass what init returned."
+                )
+            return as_array(f"params[{name!r}]", stored)
+        if not (self.is_mutable_collection("params") and self.has_rng("params")):
+            raise ValueError(
+                f"`params`: expected {name!r} among the layer's variables, or a random stream 'params' to draw it "
+                f"from, got neither; pass what init returned."
+            )
+        return None
 
 
 def export_parameters(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -140,8 +173,8 @@ def export_parameters(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
         "weight" (n, in, out) and, if any, "bias" (n, out), in the parameters' dtype (bfloat16 is that of `ml_dtypes`).
 
     Raises:
-        TypeError: If `params` is no mapping.
-        ValueError: If it holds other names than those, or no values.
+        TypeError: If `params` is no mapping, or an array has a dtype that no layer has.
+        ValueError: If it holds other names than those, no values, or shapes that are no layer's.
     """
     return to_canonical(_canonical(_own(params)))
 
@@ -207,7 +240,7 @@ def _own(params: Mapping[str, Any]) -> Mapping[str, Any]:
     check_instance("params", own, Mapping, "pass the layer's own dict")
     if set(own) not in ({"kernel"}, {"kernel", "bias"}):
         raise ValueError(
-            f"`params`: expected the names 'kernel' and, if any, 'bias', got {', '.join(map(repr, own)) or 'none'}; "
+            f"`params`: expected the names 'kernel' and, if any, 'bias', got {', '.join(map(shown, own)) or 'none'}; "
             f"pass the layer's own dict."
         )
     return own

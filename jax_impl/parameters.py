@@ -16,13 +16,17 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax import nnx
 from jax import Array
 
+from jax_impl.array_types import kind_of, said, shown
 from jax_impl.layer import PartitionedLinear
-from jax_impl.validation import check_arrays, check_dtype, check_instance, check_materialised
+from jax_impl.validation import check_arrays, check_dtype, check_instance, check_parameters
 
 FORMAT = "partitioned_linear"
 FORMAT_VERSION = "1"
+
+_CANONICAL_NAMES = {"kernel": "weight", "bias": "bias"}
 
 # bfloat16 is unknown to NumPy and to safetensors' NumPy reader; ml_dtypes supplies it.
 _FILE_DTYPES = {
@@ -43,8 +47,9 @@ def export_parameters(layer: PartitionedLinear) -> dict[str, np.ndarray]:
         "weight" (n, in, out) and, if any, "bias" (n, out), in the parameters' dtype (bfloat16 is that of `ml_dtypes`).
 
     Raises:
-        TypeError: If `layer` is no nnx `PartitionedLinear`.
-        ValueError: If the parameters hold no values here (abstract, traced, or partly on other hosts).
+        TypeError: If `layer` is no nnx `PartitionedLinear`, or a parameter has a dtype that no layer has.
+        ValueError: If the parameters hold no values here (abstract, traced, deleted, or partly on other hosts), or have
+            other shapes than the layer's own.
     """
     return to_canonical(_parameters(layer))
 
@@ -57,14 +62,26 @@ def import_parameters(layer: PartitionedLinear, arrays: Mapping[str, np.ndarray]
         arrays: "weight" (n, in, out) and, if the layer has one, "bias" (n, out), in the parameters' dtype.
 
     Raises:
-        TypeError: If `layer` is no nnx `PartitionedLinear`, or an array is no NumPy array or has another dtype; the
-            layer is unchanged.
-        ValueError: If an array is missing, extra or mis-shaped; the layer is unchanged.
+        TypeError: If `layer` is no nnx `PartitionedLinear`, or an array is no NumPy array, is masked or has another
+            dtype; the layer is unchanged.
+        ValueError: If an array is missing, extra or mis-shaped, or the layer cannot be written to here (inside a
+            transform, say); the layer is unchanged.
     """
-    values = from_canonical(_parameters(layer), arrays)
-    layer.kernel[...] = values["weight"]
-    if layer.bias is not None:
-        layer.bias[...] = values["bias"]
+    before = _parameters(layer)
+    values = from_canonical(before, arrays)
+    variables = {"weight": layer.kernel} if layer.bias is None else {"weight": layer.kernel, "bias": layer.bias}
+    written = []
+    try:
+        for name, variable in variables.items():
+            variable.set_value(values[name])
+            written.append(name)
+    except Exception as error:
+        for name in written:
+            variables[name].set_value(before[name])
+        raise ValueError(
+            f"`layer`: expected a layer that may be changed here, got an error from Flax ({said(error)}); call this "
+            f"outside of transforms."
+        ) from error
 
 
 def save_parameters(layer: PartitionedLinear, path: str | os.PathLike[str]) -> None:
@@ -99,12 +116,8 @@ def load_parameters(layer: PartitionedLinear, path: str | os.PathLike[str]) -> N
 
 
 def to_canonical(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Copy arrays under canonical names to NumPy.
-
-    Raises:
-        ValueError: If one holds no values here.
-    """
-    check_materialised(parameters)
+    """Copy arrays under canonical names to NumPy; raises as `check_parameters` does."""
+    check_parameters(parameters)
     return {name: np.array(value) for name, value in parameters.items()}
 
 
@@ -116,16 +129,16 @@ def from_canonical(parameters: Mapping[str, Any], arrays: Mapping[str, np.ndarra
         arrays: Canonical name -> NumPy array.
 
     Raises:
-        TypeError: If an array is no NumPy array or has another dtype.
+        TypeError: If an array is no NumPy array, is masked or has another dtype.
         ValueError: If an array is missing, extra or mis-shaped, or is float64 while x64 is off.
     """
-    check_materialised(parameters)
-    check_arrays(arrays, {name: (value.shape, np.dtype(value.dtype)) for name, value in parameters.items()})
+    check_parameters(parameters)
+    expected = {name: (value.shape, np.dtype(value.dtype)) for name, value in parameters.items()}
     placed = {}
-    for name, value in parameters.items():
-        check_dtype(f"arrays[{name!r}]", arrays[name].dtype)
+    for name, array in check_arrays(arrays, expected).items():
+        check_dtype(f"arrays[{name!r}]", array.dtype)
         # A copy of its own: on a CPU, JAX may keep using the memory it is given.
-        placed[name] = jax.device_put(np.array(arrays[name], order="C"), getattr(value, "sharding", None))
+        placed[name] = jax.device_put(np.array(array, order="C"), getattr(parameters[name], "sharding", None))
     return placed
 
 
@@ -196,9 +209,20 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def _checked(path: Any) -> Path:
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"`path`: expected a str or a Path, got a {type(path).__name__}; pass the file's name.")
-    return Path(path)
+    """Return a path; refuse other types by a TypeError, and what can be no file's name by a ValueError."""
+    try:
+        text = os.fspath(path)
+    except Exception:
+        text = None
+    if not isinstance(text, str):
+        raise TypeError(f"`path`: expected a str or a Path, got a {kind_of(path)}; pass the file's name.")
+    try:
+        possible = text not in ("", ".") and b"\0" not in os.fsencode(text)
+    except UnicodeError:
+        possible = False
+    if not possible:
+        raise ValueError(f"`path`: expected the name of a file, got {shown(text)}; pass another name.")
+    return Path(text)
 
 
 def _parameters(layer: PartitionedLinear) -> dict[str, Any]:
@@ -208,5 +232,13 @@ def _parameters(layer: PartitionedLinear) -> dict[str, Any]:
         PartitionedLinear,
         "pass the nnx layer (for the parameter dicts of linen, jax_impl.linen has functions of the same names)",
     )
-    weight = {"weight": layer.kernel.get_value()}
-    return weight if layer.bias is None else weight | {"bias": layer.bias.get_value()}
+    sizes = layer.num_partitions, layer.in_features, layer.out_features
+    shapes = {"kernel": sizes} if layer.bias is None else {"kernel": sizes, "bias": (sizes[0], sizes[2])}
+    parameters = {}
+    for name, shape in shapes.items():
+        variable = getattr(layer, name)
+        check_instance(f"layer.{name}", variable, nnx.Variable, "keep the layer's own variables")
+        value = parameters[_CANONICAL_NAMES[name]] = variable.get_value()
+        if getattr(value, "shape", shape) != shape:
+            raise ValueError(f"`layer.{name}`: expected shape {shape}, got {value.shape}; keep the layer's own shape.")
+    return parameters

@@ -43,6 +43,7 @@ class Implementation:
         isolates_partitions: NaN or Inf in one partition leaves every other partition bitwise unchanged.
         stride_bytes: Required alignment of feature rows in bytes; 1 for none.
         maps: `jax.vmap` can map the call.
+        dot_algorithms: Computes in a `jax.lax.DotAlgorithm` that is given as its precision.
         shards_partitions: Right values when its operands are divided over devices along the partition axis.
     """
 
@@ -54,6 +55,7 @@ class Implementation:
     isolates_partitions: bool = True
     stride_bytes: int = 1
     maps: bool = True
+    dot_algorithms: bool = True
     shards_partitions: bool = True
 
 
@@ -67,6 +69,8 @@ _TABLE = (
         "grouped_conv",
         partitioned_linear_grouped_conv,
         isolates_partitions=False,
+        # XLA's convolutions have none, and JAX takes the device's default in its place without an error.
+        dot_algorithms=False,
         # XLA divides the kernel's output features and lets every device count as many groups as before: wrong values
         # without an error (jax 0.10.2 and 0.11.2, on a CPU).
         shards_partitions=False,

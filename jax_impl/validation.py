@@ -4,7 +4,8 @@ A message is one sentence: the argument, the expected value in symbols, the rece
 Wrong Python types and dtypes raise `TypeError`, wrong values, shapes and devices `ValueError`.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,24 +14,33 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from jax_impl.array_types import kind_of
-from jax_impl.registry import DTYPE_NAMES, IMPLEMENTATIONS
+from jax_impl.array_types import kind_of, said, shown
+from jax_impl.registry import DTYPE_NAMES, IMPLEMENTATIONS, UnsupportedImplementationError
 
 _FLOATS = ", ".join(DTYPE_NAMES.values())
 # The names that jax.lax.Precision answers to, its aliases included.
 _PRECISIONS = ("default", "fastest", "bfloat16", "high", "bfloat16_3x", "tensorfloat32", "highest", "float32")
 _ALGORITHMS = tuple(jax.lax.DotAlgorithmPreset.__members__)
+# Sizes in bytes are 64-bit integers, and an element has at most eight; XLA ends the process where they overflow.
+_MOST_ELEMENTS = 2**60
+_MOST_NAMES = 8  # in a message
 
 
 def check_sizes(**sizes: Any) -> None:
-    """Refuse what is no int (bool included) by a TypeError, and zero or negative sizes by a ValueError."""
+    """Refuse what is no int (bool included) by a TypeError, and what is not positive or too large by a ValueError."""
     for argument, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(
-                f"`{argument}`: expected a positive int, got {size!r} of type {kind_of(size)}; pass an int."
+                f"`{argument}`: expected a positive int, got {shown(size)} of type {kind_of(size)}; pass an int."
             )
         if size <= 0:
-            raise ValueError(f"`{argument}`: expected a positive int, got {size}; pass at least 1.")
+            raise ValueError(f"`{argument}`: expected a positive int, got {shown(size)}; pass at least 1.")
+    if math.prod(sizes.values()) >= _MOST_ELEMENTS:
+        largest = max(sizes, key=lambda argument: sizes[argument])
+        raise ValueError(
+            f"`{largest}`: expected sizes whose weight has fewer than 2**60 elements, got {shown(sizes[largest])}; "
+            f"give sizes per partition, never totals."
+        )
 
 
 def check_instance(argument: str, value: Any, kind: type, advice: str) -> None:
@@ -44,10 +54,10 @@ def check_dtype(argument: str, dtype: Any) -> None:
     try:
         # NumPy reads None as float64.
         resolved = None if dtype is None else np.dtype(dtype)
-    except TypeError:
+    except Exception:  # NumPy reads tuples, dicts and objects with a dtype, and raises whatever they raise
         resolved = None
     if resolved not in DTYPE_NAMES:
-        raise TypeError(f"`{argument}`: expected one of {_FLOATS}, got {dtype!r}; pass a floating dtype.")
+        raise TypeError(f"`{argument}`: expected one of {_FLOATS}, got {shown(dtype)}; pass a floating dtype.")
     if jax.dtypes.canonicalize_dtype(resolved) != resolved:
         raise ValueError(
             f"`{argument}`: expected a dtype that JAX has enabled, got float64 while x64 is off; use jax.enable_x64."
@@ -77,14 +87,20 @@ def check_preferred_element_type(preferred_element_type: Any, dtype: np.dtype) -
 
 def check_precision(precision: Any) -> None:
     """Refuse unknown names by a ValueError that lists the choices, and what is no precision by a TypeError."""
-    kinds = str | jax.lax.Precision | jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset | None
-    for name in precision if isinstance(precision, tuple) else (precision,):
-        if not isinstance(name, kinds):
+    pair = isinstance(precision, tuple)
+    if pair and (len(precision) != 2 or isinstance(precision[0], str) != isinstance(precision[1], str)):
+        raise ValueError(
+            f"`precision`: expected a pair of names or of jax.lax.Precision, one for each operand, got "
+            f"{shown(precision)}; pass two alike, or one for both."
+        )
+    kinds = jax.lax.Precision if pair else jax.lax.Precision | jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset | None
+    for name in precision if pair else (precision,):
+        if not isinstance(name, str | kinds):
             raise TypeError(f"`precision`: expected a name or a jax.lax.Precision, got a {kind_of(name)}; pass one.")
-        if isinstance(name, str) and name.lower() not in _PRECISIONS and name not in _ALGORITHMS:
+        if isinstance(name, str) and name not in _PRECISIONS and (pair or name not in _ALGORITHMS):
             raise ValueError(
                 f"`precision`: expected one of {_quoted(_PRECISIONS)} or a name of jax.lax.DotAlgorithmPreset, got "
-                f"{name!r}; choose one of these."
+                f"{shown(name)}; choose one of these."
             )
 
 
@@ -93,7 +109,7 @@ def check_name(argument: str, name: Any, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     check_instance(argument, name, str, f"pass one of {_quoted(choices)}")
     if name not in choices:
-        raise ValueError(f"`{argument}`: expected one of {_quoted(choices)}, got {name!r}; choose one of these.")
+        raise ValueError(f"`{argument}`: expected one of {_quoted(choices)}, got {shown(name)}; choose one of these.")
 
 
 def check_implementation_name(name: Any) -> None:
@@ -113,19 +129,92 @@ def check_stream(argument: str, rngs: Any, stream: str) -> None:
         raise ValueError(f"`{argument}`: expected a stream {stream!r} or a default, got neither; pass one seed.")
 
 
-def check_is_array(argument: str, value: Any) -> None:
-    """Refuse, by a TypeError, all but JAX and NumPy arrays and holders of one, such as `nnx.Param`."""
-    if not (isinstance(value, Array | np.ndarray) or hasattr(value, "__jax_array__")):
-        raise TypeError(f"`{argument}`: expected a jax.Array, got a {kind_of(value)}; convert it first.")
+def as_array(argument: str, value: Any) -> Array | np.ndarray:
+    """Return an array, or the one that a holder such as `nnx.Param` gives by `__jax_array__`.
 
-
-def check_partition_axes(x: Any) -> None:
-    """Refuse an input from which a layer cannot infer n and in, by a TypeError or a ValueError."""
-    check_is_array("x", x)
-    if x.ndim < 2 or 0 in x.shape[-2:]:
-        raise ValueError(
-            f"`x`: expected shape (..., n, in) with positive n and in, got {x.shape}; split the features first."
+    Raises:
+        TypeError: If there is none, it is masked, or its elements are nothing that JAX computes with.
+        ValueError: If it was deleted, as a donated array is.
+    """
+    if (
+        isinstance(value, Array)
+        and value.dtype in DTYPE_NAMES
+        and (isinstance(value, Tracer) or not value.is_deleted())
+    ):
+        return value
+    array = value
+    if not isinstance(value, Array | np.ndarray):
+        if isinstance(value, type) or not hasattr(value, "__jax_array__"):
+            raise TypeError(f"`{argument}`: expected a jax.Array, got a {kind_of(value)}; convert it first.")
+        try:
+            array = value.__jax_array__()
+            given = f"gives a {kind_of(array)}"
+        except Exception as error:
+            array, given = None, f"gives none ({said(error)})"
+        if not isinstance(array, Array | np.ndarray):
+            raise TypeError(
+                f"`{argument}`: expected a jax.Array, got a {kind_of(value)} that {given}; convert it first."
+            )
+    if isinstance(array, np.ma.MaskedArray):
+        # JAX would drop the mask of one that a holder gives.
+        raise TypeError(
+            f"`{argument}`: expected an array without a mask, got a {kind_of(array)}; fill it with .filled() first."
         )
+    if isinstance(array, Array):
+        computable = not jnp.issubdtype(array.dtype, jax.dtypes.extended)  # keys of jax.random are no numbers
+        if not isinstance(array, Tracer) and array.is_deleted():
+            raise ValueError(
+                f"`{argument}`: expected an array with values, got a deleted one; pass one that was not donated."
+            )
+    else:
+        try:
+            computable = jax.dtypes.result_type(array) is not None
+        except TypeError:
+            computable = False
+    if not computable:
+        raise _wrong_dtype(argument, array)
+    return array
+
+
+def _wrong_dtype(argument: str, array: Array | np.ndarray) -> TypeError:
+    return TypeError(f"`{argument}`: expected a dtype of {_FLOATS}, got {name_of(array.dtype)}; cast it first.")
+
+
+def name_of(dtype: Any) -> str:
+    """Return a dtype's name as messages show it; one of another byte order has the name of its twin, so its code."""
+    return str(dtype) if not isinstance(dtype, np.dtype) else dtype.name if dtype.isnative else dtype.str
+
+
+def check_partition_axes(x: Any) -> Array | np.ndarray:
+    """Return an input from which a layer can infer n and in; refuse others by a TypeError or a ValueError."""
+    array = as_array("x", x)
+    if array.ndim < 2 or 0 in array.shape[-2:]:
+        raise ValueError(
+            f"`x`: expected shape (..., n, in) with positive n and in, got {array.shape}; split the features first."
+        )
+    return array
+
+
+def promoted(promote: Callable[[], Any], x: Array | np.ndarray, **parameters: Any) -> tuple[Any, Any, Any]:
+    """Return what `promote` makes of `x` and `parameters`; say by a TypeError or a ValueError why it fails."""
+    try:
+        x_promoted, kernel, bias = promote()
+    except Exception as error:
+        for name, value in parameters.items():
+            if value is not None:
+                dtype = as_array(name, value).dtype
+                try:
+                    jnp.promote_types(x.dtype, dtype)
+                except Exception:
+                    raise TypeError(
+                        f"`x`: expected a dtype that JAX promotes with that of `{name}`, {name_of(dtype)}, got "
+                        f"{name_of(x.dtype)}; cast it first."
+                    ) from error
+        raise ValueError(
+            f"`promote_dtype`: expected a function that returns x, kernel and bias in one dtype, got an error "
+            f"({said(error)}); pass another function."
+        ) from error
+    return x_promoted, kernel, bias
 
 
 def check_operands(x: Any, kernel: Any, bias: Any) -> tuple[Array, Array, Array | None]:
@@ -140,7 +229,7 @@ def check_operands(x: Any, kernel: Any, bias: Any) -> tuple[Array, Array, Array 
         TypeError: If one is no array, has no supported floating dtype, or the dtypes differ.
         ValueError: If ranks, shapes or devices do not fit, or one is float64 while x64 is off.
     """
-    x, kernel = _as_array("x", x), _as_array("kernel", kernel)
+    x, kernel = _as_operand("x", x), _as_operand("kernel", kernel)
     if kernel.ndim != 3 or 0 in kernel.shape:
         raise ValueError(
             f"`kernel`: expected shape (n, in, out) with positive sizes, got {kernel.shape}; pass one matrix per "
@@ -155,7 +244,7 @@ def check_operands(x: Any, kernel: Any, bias: Any) -> tuple[Array, Array, Array 
     _check_beside_kernel("x", x, kernel)
     if bias is None:
         return x, kernel, None
-    bias = _as_array("bias", bias)
+    bias = _as_operand("bias", bias)
     if bias.shape != (num_partitions, out_features):
         raise ValueError(
             f"`bias`: expected shape (n, out) = ({num_partitions}, {out_features}), got {bias.shape}; pass one "
@@ -165,15 +254,14 @@ def check_operands(x: Any, kernel: Any, bias: Any) -> tuple[Array, Array, Array 
     return x, kernel, bias
 
 
-def _as_array(argument: str, value: Any) -> Array:
-    check_is_array(argument, value)
-    array = value if isinstance(value, Array) else jnp.asarray(value)
-    received = np.dtype(value.dtype)
-    if received not in DTYPE_NAMES:
-        raise TypeError(f"`{argument}`: expected a dtype of {_FLOATS}, got {received.name}; cast it first.")
-    # Without x64 JAX would round float64 NumPy input to float32 and say nothing.
-    check_dtype(argument, received)
-    return array
+def _as_operand(argument: str, value: Any) -> Array:
+    array = as_array(argument, value)
+    if array.dtype not in DTYPE_NAMES:
+        raise _wrong_dtype(argument, array)
+    if array.dtype == np.float64:
+        # Without x64 JAX would round float64 input to float32 and say nothing.
+        check_dtype(argument, array.dtype)
+    return array if isinstance(array, Array) else jnp.asarray(array)
 
 
 def _check_beside_kernel(argument: str, array: Array, kernel: Array) -> None:
@@ -197,40 +285,96 @@ def _committed_devices(array: Array) -> list[str]:
     return sorted(map(str, array.devices()))
 
 
-def check_materialised(parameters: Mapping[str, Any]) -> None:
-    """Refuse, by a ValueError, parameters without values here: abstract, traced, or partly on other hosts."""
+def check_algorithm(precision: Any, implementation: str) -> None:
+    """Refuse, by an UnsupportedImplementationError, a dot algorithm that an implementation would not compute in."""
+    if precision is not None and _is_algorithm(precision) and not IMPLEMENTATIONS[implementation].dot_algorithms:
+        raise UnsupportedImplementationError(
+            f"`precision`: expected a name or a jax.lax.Precision for {implementation!r}, got the algorithm "
+            f"{shown(precision)}, which it would not compute in; choose another one of the two."
+        )
+
+
+def _is_algorithm(precision: Any) -> bool:
+    named = isinstance(precision, str) and precision not in _PRECISIONS
+    return named or isinstance(precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset)
+
+
+def explain_failure(error: Exception, implementation: str, precision: Any, kernel: Array) -> None:
+    """Raise, in this package's words, why an implementation failed on operands that fit; return if `error` says it."""
+    if isinstance(error, UnsupportedImplementationError):
+        return
+    if _is_algorithm(precision):
+        raise UnsupportedImplementationError(
+            f"`precision`: expected one that {implementation!r} runs here on {kernel.dtype.name}, got "
+            f"{shown(precision)} ({said(error)}); choose another one."
+        ) from error
+    if isinstance(error, NotImplementedError):
+        raise UnsupportedImplementationError(
+            f"`implementation`: expected one that supports this call, got {implementation!r} ({said(error)}); choose "
+            f"another one."
+        ) from error
+
+
+def check_parameters(parameters: Mapping[str, Any], argument: str = "layer") -> None:
+    """Refuse parameters, by canonical name, of a wrong kind or dtype (TypeError), or shape or without values here."""
     for name, value in parameters.items():
         concrete = isinstance(value, np.ndarray) or (isinstance(value, Array) and not isinstance(value, Tracer))
         if not concrete or not getattr(value, "is_fully_addressable", True):
             raise ValueError(
-                f"`layer`: expected values in `{name}`, got a {kind_of(value)}; use a layer that holds its values."
+                f"`{argument}`: expected values in `{name}`, got a {kind_of(value)}; use a layer that holds its values."
             )
+        array = as_array(f"{argument}.{name}", value)
+        if array.dtype not in DTYPE_NAMES:
+            raise _wrong_dtype(f"{argument}.{name}", array)
+    weight, bias = parameters["weight"], parameters.get("bias")
+    if weight.ndim != 3 or 0 in weight.shape:
+        raise ValueError(
+            f"`{argument}.weight`: expected shape (n, in, out) with positive sizes, got {weight.shape}; use the "
+            f"parameters of this layer."
+        )
+    if bias is not None and bias.shape != (weight.shape[0], weight.shape[2]):
+        raise ValueError(
+            f"`{argument}.bias`: expected shape (n, out) = {(weight.shape[0], weight.shape[2])}, got {bias.shape}; use "
+            f"the parameters of this layer."
+        )
 
 
-def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-    """Refuse canonical arrays unless they are those of name -> (shape, dtype), by a TypeError or a ValueError."""
+def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, np.ndarray]:
+    """Refuse canonical arrays unless they are those of name -> (shape, dtype), by a TypeError or a ValueError.
+
+    Returns:
+        The arrays, each read once: what a mapping reads from a file might be another array the next time.
+    """
     if not isinstance(arrays, Mapping):
         raise TypeError(f"`arrays`: expected a mapping of names to NumPy arrays, got a {kind_of(arrays)}; pass a dict.")
     if set(arrays) != set(expected):
         raise ValueError(
-            f"`arrays`: expected exactly the names {_quoted(sorted(expected))}, got "
-            f"{_quoted(sorted(arrays, key=str))}; the layer is unchanged."
+            f"`arrays`: expected exactly the names {_names(expected)}, got {_names(arrays)}; the layer is unchanged."
         )
+    found = {}
     for name, (shape, dtype) in expected.items():
-        array = arrays[name]
-        if not isinstance(array, np.ndarray):
-            raise TypeError(
-                f"`arrays[{name!r}]`: expected a NumPy array, got a {kind_of(array)}; the layer is unchanged."
-            )
+        argument = f"arrays[{name!r}]"
+        try:
+            array = found[name] = arrays[name]
+        except Exception as error:
+            raise ValueError(
+                f"`{argument}`: expected a NumPy array, got an error from the mapping ({said(error)}); the layer is "
+                f"unchanged."
+            ) from error
+        if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+            # A copy of the numbers would drop the mask.
+            wanted = "a NumPy array without a mask" if isinstance(array, np.ndarray) else "a NumPy array"
+            raise TypeError(f"`{argument}`: expected {wanted}, got a {kind_of(array)}; the layer is unchanged.")
         if array.shape != shape:
             symbols = "(n, in, out)" if name == "weight" else "(n, out)"
             raise ValueError(
-                f"`arrays[{name!r}]`: expected shape {symbols} = {shape}, got {array.shape}; the layer is unchanged."
+                f"`{argument}`: expected shape {symbols} = {shape}, got {array.shape}; the layer is unchanged."
             )
         if array.dtype != dtype:
             raise TypeError(
-                f"`arrays[{name!r}]`: expected dtype {dtype.name}, got {array.dtype.name}; the layer is unchanged."
+                f"`{argument}`: expected dtype {dtype.name}, got {name_of(array.dtype)}; the layer is unchanged."
             )
+    return found
 
 
 def _advice(x: Array, num_partitions: int, in_features: int) -> str:
@@ -247,3 +391,8 @@ def _advice(x: Array, num_partitions: int, in_features: int) -> str:
 
 def _quoted(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
+
+
+def _names(mapping: Mapping[Any, Any]) -> str:
+    names = sorted(map(shown, mapping))
+    return ", ".join([*names[:_MOST_NAMES], *(["..."] if len(names) > _MOST_NAMES else [])])

@@ -11,6 +11,7 @@ try:
     from parity_tests.harness.cases import CASE_SETS
     from parity_tests.harness.dtypes import STORAGE_DTYPES
     from parity_tests.harness.subjects.base import FRAMEWORKS
+    from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
 except ModuleNotFoundError as missing:
     # Run by an interpreter into which nothing was installed.
     print(
@@ -45,13 +46,18 @@ def run(
         str | None, typer.Option(help="With --pair: run the torch side in this interpreter.")
     ] = None,
     jax_python: Annotated[str | None, typer.Option(help="With --pair: run the Flax side in this interpreter.")] = None,
+    timeout_s: Annotated[
+        float,
+        typer.Option(help="With --pair: seconds that one step may take, such as an import or one call of a side."),
+    ] = DEFAULT_TIMEOUT_S,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
     junit_file: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML, one case a row.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page.")] = None,
 ) -> None:
     """Compare every implementation with the float64 oracle, torch with JAX, and their training.
 
-    Exit status: 0 all compared cells hold, 1 a mismatch or nothing compared, 2 wrong usage, 130 interrupted.
+    Exit status: 0 all compared cells hold, 1 a mismatch or nothing compared, 2 wrong usage or a pair that could not be
+    judged to its end, 130 interrupted.
     """
     from parity_tests.commands.run import Options, run
     from parity_tests.commands.usage import FP32_PRECISIONS, choose, refuse
@@ -73,14 +79,16 @@ def run(
         html_file=html_file,
     )
     if pair is None:
-        if torch_python or jax_python:
+        if torch_python is not None or jax_python is not None:
             raise refuse("--torch-python, --jax-python: expected --pair beside an interpreter, got none; name a pair.")
+        if timeout_s != DEFAULT_TIMEOUT_S:
+            raise refuse("--timeout-s: expected --pair beside a time limit, got none; name a pair.")
         raise typer.Exit(run(options))
     from parity_tests.commands.pair import run_user_pair
 
     if options.precision is not None:
         raise refuse(f"--precision: expected none beside --pair, got {asked}; a pair's modules say how they compute.")
-    raise typer.Exit(run_user_pair(pair, options, torch_python, jax_python))
+    raise typer.Exit(run_user_pair(pair, options, torch_python, jax_python, timeout_s))
 
 
 @app.command()

@@ -14,6 +14,10 @@ from jaxtyping import install_import_hook
 SEARCH_PROFILES = {"quick": 4, "thorough": 200}
 
 
+# In a usual run; more are drawn in parts of as many, which can be run one by one.
+DRAWN_CALLS_A_TEST = 200
+
+
 def load_search_profile(name):
     """Registers the profiles and loads one, before any test module draws from it."""
     if name not in SEARCH_PROFILES:
@@ -47,9 +51,24 @@ def pytest_addoption(parser):
         default=2,
         help="in how many seeds each correct example pair must be accepted",
     )
+    parser.addoption(
+        "--drawn-calls",
+        type=int,
+        default=DRAWN_CALLS_A_TEST,
+        help="how many calls of each tree are drawn, right and wrong ones",
+    )
+
+
+def pytest_generate_tests(metafunc):
+    if "drawn_calls" in metafunc.fixturenames:
+        count = metafunc.config.getoption("--drawn-calls")
+        parts = [range(k, min(k + DRAWN_CALLS_A_TEST, count)) for k in range(0, count, DRAWN_CALLS_A_TEST)]
+        metafunc.parametrize("drawn_calls", parts, ids=[f"from {part.start}" for part in parts])
 
 
 def pytest_configure(config):
+    if config.getoption("--drawn-calls") < 1:
+        raise pytest.UsageError(f"--drawn-calls: expected at least 1, got {config.getoption('--drawn-calls')}.")
     load_search_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
     if config.getoption("--no-shape-checks"):
         return

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jax_impl
-from jax_impl import PartitionedLinear, linen, partitioned_linear
+from jax_impl import PartitionedLinear, UnsupportedImplementationError, linen, partitioned_linear
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -47,6 +47,42 @@ def linen_call(x=X, features=OUT, **options):
 def linen_second_call(x, features=OUT):
     variables = {"params": {"kernel": jnp.asarray(KERNEL), "bias": jnp.asarray(BIAS)}}
     return lambda: linen.PartitionedLinear(features).apply(variables, x)
+
+
+def linen_apply(**params):
+    return lambda: linen.PartitionedLinear(OUT).apply({"params": params}, X)
+
+
+class Holder:
+    """Gives what it holds where JAX asks for an array."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def __jax_array__(self):
+        return self.held
+
+
+def deleted():
+    array = jnp.asarray(X)
+    array.delete()
+    return array
+
+
+def plain_call(x):
+    return lambda: partitioned_linear(x, KERNEL, BIAS)
+
+
+def mapped(function):
+    return lambda: jax.vmap(function)(X[None])
+
+
+def grouped(x):
+    return partitioned_linear(x, KERNEL, BIAS, implementation="grouped_matmul")
+
+
+MASKED = np.ma.masked_array(X, mask=X > 0)
+KEYS = jax.random.split(jax.random.key(0), X.shape)
 
 
 def cast(array, dtype):
@@ -114,7 +150,80 @@ CASES = [
         ValueError,
         "`x`: expected a dtype that JAX has enabled, got float64 whil",
     ),
+    ("x-keys", call(KEYS), TypeError, f"`x`: expected a dtype of {FLOATS}, got key<fry>; cast it first."),
+    (
+        "x-byte-order",
+        plain_call(X.astype(">f4")),
+        TypeError,
+        f"`x`: expected a dtype of {FLOATS}, got >f4; cast it first.",
+    ),
+    (
+        "x-objects",
+        plain_call(X.astype(object)),
+        TypeError,
+        f"`x`: expected a dtype of {FLOATS}, got object; cast it first.",
+    ),
+    (
+        "x-deleted",
+        plain_call(deleted()),
+        ValueError,
+        "`x`: expected an array with values, got a deleted one; pass one that was not donated.",
+    ),
+    (
+        "x-masked",
+        plain_call(MASKED),
+        TypeError,
+        "`x`: expected an array without a mask, got a MaskedArray; fill it with .filled() first.",
+    ),
+    (
+        "x-holder-of-masked",
+        layer_call(Holder(MASKED)),
+        TypeError,
+        "`x`: expected an array without a mask, got a MaskedArray; fill it with .filled() first.",
+    ),
+    (
+        "kernel-holder-of-nothing",
+        call(kernel=Holder(None)),
+        TypeError,
+        "`kernel`: expected a jax.Array, got a Holder that gives a NoneType; convert it first.",
+    ),
     # Names and options of the function.
+    (
+        "precision-empty",
+        call(precision=()),
+        ValueError,
+        "`precision`: expected a pair of names or of jax.lax.Precision, one for each operand, got (); pass two alike,",
+    ),
+    (
+        "precision-capitals",
+        call(precision="HIGHEST"),
+        ValueError,
+        "`precision`: expected one of 'default', 'fastest', 'bfloat16',",
+    ),
+    (
+        "precision-pair-of-algorithms",
+        call(precision=("F32_F32_F32",) * 2),
+        ValueError,
+        "`precision`: expected one of 'default', 'fastest', 'bfloat16',",
+    ),
+    (
+        "precision-lost",
+        call(precision="F32_F32_F32", implementation="grouped_conv"),
+        UnsupportedImplementationError,
+        "`precision`: expected a name or a jax.lax.Precision for 'grouped_conv', got the algorithm 'F32_F32_F32',",
+    ),
+    (
+        "vmap",
+        mapped(grouped),
+        UnsupportedImplementationError,
+        "`implementation`: expected one that jax.vmap can map, got 'grouped_matmul', whose product JAX maps only",
+    ),
+    (
+        "vmap-of-jit",
+        mapped(jax.jit(grouped)),
+        UnsupportedImplementationError,
+        "`implementation`: expected one that jax.vmap can map, got 'grouped_matmul', whose product JAX maps only",
+    ),
     (
         "name-unknown",
         call(implementation="bmm"),
@@ -274,7 +383,92 @@ CASES = [
         ValueError,
         "`preferred_element_type`: expected a dtype at least as wide as the operands' float32, got float16; cast the",
     ),
+    (
+        "n-2**63",
+        layer(2**63, IN, OUT),
+        ValueError,
+        "`num_partitions`: expected sizes whose weight has fewer than 2**60 elements, got 9223372036854775808; give",
+    ),
+    (
+        "out-beyond-memory",
+        layer(N, IN, 2**50),
+        MemoryError,
+        "`kernel_init`: expected sizes that fit into memory, got values of shape (3, 4, 1125899906842624) (",
+    ),
+    ("dtype-list", layer(dtype=[]), TypeError, f"`dtype`: expected one of {FLOATS}, got []; pass a floating dtype."),
+    (
+        "kernel-init-none",
+        layer(kernel_init=lambda key, shape, dtype: None),
+        TypeError,
+        "`kernel_init`: expected a jax.Array, got a NoneType; convert it first.",
+    ),
+    (
+        "kernel-init-rounded",
+        layer(kernel_init=lambda key, shape, dtype: np.zeros(shape)),
+        TypeError,
+        "`kernel_init`: expected values of dtype float32, got float64; return the dtype that is asked for.",
+    ),
+    (
+        "bias-init-raises-lines",
+        layer(bias_init=lambda key, shape, dtype: np.asarray(key)),
+        ValueError,
+        "`bias_init`: expected a function that draws one partition's values of shape (5,), got an error from it (",
+    ),
+    (
+        "rngs-split",
+        layer(rngs=nnx.Rngs(0).split(3)),
+        ValueError,
+        "`rngs`: expected streams of one key each, got some of several (",
+    ),
+    (
+        "kernel-metadata-names",
+        layer(kernel_metadata={3: 4}),
+        ValueError,
+        "`kernel_metadata`: expected metadata of an nnx.Param, got {3: 4} and an error from Flax (",
+    ),
+    (
+        "promote-returns-two",
+        layer_call(X, promote_dtype=lambda arrays, dtype: arrays[:2]),
+        ValueError,
+        "`promote_dtype`: expected a function that returns x, kernel and bias in one dtype, got an error (",
+    ),
+    (
+        "layer-x-float8",
+        layer_call(cast(X, "float8_e4m3fn")),
+        TypeError,
+        "`x`: expected a dtype that JAX promotes with that of `kernel`, float32, got float8_e4m3fn; cast it first.",
+    ),
     # The linen layer.
+    (
+        "linen-no-params",
+        linen_apply(),
+        ValueError,
+        "`params`: expected 'kernel' among the layer's variables, or a random stream 'params' to draw it from, got",
+    ),
+    (
+        "linen-no-bias",
+        linen_apply(kernel=jnp.asarray(KERNEL)),
+        ValueError,
+        "`params`: expected 'bias' among the layer's variables,",
+    ),
+    (
+        "linen-bias-none",
+        linen_apply(kernel=jnp.asarray(KERNEL), bias=None),
+        TypeError,
+        "`params['bias']`: expected a jax.Array, got a NoneType; pass what init returned.",
+    ),
+    (
+        "linen-kernel-matrix",
+        linen_apply(kernel=jnp.asarray(KERNEL[0]), bias=jnp.asarray(BIAS)),
+        ValueError,
+        "`params['kernel']`: expected shape (n, in, out) with out = 5, got (4, 5); pass what init returned.",
+    ),
+    (
+        "linen-bias-one",
+        linen_apply(kernel=jnp.asarray(KERNEL), bias=jnp.asarray(BIAS[:1])),
+        ValueError,
+        "`params['bias']`: expected shape (n, out) = (3, 5), got (1, 5); pass what init returned.",
+    ),
     (
         "linen-features",
         linen_call(features=0),
@@ -346,6 +540,38 @@ CASES = [
         "`layer`: expected values in `weight`, got a ShapeDtypeStruct; use a layer that holds its values.",
     ),
     (
+        "export-dense",
+        lambda: linen.export_parameters({"kernel": jnp.asarray(KERNEL[0]), "bias": jnp.asarray(BIAS[0])}),
+        ValueError,
+        "`layer.weight`: expected shape (n, in, out) with positive sizes, got (4, 5); use the",
+    ),
+    (
+        "import-masked",
+        lambda: jax_impl.import_parameters(
+            layer(use_bias=False)(), {"weight": np.ma.masked_array(KERNEL, mask=KERNEL > 0)}
+        ),
+        TypeError,
+        "`arrays['weight']`: expected a NumPy array without a mask, got a MaskedArray; the layer is unchanged.",
+    ),
+    (
+        "import-byte-order",
+        lambda: jax_impl.import_parameters(layer(use_bias=False)(), {"weight": KERNEL.astype(">f4")}),
+        TypeError,
+        "`arrays['weight']`: expected dtype float32, got >f4; the layer is unchanged.",
+    ),
+    (
+        "load-empty-path",
+        lambda: jax_impl.load_parameters(layer()(), ""),
+        ValueError,
+        "`path`: expected the name of a file, got ''; pass another name.",
+    ),
+    (
+        "save-nul-path",
+        lambda: jax_impl.save_parameters(layer()(), "a\0b"),
+        ValueError,
+        "`path`: expected the name of a file, got 'a\\x00b'; pass another name.",
+    ),
+    (
         "import-list",
         lambda: jax_impl.import_parameters(layer()(), [KERNEL]),
         TypeError,
@@ -390,6 +616,8 @@ def test_there_are_enough_bad_calls():
 def test_a_good_call_is_accepted():
     """So that the cases above fail for the reason they name."""
     assert call()().shape == (2, N, OUT)
+    assert call(Holder(jnp.asarray(X)), Holder(KERNEL), nnx.Param(jnp.asarray(BIAS)))().shape == (2, N, OUT)
+    assert layer_call(Holder(X))().shape == (2, N, OUT)
     assert layer_call(X)().shape == (2, N, OUT)
     assert jax.tree.map(jnp.shape, linen_call()())["params"]["bias"] == (N, OUT)
     assert linen_second_call(X)().shape == (2, N, OUT)

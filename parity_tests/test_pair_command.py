@@ -14,9 +14,11 @@ pytest.importorskip("flax", reason="flax is not installed here")
 from typer.testing import CliRunner
 
 from parity_tests.__main__ import app
+from parity_tests.pair.judging import outcome
 
 USER_CODE = """
 import functools
+import sys
 import numpy as np
 import torch
 from flax import nnx
@@ -59,6 +61,30 @@ def two_arguments(a, b):
     return {}
 
 not_a_function = 3
+def exits():
+    sys.exit(0)
+
+def returns_class():
+    return dict
+
+def wrong_keys():
+    return {1: 2, "x": 3}
+
+class Speechless(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+def speechless():
+    raise Speechless
+
+def recursion():
+    return recursion()
+
+def memory():
+    raise MemoryError
+
+def many_lines():
+    raise RuntimeError("the first line\\nthe second\\x1b[31m")
 """
 
 
@@ -68,6 +94,7 @@ def user_code(tmp_path_factory):
     folder = tmp_path_factory.mktemp("user")
     (folder / "user_pairs.py").write_text(textwrap.dedent(USER_CODE))
     (folder / "user_broken.py").write_text("def pair(:\n")
+    (folder / "user_exits.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         yield folder
@@ -132,6 +159,15 @@ def test_a_pair_that_differs_ends_with_status_one_and_its_cause(user_code, tmp_p
     ("spec", "sentence"),
     [
         ("user_pairs", "expected package.module:factory"),
+        ("user_pairs:exits", "expected a factory that returns, got one that raised SystemExit: 0"),
+        ("user_exits:pair", "expected a module that can be imported, got one that raised SystemExit: 0"),
+        ("user_pairs:returns_class", "expected a dict of check_pair's arguments, got type"),
+        ("user_pairs:wrong_keys", "to return arguments among torch_module, flax_module, params"),
+        ("user_pairs:speechless", "got one that raised Speechless: its message cannot be shown"),
+        ("user_pairs:recursion", "got one that raised RecursionError: maximum recursion depth exceeded"),
+        ("user_pairs:memory", "got one that raised MemoryError: no reason given"),
+        ("user_pairs:many_lines", "got one that raised RuntimeError: the first line ("),
+        ("builtins:dict", "expected a function whose arguments can be counted, got type"),
         ("no_such_module:pair", "expected a module that can be imported, got 'no_such_module'"),
         ("user_broken:pair", "got one that raised SyntaxError"),
         ("user_pairs:no_such", "expected a function of user_pairs, got 'no_such'; it has linear"),
@@ -151,13 +187,26 @@ def test_a_pair_that_differs_ends_with_status_one_and_its_cause(user_code, tmp_p
         ("user_pairs:raises_inside", "got KeyError: 'missing'"),
     ],
 )
-def test_a_pair_that_cannot_be_checked_is_one_sentence_and_exit_two(user_code, spec, sentence):
-    result = command("--pair", spec, "--device", "cpu")
+def test_a_pair_that_cannot_be_checked_is_one_sentence(user_code, spec, sentence):
+    """What the command's process answers, here in this one: a process for each would take minutes."""
+    refused = outcome(spec, {"device": "cpu"}, lambda found: None)["refused"]
+    assert sentence in refused
+    assert refused.isprintable()
+
+
+def test_a_refusal_ends_the_command_with_exit_two_and_is_in_the_files(user_code, tmp_path):
+    file = tmp_path / "report.json"
+    result = command("--pair", "user_pairs:misspelt", "--device", "cpu", "--json", str(file))
     assert result.exit_code == 2, result.output
+    sentence = "expected a torch parameter among weight, bias, got 'wieght'"
     assert sentence in result.stderr
-    assert result.stderr.startswith(f"error: --pair {spec}: ")
+    assert result.stderr.startswith("error: --pair user_pairs:misspelt: ")
     assert result.stderr.count("\n") == 1, result.stderr
     assert "Traceback" not in result.output
+    document = json.loads(file.read_text())
+    assert document["pair"]["ok"] is False
+    assert sentence in document["pair"]["stopped"]
+    assert (document["rows"], document["cells_left"]) == ([], 1)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +219,10 @@ def test_a_pair_that_cannot_be_checked_is_one_sentence_and_exit_two(user_code, s
         (["--device", "tpu"], "--device: expected one of auto, cpu, cuda"),
         (["--json", "/no/such/folder/x.json"], "--json: expected a file in a writable folder"),
         (["--torch-python", "/no/such/python"], "torch_python: expected an interpreter, got '/no/such/python'"),
+        (["--jax-python", ""], "jax_python: expected an interpreter, got ''"),
+        (["--timeout-s", "0"], "--timeout-s: expected seconds above 0"),
+        (["--timeout-s", "nan"], "--timeout-s: expected seconds above 0"),
+        (["--timeout-s", "inf"], "--timeout-s: expected seconds above 0"),
     ],
 )
 def test_options_that_do_not_fit_a_pair_are_refused(options, sentence):

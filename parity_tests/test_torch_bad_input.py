@@ -12,6 +12,7 @@ if not framework_available("torch"):
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import prune
 
 from torch_impl import (
@@ -35,6 +36,24 @@ def call(x=X, weight=W, bias=B, **options):
     return lambda: partitioned_linear(x, weight, bias, **options)
 
 
+def nested():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a prototype
+        return torch.nested.nested_tensor([torch.zeros(4, 8), torch.zeros(3, 8)])
+
+
+def quantised():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still in many models
+        return torch.quantize_per_tensor(W, 0.1, 0, torch.qint8)
+
+
+def in_forward_mode():
+    with forward_ad.dual_level(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch scripts its own set-up on first use
+        partitioned_linear(forward_ad.make_dual(X, X), W[..., :4], implementation="grouped_matmul")
+
+
 FUNCTION = {
     "x-no-tensor": (call(x=X.numpy()), TypeError, r"^`x`: expected a torch.Tensor, got a ndarray; convert it first\.$"),
     "x-none": (call(x=None), TypeError, r"^`x`: expected a torch.Tensor, got a NoneType;"),
@@ -47,6 +66,23 @@ FUNCTION = {
     ),
     "weight-sparse": (call(weight=W.to_sparse()), TypeError, r"^`weight`: expected a dense tensor, got layout"),
     "bias-sparse": (call(bias=B.to_sparse()), TypeError, r"^`bias`: expected a dense tensor, got layout"),
+    "x-nested": (call(x=nested()), TypeError, r"^`x`: expected a dense tensor, got a nested one; pad it to one shape"),
+    "bias-uninitialised": (
+        call(bias=nn.UninitializedParameter()),
+        TypeError,
+        r"^`bias`: expected a tensor with a shape, got an UninitializedParameter; initialise it first, by a first",
+    ),
+    "weight-quantised": (
+        call(weight=quantised()),
+        TypeError,
+        r"^`weight`: expected a dtype of float64, .*, got qint8;",
+    ),
+    "forward-mode": (
+        in_forward_mode,
+        UnsupportedImplementationError,
+        r"^`implementation`: expected one that supports this call, got 'grouped_matmul' \(.*forward mode AD\); choose",
+    ),
+    "name-array": (call(implementation=np.zeros(2)), TypeError, r"^`implementation`: expected a name, got a ndarray;"),
     "x-integer": (call(x=X.int()), TypeError, r"^`x`: expected a dtype of float64, .*, got int32; cast it first\.$"),
     "weight-complex": (call(weight=W.cfloat()), TypeError, r"^`weight`: expected a dtype of .*, got complex64;"),
     "bias-bool": (call(bias=B.bool()), TypeError, r"^`bias`: expected a dtype of .*, got bool;"),
@@ -165,7 +201,129 @@ def normalised():
     return [nn.utils.parametrizations.weight_norm(linear) for linear in linears()]
 
 
+def with_bias(bias, kind=PartitionedLinear):
+    layer = kind(3, 4, 5)
+    layer.bias = nn.Parameter(bias)
+    return layer
+
+
+def swap_storage(view):
+    view.data = torch.ones_like(view)
+
+
+def shared():
+    linear = nn.Linear(4, 5)
+    return [linear, linear]
+
+
+def biased(bias):
+    pair = linears()
+    pair[1].bias = nn.Parameter(bias)
+    return pair
+
+
+def hooked_backward():
+    pair = linears()
+    pair[1].register_full_backward_hook(lambda module, inputs, outputs: None)
+    return pair
+
+
 LAYER = {
+    "n-2**63": (
+        lambda: PartitionedLinear(2**63, 4, 5),
+        ValueError,
+        r"^`num_partitions`: expected sizes whose weight has fewer than 2\*\*60 elements, got 9223372036854775808;",
+    ),
+    "in-5,000-digits": (
+        lambda: MaskedPartitionedLinear(3, 10**5000, 5),
+        ValueError,
+        r"^`in_features`: expected sizes whose weight has .* elements, got a int that cannot be shown; give sizes",
+    ),
+    "out-beyond-memory": (
+        lambda: PartitionedLinear(3, 4, 2**50),
+        MemoryError,
+        r"^`num_partitions`: expected sizes that fit into memory, got a parameter of shape \(3, 4, 1125899906842624\)",
+    ),
+    "dtype-list": (
+        lambda: PartitionedLinear(3, 4, 5, dtype=[]),
+        TypeError,
+        r"^`dtype`: expected .*, got \[\]; pass a fl",
+    ),
+    "device-absent": (
+        lambda: PartitionedLinear(3, 4, 5, device="cuda:99"),
+        ValueError,
+        r"^`device`: expected a device that this PyTorch can use, got 'cuda:99' \(.*\); choose another one\.$",
+    ),
+    "device-unknown": (
+        lambda: MaskedPartitionedLinear(3, 4, 5, device="gpu"),
+        ValueError,
+        r"^`device`: expected a device that this PyTorch can use, got 'gpu' \(",
+    ),
+    "device-list": (
+        lambda: PartitionedLinear(3, 4, 5, device=[]),
+        TypeError,
+        r"^`device`: expected a torch\.device, a n",
+    ),
+    "init-swaps-storage": (
+        lambda: PartitionedLinear(3, 4, 5, init=swap_storage),
+        TypeError,
+        r"^`weight_init`: expected a function that fills its argument of shape \(5, 4\) in place, got one that puts",
+    ),
+    "init-fills-nothing": (
+        lambda: PartitionedLinear(3, 4, 5, init=(nn.init.ones_, lambda view: None)),
+        ValueError,
+        r"^`bias_init`: expected a function that fills the whole of one partition's tensor of shape \(5,\), got one",
+    ),
+    "masked-bias-broadcast": (
+        lambda: with_bias(torch.zeros(1), MaskedPartitionedLinear)(torch.zeros(2, 3, 4)),
+        ValueError,
+        r"^`bias`: expected shape \(n\*out,\) = \(15,\), got \(1,\);",
+    ),
+    "to-linears-bias-broadcast": (
+        lambda: with_bias(torch.zeros(3, 1)).to_linears(),
+        ValueError,
+        r"^`layer\.bias`: expected shape \(3, 5\), got \(3, 1\);",
+    ),
+    "to-linears-bias-rounded": (
+        lambda: with_bias(torch.zeros(3, 5, dtype=torch.float64)).to_linears(),
+        TypeError,
+        r"^`layer\.bias`: expected the dtype of `weight`, torch\.float32, got torch\.float64;",
+    ),
+    "to-linears-parametrised": (
+        lambda: nn.utils.parametrizations.weight_norm(PartitionedLinear(3, 4, 5)).to_linears(),
+        TypeError,
+        r"^`layer`: expected a layer without parametrizations, hooks or further parameters, got a Param",
+    ),
+    "reset-parametrised": (
+        lambda: nn.utils.parametrizations.weight_norm(PartitionedLinear(3, 4, 5)).reset_parameters(),
+        ValueError,
+        r"^`layer`: expected a parameter `weight`, got a tensor that is computed from others;",
+    ),
+    "linears-bias-rounded": (
+        lambda: PartitionedLinear.from_linears(biased(torch.zeros(5, dtype=torch.float64))),
+        TypeError,
+        r"^`linears\[1\]\.bias`: expected the dtype of `weight`, torch\.float32, got torch\.float64; cast one",
+    ),
+    "linears-bias-broadcast": (
+        lambda: MaskedPartitionedLinear.from_linears(biased(torch.zeros(1))),
+        ValueError,
+        r"^`linears\[1\]\.bias`: expected shape \(out,\) = \(5,\), got \(1,\); give it one value for each output\.$",
+    ),
+    "linears-bias-elsewhere": (
+        lambda: PartitionedLinear.from_linears(biased(torch.zeros(5, device="meta"))),
+        ValueError,
+        r"^`linears\[1\]\.bias`: expected the device of `weight`, cpu, got meta; move one of them\.$",
+    ),
+    "linears-shared": (
+        lambda: PartitionedLinear.from_linears(shared()),
+        ValueError,
+        r"^`linears\[1\]`: expected parameters of its own, got the weight of linears\[0\] as its weight; use",
+    ),
+    "linears-hooked-backward": (
+        lambda: PartitionedLinear.from_linears(hooked_backward()),
+        TypeError,
+        r"^`linears\[1\]`: expected an nn\.Linear without parametrizations, hooks or .*, got a Linear;",
+    ),
     "zero-n": (lambda: PartitionedLinear(0, 4, 5), ValueError, r"^`num_partitions`: expected a positive int, got 0;"),
     "negative-in": (
         lambda: PartitionedLinear(3, -4, 5),
@@ -306,7 +464,65 @@ def without(key):
     return {name: value for name, value in STATE.items() if name != key}
 
 
+def freed():
+    layer = PartitionedLinear(3, 4, 5)
+    layer.weight.untyped_storage().resize_(0)
+    return layer
+
+
+MASKED = {"weight": np.ma.masked_array(np.zeros((3, 4, 5), np.float32)), "bias": np.zeros((3, 5), np.float32)}
+
 PARAMETERS = {
+    "export-freed": (
+        lambda: export_parameters(freed()),
+        ValueError,
+        r"^`layer\.weight`: expected a tensor with values, got one whose storage was freed;",
+    ),
+    "export-complex": (
+        lambda: export_parameters(with_bias(torch.zeros(3, 5, dtype=torch.complex64))),
+        TypeError,
+        r"^`layer\.bias`: expected a dtype of float64, .*, got complex64;",
+    ),
+    "import-masked": (
+        lambda: import_parameters(PartitionedLinear(3, 4, 5), MASKED),
+        TypeError,
+        r"^`arrays\['weight'\]`: expected a NumPy array without a mask, got a MaskedArray; the layer is unchanged\.$",
+    ),
+    "import-parametrised": (
+        lambda: import_parameters(nn.utils.parametrizations.weight_norm(PartitionedLinear(3, 4, 5)), {}),
+        ValueError,
+        r"^`layer`: expected a parameter `weight`, got a tensor that is computed from others; remove its",
+    ),
+    "import-class": (
+        lambda: import_parameters(PartitionedLinear, {}),
+        TypeError,
+        r"^`layer`: expected a PartitionedLinear or MaskedPartitionedLinear, got a type;",
+    ),
+    "save-empty-path": (
+        lambda: save_parameters(PartitionedLinear(3, 4, 5), ""),
+        ValueError,
+        r"^`path`: expected the name of a file, got ''; pass another name\.$",
+    ),
+    "load-nul-path": (
+        lambda: load_parameters(PartitionedLinear(3, 4, 5), "a\0b"),
+        ValueError,
+        r"^`path`: expected the name of a file, got 'a\\x00b'; pass another name\.$",
+    ),
+    "state-number-key": (
+        lambda: state_dict_from_linears({0: W}),
+        TypeError,
+        r"^`state_dict`: expected keys that are strings, got 0 of type int; pass the",
+    ),
+    "state-long-number": (
+        lambda: state_dict_from_linears({"9" * 5000 + ".weight": W}),
+        ValueError,
+        r"^`state_dict`: expected keys <k>\.weight and <k>\.bias only, got '9+\.\.\.; pass",
+    ),
+    "state-bias-elsewhere": (
+        lambda: state_dict_from_linears({**STATE, "1.bias": STATE["1.bias"].to("meta")}),
+        ValueError,
+        r"^`state_dict\['1\.bias'\]`: expected the device of `weight`, cpu, got meta;",
+    ),
     "export-meta": (
         lambda: export_parameters(PartitionedLinear(3, 4, 5, device="meta")),
         ValueError,

@@ -161,6 +161,24 @@ def test_custom_initialiser_orientation_is_that_of_a_linear(kind):
     assert torch.equal(linear.weight, torch.arange(20.0).view(5, 4))
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_failing_initialiser_leaves_the_layer_as_it_was(kind):
+    layer = kind(3, 4, 5)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    calls = []
+
+    def fail_at_the_last(view):
+        calls.append(view.fill_(7.0))
+        if len(calls) == 3:
+            raise RuntimeError("no more values")
+
+    layer.init = (nn.init.zeros_, fail_at_the_last)
+    with pytest.raises(ValueError, match=r"^`bias_init`: .*, got an error from it \(no more values\); pass a function"):
+        layer.reset_parameters()
+    assert len(calls) == 3
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
 def test_custom_initialiser_without_bias():
     layer = PartitionedLinear(3, 4, 5, bias=False, init=(nn.init.ones_, nn.init.ones_))
     assert (layer.weight == 1).all()

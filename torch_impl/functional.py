@@ -11,7 +11,7 @@ from torch_impl.registry import (
     unsupported_reason,
 )
 from torch_impl.selection import select_implementation
-from torch_impl.validation import check_implementation_name, check_operands, check_same_dtype
+from torch_impl.validation import check_implementation_name, check_operands, check_same_dtype, explain_failure
 
 
 def partitioned_linear(x: Inputs, weight: Weight, bias: Bias | None = None, *, implementation: str = "auto") -> Outputs:
@@ -44,6 +44,8 @@ def partitioned_linear(x: Inputs, weight: Weight, bias: Bias | None = None, *, i
     check_same_dtype(x, weight, bias)
     num_partitions, in_features, out_features = weight.shape
     dtype = DTYPE_NAMES[weight.dtype]
+    if not isinstance(implementation, str):
+        check_implementation_name(implementation)
     if implementation == "auto":
         implementation = select_implementation(
             num_partitions=num_partitions,
@@ -65,7 +67,11 @@ def partitioned_linear(x: Inputs, weight: Weight, bias: Bias | None = None, *, i
         )
         if reason is not None:
             raise UnsupportedImplementationError(reason)
-    return get_implementation(implementation).run(x, weight, bias)
+    try:
+        return get_implementation(implementation).run(x, weight, bias)
+    except RuntimeError as error:
+        explain_failure(error, implementation, x, weight, bias)
+        raise
 
 
 def autocast_is_on(device: str) -> bool:

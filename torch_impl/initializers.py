@@ -8,6 +8,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from torch_impl.array_types import said, shown
+from torch_impl.validation import is_plain
+
 InPlaceInit: TypeAlias = Callable[[Tensor], Any]
 """A function that fills its argument in place, as those of `torch.nn.init` do."""
 
@@ -57,21 +60,22 @@ def check_initializer(init: Any) -> None:
     if isinstance(init, str):
         if init not in INITIALIZERS:
             choices = ", ".join(map(repr, INITIALIZERS))
-            raise ValueError(f"`init`: expected one of {choices}, got {init!r}; choose one or pass a function.")
+            raise ValueError(f"`init`: expected one of {choices}, got {shown(init)}; choose one or pass a function.")
     elif not callable(init) and not (isinstance(init, tuple) and len(init) == 2 and all(map(callable, init))):
         raise TypeError(
-            f"`init`: expected a name, a function or a pair (weight_init, bias_init), got {init!r}; "
+            f"`init`: expected a name, a function or a pair (weight_init, bias_init), got {shown(init)}; "
             f"pass in-place functions as in torch.nn.init."
         )
 
 
 @torch.no_grad()
 def initialize_(init: Init, weight: Tensor, bias: Tensor | None) -> None:
-    """Fill the parameters of all partitions in place.
+    """Fill the parameters of all partitions in place: all of them, or none.
 
-    A custom weight initialiser is called once per partition on a view of shape (out, in), as `torch.nn.Linear`
+    A custom weight initialiser is called once per partition on a tensor of shape (out, in), as `torch.nn.Linear`
     holds its weight, so that `torch.nn.init` computes the fans of one partition; a custom bias initialiser once per
-    partition on a view of shape (out,). A lone weight initialiser leaves the bias to "torch".
+    partition on a tensor of shape (out,). What they fill is copied into the parameters once all are filled. A lone
+    weight initialiser leaves the bias to "torch".
 
     Args:
         init: "torch", "flax", a weight initialiser, or a pair (weight initialiser, bias initialiser).
@@ -79,9 +83,10 @@ def initialize_(init: Init, weight: Tensor, bias: Tensor | None) -> None:
         bias: View of the biases, shape (n, out), any strides; or None.
 
     Raises:
-        TypeError: If a custom initialiser returns another tensor instead of filling its argument.
-        ValueError: If a custom initialiser raises for the shape of one partition.
+        TypeError: If a custom initialiser returns another tensor, or puts one in the place of its argument.
+        ValueError: If a custom initialiser raises for the shape of one partition, or leaves elements unfilled.
     """
+    check_initializer(init)
     in_features = weight.shape[-1]
     if isinstance(init, str):
         weight_init, bias_init = INITIALIZERS[init]
@@ -90,26 +95,57 @@ def initialize_(init: Init, weight: Tensor, bias: Tensor | None) -> None:
             bias_init(bias, in_features)
         return
     weight_filler, bias_filler = init if isinstance(init, tuple) else (init, None)
-    _fill_each("weight_init", weight_filler, weight)
-    if bias is None:
-        return
-    if bias_filler is None:
+    weight_values = _filled("weight_init", weight_filler, weight)
+    if bias is not None and bias_filler is not None:
+        bias.copy_(_filled("bias_init", bias_filler, bias))
+    elif bias is not None:
         torch_uniform_(bias, in_features)
-    else:
-        _fill_each("bias_init", bias_filler, bias)
+    weight.copy_(weight_values)
 
 
-def _fill_each(argument: str, fill: InPlaceInit, views: Tensor) -> None:
-    for view in views.unbind(0):
+def _filled(argument: str, fill: InPlaceInit, views: Tensor) -> Tensor:
+    # NaN shows what the function leaves alone; otherwise that would be whatever the memory held before.
+    values = torch.full_like(views, math.nan, memory_format=torch.contiguous_format)
+    shape = tuple(values.shape[1:])
+    for partition in range(len(values)):
+        own, expected = values[partition], values[partition]
         try:
-            result = fill(view)
-        except (RuntimeError, ValueError) as error:
+            result = fill(own)
+        except Exception as error:
             raise ValueError(
-                f"`{argument}`: expected a function that fills one partition's tensor of shape {tuple(view.shape)}, "
-                f"got an error from it ({error}); pass a function for this shape."
+                f"`{argument}`: expected a function that fills one partition's tensor of shape {shape}, got an error "
+                f"from it ({said(error)}); pass a function for this shape."
             ) from error
-        if isinstance(result, Tensor) and result.data_ptr() != view.data_ptr():
-            raise TypeError(
-                f"`{argument}`: expected a function that fills its argument of shape {tuple(view.shape)} in place, "
-                f"got one that returns another tensor; use view.copy_(...)."
-            )
+        for what, tensor in (("puts another tensor in its place", own), ("returns another tensor", result)):
+            if isinstance(tensor, Tensor) and _place(tensor) != _place(expected):
+                raise TypeError(
+                    f"`{argument}`: expected a function that fills its argument of shape {shape} in place, got one "
+                    f"that {what}; use view.copy_(...)."
+                )
+    if is_plain(values) and not values.is_meta and values.isnan().any():
+        raise ValueError(
+            f"`{argument}`: expected a function that fills the whole of one partition's tensor of shape {shape}, got "
+            f"one that leaves NaN in it; set every element to a number."
+        )
+    return values
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor's elements lie and how they are read; a fake tensor has no address."""
+    address = tensor.data_ptr() if is_plain(tensor) else None
+    return address, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def empty_parameter(shape: tuple[int, ...], device: Any, dtype: torch.dtype | None) -> nn.Parameter:
+    """Allocate a parameter whose values are still to be drawn.
+
+    Raises:
+        MemoryError: If there is no room for it.
+    """
+    try:
+        return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+    except (RuntimeError, MemoryError) as error:
+        raise MemoryError(
+            f"`num_partitions`: expected sizes that fit into memory, got a parameter of shape {shape} ({said(error)}); "
+            f"use smaller ones."
+        ) from error

@@ -8,9 +8,17 @@ from torch import Tensor, nn
 
 from torch_impl.array_types import Inputs, Outputs
 from torch_impl.functional import partitioned_linear
-from torch_impl.initializers import Init, check_initializer, initialize_
+from torch_impl.initializers import Init, check_initializer, empty_parameter, initialize_
 from torch_impl.linears import linears_from_partitions, partitions_from_linears
-from torch_impl.validation import check_bias_switch, check_dtype, check_implementation_name, check_sizes
+from torch_impl.parameters import check_writable
+from torch_impl.validation import (
+    check_bias_switch,
+    check_dtype,
+    check_implementation_name,
+    check_parameters,
+    check_placement,
+    check_sizes,
+)
 
 
 class PartitionedLinear(nn.Module):
@@ -41,7 +49,8 @@ class PartitionedLinear(nn.Module):
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
-        ValueError: If a size is not positive or a name unknown.
+        ValueError: If a size is not positive or too large, a name unknown, or the device not there.
+        MemoryError: If there is no room for the parameters.
 
     Source: a list of `torch.nn.Linear` applied one by one and stacked, whose function it computes.
     """
@@ -69,22 +78,25 @@ class PartitionedLinear(nn.Module):
         check_implementation_name(implementation)
         check_initializer(init)
         check_dtype(dtype)
+        check_placement(device)
         self.num_partitions = num_partitions
         self.in_features = in_features
         self.out_features = out_features
         self.implementation = implementation
         self.init = init
         shape = (num_partitions, in_features, out_features)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.weight = empty_parameter(shape, device, dtype)
         if bias:
-            self.bias = nn.Parameter(torch.empty((num_partitions, out_features), device=device, dtype=dtype))
+            self.bias = empty_parameter((num_partitions, out_features), device, dtype)
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters of every partition anew, by `init`."""
-        initialize_(self.init, self.weight.mT, self.bias)
+        """Draw the parameters of every partition anew, by `init`; where that raises, they are unchanged."""
+        views = self.partition_views()
+        check_writable(views)
+        initialize_(self.init, views["weight"].mT, views.get("bias"))
 
     def forward(self, x: Inputs) -> Outputs:
         """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
@@ -149,7 +161,12 @@ class PartitionedLinear(nn.Module):
 
     def partition_views(self) -> dict[str, Tensor]:
         """Return the parameters in canonical layout: "weight" (n, in, out) and, if any, "bias" (n, out)."""
-        return {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
+        n, i, o = self.num_partitions, self.in_features, self.out_features
+        if self.bias is None:
+            check_parameters(self, weight=(n, i, o))
+            return {"weight": self.weight}
+        check_parameters(self, weight=(n, i, o), bias=(n, o))
+        return {"weight": self.weight, "bias": self.bias}
 
     def extra_repr(self) -> str:
         """Return the sizes and choices shown in the module's repr."""

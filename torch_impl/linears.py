@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from torch_impl.validation import check_dtype, check_tensor
+from torch_impl.array_types import kind_of, shown
+from torch_impl.validation import check_device, check_storage, check_tensor, is_plain
 
 
 def partitions_from_linears(linears: Sequence[nn.Linear] | nn.ModuleList) -> dict[str, Tensor]:
@@ -22,16 +22,16 @@ def partitions_from_linears(linears: Sequence[nn.Linear] | nn.ModuleList) -> dic
 
     Raises:
         TypeError: If an element is no plain `nn.Linear`, or the dtypes differ or are not supported.
-        ValueError: If there is none, or sizes, bias, device or `requires_grad` differ.
+        ValueError: If there is none, or sizes, bias, device or `requires_grad` differ, or two share a parameter.
     """
     if not isinstance(linears, Sequence | nn.ModuleList):
         raise TypeError(
-            f"`linears`: expected a sequence of nn.Linear, got a {type(linears).__name__}; pass a list or ModuleList."
+            f"`linears`: expected a sequence of nn.Linear, got a {kind_of(linears)}; pass a list or ModuleList."
         )
     if len(linears) == 0:
         raise ValueError("`linears`: expected at least one nn.Linear, got none; pass n of them.")
     traits = [_traits(k, linear) for k, linear in enumerate(linears)]
-    check_dtype(traits[0]["dtype"])
+    _check_apart(linears)
     for k, found in enumerate(traits):
         for trait, expected in traits[0].items():
             if found[trait] != expected:
@@ -52,8 +52,21 @@ def linears_from_partitions(partitions: Mapping[str, Tensor], like: nn.Module) -
 
     Returns:
         n `nn.Linear` holding copies, in the dtype and on the device of the weight.
+
+    Raises:
+        TypeError: If `like` has hooks, parametrisations or parameters besides the two, or the bias another dtype.
+        ValueError: If the parameters are sharded, or lie on different devices.
     """
+    if not _computes_as_built(like, type(like)):
+        raise TypeError(
+            f"`layer`: expected a layer without parametrizations, hooks or further parameters, got a "
+            f"{type(like).__name__} with some; remove them first."
+        )
     weight, bias = partitions["weight"], partitions.get("bias")
+    _check_plain("layer.weight", weight)
+    if bias is not None:
+        _check_plain("layer.bias", bias)
+        _check_placed_beside("layer.bias", bias, weight)
     num_partitions, in_features, out_features = weight.shape
     linears = nn.ModuleList()
     for k in range(num_partitions):
@@ -79,33 +92,44 @@ def state_dict_from_linears(state_dict: Mapping[str, Tensor], prefix: str = "") 
         Copies: "weight" (n, in, out) and, if there are biases, "bias" (n, out).
 
     Raises:
-        TypeError: If a value is no floating tensor, or the dtypes differ.
-        ValueError: If no key fits, a number is skipped, a key is something else, or shapes or biases differ.
+        TypeError: If `state_dict` is no mapping of strings, a value no floating tensor, or the dtypes differ.
+        ValueError: If no key fits, a number is skipped, a key is something else, or shapes, biases or devices differ.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"`state_dict`: expected a mapping, got a {kind_of(state_dict)}; pass a state_dict.")
+    if not isinstance(prefix, str):
+        raise TypeError(f"`prefix`: expected a str, got a {kind_of(prefix)}; pass one such as 'heads.'.")
     linears: dict[int, dict[str, Tensor]] = {}
     for key, tensor in state_dict.items():
+        if not isinstance(key, str):
+            raise TypeError(
+                f"`state_dict`: expected keys that are strings, got {shown(key)} of type {kind_of(key)}; pass the "
+                f"state_dict of an nn.ModuleList."
+            )
         if not key.startswith(prefix):
             continue
-        match = re.fullmatch(r"(0|[1-9][0-9]*)\.(weight|bias)", key.removeprefix(prefix))
+        # Nine digits: no list is longer, and Python refuses to read numbers of thousands of them.
+        match = re.fullmatch(r"(0|[1-9][0-9]{0,8})\.(weight|bias)", key.removeprefix(prefix))
         if match is None:
             raise ValueError(
-                f"`state_dict`: expected keys {prefix}<k>.weight and {prefix}<k>.bias only, got {key!r}; pass the "
+                f"`state_dict`: expected keys {prefix}<k>.weight and {prefix}<k>.bias only, got {shown(key)}; pass the "
                 f"prefix of the list."
             )
         linears.setdefault(int(match[1]), {})[match[2]] = tensor
     if not linears or sorted(linears) != list(range(len(linears))):
         raise ValueError(
-            f"`state_dict`: expected linears 0 to n - 1 under the prefix {prefix!r}, got {sorted(linears)}; pass a "
-            f"complete state_dict."
+            f"`state_dict`: expected linears 0 to n - 1 under the prefix {shown(prefix)}, got "
+            f"{shown(sorted(linears))}; pass a complete state_dict."
         )
-    for k, tensors in linears.items():
-        if "weight" not in tensors or set(tensors) != set(linears[0]):
+    for k in range(len(linears)):
+        if "weight" not in linears[k] or set(linears[k]) != set(linears[0]):
             raise ValueError(
-                f"`state_dict`: expected a weight in every linear and a bias in all or none, got {sorted(tensors)} "
+                f"`state_dict`: expected a weight in every linear and a bias in all or none, got {sorted(linears[k])} "
                 f"for {prefix}{k}; pass a complete state_dict."
             )
-        for name, tensor in tensors.items():
-            _check_entry(f"{prefix}{k}.{name}", name, tensor, linears[0]["weight"])
+        # The weight first, which the others are compared with.
+        for name in sorted(linears[k], reverse=True):
+            _check_entry(f"{prefix}{k}.{name}", name, linears[k][name], linears[0]["weight"])
     return _stacked([linears[k] for k in range(len(linears))])
 
 
@@ -117,41 +141,107 @@ def _stacked(linears: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _traits(k: int, linear: Any) -> dict[str, Any]:
-    # A parametrised, normalised or pruned linear computes its weight, a hook or an own forward changes the result: a
-    # copy of the parameters would silently drop that.
-    plain = (
-        isinstance(linear, nn.Linear)
-        and type(linear).forward is nn.Linear.forward
-        and "forward" not in vars(linear)
-        and not (linear._forward_pre_hooks or linear._forward_hooks)
-        and not parametrize.is_parametrized(linear)
-        and {name for name, _ in linear.named_parameters()} <= {"weight", "bias"}
-    )
-    if not plain:
+    if not (isinstance(linear, nn.Linear) and _computes_as_built(linear, nn.Linear)):
+        got = type(linear).__name__ if isinstance(linear, nn.Linear) else kind_of(linear, "Linear")
         raise TypeError(
             f"`linears[{k}]`: expected an nn.Linear without parametrizations, hooks or a forward of its own, got a "
-            f"{type(linear).__name__}; convert it first."
+            f"{got}; convert it first."
         )
+    weight, bias = linear.weight, linear.bias
+    _check_plain(f"linears[{k}].weight", weight)
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(
+            f"`linears[{k}].weight`: expected shape (out, in) with positive sizes, got {tuple(weight.shape)}; give it "
+            f"both axes."
+        )
+    if bias is not None:
+        _check_plain(f"linears[{k}].bias", bias)
+        # Copied, it would be broadcast, rounded or moved.
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"`linears[{k}].bias`: expected shape (out,) = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}; "
+                f"give it one value for each output."
+            )
+        _check_placed_beside(f"linears[{k}].bias", bias, weight)
     return {
-        "in_features": linear.in_features,
-        "out_features": linear.out_features,
-        "bias": linear.bias is not None,
-        "dtype": linear.weight.dtype,
-        "device": linear.weight.device,
+        "in_features": weight.shape[1],
+        "out_features": weight.shape[0],
+        "bias": bias is not None,
+        "dtype": weight.dtype,
+        "device": weight.device,
         "requires_grad": {name: parameter.requires_grad for name, parameter in linear.named_parameters()},
     }
 
 
-def _check_entry(key: str, name: str, tensor: Any, weight: Tensor) -> None:
-    argument = f"state_dict[{key!r}]"
-    check_tensor(argument, tensor)
-    symbols, shape = ("(out, in)", weight.shape) if name == "weight" else ("(out,)", weight.shape[:1])
-    if tensor.shape != shape or weight.ndim != 2:
+def _computes_as_built(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Say whether a module computes what its class does with the parameters that it holds.
+
+    A parametrised, normalised or pruned module computes its weight, a hook or an own forward changes result or
+    gradient: a copy of the parameters would silently drop that.
+    """
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    if any(hooks) or not {"forward", "__call__"}.isdisjoint(vars(module)):
+        return False
+    if type(module).forward is not kind.forward or type(module).__call__ is not nn.Module.__call__:
+        return False
+    own = module._parameters
+    if not {name for name, _ in module.named_parameters()} <= {"weight", "bias"} or own.get("weight") is None:
+        return False
+    if any(getattr(module, name, None) is not own.get(name) for name in ("weight", "bias")):
+        return False
+    return not any(
+        parameter is not None and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+        for parameter in own.values()
+    )
+
+
+def _check_apart(linears: Sequence[nn.Linear] | nn.ModuleList) -> None:
+    # Copies of a shared parameter are trained apart, so that the layer would learn what the linears do not.
+    owners: dict[int, str] = {}
+    for k, linear in enumerate(linears):
+        for name, parameter in linear.named_parameters():
+            place = parameter.data_ptr() if is_plain(parameter) and not parameter.is_meta else id(parameter)
+            if place in owners:
+                raise ValueError(
+                    f"`linears[{k}]`: expected parameters of its own, got the {owners[place]} as its {name}; use "
+                    f"copy.deepcopy first."
+                )
+            owners[place] = f"{name} of linears[{k}]"
+
+
+def _check_plain(argument: str, parameter: Any) -> None:
+    check_tensor(argument, parameter)
+    if not is_plain(parameter):
         raise ValueError(
-            f"`{argument}`: expected shape {symbols} = {tuple(shape)} as in linear 0, got {tuple(tensor.shape)}; make "
-            f"the linears alike."
+            f"`{argument}`: expected an ordinary tensor with its values here, got a {kind_of(parameter)}; gather or "
+            f"convert it first."
+        )
+    check_storage(argument, parameter)
+
+
+def _check_placed_beside(argument: str, bias: Tensor, weight: Tensor) -> None:
+    if bias.dtype != weight.dtype:
+        raise TypeError(
+            f"`{argument}`: expected the dtype of `weight`, {weight.dtype}, got {bias.dtype}; cast one of them."
+        )
+    check_device(argument, bias, weight)
+
+
+def _check_entry(key: str, name: str, tensor: Any, weight: Tensor) -> None:
+    argument = f"state_dict[{shown(key)}]"
+    _check_plain(argument, tensor)
+    symbols, shape = ("(out, in)", tuple(weight.shape)) if name == "weight" else ("(out,)", tuple(weight.shape[:1]))
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(
+            f"`{argument}`: expected shape (out, in) with positive sizes, got {shape}; pass the weights of linears."
+        )
+    if tensor.shape != shape:
+        raise ValueError(
+            f"`{argument}`: expected shape {symbols} = {shape} as in linear 0, got {tuple(tensor.shape)}; make the "
+            f"linears alike."
         )
     if tensor.dtype != weight.dtype:
         raise TypeError(
             f"`{argument}`: expected dtype {weight.dtype} as in linear 0, got {tensor.dtype}; make the linears alike."
         )
+    check_device(argument, tensor, weight)

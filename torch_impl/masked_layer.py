@@ -8,9 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_impl.functional import autocast_is_on, autocast_operands
-from torch_impl.initializers import Init, check_initializer, initialize_
+from torch_impl.initializers import Init, check_initializer, empty_parameter, initialize_
 from torch_impl.linears import linears_from_partitions, partitions_from_linears
-from torch_impl.validation import check_bias_switch, check_dtype, check_masked_input, check_same_dtype, check_sizes
+from torch_impl.parameters import check_writable
+from torch_impl.validation import (
+    check_bias_switch,
+    check_dtype,
+    check_masked_operands,
+    check_parameters,
+    check_placement,
+    check_same_dtype,
+    check_sizes,
+    explain_failure,
+)
 
 
 class MaskedPartitionedLinear(nn.Module):
@@ -40,7 +50,8 @@ class MaskedPartitionedLinear(nn.Module):
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
-        ValueError: If a size is not positive or a name unknown.
+        ValueError: If a size is not positive or too large, a name unknown, or the device not there.
+        MemoryError: If there is no room for the parameters.
 
     Source: the article that masks one large `nn.Linear` in place of a loop over many small ones.
     """
@@ -63,29 +74,34 @@ class MaskedPartitionedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(num_partitions=num_partitions, in_features=in_features, out_features=out_features)
+        check_sizes(dense=True, num_partitions=num_partitions, in_features=in_features, out_features=out_features)
         check_bias_switch(bias)
         check_initializer(init)
         check_dtype(dtype)
+        check_placement(device)
         self.num_partitions = num_partitions
         self.in_features = in_features
         self.out_features = out_features
         self.init = init
         shape = (num_partitions * out_features, num_partitions * in_features)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.weight = empty_parameter(shape, device, dtype)
         if bias:
-            self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype))
+            self.bias = empty_parameter(shape[:1], device, dtype)
         else:
             self.register_parameter("bias", None)
         self.register_buffer("mask", self._block_mask(), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the blocks and biases of every partition anew, by `init`, and zero the weights outside the blocks."""
+        """Draw the blocks and biases of every partition anew, by `init`, and zero the weights outside the blocks.
+
+        Where `init` raises, they are unchanged.
+        """
         views = self.partition_views()
-        with torch.no_grad():
-            self.weight.zero_()
+        check_writable(views)
         initialize_(self.init, views["weight"].mT, views.get("bias"))
+        with torch.no_grad():
+            self.weight.masked_fill_(~self.mask, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
@@ -101,7 +117,14 @@ class MaskedPartitionedLinear(nn.Module):
             TypeError: If `x` is no tensor or its dtype differs.
             ValueError: If its shape or device does not fit.
         """
-        check_masked_input(x, self.weight, self.num_partitions, self.in_features)
+        check_masked_operands(
+            x,
+            self.weight,
+            self.bias,
+            num_partitions=self.num_partitions,
+            in_features=self.in_features,
+            out_features=self.out_features,
+        )
         # Selected, not multiplied: 0 * NaN and 0 * Inf are NaN, so a product with the mask would let a non-finite
         # off-block weight into the output and a non-finite cotangent into the off-block gradients.
         effective = torch.where(self.mask, self.weight, 0.0)
@@ -112,7 +135,11 @@ class MaskedPartitionedLinear(nn.Module):
         flat = x.shape[-1] == self.num_partitions * self.in_features
         # One matrix of rows: with more axes torch.vmap turns the product into a batched one over a broadcast weight,
         # whose gradient is then summed in 16 bits.
-        product = F.linear(rows.reshape(-1, effective.shape[1]), effective, bias)
+        try:
+            product = F.linear(rows.reshape(-1, effective.shape[1]), effective, bias)
+        except RuntimeError as error:
+            explain_failure(error, "masked", rows, self.weight, bias)
+            raise
         if flat:
             return product.reshape(*x.shape[:-1], effective.shape[0])
         return product.reshape(*x.shape[:-2], self.num_partitions, self.out_features)
@@ -163,9 +190,13 @@ class MaskedPartitionedLinear(nn.Module):
     def partition_views(self) -> dict[str, Tensor]:
         """Return views of the parameters in canonical layout: "weight" (n, in, out) and, if any, "bias" (n, out)."""
         n, i, o = self.num_partitions, self.in_features, self.out_features
-        views = {"weight": self.weight.view(n, o, n, i).diagonal(dim1=0, dim2=2).permute(2, 1, 0)}
+        shapes = {"weight": (n * o, n * i)} if self.bias is None else {"weight": (n * o, n * i), "bias": (n * o,)}
+        check_parameters(self, **shapes)
+        views = {
+            "weight": self.weight.unflatten(1, (n, i)).unflatten(0, (n, o)).diagonal(dim1=0, dim2=2).permute(2, 1, 0)
+        }
         if self.bias is not None:
-            views["bias"] = self.bias.view(n, o)
+            views["bias"] = self.bias.unflatten(0, (n, o))
         return views
 
     def extra_repr(self) -> str:
@@ -176,8 +207,9 @@ class MaskedPartitionedLinear(nn.Module):
         )
 
     def _block_mask(self) -> Tensor:
-        block = torch.ones((self.num_partitions, self.out_features, self.in_features), dtype=torch.bool)
-        return torch.block_diag(*block).to(self.weight.device)
+        # Where the weight lies, so that a layer on the meta device takes no memory for its mask either.
+        shape = (self.num_partitions, self.out_features, self.in_features)
+        return torch.block_diag(*torch.ones(shape, dtype=torch.bool, device=self.weight.device))
 
     # The mask is in no state_dict, so whatever leaves it without values (to_empty after the meta device,
     # load_state_dict with assign=True) must bring them back; otherwise the layer would compute with garbage.

@@ -15,14 +15,15 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from torch_impl.array_types import kind_of
+from torch_impl.array_types import kind_of, said, shown
 from torch_impl.linears import state_dict_from_linears
 from torch_impl.registry import DTYPE_NAMES
-from torch_impl.validation import check_arrays, check_materialised
+from torch_impl.validation import check_arrays, check_materialised, is_plain
 
 __all__ = [
+    "check_writable",
     "export_parameters",
     "import_parameters",
     "load_parameters",
@@ -61,11 +62,12 @@ def export_parameters(layer: PartitionedModule) -> dict[str, np.ndarray]:
         "weight" (n, in, out) and, if any, "bias" (n, out), in the layer's dtype (bfloat16 is that of `ml_dtypes`).
 
     Raises:
-        TypeError: If `layer` is neither of the two.
-        ValueError: If the parameters hold no values here (meta device, or sharded over devices).
+        TypeError: If `layer` is neither of the two, or a parameter has a dtype that no layer has.
+        ValueError: If the parameters hold no values here (meta device, or sharded over devices), or have other shapes
+            than the layer's own.
     """
     views = _views(layer)
-    return {name: _to_numpy(view) for name, view in views.items()}
+    return {name: _to_numpy(name, view) for name, view in views.items()}
 
 
 def import_parameters(layer: PartitionedModule, arrays: Mapping[str, np.ndarray]) -> None:
@@ -78,13 +80,15 @@ def import_parameters(layer: PartitionedModule, arrays: Mapping[str, np.ndarray]
         arrays: "weight" (n, in, out) and, if the layer has one, "bias" (n, out), in the layer's dtype.
 
     Raises:
-        TypeError: If `layer` is neither of the two, or an array is no NumPy array or has another dtype; the layer is
-            unchanged.
-        ValueError: If an array is missing, extra or mis-shaped; the layer is unchanged.
+        TypeError: If `layer` is neither of the two, or an array is no NumPy array, is masked or has another dtype; the
+            layer is unchanged.
+        ValueError: If an array is missing, extra or mis-shaped, or a parameter cannot be written to as a whole (it is
+            parametrised, pruned, or shares memory); the layer is unchanged.
     """
     views = _views(layer)
-    check_arrays(arrays, {name: (tuple(view.shape), _NUMPY_DTYPES[view.dtype]) for name, view in views.items()})
-    tensors = {name: _from_numpy(arrays[name], view) for name, view in views.items()}
+    check_writable(views)
+    found = check_arrays(arrays, {name: (tuple(view.shape), _NUMPY_DTYPES[view.dtype]) for name, view in views.items()})
+    tensors = {name: _from_numpy(found[name], view) for name, view in views.items()}
     with torch.no_grad():
         for name, view in views.items():
             view.copy_(tensors[name])
@@ -134,8 +138,38 @@ def load_parameters(layer: PartitionedModule, path: str | os.PathLike[str]) -> N
     import_parameters(layer, _read_arrays(_checked(path)))
 
 
+def check_writable(views: Mapping[str, Tensor]) -> None:
+    """Refuse, by a ValueError, views in which a write would be lost, change other values too, or fail halfway."""
+    ends: list[tuple[int, int]] = []
+    for name, view in views.items():
+        owner = view if view._base is None else view._base
+        if not isinstance(owner, nn.Parameter):
+            raise ValueError(
+                f"`layer`: expected a parameter `{name}`, got a tensor that is computed from others; remove its "
+                f"parametrization or pruning first."
+            )
+        if view.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"`layer`: expected a `{name}` that may be changed, got one made under torch.inference_mode; use that "
+                f"mode here too."
+            )
+        if not is_plain(view) or view.is_meta:
+            continue
+        reach, apart = 0, True
+        for step, size in sorted(
+            (step, size) for size, step in zip(view.shape, view.stride(), strict=True) if size > 1
+        ):
+            apart, reach = apart and step > reach, reach + (size - 1) * step
+        start = view.data_ptr()
+        ends.append((start, start + (reach + 1) * view.element_size()))
+        if not apart or (len(ends) == 2 and ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]):
+            raise ValueError(
+                f"`layer`: expected a `{name}` with memory of its own, got elements that share theirs; clone it first."
+            )
+
+
 def _views(layer: PartitionedModule) -> dict[str, Tensor]:
-    if not hasattr(layer, "partition_views"):
+    if not (isinstance(layer, nn.Module) and hasattr(layer, "partition_views")):
         got = kind_of(layer, "PartitionedLinear", "MaskedPartitionedLinear")
         raise TypeError(
             f"`layer`: expected a PartitionedLinear or MaskedPartitionedLinear, got a {got}; pass the "
@@ -147,16 +181,33 @@ def _views(layer: PartitionedModule) -> dict[str, Tensor]:
 
 
 def _checked(path: Any) -> Path:
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"`path`: expected a str or a Path, got a {type(path).__name__}; pass the file's name.")
-    return Path(path)
+    """Return a path; refuse other types by a TypeError, and what can be no file's name by a ValueError."""
+    try:
+        text = os.fspath(path)
+    except Exception:
+        text = None
+    if not isinstance(text, str):
+        raise TypeError(f"`path`: expected a str or a Path, got a {kind_of(path)}; pass the file's name.")
+    try:
+        possible = text not in ("", ".") and b"\0" not in os.fsencode(text)
+    except UnicodeError:
+        possible = False
+    if not possible:
+        raise ValueError(f"`path`: expected the name of a file, got {shown(text)}; pass another name.")
+    return Path(text)
 
 
-def _to_numpy(tensor: Tensor) -> np.ndarray:
+def _to_numpy(name: str, tensor: Tensor) -> np.ndarray:
     values = tensor.detach().cpu().contiguous()
-    if values.dtype == torch.bfloat16:
-        return values.view(torch.uint16).numpy().view(ml_dtypes.bfloat16).copy()
-    return values.numpy().copy()
+    try:
+        if values.dtype == torch.bfloat16:
+            return values.view(torch.uint16).numpy().view(ml_dtypes.bfloat16).copy()
+        return values.numpy().copy()
+    except RuntimeError as error:  # inside a transform such as torch.vmap
+        raise ValueError(
+            f"`layer`: expected values in `{name}`, got a tensor without them ({said(error)}); call this outside of "
+            f"transforms."
+        ) from error
 
 
 def _from_numpy(array: np.ndarray, like: Tensor) -> Tensor:

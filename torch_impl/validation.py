@@ -4,66 +4,83 @@ A message is one sentence: the argument, the expected value in symbols, the rece
 Wrong Python types and dtypes raise `TypeError`, wrong values, shapes and devices `ValueError`.
 """
 
+import contextlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor, strided
+import torch
+from torch import Tensor, nn, strided
+from torch.nn.parameter import is_lazy
 
-from torch_impl.array_types import kind_of
-from torch_impl.registry import DTYPE_NAMES, IMPLEMENTATIONS
+from torch_impl.array_types import kind_of, said, shown
+from torch_impl.registry import DTYPE_NAMES, IMPLEMENTATIONS, UnsupportedImplementationError
 
 _FLOATS = ", ".join(DTYPE_NAMES.values())
+# Sizes in bytes are 64-bit integers, and an element has at most eight.
+_MOST_ELEMENTS = 2**60
+_MOST_AXES = 64
+_MOST_NAMES = 8  # in a message
 
 
-def check_sizes(**sizes: Any) -> None:
-    """Refuse sizes that are not positive ints.
+def check_sizes(*, dense: bool = False, **sizes: Any) -> None:
+    """Refuse what is no int (bool included) by a TypeError, and what is not positive or too large by a ValueError.
 
-    Raises:
-        TypeError: If one is no int; bool is refused.
-        ValueError: If one is zero or negative.
+    Args:
+        dense: Whether the weight has a block for every pair of partitions.
+        **sizes: num_partitions, in_features and out_features.
     """
     for argument, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(
-                f"`{argument}`: expected a positive int, got {size!r} of type {kind_of(size)}; pass an int."
+                f"`{argument}`: expected a positive int, got {shown(size)} of type {kind_of(size)}; pass an int."
             )
         if size <= 0:
-            raise ValueError(f"`{argument}`: expected a positive int, got {size}; pass at least 1.")
+            raise ValueError(f"`{argument}`: expected a positive int, got {shown(size)}; pass at least 1.")
+    if math.prod(sizes.values()) * (sizes["num_partitions"] if dense else 1) >= _MOST_ELEMENTS:
+        largest = max(sizes, key=lambda argument: sizes[argument])
+        raise ValueError(
+            f"`{largest}`: expected sizes whose weight has fewer than 2**60 elements, got {shown(sizes[largest])}; "
+            f"give sizes per partition, never totals."
+        )
 
 
 def check_bias_switch(bias: Any) -> None:
-    """Refuse a `bias` switch that is not a bool (a tensor, say, whose truth value means something else).
-
-    Raises:
-        TypeError: If it is not a bool.
-    """
+    """Refuse, by a TypeError, a `bias` switch that is no bool (a tensor, say, whose truth means something else)."""
     if not isinstance(bias, bool):
         raise TypeError(f"`bias`: expected True or False, got a {kind_of(bias)}; pass a bool.")
 
 
 def check_dtype(dtype: Any) -> None:
-    """Refuse parameter dtypes outside the table; None stands for PyTorch's default dtype.
+    """Refuse, by a TypeError, parameter dtypes outside the table; None stands for PyTorch's default dtype."""
+    resolved = torch.get_default_dtype() if dtype is None else dtype
+    if not isinstance(resolved, torch.dtype) or resolved not in DTYPE_NAMES:
+        raise TypeError(f"`dtype`: expected one of {_FLOATS}, got {shown(resolved)}; pass a floating torch.dtype.")
 
-    Raises:
-        TypeError: If it is no dtype or not one of the supported floating dtypes.
-    """
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise TypeError(f"`dtype`: expected one of {_FLOATS}, got {dtype!r}; pass a floating torch.dtype.")
+
+def check_placement(device: Any) -> None:
+    """Refuse what is no device by a TypeError, and one that this PyTorch cannot use by a ValueError."""
+    if device is None:
+        return
+    if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
+        raise TypeError(f"`device`: expected a torch.device, a name or an index, got {shown(device)}; pass one.")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:
+        raise ValueError(
+            f"`device`: expected a device that this PyTorch can use, got {shown(device)} ({said(error)}); choose "
+            f"another one."
+        ) from error
 
 
 def check_implementation_name(name: Any) -> None:
-    """Refuse a name that is neither "auto" nor in the table.
-
-    Raises:
-        TypeError: If it is no string.
-        ValueError: If it is unknown; the message lists the choices.
-    """
+    """Refuse what is no string by a TypeError, and an unknown name by a ValueError that lists the choices."""
     if not isinstance(name, str):
         raise TypeError(f"`implementation`: expected a name, got a {kind_of(name)}; pass a str.")
     if name != "auto" and name not in IMPLEMENTATIONS:
         choices = ", ".join(repr(choice) for choice in ("auto", *IMPLEMENTATIONS))
-        raise ValueError(f"`implementation`: expected one of {choices}, got {name!r}; choose one of these.")
+        raise ValueError(f"`implementation`: expected one of {choices}, got {shown(name)}; choose one of these.")
 
 
 def check_operands(x: Any, weight: Any, bias: Any) -> None:
@@ -75,8 +92,18 @@ def check_operands(x: Any, weight: Any, bias: Any) -> None:
         TypeError: If one is no tensor or has no supported floating dtype.
         ValueError: If ranks, shapes or devices do not fit.
     """
-    if not _operands_fit(x, weight, bias):
-        _explain_operands(x, weight, bias)
+    failure = None
+    try:
+        if _operands_fit(x, weight, bias):
+            return
+    except Exception as error:  # nested and uninitialised tensors have no shape
+        failure = error
+    _explain_operands(x, weight, bias)
+    if failure is not None:
+        raise TypeError(
+            f"`x`: expected plain tensors, got a {kind_of(x)} for a {kind_of(weight)} ({said(failure)}); convert them "
+            f"first."
+        ) from failure
 
 
 def _operands_fit(x: Any, weight: Any, bias: Any) -> bool:
@@ -126,26 +153,78 @@ def _explain_operands(x: Any, weight: Any, bias: Any) -> None:
     check_device("bias", bias, weight)
 
 
-def check_tensor(argument: str, tensor: Any) -> None:
-    """Refuse what is no tensor of a supported floating dtype.
+def explain_failure(error: RuntimeError, implementation: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise, in this package's words, why an implementation failed on operands that fit; return if `error` says it.
 
-    Raises:
-        TypeError: If it is no tensor, is sparse, or its dtype is none of the supported ones.
+    Only a call that has failed gets here, so that others are not searched for what hardly ever happens.
     """
+    for argument, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_storage(argument, tensor)
+        if tensor is not None and tensor.is_inference() and "nference" in str(error):
+            raise ValueError(
+                f"`{argument}`: expected a tensor that autograd may keep, got one made under torch.inference_mode; "
+                f"clone it, or call this in that mode."
+            ) from error
+    if isinstance(error, NotImplementedError):
+        raise UnsupportedImplementationError(
+            f"`implementation`: expected one that supports this call, got {implementation!r} ({said(error)}); choose "
+            f"another one."
+        ) from error
+    if x.ndim > _MOST_AXES or x.numel() * weight.shape[-1] >= _MOST_ELEMENTS:
+        raise ValueError(
+            f"`x`: expected at most {_MOST_AXES} axes and an output of fewer than 2**60 elements, got "
+            f"{shown(_shape(x))}; flatten its leading axes, or split them."
+        ) from error
+
+
+def check_tensor(argument: str, tensor: Any) -> None:
+    """Refuse, by a TypeError, all but dense tensors of a supported floating dtype that have a shape."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"`{argument}`: expected a torch.Tensor, got a {kind_of(tensor)}; convert it first.")
-    if tensor.layout is not strided:
-        raise TypeError(f"`{argument}`: expected a dense tensor, got layout {tensor.layout}; call to_dense first.")
-    if tensor.dtype not in DTYPE_NAMES:
+    if is_lazy(tensor):
+        raise TypeError(
+            f"`{argument}`: expected a tensor with a shape, got an {kind_of(tensor)}; initialise it first, by a first "
+            f"batch."
+        )
+    try:
+        nested, layout, dtype = tensor.is_nested, tensor.layout, tensor.dtype
+        shape = None if nested else tensor.shape
+    except Exception as error:
+        raise TypeError(
+            f"`{argument}`: expected a dense tensor, got a {kind_of(tensor)} ({said(error)}); convert it first."
+        ) from error
+    if shape is None:
+        raise TypeError(f"`{argument}`: expected a dense tensor, got a nested one; pad it to one shape first.")
+    if layout is not strided:
+        raise TypeError(f"`{argument}`: expected a dense tensor, got layout {layout}; call to_dense first.")
+    if dtype not in DTYPE_NAMES:
         raise TypeError(f"`{argument}`: expected a dtype of {_FLOATS}, got {_dtype(tensor)}; cast it first.")
 
 
-def check_device(argument: str, tensor: Tensor, weight: Tensor) -> None:
-    """Refuse a tensor that does not lie where the weight lies.
+def check_storage(argument: str, tensor: Tensor) -> None:
+    """Refuse, by a ValueError, a tensor whose storage was freed, as sharded training does between its steps."""
+    if not is_plain(tensor) or tensor.is_meta or tensor.numel() == 0:
+        return
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except RuntimeError:  # a tensor inside a transform such as torch.func.jvp
+        return
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * step for size, step in steps)
+    if held < (last + 1) * tensor.element_size():
+        raise ValueError(
+            f"`{argument}`: expected a tensor with values, got one whose storage was freed; use it while it holds them."
+        )
 
-    Raises:
-        ValueError: If the devices differ.
-    """
+
+def is_plain(tensor: Tensor) -> bool:
+    """Say whether a tensor's values are its own and here: it is no DTensor, fake tensor or other subclass."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def check_device(argument: str, tensor: Tensor, weight: Tensor) -> None:
+    """Refuse, by a ValueError, a tensor that does not lie where the weight lies."""
     if tensor.device != weight.device:
         raise ValueError(
             f"`{argument}`: expected the device of `weight`, {weight.device}, got {tensor.device}; move one of them."
@@ -153,11 +232,7 @@ def check_device(argument: str, tensor: Tensor, weight: Tensor) -> None:
 
 
 def check_same_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Refuse operands of different dtypes: nothing is promoted silently.
-
-    Raises:
-        TypeError: If the dtypes differ.
-    """
+    """Refuse, by a TypeError, operands of different dtypes: nothing is promoted silently."""
     dtype = weight.dtype
     if x.dtype is dtype and (bias is None or bias.dtype is dtype):
         return
@@ -169,60 +244,115 @@ def check_same_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             )
 
 
-def check_masked_input(x: Any, weight: Tensor, num_partitions: int, in_features: int) -> None:
-    """Refuse inputs of the masked dense layer that are neither (..., n, in) nor (..., n*in).
+def check_masked_operands(
+    x: Any, weight: Any, bias: Any, *, num_partitions: int, in_features: int, out_features: int
+) -> None:
+    """Refuse operands of the masked dense layer: inputs are (..., n, in) or (..., n*in), nothing is broadcast.
 
     Raises:
-        TypeError: If `x` is no tensor of a supported floating dtype.
-        ValueError: If shape or device do not fit.
+        TypeError: If one is no tensor of a supported floating dtype.
+        ValueError: If shapes or devices do not fit.
     """
+    all_in, all_out = num_partitions * in_features, num_partitions * out_features
+    with contextlib.suppress(Exception):  # nested and uninitialised tensors have no shape
+        if _masked_operands_fit(x, weight, bias, all_in, (num_partitions, in_features), all_out):
+            return
     check_tensor("x", x)
-    flat = num_partitions * in_features
+    check_tensor("weight", weight)
+    if weight.shape != (all_out, all_in):
+        raise ValueError(
+            f"`weight`: expected shape (n*out, n*in) = ({all_out}, {all_in}), got {_shape(weight)}; keep the layer's "
+            f"own shape."
+        )
     split = x.ndim >= 2 and x.shape[-2] == num_partitions and x.shape[-1] == in_features
-    if not split and (x.ndim < 1 or x.shape[-1] != flat):
+    if not split and (x.ndim < 1 or x.shape[-1] != all_in):
         raise ValueError(
             f"`x`: expected shape (..., n, in) = (..., {num_partitions}, {in_features}) or (..., n*in) = "
-            f"(..., {flat}), got {_shape(x)}; reshape it."
+            f"(..., {all_in}), got {_shape(x)}; reshape it."
         )
     check_device("x", x, weight)
+    if bias is None:
+        return
+    check_tensor("bias", bias)
+    if bias.shape != (all_out,):
+        raise ValueError(
+            f"`bias`: expected shape (n*out,) = ({all_out},), got {_shape(bias)}; keep the layer's own shape."
+        )
+    check_device("bias", bias, weight)
+
+
+def _masked_operands_fit(x: Any, weight: Any, bias: Any, flat: int, split: tuple[int, int], all_out: int) -> bool:
+    if not isinstance(x, Tensor) or weight.shape != (all_out, flat) or x.device != weight.device:
+        return False
+    if x.shape[-1:] != (flat,) and x.shape[-2:] != split:
+        return False
+    if bias is not None and (bias.shape != (all_out,) or bias.device != weight.device):
+        return False
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    return all(tensor.dtype in DTYPE_NAMES and tensor.layout is strided for tensor in tensors)
+
+
+def check_parameters(layer: nn.Module, **shapes: tuple[int, ...]) -> None:
+    """Refuse parameters that were replaced by others of a wrong kind (TypeError), shape or storage (ValueError)."""
+    for name, shape in shapes.items():
+        parameter = getattr(layer, name)
+        check_tensor(f"layer.{name}", parameter)
+        if parameter.shape != shape:
+            raise ValueError(
+                f"`layer.{name}`: expected shape {shape}, got {_shape(parameter)}; keep the layer's own shape."
+            )
+        check_storage(f"layer.{name}", parameter)
 
 
 def check_materialised(views: Mapping[str, Tensor]) -> None:
-    """Refuse parameters whose values are not here.
-
-    Raises:
-        ValueError: If one lies on the meta device or is sharded.
-    """
+    """Refuse, by a ValueError, parameters without values here: on the meta device, sharded, or fake."""
     for name, view in views.items():
-        where = (
-            "the meta device" if view.is_meta else "shards on several devices" if hasattr(view, "placements") else ""
-        )
-        if where:
-            raise ValueError(f"`layer`: expected values in `{name}`, got {where}; use an ordinary layer on one device.")
+        if hasattr(view, "placements"):
+            where = "shards on several devices"
+        elif not is_plain(view):
+            where = f"a {kind_of(view)}"
+        elif view.is_meta:
+            where = "the meta device"
+        else:
+            continue
+        raise ValueError(f"`layer`: expected values in `{name}`, got {where}; use an ordinary layer on one device.")
 
 
-def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-    """Refuse canonical arrays unless they are those of name -> (shape, dtype), by a TypeError or a ValueError."""
+def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, np.ndarray]:
+    """Refuse canonical arrays unless they are those of name -> (shape, dtype), by a TypeError or a ValueError.
+
+    Returns:
+        The arrays, each read once: what a mapping reads from a file might be another array the next time.
+    """
     if not isinstance(arrays, Mapping):
         raise TypeError(f"`arrays`: expected a mapping of names to NumPy arrays, got a {kind_of(arrays)}; pass a dict.")
     if set(arrays) != set(expected):
         raise ValueError(
             f"`arrays`: expected exactly the names {_names(expected)}, got {_names(arrays)}; the layer is unchanged."
         )
+    found = {}
     for name, (shape, dtype) in expected.items():
-        array = arrays[name]
-        if not isinstance(array, np.ndarray):
-            raise TypeError(
-                f"`arrays[{name!r}]`: expected a NumPy array, got a {kind_of(array)}; the layer is unchanged."
-            )
+        argument = f"arrays[{name!r}]"
+        try:
+            array = found[name] = arrays[name]
+        except Exception as error:
+            raise ValueError(
+                f"`{argument}`: expected a NumPy array, got an error from the mapping ({said(error)}); the layer is "
+                f"unchanged."
+            ) from error
+        if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+            # A copy of the numbers would drop the mask.
+            wanted = "a NumPy array without a mask" if isinstance(array, np.ndarray) else "a NumPy array"
+            raise TypeError(f"`{argument}`: expected {wanted}, got a {kind_of(array)}; the layer is unchanged.")
         if array.shape != shape:
             symbols = "(n, in, out)" if name == "weight" else "(n, out)"
             raise ValueError(
-                f"`arrays[{name!r}]`: expected shape {symbols} = {shape}, got {array.shape}; the layer is unchanged."
+                f"`{argument}`: expected shape {symbols} = {shape}, got {array.shape}; the layer is unchanged."
             )
         if array.dtype != dtype:
             got = array.dtype.name if array.dtype.isnative else array.dtype.str
-            raise TypeError(f"`arrays[{name!r}]`: expected dtype {dtype.name}, got {got}; the layer is unchanged.")
+            raise TypeError(f"`{argument}`: expected dtype {dtype.name}, got {got}; the layer is unchanged.")
+    return found
 
 
 def _advice(x: Tensor, num_partitions: int, in_features: int) -> str:
@@ -245,5 +375,6 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _names(mapping: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(map(repr, mapping)))
+def _names(mapping: Mapping[Any, Any]) -> str:
+    names = sorted(map(shown, mapping))
+    return ", ".join([*names[:_MOST_NAMES], *(["..."] if len(names) > _MOST_NAMES else [])])

@@ -16,6 +16,7 @@ from bench.report.page import CLAIMS, PageError, update_page
 from bench.report.tables import wide_console
 from bench.report.text import ratio
 from bench.study.claim_results import ClaimResult, claim_results
+from bench.study.process_spread import seen_spreads
 
 
 def _show(results: list[ClaimResult]) -> None:
@@ -53,7 +54,7 @@ def claims_command(
         check_writable("--csv", csv_file)
         check_writable("--markdown", markdown)
         archive = Archive([directory])
-        results = claim_results(archive.cells())
+        results = claim_results(archive.cells(), seen_spreads(archive))
         if json_file is not None:
             write_json(json_file, claims_json(results, archive.environments))
         if csv_file is not None:

@@ -20,6 +20,7 @@ from bench.study.comparison import Change, Comparison, compare
 from bench.study.identity import Identity
 from bench.study.measured_cells import Measured, measured_cells
 from bench.study.overall import Overall
+from bench.study.process_spread import seen_spreads
 from bench.study.statistics import SAME, UNRESOLVED
 
 # Cells of one run alone whose titles are printed; --json has them all.
@@ -126,8 +127,8 @@ def _show(console: Console, found: Comparison) -> None:
     counts = {word: sum(c.verdict == word for c in found.changes) for word in ("FASTER", "SLOWER", SAME, UNRESOLVED)}
     console.print(
         "Speed of B over A, above 1x is faster; the intervals hold for all of them together and include the noise of "
-        "both runs (their A/A controls, at least 2% of a single process) and the shift that the competitors of a cell "
-        "share."
+        "both runs (their A/A controls, and of a single process what processes differ by) and the shift that the "
+        "competitors of a cell share."
     )
     console.print("In single cells: " + ", ".join(f"{count} {word}" for word, count in counts.items()) + ".")
     _show_verdicts(console, found)
@@ -146,8 +147,9 @@ def _show(console: Console, found: Comparison) -> None:
         console.print(f"Regression: {one.label} over {one.cells} cells: {ratio(one.interval)}")
     if found.one_process:
         console.print(
-            "Cells of a single process are among them: how much processes differ, which may be more than all the noise "
-            "within one, is not known there. Measure both runs with --replicates 5 before you believe what they say."
+            "Cells of a single process are among them, which show no change within what processes differ by: as other "
+            "cells of the machine show it, or 10% of two competitors where that is not known. Measure both runs with "
+            "--replicates 5 to see smaller changes."
         )
 
 
@@ -166,7 +168,8 @@ def compare_command(
         check_writable("--csv", csv_file)
         first = Archive([a], selection("--where-a", conditions[0]))
         second = Archive([b], selection("--where-b", conditions[1]))
-        cells = measured_cells(first, str(a)), measured_cells(second, str(b))
+        seen = seen_spreads(first, second)
+        cells = measured_cells(first, str(a), seen), measured_cells(second, str(b), seen)
         if not across_devices:
             _check_devices(_devices(first, cells[0]), _devices(second, cells[1]), (a, b))
         found = compare(*cells)

@@ -14,7 +14,8 @@ from bench.plan.cells import DEVICES, DIRECTIONS, PRECISIONS, STORAGE_DTYPES
 from bench.plan.competitors import FRAMEWORKS
 from bench.report.export import interval_json
 from bench.report.output import OutputError, columns_of, write_csv, write_json
-from bench.report.text import ratio
+from bench.report.text import MORE_PROCESSES, ratio
+from bench.study.process_spread import seen_spreads
 from bench.study.recommendation import FAR, NEAR, SIZES, Neighbour, Shape, nearest
 
 
@@ -86,6 +87,8 @@ def _show(shape: Shape, found: Sequence[Neighbour], *, answered: bool) -> None:
             alike = len({neighbour.distance for neighbour in near}) == 1
             why = "what took part, or on the division" if alike else "the exact size"
             console.print(f"The measurements below disagree, so the answer depends on {why}.")
+        if first.ranking.one_process and first.leaders[1:]:
+            console.print(f"One process measured it; {MORE_PROCESSES}.")
     for neighbour in found:
         console.print(f"{neighbour.ranking.title}, {2**neighbour.distance:.1f} times away, speed over the fastest:")
         for label, interval in sorted(neighbour.speeds.items(), key=lambda item: -item[1].ratio):
@@ -125,12 +128,13 @@ def recommend_command(
         devices = sorted({str(fingerprint["device"]) for fingerprint in archive.environments.values()})
         if shape.device is None and len(devices) > 1:
             raise UsageError(f"--device: expected one, since {' and '.join(devices)} were measured; choose one.")
-        found = nearest(shape, archive.cells())
+        found = nearest(shape, archive.cells(), seen_spreads(archive))
         if not found:
             raise UsageError(
-                f"nothing was measured with dtype {shape.dtype}, precision {shape.precision or 'of the dtype'}, "
-                f"{shape.direction}, device {shape.device or 'any'} and framework "
-                f"{shape.framework or 'any'}; give the directory of a run that has them."
+                f"nothing was measured undisturbed with dtype {shape.dtype}, "
+                f"precision {shape.precision or 'of the dtype'}, {shape.direction}, "
+                f"device {shape.device or 'any'} and framework {shape.framework or 'any'}; "
+                "give the directory of a run that has them."
             )
         answered = extrapolate or found[0].distance <= FAR
         if json_file is not None:

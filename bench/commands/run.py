@@ -25,6 +25,7 @@ from bench.commands.usage import (
 )
 from bench.engines import ENGINES, EngineError
 from bench.environments import StoreError, check_environments, read_environments
+from bench.measure.disturbance import WHEN_BUSY, BusyError
 from bench.measure.protocol import RequestError
 from bench.measure.request import Request, SelectionError, SweepNotes
 from bench.measure.sweep import Progress, run_sweep
@@ -68,6 +69,7 @@ class Options:
     torch_python: str | None
     jax_python: str | None
     resume: bool
+    when_busy: str
     json_file: Path | None
     csv_file: Path | None = None
     engine: str = "local"
@@ -107,6 +109,7 @@ def _request(options: Options) -> Request:
     check_choices("--division", options.divisions, DIVISIONS)
     check_choices("--cache", options.caches, CACHES)
     check_choices("--optimizer", [options.optimizer] if options.optimizer else [], STEPPED_OPTIMIZERS)
+    check_choices("--when-busy", [options.when_busy], WHEN_BUSY)
     check_writable("--json", options.json_file)
     check_writable("--csv", options.csv_file)
     preset = narrowed(
@@ -132,6 +135,7 @@ def _request(options: Options) -> Request:
         modes=options.modes,
         pythons=check_interpreters(options.torch_python, options.jax_python),
         seed=options.seed,
+        when_busy=options.when_busy,
     )
 
 
@@ -201,6 +205,11 @@ def run_command(options: Options) -> int:
             interrupted = _measure(engine, request, store, notes)
     except (UsageError, SelectionError, StoreError) as error:
         return complain(error)
+    except BusyError as error:
+        print(
+            f"bench: {error} What was measured before is in {options.out}; add --resume to continue.", file=sys.stderr
+        )
+        return FAILED
     except RequestError as error:
         print(f"bench: a worker cannot start: {error}", file=sys.stderr)
         return FAILED

@@ -8,14 +8,16 @@ are measured by the same worker.
 
 import os
 import platform
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from distributed import Client, Future, as_completed
+from distributed import Client, Future
+from distributed import wait as wait_for
 
 from bench.engines.base import EngineError
 from bench.engines.kept_pool import KeptPool
@@ -33,6 +35,10 @@ from bench.store import Store
 
 RESOURCE = "DEVICE"
 _CONNECT_S = 10
+# How often the workers are looked for while nothing arrives, how long they may all be gone, and how long nothing may
+# arrive: a cell in a worker has limits of its own, which are far shorter.
+_LOOK_S, _WITHOUT_OWNER_S, _SILENCE_S = 30.0, 600.0, 24 * 3600.0
+_FETCH_S = 600.0
 
 
 @dataclass
@@ -124,8 +130,7 @@ def _connect(address: str, notes: SweepNotes) -> Client:
             f"scheduler: nobody answers at {address!r} ({type(error).__name__}); start `dask scheduler` and give its "
             "address."
         ) from error
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    owners = [worker for worker in workers if worker["resources"].get(RESOURCE, 0) >= 1]
+    workers, owners = _workers_there(client)
     if not owners:
         client.close()
         raise SelectionError(
@@ -139,6 +144,52 @@ def _connect(address: str, notes: SweepNotes) -> Client:
                 "(taskset, CUDA_VISIBLE_DEVICES), they disturb each other."
             )
     return client
+
+
+def _workers_there(client: Client) -> tuple[list[Any], list[Any]]:
+    """Returns all workers of a scheduler, and those that own a device."""
+    workers = list(client.scheduler_info(n_workers=-1)["workers"].values())
+    return workers, [worker for worker in workers if worker["resources"].get(RESOURCE, 0) >= 1]
+
+
+def _outcome(future: Future) -> tuple[BaseException | None, Measured | None]:
+    """Fetches what a finished future holds: why it failed, or what was measured."""
+    try:
+        error: Any = future.exception(timeout=_FETCH_S)
+        measured: Any = None if error is not None else future.result(timeout=_FETCH_S)
+        return error, measured
+    except TimeoutError:
+        return TimeoutError(f"its records did not arrive within {_FETCH_S:g} s"), None
+
+
+def _arrivals(client: Client, futures: Iterable[Future]) -> Iterator[Future]:
+    """Yields futures as they finish.
+
+    Raises:
+        EngineError: if nobody is left who could finish one, or none finishes for very long.
+    """
+    left = set(futures)
+    arrived = owned = time.monotonic()
+    while left:
+        try:
+            waited: Any = wait_for(left, timeout=_LOOK_S, return_when="FIRST_COMPLETED")
+        except TimeoutError:
+            now = time.monotonic()
+            owned = now if _workers_there(client)[1] else owned
+            if now - owned > _WITHOUT_OWNER_S:
+                raise EngineError(
+                    f"{len(left)} cells are left, and no worker has offered a device for {now - owned:.0f} s; start "
+                    "workers and add --resume."
+                ) from None
+            if now - arrived > _SILENCE_S:
+                raise EngineError(
+                    f"{len(left)} cells are left, and none has arrived for {(now - arrived) / 3600:.0f} hours; look "
+                    "what the workers do, and add --resume."
+                ) from None
+            continue
+        arrived = owned = time.monotonic()
+        left -= waited.done
+        yield from waited.done
 
 
 def _store(measured: Measured, store: Store, notes: SweepNotes) -> None:
@@ -195,10 +246,9 @@ def run_on_cluster(
         }
         progress(Progress(len(planned) - len(cells), len(planned), "handing out cells"))
         try:
-            for future in as_completed(list(waiting)):
+            for future in _arrivals(client, list(waiting)):
                 cell = waiting.pop(future)
-                error = future.exception()
-                measured = None if error is not None else future.result()
+                error, measured = _outcome(future)
                 if measured is None or measured.failure is not None:
                     lost.append(f"{cell.title}: {error if measured is None else measured.failure}")
                 else:

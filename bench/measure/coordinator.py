@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from bench.measure.conditions import ENERGY_S, Monitor, NoMonitor, energy_of_a_call
+from bench.measure.disturbance import Watch
 from bench.measure.entry import CellOutcome, Entry, add_control
 from bench.measure.plausibility import measured_ceilings, reject_the_impossible, take_probe
 from bench.measure.protocol import Message, RequestError, Workers
@@ -30,6 +31,7 @@ class CellRun:
         report: called with a short text at each step.
         monitor: reads the device around each block.
         device_name: of the GPU or processor, for what it can do by its data sheet.
+        watch: watches the machine during the rounds; None watches nothing.
         diagnose: whether to measure what is no speed as well (memory, the other clocks, energy, compiling again); the
             answers and the number of products are checked in any case.
     """
@@ -45,8 +47,10 @@ class CellRun:
         report: Callable[[str], None] = lambda text: None,
         monitor: Monitor | None = None,
         device_name: str = "",
+        watch: Watch | None = None,
         diagnose: bool = True,
     ):
+        self._watch = watch
         self._monitor, self._device_name, self._diagnose = monitor or NoMonitor(), device_name, diagnose
         self._cell, self._workers, self._preset, self._seed, self._report = cell, workers, preset, seed, report
         self._entries = [Entry(competitor, str(k)) for k, competitor in enumerate(competitors)]
@@ -226,6 +230,7 @@ class CellRun:
             monitor=self._monitor,
             report=self._report,
             block_s=BLOCK_S[self._cell.device],
+            watch=self._watch,
         )
         stopped = rounds.run() if any(entry.going for entry in self._entries) else ""
         ceilings: dict[str, float] = {}
@@ -238,4 +243,8 @@ class CellRun:
         reject_the_impossible(self._entries, self._cell, ceilings, self._device_name)
         switches = {framework: reply["switches"] for framework, reply in self._opened.items()}
         digests = [reply["inputs_digest"] for reply in self._opened.values()]
-        return CellOutcome(tuple(self._entries), digests[0] if digests else None, switches, ceilings, stopped)
+        watched = {} if self._watch is None else self._watch.summary()
+        windows = () if self._watch is None else self._watch.windows()
+        return CellOutcome(
+            tuple(self._entries), digests[0] if digests else None, switches, ceilings, stopped, watched, windows
+        )

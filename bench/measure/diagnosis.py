@@ -7,6 +7,7 @@ from typing import Any
 from bench.measure.conditions import monitor_for
 from bench.measure.environment import git_state, source_digest
 from bench.measure.processors import allowed_cpus, cpu_features, cpu_model
+from bench.measure.switches import sentences
 from bench.plan.cells import DIVISIONS
 
 _BUSY_LOAD_PER_CPU = 0.5
@@ -32,6 +33,7 @@ def warnings_for(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, s
     if with_gpu and len(with_gpu) < len(hello):
         said.append(f"Only {with_gpu[0]} sees a GPU: the frameworks can be compared on the CPU only.")
     cpus = len(allowed_cpus()) or os.cpu_count() or 1
+    said += sentences(tuple(hello), len(allowed_cpus()))
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > _BUSY_LOAD_PER_CPU * cpus:
         said.append(f"The machine is busy: load {load:.1f} on {cpus} processors; intervals will be wide.")
@@ -66,13 +68,15 @@ def diagnose(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str])
     with_gpu = sum("cuda" in reply["devices"] for reply in hello.values())
     uuid = next((found["device_uuid"] for found in environments if "device_uuid" in found), None)
     gpu = dict(monitor_for("cuda" if with_gpu else "cpu", uuid).read())
+    git = git_state()
+    late = [f"{git['unknown']}: records of this place would not say what was measured."] if "unknown" in git else []
     return {
         "cpu_model": cpu_model(),
         "cpu_features": list(cpu_features()),
         "cpu_count": os.cpu_count(),
         "affinity": list(allowed_cpus()),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "git": git_state(),
+        "git": git,
         "source_digest": source_digest(),
         "divisions": list(DIVISIONS),
         "cuda_packages": {name: reply["cuda_packages"] for name, reply in hello.items()},
@@ -88,5 +92,5 @@ def diagnose(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str])
         },
         "missing": dict(missing),
         "gpu": gpu,
-        "warnings": [*warnings_for(hello, missing), *gpu_warnings(gpu, with_gpu)],
+        "warnings": [*late, *warnings_for(hello, missing), *gpu_warnings(gpu, with_gpu)],
     }

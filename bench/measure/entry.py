@@ -94,6 +94,8 @@ class CellOutcome:
         switches: per framework, its precision switches.
         ceilings: rates of a large product and a large copy, the higher of the frameworks'.
         stopped: why no more rounds were run.
+        disturbance: what others took of the machine during the rounds.
+        disturbance_windows: the same in pieces.
     """
 
     entries: tuple[Entry, ...]
@@ -101,3 +103,5 @@ class CellOutcome:
     switches: dict[str, dict[str, Any]]
     ceilings: Mapping[str, float] = field(default_factory=dict)
     stopped: str = ""
+    disturbance: Mapping[str, Any] = field(default_factory=dict)
+    disturbance_windows: Sequence[Mapping[str, Any]] = ()

@@ -31,6 +31,14 @@ def starter(
     return start
 
 
+def _first_reply(framework: str, worker: WorkerProcess) -> Message:
+    """Waits for a worker's first reply; says whose it is if there is none."""
+    try:
+        return worker.receive(START_S)
+    except RequestError as error:
+        raise RequestError(error.status, f"the {framework} worker: {error.reason}") from None
+
+
 class WorkerPool:
     """Starts the workers together and keeps one per framework.
 
@@ -58,7 +66,7 @@ class WorkerPool:
             for worker in self._workers.values():
                 worker.send({"operation": "hello"})
             for framework, worker in list(self._workers.items()):
-                reply = worker.receive(START_S)
+                reply = _first_reply(framework, worker)
                 if reply.get("ok"):
                     self.hello[framework] = reply
                 elif reply.get("status") == MISSING:
@@ -83,6 +91,10 @@ class WorkerPool:
     def request(self, framework: str, message: Message, timeout_s: float) -> Message:
         """Asks the worker of a framework; see ``WorkerProcess.request``."""
         return self._workers[framework].request(message, timeout_s)
+
+    def pids(self) -> dict[str, int]:
+        """Framework to the process id of its worker."""
+        return {framework: worker.pid for framework, worker in self._workers.items()}
 
     def alive(self, framework: str) -> bool:
         """Whether the worker of a framework still runs."""

@@ -40,7 +40,8 @@ def cell_hash(cell: Cell, competitors: Sequence[Competitor], preset: Preset, *, 
     )
 
 
-def _record(entry: Entry, shared: dict[str, Any], switches: dict[str, Any], cell: Cell, device_name: str) -> Record:
+def _record(entry: Entry, shared: dict[str, Any], outcome: CellOutcome, cell: Cell, device_name: str) -> Record:
+    switches = outcome.switches.get(entry.competitor.framework, {})
     who, right = entry.competitor, entry.going
     judgement = entry.judgement or {}
     peaks = peak_rates(device_name, cell.precision, judgement.get("observed_precision"))
@@ -81,6 +82,8 @@ def _record(entry: Entry, shared: dict[str, Any], switches: dict[str, Any], cell
         kernels=entry.probe.get("kernels", {}),
         compile_warm_s=entry.probe.get("compile_warm_s"),
         program_flops=entry.probe.get("program_flops"),
+        disturbance=outcome.disturbance,
+        disturbance_windows=tuple(outcome.disturbance_windows) if entry.baseline and not entry.control else (),
         synchronised_latency_s=tuple(entry.probe.get("synchronised_latency_s", ())),
     )
 
@@ -127,7 +130,4 @@ def records_of(
         "started_at": started_at.astimezone(UTC).isoformat(timespec="seconds"),
         "environment_id": environment_id,
     }
-    return [
-        _record(entry, shared, outcome.switches.get(entry.competitor.framework, {}), cell, device_name)
-        for entry in outcome.entries
-    ]
+    return [_record(entry, shared, outcome, cell, device_name) for entry in outcome.entries]

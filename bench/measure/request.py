@@ -32,6 +32,7 @@ class Request:
         modes: modes to keep, in which every competitor then runs; empty keeps those of the division and the preset.
         pythons: framework to interpreter, where not the running one.
         seed: of the inputs and the order.
+        when_busy: what a cell does on a busy machine: `warn`, `wait` or `refuse`.
     """
 
     preset: Preset
@@ -41,6 +42,7 @@ class Request:
     modes: tuple[str, ...] = ()
     pythons: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
+    when_busy: str = "warn"
 
 
 @dataclass

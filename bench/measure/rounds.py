@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.measure.blocks import could_be_short, too_short
 from bench.measure.conditions import Monitor, thermally_throttled
+from bench.measure.disturbance import Watch
 from bench.measure.entry import Entry, choose_baseline
 from bench.plan.costs import Limits
 from bench.plan.presets import Preset
@@ -95,6 +96,7 @@ class Rounds:
         monitor: reads the device around each block.
         report: called with a short text at each round.
         block_s: length that blocks were sized for, in seconds.
+        watch: watches the machine, between blocks; None watches nothing.
     """
 
     def __init__(
@@ -107,7 +109,9 @@ class Rounds:
         monitor: Monitor,
         report: Callable[[str], None],
         block_s: float,
+        watch: Watch | None = None,
     ):
+        self._watch = watch
         self._entries, self._preset, self._block = entries, preset, block
         self._block_s = block_s
         self._monitor, self._report = monitor, report
@@ -127,7 +131,11 @@ class Rounds:
                     stop = TIME
             last = stop is not None or number == preset.rounds
             started = time.monotonic()
+            if self._watch is not None:
+                self._watch.round_begins()
             self._round(last=last)
+            if self._watch is not None:
+                self._watch.round_ends(last=last or not any(entry.timed for entry in self._entries))
             spent += time.monotonic() - started
             if last:
                 return stop or ROUNDS
@@ -140,6 +148,8 @@ class Rounds:
         shuffled = [entry for entry in self._entries if entry.timed]
         self._order.shuffle(shuffled)
         for reverse in (False, True):
+            if reverse and self._watch is not None:
+                self._watch.round_turns()
             for entry in reversed(shuffled) if reverse else shuffled:
                 if entry.going:
                     self._one(entry, verify=reverse and (last or entry.leaving))

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from bench.measure.conditions import monitor_for
 from bench.measure.coordinator import CellRun
+from bench.measure.disturbance import Gate, Watch
 from bench.measure.environment import environment_id, fingerprint
 from bench.measure.pool import WorkerPool, starter
 from bench.measure.processors import allowed_cpus
@@ -21,6 +22,7 @@ from bench.measure.request import (
     choose_device,
     chosen_competitors,
 )
+from bench.measure.switches import sentences
 from bench.plan.cells import DEVICES, Cell
 from bench.plan.selection import plan_cells
 from bench.records import Record
@@ -105,8 +107,9 @@ def run_sweep(
     Raises:
         SelectionError: if nothing is selected, or no framework is there.
         RequestError: if a framework is installed but its worker cannot start.
+        BusyError: if the machine is busy before a cell and `when_busy` is `refuse`.
     """
-    preset = request.preset
+    preset, gate = request.preset, Gate(request.when_busy, allowed_cpus())
     total = len(plan_cells(preset, DEVICES[0])) * preset.replicates
     if total == 0:
         raise SelectionError("the selection is empty: no cell has this precision in this division; choose another.")
@@ -119,11 +122,15 @@ def run_sweep(
                     notes.add(f"Without {framework}: {reason}.")
                 device = choose_device(request.device, pool.hello, notes)
                 check_modes(request, device, tuple(pool.hello), notes)
+                for line in sentences(tuple(pool.hello), len(allowed_cpus())):
+                    notes.add(line)
                 place = fingerprint(pool.hello, device=device, division=division, cpus=allowed_cpus())
                 place_id = environment_id(place)
                 store.add_environment(place_id, place)
                 for cell in plan_cells(replace(preset, divisions=(division,)), device):
-                    _run_cell(cell, replicate, request, store, pool, place_id, partial(_tell, progress, done, total))
+                    _run_cell(
+                        cell, replicate, request, store, pool, place_id, partial(_tell, progress, done, total), gate
+                    )
                     done += 1
     progress(Progress(done, total, "done"))
 
@@ -140,11 +147,13 @@ def _run_cell(
     pool: WorkerPool,
     place_id: str,
     report: Callable[[str], None],
+    gate: Gate,
 ) -> None:
     competitors = chosen_competitors(pool.catalogues(), request, cell)
     key = cell_hash(cell, competitors, request.preset, seed=request.seed, environment_id=place_id)
     if store.holds(key, replicate):
         return
+    gate.pass_when_quiet(pool.pids, report)
     started_at = datetime.now(UTC)
     # Another seed in each replicate: the order and the inputs are part of what varies between processes.
     seed = request.seed + replicate
@@ -160,6 +169,7 @@ def _run_cell(
         report=lambda text: report(f"{cell.title}: {text}"),
         monitor=monitor_for(cell.device, uuid),
         device_name=_device_name(pool),
+        watch=Watch(pool.pids, allowed_cpus()),
         # Memory, kernels and compile times hardly differ from process to process; speeds do, and so do mistakes.
         diagnose=replicate == 0,
     )

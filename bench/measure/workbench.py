@@ -3,6 +3,7 @@
 import gc
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +15,7 @@ from bench.measure.cuda_packages import cuda_packages, installed_distributions
 from bench.measure.memory import free_bytes
 from bench.measure.probes import ceilings_of, probed
 from bench.measure.protocol import Message
+from bench.measure.switches import recorded
 from bench.measure.timers.base import Prepared, Task, Timer, Unsupported
 from bench.measure.verification import Judgement, Oracle, Verifier, inputs_digest, results_digest
 from bench.plan.cells import Cell
@@ -26,13 +28,6 @@ _CALLS_BEFORE_TIMING = 3
 _GIVE_UP = 10  # one call this many times over the limit is no disturbance, and is not repeated
 # Inputs are drawn in float64, rounded to the storage dtype, and copied to the device.
 _BYTES_AN_ELEMENT = 16
-_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "XLA_FLAGS",
-    "JAX_CPU_ENABLE_ASYNC_DISPATCH",
-    "CUDA_VISIBLE_DEVICES",
-)
 _ONE_CALL = BlockSize(1, 1)
 
 
@@ -49,6 +44,20 @@ class _Held:
     first_result: Any = None
     result_bytes: int = 0
     size: BlockSize = _ONE_CALL
+
+
+def _check_compiled(held: _Held) -> None:
+    """Refuses a compiled mode in which Python ran the function: its time would be that of another mode.
+
+    Raises:
+        Unsupported: if it did.
+    """
+    count = 0 if held.prepared.uncompiled_calls is None else held.prepared.uncompiled_calls()
+    if count:
+        raise Unsupported(
+            f"{held.task.mode} did not compile it: Python ran the function in {count} calls; a switch of the framework "
+            "turns compilation off, or the compiler gave up"
+        )
 
 
 class Workbench:
@@ -82,12 +91,17 @@ class Workbench:
     def hello(self, request: Message) -> Message:
         """What this worker can do, and the switches before anyone touched them."""
         timer = self._timer
+        if refused := timer.refusals():
+            raise Unsupported(
+                f"{', '.join(refused)} is on when the process starts, and what is measured would not be what its row "
+                f"says; find the start-up file (sitecustomize, usercustomize) of {sys.executable} that sets it"
+            )
         return {
             "catalogue": asdict(timer.catalogue()),
             "devices": timer.devices(),
             "environment": timer.environment(),
             "python": platform.python_version(),
-            "variables": {name: os.environ.get(name) for name in _VARIABLES},
+            "variables": recorded(os.environ),
             "default_switches": timer.switches(),
             "cuda_packages": cuda_packages(installed_distributions()),
         }
@@ -148,6 +162,7 @@ class Workbench:
             held.first_result = result
             if durations[-1] > _GIVE_UP * request["call_limit_s"]:
                 break
+        _check_compiled(held)
         return {
             "call_s": min(durations),
             "compile_s": prepared.compile_s,
@@ -216,6 +231,7 @@ class Workbench:
         elapsed, result = time_block(call, wait, size, after_other=request["after_other"])
         reply: Message = {"block_latency_s": elapsed}
         if request["verify"]:
+            _check_compiled(held)
             reply["judgement"] = asdict(self._judge(held, result))
         return reply
 

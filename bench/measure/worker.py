@@ -3,11 +3,9 @@
 Needs NumPy, the framework, the tree that it measures and the parity harness; none of the benchmark's own other needs.
 """
 
-import ctypes
 import gc
 import importlib
 import os
-import signal
 import sys
 from functools import cached_property
 from typing import BinaryIO
@@ -16,6 +14,7 @@ from bench.measure.protocol import MISSING, Message, decode, encode, failure
 from bench.measure.timers.base import Timer, Unsupported
 from bench.measure.workbench import Workbench
 from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available
+from parity_tests.interpreters.child import end_with_parent
 
 CPUS_VARIABLE = "PARTITIONED_LINEAR_BENCH_CPUS"
 
@@ -32,13 +31,6 @@ def _pin_to_cpus() -> None:
     cpus = os.environ.get(CPUS_VARIABLE)
     if cpus and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
-
-
-def _end_with_parent() -> None:
-    """A worker that is busy does not notice a closed pipe: the kernel ends it when the coordinator is killed."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 class _Dispatcher:
@@ -92,7 +84,7 @@ def main(arguments: list[str]) -> int:
         print(f"usage: python -m bench.measure.worker {'|'.join(FRAMEWORKS)}", file=sys.stderr)
         return 2
     replies = _private_stdout()
-    _end_with_parent()
+    end_with_parent()
     _pin_to_cpus()
     serve(arguments[0], sys.stdin.buffer, replies)
     return 0

@@ -1,19 +1,17 @@
 """The coordinator's end of a worker: starts it, asks it with a time limit, and notices when it dies."""
 
 import os
-import select
 import signal
-import subprocess
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.measure.protocol import Message, RequestError, decode, encode, one_line
+from bench.measure.switches import without_unset
 from bench.measure.worker import CPUS_VARIABLE
+from parity_tests.interpreters.process import ChildProcess, ProcessError, signal_name
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-_READ_BYTES = 65536
 # How a process that could not have more memory says so in its last line, whatever it is written in.
 _OUT_OF_MEMORY = ("MemoryError", "bad_alloc", "annot allocate memory", "ut of memory", "RESOURCE_EXHAUSTED")
 _KERNEL_COUNTERS = Path("/proc/vmstat")
@@ -31,13 +29,15 @@ def _memory_kills() -> int:
 def worker_environment(framework: str, *, device: str, division: str, cpus: Sequence[int]) -> dict[str, str]:
     """Environment variables of a worker: everything that must be set before a framework is imported.
 
+    Switches that would make a mode, a precision or a clock a lie are not passed on; see `switches.UNSET`.
+
     Args:
         framework: ``torch`` or ``jax``.
         device: ``auto``, ``cpu`` or ``cuda``.
         division: in ``matched``, XLA may not keep excess precision and JAX does not run ahead on a CPU.
         cpus: the processors that both frameworks may use.
     """
-    found = dict(os.environ)
+    found = without_unset(os.environ)
     path = [str(CHECKOUT), *filter(None, [found.get("PYTHONPATH")])]
     found |= {"PYTHONPATH": os.pathsep.join(path), CPUS_VARIABLE: ",".join(map(str, cpus)), "PYTHONUNBUFFERED": "1"}
     if cpus:
@@ -54,7 +54,7 @@ def worker_environment(framework: str, *, device: str, division: str, cpus: Sequ
 
 
 class WorkerProcess:
-    """A running worker.
+    """A running worker, with the language of `protocol` over a child of `interpreters`.
 
     Args:
         command: its argument vector.
@@ -65,44 +65,32 @@ class WorkerProcess:
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
-        # A file and not a pipe: nobody reads it while the worker runs, and a full pipe would stop it.
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, closed with the worker
         # What a worker leaves there, compile caches above all, goes with it, whichever way it ends.
         self._scratch = tempfile.TemporaryDirectory(prefix="partitioned-linear-worker-")
+        variables = {**environment, "TMPDIR": self._scratch.name}
         try:
-            self._process = subprocess.Popen(
-                list(command),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._stderr,
-                env={**environment, "TMPDIR": self._scratch.name},
-                cwd=CHECKOUT,
-                # Ctrl-C is the coordinator's to handle: it ends its workers itself, after the records are safe.
-                start_new_session=True,
-            )
-        except OSError as error:
-            self._stderr.close()
+            self._child = ChildProcess(command, variables, "the worker process", cwd=CHECKOUT)
+        except ProcessError as error:
             self._scratch.cleanup()
-            raise RequestError("crash", f"{command[0]} cannot be started ({error.strerror})") from error
-        self._buffer = b""
+            raise RequestError("crash", f"{command[0]} {error.happened}") from error
         self._memory_kills = _memory_kills()
 
     @property
     def alive(self) -> bool:
         """Whether the process still runs."""
-        return self._process.poll() is None
+        return self._child.alive
 
     @property
     def pid(self) -> int:
         """Process id."""
-        return self._process.pid
+        return self._child.pid
 
     def request(self, message: Message, timeout_s: float) -> Message:
         """Sends a request and waits for its reply.
 
         Raises:
             RequestError: with the worker's own status; ``timeout`` if no reply came in time, ``crash`` if the process
-                ended. In the last two cases it is dead afterwards.
+                ended. In the last two cases it is dead afterwards, with all that it started.
         """
         self.send(message)
         reply = self.receive(timeout_s)
@@ -112,82 +100,44 @@ class WorkerProcess:
 
     def send(self, message: Message) -> None:
         """Sends a request without waiting, so that two workers can start at the same time."""
-        stream = self._process.stdin
-        try:
-            if stream is None:
-                raise BrokenPipeError
-            stream.write(encode(message))
-            stream.flush()
-        except BrokenPipeError as error:
-            raise self._ended() from error
+        self._child.write(encode(message))
 
     def receive(self, timeout_s: float) -> Message:
         """Waits for the reply to the oldest request that has none; see ``request``."""
-        stream = self._process.stdout
-        if stream is None:
-            raise RequestError("crash", "the worker has no output pipe")
-        deadline = time.monotonic() + timeout_s
-        while b"\n" not in self._buffer:
-            ready, _, _ = select.select([stream], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                self.kill()
-                raise RequestError("timeout", f"no answer within {timeout_s:g} s")
-            data = os.read(stream.fileno(), _READ_BYTES)
-            if not data:
-                raise self._ended()
-            self._buffer += data
-        line, _, self._buffer = self._buffer.partition(b"\n")
         try:
-            return decode(line)
+            return decode(self._child.read_line(timeout_s))
+        except ProcessError as error:
+            raise self._failure(error, timeout_s) from None
         except RequestError:
             # From here on nobody knows which reply belongs to which request.
             self.kill()
             raise
 
-    def _ended(self) -> RequestError:
-        """Why the process ended, with the last line that it wrote to stderr: ``oom`` if memory ran out, else ``crash``.
+    def _failure(self, error: ProcessError, timeout_s: float) -> RequestError:
+        """Says why there is no reply, with the last line that was printed: `oom` if memory ran out, else `crash`.
 
         The kernel sends the signal of ``kill -9`` to who takes the last memory, and counts that.
         """
-        self.kill()
-        code = self._process.wait()
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        last = lines[-1] if lines else ""
+        last, code = error.printed, error.status
+        if error.kind == "timeout":
+            return RequestError(
+                "timeout", f"no answer within {timeout_s:g} s" + (f"; it printed {last}" if last else "")
+            )
         killed_for_memory = code == -signal.SIGKILL and _memory_kills() > self._memory_kills
+        status = "oom" if killed_for_memory or any(words in last for words in _OUT_OF_MEMORY) else "crash"
+        how = error.happened
+        if code is not None:
+            how = f"ended with signal {signal_name(code)}" if code < 0 else f"ended with exit status {code}"
         if killed_for_memory:
             how += ", sent by the kernel because memory ran out"
-        status = "oom" if killed_for_memory or any(words in last for words in _OUT_OF_MEMORY) else "crash"
-        return RequestError(status, one_line(f"the worker process ended with {how}" + (f": {last}" if last else "")))
+        return RequestError(status, one_line(f"the worker process {how}" + (f": {last}" if last else "")))
 
     def kill(self) -> None:
-        """Ends the process, unless it is ending by itself: then its own exit status says more than our signal."""
-        try:
-            self._process.wait(timeout=0.5 if self._closed() else 0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _closed(self) -> bool:
-        """Whether the process closed its output."""
-        stream = self._process.stdout
-        if stream is None:
-            return True
-        ready, _, _ = select.select([stream], [], [], 0)
-        return bool(ready) and not os.read(stream.fileno(), _READ_BYTES)
+        """Ends the process and all that it started."""
+        self._child.kill()
 
     def close(self) -> None:
         """Asks the worker to quit, and kills it if it does not."""
-        try:
-            self.send({"operation": "quit"})
-            self._process.wait(timeout=2)
-        except (RequestError, subprocess.TimeoutExpired):
-            self.kill()
-        for stream in (self._process.stdin, self._process.stdout, self._stderr):
-            if stream is not None:
-                try:
-                    stream.close()
-                except BrokenPipeError:
-                    continue
+        self.send({"operation": "quit"})
+        self._child.end()
         self._scratch.cleanup()

@@ -10,11 +10,20 @@ REDUCE_OVERHEAD, MAX_AUTOTUNE, CUDA_GRAPH = "compile-reduce-overhead", "compile-
 # programs of any length, and meets `cuda-graph` in both divisions that compare graphs.
 JIT_GRAPH = "jit-graph"
 COMPILED_MODES: frozenset[str] = frozenset({COMPILE, REDUCE_OVERHEAD, MAX_AUTOTUNE, JIT, JIT_GRAPH})
+# On a GPU these replay recorded graphs, as two of `torch.compile`'s modes do. What JAX's `jit` does in
+# the stock and tuned divisions is XLA's choice: it records programs of five kernels and more.
+_GRAPH_MODES: frozenset[str] = frozenset({CUDA_GRAPH, REDUCE_OVERHEAD, MAX_AUTOTUNE, JIT_GRAPH})
+CALLS, GRAPHS = "calls", "graphs"
 IMPLEMENTATION, STOCK, YARDSTICK = "implementation", "stock", "yardstick"
 # What a user of the framework would type; the mode that every competitor of that framework is timed in.
 DEFAULT_MODE: Mapping[str, str] = {"torch": EAGER, "jax": JIT}
 FRAMEWORKS: tuple[str, ...] = tuple(DEFAULT_MODE)
 MODES: tuple[str, ...] = (EAGER, COMPILE, REDUCE_OVERHEAD, MAX_AUTOTUNE, CUDA_GRAPH, JIT, JIT_GRAPH)
+
+
+def launch(mode: str, device: str) -> str:
+    """Return how a mode starts its kernels: `GRAPHS` where it replays a recorded graph, else `CALLS`."""
+    return GRAPHS if device == "cuda" and mode in _GRAPH_MODES else CALLS
 
 
 @dataclass(frozen=True)

@@ -89,10 +89,15 @@ def _frameworks(found: FrameworkRatio | None) -> dict[str, Any] | None:
     return {
         "torch": found.torch,
         "jax": found.jax,
-        "jax_over_torch": interval_json(found.interval),
+        "jax_over_torch": None if found.interval is None else interval_json(found.interval),
         "verdict": found.verdict,
         "confidence": found.confidence,
     }
+
+
+def _share(log_ratio: float | None) -> float | None:
+    """Return a log ratio as the share by which one is faster; None if it is infinite."""
+    return None if log_ratio is None or math.isinf(log_ratio) else finite(math.expm1(min(log_ratio, 700.0)))
 
 
 def _ranking(ranking: Ranking) -> dict[str, Any]:
@@ -102,7 +107,9 @@ def _ranking(ranking: Ranking) -> dict[str, Any]:
         short[account.label] += 0 if account.control else account.short
     return {name: getattr(ranking.first, name) for name in SHARED} | {
         "baseline": ranking.baseline,
-        "resolution": None if ranking.resolution is None else finite(math.expm1(min(ranking.resolution, 700.0))),
+        "resolution": _share(ranking.resolution),
+        "noise_floor": _share(ranking.floor),
+        "spread_of_processes": _share(ranking.spread_of_processes) if ranking.one_process else None,
         "control": interval_json(ranking.control),
         "process_replicates": ranking.replicates,
         "confidence": ranking.confidence,
@@ -110,6 +117,9 @@ def _ranking(ranking: Ranking) -> dict[str, Any]:
         "winner": ranking.winner,
         "tied": list(ranking.tied),
         "frameworks": _frameworks(ranking.frameworks),
+        "framework_graphs": _frameworks(ranking.framework_graphs),
+        "disturbed": ranking.disturbed,
+        "disturbance": dict(ranking.first.disturbance) or None,
         "short_blocks": [asdict(account) for account in ranking.short_blocks],
         "rows": [_row(row, found[row.record.label], short[row.record.label]) for row in ranking.rows],
     }
@@ -148,15 +158,16 @@ def write_summary(path: Path, results: Results, notes: Sequence[str] = ()) -> No
 
 
 def write_frameworks(path: Path, results: Results) -> None:
-    """Writes one line for each cell that has both frameworks as comma-separated values.
+    """Writes one line for each cell and kind of launch that both frameworks have, as comma-separated values.
 
     Raises:
         OutputError: if there is none, or it cannot be written.
     """
     rows = [
-        {name: getattr(ranking.first, name) for name in SHARED} | flat(found)
+        {name: getattr(ranking.first, name) for name in SHARED} | {"launch": kind} | flat(_frameworks(found) or {})
         for ranking in results.found
-        if (found := _frameworks(ranking.frameworks)) is not None
+        for kind, found in ranking.framework_ratios.items()
+        if found.interval is not None
     ]
     if not rows:
         raise OutputError("--frameworks-csv: no cell has a speed of both frameworks; measure both first.")

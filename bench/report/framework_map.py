@@ -13,18 +13,18 @@ from bench.study.statistics import FASTER, SLOWER
 # Four times as fast or more has the full colour: what lies beyond would leave nothing to tell 1.1 from 1.5.
 _FULL = 4.0
 _DARK = 0.8 * math.log2(_FULL)
-_HEIGHT, _WIDTH = 22, 110
+_HEIGHT, _WIDTH = 22, 180
 # More rows than this make a picture that nobody scrolls through.
 MOST_ROWS = 300
 _NOTE = (
-    "the faster framework of each cell, the fastest competitor of each; open: not resolved (JAX's speed over PyTorch's)"
-    "; empty: no speed of both"
+    "the faster framework of each cell, the fastest competitor of each, with JAX's mode / PyTorch's mode",
+    "open: not resolved (JAX's speed over PyTorch's); grey: one framework has no such speed; empty: neither has",
 )
 
 
 def shade(found: FrameworkRatio) -> float:
     """Binary logarithm of JAX's speed over PyTorch's; 0 where neither was shown to be faster."""
-    if found.verdict not in (FASTER, SLOWER):
+    if found.interval is None or found.verdict not in (FASTER, SLOWER):
         return 0.0
     return math.log2(min(max(found.interval.ratio, 1 / _FULL), _FULL))
 
@@ -35,14 +35,14 @@ def squares(matrix: Matrix) -> list[dict[str, Any]]:
         {
             "workload": row,
             "conditions": column,
-            "shade": shade(ranking.frameworks),
-            "text": verdict_text(ranking.frameworks),
-            "torch": ranking.frameworks.torch,
-            "jax": ranking.frameworks.jax,
-            "interval": f"{ranking.frameworks.interval.low:.3g} to {ranking.frameworks.interval.high:.3g}",
+            "shade": shade(ratio),
+            "text": verdict_text(ratio),
+            "torch": ratio.torch or "no speed",
+            "jax": ratio.jax or "no speed",
+            "interval": "" if ratio.interval is None else f"{ratio.interval.low:.3g} to {ratio.interval.high:.3g}",
+            "alone": ratio.interval is None,
         }
-        for (row, column), ranking in matrix.places.items()
-        if ranking.frameworks is not None
+        for (row, column), (_, ratio) in matrix.places.items()
     ]
 
 
@@ -75,6 +75,8 @@ def framework_map(results: Results) -> Any:
             "(datum.value > 0 ? 'JAX ' : 'torch ') + pow(2, abs(datum.value)) + 'x'",
         ),
     )
+    # A square that lacks a side is no tie.
+    fill = alt.condition("datum.alone", alt.value("lightgray"), colour)
     # Black on the darkest squares would be hard to read.
     ink = alt.condition(f"abs(datum.shade) > {_DARK}", alt.value("white"), alt.value("black"))
     panels = []
@@ -86,7 +88,7 @@ def framework_map(results: Results) -> Any:
         tooltip = [alt.Tooltip(f"{name}:N") for name in ("torch", "jax", "interval")]
         panels.append(
             (
-                base.mark_rect(stroke="lightgray").encode(color=colour, tooltip=tooltip)
+                base.mark_rect(stroke="lightgray").encode(color=fill, tooltip=tooltip)
                 + base.mark_text(fontSize=10).encode(text="text:N", color=ink)
             ).properties(
                 title=matrix.device if len(found) == 1 else matrix.title,

@@ -3,9 +3,12 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from bench.environments import device_name, releases
+from bench.plan.competitors import CALLS
 from bench.report.text import factor, ratio
+from bench.study.disturbance import DISTURBED
 from bench.study.frameworks import FrameworkRatio
 from bench.study.identity import identity
 from bench.study.ranking import Ranking
@@ -15,8 +18,17 @@ from bench.study.statistics import FASTER, SAME, SLOWER
 HEADING = "PyTorch against JAX"
 LEGEND = (
     "The fastest competitor of each framework in a cell, whatever it is, and by how much the faster of the two beats "
-    "the other; `same`: within 2%; `open`: not resolved, with JAX's speed over PyTorch's; `-`: no speed of both."
+    "the other; in brackets the mode of JAX's and that of PyTorch's; `same`: within 2%; `open`: not resolved, with "
+    "JAX's speed over PyTorch's; `disturbed`: others used the machine; `only`: the other framework has no speed to set "
+    "against it; `-`: no speed. Recorded graphs are compared with recorded graphs, in columns of their own."
 )
+
+
+class Place(NamedTuple):
+    """One square of a matrix."""
+
+    ranking: Ranking
+    ratio: FrameworkRatio
 
 
 @dataclass
@@ -25,11 +37,11 @@ class Matrix:
 
     Attributes:
         device: what it was measured on.
-        places: row and column to the ranking there.
+        places: row and column to the ranking there, and the comparison of one kind of launch.
     """
 
     device: str
-    places: dict[tuple[str, str], Ranking] = field(default_factory=dict)
+    places: dict[tuple[str, str], Place] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[str]:
@@ -44,7 +56,7 @@ class Matrix:
     @property
     def environments(self) -> list[str]:
         """Where the cells were measured; a division has an environment of its own."""
-        return list(dict.fromkeys(ranking.first.environment_id for ranking in self.places.values()))
+        return list(dict.fromkeys(place.ranking.first.environment_id for place in self.places.values()))
 
     @property
     def title(self) -> str:
@@ -54,14 +66,14 @@ class Matrix:
 
 
 def matrices(results: Results) -> list[Matrix]:
-    """The cells in which both frameworks were timed, apart by device and by releases of the frameworks.
+    """The cells of runs in which both frameworks were timed, apart by device and by releases of the frameworks.
 
     A cell that was measured twice, in two environments, goes into a further matrix, and so do workloads that share no
     condition with the others, directly or through a third: one table would be mostly empty.
     """
     found: dict[str, list[Matrix]] = {}
     for ranking in results.found:
-        if ranking.frameworks is None:
+        if not ranking.framework_ratios:
             continue
         environment_id = ranking.first.environment_id
         known = results.environments.get(environment_id)
@@ -69,13 +81,18 @@ def matrices(results: Results) -> list[Matrix]:
         key = environment_id if known is None else json.dumps([device_name(known), releases(known)], sort_keys=True)
         alike = found.setdefault(key, [])
         where = identity(ranking.first)
-        place = (where.what, where.how)
-        matrix = next((one for one in alike if place not in one.places), None)
+        places = {
+            (where.what, where.how if kind == CALLS else f"{where.how}, {kind}"): Place(ranking, ratio)
+            for kind, ratio in ranking.framework_ratios.items()
+        }
+        matrix = next((one for one in alike if not places.keys() & one.places.keys()), None)
         if matrix is None:
             matrix = Matrix("unknown" if known is None else device_name(known))
             alike.append(matrix)
-        matrix.places[place] = ranking
-    return [part for alike in found.values() for matrix in alike for part in _connected(matrix)]
+        matrix.places.update(places)
+    parts = [part for alike in found.values() for matrix in alike for part in _connected(matrix)]
+    # A run of one framework compares nothing.
+    return [part for part in parts if any(place.ratio.interval is not None for place in part.places.values())]
 
 
 def _connected(matrix: Matrix) -> list[Matrix]:
@@ -86,35 +103,48 @@ def _connected(matrix: Matrix) -> list[Matrix]:
         rows, columns = {row}.union(*(part[0] for part in touched)), {column}.union(*(part[1] for part in touched))
         parts = [part for part in parts if part not in touched] + [(rows, columns)]
     found = [
-        Matrix(matrix.device, {place: ranking for place, ranking in matrix.places.items() if place[0] in rows})
+        Matrix(matrix.device, {where: place for where, place in matrix.places.items() if where[0] in rows})
         for rows, _ in parts
     ]
     order = list(matrix.places)
     return sorted(found, key=lambda part: order.index(next(iter(part.places))))
 
 
+def _mode(label: str) -> str:
+    """The mode that a label ends with, without what `torch.compile`'s other modes are told apart by anyway."""
+    return label.rpartition("(")[2].removesuffix(")").removeprefix("compile-")
+
+
 def verdict_text(found: FrameworkRatio | None) -> str:
-    """Who is faster, and by how much."""
+    """Who is faster, by how much, and the mode of each."""
     if found is None:
         return "-"
-    speed = found.interval.ratio
+    if found.torch is None or found.jax is None or found.interval is None:
+        name, label = ("torch", found.torch) if found.jax is None else ("JAX", found.jax)
+        return f"{name} only ({_mode(str(label))})"
+    speed, modes = found.interval.ratio, f"{_mode(found.jax)} / {_mode(found.torch)}"
     if found.verdict == FASTER:
-        return f"JAX {factor(speed)}x"
+        return f"JAX {factor(speed)}x ({modes})"
     if found.verdict == SLOWER:
-        return f"torch {factor(1 / speed)}x"
-    return "same" if found.verdict == SAME else f"open ({factor(speed)}x)"
+        return f"torch {factor(1 / speed)}x ({modes})"
+    if found.verdict == SAME:
+        return f"same ({modes})"
+    return f"{'disturbed' if found.verdict == DISTURBED else 'open'}: {factor(speed)}x ({modes})"
 
 
 def line(matrix: Matrix, row: str, columns: Sequence[str]) -> list[str]:
     """The row of a matrix: its name and a verdict for each column."""
     shown = (matrix.places.get((row, column)) for column in columns)
-    return [row] + [verdict_text(None if ranking is None else ranking.frameworks) for ranking in shown]
+    return [row] + [verdict_text(None if place is None else place.ratio) for place in shown]
 
 
 def framework_line(ranking: Ranking) -> list[str]:
-    """One cell's comparison in words; none where a framework is missing."""
-    found = ranking.frameworks
-    if found is None:
-        return []
-    who = f"{found.jax} against {found.torch}; interval of {found.confidence:.1%}, for all that tie"
-    return [f"JAX over PyTorch, the fastest of each: {ratio(found.interval)}, {found.verdict} ({who})."]
+    """One cell's comparison in words, a line for each kind of launch that both frameworks have."""
+    lines = []
+    for kind, found in ranking.framework_ratios.items():
+        if found.interval is None:
+            continue
+        who = f"{found.jax} against {found.torch}; interval of {found.confidence:.1%}, for all that tie"
+        of = "the fastest of each" if kind == CALLS else "the fastest recorded graph of each"
+        lines.append(f"JAX over PyTorch, {of}: {ratio(found.interval)}, {found.verdict} ({who}).")
+    return lines

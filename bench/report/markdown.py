@@ -54,7 +54,16 @@ def environment_lines(environment_id: str, found: Mapping[str, Any]) -> list[str
             f"{key} {value}" for key, value in framework["versions"].items() if value is not None and "git" not in key
         )
         switches = ", ".join(f"{key}={value}" for key, value in framework["default_switches"].items())
-        lines.append(f"{name}: Python {framework.get('python')}, {versions}. Switches at its start: {switches}.")
+        variables = ", ".join(
+            f"{key}={value}" for key, value in (framework.get("variables") or {}).items() if value not in (None, "")
+        )
+        lines.append(
+            f"{name}: Python {framework.get('python')}, {versions}. Switches at its start: {switches}."
+            + (f" Variables: {variables}." if variables else "")
+        )
+    if unset := found.get("unset_variables"):
+        named = ", ".join(f"{key}={value}" for key, value in unset.items())
+        lines.append(f"Set in the shell, and unset for the measurement: {named}.")
     return lines
 
 
@@ -86,12 +95,15 @@ _EXPLANATION = (
     "Ratios are paired by round, and averaged geometrically over the middle three fifths of the rounds (over all",
     "where there are fewer than ten); intervals are 95% bootstrap intervals, wider where a run looked several times",
     "before it stopped, and between the frameworks wider by the number of pairs of those that tie. SAME means that",
-    "the whole interval lies within 2% of the baseline, UNRESOLVED that nothing may be said. FASTER and SLOWER need",
-    "more than the A/A control differs from itself by, and more than 2% where there is one process, because processes",
-    "differ. `1=` marks those that tie for the first place, since no claim against all others at once holds (Holm). A",
-    "yardstick computes another function and is not ranked. The measured ceiling and the data sheet bound the useful",
-    "work: a share is the least possible time over the time taken. Compiling pays after so many calls against eager",
-    "calls of the same implementation, and where none were timed, as in JAX, against the baseline's.",
+    "the whole interval lies within 2% of the baseline, UNRESOLVED that nothing may be said. FASTER and SLOWER hold",
+    "for all competitors of a cell together (Holm), and need more than the A/A control differs from itself by: of the",
+    "estimate, and where that is more than 15%, of the whole interval. With one process they need more than processes",
+    "differ by: what several processes of the same machine showed, and where that is not known 10% in a comparison of",
+    "two competitors, more among many. More processes tell smaller differences. `1=` marks those that tie for the",
+    "first place, since no claim against all others at once holds (Holm). A yardstick computes another function and",
+    "is not ranked. The measured ceiling and the data sheet bound the useful work: a share is the least possible time",
+    "over the time taken. Compiling pays after so many calls against eager calls of the same implementation, and",
+    "where none were timed, as in JAX, against the baseline's.",
 )
 
 

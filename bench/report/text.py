@@ -8,7 +8,7 @@ from statistics import median
 from bench.records import Record
 from bench.study.ranking import Ranking, Row
 from bench.study.roofline import Efficiency
-from bench.study.statistics import Interval
+from bench.study.statistics import COARSE, UNKNOWN, Interval
 from bench.study.stopping import RESOLUTION
 
 RANKING_COLUMNS: tuple[str, ...] = (
@@ -37,6 +37,7 @@ EFFICIENCY_COLUMNS: tuple[str, ...] = (
 _LARGEST_SHOWN = 2.4
 # More names say less: the JSON lists them all.
 _NAMED = 5
+MORE_PROCESSES = "more of them, as with --replicates 5, would tell smaller differences"
 _TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
 _BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
@@ -157,6 +158,8 @@ def titles(found: Sequence[Ranking]) -> list[str]:
 
 def winner_line(ranking: Ranking) -> str:
     """Who is the fastest, or who cannot be told from the fastest."""
+    if ranking.disturbed:
+        return "The machine was disturbed while this cell was timed: no competitor is called faster than another."
     if ranking.winner is not None:
         return f"Fastest: {ranking.winner}, against every other competitor (Holm-corrected)."
     if not ranking.tied:
@@ -173,12 +176,21 @@ def baseline_line(ranking: Ranking) -> str:
     if ranking.baseline is None:
         return "No competitor could be timed, so there is no baseline."
     text = f"Baseline: {ranking.baseline}; above 1x is faster."
-    if ranking.resolution is None or math.isinf(ranking.resolution):
+    if ranking.disturbed:
+        return text
+    if ranking.control is None or ranking.floor is None or ranking.resolution is None:
         return f"{text} No A/A control, so nothing is resolved."
+    text += f" A/A control {ratio(ranking.control)}: "
+    if ranking.floor > UNKNOWN:
+        return f"{text}known to no better than a factor of 10, so nothing is resolved."
     noise = percent(ranking.resolution)
-    why = " (one process)" if ranking.one_process else ""
     least = "less than " if ranking.resolution < _LARGEST_SHOWN else ""
-    return f"{text} A/A control {ratio(ranking.control)}: nobody is called faster by {least}{noise}{why}."
+    text += f"nobody is called faster by {least}{noise}"
+    if ranking.floor > COARSE:
+        text += ", and only if the whole interval lies beyond the control's"
+    if ranking.one_process:
+        text += f" (one process; {MORE_PROCESSES})"
+    return f"{text}."
 
 
 def resolution_line(found: Sequence[Ranking]) -> str:
@@ -187,10 +199,24 @@ def resolution_line(found: Sequence[Ranking]) -> str:
     widths = sorted(width for ranking in timed if (width := ranking.half_width) is not None)
     if not widths:
         return "A/A controls: none with an interval, so nothing is resolved."
-    fine = sum(width < RESOLUTION for width in widths)
-    return (
+    fine, disturbed = sum(width < RESOLUTION for width in widths), sum(ranking.disturbed for ranking in timed)
+    said = (
         f"A/A controls: half-width below {math.expm1(RESOLUTION):.0%} in {fine} of {len(timed)} cells, "
         f"median {percent(median(widths))}, largest {percent(widths[-1])}."
+    )
+    if disturbed:
+        said += (
+            f" In {disturbed} of {len(timed)} cells others used the machine: they have no verdict; measure them again "
+            "where nothing else runs, or with --when-busy wait."
+        )
+    spreads = sorted(ranking.spread_of_processes for ranking in timed if ranking.one_process and not ranking.disturbed)
+    if not spreads:
+        return said
+    low, high = percent(spreads[0]), percent(spreads[-1])
+    within = low if low == high else f"{low} to {high}, by the number of competitors"
+    return (
+        f"{said} One process measured {len(spreads)} of the cells, and names nobody there within {within}: "
+        f"{MORE_PROCESSES}."
     )
 
 
@@ -202,7 +228,8 @@ def reasons(ranking: Ranking) -> list[str]:
 
 def remarks(ranking: Ranking) -> list[str]:
     """What else a reader of a cell's figures should know, one line for each."""
-    return [f"Remark: {found.sentence}." for found in ranking.short_blocks]
+    found = [f"Remark: {found.sentence}." for found in ranking.short_blocks]
+    return found if ranking.disturbance is None else [*found, ranking.disturbance]
 
 
 def summary_line(counts: Mapping[str, int]) -> str:

@@ -2,14 +2,16 @@
 
 import multiprocessing
 import os
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 from bench.archive import Archive, CellPlaces, read_cells
 from bench.records import Record
+from bench.study.process_spread import ProcessSpread, seen_spreads
 from bench.study.ranking import Ranking, rank_cells, tally
 
 # Below this, starting processes takes longer than they save.
@@ -19,10 +21,13 @@ _CELLS_A_TASK = 100
 # Each holds some sixty megabytes of libraries.
 _MOST_PROCESSES = 4
 
+# A hundred cells take a second.
+_TASK_S = 600.0
+
 Ranked = tuple[list[Ranking], Counter[str]]
 
 
-def _ranked(keep: Callable[[Record], bool], cells: Sequence[CellPlaces]) -> Ranked:
+def _ranked(keep: Callable[[Record], bool], seen: Mapping[str, ProcessSpread], cells: Sequence[CellPlaces]) -> Ranked:
     outcomes: Counter[str] = Counter()
 
     def counted() -> Iterator[list[Record]]:
@@ -31,7 +36,41 @@ def _ranked(keep: Callable[[Record], bool], cells: Sequence[CellPlaces]) -> Rank
                 outcomes.update(tally(group))
                 yield group
 
-    return rank_cells(counted()), outcomes
+    return rank_cells(counted(), seen), outcomes
+
+
+class _Watch:
+    """Kills processes that this one started since, if they are waited for too long; a pool that uses them breaks then.
+
+    Args:
+        limit_s: seconds that one task may take.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s, self._before = limit_s, set(multiprocessing.active_children())
+        self._timer: threading.Timer | None = None
+
+    def start(self) -> None:
+        """Begins to wait."""
+        self.stop()
+        self._timer = threading.Timer(self._limit_s, self._kill)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def stop(self) -> None:
+        """Waits no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _kill(self) -> None:
+        for process in set(multiprocessing.active_children()) - self._before:
+            process.kill()
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
 
 def ranked_archive(archive: Archive) -> Iterator[Ranked]:
@@ -46,20 +85,23 @@ def ranked_archive(archive: Archive) -> Iterator[Ranked]:
     Raises:
         StoreError: if a line is damaged.
     """
-    cells, rank = archive.places(), partial(_ranked, archive.keep)
+    cells, rank = archive.places(), partial(_ranked, archive.keep, seen_spreads(archive))
     processes = min(os.cpu_count() or 1, _MOST_PROCESSES)
     if len(cells) < _MANY_CELLS or processes < 2:
         yield rank(cells)
         return
     tasks = [cells[start : start + _CELLS_A_TASK] for start in range(0, len(cells), _CELLS_A_TASK)]
     # Not forked: this process may have threads, of a progress bar or of a linear algebra library.
-    done = 0
+    done, watch = 0, _Watch(_TASK_S)
     try:
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with watch, ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
             for ranked in pool.map(rank, tasks):
+                watch.stop()
                 yield ranked
                 done += 1
+                watch.start()
     except BrokenProcessPool:
-        # Ended by the system for want of memory, or not startable from the calling script: the same work, done here.
+        # Ended by the system for want of memory, by the watch, or not startable from the calling script: the same work,
+        # done here.
         for task in tasks[done:]:
             yield rank(task)

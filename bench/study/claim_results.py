@@ -6,7 +6,7 @@ the size is not, and not at all otherwise. A claim holds if every part does in e
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.plan.competitors import DEFAULT_MODE, IMPLEMENTATION
@@ -14,6 +14,7 @@ from bench.records import Record
 from bench.study.claims import ABOUT, ABOUT_FACTOR, AT_LEAST, CLAIMS, CPU, GPU, LOOP, MEMORY, Claim, Part
 from bench.study.identity import Identity, identity
 from bench.study.pairing import by_label, intervals, log_latencies
+from bench.study.process_spread import NOTHING_SEEN, ProcessSpread
 from bench.study.ranking import Ranking, rank_cells
 from bench.study.statistics import Interval
 
@@ -70,6 +71,7 @@ class _Cell:
     where: Identity
     records: dict[str, list[Record]]
     ranking: Ranking
+    seen: ProcessSpread
 
     def of(self, framework: str, name: str) -> list[Record]:
         return self.records.get(f"{framework} {name} ({DEFAULT_MODE[framework]})", [])
@@ -97,12 +99,16 @@ def _missing(records: Sequence[Record], name: str) -> str:
 def _speed(cell: _Cell, framework: str, part: Part) -> Finding:
     loop, case = cell.of(framework, LOOP), cell.of(framework, part.case)
     reason = _missing(loop, LOOP) or _missing(case, part.case)
+    if not reason and cell.ranking.disturbed:
+        reason = "others used the machine while the two were timed"
     if reason:
         return Finding(cell.where, framework, part, None, "", reason, absent=not (loop and case))
     found = intervals(log_latencies(loop), {part.case: log_latencies(case)}, cell.ranking.confidence)
     if part.case not in found:
         return Finding(cell.where, framework, part, None, "", "the two share no process")
-    return Finding(cell.where, framework, part, found[part.case], judge(part, found[part.case]))
+    # Shown as it was measured, judged with what another process may differ by.
+    judged = judge(part, found[part.case].across_processes(cell.seen.reach(1)))
+    return Finding(cell.where, framework, part, found[part.case], judged)
 
 
 def _memory(cell: _Cell, framework: str, part: Part) -> Finding:
@@ -170,15 +176,24 @@ def _ranges(findings: Iterable[Finding]) -> str:
     return ", ".join(texts) or "nothing could be compared"
 
 
-def claim_results(groups: Iterable[Sequence[Record]]) -> list[ClaimResult]:
-    """Judges every claim.
+def claim_results(
+    groups: Iterable[Sequence[Record]], seen: Mapping[str, ProcessSpread] | None = None
+) -> list[ClaimResult]:
+    """Judge every claim.
 
     Args:
         groups: the records of one cell and environment each.
+        seen: environment to what is known of the spread of processes on its machine.
     """
+    known = seen or {}
     needed = {name for claim in CLAIMS for name in claim.workloads}
     cells = [
-        _Cell(identity(group[0]), by_label(group), rank_cells([group])[0])
+        _Cell(
+            identity(group[0]),
+            by_label(group),
+            rank_cells([group], known)[0],
+            known.get(group[0].environment_id, NOTHING_SEEN),
+        )
         for group in groups
         if group[0].workload in needed and group[0].direction in ("forward", "forward_backward")
     ]

@@ -7,7 +7,7 @@ the trimmed mean log latencies. Rounds of two runs cannot be paired, so its inte
   fail with a chance of 5% in all and not in each: over processes as ``scatter`` learns it from all competitors
   together, and over rounds where a run has one process;
 - the floors of both runs, below which they name nobody: the far ends of their A/A intervals, what the same code in the
-  same run may differ by, and at least 2% of a run of one process, since processes differ;
+  same run may differ by, and of a run of one process at least the spread of processes (`process_spread`);
 - the median shift of the other competitors of the cell: what all of them share is the machine's doing, or a change
   that they all share, and cannot be told apart from it.
 

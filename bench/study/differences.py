@@ -7,7 +7,8 @@ from statistics import median
 
 from bench.plan.competitors import YARDSTICK
 from bench.study.identity import Identity
-from bench.study.measured_cells import Measured, Spread
+from bench.study.measured_cells import Measured
+from bench.study.pairing import Spread
 from bench.study.scatter import Prior, Scatter, apart_from_others, pooled, usual
 from bench.study.statistics import Interval, student_t_quantile
 

@@ -1,37 +1,16 @@
 """The cells of one run, with the spread of every competitor, for a comparison with another run."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from bench.archive import Archive
 from bench.environments import StoreError
 from bench.study.identity import Identity, identity
-from bench.study.pairing import by_label, log_latencies, paired
+from bench.study.pairing import Spread, by_label, log_latencies, paired, spreads_of
+from bench.study.process_spread import ProcessSpread
 from bench.study.ranking import Ranking, rank_cells
-from bench.study.statistics import process_means
-from bench.study.trimming import middle_rounds, pseudo_values
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A competitor in one run.
-
-    Attributes:
-        mean: trimmed mean of its log seconds or log ratios.
-        error: its standard error.
-        units: number of processes, or of rounds where there is one process.
-        degrees: degrees of freedom of the error.
-        processes: mean of each process by its number; empty where there is one process.
-    """
-
-    mean: float
-    error: float
-    units: int
-    degrees: int
-    processes: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,12 +28,15 @@ class Measured:
     to_baseline: Mapping[str, Spread]
 
 
-def measured_cells(archive: Archive, name: str) -> dict[Identity, Measured]:
-    """The cells of a run by their conditions.
+def measured_cells(
+    archive: Archive, name: str, seen: Mapping[str, ProcessSpread] | None = None
+) -> dict[Identity, Measured]:
+    """Return the cells of a run by their conditions.
 
     Args:
         archive: the run.
         name: its directory, for the message.
+        seen: environment to what is known of how its processes differ.
 
     Raises:
         StoreError: if it holds one of them twice, from two environments.
@@ -68,7 +50,7 @@ def measured_cells(archive: Archive, name: str) -> dict[Identity, Measured]:
                 f"{cells[where].ranking.first.environment_id} and {group[0].environment_id}; choose one with --where-a "
                 "or --where-b environment_id=..., or give runs of one each."
             )
-        ranking = rank_cells([group])[0]
+        ranking = rank_cells([group], seen)[0]
         groups = by_label(group)
         rounds = {label: log_latencies(records) for label, records in groups.items()}
         timed = {
@@ -77,9 +59,9 @@ def measured_cells(archive: Archive, name: str) -> dict[Identity, Measured]:
             if all(record.status == "ok" for record in records)
         }
         spreads = {
-            label: _spreads(np.concatenate(list(found.values()))[None], tuple(map(len, found.values())), tuple(found))[
-                0
-            ]
+            label: spreads_of(
+                np.concatenate(list(found.values()))[None], tuple(map(len, found.values())), tuple(found)
+            )[0]
             for label, found in timed.items()
         }
         # As the ranking does it: a baseline that failed in one process has rounds of the others.
@@ -88,35 +70,8 @@ def measured_cells(archive: Archive, name: str) -> dict[Identity, Measured]:
             label: spread
             for block in pairs
             for label, spread in zip(
-                block.labels, _spreads(block.log_ratios, block.lengths, block.processes), strict=True
+                block.labels, spreads_of(block.log_ratios, block.lengths, block.processes), strict=True
             )
         }
         cells[where] = Measured(ranking, spreads, to_baseline)
     return cells
-
-
-def _spreads(rows: np.ndarray, lengths: tuple[int, ...], processes: tuple[int, ...]) -> list[Spread]:
-    """The spread of each row: over processes where there are several, else over rounds.
-
-    Args:
-        rows: one value a round, the processes behind one another.
-        lengths: number of rounds of each process.
-        processes: their numbers.
-    """
-    units = pseudo_values(rows, lengths)
-    degrees = middle_rounds(units.shape[1]) - 1
-    several = len(lengths) > 1
-    if several:
-        units, degrees = process_means(units, lengths), len(lengths) - 1
-    count = units.shape[1]
-    errors = units.std(1, ddof=1) / math.sqrt(count) if count > 1 else np.full(len(units), math.inf)
-    return [
-        Spread(
-            float(means.mean()),
-            float(error),
-            count,
-            degrees,
-            dict(zip(processes, means.tolist(), strict=True)) if several else {},
-        )
-        for means, error in zip(units, errors, strict=True)
-    ]

@@ -1,13 +1,15 @@
 """Competitors of one cell, paired by process and round."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from bench.records import Record
-from bench.study.statistics import Interval, ratio_intervals, round_log_latency
+from bench.study.statistics import Interval, process_means, ratio_intervals, round_log_latency
+from bench.study.trimming import middle_rounds, pseudo_values
 
 # Process replicate to mean log seconds of a call, in each round.
 Rounds = Mapping[int, np.ndarray]
@@ -37,6 +39,52 @@ class Block:
     log_ratios: np.ndarray
     lengths: tuple[int, ...]
     processes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A competitor's mean and its standard error.
+
+    Attributes:
+        mean: trimmed mean of its log seconds or log ratios.
+        error: its standard error.
+        units: number of processes, or of rounds where there is one process.
+        degrees: degrees of freedom of the error.
+        processes: mean of each process by its number; empty where there is one process.
+    """
+
+    mean: float
+    error: float
+    units: int
+    degrees: int
+    processes: Mapping[int, float] = field(default_factory=dict)
+
+
+def spreads_of(rows: np.ndarray, lengths: tuple[int, ...], processes: tuple[int, ...]) -> list[Spread]:
+    """Return the spread of each row: over processes where there are several, else over rounds.
+
+    Args:
+        rows: one value a round, the processes behind one another.
+        lengths: number of rounds of each process.
+        processes: their numbers.
+    """
+    units = pseudo_values(rows, lengths)
+    degrees = middle_rounds(units.shape[1]) - 1
+    several = len(lengths) > 1
+    if several:
+        units, degrees = process_means(units, lengths), len(lengths) - 1
+    count = units.shape[1]
+    errors = units.std(1, ddof=1) / math.sqrt(count) if count > 1 else np.full(len(units), math.inf)
+    return [
+        Spread(
+            float(means.mean()),
+            float(error),
+            count,
+            degrees,
+            dict(zip(processes, means.tolist(), strict=True)) if several else {},
+        )
+        for means, error in zip(units, errors, strict=True)
+    ]
 
 
 def paired(reference: Rounds, others: Mapping[str, Rounds]) -> list[Block]:

@@ -6,14 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from bench.plan.competitors import YARDSTICK
+from bench.plan.competitors import CALLS, GRAPHS, YARDSTICK, launch
 from bench.records import Record
+from bench.study.disturbance import DISTURBED, disturbance_line, is_disturbed
 from bench.study.frameworks import FrameworkRatio, framework_ratio
 from bench.study.identity import identity
-from bench.study.pairing import Rounds, by_label, intervals, log_latencies
+from bench.study.pairing import Rounds, by_label, log_latencies, paired
+from bench.study.process_spread import NOTHING_SEEN, ProcessSpread, spreads_by_machine
 from bench.study.short_blocks import ShortBlocks, short_blocks
-from bench.study.statistics import CONFIDENCE, SLOWER, Interval, named_from, resolution, tukey_outliers, verdict
+from bench.study.statistics import CONFIDENCE, JUDGED, SLOWER, Interval, tukey_outliers
 from bench.study.stopping import confidence
+from bench.study.verdicts import CONTROL, measure
 from bench.study.winners import leaders
 
 BASELINE = "baseline"
@@ -28,7 +31,7 @@ class Row:
         rank: 1 for the fastest; None for a yardstick and for a competitor without a right answer.
         latency_s: median over the replicates of the median call, or None.
         interval: ratio to the baseline, or None.
-        verdict: FASTER, SLOWER, SAME, UNRESOLVED, ``baseline``, ``yardstick``, or empty without an interval.
+        verdict: FASTER, SLOWER, SAME, UNRESOLVED, DISTURBED, ``baseline``, ``yardstick``, or empty without an interval.
         outliers: number of blocks outside Tukey's fences.
         tied: whether it is one of several that tie for the first place.
         waited_s: median seconds of a single call that was waited for, or None.
@@ -57,15 +60,21 @@ class Ranking:
         cell: the cell's hash.
         first: any record of the cell, for what they have in common.
         baseline: label of the baseline, or None if nothing could be timed.
-        resolution: smallest log ratio that is named: the far end of the A/A control's interval, and at least 2% where
-            there is one process; None without a control.
+        resolution: smallest log ratio that is named: the noise floor, and with a single process at least the spread of
+            processes; None without a control.
+        floor: noise floor as a log ratio, which is the far end of the A/A control's interval; None without a control.
+        spread_of_processes: log ratio within which the competitors' verdicts name nobody, since the cell has a single
+            process; 0 where it has several.
         control: the A/A interval, or None.
         rows: ranked competitors first, then yardsticks, then those without a speed.
         replicates: number of process replicates.
         leaders: labels of the fastest competitor and of everybody who ties with it; empty if nobody was timed.
         confidence: of the intervals, so that they hold at 95% however often the run looked at them.
         short_blocks: of every record, the control's included, that has blocks much shorter than intended.
-        frameworks: the fastest of JAX against the fastest of PyTorch; None where either is missing.
+        frameworks: the fastest plain calls of JAX against those of PyTorch; None where neither has any.
+        framework_graphs: the same for recorded graphs.
+        disturbed: whether others used the machine so that the cell has no verdict.
+        disturbance: how much they did, in one sentence; None where the records do not tell.
     """
 
     cell: str
@@ -79,6 +88,17 @@ class Ranking:
     confidence: float = CONFIDENCE
     short_blocks: tuple[ShortBlocks, ...] = ()
     frameworks: FrameworkRatio | None = None
+    framework_graphs: FrameworkRatio | None = None
+    floor: float | None = None
+    spread_of_processes: float = 0.0
+    disturbed: bool = False
+    disturbance: str | None = None
+
+    @property
+    def framework_ratios(self) -> dict[str, FrameworkRatio]:
+        """Kind of launch to the comparison of the frameworks, where either has a speed of it."""
+        both = {CALLS: self.frameworks, GRAPHS: self.framework_graphs}
+        return {kind: found for kind, found in both.items() if found is not None}
 
     @property
     def winner(self) -> str | None:
@@ -96,8 +116,8 @@ class Ranking:
 
     @property
     def one_process(self) -> bool:
-        """Whether the smallest ratio that is named is that of a single process, and not what the control shows."""
-        return self.control is not None and self.resolution is not None and self.resolution > resolution(self.control)
+        """Whether a single process stands behind the verdicts, so that more of them could name smaller ratios."""
+        return self.spread_of_processes > 0
 
     @property
     def half_width(self) -> float | None:
@@ -126,7 +146,7 @@ def _level(records: Sequence[Record], processes: int) -> float:
     return max(confidence(len(r.block_latency_s) // 2, r.stopped if r.status == "ok" else "") for r in records)
 
 
-def _rank_cell(records: Sequence[Record]) -> Ranking:
+def _rank_cell(records: Sequence[Record], seen: ProcessSpread) -> Ranking:
     by_competitor = by_label(records)
     baseline = next((record.label for record in records if record.baseline and not record.control), None)
     rounds = {label: log_latencies(group) for label, group in by_competitor.items()}
@@ -134,15 +154,19 @@ def _rank_cell(records: Sequence[Record]) -> Ranking:
     level = _level(records, processes=len(reference))
     failed = {label: worst for label, group in by_competitor.items() if (worst := _worst(group)) is not None}
     timed = {label: group for label, group in by_competitor.items() if label not in failed}
-    # The control together with the competitors, whose rounds it shares; its key is no label.
+    # The control together with the competitors, whose rounds it shares.
     repeated = log_latencies(record for record in records if record.control)
-    found = intervals(reference, {"": repeated} | {label: rounds[label] for label in timed}, level)
-    control = found.get("")
-    floor = None if control is None else named_from(control, len(reference.keys() & repeated.keys()))
+    compared = [label for label, group in timed.items() if label != baseline and group[0].kind != YARDSTICK]
+    single = len(reference.keys() & repeated.keys()) == 1
+    reach = seen.reach(len(compared))
+    measured = measure(paired(reference, {CONTROL: repeated} | {label: rounds[label] for label in timed}), level)
+    verdicts = measured.verdicts(compared, reach)
+    floor, least = measured.floor, measured.floor
+    if single and floor is not None:
+        least = max(floor, reach)
     rows: list[Row] = []
     for label, group in timed.items():
-        interval = found.get(label)
-        said = "" if interval is None else verdict(interval, floor)
+        said = verdicts.get(label, "")
         if label == baseline:
             said = BASELINE
         elif group[0].kind == YARDSTICK:
@@ -150,6 +174,7 @@ def _rank_cell(records: Sequence[Record]) -> Ranking:
         latency = _median(record.latency_s for record in group)
         outliers = sum(tukey_outliers(record.block_latency_s) for record in group)
         waited = _median(seconds for record in group for seconds in record.synchronised_latency_s)
+        interval = measured.intervals.get(label)
         rows.append(Row(group[0].without_samples(), None, latency, interval, said, outliers, waited_s=waited))
 
     def speed(row: Row) -> float:
@@ -157,7 +182,8 @@ def _rank_cell(records: Sequence[Record]) -> Ranking:
 
     rows.sort(key=speed)
     ranked = [row for row in rows if row.record.kind != YARDSTICK]
-    first = leaders({row.record.label: rounds[row.record.label] for row in ranked}, floor, confidence=level)
+    competitors = {row.record.label: rounds[row.record.label] for row in ranked}
+    first = leaders(competitors, floor, confidence=level, seen=seen)
     # Where few rounds let the correction for many competitors reject nobody, whoever is SLOWER than the baseline still
     # does not tie with the fastest. Nobody becomes a winner by that.
     slower = {row.record.label for row in ranked if row.verdict == SLOWER}
@@ -168,24 +194,57 @@ def _rank_cell(records: Sequence[Record]) -> Ranking:
     ]
     ordered += [row for row in rows if row.record.kind == YARDSTICK]
     ordered += [Row(worst.without_samples(), None, None, None, "", 0) for worst in failed.values()]
-    return Ranking(
+    between = {
+        kind: framework_ratio(_by_framework(ranked, rounds, kind), floor, confidence=level, seen=seen)
+        for kind in (CALLS, GRAPHS)
+    }
+    ranking = Ranking(
         cell=records[0].cell,
         first=records[0].without_samples(),
         baseline=baseline,
-        resolution=floor,
-        control=control,
+        resolution=least,
+        control=measured.control,
         rows=tuple(ordered),
         replicates=len({record.process_replicate for record in records}),
         leaders=first,
         confidence=level,
         short_blocks=short_blocks(records),
-        frameworks=framework_ratio(_by_framework(ranked, rounds), floor, confidence=level),
+        frameworks=between[CALLS],
+        framework_graphs=between[GRAPHS],
+        floor=floor,
+        spread_of_processes=reach if single else 0.0,
+        disturbance=disturbance_line(records),
+    )
+    return _withheld(ranking) if is_disturbed(records) else ranking
+
+
+def _withheld(ranking: Ranking) -> Ranking:
+    """The ranking of a disturbed cell: figures in their order, and no verdict on any of them."""
+
+    def without_verdict(found: FrameworkRatio | None) -> FrameworkRatio | None:
+        return found and replace(found, verdict=found.verdict and DISTURBED)
+
+    return replace(
+        ranking,
+        rows=tuple(
+            replace(row, verdict=DISTURBED if row.verdict in JUDGED else row.verdict, tied=False)
+            for row in ranking.rows
+        ),
+        leaders=(),
+        frameworks=without_verdict(ranking.frameworks),
+        framework_graphs=without_verdict(ranking.framework_graphs),
+        # Nothing is named, however far apart.
+        resolution=math.inf,
+        floor=math.inf,
+        disturbed=True,
     )
 
 
-def _by_framework(ranked: Sequence[Row], rounds: Mapping[str, Rounds]) -> dict[str, dict[str, Rounds]]:
+def _by_framework(ranked: Sequence[Row], rounds: Mapping[str, Rounds], kind: str) -> dict[str, dict[str, Rounds]]:
     apart: dict[str, dict[str, Rounds]] = defaultdict(dict)
     for row in ranked:
+        if launch(row.record.mode, row.record.device) != kind:
+            continue
         apart[row.record.framework][row.record.label] = rounds[row.record.label]
     return apart
 
@@ -194,20 +253,23 @@ def _worst(group: Sequence[Record]) -> Record | None:
     return next((record for record in group if record.status != "ok"), None)
 
 
-def rank_cells(groups: Iterable[Sequence[Record]]) -> list[Ranking]:
-    """Ranks the competitors of every cell.
+def rank_cells(groups: Iterable[Sequence[Record]], seen: Mapping[str, ProcessSpread] | None = None) -> list[Ranking]:
+    """Rank the competitors of every cell.
 
     Args:
         groups: the records of one cell and environment each.
+        seen: environment to what is known of the spread of processes on its machine; see `seen_spreads`.
     """
-    return [_rank_cell(group) for group in groups]
+    known = seen or {}
+    return [_rank_cell(group, known.get(group[0].environment_id, NOTHING_SEEN)) for group in groups]
 
 
-def rankings(records: Iterable[Record]) -> list[Ranking]:
-    """Ranks the competitors of every cell; cells of different environments stay apart.
+def rankings(records: Iterable[Record], machines: Mapping[str, str] | None = None) -> list[Ranking]:
+    """Rank the competitors of every cell; cells of different environments stay apart.
 
     Args:
         records: of one run or several.
+        machines: environment to the machine that it was on; each is a machine of its own where it is not named.
 
     Returns:
         One ranking for each cell, in the order in which the cells were recorded.
@@ -215,7 +277,9 @@ def rankings(records: Iterable[Record]) -> list[Ranking]:
     cells: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
         cells[(record.environment_id, record.cell)].append(record)
-    return rank_cells(cells.values())
+    several = [group for group in cells.values() if len({record.process_replicate for record in group}) > 1]
+    seen = spreads_by_machine(several, machines or {}) if len(several) < len(cells) else {}
+    return rank_cells(cells.values(), seen)
 
 
 def tally(records: Iterable[Record]) -> dict[str, int]:

@@ -1,13 +1,14 @@
 """Which implementation for a shape: what leads in the nearest measured cells, ties as ties, and how far those are."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.plan.cells import STORAGE_DTYPES
 from bench.plan.competitors import IMPLEMENTATION
 from bench.records import Record
 from bench.study.pairing import by_label, intervals, log_latencies
+from bench.study.process_spread import NOTHING_SEEN, ProcessSpread
 from bench.study.ranking import Ranking, rank_cells
 from bench.study.statistics import SLOWER, Interval, verdict
 from bench.study.winners import leaders
@@ -74,8 +75,9 @@ def matches(shape: Shape, record: Record) -> bool:
     return asked == (record.dtype, record.precision, record.direction) and shape.device in (None, record.device)
 
 
-def _neighbour(shape: Shape, group: Sequence[Record]) -> Neighbour | None:
-    ranking = rank_cells([group])[0]
+def _neighbour(shape: Shape, group: Sequence[Record], seen: Mapping[str, ProcessSpread]) -> Neighbour | None:
+    ranking = rank_cells([group], seen)[0]
+    known = seen.get(group[0].environment_id, NOTHING_SEEN)
     by_competitor = by_label(group)
     # In the order of the ranking, the fastest first; whoever has a rank has no record that failed.
     ours = [row.record for row in ranking.rows if row.rank is not None and row.record.kind == IMPLEMENTATION]
@@ -84,22 +86,28 @@ def _neighbour(shape: Shape, group: Sequence[Record]) -> Neighbour | None:
         for record in ours
         if shape.framework in (None, record.framework)
     }
-    first = leaders(competitors, ranking.resolution, confidence=ranking.confidence)
+    if ranking.disturbed:
+        return None
+    first = leaders(competitors, ranking.floor, confidence=ranking.confidence, seen=known)
     if not first:
         return None
     speeds = intervals(competitors[first[0]], competitors, ranking.confidence)
     # As in a ranking: whom few rounds could not reject after the correction does not lead if it is clearly slower.
-    slower = {label for label, speed in speeds.items() if verdict(speed, ranking.resolution) == SLOWER}
+    reach = known.reach(len(competitors) - 1)
+    slower = {label for label, speed in speeds.items() if verdict(speed, ranking.floor, reach) == SLOWER}
     near = tuple(label for label in first if label not in slower)
     return Neighbour(ranking, distance(shape, group[0]), near if len(near) > 1 else first, speeds)
 
 
-def nearest(shape: Shape, groups: Iterable[Sequence[Record]]) -> list[Neighbour]:
+def nearest(
+    shape: Shape, groups: Iterable[Sequence[Record]], seen: Mapping[str, ProcessSpread] | None = None
+) -> list[Neighbour]:
     """The nearest measured cells in which one of our implementations was timed, the nearest first.
 
     Args:
         shape: what the caller has.
         groups: the records of one cell and environment each.
+        seen: environment to what is known of the spread of processes on its machine.
 
     Returns:
         At most three; empty if nothing was measured under these conditions. Of cells of the same sizes the one in which
@@ -113,5 +121,5 @@ def nearest(shape: Shape, groups: Iterable[Sequence[Record]]) -> list[Neighbour]
             kept.append((distance(shape, group[0]), -len(frameworks), -len(timed), k, group))
             # A few more than are shown, since in some nobody of ours may have been timed.
             kept = sorted(kept, key=lambda item: item[:4])[: 4 * SHOWN]
-    found = (_neighbour(shape, group) for *_, group in kept)
+    found = (_neighbour(shape, group, seen or {}) for *_, group in kept)
     return [neighbour for neighbour in found if neighbour is not None][:SHOWN]

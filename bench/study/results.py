@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.archive import Archive, keep_every_cell
+from bench.environments import device_name
 from bench.records import Record
 from bench.study.archive_ranking import ranked_archive
 from bench.study.ranking import Ranking, rankings, tally
@@ -35,8 +36,9 @@ class Results:
 
 
 def results_of(records: Sequence[Record], environments: Mapping[str, Mapping[str, Any]]) -> Results:
-    """The results of records that are in memory already."""
-    return Results(tuple(rankings(records)), tally(records), environments)
+    """Return the results of records that are in memory already."""
+    machines = {key: device_name(found) for key, found in environments.items()}
+    return Results(tuple(rankings(records, machines)), tally(records), environments)
 
 
 def read_results(directories: Sequence[Path], keep: Callable[[Record], bool] = keep_every_cell) -> Results:

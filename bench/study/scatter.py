@@ -23,7 +23,7 @@ from statistics import median
 import numpy as np
 from scipy import special
 
-from bench.study.measured_cells import Spread
+from bench.study.pairing import Spread
 from bench.study.statistics import student_t_quantile
 
 # With fewer competitors, the scatter of their variances is a guess.
@@ -87,7 +87,8 @@ def apart_from_others(spreads: Mapping[str, Spread]) -> dict[str, dict[int, floa
 
 
 def _trigamma(x: float) -> float:
-    return float(special.polygamma(1, x))
+    # The Hurwitz zeta function, which `special.polygamma` would call after much else.
+    return float(special.zeta(2, x))
 
 
 def _inverse_trigamma(value: float) -> float:
@@ -113,9 +114,9 @@ class Prior:
         return Scatter(variance, min(degrees, MOST_DEGREES), scatter.inverse_processes)
 
 
-def usual(scatters: Sequence[Scatter]) -> Prior:
-    """What is usual among these; a prior of no weight where they are too few to say."""
-    if len(scatters) < LEAST_COMPETITORS:
+def usual(scatters: Sequence[Scatter], least: int = LEAST_COMPETITORS) -> Prior:
+    """Return what is usual among these; a prior of no weight where there are fewer than ``least``, too few to say."""
+    if len(scatters) < least:
         return Prior(0.0, 0.0)
     variances = np.array([scatter.variance for scatter in scatters])
     # A variance of 0 has no logarithm and is an accident of the clock's resolution.

@@ -13,7 +13,7 @@ than the number of those in the middle. Another confidence enters through the qu
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -25,9 +25,12 @@ from bench.study.trimming import middle_rounds, pseudo_values
 CONFIDENCE = 0.95
 EQUIVALENCE = math.log(1.02)
 RESAMPLES = 2000
-# Processes differ, and the control shares the baseline's: from run to run a competitor went from 1.02x to 0.95x.
-ONE_PROCESS = EQUIVALENCE
+# A noise floor above this is not known well: the end of an interval must pass it, and not only the estimate.
+COARSE = math.log(1.15)
+# A control that may differ from itself by an order of magnitude says nothing about any other ratio.
+UNKNOWN = math.log(10)
 FASTER, SLOWER, SAME, UNRESOLVED = "FASTER", "SLOWER", "SAME", "UNRESOLVED"
+JUDGED = (FASTER, SLOWER, SAME, UNRESOLVED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +42,28 @@ class Interval:
         low: lower end.
         high: upper end; infinite where a single round says nothing about spread.
         rounds: number of rounds behind it.
+        processes: number of processes behind it; 0 where that plays no part, as in a ratio of two runs.
     """
 
     ratio: float
     low: float
     high: float
     rounds: int
+    processes: int = 0
+
+    def across_processes(self, spread: float) -> "Interval":
+        """Return the interval of a single process, with its ends moved out by what another process may differ by.
+
+        Args:
+            spread: log ratio that processes may differ by; added in quadrature, since rounds and processes scatter
+                independently.
+        """
+        if self.processes != 1 or self.low <= 0:
+            return self
+        middle = math.log(self.ratio)
+        low = middle - math.hypot(middle - math.log(self.low), spread)
+        high = middle + math.hypot(math.log(self.high) - middle, spread)
+        return replace(self, low=math.exp(max(low, -700.0)), high=_exponential(high))
 
 
 @lru_cache(maxsize=4096)
@@ -75,12 +94,12 @@ def round_log_latency(block_latency_s: Sequence[float] | np.ndarray, calls_per_b
     return 0.5 * (logs[0::2] + logs[1::2])
 
 
-def student_t_two_sided(t: np.ndarray, degrees: int) -> np.ndarray:
+def student_t_two_sided(t: np.ndarray, degrees: float | np.ndarray) -> np.ndarray:
     """Probability that ``|T|`` exceeds ``|t|``.
 
     Args:
         t: statistics, of any shape; infinite ones have probability 0, undefined ones 1.
-        degrees: degrees of freedom, at least 1.
+        degrees: degrees of freedom, positive, of all alike or of each.
     """
     mass = 2 * special.stdtr(degrees, -np.abs(np.asarray(t, float)))
     return np.where(np.isnan(mass), 1.0, mass)
@@ -139,7 +158,7 @@ def ratio_intervals(
     count = int(sum(lengths))
     units, degrees = (len(lengths), len(lengths) - 1) if len(lengths) > 1 else (count, middle_rounds(count) - 1)
     if units == 1:
-        return [Interval(_exponential(float(estimate)), 0.0, math.inf, count) for estimate in estimates]
+        return [Interval(_exponential(float(estimate)), 0.0, math.inf, count, 1) for estimate in estimates]
     # Not a matrix product: its threads cost more than so small a sum, and its rounding differs between machines.
     resampled = np.einsum("kr,rs->ks", values, _resampling(lengths, seed))
     places = [(1 - CONFIDENCE) / 2 * (RESAMPLES - 1), (1 + CONFIDENCE) / 2 * (RESAMPLES - 1)]
@@ -150,7 +169,9 @@ def ratio_intervals(
     )
     scale = widening(units, degrees, confidence)
     ends = np.stack([estimates, estimates + scale * (low - estimates), estimates + scale * (high - estimates)], axis=1)
-    return [Interval(_exponential(m), _exponential(a), _exponential(b), count) for m, a, b in ends.tolist()]
+    return [
+        Interval(_exponential(m), _exponential(a), _exponential(b), count, len(lengths)) for m, a, b in ends.tolist()
+    ]
 
 
 def ratio_interval(log_ratios: Sequence[np.ndarray], *, confidence: float = CONFIDENCE, seed: int = 0) -> Interval:
@@ -172,37 +193,35 @@ def ratio_interval(log_ratios: Sequence[np.ndarray], *, confidence: float = CONF
 
 
 def resolution(control: Interval) -> float:
-    """The smallest log ratio that this cell can tell from nothing: the far end of the A/A control's interval."""
+    """Return the noise floor of a cell as a log ratio: the far end of the A/A control's interval."""
     if control.low <= 0:
         return math.inf
     return max(abs(math.log(control.low)), abs(math.log(control.high)))
 
 
-def named_from(control: Interval, processes: int) -> float:
-    """The smallest log ratio called FASTER or SLOWER, with an A/A control of so many processes."""
-    return resolution(control) if processes > 1 else max(resolution(control), ONE_PROCESS)
-
-
-def verdict(interval: Interval, floor: float | None) -> str:
-    """What may be said about a competitor against the baseline.
+def verdict(interval: Interval, floor: float | None, spread: float = 0.0) -> str:
+    """Return what one ratio alone says; among several competitors, `verdicts` corrects for their number.
 
     SAME: the whole interval lies within 2% of 1. FASTER or SLOWER: the interval leaves 1 out and the estimate lies
-    beyond the cell's floor. Anything else, and all without a control, is UNRESOLVED.
+    beyond the noise floor; where the floor itself is above 15%, the near end of the interval lies beyond it. Anything
+    else, and everything without a control or with one that spans more than a factor of 10, is UNRESOLVED. The interval
+    of a single process counts with the spread of processes in it.
 
     Args:
         interval: ratio to the baseline.
-        floor: ``named_from`` of the cell's control, or None if it has none.
+        floor: the cell's noise floor as a log ratio, or None if it has no control.
+        spread: log ratio that processes may differ by.
     """
-    if interval.low <= 0 or floor is None:
+    if interval.low <= 0 or floor is None or floor > UNKNOWN:
         return UNRESOLVED
-    low, high, middle = math.log(interval.low), math.log(interval.high), math.log(interval.ratio)
+    wide = interval.across_processes(spread)
+    low, high, middle = math.log(wide.low), math.log(wide.high), math.log(wide.ratio)
     if low >= -EQUIVALENCE and high <= EQUIVALENCE:
         return SAME
-    if low > 0 and middle > floor:
-        return FASTER
-    if high < 0 and -middle > floor:
-        return SLOWER
-    return UNRESOLVED
+    near, size = (low, middle) if middle > 0 else (-high, -middle)
+    if near <= 0 or (near if floor > COARSE else size) <= floor:
+        return UNRESOLVED
+    return FASTER if middle > 0 else SLOWER
 
 
 def tukey_outliers(samples: Sequence[float]) -> int:

@@ -16,7 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from bench.study.statistics import CONFIDENCE, UNRESOLVED, Interval, named_from, ratio_intervals, verdict
+from bench.study.pairing import Block
+from bench.study.statistics import CONFIDENCE, UNRESOLVED, Interval, ratio_intervals
+from bench.study.verdicts import CONTROL, measure
 
 LEAST_ROUNDS = 10
 # Of the length that the cell's blocks are sized for: half a second on a GPU, where a block lasts 20 ms.
@@ -104,11 +106,13 @@ def stop_reason(
     if rounds < LEAST_ROUNDS or measured_blocks < LEAST_MEASURED_BLOCKS or not is_look(rounds):
         return None
     matrix = np.array([np.asarray(values, float)[:rounds] for values in (control, *log_ratios.values())])
-    aa, *others = ratio_intervals(matrix, (rounds,), confidence=look_confidence(rounds))
-    # A single process: what the report will not name is not settled.
-    floor = named_from(aa, processes=1)
-    if _half_width(aa) < RESOLUTION and all(verdict(interval, floor) != UNRESOLVED for interval in others):
+    block = Block((CONTROL, *log_ratios), matrix, (rounds,), (0,))
+    # What the report will not name is not settled. It is settled for rounds, though, where only processes differ too
+    # much: no further round tells of them.
+    measured = measure([block], look_confidence(rounds))
+    widths = [_half_width(interval) for interval in (measured.control, *measured.intervals.values()) if interval]
+    if widths[0] < RESOLUTION and UNRESOLVED not in measured.verdicts(log_ratios.keys(), 0.0).values():
         return RESOLVED_REASON
-    if all(_half_width(interval) < PRECISE for interval in (aa, *others)):
+    if max(widths) < PRECISE:
         return PRECISE_REASON
     return None

@@ -14,6 +14,14 @@ def pytest_addoption(parser):
         action="store_true",
         help="plan, store, resume and report a sweep of 10,000 cells too (some 30 seconds of processor)",
     )
+    parser.addoption(
+        "--busy-runs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="time a real cell N times beside one process that computes without end, and N times beside one for each "
+        "processor (a minute for each; wants a machine that is otherwise idle)",
+    )
 
 
 def example_record(**changes):

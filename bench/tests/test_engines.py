@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.__main__ import app
+from bench.engines import EngineError
 from bench.measure import sweep
 from bench.measure.worker_process import WorkerProcess, worker_environment
 from bench.store import read_environments, read_records
@@ -145,6 +146,29 @@ def test_a_cluster_without_devices_is_refused_with_what_to_start(cluster, tmp_pa
     assert refused.exit_code == 2
     assert "none of the 2 workers" in refused.stderr
     assert "--nthreads 1 --resources TELESCOPE=1" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("owners", "limit", "sentence"),
+    [
+        ([], "_WITHOUT_OWNER_S", "1 cells are left, and no worker has offered a device for"),
+        ([{"resources": {"DEVICE": 1}}], "_SILENCE_S", "1 cells are left, and none has arrived for"),
+    ],
+)
+def test_cells_that_nobody_brings_are_not_waited_for_for_ever(monkeypatch, owners, limit, sentence):
+    from bench.engines import dask
+
+    class Silent:
+        def scheduler_info(self, n_workers):
+            return {"workers": dict(enumerate(owners))}
+
+    def nothing(futures, timeout, return_when):
+        raise TimeoutError
+
+    monkeypatch.setattr(dask, "wait_for", nothing)
+    monkeypatch.setattr(dask, limit, 0.0)
+    with pytest.raises(EngineError, match=sentence):
+        list(dask._arrivals(Silent(), [object()]))
 
 
 def test_without_its_package_the_engine_says_what_to_install(tmp_path):

@@ -1,20 +1,24 @@
 """Faults of workers and disks, each really brought about: kill -9, no memory, no end, wrong answers, full disks."""
 
 import errno
+import multiprocessing
 import os
 import random
 import resource
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from bench.__main__ import app
-from bench.measure import worker_process
+from bench.measure import environment, pool, worker_process
+from bench.measure.diagnosis import diagnose
 from bench.measure.memory import free_bytes
 from bench.measure.protocol import RequestError
 from bench.measure.request import Request, SweepNotes
@@ -23,6 +27,7 @@ from bench.measure.worker_process import WorkerProcess, worker_environment
 from bench.plan.presets import PRESETS
 from bench.plan.selection import narrowed
 from bench.store import Store, read_records
+from bench.study import archive_ranking
 from bench.tests.fake_worker import GOOD
 from bench.tests.killed_runs import whole_cells
 
@@ -237,3 +242,71 @@ def test_a_disk_that_fills_while_measuring_keeps_whole_cells_and_the_run_resumes
     assert {record.workload for record in records} == {"article-base", "article-n8", "article-batch-1"}
     assert {record.status for record in records} == {"ok"}
     assert len({record.key for record in records}) == len(records)
+
+
+# --- processes that are waited for ---
+
+
+def test_a_worker_that_floods_its_output_still_answers_and_its_children_end_with_it(tmp_path):
+    code = (
+        "import os, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "os.write(2, b'x' * 2**22)\n"
+        "os.write(2, b'\\nthe last words \\x1b[2J')\n"
+        'print(\'{"ok": true, "child": %d}\' % child.pid, flush=True)\n'
+        "time.sleep(600)\n"
+    )
+    worker = WorkerProcess([sys.executable, "-c", code], os.environ)
+    try:
+        reply = worker.request({"operation": "hello"}, 60)
+        os.kill(reply["child"], 0)
+        with pytest.raises(RequestError, match=r"no answer within 0.2 s; it printed the last words \\x1b\[2J") as error:
+            worker.request({"operation": "hello"}, 0.2)
+        assert error.value.status == "timeout"
+        assert not worker.alive
+        status = Path(f"/proc/{reply['child']}/stat")
+        for _ in range(200):
+            if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+                break
+            time.sleep(0.02)
+        else:
+            raise AssertionError("what the worker started is still there")
+    finally:
+        worker.close()
+
+
+def test_a_worker_that_never_starts_is_named(monkeypatch):
+    monkeypatch.setattr(pool, "START_S", 0.2)
+
+    def start(framework):
+        return WorkerProcess([sys.executable, "-c", "import time; time.sleep(600)"], os.environ)
+
+    with pytest.raises(RequestError, match=r"the torch worker: no answer within 0.2 s"):
+        pool.WorkerPool(start, ("torch",))
+
+
+@pytest.mark.parametrize("command", ["git", "nvidia-smi"])
+def test_a_command_that_hangs_is_told_in_the_fingerprint(tmp_path, monkeypatch, command):
+    program = tmp_path / command
+    program.write_text("#!/bin/sh\nsleep 5 &\nwait\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(environment, "_COMMAND_S", 0.2)
+    found = environment.fingerprint({}, device="cuda", division="matched", cpus=())
+    if command == "git":
+        assert found["git"]["commit"] is None
+        assert found["git"]["unknown"] == "git rev-parse gave no answer within 0.2 s"
+        assert diagnose({}, {})["warnings"][0].startswith("git rev-parse gave no answer within 0.2 s")
+    else:
+        assert found["gpus"][0].startswith("nvidia-smi --query-gpu=")
+        assert found["gpus"][0].endswith("gave no answer within 0.2 s")
+
+
+def test_processes_that_rank_for_too_long_are_ended():
+    context = multiprocessing.get_context("spawn")
+    with (
+        pytest.raises(archive_ranking.BrokenProcessPool),
+        archive_ranking._Watch(0.5),
+        archive_ranking.ProcessPoolExecutor(1, mp_context=context) as processes,
+    ):
+        list(processes.map(time.sleep, [600]))

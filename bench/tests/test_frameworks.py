@@ -9,10 +9,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from bench.plan.competitors import CALLS, GRAPHS, launch
 from bench.report.chart import ChartError
 from bench.report.export import summary
-from bench.report.framework_map import save_framework_map, shade
-from bench.report.frameworks import matrices, verdict_text
+from bench.report.framework_map import save_framework_map, shade, squares
+from bench.report.frameworks import line, matrices, verdict_text
 from bench.report.markdown import report
 from bench.report.readme import results_block
 from bench.store import Store
@@ -64,7 +65,7 @@ def test_the_fastest_of_each_framework_are_compared(cell, speed, verdict, text):
 def test_noise_leaves_the_frameworks_open_and_few_rounds_do_not_decide(cell):
     (ranking,) = rankings(cell(1.05, noise=0.3))
     assert ranking.frameworks.verdict == UNRESOLVED
-    assert verdict_text(ranking.frameworks).startswith("open (")
+    assert verdict_text(ranking.frameworks).startswith("open: ")
     (ranking,) = rankings(cell(1.05, rounds=2, noise=0.05))
     assert ranking.frameworks.verdict == UNRESOLVED
 
@@ -77,9 +78,53 @@ def test_yardsticks_and_whoever_has_no_speed_are_nobody_s_best(cell, make_record
     assert ranking.frameworks.torch == "torch matmul (eager)"
     alone = [record for record in records if record.framework == "torch"]
     (ranking,) = rankings(alone)
-    assert ranking.frameworks is None
+    assert (ranking.frameworks.jax, ranking.frameworks.interval, ranking.frameworks.verdict) == (None, None, "")
+    assert verdict_text(ranking.frameworks) == "torch only (eager)"
     assert verdict_text(None) == "-"
     assert matrices(results_of(alone, ENVIRONMENTS)) == []
+
+
+def on_a_gpu(cell, make_record, *, jax_graph, seed=0, **shared):
+    """A cell on a GPU: recorded graphs are ten times as fast as plain calls, in torch and, if asked for, in JAX."""
+    records = [replace(record, device="cuda") for record in cell(2.0, seed=seed, **shared)]
+
+    def graph(record, mode, speed):
+        blocks = tuple(block / speed for block in record.block_latency_s)
+        return replace(record, key=record.key + mode, mode=mode, block_latency_s=blocks, control=False, baseline=False)
+
+    records.append(graph(records[0], "cuda-graph", 10.0))
+    return [*records, graph(records[3], "jit-graph", 10.0)] if jax_graph else records
+
+
+def test_graphs_meet_graphs_and_plain_calls_meet_plain_calls(cell, make_record):
+    (ranking,) = rankings(on_a_gpu(cell, make_record, jax_graph=True))
+    assert ranking.leaders == ("jax matmul (jit-graph)",)
+    calls, graphs = ranking.frameworks, ranking.framework_graphs
+    assert (calls.torch, calls.jax) == ("torch matmul (eager)", "jax matmul (jit)")
+    assert (graphs.torch, graphs.jax) == ("torch matmul (cuda-graph)", "jax matmul (jit-graph)")
+    assert 1.9 < calls.interval.ratio < 2.1
+    assert 1.9 < graphs.interval.ratio < 2.1
+
+
+def test_a_side_that_has_no_graph_is_missing_and_is_not_filled_with_plain_calls(cell, make_record, tmp_path):
+    both = on_a_gpu(cell, make_record, jax_graph=True, seed=1, direction="forward_backward")
+    results = results_of([*on_a_gpu(cell, make_record, jax_graph=False), *both], ENVIRONMENTS)
+    (matrix,) = matrices(results)
+    assert matrix.columns == ["ieee_fp32, matched", "ieee_fp32, matched, graphs"]
+    shown = {row.split("), ")[1]: line(matrix, row, matrix.columns)[1:] for row in matrix.rows}
+    assert shown["forward"][1] == "torch only (cuda-graph)"
+    assert re.fullmatch(r"JAX [\d.]+x \(jit / eager\)", shown["forward"][0])
+    assert re.fullmatch(r"JAX [\d.]+x \(jit-graph / cuda-graph\)", shown["forward_backward"][1])
+    alone = next(square for square in squares(matrix) if square["alone"])
+    assert (alone["shade"], alone["jax"], alone["interval"]) == (0.0, "no speed", "")
+    save_framework_map(results, tmp_path / "f.svg")
+    drawn = "".join(ElementTree.parse(tmp_path / "f.svg").getroot().itertext())
+    assert "torch only (cuda-graph)" in drawn
+    first, second = (cell["frameworks"] for cell in summary(results)["cells"])
+    assert first["jax"] == second["jax"] == "jax matmul (jit)"
+    assert [cell["framework_graphs"]["jax"] for cell in summary(results)["cells"]] == [None, "jax matmul (jit-graph)"]
+    # On a CPU nothing is recorded: torch.compile's modes are plain calls there.
+    assert (launch("compile-max-autotune", "cpu"), launch("compile-max-autotune", "cuda")) == (CALLS, GRAPHS)
 
 
 def test_a_choice_among_equals_costs_width(cell):

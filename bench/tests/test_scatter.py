@@ -7,8 +7,8 @@ from scipy import special
 from bench.study import scatter
 from bench.study.differences import Difference
 from bench.study.identity import Identity
-from bench.study.measured_cells import Spread
 from bench.study.overall import LEAST_OTHERS, overall, robust_scale
+from bench.study.pairing import Spread
 from bench.study.scatter import Prior, apart_from_others, pooled, usual
 
 LABELS = [f"torch {k}" for k in range(12)]

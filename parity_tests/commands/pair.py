@@ -1,6 +1,9 @@
 """``python -m parity_tests run --pair`` and ``pairs``: a user's own pair, and the five example pairs."""
 
 import json
+import shutil
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +12,23 @@ from parity_tests.commands.usage import (
     DEVICES,
     FAILED,
     HOLDS,
+    INTERRUPTED,
+    WRONG_USAGE,
     check_writable,
     choose,
     chosen_frameworks,
     console,
+    errors,
     refuse,
 )
 from parity_tests.harness.dtypes import STORAGE_DTYPES
-from parity_tests.harness.failures import located
-from parity_tests.pair import PairReport, run_pair
+from parity_tests.harness.interruption import interruptible
+from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, package_available
+from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
+from parity_tests.pair.judging import Judgement, judge_apart
+from parity_tests.pair.loading import names_in
+
+_LONGEST_S = 7 * 24 * 3600.0
 
 
 def _refuse_options_of_cells(options: Options) -> None:
@@ -36,37 +47,83 @@ def _refuse_options_of_cells(options: Options) -> None:
             )
 
 
-def _judged(spec: str, **arguments: Any) -> PairReport:
-    try:
-        return run_pair(spec, **arguments)
-    except ValueError as error:
-        raise refuse(f"--pair {spec}: {error}") from None
-    except Exception as error:  # a user's modules may raise anything; here a person reads one line
-        raise refuse(f"--pair {spec}: expected modules that run on their inputs, got {located(error)}.") from None
+def _check_installed(spec: str, pythons: Mapping[str, str]) -> None:
+    """Refuses, before a process is started, what it would need and not find."""
+    packages = {framework: framework_available(framework) for framework in FRAMEWORKS if framework not in pythons}
+    lacking = [framework for framework, there in packages.items() if not there]
+    if not all(package_available(package) for package in ("einops", "scipy")):
+        lacking.append("pair")
+    if lacking:
+        extras = " and ".join(lacking)
+        raise refuse(
+            f"--pair {spec}: expected what the extras torch, jax and pair bring, got {sys.executable} without "
+            f"{extras}; run {sys.executable} -m pip install 'partitioned-linear[{','.join(lacking)}]'"
+            + ("" if lacking == ["pair"] else ", or name an interpreter that has it (--torch-python, --jax-python).")
+        )
 
 
-def run_user_pair(spec: str, options: Options, torch_python: str | None = None, jax_python: str | None = None) -> int:
-    """Judges the pair that ``package.module:factory`` returns, prints the report, writes the files.
+def _interpreters(pythons: Mapping[str, str | None]) -> dict[str, str]:
+    """The paths of those that were named, whatever folder the pair's own code goes to."""
+    found = {}
+    for framework, python in pythons.items():
+        if python is None:
+            continue
+        program = shutil.which(python)
+        if program is None:
+            raise refuse(f"{framework}_python: expected an interpreter, got {python!r} (no program); check the path.")
+        found[framework] = str(Path(program).absolute())
+    return found
+
+
+def run_user_pair(
+    spec: str,
+    options: Options,
+    torch_python: str | None = None,
+    jax_python: str | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> int:
+    """Judges the pair that `package.module:factory` returns, in a process of its own; prints and writes the report.
 
     Args:
-        spec: ``package.module:factory``.
+        spec: `package.module:factory`.
         options: of the command; those that select cells are refused.
         torch_python: interpreter for the torch side, or None for this one.
         jax_python: the same for the flax side.
+        timeout_s: seconds that one step may take.
 
     Returns:
-        0 if all compared holds, 1 for a mismatch or if nothing was compared.
+        0 if all compared holds, 1 for a mismatch or if nothing was compared, 2 if the pair could not be judged to its
+        end and nothing that was compared until then failed, 130 if interrupted.
     """
     check_files(options)
     _refuse_options_of_cells(options)
     choose("--dtype", options.dtypes, STORAGE_DTYPES)
     choose("--device", [options.device], DEVICES)
-    overrides: dict[str, Any] = {"device": options.device, "seed": options.seed}
-    overrides |= {"dtypes": options.dtypes} if options.dtypes else {}
-    pythons = {"torch_python": torch_python, "jax_python": jax_python}
-    pythons = {name: python for name, python in pythons.items() if python is not None}
-    report = _judged(spec, **overrides, **pythons)
-    console.print(report.describe(), highlight=False, markup=False, soft_wrap=True)
+    if not 0 < timeout_s <= _LONGEST_S:
+        raise refuse(f"--timeout-s: expected seconds above 0 and up to {_LONGEST_S:g} (a week), got {timeout_s:g}.")
+    try:
+        names_in(spec)
+    except ValueError as error:
+        raise refuse(f"--pair {spec}: {error}") from None
+    pythons = _interpreters({"torch": torch_python, "jax": jax_python})
+    _check_installed(spec, pythons)
+    arguments: dict[str, Any] = {"device": options.device, "seed": options.seed}
+    arguments |= {"dtypes": list(options.dtypes)} if options.dtypes else {}
+    arguments |= {f"{framework}_python": python for framework, python in pythons.items()}
+    with interruptible() as interruption:
+        judgement = judge_apart(spec, arguments, timeout_s, interruption)
+        return _reported(spec, judgement, options)
+
+
+def _reported(spec: str, judgement: Judgement, options: Options) -> int:
+    """Prints and writes what there is; returns the exit status."""
+    report = judgement.report
+    if report.rows or not report.stopped:
+        console.print(report.describe(), highlight=False, markup=False, soft_wrap=True)
+    if judgement.printed:
+        errors.print(f"printed by {spec}, the last lines:", highlight=False, markup=False, soft_wrap=True)
+        for line in judgement.printed:
+            errors.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     for write, path in (
         (report.to_json, options.json_file),
         (report.to_junit, options.junit_file),
@@ -74,7 +131,12 @@ def run_user_pair(spec: str, options: Options, torch_python: str | None = None, 
     ):
         if path is not None:
             write(path)
-    return HOLDS if report.ok else FAILED
+    if not report.stopped:
+        return HOLDS if report.ok else FAILED
+    refuse(f"--pair {spec}: {report.stopped}")
+    if judgement.interrupted:
+        return INTERRUPTED
+    return FAILED if report.summary.failed else WRONG_USAGE
 
 
 def pairs(json_file: Path | None, readme: Path | None) -> int:

@@ -11,7 +11,10 @@ def first_line(error: BaseException) -> str:
     Args:
         error: any exception.
     """
-    lines = str(error).strip().splitlines()
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:
+        return "its message cannot be shown"
     return lines[0][:_MOST_CHARACTERS] if lines else "no reason given"
 
 

@@ -121,6 +121,7 @@ def html_document(
     title: str = "parity",
     notes: Sequence[str] = (),
     cells_left: int = 0,
+    stopped: bool = False,
 ) -> str:
     """Returns the page.
 
@@ -131,6 +132,7 @@ def html_document(
         title: of the page.
         notes: sentences beside the skipped cells.
         cells_left: how many cells an interrupted run did not come to.
+        stopped: True if the run did not come to its end; the notes say why.
     """
     summary = summarize(rows)
     verdict = (
@@ -138,6 +140,8 @@ def html_document(
     )
     if cells_left:
         verdict += f", interrupted with {cells_left} cells left"
+    if stopped:
+        verdict += ", STOPPED before its end"
     packages = environment.get("packages", {})
     versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version) or "unknown versions"
     by_kind: dict[str, list[ParityRow]] = defaultdict(list)
@@ -148,7 +152,7 @@ def html_document(
     subjects, against = _subjects(judged), _against_each_other(by_kind["against"])
     return _PAGE.substitute(
         title=escape(title),
-        state="bad" if not summary.ok else "open" if cells_left else "ok",
+        state="bad" if stopped or not summary.ok else "open" if cells_left else "ok",
         verdict=verdict,
         counts=f"{summary.compared} compared, {summary.failed} failed, {summary.skipped} skipped",
         environment=escape(f"{versions}; Python {environment.get('python')}, {environment.get('machine')}"),

@@ -23,21 +23,25 @@ def _case(row: ParityRow) -> ElementTree.Element:
     return case
 
 
-def junit_document(rows: Sequence[ParityRow]) -> str:
+def junit_document(rows: Sequence[ParityRow], stopped: str = "") -> str:
     """Returns a JUnit document with one case a row: failures with their reason and the command that reproduces them.
 
     Args:
         rows: of a parity run or a pair's report.
+        stopped: why the run did not come to its end; becomes a case of its own, with an error.
     """
     summary = summarize(rows)
     counts = {
-        "tests": str(len(rows)),
+        "tests": str(len(rows) + bool(stopped)),
         "failures": str(summary.failed),
         "skipped": str(summary.skipped),
-        "errors": "0",
+        "errors": str(int(bool(stopped))),
     }
     root = ElementTree.Element("testsuites", {"name": "parity", **counts})
     suite = ElementTree.SubElement(root, "testsuite", {"name": "parity", **counts})
     suite.extend(_case(row) for row in rows)
+    if stopped:
+        case = ElementTree.SubElement(suite, "testcase", {"classname": "run", "name": "comes to its end", "time": "0"})
+        ElementTree.SubElement(case, "error", {"message": stopped.translate(_FORBIDDEN)})
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"

@@ -1,17 +1,30 @@
 """From ``check_pair``'s arguments to two sides and a checked mapping, in this process or in two others."""
 
 import contextlib
+import functools
 import numbers
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from parity_tests.pair.buffers import LeftOut
 from parity_tests.pair.legs import Pair
 from parity_tests.pair.loading import build, load_factory
 from parity_tests.pair.remote import RemoteSide
-from parity_tests.pair.side import make_side
+from parity_tests.pair.side import Side, make_side
 
+Tell = Callable[[Any], None]
+_BETWEEN = "drawing and comparing values"
+_STEPS = {
+    "parameters": "reading the parameters of",
+    "outline": "tracing",
+    "round_trip": "putting parameters into",
+    "forward": "running",
+    "vjp": "differentiating",
+    "truth": "running, in float64,",
+    "ensemble": "running, with rounding noise,",
+    "is_random": "looking for random numbers in",
+}
 _REQUIRED = {
     "torch_module": "torch",
     "flax_module": "jax",
@@ -20,13 +33,20 @@ _REQUIRED = {
 }
 
 
-def merged(spec: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def tell_nobody(text: Any) -> None:
+    """Takes the place of a listener where nobody listens."""
+
+
+def merged(
+    spec: str, given: Mapping[str, Any], defaults: Mapping[str, Any], tell: Tell = tell_nobody
+) -> dict[str, Any]:
     """The arguments of a named pair: defaults, then the factory's, then those given that are not the defaults.
 
     Args:
         spec: ``package.module:factory``.
         given: what the caller passed, complete.
         defaults: of the same arguments.
+        tell: is called with what happens next.
 
     Raises:
         ValueError: if the factory returns an unknown argument or cannot be loaded.
@@ -34,21 +54,46 @@ def merged(spec: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     chosen = {name: value for name, value in given.items() if value is not defaults[name]}
     pythons = {"torch": chosen.get("torch_python"), "jax": chosen.get("jax_python")}
     parts = (*(side for side, python in pythons.items() if python is None), "pair")
-    built = build(load_factory(spec, parts), parts)
-    if unknown := sorted(set(built) - set(defaults)):
+    tell(f"importing {spec}")
+    factory = load_factory(spec, parts)
+    tell(f"calling {spec}")
+    built = build(factory, parts)
+    if unknown := sorted(map(str, set(built) - set(defaults))):
         raise ValueError(
             f"pair: expected {spec} to return arguments among {', '.join(defaults)}, got {', '.join(unknown)}."
         )
     return {**defaults, **built, **chosen}
 
 
+class _Told:
+    """A side that says what it does before it does it."""
+
+    def __init__(self, side: Side, tell: Tell) -> None:
+        self._side, self._tell = side, tell
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._side, name)
+        if name not in _STEPS:
+            return value
+
+        @functools.wraps(value)
+        def told(*arguments: Any, **named: Any) -> Any:
+            self._tell(f"{_STEPS[name]} the {self._side.framework} side")
+            result = value(*arguments, **named)
+            self._tell(_BETWEEN)
+            return result
+
+        return told
+
+
 @contextlib.contextmanager
-def prepared(arguments: Mapping[str, Any], spec: str | None) -> Iterator[Pair]:
+def prepared(arguments: Mapping[str, Any], spec: str | None, tell: Tell = tell_nobody) -> Iterator[Pair]:
     """Makes both sides and the mapping; ends the other interpreters, if there are any, on leaving.
 
     Args:
         arguments: all of ``check_pair``.
         spec: the named pair, which sides in another interpreter are built from.
+        tell: is called with what happens next.
 
     Raises:
         ValueError: if something is missing.
@@ -66,10 +111,14 @@ def prepared(arguments: Mapping[str, Any], spec: str | None) -> Iterator[Pair]:
     with contextlib.ExitStack() as stack:
         sides: dict[str, Any] = {}
         for key, python in pythons.items():
+            tell(f"making the {key} side")
             if python is None or spec is None:
-                sides[key] = make_side(key, arguments, arguments["device"])
+                made = make_side(key, arguments, arguments["device"])
             else:
-                sides[key] = stack.enter_context(RemoteSide(key, spec, python, arguments["device"]))
+                remote = RemoteSide(key, spec, python, arguments["device"], arguments["timeout_s"])
+                made = stack.enter_context(remote)
+            sides[key] = made if tell is tell_nobody else _Told(made, tell)
+        tell(_BETWEEN)
         yield Pair(
             name=arguments["name"] or spec or f"{sides['torch'].name}-{sides['jax'].name}",
             sides=sides,

@@ -9,7 +9,8 @@ import numpy as np
 
 from parity_tests.harness.dtypes import numpy_dtype
 from parity_tests.harness.failures import first_line
-from parity_tests.pair.assembly import merged, prepared
+from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
+from parity_tests.pair.assembly import Tell, merged, prepared, tell_nobody
 from parity_tests.pair.causes import likely_cause
 from parity_tests.pair.draws import Draw, InputSource, Scale
 from parity_tests.pair.judge import Judge
@@ -26,14 +27,20 @@ def judge_pair(
     gradients: bool = True,
     semantic: bool = True,
     state: bool = True,
+    tell: Tell = tell_nobody,
 ) -> PairReport:
-    """Judges a pair whose sides are there already; see ``check_pair`` for the arguments."""
+    """Judges a pair whose sides are there already; see `check_pair` for the arguments; `tell` is told every row."""
     if not dtypes:
         raise ValueError("dtypes: expected at least one, got none; nothing would be compared.")
     for dtype in dtypes:
         numpy_dtype(dtype)
     judge = Judge(pair, seed, gradients, semantic, state)
-    rows = [_explained(pair, row) for row in judge.rows(dtypes)]
+    rows = []
+    for row in judge.rows(dtypes):
+        rows.append(_explained(pair, row))
+        tell(rows[-1])
+    if any(row.status == "mismatch" for row in rows):
+        tell("looking for the cause")
     return PairReport(
         name=pair.name,
         rows=rows,
@@ -104,8 +111,12 @@ def check_pair(
     pair: str | None = None,
     torch_python: str | None = None,
     jax_python: str | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> PairReport:
     """Checks that a torch module and a Flax module compute the same function.
+
+    The modules, and a named pair's factory, run in this process, and what they do to it is done: one that ends or hangs
+    it ends or hangs the caller. The command `python -m parity_tests run --pair` gives them a process of their own.
 
     Parameters are drawn at random around their own scale and given to both sides, then compared on a ladder: weights
     bit for bit through both sides; outputs; gradients of every mapped parameter and every floating-point input for a
@@ -146,6 +157,7 @@ def check_pair(
             arguments given here win over the factory's, unless they are the defaults.
         torch_python: interpreter for the torch side, which then runs in its own process; needs ``pair``.
         jax_python: the same for the flax side.
+        timeout_s: seconds that one answer of such an interpreter may take.
 
     Returns:
         A report with ``ok``, ``rows``, ``assert_ok()``, ``to_json``, ``to_junit`` and ``to_html``. Every row says what
@@ -157,9 +169,18 @@ def check_pair(
         TypeError: for modules or inputs of another kind.
     """
     given = dict(locals())
-    given.pop("pair")
-    arguments = given if pair is None else merged(pair, given, DEFAULT_ARGUMENTS)
-    with prepared(arguments, pair) as sides_and_rules:
+    return _checked(given.pop("pair"), given, tell_nobody)
+
+
+def _checked(spec: str | None, given: Mapping[str, Any], tell: Tell) -> PairReport:
+    """Checks a pair; `tell` is called with what happens next, and with every row once it is known."""
+    arguments = dict(given) if spec is None else merged(spec, given, DEFAULT_ARGUMENTS, tell)
+    command = reproduction(spec, given, arguments, DEFAULT_ARGUMENTS)
+
+    def tell_with_command(found: Any) -> None:
+        tell(dataclasses.replace(found, command=command(found)) if isinstance(found, PairRow) else found)
+
+    with prepared(arguments, spec, tell) as sides_and_rules:
         report = judge_pair(
             sides_and_rules,
             seed=arguments["seed"],
@@ -167,8 +188,9 @@ def check_pair(
             gradients=arguments["gradients"],
             semantic=arguments["semantic"],
             state=arguments["state"],
+            tell=tell_with_command,
         )
-    return report.with_commands(reproduction(pair, given, arguments, DEFAULT_ARGUMENTS))
+    return report.with_commands(command)
 
 
 DEFAULT_ARGUMENTS = {
@@ -176,17 +198,20 @@ DEFAULT_ARGUMENTS = {
 }
 
 
-def run_pair(spec: str, **overrides: Any) -> PairReport:
-    """Checks the pair that ``package.module:factory`` describes.
+def run_pair(spec: str, tell: Tell = tell_nobody, **overrides: Any) -> PairReport:
+    """Checks the pair that `package.module:factory` describes, in this process.
 
     Args:
-        spec: see ``loading``.
-        overrides: arguments of ``check_pair`` that win over the factory's.
+        spec: see `loading`.
+        tell: is called with what happens next, a text, and with every row once it is known.
+        overrides: arguments of `check_pair` that win over the factory's.
 
     Raises:
         ValueError: if the pair cannot be loaded or does not fit together; one sentence.
     """
+    if unknown := sorted(set(overrides) - set(DEFAULT_ARGUMENTS)):
+        raise ValueError(f"pair: expected arguments of check_pair, got {', '.join(unknown)}; leave these out.")
     try:
-        return check_pair(pair=spec, **overrides)
+        return _checked(spec, DEFAULT_ARGUMENTS | overrides, tell)
     except (ImportError, TypeError) as error:
         raise ValueError(f"pair: {spec} cannot be checked: {first_line(error)}") from error

@@ -27,6 +27,18 @@ def _seeded_initialisation(parts: tuple[str, ...]) -> contextlib.AbstractContext
     return importlib.import_module("parity_tests.pair.subjects.torch_random").seeded(0)
 
 
+def names_in(spec: str) -> tuple[str, str]:
+    """Returns the module and the factory that a spec names.
+
+    Raises:
+        ValueError: if it does not name both.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"pair: expected package.module:factory, got {spec!r}; name a function that returns the pair.")
+    return module_name, attribute
+
+
 def load_factory(spec: str, parts: tuple[str, ...] = _PARTS) -> Factory:
     """Imports a factory.
 
@@ -37,9 +49,7 @@ def load_factory(spec: str, parts: tuple[str, ...] = _PARTS) -> Factory:
     Raises:
         ValueError: if there is none of that name, or importing its module fails; one sentence.
     """
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
-        raise ValueError(f"pair: expected package.module:factory, got {spec!r}; name a function that returns the pair.")
+    module_name, attribute = names_in(spec)
     try:
         with _seeded_initialisation(parts):
             module = importlib.import_module(module_name)
@@ -47,7 +57,7 @@ def load_factory(spec: str, parts: tuple[str, ...] = _PARTS) -> Factory:
         raise ValueError(
             f"pair: expected a module that can be imported, got {module_name!r} ({error}); check the name and the path."
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"pair: expected a module that can be imported, got one that raised {located(error)}."
         ) from error
@@ -62,7 +72,12 @@ def load_factory(spec: str, parts: tuple[str, ...] = _PARTS) -> Factory:
 def _required(factory: Factory) -> int:
     """How many arguments a call needs; what has a default is the factory's own affair."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(factory).parameters.values()
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"pair: expected a function whose arguments can be counted, got {type(factory).__name__}; wrap it in one."
+        ) from None
     return sum(parameter.kind in positional and parameter.default is parameter.empty for parameter in parameters)
 
 
@@ -94,7 +109,7 @@ def build(factory: Factory, parts: tuple[str, ...] = _PARTS) -> dict[str, Any]:
     try:
         with _seeded_initialisation(parts):
             built = [call() for call in calls]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"pair: expected a factory that returns, got one that raised {located(error)}.") from error
     for result in built:
         if not isinstance(result, dict):

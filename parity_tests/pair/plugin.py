@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 def parity_pair(request: pytest.FixtureRequest) -> "Callable[..., PairReport]":
     """Returns a function of ``check_pair``'s arguments that fails the test unless the report is ok, and returns it.
 
-    The test itself is what reproduces a row: it makes the modules. Parameters are drawn around the scale of the initial
-    ones, so that a test which seeds torch (``torch.manual_seed``) before it makes one repeats the row to the bit.
+    The modules run in the test's own process. The test itself is what reproduces a row: it makes the modules.
+    Parameters are drawn around the scale of the initial ones, so that a test which seeds torch (``torch.manual_seed``)
+    before it makes one repeats the row to the bit.
 
     Example::
 

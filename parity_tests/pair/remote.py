@@ -1,21 +1,18 @@
 """A side that lives in another interpreter, for frameworks that cannot be imported together."""
 
-import json
-import os
-import subprocess
-import tempfile
-from pathlib import Path
+import re
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-import parity_tests
+from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S, Interpreter
+from parity_tests.interpreters.process import ProcessError
 from parity_tests.pair.exchange import read_groups, write_groups
 from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant
 
+_LACKS = re.compile(r"No module named '(torch|jax|jaxlib|flax|numpy|ml_dtypes|safetensors|einops|scipy)\b")
 _SHOWN = {"torch": ("torch",), "jax": ("jax", "flax")}
-_ROOT = Path(parity_tests.__file__).resolve().parent.parent
 
 
 class RemoteError(RuntimeError):
@@ -23,42 +20,55 @@ class RemoteError(RuntimeError):
 
 
 class RemoteSide:
-    """Speaks to ``pair.worker``; see ``side.Side`` for the methods. Use as a context, which ends the process.
+    """Speaks to `pair.worker`; see `side.Side` for the methods. Use as a context, which ends the process.
 
     Args:
-        framework: ``torch`` or ``jax``.
-        spec: ``package.module:factory``, where the factory builds single parts.
+        framework: `torch` or `jax`.
+        spec: `package.module:factory`, where the factory builds single parts.
         python: the interpreter, which needs that framework, numpy, ml_dtypes, safetensors, einops and scipy.
-        device: ``cpu``, ``cuda`` or ``auto``.
+        device: `cpu`, `cuda` or `auto`.
+        timeout_s: seconds that one answer may take.
 
     Raises:
         ValueError: if the interpreter cannot be started, or cannot build the side; one sentence.
     """
 
-    def __init__(self, framework: str, spec: str, python: str, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        framework: str,
+        spec: str,
+        python: str,
+        device: str = "cpu",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
         self.framework = framework
-        self._folder = tempfile.TemporaryDirectory(prefix="pair-")
-        path = [str(_ROOT), str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
-        command = [python, "-m", "parity_tests.pair.worker", framework, spec, device]
         try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+            self._process = Interpreter(
+                "parity_tests.pair.worker",
+                [framework, spec, device],
+                who=f"the {framework} interpreter",
+                python=python,
+                timeout_s=timeout_s,
             )
-        except OSError as error:
-            self._folder.cleanup()
+        except ProcessError as error:
             raise ValueError(
-                f"{framework}_python: expected an interpreter, got {python!r} ({error.strerror}); check the path."
+                f"{framework}_python: expected an interpreter, got {python!r}: {error}; check the path."
             ) from None
+        self._folder = self._process.child.folder
         try:
+            self._folder.mkdir(mode=0o700, parents=True)
             hello = self._receive()
             self.name, self._runs_in = hello["name"], _told(framework, hello["environment"])
-        except (ConnectionError, RemoteError) as error:
+        except (ProcessError, RemoteError) as error:
             self.close()
-            raise ValueError(f"pair: the {framework} side of {spec} cannot be built in {python}: {error}") from None
+            hint = f"; install it there: {python} -m pip install 'partitioned-linear[{framework},pair]'"
+            hint = hint if _LACKS.search(str(error)) else ""
+            raise ValueError(
+                f"pair: the {framework} side of {spec} cannot be built in {python}: {error}{hint}"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         """Returns itself."""
@@ -72,15 +82,7 @@ class RemoteSide:
 
     def close(self) -> None:
         """Ends the process and removes the exchanged files."""
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._folder.cleanup()
+        self._process.end()
 
     def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
         """See ``side.Side``."""
@@ -160,33 +162,17 @@ class RemoteSide:
         cotangents: Arrays | None = None,
         **scalars: Any,
     ) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
-        folder = Path(self._folder.name)
         numbered = {str(position): array for position, array in enumerate(inputs)}
         groups = {"parameters": parameters, "inputs": numbered, "cotangents": cotangents or {}}
-        write_groups(folder / "request.safetensors", groups)
-        request = {"method": method, "folder": str(folder), "cotangents": cotangents is not None, **scalars}
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._ended() from None
+        write_groups(self._folder / "request.safetensors", groups)
+        request = {"method": method, "folder": str(self._folder), "cotangents": cotangents is not None, **scalars}
+        self._process.send(request)
         line = self._receive()
-        return line, read_groups(folder / "reply.safetensors")
-
-    def _ended(self) -> ConnectionError:
-        # Not a RemoteError: a refusal skips a dtype, a dead interpreter must end the check.
-        return ConnectionError(
-            f"the {self.framework} interpreter ended with status {self._process.wait()}; what it wrote to standard "
-            "error says why"
-        )
+        return line, read_groups(self._folder / "reply.safetensors")
 
     def _receive(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        text = self._process.stdout.readline()
-        if not text:
-            raise self._ended()
-        line = json.loads(text)
+        # A ProcessError is no RemoteError: a refusal skips a dtype, a dead interpreter must end the check.
+        line = self._process.receive()
         if "error" in line:
             raise RemoteError(f"{line['kind']}: {line['error']}")
         return line

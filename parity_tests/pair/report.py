@@ -43,6 +43,7 @@ class PairReport:
         not_compared: buffers without counterpart, with a word where a call updates them, and blocks held at zero.
         likely_cause: one sentence, empty if all holds or no hypothesis fits.
         random: True if a side draws random numbers, which ends the check before any dtype.
+        stopped: why the check did not come to its end, one sentence; empty if it did.
         notes: what a reader must know: operations with a generic rounding model or a coarse accumulator, ...
     """
 
@@ -52,6 +53,7 @@ class PairReport:
     likely_cause: str = ""
     notes: tuple[str, ...] = ()
     random: bool = False
+    stopped: str = ""
 
     @property
     def summary(self) -> Summary:
@@ -60,8 +62,8 @@ class PairReport:
 
     @property
     def ok(self) -> bool:
-        """True if something was compared and all of it holds."""
-        return self.summary.ok
+        """True if something was compared, all of it holds, and the check came to its end."""
+        return self.summary.ok and not self.stopped
 
     @property
     def undecided(self) -> str:
@@ -94,10 +96,13 @@ class PairReport:
         verdict = "holds" if self.ok else "MISMATCH" if summary.failed else "FAILED: nothing was compared"
         if self.undecided:
             verdict = f"UNDECIDED: {self.undecided}"
+        if self.stopped:
+            verdict = "STOPPED, MISMATCH" if summary.failed else "STOPPED"
         lines = [
             f"{self.name}: {verdict}; {summary.compared} compared, {summary.passed} passed, {summary.failed} failed, "
             f"{summary.skipped} skipped"
         ]
+        lines += [f"  stopped: {self.stopped}"] if self.stopped else []
         rung = self.first_failing_rung
         if rung is not None:
             lines.append(self.headline)
@@ -148,10 +153,12 @@ class PairReport:
     def to_json(self, path: str | Path) -> None:
         """Writes the harness' document, with the pair's own findings under ``pair``."""
         path = Path(path)
-        write_json(path, self.rows)
+        # How many comparisons are left is known only at the end: one at least.
+        write_json(path, self.rows, cells_left=1 if self.stopped else 0)
         pair = {
             "name": self.name,
             "ok": self.ok,
+            "stopped": self.stopped,
             "first_failing_rung": self.first_failing_rung,
             "likely_cause": self.likely_cause,
             "not_compared": list(self.not_compared),
@@ -162,10 +169,11 @@ class PairReport:
 
     def to_junit(self, path: str | Path) -> None:
         """Writes JUnit XML, one case a row."""
-        Path(path).write_text(junit_document(self.rows))
+        Path(path).write_text(junit_document(self.rows, stopped=self.stopped))
 
     def to_html(self, path: str | Path) -> None:
         """Writes one self-contained page."""
         notes = [f"not compared: {what}" for what in self.not_compared]
-        notes = [*filter(None, [self.headline]), *notes, *self.notes, CALIBRATED]
-        Path(path).write_text(html_document(self.rows, environment(), title=self.name, notes=notes))
+        notes = [*filter(None, [self.stopped, self.headline]), *notes, *self.notes, CALIBRATED]
+        page = html_document(self.rows, environment(), title=self.name, notes=notes, stopped=bool(self.stopped))
+        Path(path).write_text(page)

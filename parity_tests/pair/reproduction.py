@@ -8,12 +8,14 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
 from parity_tests.pair.report import PairRow
 
 # What the command line has an option for, or what changes no row that it leaves in.
-_OF_COMMAND = {"seed", "dtypes", "device", "torch_python", "jax_python", "semantic", "state", "name"}
+_OF_COMMAND = {"seed", "dtypes", "device", "torch_python", "jax_python", "timeout_s", "semantic", "state", "name"}
 # What a call that is written down must repeat, beside the seed and the dtype.
 _SCALARS = ("gradients", "semantic", "state", "scale", "not_compared", "device", "torch_python", "jax_python")
+_SCALARS += ("timeout_s",)
 
 
 def reproduction(
@@ -52,4 +54,6 @@ def command_of(spec: str, arguments: Mapping[str, Any], dtype: str) -> str:
     for option in ("torch_python", "jax_python"):
         if arguments[option] is not None:
             words += [f"--{option.replace('_', '-')}", arguments[option]]
+    if arguments["timeout_s"] != DEFAULT_TIMEOUT_S:
+        words += ["--timeout-s", f"{arguments['timeout_s']:g}"]
     return shlex.join([*words, "--dtype", dtype])

@@ -1,18 +1,16 @@
-"""One side of a pair in an interpreter of its own: ``python -m parity_tests.pair.worker torch package.module:factory``.
+"""One side of a pair in an interpreter of its own, see `interpreters`; it serves what `remote` asks for.
 
-Reads requests and writes replies as JSON lines; arrays go through safetensors files that the lines name.
+Arrays go through safetensors files that the messages name.
 """
 
-import json
-import os
-import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from parity_tests.harness.failures import first_line
 from parity_tests.harness.records import environment
+from parity_tests.interpreters.child import Channel
 from parity_tests.pair.exchange import read_groups, write_groups
 from parity_tests.pair.loading import build, load_factory
 from parity_tests.pair.side import Arrays, ParameterSpec, Side, make_side
@@ -54,10 +52,22 @@ def _reply(
     return line, {"centre": found.centre, "spread": found.spread, "kinks": found.kinks}
 
 
-def serve(side: Side, requests: TextIO, replies: TextIO) -> None:
-    """Answers until the requests end."""
-    for text in requests:
-        request = json.loads(text)
+def main(channel: Channel, framework: str, spec: str, device: str) -> None:
+    """Builds the side and answers requests until the connection ends.
+
+    Args:
+        channel: to the parent.
+        framework: `torch` or `jax`.
+        spec: `package.module:factory`.
+        device: `cpu`, `cuda` or `auto`.
+    """
+    try:
+        side = make_side(framework, build(load_factory(spec, (framework,)), (framework,)), device)
+    except (ImportError, TypeError, ValueError) as error:
+        channel.send({"error": first_line(error), "kind": type(error).__name__})
+        return
+    channel.send({"name": side.name, "environment": environment()})
+    while (request := channel.receive()) is not None:
         folder = Path(request["folder"])
         try:
             line, groups = _reply(side, request, read_groups(folder / "request.safetensors"))
@@ -65,23 +75,4 @@ def serve(side: Side, requests: TextIO, replies: TextIO) -> None:
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             # The caller decides what a refusal means; the worker stays there for the next request.
             line = {"error": first_line(error), "kind": type(error).__name__}
-        replies.write(json.dumps(line) + "\n")
-        replies.flush()
-
-
-def main(framework: str, spec: str, device: str) -> None:
-    """Builds the side and serves it on the standard streams; what the module prints goes to standard error."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    try:
-        side = make_side(framework, build(load_factory(spec, (framework,)), (framework,)), device)
-    except (ImportError, TypeError, ValueError) as error:
-        replies.write(json.dumps({"error": first_line(error), "kind": type(error).__name__}) + "\n")
-        return
-    replies.write(json.dumps({"name": side.name, "environment": environment()}) + "\n")
-    replies.flush()
-    serve(side, sys.stdin, replies)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:4])
+        channel.send(line)

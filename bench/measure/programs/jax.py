@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from bench.measure.compile_caches import CacheFolder
 from bench.measure.compile_caches.jax import kept_in
@@ -53,15 +54,31 @@ def _in_layout(function: Function, layout: str) -> Function:
     return laid_out
 
 
-def _program(function: Function, task: Task) -> tuple[Callable[..., Any], int]:
+class _Uncompiled:
+    """Counts the calls that run a function on arrays; `jit` runs it on tracers, and then no more."""
+
+    calls = 0
+
+    def note(self, x: jax.Array) -> None:
+        if not isinstance(x, Tracer):
+            self.calls += 1
+
+
+def _program(function: Function, task: Task, uncompiled: _Uncompiled) -> tuple[Callable[..., Any], int]:
     """The traced function of a direction, and how many of (x, kernel, bias, cotangent) it takes.
 
     A new function object each time, since jit would find an earlier precision's program under the same one.
     """
     if task.direction == "forward":
-        return lambda x, kernel, bias: function(x, kernel, bias), 3
+
+        def forward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+            uncompiled.note(x)
+            return function(x, kernel, bias)
+
+        return forward, 3
 
     def forward_backward(x: jax.Array, kernel: jax.Array, bias: jax.Array, cotangent: jax.Array) -> Any:
+        uncompiled.note(x)
         y, vjp = jax.vjp(function, x, kernel, bias)
         return (y, *vjp(cotangent))
 
@@ -69,11 +86,12 @@ def _program(function: Function, task: Task) -> tuple[Callable[..., Any], int]:
 
 
 def _step_program(
-    function: Function, task: Task, *, donate: bool, options: dict[str, Any] | None
+    function: Function, task: Task, uncompiled: _Uncompiled, *, donate: bool, options: dict[str, Any] | None
 ) -> tuple[Any, Callable[[Any], Any]]:
     """The jitted training step, and the function that makes the optimiser's first state."""
     optimizer = build_optax(OPTIMIZERS[str(task.optimizer)], _RATES)
-    differentiate, _ = _program(function, Task(task.implementation, task.mode, "forward_backward", task.layout))
+    direct = Task(task.implementation, task.mode, "forward_backward", task.layout)
+    differentiate, _ = _program(function, direct, uncompiled)
 
     def step(params: Mapping[str, jax.Array], state: Any, x: jax.Array, cotangent: jax.Array) -> Any:
         y, dx, dweight, dbias = differentiate(x, params["weight"], params["bias"], cotangent)
@@ -131,12 +149,13 @@ def build(
     # Given to jit and not to the compilation: calling a compiled program takes some 8% longer than calling jit.
     compiler = dict(options) or None
     steps: list[_Step] = []
+    uncompiled = _Uncompiled()
     if task.direction == "train_step":
-        jitted, init = _step_program(function, task, donate=donate, options=compiler)
+        jitted, init = _step_program(function, task, uncompiled, donate=donate, options=compiler)
         steps = [_Step(jitted, init, arguments) for arguments in buffers]
         given = steps[0].arguments()
     else:
-        program, taken = _program(function, task)
+        program, taken = _program(function, task, uncompiled)
         jitted, given = jax.jit(program, compiler_options=compiler), buffers[0][:taken]
     cache = CacheFolder()
 
@@ -169,6 +188,7 @@ def build(
         compile_again=again,
         restart=restart if steps else None,
         text=compiled.as_text,
+        uncompiled_calls=lambda: uncompiled.calls,
     )
 
 

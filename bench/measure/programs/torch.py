@@ -122,6 +122,19 @@ def _graphed(call: Call) -> tuple[Call, int]:
     return replay, taken
 
 
+def _watched(function: Function) -> tuple[Function, Callable[[], int]]:
+    """Return the function, and what tells in how many calls Python ran it: none where it runs compiled."""
+    seen = [0]
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        # True while Dynamo traces, so that the branch is not in what it compiles.
+        if not torch.compiler.is_compiling():
+            seen[0] += 1
+        return function(x, weight, bias)
+
+    return watched, lambda: seen[0]
+
+
 class _ProductCounter(TorchDispatchMode):
     """Adds up torch's own formulas for the operations of products and convolutions.
 
@@ -164,11 +177,12 @@ def build(
         Unsupported: if torch cannot run the mode here.
     """
     plain = _in_layout(resolve(task.implementation), task.layout, settle=settle)
+    watched, uncompiled_calls = _watched(plain)
     if task.mode == EAGER or task.mode == CUDA_GRAPH:
         function = plain
     elif task.mode in COMPILE_MODES:
         # Static shapes: the second workload of a process would otherwise be compiled for any size.
-        function = torch.compile(plain, dynamic=False, mode=COMPILE_MODES[task.mode])
+        function = torch.compile(watched, dynamic=False, mode=COMPILE_MODES[task.mode])
     else:
         raise Unsupported(f"torch has no mode {task.mode!r}")
     calls = [_bound(function, task, arguments, settle=settle) for arguments in buffers]
@@ -199,6 +213,7 @@ def build(
         program_flops=flops,
         compile_again=compile_again,
         restart=restart if steps else None,
+        uncompiled_calls=uncompiled_calls,
     )
 
 

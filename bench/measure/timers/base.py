@@ -45,6 +45,7 @@ class Prepared:
         compile_again: compiles the same program anew, with what is cached on disk; returns seconds.
         restart: brings parameters and optimiser back to their first state; None where a call changes nothing.
         text: the compiled program as text, or None.
+        uncompiled_calls: how often Python ran what the mode says is compiled; None where nothing is compiled.
     """
 
     call: Call
@@ -54,6 +55,7 @@ class Prepared:
     compile_again: Callable[[], float] | None = None
     restart: Callable[[], None] | None = None
     text: Callable[[], str | None] | None = None
+    uncompiled_calls: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,10 @@ class Timer(Protocol):
 
     def environment(self) -> dict[str, Any]:
         """Versions and device, for the fingerprint."""
+        ...
+
+    def refusals(self) -> list[str]:
+        """Switches of this process under which a mode or a clock would be a lie."""
         ...
 
     def switches(self) -> dict[str, Any]:

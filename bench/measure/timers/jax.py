@@ -21,7 +21,9 @@ from bench.plan.competitors import JIT, JIT_GRAPH, Catalogue
 from jax_impl.registry import implementation_names, unsupported_reason
 from parity_tests.harness.inputs import Inputs
 
-_SWITCHES = ("jax_default_matmul_precision", "jax_enable_x64")
+_SWITCHES = ("jax_default_matmul_precision", "jax_enable_x64", "jax_numpy_dtype_promotion", "jax_optimization_level")
+# The variables are not passed on, but a start-up file may set them: each makes a mode or a clock a lie.
+_REFUSED = ("jax_disable_jit", "jax_debug_nans", "jax_debug_infs", "jax_check_tracer_leaks", "jax_enable_checks")
 _PRECISIONS: Mapping[str, Any] = {
     "ieee_fp32": jax.lax.Precision.HIGHEST,
     "tf32": jax.lax.DotAlgorithmPreset.TF32_TF32_F32,
@@ -60,6 +62,10 @@ class JaxTimer:
             "device_name": device.device_kind,
             "devices": len(jax.devices()),
         }
+
+    def refusals(self) -> list[str]:
+        """What is on in this process and must not be."""
+        return [name for name in _REFUSED if getattr(jax.config, name, False)]
 
     def switches(self) -> dict[str, Any]:
         """The precision switches as they stand."""

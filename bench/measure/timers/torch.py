@@ -72,12 +72,25 @@ class TorchTimer:
             }
         return found
 
+    def refusals(self) -> list[str]:
+        """What is on in this process and must not be, as a start-up file may set it."""
+        found = {
+            "torch.autograd.set_detect_anomaly": torch.is_anomaly_enabled(),
+            "torch.set_default_dtype": torch.get_default_dtype() != torch.float32,
+            "torch.set_default_device": torch.get_default_device().type != "cpu",
+            "torch.autograd.set_grad_enabled(False)": not torch.is_grad_enabled(),
+        }
+        return [name for name, on in found.items() if on]
+
     def switches(self) -> dict[str, Any]:
         """The precision switches as they stand."""
         matmul = torch.backends.cuda.matmul
         return {
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
+            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+            "mkldnn": torch.backends.mkldnn.enabled,
             "allow_bf16_reduced_precision_reduction": matmul.allow_bf16_reduced_precision_reduction,
             "allow_fp16_reduced_precision_reduction": matmul.allow_fp16_reduced_precision_reduction,
         }

@@ -140,7 +140,15 @@ class TrainingSubject(Protocol):
 def framework_available(framework: str) -> bool:
     """True if the framework can be imported here (it is not imported by asking)."""
     packages = {"torch": ("torch",), "jax": ("jax", "flax")}[framework]
-    return all(importlib.util.find_spec(package) is not None for package in packages)
+    return all(package_available(package) for package in packages)
+
+
+def package_available(name: str) -> bool:
+    """Returns True if a package can be found here, without importing it."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # an import hook that forbids it, or a stand-in that says nothing about itself
+        return False
 
 
 def check_precision(precision: str | None, has_tf32: bool) -> None:

@@ -9,6 +9,8 @@ import dataclasses
 import functools
 import multiprocessing
 import tempfile
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from parity_tests.harness.subjects.modes import shards_of
 from parity_tests.harness.subjects.torch_shard import serve
 from parity_tests.harness.subjects.torch_subject import TorchSubject
 
-_TIMEOUT_S = 120
+_TIMEOUT_S = 120.0
+_LOOK_S, _END_S = 0.5, 10.0
 
 
 @functools.cache
@@ -56,22 +59,44 @@ class _Shards:
             self._processes.append(process)
 
     def run(self, task: tuple[Any, ...]) -> dict[str, np.ndarray]:
-        for end in self._ends:
-            end.send(task)
-        if not self._ends[0].poll(_TIMEOUT_S):
-            self.close()
+        """Sends a task to every process and returns the first one's answer.
+
+        Raises:
+            RuntimeError: if there is none in time, a process has ended, or the task failed; one sentence.
+        """
+        answers: list[Any] = []
+        # Sending waits for a reader and an answer comes in parts: in a thread, both together have one time limit.
+        thread = threading.Thread(target=self._exchange, args=(task, answers), daemon=True)
+        thread.start()
+        deadline = time.monotonic() + _TIMEOUT_S
+        while thread.is_alive() and time.monotonic() < deadline and all(p.is_alive() for p in self._processes):
+            thread.join(_LOOK_S)
+        # What was answered by a process that has ended since counts.
+        thread.join(0 if thread.is_alive() and all(p.is_alive() for p in self._processes) else _LOOK_S)
+        if not answers or isinstance(answers[0], OSError | EOFError):
+            codes = [process.exitcode for process in self._processes if process.exitcode is not None]
+            close_shards()
+            what = f"the end of a process (status {codes[0]})" if codes else "none"
             raise RuntimeError(
-                f"shards: expected an answer within {_TIMEOUT_S} s, got none; see the processes' stderr."
+                f"shards: expected an answer within {_TIMEOUT_S:g} s, got {what}; see the processes' stderr."
             )
-        answer = self._ends[0].recv()
-        if isinstance(answer, str):
-            raise RuntimeError(f"shards: expected tensors, got the error {answer}")
-        return answer
+        if isinstance(answers[0], str):
+            raise RuntimeError(f"shards: expected tensors, got the error {answers[0]}")
+        return answers[0]
+
+    def _exchange(self, task: tuple[Any, ...], answers: list[Any]) -> None:
+        try:
+            for end in self._ends:
+                end.send(task)
+            answers.append(self._ends[0].recv())
+        except (EOFError, OSError) as error:
+            answers.append(error)
 
     def close(self) -> None:
         for process in self._processes:
             process.kill()
-            process.join()
+        for process in self._processes:
+            process.join(_END_S)
         self._folder.cleanup()
 
 

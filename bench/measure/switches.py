@@ -1,0 +1,151 @@
+"""Switches in the environment that change what a worker runs: which are unset for it, which are told, all recorded.
+
+A switch that makes a mode or a precision a lie (what is called `jit` would not be compiled, what is called IEEE fp32
+would be TF32), or that makes every call wait, is unset in the workers, with a note. A switch that a user may want
+measured stays, with a note. Both stand in the environment's fingerprint. Imports no framework.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+# How the frameworks spell "off"; a switch that is set to it changes nothing.
+_OFF = ("", "0", "false", "off", "no", "n", "f")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """What a variable does where it is set.
+
+    Attributes:
+        frameworks: whose workers read it.
+        effect: what it would do, as the end of a sentence that begins with its name.
+        off_is_harmless: whether a value such as `0` is what the framework does anyway.
+    """
+
+    frameworks: tuple[str, ...]
+    effect: str
+    off_is_harmless: bool = True
+
+
+_TORCH, _JAX, _BOTH = ("torch",), ("jax",), ("torch", "jax")
+
+# Unset in the workers.
+UNSET: Mapping[str, Switch] = MappingProxyType(
+    {
+        "JAX_DISABLE_JIT": Switch(_JAX, "runs what is called `jit` without compiling it"),
+        "TORCHDYNAMO_DISABLE": Switch(_TORCH, "runs what is called `compile` without compiling it"),
+        "TORCH_COMPILE_DISABLE": Switch(_TORCH, "runs what is called `compile` without compiling it"),
+        "TORCHDYNAMO_SUPPRESS_ERRORS": Switch(_TORCH, "runs what fails to compile eagerly, under the name `compile`"),
+        "TORCH_COMPILE_FORCE_DISABLE_CACHES": Switch(_TORCH, "turns the caches off whose effect is measured"),
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": Switch(_TORCH, "turns the caches off whose effect is measured"),
+        "TORCH_COMPILE_DEBUG": Switch(_TORCH, "writes traces while it compiles"),
+        "CUDA_LAUNCH_BLOCKING": Switch(_BOTH, "makes every launch wait for the GPU"),
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": Switch(_TORCH, "asks the driver for memory in every call"),
+        "NVIDIA_TF32_OVERRIDE": Switch(_BOTH, "overrules the precision that is asked for", off_is_harmless=False),
+        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": Switch(_TORCH, "overrules the precision that is asked for"),
+        "ONEDNN_DEFAULT_FPMATH_MODE": Switch(_TORCH, "overrules the precision that is asked for"),
+        "JAX_DEFAULT_MATMUL_PRECISION": Switch(_JAX, "overrules the precision of the stock division"),
+        "JAX_ENABLE_X64": Switch(_JAX, "lets constants and sums become 64 bits wide"),
+        "JAX_DEFAULT_DTYPE_BITS": Switch(_JAX, "changes the width of constants", off_is_harmless=False),
+        "JAX_NUMPY_DTYPE_PROMOTION": Switch(_JAX, "changes which operands may meet", off_is_harmless=False),
+        "JAX_NUMPY_RANK_PROMOTION": Switch(_JAX, "changes which operands may meet", off_is_harmless=False),
+        "JAX_DEBUG_NANS": Switch(_JAX, "makes every call wait and looks for NaN in its result"),
+        "JAX_DEBUG_INFS": Switch(_JAX, "makes every call wait and looks for infinities in its result"),
+        "JAX_CHECK_TRACER_LEAKS": Switch(_JAX, "traces anew in every call"),
+        "JAX_ENABLE_CHECKS": Switch(_JAX, "checks what it traces"),
+        "JAX_TRANSFER_GUARD": Switch(_JAX, "refuses or reports copies between host and device", off_is_harmless=False),
+        "PYTHONDEVMODE": Switch(_BOTH, "checks what the interpreter does"),
+        "PYTHONMALLOC": Switch(_BOTH, "changes how the interpreter takes memory", off_is_harmless=False),
+        "PYTHONTRACEMALLOC": Switch(_BOTH, "records every allocation"),
+    }
+)
+
+# Left as they are.
+TOLD: Mapping[str, Switch] = MappingProxyType(
+    {
+        "XLA_FLAGS": Switch(_JAX, "changes what XLA compiles, in every division"),
+        "LIBTPU_INIT_ARGS": Switch(_JAX, "changes what XLA compiles, in every division"),
+        "TORCHINDUCTOR_MAX_AUTOTUNE": Switch(_TORCH, "changes what Inductor compiles, in every division"),
+        "TORCHINDUCTOR_FREEZING": Switch(_TORCH, "changes what Inductor compiles, in every division"),
+        "TORCHINDUCTOR_CPP_WRAPPER": Switch(_TORCH, "changes how compiled code is called, in every division"),
+        "TORCH_BLAS_PREFER_CUBLASLT": Switch(_TORCH, "chooses the library of the products"),
+        "CUBLAS_WORKSPACE_CONFIG": Switch(_BOTH, "limits the kernels that cuBLAS may choose", off_is_harmless=False),
+        "PYTORCH_CUDA_ALLOC_CONF": Switch(_TORCH, "changes the allocator", off_is_harmless=False),
+        "PYTORCH_ALLOC_CONF": Switch(_TORCH, "changes the allocator", off_is_harmless=False),
+        "XLA_PYTHON_CLIENT_ALLOCATOR": Switch(_JAX, "changes the allocator", off_is_harmless=False),
+        "ATEN_CPU_CAPABILITY": Switch(_TORCH, "limits the instructions that are used", off_is_harmless=False),
+        "ONEDNN_MAX_CPU_ISA": Switch(_TORCH, "limits the instructions that are used", off_is_harmless=False),
+        "MKL_ENABLE_INSTRUCTIONS": Switch(_TORCH, "limits the instructions that are used", off_is_harmless=False),
+        "MKL_CBWR": Switch(_TORCH, "limits the kernels that MKL may choose", off_is_harmless=False),
+        "OMP_WAIT_POLICY": Switch(_TORCH, "says whether idle threads spin", off_is_harmless=False),
+        "OMP_PROC_BIND": Switch(_TORCH, "binds threads to processors", off_is_harmless=False),
+        "KMP_BLOCKTIME": Switch(_TORCH, "says how long idle threads spin", off_is_harmless=False),
+        "KMP_AFFINITY": Switch(_TORCH, "binds threads to processors", off_is_harmless=False),
+        "GOMP_SPINCOUNT": Switch(_TORCH, "says how long idle threads spin", off_is_harmless=False),
+        "LD_PRELOAD": Switch(_BOTH, "loads code before everything else", off_is_harmless=False),
+        "CUDA_VISIBLE_DEVICES": Switch(_BOTH, "chooses the GPU", off_is_harmless=False),
+        "CUDA_DEVICE_MAX_CONNECTIONS": Switch(_BOTH, "changes how launches queue", off_is_harmless=False),
+    }
+)
+
+# Given the number of processors that the workers may use, whatever the shell says.
+THREADS: tuple[str, ...] = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# What a fingerprint holds of a worker's environment.
+RECORDED: tuple[str, ...] = (*THREADS, "JAX_CPU_ENABLE_ASYNC_DISPATCH", "JAX_PLATFORMS", *TOLD)
+
+
+def _set(switches: Mapping[str, Switch], environment: Mapping[str, str], framework: str | None) -> dict[str, str]:
+    return {
+        name: environment[name]
+        for name, switch in switches.items()
+        if name in environment
+        and (framework is None or framework in switch.frameworks)
+        and not (switch.off_is_harmless and environment[name].strip().lower() in _OFF)
+        and environment[name] != ""
+    }
+
+
+def unset_for(framework: str | None, environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the switches that are set and that a worker does not get, with their values.
+
+    Args:
+        framework: whose worker; None for any.
+        environment: the variables; those of this process if not given.
+    """
+    return _set(UNSET, os.environ if environment is None else environment, framework)
+
+
+def without_unset(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without every switch of `UNSET`, whatever its value."""
+    return {name: value for name, value in environment.items() if name not in UNSET}
+
+
+def recorded(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """Return what a fingerprint holds of a worker's environment: name to value, or None."""
+    return {name: environment.get(name) for name in RECORDED}
+
+
+def sentences(frameworks: Sequence[str], cpus: int, environment: Mapping[str, str] | None = None) -> list[str]:
+    """Return one sentence for each switch that is set and changes, or would change, what the workers run.
+
+    Args:
+        frameworks: those that take part.
+        cpus: the number of processors that the workers may use; 0 where that is not known.
+        environment: the variables; those of this process if not given.
+    """
+    environment = os.environ if environment is None else environment
+    said = {}
+    for framework in frameworks:
+        for name, value in _set(UNSET, environment, framework).items():
+            said[name] = f"{name}={value} is unset in the workers: it {UNSET[name].effect}."
+        for name, value in _set(TOLD, environment, framework).items():
+            said[name] = f"{name}={value} stays in force in the workers: it {TOLD[name].effect}."
+    for name in THREADS:
+        if cpus and environment.get(name) not in (None, "", str(cpus)):
+            said[name] = (
+                f"{name}={environment[name]} is {cpus} in the workers: both frameworks may use the same processors; "
+                "to measure with fewer, start the command under `taskset`."
+            )
+    return list(said.values())

@@ -1,0 +1,157 @@
+"""A named pair judged in a process of its own: both ends of the conversation.
+
+The factory and the modules are other people's code, which may end, hang or flood the process that it runs in. The
+parent imports none of it and no framework: it asks, and gets a text for each step, a row for each comparison and a
+report at the end. Whatever happens to the child, the parent has the rows so far, and one sentence about what happened.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from parity_tests.harness.failures import located
+from parity_tests.harness.interruption import Interruption
+from parity_tests.interpreters.child import Channel, Message
+from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S, GREETING_S, Interpreter
+from parity_tests.interpreters.process import ProcessError, clipped
+from parity_tests.pair.report import PairReport, PairRow
+
+# What an interpreter that the child starts may take to greet, and the child to say that it did not.
+_BESIDE_S = GREETING_S + 10.0
+_MOST_SENTENCE = 1000
+_SHOWN_LINES = 20
+Tell = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What came of a check in a process of its own.
+
+    Attributes:
+        report: of what was compared; `stopped` says why it is not all.
+        interrupted: True if this process was asked to stop.
+        printed: the last lines that the pair's own code printed.
+    """
+
+    report: PairReport
+    interrupted: bool = False
+    printed: tuple[str, ...] = ()
+
+
+def judge_apart(
+    spec: str,
+    arguments: Mapping[str, Any],
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    interruption: Interruption | None = None,
+) -> Judgement:
+    """Judges a named pair in a process of its own, which is ended with all that it started.
+
+    Args:
+        spec: `package.module:factory`, importable from where this process imports.
+        arguments: of `check_pair`, those that JSON can carry.
+        timeout_s: seconds that one step may take: importing the pair, a call of one side, ...
+        interruption: of the caller; settled when the judgement is there.
+    """
+    heard, interruption = _Heard(spec), interruption or Interruption()
+    beside = any(arguments.get(name) for name in ("torch_python", "jax_python"))
+    try:
+        with Interpreter(__name__, who="its process", timeout_s=timeout_s) as interpreter:
+            # The child waits for others by the same limit, and then says which of them it was.
+            interpreter.timeout_s = timeout_s + (_BESIDE_S if beside else 0.0)
+            asked = {"spec": spec, "path": list(map(str, sys.path)), "arguments": {**arguments, "timeout_s": timeout_s}}
+            interpreter.send(asked)
+            try:
+                while heard.report is None:
+                    interruption.check()
+                    heard.take(interpreter.receive())
+            except KeyboardInterrupt:
+                for message in interpreter.messages_left():
+                    heard.take(message)
+                raise
+            interruption.settle()
+            printed = () if heard.report.stopped else tuple(interpreter.child.printed_lines(_SHOWN_LINES))
+        return Judgement(heard.report, printed=printed)
+    except ProcessError as error:
+        what = f"expected a pair that can be judged, got one whose process {error.happened} while {heard.step}"
+        return Judgement(heard.stopped(f"{what}{error.last_words}."))
+    except KeyboardInterrupt:
+        return Judgement(heard.stopped(f"interrupted while {heard.step}."), interrupted=True)
+
+
+class _Heard:
+    """What the child has said so far."""
+
+    def __init__(self, spec: str) -> None:
+        self._spec = spec
+        self._rows: list[PairRow] = []
+        self.step = "starting"
+        self.report: PairReport | None = None
+
+    def take(self, message: Message) -> None:
+        """Takes the next message."""
+        if "step" in message:
+            self.step = message["step"]
+        elif "row" in message:
+            self._rows.append(_row(message["row"]))
+        elif "refused" in message:
+            self.report = self.stopped(message["refused"])
+        elif "report" in message:
+            self.report = _report(message["report"])
+
+    def stopped(self, sentence: str) -> PairReport:
+        """Returns a report of what there is, which says why there is no more."""
+        return PairReport(self._spec, self._rows, stopped=sentence)
+
+
+def _row(fields: Message) -> PairRow:
+    return PairRow(**_with_tuples(fields))
+
+
+def _report(fields: Message) -> PairReport:
+    return PairReport(**{**_with_tuples(fields), "rows": [_row(row) for row in fields["rows"]]})
+
+
+def _with_tuples(fields: Message) -> Message:
+    """Gives the sequences of a record back their kind: JSON has one, and records hold tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def main(channel: Channel) -> None:
+    """Judges the pair that the parent asks for, and tells it every step, every row and the outcome.
+
+    Args:
+        channel: to the parent.
+    """
+    asked = channel.receive()
+    if asked is None:
+        return
+    sys.path[:] = asked["path"]
+
+    def tell(found: Any) -> None:
+        channel.send({"row": dataclasses.asdict(found)} if isinstance(found, PairRow) else {"step": str(found)})
+
+    channel.send(outcome(asked["spec"], asked["arguments"], tell))
+
+
+def outcome(spec: str, arguments: Mapping[str, Any], tell: Tell) -> Message:
+    """Judges a named pair in this process.
+
+    Args:
+        spec: `package.module:factory`.
+        arguments: of `check_pair`.
+        tell: is called with every step, a text, and every row.
+
+    Returns:
+        The last message: `report` with its fields, or `refused` with one sentence.
+    """
+    try:
+        tell("importing the judge")
+        from parity_tests.pair.check import run_pair
+
+        return {"report": dataclasses.asdict(run_pair(spec, tell, **arguments))}
+    except (ValueError, ProcessError) as error:
+        return {"refused": clipped(" ".join(str(error).split()), _MOST_SENTENCE)}
+    except Exception as error:  # a user's modules may raise anything; a person reads one line
+        return {"refused": f"expected modules that run on their inputs, got {located(error)}."}
