@@ -24,6 +24,8 @@ _STEPS = {
     "truth": "running, in float64,",
     "ensemble": "running, with rounding noise,",
     "is_random": "looking for random numbers in",
+    "unexercised": "watching the branches of",
+    "wider_operations": "looking at the formats of",
 }
 _REQUIRED = {
     "torch_module": "torch",

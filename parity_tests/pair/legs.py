@@ -329,9 +329,11 @@ def running(key: str, inputs: Tuple) -> Iterator[None]:
         module, side = ("torch_module", "torch") if key == "torch" else ("flax_module", "flax")
         shapes = ", ".join(f"{array.dtype} {array.shape}" for array in inputs)
         layout = "" if key == "torch" else ", input_patterns= if its layout is another"
+        # What an interpreter of its own refuses names its kind already.
+        kind = "" if type(error).__name__ == "RemoteError" else f"{type(error).__name__}: "
         raise ValueError(
-            f"{module}: expected a module that runs on its inputs ({shapes}), got {type(error).__name__}: "
-            f"{first_line(error)}; check inputs=, {side}_kwargs={layout}."
+            f"{module}: expected a module that runs on its inputs ({shapes}), got {kind}{first_line(error)}; "
+            f"check inputs=, {side}_kwargs={layout}."
         ) from error
 
 
