@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,7 +13,7 @@ import numpy as np
 
 import parity_tests
 from parity_tests.pair.exchange import read_groups, write_groups
-from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant
+from parity_tests.pair.side import Arrays, Constants, Ensemble, ParameterSpec, Variant
 
 _SHOWN = {"torch": ("torch",), "jax": ("jax", "flax")}
 _ROOT = Path(parity_tests.__file__).resolve().parent.parent
@@ -121,6 +122,20 @@ class RemoteSide:
         line, groups = self._call("ensemble", parameters, inputs, cotangents, dtype=dtype, seed=seed)
         centre, spread, kinks = (groups.get(name, {}) for name in ("centre", "spread", "kinks"))
         return Ensemble(centre, spread, kinks, line["members"], tuple(line["notes"]))
+
+    def constants(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None,
+        buffers: Mapping[str, str],
+        computed: bool,
+    ) -> Constants:
+        """See ``side.Side``."""
+        line, groups = self._call("constants", parameters, inputs, cotangents, buffers=dict(buffers), computed=computed)
+        return Constants(
+            groups.get("spread", {}), tuple(line["stored"]), tuple(line["literals"]), members=line["members"]
+        )
 
     def variants(self) -> tuple[Variant, ...]:
         """See ``side.Side``."""
