@@ -23,7 +23,10 @@ _STEPS = {
     "vjp": "differentiating",
     "truth": "running, in float64,",
     "ensemble": "running, with rounding noise,",
+    "constants": "moving the constants of",
     "is_random": "looking for random numbers in",
+    "unexercised": "watching the branches of",
+    "wider_operations": "looking at the formats of",
 }
 _REQUIRED = {
     "torch_module": "torch",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from parity_tests.harness.dtypes import FORMATS
-from parity_tests.pair.casts import as_stored
+from parity_tests.pair.casts import as_stored, is_complex, is_inexact, parts
 from parity_tests.pair.judge import KEYS, Evidence
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
@@ -37,6 +37,11 @@ def likely_cause(pair: Pair, evidence: Evidence, rows: Sequence[PairRow]) -> str
     return ""
 
 
+def _in_truth(failed: Sequence[PairRow]) -> list[PairRow]:
+    """Those in which the two functions differ; without any, what differs is how one side computes its own."""
+    return [row for row in failed if row.mode == "truth"]
+
+
 def _weights(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
     del evidence
     if failed[0].tensor in pair.mapping.kept_by_both:
@@ -50,7 +55,7 @@ def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
         return f"the {sides} side draws random numbers: dropout is active; switch it off (eval mode, deterministic)"
     if not evidence.bounds:
         return _shapes(evidence)
-    if not any(row.dtype == "float64" for row in failed):
+    if not _in_truth(failed):
         return _precision(evidence, failed)
     for sentence, run, key in itertools.islice(_hypotheses(pair, evidence), _MOST_TRIED):
         try:
@@ -63,12 +68,12 @@ def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
 
 
 def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
-    if not any(row.dtype == "float64" for row in failed):
+    if not _in_truth(failed):
         return _precision(evidence, failed)
     alone = [name for names in pair.trained_alone.values() for name in names]
     if alone:
         return f"{', '.join(alone)}: kept as a constant, and trained on the side that has it"
-    names = [row.tensor for row in failed if row.dtype == "float64"]
+    names = [row.tensor for row in _in_truth(failed)]
     frozen = [name for name in pair.mapping.half_trained if f"d_{name}" in names]
     if frozen:
         names = ", ".join(frozen)
@@ -84,7 +89,7 @@ def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str
 
 
 def _state(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
-    if not any(row.dtype == "float64" for row in failed):
+    if not _in_truth(failed):
         return _precision(evidence, failed)
     assert evidence.values is not None
     before = evidence.values.parameters["torch"]
@@ -249,15 +254,27 @@ def _block_orders(arrays: Arrays) -> Iterator[tuple[tuple[int, ...], str, Arrays
 
 
 def _scaled(evidence: Evidence, names: Sequence[str]) -> str:
-    """A constant factor, or a difference of float32's size."""
+    """A constant factor, a conjugate, other places that are not finite, or a difference of float32's size."""
     found = []
     for name in names:
         first, second = evidence.truths["torch"][name].ravel(), evidence.truths["jax"][name].ravel()
-        if first.dtype.kind != "f" or not first.any():
+        if not is_inexact(first) or not first.any():
+            continue
+        limit = parts(evidence.bounds["torch"][name] + evidence.bounds["jax"][name]).reshape(parts(first).shape)
+        if is_complex(first) and (np.abs(parts(second.conj()) - parts(first)) <= limit).all():
+            return f"{name}: the flax side is the complex conjugate (another sign of a Fourier transform, or of i)"
+        first, second, limit = parts(first).ravel(), parts(second).ravel(), limit.ravel()
+        same = (first == second) | (np.isnan(first) & np.isnan(second))
+        if (np.isfinite(first) | same).all() and (np.isfinite(second) | same).all():
+            keep = np.isfinite(first)
+            first, second, limit = first[keep], second[keep], limit[keep]
+        else:
+            return f"{name} is not finite in other places, or in another way, on the flax side: a mask, a division"
+        if not first.any():
             continue
         factor = float(second @ first / (first @ first))
-        limit = (evidence.bounds["torch"][name] + evidence.bounds["jax"][name]).ravel() * max(abs(factor), 1.0)
-        if abs(factor - 1) > FORMATS["float32"].roundoff and (np.abs(second - factor * first) <= limit).all():
+        enough = limit * max(abs(factor), 1.0)
+        if abs(factor - 1) > FORMATS["float32"].roundoff and (np.abs(second - factor * first) <= enough).all():
             found.append((name, factor))
         if np.abs(second - first).max() <= FORMATS["float32"].roundoff * np.abs(first).max():
             return f"{name} differs by less than float32's roundoff: one side rounds a constant or a table to float32"
@@ -276,9 +293,15 @@ def _precision(evidence: Evidence, failed: Sequence[PairRow]) -> str:
     if not np.isfinite(row.subject_value):
         return f"{row.tensor} overflows in {row.dtype} on the {side} side, or divides by zero"
     shortfall = f"the {side} side computes {row.tensor} with less precision than {row.dtype} promises"
+    if row.dtype == "float64":
+        return f"{shortfall}: a narrower format is fixed in it (dtype=jnp.float32, .float())"
     if row.dtype != "float32":
         return f"{shortfall}; in float64 it agrees"
     value, spread = evidence.results[row.framework][row.tensor], evidence.ensembles[row.framework].spread[row.tensor]
-    error = value.astype(np.float64) - evidence.truths[row.framework][row.tensor]
-    ratio = float(np.sqrt(np.mean(error**2) / np.mean(spread**2)))
+    error, spread = parts(value) - parts(evidence.truths[row.framework][row.tensor]), parts(spread)
+    # Elsewhere nothing is rounded.
+    usable = np.isfinite(error) & np.isfinite(spread) & (spread > 0)
+    if not usable.any():
+        return shortfall
+    ratio = float(np.sqrt(np.mean(error[usable] ** 2) / np.mean(spread[usable] ** 2)))
     return f"{shortfall} (errors {ratio:.0f} times float32's: TF32 or 16-bit operands or sums); in float64 it agrees"

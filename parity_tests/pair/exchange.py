@@ -25,6 +25,9 @@ _DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _SEPARATOR = "/"
+# The file format has no complex numbers of 64-bit parts: they are written as pairs of parts, and marked so.
+_COMPLEX = {np.dtype(np.complex64): np.dtype(np.float32), np.dtype(np.complex128): np.dtype(np.float64)}
+_MARK = "complex "
 
 
 def packed(groups: Mapping[str, Arrays]) -> bytes:
@@ -39,9 +42,12 @@ def packed(groups: Mapping[str, Arrays]) -> bytes:
     tensors = {}
     for group, arrays in groups.items():
         for name, array in arrays.items():
+            key, array = f"{group}{_SEPARATOR}{name}", np.array(array, order="C")
+            if array.dtype in _COMPLEX:
+                key, array = f"{_MARK}{key}", array[..., None].view(_COMPLEX[array.dtype])
             if array.dtype not in _DTYPES.values():
-                raise ValueError(f"{name}: expected a float, integer or boolean array, got {array.dtype}; convert it.")
-            tensors[f"{group}{_SEPARATOR}{name}"] = np.array(array, order="C")
+                raise ValueError(f"{name}: expected an array of numbers or booleans, got {array.dtype}; convert it.")
+            tensors[key] = array
     return safetensors.numpy.save(tensors)
 
 
@@ -51,5 +57,8 @@ def unpacked(data: bytes) -> dict[str, dict[str, np.ndarray]]:
     for key, tensor in safetensors.deserialize(data):
         group, _, name = key.partition(_SEPARATOR)
         array = np.frombuffer(bytearray(tensor["data"]), _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+        if group.startswith(_MARK):
+            whole = next(dtype for dtype, part in _COMPLEX.items() if part == array.dtype)
+            group, array = group.removeprefix(_MARK), array.view(whole)[..., 0]
         groups.setdefault(group, {})[name] = array
     return groups

@@ -102,7 +102,7 @@ class Judge:
         if dtypes and all(self._missing.get(dtype) for dtype in dtypes):
             reasons = "; ".join(dict.fromkeys(reason for found in self._missing.values() for reason in found))
             reason = f"no dtype that was asked for ({', '.join(dtypes)}) could be compared on both sides: {reasons}"
-            yield self._row(refused("y", reason), _BOTH, dtypes[0], "forward")
+            yield self._row(undecided("y", reason), _BOTH, dtypes[0], "forward")
 
     def _weights(self, dtype: str) -> Iterator[PairRow]:
         values, mapping = self._pair.values(dtype, self._seed), self._pair.mapping
@@ -117,14 +117,15 @@ class Judge:
 
     def _semantic_leg(self, values: Values) -> Generator[PairRow, None, bool]:
         """Both sides in float64 on the same float32 numbers; returns whether their outputs have the same shapes."""
-        shapes = {key: self._pair.outline(key, values) for key in KEYS}
+        shapes = {"torch": self._pair.forward("torch", values), "jax": self._pair.outline("jax", values)}
+        shapes["torch"] = {name: array for name, array in shapes["torch"].items() if is_output(name)}
         if set(shapes["torch"]) != set(shapes["jax"]):
             raise ValueError(
                 f"outputs: expected the same names on both sides, got {', '.join(sorted(shapes['torch']))} from torch "
                 f"and {', '.join(sorted(shapes['jax']))} from flax; wrap one side so that both return the same tree."
             )
         self.evidence.values, self.evidence.truths = values, shapes
-        compared = [within(name, shapes["jax"][name], value, 0.0) for name, value in shapes["torch"].items()]
+        compared = [within(name, shapes["jax"][name], np.zeros_like(y), 0.0) for name, y in shapes["torch"].items()]
         if wrong := [result for result in compared if result.status != "ok"]:
             for result in wrong:
                 yield self._row(result, _BOTH, "float64", "forward")

@@ -174,9 +174,11 @@ class Pair:
     def with_cotangents(self, values: Values, outputs: Mapping[str, Arrays], seed: int) -> Values:
         """Adds random cotangents for the real and complex outputs, in a format that each side's output can hold.
 
+        They are zero where an output is not finite: no loss that is a number depends on it.
+
         Args:
             values: without cotangents.
-            outputs: by side, in torch names and of the dtypes that the sides return.
+            outputs: by side, in torch names, as the sides return them; zeros where only the dtypes are known.
             seed: of the draw.
         """
         like: dict[str, np.ndarray] = {}
@@ -188,7 +190,13 @@ class Pair:
             name: as_stored(as_stored(array, target), numpy_dtype(format_name(like[name].dtype)))
             for name, array in draw_cotangents(like, seed).items()
         }
-        drawn = {name: as_stored(array, target) for name, array in drawn.items()}
+        finite = {
+            name: np.logical_and.reduce([np.isfinite(found[name]) for found in outputs.values() if name in found])
+            for name in drawn
+        }
+        drawn = {
+            name: np.where(finite[name], as_stored(array, target), array.dtype.type(0)) for name, array in drawn.items()
+        }
         other = {
             name: self._output(name, array.shape).forward(array) if name in self.output_patterns else array
             for name, array in drawn.items()
@@ -321,9 +329,11 @@ def running(key: str, inputs: Tuple) -> Iterator[None]:
         module, side = ("torch_module", "torch") if key == "torch" else ("flax_module", "flax")
         shapes = ", ".join(f"{array.dtype} {array.shape}" for array in inputs)
         layout = "" if key == "torch" else ", input_patterns= if its layout is another"
+        # What an interpreter of its own refuses names its kind already.
+        kind = "" if type(error).__name__ == "RemoteError" else f"{type(error).__name__}: "
         raise ValueError(
-            f"{module}: expected a module that runs on its inputs ({shapes}), got {type(error).__name__}: "
-            f"{first_line(error)}; check inputs=, {side}_kwargs={layout}."
+            f"{module}: expected a module that runs on its inputs ({shapes}), got {kind}{first_line(error)}; "
+            f"check inputs=, {side}_kwargs={layout}."
         ) from error
 
 

@@ -1,6 +1,7 @@
 """A side that lives in another interpreter, for frameworks that cannot be imported together."""
 
 import re
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,7 +10,7 @@ import numpy as np
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S, Interpreter
 from parity_tests.interpreters.process import ProcessError
 from parity_tests.pair.exchange import packed, unpacked
-from parity_tests.pair.side import Arrays, Ensemble, ParameterSpec, Variant
+from parity_tests.pair.side import Arrays, Constants, Ensemble, ParameterSpec, Variant
 
 _LACKS = re.compile(r"No module named '(torch|jax|jaxlib|flax|numpy|ml_dtypes|safetensors|einops|scipy)\b")
 _SHOWN = {"torch": ("torch",), "jax": ("jax", "flax")}
@@ -121,6 +122,20 @@ class RemoteSide:
         line, groups = self._call("ensemble", parameters, inputs, cotangents, dtype=dtype, seed=seed)
         centre, spread, kinks = (groups.get(name, {}) for name in ("centre", "spread", "kinks"))
         return Ensemble(centre, spread, kinks, line["members"], tuple(line["notes"]))
+
+    def constants(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None,
+        buffers: Mapping[str, str],
+        computed: bool,
+    ) -> Constants:
+        """See ``side.Side``."""
+        line, groups = self._call("constants", parameters, inputs, cotangents, buffers=dict(buffers), computed=computed)
+        return Constants(
+            groups.get("spread", {}), tuple(line["stored"]), tuple(line["literals"]), members=line["members"]
+        )
 
     def variants(self) -> tuple[Variant, ...]:
         """See ``side.Side``."""

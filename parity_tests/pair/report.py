@@ -140,8 +140,12 @@ class PairReport:
             what = f"{worst.bound_fraction or 0.0:.3g} of the bound ({worst.tensor}, {worst.framework})"
             if rung == "weights":
                 what = "bit for bit" if worst.status == "ok" else f"other bits ({worst.tensor}, {worst.framework})"
+            if worst.bound == "undecided":
+                what = f"no bound ({worst.tensor}, {worst.framework})"
             failed = sum(row.status == "mismatch" for row in rows)
-            counts = f"{len(rows) - failed} ok" + (f", {failed} MISMATCH" if failed else "")
+            unknown = sum(row.bound == "undecided" for row in rows)
+            counts = f"{len(rows) - failed} ok" + (f", {failed - unknown} MISMATCH" if failed > unknown else "")
+            counts += f", {unknown} undecided" if unknown else ""
             lines.append(f"  {rung:<9} {dtype:<8} {counts:<16} {what}")
         return lines
 

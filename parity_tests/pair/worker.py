@@ -46,6 +46,10 @@ def _reply(
         return {}, {"values": side.vjp(parameters, inputs, cotangents or {})}
     if method == "truth":
         return {}, {"values": side.truth(parameters, inputs, cotangents, request["variant"])}
+    if method == "constants":
+        moved = side.constants(parameters, inputs, cotangents, request["buffers"], request["computed"])
+        line = {"stored": list(moved.stored), "literals": list(moved.literals), "members": moved.members}
+        return line, {"spread": moved.spread}
     found = side.ensemble(parameters, inputs, cotangents, request["dtype"], request["seed"])
     line = {"members": found.members, "notes": list(found.notes)}
     return line, {"centre": found.centre, "spread": found.spread, "kinks": found.kinks}

@@ -27,7 +27,7 @@ from parity_tests.pair.state import named_state
 from parity_tests.pair.subjects import jax_watch
 from parity_tests.pair.subjects.jax_modules import FlatModule, Function, flatten_module
 from parity_tests.pair.subjects.jax_noise import Interpreter, normal_pool
-from parity_tests.pair.subjects.jax_truth import COMPILE_QUICKLY, Truth, machine_limits, traced
+from parity_tests.pair.subjects.jax_truth import COMPILE_QUICKLY, Truth, traced
 
 Program = Callable[..., dict[str, Any]]
 
@@ -268,8 +268,8 @@ class JaxSide:
         named = None if constants is None else tuple(sorted(constants))
         key = ("truth", str(leg), named, *_signature(arguments))
         if key not in self._programs:
-            with jax.enable_x64(True), jax.default_device(self._device), machine_limits(leg):
-                closed, names, why = traced(self._program(inputs, cotangents is not None), arguments)
+            with jax.enable_x64(True), jax.default_device(self._device):
+                closed, names, why = traced(self._program(inputs, cotangents is not None), arguments, leg)
             if why:
                 self._notes.add(
                     "the flax side cannot be traced in float64, so that its constants count as rounded to float32 "

@@ -11,7 +11,7 @@ in its code, arrays that it has captured. Without noise the interpreter can move
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from parity_tests.pair.subjects.jax_evaluation import (
     wide_dtype,
     widened,
 )
-from parity_tests.pair.subjects.operations import JAX_EXACT, JAX_INLINED, JAX_PRODUCTS
+from parity_tests.pair.subjects.operations import JAX_EXACT, JAX_INLINED, JAX_MULTIPLICATIONS, JAX_PRODUCTS
 
 _POOL_BITS = 16
 
@@ -46,7 +46,20 @@ _POOL_BITS = 16
 def normal_pool() -> np.ndarray:
     """The standard normal numbers that all noise is looked up in."""
     pool = np.random.default_rng(0xD1CE).standard_normal(1 << _POOL_BITS)
-    return (pool - pool.mean()) / pool.std()
+    # Of 24 bits, see ``_shifted``.
+    return ((pool - pool.mean()) / pool.std()).astype(np.float32).astype(np.float64)
+
+
+class Mark(NamedTuple):
+    """What is known of a value beside its numbers.
+
+    Attributes:
+        constant: no number that parameters or inputs of fractions have changed is part of it.
+        unit: roundoff of the coarsest format that is known to hold it exactly.
+    """
+
+    constant: bool
+    unit: float
 
 
 class Interpreter:
@@ -81,29 +94,30 @@ class Interpreter:
             fixed: which of them are constants: hold no number that parameters or inputs of fractions have changed.
         """
         typed = [_as_integer(argument, atom) for argument, atom in zip(arguments, closed.jaxpr.invars, strict=True)]
-        return self._jaxpr(closed.jaxpr, [self._const(const) for const in closed.consts], typed, fixed)[0]
+        flags = zip(closed.jaxpr.invars, fixed or [False] * len(arguments), strict=True)
+        marks = [Mark(flag, _unit(aval_of(variable).dtype)) for variable, flag in flags]
+        return self._jaxpr(closed.jaxpr, [self._const(const) for const in closed.consts], typed, marks)[0]
 
     def _jaxpr(
-        self, jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], fixed: Sequence[bool] | None
-    ) -> tuple[list[Any], list[bool]]:
-        """Results, and which of them are constants."""
-        variables = (*jaxpr.constvars, *jaxpr.invars)
-        values: dict[Var, Any] = dict(zip(variables, (*consts, *arguments), strict=True))
-        flags = [True] * len(consts) + list(fixed or [False] * len(arguments))
-        constant: dict[Var, bool] = dict(zip(variables, flags, strict=True))
+        self, jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], marks: Sequence[Mark]
+    ) -> tuple[list[Any], list[Mark]]:
+        """Results and their marks."""
+        values: dict[Var, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
+        marked = {variable: Mark(True, _unit(aval_of(variable).dtype)) for variable in jaxpr.constvars}
+        marked.update(zip(jaxpr.invars, marks, strict=True))
 
         def read(atom: Any) -> Any:
             return self._literal(atom) if isinstance(atom, Literal) else values[atom]
 
-        def is_constant(atom: Any) -> bool:
-            return isinstance(atom, Literal) or constant[atom]
+        def mark(atom: Any) -> Mark:
+            return _literal_mark(atom) if isinstance(atom, Literal) else marked[atom]
 
         for equation in jaxpr.eqns:
-            known = [is_constant(atom) for atom in equation.invars]
-            results, known = self._equation(equation, [read(atom) for atom in equation.invars], known)
+            operands = [read(atom) for atom in equation.invars]
+            results, found = self._equation(equation, operands, [mark(atom) for atom in equation.invars])
             values.update(zip(equation.outvars, results, strict=True))
-            constant.update(zip(equation.outvars, known, strict=True))
-        return [read(atom) for atom in jaxpr.outvars], [is_constant(atom) for atom in jaxpr.outvars]
+            marked.update(zip(equation.outvars, found, strict=True))
+        return [read(atom) for atom in jaxpr.outvars], [mark(atom) for atom in jaxpr.outvars]
 
     def _literal(self, literal: Literal) -> jax.Array:
         dtype = aval_of(literal).dtype
@@ -133,23 +147,28 @@ class Interpreter:
         return jnp.asarray(moved)[self._member]
 
     def _equation(
-        self, equation: JaxprEqn, operands: list[Any], known: list[bool]
-    ) -> tuple[Sequence[Any], Sequence[bool]]:
-        """Results of one operation, and which of them are constants."""
+        self, equation: JaxprEqn, operands: list[Any], marks: list[Mark]
+    ) -> tuple[Sequence[Any], Sequence[Mark]]:
+        """Results of one operation and their marks."""
         name, params = equation.primitive.name, equation.params
         if name in JAX_INLINED:
             inner = next(params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params)
             if isinstance(inner, ClosedJaxpr):
-                return self._jaxpr(inner.jaxpr, [self._const(const) for const in inner.consts], operands, known)
-            return self._jaxpr(inner, [], operands, known)
-        constant = all(known)
+                return self._jaxpr(inner.jaxpr, [self._const(const) for const in inner.consts], operands, marks)
+            return self._jaxpr(inner, [], operands, marks)
+        constant = all(mark.constant for mark in marks)
+        units = [_unit(aval_of(variable).dtype) for variable in equation.outvars]
+        held = min((mark.unit for mark in marks), default=0.0)
+        if name in JAX_EXACT or (name == "convert_element_type" and held >= units[0]):
+            # A choice among numbers of a format, or a cast to one that holds them, rounds nothing.
+            units = [max(unit, held) for unit in units]
         if name in _CONTROL:
-            results = _CONTROL[name](self, params, operands, known)
+            results = _CONTROL[name](self, params, operands, marks)
         elif self._amplitude is None or (self._constants and not constant):
             results = self._exactly(equation, operands)
         else:
-            results = self._noisy(equation, operands)
-        return results, [constant] * len(equation.outvars)
+            results = self._noisy(equation, operands, held)
+        return results, [Mark(constant, unit) for unit in units]
 
     def _exactly(self, equation: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
         name, params = equation.primitive.name, equation.params
@@ -159,9 +178,14 @@ class Interpreter:
             return operands
         if name == "bitcast_convert_type" or contains_program(params):
             return evaluated_as_traced(equation, operands)
-        return evaluated(equation, operands)
+        results = evaluated(equation, operands)
+        if name in JAX_MULTIPLICATIONS:
+            zero = lax.shift_right_logical(jnp.asarray(self._member, jnp.uint64), np.uint64(63))
+            return [_uncontracted(value, zero) for value in results]
+        return results
 
-    def _noisy(self, equation: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+    def _noisy(self, equation: JaxprEqn, operands: list[Any], held: float) -> Sequence[Any]:
+        """Results that err; ``held`` is the roundoff of a format that holds all operands exactly."""
         name = equation.primitive.name
         results = self._exactly(equation, operands)
         if name in JAX_EXACT and not (name in ("abs", "sign") and jnp.iscomplexobj(operands[0])):
@@ -169,11 +193,11 @@ class Interpreter:
         if name == "reduce_precision" or not any(is_inexact(value) for value in results):
             return results
         if name == "convert_element_type":
-            dtype = str(np.dtype(equation.params["new_dtype"]))
-            # From a wider format this rounds, and so it does for integers beyond those that the format holds; from a
-            # narrower one granting a rounding is harmless.
-            rounds = is_inexact(operands[0]) or jnp.abs(results[0]) * self._roundoff(dtype) > 1
-            return [self._round(results[0], dtype, jnp.where(rounds, 1.0, 0.0))]
+            dtype = np.dtype(equation.params["new_dtype"])
+            if is_inexact(operands[0]):
+                return results if held >= _unit(dtype) else [self._round(results[0], str(dtype))]
+            # Integers are rounded beyond those that the format holds.
+            return [self._round(results[0], str(dtype), jnp.abs(results[0]) * self._roundoff(str(dtype)) > 1)]
         if name == "bitcast_convert_type":
             return results
         if contains_program(equation.params):
@@ -255,8 +279,22 @@ def _shifted(value: Any, deviation: Any, amplitude: Any, member: Any, odd: Any, 
     key = (2 * jnp.asarray(member, jnp.uint64) + 1) * odd
     bits = lax.bitcast_convert_type(jnp.abs(value), jnp.uint64) * key
     index = lax.shift_right_logical(bits, np.uint64(64 - _POOL_BITS)).astype(jnp.int32)
+    # A deviation of 8 bits times a normal number of 24 is exact: a compiler that computes this again where it is used
+    # again, once with a fused addition and once without, gets the same bits.
+    noise = amplitude * lax.reduce_precision(deviation, exponent_bits=11, mantissa_bits=8) * pool[index]
     # Infinities and NaN are not rounded: -inf is what a mask puts in the place of a score.
-    return jnp.where(jnp.isfinite(value), value + amplitude * deviation * pool[index], value)
+    return jnp.where(jnp.isfinite(value), value + noise, value)
+
+
+def _uncontracted(value: Any, zero: Any) -> Any:
+    """A product that no compiler adds to in one rounding; ``zero`` is one that it does not know.
+
+    A value is computed again where it is used again. With a fused addition at one place and none at the other, a
+    maximum would not be among the numbers that it is the maximum of, and its gradient would go nowhere.
+    """
+    if value.dtype != jnp.float64:
+        return value
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(value, jnp.uint64) ^ zero, jnp.float64)
 
 
 def _converted(dtype: Any, value: jax.Array) -> jax.Array:
@@ -266,6 +304,18 @@ def _converted(dtype: Any, value: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
         return lax.real(value)
     return lax.convert_element_type(value, wide_dtype(dtype))
+
+
+def _unit(dtype: Any) -> float:
+    """Roundoff of a format; infinite for integers, booleans and what is no number: the other operands decide."""
+    name = format_name(dtype)
+    return FORMATS[name].roundoff if name in FORMATS else math.inf
+
+
+def _literal_mark(literal: Literal) -> Mark:
+    name = format_name(aval_of(literal).dtype)
+    value = np.asarray(literal.val, aval_of(literal).dtype)
+    return Mark(True, _unit(name) if _was_rounded(value, name) else math.inf)
 
 
 def _was_rounded(value: Any, name: str) -> bool:
@@ -279,11 +329,11 @@ def _as_integer(argument: Any, atom: Any) -> jax.Array:
     return wide.astype(aval_of(atom).dtype) if jnp.issubdtype(wide.dtype, jnp.integer) else wide
 
 
-def _scan(self: Interpreter, params: dict[str, Any], operands: list[Any], known: list[bool]) -> list[Any]:
+def _scan(self: Interpreter, params: dict[str, Any], operands: list[Any], marks: list[Mark]) -> list[Any]:
     consts, carries = params["num_consts"], params["num_carry"]
     closed = params["jaxpr"]
     fixed = operands[:consts]
-    flags = [*known[:consts], *[False] * (len(operands) - consts)]
+    flags = [mark.constant and k < consts for k, mark in enumerate(marks)]
 
     def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         results = self.run(closed, [*fixed, *carry, *x], flags)
@@ -294,8 +344,8 @@ def _scan(self: Interpreter, params: dict[str, Any], operands: list[Any], known:
     return [*carry, *ys]
 
 
-def _while(self: Interpreter, params: dict[str, Any], operands: list[Any], known: list[bool]) -> list[Any]:
-    del known
+def _while(self: Interpreter, params: dict[str, Any], operands: list[Any], marks: list[Mark]) -> list[Any]:
+    del marks
     conditions, bodies = params["cond_nconsts"], params["body_nconsts"]
     fixed_condition, fixed_body = operands[:conditions], operands[conditions : conditions + bodies]
     return lax.while_loop(
@@ -305,12 +355,13 @@ def _while(self: Interpreter, params: dict[str, Any], operands: list[Any], known
     )
 
 
-def _cond(self: Interpreter, params: dict[str, Any], operands: list[Any], known: list[bool]) -> list[Any]:
-    branches = [lambda *values, closed=closed: self.run(closed, values, known[1:]) for closed in params["branches"]]
+def _cond(self: Interpreter, params: dict[str, Any], operands: list[Any], marks: list[Mark]) -> list[Any]:
+    flags = [mark.constant for mark in marks[1:]]
+    branches = [lambda *values, closed=closed: self.run(closed, values, flags) for closed in params["branches"]]
     return lax.switch(operands[0], branches, *operands[1:])
 
 
-_CONTROL: dict[str, Callable[[Interpreter, dict[str, Any], list[Any], list[bool]], list[Any]]] = {
+_CONTROL: dict[str, Callable[[Interpreter, dict[str, Any], list[Any], list[Mark]], list[Any]]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,

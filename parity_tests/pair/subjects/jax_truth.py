@@ -8,58 +8,108 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import dtypes
 from jax.extend.core import ClosedJaxpr
 
 from parity_tests.harness.failures import first_line
-from parity_tests.pair.casts import is_float
+from parity_tests.pair.casts import as_stored
+from parity_tests.pair.subjects.jax_evaluation import wide_dtype
 from parity_tests.pair.subjects.jax_noise import Interpreter, normal_pool
 
 # Interpreted programs are large and run a few dozen times: compiling them well would take longer than running them.
 COMPILE_QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
+# Part of the key of JAX's caches: what is traced under the changes below is found by nobody else.
+_TRUTH = jax.make_user_context(default_value=None)
+# Random numbers of another format are other numbers.
+_RANDOM = ("jax._src.random", "jax._src.prng")
+
+
 @contextlib.contextmanager
-def machine_limits(leg: Any) -> Iterator[None]:
+def _machine_limits(leg: Any) -> Iterator[None]:
     """Lets modules that ask for the limits of float64 (``jnp.finfo(x.dtype).eps``) see those of the leg's dtype.
 
     The truth is the leg's function without roundings, and an epsilon that follows the dtype belongs to the function.
     JAX's own algorithms, which choose their accuracy by these limits, are left alone.
-
-    Args:
-        leg: dtype of the values.
     """
     original = jnp.finfo
 
     def of_the_leg(dtype: Any) -> Any:
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        is_wide = not caller.startswith("jax.") and np.dtype(dtype) == np.float64
-        return original(leg if is_wide and jnp.issubdtype(leg, jnp.floating) else dtype)
+        return original(dtype if caller.startswith("jax.") or np.dtype(dtype) != np.float64 else leg)
 
-    jnp.finfo = of_the_leg  # pyright: ignore[reportAttributeAccessIssue]
+    jnp.finfo = of_the_leg if jnp.issubdtype(leg, jnp.floating) else original  # pyright: ignore
     try:
         yield
     finally:
         jnp.finfo = original
 
 
-def traced(program: Callable[..., Any], arguments: Sequence[Any]) -> tuple[ClosedJaxpr, list[str], str]:
+@contextlib.contextmanager
+def _wide_formats() -> Iterator[None]:
+    """Lets a module that asks for a narrow format (``dtype=jnp.float32``, ``jnp.zeros(n, jnp.float32)``) get float64.
+
+    So its loops may start from zeros of its own, and tracing rounds no constant in its code. All of JAX's functions
+    have a dtype of the user's checked in one place, which is not public: where it has moved, formats stay as they are.
+    """
+    original = getattr(dtypes, "check_and_canonicalize_user_dtype", None)
+
+    def widest(*args: Any, **kwargs: Any) -> Any:
+        dtype = original(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            return dtype
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_globals.get("__name__", "").startswith(_RANDOM):
+                return dtype
+            frame = frame.f_back
+        return wide_dtype(dtype)
+
+    if original is not None:
+        dtypes.check_and_canonicalize_user_dtype = widest
+    try:
+        yield
+    finally:
+        if original is not None:
+            dtypes.check_and_canonicalize_user_dtype = original
+
+
+def traced(program: Callable[..., Any], arguments: Sequence[Any], leg: Any) -> tuple[ClosedJaxpr, list[str], str]:
     """Traces a program with float64 arguments; 64-bit types are to be enabled.
 
-    A module that starts a loop from float32 zeros cannot be traced so. Traced in float32 and interpreted in float64 it
-    is the same function, but for constants in its code: tracing has rounded them.
+    Tried in turn, because not every module can be traced in each way: with every format that it asks for widened; with
+    these as they are, which rounds the constants beside them; in float32 throughout, which rounds all constants. The
+    interpreter works in float64 in every case, so that nothing but constants is rounded.
+
+    Args:
+        program: to be traced.
+        arguments: wide.
+        leg: dtype that the values are stored in.
 
     Returns:
         The program, the names of its results, and why it was traced in float32, or nothing.
     """
-    why = ""
-    try:
-        closed, shapes = jax.make_jaxpr(program, return_shape=True)(*arguments)
-    except Exception as error:  # whatever a module raises that cannot work in float64
-        why = first_line(error)
-        narrow = jax.tree.map(lambda leaf: leaf.astype(np.float32) if is_float(leaf) else leaf, list(arguments))
+    with _TRUTH(str(leg)), _machine_limits(leg):
+        try:
+            with _TRUTH(f"{leg} widened"), _wide_formats():
+                closed, shapes = jax.make_jaxpr(program, return_shape=True)(*arguments)
+            return closed, sorted(shapes), ""  # sorted: the order in which a dict is flattened
+        except Exception:  # whatever a module raises that cannot work so; it may be its own, raised again below
+            pass
+        try:
+            closed, shapes = jax.make_jaxpr(program, return_shape=True)(*arguments)
+            return closed, sorted(shapes), ""
+        except Exception as error:
+            why = first_line(error)
+        narrow = jax.tree.map(_narrowed, list(arguments))
         with jax.enable_x64(False):
             closed, shapes = jax.make_jaxpr(program, return_shape=True)(*narrow)
-    return closed, sorted(shapes), why  # sorted: the order in which a dict is flattened
+        return closed, sorted(shapes), why
+
+
+def _narrowed(array: np.ndarray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, as_stored(np.zeros((), array.dtype), np.dtype(np.float32)).dtype)
 
 
 class Truth:

@@ -15,9 +15,9 @@ empty_like empty zeros ones full scalar_tensor arange sort topk max_pool2d_with_
 adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d max_unpool2d max_unpool3d sgn
 complex _conj_physical conj_physical slice_backward select_backward split_with_sizes_copy as_strided_scatter
 slice_scatter select_scatter tril triu lift_fresh _unsafe_index bernoulli_ isnan isinf max_dim resize_ set_ tril_ triu_
-unsafe_split unsafe_chunk broadcast_in_dim convert_element_type reflection_pad1d reflection_pad2d reflection_pad3d
-replication_pad1d replication_pad2d replication_pad3d _local_scalar_dense _reshape_copy _unsafe_view _to_copy
-diagonal_backward eq ne lt le gt ge logical_not logical_and
+transpose_ t_ squeeze_ unsqueeze_ unsafe_split unsafe_chunk broadcast_in_dim convert_element_type reflection_pad1d
+reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d _local_scalar_dense
+_reshape_copy _unsafe_view _to_copy diagonal_backward eq ne lt le gt ge logical_not logical_and
 """)
 # Sums of products or of terms: linear in each tensor argument. Windows of a pool may overlap, so that their backward
 # adds what several of them send back to one element.
@@ -88,6 +88,10 @@ rsqrt cbrt pow atan2 div integer_pow lgamma digamma
 # Of complex numbers: real ones have an exact absolute value and sign, and a product of one rounding.
 JAX_COMPLEX_FUNCTIONS = JAX_FUNCTIONS | names("""
 abs sign square
+""")
+# What a processor may join with an addition.
+JAX_MULTIPLICATIONS = names("""
+mul square integer_pow
 """)
 # Products of many factors: one rounding each.
 JAX_PRODUCTS = names("""
