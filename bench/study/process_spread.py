@@ -95,7 +95,7 @@ def spreads_by_machine(groups: Iterable[Sequence[Record]], machines: Mapping[str
     """Return what cells of several processes tell of each environment's machine.
 
     Args:
-        groups: the records of one cell and environment each; a disturbed one, and one of a single process, tell nothing.
+        groups: the records of one cell and environment each; a disturbed cell and one of a single process tell nothing.
         machines: environment to the machine that it was on; an environment that is missing is a machine of its own.
 
     Returns:

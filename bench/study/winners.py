@@ -33,8 +33,8 @@ from bench.study.statistics import (
     student_t_two_sided,
 )
 
-# With fewer competitors, the scatter of their variances is a guess.
-_LEAST_COMPETITORS = 5
+# Two variances do not say how much variances differ.
+_LEAST_COMPETITORS = 3
 # Of the degrees of freedom of a variance, for those that the others may add.
 _MOST_FROM_OTHERS = 3
 

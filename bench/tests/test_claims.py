@@ -15,7 +15,8 @@ from bench.tests.synthetic import FINGERPRINT
 
 # What a machine would measure if every claim of the article held: speed over the loop's, by workload.
 AS_CLAIMED = {
-    "article-base": {DENSE: 12.5, MASKED: 11.0},
+    # At 11x, one process does not show that another one would not measure less than 10x.
+    "article-base": {DENSE: 12.5, MASKED: 12.0},
     "article-batch-1": {DENSE: 14.0, MASKED: 12.0},
     "article-batch-2048": {DENSE: 1.5, MASKED: 1.2},
     "article-n8": {DENSE: 0.6, MASKED: 0.5},
@@ -185,7 +186,7 @@ def test_the_command_writes_the_same_in_every_form(seed_records, tmp_path, call)
     files = {kind: tmp_path / f"claims.{kind}" for kind in ("json", "csv", "markdown")}
     done = call("claims", tmp_path / "run", *(item for kind, file in files.items() for item in (f"--{kind}", file)))
     assert done.exit_code == 0
-    for expected in ("not measurable here", "A about 12.5x faster than B", "torch masked (eager) 11"):
+    for expected in ("not measurable here", "A about 12.5x faster than B", "torch masked (eager) 12"):
         assert expected in done.output
     # Every ratio with its interval, not only the ranges of the verdict.
     assert re.search(r"article-base .*, forward, .* torch .* dense about 12\.5x .* 12\.\d+x \[12\.", done.output)

@@ -30,21 +30,26 @@ ENVIRONMENTS = {"e0": FINGERPRINT, "e1": FINGERPRINT | {"division": "tuned"}}
 def cell(make_record):
     """Records of a cell: torch matmul, the baseline, takes 20 ms, its einsum 40 ms; JAX is so many times faster."""
 
-    def make(jax_speed, *, rounds=20, noise=0.003, seed=0, **shared):
+    def make(jax_speed, *, rounds=20, noise=0.003, seed=0, processes=1, **shared):
         rng = np.random.default_rng(seed)
         shared = {"cell": f"c{seed}", "cell_size": 5, "environment_id": "e0", "calls_per_block": 10} | shared
 
-        def timed(name, speed, **changes):
+        def timed(k, name, speed, **changes):
             blocks = 0.02 / speed * np.exp(noise * rng.standard_normal(2 * rounds))
             found = {"block_latency_s": tuple(blocks.tolist()), "latency_s": float(np.median(blocks)) / 10}
-            return make_record(key=f"{seed}-{shared['environment_id']}-{name}", **found, **shared, **changes)
+            key = f"{seed}-{shared['environment_id']}-{name}-{k}"
+            return make_record(key=key, process_replicate=k, **found, **shared, **changes)
 
         return [
-            timed("base", 1.0, baseline=True),
-            timed("control", 1.0, baseline=True, control=True),
-            timed("einsum", 0.5, implementation="einsum"),
-            timed("jax", jax_speed, framework="jax", mode="jit"),
-            timed("jax loop", 0.4 * jax_speed, framework="jax", implementation="loop", mode="jit"),
+            record
+            for k in range(processes)
+            for record in (
+                timed(k, "base", 1.0, baseline=True),
+                timed(k, "control", 1.0, baseline=True, control=True),
+                timed(k, "einsum", 0.5, implementation="einsum"),
+                timed(k, "jax", jax_speed, framework="jax", mode="jit"),
+                timed(k, "jax loop", 0.4 * jax_speed, framework="jax", implementation="loop", mode="jit"),
+            )
         ]
 
     return make
@@ -52,14 +57,26 @@ def cell(make_record):
 
 @pytest.mark.parametrize(
     ("speed", "verdict", "text"),
-    [(2.0, FASTER, "JAX 2.00x"), (0.5, SLOWER, "torch 2.00x"), (1.0, SAME, "same")],
+    [(2.0, FASTER, "JAX 2.00x"), (0.5, SLOWER, "torch 2.00x"), (1.0, SAME, "same (")],
 )
 def test_the_fastest_of_each_framework_are_compared(cell, speed, verdict, text):
-    (ranking,) = rankings(cell(speed))
+    (ranking,) = rankings(cell(speed, processes=4))
     found = ranking.frameworks
     assert (found.torch, found.jax, found.verdict) == ("torch matmul (eager)", "jax matmul (jit)", verdict)
     assert found.interval.low < speed < found.interval.high
     assert verdict_text(found).startswith(text[:-2])
+
+
+def test_one_process_tells_frameworks_apart_only_beyond_what_processes_differ_by(cell):
+    ratios = {speed: rankings(cell(speed))[0].frameworks for speed in (1.0, 1.05, 1.3)}
+    assert {speed: found.verdict for speed, found in ratios.items()} == {
+        1.0: UNRESOLVED,
+        1.05: UNRESOLVED,
+        1.3: FASTER,
+    }
+    # It is not the rounds that leave it open, and four processes name the same 5%.
+    assert ratios[1.05].interval.low > 1.04
+    assert rankings(cell(1.05, processes=4))[0].frameworks.verdict == FASTER
 
 
 def test_noise_leaves_the_frameworks_open_and_few_rounds_do_not_decide(cell):
@@ -158,7 +175,7 @@ def test_a_matrix_has_a_column_for_each_precision_and_division(cell):
     records = [
         *cell(2.0, seed=0),
         *cell(0.5, seed=1, direction="forward_backward"),
-        *cell(1.0, seed=2, division="tuned", environment_id="e1"),
+        *cell(1.0, seed=2, division="tuned", environment_id="e1", processes=4),
         *cell(3.0, seed=3, precision="bf16", dtype="bfloat16", cache="cold"),
         *cell(1.5, seed=4, direction="train_step", optimizer="adamw"),
     ]

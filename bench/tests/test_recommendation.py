@@ -126,9 +126,9 @@ def test_a_far_measurement_is_a_hint_and_a_very_far_one_no_answer(run, call, tmp
         (("--device", "tpu"), "--device: expected one of cpu, cuda"),
         (("--precision", "fp8"), "--precision: expected one of ieee_fp32, tf32"),
         (("--precision", "bf16"), "--precision: bf16 is of bfloat16, got --dtype float32; give both alike"),
-        (("--precision", "tf32"), "nothing was measured with dtype float32, precision tf32, forward"),
+        (("--precision", "tf32"), "nothing was measured undisturbed with dtype float32, precision tf32, forward"),
         (("--framework", "keras"), "--framework: expected one of torch, jax"),
-        (("--dtype", "float64"), "nothing was measured with dtype float64"),
+        (("--dtype", "float64"), "nothing was measured undisturbed with dtype float64"),
         (("--json", "/nowhere/f.json"), "cannot be written"),
     ],
 )
