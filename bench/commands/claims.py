@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from bench.archive import Archive
@@ -24,20 +23,20 @@ def _show(results: list[ClaimResult]) -> None:
     for column, width in (("#", 2), ("setting", 28), ("claim", 28), ("verdict", 19), ("why", 75)):
         table.add_column(column, width=width)
     for line in overview(results):
-        table.add_row(*(escape(cell) for cell in line))
+        table.add_row(*line)
     console.print(table)
     for result in results:
         if result.findings:
-            shown = Table(title=f"Claim {result.claim.number}: {escape(result.claim.statement)}", title_justify="left")
+            shown = Table(title=f"Claim {result.claim.number}: {result.claim.statement}", title_justify="left")
             for column in MEASURED:
-                shown.add_column(escape(column), no_wrap=column != "verdict")
+                shown.add_column(column, no_wrap=column != "verdict")
             for line in measured(result):
-                shown.add_row(*map(escape, line))
+                shown.add_row(*line)
             console.print(shown)
     console.print("Our fastest implementation in the same settings, its speed over that of the torch loop:")
     shown = dict.fromkeys((best.where, best.label, best.interval) for result in results for best in result.best)
     for where, label, interval in shown:
-        console.print(f"  {where.title}: {label} {ratio(interval)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {where.title}: {label} {ratio(interval)}", soft_wrap=True)
 
 
 def claims_command(

@@ -7,8 +7,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
-
 from bench.archive import Archive
 from bench.commands.conditions import selection
 from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain
@@ -21,6 +19,7 @@ from bench.study.identity import Identity
 from bench.study.measured_cells import Measured, measured_cells
 from bench.study.overall import Overall
 from bench.study.statistics import SAME, UNRESOLVED
+from parity_tests.harness.console import PlainConsole
 
 # Cells of one run alone whose titles are printed; --json has them all.
 NAMED = 3
@@ -90,7 +89,7 @@ def _json(found: Comparison) -> dict[str, Any]:
     }
 
 
-def _show_verdicts(console: Console, found: Comparison) -> None:
+def _show_verdicts(console: PlainConsole, found: Comparison) -> None:
     opposite = found.contradicting
     text = f"{found.agreeing} FASTER or SLOWER in both runs alike, {len(opposite)} contradict"
     if opposite:
@@ -105,7 +104,7 @@ def _show_verdicts(console: Console, found: Comparison) -> None:
         )
 
 
-def _show_overall(console: Console, found: Comparison) -> None:
+def _show_overall(console: PlainConsole, found: Comparison) -> None:
     # Behind the single cells, so that a long run ends with it.
     if found.overall:
         console.print("All cells of several processes together:")
@@ -114,7 +113,7 @@ def _show_overall(console: Console, found: Comparison) -> None:
         console.print(f"  {one.label:40} {ratio(one.interval):28} {one.verdict}{note}, {one.cells} cells")
 
 
-def _show(console: Console, found: Comparison) -> None:
+def _show(console: PlainConsole, found: Comparison) -> None:
     for where, group in groupby(found.changes, key=lambda change: change.where):
         changes = list(group)
         shift = math.exp(median(change.shift for change in changes))
@@ -180,5 +179,5 @@ def compare_command(
             write_csv(csv_file, columns_of(rows), rows)
     except (UsageError, StoreError, OutputError) as error:
         return complain(error)
-    _show(Console(highlight=False, markup=False, soft_wrap=True), found)
+    _show(PlainConsole(soft_wrap=True), found)
     return FAILED if found.regressions or found.overall_regressions else OK

@@ -1,13 +1,12 @@
 """``bench report``."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from bench.archive import Archive
 from bench.commands.conditions import selection
-from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain
+from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, tell
 from bench.environments import StoreError
 from bench.records import Record
 from bench.report.chart import ChartError, save_chart
@@ -94,7 +93,7 @@ def report_command(
         if readme is not None:
             fresh = update_page(readme, results_block(results), RESULTS, directories[0].resolve().name, check=check)
             if not fresh:
-                print(f"bench: the results in {readme} are stale; run this without --check.", file=sys.stderr)
+                tell(f"the results in {readme} are stale; run this without --check.")
             if check:
                 return OK if fresh else FAILED
         _write(results, directories, keep, outputs)
@@ -103,7 +102,7 @@ def report_command(
     console = wide_console()
     show_rankings(console, results.found, efficiency=efficiency)
     show_frameworks(console, results)
-    console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}", markup=False)
+    console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}")
     if written := outputs.written():
-        console.print(f"Written: {', '.join(map(str, written))}.", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"Written: {', '.join(map(str, written))}.", soft_wrap=True)
     return OK

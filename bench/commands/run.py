@@ -1,7 +1,6 @@
 """``bench run``."""
 
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
@@ -22,6 +20,7 @@ from bench.commands.usage import (
     check_interpreters,
     check_writable,
     complain,
+    tell,
 )
 from bench.engines import ENGINES, EngineError
 from bench.environments import StoreError, check_environments, read_environments
@@ -40,6 +39,8 @@ from bench.report.tables import show_frameworks, show_rankings, wide_console
 from bench.report.text import resolution_line, summary_line
 from bench.store import Store, sole_writer
 from bench.study.results import read_results
+from parity_tests.harness.console import PlainConsole
+from parity_tests.harness.text import printable
 
 
 @dataclass(frozen=True)
@@ -138,14 +139,14 @@ def _request(options: Options) -> Request:
 @contextmanager
 def _progress_bar() -> Iterator[ProgressBar]:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     # On stderr, so that the tables can be piped; a slow refresh, since the bar must not compete with what is measured.
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     with ProgressBar(
         *columns, console=console, refresh_per_second=2, transient=True, disable=not console.is_terminal
     ) as bar:
@@ -176,7 +177,7 @@ def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes) 
         task = bar.add_task("starting", total=None)
 
         def show(state: Progress) -> None:
-            bar.update(task, description=state.text[:100], completed=state.done, total=state.total)
+            bar.update(task, description=printable(state.text)[:100], completed=state.done, total=state.total)
 
         try:
             with _terminable():
@@ -202,10 +203,10 @@ def run_command(options: Options) -> int:
     except (UsageError, SelectionError, StoreError) as error:
         return complain(error)
     except RequestError as error:
-        print(f"bench: a worker cannot start: {error}", file=sys.stderr)
+        tell(f"a worker cannot start: {error}")
         return FAILED
     except EngineError as error:
-        print(f"bench: {error}", file=sys.stderr)
+        tell(error)
         return FAILED
     outcomes: Mapping[str, int] = {}
     if store.environment_ids:
@@ -215,7 +216,7 @@ def run_command(options: Options) -> int:
             # The records are safe by now; only what is derived from them is missing.
             return complain(error)
     if interrupted:
-        print(f"bench: interrupted; what was measured is in {options.out}; add --resume to continue.", file=sys.stderr)
+        tell(f"interrupted; what was measured is in {options.out}; add --resume to continue.")
         return INTERRUPTED
     return FAILED if not outcomes.get("ok") or outcomes.get("mismatch") or outcomes.get("crash") else OK
 
@@ -226,19 +227,17 @@ def _show(options: Options, notes: SweepNotes) -> Mapping[str, int]:
     results = read_results([options.out])
     for environment_id in results.places():
         for line in environment_lines(environment_id, results.environments[environment_id]):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
     console.print()
     show_rankings(console, results.found)
     show_frameworks(console, results)
     for line in notes.lines:
-        console.print(line, markup=False)
-    console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}", markup=False)
+        console.print(line)
+    console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}")
     if options.json_file is not None:
         write_summary(options.json_file, results, notes.lines)
     if options.csv_file is not None:
         write_table(options.csv_file, results)
     write_report("report", options.out / "report.md", results, notes.lines)
-    console.print(
-        f"Records: {options.out / 'records.jsonl'}; report: {options.out / 'report.md'}", markup=False, soft_wrap=True
-    )
+    console.print(f"Records: {options.out / 'records.jsonl'}; report: {options.out / 'report.md'}", soft_wrap=True)
     return results.outcomes

@@ -7,6 +7,7 @@ from bench.commands.usage import FAILED, OK, UsageError, check_writable, complai
 from bench.environments import StoreError
 from bench.report.output import OutputError, write_csv, write_json
 from bench.study.validation import Count, violations
+from parity_tests.harness.console import PlainConsole
 
 
 def validate_command(
@@ -26,13 +27,14 @@ def validate_command(
             write_csv(csv_file, ["violation", "remark"], rows)
     except (UsageError, StoreError, OutputError) as error:
         return complain(error)
+    console = PlainConsole()
     for problem in problems:
-        print(problem)
+        console.out(problem)
     for remark in count.remarks:
-        print(f"Remark: {remark}.")
+        console.out(f"Remark: {remark}.")
     said = ", ".join(
         f"{len(found)} {what}{'' if len(found) == 1 else 's'}"
         for what, found in (("violation", problems), ("remark", count.remarks))
     )
-    print(f"{count.records} records in {count.cells} cells: {said}.")
+    console.out(f"{count.records} records in {count.cells} cells: {said}.")
     return FAILED if problems else OK

@@ -3,11 +3,9 @@
 import errno
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -23,6 +21,7 @@ from bench.measure.worker_process import WorkerProcess, worker_environment
 from bench.plan.presets import PRESETS
 from bench.plan.selection import narrowed
 from bench.store import Store, read_records
+from bench.tests.conftest import file_size_limit
 from bench.tests.fake_worker import GOOD
 from bench.tests.killed_runs import whole_cells
 
@@ -166,34 +165,6 @@ def command_line(monkeypatch):
         return CliRunner().invoke(app, arguments, catch_exceptions=False), len(started)
 
     return call
-
-
-@contextmanager
-def file_size_limit(size):
-    """No file of this process and its children grows beyond ``size``, as on a disk that is full there."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """A real file system of a few pages."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    try:
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True, check=False
-        )
-    except FileNotFoundError:
-        pytest.skip("there is no mount command here; a limit of the file size stands in for a full disk")
-    if done.returncode:
-        pytest.skip("no right to mount a file system here; a limit of the file size stands in for a full disk")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
 
 
 def test_a_disk_that_takes_nothing_is_reported_before_measuring(tmp_path, command_line):

@@ -1,5 +1,6 @@
 """The terminal: a console on which every string is text, and how a command line ends that cannot write to it."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -36,10 +37,8 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """See ``rich.console.Console``: every string that is printed, alone or in a table, comes through here."""
-        # Where a terminal or a pipe cannot show a character, its escape is better than an exception.
-        shown = printable(text).encode(self.encoding, "backslashreplace").decode(self.encoding)
         options |= {"markup": False, "emoji": False, "highlight": False}
-        return super().render_str(shown, **options)
+        return super().render_str(printable(text), **options)
 
 
 def run_application(application: Callable[..., Any], name: str, *, failed: int = 2) -> None:
@@ -50,6 +49,9 @@ def run_application(application: Callable[..., Any], name: str, *, failed: int =
         name: as it is called, ``python -m ...``.
         failed: exit status if the terminal or pipe takes nothing.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Where a terminal or a pipe cannot show a character, its escape is better than an exception.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         application(prog_name=name)
     except OutputError as error:

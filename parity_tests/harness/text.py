@@ -22,13 +22,14 @@ def printable(value: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def printable_tree(value: Any) -> Any:
-    """Returns nested lists and dicts with every text in them printable, names included."""
+def printable_tree(value: Any, longest: int) -> Any:
+    """Returns nested lists and dicts with every text in them printable, names included, and cut where it is longer."""
     if isinstance(value, str):
-        return printable(value)
+        text = printable(value)
+        return text if len(text) <= longest else f"{text[:longest]}..."
     if isinstance(value, dict):
-        return {printable_tree(name): printable_tree(item) for name, item in value.items()}
-    return [printable_tree(item) for item in value] if isinstance(value, list | tuple) else value
+        return {printable_tree(name, longest): printable_tree(item, longest) for name, item in value.items()}
+    return [printable_tree(item, longest) for item in value] if isinstance(value, list | tuple) else value
 
 
 # --- HTML, and SVG within it ---
