@@ -4,6 +4,7 @@ The records of one cell are appended in one write and synced, so that a killed r
 a store sets that tail aside in ``torn.jsonl``, never deletes it, and the cell is measured again.
 """
 
+import json
 import os
 import sys
 from collections import Counter, defaultdict
@@ -16,7 +17,6 @@ from bench.archive import RECORDS, place_of, read_records, scan
 from bench.environments import ENVIRONMENTS, StoreError, read_environments
 from bench.records import Record
 from parity_tests.harness.files import OutputError, write_text
-from parity_tests.harness.text import json_text
 
 if sys.platform != "win32":
     import fcntl
@@ -168,14 +168,15 @@ class Store:
         if environments.get(environment_id) == fingerprint:
             return
         environments[environment_id] = dict(fingerprint)
-        text = json_text(environments, indent=1, sort_keys=True) + "\n"
+        text = json.dumps(environments, indent=1, sort_keys=True) + "\n"
         try:
             write_text("--out", self.directory / ENVIRONMENTS, text)
         except OutputError as error:
             raise self._full(error.__cause__ or error) from error
 
     def _full(self, error: BaseException) -> StoreError:
+        why = getattr(error, "strerror", None) or error
         return StoreError(
-            f"{self.directory}: cannot be written any more ({getattr(error, 'strerror', None) or error}); whole cells that were recorded are "
+            f"{self.directory}: cannot be written any more ({why}); whole cells that were recorded are "
             "kept: make room and add --resume."
         )

@@ -9,6 +9,7 @@ try:
 
     from parity_tests.commands.usage import choices_help, modes_help
     from parity_tests.harness.cases import CASE_SETS
+    from parity_tests.harness.console import run_application
     from parity_tests.harness.dtypes import STORAGE_DTYPES
     from parity_tests.harness.subjects.base import FRAMEWORKS
 except ModuleNotFoundError as missing:
@@ -123,4 +124,4 @@ def findings(
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m parity_tests")
+    run_application(app, "python -m parity_tests")

@@ -21,15 +21,8 @@ from bench.plan.competitors import Catalogue
 from bench.report import chart
 from bench.report.page import RESULTS, markers
 from bench.store import Store
+from parity_tests.test_hostile_text import HOSTILE, NAME, assert_json, assert_plain
 
-# What a terminal, Markdown, HTML, SVG, rich, a page's blocks, XML and JSON would each obey, or refuse.
-HOSTILE = (
-    "=x\x1b[31m\x1b]0;t\x07\x00\x7f\x9b1m\u202e\u2066\ufeff\u2028\ufffe\ud800\r\nFORGED\n# FORGED\n|`a`|*b*|__c__|~~d~~"
-    "<svg onload=f()></script><script>f()</script><!-- results:end -->[l](http://e)![i](e)&lt;$m$ [bold]r[/] [/] "
-    "[link=http://e]k[/link] :boom: \\| ]]> 'q\" datum['x'] \u00e9"
-)
-# No file has a NUL, a slash or that half of a pair in its name; other bytes that are no text it may have.
-NAME = HOSTILE.translate({0: None, ord("/"): None, 0xD800: "\udc80"})[:100]
 HEADING = re.compile(r"^#+ .*$", re.MULTILINE)
 # What decides whether anything is compared and drawn at all.
 COMPARED = {"framework", "kind", "direction", "dtype", "precision", "device", "observed_precision", "implementation"}
@@ -107,14 +100,6 @@ def run(tmp_path, make_record):
     return make
 
 
-def assert_plain(text, *, there=True):
-    """Nothing in it that a terminal would obey, and no line that the hostile text has begun."""
-    strange = {character for character in text if not character.isprintable() and character != "\n"}
-    assert not strange
-    assert ("FORGED" in text) == there
-    assert not {"FORGED", "# FORGED"} & {line.strip() for line in text.splitlines()}
-
-
 def assert_markdown(text):
     """As a reader of Markdown sees it: the hostile text is there as text, and has made nothing else."""
     assert_plain(text)
@@ -131,29 +116,6 @@ def assert_markdown(text):
         assert len({len(row) for row in table.iter("tr")}) == 1
     headings = [element for element in root.iter() if element.tag in ("h1", "h2", "h3")]
     assert len(headings) == len(HEADING.findall(text))
-
-
-def assert_json(text):
-    """ASCII, for strict readers too, and the text as it was but for halves of pairs."""
-    assert text.isascii()
-    assert_plain(text.replace("\\nFORGED", " FORGED"))
-    found = json.loads(text)
-    strings = []
-
-    def collect(value):
-        if isinstance(value, dict):
-            for name, item in value.items():
-                collect(name)
-                collect(item)
-        elif isinstance(value, list):
-            for item in value:
-                collect(item)
-        elif isinstance(value, str):
-            strings.append(value)
-
-    collect(found)
-    "".join(strings).encode()
-    assert any(HOSTILE.replace("\ud800", "\ufffd") in value for value in strings)
 
 
 def assert_csv(path):
@@ -186,13 +148,10 @@ def assert_script(text, *, there=True):
 
 def test_the_checks_notice_hostile_text():
     for check, text in (
-        (assert_plain, HOSTILE),
-        (assert_plain, "\n# FORGED"),
         (assert_markdown, f"| a |\n|---|\n| {HOSTILE.translate(dict.fromkeys(range(32)))} |\n"),
-        (assert_json, json.dumps([HOSTILE])),
         (assert_script, f"var spec = {json.dumps([HOSTILE])}; FORGED"),
     ):
-        with pytest.raises((AssertionError, ElementTree.ParseError, UnicodeEncodeError)):
+        with pytest.raises((AssertionError, ElementTree.ParseError)):
             check(text)
 
 

@@ -1,6 +1,5 @@
 """``python -m parity_tests run --pair`` and ``pairs``: a user's own pair, and the five example pairs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,14 @@ from parity_tests.commands.usage import (
     choose,
     chosen_frameworks,
     console,
+    ended,
     refuse,
+    write_outputs,
 )
 from parity_tests.harness.dtypes import STORAGE_DTYPES
 from parity_tests.harness.failures import located
+from parity_tests.harness.files import read_text, write_json, write_text
+from parity_tests.harness.interruption import interruptible
 from parity_tests.pair import PairReport, run_pair
 
 
@@ -66,15 +69,14 @@ def run_user_pair(spec: str, options: Options, torch_python: str | None = None, 
     pythons = {"torch_python": torch_python, "jax_python": jax_python}
     pythons = {name: python for name, python in pythons.items() if python is not None}
     report = _judged(spec, **overrides, **pythons)
-    console.print(report.describe(), highlight=False, markup=False, soft_wrap=True)
-    for write, path in (
-        (report.to_json, options.json_file),
-        (report.to_junit, options.junit_file),
-        (report.to_html, options.html_file),
-    ):
-        if path is not None:
-            write(path)
-    return HOLDS if report.ok else FAILED
+    for line in report.describe().splitlines():
+        console.print(line, soft_wrap=True)
+    failed = write_outputs(
+        (options.json_file, report.to_json),
+        (options.junit_file, report.to_junit),
+        (options.html_file, report.to_html),
+    )
+    return ended(HOLDS if report.ok else FAILED, "", failed)
 
 
 def pairs(json_file: Path | None, readme: Path | None) -> int:
@@ -85,27 +87,37 @@ def pairs(json_file: Path | None, readme: Path | None) -> int:
         readme: file whose table of the pairs is replaced, or None.
 
     Returns:
-        0 if every pair that was made equal holds.
+        0 if every pair that was made equal holds, 130 if interrupted: what was judged until then is written, and the
+        readme stays as it is.
     """
-    from parity_tests.pair.examples.overview import overview, readme_block, with_block
+    from parity_tests.pair.examples.overview import Entry, overview, readme_block, with_block
 
     check_writable("--json", json_file)
     if readme is not None and not readme.is_file():
         raise refuse(f"--readme: expected an existing file, got {readme}; give another path.")
     if len(chosen_frameworks([])) < 2:
         raise refuse("pairs: expected torch and Flax, got one of them; install the extras torch and jax.")
-    entries = []
-    for entry in overview():
-        entries.append(entry)
-        console.print(entry.describe(), highlight=False, markup=False, soft_wrap=True)
-    if json_file is not None:
-        document = {"schema_version": 1, "pairs": [entry.record() for entry in entries]}
-        json_file.write_text(json.dumps(document, indent=1) + "\n")
-    if readme is not None:
-        differences = [difference for entry in entries for difference in entry.differences]
-        block = readme_block({entry.name: entry.defaults for entry in entries}, differences)
+    entries: list[Entry] = []
+    stopped = ""
+    with interruptible() as interruption:
         try:
-            readme.write_text(with_block(readme.read_text(), block))
-        except ValueError as error:
-            raise refuse(f"--readme {readme}: {error}") from None
-    return HOLDS if entries and all(entry.matched.ok for entry in entries) else FAILED
+            for entry in overview():
+                interruption.check()
+                entries.append(entry)
+                for line in entry.describe().splitlines():
+                    console.print(line, soft_wrap=True)
+            interruption.settle()
+        except KeyboardInterrupt:
+            stopped = f"interrupted: {len(entries)} pairs were judged, the others were left"
+        document = {"schema_version": 1, "stopped": stopped, "pairs": [entry.record() for entry in entries]}
+        failed = write_outputs((json_file, lambda path: write_json("--json", path, document)))
+        if readme is not None and not stopped:
+            differences = [difference for entry in entries for difference in entry.differences]
+            block = readme_block({entry.name: entry.defaults for entry in entries}, differences)
+            try:
+                write_text("--readme", readme, with_block(read_text(readme), block))
+            except ValueError as error:
+                raise refuse(f"--readme {readme}: {error}") from None
+            except OSError as error:
+                failed.append(str(error))
+    return ended(HOLDS if entries and all(entry.matched.ok for entry in entries) else FAILED, stopped, failed)

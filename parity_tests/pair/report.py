@@ -1,15 +1,16 @@
 """The outcome of a pair's check: rows, the first failing rung with a likely cause, and the files that show them."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from parity_tests.harness.files import write_text
 from parity_tests.harness.html import html_document
 from parity_tests.harness.junit import junit_document
 from parity_tests.harness.records import ParityRow, Summary, environment, summarize, write_json
+from parity_tests.harness.text import printable
 
 RUNGS: tuple[str, ...] = ("weights", "forward", "gradients", "state")
 CALIBRATED = (
@@ -101,7 +102,7 @@ class PairReport:
         ]
         lines += [f"  not compared: {what}" for what in self.not_compared]
         lines += [f"  note: {what}" for what in (*self.notes, CALIBRATED)]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     @property
     def headline(self) -> str:
@@ -135,8 +136,6 @@ class PairReport:
 
     def to_json(self, path: str | Path) -> None:
         """Writes the harness' document, with the pair's own findings under ``pair``."""
-        path = Path(path)
-        write_json(path, self.rows)
         pair = {
             "name": self.name,
             "ok": self.ok,
@@ -146,14 +145,14 @@ class PairReport:
             "notes": list(self.notes),
             "bound": CALIBRATED,
         }
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"pair": pair}, indent=1, allow_nan=False) + "\n")
+        write_json(path, self.rows, pair=pair)
 
     def to_junit(self, path: str | Path) -> None:
         """Writes JUnit XML, one case a row."""
-        Path(path).write_text(junit_document(self.rows))
+        write_text("--junit", path, junit_document(self.rows))
 
     def to_html(self, path: str | Path) -> None:
         """Writes one self-contained page."""
         notes = [f"not compared: {what}" for what in self.not_compared]
         notes = [*filter(None, [self.headline]), *notes, *self.notes, CALIBRATED]
-        Path(path).write_text(html_document(self.rows, environment(), title=self.name, notes=notes))
+        write_text("--html", path, html_document(self.rows, environment(), title=self.name, notes=notes))
