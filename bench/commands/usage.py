@@ -9,7 +9,7 @@ from parity_tests.harness.files import OutputError, check_output
 from parity_tests.harness.interruption import INTERRUPTED
 
 __all__ = ["FAILED", "INTERRUPTED", "OK", "USAGE", "UsageError", "check_choices", "check_interpreters"]
-__all__ += ["check_writable", "complain", "tell"]
+__all__ += ["check_writable", "complain", "cut_short", "tell"]
 
 OK, FAILED, USAGE = 0, 1, 2
 _ERRORS = PlainConsole(stderr=True, soft_wrap=True)
@@ -22,6 +22,18 @@ class UsageError(ValueError):
 def tell(sentence: object) -> None:
     """Prints a sentence on stderr."""
     _ERRORS.print(f"bench: {sentence}")
+
+
+def cut_short(stopped: str, status: int) -> int:
+    """Says that a command was interrupted, and returns its exit status.
+
+    Args:
+        stopped: what was left; empty if nothing was.
+        status: of a command that came to its end.
+    """
+    if stopped:
+        tell(f"{stopped}; JSON and Markdown say so, other files stay as they were.")
+    return INTERRUPTED if stopped else status
 
 
 def complain(error: object) -> int:

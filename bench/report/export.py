@@ -120,6 +120,7 @@ def _head(results: Results, notes: Sequence[str]) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "summary": dict(results.outcomes),
         "notes": list(notes),
+        "stopped": results.stopped,
         "environments": dict(results.environments),
     }
 

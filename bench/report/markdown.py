@@ -105,7 +105,7 @@ def report_lines(results: Results, notes: Sequence[str] = ()) -> Iterator[str]:
         "",
         markdown_line(f"Outcomes: {summary_line(results.outcomes)}."),
         resolution_line(results.found),
-        *map(markdown_line, notes),
+        *map(markdown_line, (*filter(None, [results.stopped]), *notes)),
         "",
     )
     if overview := framework_lines(results):

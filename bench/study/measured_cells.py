@@ -13,6 +13,7 @@ from bench.study.pairing import by_label, log_latencies, paired
 from bench.study.ranking import Ranking, rank_cells
 from bench.study.statistics import process_means
 from bench.study.trimming import middle_rounds, pseudo_values
+from parity_tests.harness.interruption import Interruption
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,19 @@ class Measured:
     to_baseline: Mapping[str, Spread]
 
 
-def measured_cells(archive: Archive, name: str) -> dict[Identity, Measured]:
+def measured_cells(archive: Archive, name: str, interruption: Interruption | None = None) -> dict[Identity, Measured]:
     """The cells of a run by their conditions.
 
     Args:
         archive: the run.
         name: its directory, for the message.
+        interruption: by which the user may end it; what was read until then is kept.
 
     Raises:
         StoreError: if it holds one of them twice, from two environments.
     """
     cells: dict[Identity, Measured] = {}
-    for group in archive.cells():
+    for group in archive.cells() if interruption is None else interruption.until_asked(archive.cells()):
         where = identity(group[0])
         if where in cells:
             raise StoreError(
