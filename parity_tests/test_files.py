@@ -1,5 +1,6 @@
 """Files: loads that never block, saves and outputs that are whole or not there, and folders of killed processes."""
 
+import ast
 import contextlib
 import importlib
 import os
@@ -8,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -223,7 +225,7 @@ def test_files_and_folders_that_may_not_be_written_stay(write, tmp_path):
     protected, path = tmp_path / "protected", tmp_path / "open" / "file"
     protected.mkdir()
     path.parent.mkdir()
-    path.write_text("old")
+    write(path, "old")  # imports what nobody may read
     path.chmod(0o444)
     path.parent.chmod(0o777)
     protected.chmod(0o555)
@@ -404,3 +406,25 @@ def test_folders_of_killed_processes_are_removed_by_the_next_one_and_no_others(t
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([bystander.name, Path(mine.name).name])
     mine.cleanup()
     assert os.listdir(tmp_path) == [bystander.name]
+
+
+_SERVING = """
+import os, tempfile
+from multiprocessing import util
+from parity_tests.harness.subjects.torch_sharded import _folder, _temporary_files_in
+with _temporary_files_in(_folder().name):
+    util.get_temp_dir()  # where the server that forks the processes listens
+print([os.path.relpath(found, tempfile.gettempdir()) for found, _, _ in os.walk(tempfile.gettempdir())])
+"""
+
+
+@pytest.mark.skipif("torch_impl" not in TREES, reason="needs torch")
+def test_the_server_of_sharded_processes_listens_in_the_folder_and_both_are_removed():
+    # The name of a socket has a hundred characters, which pytest's folders take alone.
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": folder}
+        options = {"capture_output": True, "text": True, "check": True, "cwd": ROOT, "env": environment}
+        done = subprocess.run([sys.executable, "-c", _SERVING], **options)
+        assert any("scratch-shards-" in name and "/pymp-" in name for name in ast.literal_eval(done.stdout))
+        assert done.stderr == ""
+        assert [name for name in os.listdir(folder) if "torchinductor" not in name] == []

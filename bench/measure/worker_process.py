@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bench.measure.protocol import Message, RequestError, decode, encode, one_line
 from bench.measure.worker import CPUS_VARIABLE
+from parity_tests.harness.files import ScratchFolder
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 _READ_BYTES = 65536
@@ -68,7 +69,7 @@ class WorkerProcess:
         # A file and not a pipe: nobody reads it while the worker runs, and a full pipe would stop it.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, closed with the worker
         # What a worker leaves there, compile caches above all, goes with it, whichever way it ends.
-        self._scratch = tempfile.TemporaryDirectory(prefix="partitioned-linear-worker-")
+        self._scratch = ScratchFolder("worker")
         try:
             self._process = subprocess.Popen(
                 list(command),

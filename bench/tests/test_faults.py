@@ -145,6 +145,33 @@ def test_a_real_worker_without_memory_for_one_workload_measures_the_next(measure
     assert small["torch", "matmul"].status == "ok"
 
 
+_KILLED = """
+import tempfile, time
+from bench.tests.test_faults import fake
+worker = fake("torch")
+assert worker.request({"operation": "hello"}, 60.0)["ok"]
+print(worker._scratch.name, flush=True)
+time.sleep(3600)
+"""
+
+
+def test_the_folder_of_a_worker_whose_coordinator_was_killed_goes_with_the_next_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    command = [sys.executable, "-c", _KILLED]
+    environment = os.environ | {"PYTHONPATH": str(worker_process.CHECKOUT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as run:
+        left = run.stdout.readline().strip()
+        again = fake("torch")
+        assert sorted(os.listdir(tmp_path)) == sorted(map(os.path.basename, (left, again._scratch.name)))
+        run.kill()
+    last = fake("torch")
+    assert sorted(os.listdir(tmp_path)) == sorted(os.path.basename(worker._scratch.name) for worker in (again, last))
+    again.close()
+    last.close()
+    assert os.listdir(tmp_path) == []
+
+
 # --- the disk ---
 
 

@@ -256,12 +256,13 @@ class ScratchFolder:
 
     Args:
         purpose: part of its name.
+        at_exit: False leaves it to the caller to call ``cleanup`` when Python ends.
 
     Attributes:
         name: its path.
     """
 
-    def __init__(self, purpose: str) -> None:
+    def __init__(self, purpose: str, *, at_exit: bool = True) -> None:
         _remove_abandoned_folders()
         while True:
             self.name = tempfile.mkdtemp(prefix=f"{_FOLDERS}{purpose}-")
@@ -269,21 +270,24 @@ class ScratchFolder:
             if lock is None or _locked(lock, Path(self.name)) is not False:
                 break
             # Taken for an abandoned one in the moment before it was locked.
-            _release(self.name, lock, os.getpid())
+            _release([(self.name, lock, os.getpid())])
         # No TemporaryDirectory, which warns if nobody calls ``cleanup``: whoever held the object has let go of it.
-        self._finalizer = weakref.finalize(self, _release, self.name, lock, os.getpid())
+        self._held = [(self.name, lock, os.getpid())]
+        weakref.finalize(self, _release, self._held).atexit = at_exit
 
     def cleanup(self) -> None:
         """Removes the folder now."""
-        self._finalizer()
+        _release(self._held)
 
 
-def _release(folder: str, lock: int | None, owner: int) -> None:
-    # A forked process that ends in order must leave its parent's folder.
-    if os.getpid() == owner:
-        shutil.rmtree(folder, ignore_errors=True)
-    if lock is not None:
-        os.close(lock)
+def _release(held: list[tuple[str, int | None, int]]) -> None:
+    while held:
+        folder, lock, owner = held.pop()
+        # A forked process that ends in order must leave its parent's folder.
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def _remove_abandoned_folders() -> None:
