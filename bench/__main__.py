@@ -14,6 +14,8 @@ except ModuleNotFoundError as missing:
         file=sys.stderr,
     )
     sys.exit(2)
+except KeyboardInterrupt:
+    sys.exit(130)
 
 from bench.commands.arguments import CsvFile, Directories, JaxPython, JsonFile, TorchPython, cells_where, picture
 from parity_tests.harness.console import run_application

@@ -80,6 +80,9 @@ class Store:
         path = directory / RECORDS
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not path.is_file():
+                # To open a pipe would wait for whoever reads it.
+                raise StoreError(f"{path}: expected a regular file, got none; remove it or choose another --out.")
             existing = path.stat().st_size if path.exists() else 0
             if existing and not resume:
                 raise StoreError(f"{directory}: already holds records; add --resume or choose another --out.")

@@ -149,3 +149,19 @@ def test_a_table_of_some_pairs_does_not_replace_that_of_all(interrupted):
     folder, _, _ = interrupted
     assert (folder / "README.md").read_text() == "as it was"
     assert [name for name in os.listdir(folder) if name.endswith(".partial")] == []
+
+
+@pytest.mark.parametrize("package", ["parity_tests", "bench"])
+def test_an_interruption_while_a_command_is_imported_ends_without_a_traceback(package, tmp_path):
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", package, "findings"],
+        capture_output=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        timeout=60,
+        # A shell starts what it puts into the background with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
