@@ -9,6 +9,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_type_hints
 from xml.etree import ElementTree
 
 import numpy as np
@@ -18,6 +19,7 @@ from markdown_it import MarkdownIt
 from bench.commands import inspect
 from bench.measure.worker_process import CHECKOUT
 from bench.plan.competitors import Catalogue
+from bench.records import Record
 from bench.report import chart
 from bench.report.page import RESULTS, markers
 from bench.store import Store
@@ -144,6 +146,12 @@ def assert_script(text, *, there=True):
     specification, _ = json.JSONDecoder().raw_decode(text[start:])
     assert "</script><script>f()</script>" in json.dumps(specification)
     assert text.count("</script>") == text.count("<script")
+
+
+def test_every_text_of_a_record_is_hostile():
+    """So that a field that is added is tried as well."""
+    texts = {name for name, hint in get_type_hints(Record).items() if hint in (str, str | None)}
+    assert texts - {"status"} == {*TEXTS, "key", "reason"}
 
 
 def test_the_checks_notice_hostile_text():
