@@ -14,8 +14,11 @@ except ModuleNotFoundError as missing:
         file=sys.stderr,
     )
     sys.exit(2)
+except KeyboardInterrupt:
+    sys.exit(130)
 
 from bench.commands.arguments import CsvFile, Directories, JaxPython, JsonFile, TorchPython, cells_where, picture
+from parity_tests.harness.console import run_application
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -249,4 +252,4 @@ def doctor(
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m bench")
+    run_application(app, "python -m bench")

@@ -16,6 +16,7 @@ from typing import Any
 from bench.archive import RECORDS, place_of, read_records, scan
 from bench.environments import ENVIRONMENTS, StoreError, read_environments
 from bench.records import Record
+from parity_tests.harness.files import OutputError, write_text
 
 if sys.platform != "win32":
     import fcntl
@@ -79,6 +80,9 @@ class Store:
         path = directory / RECORDS
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not path.is_file():
+                # To open a pipe would wait for whoever reads it.
+                raise StoreError(f"{path}: expected a regular file, got none; remove it or choose another --out.")
             existing = path.stat().st_size if path.exists() else 0
             if existing and not resume:
                 raise StoreError(f"{directory}: already holds records; add --resume or choose another --out.")
@@ -167,18 +171,15 @@ class Store:
         if environments.get(environment_id) == fingerprint:
             return
         environments[environment_id] = dict(fingerprint)
-        path = self.directory / ENVIRONMENTS
-        temporary = path.with_suffix(".tmp")
+        text = json.dumps(environments, indent=1, sort_keys=True) + "\n"
         try:
-            temporary.write_text(json.dumps(environments, indent=1, sort_keys=True) + "\n")
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            raise self._full(error) from error
+            write_text("--out", self.directory / ENVIRONMENTS, text)
+        except OutputError as error:
+            raise self._full(error.__cause__ or error) from error
 
-    def _full(self, error: OSError) -> StoreError:
+    def _full(self, error: BaseException) -> StoreError:
+        why = getattr(error, "strerror", None) or error
         return StoreError(
-            f"{self.directory}: cannot be written any more ({error.strerror}); whole cells that were recorded are "
+            f"{self.directory}: cannot be written any more ({why}); whole cells that were recorded are "
             "kept: make room and add --resume."
         )

@@ -206,7 +206,7 @@ def save_parameters(params: Mapping[str, Any], path: str | os.PathLike[str]) -> 
 
     Args:
         params: As for `export_parameters`.
-        path: Where to; an existing file is replaced.
+        path: Where to; a regular file is replaced and keeps its mode, and a link is followed.
 
     Raises:
         TypeError: If `params` is no mapping.
@@ -231,7 +231,7 @@ def load_parameters(params: Mapping[str, Any], path: str | os.PathLike[str]) -> 
         ValueError: If the file is foreign or of another version, or an array is missing, extra or mis-shaped.
         OSError: If the file cannot be read.
     """
-    return import_parameters(params, read_arrays(path))
+    return import_parameters(params, read_arrays(path, _canonical(_own(params))))
 
 
 def _own(params: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -5,10 +5,9 @@ in and out copies bit for bit: NaN payloads, signed zeros and subnormals include
 share is public here; the functions for linen's parameter dicts are in `jax_impl.linen`.
 """
 
+import json
 import os
-import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,12 +18,15 @@ import safetensors.numpy
 from flax import nnx
 from jax import Array
 
-from jax_impl.array_types import kind_of, said, shown
+from jax_impl.array_types import said
+from jax_impl.files import as_path, read_file, write_file
 from jax_impl.layer import PartitionedLinear
 from jax_impl.validation import check_arrays, check_dtype, check_instance, check_parameters
 
 FORMAT = "partitioned_linear"
 FORMAT_VERSION = "1"
+# The most that the format itself allows.
+_MOST_HEADER_BYTES = 100_000_000
 
 _CANONICAL_NAMES = {"kernel": "weight", "bias": "bias"}
 
@@ -89,11 +91,11 @@ def save_parameters(layer: PartitionedLinear, path: str | os.PathLike[str]) -> N
 
     Args:
         layer: The layer.
-        path: Where to; an existing file is replaced.
+        path: Where to; a regular file is replaced and keeps its mode, and a link is followed.
 
     Raises:
         TypeError: If `layer` is no nnx `PartitionedLinear`, or `path` no path.
-        ValueError: If the parameters hold no values here.
+        ValueError: If the parameters hold no values here, or no file can have that name.
         OSError: If the file cannot be written.
     """
     write_arrays(export_parameters(layer), path)
@@ -112,7 +114,7 @@ def load_parameters(layer: PartitionedLinear, path: str | os.PathLike[str]) -> N
             layer is unchanged.
         OSError: If the file cannot be read.
     """
-    import_parameters(layer, read_arrays(path))
+    import_parameters(layer, read_arrays(path, _parameters(layer)))
 
 
 def to_canonical(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -147,45 +149,36 @@ def write_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str])
 
     Raises:
         TypeError: If `path` is no path.
+        ValueError: If no file can have that name.
         OSError: If the file cannot be written.
     """
-    target = _checked(path)
-    content = safetensors.numpy.save(dict(arrays), {"format": FORMAT, "format_version": FORMAT_VERSION})
-    if not target.parent.is_dir():
-        raise FileNotFoundError(
-            f"`path`: expected a file in an existing folder, got {target}; create the folder first."
-        )
-    # In the target's own directory, so that the replacement is one atomic rename.
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    target = as_path(path)
+    write_file(target, safetensors.numpy.save(dict(arrays), {"format": FORMAT, "format_version": FORMAT_VERSION}))
 
 
-def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_arrays(path: str | os.PathLike[str], like: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Read the arrays of a file written by `write_arrays`.
+
+    Args:
+        path: The file.
+        like: Canonical name -> array of the layer that it is for, whose size bounds that of the file.
 
     Raises:
         TypeError: If `path` is no path, or an array has a dtype that no layer has.
         ValueError: If the file is foreign or of another version.
         OSError: If the file cannot be read.
     """
-    path = _checked(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        got = f"{str(path)!r} ({error.strerror})"
-        raise type(error)(f"`path`: expected a readable file, got {got}; check the name.") from error
+    path = as_path(path)
+    # Twice and more what a file for this layer has: what else is wrong with such a file is said by name.
+    content = read_file(path, _MOST_HEADER_BYTES + 8 * sum(value.size for value in like.values()))
     try:
         entries = dict(safetensors.deserialize(content))
-        with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"`path`: expected a safetensors file, got {path.name} ({error}); pass another file."
         ) from error
+    # Where the format has them: a length, then as much JSON. What was deserialised is sound.
+    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"`path`: expected a file of format {FORMAT!r}, got {metadata.get('format')!r} in {path.name}; write it "
@@ -206,23 +199,6 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         name: np.frombuffer(entry["data"], _FILE_DTYPES[entry["dtype"]]).reshape(entry["shape"])
         for name, entry in entries.items()
     }
-
-
-def _checked(path: Any) -> Path:
-    """Return a path; refuse other types by a TypeError, and what can be no file's name by a ValueError."""
-    try:
-        text = os.fspath(path)
-    except Exception:
-        text = None
-    if not isinstance(text, str):
-        raise TypeError(f"`path`: expected a str or a Path, got a {kind_of(path)}; pass the file's name.")
-    try:
-        possible = text not in ("", ".") and b"\0" not in os.fsencode(text)
-    except UnicodeError:
-        possible = False
-    if not possible:
-        raise ValueError(f"`path`: expected the name of a file, got {shown(text)}; pass another name.")
-    return Path(text)
 
 
 def _parameters(layer: PartitionedLinear) -> dict[str, Any]:

@@ -9,6 +9,7 @@ try:
 
     from parity_tests.commands.usage import choices_help, modes_help
     from parity_tests.harness.cases import CASE_SETS
+    from parity_tests.harness.console import run_application
     from parity_tests.harness.dtypes import STORAGE_DTYPES
     from parity_tests.harness.subjects.base import FRAMEWORKS
     from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
@@ -20,6 +21,8 @@ except ModuleNotFoundError as missing:
         file=sys.stderr,
     )
     sys.exit(2)
+except KeyboardInterrupt:
+    sys.exit(130)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -131,4 +134,4 @@ def findings(
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m parity_tests")
+    run_application(app, "python -m parity_tests")

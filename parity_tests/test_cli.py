@@ -148,8 +148,13 @@ def test_an_interrupted_run_keeps_what_it_compared(tmp_path, number):
     # Every finished cell left rows; the one in flight may have left some.
     cells = {(row["implementation"], row["dtype"], row["case"]) for row in document["rows"] if row["kind"] == "oracle"}
     assert total - left <= len(cells) <= total - left + 1
+    # Who reads only these must not take an interrupted run for one that holds.
+    assert document["stopped"] == f"interrupted: {left} of {total} cells were left"
     (suite,) = ElementTree.parse(files["junit"]).getroot()
-    assert len(suite) == len(document["rows"])
+    *cases, end = suite
+    assert len(cases) == len(document["rows"])
+    assert suite.get("errors") == "1"
+    assert end.find("error").get("message") == document["stopped"]
     assert f"interrupted with {left} cells left" in files["html"].read_text()
 
 

@@ -4,12 +4,12 @@ import dataclasses
 import shlex
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from parity_tests.__main__ import app
 from parity_tests.commands import run as command
 from parity_tests.harness.cases import Case
+from parity_tests.harness.console import PlainConsole
 from parity_tests.harness.dtypes import numpy_dtype
 from parity_tests.harness.oracle import reference
 from parity_tests.harness.records import ParityRow, summarize
@@ -75,7 +75,7 @@ def test_a_pair_gives_every_tensor_and_a_row_for_each_failure():
 
 
 def printed(row):
-    console = Console(width=60)
+    console = PlainConsole(width=60)
     with console.capture() as capture:
         print_report(console, [row], summarize([row]))
     return capture.get()

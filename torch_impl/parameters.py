@@ -4,11 +4,11 @@ The canonical form is {"weight": (n, in, out), "bias": (n, out)}, without "bias"
 in and out copies bit for bit: NaN payloads, signed zeros and subnormals included.
 """
 
+import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +17,8 @@ import safetensors.numpy
 import torch
 from torch import Tensor, nn
 
-from torch_impl.array_types import kind_of, said, shown
+from torch_impl.array_types import kind_of, said
+from torch_impl.files import as_path, read_file, write_file
 from torch_impl.linears import state_dict_from_linears
 from torch_impl.registry import DTYPE_NAMES
 from torch_impl.validation import check_arrays, check_materialised, is_plain
@@ -33,6 +34,8 @@ __all__ = [
 
 FORMAT = "partitioned_linear"
 FORMAT_VERSION = "1"
+# The most that the format itself allows.
+_MOST_HEADER_BYTES = 100_000_000
 
 # bfloat16 is unknown to NumPy and to safetensors' NumPy reader; ml_dtypes supplies it.
 _NUMPY_DTYPES = {
@@ -99,27 +102,16 @@ def save_parameters(layer: PartitionedModule, path: str | os.PathLike[str]) -> N
 
     Args:
         layer: A `PartitionedLinear` or `MaskedPartitionedLinear`.
-        path: Where to; an existing file is replaced.
+        path: Where to; a regular file is replaced and keeps its mode, and a link is followed.
 
     Raises:
         TypeError: If `layer` is neither of the two, or `path` is no path.
-        ValueError: If the parameters hold no values here.
+        ValueError: If the parameters hold no values here, or no file can have that name.
         OSError: If the file cannot be written.
     """
-    target = _checked(path)
+    target = as_path(path)
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    content = safetensors.numpy.save(export_parameters(layer), metadata)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(
-            f"`path`: expected a file in an existing folder, got {target}; create the folder first."
-        )
-    # In the target's own directory, so that the replacement is one atomic rename.
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(target, safetensors.numpy.save(export_parameters(layer), metadata))
 
 
 def load_parameters(layer: PartitionedModule, path: str | os.PathLike[str]) -> None:
@@ -135,7 +127,7 @@ def load_parameters(layer: PartitionedModule, path: str | os.PathLike[str]) -> N
             layer is unchanged.
         OSError: If the file cannot be read.
     """
-    import_parameters(layer, _read_arrays(_checked(path)))
+    import_parameters(layer, _read_arrays(as_path(path), _views(layer)))
 
 
 def check_writable(views: Mapping[str, Tensor]) -> None:
@@ -180,23 +172,6 @@ def _views(layer: PartitionedModule) -> dict[str, Tensor]:
     return views
 
 
-def _checked(path: Any) -> Path:
-    """Return a path; refuse other types by a TypeError, and what can be no file's name by a ValueError."""
-    try:
-        text = os.fspath(path)
-    except Exception:
-        text = None
-    if not isinstance(text, str):
-        raise TypeError(f"`path`: expected a str or a Path, got a {kind_of(path)}; pass the file's name.")
-    try:
-        possible = text not in ("", ".") and b"\0" not in os.fsencode(text)
-    except UnicodeError:
-        possible = False
-    if not possible:
-        raise ValueError(f"`path`: expected the name of a file, got {shown(text)}; pass another name.")
-    return Path(text)
-
-
 def _to_numpy(name: str, tensor: Tensor) -> np.ndarray:
     values = tensor.detach().cpu().resolve_neg().contiguous()
     try:
@@ -217,20 +192,17 @@ def _from_numpy(array: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(bits).to(like.device)
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        got = f"{str(path)!r} ({error.strerror})"
-        raise type(error)(f"`path`: expected a readable file, got {got}; check the name.") from error
+def _read_arrays(path: Path, like: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    # Twice and more what a file for this layer has: what else is wrong with such a file is said by name.
+    content = read_file(path, _MOST_HEADER_BYTES + 8 * sum(view.numel() for view in like.values()))
     try:
         entries = dict(safetensors.deserialize(content))
-        with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"`path`: expected a safetensors file, got {path.name} ({error}); pass another file."
         ) from error
+    # Where the format has them: a length, then as much JSON. What was deserialised is sound.
+    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"`path`: expected a file of format {FORMAT!r}, got {metadata.get('format')!r} in {path.name}; write it "

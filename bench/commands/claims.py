@@ -1,12 +1,12 @@
 """``bench claims``."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from bench.archive import Archive
-from bench.commands.usage import OK, UsageError, check_writable, complain
+from bench.commands.usage import OK, UsageError, check_writable, complain, cut_short
 from bench.environments import StoreError
 from bench.report.claims import MEASURED, claim_rows, claims_block, claims_json, measured, overview
 from bench.report.claims import markdown as whole_account
@@ -17,6 +17,7 @@ from bench.report.tables import wide_console
 from bench.report.text import ratio
 from bench.study.claim_results import ClaimResult, claim_results
 from bench.study.process_spread import seen_spreads
+from parity_tests.harness.interruption import interruptible
 
 
 def _show(results: list[ClaimResult]) -> None:
@@ -25,20 +26,20 @@ def _show(results: list[ClaimResult]) -> None:
     for column, width in (("#", 2), ("setting", 28), ("claim", 28), ("verdict", 19), ("why", 75)):
         table.add_column(column, width=width)
     for line in overview(results):
-        table.add_row(*(escape(cell) for cell in line))
+        table.add_row(*line)
     console.print(table)
     for result in results:
         if result.findings:
-            shown = Table(title=f"Claim {result.claim.number}: {escape(result.claim.statement)}", title_justify="left")
+            shown = Table(title=f"Claim {result.claim.number}: {result.claim.statement}", title_justify="left")
             for column in MEASURED:
-                shown.add_column(escape(column), no_wrap=column != "verdict")
+                shown.add_column(column, no_wrap=column != "verdict")
             for line in measured(result):
-                shown.add_row(*map(escape, line))
+                shown.add_row(*line)
             console.print(shown)
     console.print("Our fastest implementation in the same settings, its speed over that of the torch loop:")
     shown = dict.fromkeys((best.where, best.label, best.interval) for result in results for best in result.best)
     for where, label, interval in shown:
-        console.print(f"  {where.title}: {label} {ratio(interval)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {where.title}: {label} {ratio(interval)}", soft_wrap=True)
 
 
 def claims_command(
@@ -53,19 +54,25 @@ def claims_command(
         check_writable("--json", json_file)
         check_writable("--csv", csv_file)
         check_writable("--markdown", markdown)
-        archive = Archive([directory])
-        results = claim_results(archive.cells(), seen_spreads(archive))
-        if json_file is not None:
-            write_json(json_file, claims_json(results, archive.environments))
-        if csv_file is not None:
-            rows = list(claim_rows(results))
-            write_csv(csv_file, columns_of(rows), rows)
-        if markdown is not None:
-            places = [line for name, found in archive.environments.items() for line in environment_lines(name, found)]
-            write_text("--markdown", markdown, whole_account(results, places))
-        if readme is not None:
-            update_page(readme, claims_block(results), CLAIMS, directory.resolve().name)
+        with interruptible(polled=True) as interruption:
+            archive = Archive([directory])
+            results = claim_results(interruption.until_asked(archive.cells()), seen_spreads(archive))
+            interruption.settle()
+            stopped = "interrupted: some cells were left, so that no claim is judged" if interruption.asked else ""
+            if stopped:
+                results = [replace(result, verdict="interrupted", why=f"{stopped.capitalize()}.") for result in results]
+            if json_file is not None:
+                write_json(json_file, claims_json(results, archive.environments) | {"stopped": stopped})
+            if csv_file is not None and not stopped:
+                rows = list(claim_rows(results))
+                write_csv(csv_file, columns_of(rows), rows)
+            if markdown is not None:
+                known = archive.environments.items()
+                places = [line for name, found in known for line in environment_lines(name, found)]
+                write_text("--markdown", markdown, whole_account(results, places))
+            if readme is not None and not stopped:
+                update_page(readme, claims_block(results), CLAIMS, directory.resolve().name)
     except (UsageError, StoreError, OutputError, PageError) as error:
         return complain(error)
     _show(results)
-    return OK
+    return cut_short(stopped, OK)

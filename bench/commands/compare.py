@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
-
 from bench.archive import Archive
 from bench.commands.conditions import selection
-from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain
+from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, cut_short
 from bench.environments import StoreError, device_name
 from bench.report.export import interval_json
 from bench.report.output import OutputError, columns_of, flat, write_csv, write_json
@@ -22,6 +21,8 @@ from bench.study.measured_cells import Measured, measured_cells
 from bench.study.overall import Overall
 from bench.study.process_spread import seen_spreads
 from bench.study.statistics import SAME, UNRESOLVED
+from parity_tests.harness.console import PlainConsole
+from parity_tests.harness.interruption import interruptible
 
 # Cells of one run alone whose titles are printed; --json has them all.
 NAMED = 3
@@ -91,7 +92,7 @@ def _json(found: Comparison) -> dict[str, Any]:
     }
 
 
-def _show_verdicts(console: Console, found: Comparison) -> None:
+def _show_verdicts(console: PlainConsole, found: Comparison) -> None:
     opposite = found.contradicting
     text = f"{found.agreeing} FASTER or SLOWER in both runs alike, {len(opposite)} contradict"
     if opposite:
@@ -106,7 +107,7 @@ def _show_verdicts(console: Console, found: Comparison) -> None:
         )
 
 
-def _show_overall(console: Console, found: Comparison) -> None:
+def _show_overall(console: PlainConsole, found: Comparison) -> None:
     # Behind the single cells, so that a long run ends with it.
     if found.overall:
         console.print("All cells of several processes together:")
@@ -115,7 +116,7 @@ def _show_overall(console: Console, found: Comparison) -> None:
         console.print(f"  {one.label:40} {ratio(one.interval):28} {one.verdict}{note}, {one.cells} cells")
 
 
-def _show(console: Console, found: Comparison) -> None:
+def _show(console: PlainConsole, found: Comparison) -> None:
     for where, group in groupby(found.changes, key=lambda change: change.where):
         changes = list(group)
         shift = math.exp(median(change.shift for change in changes))
@@ -168,20 +169,29 @@ def compare_command(
         check_writable("--csv", csv_file)
         first = Archive([a], selection("--where-a", conditions[0]))
         second = Archive([b], selection("--where-b", conditions[1]))
-        seen = seen_spreads(first, second)
-        cells = measured_cells(first, str(a), seen), measured_cells(second, str(b), seen)
-        if not across_devices:
-            _check_devices(_devices(first, cells[0]), _devices(second, cells[1]), (a, b))
-        found = compare(*cells)
-        if not found.changes:
-            raise UsageError(f"{a} and {b}: no competitor was timed in both under the same conditions; compare others.")
-        if json_file is not None:
-            write_json(json_file, _json(found))
-        if csv_file is not None:
-            # Those of all cells together have no conditions, and their number of cells.
-            rows = [flat(_change(change)) for change in found.changes] + [flat(_overall(one)) for one in found.overall]
-            write_csv(csv_file, columns_of(rows), rows)
+        with interruptible(polled=True) as interruption:
+            seen = seen_spreads(first, second)
+            cells = tuple(measured_cells(*run, seen, interruption) for run in ((first, str(a)), (second, str(b))))
+            interruption.settle()
+            stopped = "interrupted: only cells that were read of both runs are compared" if interruption.asked else ""
+            if not across_devices and not stopped:
+                _check_devices(_devices(first, cells[0]), _devices(second, cells[1]), (a, b))
+            found = compare(*cells)
+            if stopped:
+                # Nobody knows what the other run has.
+                found = replace(found, only_a=(), only_b=())
+            elif not found.changes:
+                raise UsageError(
+                    f"{a} and {b}: no competitor was timed in both under the same conditions; compare others."
+                )
+            if json_file is not None:
+                write_json(json_file, _json(found) | {"stopped": stopped})
+            if csv_file is not None and not stopped:
+                # Those of all cells together have no conditions, and their number of cells.
+                rows = [flat(_change(change)) for change in found.changes]
+                rows += [flat(_overall(one)) for one in found.overall]
+                write_csv(csv_file, columns_of(rows), rows)
     except (UsageError, StoreError, OutputError) as error:
         return complain(error)
-    _show(Console(highlight=False, markup=False, soft_wrap=True), found)
-    return FAILED if found.regressions or found.overall_regressions else OK
+    _show(PlainConsole(soft_wrap=True), found)
+    return cut_short(stopped, FAILED if found.regressions or found.overall_regressions else OK)

@@ -1,14 +1,11 @@
 """``bench list`` and ``bench doctor``: what there is to measure, and whether it can be measured here."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from bench.commands.usage import FAILED, OK, UsageError, check_interpreters, check_writable, complain
+from bench.commands.usage import FAILED, OK, UsageError, check_interpreters, check_writable, complain, tell
 from bench.measure.diagnosis import diagnose
 from bench.measure.pool import WorkerPool, starter
 from bench.measure.processors import allowed_cpus
@@ -17,6 +14,7 @@ from bench.plan.cells import DIRECTIONS, DIVISIONS, PRECISIONS
 from bench.plan.presets import PRESETS
 from bench.plan.workloads import WORKLOADS
 from bench.report.output import OutputError, columns_of, flat, write_csv, write_json
+from parity_tests.harness.console import PlainConsole
 
 
 def _pool(torch_python: str | None, jax_python: str | None, division: str) -> WorkerPool:
@@ -48,7 +46,7 @@ def _catalogue(pool: WorkerPool) -> dict[str, Any]:
 
 
 def _show_catalogue(found: dict[str, Any]) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     console.print("Workloads:")
     for workload in WORKLOADS.values():
         console.print(f"  {workload.name:30} {workload.shape:30} {workload.source}")
@@ -90,7 +88,7 @@ def list_command(
     except UsageError as error:
         return complain(error)
     except RequestError as error:
-        print(f"bench: a worker cannot start: {error}", file=sys.stderr)
+        tell(f"a worker cannot start: {error}")
         return FAILED
     _show_catalogue(found)
     try:
@@ -136,9 +134,9 @@ def doctor_command(
     except UsageError as error:
         return complain(error)
     except RequestError as error:
-        print(f"bench: a worker cannot start: {error}", file=sys.stderr)
+        tell(f"a worker cannot start: {error}")
         return FAILED
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     console.print(
         f"Processor: {found['cpu_model']}; {len(found['affinity'])} of {found['cpu_count']} processors usable"
         + (f"; it offers {', '.join(found['cpu_features'])}" if found["cpu_features"] else "")

@@ -5,8 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from bench.archive import Archive
 from bench.commands.usage import FAILED, OK, UsageError, check_choices, check_writable, complain
 from bench.environments import StoreError
@@ -17,6 +15,7 @@ from bench.report.output import OutputError, columns_of, write_csv, write_json
 from bench.report.text import MORE_PROCESSES, ratio
 from bench.study.process_spread import seen_spreads
 from bench.study.recommendation import FAR, NEAR, SIZES, Neighbour, Shape, nearest
+from parity_tests.harness.console import PlainConsole
 
 
 def _far(shape: Shape, neighbour: Neighbour) -> str:
@@ -67,7 +66,7 @@ def _rows(found: Sequence[Neighbour]) -> list[dict[str, Any]]:
 
 
 def _show(shape: Shape, found: Sequence[Neighbour], *, answered: bool) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     first = found[0]
     if not answered:
         console.print(

@@ -1,13 +1,12 @@
 """``bench report``."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from bench.archive import Archive
 from bench.commands.conditions import selection
-from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain
+from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, cut_short, tell
 from bench.environments import StoreError
 from bench.records import Record
 from bench.report.chart import ChartError, save_chart
@@ -23,6 +22,7 @@ from bench.report.tables import show_frameworks, show_rankings, wide_console
 from bench.report.text import resolution_line, summary_line
 from bench.report.winner_map import save_winner_map
 from bench.study.results import Results, read_results
+from parity_tests.harness.interruption import interruptible
 
 
 @dataclass(frozen=True)
@@ -88,22 +88,28 @@ def report_command(
             raise UsageError("--check: needs --readme; name the README to check.")
         outputs.check()
         keep = selection("--where", conditions)
-        results = read_results(directories, keep)
-        if not results.found:
-            raise UsageError(f"--where: no cell meets {' and '.join(conditions)}; loosen the conditions.")
-        if readme is not None:
-            fresh = update_page(readme, results_block(results), RESULTS, directories[0].resolve().name, check=check)
-            if not fresh:
-                print(f"bench: the results in {readme} are stale; run this without --check.", file=sys.stderr)
-            if check:
-                return OK if fresh else FAILED
-        _write(results, directories, keep, outputs)
+        with interruptible(polled=True) as interruption:
+            results = read_results(directories, keep, interruption)
+            interruption.settle()
+            if results.stopped:
+                # What cannot say that it is cut short stays as it was.
+                outputs = Outputs(markdown=outputs.markdown, json_file=outputs.json_file)
+                readme = None
+            elif not results.found:
+                raise UsageError(f"--where: no cell meets {' and '.join(conditions)}; loosen the conditions.")
+            if readme is not None:
+                fresh = update_page(readme, results_block(results), RESULTS, directories[0].resolve().name, check=check)
+                if not fresh:
+                    tell(f"the results in {readme} are stale; run this without --check.")
+                if check:
+                    return OK if fresh else FAILED
+            _write(results, directories, keep, outputs)
     except (UsageError, StoreError, ChartError, OutputError, PageError) as error:
         return complain(error)
     console = wide_console()
     show_rankings(console, results.found, efficiency=efficiency)
     show_frameworks(console, results)
-    console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}", markup=False)
+    console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}")
     if written := outputs.written():
-        console.print(f"Written: {', '.join(map(str, written))}.", markup=False, highlight=False, soft_wrap=True)
-    return OK
+        console.print(f"Written: {', '.join(map(str, written))}.", soft_wrap=True)
+    return cut_short(results.stopped, OK)

@@ -1,15 +1,11 @@
 """``bench run``."""
 
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
@@ -17,11 +13,13 @@ from bench.commands.usage import (
     FAILED,
     INTERRUPTED,
     OK,
+    USAGE,
     UsageError,
     check_choices,
     check_interpreters,
     check_writable,
     complain,
+    tell,
 )
 from bench.engines import ENGINES, EngineError
 from bench.environments import StoreError, check_environments, read_environments
@@ -40,7 +38,10 @@ from bench.report.output import OutputError
 from bench.report.tables import show_frameworks, show_rankings, wide_console
 from bench.report.text import resolution_line, summary_line
 from bench.store import Store, sole_writer
-from bench.study.results import read_results
+from bench.study.results import Results, read_results
+from parity_tests.harness.console import PlainConsole
+from parity_tests.harness.interruption import Interruption, interruptible
+from parity_tests.harness.text import printable
 
 
 @dataclass(frozen=True)
@@ -142,49 +143,32 @@ def _request(options: Options) -> Request:
 @contextmanager
 def _progress_bar() -> Iterator[ProgressBar]:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     # On stderr, so that the tables can be piped; a slow refresh, since the bar must not compete with what is measured.
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     with ProgressBar(
         *columns, console=console, refresh_per_second=2, transient=True, disable=not console.is_terminal
     ) as bar:
         yield bar
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM, by which batch systems announce the end of a job, interrupts as Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    # Python lets only the main thread say what a signal does.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes) -> bool:
+def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes, interruption: Interruption) -> bool:
     """Runs the sweep; returns whether it was interrupted."""
     with _progress_bar() as bar:
         task = bar.add_task("starting", total=None)
 
         def show(state: Progress) -> None:
-            bar.update(task, description=state.text[:100], completed=state.done, total=state.total)
+            interruption.check()
+            bar.update(task, description=printable(state.text)[:100], completed=state.done, total=state.total)
 
         try:
-            with _terminable():
-                engine(request, store, notes, show)
+            engine(request, store, notes, show)
+            interruption.settle()
         except KeyboardInterrupt:
             return True
     return False
@@ -193,61 +177,72 @@ def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes) 
 def run_command(options: Options) -> int:
     """Runs ``bench run`` and returns its exit status."""
     notes = SweepNotes()
-    try:
-        request, engine = _request(options), _engine(options)
-        for line in left_out(request.preset):
-            notes.add(line)
-        with sole_writer(options.out):
-            store = Store(options.out, resume=options.resume)
-            check_environments(store.environment_ids, read_environments(options.out), str(options.out))
-            if store.set_aside_bytes:
-                notes.add(f"{store.set_aside_bytes} bytes of an unfinished cell were set aside; it is measured again.")
-            interrupted = _measure(engine, request, store, notes)
-    except (UsageError, SelectionError, StoreError) as error:
-        return complain(error)
-    except BusyError as error:
-        print(
-            f"bench: {error} What was measured before is in {options.out}; add --resume to continue.", file=sys.stderr
-        )
-        return FAILED
-    except RequestError as error:
-        print(f"bench: a worker cannot start: {error}", file=sys.stderr)
-        return FAILED
-    except EngineError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return FAILED
-    outcomes: Mapping[str, int] = {}
-    if store.environment_ids:
+    results, failed = None, None
+    # Until the files are there: a second Ctrl-C, in impatience, must not cost them.
+    with interruptible() as interruption:
         try:
-            outcomes = _show(options, notes)
-        except (StoreError, OutputError) as error:
-            # The records are safe by now; only what is derived from them is missing.
+            request, engine = _request(options), _engine(options)
+            for line in left_out(request.preset):
+                notes.add(line)
+            with sole_writer(options.out):
+                store = Store(options.out, resume=options.resume)
+                check_environments(store.environment_ids, read_environments(options.out), str(options.out))
+                if store.set_aside_bytes:
+                    notes.add(
+                        f"{store.set_aside_bytes} bytes of an unfinished cell were set aside; it is measured again."
+                    )
+                interrupted = _measure(engine, request, store, notes, interruption)
+        except (UsageError, SelectionError, StoreError) as error:
             return complain(error)
+        except BusyError as error:
+            tell(f"{error} What was measured before is in {options.out}; add --resume to continue.")
+            return FAILED
+        except RequestError as error:
+            tell(f"a worker cannot start: {error}")
+            return FAILED
+        except EngineError as error:
+            tell(error)
+            return FAILED
+        stopped = f"interrupted; what was measured is in {options.out}; add --resume to continue" if interrupted else ""
+        if store.environment_ids:
+            try:
+                results = replace(read_results([options.out]), stopped=stopped)
+                _write(options, notes, results)
+            except (StoreError, OutputError) as error:
+                # The records are safe by now; only what is derived from them is missing.
+                failed = error
+    if results is not None:
+        _show(options, notes, results)
+    if failed is not None:
+        complain(failed)
     if interrupted:
-        print(f"bench: interrupted; what was measured is in {options.out}; add --resume to continue.", file=sys.stderr)
+        tell(f"{stopped}.")
         return INTERRUPTED
+    if failed is not None:
+        return USAGE
+    outcomes: Mapping[str, int] = {} if results is None else results.outcomes
     return FAILED if not outcomes.get("ok") or outcomes.get("mismatch") or outcomes.get("crash") else OK
 
 
-def _show(options: Options, notes: SweepNotes) -> Mapping[str, int]:
-    """Prints the rankings and writes the report, both from the records alone; returns the outcomes."""
-    console = wide_console()
-    results = read_results([options.out])
-    for environment_id in results.places():
-        for line in environment_lines(environment_id, results.environments[environment_id]):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print()
-    show_rankings(console, results.found)
-    show_frameworks(console, results)
-    for line in notes.lines:
-        console.print(line, markup=False)
-    console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}", markup=False)
+def _write(options: Options, notes: SweepNotes, results: Results) -> None:
+    """Writes the report and the files that were asked for, from the records alone."""
+    write_report("report", options.out / "report.md", results, notes.lines)
     if options.json_file is not None:
         write_summary(options.json_file, results, notes.lines)
     if options.csv_file is not None:
         write_table(options.csv_file, results)
-    write_report("report", options.out / "report.md", results, notes.lines)
-    console.print(
-        f"Records: {options.out / 'records.jsonl'}; report: {options.out / 'report.md'}", markup=False, soft_wrap=True
-    )
-    return results.outcomes
+
+
+def _show(options: Options, notes: SweepNotes, results: Results) -> None:
+    """Prints the rankings, from the records alone."""
+    console = wide_console()
+    for environment_id in results.places():
+        for line in environment_lines(environment_id, results.environments[environment_id]):
+            console.print(line, soft_wrap=True)
+    console.print()
+    show_rankings(console, results.found)
+    show_frameworks(console, results)
+    for line in notes.lines:
+        console.print(line)
+    console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}")
+    console.print(f"Records: {options.out / 'records.jsonl'}; report: {options.out / 'report.md'}", soft_wrap=True)

@@ -1,21 +1,44 @@
 """Wrong usage: one sentence on stderr and exit status 2, never a traceback."""
 
 import shutil
-import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from parity_tests.harness.console import PlainConsole
+from parity_tests.harness.files import OutputError, check_output
+from parity_tests.harness.interruption import INTERRUPTED
+
+__all__ = ["FAILED", "INTERRUPTED", "OK", "USAGE", "UsageError", "check_choices", "check_interpreters"]
+__all__ += ["check_writable", "complain", "cut_short", "tell"]
+
 OK, FAILED, USAGE = 0, 1, 2
-INTERRUPTED = 130
+_ERRORS = PlainConsole(stderr=True, soft_wrap=True)
 
 
 class UsageError(ValueError):
     """A mistake of the user's; the message is one sentence."""
 
 
+def tell(sentence: object) -> None:
+    """Prints a sentence on stderr."""
+    _ERRORS.print(f"bench: {sentence}")
+
+
+def cut_short(stopped: str, status: int) -> int:
+    """Says that a command was interrupted, and returns its exit status.
+
+    Args:
+        stopped: what was left; empty if nothing was.
+        status: of a command that came to its end.
+    """
+    if stopped:
+        tell(f"{stopped}; JSON and Markdown say so, other files stay as they were.")
+    return INTERRUPTED if stopped else status
+
+
 def complain(error: object) -> int:
     """Prints the sentence and returns the exit status for wrong usage."""
-    print(f"bench: {error}", file=sys.stderr)
+    tell(error)
     return USAGE
 
 
@@ -55,14 +78,7 @@ def check_writable(argument: str, path: Path | None) -> None:
     Raises:
         UsageError: if its directory is missing or the file cannot be opened.
     """
-    if path is None:
-        return
     try:
-        existed = path.exists()
-        with path.open("ab"):
-            pass
-        if not existed:
-            # A command that ends with a complaint leaves no empty file behind.
-            path.unlink()
-    except OSError as error:
-        raise UsageError(f"{argument}: {path} cannot be written ({error.strerror}); choose another file.") from error
+        check_output(argument, path)
+    except OutputError as error:
+        raise UsageError(str(error)) from error

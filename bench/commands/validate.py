@@ -3,36 +3,48 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain
+from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, cut_short
 from bench.environments import StoreError
 from bench.report.output import OutputError, write_csv, write_json
 from bench.study.validation import Count, violations
+from parity_tests.harness.console import PlainConsole
+from parity_tests.harness.interruption import interruptible
 
 
 def validate_command(
     directories: Sequence[Path], *, json_file: Path | None = None, csv_file: Path | None = None
 ) -> int:
     """Runs ``bench validate``; its exit status is 1 if anything is wrong with the records, whatever is remarked."""
-    count = Count()
+    count, problems, stopped = Count(), [], ""
     try:
         check_writable("--json", json_file)
         check_writable("--csv", csv_file)
-        problems = [problem for directory in directories for problem in violations(directory, count)]
-        if json_file is not None:
-            found = {"records": count.records, "cells": count.cells, "violations": problems, "remarks": count.remarks}
-            write_json(json_file, found)
-        if csv_file is not None:
-            rows = [{"violation": problem} for problem in problems] + [{"remark": remark} for remark in count.remarks]
-            write_csv(csv_file, ["violation", "remark"], rows)
+        with interruptible() as interruption:
+            try:
+                for directory in directories:
+                    for problem in violations(directory, count):
+                        problems.append(problem)  # noqa: PERF402 - an interruption keeps what is there
+                interruption.settle()
+            except KeyboardInterrupt:
+                stopped = f"interrupted: {count.records} records were looked at, the others were left"
+            if json_file is not None:
+                found = {"records": count.records, "cells": count.cells, "violations": problems}
+                found |= {"remarks": count.remarks} | ({"stopped": stopped} if stopped else {})
+                write_json(json_file, found)
+            if csv_file is not None and not stopped:
+                rows = [{"violation": problem} for problem in problems]
+                rows += [{"remark": remark} for remark in count.remarks]
+                write_csv(csv_file, ["violation", "remark"], rows)
     except (UsageError, StoreError, OutputError) as error:
         return complain(error)
+    console = PlainConsole()
     for problem in problems:
-        print(problem)
+        console.out(problem)
     for remark in count.remarks:
-        print(f"Remark: {remark}.")
+        console.out(f"Remark: {remark}.")
     said = ", ".join(
         f"{len(found)} {what}{'' if len(found) == 1 else 's'}"
         for what, found in (("violation", problems), ("remark", count.remarks))
     )
-    print(f"{count.records} records in {count.cells} cells: {said}.")
-    return FAILED if problems else OK
+    console.out(f"{count.records} records in {count.cells} cells: {said}.")
+    return cut_short(stopped, FAILED if problems else OK)

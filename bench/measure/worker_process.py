@@ -2,13 +2,13 @@
 
 import os
 import signal
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.measure.protocol import Message, RequestError, decode, encode, one_line
 from bench.measure.switches import without_unset
 from bench.measure.worker import CPUS_VARIABLE
+from parity_tests.harness.files import ScratchFolder
 from parity_tests.interpreters.process import ChildProcess, ProcessError, signal_name
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -66,7 +66,7 @@ class WorkerProcess:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
         # What a worker leaves there, compile caches above all, goes with it, whichever way it ends.
-        self._scratch = tempfile.TemporaryDirectory(prefix="partitioned-linear-worker-")
+        self._scratch = ScratchFolder("worker")
         variables = {**environment, "TMPDIR": self._scratch.name}
         try:
             self._child = ChildProcess(command, variables, "the worker process", cwd=CHECKOUT)

@@ -1,21 +1,35 @@
 """Ratios with intervals as a picture: one panel for each workload and direction. Needs the ``report`` extra."""
 
 import importlib.util
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.environments import device_name
 from bench.plan.competitors import YARDSTICK
-from bench.report.output import writing
+from bench.report.output import output
 from bench.report.text import told_apart
 from bench.study.identity import identity
 from bench.study.ranking import Ranking
 from bench.study.results import Results
+from parity_tests.harness.text import printable, printable_tree
 
 FORMATS: tuple[str, ...] = (".svg", ".png", ".html")
 _NEEDED = {"altair": FORMATS, "vl_convert": (".svg", ".png")}
+# A picture is as wide as its longest text, and a name of a megabyte would fill the memory.
+_LONGEST_TEXT = 500
+_MOST_S = 600
+# In a process of its own: what the library cannot draw may abort the one that it runs in.
+_DRAWING = """
+import json, sys, vl_convert
+kind, version = sys.argv[1:]
+drawn = getattr(vl_convert, f"vegalite_to_{kind}")(json.load(sys.stdin), vl_version=version)
+sys.stdout.buffer.write(drawn.encode() if isinstance(drawn, str) else drawn)
+"""
 
 
 class ChartError(ValueError):
@@ -98,7 +112,7 @@ def save_picture(argument: str, path: Path, draw: Callable[[], Any]) -> None:
         draw: builds the altair object.
 
     Raises:
-        ChartError: if the type is unknown, a package is missing, or there is nothing to draw.
+        ChartError: if the type is unknown, a package is missing, there is nothing to draw, or the drawing fails.
         OutputError: if the file cannot be written.
     """
     if path.suffix not in FORMATS:
@@ -109,8 +123,56 @@ def save_picture(argument: str, path: Path, draw: Callable[[], Any]) -> None:
         if path.suffix in formats and importlib.util.find_spec(package) is None:
             raise ChartError(f"{argument}: {package} is not installed; install the extra: pip install -e '.[report]'.")
     chart = draw()
-    with writing(argument, path):
-        chart.save(str(path))
+    try:
+        drawn = _page(chart) if path.suffix == ".html" else _drawn(path.suffix[1:], chart.to_dict())
+    except (_DrawingError, ValueError) as error:
+        # JSON takes no infinity.
+        raise ChartError(
+            f"{argument}: the picture cannot be drawn ({error}); choose other cells with --where."
+        ) from error
+    with output(argument, path) as file:
+        file.write(drawn)
+
+
+class _DrawingError(Exception):
+    """The drawing library ended without a picture, or draws for too long."""
+
+
+def _drawn(kind: str, specification: Any) -> bytes:
+    """The picture of a specification of Vega-Lite."""
+    import altair as alt
+
+    # As altair asks for it: major and minor version.
+    version = "_".join(alt.SCHEMA_VERSION.split(".")[:2])
+    text = json.dumps(printable_tree(specification, _LONGEST_TEXT), allow_nan=False)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _DRAWING, kind, version],
+            input=text.encode(),
+            capture_output=True,
+            check=True,
+            timeout=_MOST_S,
+            # Ctrl-C is this process's to answer.
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise _DrawingError(f"not done after {_MOST_S} s") from error
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {error.returncode}"]
+        raise _DrawingError(printable(said[-1])[:_LONGEST_TEXT]) from error
+    return done.stdout
+
+
+class _InScript(json.JSONEncoder):
+    """JSON within a script of HTML, which whatever looks like its closing tag would end."""
+
+    def encode(self, o: Any) -> str:
+        """See ``json.JSONEncoder``."""
+        return super().encode(printable_tree(o, _LONGEST_TEXT)).replace("<", "\\u003c")
+
+
+def _page(chart: Any) -> bytes:
+    return chart.to_html(json_kwds={"cls": _InScript, "allow_nan": False}).encode()
 
 
 def save_chart(results: Results, path: Path) -> None:

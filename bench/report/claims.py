@@ -8,6 +8,7 @@ from bench.report.markdown import table
 from bench.report.text import ratio
 from bench.study.claim_results import NOT_HERE, ClaimResult
 from bench.study.claims import MEMORY
+from parity_tests.harness.text import markdown_line, markdown_text
 
 MEASURED = ("setting", "framework", "claimed", "measured [95%]", "verdict")
 _SUMMARY = ("#", "setting", "claim", "forward", "forward and backward", "verdict")
@@ -36,13 +37,13 @@ def markdown(results: Sequence[ClaimResult], places: Sequence[str]) -> str:
 
     Args:
         results: one for each claim.
-        places: lines that say where it was measured.
+        places: lines of Markdown that say where it was measured.
     """
     lines = ["# The article's claims, measured", "", *(f"- {place}" for place in places), ""]
     lines += table(("#", "setting", "claim", "verdict", "why"), overview(results))
     for result in results:
-        lines += ["", f"## Claim {result.claim.number}: {result.claim.statement}", ""]
-        lines += [f"Setting: {result.claim.setting}. {result.verdict.capitalize()}. {result.why}", ""]
+        lines += ["", f"## Claim {result.claim.number}: {markdown_text(result.claim.statement)}", ""]
+        lines += [markdown_line(f"Setting: {result.claim.setting}. {result.verdict.capitalize()}. {result.why}"), ""]
         if result.findings:
             lines += table(MEASURED, measured(result))
         if result.best:

@@ -1,6 +1,5 @@
 """Rankings as JSON and as rows of a table."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from bench.study.ranking import Ranking, Row
 from bench.study.results import Results
 from bench.study.roofline import Efficiency, efficiencies
 from bench.study.statistics import Interval
+from parity_tests.harness.text import json_text
 
 SHARED: tuple[str, ...] = (
     "workload",
@@ -130,6 +130,7 @@ def _head(results: Results, notes: Sequence[str]) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "summary": dict(results.outcomes),
         "notes": list(notes),
+        "stopped": results.stopped,
         "environments": dict(results.environments),
     }
 
@@ -140,11 +141,11 @@ def summary(results: Results, notes: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _pieces(results: Results, notes: Sequence[str]) -> Iterator[str]:
-    head = json.dumps(_head(results, notes), indent=1, allow_nan=False)
+    head = json_text(_head(results, notes), indent=1)
     yield head.removesuffix("\n}") + ',\n "cells": ['
     for k, ranking in enumerate(results.found):
         # One line for each cell: indenting takes many times as long.
-        yield (",\n" if k else "\n") + json.dumps(_ranking(ranking), allow_nan=False)
+        yield (",\n" if k else "\n") + json_text(_ranking(ranking))
     yield "\n]}\n"
 
 

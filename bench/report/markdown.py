@@ -21,21 +21,18 @@ from bench.report.text import (
 from bench.study.ranking import Ranking
 from bench.study.results import Results
 from bench.study.roofline import efficiencies
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
+from parity_tests.harness.text import markdown_code, markdown_line, markdown_text
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table as lines."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines.extend("| " + " | ".join(map(_escape, row)) + " |" for row in rows)
+    lines = ["| " + " | ".join(map(markdown_text, header)) + " |", "|" + "---|" * len(header)]
+    lines.extend("| " + " | ".join(map(markdown_text, row)) + " |" for row in rows)
     return lines
 
 
 def environment_lines(environment_id: str, found: Mapping[str, Any]) -> list[str]:
-    """What a reader must know about where it was measured."""
+    """What a reader must know about where it was measured, as lines of Markdown."""
     git = found.get("git") or {}
     commit = None if git.get("commit") is None else str(git["commit"])
     source = (
@@ -44,10 +41,11 @@ def environment_lines(environment_id: str, found: Mapping[str, Any]) -> list[str
         else f"commit {commit[:12]}" + (" (modified)" if git.get("dirty") else "")
     )
     features = "".join(f"{feature}, " for feature in found.get("cpu_features") or ())
-    lines = [
-        f"Environment `{environment_id}`: {found['cpu_model']}, {len(found['affinity'])} processors used, {features}"
-        f"{found['system']}, device {found['device']}, division {found['division']}, {source}."
-    ]
+    where = (
+        f"{found['cpu_model']}, {len(found['affinity'])} processors used, {features}{found['system']}, device "
+        f"{found['device']}, division {found['division']}, {source}."
+    )
+    lines = []
     lines.extend(f"GPU: {gpu}." for gpu in found.get("gpus") or ())
     for name, framework in found["frameworks"].items():
         versions = ", ".join(
@@ -64,7 +62,7 @@ def environment_lines(environment_id: str, found: Mapping[str, Any]) -> list[str
     if unset := found.get("unset_variables"):
         named = ", ".join(f"{key}={value}" for key, value in unset.items())
         lines.append(f"Set in the shell, and unset for the measurement: {named}.")
-    return lines
+    return [f"Environment {markdown_code(environment_id)}: {markdown_text(where)}", *map(markdown_line, lines)]
 
 
 def framework_lines(results: Results) -> list[str]:
@@ -73,17 +71,17 @@ def framework_lines(results: Results) -> list[str]:
     lines = [LEGEND, ""] if found else []
     for matrix in found:
         columns = matrix.columns
-        lines += [f"On {matrix.title}:", ""] if len(found) > 1 else []
+        lines += [f"On {markdown_text(matrix.title)}:", ""] if len(found) > 1 else []
         lines += [*table(("workload", *columns), (line(matrix, row, columns) for row in matrix.rows)), ""]
     return lines
 
 
 def ranking_lines(ranking: Ranking, *, level: int = 3) -> list[str]:
     """One ranking: heading, table, winner, baseline, reasons, remarks, and how well the machine is used."""
-    lines = ["#" * level + " " + ranking.title, ""]
+    lines = ["#" * level + " " + markdown_text(ranking.title), ""]
     lines += table(RANKING_COLUMNS, (ranking_cells(row) for row in ranking.rows))
-    lines += ["", winner_line(ranking), *framework_line(ranking), baseline_line(ranking)]
-    lines += [*(f"- {line}" for line in (*reasons(ranking), *remarks(ranking))), ""]
+    lines += ["", *map(markdown_line, (winner_line(ranking), *framework_line(ranking), baseline_line(ranking)))]
+    lines += [*(f"- {markdown_line(line)}" for line in (*reasons(ranking), *remarks(ranking))), ""]
     found = efficiencies(ranking)
     timed = [row.record.label for row in ranking.rows if row.latency_s is not None]
     if timed:
@@ -117,15 +115,15 @@ def report_lines(results: Results, notes: Sequence[str] = ()) -> Iterator[str]:
     yield from (
         "# Benchmark report",
         "",
-        f"Outcomes: {summary_line(results.outcomes)}.",
+        markdown_line(f"Outcomes: {summary_line(results.outcomes)}."),
         resolution_line(results.found),
-        *notes,
+        *map(markdown_line, (*filter(None, [results.stopped]), *notes)),
         "",
     )
     if overview := framework_lines(results):
         yield from (f"## {HEADING}", "", *overview)
     for environment_id, found in results.places().items():
-        yield from ("## Environment " + environment_id, "")
+        yield from ("## Environment " + markdown_text(environment_id), "")
         if environment_id in results.environments:
             known = environment_lines(environment_id, results.environments[environment_id])
             yield from (*(f"- {line}" for line in known), "")

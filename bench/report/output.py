@@ -1,40 +1,16 @@
-"""Files that reports are written to; a full disk or a missing permission ends in one sentence."""
+"""Files that reports are written to: whole or not at all; a full disk or a missing permission ends in one sentence."""
 
 import csv
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from parity_tests.harness import files
+from parity_tests.harness.files import OutputError, output, write_text
+from parity_tests.harness.text import csv_cell
 
-class OutputError(ValueError):
-    """A file that cannot be written; the message is one sentence."""
-
-
-@contextmanager
-def writing(argument: str, path: Path) -> Iterator[None]:
-    """Turns what the system says about a file that is being written into one sentence.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"{argument}: {path} cannot be written ({error.strerror or error}); make room or choose another file."
-        ) from error
-
-
-def write_text(argument: str, path: Path, text: str | Iterable[str]) -> None:
-    """Writes text, whole or piece by piece.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
-    with writing(argument, path), path.open("w", encoding="utf-8") as file:
-        file.writelines([text] if isinstance(text, str) else text)
+__all__ = ["OutputError", "columns_of", "flat", "output", "write_csv", "write_json", "write_text"]
 
 
 def write_json(path: Path, value: object, *, argument: str = "--json") -> None:
@@ -43,7 +19,7 @@ def write_json(path: Path, value: object, *, argument: str = "--json") -> None:
     Raises:
         OutputError: if it cannot be written.
     """
-    write_text(argument, path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    files.write_json(argument, path, value)
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -65,10 +41,13 @@ def write_csv(
     Raises:
         OutputError: if it cannot be written.
     """
-    with writing(argument, path), path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    with output(argument, path) as file:
+        lines = io.TextIOWrapper(file, "utf-8", newline="")
+        writer = csv.writer(lines)
+        writer.writerow(map(csv_cell, columns))
+        writer.writerows([csv_cell(row.get(name, "")) for name in columns] for row in rows)
+        # Flushes it; the file below is closed elsewhere.
+        lines.detach()
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -7,6 +7,7 @@ A page that shows several directories gives each a name, that of the directory: 
 from pathlib import Path
 
 from bench.report.output import write_text
+from parity_tests.harness.files import read_text
 
 RESULTS, CLAIMS = "results", "claims"
 
@@ -63,7 +64,7 @@ def update_page(path: Path, block: str, what: str, name: str, *, check: bool = F
         OutputError: if it cannot be written.
     """
     try:
-        text = path.read_text()
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is no text"
         raise PageError(f"--readme: {path} cannot be read ({why}); give an existing file.") from error

@@ -4,7 +4,6 @@ Every competitor of every cell becomes one benchmark; a block counts as one roun
 A competitor without a right answer has no time and is left out, as pytest-benchmark leaves out a failed test.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from bench.report.export import SHARED
 from bench.report.output import write_text
 from bench.study.pairing import by_label
 from bench.study.statistics import tukey_outliers
+from parity_tests.harness.text import json_text
 
 
 def _stats(seconds: np.ndarray, iterations: int) -> dict[str, Any]:
@@ -96,16 +96,16 @@ def _pieces(archive: Archive) -> Iterator[str]:
         git = fingerprint.get("git") or {}
         commit |= {"id": git.get("commit"), "dirty": git.get("dirty")}
         break
-    yield '{"machine_info": ' + json.dumps(_machine(archive))
-    yield ', "commit_info": ' + json.dumps(commit) + ', "benchmarks": ['
+    yield '{"machine_info": ' + json_text(_machine(archive))
+    yield ', "commit_info": ' + json_text(commit) + ', "benchmarks": ['
     for group in archive.cells():
         for competitor in by_label(group).values():
             benchmark = _benchmark(competitor)
             started = max(started, competitor[0].started_at)
             if benchmark is not None and all(math.isfinite(value) for value in benchmark["stats"]["data"]):
-                yield ("\n" if first is None else ",\n") + json.dumps(benchmark, allow_nan=False)
+                yield ("\n" if first is None else ",\n") + json_text(benchmark)
                 first = benchmark
-    yield f'\n], "datetime": {json.dumps(started)}, "version": "bench-{SCHEMA_VERSION}"}}\n'
+    yield f'\n], "datetime": {json_text(started)}, "version": "bench-{SCHEMA_VERSION}"}}\n'
 
 
 def write_pytest_benchmark(path: Path, archive: Archive) -> None:

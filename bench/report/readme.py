@@ -1,6 +1,5 @@
 """README's block of results; see ``page`` for where it goes."""
 
-from html import escape
 from typing import Any
 
 from bench.environments import device_name, releases
@@ -19,6 +18,7 @@ from bench.report.text import (
 from bench.study.identity import Identity, identity
 from bench.study.ranking import BASELINE, Ranking, Row
 from bench.study.results import Results
+from parity_tests.harness.text import html_text, markdown_line
 
 _COLUMNS = ("#", "competitor", "time", "ratio [95%]", "verdict", "asked / observed", "parity", "memory")
 # Enough to show the winner, the runner-up and the usual alternatives; the full ranking is in the run's report.
@@ -64,7 +64,7 @@ def results_block(results: Results) -> str:
     lines = [
         "",
         *framework_lines(results),
-        f"Outcomes over all cells: {summary_line(results.outcomes)}. {resolution_line(results.found)}",
+        markdown_line(f"Outcomes over all cells: {summary_line(results.outcomes)}. {resolution_line(results.found)}"),
         "",
     ]
     # A page is read to its end only where it is short: the rankings of the first workload, in the conditions that
@@ -74,7 +74,8 @@ def results_block(results: Results) -> str:
     if shown and cells < len(results.found):
         those = f"the {cells} of {shown.workload}" if cells > 1 else f"that of {shown.workload}"
         lines += [
-            f"Of {len(results.found)} rankings, {those} in {shown.how}; `bench report` with `--markdown` writes all.",
+            markdown_line(f"Of {len(results.found)} rankings, {those} in {shown.how};")
+            + " `bench report` with `--markdown` writes all.",
             "",
         ]
     # Divisions of one run have environments that differ in nothing else: one of them says it all.
@@ -89,8 +90,9 @@ def results_block(results: Results) -> str:
             told.append(place)
         for ranking in here:
             # Folded, so that a reader sees every cell's verdict at once and opens the tables that matter to them.
-            summary = f"<b>{escape(ranking.title)}</b>: {escape(winner_line(ranking))}"
+            summary = f"<b>{html_text(ranking.title)}</b>: {html_text(winner_line(ranking))}"
             rows, count = _shown(ranking), len(ranking.rows)
             lines += [f"<details><summary>{summary}</summary>", "", *table(_COLUMNS, map(_cells, rows)), ""]
-            lines += [f"{baseline_line(ranking)} {len(rows)} of {count} competitors are shown.", "", "</details>", ""]
+            lines += [markdown_line(f"{baseline_line(ranking)} {len(rows)} of {count} competitors are shown."), ""]
+            lines += ["</details>", ""]
     return "\n".join(lines)

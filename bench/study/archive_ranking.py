@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,11 +28,22 @@ _TASK_S = 600.0
 Ranked = tuple[list[Ranking], Counter[str]]
 
 
-def _ranked(keep: Callable[[Record], bool], seen: Mapping[str, ProcessSpread], cells: Sequence[CellPlaces]) -> Ranked:
+def _never() -> bool:
+    return False
+
+
+def _ranked(
+    keep: Callable[[Record], bool],
+    seen: Mapping[str, ProcessSpread],
+    cells: Sequence[CellPlaces],
+    stop: Callable[[], bool] = _never,
+) -> Ranked:
     outcomes: Counter[str] = Counter()
 
     def counted() -> Iterator[list[Record]]:
         for group in read_cells(cells):
+            if stop():
+                return
             if keep(group[0]):
                 outcomes.update(tally(group))
                 yield group
@@ -73,11 +85,17 @@ class _Watch:
         self.stop()
 
 
-def ranked_archive(archive: Archive) -> Iterator[Ranked]:
+def _ignore_interruptions() -> None:
+    """Leaves Ctrl-C, which every process of a terminal gets, to the one that hands out the work."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def ranked_archive(archive: Archive, stop: Callable[[], bool] = _never) -> Iterator[Ranked]:
     """Ranks the wanted cells of an archive, in the order in which they were recorded.
 
     Args:
         archive: of few cells, which are ranked in this process, or of many, whose ``keep`` must then be picklable.
+        stop: asked again and again; True leaves the remaining cells out.
 
     Returns:
         Some rankings at a time, with the number of their records by outcome.
@@ -88,20 +106,27 @@ def ranked_archive(archive: Archive) -> Iterator[Ranked]:
     cells, rank = archive.places(), partial(_ranked, archive.keep, seen_spreads(archive))
     processes = min(os.cpu_count() or 1, _MOST_PROCESSES)
     if len(cells) < _MANY_CELLS or processes < 2:
-        yield rank(cells)
+        yield rank(cells, stop)
         return
     tasks = [cells[start : start + _CELLS_A_TASK] for start in range(0, len(cells), _CELLS_A_TASK)]
     # Not forked: this process may have threads, of a progress bar or of a linear algebra library.
     done, watch = 0, _Watch(_TASK_S)
     try:
-        with watch, ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for ranked in pool.map(rank, tasks):
-                watch.stop()
-                yield ranked
-                done += 1
-                watch.start()
+        context = multiprocessing.get_context("spawn")
+        with watch, ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interruptions) as pool:
+            try:
+                for ranked in pool.map(rank, tasks):
+                    watch.stop()
+                    yield ranked
+                    done += 1
+                    if stop():
+                        return
+                    watch.start()
+            finally:
+                # After an interruption nobody waits for what has not begun.
+                pool.shutdown(wait=False, cancel_futures=True)
     except BrokenProcessPool:
         # Ended by the system for want of memory, by the watch, or not startable from the calling script: the same work,
         # done here.
         for task in tasks[done:]:
-            yield rank(task)
+            yield rank(task, stop)

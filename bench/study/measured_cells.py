@@ -11,6 +11,7 @@ from bench.study.identity import Identity, identity
 from bench.study.pairing import Spread, by_label, log_latencies, paired, spreads_of
 from bench.study.process_spread import ProcessSpread
 from bench.study.ranking import Ranking, rank_cells
+from parity_tests.harness.interruption import Interruption
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,10 @@ class Measured:
 
 
 def measured_cells(
-    archive: Archive, name: str, seen: Mapping[str, ProcessSpread] | None = None
+    archive: Archive,
+    name: str,
+    seen: Mapping[str, ProcessSpread] | None = None,
+    interruption: Interruption | None = None,
 ) -> dict[Identity, Measured]:
     """Return the cells of a run by their conditions.
 
@@ -37,12 +41,13 @@ def measured_cells(
         archive: the run.
         name: its directory, for the message.
         seen: environment to what is known of how its processes differ.
+        interruption: by which the user may end it; what was read until then is kept.
 
     Raises:
         StoreError: if it holds one of them twice, from two environments.
     """
     cells: dict[Identity, Measured] = {}
-    for group in archive.cells():
+    for group in archive.cells() if interruption is None else interruption.until_asked(archive.cells()):
         where = identity(group[0])
         if where in cells:
             raise StoreError(

@@ -11,6 +11,7 @@ from bench.environments import device_name
 from bench.records import Record
 from bench.study.archive_ranking import ranked_archive
 from bench.study.ranking import Ranking, rankings, tally
+from parity_tests.harness.interruption import Interruption
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class Results:
         found: one ranking for each cell, in the order of the records.
         outcomes: number of records by outcome, the control runs left out.
         environments: id to fingerprint.
+        stopped: why they are not of all cells, one sentence; empty if they are.
     """
 
     found: tuple[Ranking, ...]
     outcomes: Mapping[str, int]
     environments: Mapping[str, Mapping[str, Any]]
+    stopped: str = ""
 
     def places(self) -> dict[str, list[Ranking]]:
         """The rankings of each environment, in the order of the records."""
@@ -41,12 +44,17 @@ def results_of(records: Sequence[Record], environments: Mapping[str, Mapping[str
     return Results(tuple(rankings(records, machines)), tally(records), environments)
 
 
-def read_results(directories: Sequence[Path], keep: Callable[[Record], bool] = keep_every_cell) -> Results:
+def read_results(
+    directories: Sequence[Path],
+    keep: Callable[[Record], bool] = keep_every_cell,
+    interruption: Interruption | None = None,
+) -> Results:
     """The results of runs, read cell by cell.
 
     Args:
         directories: of runs.
         keep: whether a cell is wanted, by any of its records.
+        interruption: by which the user may end it; what was read until then is kept.
 
     Raises:
         StoreError: if a directory holds no record, or anything in it is damaged.
@@ -54,7 +62,12 @@ def read_results(directories: Sequence[Path], keep: Callable[[Record], bool] = k
     archive = Archive(directories, keep)
     outcomes: Counter[str] = Counter()
     found: list[Ranking] = []
-    for ranked, counted in ranked_archive(archive):
+
+    def stop() -> bool:
+        return interruption is not None and interruption.asked
+
+    for ranked, counted in ranked_archive(archive, stop):
         found += ranked
         outcomes.update(counted)
-    return Results(tuple(found), dict(outcomes), archive.environments)
+    stopped = f"interrupted: {len(found)} cells were read, the others were left" if stop() else ""
+    return Results(tuple(found), dict(outcomes), archive.environments, stopped)

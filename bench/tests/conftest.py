@@ -1,4 +1,7 @@
+import resource
+import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 from typer.testing import CliRunner
@@ -108,3 +111,31 @@ def call():
         return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
     return invoke
+
+
+@contextmanager
+def file_size_limit(size):
+    """No file of this process and its children grows beyond ``size``, as on a disk that is full there."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A real file system of a few pages."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True, check=False
+        )
+    except FileNotFoundError:
+        pytest.skip("there is no mount command here; a limit of the file size stands in for a full disk")
+    if done.returncode:
+        pytest.skip("no right to mount a file system here; a limit of the file size stands in for a full disk")
+    yield disk
+    subprocess.run(["umount", disk], check=True)

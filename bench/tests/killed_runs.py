@@ -21,6 +21,7 @@ from bench.measure.worker_process import WorkerProcess, worker_environment
 from bench.plan.sweeps import log_grid
 from bench.plan.workloads import sweep as points
 from bench.record_lines import parse_line
+from bench.study.results import Results
 
 # Many more cells than fit between the kills, on a fast machine too: every kill must hit a run that is under way.
 _SIZES = log_grid(4, 32)
@@ -81,7 +82,8 @@ def main(out, log, seed, numbers):
     place = fingerprint({}, device="cpu", division="matched", cpus=())
     sweep.fingerprint = lambda *args, **kwargs: place
     # What is shown at the end is derived from the records, and tested elsewhere.
-    command._show = lambda options, notes: {"ok": 1}
+    command.read_results = lambda directories: Results((), {"ok": 1}, {})
+    command._write = command._show = lambda *arguments: None
     os.environ["FAKE_LOG"] = str(log)
     moment = random.Random(seed)
     runs = []

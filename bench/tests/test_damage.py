@@ -9,6 +9,7 @@ import pytest
 from bench.record_lines import parse_line
 from bench.records import RecordError
 from bench.store import Store
+from bench.tests.conftest import file_size_limit
 from bench.tests.synthetic import FINGERPRINT, cell_records
 
 WRONG = ("", "x", -1, 0, 0.5, 1e300, True, None, [], [1], {}, {"a": 1}, [{"a": 1}], [-1.0], [1e-3, 2e-3, 3e-3])
@@ -151,18 +152,48 @@ def test_every_command_says_when_the_disk_is_full(lines, run_of, call, command):
         assert "No space left" in said(call(command, *more, option, "/dev/full"))
 
 
-def test_a_readme_that_cannot_be_written_is_one_sentence(lines, run_of, call, tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- results:begin -->\n<!-- results:end -->\n")
-    real = Path.open
+OUTPUTS = ("markdown", "json", "csv", "pytest-benchmark", "frameworks-csv", "readme", "chart", "winner-map", "roofline")
 
-    def full(self, mode="r", *args, **kwargs):
-        if self == readme and "w" in mode:
-            raise OSError(28, os.strerror(28))
-        return real(self, mode, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", full)
-    assert "No space left" in said(call("report", run_of(lines), "--readme", readme))
+@pytest.mark.parametrize("option", [*OUTPUTS, "framework-map"])
+def test_a_disk_that_fills_while_a_report_is_written_keeps_the_old_one(lines, run_of, call, tmp_path, option):
+    if option in ("chart", "winner-map", "roofline", "framework-map"):
+        pytest.importorskip("altair", reason="charts need the report extra")
+    directory, path = run_of(lines), tmp_path / "out.html"
+    old = "<!-- results:begin -->\n<!-- results:end -->\n"
+    path.write_text(old)
+    path.chmod(0o640)
+    with file_size_limit(100):
+        assert "File too large" in said(call("report", directory, f"--{option}", path))
+    assert path.read_text() == old
+    assert [name for name in os.listdir(tmp_path) if "partial" in name] == []
+    assert call("report", directory, f"--{option}", path).exit_code == 0
+    assert len(path.read_text()) > 100
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_real_disk_that_fills_while_a_report_is_written_keeps_the_old_one(lines, run_of, call, tiny_disk):
+    directory, path = run_of(lines), tiny_disk / "out.json"
+    path.write_text("old")
+    with pytest.raises(OSError, match="No space left"):
+        (tiny_disk / "ballast").write_bytes(bytes(2**20))
+    assert "No space left" in said(call("report", directory, "--json", path))
+    # Room for a page, which is enough for the trial before the work, and not for the report.
+    os.truncate(tiny_disk / "ballast", (tiny_disk / "ballast").stat().st_size - 4096)
+    assert "No space left" in said(call("report", directory, "--json", path))
+    assert path.read_text() == "old"
+    assert sorted(os.listdir(tiny_disk)) == ["ballast", "out.json"]
+
+
+@pytest.mark.timeout(60)
+def test_a_readme_that_is_no_file_is_one_sentence(lines, run_of, call, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in (
+        (tmp_path / "pipe", "a pipe, no regular file"),
+        ("/dev/zero", "a device"),
+        (tmp_path, "Is a dir"),
+    ):
+        assert why in said(call("report", run_of(lines), "--readme", path))
 
 
 def test_a_disk_that_fills_up_during_a_run_keeps_what_is_there(tmp_path, make_record, monkeypatch):

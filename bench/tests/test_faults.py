@@ -4,12 +4,10 @@ import errno
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from bench.plan.presets import PRESETS
 from bench.plan.selection import narrowed
 from bench.store import Store, read_records
 from bench.study import archive_ranking
+from bench.tests.conftest import file_size_limit
 from bench.tests.fake_worker import GOOD
 from bench.tests.killed_runs import whole_cells
 
@@ -151,6 +150,33 @@ def test_a_real_worker_without_memory_for_one_workload_measures_the_next(measure
     assert small["torch", "matmul"].status == "ok"
 
 
+_KILLED = """
+import tempfile, time
+from bench.tests.test_faults import fake
+worker = fake("torch")
+assert worker.request({"operation": "hello"}, 60.0)["ok"]
+print(worker._scratch.name, flush=True)
+time.sleep(3600)
+"""
+
+
+def test_the_folder_of_a_worker_whose_coordinator_was_killed_goes_with_the_next_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    command = [sys.executable, "-c", _KILLED]
+    environment = os.environ | {"PYTHONPATH": str(worker_process.CHECKOUT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as run:
+        left = run.stdout.readline().strip()
+        again = fake("torch")
+        assert sorted(os.listdir(tmp_path)) == sorted(map(os.path.basename, (left, again._scratch.name)))
+        run.kill()
+    last = fake("torch")
+    assert sorted(os.listdir(tmp_path)) == sorted(os.path.basename(worker._scratch.name) for worker in (again, last))
+    again.close()
+    last.close()
+    assert os.listdir(tmp_path) == []
+
+
 # --- the disk ---
 
 
@@ -171,34 +197,6 @@ def command_line(monkeypatch):
         return CliRunner().invoke(app, arguments, catch_exceptions=False), len(started)
 
     return call
-
-
-@contextmanager
-def file_size_limit(size):
-    """No file of this process and its children grows beyond ``size``, as on a disk that is full there."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """A real file system of a few pages."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    try:
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True, check=False
-        )
-    except FileNotFoundError:
-        pytest.skip("there is no mount command here; a limit of the file size stands in for a full disk")
-    if done.returncode:
-        pytest.skip("no right to mount a file system here; a limit of the file size stands in for a full disk")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
 
 
 def test_a_disk_that_takes_nothing_is_reported_before_measuring(tmp_path, command_line):

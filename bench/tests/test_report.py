@@ -119,7 +119,7 @@ def test_without_a_right_answer_no_speed_is_shown(cell):
     text = report(results_of(cell, ENVIRONMENT), ["A note."])
     (line,) = [line for line in text.splitlines() if line.startswith("| - | torch loop")]
     assert line == "| - | torch loop (eager) | - | - | mismatch | ieee_fp32 / ieee_fp32 | mismatch | - | 4 KiB |"
-    assert "- torch loop (eager): mismatch, y is | wrong" in text
+    assert "- torch loop (eager): mismatch, y is \\| wrong" in text
     assert "- torch masked (eager): skipped: big" in text
 
 

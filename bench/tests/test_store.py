@@ -117,6 +117,13 @@ def test_a_read_only_directory_is_refused(tmp_path):
         Store(tmp_path / "run", resume=False)
 
 
+@pytest.mark.timeout(60)
+def test_records_that_are_a_pipe_are_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "records.jsonl")
+    with pytest.raises(StoreError, match="expected a regular file, got none"):
+        Store(tmp_path, resume=True)
+
+
 def test_a_directory_without_records_is_refused(tmp_path):
     with pytest.raises(StoreError, match=r"holds no records\.jsonl"):
         read_records(tmp_path)

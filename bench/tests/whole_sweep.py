@@ -24,6 +24,7 @@ from bench.plan.presets import PRESETS
 from bench.plan.selection import narrowed, plan_cells
 from bench.plan.sweeps import log_grid
 from bench.plan.sweeps import sweep as points
+from bench.study.results import Results
 from bench.tests.killed_runs import start
 
 # Cells that an interruption leaves to the resumed run.
@@ -135,7 +136,8 @@ def main(directory, cells, rounds):
     place = sweep.fingerprint({}, device="cpu", division="matched", cpus=())
     sweep.fingerprint = lambda *args, **kwargs: place
     # What a run shows at its end is what `report` shows: a stage of its own here.
-    run._show = lambda options, notes: {"ok": 1}
+    run.read_results = lambda directories: Results((), {"ok": 1}, {})
+    run._write = run._show = lambda *arguments: None
     InventedCell.rounds = rounds
     out = directory / "run"
     asked = ["run", "--preset", "sweep", "--out", out]

@@ -2,13 +2,24 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from parity_tests.commands.usage import FAILED, HOLDS, check_writable, chosen_frameworks, chosen_subjects, console
+from parity_tests.commands.usage import (
+    FAILED,
+    HOLDS,
+    check_writable,
+    chosen_frameworks,
+    chosen_subjects,
+    console,
+    ended,
+    write_outputs,
+)
 from parity_tests.harness.defects import DEFECTS
+from parity_tests.harness.files import write_json
+from parity_tests.harness.interruption import interruptible
 from parity_tests.harness.layer_defects import (
     DISTRIBUTIONS,
     DTYPES,
@@ -83,28 +94,38 @@ def defects(frameworks: Sequence[str], implementation: str, json_file: Path | No
         json_file: where the score goes, or None.
 
     Returns:
-        0 if all are killed, 1 for a survivor or if nothing was planted.
+        0 if all are killed, 1 for a survivor or if nothing was planted, 130 if interrupted; what was planted until then
+        is written and printed.
     """
     check_writable("--json", json_file)
     chosen = chosen_frameworks(frameworks)
     scores: list[Score] = []
     sources = (_cell_defects(chosen, implementation), _layer_defects(chosen), _training_defects(chosen))
-    for score in itertools.chain(*sources, _pair_defects(chosen)):
-        scores.append(score)
-        verdict, style = ("killed  ", None) if score.killed else ("SURVIVED", "red")
-        line = f"{verdict} {score.where:<33} {score.name}: {score.cause or 'no cause was named'}"
-        console.print(line, style=style, highlight=False, markup=False)
+    stopped = ""
+    with interruptible() as interruption:
+        try:
+            for score in itertools.chain(*sources, _pair_defects(chosen)):
+                interruption.check()
+                scores.append(score)
+                verdict, style = ("killed  ", None) if score.killed else ("SURVIVED", "red")
+                line = f"{verdict} {score.where:<33} {score.name}: {score.cause or 'no cause was named'}"
+                console.print(line, style=style)
+            interruption.settle()
+        except KeyboardInterrupt:
+            stopped = f"interrupted: {len(scores)} defects were planted, the others were left"
+        document = _document(scores, stopped)
+        failed = write_outputs((json_file, lambda path: write_json("--json", path, document)))
+    console.print(f"planted {document['planted']}, killed {document['killed']}, survivors {len(document['survivors'])}")
+    return ended(HOLDS if scores and not document["survivors"] else FAILED, stopped, failed)
+
+
+def _document(scores: Sequence[Score], stopped: str) -> dict[str, Any]:
     survivors = [f"{score.where}: {score.name}" for score in scores if not score.killed]
-    document = {
+    return {
         "schema_version": 1,
+        "stopped": stopped,
         "planted": len(scores),
         "killed": len(scores) - len(survivors),
         "survivors": survivors,
         "defects": [dataclasses.asdict(score) for score in scores],
     }
-    console.print(
-        f"planted {document['planted']}, killed {document['killed']}, survivors {len(survivors)}", highlight=False
-    )
-    if json_file is not None:
-        json_file.write_text(json.dumps(document, indent=1) + "\n")
-    return HOLDS if scores and not survivors else FAILED

@@ -1,15 +1,17 @@
 """``python -m parity_tests findings``: which known traps of public libraries are present in the installed versions."""
 
-import json
 import math
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
-from parity_tests.commands.usage import FAILED, HOLDS, check_writable, console
+from parity_tests.commands.usage import FAILED, HOLDS, check_writable, console, ended, write_outputs
 from parity_tests.findings import Finding, all_findings
 from parity_tests.harness.failures import raised
+from parity_tests.harness.files import write_json
+from parity_tests.harness.interruption import interruptible
 
 
 def _measured(finding: Finding) -> tuple[float | None, str]:
@@ -23,6 +25,31 @@ def _measured(finding: Finding) -> tuple[float | None, str]:
         return None, raised("the check", error)
 
 
+def _row(finding: Finding, measured: float | None, reason: str) -> dict[str, Any]:
+    if measured is None:
+        return {"name": finding.name, "library": finding.library, "state": "skipped", "reason": reason}
+    version = metadata.version(finding.library)
+    return {
+        "name": finding.name,
+        "library": finding.library,
+        "version": version,
+        "seen_in": list(finding.seen_in),
+        "present": finding.present(measured),
+        "state": finding.state(measured, version),
+        # JSON has no infinity: a check that measures whether something works at all.
+        "measured": measured if math.isfinite(measured) else None,
+        "figure": finding.figure,
+        "sentence": finding.sentence,
+    }
+
+
+def _cells(finding: Finding, measured: float | None, row: dict[str, Any]) -> tuple[str, ...]:
+    name, seen = (finding.name, finding.library), ", ".join(finding.seen_in)
+    if measured is None:
+        return (*name, "", seen, "SKIPPED", "", "", row["reason"])
+    return (*name, row["version"], seen, row["state"], f"{measured:.3g}", finding.figure, finding.sentence)
+
+
 def findings(json_file: Path | None) -> int:
     """Runs every check and prints what it measured.
 
@@ -30,41 +57,27 @@ def findings(json_file: Path | None) -> int:
         json_file: where the results go, or None.
 
     Returns:
-        0 if something was checked, 1 if no framework is installed. A mended trap is good news and no failure.
+        0 if something was checked, 1 if no framework is installed, 130 if interrupted; what was measured until then is
+        written and printed. A mended trap is good news and no failure.
     """
     check_writable("--json", json_file)
     title = "traps in public libraries, measured here: above 1 the trap is there"
     table = Table(title=title, title_justify="left")
     for column in ("finding", "library", "installed", "seen in", "here", "measured", "of what", "what it is"):
         table.add_column(column)
-    rows = []
-    for finding in all_findings():
-        seen = ", ".join(finding.seen_in)
-        measured, reason = _measured(finding)
-        if measured is None:
-            table.add_row(finding.name, finding.library, "", seen, "SKIPPED", "", "", reason)
-            rows.append({"name": finding.name, "library": finding.library, "state": "skipped", "reason": reason})
-            continue
-        version = metadata.version(finding.library)
-        here = finding.state(measured, version)
-        table.add_row(
-            finding.name, finding.library, version, seen, here, f"{measured:.3g}", finding.figure, finding.sentence
-        )
-        rows.append(
-            {
-                "name": finding.name,
-                "library": finding.library,
-                "version": version,
-                "seen_in": list(finding.seen_in),
-                "present": finding.present(measured),
-                "state": here,
-                # JSON has no infinity: a check that measures whether something works at all.
-                "measured": measured if math.isfinite(measured) else None,
-                "figure": finding.figure,
-                "sentence": finding.sentence,
-            }
-        )
+    rows: list[dict[str, Any]] = []
+    stopped = ""
+    with interruptible() as interruption:
+        try:
+            for finding in all_findings():
+                measured, reason = _measured(finding)
+                interruption.check()
+                rows.append(_row(finding, measured, reason))
+                table.add_row(*_cells(finding, measured, rows[-1]))
+            interruption.settle()
+        except KeyboardInterrupt:
+            stopped = f"interrupted: {len(rows)} findings were measured, the others were left"
+        document = {"schema_version": 1, "stopped": stopped, "findings": rows}
+        failed = write_outputs((json_file, lambda path: write_json("--json", path, document)))
     console.print(table)
-    if json_file is not None:
-        json_file.write_text(json.dumps({"schema_version": 1, "findings": rows}, indent=1, allow_nan=False) + "\n")
-    return HOLDS if any(row["state"] != "skipped" for row in rows) else FAILED
+    return ended(HOLDS if any(row["state"] != "skipped" for row in rows) else FAILED, stopped, failed)

@@ -1,6 +1,5 @@
 """``python -m parity_tests run --pair`` and ``pairs``: a user's own pair, and the five example pairs."""
 
-import json
 import shutil
 import sys
 from collections.abc import Mapping
@@ -18,10 +17,13 @@ from parity_tests.commands.usage import (
     choose,
     chosen_frameworks,
     console,
+    ended,
     errors,
     refuse,
+    write_outputs,
 )
 from parity_tests.harness.dtypes import STORAGE_DTYPES
+from parity_tests.harness.files import read_text, write_json, write_text
 from parity_tests.harness.interruption import interruptible
 from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, package_available
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
@@ -119,20 +121,21 @@ def _reported(spec: str, judgement: Judgement, options: Options) -> int:
     """Prints and writes what there is; returns the exit status."""
     report = judgement.report
     if report.rows or not report.stopped:
-        console.print(report.describe(), highlight=False, markup=False, soft_wrap=True)
+        for line in report.describe().splitlines():
+            console.print(line, soft_wrap=True)
     if judgement.printed:
-        errors.print(f"printed by {spec}, the last lines:", highlight=False, markup=False, soft_wrap=True)
+        errors.print(f"printed by {spec}, the last lines:", soft_wrap=True)
         for line in judgement.printed:
-            errors.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
-    for write, path in (
-        (report.to_json, options.json_file),
-        (report.to_junit, options.junit_file),
-        (report.to_html, options.html_file),
-    ):
-        if path is not None:
-            write(path)
+            errors.print(f"  {line}", soft_wrap=True)
+    failed = write_outputs(
+        (options.json_file, report.to_json),
+        (options.junit_file, report.to_junit),
+        (options.html_file, report.to_html),
+    )
+    for sentence in failed:
+        refuse(sentence)
     if not report.stopped:
-        return HOLDS if report.ok else FAILED
+        return WRONG_USAGE if failed else HOLDS if report.ok else FAILED
     refuse(f"--pair {spec}: {report.stopped}")
     if judgement.interrupted:
         return INTERRUPTED
@@ -147,27 +150,37 @@ def pairs(json_file: Path | None, readme: Path | None) -> int:
         readme: file whose table of the pairs is replaced, or None.
 
     Returns:
-        0 if every pair that was made equal holds.
+        0 if every pair that was made equal holds, 130 if interrupted: what was judged until then is written, and the
+        readme stays as it is.
     """
-    from parity_tests.pair.examples.overview import overview, readme_block, with_block
+    from parity_tests.pair.examples.overview import Entry, overview, readme_block, with_block
 
     check_writable("--json", json_file)
     if readme is not None and not readme.is_file():
         raise refuse(f"--readme: expected an existing file, got {readme}; give another path.")
     if len(chosen_frameworks([])) < 2:
         raise refuse("pairs: expected torch and Flax, got one of them; install the extras torch and jax.")
-    entries = []
-    for entry in overview():
-        entries.append(entry)
-        console.print(entry.describe(), highlight=False, markup=False, soft_wrap=True)
-    if json_file is not None:
-        document = {"schema_version": 1, "pairs": [entry.record() for entry in entries]}
-        json_file.write_text(json.dumps(document, indent=1) + "\n")
-    if readme is not None:
-        differences = [difference for entry in entries for difference in entry.differences]
-        block = readme_block({entry.name: entry.defaults for entry in entries}, differences)
+    entries: list[Entry] = []
+    stopped = ""
+    with interruptible() as interruption:
         try:
-            readme.write_text(with_block(readme.read_text(), block))
-        except ValueError as error:
-            raise refuse(f"--readme {readme}: {error}") from None
-    return HOLDS if entries and all(entry.matched.ok for entry in entries) else FAILED
+            for entry in overview():
+                interruption.check()
+                entries.append(entry)
+                for line in entry.describe().splitlines():
+                    console.print(line, soft_wrap=True)
+            interruption.settle()
+        except KeyboardInterrupt:
+            stopped = f"interrupted: {len(entries)} pairs were judged, the others were left"
+        document = {"schema_version": 1, "stopped": stopped, "pairs": [entry.record() for entry in entries]}
+        failed = write_outputs((json_file, lambda path: write_json("--json", path, document)))
+        if readme is not None and not stopped:
+            differences = [difference for entry in entries for difference in entry.differences]
+            block = readme_block({entry.name: entry.defaults for entry in entries}, differences)
+            try:
+                write_text("--readme", readme, with_block(read_text(readme), block))
+            except ValueError as error:
+                raise refuse(f"--readme {readme}: {error}") from None
+            except OSError as error:
+                failed.append(str(error))
+    return ended(HOLDS if entries and all(entry.matched.ok for entry in entries) else FAILED, stopped, failed)

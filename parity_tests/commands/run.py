@@ -1,18 +1,13 @@
 """``python -m parity_tests run``: cells, and the ladder up to K optimiser steps."""
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from parity_tests.commands.usage import (
     DEVICES,
     FAILED,
     HOLDS,
-    INTERRUPTED,
     check_writable,
     choose,
     chosen_cases,
@@ -20,22 +15,25 @@ from parity_tests.commands.usage import (
     chosen_modes,
     chosen_subjects,
     console,
+    ended,
     heartbeat,
     progress_bar,
     refuse,
+    write_outputs,
 )
 from parity_tests.harness.cases import Case
 from parity_tests.harness.dtypes import STORAGE_DTYPES
+from parity_tests.harness.files import write_text
 from parity_tests.harness.html import Curves, html_document
+from parity_tests.harness.interruption import interruptible
 from parity_tests.harness.junit import junit_document
 from parity_tests.harness.records import ParityRow, environment, summarize, write_json
 from parity_tests.harness.report import print_report
 from parity_tests.harness.run import count_cells, run_cells
 from parity_tests.harness.subjects.base import Subject
 from parity_tests.harness.subjects.modes import covered
+from parity_tests.harness.text import printable
 from parity_tests.harness.training_run import TRAINED, TRAININGS, curves_of, failed_training, training_rows
-
-_INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,19 @@ class Options:
     html_file: Path | None
 
 
-def _write(options: Options, rows: Sequence[ParityRow], curves: Sequence[Curves], cells_left: int) -> None:
-    if options.json_file is not None:
-        write_json(options.json_file, rows, cells_left)
-    if options.junit_file is not None:
-        options.junit_file.write_text(junit_document(rows))
-    if options.html_file is not None:
-        options.html_file.write_text(html_document(rows, environment(), curves, cells_left=cells_left))
+def _written(
+    options: Options, rows: Sequence[ParityRow], curves: Sequence[Curves], cells_left: int, stopped: str
+) -> list[str]:
+    """Writes the files; returns one sentence for each that could not be written."""
+    junit, html = options.junit_file, options.html_file
+    return write_outputs(
+        (options.json_file, lambda path: write_json(path, rows, cells_left, stopped)),
+        (junit, lambda path: write_text("--junit", path, junit_document(rows, stopped))),
+        (
+            html,
+            lambda path: write_text("--html", path, html_document(rows, environment(), curves, cells_left=cells_left)),
+        ),
+    )
 
 
 def check_files(options: Options) -> None:
@@ -103,41 +107,12 @@ def _chosen_trainings(options: Options, frameworks: Sequence[str]) -> list[tuple
     return chosen
 
 
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], None]]:
-    """Gives a function that raises KeyboardInterrupt if the user asked for it and the exception was lost.
-
-    Python's own is raised wherever the program happens to be; in a finaliser or a callback of a library it is printed
-    or dropped, and the run would go on.
-    """
-    asked = False
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if asked:
-            raise KeyboardInterrupt
-
-    # Only the main thread may set a handler, and only it is interrupted. A job that is ended from outside, by a batch
-    # system's time limit for one, is told by SIGTERM.
-    own = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handle) for number in _INTERRUPTIONS} if own else {}
-    try:
-        yield check
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def run(options: Options) -> int:
     """Compares, prints the report, writes the files.
 
     Returns:
         0 if all compared cells hold, 1 for a mismatch or if nothing was compared, 130 if interrupted; what was compared
-        until then is reported and written, with the number of cells that were left.
+        until then is written and reported, with the number of cells that were left.
     """
     check_files(options)
     cases = chosen_cases(options.case_set, options.cases)
@@ -160,52 +135,48 @@ def run(options: Options) -> int:
 
     rows: list[ParityRow] = []
     curves: list[Curves] = []
-    total = count_cells(subjects, dtypes, cases, included) + len(optimizers)
-    begun, interrupted = 0, False
+    left = total = count_cells(subjects, dtypes, cases, included) + len(optimizers)
+    begun, stopped = 0, ""
     beat = heartbeat()
-    with progress_bar() as progress, _interruptible() as check_interruption:
-        task = progress.add_task("", total=total)
+    with interruptible() as interruption:
+        with progress_bar() as progress:
+            task = progress.add_task("", total=total)
 
-        def advance(label: str) -> None:
-            nonlocal begun
-            check_interruption()
-            beat(f"{begun} of {total} cells; now {label}")
-            # What is announced has begun, and what was announced before it is finished.
-            progress.update(task, description=label, completed=begun)
-            begun += 1
+            def advance(label: str) -> None:
+                nonlocal begun
+                interruption.check()
+                beat(f"{begun} of {total} cells; now {label}")
+                # What is announced has begun, and what was announced before it is finished.
+                progress.update(task, description=printable(label), completed=begun)
+                begun += 1
 
-        def work() -> Iterator[ParityRow]:
-            yield from run_cells(
-                subjects, dtypes, cases, options.seed, advance, included, device, options.precision, exact=True
-            )
-            for task_name, optimizer in optimizers:
-                advance(f"training: {task_name}, {optimizer}")
-                try:
-                    report = training_rows(task_name, optimizer)
-                except Exception as error:
-                    yield failed_training(task_name, optimizer, error)
-                    continue
-                curves.extend(curves_of(report.training))
-                yield from report.rows
+            def work() -> Iterator[ParityRow]:
+                yield from run_cells(
+                    subjects, dtypes, cases, options.seed, advance, included, device, options.precision, exact=True
+                )
+                for task_name, optimizer in optimizers:
+                    advance(f"training: {task_name}, {optimizer}")
+                    try:
+                        report = training_rows(task_name, optimizer)
+                    except Exception as error:
+                        yield failed_training(task_name, optimizer, error)
+                        continue
+                    curves.extend(curves_of(report.training))
+                    yield from report.rows
 
-        try:
-            for row in work():
-                rows.append(row)  # noqa: PERF402 - one by one, so that an interruption keeps what is there
-        except KeyboardInterrupt:
-            interrupted = True
-    # The cell in flight counts as left: its rows may be there in part.
-    left = total - begun + 1 if interrupted and begun else total - begun
-    if interrupted:
-        # A second Ctrl-C, in impatience, must not cost the files.
-        for number in _INTERRUPTIONS:
-            signal.signal(number, signal.SIG_IGN)
+            try:
+                for row in work():
+                    # A library may have made another exception of the interruption: then this is no mismatch.
+                    interruption.check()
+                    rows.append(row)
+                interruption.settle()
+            except KeyboardInterrupt:
+                # The cell in flight counts as left: its rows may be there in part.
+                left = total - begun + min(begun, 1)
+                stopped = f"interrupted: {left} of {total} cells were left"
+        # The files first: what is printed can be interrupted again, or nobody reads it to its end.
+        failed = _written(options, rows, curves, left if stopped else 0, stopped)
     summary = summarize(rows)
     print_report(console, rows, summary)
-    _write(options, rows, curves, left)
-    if interrupted:
-        console.print(
-            f"[yellow]interrupted: {left} of {total} cells were left; what was compared until then is above and in the "
-            "files[/]"
-        )
-        return INTERRUPTED
-    return HOLDS if summary.ok else FAILED
+    said = f"{stopped}; what was compared until then is above and in the files" if stopped else ""
+    return ended(HOLDS if summary.ok else FAILED, said, failed)

@@ -7,26 +7,28 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from parity_tests.harness.cases import CASE_SETS, Case
+from parity_tests.harness.console import PlainConsole
+from parity_tests.harness.files import OutputError, check_output
+from parity_tests.harness.interruption import INTERRUPTED
 from parity_tests.harness.subjects.base import FRAMEWORKS, Subject, framework_available, load_subjects
 from parity_tests.harness.subjects.modes import DEFAULT_MODES, MODES, SHARDS, modes_of
 
 DEVICES = ("auto", "cpu", "cuda")
 # How products of fp32 arrays may be computed; every other dtype has one precision.
 FP32_PRECISIONS = ("ieee_fp32", "tf32")
-HOLDS, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+HOLDS, FAILED, WRONG_USAGE = 0, 1, 2
 # In a pipe or a log there is no terminal to fit into: 80 columns would cut names until they cannot be told apart.
 _WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
-console = Console(width=_WIDTH)
-errors = Console(stderr=True, width=_WIDTH)
+console = PlainConsole(width=_WIDTH)
+errors = PlainConsole(stderr=True, width=_WIDTH)
 
 
 def refuse(sentence: str) -> typer.Exit:
     """Prints one sentence; the caller raises what is returned."""
-    errors.print(f"error: {sentence}", highlight=False, markup=False, soft_wrap=True)
+    errors.print(f"error: {sentence}", soft_wrap=True)
     return typer.Exit(WRONG_USAGE)
 
 
@@ -61,7 +63,7 @@ def chosen_frameworks(frameworks: Sequence[str]) -> list[str]:
         elif frameworks:
             raise refuse(f"--framework {name}: expected an installed framework, got none; install its extra.")
         else:
-            console.print(f"[yellow]{name} is not installed: only the other framework is compared[/]")
+            console.print(f"{name} is not installed: only the other framework is compared", style="yellow")
     if not found:
         raise refuse("no framework is installed; install the extra torch, jax, cuda12 or cuda13.")
     return found
@@ -75,7 +77,7 @@ def chosen_modes(frameworks: Sequence[str], names: Sequence[str], every: bool) -
     found = {framework: tuple(mode for mode in modes_of(framework) if mode in names) for framework in frameworks}
     for framework, modes in found.items():
         if not modes and any(found.values()):
-            console.print(f"[yellow]{framework} has no mode {', '.join(names)}: it is left out[/]")
+            console.print(f"{framework} has no mode {', '.join(names)}: it is left out", style="yellow")
     if not any(found.values()):
         known = "; ".join(f"{framework}: {', '.join(modes_of(framework))}" for framework in frameworks)
         raise refuse(f"--mode: expected a mode of {known}, got {', '.join(names)}; choose one of these.")
@@ -115,8 +117,47 @@ def chosen_cases(case_set: str, names: Sequence[str]) -> list[Case]:
 
 def check_writable(option: str, path: Path | None) -> None:
     """Refuses before the work what would fail after it."""
-    if path is not None and (path.is_dir() or not os.access(path.resolve().parent, os.W_OK)):
-        raise refuse(f"{option}: expected a file in a writable folder, got {path}; choose another path.")
+    try:
+        check_output(option, path)
+    except OutputError as error:
+        why = getattr(error.__cause__, "strerror", None) or error
+        raise refuse(
+            f"{option}: expected a file in a writable folder, got {path} ({why}); choose another path."
+        ) from None
+
+
+def write_outputs(*outputs: tuple[Path | None, Callable[[Path], None]]) -> list[str]:
+    """Writes the files that were asked for, each whatever becomes of the others.
+
+    Args:
+        outputs: a file, or None, and what writes it.
+
+    Returns:
+        One sentence for each that could not be written.
+    """
+    failed = []
+    for path, write in outputs:
+        try:
+            if path is not None:
+                write(path)
+        except OutputError as error:
+            failed.append(str(error))
+    return failed
+
+
+def ended(status: int, stopped: str, failed: Sequence[str]) -> int:
+    """Says what a command did not do to its end, and returns its exit status.
+
+    Args:
+        status: if it did all.
+        stopped: that it was interrupted, and what was left; empty if not.
+        failed: sentences about files that could not be written.
+    """
+    if stopped:
+        console.print(stopped, style="yellow")
+    for sentence in failed:
+        refuse(sentence)
+    return INTERRUPTED if stopped else WRONG_USAGE if failed else status
 
 
 _HEARTBEAT_S = 60.0
@@ -130,7 +171,7 @@ def heartbeat() -> Callable[[str], None]:
         nonlocal last
         if not sys.stderr.isatty() and time.monotonic() - last >= _HEARTBEAT_S:
             last = time.monotonic()
-            errors.print(text, highlight=False, markup=False)
+            errors.print(text)
 
     return beat
 
@@ -138,7 +179,7 @@ def heartbeat() -> Callable[[str], None]:
 def progress_bar() -> Progress:
     """A bar with the remaining time, on a terminal only."""
     return Progress(
-        TextColumn("{task.description:<64}"),
+        TextColumn("{task.description:<64}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

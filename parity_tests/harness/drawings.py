@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
+
+from parity_tests.harness.text import html_text
 
 ABOVE = "#b0142a"
 _UNKNOWN = "#f2f2f2"
@@ -79,7 +80,7 @@ def heatmap(title: str, lines: Sequence[str], blocks: Sequence[Block]) -> str:
     parts, x = [], left
     for k, line in enumerate(lines):
         bad = ' class="bad"' if line in above else ""
-        parts.append(f'<text x="{left - 6}" y="{top + side * k + 13}" text-anchor="end"{bad}>{escape(line)}</text>')
+        parts.append(f'<text x="{left - 6}" y="{top + side * k + 13}" text-anchor="end"{bad}>{html_text(line)}</text>')
     for block in blocks:
         width = min(side, max(2.0, _WIDEST / len(block.columns)))
         every = math.ceil(12 / width)  # a name is twelve pixels high
@@ -89,7 +90,7 @@ def heatmap(title: str, lines: Sequence[str], blocks: Sequence[Block]) -> str:
                 middle = at + width / 2
                 parts.append(
                     f'<text x="{middle:.1f}" y="{top - 5}" transform="rotate(-90 {middle:.1f} {top - 5})" dy="4">'
-                    f"{escape(column)}</text>"
+                    f"{html_text(column)}</text>"
                 )
             for k, line in enumerate(lines):
                 value = block.values.get(line, {}).get(column)
@@ -98,12 +99,12 @@ def heatmap(title: str, lines: Sequence[str], blocks: Sequence[Block]) -> str:
                 border = ' class="cell"' if value is not None and width > 6 else ""
                 parts.append(
                     f'<rect{border} x="{at:.1f}" y="{top + side * k}" width="{width - (1 if width > 6 else 0):.1f}" '
-                    f'height="{side - 1}" fill="{fill}"><title>{escape(shown)}</title></rect>'
+                    f'height="{side - 1}" fill="{fill}"><title>{html_text(shown)}</title></rect>'
                 )
         x += width * len(block.columns) + gap
     size = f'width="{x:.0f}" height="{top + side * len(lines) + 4}"'
-    drawing = f'<svg {size} role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    return f"<figure><figcaption>{escape(title)}</figcaption>{drawing}</figure>"
+    drawing = f'<svg {size} role="img" aria-label="{html_text(title)}">{"".join(parts)}</svg>'
+    return f"<figure><figcaption>{html_text(title)}</figcaption>{drawing}</figure>"
 
 
 def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
@@ -133,7 +134,7 @@ def draw_curves(curves: Curves) -> str:
     series = [*curves.lines.values(), *(curves.band or ())]
     heights = [height(value) for line in series for value in line if usable(value)]
     if not heights:
-        return f"<figure><figcaption>{escape(curves.title)}</figcaption><p>nothing finite to draw</p></figure>"
+        return f"<figure><figcaption>{html_text(curves.title)}</figcaption><p>nothing finite to draw</p></figure>"
     low, high, steps = min(heights), max(heights), max(map(len, series))
 
     def across(step: float) -> float:
@@ -170,7 +171,7 @@ def draw_curves(curves: Curves) -> str:
         names.append((name, shade))
     x = _LEFT
     for name, shade in (*names, ("(over steps)", "#888")):
-        parts.append(f'<text x="{x}" y="{_HEIGHT - 6}" style="fill:{shade}">{escape(name)}</text>')
+        parts.append(f'<text x="{x}" y="{_HEIGHT - 6}" style="fill:{shade}">{html_text(name)}</text>')
         x += 24 + round(6.6 * len(name))
-    drawing = f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{escape(curves.title)}">'
-    return f"<figure><figcaption>{escape(curves.title)}</figcaption>{drawing}{''.join(parts)}</svg></figure>"
+    drawing = f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{html_text(curves.title)}">'
+    return f"<figure><figcaption>{html_text(curves.title)}</figcaption>{drawing}{''.join(parts)}</svg></figure>"

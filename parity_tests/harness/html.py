@@ -5,13 +5,13 @@ Nothing is fetched: styles, script and drawings are in the page. Everything that
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from string import Template
 from typing import Any
 
 from parity_tests.harness.drawings import Block, Curves, draw_curves, heatmap, legend, number
 from parity_tests.harness.records import ParityRow, summarize
 from parity_tests.harness.subjects.modes import DEFAULT_MODES
+from parity_tests.harness.text import html_text
 
 __all__ = ["Curves", "html_document"]
 
@@ -25,10 +25,10 @@ def _table(rows: Sequence[ParityRow]) -> str:
         cells = [str(getattr(row, column)) for column in _COLUMNS]
         said = "; ".join(filter(None, (row.reason or row.diagnosis, row.note and f"note: {row.note}")))
         cells += [number(row.bound_fraction), number(row.max_abs_error), place, said]
-        text = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        lines.append(f'<tr class="{escape(row.status)}" title="{escape(row.command)}">{text}</tr>')
+        text = "".join(f"<td>{html_text(cell)}</td>" for cell in cells)
+        lines.append(f'<tr class="{html_text(row.status)}" title="{html_text(row.command)}">{text}</tr>')
     heads = (*_COLUMNS, "error / bound", "largest error", "worst index", "reason, diagnosis or note")
-    head = "".join(f"<th>{escape(column)}</th>" for column in heads)
+    head = "".join(f"<th>{html_text(column)}</th>" for column in heads)
     return f'<table id="rows"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
 
@@ -99,7 +99,7 @@ def _training(rows: Sequence[ParityRow]) -> str:
 
 def _section(title: str, *drawings: str) -> str:
     inside = "".join(drawings)
-    return f"<h2>{escape(title)}</h2><div class='figures'>{inside}</div>" if inside else ""
+    return f"<h2>{html_text(title)}</h2><div class='figures'>{inside}</div>" if inside else ""
 
 
 def _skipped(rows: Sequence[ParityRow]) -> str:
@@ -109,7 +109,7 @@ def _skipped(rows: Sequence[ParityRow]) -> str:
             counts[row.reason] += 1
     if not counts:
         return ""
-    items = "".join(f"<li>skipped {count} x: {escape(reason)}</li>" for reason, count in counts.items())
+    items = "".join(f"<li>skipped {count} x: {html_text(reason)}</li>" for reason, count in counts.items())
     state = " open" if len(counts) <= 6 else ""
     return f"<details{state}><summary>{sum(counts.values())} skipped, with reasons</summary><ul>{items}</ul></details>"
 
@@ -151,12 +151,12 @@ def html_document(
     judged = [row for kind, members in by_kind.items() if kind not in ("against", "trained") for row in members]
     subjects, against = _subjects(judged), _against_each_other(by_kind["against"])
     return _PAGE.substitute(
-        title=escape(title),
+        title=html_text(title),
         state="bad" if stopped or not summary.ok else "open" if cells_left else "ok",
         verdict=verdict,
         counts=f"{summary.compared} compared, {summary.failed} failed, {summary.skipped} skipped",
-        environment=escape(f"{versions}; Python {environment.get('python')}, {environment.get('machine')}"),
-        skipped="".join(f"<p>{escape(note)}</p>" for note in notes) + _skipped(rows),
+        environment=html_text(f"{versions}; Python {environment.get('python')}, {environment.get('machine')}"),
+        skipped="".join(f"<p>{html_text(note)}</p>" for note in notes) + _skipped(rows),
         legend=legend() if subjects or against else "",
         heatmap=_section("largest error over its bound", subjects) + _section("against each other", against),
         training=_section("training", _training(by_kind["trained"]), *map(draw_curves, training)),

@@ -23,6 +23,7 @@ class Interruption:
         self.asked = False
         self._polled = polled
         self._settled = False
+        self._late = False
 
     def check(self) -> None:
         """Raises KeyboardInterrupt if the user asked for an end and the exception was lost.
@@ -36,7 +37,8 @@ class Interruption:
     def settle(self) -> None:
         """Begins what must be finished, the writing of files: from here on a signal is only remembered.
 
-        Called where the work ends, within the ``try`` that expects KeyboardInterrupt; after that it is so too.
+        Called where the work ends, within the ``try`` that expects KeyboardInterrupt; after that it is so too. What was
+        remembered although all the work was done ends the program when the files are there.
         """
         self._settled = True
 
@@ -47,9 +49,15 @@ class Interruption:
                 return
             yield item
 
+    def finish(self) -> None:
+        """Raises KeyboardInterrupt if the first signal came after the work."""
+        if self._late:
+            raise KeyboardInterrupt
+
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Answers a signal."""
         first, self.asked = not self.asked, True
+        self._late |= first and self._settled
         # In impatience a user sends a second one: it must not cost the files, but end what only polls.
         if not self._settled and first != self._polled:
             raise KeyboardInterrupt
@@ -71,3 +79,4 @@ def interruptible(*, polled: bool = False) -> Iterator[Interruption]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    interruption.finish()

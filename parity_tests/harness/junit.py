@@ -4,22 +4,20 @@ from collections.abc import Sequence
 from xml.etree import ElementTree
 
 from parity_tests.harness.records import ParityRow, summarize
-
-# XML 1.0 has no way to write these, not even escaped.
-_FORBIDDEN = {code: "\N{REPLACEMENT CHARACTER}" for code in range(32) if chr(code) not in "\t\n\r"}
+from parity_tests.harness.text import printable
 
 
 def _case(row: ParityRow) -> ElementTree.Element:
     parts = (row.kind, row.framework, row.implementation, row.mode, row.dtype)
-    place = ".".join(part for part in parts if part).translate(_FORBIDDEN)
-    name = " ".join(part for part in (row.case, row.tensor) if part).translate(_FORBIDDEN)
+    place = printable(".".join(part for part in parts if part))
+    name = printable(" ".join(part for part in (row.case, row.tensor) if part))
     case = ElementTree.Element("testcase", {"classname": place, "name": name, "time": "0"})
     if row.status == "mismatch":
-        failure = ElementTree.SubElement(case, "failure", {"message": row.reason.translate(_FORBIDDEN)})
+        failure = ElementTree.SubElement(case, "failure", {"message": printable(row.reason)})
         details = [f"error over bound: {row.bound_fraction}", row.diagnosis, row.command]
-        failure.text = "\n".join(line for line in details if line).translate(_FORBIDDEN)
+        failure.text = "\n".join(printable(line) for line in details if line)
     elif row.status == "skipped":
-        ElementTree.SubElement(case, "skipped", {"message": row.reason.translate(_FORBIDDEN)})
+        ElementTree.SubElement(case, "skipped", {"message": printable(row.reason)})
     return case
 
 
@@ -42,6 +40,6 @@ def junit_document(rows: Sequence[ParityRow], stopped: str = "") -> str:
     suite.extend(_case(row) for row in rows)
     if stopped:
         case = ElementTree.SubElement(suite, "testcase", {"classname": "run", "name": "comes to its end", "time": "0"})
-        ElementTree.SubElement(case, "error", {"message": stopped.translate(_FORBIDDEN)})
+        ElementTree.SubElement(case, "error", {"message": printable(stopped)})
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"

@@ -1,7 +1,6 @@
 """Parity records: one row a cell, and the document that ``--json`` writes."""
 
 import dataclasses
-import json
 import math
 import platform
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from parity_tests.harness import files
 from parity_tests.harness.comparison import TensorResult
 from parity_tests.harness.tolerance import FALSE_ALARM_RATE
 
@@ -133,19 +133,27 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, rows: Sequence[ParityRow], cells_left: int = 0) -> None:
-    """Writes ``schema_version, environment, summary, cells_left, rows``.
+def write_json(
+    path: Path | str, rows: Sequence[ParityRow], cells_left: int = 0, stopped: str = "", **more: Any
+) -> None:
+    """Writes ``schema_version, environment, summary, cells_left, stopped, rows``, and what else is given.
 
     Args:
         path: where to.
         rows: what was compared or skipped.
         cells_left: how many cells an interrupted run did not come to.
+        stopped: why the run did not come to its end; empty if it did.
+        more: further entries by name.
+
+    Raises:
+        OutputError: if it cannot be written.
     """
     document = {
         "schema_version": SCHEMA_VERSION,
         "environment": environment(),
         "summary": dataclasses.asdict(summarize(rows)),
         "cells_left": cells_left,
+        "stopped": stopped,
         "rows": [dataclasses.asdict(row) for row in rows],
     }
-    path.write_text(json.dumps(_plain(document), indent=1, allow_nan=False) + "\n")
+    files.write_json("--json", path, _plain(document | more))

@@ -3,16 +3,17 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from parity_tests.harness.console import PlainConsole
 from parity_tests.harness.records import ParityRow, Summary
 from parity_tests.harness.tolerance import FALSE_ALARM_RATE, PRECISION_OF_DTYPE
 
 _RATE = f"{FALSE_ALARM_RATE:.0e}"
 # Subjects that are named beside the reason why they were skipped.
 _NAMED = 3
+_MISMATCH = Text("MISMATCH", "red")
 
 
 def _fraction(rows: Sequence[ParityRow], field: str) -> str:
@@ -33,7 +34,7 @@ def _diagnosis(rows: Sequence[ParityRow]) -> str:
     return "; ".join(filter(None, [*said, *(f"observed precision: {name}" for name in other)]))
 
 
-def print_report(console: Console, rows: Sequence[ParityRow], summary: Summary) -> None:
+def print_report(console: PlainConsole, rows: Sequence[ParityRow], summary: Summary) -> None:
     """Prints the table, the failures with the command that reproduces each, and the skipped cells with their reasons.
 
     Args:
@@ -56,7 +57,7 @@ def print_report(console: Console, rows: Sequence[ParityRow], summary: Summary) 
     for (framework, name, mode, dtype), members in groups.items():
         compared = [row for row in members if row.status != "skipped"]
         failed = sum(row.status == "mismatch" for row in members)
-        status = "[red]MISMATCH[/]" if failed else "[green]ok[/]" if compared else "[yellow]skipped[/]"
+        status = _MISMATCH if failed else Text("ok", "green") if compared else Text("skipped", "yellow")
         table.add_row(
             framework,
             name,
@@ -77,10 +78,10 @@ def print_report(console: Console, rows: Sequence[ParityRow], summary: Summary) 
             place = " ".join(
                 part for part in (row.framework, row.implementation, row.mode, row.dtype, row.case) if part
             )
-            console.print(f"[red]MISMATCH[/] {place}: {escape(row.reason)}")
+            console.print(_MISMATCH, f"{place}: {row.reason}")
             if row.command:
                 # Not wrapped: a command that is cut into lines cannot be pasted.
-                console.print(f"  reproduce: {row.command}", highlight=False, markup=False, soft_wrap=True)
+                console.print(f"  reproduce: {row.command}", soft_wrap=True)
     skipped: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         if row.status == "skipped":
@@ -89,11 +90,11 @@ def print_report(console: Console, rows: Sequence[ParityRow], summary: Summary) 
         # One line a reason: what holds for all subjects would bury the result.
         more = f" and {len(who) - _NAMED} more" if len(who) > _NAMED else ""
         names = ", ".join(list(who)[:_NAMED]) + more
-        console.print(f"skipped {who.total()} x {names}: {escape(reason)}", style="dim", highlight=False)
-    verdict = "[green]all compared cells hold[/]" if summary.ok else "[red]FAILED[/]"
+        console.print(f"skipped {who.total()} x {names}: {reason}", style="dim")
+    verdict = "all compared cells hold" if summary.ok else "FAILED"
     if summary.compared == 0:
-        verdict = "[red]FAILED: nothing was compared[/]"
+        verdict = "FAILED: nothing was compared"
     console.print(
-        f"{summary.compared} compared, {summary.passed} passed, {summary.failed} failed, "
-        f"{summary.skipped} skipped: {verdict}"
+        f"{summary.compared} compared, {summary.passed} passed, {summary.failed} failed, {summary.skipped} skipped:",
+        Text(verdict, "green" if summary.ok else "red"),
     )

@@ -1,15 +1,16 @@
 """The outcome of a pair's check: rows, the first failing rung with a likely cause, and the files that show them."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from parity_tests.harness.files import write_text
 from parity_tests.harness.html import html_document
 from parity_tests.harness.junit import junit_document
 from parity_tests.harness.records import ParityRow, Summary, environment, summarize, write_json
+from parity_tests.harness.text import printable
 
 RUNGS: tuple[str, ...] = ("weights", "forward", "gradients", "state")
 CALIBRATED = (
@@ -116,7 +117,7 @@ class PairReport:
         ]
         lines += [f"  not compared: {what}" for what in self.not_compared]
         lines += [f"  note: {what}" for what in (*self.notes, CALIBRATED)]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     @property
     def headline(self) -> str:
@@ -156,9 +157,6 @@ class PairReport:
 
     def to_json(self, path: str | Path) -> None:
         """Writes the harness' document, with the pair's own findings under ``pair``."""
-        path = Path(path)
-        # How many comparisons are left is known only at the end: one at least.
-        write_json(path, self.rows, cells_left=1 if self.stopped else 0)
         pair = {
             "name": self.name,
             "ok": self.ok,
@@ -169,15 +167,16 @@ class PairReport:
             "notes": list(self.notes),
             "bound": CALIBRATED,
         }
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"pair": pair}, indent=1, allow_nan=False) + "\n")
+        # How many comparisons are left is known only at the end: one at least.
+        write_json(path, self.rows, cells_left=1 if self.stopped else 0, stopped=self.stopped, pair=pair)
 
     def to_junit(self, path: str | Path) -> None:
         """Writes JUnit XML, one case a row."""
-        Path(path).write_text(junit_document(self.rows, stopped=self.stopped))
+        write_text("--junit", path, junit_document(self.rows, stopped=self.stopped))
 
     def to_html(self, path: str | Path) -> None:
         """Writes one self-contained page."""
         notes = [f"not compared: {what}" for what in self.not_compared]
         notes = [*filter(None, [self.stopped, self.headline]), *notes, *self.notes, CALIBRATED]
         page = html_document(self.rows, environment(), title=self.name, notes=notes, stopped=bool(self.stopped))
-        Path(path).write_text(page)
+        write_text("--html", path, page)

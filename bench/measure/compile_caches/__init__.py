@@ -3,9 +3,7 @@
 Cold then means an empty cache, whatever ran before and whatever the user keeps; warm means what the cold one left.
 """
 
-import shutil
-import tempfile
-import weakref
+from parity_tests.harness.files import ScratchFolder
 
 
 class CacheFolder:
@@ -16,6 +14,5 @@ class CacheFolder:
     """
 
     def __init__(self) -> None:
-        self.path = tempfile.mkdtemp(prefix="partitioned-linear-")
-        # Not a TemporaryDirectory: whoever holds the program lets go of it without a word, and that one would warn.
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        self._folder = ScratchFolder("cache")
+        self.path = self._folder.name

@@ -5,13 +5,18 @@ another size; between calls of the same size they stay.
 """
 
 import atexit
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
+import os
 import tempfile
 import threading
 import time
+import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ import numpy as np
 import torch
 
 from parity_tests.harness.cases import Case
+from parity_tests.harness.files import ScratchFolder
 from parity_tests.harness.inputs import Inputs
 from parity_tests.harness.subjects.modes import shards_of
 from parity_tests.harness.subjects.torch_shard import serve
@@ -26,6 +32,7 @@ from parity_tests.harness.subjects.torch_subject import TorchSubject
 
 _TIMEOUT_S = 120.0
 _LOOK_S, _END_S = 0.5, 10.0
+_MOST_OF_A_SOCKET = 100
 
 
 @functools.cache
@@ -41,19 +48,42 @@ def _context() -> Any:
     return context
 
 
+@functools.cache
+def _folder() -> ScratchFolder:
+    """Of this process, for the files through which groups find themselves, and for the socket of the server."""
+    folder = ScratchFolder("shards", at_exit=False)
+    # After the one that multiprocessing removes in it, with a priority of -100.
+    util.Finalize(None, folder.cleanup, exitpriority=-200)
+    return folder
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: str) -> Iterator[None]:
+    """Makes `tempfile` put into a folder what others ask it for: the server's socket outlives a killed process.
+
+    A socket's name has some hundred characters at most: where the folder's is long, it stays where it was.
+    """
+    fits = len(os.fsencode(folder)) + len("/pymp-xxxxxxxx/listener-xxxxxxxx") < _MOST_OF_A_SOCKET
+    before, tempfile.tempdir = tempfile.tempdir, folder if fits else tempfile.tempdir
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
 class _Shards:
     """Processes of one group; every one is sent each task, the first one answers with whole tensors."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._folder = tempfile.TemporaryDirectory()
         context = _context()
-        store = str(Path(self._folder.name) / "store")
+        store = str(Path(_folder().name) / f"store-{uuid.uuid4().hex}")
         self._ends, self._processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(rank, size, store, theirs), daemon=True)
-            process.start()
+            with _temporary_files_in(_folder().name):
+                process.start()
             theirs.close()
             self._ends.append(ours)
             self._processes.append(process)
@@ -97,7 +127,6 @@ class _Shards:
             process.kill()
         for process in self._processes:
             process.join(_END_S)
-        self._folder.cleanup()
 
 
 _running: list[_Shards] = []

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from parity_tests.harness.text import markdown_text, printable
 from parity_tests.pair.check import run_pair
 from parity_tests.pair.examples import EXAMPLES
 from parity_tests.pair.examples.differences import Difference, default_differences
@@ -37,7 +38,7 @@ class Entry:
         for difference in self.differences:
             mark = "differs" if difference.differs else "equal"
             lines.append(f"  {mark:<13} {difference.aspect}: torch {difference.torch}, flax {difference.flax}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
@@ -84,8 +85,8 @@ def readme_block(outcomes: Mapping[str, PairReport], differences: Sequence[Diffe
     lines = [BEGIN, "", "| pair | the check, everything else at its default | differs by default (torch / Flax) |"]
     lines += ["|---|---|---|"]
     for name, report in outcomes.items():
-        own = [f"{d.aspect}: {d.torch} / {d.flax}" for d in differences if d.pair == name and d.differs]
-        lines.append(f"| {name} | {outcome(report)} | {'; '.join(own)} |")
+        own = "; ".join(f"{d.aspect}: {d.torch} / {d.flax}" for d in differences if d.pair == name and d.differs)
+        lines.append("| " + " | ".join(map(markdown_text, (name, outcome(report), own))) + " |")
     return "\n".join([*lines, "", END])
 
 
