@@ -446,15 +446,25 @@ INITS = {
     "no argument": lambda: None,
     "two arguments": lambda view, other: None,
 }
+
+
+def seen(call):
+    """On the meta device there is nothing to see of what was filled, and with what."""
+    return None if {("layer", "meta"), ("layer", "bias elsewhere"), ("device", "meta")} & set(call.flaws) else True
+
+
 NO_INIT = (
     flaws_of(
         ANYTHING | {"unknown": "xavier", "class": Namesake, "triple": (nn.init.ones_,) * 3}, names=("weight_init",)
     )
-    | flaws_of(INITS, names=("weight_init",))
+    | {
+        kind: Flaw(lambda _, __, function=function: function, lambda _, call: seen(call), ("weight_init",))
+        for kind, function in INITS.items()
+    }
     | {
         f"bias {kind}": Flaw(
             lambda _, __, function=function: (nn.init.ones_, function),
-            lambda _, call: call.case.bias,
+            lambda _, call: seen(call) if call.case.bias else False,
             ("bias_init",),
         )
         for kind, function in INITS.items()
