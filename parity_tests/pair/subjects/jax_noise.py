@@ -121,10 +121,12 @@ class Interpreter:
 
     def _literal(self, literal: Literal) -> jax.Array:
         dtype = aval_of(literal).dtype
+        if aval_of(literal).ndim:
+            return self._const(literal.val)
         value = np.asarray(literal.val, dtype)
         name = format_name(dtype)
         # A constant such as 0.1 was rounded to the format when the program was traced; 0.5 was not.
-        if (self._amplitude is None and not self._constants) or value.ndim or not _was_rounded(value, name):
+        if (self._amplitude is None and not self._constants) or not _was_rounded(value, name):
             return widened(value)
         if not self._constants:
             return self._round(widened(value), name)
@@ -330,7 +332,10 @@ def _as_integer(argument: Any, atom: Any) -> jax.Array:
 
 
 def _scan(self: Interpreter, params: dict[str, Any], operands: list[Any], marks: list[Mark]) -> list[Any]:
-    consts, carries = params["num_consts"], params["num_carry"]
+    if "ft_in" in params:  # since JAX 0.11: trees of constants, carries and slices
+        consts, carries, _ = map(len, params["ft_in"].unpack())
+    else:
+        consts, carries = params["num_consts"], params["num_carry"]
     closed = params["jaxpr"]
     fixed = operands[:consts]
     flags = [mark.constant and k < consts for k, mark in enumerate(marks)]

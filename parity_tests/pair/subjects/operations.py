@@ -17,7 +17,10 @@ complex _conj_physical conj_physical slice_backward select_backward split_with_s
 slice_scatter select_scatter tril triu lift_fresh _unsafe_index bernoulli_ isnan isinf max_dim resize_ set_ tril_ triu_
 transpose_ t_ squeeze_ unsqueeze_ unsafe_split unsafe_chunk broadcast_in_dim convert_element_type reflection_pad1d
 reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d _local_scalar_dense
-_reshape_copy _unsafe_view _to_copy diagonal_backward eq ne lt le gt ge logical_not logical_and
+_reshape_copy _unsafe_view _to_copy diagonal_backward eq ne lt le gt ge logical_not logical_and scatter cummax cummin
+median nanmedian kthvalue mode eye diag_embed new_empty_strided pixel_shuffle pixel_unshuffle im2col index_fill
+softshrink_backward hardshrink_backward upsample_nearest1d upsample_nearest2d upsample_nearest3d
+_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
 """)
 # Sums of products or of terms: linear in each tensor argument. Windows of a pool may overlap, so that their backward
 # adds what several of them send back to one element.
@@ -49,8 +52,14 @@ logsumexp native_layer_norm native_layer_norm_backward native_group_norm native_
 native_batch_norm_backward _native_batch_norm_legit _native_batch_norm_legit_no_training _fused_rms_norm
 _fused_rms_norm_backward addcmul addcdiv lerp var_mean std_mean std mse_loss mse_loss_backward smooth_l1_loss
 binary_cross_entropy binary_cross_entropy_with_logits nll_loss_forward nll_loss_backward glu glu_backward rsub
-native_dropout native_dropout_backward linalg_vector_norm hardtanh_backward norm upsample_bilinear2d
-upsample_nearest2d
+native_dropout native_dropout_backward linalg_vector_norm hardtanh_backward norm
+""")
+# Resampling: the weights come from coordinates that the kernel computes in its own format.
+TORCH_RESAMPLING = names("""
+upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d upsample_linear1d_backward
+upsample_bilinear2d_backward upsample_trilinear3d_backward upsample_bicubic2d_backward _upsample_bilinear2d_aa
+_upsample_bilinear2d_aa_backward _upsample_bicubic2d_aa _upsample_bicubic2d_aa_backward grid_sampler_2d
+grid_sampler_2d_backward grid_sampler_3d grid_sampler_3d_backward
 """)
 # Elementary functions, which are not always correctly rounded.
 TORCH_FUNCTIONS = names("""

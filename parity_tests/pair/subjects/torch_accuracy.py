@@ -1,4 +1,4 @@
-"""How far torch's elementary functions are from correct rounding on the device at hand, measured, in units of u."""
+"""How far torch's kernels are from correct rounding on the device at hand, measured."""
 
 from typing import Any
 
@@ -62,6 +62,38 @@ def function_error(func: Any, args: tuple, kwargs: dict, dtype: str) -> float:
             worst = max(worst, float(error.max()) / unit if error.numel() else 1.0)
         _cache[key] = worst
     return _cache[key]
+
+
+def kernel_errors(func: Any, args: tuple, kwargs: dict, dtype: str) -> list[float]:
+    """Largest absolute errors of a kernel's results, on its arguments as they are in the format.
+
+    Args:
+        func: the operation.
+        args: float64 arguments.
+        kwargs: keyword arguments.
+        dtype: format to measure in; where it has no such kernel its 32-bit one counts.
+    """
+
+    def results(to: torch.dtype | None, narrow: torch.dtype) -> list[torch.Tensor]:
+        def cast(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+                return leaf
+            return leaf.to(narrow).to(to or narrow)
+
+        found = func(*map(cast, args), **{key: cast(value) for key, value in kwargs.items()})
+        leaves = found if isinstance(found, tuple | list) else (found,)
+        return [leaf.double() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+    narrow = _DTYPES[dtype]
+    try:
+        rounded = results(None, narrow)
+    except (NotImplementedError, RuntimeError):
+        narrow = torch.float32
+        rounded = results(None, narrow)
+    exact = results(torch.float64, narrow)
+    return [
+        float((r - e).abs().nan_to_num(0.0).max()) if r.numel() else 0.0 for r, e in zip(rounded, exact, strict=True)
+    ]
 
 
 def _kind(tensor: torch.Tensor) -> str:

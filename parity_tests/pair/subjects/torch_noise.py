@@ -22,11 +22,12 @@ from parity_tests.pair.subjects.operations import (
     TORCH_EXACT,
     TORCH_FUNCTIONS,
     TORCH_FUSED,
+    TORCH_RESAMPLING,
     TORCH_SUMS,
     TORCH_SUMS_WITH_ADDEND,
     TORCH_TRANSFORMS,
 )
-from parity_tests.pair.subjects.torch_accuracy import function_error
+from parity_tests.pair.subjects.torch_accuracy import function_error, kernel_errors
 from parity_tests.pair.subjects.torch_fingerprint import accumulator
 
 _WIDE = {
@@ -146,7 +147,7 @@ class DoublePrecision(TorchDispatchMode):
             # Its kernel multiplies by a sixth of float32, in float64 too; the parts do not.
             with self:
                 return decomposition_table[func](*args, **kwargs)
-        if not noisy or (name in TORCH_EXACT and not _is_modulus(name, args)) or _is_view(func):
+        if not noisy or _is_exact(name, args, kwargs) or _is_view(func):
             return func(*args, **kwargs)
         if name in TORCH_SUMS_WITH_ADDEND:
             with self:
@@ -169,6 +170,11 @@ class DoublePrecision(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
+        if name in TORCH_RESAMPLING:
+            errors = kernel_errors(func, args, kwargs, self._format.name)
+            return self._perturbed(
+                name, result, [torch.full_like(v, e) for v, e in zip(_inexact(result), errors, strict=True)]
+            )
         # The pieces of decomposed operations ("prims::div") do not carry the tag.
         if torch.Tag.pointwise not in func.tags and func.namespace != "prims" and _inexact(result):
             self.notes.add(f"torch {name} has no rounding model of its own")
@@ -306,9 +312,13 @@ def _is_view(func: Any) -> bool:
     return any(ret.alias_info is not None and not ret.alias_info.is_write for ret in func._schema.returns)
 
 
-def _is_modulus(name: str, args: tuple) -> bool:
-    """Of complex numbers the absolute value and the sign are rounded."""
-    return name in ("abs", "sgn", "sign") and args[0].is_complex()
+def _is_exact(name: str, args: tuple, kwargs: dict) -> bool:
+    """Whether an operation copies, chooses or rearranges; of complex numbers absolute value and sign are rounded."""
+    if name in ("abs", "sgn", "sign"):
+        return not args[0].is_complex()
+    if name in ("scatter_reduce", "index_reduce"):
+        return (args[4] if len(args) > 4 else kwargs.get("reduce")) in ("amax", "amin")
+    return name in TORCH_EXACT
 
 
 def _with_exact_scale(grad: Any, alpha: Any, scale: Any, input_scale: Any, *rest: Any) -> tuple:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from parity_tests.harness.subjects.torch_arrays import to_numpy, to_torch
 from parity_tests.pair.calibration import moved_constant
-from parity_tests.pair.casts import widened
+from parity_tests.pair.casts import format_name, widened
 from parity_tests.pair.subjects.torch_noise import DoublePrecision
 
 _RMS_NORMS = (torch.rms_norm, torch.nn.functional.rms_norm)
@@ -83,7 +83,7 @@ class MovedConstants(DoublePrecision):
 
     def _captured(self, tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in self._moved:
-            array, name = widened(to_numpy(tensor)), str(tensor.dtype).removeprefix("torch.")
+            array, name = widened(to_numpy(tensor)), format_name(str(tensor.dtype).removeprefix("torch."))
             if not np.array_equal(moved_constant(array, 1, name), array, equal_nan=True):
                 self.stored.add(f"a tensor of {name} and shape {tuple(tensor.shape)}")
             moved = to_torch(moved_constant(array, self._member, name), self._device)
