@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_impl import partitioned_linear
+from jax_impl.implementations.matmul import partitioned_linear_matmul
+from parity_tests.test_jax_vector_products import equations
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -26,6 +28,14 @@ ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "floa
 def drawn(dtype, *shapes, seed=0):
     rng = np.random.default_rng(seed)
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def loops(function, *arrays):
+    """How many loops a function's program is written with, those in branches for other platforms included."""
+    # A function of its own in each call: JAX remembers what it traced.
+    program = jax.make_jaxpr(lambda *operands: function(*operands))(*arrays)
+    names = [equation.primitive.name for equation in equations(program.jaxpr)]
+    return names.count("scan") + names.count("while")
 
 
 def operands(dtype="float32", rows=(6,), n=3, i=4, o=5):
@@ -120,8 +130,13 @@ def test_partitions_in_turn_have_the_same_derivatives(few_rows, in_turn, monkeyp
 def while_loops(function, *arrays):
     """How many loops the compiled program of a function has; none is hidden in a branch."""
     text = jax.jit(function).lower(*arrays).compile().as_text()
-    assert "conditional" not in text
+    assert " conditional(" not in text
     return text.count(" while(")
+
+
+def test_a_branch_would_be_seen_in_a_compiled_program():
+    with pytest.raises(AssertionError):
+        while_loops(lambda x: jax.lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x), jnp.ones(3))
 
 
 @pytest.mark.parametrize("rows", [(5,), (2, 3), ()])
@@ -164,7 +179,8 @@ def test_no_partition_is_taken_apart_where_operands_may_be_divided(in_turn, monk
     arrays = operands()
     run = jax.jit(partial(partitioned_linear, implementation="matmul"))
     # Written on this machine for a GPU, the same program holds no loop there.
-    assert "while" not in jax.export.export(run, platforms=["cuda"])(*arrays).mlir_module()
+    written = {p: jax.export.export(run, platforms=[p])(*arrays).mlir_module() for p in ("cpu", "cuda")}
+    assert {platform: "stablehlo.while" in text for platform, text in written.items()} == {"cpu": True, "cuda": False}
     want = run(*arrays)
     for kind in (jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto):
         mesh = jax.make_mesh((1,), ("n",), axis_types=(kind,))
@@ -173,5 +189,71 @@ def test_no_partition_is_taken_apart_where_operands_may_be_divided(in_turn, monk
     specs = (PartitionSpec(None, "n"), PartitionSpec("n"), PartitionSpec("n"))
     mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[0])
     np.testing.assert_allclose(mapped(*arrays), want, rtol=1e-5, atol=1e-6)
+    assert loops(partitioned_linear_matmul, *arrays) == 1
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    assert "while" not in str(jax.make_jaxpr(partial(partitioned_linear, implementation="matmul"))(*arrays))
+    assert loops(partitioned_linear_matmul, *arrays) == 0
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_no_partition_is_taken_apart_where_one_operand_lies_on_a_mesh(in_turn, kind):
+    mesh = jax.make_mesh((1,), ("n",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    plain = operands()
+    placed = [jax.device_put(array, NamedSharding(mesh, PartitionSpec())) for array in plain]
+    for x, kernel in ((placed[0], plain[1]), (plain[0], placed[1]), placed[:2]):
+        assert loops(partitioned_linear_matmul, x, kernel, None) == 0
+    assert loops(partitioned_linear_matmul, *plain[:2], None) == 1
+
+
+def test_partitions_are_taken_in_turn_only_where_it_was_measured_to_pay():
+    """The limits themselves: one step beyond any of them the products are batched."""
+    if jax.device_count() > 1:
+        pytest.skip("with several devices no partition is taken apart from the others")
+
+    def taken_in_turn(rows, n, i, o, dtype="float32"):
+        shapes = ((rows, n, i), (n, i, o), (n, o))
+        return loops(partitioned_linear_matmul, *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
+
+    # 2**21 weights, a partition of 2**14, four weights for each feature of x and y.
+    assert taken_in_turn(4, 128, 128, 128) == 1
+    assert taken_in_turn(16, 128, 128, 128) == 1
+    limits = {
+        "too few rows": (3, 128, 128, 128),
+        "a single partition": (4, 1, 2048, 1024),
+        "too few weights": (4, 127, 128, 128),
+        "too small a partition": (4, 132, 127, 128),
+        # Of the features that x alone has, or y alone, there would be few enough.
+        "too many rows": (17, 128, 128, 128),
+    }
+    assert {name: taken_in_turn(*sizes) for name, sizes in limits.items()} == dict.fromkeys(limits, 0)
+    assert taken_in_turn(4, 128, 128, 128, "bfloat16") == 0
+
+
+@pytest.mark.parametrize("path", ["in turn", "few rows", "plain"])
+@pytest.mark.parametrize(("narrow", "wide"), [("bfloat16", "float32"), ("float16", "float32"), ("float32", "float64")])
+def test_a_wider_result_is_wide_on_every_path(monkeypatch, request, path, narrow, wide):
+    if path == "in turn":
+        request.getfixturevalue("in_turn")
+    if path == "few rows":
+        monkeypatch.setattr(f"{MATMUL}._MANY_WEIGHTS", 1)
+        monkeypatch.setattr(f"{MATMUL}._FEWEST_ROWS", 1)
+    with jax.enable_x64(True):
+        arrays = operands(narrow, rows=(2,), i=61)
+        y, pull = jax.vjp(
+            jax.jit(partial(partitioned_linear, implementation="matmul", preferred_element_type=wide)), *arrays
+        )
+        assert y.dtype == wide
+        assert {gradient.dtype for gradient in pull(y)} == {np.dtype(jnp.dtype(narrow))}
+        x, kernel, bias = (np.asarray(array, np.float64) for array in arrays)
+        reach = np.einsum("bni,nio->bno", abs(x), abs(kernel)) + abs(bias)
+        assert np.all(np.abs(y - (np.einsum("bni,nio->bno", x, kernel) + bias)) <= 2 * 63 * ROUNDOFF[wide] * reach)
+
+
+def test_a_product_with_what_stands_still_is_not_computed(few_rows, in_turn):
+    """One product forward and one for each operand that is differentiated: no tangent of zeros is multiplied."""
+    outputs, arrays = few_rows
+
+    def gradient(*arrays):
+        return jax.grad(lambda *a: jnp.sum(outputs("matmul", *a)), tuple(range(len(arrays))))(*arrays)
+
+    program = equations(jax.make_jaxpr(gradient)(*arrays).jaxpr)
+    assert [equation.primitive.name for equation in program].count("dot_general") == 1 + len(arrays)
