@@ -18,6 +18,14 @@ def pytest_addoption(parser):
         help="plan, store, resume and report a sweep of 10,000 cells too (some 30 seconds of processor)",
     )
     parser.addoption(
+        "--simulated-cells",
+        type=int,
+        default=0,
+        metavar="N",
+        help="simulate N cells for each kind of noise, of rounds and of processes, and compare their verdicts with "
+        "the tables of bench/README.md, which are of 1000 (ten minutes of processor)",
+    )
+    parser.addoption(
         "--busy-runs",
         type=int,
         default=0,

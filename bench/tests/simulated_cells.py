@@ -10,7 +10,9 @@ reverse. Half of the competitors are of the baseline's framework.
 import math
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -24,26 +26,25 @@ from bench.study.winners import leaders
 
 COMPETITORS = 18
 ROUNDS = (5, 10, 20, 40)
-GAUSSIAN, OFFSETS, FACTOR = (
-    "gaussian, 3%",
-    "gaussian, and processes off by 3%",
-    "a factor of 1 to 3 that a framework shares",
-)
-RANDOM_WALK = "random walk of the machine, 3% a block"
+GAUSSIAN, MIXED, LOGNORMAL = "gaussian, 3%", "gaussian, 1% to 10% by competitor", "lognormal, sigma 1"
+BIMODAL, RANDOM_WALK = "bimodal, 9 us or 16 ms", "random walk of the machine, 3% a block"
+OFFSETS, FACTOR = "gaussian, and processes off by 3%", "a factor of 1 to 3 that a framework shares"
 DISTRIBUTIONS: tuple[str, ...] = (
     GAUSSIAN,
-    "gaussian, 1% to 10% by competitor",
+    MIXED,
     "lognormal, sigma 0.3",
-    "lognormal, sigma 1",
+    LOGNORMAL,
     "lognormal, sigma 2",
-    "bimodal, 9 us or 16 ms",
+    BIMODAL,
     "one-sided stalls in a tenth of the blocks",
     "drift of the machine to 1.6 times",
     RANDOM_WALK,
     OFFSETS,
     FACTOR,
 )
-# Processes that were seen to agree: the single process is then limited by its rounds alone.
+# By what is known of the spread of processes, a single process has three rules.
+ALIKE_, SEEN, UNSEEN = "after, processes alike", "after, 20 cells of five processes seen", "after, none seen"
+# Processes that were seen to agree: a single one is then limited by its rounds alone.
 ALIKE = ProcessSpread((0.0,) * 10_000, 4)
 
 
@@ -65,11 +66,11 @@ def simulated(
     noise, places = 0.03 * rng.standard_normal(shape), _places(rng, processes, rounds, count)
     if distribution.startswith("lognormal"):
         noise *= float(distribution.split("sigma ")[1]) / 0.03
-    elif distribution.startswith("gaussian, 1%"):
+    elif distribution == MIXED:
         scale = np.exp(rng.uniform(math.log(0.01), math.log(0.1), count)) / 0.03
         scale[1] = scale[0]
         noise *= scale
-    elif distribution.startswith("bimodal"):
+    elif distribution == BIMODAL:
         noise += math.log(16e-3 / 9e-6) * (rng.random(shape) < 0.5)
     elif distribution.startswith("one-sided"):
         noise += (rng.random(shape) < 0.1) * rng.exponential(1.0, shape)
@@ -134,9 +135,6 @@ def _generator(*what: object) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(repr(what).encode()))
 
 
-Shares = dict[str, float]
-
-
 def shares(
     distribution: str,
     processes: int,
@@ -145,7 +143,7 @@ def shares(
     *,
     faster: float = 1.0,
     wanted: Sequence[str] = (FASTER, SLOWER),
-) -> Shares:
+) -> dict[str, float]:
     """Return in which share of cells a verdict is given, by rule.
 
     Args:
@@ -159,7 +157,7 @@ def shares(
     rng = _generator(distribution, processes, rounds)
     spreads = {"after": NOTHING_SEEN}
     if processes == 1:
-        spreads = {"alike": ALIKE, "learned": learned(distribution, rounds), "unknown": NOTHING_SEEN}
+        spreads = {ALIKE_: ALIKE, SEEN: learned(distribution, rounds), UNSEEN: NOTHING_SEEN}
     counts = dict.fromkeys(("before", *spreads), 0)
     for _ in range(cells):
         logs = simulated(rng, distribution, processes, rounds)
@@ -174,8 +172,8 @@ def shares(
     return {name: count / cells for name, count in counts.items()}
 
 
-def firsts(distribution: str, processes: int, rounds: int, cells: int, seen: ProcessSpread) -> tuple[float, float]:
-    """Return in which share of cells of equals a winner is named, and a framework."""
+def firsts(distribution: str, processes: int, rounds: int, cells: int) -> dict[str, float]:
+    """Return in which share of cells of equals a winner is named, and one of two frameworks."""
     rng = _generator(distribution, processes, rounds)
     winners = frameworks = 0
     for _ in range(cells):
@@ -183,54 +181,81 @@ def firsts(distribution: str, processes: int, rounds: int, cells: int, seen: Pro
         floor = measured(logs).floor
         ranked = sorted((0, *range(2, len(logs))), key=lambda k: float(trimmed_mean(logs[k] - logs[0]).mean()))
         competitors = {str(k): _rounds(logs[k]) for k in ranked}
-        winners += len(leaders(competitors, floor, seen=seen)) == 1
+        winners += len(leaders(competitors, floor, seen=NOTHING_SEEN)) == 1
         sides: dict[str, dict[str, Rounds]] = {"torch": {}, "jax": {}}
-        for label, rounds_ in competitors.items():
-            sides["torch" if int(label) < 2 + COMPETITORS // 2 else "jax"][label] = rounds_
-        ratio = framework_ratio(sides, floor, confidence=CONFIDENCE, seen=seen)
+        for label, found in competitors.items():
+            sides["torch" if int(label) < 2 + COMPETITORS // 2 else "jax"][label] = found
+        ratio = framework_ratio(sides, floor, confidence=CONFIDENCE, seen=NOTHING_SEEN)
         frameworks += ratio is not None and ratio.verdict in (FASTER, SLOWER)
-    return winners / cells, frameworks / cells
+    return {"a winner": winners / cells, "a framework": frameworks / cells}
 
 
-# Caption, kind of noise to rule to its shares, one for each number of rounds.
-Table = tuple[str, dict[str, dict[str, list[float]]]]
+@dataclass(frozen=True)
+class Table:
+    """Shares of cells.
+
+    Attributes:
+        caption: what happens in them.
+        rounds: for which numbers of rounds, in the order of the shares.
+        rows: noise to rule to its shares.
+    """
+
+    caption: str
+    rounds: tuple[int, ...]
+    rows: dict[str, dict[str, list[float]]]
 
 
-def _table(caption: str, rows: Mapping[str, Mapping[str, object]], processes: int, cells: int) -> Table:
+def _table(
+    caption: str, rows: Mapping[str, Callable[[int], dict[str, float]]], rounds: tuple[int, ...] = ROUNDS
+) -> Table:
     found: dict[str, dict[str, list[float]]] = {}
-    for name, options in rows.items():
-        noise = str(options.get("distribution", name))
-        rest = {key: value for key, value in options.items() if key != "distribution"}
-        for rounds in ROUNDS:
-            for rule, share in shares(noise, processes, rounds, cells, **rest).items():  # pyright: ignore
+    for name, simulate in rows.items():
+        for count in rounds:
+            for rule, share in simulate(count).items():
                 found.setdefault(name, {}).setdefault(rule, []).append(share)
-    return caption, found
+    return Table(caption, rounds, found)
 
 
 def tables(cells: int) -> Iterator[Table]:
     """Simulate all, a table at a time."""
-    powers = {
-        "truly 3% faster, gaussian, 3%": {"distribution": GAUSSIAN, "faster": 1.03, "wanted": (FASTER,)},
-        "truly 10 times as fast, lognormal, sigma 1": {
-            "distribution": "lognormal, sigma 1",
-            "faster": 10.0,
-            "wanted": (FASTER,),
-        },
-    }
-    equal = {name: {} for name in DISTRIBUTIONS}
-    different = {name: {"faster": 1.05, "wanted": (SAME,)} for name in DISTRIBUTIONS if name != FACTOR}
     for processes, who in ((1, "one process"), (5, "five processes")):
-        yield _table(f"An equal competitor is called FASTER or SLOWER, {who}", equal, processes, cells)
-        yield _table(f"A faster competitor is called FASTER, {who}", powers, processes, cells)
-        yield _table(f"A competitor that is 5% faster is called SAME, {who}", different, processes, cells)
+        yield _table(
+            f"Of equal competitors any is called FASTER or SLOWER, {who}",
+            {name: partial(shares, name, processes, cells=cells) for name in DISTRIBUTIONS},
+        )
+        yield _table(
+            f"A faster competitor is called FASTER, {who}",
+            {
+                "truly 3% faster, gaussian, 3%": partial(
+                    shares, GAUSSIAN, processes, cells=cells, faster=1.03, wanted=(FASTER,)
+                ),
+                "truly 10 times as fast, lognormal, sigma 1": partial(
+                    shares, LOGNORMAL, processes, cells=cells, faster=10.0, wanted=(FASTER,)
+                ),
+            },
+        )
+        yield _table(
+            f"A competitor that is 5% faster is called SAME, {who}",
+            {
+                name: partial(shares, name, processes, cells=cells, faster=1.05, wanted=(SAME,))
+                for name in (GAUSSIAN, "lognormal, sigma 0.3", BIMODAL, RANDOM_WALK, OFFSETS)
+            },
+            (10, 40),
+        )
+        yield _table(
+            f"Of equal competitors one is called the winner, or one of two frameworks faster, {who}",
+            {name: partial(firsts, name, processes, cells=cells) for name in (GAUSSIAN, LOGNORMAL, OFFSETS)},
+            (10,),
+        )
 
 
 def markdown(table: Table) -> str:
-    """Return a table as Markdown: percent of the cells, at 5, 10, 20 and 40 rounds."""
-    caption, rows = table
-    rules = list(next(iter(rows.values())))
-    lines = [f"{caption}:", "", "| noise | " + " | ".join(rules) + " |", "|---|" + "---|" * len(rules)]
-    for name, found in rows.items():
+    """Return a table as Markdown, in percent of the cells."""
+    rules = list(next(iter(table.rows.values())))
+    at = " / ".join(map(str, table.rounds))
+    lines = [f"{table.caption}; in percent of the cells, at {at} rounds:", ""]
+    lines += ["| noise | " + " | ".join(rules) + " |", "|---|" + "---|" * len(rules)]
+    for name, found in table.rows.items():
         cells = (" / ".join(f"{100 * share:.1f}" for share in found[rule]) for rule in rules)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
