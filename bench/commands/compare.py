@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.archive import Archive
+from bench.archive import Archive, Damage
 from bench.commands.conditions import selection
-from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain
+from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, tell_damage
 from bench.environments import StoreError, device_name
 from bench.report.export import interval_json
 from bench.report.output import OutputError, columns_of, flat, write_csv, write_json
@@ -161,15 +161,18 @@ def compare_command(
     across_devices: bool = False,
 ) -> int:
     """Runs ``bench compare``; its exit status is 1 if anything became slower beyond the noise or lost its answer."""
+    damage = Damage()
     try:
         check_writable("--json", json_file)
         check_writable("--csv", csv_file)
-        first = Archive([a], selection("--where-a", conditions[0]))
-        second = Archive([b], selection("--where-b", conditions[1]))
+        first = Archive([a], selection("--where-a", conditions[0]), damage)
+        second = Archive([b], selection("--where-b", conditions[1]), damage)
         cells = measured_cells(first, str(a)), measured_cells(second, str(b))
         if not across_devices:
             _check_devices(_devices(first, cells[0]), _devices(second, cells[1]), (a, b))
         found = compare(*cells)
+        if not found.changes and damage.sentences:
+            raise damage.error()
         if not found.changes:
             raise UsageError(f"{a} and {b}: no competitor was timed in both under the same conditions; compare others.")
         if json_file is not None:
@@ -179,6 +182,7 @@ def compare_command(
             rows = [flat(_change(change)) for change in found.changes] + [flat(_overall(one)) for one in found.overall]
             write_csv(csv_file, columns_of(rows), rows)
     except (UsageError, StoreError, OutputError) as error:
+        tell_damage(damage.sentences, FAILED)
         return complain(error)
     _show(Console(highlight=False, markup=False, soft_wrap=True), found)
-    return FAILED if found.regressions or found.overall_regressions else OK
+    return tell_damage(damage.sentences, FAILED if found.regressions or found.overall_regressions else OK)

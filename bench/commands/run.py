@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
+from bench.archive import Damage
 from bench.commands.usage import (
     FAILED,
     INTERRUPTED,
@@ -22,6 +23,7 @@ from bench.commands.usage import (
     check_interpreters,
     check_writable,
     complain,
+    tell_damage,
 )
 from bench.engines import ENGINES, EngineError
 from bench.environments import StoreError, check_environments, read_environments
@@ -223,7 +225,8 @@ def run_command(options: Options) -> int:
 def _show(options: Options, notes: SweepNotes) -> Mapping[str, int]:
     """Prints the rankings and writes the report, both from the records alone; returns the outcomes."""
     console = wide_console()
-    results = read_results([options.out])
+    damage = Damage()
+    results = read_results([options.out], damage=damage)
     for environment_id in results.places():
         for line in environment_lines(environment_id, results.environments[environment_id]):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -241,4 +244,8 @@ def _show(options: Options, notes: SweepNotes) -> Mapping[str, int]:
     console.print(
         f"Records: {options.out / 'records.jsonl'}; report: {options.out / 'report.md'}", markup=False, soft_wrap=True
     )
+    if damage.sentences:
+        last = damage.error()
+        tell_damage(damage.sentences, FAILED)
+        raise last
     return results.outcomes

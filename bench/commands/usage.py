@@ -2,11 +2,13 @@
 
 import shutil
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 OK, FAILED, USAGE = 0, 1, 2
 INTERRUPTED = 130
+# Sentences about one damaged file; whoever mends these finds the next.
+_MOST_SENTENCES = 20
 
 
 class UsageError(ValueError):
@@ -17,6 +19,23 @@ def complain(error: object) -> int:
     """Prints the sentence and returns the exit status for wrong usage."""
     print(f"bench: {error}", file=sys.stderr)
     return USAGE
+
+
+def tell_damage(sentences: Sequence[str], status: int) -> int:
+    """Print what could not be read of records, and return the exit status.
+
+    Args:
+        sentences: one for each part that was left out.
+        status: that the command would have without them.
+
+    Returns:
+        The status of wrong usage if anything was left out: whatever was shown is not all that the files hold.
+    """
+    for sentence in sentences[:_MOST_SENTENCES]:
+        complain(sentence)
+    if len(sentences) > _MOST_SENTENCES:
+        complain(f"{len(sentences) - _MOST_SENTENCES} further damaged lines were left out; see `bench validate`.")
+    return USAGE if sentences else status
 
 
 def check_choices(argument: str, values: Iterable[str], choices: Collection[str]) -> None:

@@ -1,11 +1,13 @@
-"""``bench validate``."""
+"""`bench validate` and `bench compress`: what records go through before they are published."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain
 from bench.environments import StoreError
+from bench.record_files import compress, records_file
 from bench.report.output import OutputError, write_csv, write_json
+from bench.store import sole_writer
 from bench.study.validation import Count, violations
 
 
@@ -36,3 +38,16 @@ def validate_command(
     )
     print(f"{count.records} records in {count.cells} cells: {said}.")
     return FAILED if problems else OK
+
+
+def compress_command(directories: Sequence[Path]) -> int:
+    """Run `bench compress`: what was compressed before a mistake stays so."""
+    try:
+        for directory in directories:
+            before = records_file(directory).stat().st_size
+            with sole_writer(directory):
+                packed = compress(directory)
+            print(f"{packed}: {before / 1e6:.1f} MB became {packed.stat().st_size / 1e6:.1f} MB.")
+    except StoreError as error:
+        return complain(error)
+    return OK

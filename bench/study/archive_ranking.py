@@ -8,7 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
-from bench.archive import Archive, CellPlaces, read_cells
+from bench.archive import Archive, CellPlaces, Damage, read_cells
+from bench.environments import StoreError
 from bench.records import Record
 from bench.study.ranking import Ranking, rank_cells, tally
 
@@ -22,16 +23,19 @@ _MOST_PROCESSES = 4
 Ranked = tuple[list[Ranking], Counter[str]]
 
 
-def _ranked(keep: Callable[[Record], bool], cells: Sequence[CellPlaces]) -> Ranked:
+def _ranked(
+    keep: Callable[[Record], bool], damage: Damage | None, cells: Sequence[CellPlaces]
+) -> tuple[Ranked, Damage | None]:
+    """Rank some cells; the damage comes back, since what another process adds to it is not seen here."""
     outcomes: Counter[str] = Counter()
 
     def counted() -> Iterator[list[Record]]:
-        for group in read_cells(cells):
+        for group in read_cells(cells, damage):
             if keep(group[0]):
                 outcomes.update(tally(group))
                 yield group
 
-    return rank_cells(counted()), outcomes
+    return (rank_cells(counted()), outcomes), damage
 
 
 def ranked_archive(archive: Archive) -> Iterator[Ranked]:
@@ -44,9 +48,20 @@ def ranked_archive(archive: Archive) -> Iterator[Ranked]:
         Some rankings at a time, with the number of their records by outcome.
 
     Raises:
-        StoreError: if a line is damaged.
+        StoreError: if a line is damaged, and the archive is not told to leave damage out.
     """
-    cells, rank = archive.places(), partial(_ranked, archive.keep)
+    cells, damage = archive.places(), archive.damage
+    for ranked, found in _in_parts(cells, partial(_ranked, archive.keep, None if damage is None else Damage())):
+        if damage is not None and found is not None:
+            for sentence in found.sentences:
+                damage.add(StoreError(sentence))
+        yield ranked
+
+
+_Rank = Callable[[Sequence[CellPlaces]], tuple[Ranked, Damage | None]]
+
+
+def _in_parts(cells: Sequence[CellPlaces], rank: _Rank) -> Iterator[tuple[Ranked, Damage | None]]:
     processes = min(os.cpu_count() or 1, _MOST_PROCESSES)
     if len(cells) < _MANY_CELLS or processes < 2:
         yield rank(cells)

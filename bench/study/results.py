@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.archive import Archive, keep_every_cell
+from bench.archive import Archive, Damage, keep_every_cell
 from bench.records import Record
 from bench.study.archive_ranking import ranked_archive
 from bench.study.ranking import Ranking, rankings, tally
@@ -39,17 +39,22 @@ def results_of(records: Sequence[Record], environments: Mapping[str, Mapping[str
     return Results(tuple(rankings(records)), tally(records), environments)
 
 
-def read_results(directories: Sequence[Path], keep: Callable[[Record], bool] = keep_every_cell) -> Results:
-    """The results of runs, read cell by cell.
+def read_results(
+    directories: Sequence[Path],
+    keep: Callable[[Record], bool] = keep_every_cell,
+    damage: Damage | None = None,
+) -> Results:
+    """Read the results of runs, cell by cell.
 
     Args:
         directories: of runs.
         keep: whether a cell is wanted, by any of its records.
+        damage: is told of what cannot be read, which is then left out; without it, the first such thing is an error.
 
     Raises:
-        StoreError: if a directory holds no record, or anything in it is damaged.
+        StoreError: if a directory holds no record, or no line or environment can be read.
     """
-    archive = Archive(directories, keep)
+    archive = Archive(directories, keep, damage)
     outcomes: Counter[str] = Counter()
     found: list[Ranking] = []
     for ranked, counted in ranked_archive(archive):

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from bench.archive import Archive, records_file
-from bench.environments import StoreError, check_environments, read_environments
+from bench.archive import Archive
+from bench.environments import StoreError, read_environments, unusable
 from bench.plan.cells import DEVICES, DIVISIONS, STORAGE_DTYPES
 from bench.plan.competitors import FRAMEWORKS
-from bench.record_lines import parse_line
+from bench.record_files import records_file, scan
 from bench.records import Record, RecordError
 from bench.study.ranking import rank_cells
 from bench.study.short_blocks import short_blocks
@@ -124,37 +124,34 @@ def violations(directory: Path, count: Count) -> Iterator[str]:
     cells: dict[tuple[str, str, int], list[Record]] = defaultdict(list)
     used: set[str] = set()
     found = False
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    if not line.endswith(b"\n"):
-                        raise RecordError("the line has no end")
-                    record = parse_line(line)
-                except RecordError as error:
-                    found = True
-                    yield f"{path}, line {number}: {error}"
-                    continue
-                count.records += 1
-                if record.key in keys:
-                    found = True
-                    yield f"{path}, line {number}: key: {record.key} is that of line {keys[record.key]} too"
-                keys[record.key] = number
-                used.add(record.environment_id)
-                yield from (f"{path}, line {number}: {wrong}" for wrong in record_violations(record))
-                count.remarks += [f"{path}, line {number}: {account.sentence}" for account in short_blocks([record])]
-                place = (record.environment_id, record.cell, record.process_replicate)
-                cells[place].append(record.without_samples())
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read ({error.strerror}); check the file.") from error
+    for line in scan(path, torn=True):
+        try:
+            if not line.data.endswith(b"\n"):
+                raise RecordError("the line has no end")
+            record = line.parsed()
+        except RecordError as error:
+            found = True
+            yield f"{line.where}: {error}"
+            continue
+        count.records += 1
+        if record.key in keys:
+            found = True
+            yield f"{line.where}: key: {record.key} is that of line {keys[record.key]} too"
+        keys[record.key] = line.position.number
+        used.add(record.environment_id)
+        yield from (f"{line.where}: {wrong}" for wrong in record_violations(record))
+        count.remarks += [f"{line.where}: {account.sentence}" for account in short_blocks([record])]
+        place = (record.environment_id, record.cell, record.process_replicate)
+        cells[place].append(record.without_samples())
     if not keys:
         yield f"{path}: holds no record"
     count.cells += len(cells)
     for records in cells.values():
         yield from (f"{path}: {wrong}" for wrong in _cell_violations(records))
     try:
-        check_environments(used, read_environments(directory), str(directory))
-        if not found and keys:
+        wrong = unusable(used, read_environments(directory), str(directory))
+        yield from wrong.values()
+        if not found and not wrong and keys:
             # The last proof: a report can be made of them.
             rank_cells(Archive([directory]).cells())
     except StoreError as error:
