@@ -40,7 +40,7 @@ _SEEN_KINDS: set[tuple[type, ...]] = set()
 _SMALLEST = 1 / LARGEST
 # Objects, and lists of objects; none of them has more levels than this.
 _NESTED = tuple(name for name, kinds in _KINDS_OF.items() if kinds in ((dict,), (list,)) and name not in SAMPLES)
-_LEVELS = 3
+_LEVELS = 4
 
 
 def parse_line(line: bytes | str) -> Record:

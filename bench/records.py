@@ -16,6 +16,10 @@ SCHEMA_VERSION = 1
 # Raised when a change makes earlier measurements incomparable; part of every key.
 HARNESS_VERSION = "3"
 STATUSES: tuple[str, ...] = ("ok", "mismatch", "unsupported", "oom", "timeout", "crash")
+# Why a cell's rounds ended; empty where there were none.
+STOPS: tuple[str, ...] = ("", "resolved", "precise", "rounds", "time")
+# What the reason of a competitor begins with that a cap of the preset kept out.
+SKIPPED = "skipped: "
 
 
 class RecordError(ValueError):
@@ -94,6 +98,9 @@ class Record:
         stopped: why no more rounds were run: ``resolved``, ``precise``, ``rounds`` or ``time``; empty if none ran.
         conditions: per round, what the device reported: clocks, power, temperature, throttling; empty without a report.
         block_s: what a block was sized to last at least; None in records that do not say it.
+        finished_at: of the cell, as ``started_at``; None in records that do not say it.
+        prepared_call_s: the shortest of the first calls, before any block, each waited for; None if none came to its
+            end, and in earlier records.
     """
 
     schema_version: int
@@ -157,6 +164,8 @@ class Record:
     stopped: str = ""
     conditions: tuple[Mapping[str, Any], ...] = ()
     block_s: float | None = None
+    finished_at: str | None = None
+    prepared_call_s: float | None = None
 
     def __post_init__(self) -> None:
         """Refuses a record that contradicts itself."""

@@ -37,6 +37,10 @@ def validate_command(
         for what, found in (("violation", problems), ("remark", count.remarks))
     )
     print(f"{count.records} records in {count.cells} cells: {said}.")
+    print(
+        "What records cannot show: a factor that all clocks of a cell share, and the number of calls in a block where "
+        f"nothing else timed its calls ({count.unchecked} of {count.speeds} speeds here). Only another run can tell."
+    )
     return FAILED if problems else OK
 
 

@@ -1,9 +1,10 @@
 """A whole run: every cell of a preset, in every division and process replicate, into a store."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Protocol
 
@@ -145,7 +146,7 @@ def _run_cell(
     key = cell_hash(cell, competitors, request.preset, seed=request.seed, environment_id=place_id)
     if store.holds(key, replicate):
         return
-    started_at = datetime.now(UTC)
+    started_at, begun = datetime.now(UTC), time.monotonic()
     # Another seed in each replicate: the order and the inputs are part of what varies between processes.
     seed = request.seed + replicate
     uuid = next(
@@ -173,6 +174,8 @@ def _run_cell(
             seed=seed,
             environment_id=place_id,
             started_at=started_at,
+            # Not read anew: somebody may set the machine's calendar clock meanwhile.
+            finished_at=started_at + timedelta(seconds=time.monotonic() - begun),
             device_name=_device_name(pool),
         )
     )
