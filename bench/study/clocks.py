@@ -1,12 +1,13 @@
 """Whether the clocks of a cell agree: what a record says of its calls against everything else that timed them.
 
 A call is timed in blocks, alone before the first round and again after the last, in other processes, and by the device.
-Whoever changes one of these figures leaves the others behind. Two figures of one call differ with the moment, by up to
-some three times on a shared machine; a misplaced decimal point makes it ten.
+A change of one of these figures leaves the others behind. Two figures of one call differ with the moment, by up to
+three times on a shared machine; a misplaced decimal point makes it ten. Where the blocks of a cell differ as much among
+themselves, the machine was too busy for such a comparison, and only what does not depend on the moment is compared.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -40,6 +41,8 @@ class Timing:
         record: without its samples.
         waited_s: least and most seconds of the single calls that were waited for after the rounds, or None.
         parts_s: seconds of all that was timed for it.
+        shortest_s: its shortest block, warm-up included; None without blocks.
+        scatter: its longest timed block over its shortest; None without blocks.
         bits: field to the last bits of its durations: the exponent of the last one that is set in any of them, and how
             many behind it could have been set, in all of them.
     """
@@ -48,6 +51,8 @@ class Timing:
     record: Record
     waited_s: tuple[float, float] | None
     parts_s: float
+    shortest_s: float | None
+    scatter: float | None
     bits: Mapping[str, tuple[int, int]]
 
 
@@ -61,12 +66,14 @@ def timing(where: str, record: Record) -> Timing:
     durations = {name: values for name in SAMPLES if (values := getattr(record, name))}
     # The control's other figures are copies of the baseline's.
     durations |= {name: (value,) for name in _READ if (value := getattr(record, name)) and not record.control}
-    waited = record.synchronised_latency_s
+    waited, blocks = record.synchronised_latency_s, record.block_latency_s
     return Timing(
         where=where,
         record=record.without_samples(),
         waited_s=(min(waited), max(waited)) if waited else None,
         parts_s=sum(map(sum, durations.values())),
+        shortest_s=min((*blocks, *record.warm_up_block_latency_s)) if blocks else None,
+        scatter=max(blocks) / min(blocks) if blocks else None,
         bits={name: _last_bits(values) for name, values in durations.items()},
     )
 
@@ -103,14 +110,38 @@ def disagreements(timings: Sequence[Timing], *, read: bool = False) -> Iterator[
     for found in timings:
         processes[found.record.process_replicate].append(found)
         competitors[found.record.label, found.record.control].append(found)
+    quiet = _quiet(timings)
     for group in processes.values():
         yield from _elapsed(group)
-        yield from _control(group)
+        yield from _control(group, quiet=quiet)
         yield from _changed_bits(group, read=read)
+        yield from _sizes(group) if quiet else ()
     for (label, control), group in competitors.items():
         # The control runs its baseline's call, which alone is timed otherwise.
         others = competitors.get((label, False), group) if control else group
-        yield from _calls([found for found in group if found.record.status == "ok"], others)
+        yield from _calls([found for found in group if found.record.status == "ok"], others) if quiet else ()
+
+
+def _quiet(timings: Iterable[Timing]) -> bool:
+    """Tell whether the blocks of the usual competitor lie within a misplaced decimal point, in each process."""
+    scatters: dict[int, list[float]] = defaultdict(list)
+    for found in timings:
+        if found.scatter is not None:
+            scatters[found.record.process_replicate].append(found.scatter)
+    return all(median(group) <= DECIMAL_POINT for group in scatters.values())
+
+
+def _sizes(group: Sequence[Timing]) -> Iterator[str]:
+    """A single call that fills a block is never joined by a second one, and a block is sized for twice its length."""
+    for found in group:
+        calls, intended = found.record.calls_per_block, found.record.block_s
+        if intended is None or found.shortest_s is None or calls is None or calls == 1:
+            continue
+        if found.shortest_s > 2 * DECIMAL_POINT * intended:
+            yield (
+                f"{found.where}: calls_per_block: blocks of {calls} calls last at least {found.shortest_s:.3g} s, and "
+                f"fewer calls would have filled the {intended:.3g} s that a block is sized for"
+            )
 
 
 def _elapsed(group: Sequence[Timing]) -> Iterator[str]:
@@ -138,7 +169,7 @@ def is_timestamp(text: str) -> bool:
     return offset is not None and not offset
 
 
-def _control(group: Sequence[Timing]) -> Iterator[str]:
+def _control(group: Sequence[Timing], *, quiet: bool) -> Iterator[str]:
     """The control is the baseline's call in blocks of the same size."""
     timed = [found for found in group if found.record.status == "ok" and found.record.baseline]
     baseline = next((found.record for found in timed if not found.record.control), None)
@@ -151,7 +182,7 @@ def _control(group: Sequence[Timing]) -> Iterator[str]:
                 f"{found.where}: calls_per_block: the control has {control.calls_per_block}, and its baseline, whose "
                 f"call it runs, {baseline.calls_per_block}"
             )
-        elif _apart(control.latency_s, baseline.latency_s):
+        elif quiet and _apart(control.latency_s, baseline.latency_s):
             yield (
                 f"{found.where}: latency_s: the control takes {control.latency_s:.3g} s, and its baseline, whose call "
                 f"it runs, {baseline.latency_s:.3g} s"
@@ -229,12 +260,13 @@ def _single_calls(timings: Iterable[Timing]) -> tuple[list[float], list[float], 
 
 
 def unchecked(timings: Sequence[Timing]) -> int:
-    """Count the records with a speed of one cell whose calls nothing timed but their own blocks."""
+    """Count the records with a speed of one cell whose calls nothing timed but their own blocks, or too busy a moment.
+
+    The baseline and its control have the same calls in a block, and so know each other's.
+    """
+    ok = [found.record for found in timings if found.record.status == "ok" and not found.record.baseline]
+    if not _quiet(timings):
+        return len(ok)
     known = {found.record.label for found in timings if found.waited_s is not None}
-    ok = [found.record for found in timings if found.record.status == "ok"]
-    several = {
-        label
-        for label in {record.label for record in ok}
-        if len({record.process_replicate for record in ok if record.label == label}) > 1
-    }
-    return sum(not record.baseline and record.label not in known | several for record in ok)
+    processes = Counter(record.label for record in ok)
+    return sum(record.label not in known and processes[record.label] == 1 for record in ok)

@@ -17,7 +17,7 @@ from bench.plan.presets import STEPPED_OPTIMIZERS
 from bench.plan.workloads import LAYOUTS, Workload
 from bench.record_files import records_file, scan
 from bench.records import SKIPPED, STOPS, Record, RecordError
-from bench.study.clocks import DECIMAL_POINT, Timing, clock_bits, disagreements, is_timestamp, timing, unchecked
+from bench.study.clocks import Timing, clock_bits, disagreements, is_timestamp, timing, unchecked
 from bench.study.ranking import rank_cells
 from bench.study.short_blocks import short_blocks
 
@@ -95,13 +95,6 @@ def record_violations(record: Record) -> Iterator[str]:
     yield from _rates(record)
     if not unknown:
         yield from _measured_rates(record)
-    # A single call that takes this long fills the block: no second one is asked for.
-    shortest, intended = min((*record.block_latency_s, *record.warm_up_block_latency_s)), record.block_s
-    if intended is not None and (record.calls_per_block or 1) > 1 and shortest > 2 * DECIMAL_POINT * intended:
-        yield (
-            f"calls_per_block: blocks of {record.calls_per_block} calls last at least {shortest:.3g} s, and fewer "
-            f"calls would have filled the {intended:.3g} s that a block is sized for"
-        )
 
 
 def _status(record: Record) -> Iterator[str]:
