@@ -197,8 +197,8 @@ class Archive:
             incomplete = {where for (where, _), count in lacking.items() if count} & found.keys()
             for where in incomplete:
                 del found[where]
-            out = f" Cells that lack a record and are left out: {len(incomplete)}." if incomplete else ""
-            self._tell(StoreError(f"{lost}{out}"))
+            out = f" (cells that lack a record, and are left out: {len(incomplete)})." if incomplete else "."
+            self._tell(StoreError(str(lost).removesuffix(".") + out))
         return found
 
     def _known(self, directory: Path, used: set[str]) -> dict[str, dict[str, Any]]:

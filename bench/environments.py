@@ -103,7 +103,7 @@ def _wrong(fingerprint: object) -> str | None:
             if type(value) not in kinds:
                 return f"{place}: expected {kinds[0].__name__}, got {shown(value)}"
     if not plain(fingerprint, _LEVELS):
-        return f"expected at most {_LEVELS} levels, and numbers up to 2^100"
+        return f"expected at most {_LEVELS} levels, and numbers up to 2^100 (integers to 2^63)"
     return None
 
 

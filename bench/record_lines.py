@@ -7,7 +7,7 @@ from sys import intern
 from typing import Any, get_type_hints
 
 from bench.records import FIELD_NAMES, SAMPLES, SCHEMA_VERSION, Record, RecordError, filled
-from bench.strict_json import LARGEST, parse, plain, shown
+from bench.strict_json import LARGEST, moderate, parse, plain, shown
 
 # Fields that came later have a default, so that records of earlier runs can still be read.
 _REQUIRED = {item.name for item in fields(Record) if item.default is MISSING and item.default_factory is MISSING}
@@ -38,6 +38,7 @@ _ROW = itemgetter(*FIELD_NAMES)
 _SEEN_KINDS: set[tuple[type, ...]] = set()
 # The reciprocal of the largest: a ceiling of 1e-320 would make every share of it infinite.
 _SMALLEST = 1 / LARGEST
+_RANGE = "numbers from 2^-100 to 2^100 (integers to 2^63)"
 # Objects, and lists of objects; none of them has more levels than this.
 _NESTED = tuple(name for name, kinds in _KINDS_OF.items() if kinds in ((dict,), (list,)) and name not in SAMPLES)
 _LEVELS = 4
@@ -75,8 +76,8 @@ def parse_line(line: bytes | str) -> Record:
         _SEEN_KINDS.add(kinds)
     for name in _NUMBERS:
         value = merged[name]
-        if value and not _SMALLEST <= value <= LARGEST:
-            raise RecordError(f"{name}: expected 0 or a number from 2^-100 to 2^100, got {shown(value)}")
+        if value and not moderate(value, _SMALLEST):
+            raise RecordError(f"{name}: expected 0 or {_RANGE}, got {shown(value)}")
     if zero := [name for name in _POSITIVE if merged[name] == 0]:
         raise RecordError(f"{zero[0]}: expected more than 0")
     for k in _TEXTS:
@@ -90,14 +91,18 @@ def parse_line(line: bytes | str) -> Record:
         raise RecordError("parity, conditions: expected objects in them")
     for name in _NESTED:
         if not plain(merged[name], _LEVELS):
-            raise RecordError(f"{name}: expected at most {_LEVELS} levels, and numbers up to 2^100")
-    if not all(type(count) is int and count >= 0 for count in merged["kernels"].values()):
+            raise RecordError(f"{name}: expected at most {_LEVELS} levels, and {_RANGE}")
+    if not all(type(count) is int and moderate(count) for count in merged["kernels"].values()):
         raise RecordError("kernels: expected a number of executions for each name")
     return filled(row)
 
 
 def _samples(name: str, values: list[Any]) -> tuple[float, ...]:
-    if values and not (set(map(type, values)) <= {float, int} and min(values) >= _SMALLEST and max(values) <= LARGEST):
-        wrong = next(value for value in values if type(value) not in (float, int) or not _SMALLEST <= value <= LARGEST)
-        raise RecordError(f"{name}: expected numbers from 2^-100 to 2^100, got {shown(wrong)}")
-    return tuple(values)
+    if not values:
+        return ()
+    if set(map(type, values)) <= {float} and min(values) >= _SMALLEST and max(values) <= LARGEST:
+        return tuple(values)
+    for value in values:
+        if type(value) not in (float, int) or not moderate(value, _SMALLEST):
+            raise RecordError(f"{name}: expected a list of {_RANGE}, got {shown(value)} in it")
+    return tuple(map(float, values))

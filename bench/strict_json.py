@@ -9,8 +9,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Far above anything measured or reported, and still exact enough to be divided and drawn.
-LARGEST = 2**100
+# Far above anything measured or reported, and still exact enough to be divided and drawn. Integers end where arrays and
+# the libraries that draw pictures can hold no larger one.
+LARGEST = 2.0**100
+LARGEST_INTEGER = 2**63 - 1
 # Python itself refuses at 4,300, in words that are meant for programmers.
 _MOST_DIGITS = 400
 # Half of a pair, written as an escape: text that no file and no terminal takes.
@@ -60,6 +62,11 @@ def parse(data: bytes) -> Any:
     return value
 
 
+def moderate(value: float, least: float = 0.0) -> bool:
+    """Tell whether a number can be calculated with; one such as 1e999 is valid JSON and is read as infinite."""
+    return least <= value <= (LARGEST_INTEGER if isinstance(value, int) else LARGEST)
+
+
 def plain(value: object, depth: int) -> bool:
     """Tell whether a value can be shown and written again.
 
@@ -68,8 +75,7 @@ def plain(value: object, depth: int) -> bool:
         depth: levels of lists and objects that are allowed; 0 allows only text, numbers, truth values and null.
     """
     if isinstance(value, int | float):
-        # A number such as 1e999 is valid JSON and is read as infinite.
-        return -LARGEST <= value <= LARGEST
+        return moderate(abs(value))
     if isinstance(value, list):
         return depth > 0 and all(plain(item, depth - 1) for item in value)
     if isinstance(value, Mapping):
@@ -84,5 +90,5 @@ def shown(value: object) -> str:
     if isinstance(value, Mapping):
         return f"an object of {len(value)}"
     if isinstance(value, int | float):
-        return str(value)[:80]
+        return str(value)[:40]
     return repr(str(value)[:80])

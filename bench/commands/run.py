@@ -197,7 +197,9 @@ def run_command(options: Options) -> int:
             notes.add(line)
         with sole_writer(options.out):
             store = Store(options.out, resume=options.resume)
-            check_environments(store.environment_ids, read_environments(options.out), str(options.out))
+            environments = read_environments(options.out)
+            # All that there are: with the new one they are written again.
+            check_environments({*store.environment_ids, *environments}, environments, str(options.out))
             if store.set_aside_bytes:
                 notes.add(f"{store.set_aside_bytes} bytes of an unfinished cell were set aside; it is measured again.")
             interrupted = _measure(engine, request, store, notes)
