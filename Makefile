@@ -3,7 +3,8 @@
 # make lint      formatting, lint rules, types
 # make gpu       the whole comparison on an NVIDIA GPU, records under OUT (to publish: OUT=bench/results/<device>); with
 #                frameworks that are installed already: make gpu GPU_PYTHON=python3
-# make publish   draws all that README shows of the published records anew: its results, the pictures, the claims
+# make publish   compresses the records of new runs in bench/results, and draws all that README shows of the published
+#                ones anew: its results, the claims, the pictures
 # Extra arguments for pip: make compare PIP_ARGS="--index-url ..."
 
 SHELL := /bin/bash
@@ -48,33 +49,26 @@ GPU_OPTIONS ?= $(foreach d,stock matched tuned,--division $(d)) $(foreach p,ieee
 # Sets of fresh processes: one is for a first look; the same command and OUT with more (five) goes on where it ended.
 GPU_REPLICATES ?= 1
 
-# Where the published records lie and where their reports, pictures and claims go (the tests draw them elsewhere), and the
-# page. Directories with a block of results on the page, with one of claims, and those with a report and a map alone.
+# Where the published records lie and where their pictures go (the tests draw them elsewhere), and the page. Directories
+# with a block of results on the page, with one of claims, with a map, and with a chart.
 RESULTS ?= bench/results
 DRAWN ?= $(RESULTS)
 PAGE ?= README.md
 SHOWN ?= h200 cpu-epyc-2core cpu-xeon-2core
 SHOWN_CLAIMS ?= h200
-REPORTED ?= cpu-epyc-2core-catalogue cpu-xeon-amx-2core
-# A picture of every cell would be too long to read: three settings of the article, both directions; of a GPU, where a
-# cell has more competitors, the first setting alone.
-CHARTED ?= workload=article-ba* division=matched precision=ieee_fp32 direction=f*
-CHARTED_h200 ?= workload=article-base division=matched precision=ieee_fp32 direction=f*
+MAPPED ?= cpu-epyc-2core cpu-xeon-2core
+CHARTED ?= h200
+# A picture of every cell would be too long to read: the article's first setting, both directions.
+CHART_OPTIONS ?= $(foreach c,workload=article-base division=matched precision=ieee_fp32 direction=f*,--where '$(c)')
+BENCH = $(VENV)/bin/python -m bench
+NEW = $(patsubst %/records.jsonl,%,$(wildcard $(RESULTS)/*/records.jsonl))
 
-# $(call report,DIRECTORY,OPTIONS) and $(call show,DIRECTORY): what is drawn of a directory. Whatever README and all
-# that it links to shows of records comes from here.
-define report
-	@mkdir -p $(DRAWN)/$(1)
-	$(VENV)/bin/python -m bench report $(RESULTS)/$(1) $(2) \
-		--framework-map $(DRAWN)/$(1)/frameworks.svg --markdown $(DRAWN)/$(1)/report.md
-
-endef
+# $(call show,DIRECTORY): what README shows of it.
 define show
-$(call report,$(1),--readme $(PAGE))
-	$(VENV)/bin/python -m bench report $(RESULTS)/$(1) --chart $(DRAWN)/$(1)/throughput.svg \
-		$(foreach c,$(or $(CHARTED_$(1)),$(CHARTED)),--where '$(c)')
-	$(VENV)/bin/python -m bench claims $(RESULTS)/$(1) $(if $(filter $(1),$(SHOWN_CLAIMS)),--readme $(PAGE)) \
-		--json $(DRAWN)/$(1)/claims.json --markdown $(DRAWN)/$(1)/claims.md
+	@mkdir -p $(DRAWN)/$(1)
+	$(BENCH) report $(RESULTS)/$(1) --readme $(PAGE) $(if $(filter $(1),$(MAPPED)),--framework-map $(DRAWN)/$(1)/frameworks.svg)
+	$(if $(filter $(1),$(CHARTED)),$(BENCH) report $(RESULTS)/$(1) --chart $(DRAWN)/$(1)/throughput.svg $(CHART_OPTIONS))
+	$(if $(filter $(1),$(SHOWN_CLAIMS)),$(BENCH) claims $(RESULTS)/$(1) --readme $(PAGE))
 
 endef
 
@@ -118,8 +112,8 @@ gpu: $(if $(filter $(VENV)/bin/python,$(GPU_PYTHON)),$(VENV)/.installed)
 	PYTHONPATH=. $(GPU_PYTHON) -m bench claims $(OUT) --json $(OUT)/claims.json --markdown $(OUT)/claims.md
 
 publish:
+	$(if $(NEW),$(BENCH) compress $(NEW))
 	$(foreach directory,$(SHOWN),$(call show,$(directory)))
-	$(foreach directory,$(REPORTED),$(call report,$(directory)))
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and was not found (set PYTHON)"; exit 1; }

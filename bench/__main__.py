@@ -1,4 +1,4 @@
-"""Command line: ``python -m bench run | report | claims | compare | recommend | validate | list | doctor``."""
+"""Command line: `python -m bench run | report | claims | compare | recommend | validate | compress | list | doctor`."""
 
 import sys
 from pathlib import Path
@@ -223,6 +223,17 @@ def validate(directories: Directories, json_file: JsonFile = None, csv_file: Csv
     from bench.commands.validate import validate_command
 
     raise typer.Exit(validate_command(directories, json_file=json_file, csv_file=csv_file))
+
+
+@app.command()
+def compress(directories: Directories) -> None:
+    """Replaces the records of finished runs by compressed ones, as they are published; every command reads both.
+
+    Exit status: 0 if all were compressed; 2 for wrong usage.
+    """
+    from bench.commands.validate import compress_command
+
+    raise typer.Exit(compress_command(directories))
 
 
 @app.command(name="list")

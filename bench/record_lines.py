@@ -1,6 +1,5 @@
 """Reads one line of ``records.jsonl``, field by field: a file may have been edited by hand."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from operator import itemgetter
@@ -8,6 +7,7 @@ from sys import intern
 from typing import Any, get_type_hints
 
 from bench.records import FIELD_NAMES, SAMPLES, SCHEMA_VERSION, Record, RecordError, filled
+from bench.strict_json import LARGEST, moderate, parse, plain, shown
 
 # Fields that came later have a default, so that records of earlier runs can still be read.
 _REQUIRED = {item.name for item in fields(Record) if item.default is MISSING and item.default_factory is MISSING}
@@ -36,15 +36,12 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 _ROW = itemgetter(*FIELD_NAMES)
 _SEEN_KINDS: set[tuple[type, ...]] = set()
-# Far above anything measured, and still exact enough to be divided and drawn.
-_LARGEST = 2**100
-
-
-def _constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_constant)
+# The reciprocal of the largest: a ceiling of 1e-320 would make every share of it infinite.
+_SMALLEST = 1 / LARGEST
+_RANGE = "numbers from 2^-100 to 2^100 (integers to 2^63)"
+# Objects, and lists of objects; none of them has more levels than this.
+_NESTED = tuple(name for name, kinds in _KINDS_OF.items() if kinds in ((dict,), (list,)) and name not in SAMPLES)
+_LEVELS = 4
 
 
 def parse_line(line: bytes | str) -> Record:
@@ -56,13 +53,14 @@ def parse_line(line: bytes | str) -> Record:
         RecordError: if the line is torn, of another schema version, lacks a field or contradicts itself.
     """
     try:
-        values = _DECODER.decode(line if isinstance(line, str) else line.decode())
-    except (ValueError, RecursionError) as error:
+        values = parse(line if isinstance(line, bytes) else line.encode())
+    except ValueError as error:
         raise RecordError(f"not JSON: {error}") from error
     if not isinstance(values, dict):
         raise RecordError("not a JSON object")
-    if values.get("schema_version") != SCHEMA_VERSION:
-        raise RecordError(f"schema_version: expected {SCHEMA_VERSION}, got {values.get('schema_version')!r:.40}")
+    version = values.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise RecordError(f"schema_version: expected {SCHEMA_VERSION}, got {shown(version)}")
     missing = sorted(_REQUIRED - values.keys())
     if missing:
         raise RecordError(f"missing fields: {', '.join(missing)}")
@@ -74,14 +72,14 @@ def parse_line(line: bytes | str) -> Record:
         for (name, allowed), value in zip(_KINDS_OF.items(), row, strict=True):
             if type(value) not in allowed:
                 names = " or ".join(kind.__name__ for kind in allowed)
-                raise RecordError(f"{name}: expected {names}, got {str(value)[:80]!r}")
+                raise RecordError(f"{name}: expected {names}, got {shown(value)}")
         _SEEN_KINDS.add(kinds)
     for name in _NUMBERS:
         value = merged[name]
-        if value is not None and not 0 <= value <= _LARGEST:
-            raise RecordError(f"{name}: expected a number that is not negative, got {str(value)[:80]}")
-    if any(merged[name] == 0 for name in _POSITIVE):
-        raise RecordError(f"{', '.join(_POSITIVE)}: expected more than 0")
+        if value and not moderate(value, _SMALLEST):
+            raise RecordError(f"{name}: expected 0 or {_RANGE}, got {shown(value)}")
+    if zero := [name for name in _POSITIVE if merged[name] == 0]:
+        raise RecordError(f"{zero[0]}: expected more than 0")
     for k in _TEXTS:
         # The same few names again and again.
         row[k] = intern(row[k])
@@ -91,12 +89,20 @@ def parse_line(line: bytes | str) -> Record:
         raise RecordError(f"block_latency_s: expected two blocks a round, got {len(merged['block_latency_s'])} blocks")
     if not all(isinstance(value, dict) for value in (*merged["parity"].values(), *merged["conditions"])):
         raise RecordError("parity, conditions: expected objects in them")
-    if not all(type(count) is int and count >= 0 for count in merged["kernels"].values()):
+    for name in _NESTED:
+        if not plain(merged[name], _LEVELS):
+            raise RecordError(f"{name}: expected at most {_LEVELS} levels, and {_RANGE}")
+    if not all(type(count) is int and moderate(count) for count in merged["kernels"].values()):
         raise RecordError("kernels: expected a number of executions for each name")
     return filled(row)
 
 
 def _samples(name: str, values: list[Any]) -> tuple[float, ...]:
-    if values and not (set(map(type, values)) <= {float, int} and min(values) > 0 and max(values) <= _LARGEST):
-        raise RecordError(f"{name}: expected a list of positive numbers, got {str(values)[:80]}")
-    return tuple(values)
+    if not values:
+        return ()
+    if set(map(type, values)) <= {float} and min(values) >= _SMALLEST and max(values) <= LARGEST:
+        return tuple(values)
+    for value in values:
+        if type(value) not in (float, int) or not moderate(value, _SMALLEST):
+            raise RecordError(f"{name}: expected a list of {_RANGE}, got {shown(value)} in it")
+    return tuple(map(float, values))

@@ -16,6 +16,10 @@ SCHEMA_VERSION = 1
 # Raised when a change makes earlier measurements incomparable; part of every key.
 HARNESS_VERSION = "3"
 STATUSES: tuple[str, ...] = ("ok", "mismatch", "unsupported", "oom", "timeout", "crash")
+# Why a cell's rounds ended; empty where there were none.
+STOPS: tuple[str, ...] = ("", "resolved", "precise", "rounds", "time")
+# What the reason of a competitor begins with that a cap of the preset kept out.
+SKIPPED = "skipped: "
 
 
 class RecordError(ValueError):
@@ -97,6 +101,9 @@ class Record:
         disturbance: what others took of the machine during the rounds, and what that did to the workers, by
             `bench.measure.disturbance`; empty where the system does not say, and in earlier records.
         disturbance_windows: the same for every half second or so, in order; in the record of the baseline alone.
+        finished_at: of the cell, as ``started_at``; None in records that do not say it.
+        prepared_call_s: the shortest of the first calls, before any block, each waited for; None if none came to its
+            end, and in earlier records.
     """
 
     schema_version: int
@@ -162,6 +169,8 @@ class Record:
     block_s: float | None = None
     disturbance: Mapping[str, Any] = field(default_factory=dict)
     disturbance_windows: tuple[Mapping[str, Any], ...] = ()
+    finished_at: str | None = None
+    prepared_call_s: float | None = None
 
     def __post_init__(self) -> None:
         """Refuses a record that contradicts itself."""

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.archive import RECORDS, place_of, read_records, scan
+from bench.archive import place_of, read_records
 from bench.environments import ENVIRONMENTS, StoreError, read_environments
+from bench.record_files import COMPRESSED, RECORDS, scan
 from bench.records import Record
 from parity_tests.harness.files import OutputError, write_text
 
@@ -83,6 +84,9 @@ class Store:
             if path.exists() and not path.is_file():
                 # To open a pipe would wait for whoever reads it.
                 raise StoreError(f"{path}: expected a regular file, got none; remove it or choose another --out.")
+            if (directory / COMPRESSED).exists():
+                unpack = f"unpack them first (`xz -d {directory / COMPRESSED}`), or " if resume else ""
+                raise StoreError(f"{directory}: holds compressed records; {unpack}choose another --out.")
             existing = path.stat().st_size if path.exists() else 0
             if existing and not resume:
                 raise StoreError(f"{directory}: already holds records; add --resume or choose another --out.")
@@ -115,12 +119,12 @@ class Store:
             if cell != last:
                 self._keys.update(keys)
                 self.environment_ids |= {place} if keys else set()
-                last, start, keys = cell, line.start, []
+                last, start, keys = cell, line.position.start, []
             if record.key in self._keys or record.key in keys:
                 raise StoreError(f"{path}: two lines share the key {record.key}; repair or remove the file.")
             sizes[cell] += 1
             keys.append(record.key)
-            expected, end, place = record.cell_size, line.start + len(line.data), record.environment_id
+            expected, end, place = record.cell_size, line.position.start + len(line.data), record.environment_id
         if last is not None and sizes[last] < expected:
             sizes.pop(last)
             end = start

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from bench.archive import Archive
-from bench.commands.usage import OK, UsageError, check_writable, complain, cut_short
+from bench.archive import Archive, Damage
+from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, cut_short, tell_damage
 from bench.environments import StoreError
 from bench.report.claims import MEASURED, claim_rows, claims_block, claims_json, measured, overview
 from bench.report.claims import markdown as whole_account
@@ -50,17 +50,21 @@ def claims_command(
     readme: Path | None = None,
 ) -> int:
     """Runs ``bench claims``; whatever the verdicts are, its exit status is 0."""
+    damage = Damage()
     try:
         check_writable("--json", json_file)
         check_writable("--csv", csv_file)
         check_writable("--markdown", markdown)
         with interruptible(polled=True) as interruption:
-            archive = Archive([directory])
+            archive = Archive([directory], damage=damage)
             results = claim_results(interruption.until_asked(archive.cells()), seen_spreads(archive))
             interruption.settle()
             stopped = "interrupted: some cells were left, so that no claim is judged" if interruption.asked else ""
             if stopped:
                 results = [replace(result, verdict="interrupted", why=f"{stopped.capitalize()}.") for result in results]
+            if damage.sentences and readme is not None:
+                # A page shows all of a run or is left as it is.
+                raise damage.error()
             if json_file is not None:
                 write_json(json_file, claims_json(results, archive.environments) | {"stopped": stopped})
             if csv_file is not None and not stopped:
@@ -73,6 +77,7 @@ def claims_command(
             if readme is not None and not stopped:
                 update_page(readme, claims_block(results), CLAIMS, directory.resolve().name)
     except (UsageError, StoreError, OutputError, PageError) as error:
+        tell_damage(damage.sentences, FAILED)
         return complain(error)
     _show(results)
-    return cut_short(stopped, OK)
+    return cut_short(stopped, tell_damage(damage.sentences, OK))

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.archive import Archive
+from bench.archive import Archive, Damage
 from bench.commands.conditions import selection
-from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, cut_short
+from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, cut_short, tell_damage
 from bench.environments import StoreError, device_name
 from bench.report.export import interval_json
 from bench.report.output import OutputError, columns_of, flat, write_csv, write_json
@@ -164,11 +164,12 @@ def compare_command(
     across_devices: bool = False,
 ) -> int:
     """Runs ``bench compare``; its exit status is 1 if anything became slower beyond the noise or lost its answer."""
+    damage = Damage()
     try:
         check_writable("--json", json_file)
         check_writable("--csv", csv_file)
-        first = Archive([a], selection("--where-a", conditions[0]))
-        second = Archive([b], selection("--where-b", conditions[1]))
+        first = Archive([a], selection("--where-a", conditions[0]), damage)
+        second = Archive([b], selection("--where-b", conditions[1]), damage)
         with interruptible(polled=True) as interruption:
             seen = seen_spreads(first, second)
             cells = tuple(measured_cells(*run, seen, interruption) for run in ((first, str(a)), (second, str(b))))
@@ -180,6 +181,8 @@ def compare_command(
             if stopped:
                 # Nobody knows what the other run has.
                 found = replace(found, only_a=(), only_b=())
+            elif not found.changes and damage.sentences:
+                raise damage.error()
             elif not found.changes:
                 raise UsageError(
                     f"{a} and {b}: no competitor was timed in both under the same conditions; compare others."
@@ -192,6 +195,8 @@ def compare_command(
                 rows += [flat(_overall(one)) for one in found.overall]
                 write_csv(csv_file, columns_of(rows), rows)
     except (UsageError, StoreError, OutputError) as error:
+        tell_damage(damage.sentences, FAILED)
         return complain(error)
     _show(PlainConsole(soft_wrap=True), found)
-    return cut_short(stopped, FAILED if found.regressions or found.overall_regressions else OK)
+    status = FAILED if found.regressions or found.overall_regressions else OK
+    return cut_short(stopped, tell_damage(damage.sentences, status))

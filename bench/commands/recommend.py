@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.archive import Archive
-from bench.commands.usage import FAILED, OK, UsageError, check_choices, check_writable, complain
+from bench.archive import Archive, Damage
+from bench.commands.usage import FAILED, OK, UsageError, check_choices, check_writable, complain, tell_damage
 from bench.environments import StoreError
 from bench.plan.cells import DEVICES, DIRECTIONS, PRECISIONS, STORAGE_DTYPES
 from bench.plan.competitors import FRAMEWORKS
@@ -110,6 +110,7 @@ def recommend_command(
     csv_file: Path | None = None,
 ) -> int:
     """Runs ``bench recommend``; its exit status is 1 if the nearest measurement is too far away to say anything."""
+    damage = Damage()
     try:
         check_choices("--dtype", [shape.dtype], tuple(dict.fromkeys(STORAGE_DTYPES.values())))
         check_choices("--direction", [shape.direction], DIRECTIONS)
@@ -123,11 +124,13 @@ def recommend_command(
         check_choices("--framework", [shape.framework] if shape.framework else [], FRAMEWORKS)
         check_writable("--json", json_file)
         check_writable("--csv", csv_file)
-        archive = Archive(directories)
+        archive = Archive(directories, damage=damage)
         devices = sorted({str(fingerprint["device"]) for fingerprint in archive.environments.values()})
         if shape.device is None and len(devices) > 1:
             raise UsageError(f"--device: expected one, since {' and '.join(devices)} were measured; choose one.")
         found = nearest(shape, archive.cells(), seen_spreads(archive))
+        if not found and damage.sentences:
+            raise damage.error()
         if not found:
             raise UsageError(
                 f"nothing was measured undisturbed with dtype {shape.dtype}, "
@@ -142,6 +145,7 @@ def recommend_command(
             rows = _rows(found)
             write_csv(csv_file, columns_of(rows), rows)
     except (UsageError, StoreError, OutputError) as error:
+        tell_damage(damage.sentences, FAILED)
         return complain(error)
     _show(shape, found, answered=answered)
-    return OK if answered else FAILED
+    return tell_damage(damage.sentences, OK if answered else FAILED)

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from bench.archive import Archive
+from bench.archive import Archive, Damage
 from bench.commands.conditions import selection
-from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, cut_short, tell
+from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, cut_short, tell, tell_damage
 from bench.environments import StoreError
 from bench.records import Record
 from bench.report.chart import ChartError, save_chart
@@ -52,7 +52,13 @@ class Outputs:
         return [path for item in fields(self) if (path := getattr(self, item.name)) is not None]
 
 
-def _write(results: Results, directories: Sequence[Path], keep: Callable[[Record], bool], outputs: Outputs) -> None:
+def _write(
+    results: Results,
+    directories: Sequence[Path],
+    keep: Callable[[Record], bool],
+    outputs: Outputs,
+    damage: Damage,
+) -> None:
     if outputs.chart is not None:
         save_chart(results, outputs.chart)
     if outputs.winner_map is not None:
@@ -70,7 +76,7 @@ def _write(results: Results, directories: Sequence[Path], keep: Callable[[Record
     if outputs.frameworks_csv is not None:
         write_frameworks(outputs.frameworks_csv, results)
     if outputs.pytest_benchmark is not None:
-        write_pytest_benchmark(outputs.pytest_benchmark, Archive(directories, keep))
+        write_pytest_benchmark(outputs.pytest_benchmark, Archive(directories, keep, damage))
 
 
 def report_command(
@@ -82,15 +88,18 @@ def report_command(
     efficiency: bool = False,
 ) -> int:
     """Runs ``bench report`` and returns its exit status."""
-    readme = outputs.readme
+    readme, damage = outputs.readme, Damage()
     try:
         if check and readme is None:
             raise UsageError("--check: needs --readme; name the README to check.")
         outputs.check()
         keep = selection("--where", conditions)
         with interruptible(polled=True) as interruption:
-            results = read_results(directories, keep, interruption)
+            results = read_results(directories, keep, interruption, damage)
             interruption.settle()
+            if damage.sentences and (readme is not None or not results.found):
+                # A page shows all of a run or is left as it is.
+                raise damage.error()
             if results.stopped:
                 # What cannot say that it is cut short stays as it was.
                 outputs = Outputs(markdown=outputs.markdown, json_file=outputs.json_file)
@@ -103,8 +112,9 @@ def report_command(
                     tell(f"the results in {readme} are stale; run this without --check.")
                 if check:
                     return OK if fresh else FAILED
-            _write(results, directories, keep, outputs)
+            _write(results, directories, keep, outputs, damage)
     except (UsageError, StoreError, ChartError, OutputError, PageError) as error:
+        tell_damage(damage.sentences, FAILED)
         return complain(error)
     console = wide_console()
     show_rankings(console, results.found, efficiency=efficiency)
@@ -112,4 +122,4 @@ def report_command(
     console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}")
     if written := outputs.written():
         console.print(f"Written: {', '.join(map(str, written))}.", soft_wrap=True)
-    return cut_short(results.stopped, OK)
+    return cut_short(results.stopped, tell_damage(damage.sentences, OK))

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
+from bench.archive import Damage
 from bench.commands.usage import (
     FAILED,
     INTERRUPTED,
@@ -20,6 +21,7 @@ from bench.commands.usage import (
     check_writable,
     complain,
     tell,
+    tell_damage,
 )
 from bench.engines import ENGINES, EngineError
 from bench.environments import StoreError, check_environments, read_environments
@@ -177,7 +179,7 @@ def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes, 
 def run_command(options: Options) -> int:
     """Runs ``bench run`` and returns its exit status."""
     notes = SweepNotes()
-    results, failed = None, None
+    results, failed, damage = None, None, Damage()
     # Until the files are there: a second Ctrl-C, in impatience, must not cost them.
     with interruptible() as interruption:
         try:
@@ -186,7 +188,9 @@ def run_command(options: Options) -> int:
                 notes.add(line)
             with sole_writer(options.out):
                 store = Store(options.out, resume=options.resume)
-                check_environments(store.environment_ids, read_environments(options.out), str(options.out))
+                environments = read_environments(options.out)
+                # All that there are: with the new one they are written again.
+                check_environments({*store.environment_ids, *environments}, environments, str(options.out))
                 if store.set_aside_bytes:
                     notes.add(
                         f"{store.set_aside_bytes} bytes of an unfinished cell were set aside; it is measured again."
@@ -206,7 +210,7 @@ def run_command(options: Options) -> int:
         stopped = f"interrupted; what was measured is in {options.out}; add --resume to continue" if interrupted else ""
         if store.environment_ids:
             try:
-                results = replace(read_results([options.out]), stopped=stopped)
+                results = replace(read_results([options.out], damage=damage), stopped=stopped)
                 _write(options, notes, results)
             except (StoreError, OutputError) as error:
                 # The records are safe by now; only what is derived from them is missing.
@@ -215,10 +219,11 @@ def run_command(options: Options) -> int:
         _show(options, notes, results)
     if failed is not None:
         complain(failed)
+    damaged = tell_damage(damage.sentences, OK) != OK
     if interrupted:
         tell(f"{stopped}.")
         return INTERRUPTED
-    if failed is not None:
+    if failed is not None or damaged:
         return USAGE
     outcomes: Mapping[str, int] = {} if results is None else results.outcomes
     return FAILED if not outcomes.get("ok") or outcomes.get("mismatch") or outcomes.get("crash") else OK

@@ -1,7 +1,7 @@
 """Wrong usage: one sentence on stderr and exit status 2, never a traceback."""
 
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from parity_tests.harness.console import PlainConsole
@@ -9,10 +9,12 @@ from parity_tests.harness.files import OutputError, check_output
 from parity_tests.harness.interruption import INTERRUPTED
 
 __all__ = ["FAILED", "INTERRUPTED", "OK", "USAGE", "UsageError", "check_choices", "check_interpreters"]
-__all__ += ["check_writable", "complain", "cut_short", "tell"]
+__all__ += ["check_writable", "complain", "cut_short", "tell", "tell_damage"]
 
 OK, FAILED, USAGE = 0, 1, 2
 _ERRORS = PlainConsole(stderr=True, soft_wrap=True)
+# Sentences about one damaged file; whoever mends these finds the next.
+_MOST_SENTENCES = 20
 
 
 class UsageError(ValueError):
@@ -40,6 +42,23 @@ def complain(error: object) -> int:
     """Prints the sentence and returns the exit status for wrong usage."""
     tell(error)
     return USAGE
+
+
+def tell_damage(sentences: Sequence[str], status: int) -> int:
+    """Print what could not be read of records, and return the exit status.
+
+    Args:
+        sentences: one for each part that was left out.
+        status: that the command would have without them.
+
+    Returns:
+        The status of wrong usage if anything was left out: whatever was shown is not all that the files hold.
+    """
+    for sentence in sentences[:_MOST_SENTENCES]:
+        complain(sentence)
+    if len(sentences) > _MOST_SENTENCES:
+        complain(f"{len(sentences) - _MOST_SENTENCES} further damaged lines were left out; see `bench validate`.")
+    return USAGE if sentences else status
 
 
 def check_choices(argument: str, values: Iterable[str], choices: Collection[str]) -> None:

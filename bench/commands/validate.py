@@ -1,11 +1,13 @@
-"""``bench validate``."""
+"""`bench validate` and `bench compress`: what records go through before they are published."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, cut_short
 from bench.environments import StoreError
+from bench.record_files import compress, records_file
 from bench.report.output import OutputError, write_csv, write_json
+from bench.store import sole_writer
 from bench.study.validation import Count, violations
 from parity_tests.harness.console import PlainConsole
 from parity_tests.harness.interruption import interruptible
@@ -47,4 +49,23 @@ def validate_command(
         for what, found in (("violation", problems), ("remark", count.remarks))
     )
     console.out(f"{count.records} records in {count.cells} cells: {said}.")
+    console.out(
+        "What records cannot show: a factor that all clocks of a cell share, and the number of calls in a block where "
+        f"nothing else timed its calls ({count.unchecked} of {count.speeds} speeds here). Only another run can tell."
+    )
     return cut_short(stopped, FAILED if problems else OK)
+
+
+def compress_command(directories: Sequence[Path]) -> int:
+    """Run `bench compress`: what was compressed before a mistake stays so."""
+    try:
+        for directory in directories:
+            before = records_file(directory).stat().st_size
+            with sole_writer(directory):
+                packed = compress(directory)
+            PlainConsole(soft_wrap=True).print(
+                f"{packed}: {before / 1e6:.1f} MB became {packed.stat().st_size / 1e6:.1f} MB."
+            )
+    except StoreError as error:
+        return complain(error)
+    return OK

@@ -1,11 +1,11 @@
 """Which cells a resumed run on a cluster need not hand out again, before any worker has said what it is."""
 
-from bench.archive import RECORDS, scan
 from bench.measure.recording import cell_hash
 from bench.measure.request import Request
 from bench.plan.cells import Cell
 from bench.plan.competitors import Competitor
 from bench.plan.selection import plan_cells
+from bench.record_files import RECORDS, scan
 from bench.records import Record
 from bench.store import Store
 

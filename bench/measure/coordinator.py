@@ -88,7 +88,8 @@ class CellRun:
         except RequestError as error:
             for same in self._entries:
                 # The control runs its baseline's call, and cannot outlive it.
-                if same is entry or (same.control and entry.baseline):
+                # A control whose own answer was wrong stays a mismatch.
+                if same is entry or (same.control and entry.baseline and same.going):
                     same.fail(error.status, error.reason)
         if not self._workers.alive(framework):
             self._recover(framework)

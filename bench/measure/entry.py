@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.plan.competitors import EAGER, YARDSTICK, Competitor
+from bench.records import SKIPPED
 
 _BASELINES = (("torch", "matmul", EAGER), ("torch", "matmul", None), ("jax", "matmul", None))
 
@@ -53,7 +54,7 @@ class Entry:
 
     def skip(self, reason: str) -> None:
         """Ends the competitor because a cap of the preset keeps it out."""
-        self.fail("unsupported", f"skipped: {reason}", skipped=True)
+        self.fail("unsupported", SKIPPED + reason, skipped=True)
 
     @property
     def going(self) -> bool:
@@ -79,7 +80,7 @@ def add_control(entries: list[Entry]) -> None:
         return
     baseline.baseline = True
     control = Entry(baseline.competitor, baseline.handle, control=True, baseline=True)
-    for name in ("calls_per_block", "compile_s", "judgement", "peak_memory_bytes", "memory_method"):
+    for name in ("calls_per_block", "call_s", "compile_s", "judgement", "peak_memory_bytes", "memory_method"):
         setattr(control, name, getattr(baseline, name))
     entries.append(control)
 

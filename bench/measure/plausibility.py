@@ -8,11 +8,7 @@ from bench.measure.entry import Entry
 from bench.measure.processors import cpu_flops_limit
 from bench.plan.cells import Cell
 from bench.plan.costs import compulsory_bytes, useful_product_flops
-from bench.plan.hardware import peak_rates
-
-# How far over the rate of a large product no product can be, where no data sheet tells: a large one reaches most of
-# the peak, unless the device was disturbed just then.
-_OVER_THE_CEILING = 4.0
+from bench.plan.hardware import OVER_THE_CEILING, peak_rates
 
 
 def take_probe(entry: Entry, found: dict[str, Any]) -> None:
@@ -50,7 +46,7 @@ def flops_limit(
     if limit is None and cell.device == "cpu":
         return cpu_flops_limit(cell.precision)
     if limit is None and "ceiling_flops_per_s" in ceilings:
-        return _OVER_THE_CEILING * ceilings["ceiling_flops_per_s"]
+        return OVER_THE_CEILING * ceilings["ceiling_flops_per_s"]
     return limit
 
 

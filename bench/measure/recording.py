@@ -84,8 +84,13 @@ def _record(entry: Entry, shared: dict[str, Any], outcome: CellOutcome, cell: Ce
         program_flops=entry.probe.get("program_flops"),
         disturbance=outcome.disturbance,
         disturbance_windows=tuple(outcome.disturbance_windows) if entry.baseline and not entry.control else (),
+        prepared_call_s=entry.call_s or None,
         synchronised_latency_s=tuple(entry.probe.get("synchronised_latency_s", ())),
     )
+
+
+def _timestamp(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds")
 
 
 def records_of(
@@ -97,6 +102,7 @@ def records_of(
     seed: int,
     environment_id: str,
     started_at: datetime,
+    finished_at: datetime | None = None,
     device_name: str = "",
 ) -> list[Record]:
     """Builds the records of a cell, one for each competitor and one for the control."""
@@ -127,7 +133,8 @@ def records_of(
         "ceiling_bytes_per_s": outcome.ceilings.get("ceiling_bytes_per_s"),
         "stopped": outcome.stopped,
         "block_s": BLOCK_S[cell.device],
-        "started_at": started_at.astimezone(UTC).isoformat(timespec="seconds"),
+        "started_at": _timestamp(started_at),
+        "finished_at": None if finished_at is None else _timestamp(finished_at),
         "environment_id": environment_id,
     }
     return [_record(entry, shared, outcome, cell, device_name) for entry in outcome.entries]

@@ -1,9 +1,10 @@
 """A whole run: every cell of a preset, in every division and process replicate, into a store."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Protocol
 
@@ -154,7 +155,7 @@ def _run_cell(
     if store.holds(key, replicate):
         return
     gate.pass_when_quiet(pool.pids, report)
-    started_at = datetime.now(UTC)
+    started_at, begun = datetime.now(UTC), time.monotonic()
     # Another seed in each replicate: the order and the inputs are part of what varies between processes.
     seed = request.seed + replicate
     uuid = next(
@@ -183,6 +184,8 @@ def _run_cell(
             seed=seed,
             environment_id=place_id,
             started_at=started_at,
+            # Not read anew: somebody may set the machine's calendar clock meanwhile.
+            finished_at=started_at + timedelta(seconds=time.monotonic() - begun),
             device_name=_device_name(pool),
         )
     )

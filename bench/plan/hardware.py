@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+# How far over the measured rate of a large product no product can be, where no data sheet tells: a large one reaches
+# most of the peak, unless the device was disturbed just then.
+OVER_THE_CEILING = 4.0
+
 
 @dataclass(frozen=True)
 class DataSheet:

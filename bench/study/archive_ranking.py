@@ -10,7 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
-from bench.archive import Archive, CellPlaces, read_cells
+from bench.archive import Archive, CellPlaces, Damage, read_cells
+from bench.environments import StoreError
 from bench.records import Record
 from bench.study.process_spread import ProcessSpread, seen_spreads
 from bench.study.ranking import Ranking, rank_cells, tally
@@ -35,20 +36,22 @@ def _never() -> bool:
 def _ranked(
     keep: Callable[[Record], bool],
     seen: Mapping[str, ProcessSpread],
+    damage: Damage | None,
     cells: Sequence[CellPlaces],
     stop: Callable[[], bool] = _never,
-) -> Ranked:
+) -> tuple[Ranked, Damage | None]:
+    """Rank some cells; the damage comes back, since what another process adds to it is not seen here."""
     outcomes: Counter[str] = Counter()
 
     def counted() -> Iterator[list[Record]]:
-        for group in read_cells(cells):
+        for group in read_cells(cells, damage):
             if stop():
                 return
             if keep(group[0]):
                 outcomes.update(tally(group))
                 yield group
 
-    return rank_cells(counted(), seen), outcomes
+    return (rank_cells(counted(), seen), outcomes), damage
 
 
 class _Watch:
@@ -101,9 +104,23 @@ def ranked_archive(archive: Archive, stop: Callable[[], bool] = _never) -> Itera
         Some rankings at a time, with the number of their records by outcome.
 
     Raises:
-        StoreError: if a line is damaged.
+        StoreError: if a line is damaged, and the archive is not told to leave damage out.
     """
-    cells, rank = archive.places(), partial(_ranked, archive.keep, seen_spreads(archive))
+    cells, damage = archive.places(), archive.damage
+    rank = partial(_ranked, archive.keep, seen_spreads(archive), None if damage is None else Damage())
+    for ranked, found in _in_parts(cells, rank, stop):
+        if damage is not None and found is not None:
+            for sentence in found.sentences:
+                damage.add(StoreError(sentence))
+        yield ranked
+
+
+_Ranker = Callable[..., tuple[Ranked, Damage | None]]
+
+
+def _in_parts(
+    cells: Sequence[CellPlaces], rank: _Ranker, stop: Callable[[], bool]
+) -> Iterator[tuple[Ranked, Damage | None]]:
     processes = min(os.cpu_count() or 1, _MOST_PROCESSES)
     if len(cells) < _MANY_CELLS or processes < 2:
         yield rank(cells, stop)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from bench.archive import Archive, read_cells
+from bench.archive import Archive, Damage, read_cells
 from bench.environments import device_name
 from bench.plan.competitors import YARDSTICK
 from bench.records import Record
@@ -127,4 +127,5 @@ def seen_spreads(*archives: Archive) -> dict[str, ProcessSpread]:
     if len(several) == len(cells):
         return {}
     machines = {key: device_name(found) for archive in archives for key, found in archive.environments.items()}
-    return spreads_by_machine(read_cells(several), machines)
+    # What is damaged is told where the cells are ranked.
+    return spreads_by_machine(read_cells(several, Damage()), machines)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.archive import Archive, keep_every_cell
+from bench.archive import Archive, Damage, keep_every_cell
 from bench.environments import device_name
 from bench.records import Record
 from bench.study.archive_ranking import ranked_archive
@@ -48,18 +48,20 @@ def read_results(
     directories: Sequence[Path],
     keep: Callable[[Record], bool] = keep_every_cell,
     interruption: Interruption | None = None,
+    damage: Damage | None = None,
 ) -> Results:
-    """The results of runs, read cell by cell.
+    """Read the results of runs, cell by cell.
 
     Args:
         directories: of runs.
         keep: whether a cell is wanted, by any of its records.
         interruption: by which the user may end it; what was read until then is kept.
+        damage: is told of what cannot be read, which is then left out; without it, the first such thing is an error.
 
     Raises:
-        StoreError: if a directory holds no record, or anything in it is damaged.
+        StoreError: if a directory holds no record, or no line or environment can be read.
     """
-    archive = Archive(directories, keep)
+    archive = Archive(directories, keep, damage)
     outcomes: Counter[str] = Counter()
     found: list[Ranking] = []
 

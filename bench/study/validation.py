@@ -2,17 +2,22 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from bench.archive import Archive, records_file
-from bench.environments import StoreError, check_environments, read_environments
-from bench.plan.cells import DEVICES, DIVISIONS, STORAGE_DTYPES
-from bench.plan.competitors import FRAMEWORKS
-from bench.record_lines import parse_line
-from bench.records import Record, RecordError
+from bench.archive import Archive
+from bench.environments import StoreError, read_environments, unusable
+from bench.plan.cells import CACHES, DEVICES, DIRECTIONS, DIVISIONS, RESULTS, STORAGE_DTYPES, Cell
+from bench.plan.competitors import EAGER, FRAMEWORKS, IMPLEMENTATION, MODES, STOCK, YARDSTICK, offered_modes
+from bench.plan.costs import compulsory_bytes, useful_product_flops
+from bench.plan.hardware import OVER_THE_CEILING
+from bench.plan.presets import STEPPED_OPTIMIZERS
+from bench.plan.workloads import LAYOUTS, Workload
+from bench.record_files import records_file, scan
+from bench.records import SKIPPED, STOPS, Record, RecordError
+from bench.study.clocks import Timing, clock_bits, disagreements, is_timestamp, timing, unchecked
 from bench.study.ranking import rank_cells
 from bench.study.short_blocks import short_blocks
 
@@ -20,6 +25,23 @@ from bench.study.short_blocks import short_blocks
 _STRICTNESS: tuple[str, ...] = ("fp64", "ieee_fp32", "tf32", "fp16", "bf16", "lower")
 # A rate is a quotient of two measurements; a data sheet is rounded.
 _RATE_SLACK = 1.01
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "framework": FRAMEWORKS,
+    "device": DEVICES,
+    "division": DIVISIONS,
+    "precision": tuple(STORAGE_DTYPES),
+    "direction": DIRECTIONS,
+    "kind": (IMPLEMENTATION, STOCK, YARDSTICK),
+    "mode": MODES,
+    "layout": LAYOUTS,
+    "cache": CACHES,
+    "stopped": STOPS,
+}
+
+
+# The same in every record of a cell and process.
+_SHARED: tuple[str, ...] = ("workload", "batch", "num_partitions", "in_features", "out_features", "direction")
+_SHARED += ("precision", "layout", "device", "optimizer", "started_at", "finished_at", "stopped")
 
 
 @dataclass
@@ -29,20 +51,30 @@ class Count:
     Attributes:
         records: lines that could be read.
         cells: cells of one process replicate each.
+        speeds: records with a speed.
+        unchecked: those of them whose calls nothing timed but their own blocks.
         remarks: one sentence each, with its place.
     """
 
     records: int = 0
     cells: int = 0
+    speeds: int = 0
+    unchecked: int = 0
     remarks: list[str] = field(default_factory=list)
 
 
 def record_violations(record: Record) -> Iterator[str]:
-    """What contradicts itself in one record, beyond what reading it refuses."""
-    allowed = {"framework": FRAMEWORKS, "device": DEVICES, "division": DIVISIONS, "precision": tuple(STORAGE_DTYPES)}
-    for name, choices in allowed.items():
-        if getattr(record, name) not in choices:
-            yield f"{name}: expected one of {', '.join(choices)}, got {getattr(record, name)!r}"
+    """Find what contradicts itself in one record, beyond what reading it refuses."""
+    unknown = [name for name, choices in _CHOICES.items() if getattr(record, name) not in choices]
+    for name in unknown:
+        choices = ", ".join(choice or "nothing" for choice in _CHOICES[name])
+        yield f"{name}: expected one of {choices}, got {getattr(record, name)!r:.80}"
+    for name in ("started_at", "finished_at"):
+        moment = getattr(record, name)
+        if moment is not None and not is_timestamp(moment):
+            yield f"{name}: expected a moment in UTC as in ISO 8601, got {moment!r:.80}"
+    yield from _status(record)
+    yield from _names(record)
     if record.dtype != STORAGE_DTYPES.get(record.precision):
         yield f"dtype: {record.dtype} does not store the precision {record.precision}"
     if record.status != "ok":
@@ -61,6 +93,59 @@ def record_violations(record: Record) -> Iterator[str]:
         yield "inputs_digest: expected the hash of the inputs, got none"
     yield from _precision(record)
     yield from _rates(record)
+    if not unknown:
+        yield from _measured_rates(record)
+
+
+def _status(record: Record) -> Iterator[str]:
+    """Compare the status with the fields that belong to another one."""
+    if record.status == "ok" and record.reason:
+        yield f"reason: expected none of a record that is ok, got {record.reason!r:.80}"
+    if record.skipped != (record.status == "unsupported" and record.reason.startswith(SKIPPED)):
+        yield f"skipped: {record.skipped} contradicts the status {record.status} with the reason {record.reason!r:.80}"
+    wrong = [name for name, judged in record.parity.items() if judged.get("status") != "ok"]
+    if wrong and record.status not in ("ok", "mismatch"):
+        yield f"status: {record.status} although {wrong[0]!r:.80} was judged as a mismatch"
+    if record.parity and record.direction in RESULTS:
+        expected = RESULTS[record.direction]
+        # A workload may do without a bias.
+        if not set(record.parity) <= set(expected) or not set(expected) - set(record.parity) <= {"dbias", "bias"}:
+            yield f"parity: expected {', '.join(expected)} of the direction {record.direction}, got other tensors"
+
+
+def _names(record: Record) -> Iterator[str]:
+    """Compare the competitor's name, kind, mode and framework with each other."""
+    if record.implementation.startswith("stock:") != (record.kind == STOCK):
+        yield f"kind: {record.kind!r:.80} contradicts the implementation {record.implementation!r:.80}"
+    if record.framework in FRAMEWORKS and record.mode in MODES:
+        modes = (offered_modes(division, record.device, (record.framework,)) for division in DIVISIONS)
+        if not any(record.mode in offered for offered in modes):
+            yield f"mode: {record.framework} has no {record.mode} on {record.device!r:.80}"
+    if record.mode == EAGER and (record.compile_s is not None or record.compile_warm_s is not None):
+        yield "compile_s: expected none in eager mode"
+    stepping = STEPPED_OPTIMIZERS if record.direction == "train_step" else (None,)
+    if record.optimizer not in stepping:
+        expected = " or ".join(map(str, stepping))
+        yield f"optimizer: expected {expected} in the direction {record.direction!r:.80}, got {record.optimizer!r:.80}"
+
+
+def _measured_rates(record: Record) -> Iterator[str]:
+    """Compare the rates of the function, by its sizes, with what a large product and a large copy reached."""
+    sizes = (record.batch, record.num_partitions, record.in_features, record.out_features)
+    workload = Workload(record.workload, *sizes, source="", layout=record.layout)
+    conditions = (record.direction, record.precision, record.division, record.device, record.cache, record.optimizer)
+    cell = Cell(workload, *conditions)
+    rates = [("operations", useful_product_flops(cell), "ceiling_flops_per_s")]
+    # A warm cache may deliver bytes faster than the memory can.
+    if record.cache == "cold":
+        rates.append(("bytes", compulsory_bytes(cell), "ceiling_bytes_per_s"))
+    for what, amount, name in rates:
+        ceiling, rate = getattr(record, name), amount / (record.latency_s or math.inf)
+        if ceiling and rate > OVER_THE_CEILING * ceiling:
+            yield (
+                f"latency_s: {rate:.3g} {what} a second are over {OVER_THE_CEILING:g} times what was measured in the "
+                f"same cell, {name} = {ceiling:.3g}"
+            )
 
 
 def _precision(record: Record) -> Iterator[str]:
@@ -93,7 +178,7 @@ def _cell_violations(records: list[Record]) -> Iterator[str]:
     name = f"cell {first.cell}, process {first.process_replicate}"
     if len(records) != first.cell_size:
         yield f"{name}: expected {first.cell_size} records, got {len(records)}"
-    for shared in ("workload", "batch", "num_partitions", "in_features", "out_features", "direction", "precision"):
+    for shared in _SHARED:
         if len({getattr(record, shared) for record in records}) > 1:
             yield f"{name}: {shared}: expected the same in every record, got several"
     if len({record.inputs_digest for record in records if record.status == "ok"}) > 1:
@@ -122,39 +207,43 @@ def violations(directory: Path, count: Count) -> Iterator[str]:
     path = records_file(directory)
     keys: dict[str, int] = {}
     cells: dict[tuple[str, str, int], list[Record]] = defaultdict(list)
+    timings: dict[tuple[str, str], list[Timing]] = defaultdict(list)
     used: set[str] = set()
     found = False
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    if not line.endswith(b"\n"):
-                        raise RecordError("the line has no end")
-                    record = parse_line(line)
-                except RecordError as error:
-                    found = True
-                    yield f"{path}, line {number}: {error}"
-                    continue
-                count.records += 1
-                if record.key in keys:
-                    found = True
-                    yield f"{path}, line {number}: key: {record.key} is that of line {keys[record.key]} too"
-                keys[record.key] = number
-                used.add(record.environment_id)
-                yield from (f"{path}, line {number}: {wrong}" for wrong in record_violations(record))
-                count.remarks += [f"{path}, line {number}: {account.sentence}" for account in short_blocks([record])]
-                place = (record.environment_id, record.cell, record.process_replicate)
-                cells[place].append(record.without_samples())
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read ({error.strerror}); check the file.") from error
+    for line in scan(path, torn=True):
+        try:
+            if not line.data.endswith(b"\n"):
+                raise RecordError("the line has no end")
+            record = line.parsed()
+        except RecordError as error:
+            found = True
+            yield f"{line.where}: {error}"
+            continue
+        count.records += 1
+        if record.key in keys:
+            found = True
+            yield f"{line.where}: key: {record.key} is that of line {keys[record.key]} too"
+        keys[record.key] = line.position.number
+        used.add(record.environment_id)
+        yield from (f"{line.where}: {wrong}" for wrong in record_violations(record))
+        count.remarks += [f"{line.where}: {account.sentence}" for account in short_blocks([record])]
+        place = (record.environment_id, record.cell, record.process_replicate)
+        timings[place[:2]].append(timing(line.where, record))
+        cells[place].append(timings[place[:2]][-1].record)
     if not keys:
         yield f"{path}: holds no record"
     count.cells += len(cells)
     for records in cells.values():
         yield from (f"{path}: {wrong}" for wrong in _cell_violations(records))
+    read = any(clock_bits(group) is not None for group in timings.values())
+    for group in timings.values():
+        yield from disagreements(group, read=read)
+        count.speeds += sum(timed.record.status == "ok" for timed in group)
+        count.unchecked += unchecked(group)
     try:
-        check_environments(used, read_environments(directory), str(directory))
-        if not found and keys:
+        wrong = unusable(used, read_environments(directory), str(directory))
+        yield from wrong.values()
+        if not found and not wrong and keys:
             # The last proof: a report can be made of them.
             rank_cells(Archive([directory]).cells())
     except StoreError as error:

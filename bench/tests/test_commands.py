@@ -20,6 +20,9 @@ def test_run_writes_records_report_and_json_and_resumes(tmp_path, call):
     records = read_records(out)
     assert len(records) == 2 * (2 * 2 + 1)
     assert len({record.key for record in records}) == len(records)
+    # What tells later whether its samples were changed.
+    assert all(record.finished_at and record.started_at <= record.finished_at for record in records)
+    assert {record.prepared_call_s for record in records} == {0.001}
     assert set(read_environments(out)) == {record.environment_id for record in records}
     assert json.loads((tmp_path / "f.json").read_text())["cells"][0]["rows"][0]["implementation"] == "fast"
     assert "ok (0.25)" in (out / "report.md").read_text()

@@ -3,8 +3,9 @@ from dataclasses import replace
 import pytest
 
 from bench.measure.coordinator import CellRun
-from bench.measure.entry import Entry
+from bench.measure.entry import Entry, add_control
 from bench.measure.pool import WorkerPool
+from bench.measure.protocol import RequestError
 from bench.measure.rounds import rehearse
 from bench.plan.cells import Cell
 from bench.plan.competitors import Competitor
@@ -74,6 +75,24 @@ def test_many_bad_competitors_end_one_by_one(measure):
     outcome, found = measure(*names)
     assert [found["torch", name].status for name in names] == ["crash", "timeout", "crash", "mismatch", "crash"]
     assert all(entry.status == "ok" for entry in outcome.entries if entry.competitor.implementation in GOOD)
+
+
+def test_a_control_whose_own_answer_was_wrong_stays_a_mismatch_when_its_baseline_ends_otherwise():
+    class Silent:
+        def request(self, framework, message, timeout_s):
+            raise RequestError("timeout", "no answer")
+
+        def alive(self, framework):
+            return True
+
+    for wrong, status in ((True, "mismatch"), (False, "timeout")):
+        run = CellRun(CELL, [Competitor("torch", "matmul", "eager")], Silent(), PRESET)
+        add_control(run._entries)
+        baseline, control = run._entries
+        if wrong:
+            control.fail("mismatch", "y is wrong")
+        run._probe(baseline)
+        assert (baseline.status, control.status) == ("timeout", status)
 
 
 def test_energy_is_that_of_a_call_where_the_device_reports_any(fake_starter):

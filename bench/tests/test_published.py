@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from bench.record_files import COMPRESSED
 from bench.store import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
-# Those whose results README shows, and those with a report and a map alone.
+# Those whose results README shows, and those that are published without.
 SHOWN = ("h200", "cpu-epyc-2core", "cpu-xeon-2core")
-REPORTED = ("cpu-epyc-2core-catalogue", "cpu-xeon-amx-2core")
-TEXTS = [(directory, name) for directory in SHOWN for name in ("claims.md", "claims.json", "report.md")]
-TEXTS += [(directory, "report.md") for directory in REPORTED]
-PICTURES = [(directory, name) for directory in SHOWN for name in ("frameworks.svg", "throughput.svg")]
-PICTURES += [(directory, "frameworks.svg") for directory in REPORTED]
+UNSHOWN = ("cpu-epyc-2core-catalogue", "cpu-xeon-amx-2core")
+PICTURES = [("h200", "throughput.svg"), ("cpu-epyc-2core", "frameworks.svg"), ("cpu-xeon-2core", "frameworks.svg")]
+# What all of them may take together, compressed.
+MOST_BYTES = 12_000_000
 # Vega writes the minus sign of typography.
 NUMBER = re.compile(r"[-\u2212]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
@@ -74,13 +74,6 @@ def test_readme_shows_what_is_drawn(drawn):
     assert len(re.findall(r"^\| \d+ \| ", claims, flags=re.M)) == 10
 
 
-@pytest.mark.parametrize(("directory", "name"), TEXTS)
-def test_texts_are_those_of_the_records(drawn, directory, name):
-    fresh = (drawn / directory / name).read_text()
-    assert len(fresh) > 10_000
-    assert_the_same(fresh, (RESULTS / directory / name).read_text())
-
-
 @pytest.mark.parametrize(("directory", "name"), PICTURES)
 def test_pictures_are_those_of_the_records(drawn, directory, name):
     fresh = told((drawn / directory / name).read_text())
@@ -88,11 +81,17 @@ def test_pictures_are_those_of_the_records(drawn, directory, name):
     assert_the_same(fresh, told((RESULTS / directory / name).read_text()))
 
 
-def test_every_directory_is_drawn_and_nothing_drawn_is_left_over(drawn):
-    assert {path.parent.name for path in RESULTS.glob("*/records.jsonl")} == {*SHOWN, *REPORTED}
-    shown = {(path.parent.name, path.name) for kind in ("md", "svg") for path in RESULTS.glob(f"*/*.{kind}")}
-    assert shown == {(directory, name) for directory, name in (*TEXTS, *PICTURES) if not name.endswith(".json")}
-    assert {(path.parent.name, path.name) for path in drawn.glob("*/*")} == {*TEXTS, *PICTURES}
+def test_what_is_drawn_is_what_the_page_shows(drawn):
+    shown = re.findall(r"!\[[^]]*\]\(bench/results/([\w-]+)/([\w.-]+)\)", (ROOT / "README.md").read_text())
+    assert sorted(shown) == sorted(PICTURES)
+    assert sorted((path.parent.name, path.name) for path in drawn.glob("*/*")) == sorted(PICTURES)
+
+
+def test_records_are_published_compressed_and_nothing_else_is_that_they_can_be_made_into():
+    records = [(directory, name) for directory in (*SHOWN, *UNSHOWN) for name in ("environment.json", COMPRESSED)]
+    published = [path for path in RESULTS.glob("*/*") if path.parent.name != "local"]
+    assert sorted((path.parent.name, path.name) for path in published) == sorted([*records, *PICTURES])
+    assert 1_000_000 < sum(path.stat().st_size for path in published) < MOST_BYTES
 
 
 def test_the_table_of_the_base_setting_on_the_h200_is_that_of_the_records():

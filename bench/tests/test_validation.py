@@ -7,6 +7,7 @@ import pytest
 from bench.tests.synthetic import FINGERPRINT, cell_records
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+PUBLISHED = sorted(path.parent for path in RESULTS.glob("*/records.jsonl.xz"))
 
 
 @pytest.fixture
@@ -27,23 +28,27 @@ def run_of(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("directory", sorted(RESULTS.glob("*/records.jsonl")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("directory", PUBLISHED, ids=lambda path: path.name)
 def test_the_published_records_are_valid(directory, call):
-    done = call("validate", directory.parent)
+    done = call("validate", directory)
     assert done.exit_code == 0, done.output
 
 
 def test_there_are_published_records():
-    assert list(RESULTS.glob("*/records.jsonl"))
+    assert len(PUBLISHED) == 5
 
 
 def test_what_a_run_leaves_is_valid(lines, run_of, call, tmp_path):
     done = call("validate", run_of(lines), "--json", tmp_path / "v.json")
     assert done.exit_code == 0, done.output
+    assert "a factor that all clocks of a cell share" in done.stdout.splitlines()[-1]
+    # The baseline and its control know each other's blocks.
+    assert "(2 of 4 speeds here)" in done.stdout.splitlines()[-1]
     found = json.loads((tmp_path / "v.json").read_text())
     assert found == {"records": 4, "cells": 1, "violations": [], "remarks": []}
 
 
+FAILED = {"status": "crash", "reason": "it died", "latency_s": None, "block_latency_s": [], "calls_per_block": None}
 PEAKS = {"peak_flops_per_s": 1e9, "peak_bytes_per_s": 1e9}
 
 
@@ -73,6 +78,37 @@ PEAKS = {"peak_flops_per_s": 1e9, "peak_bytes_per_s": 1e9}
         ({"status": "fine"}, "line 2: status: expected one of ok"),
         ({"schema_version": 2}, "line 2: schema_version: expected 1, got 2"),
         ({"calls_per_block": "x"}, "line 2: calls_per_block: expected int"),
+        (
+            {"direction": "backwards"},
+            "direction: expected one of forward, forward_backward, train_step, got 'backwards'",
+        ),
+        ({"kind": "invention"}, "kind: expected one of implementation, stock, yardstick, got 'invention'"),
+        ({"mode": "fast"}, "mode: expected one of eager, compile"),
+        ({"mode": "jit"}, "mode: torch has no jit on 'cpu'"),
+        ({"mode": "cuda-graph"}, "mode: torch has no cuda-graph on 'cpu'"),
+        ({"layout": "random"}, "layout: expected one of contiguous, partition_major, time_series, got 'random'"),
+        ({"cache": "hot"}, "cache: expected one of warm, cold, got 'hot'"),
+        ({"device": "tpu"}, "device: expected one of cpu, cuda, got 'tpu'"),
+        ({"division": "best"}, "division: expected one of stock, matched, tuned, got 'best'"),
+        ({"stopped": "bored"}, "stopped: expected one of nothing, resolved, precise, rounds, time, got 'bored'"),
+        ({"started_at": "yesterday"}, "started_at: expected a moment in UTC as in ISO 8601, got 'yesterday'"),
+        ({"started_at": "2026-13-01T00:00:00+00:00"}, "started_at: expected a moment in UTC"),
+        ({"started_at": "2026-01-01T00:00:00"}, "started_at: expected a moment in UTC"),
+        ({"started_at": "2026-01-01T00:00:00+05:00"}, "started_at: expected a moment in UTC"),
+        ({"started_at": "2026-01-02T00:00:00+00:00"}, "started_at: expected the same in every record"),
+        ({"finished_at": ""}, "finished_at: expected a moment in UTC"),
+        ({"reason": "it was slow"}, "reason: expected none of a record that is ok, got 'it was slow'"),
+        ({"skipped": True}, "skipped: True contradicts the status ok"),
+        (FAILED | {"skipped": True}, "skipped: True contradicts the status crash"),
+        (FAILED | {"status": "unsupported", "reason": "skipped: too slow"}, "skipped: False contradicts"),
+        (FAILED | {"parity": {"y": {"status": "mismatch"}}}, "status: crash although 'y' was judged as a mismatch"),
+        ({"parity": {"dx": {"status": "ok"}}}, "parity: expected y of the direction forward, got other tensors"),
+        ({"direction": "forward_backward"}, "parity: expected y, dx, dweight, dbias of the direction"),
+        ({"kind": "stock"}, "kind: 'stock' contradicts the implementation 'loop'"),
+        ({"implementation": "stock:bmm"}, "kind: 'implementation' contradicts the implementation 'stock:bmm'"),
+        ({"compile_s": 1.0}, "compile_s: expected none in eager mode"),
+        ({"optimizer": "adamw"}, "optimizer: expected None in the direction 'forward', got 'adamw'"),
+        ({"direction": "train_step"}, "optimizer: expected "),
     ],
 )
 def test_every_violation_is_named_with_its_place(lines, run_of, call, changes, message):
