@@ -30,8 +30,14 @@ def print_megabytes():
     print("the last\\twords", end="")
 
 def fork_and_return():
+    # The copy would be the first to listen.
+    if os.fork():
+        time.sleep(0.3)
+
+def fork_and_raise():
     if os.fork() == 0:
-        time.sleep(0.1)
+        raise ValueError("in the copy")
+    time.sleep(0.3)
 
 def fork_and_leave():
     if os.fork():
@@ -112,7 +118,8 @@ def gone(pid):
 
 
 @pytest.mark.parametrize(
-    "deed", ["int", "print_megabytes", "fork_and_return", "close_first", "patch", "leave_for_elsewhere"]
+    "deed",
+    ["int", "print_megabytes", "fork_and_return", "fork_and_raise", "close_first", "patch", "leave_for_elsewhere"],
 )
 def test_what_a_child_does_to_its_process_does_not_reach_the_messages(child, deed):
     with child(deed) as running:

@@ -55,7 +55,7 @@ class Channel:
         self._owner, self._identity = os.getpid(), os.fstat(self._replies).st_ino
 
     def send(self, message: Message, payload: bytes | None = None) -> None:
-        """Sends a message; ends a forked copy of the process, which must not speak in its place.
+        """Sends a message; ends a forked copy of the process, which must neither speak nor listen in its place.
 
         Args:
             message: what JSON can carry.
@@ -66,9 +66,12 @@ class Channel:
         if payload:
             self._send(payload)
 
-    def _send(self, data: bytes) -> None:
+    def _end_copy(self) -> None:
         if self._process() != self._owner:
             self._exit(0)
+
+    def _send(self, data: bytes) -> None:
+        self._end_copy()
         try:
             # A program that closed every descriptor may have opened a file of its own under our number since.
             if self._stat(self._replies).st_ino != self._identity:
@@ -83,6 +86,7 @@ class Channel:
 
     def receive(self) -> Message | None:
         """Waits for the next message; None when the parent has closed the connection."""
+        self._end_copy()
         line = self._requests.readline()
         if not line:
             return None
