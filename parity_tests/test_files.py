@@ -314,7 +314,7 @@ def test_devices_and_pipes_that_are_named_are_written_as_they_are(tmp_path):
     assert os.read(reader, 100) == b"text"
     os.close(reader)
     files.check_output("--json", pipe)
-    with pytest.raises(files.OutputError, match=r"pipe cannot be written \(nobody reads this pipe\); make"):
+    with pytest.raises(files.OutputError, match=r"pipe cannot be written \(no process reads this pipe\); make"):
         files.write_text("--json", pipe, "text")
 
 

@@ -151,9 +151,17 @@ def test_a_table_of_some_pairs_does_not_replace_that_of_all(interrupted):
     assert [name for name in os.listdir(folder) if name.endswith(".partial")] == []
 
 
+# A shell starts what it puts into the background with SIGINT ignored, and that is inherited.
+STARTING = """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
 @pytest.mark.parametrize("package", ["parity_tests", "bench"])
 def test_an_interruption_while_a_command_is_imported_ends_without_a_traceback(package, tmp_path):
-    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    (tmp_path / "typer.py").write_text(STARTING)
     done = subprocess.run(
         [sys.executable, "-m", package, "findings"],
         capture_output=True,
@@ -161,7 +169,5 @@ def test_an_interruption_while_a_command_is_imported_ends_without_a_traceback(pa
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         timeout=60,
-        # A shell starts what it puts into the background with SIGINT ignored, and that is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")

@@ -16,7 +16,7 @@ from parity_tests.harness.text import printable
 class PlainConsole(Console):
     """A console on which every string is text: no markup, no codes of emoji, nothing that a terminal would obey.
 
-    What has a style of its own is passed as `rich.text.Text`, or with ``style=``; what has several lines, in several
+    What has a style of its own is passed as `rich.text.Text`, or with `style=`; what has several lines, in several
     calls.
     """
 
@@ -24,7 +24,7 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """See ``rich.console.Console``.
+        """See `rich.console.Console`.
 
         Raises:
             OutputError: if nothing can be written there; one sentence.
@@ -36,17 +36,17 @@ class PlainConsole(Console):
             raise OutputError(f"{name}: cannot be written ({error.strerror}); make room or write to a file.") from error
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """See ``rich.console.Console``: every string that is printed, alone or in a table, comes through here."""
+        """See `rich.console.Console`: every string that is printed, alone or in a table, comes through here."""
         options |= {"markup": False, "emoji": False, "highlight": False}
         return super().render_str(printable(text), **options)
 
 
 def run_application(application: Callable[..., Any], name: str, *, failed: int = 2) -> None:
-    """Runs a command line; one that cannot write to its terminal or pipe ends with a sentence and no traceback.
+    """Run a command line; one that cannot write to its terminal or pipe ends with a sentence and no traceback.
 
     Args:
         application: of typer; ends with SystemExit.
-        name: as it is called, ``python -m ...``.
+        name: as it is called, `python -m ...`.
         failed: exit status if the terminal or pipe takes nothing.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -68,7 +68,7 @@ def run_application(application: Callable[..., Any], name: str, *, failed: int =
 
 
 def _silence() -> None:
-    """What could not be written is not tried again when Python ends, which would say so in lines of its own."""
+    """Let Python end without another try to write, which would say so in lines of its own."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)

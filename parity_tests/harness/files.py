@@ -2,7 +2,7 @@
 
 A file is written beside its target and takes its place in one step, so that a full disk, Ctrl-C or SIGKILL leave the
 old one as it was. Whatever is unfinished is locked by the process that works on it. The kernel drops such a lock with
-the process, however that ends: what nobody has locked is abandoned, and whoever comes next removes it.
+the process, however that ends: what is not locked is abandoned, and the next process removes it.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class OutputError(OSError):
 
 
 def read_text(path: Path) -> str:
-    """Reads a whole text file once; nothing but a regular file of sane size, so that no pipe or device is waited for.
+    """Read a whole text file once; nothing but a regular file of sane size, so that no pipe or device is waited for.
 
     Raises:
         OSError: if it cannot be read, or is none.
@@ -65,10 +65,10 @@ def _check_regular(found: os.stat_result) -> None:
 
 @contextlib.contextmanager
 def output(argument: str, path: Path | str) -> Iterator[BinaryIO]:
-    """Opens a file to be written: it appears whole when the block ends, or the old one stays as it was.
+    """Open a file to be written: it appears whole when the block ends, or the old one stays as it was.
 
     A link is followed, the mode of an old file is kept, and only regular files are replaced. A device or a pipe, such
-    as ``/dev/stdout``, is written as it goes.
+    as `/dev/stdout`, is written as it goes.
 
     Args:
         argument: the option that named it, for the message.
@@ -83,19 +83,19 @@ def output(argument: str, path: Path | str) -> Iterator[BinaryIO]:
 
 
 def write_text(argument: str, path: Path | str, text: str | Iterable[str]) -> None:
-    """Writes text, whole or piece by piece; see ``output``."""
+    """Write text, whole or piece by piece; see `output`."""
     with output(argument, path) as file:
         for piece in [text] if isinstance(text, str) else text:
             file.write(piece.encode("utf-8"))
 
 
 def write_json(argument: str, path: Path | str, value: Any) -> None:
-    """Writes a value as indented JSON; see ``output`` and ``text.json_text``."""
+    """Write a value as indented JSON; see `output` and `text.json_text`."""
     write_text(argument, path, json_text(value, indent=1) + "\n")
 
 
 def check_output(argument: str, path: Path | str | None) -> None:
-    """Refuses, before the work, a file that could not be written after it.
+    """Refuse, before the work, a file that could not be written after it.
 
     Raises:
         OutputError: if its folder is missing or takes no file, or it is nothing that can be written.
@@ -117,7 +117,7 @@ def check_output(argument: str, path: Path | str | None) -> None:
 
 
 class _Kept(Exception):
-    """Ends a trial: what was there stays."""
+    """End a trial: what was there stays."""
 
 
 @contextlib.contextmanager
@@ -136,7 +136,7 @@ def _told(argument: str, path: Path) -> Iterator[None]:
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """What is there, links followed; None for nothing, or a link to nothing."""
+    """Return what is there, links followed; None for nothing, or a link to nothing."""
     try:
         return path.stat()
     except FileNotFoundError:
@@ -153,7 +153,7 @@ def _is_stream(found: os.stat_result) -> bool:
 
 
 def _standard_stream(found: os.stat_result) -> int | None:
-    """The standard stream that a file is, under whatever name: to replace it would lose what else goes there."""
+    """Return the standard stream that a file is, by any name: to replace it would lose what else goes there."""
     for stream in (1, 2):
         with contextlib.suppress(OSError):
             if os.path.samestat(found, os.fstat(stream)):
@@ -162,7 +162,7 @@ def _standard_stream(found: os.stat_result) -> int | None:
 
 
 def _stream(path: Path) -> contextlib.AbstractContextManager[BinaryIO] | None:
-    """A device, a pipe or a standard stream, open for writing; None for what is to be replaced."""
+    """Open a device, a pipe or a standard stream for writing; return None for what is to be replaced."""
     found = _status(path)
     if found is None:
         return None
@@ -178,14 +178,14 @@ def _stream(path: Path) -> contextlib.AbstractContextManager[BinaryIO] | None:
         # Without waiting for a reader, who may never come.
         handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     except OSError as error:
-        raise OSError(0, "nobody reads this pipe") if error.errno == errno.ENXIO else error from None
+        raise OSError(0, "no process reads this pipe") if error.errno == errno.ENXIO else error from None
     os.set_blocking(handle, True)
     return open(handle, "wb")
 
 
 @contextlib.contextmanager
 def _replacement(path: Path) -> Iterator[BinaryIO]:
-    """A new file beside the target, which takes its place when the block ends without an exception."""
+    """Open a file beside the target, which takes its place when the block ends without an exception."""
     found = _status(path)
     if found is not None:
         _check_regular(found)
@@ -236,7 +236,7 @@ def _new_file(target: Path) -> tuple[int, Path]:
 
 
 def _remove_abandoned_files(target: Path) -> None:
-    """Removes what a process left that was killed while it wrote the same file."""
+    """Remove what a process left that was killed while it wrote the same file."""
     beginning = _beginning(target)
     try:
         names = [name for name in os.listdir(target.parent) if name.startswith(beginning)]
@@ -256,7 +256,7 @@ class ScratchFolder:
 
     Args:
         purpose: part of its name.
-        at_exit: False leaves it to the caller to call ``cleanup`` when Python ends.
+        at_exit: False leaves it to the caller to call `cleanup` when Python ends.
 
     Attributes:
         name: its path.
@@ -271,12 +271,12 @@ class ScratchFolder:
                 break
             # Taken for an abandoned one in the moment before it was locked.
             _release([(self.name, lock, os.getpid())])
-        # No TemporaryDirectory, which warns if nobody calls ``cleanup``: whoever held the object has let go of it.
+        # No TemporaryDirectory, which warns if nobody calls `cleanup`: whoever held the object has let go of it.
         self._held = [(self.name, lock, os.getpid())]
         weakref.finalize(self, _release, self._held).atexit = at_exit
 
     def cleanup(self) -> None:
-        """Removes the folder now."""
+        """Remove the folder now."""
         _release(self._held)
 
 
@@ -291,7 +291,7 @@ def _release(held: list[tuple[str, int | None, int]]) -> None:
 
 
 def _remove_abandoned_folders() -> None:
-    """Removes the folders of the same user's processes that were killed."""
+    """Remove the folders of the same user's processes that were killed."""
     with os.scandir(tempfile.gettempdir()) as entries:
         names = [entry.path for entry in entries if entry.name.startswith(_FOLDERS)]
     for name in names:
@@ -302,7 +302,7 @@ def _remove_abandoned_folders() -> None:
 
 
 def _open_to_lock(path: Path) -> int | None:
-    """A handle of what is there, which a directory has too; None where that is not possible."""
+    """Return a handle of what is there, which a directory has too; None where that is not possible."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
     try:
         return os.open(path, flags)
@@ -311,7 +311,7 @@ def _open_to_lock(path: Path) -> int | None:
 
 
 def _locked(handle: int, path: Path) -> bool | None:
-    """Locks an open file; False if somebody else has it or removed it, None where there are no locks."""
+    """Lock an open file; return False if another process has it or removed it, None where there are no locks."""
     if sys.platform == "win32":
         return None
     try:

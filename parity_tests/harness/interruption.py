@@ -13,7 +13,7 @@ _Item = TypeVar("_Item")
 
 
 class Interruption:
-    """Whether the user asked for an end, and what a signal does now.
+    """Says if the user asked for an end, and decides what a signal does now.
 
     Attributes:
         asked: True from the first signal on.
@@ -26,7 +26,7 @@ class Interruption:
         self._late = False
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt if the user asked for an end and the exception was lost.
+        """Raise KeyboardInterrupt if the user asked for an end and the exception was lost.
 
         Python's own is raised wherever the program happens to be; in a finaliser or a callback of a library it is
         printed or dropped, or becomes another one, and the work would go on.
@@ -35,27 +35,27 @@ class Interruption:
             raise KeyboardInterrupt
 
     def settle(self) -> None:
-        """Begins what must be finished, the writing of files: from here on a signal is only remembered.
+        """Begin what must be finished, the writing of files: from here on a signal is only remembered.
 
-        Called where the work ends, within the ``try`` that expects KeyboardInterrupt; after that it is so too. What was
+        Called where the work ends, within the `try` that expects KeyboardInterrupt; after that it is so too. What was
         remembered although all the work was done ends the program when the files are there.
         """
         self._settled = True
 
     def until_asked(self, items: Iterable[_Item]) -> Iterator[_Item]:
-        """Yields items until the user asks for an end: for work that a signal does not end halfway through an item."""
+        """Yield items until the user asks for an end: for work that a signal does not end halfway through an item."""
         for item in items:
             if self.asked:
                 return
             yield item
 
     def finish(self) -> None:
-        """Raises KeyboardInterrupt if the first signal came after the work."""
+        """Raise KeyboardInterrupt if the first signal came after the work."""
         if self._late:
             raise KeyboardInterrupt
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Answers a signal."""
+        """Answer a signal."""
         first, self.asked = not self.asked, True
         self._late |= first and self._settled
         # In impatience a user sends a second one: it must not cost the files, but end what only polls.
@@ -65,10 +65,10 @@ class Interruption:
 
 @contextlib.contextmanager
 def interruptible(*, polled: bool = False) -> Iterator[Interruption]:
-    """Lets the first Ctrl-C or SIGTERM end the work in order: KeyboardInterrupt is raised once, later ones are ignored.
+    """Let the first Ctrl-C or SIGTERM end the work in order: KeyboardInterrupt is raised once, later ones are ignored.
 
     Args:
-        polled: the first one is only remembered, for ``until_asked``; a second one raises.
+        polled: the first one is only remembered, for `until_asked`; a second one raises.
     """
     interruption = Interruption(polled=polled)
     # Only the main thread may set a handler, and only it is interrupted.

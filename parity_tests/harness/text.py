@@ -1,6 +1,6 @@
 """Text from outside (names, reasons, paths) in every format that a report has: it stays text, whatever is in it.
 
-``printable`` decides what may be shown at all; one function for each format then escapes what that format would obey.
+`printable` decides what may be shown at all; one function for each format then escapes what that format would obey.
 Renderers call the function of their format where text leaves them, and nothing else.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def printable(value: object) -> str:
-    """Returns a value as one line in which every character shows: what does not is written as Python escapes it.
+    """Return a value as one line in which every character shows: what does not is written as Python escapes it.
 
     That concerns control characters (a terminal obeys some, XML forbids most, a newline begins another line), overrides
     of the writing direction, invisible and unassigned characters, and halves of surrogate pairs, which no file takes.
@@ -23,7 +23,7 @@ def printable(value: object) -> str:
 
 
 def printable_tree(value: Any, longest: int) -> Any:
-    """Returns nested lists and dicts with every text in them printable, names included, and cut where it is longer."""
+    """Return nested lists and dicts with every text in them printable, names included, and cut where it is longer."""
     if isinstance(value, str):
         text = printable(value)
         return text if len(text) <= longest else f"{text[:longest]}..."
@@ -36,7 +36,7 @@ def printable_tree(value: Any, longest: int) -> Any:
 
 
 def html_text(value: object) -> str:
-    """Returns a value as text for HTML, between tags or within a quoted attribute."""
+    """Return a value as text for HTML, between tags or within a quoted attribute."""
     return html.escape(printable(value))
 
 
@@ -55,17 +55,17 @@ _BEGINS_BLOCK = re.compile(r"^(\d{1,9}(?=[.)](?:\s|$))|(?=[#>+\-=\[]))")
 
 
 def markdown_text(value: object) -> str:
-    """Returns a value as text within a line of Markdown: a cell of a table, a heading, a part of a sentence."""
+    """Return a value as text within a line of Markdown: a cell of a table, a heading, a part of a sentence."""
     return _OBEYED.sub(lambda found: "&lt;" if found[0] == "<" else f"\\{found[0]}", printable(value))
 
 
 def markdown_line(value: object) -> str:
-    """Returns a value as text that begins a paragraph or an item of a list of Markdown."""
+    """Return a value as text that begins a paragraph or an item of a list of Markdown."""
     return _BEGINS_BLOCK.sub(r"\1\\", markdown_text(value).lstrip(" "))
 
 
 def markdown_code(value: object) -> str:
-    """Returns a name in the type of code, or as plain text where something in it would end the code."""
+    """Return a name in the type of code, or as plain text where something in it would end the code."""
     text = printable(value)
     return f"`{text}`" if re.fullmatch(r"[\w.:/-]+", text) else markdown_text(text)
 
@@ -74,9 +74,9 @@ def markdown_code(value: object) -> str:
 
 
 def csv_cell(value: Any) -> Any:
-    """Returns a value as a cell of CSV: numbers as they are, text printable.
+    """Return a value as a cell of CSV: numbers as they are, text printable.
 
-    A spreadsheet computes text that begins with one of ``= + - @`` (or the full-width forms of these): it is preceded
+    A spreadsheet computes text that begins with one of `= + - @` (or the full-width forms of these): it is preceded
     by an apostrophe, which spreadsheets take for the mark of a text.
     """
     if not isinstance(value, str):
@@ -90,7 +90,7 @@ def csv_cell(value: Any) -> Any:
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """Returns a value as JSON, all of it ASCII: text as it is, with escapes for what JSON or a terminal would obey.
+    """Return a value as JSON, all of it ASCII: text as it is, with escapes for what JSON or a terminal would obey.
 
     Half of a surrogate pair is no character: many readers refuse a file that has one, so it becomes U+FFFD. Infinities
     and NaN, for which JSON has no number, are refused.
