@@ -54,7 +54,8 @@ def partitioned_linear(
     Raises:
         TypeError: If an operand is no array, has no supported floating dtype, or the dtypes differ.
         ValueError: If shapes or devices do not fit, or a name is unknown.
-        UnsupportedImplementationError: If the named implementation, or under "auto" every one, cannot run this call.
+        UnsupportedImplementationError: If the named implementation, or under "auto" every one, cannot run this call,
+            or not in the dot algorithm that is given as its precision.
 
     Source: the operation is that of an ensemble of `flax.nnx.Linear`, one per partition.
     """

@@ -524,7 +524,7 @@ INITS = {
     "raises of several lines": (lambda key, shape, dtype: jnp.zeros(shape, dtype) + jnp.zeros((7, 7, 7)), True),
     "no arguments": (lambda: None, True),
     "reads the key": (lambda key, shape, dtype: np.zeros(shape) + np.asarray(jax.random.key_data(key))[0], True),
-    "weak type": (lambda key, shape, dtype: jnp.full(shape, 0.5).astype(dtype), False),
+    "weak type": (lambda key, shape, dtype: jnp.full(shape, 0.5), None),
     "numpy": (lambda key, shape, dtype: np.zeros(shape, dtype), False),
     "holder": (lambda key, shape, dtype: Holder(jnp.zeros(shape, dtype)), False),
 }

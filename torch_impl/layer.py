@@ -42,8 +42,8 @@ class PartitionedLinear(nn.Module):
         bias: Whether to add a bias.
         implementation: "auto", or a name from `implementation_names()`.
         init: "torch" for U(-1/sqrt(in), 1/sqrt(in)) in weight and bias, as n `nn.Linear` have it; "flax" for a
-            truncated normal of std 1/sqrt(in) and a zero bias; a function that fills one partition's (out, in)
-            weight in place; or a pair of such functions for weight and bias.
+            truncated normal of std 1/sqrt(in) and a zero bias; a function that fills one partition's whole
+            (out, in) weight in place; or a pair of such functions for weight and bias.
         device: Where the parameters lie.
         dtype: float64, float32, bfloat16 or float16; None for PyTorch's default.
 
@@ -131,8 +131,9 @@ class PartitionedLinear(nn.Module):
             The layer.
 
         Raises:
-            TypeError: If an element is no plain `nn.Linear`, or the dtypes differ.
-            ValueError: If there is none, or sizes, bias, device or `requires_grad` differ.
+            TypeError: If an element is no plain `nn.Linear` (it has hooks or parametrisations, say), or the dtypes
+                differ, of a bias beside its weight too.
+            ValueError: If there is none, or sizes, bias, device or `requires_grad` differ, or two share a parameter.
         """
         partitions = partitions_from_linears(linears)
         weight = partitions["weight"]
@@ -156,7 +157,12 @@ class PartitionedLinear(nn.Module):
         return layer
 
     def to_linears(self) -> nn.ModuleList:
-        """Return n `nn.Linear` with bitwise copies of the weights, and the same dtype, device and `requires_grad`."""
+        """Return n `nn.Linear` with bitwise copies of the weights, and the same dtype, device and `requires_grad`.
+
+        Raises:
+            TypeError: If the layer has hooks, parametrisations or further parameters, or the bias another dtype.
+            ValueError: If a parameter has another shape than the layer's own, or is sharded.
+        """
         return linears_from_partitions(self.partition_views(), like=self)
 
     def partition_views(self) -> dict[str, Tensor]:

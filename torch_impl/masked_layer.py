@@ -158,8 +158,9 @@ class MaskedPartitionedLinear(nn.Module):
             The layer.
 
         Raises:
-            TypeError: If an element is no plain `nn.Linear`, or the dtypes differ.
-            ValueError: If there is none, or sizes, bias, device or `requires_grad` differ.
+            TypeError: If an element is no plain `nn.Linear` (it has hooks or parametrisations, say), or the dtypes
+                differ, of a bias beside its weight too.
+            ValueError: If there is none, or sizes, bias, device or `requires_grad` differ, or two share a parameter.
         """
         partitions = partitions_from_linears(linears)
         weight = partitions["weight"]
@@ -184,7 +185,12 @@ class MaskedPartitionedLinear(nn.Module):
         return layer
 
     def to_linears(self) -> nn.ModuleList:
-        """Return n `nn.Linear` with bitwise copies of the blocks, and the same dtype, device and `requires_grad`."""
+        """Return n `nn.Linear` with bitwise copies of the blocks, and the same dtype, device and `requires_grad`.
+
+        Raises:
+            TypeError: If the layer has hooks, parametrisations or further parameters, or the bias another dtype.
+            ValueError: If a parameter has another shape than the layer's own, or is sharded.
+        """
         return linears_from_partitions(self.partition_views(), like=self)
 
     def partition_views(self) -> dict[str, Tensor]:
