@@ -2,10 +2,11 @@
 
 import contextlib
 import functools
-import numbers
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from parity_tests.pair.buffers import LeftOut
 from parity_tests.pair.legs import Pair
@@ -139,7 +140,6 @@ def prepared(arguments: Mapping[str, Any], spec: str | None, tell: Tell = tell_n
 _KINDS = {
     "params": (Sequence, "a sequence of rules or a proposal"),
     "dtypes": (Sequence, "a tuple of dtypes"),
-    "seed": (numbers.Integral, "a non-negative integer"),
     "name": (str, "a string"),
     **dict.fromkeys(("torch_kwargs", "flax_kwargs"), (Mapping, "a dict of keyword arguments")),
     **dict.fromkeys(("torch_params", "draws", "output_patterns"), (Mapping, "a dict by name")),
@@ -151,10 +151,11 @@ def _check_kinds(arguments: Mapping[str, Any]) -> None:
     """Refuses values of another kind, which would fail somewhere below."""
     for name, (kind, expected) in _KINDS.items():
         value = getattr(arguments[name], "rules", arguments[name]) if name == "params" else arguments[name]
-        if value is None and name != "seed":
-            continue
-        if not isinstance(value, kind) or (isinstance(value, str) and name != "name") or (name == "seed" and value < 0):
+        if value is not None and (not isinstance(value, kind) or (isinstance(value, str) and name != "name")):
             hint = f"; for one dtype pass ({value!r},)" if name == "dtypes" else ""
             raise ValueError(f"{name}: expected {expected}, got {value!r:.80}{hint}.")
+    seed = arguments["seed"]
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed: expected a non-negative integer, got {seed!r}.")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(arguments["device"])):
         raise ValueError(f"device: expected cpu, cuda or auto, got {arguments['device']!r}; choose one of these.")

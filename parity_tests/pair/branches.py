@@ -109,5 +109,5 @@ def _advice(branch: Branch, low: float, high: float) -> str:
         outwards = (branch.bound > 0) == branch.above
         factor = branch.bound / reached * (_WIDER if outwards else 1 / _WIDER)
         text = f"{float(f'{factor:.2g}'):g}"
-        return f"scale={text}, or scale={{name: {text}}} of one input or parameter, may reach it"
+        return f"draws {text} times as large may reach it (scale=)"
     return "inputs= or draws= that reach it would show whether the sides agree there"

@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from parity_tests.pair.branches import Branch, Branches, is_bound
 from parity_tests.pair.subjects.jax_evaluation import aval_of
-from parity_tests.pair.subjects.jax_noise import Interpreter
+from parity_tests.pair.subjects.jax_noise import Interpreter, Mark
 from parity_tests.pair.subjects.operations import JAX_EXACT, JAX_INLINED, names
 
 _JAX = str(Path(jax.__file__).resolve().parent)
@@ -43,6 +43,10 @@ _REMAINDERS = names("mod remainder fmod floor_divide operator_mod operator_floor
 _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _PASSING_ON = names("broadcast_in_dim convert_element_type reshape squeeze copy expand_dims")
 _BRANCHING = names("max min clamp select_n sign abs floor round rem cond") | set(_COMPARISONS)
+
+
+# JAX's functions, files, and the user's line, through which one came to an operation.
+Origin = tuple[tuple[str, ...], tuple[str, ...], str]
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def _frames(equation: JaxprEqn) -> list[tuple[str, str, int]]:
     ]
 
 
-def _origin(equation: JaxprEqn, outer: tuple[tuple[str, ...], tuple[str, ...], str]) -> tuple:
+def _origin(equation: JaxprEqn, outer: Origin) -> Origin:
     """Functions, files and place of an operation, which inherits them from its caller where JAX's own code asks."""
     functions, files = [], []
     if equation.primitive.name in ("jit", "pjit") and (name := equation.params.get("name")):
@@ -114,7 +118,7 @@ def sites(closed: ClosedJaxpr) -> dict[tuple[int, ...], Site]:
     """
     found: dict[tuple[int, ...], Site] = {}
 
-    def walk(jaxpr: Jaxpr, path: tuple[int, ...], outer: tuple, flags: Sequence[bool]) -> list[bool]:
+    def walk(jaxpr: Jaxpr, path: tuple[int, ...], outer: Origin, flags: Sequence[bool]) -> list[bool]:
         moving: dict[Var, bool] = dict.fromkeys(jaxpr.constvars, False) | dict(zip(jaxpr.invars, flags, strict=True))
         for index, equation in enumerate(jaxpr.eqns):
             moved = tuple(not isinstance(atom, Literal) and moving[atom] for atom in equation.invars)
@@ -187,34 +191,32 @@ class BranchWatch(Interpreter):
         self.consumed: set[tuple[int, ...]] = set()
 
     def _jaxpr(
-        self, jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], fixed: Sequence[bool] | None
-    ) -> tuple[list[Any], list[bool]]:
+        self, jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], marks: Sequence[Mark]
+    ) -> tuple[list[Any], list[Mark]]:
         outer = self._within
         self._within = (*self._path, id(jaxpr))
         self._numbers.append(iter(range(len(jaxpr.eqns))))
         try:
-            return super()._jaxpr(jaxpr, consts, arguments, fixed)
+            return super()._jaxpr(jaxpr, consts, arguments, marks)
         finally:
             self._numbers.pop()
             self._path, self._within = self._within[:-1], outer
 
     def _equation(
-        self, equation: JaxprEqn, operands: list[Any], known: list[bool]
-    ) -> tuple[Sequence[Any], Sequence[bool]]:
+        self, equation: JaxprEqn, operands: list[Any], marks: list[Mark]
+    ) -> tuple[Sequence[Any], Sequence[Mark]]:
         name, here = equation.primitive.name, (*self._within, next(self._numbers[-1]))
-        if name in ("select_n", "cond", "reduce_or", "reduce_and") and (
-            known_as := self._compared.get(id(operands[0]))
-        ):
-            self.consumed.add(known_as[1])
+        if name in ("select_n", "cond", "reduce_or", "reduce_and") and (known := self._compared.get(id(operands[0]))):
+            self.consumed.add(known[1])
         if (site := self._watched.get(here)) and (numbers := _numbers(site, operands)) is not None:
             jax.debug.callback(functools.partial(self._see, here), numbers)
         self._path = here
-        results, known = super()._equation(equation, operands, known)
+        results, marked = super()._equation(equation, operands, marks)
         if name in _COMPARISONS:
             self._compared[id(results[0])] = results[0], here
-        elif name in _PASSING_ON and (known_as := self._compared.get(id(operands[0]))):
-            self._compared[id(results[0])] = results[0], known_as[1]
-        return results, known
+        elif name in _PASSING_ON and (known := self._compared.get(id(operands[0]))):
+            self._compared[id(results[0])] = results[0], known[1]
+        return results, marked
 
 
 def _numbers(site: Site, operands: Sequence[Any]) -> Any:

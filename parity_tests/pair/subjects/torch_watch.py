@@ -17,6 +17,8 @@ from parity_tests.harness.dtypes import numpy_dtype
 from parity_tests.pair.branches import Branch, Branches, is_bound, softplus_parts
 from parity_tests.pair.subjects.operations import TORCH_EXACT, names
 
+# An operation as text, the operand whose extent is told, and its branches: what takes them, a mask, where they begin.
+Found = tuple[str, Any, list[tuple]]
 _LIBRARY = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
 # Of torch, what stands between a line of Python and the mode.
@@ -141,7 +143,7 @@ class BranchWatch(TorchDispatchMode):
     def _moves(self, tensor: torch.Tensor) -> bool:
         return _address(tensor) in self._moving
 
-    def _branches(self, name: str, func: Any, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]] | None:
+    def _branches(self, name: str, func: Any, args: Sequence[Any], kwargs: dict) -> Found | None:
         """The operation as text, the operand whose range is told, and its branches' names, masks, bounds."""
         if name in ("max", "min") and func._overloadname == "other":
             name = f"{name}imum"
@@ -150,7 +152,7 @@ class BranchWatch(TorchDispatchMode):
         known = _TABLE.get(name)
         return known(name, args, kwargs) if known and args else None
 
-    def _extremum(self, name: str, first: torch.Tensor, second: torch.Tensor) -> tuple[str, Any, list[tuple]] | None:
+    def _extremum(self, name: str, first: torch.Tensor, second: torch.Tensor) -> Found | None:
         for operand, limit in ((first, second), (second, first)):
             if limit.numel() == 1 and not self._moves(limit):
                 bound = float(limit)
@@ -199,13 +201,13 @@ def _beside(x: torch.Tensor, bound: float) -> list[tuple]:
     ]
 
 
-def _signs(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]] | None:
+def _signs(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
     del kwargs
     x = args[0]
     return None if x.is_complex() else (name, x, [("a negative value", x < 0), ("a positive value", x > 0)])
 
 
-def _negative(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]] | None:
+def _negative(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
     del kwargs
     x = args[0]
     return None if x.is_complex() else (name, x, [("a negative value", x < 0)])
@@ -226,7 +228,7 @@ def _between(x: torch.Tensor, low: Any, high: Any) -> list[tuple]:
     return [*conditions, ("a value between its limits", inside)] if conditions else []
 
 
-def _clamp(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]]:
+def _clamp(name: str, args: Sequence[Any], kwargs: dict) -> Found:
     defaults = (-1.0, 1.0) if name == "hardtanh" else (None, None)
     keys = ("min_val", "max_val") if name == "hardtanh" else ("min", "max")
     low, high = (args[k + 1] if len(args) > k + 1 else kwargs.get(key, defaults[k]) for k, key in enumerate(keys))
@@ -236,21 +238,21 @@ def _clamp(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]]
     return f"{name}({', '.join(shown)})", args[0], _between(args[0], low, high)
 
 
-def _fixed(low: float, high: float) -> Callable[[str, tuple, dict], tuple[str, Any, list[tuple]]]:
+def _fixed(low: float, high: float) -> Callable[[str, Sequence[Any], dict], Found]:
     return lambda name, args, kwargs: (name, args[0], _between(args[0], low, high))
 
 
-def _shrink(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]]:
+def _shrink(name: str, args: Sequence[Any], kwargs: dict) -> Found:
     limit = float(args[1] if len(args) > 1 else kwargs.get("lambd", 0.5))
     return f"{name}({limit:.6g})", args[0], _between(args[0], -limit, limit)
 
 
-def _threshold(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]]:
+def _threshold(name: str, args: Sequence[Any], kwargs: dict) -> Found:
     limit = float(args[1] if len(args) > 1 else kwargs["threshold"])
     return f"{name}({limit:.6g})", args[0], _beside(args[0], limit)
 
 
-def _softplus(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]] | None:
+def _softplus(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
     beta, threshold = (
         float(args[k + 1] if len(args) > k + 1 else kwargs.get(key, default))
         for k, (key, default) in enumerate((("beta", 1.0), ("threshold", 20.0)))
@@ -259,7 +261,7 @@ def _softplus(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tupl
     return None if limit is None else (f"{name}(threshold={threshold:.6g})", args[0], _beside(args[0], limit))
 
 
-def _condition(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]] | None:
+def _condition(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
     del kwargs
     mask = args[0] if name == "where" else args[1]
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
@@ -267,7 +269,7 @@ def _condition(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tup
     return name, None, [("a condition that is true", mask), ("a condition that is false", ~mask)]
 
 
-def _masked_index(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]] | None:
+def _masked_index(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
     del kwargs
     masks = [index for index in args[1] if isinstance(index, torch.Tensor) and index.dtype == torch.bool]
     if not masks:
@@ -275,47 +277,47 @@ def _masked_index(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[
     return f"{name} with a mask", None, [("a mask that is true", masks[0]), ("a mask that is false", ~masks[0])]
 
 
-def _loss(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]]:
+def _loss(name: str, args: Sequence[Any], kwargs: dict) -> Found:
     key = "delta" if name == "huber_loss" else "beta"
     limit = float(args[3] if len(args) > 3 else kwargs.get(key, 1.0))
     error = (args[0] - args[1]).abs()
     return f"{name}({key}={limit:.6g})", error, _beside(error, limit) if limit else []
 
 
-def _round(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]] | None:
+def _round(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
     x = args[0] * 10.0 ** kwargs.get("decimals", 0)
     if not x.is_floating_point():
         return None
     return name, args[0], [("a tie (a number and a half)", x - x.floor() == 0.5)]
 
 
-def _division(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]] | None:
+def _division(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
     if name == "div" and kwargs.get("rounding_mode") is None:
         return None
     x, y = args[0], torch.as_tensor(args[1])
     return name, x, [("operands of different signs", (x != 0) & (x.sign() != y.sign()))]
 
 
-def _padding(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]] | None:
+def _padding(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
     index = args[2] if len(args) > 2 else kwargs.get("padding_idx", -1)
     if index is None or index < 0:
         return None
     return f"{name}(padding_idx={index})", None, [("this index", args[1] == index)]
 
 
-def _ignored(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]] | None:
+def _ignored(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
     index = args[4] if len(args) > 4 else kwargs.get("ignore_index", -100)
     if index == -100:  # what nobody asked for
         return None
     return f"{name}(ignore_index={index})", None, [("this target", args[1] == index)]
 
 
-def _not_a_number(name: str, args: tuple, kwargs: dict) -> tuple[str, Any, list[tuple]]:
+def _not_a_number(name: str, args: Sequence[Any], kwargs: dict) -> Found:
     del kwargs
     return name, args[0], [("a value that is not finite", ~torch.isfinite(args[0]))]
 
 
-_TABLE: dict[str, Callable[[str, tuple, dict], tuple[str, Any, list[tuple]] | None]] = {
+_TABLE: dict[str, Callable[[str, Sequence[Any], dict], Found | None]] = {
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "hardtanh"), _clamp),
     **dict.fromkeys(("relu", "sign", "sgn", *_ONE_KINK), _signs),
     **dict.fromkeys(("abs", "floor", "trunc"), _negative),
