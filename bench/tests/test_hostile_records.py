@@ -45,9 +45,10 @@ def run_of(tmp_path):
 def command_of(call, run_of, lines):
     """Runs a command that reads records on a directory."""
 
-    def run(command, directory):
+    def run(command, directory, *outputs):
         another = run_of(written(lines), name="another")
-        return call(command, *(another if more == "ANOTHER" else more for more in READ[command]), directory)
+        more = [another if argument == "ANOTHER" else argument for argument in READ[command]]
+        return call(command, *more, directory, *outputs)
 
     return run
 
@@ -116,6 +117,16 @@ def test_hostile_lines_are_one_sentence_each_and_the_rest_is_shown(lines, run_of
         # The cell that is whole, and none of those that lost a record.
         assert done.stdout == whole.stdout
         assert len(done.stdout) > 200
+
+
+def test_a_field_within_a_field_is_not_taken_for_the_records_own(lines, run_of, command_of):
+    nested = {"environment_id": "e9", "process_replicate": 7, "cell": "x", "a": 1}
+    changed = [line | {"switches": nested, "conditions": [nested] * 20} for line in lines]
+    moved = [{"switches": line.pop("switches"), **line} for line in changed]
+    for some in (changed, moved):
+        done = command_of("report", run_of(written(some)))
+        assert (done.exit_code, done.stderr) == (0, "")
+        assert done.stdout == command_of("report", run_of(written(lines))).stdout
 
 
 def test_what_is_left_out_is_counted_beyond_twenty_sentences(lines, run_of, command_of):
@@ -195,7 +206,7 @@ def test_an_environment_of_wrong_types_at_any_depth_is_one_sentence_and_the_rest
     ]
     directory = run_of(written(data), json.dumps(environments).replace("Infinity", "1e999").encode())
     for command in READ:
-        done = command_of(command, directory)
+        done = command_of(command, directory, "--json", directory / "f.json", "--csv", directory / "f.csv")
         assert sum(": fingerprint bad" in line for line in told(done, command)) == 9, command
         assert done.exit_code in (1, 2)
 
