@@ -1,5 +1,7 @@
 """Each JAX implementation: shapes, derivatives, mapping, isolation and accumulation, as its table entry declares."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 from jax_impl import UnsupportedImplementationError, functional, partitioned_linear
 from jax_impl.registry import IMPLEMENTATIONS, get_implementation, unsupported_reason
 from jax_impl.selection import select_implementation
+from jax_impl.validation import check_operands
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -265,6 +268,30 @@ def test_a_named_implementation_that_cannot_run_raises(monkeypatch):
     for name in (*NAMES, "auto"):
         with pytest.raises(UnsupportedImplementationError, match="supports devices cpu, cuda, got tpu"):
             partitioned_linear(*operands(), implementation=name)
+
+
+def test_shapes_are_taken_exactly_where_the_formula_has_them():
+    """Of all small shapes: no size of one is broadcast, no axis is looked at in the place of another."""
+    sizes = (1, 2, 3)
+    of_x = [(*lead, *own) for lead in ((), (3,), (0,), (2, 1)) for own in ((), (2,), *product((0, *sizes), repeat=2))]
+    of_kernel = [*product(sizes, repeat=3), (2, 3), (2, 2, 3, 3), (0, 2, 3), (2, 0, 3), (2, 3, 0)]
+    arrays = {None: None}
+    right = 0
+    for shape, kernel in product(of_x, of_kernel):
+        n, i, o = kernel if len(kernel) == 3 else (None,) * 3
+        fits = len(kernel) == 3 and 0 not in kernel and shape[-2:] == (n, i)
+        for bias in (None, (n, o), (o, n), (1, o), (n, 1), (o,), (1, n, o)) if fits else (None,):
+            for key in (shape, kernel, bias):
+                arrays.setdefault(key, None if key is None else np.zeros(key, np.float32))
+            wanted = fits and (bias is None or bias == (n, o))
+            right += wanted
+            try:
+                check_operands(arrays[shape], arrays[kernel], arrays[bias])
+                taken = True
+            except ValueError:
+                taken = False
+            assert taken == wanted, (shape, kernel, bias)
+    assert right > 100
 
 
 def test_device_type_of_concrete_and_traced_arrays():

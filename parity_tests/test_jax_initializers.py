@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
+from scipy import stats
 
 from jax_impl import PartitionedLinear
-from jax_impl.initializers import INITIALIZERS
+from jax_impl.initializers import INITIALIZERS, TRUNCATED_STD
 from jax_impl.linen import PartitionedLinear as LinenPartitionedLinear
 from parity_tests.harness.initialization import (
     STANDARD_ERRORS,
@@ -61,6 +62,22 @@ def test_every_partition_has_the_distribution_of_one_linear(kind, name, dtype):
         # One partition's 40 numbers say little, 640 together do.
         assert initialization_faults(arrays["bias"].reshape(2, -1), EXPECTED[name, "bias"]) == []
         assert len({values.tobytes() for values in arrays["bias"]}) == N
+
+
+@pytest.mark.parametrize("low", [jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("name", INITIALIZERS)
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_a_16_bit_draw_is_the_rounded_fp32_draw(kind, name, low):
+    wide, narrow = drawn(kind, name), drawn(kind, name, low)
+    for parameter, values in wide.items():
+        assert narrow[parameter].tobytes() == values.astype(low).tobytes()
+    # Fewer random bits, as a draw in 16 bits has, would show here.
+    in_low, rounded = (np.asarray(jax.random.uniform(jax.random.key(0), (N,), d), low) for d in (low, jnp.float32))
+    assert in_low.tobytes() != rounded.tobytes()
+
+
+def test_the_std_of_a_truncated_normal_is_exact():
+    assert stats.truncnorm(-2, 2).std() == pytest.approx(TRUNCATED_STD, rel=1e-12)
 
 
 def test_float64_draws_have_the_same_distribution():

@@ -19,9 +19,11 @@ import safetensors.numpy
 from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict, freeze
+from jax.sharding import PartitionSpec
 
 import jax_impl
 from jax_impl import PartitionedLinear, linen
+from jax_impl.sharding import partition_sharding, shard_partitions
 from parity_tests.harness.dtypes import STORAGE_DTYPES, numpy_dtype
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -103,13 +105,46 @@ def test_the_file_says_what_it_is(tmp_path):
     }
 
 
-def test_exported_and_imported_arrays_are_copies():
-    model, arrays = layer(), bits(np.float32)
+def test_exported_and_imported_arrays_are_copies(dtype):
+    model, arrays = layer(dtype), bits(dtype)
     jax_impl.import_parameters(model, arrays)
+    own = linen.import_parameters(params(dtype), arrays)
     kept = {name: array.copy() for name, array in arrays.items()}
-    for array in (*arrays.values(), *jax_impl.export_parameters(model).values()):
+    exported = (*jax_impl.export_parameters(model).values(), *linen.export_parameters(own).values())
+    for array in (*arrays.values(), *exported):
         array[...] = 7
     same_bits(kept, jax_impl.export_parameters(model))
+    same_bits(kept, linen.export_parameters(own))
+
+
+@pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no-bias"])
+def test_placements_are_kept(use_bias, tmp_path):
+    """On a mesh, even of one device, a parameter has another sharding than an array that was placed nowhere."""
+    mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
+    where = {"kernel": partition_sharding(mesh, "n"), "bias": jax.sharding.NamedSharding(mesh, PartitionSpec())}
+    arrays = bits(np.float32, use_bias)
+    linen.save_parameters(linen.import_parameters(params(use_bias=use_bias), arrays), tmp_path / "f")
+
+    def placed():
+        return {name: jax.device_put(value, where[name]) for name, value in params(use_bias=use_bias).items()}
+
+    model = layer(use_bias=use_bias)
+    unplaced = {name: parameter.sharding for name, parameter in params(use_bias=use_bias).items()}
+    for found in (
+        linen.import_parameters(placed(), arrays),
+        linen.load_parameters({"params": placed()}, tmp_path / "f")["params"],
+    ):
+        assert {name: value.sharding for name, value in found.items()} == {name: where[name] for name in found}
+        assert unplaced != {name: value.sharding for name, value in found.items()}
+    for bring in (
+        lambda: jax_impl.import_parameters(model, arrays),
+        lambda: jax_impl.load_parameters(model, tmp_path / "f"),
+    ):
+        shard_partitions(model, mesh, "n")
+        bring()
+        for parameter in jax.tree.leaves(nnx.state(model)):
+            assert parameter.sharding == where["kernel"]
+        same_bits(arrays, jax_impl.export_parameters(model))
 
 
 def test_an_imported_layer_computes_with_the_new_values():

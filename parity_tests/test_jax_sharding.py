@@ -69,13 +69,32 @@ except ValueError as error:
     ), error
 else:
     raise AssertionError("12 partitions were divided over 8 devices")
-try:
-    jax_impl.partitioned_linear(jax.device_put(x, jax.devices()[1]), *arguments[:2])
-except ValueError as error:
-    assert str(error).startswith("`x`: expected the devices of `kernel`, "), error
-    assert str(error).endswith("; move one of them."), error
-else:
-    raise AssertionError("operands on different devices were accepted")
+# As many devices, but others; and fewer. Only what is the same set can compute together.
+kernel, bias = (np.asarray(array) for array in arguments[:2])
+first, second = (jax.make_mesh((4,), ("n",), devices=jax.devices()[k : k + 4]) for k in (0, 4))
+replicated = jax.sharding.PartitionSpec()
+ways = [*jax.devices()[:2], *(jax.sharding.NamedSharding(mesh, replicated) for mesh in (first, second, mesh))]
+for a in ways:
+    for b in ways:
+        for operands, argument in (
+            ((jax.device_put(x, a), jax.device_put(kernel, b)), "x"),
+            ((x, jax.device_put(kernel, b), jax.device_put(bias, a)), "bias"),
+        ):
+            try:
+                y = jax_impl.partitioned_linear(*operands)
+            except ValueError as error:
+                assert a is not b, error
+                assert str(error).startswith(f"`{argument}`: expected the devices of `kernel`, "), error
+                assert str(error).endswith("; move one of them."), error
+            else:
+                assert a is b, "operands on different devices were accepted"
+
+import jax_impl.linen as linen
+
+divided_dict = {"kernel": model.kernel[...], "bias": model.bias[...]}
+renewed = linen.import_parameters(divided_dict, arrays)
+for name, value in renewed.items():
+    assert value.sharding == divided_dict[name].sharding, "an import must keep the placement"
 print("done")
 """
 
@@ -126,4 +145,7 @@ def test_bad_meshes_are_refused(mesh):
 def test_every_implementation_can_be_divided(mesh):
     for name in IMPLEMENTATIONS:
         layer = PartitionedLinear(3, 4, 5, implementation=name, rngs=nnx.Rngs(0))
+        before = layer.kernel, layer.bias
         assert shard_partitions(layer, mesh) is layer
+        # The same variables, metadata and all, hold the divided values.
+        assert all(old is new for old, new in zip(before, (layer.kernel, layer.bias), strict=True))

@@ -1,5 +1,7 @@
 """The torch function: shapes, strides, dtypes, derivatives and declared properties of every implementation."""
 
+from itertools import product
+
 import pytest
 
 from parity_tests.harness.subjects.base import framework_available
@@ -9,7 +11,7 @@ if not framework_available("torch"):
 
 import torch
 
-from torch_impl import UnsupportedImplementationError, implementation_names, partitioned_linear
+from torch_impl import UnsupportedImplementationError, implementation_names, partitioned_linear, validation
 from torch_impl.registry import DTYPE_NAMES, IMPLEMENTATIONS, get_implementation, unsupported_reason
 from torch_impl.selection import select_implementation
 
@@ -278,3 +280,69 @@ def test_unsupported_reason_follows_the_declarations(name):
 def test_no_implementation_for_the_device_raises_under_auto():
     with pytest.raises(UnsupportedImplementationError, match="'matmul' supports devices cpu, cuda, got mps"):
         select_implementation(num_partitions=3, in_features=5, out_features=7, rows=1, dtype="float32", device="mps")
+
+
+def refused(*operands):
+    """Whether the checks refuse operands; with an error of any other kind the test ends."""
+    try:
+        validation.check_operands(*operands)
+    except (TypeError, ValueError):
+        return True
+    return False
+
+
+def test_shapes_are_taken_exactly_where_the_formula_has_them(monkeypatch):
+    """Of all small shapes, the quick check and the one that explains agree with y[..., n, o] = x[..., n, i] W[n, i, o].
+
+    No size of one is broadcast, no other axis is looked at in the place of the right one, and what fits is never
+    explained.
+    """
+    sizes = (1, 2, 3)
+    of_x = [(*lead, *own) for lead in ((), (3,), (0,), (2, 1)) for own in ((), (2,), *product((0, *sizes), repeat=2))]
+    of_weight = [*product(sizes, repeat=3), (2, 3), (2, 2, 3, 3), (0, 2, 3), (2, 0, 3), (2, 3, 0)]
+    tensors = {shape: torch.empty(shape) for shape in {*of_x, *of_weight, *product(sizes, repeat=2)}}
+    right = 0
+    for shape, kernel in product(of_x, of_weight):
+        n, i, o = kernel if len(kernel) == 3 else (None,) * 3
+        fits = len(kernel) == 3 and 0 not in kernel and shape[-2:] == (n, i)
+        biases = (None, (n, o), (o, n), (1, o), (n, 1), (o,), (1, n, o)) if fits else (None,)
+        for bias in biases:
+            value = None if bias is None else tensors.setdefault(bias, torch.empty(bias))
+            wanted = fits and (bias is None or bias == (n, o))
+            assert refused(tensors[shape], tensors[kernel], value) != wanted, (shape, kernel, bias)
+            if wanted:
+                right += 1
+                with monkeypatch.context() as patch:
+                    patch.delattr(validation, "_explain_operands")
+                    validation.check_operands(tensors[shape], tensors[kernel], value)
+    assert right > 100
+
+
+def test_dtypes_and_devices_are_taken_exactly_where_they_are_supported():
+    kinds = (torch.float32, torch.bfloat16, torch.int32, torch.complex64)
+    for dtypes in product(kinds, repeat=3):
+        operands = [
+            torch.empty(shape, dtype=d) for shape, d in zip(((5, 2, 3), (2, 3, 4), (2, 4)), dtypes, strict=True)
+        ]
+        assert refused(*operands) == any(dtype not in DTYPE_NAMES for dtype in dtypes), dtypes
+    for devices in product(("cpu", "meta"), repeat=3):
+        operands = [
+            torch.empty(shape, device=d) for shape, d in zip(((5, 2, 3), (2, 3, 4), (2, 4)), devices, strict=True)
+        ]
+        assert refused(*operands) == (len(set(devices)) > 1), devices
+
+
+def test_an_unrestricted_implementation_is_supported_without_a_question(monkeypatch):
+    """This is asked at every call, before kernels that take a few microseconds."""
+    sizes = {"dtype": "float32", "device": "cpu", "num_partitions": 3, "in_features": 4, "out_features": 4}
+    assert unsupported_reason("grouped_matmul", **sizes) is None
+
+    def asked():
+        raise AssertionError("the compiler was asked")
+
+    monkeypatch.setattr(torch.compiler, "is_compiling", asked)
+    for name in NAMES:
+        if name != "grouped_matmul":
+            assert unsupported_reason(name, **sizes) is None
+    with pytest.raises(AssertionError, match="the compiler was asked"):
+        unsupported_reason("grouped_matmul", **sizes)

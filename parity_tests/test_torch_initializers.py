@@ -14,6 +14,7 @@ from scipy import stats
 from torch import nn
 
 from torch_impl import MaskedPartitionedLinear, PartitionedLinear
+from torch_impl.initializers import TRUNCATED_STD
 from torch_impl.registry import DTYPE_NAMES
 
 LAYERS = [PartitionedLinear, MaskedPartitionedLinear]
@@ -115,6 +116,23 @@ def test_bounds_hold_in_every_dtype(init, dtype):
     assert weight.unique().numel() > 100
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_16_bit_draw_of_a_truncated_normal_is_the_rounded_fp32_draw(kind, low):
+    draws = []
+    for dtype in (torch.float32, low):
+        torch.manual_seed(2)
+        draws.append(kind(NUM, IN, OUT, init="flax", dtype=dtype).partition_views()["weight"].detach())
+    assert torch.equal(draws[0].to(low), draws[1])
+    # Drawn in 16 bits the same seed gives other values.
+    torch.manual_seed(2)
+    assert not torch.equal(nn.init.trunc_normal_(torch.empty(NUM, IN, OUT, dtype=low), std=draws[1].std()), draws[1])
+
+
+def test_the_std_of_a_truncated_normal_is_exact():
+    assert stats.truncnorm(-2, 2).std() == pytest.approx(TRUNCATED_STD, rel=1e-12)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_same_seed_same_values(kind):
     torch.manual_seed(1)
@@ -177,6 +195,15 @@ def test_a_failing_initialiser_leaves_the_layer_as_it_was(kind):
         layer.reset_parameters()
     assert len(calls) == 3
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("pair", [(0.1, 0.2), (nn.init.ones_, 0.2), (0.1, nn.init.ones_), (nn.init.ones_, None)])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_pair_that_holds_no_two_functions_is_refused(kind, pair):
+    with pytest.raises(
+        TypeError, match=r"^`init`: expected a name, a function or a pair \(weight_init, bias_init\), got"
+    ):
+        kind(3, 4, 5, init=pair)
 
 
 def test_custom_initialiser_without_bias():

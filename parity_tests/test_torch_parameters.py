@@ -24,6 +24,7 @@ from torch_impl import (
     load_parameters,
     save_parameters,
 )
+from torch_impl.linears import partitions_from_linears
 from torch_impl.parameters import state_dict_from_linears
 from torch_impl.registry import DTYPE_NAMES
 
@@ -90,11 +91,37 @@ def test_strided_and_read_only_arrays_are_taken():
     assert np.array_equal(export_parameters(layer)["weight"], weight)
 
 
-def test_exported_arrays_are_copies():
-    layer = PartitionedLinear(3, 4, 5)
-    before = layer.weight.detach().clone()
-    export_parameters(layer)["weight"][:] = 7
-    assert torch.equal(layer.weight, before)
+@pytest.mark.parametrize("dtype", NUMPY)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_arrays_share_no_memory_with_a_layer(kind, dtype):
+    layer, arrays = kind(3, 4, 5, dtype=getattr(torch, dtype)), special_arrays(dtype)
+    kept = {name: array.copy() for name, array in arrays.items()}
+    import_parameters(layer, arrays)
+    for array in (*arrays.values(), *export_parameters(layer).values()):
+        array[...] = 7
+    exported = export_parameters(layer)
+    assert same_bits(exported, kept)
+    # Nor does an export follow what becomes of its layer.
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(7)
+    assert same_bits(exported, kept)
+    assert not same_bits(export_parameters(layer), kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES, ids=str)
+def test_tensors_of_linears_are_copies_without_gradient(dtype):
+    linears = nn.ModuleList(nn.Linear(4, 5, dtype=dtype) for _ in range(3))
+    for stacked in (partitions_from_linears(linears), state_dict_from_linears(dict(linears.named_parameters()))):
+        kept = {name: tensor.clone() for name, tensor in stacked.items()}
+        assert kept.keys() == {"weight", "bias"}
+        assert not any(tensor.requires_grad for tensor in stacked.values())
+        with torch.no_grad():
+            for parameter in linears.parameters():
+                parameter.add_(1)
+        assert all(torch.equal(stacked[name], tensor) for name, tensor in kept.items())
+    # The parameters that were stacked have gradients.
+    assert all(parameter.requires_grad for parameter in linears.parameters())
 
 
 def test_imported_parameters_keep_their_identity():

@@ -107,6 +107,9 @@ for name in IMPLEMENTATIONS:
         except Exception as error:
             outcome = str(error)
         placed_rows.append({"name": name, "placement": placement, "outcome": outcome})
+frozen = PartitionedLinear(4, 8, 6)
+frozen.weight.requires_grad_(False)
+frozen = {name: p.requires_grad for name, p in shard_partitions(frozen, mesh).named_parameters()}
 errors = {}
 plain = [tensor.clone() for tensor in whole.values()]
 placed = [on(mesh, tensor, axes[key], "-") for key, tensor in whole.items()]
@@ -127,7 +130,7 @@ for label, call in {
         errors[label] = str(error)
 if rank == 0:
     with open(report, "w") as file:
-        json.dump({"rows": rows, "placed": placed_rows, "errors": errors}, file)
+        json.dump({"rows": rows, "placed": placed_rows, "errors": errors, "frozen": frozen}, file)
 dist.barrier()
 dist.destroy_process_group()
 # A thread of gloo's that still runs when the interpreter takes down its modules aborts the process now and then.
@@ -176,6 +179,10 @@ def test_everything_stays_sharded_over_partitions(report):
 def test_values_are_those_of_one_device(report):
     assert [row["bitwise"] for row in report["rows"]] == [[True, True, True]] * 9
     assert all(row["db_holds"] for row in report["rows"])
+
+
+def test_frozen_parameters_stay_frozen(report):
+    assert report["frozen"] == {"weight": False, "bias": True}
 
 
 def test_every_implementation_is_right_wherever_its_operands_lie(report):
