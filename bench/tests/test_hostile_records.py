@@ -120,9 +120,9 @@ def test_hostile_lines_are_one_sentence_each_and_the_rest_is_shown(lines, run_of
 
 
 def test_a_field_within_a_field_is_not_taken_for_the_records_own(lines, run_of, command_of):
-    nested = {"environment_id": "e9", "process_replicate": 7, "cell": "x", "a": 1}
+    nested = {"a": 1, "environment_id": "e9", "process_replicate": 7, "cell": "x"}
     changed = [line | {"switches": nested, "conditions": [nested] * 20} for line in lines]
-    moved = [{"switches": line.pop("switches"), **line} for line in changed]
+    moved = [{"switches": nested} | line for line in changed]
     for some in (changed, moved):
         done = command_of("report", run_of(written(some)))
         assert (done.exit_code, done.stderr) == (0, "")
