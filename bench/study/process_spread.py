@@ -3,7 +3,9 @@
 Compilers choose anew in every process, and memory lies elsewhere: each process adds an offset of its own to every
 ratio. The A/A control shares the baseline's process, so it does not show these offsets, and no number of rounds
 averages them out. A cell of a single process therefore names nobody within the spread of processes. How large that is,
-the other cells of the machine tell: a quantile of all deviations of a process from the mean of its competitor.
+the other cells of the machine tell: a quantile of the deviations of a process from the mean of its competitor. Only
+competitors near the baseline are asked, since only those could be named by an offset, and since those that take many
+times as long scatter far more from process to process.
 """
 
 import math
@@ -22,6 +24,8 @@ from bench.study.statistics import CONFIDENCE, student_t_quantile
 
 # Where nothing is known, processes are taken to differ by up to this, in 95% of all comparisons of two competitors.
 GUESS = math.log(1.10)
+# How far from the baseline a competitor may be on average for its deviations to count.
+NEAR = math.log(1.25)
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,14 @@ def deviations(reference: Rounds, others: Mapping[str, Rounds]) -> tuple[list[fl
     for block in paired(reference, others):
         count = len(block.processes)
         if count > 1:
-            degrees = max(degrees, count - 1)
             scale = math.sqrt(count / (count - 1))
-            for spread in spreads_of(block.log_ratios, block.lengths, block.processes):
+            near = [
+                spread
+                for spread in spreads_of(block.log_ratios, block.lengths, block.processes)
+                if abs(spread.mean) <= NEAR
+            ]
+            for spread in near:
+                degrees = max(degrees, count - 1)
                 found += [scale * abs(mean - spread.mean) for mean in spread.processes.values()]
     return found, degrees
 

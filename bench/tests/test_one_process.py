@@ -10,7 +10,7 @@ import pytest
 from bench.report.text import baseline_line, resolution_line
 from bench.store import Store
 from bench.study.claim_results import HOLDS, IN_PART, claim_results
-from bench.study.process_spread import GUESS, ProcessSpread
+from bench.study.process_spread import GUESS, ProcessSpread, spreads_by_machine
 from bench.study.ranking import rankings
 from bench.study.results import results_of
 from bench.study.statistics import FASTER, SAME, SLOWER, UNRESOLVED
@@ -135,6 +135,25 @@ def test_what_was_seen_of_few_processes_is_not_trusted_below_what_it_shows():
     many = tuple(k / 1000 for k in range(1000))
     assert ProcessSpread(many, 400).reach(1) == pytest.approx(0.957, abs=0.002)
     assert ProcessSpread(many, 400).reach(10) > 0.99
+
+
+def test_only_competitors_near_the_baseline_tell_of_the_spread(cell):
+    """What takes ten times as long scatters far more, and no such offset could make it look faster."""
+    groups = [[record for k in range(5) for record in cell(k, cell=f"s{c}", off=0.001)] for c in range(4)]
+    far = [
+        [
+            replace(
+                record, block_latency_s=tuple(np.array(record.block_latency_s) * 10 ** (1 + 0.2 * k)), latency_s=1e-2
+            )
+            if record.implementation == "masked"
+            else record
+            for k in range(5)
+            for record in cell(k, cell=f"s{c}", off=0.001)
+        ]
+        for c in range(4)
+    ]
+    quiet, loud = (spreads_by_machine(found, {})["e0"].reach(4) for found in (groups, far))
+    assert quiet == loud < 0.02
 
 
 def test_commands_learn_from_all_directories_whatever_cells_are_shown(cell, call, tmp_path):
