@@ -178,3 +178,61 @@ def test_files_stay_readable():
         if not path.name.startswith("test_") and (lines := len(path.read_text().splitlines())) > 400
     }
     assert long == {}
+
+
+BREACHES = {
+    "a tree imports the other one": (
+        "torch_impl/a.py",
+        "import jax_impl.layer",
+        lambda: test_imports_flow_one_way("torch_impl"),
+    ),
+    "the judge imports the bench": (
+        "parity_tests/a.py",
+        "def late():\n    from bench.plan import workloads",
+        lambda: test_imports_flow_one_way("parity_tests"),
+    ),
+    "a neutral file imports a framework": (
+        "bench/a.py",
+        "if True:\n    import flax.nnx",
+        lambda: test_frameworks_are_imported_only_where_they_belong(),
+    ),
+    "a room that only one tree has": ("jax_impl/a.py", "", lambda: test_twin_trees_have_the_same_rooms()),
+    "a file that is too long": ("bench/a.py", "\n" * 401, lambda: test_files_stay_readable()),
+    **{
+        f"an implementation imports another: {line}": (
+            "jax_impl/implementations/loop.py",
+            line,
+            lambda: test_implementations_never_import_one_another("jax_impl"),
+        )
+        for line in (
+            "from jax_impl.implementations.einsum import run",
+            "from jax_impl.implementations import einsum",
+            "import jax_impl.implementations.einsum",
+            "from . import einsum",
+            "from .einsum import run",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("breach", BREACHES)
+def test_a_breach_of_a_rule_is_found(breach, tmp_path, monkeypatch):
+    """Each search above finds what it looks for, and passes where that is not there."""
+    name, text, rule = BREACHES[breach]
+    for tree in ALLOWED:
+        (tmp_path / tree / "implementations").mkdir(parents=True)
+    for tree, files in ONE_SIDED.items():
+        for file in files:
+            (tmp_path / tree / file).touch()
+        (tmp_path / tree / "implementations" / "loop.py").touch()
+        (tmp_path / tree / "implementations" / "einsum.py").touch()
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    rule()
+    (tmp_path / name).write_text(text)
+    with pytest.raises(AssertionError, match=Path(name).stem):
+        rule()
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_the_searches_have_files_to_look_at(package):
+    assert any(imported(path) for path in sources(package))

@@ -50,7 +50,14 @@ arguments = (model.kernel[...], model.bias[...], divided)
 compiled = jax.jit(run).lower(*arguments).compile()
 print(compiled.as_text())
 print("=== control ===")
-print(jax.jit(lambda *a: jnp.sum(run(*a)[0])).lower(*arguments).compile().as_text())
+whole, by_rows = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("partitions",)))
+for talking, out in (
+    (lambda *a: jnp.sum(run(*a)[0]), None),
+    (lambda *a: run(*a)[0], whole),
+    (lambda *a: jnp.roll(run(*a)[0], 2, 1), partition_sharding(mesh, leading_axes=1)),
+    (lambda *a: jnp.tile(run(*a)[0], (4, 1, 1)), by_rows),
+):
+    print(jax.jit(talking, out_shardings=out).lower(*arguments).compile().as_text())
 for ours, want in zip(compiled(*arguments), jax.jit(run)(plain.kernel[...], plain.bias[...], x), strict=True):
     assert len(ours.sharding.device_set) == 8
     reach = 4 * (6 + 4 + 5) * 2.0**-24 * 6 * 4 * 5 * np.abs(want).max()
@@ -114,8 +121,14 @@ def test_no_collectives_on_eight_devices():
     assert result.stdout.endswith("done\n")
     program, control = result.stdout.split("=== control ===")
     assert [name for name in COLLECTIVES if name in program] == []
-    # A sum over all partitions must talk: the search above would find it.
-    assert "all-reduce" in control
+    # A sum over all partitions must talk, a gathered or a shifted result, and rows in the place of partitions: the
+    # search above would find it.
+    assert {name for name in COLLECTIVES if name in control} >= {
+        "all-reduce",
+        "all-gather",
+        "collective-permute",
+        "all-to-all",
+    }
 
 
 @pytest.fixture

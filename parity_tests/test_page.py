@@ -61,6 +61,7 @@ const seen = {
   drawn: boxes.every(box => box.width > 50 && box.height > 10),
   drawings: boxes.length,
   cut: texts,
+  words: document.querySelectorAll("svg text").length,
   above: [...document.querySelectorAll("rect")]
     .filter(cell => getComputedStyle(cell).fill === "rgb(176, 20, 42)").length,
   lines: [...document.querySelectorAll("polyline")].every(line => line.getTotalLength() > 100),
@@ -94,6 +95,7 @@ def test_a_browser_draws_the_page(tmp_path):
     assert seen["drawn"]
     assert seen["lines"]
     assert seen["cut"] == [], "text outside its drawing"
+    assert seen["words"] > 10
     assert seen["wide"], "the page scrolls sideways"
     # The legend's sample, the tensor and the partition of the mismatch.
     assert seen["above"] == 3

@@ -32,6 +32,10 @@ def test_holds(parity_pair):
     assert {row.command for row in report.rows} == {"pytest " + NODE + "::test_holds"}
 
 
+def test_misused(parity_pair):
+    parity_pair(nothing_that_is_known=1)
+
+
 def test_must_fail(parity_pair):
     rules = [("weight", "scale"), ("bias", "bias")]
     module = nnx.LayerNorm(4, rngs=nnx.Rngs(0))
@@ -46,14 +50,18 @@ def test_a_pair_that_holds_passes_and_one_that_differs_fails_with_its_report(pyt
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     pytester.makepyfile(SUITE)
     result = pytester.runpytest_subprocess("-p", NAME, "-p", "no:cacheprovider", timeout=300)
-    result.assert_outcomes(passed=1, failed=1)
+    result.assert_outcomes(passed=1, failed=2)
     text = result.stdout.str()
     assert "first failing rung: forward; likely cause: epsilon: the torch side uses 1e-05" in text
     assert "FAILED" in text
     assert "test_must_fail" in text
     assert re.search(r"^  reproduce: pytest test_\S+\.py::test_must_fail$", text, re.M)
-    # The report, not a traceback through the judge.
-    assert "judge.py" not in text
+    # The report, not a traceback through the judge, which a call that is wrong gets.
+    sections = dict(zip(*[iter(re.split(r"^_+ (\w+) _+$", text, flags=re.M)[1:])] * 2, strict=True))
+    assert {name: "plugin.py" in section for name, section in sections.items()} == {
+        "test_misused": True,
+        "test_must_fail": False,
+    }
 
 
 def test_installing_the_package_registers_the_plugin():

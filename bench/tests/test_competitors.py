@@ -60,6 +60,13 @@ def check_jax(name):
     assert program.consts == []
 
 
+def test_a_program_that_draws_or_holds_an_array_of_its_own_would_be_seen():
+    kept = jax.numpy.arange(24.0)
+    program = jax.make_jaxpr(lambda x: x + kept + jax.random.normal(jax.random.key(0), x.shape))(kept)
+    assert "random" in str(program)
+    assert len(program.consts) == 1
+
+
 @pytest.mark.parametrize("name", torch_functions.STOCK)
 def test_a_torch_competitor_is_right_in_values_and_gradients(name):
     function = torch_functions.resolve(name)

@@ -95,21 +95,24 @@ def test_a_control_whose_own_answer_was_wrong_stays_a_mismatch_when_its_baseline
         assert (baseline.status, control.status) == ("timeout", status)
 
 
+class Meter:
+    """A device that used six joules from reading to reading."""
+
+    joules = 0.0
+
+    def read(self):
+        return {}
+
+    def energy_j(self):
+        self.joules += 6.0
+        return self.joules
+
+
 def test_energy_is_that_of_a_call_where_the_device_reports_any(fake_starter):
-    class Meter:
-        joules = 0.0
-
-        def read(self):
-            return {}
-
-        def energy_j(self):
-            self.joules += 6.0
-            return self.joules
-
     competitors = [Competitor("torch", name, "eager") for name in GOOD]
     with WorkerPool(fake_starter) as pool:
         outcome = CellRun(CELL, competitors, pool, PRESET, monitor=Meter()).run()
-    # Six joules from reading to reading; the worker ran forty calls.
+    # The worker ran forty calls.
     assert {entry.energy_j for entry in outcome.entries if not entry.control} == {6.0 / 40}
     assert {entry.energy_j for entry in outcome.entries if entry.control} == {None}
 
@@ -132,6 +135,10 @@ def test_a_later_process_measures_speeds_and_checks_answers_and_programs_alone(f
     assert all(len(found[name].blocks) == 6 for name in GOOD)
     assert "does 1 operation" in found["lazy"].reason
     assert "after timing" in found["wrong-later"].reason
+    # The first process is asked for the rest.
+    with Listening(fake_starter) as pool:
+        CellRun(CELL, competitors[: len(GOOD)], pool, PRESET, monitor=Meter()).run()
+    assert asked >= {"memory", "run_for"}
 
 
 @pytest.mark.parametrize("probe_s", [0.0, 0.01])

@@ -197,5 +197,9 @@ def test_the_roofline_draws_rates_and_ceilings(compiled, tmp_path, make_record, 
     for expected in ("useful operations per compulsory byte", "measured", "data sheet", "leads"):
         assert expected in text
     assert "no ceiling was measured" not in text
+    without = dict.fromkeys(("ceiling_flops_per_s", "ceiling_bytes_per_s", *peaks))
+    (tmp_path / "run" / "records.jsonl").write_text("".join(json.dumps(line | without) + "\n" for line in lines))
+    assert call("report", tmp_path / "run", "--roofline", tmp_path / "w.svg").exit_code == 0
+    assert "no ceiling was measured" in "".join(ElementTree.parse(tmp_path / "w.svg").getroot().itertext())
     done = call("report", tmp_path / "run", "--roofline", tmp_path / "r.pdf")
     assert (done.exit_code, "--roofline: expected a file ending in" in done.stderr) == (2, True)
