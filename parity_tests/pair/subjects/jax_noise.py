@@ -366,8 +366,18 @@ def _cond(self: Interpreter, params: dict[str, Any], operands: list[Any], marks:
     return lax.switch(operands[0], branches, *operands[1:])
 
 
+def _linear_solve(self: Interpreter, params: dict[str, Any], operands: list[Any], marks: list[Mark]) -> list[Any]:
+    """Solves as the program's own method does; what that is the transpose of is already in the program."""
+    del marks
+    lengths, solve = params["const_lengths"], params["jaxprs"].solve
+    start = lengths.matvec + lengths.vecmat
+    vectors = operands[start + lengths.solve + lengths.transpose_solve :]
+    return self.run(solve, [*operands[start : start + lengths.solve], *vectors])
+
+
 _CONTROL: dict[str, Callable[[Interpreter, dict[str, Any], list[Any], list[Mark]], list[Any]]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
+    "custom_linear_solve": _linear_solve,
 }
