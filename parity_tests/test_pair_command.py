@@ -183,7 +183,10 @@ def test_a_pair_that_differs_ends_with_status_one_and_its_cause(user_code, tmp_p
         ("user_pairs:misspelt", "expected a torch parameter among weight, bias, got 'wieght'"),
         ("user_pairs:half", "expected one dtype on both sides"),
         ("user_pairs:forgotten_tuple", "inputs[0]: expected a shape such as (8, 64)"),
-        ("user_pairs:wrong_width", "expected modules that run on their inputs, got RuntimeError: mat1 and mat2"),
+        (
+            "user_pairs:wrong_width",
+            "torch_module: expected a module that runs on its inputs (float32 (2, 5)), got RuntimeError",
+        ),
         ("user_pairs:raises_inside", "got KeyError: 'missing'"),
     ],
 )
