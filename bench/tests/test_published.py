@@ -3,6 +3,7 @@
 README's results themselves are compared in `parity_tests/test_readme.py`, which needs no pictures.
 """
 
+import lzma
 import re
 import shutil
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.record_files import COMPRESSED
+from bench.record_files import COMPRESSED, RECORDS
 from bench.store import read_records
+from bench.tests.conftest import example_record
+from bench.tests.synthetic import write_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -92,6 +95,17 @@ def test_records_are_published_compressed_and_nothing_else_is_that_they_can_be_m
     published = [path for path in RESULTS.glob("*/*") if path.parent.name != "local"]
     assert sorted((path.parent.name, path.name) for path in published) == sorted([*records, *PICTURES])
     assert 1_000_000 < sum(path.stat().st_size for path in published) < MOST_BYTES
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed here")
+def test_new_records_are_compressed_before_they_are_drawn(tmp_path):
+    write_sweep(tmp_path / "machine", example_record, 1, competitors=2)
+    before = (tmp_path / "machine" / RECORDS).read_bytes()
+    places = (f"VENV={sys.prefix}", f"RESULTS={tmp_path}", "SHOWN=")
+    for _ in range(2):
+        subprocess.run(["make", "publish", *places], cwd=ROOT, capture_output=True, timeout=100, check=True)
+    assert sorted(path.name for path in (tmp_path / "machine").iterdir()) == ["environment.json", COMPRESSED]
+    assert lzma.decompress((tmp_path / "machine" / COMPRESSED).read_bytes()) == before
 
 
 def test_the_table_of_the_base_setting_on_the_h200_is_that_of_the_records():
