@@ -26,6 +26,22 @@ class RecordError(ValueError):
     """A line that is no valid record."""
 
 
+def _tells(disturbance: Mapping[str, Any]) -> bool:
+    """Say whether an account of a disturbed machine is whole: every reader takes its numbers as they are."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+    needed = ("cpus", "windows", "disturbed_windows", "other_cpus", "other_cpus_most", "steal_cpus")
+    stretch, waiting = disturbance.get("stretch"), disturbance.get("waiting")
+    return (
+        all(number(disturbance.get(name)) for name in needed)
+        and (stretch is None or number(stretch))
+        and isinstance(waiting, Mapping)
+        and all(isinstance(name, str) and number(share) for name, share in waiting.items())
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One line of ``records.jsonl``. Times are in seconds, memory is in bytes.
@@ -174,6 +190,8 @@ class Record:
 
     def __post_init__(self) -> None:
         """Refuses a record that contradicts itself."""
+        if self.disturbance and not _tells(self.disturbance):
+            raise RecordError("disturbance: expected numbers of processors and windows, as `bench run` writes them")
         if self.status not in STATUSES:
             raise RecordError(f"status: expected one of {', '.join(STATUSES)}, got {self.status!r}")
         if (self.status == "ok") != (self.latency_s is not None):

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from parity_tests.harness.cases import Case
+from parity_tests.harness.console import PlainConsole
 from parity_tests.harness.defects import DEFECTS
 from parity_tests.harness.html import html_document
 from parity_tests.harness.initialization import (
@@ -192,7 +192,7 @@ def test_a_subject_that_raises_fails_its_cell_and_the_others_go_on(capsys):
     summary = summarize(rows)
     assert (summary.failed, summary.ok) == (1, False)
     # Every report can show a failure that has no tensor and no number.
-    print_report(Console(width=200), rows, summary)
+    print_report(PlainConsole(width=200), rows, summary)
     assert "raising" in (shown := capsys.readouterr().out)
     assert failed.reason in shown
     assert "no [/memory] left" in junit_document(rows)

@@ -36,7 +36,7 @@ ALLOWED = {
         "serve",
     ): "a child waits for its parent, whose end closes the pipe",
     ("parity_tests/harness/subjects/torch_sharded.py", "_exchange"): "in a thread that is joined with a limit",
-    ("bench/study/archive_ranking.py", "ranked_archive"): "a watch kills processes that are waited for too long",
+    ("bench/study/archive_ranking.py", "_in_parts"): "a watch kills processes that are waited for too long",
 }
 
 

@@ -33,15 +33,18 @@ def as_path(path: Any) -> Path:
         TypeError: If it is no name of a file.
         ValueError: If no file can have that name: it is empty, or holds a NUL.
     """
-    name = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+    try:
+        name = os.fspath(path)
+    except Exception:  # whatever the object's own method raises, it is no path
+        name = None
     if not isinstance(name, str):
         raise TypeError(f"`path`: expected a str or a Path, got a {type(path).__name__}; pass the file's name.")
     try:
-        usable = bool(name) and b"\0" not in os.fsencode(name)
+        usable = name not in ("", ".") and b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:
         usable = False
     if not usable:
-        raise ValueError(f"`path`: expected the name of a file, got {name!r}; pass the file's name.")
+        raise ValueError(f"`path`: expected the name of a file, got {name!r}; pass another name.")
     return Path(name)
 
 

@@ -38,8 +38,8 @@ def count(limit):
     if counted == limit:
         os.kill(os.getpid(), number)
 
-def read_cells(cells):
-    for group in real_cells(cells):
+def read_cells(cells, *damage):
+    for group in real_cells(cells, *damage):
         count(read + 1)
         yield group
 

@@ -136,7 +136,7 @@ def main(directory, cells, rounds):
     place = sweep.fingerprint({}, device="cpu", division="matched", cpus=())
     sweep.fingerprint = lambda *args, **kwargs: place
     # What a run shows at its end is what `report` shows: a stage of its own here.
-    run.read_results = lambda directories: Results((), {"ok": 1}, {})
+    run.read_results = lambda directories, **options: Results((), {"ok": 1}, {})
     run._write = run._show = lambda *arguments: None
     InventedCell.rounds = rounds
     out = directory / "run"
