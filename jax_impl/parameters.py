@@ -114,7 +114,10 @@ def load_parameters(layer: PartitionedLinear, path: str | os.PathLike[str]) -> N
             layer is unchanged.
         OSError: If the file cannot be read.
     """
-    import_parameters(layer, read_arrays(path, _parameters(layer)))
+    parameters = _parameters(layer)
+    # Before the file is read: how much it may hold follows from them.
+    check_parameters(parameters)
+    import_parameters(layer, read_arrays(path, parameters))
 
 
 def to_canonical(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
