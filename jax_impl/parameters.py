@@ -114,10 +114,7 @@ def load_parameters(layer: PartitionedLinear, path: str | os.PathLike[str]) -> N
             layer is unchanged.
         OSError: If the file cannot be read.
     """
-    parameters = _parameters(layer)
-    # Before the file is read: how much it may hold follows from them.
-    check_parameters(parameters)
-    import_parameters(layer, read_arrays(path, parameters))
+    import_parameters(layer, read_arrays(path, _parameters(layer)))
 
 
 def to_canonical(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -172,6 +169,7 @@ def read_arrays(path: str | os.PathLike[str], like: Mapping[str, Any]) -> dict[s
         OSError: If the file cannot be read.
     """
     path = as_path(path)
+    check_parameters(like)
     # Twice and more what a file for this layer has: what else is wrong with such a file is said by name.
     content = read_file(path, _MOST_HEADER_BYTES + 8 * sum(value.size for value in like.values()))
     try:
