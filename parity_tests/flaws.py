@@ -15,7 +15,7 @@ from parity_tests.harness.cases import Case
 
 
 class Hostile:
-    """Raises wherever it can."""
+    """Fail in everything that is asked of it."""
 
     def __repr__(self) -> str:
         raise RuntimeError("no repr")
@@ -31,7 +31,7 @@ class Hostile:
 
 
 class BytesPath:
-    """Is a path, but of bytes."""
+    """Stand for a path, but of bytes."""
 
     def __fspath__(self) -> bytes:
         return b"file"
@@ -129,7 +129,7 @@ BIAS_SHAPES = {
 
 
 class FailingMapping(dict[str, np.ndarray]):
-    """Has its names, but cannot read what is under them."""
+    """Know the names, but fail to read what is under them."""
 
     def __getitem__(self, name: str) -> np.ndarray:
         raise OSError("the archive is damaged")
