@@ -61,10 +61,10 @@ def exactly(array: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
     """
     if array.dtype == dtype:
         return array
-    dropped = is_complex(array) and dtype.kind != "c"
     with np.errstate(over="ignore", invalid="ignore"):
-        cast = (np.real(array) if dropped else array).astype(dtype)
-        back = cast.astype(array.dtype)
+        # Of a complex number a real format can hold the real part at most.
+        cast = (np.real(array) if dtype.kind != "c" else array).astype(dtype)
+        back = (np.real(cast) if not is_complex(array) else cast).astype(array.dtype)
     if not np.array_equal(back, array, equal_nan=is_inexact(array)):
         raise ValueError(f"{what}: expected values that {dtype} holds, got others in {array.dtype}; round them.")
     return cast
@@ -95,6 +95,13 @@ def from_parts(values: np.ndarray, like: np.ndarray) -> np.ndarray:
     result = np.empty(values.shape[:-1], np.complex128)
     result.real, result.imag = values[..., 0], values[..., 1]  # not a + 1j b: that makes a NaN of an infinite part
     return result
+
+
+def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """|first - second| of integers or booleans of any width, in float64: 0 only where they are equal."""
+    # As Python's integers, which have no size.
+    difference = np.abs(first.astype(object) - second.astype(object)).astype(np.float64)
+    return np.where(first == second, 0.0, difference)
 
 
 def looks_rounded(array: np.ndarray, name: str) -> np.ndarray:

@@ -15,7 +15,7 @@ from parity_tests.harness.failures import first_line
 from parity_tests.harness.records import environment
 from parity_tests.pair.exchange import read_groups, write_groups
 from parity_tests.pair.loading import build, load_factory
-from parity_tests.pair.side import Arrays, ParameterSpec, Side, make_side
+from parity_tests.pair.side import CANNOT_RUN, Arrays, ParameterSpec, Side, make_side
 
 
 def _reply(
@@ -61,7 +61,7 @@ def serve(side: Side, requests: TextIO, replies: TextIO) -> None:
         try:
             line, groups = _reply(side, request, read_groups(folder / "request.safetensors"))
             write_groups(folder / "reply.safetensors", groups)
-        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except CANNOT_RUN as error:
             # The caller decides what a refusal means; the worker stays there for the next request.
             line = {"error": first_line(error), "kind": type(error).__name__}
         replies.write(json.dumps(line) + "\n")
