@@ -47,6 +47,11 @@ def pytest_addoption(parser):
         default=2,
         help="in how many seeds each correct example pair must be accepted",
     )
+    parser.addoption(
+        "--pair-families",
+        action="store_true",
+        help="judge every family of pairs, not only a sample",
+    )
 
 
 def pytest_configure(config):
