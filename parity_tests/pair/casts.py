@@ -5,9 +5,11 @@ a leg is about (``as_stored``). There is no third kind in the judge: a cast that
 an integer or digits of a number makes two different arrays equal.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from parity_tests.harness.dtypes import FORMATS
+from parity_tests.harness.dtypes import FORMATS, numpy_dtype
 
 _REAL_PART = {"complex64": "float32", "complex128": "float64"}
 
@@ -35,6 +37,12 @@ def format_name(dtype: object) -> str:
 def roundoff(array: np.ndarray) -> float:
     """Unit roundoff of an array's format; 0 for integers and booleans."""
     return FORMATS[format_name(array.dtype)].roundoff if is_inexact(array) else 0.0
+
+
+def storage_format(arrays: Sequence[np.ndarray]) -> np.dtype:
+    """The coarsest real format among arrays, or among the parts of complex ones; float64 if all are integers."""
+    coarsest = max(arrays, key=roundoff)
+    return numpy_dtype(format_name(coarsest.dtype)) if is_inexact(coarsest) else np.dtype(np.float64)
 
 
 def as_stored(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -161,7 +161,7 @@ class Interpreter:
         constant = all(mark.constant for mark in marks)
         units = [_unit(aval_of(variable).dtype) for variable in equation.outvars]
         held = min((mark.unit for mark in marks), default=0.0)
-        if name in JAX_EXACT or (name == "convert_element_type" and held >= units[0]):
+        if name in JAX_EXACT or (name == "convert_element_type" and units[0] <= held < math.inf):
             # A choice among numbers of a format, or a cast to one that holds them, rounds nothing.
             units = [max(unit, held) for unit in units]
         if name in _CONTROL:
@@ -322,9 +322,14 @@ def _tiny(dtype: Any) -> float:
 
 
 def _literal_mark(literal: Literal) -> Mark:
-    name = format_name(aval_of(literal).dtype)
-    value = np.asarray(literal.val, aval_of(literal).dtype)
-    return Mark(True, _unit(name) if _was_rounded(value, name) else math.inf)
+    """The unit of a number in code follows from the bits that it needs: 0.5 fits into every format."""
+    dtype = aval_of(literal).dtype
+    if format_name(dtype) not in FORMATS or aval_of(literal).ndim:
+        return Mark(True, _unit(dtype))
+    numbers = parts(np.asarray(literal.val, dtype)).ravel()
+    ratios = [abs(number).as_integer_ratio()[0] for number in numbers.tolist() if math.isfinite(number) and number]
+    needed = [numerator.bit_length() - ((numerator & -numerator).bit_length() - 1) for numerator in ratios]
+    return Mark(True, 2.0 ** -max(needed) if needed else 1.0)
 
 
 def _was_rounded(value: Any, name: str) -> bool:

@@ -37,8 +37,9 @@ def _machine_limits(leg: Any) -> Iterator[None]:
     original = jnp.finfo
 
     def of_the_leg(dtype: Any) -> Any:
+        found = original(dtype)
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        return original(dtype if caller.startswith("jax.") or np.dtype(dtype) != np.float64 else leg)
+        return found if caller.startswith("jax.") or found.dtype != np.float64 else original(leg)
 
     jnp.finfo = of_the_leg if jnp.issubdtype(leg, jnp.floating) else original  # pyright: ignore
     try:
