@@ -52,6 +52,11 @@ def pytest_addoption(parser):
         help="in how many seeds each correct example pair must be accepted",
     )
     parser.addoption(
+        "--pair-families",
+        action="store_true",
+        help="judge every family of pairs, not only a sample",
+    )
+    parser.addoption(
         "--drawn-calls",
         type=int,
         default=DRAWN_CALLS_A_TEST,

@@ -5,9 +5,11 @@ a leg is about (``as_stored``). There is no third kind in the judge: a cast that
 an integer or digits of a number makes two different arrays equal.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from parity_tests.harness.dtypes import FORMATS
+from parity_tests.harness.dtypes import FORMATS, numpy_dtype
 
 _REAL_PART = {"complex64": "float32", "complex128": "float64"}
 
@@ -37,6 +39,12 @@ def roundoff(array: np.ndarray) -> float:
     return FORMATS[format_name(array.dtype)].roundoff if is_inexact(array) else 0.0
 
 
+def storage_format(arrays: Sequence[np.ndarray]) -> np.dtype:
+    """The coarsest real format among arrays, or among the parts of complex ones; float64 if all are integers."""
+    coarsest = max(arrays, key=roundoff)
+    return numpy_dtype(format_name(coarsest.dtype)) if is_inexact(coarsest) else np.dtype(np.float64)
+
+
 def as_stored(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Rounds real and complex numbers to the storage dtype; leaves integers and booleans.
 
@@ -61,10 +69,10 @@ def exactly(array: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
     """
     if array.dtype == dtype:
         return array
-    dropped = is_complex(array) and dtype.kind != "c"
     with np.errstate(over="ignore", invalid="ignore"):
-        cast = (np.real(array) if dropped else array).astype(dtype)
-        back = cast.astype(array.dtype)
+        # Of a complex number a real format can hold the real part at most.
+        cast = (np.real(array) if dtype.kind != "c" else array).astype(dtype)
+        back = (np.real(cast) if not is_complex(array) else cast).astype(array.dtype)
     if not np.array_equal(back, array, equal_nan=is_inexact(array)):
         raise ValueError(f"{what}: expected values that {dtype} holds, got others in {array.dtype}; round them.")
     return cast
@@ -95,6 +103,13 @@ def from_parts(values: np.ndarray, like: np.ndarray) -> np.ndarray:
     result = np.empty(values.shape[:-1], np.complex128)
     result.real, result.imag = values[..., 0], values[..., 1]  # not a + 1j b: that makes a NaN of an infinite part
     return result
+
+
+def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """|first - second| of integers or booleans of any width, in float64: 0 only where they are equal."""
+    # As Python's integers, which have no size.
+    difference = np.abs(first.astype(object) - second.astype(object)).astype(np.float64)
+    return np.where(first == second, 0.0, difference)
 
 
 def looks_rounded(array: np.ndarray, name: str) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 
 from parity_tests.harness.dtypes import FORMATS
 from parity_tests.pair.casts import as_stored, is_complex, is_inexact, parts
-from parity_tests.pair.judge import KEYS, Evidence
+from parity_tests.pair.judge import INFERENCE, KEYS, Evidence
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
 from parity_tests.pair.side import Arrays
@@ -167,7 +167,7 @@ def _hypotheses(pair: Pair, evidence: Evidence) -> Iterator[Hypothesis]:
             sentence = f"{name} has no effect on the {_OTHER[key]} side (a missing bias, a weight that is not used)"
             yield sentence, changed(key, {name: np.zeros_like(array)}), key
             sentence = f"{name} takes effect twice on the {_OTHER[key]} side"
-            yield sentence, changed(key, {name: (2 * array).astype(array.dtype)}), key
+            yield sentence, changed(key, {name: array + array}), key
     for key, arrays in own.items():
         for first, second, exchanged in _exchanges(arrays):
             yield f"{first} and {second} are exchanged between the two sides", changed(key, exchanged), key
@@ -290,6 +290,8 @@ def _precision(evidence: Evidence, failed: Sequence[PairRow]) -> str:
     if row is None or row.subject_value is None:
         return ""
     side = _OWN[row.framework]
+    if row.reason.startswith(INFERENCE):
+        return f"{row.tensor} is another function on the {side} side where no gradient is asked for (a fast path)"
     if not np.isfinite(row.subject_value):
         return f"{row.tensor} overflows in {row.dtype} on the {side} side, or divides by zero"
     shortfall = f"the {side} side computes {row.tensor} with less precision than {row.dtype} promises"

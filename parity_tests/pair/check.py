@@ -122,8 +122,9 @@ def check_pair(
     bit for bit through both sides; outputs; gradients of every mapped parameter and every floating-point input for a
     random cotangent; buffers that a call updates. In float64 both sides must agree to float64's rounding (the semantic
     leg); in each dtype each side must lie within rounding of its own float64 truth, and the two of each other. The
-    bounds come from rounding-noise ensembles (``pair.calibration``) and are labelled ``calibrated``. Integer outputs
-    must be equal.
+    bounds come from rounding-noise ensembles (``pair.calibration``) and are labelled ``calibrated``. Integers, and what
+    is not finite, must be equal. Complex numbers are judged part by part, and their gradients as torch has them,
+    ``dL/dRe + i dL/dIm``. Without a float64 run or a finite bound a pair is undecided, and does not hold.
 
     Args:
         torch_module: an ``nn.Module``, in the mode (train or eval) it is to be judged in, or ``f(params, *inputs)``.

@@ -15,7 +15,7 @@ from parity_tests.pair.casts import is_complex, is_inexact
 from parity_tests.pair.legs import Pair, Values, running
 from parity_tests.pair.remarks import Remarks
 from parity_tests.pair.report import PairRow
-from parity_tests.pair.side import Ensemble
+from parity_tests.pair.side import CANNOT_RUN, Ensemble
 from parity_tests.pair.state import PREFIX, is_output, updated
 from parity_tests.pair.verdict import UNDECIDED, refused, same_bits, undecided, within
 
@@ -23,8 +23,7 @@ KEYS = ("torch", "jax")
 _BOTH = "torch+jax"
 _MOST_SHOWN = 6
 _SHOWN = {"torch": "torch", "jax": "flax"}
-# What a framework or a module raises where it cannot run a format; the judge's own refusals are among them.
-_CANNOT = (NotImplementedError, RuntimeError, TypeError, ValueError)
+INFERENCE = "without gradients, as in inference: "
 COMPLEX = (
     "complex tensors are compared by real and imaginary part; their gradients are dL/dRe + i dL/dIm, PyTorch's "
     "convention, to which JAX's are conjugated"
@@ -140,7 +139,7 @@ class Judge:
             try:
                 outputs[key] = self._pair.truth(key, values)
                 ensembles[key] = self._pair.ensemble(key, values, "float32", self._seed)
-            except _CANNOT as error:
+            except CANNOT_RUN as error:
                 # The module runs in float32, as its outline has shown.
                 yield self._without_truth(error, key, "float64")
                 return False
@@ -201,15 +200,17 @@ class Judge:
         for key in KEYS:
             try:
                 alone[key] = self._pair.forward(key, values)
-            except _CANNOT as error:
+            except CANNOT_RUN as error:
                 yield self._cannot(error, key, dtype, "forward")
+        if dtype != "float32":
+            self._note_overflow(values)
         if self._gradients and dtype != "float32":
             values = self._pair.with_cotangents(values, alone, self._seed)
         results = dict(alone)
         for key in alone if self._gradients else ():
             try:
                 results[key] = self._pair.vjp(key, values)
-            except _CANNOT as error:
+            except CANNOT_RUN as error:
                 yield self._cannot(error, key, dtype, "gradients")
         if dtype == "float32":
             evidence.results = results
@@ -218,7 +219,7 @@ class Judge:
             self.remarks.on_formats(key, values, {**alone[key], **results[key]}, alone[key])
             try:
                 truths, bounds[key] = self._truths_and_bounds(key, values)
-            except _CANNOT as error:
+            except CANNOT_RUN as error:
                 yield self._without_truth(error, key, dtype)
                 continue
             for name, expected in truths.items():
@@ -227,8 +228,12 @@ class Judge:
                 # In float64 the truth itself errs as much as what it judges.
                 limit = bounds[key].get(name, 0.0) * (2.0 if dtype == "float64" else 1.0)
                 result = within(name, results[key][name], expected, limit)
-                if name in alone[key]:
-                    result = max(result, within(name, alone[key][name], expected, limit), key=_badness)
+                if self._gradients and name in alone[key]:
+                    without = within(name, alone[key][name], expected, limit)
+                    if _badness(without) > _badness(result):
+                        # Where both fail, they fail alike.
+                        told = "" if result.status != "ok" or without.status == "ok" else INFERENCE
+                        result = dataclasses.replace(without, reason=told + without.reason)
                 yield self._row(result, key, dtype, self._rung(name))
         if len(bounds) < len(KEYS):
             return
@@ -237,6 +242,18 @@ class Judge:
             if name in results["jax"]:
                 limit = sum(found.get(name, 0.0) for key in KEYS for found in (bounds[key], moved[key]))
                 yield self._row(within(name, results["jax"][name], expected, limit), _BOTH, dtype, self._rung(name))
+
+    def _note_overflow(self, values: Values) -> None:
+        """What a leg's format cannot hold is infinite in it, on both sides and in both truths."""
+        assert self.evidence.values is not None
+        inputs = {f"inputs[{k}]": array for k, array in enumerate(values.inputs["torch"])}
+        wide = {f"inputs[{k}]": array for k, array in enumerate(self.evidence.values.inputs["torch"])}
+        inputs, wide = {**values.parameters["torch"], **inputs}, {**self.evidence.values.parameters["torch"], **wide}
+        lost = [
+            name for name, a in inputs.items() if is_inexact(a) and (np.isfinite(wide[name]) > np.isfinite(a)).any()
+        ]
+        if lost:
+            self.notes.add(f"{values.dtype} cannot hold all numbers of {', '.join(lost)}: they are infinite in it")
 
     def _cannot(self, error: Exception, key: str, dtype: str, rung: str) -> PairRow:
         """The function runs in float64, as the semantic leg has shown: what fails is this format, here."""

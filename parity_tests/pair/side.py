@@ -9,6 +9,18 @@ import numpy as np
 from parity_tests.pair.casts import from_parts, is_inexact, parts
 
 Arrays = Mapping[str, np.ndarray]
+# What a framework or a module raises where it cannot run in a format; a refusal of the judge's own is among them. Not
+# an OSError: an interpreter that has died ends the check.
+CANNOT_RUN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)

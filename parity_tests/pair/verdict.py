@@ -3,7 +3,7 @@
 import numpy as np
 
 from parity_tests.harness.comparison import TensorResult
-from parity_tests.pair.casts import is_complex, is_float, is_inexact, parts
+from parity_tests.pair.casts import distances, exactly, is_complex, is_float, is_inexact, parts
 
 UNDECIDED = "undecided"
 _PARTS = ("real part", "imaginary part")
@@ -50,7 +50,8 @@ def within(name: str, value: np.ndarray, expected: np.ndarray, limit: np.ndarray
     if not is_inexact(value):
         return _equal(name, value, expected)
     divided = is_complex(value)
-    limit = parts(np.broadcast_to(limit, value.shape).astype(np.complex128 if divided else np.float64))
+    limit = np.broadcast_to(limit, value.shape)
+    limit = parts(exactly(limit, np.dtype(np.complex128), "limit") if divided else limit)
     value, expected = parts(value), parts(expected)
     errors = _errors(value, expected)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -93,11 +94,9 @@ def within(name: str, value: np.ndarray, expected: np.ndarray, limit: np.ndarray
 
 def _equal(name: str, value: np.ndarray, expected: np.ndarray) -> TensorResult:
     """Integers and booleans, compared as such: float64 does not tell all 64-bit integers apart."""
-    differs = value != expected
-    # As Python's integers, which have no size; shown and counted as floats.
-    errors = np.where(differs, np.abs(value.astype(object) - expected.astype(object)).astype(np.float64), 0.0)
+    errors = distances(value, expected)
     index = tuple(int(k) for k in np.unravel_index(int(errors.argmax()), errors.shape))
-    reason = f"{name}{list(index)} is {value[index]}, expected {expected[index]}" if differs.any() else ""
+    reason = f"{name}{list(index)} is {value[index]}, expected {expected[index]}" if errors.any() else ""
     fraction = np.inf if reason else 0.0
     return TensorResult(
         tensor=name,

@@ -12,7 +12,7 @@ from parity_tests.harness.records import environment
 from parity_tests.interpreters.child import Channel
 from parity_tests.pair.exchange import packed, unpacked
 from parity_tests.pair.loading import build, load_factory
-from parity_tests.pair.side import Arrays, ParameterSpec, Side, make_side
+from parity_tests.pair.side import CANNOT_RUN, Arrays, ParameterSpec, Side, make_side
 
 
 def _reply(
@@ -74,7 +74,7 @@ def main(channel: Channel, framework: str, spec: str, device: str) -> None:
         try:
             line, groups = _reply(side, request, unpacked(request["payload"]))
             arrays = packed(groups)
-        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except CANNOT_RUN as error:
             # The caller decides what a refusal means; the worker stays there for the next request.
             channel.send({"error": first_line(error), "kind": type(error).__name__})
         else:

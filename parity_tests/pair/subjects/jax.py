@@ -12,7 +12,7 @@ from parity_tests.harness.dtypes import numpy_dtype
 from parity_tests.harness.subjects.jax import resolve_device
 from parity_tests.pair.branches import Branches
 from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS, moved_constant
-from parity_tests.pair.casts import is_inexact, roundoff, widened
+from parity_tests.pair.casts import is_inexact, storage_format, widened
 from parity_tests.pair.side import (
     Arrays,
     Constants,
@@ -263,7 +263,7 @@ class JaxSide:
         constants: Mapping[str, str] | None,
     ) -> Truth:
         """The truth's program; where constants are given, buffers that are such, what comes from constants errs."""
-        leg = max([*parameters.values(), *inputs], key=roundoff).dtype
+        leg = storage_format([*parameters.values(), *inputs])
         arguments = [_wide(dict(parameters)), _wide(inputs), _wide(cotangents or {})]
         named = None if constants is None else tuple(sorted(constants))
         key = ("truth", str(leg), named, *_signature(arguments))

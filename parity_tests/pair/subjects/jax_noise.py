@@ -161,7 +161,7 @@ class Interpreter:
         constant = all(mark.constant for mark in marks)
         units = [_unit(aval_of(variable).dtype) for variable in equation.outvars]
         held = min((mark.unit for mark in marks), default=0.0)
-        if name in JAX_EXACT or (name == "convert_element_type" and held >= units[0]):
+        if name in JAX_EXACT or (name == "convert_element_type" and units[0] <= held < math.inf):
             # A choice among numbers of a format, or a cast to one that holds them, rounds nothing.
             units = [max(unit, held) for unit in units]
         if name in _CONTROL:
@@ -197,7 +197,8 @@ class Interpreter:
         if name == "convert_element_type":
             dtype = np.dtype(equation.params["new_dtype"])
             if is_inexact(operands[0]):
-                return results if held >= _unit(dtype) else [self._round(results[0], str(dtype))]
+                exact = held >= _unit(dtype) or format_name(dtype) not in FORMATS
+                return results if exact else [self._round(results[0], str(dtype))]
             # Integers are rounded beyond those that the format holds.
             return [self._round(results[0], str(dtype), jnp.abs(results[0]) * self._roundoff(str(dtype)) > 1)]
         if name == "bitcast_convert_type":
@@ -232,7 +233,7 @@ class Interpreter:
         Noise of float64's size would drown in float64's own rounding: what was traced in float64 errs as float32 does,
         and the bound is scaled afterwards.
         """
-        return min(self._limit, max(FORMATS[format_name(dtype)].roundoff, FORMATS["float32"].roundoff))
+        return min(self._limit, max(_unit(dtype), FORMATS["float32"].roundoff))
 
     def _accumulator(self, name: str, equation: JaxprEqn) -> float:
         """Products of 16-bit operands are accumulated in float32; other sums in the format they are written in."""
@@ -241,13 +242,12 @@ class Interpreter:
         return self._roundoff(str(aval_of(equation.invars[0]).dtype))
 
     def _summed(self, value: Any, square: Any, terms: Any, u_acc: float, dtype: str) -> jax.Array:
-        tiny = FORMATS[format_name(dtype)].smallest_normal
-        return _noisy_sum(value, square, terms, u_acc, self._roundoff(dtype), tiny, *self._source())
+        return _noisy_sum(value, square, terms, u_acc, self._roundoff(dtype), _tiny(dtype), *self._source())
 
     def _round(self, value: jax.Array, dtype: str, factor: Any = 1.0) -> jax.Array:
         # A part of a complex product is a sum of two products, which may cancel: it errs as its modulus does.
         u = factor * self._roundoff(dtype) * (math.sqrt(2.0) if jnp.iscomplexobj(value) else 1.0)
-        return _noisy_rounding(value, u, FORMATS[format_name(dtype)].smallest_normal, *self._source())
+        return _noisy_rounding(value, u, _tiny(dtype), *self._source())
 
     def _source(self) -> tuple[Any, Any, np.uint64, Any]:
         """Where the next operation's noise comes from."""
@@ -300,9 +300,10 @@ def _uncontracted(value: Any, zero: Any) -> Any:
 
 
 def _converted(dtype: Any, value: jax.Array) -> jax.Array:
-    """A cast as it is in float64: between formats it is left out; to integers, or to a real part, it is not."""
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return lax.convert_element_type(value, dtype)
+    """A cast as it is in float64: between formats it is left out; to integers, to a real part, to 8 bits it is not."""
+    if format_name(dtype) not in FORMATS:
+        # A format of 8 bits is asked for because of its rounding.
+        return widened(lax.convert_element_type(value, dtype))
     if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
         return lax.real(value)
     return lax.convert_element_type(value, wide_dtype(dtype))
@@ -314,10 +315,21 @@ def _unit(dtype: Any) -> float:
     return FORMATS[name].roundoff if name in FORMATS else math.inf
 
 
+def _tiny(dtype: Any) -> float:
+    """Smallest normal number of a format."""
+    name = format_name(dtype)
+    return FORMATS[name].smallest_normal if name in FORMATS else 0.0
+
+
 def _literal_mark(literal: Literal) -> Mark:
-    name = format_name(aval_of(literal).dtype)
-    value = np.asarray(literal.val, aval_of(literal).dtype)
-    return Mark(True, _unit(name) if _was_rounded(value, name) else math.inf)
+    """The unit of a number in code follows from the bits that it needs: 0.5 fits into every format."""
+    dtype = aval_of(literal).dtype
+    if format_name(dtype) not in FORMATS or aval_of(literal).ndim:
+        return Mark(True, _unit(dtype))
+    numbers = parts(np.asarray(literal.val, dtype)).ravel()
+    ratios = [abs(number).as_integer_ratio()[0] for number in numbers.tolist() if math.isfinite(number) and number]
+    needed = [numerator.bit_length() - ((numerator & -numerator).bit_length() - 1) for numerator in ratios]
+    return Mark(True, 2.0 ** -max(needed) if needed else 1.0)
 
 
 def _was_rounded(value: Any, name: str) -> bool:

@@ -11,8 +11,9 @@ import numpy as np
 from jax._src import dtypes
 from jax.extend.core import ClosedJaxpr
 
+from parity_tests.harness.dtypes import FORMATS
 from parity_tests.harness.failures import first_line
-from parity_tests.pair.casts import as_stored
+from parity_tests.pair.casts import as_stored, format_name
 from parity_tests.pair.subjects.jax_evaluation import wide_dtype
 from parity_tests.pair.subjects.jax_noise import Interpreter, normal_pool
 
@@ -36,8 +37,9 @@ def _machine_limits(leg: Any) -> Iterator[None]:
     original = jnp.finfo
 
     def of_the_leg(dtype: Any) -> Any:
+        found = original(dtype)
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        return original(dtype if caller.startswith("jax.") or np.dtype(dtype) != np.float64 else leg)
+        return found if caller.startswith("jax.") or found.dtype != np.float64 else original(leg)
 
     jnp.finfo = of_the_leg if jnp.issubdtype(leg, jnp.floating) else original  # pyright: ignore
     try:
@@ -57,7 +59,7 @@ def _wide_formats() -> Iterator[None]:
 
     def widest(*args: Any, **kwargs: Any) -> Any:
         dtype = original(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
-        if not jnp.issubdtype(dtype, jnp.inexact):
+        if format_name(dtype) not in FORMATS:  # integers, and formats of 8 bits, whose rounding is meant
             return dtype
         frame = sys._getframe(1)
         while frame is not None:
@@ -101,7 +103,7 @@ def traced(program: Callable[..., Any], arguments: Sequence[Any], leg: Any) -> t
             closed, shapes = jax.make_jaxpr(program, return_shape=True)(*arguments)
             return closed, sorted(shapes), ""
         except Exception as error:
-            why = first_line(error)
+            why = f"{type(error).__name__}: {first_line(error)}"
         narrow = jax.tree.map(_narrowed, list(arguments))
         with jax.enable_x64(False):
             closed, shapes = jax.make_jaxpr(program, return_shape=True)(*narrow)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten_with_path
 from parity_tests.harness.subjects.torch import resolve_device
 from parity_tests.harness.subjects.torch_arrays import to_numpy, to_torch
 from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS, moved_constant
-from parity_tests.pair.casts import is_inexact, roundoff, widened
+from parity_tests.pair.casts import is_inexact, storage_format, widened
 from parity_tests.pair.side import (
     Arrays,
     Constants,
@@ -245,12 +245,12 @@ class TorchSide:
         watch: BranchWatch | None = None,
     ) -> dict[str, np.ndarray]:
         """Runs under a mode, made for the parameters and integer inputs; ``leg`` has the parameters' own dtypes."""
-        stored = max([*(leg or parameters).values(), *inputs], key=roundoff)
         tensors = self._tensors({name: widened(array) for name, array in parameters.items()})
         arguments = self._inputs(tuple(map(widened, inputs)))
         integers = {f"inputs[{k}]": tensor for k, tensor in enumerate(arguments) if not is_inexact(inputs[k])}
         wide = None if cotangents is None else {name: widened(array) for name, array in cotangents.items()}
-        limits = machine_limits(to_torch(np.zeros_like(stored, shape=()), self._device).dtype)
+        stored = np.zeros((), storage_format([*(leg or parameters).values(), *inputs]))
+        limits = machine_limits(to_torch(stored, self._device).dtype)
         # Fused attention kernels hide their operations from the mode.
         with contextlib.ExitStack() as stack:
             for context in (self._seeded(0), _double_default(), sdpa_kernel(SDPBackend.MATH), limits):
