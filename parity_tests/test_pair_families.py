@@ -660,7 +660,7 @@ pair(
     QUERY,
     ((3, D),),
     False,
-    "the flax side is 2 times",
+    "times the bound",
     gradients=False,
     always=False,
 )
