@@ -94,7 +94,7 @@ def _trigamma(x: float) -> float:
 def _inverse_trigamma(value: float) -> float:
     """Where the trigamma function, which falls from infinity to 0, has this value: by bisection of the logarithm."""
     low, high = math.log(1e-8), math.log(1e8)
-    for _ in range(100):
+    for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if _trigamma(math.exp(middle)) > value else (low, middle)
     return math.exp((low + high) / 2)
@@ -121,12 +121,12 @@ def usual(scatters: Sequence[Scatter], least: int = LEAST_COMPETITORS) -> Prior:
     variances = np.array([scatter.variance for scatter in scatters])
     # A variance of 0 has no logarithm and is an accident of the clock's resolution.
     logs = np.log(np.maximum(variances, max(1e-5 * float(np.median(variances)), 1e-30)))
-    halves = [scatter.degrees / 2 for scatter in scatters]
-    values = logs - np.array([special.digamma(half) - math.log(half) for half in halves])
+    halves = np.array([scatter.degrees / 2 for scatter in scatters])
+    values = logs - (special.digamma(halves) - np.log(halves))
     spread = float(values.var(ddof=1))
     # How much more the log variances scatter than samples of one variance would, and as much more as it may well be:
     # a weight that is too large makes intervals too short, one that is too small only costs some of what was gained.
-    excess = spread * (1 + CAUTION * math.sqrt(2 / (len(values) - 1))) - float(np.mean([_trigamma(h) for h in halves]))
+    excess = spread * (1 + CAUTION * math.sqrt(2 / (len(values) - 1))) - float(special.zeta(2, halves).mean())
     center = float(values.mean())
     if excess <= 0:
         return Prior(math.exp(center), MOST_DEGREES)

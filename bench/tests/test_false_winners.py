@@ -118,7 +118,7 @@ def limits(name):
 def test_the_tables_of_the_method(request):
     count = request.config.getoption("--simulated-cells", default=0)
     if not count:
-        pytest.skip("takes ten minutes of processor: run with --simulated-cells 1000, as for the tables of the method")
+        pytest.skip("takes five minutes of processor: run with --simulated-cells 1000, as for the tables of the method")
     text = METHOD.read_text()
     for table in cells.tables(count):
         equal, one = table.caption.startswith("Of equal competitors any"), table.caption.endswith("one process")

@@ -159,10 +159,35 @@ def test_report_is_reproducible():
         (1.05, 1.10, 1.15, 0.20, UNRESOLVED),
         (1.05, 1.10, 1.15, None, UNRESOLVED),
         (1.005, 1.01, 1.015, 0.001, SAME),
+        # A floor above 15% is not known well enough for an estimate to pass it: the end of the interval must.
+        (1.10, 1.40, 1.80, math.log(1.14), FASTER),
+        (1.10, 1.40, 1.80, math.log(1.20), UNRESOLVED),
+        (1.25, 1.40, 1.60, math.log(1.20), FASTER),
+        (1 / 1.80, 1 / 1.40, 1 / 1.10, math.log(1.14), SLOWER),
+        (1 / 1.80, 1 / 1.40, 1 / 1.10, math.log(1.20), UNRESOLVED),
+        (1 / 1.60, 1 / 1.40, 1 / 1.25, math.log(1.20), SLOWER),
+        # A control of [1/11, 11] is no control.
+        (900.0, 1000.0, 1100.0, math.log(9), FASTER),
+        (900.0, 1000.0, 1100.0, math.log(11), UNRESOLVED),
+        (0.999, 1.0, 1.001, math.log(11), UNRESOLVED),
     ],
 )
 def test_verdicts(low, ratio, high, floor, expected):
     assert verdict(Interval(ratio, low, high, 10), floor) == expected
+
+
+def test_a_single_process_counts_with_the_spread_of_processes():
+    spread = math.log(1.1)
+    one, several = (Interval(1.12, 1.10, 1.14, 10, processes) for processes in (1, 5))
+    assert (verdict(one, 0.01, spread), verdict(several, 0.01, spread)) == (FASTER, FASTER)
+    near = Interval(1.08, 1.06, 1.10, 10, 1)
+    assert (verdict(near, 0.01, spread), verdict(near, 0.01)) == (UNRESOLVED, FASTER)
+    same = Interval(1.0, 0.99, 1.01, 10, 1)
+    assert (verdict(same, 0.01, spread), verdict(same, 0.01)) == (UNRESOLVED, SAME)
+    wide = near.across_processes(spread)
+    # In quadrature, since rounds and processes scatter independently.
+    assert math.log(wide.ratio / wide.low) == pytest.approx(math.hypot(math.log(1.08 / 1.06), spread))
+    assert several.across_processes(spread) == several
 
 
 def test_the_equivalence_margin_is_two_percent():
