@@ -253,6 +253,7 @@ def measured(out, hogs, *options):
     return labels | {"PyTorch against JAX": cell["frameworks"]["verdict"]}
 
 
+@pytest.mark.timeout(3600)
 def test_beside_busy_processes_no_verdict_contradicts_a_quiet_run(tmp_path, request):
     runs = request.config.getoption("--busy-runs")
     if not runs:
