@@ -94,8 +94,8 @@ test-newest:
 else
 test-newest: $(VENV_NEWEST)/.installed
 	OMP_NUM_THREADS=1 $(VENV_NEWEST)/bin/python -m pytest -q $(PARALLEL) -m "not compile" \
-		parity_tests/test_jax_*.py parity_tests/test_exact.py parity_tests/test_architecture.py parity_tests/test_readme.py \
-		parity_tests/test_findings.py
+		parity_tests/tests/test_jax_*.py parity_tests/tests/test_exact.py parity_tests/tests/test_architecture.py parity_tests/tests/test_readme.py \
+		parity_tests/tests/test_findings.py
 	$(VENV_NEWEST)/bin/python -m parity_tests run --framework jax --cases smoke
 endif
 

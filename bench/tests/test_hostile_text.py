@@ -23,9 +23,9 @@ from bench.records import Record
 from bench.report import chart
 from bench.report.page import RESULTS, markers
 from bench.store import Store
-from parity_tests.test_hostile_text import HOSTILE as WITH_HALF_A_PAIR
-from parity_tests.test_hostile_text import NAME, assert_plain
-from parity_tests.test_hostile_text import assert_json as assert_json_holds
+from parity_tests.tests.test_hostile_text import HOSTILE as WITH_HALF_A_PAIR
+from parity_tests.tests.test_hostile_text import NAME, assert_plain
+from parity_tests.tests.test_hostile_text import assert_json as assert_json_holds
 
 # A record or an environment with half of a surrogate pair is refused when it is read.
 HOSTILE = "".join(character for character in WITH_HALF_A_PAIR if not 0xD800 <= ord(character) <= 0xDFFF)

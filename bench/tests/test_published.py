@@ -1,6 +1,6 @@
 """What is shown of the published records is what `make publish` draws from them: none of it is stale.
 
-README's results themselves are compared in `parity_tests/test_readme.py`, which needs no pictures.
+README's results themselves are compared in `parity_tests/tests/test_readme.py`, which needs no pictures.
 """
 
 import lzma

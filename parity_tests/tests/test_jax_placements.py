@@ -30,7 +30,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jax_impl import partitioned_linear
 from jax_impl.registry import IMPLEMENTATIONS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = 8  # of every axis, so that eight devices divide any of them
 AXES = {"x": "bni", "kernel": "nio", "bias": "no"}
 MESHES = ((2,), (4,), (8,), (2, 2), (2, 4), (4, 2))
@@ -240,7 +240,7 @@ def rows():
     thorough = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     result = subprocess.run(
-        [sys.executable, "-c", f"from parity_tests.test_jax_placements import report; report({thorough})"],
+        [sys.executable, "-c", f"from parity_tests.tests.test_jax_placements import report; report({thorough})"],
         capture_output=True,
         text=True,
         cwd=ROOT,

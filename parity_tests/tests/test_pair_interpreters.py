@@ -14,7 +14,7 @@ from parity_tests.harness.dtypes import numpy_dtype
 from parity_tests.harness.subjects.base import framework_available
 from parity_tests.pair.exchange import packed, unpacked
 from parity_tests.pair.remote import RemoteSide
-from parity_tests.test_architecture import JAX_BAN, TORCH_BAN, run_isolated
+from parity_tests.tests.test_architecture import JAX_BAN, TORCH_BAN, run_isolated
 
 both = pytest.mark.skipif(
     not (framework_available("torch") and framework_available("jax")), reason="needs both frameworks, one a process"

@@ -12,10 +12,10 @@ pytest.importorskip("einops", reason="einops is not installed here")
 pytest.importorskip("scipy", reason="scipy is not installed here")
 
 from parity_tests.harness.subjects.base import framework_available
-from parity_tests.test_architecture import run_isolated
+from parity_tests.tests.test_architecture import run_isolated
 
 pytest_plugins = "pytester"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAME = "parity_tests.pair.plugin"
 SUITE = """
 import torch

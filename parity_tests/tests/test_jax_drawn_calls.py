@@ -1,6 +1,6 @@
 """Drawn calls of the JAX tree: right, or refused in one sentence, with every kind of flaw in every argument.
 
-More of them: ``python -m pytest parity_tests/test_jax_drawn_calls.py --drawn-calls 10000``.
+More of them: ``python -m pytest parity_tests/tests/test_jax_drawn_calls.py --drawn-calls 10000``.
 """
 
 import dataclasses
@@ -23,8 +23,10 @@ from flax.core import freeze
 import jax_impl
 from jax_impl import PartitionedLinear, implementation_names, linen, partitioned_linear
 from jax_impl.registry import IMPLEMENTATIONS, unsupported_reason
-from parity_tests.drawn_calls import Attempt, Entry, Flaw, bits_fault, draw_call, every_kind, judge, product_fault
-from parity_tests.flaws import (
+from parity_tests.harness.dtypes import numpy_dtype
+from parity_tests.harness.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
+from parity_tests.tests.drawn_calls import Attempt, Entry, Flaw, bits_fault, draw_call, every_kind, judge, product_fault
+from parity_tests.tests.flaws import (
     ANYTHING,
     BIAS_SHAPES,
     NO_ARRAYS,
@@ -40,8 +42,6 @@ from parity_tests.flaws import (
     flaws_of,
     wrong_shapes,
 )
-from parity_tests.harness.dtypes import numpy_dtype
-from parity_tests.harness.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
 
 NAMES = ("auto", *implementation_names())
 pytestmark = pytest.mark.usefixtures("quick_compilation")

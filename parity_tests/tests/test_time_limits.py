@@ -8,7 +8,7 @@ import time
 import pytest
 
 from parity_tests.harness.subjects.base import framework_available
-from parity_tests.test_architecture import ROOT, sources
+from parity_tests.tests.test_architecture import ROOT, sources
 
 # Calls that wait for as long as it takes unless they are given a limit, by the name that is called.
 _RUNS = {"run", "call", "check_call", "check_output", "getoutput", "getstatusoutput"}

@@ -20,7 +20,7 @@ from jax.lax import DotAlgorithmPreset, Precision
 
 from jax_impl import PartitionedLinear, linen, partitioned_linear
 from jax_impl.registry import IMPLEMENTATIONS, get_implementation
-from parity_tests.test_jax_vector_products import PRODUCTS, equations
+from parity_tests.tests.test_jax_vector_products import PRODUCTS, equations
 
 MATMUL = "jax_impl.implementations.matmul"
 N, IN, OUT = 3, 4, 5

@@ -17,7 +17,7 @@ import pytest
 from parity_tests.harness import files
 from parity_tests.harness.subjects.base import framework_available
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TREES = [f"{framework}_impl" for framework in ("torch", "jax") if framework_available(framework)]
 MOST = 10**6
 # A load or a save that waits for somebody else would wait for ever.

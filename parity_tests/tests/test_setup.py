@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OLD = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: {}    |"
 NEW = "| NVIDIA-SMI 610.57.04    KMD Version: 610.57.04    CUDA UMD Version: {}    |"
 

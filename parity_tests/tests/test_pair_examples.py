@@ -13,7 +13,7 @@ from parity_tests.pair.examples import EXAMPLES
 from parity_tests.pair.examples.differences import default_differences
 from parity_tests.pair.examples.overview import BEGIN, END, by_default, readme_block, with_block
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 CAUSES = {
     "linear": "",
     "conv": "sizes: y has shape (2, 8, 5, 4) on the torch side and (2, 8, 7, 6) on the flax side",

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.drawn_calls import Call, Flaw
 from parity_tests.harness.cases import Case
+from parity_tests.tests.drawn_calls import Call, Flaw
 
 
 class Hostile:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_impl import partitioned_linear
 from jax_impl.implementations.matmul import partitioned_linear_matmul
-from parity_tests.test_jax_vector_products import equations
+from parity_tests.tests.test_jax_vector_products import equations
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

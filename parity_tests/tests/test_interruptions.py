@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # All commands in one process, with invented work, since most of what a start takes is imports. Each is interrupted in
 # its fourth piece of work, and again, in impatience, whenever it writes.
 SCRIPT = """

@@ -21,7 +21,7 @@ from parity_tests.harness.run import run_cells
 from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, load_subjects
 from parity_tests.harness.subjects.modes import DEFAULT_MODES, arithmetic_of
 from parity_tests.harness.tolerance import declared_arithmetic
-from parity_tests.numpy_subject import NumpySubject
+from parity_tests.tests.numpy_subject import NumpySubject
 
 INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framework)]
 SUBJECTS = {

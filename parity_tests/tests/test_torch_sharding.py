@@ -147,7 +147,7 @@ def report(tmp_path_factory):
         subprocess.Popen(
             [*command, str(rank), str(folder / "store"), str(folder / "report.json")],
             env=environment,
-            cwd=Path(__file__).resolve().parent.parent,
+            cwd=Path(__file__).resolve().parents[2],
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -12,7 +12,7 @@ from parity_tests.harness.records import summarize
 from parity_tests.harness.report import print_report
 from parity_tests.harness.run import run_cells
 from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, load_subjects
-from parity_tests.numpy_subject import NumpySubject
+from parity_tests.tests.numpy_subject import NumpySubject
 
 INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framework)]
 CASE = Case("square", (8,), 4, 16, 16)

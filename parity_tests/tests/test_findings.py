@@ -11,7 +11,7 @@ import pytest
 from parity_tests.findings import Finding, all_findings
 from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 FINDINGS = {finding.name: finding for finding in all_findings()}
 
 

@@ -31,7 +31,7 @@ from parity_tests.harness.subjects.modes import (
     split_members,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framework)]
 # Four partitions are two members of two: an ensemble whose members have several partitions.
 CASE = Case("modes", (2, 3), 4, 8, 16)

@@ -14,17 +14,17 @@ import pytest
 from parity_tests.harness.cases import Case
 from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, load_subjects
 from parity_tests.harness.subjects.modes import DEFAULT_MODES
-from parity_tests.test_modes import exact_failures
+from parity_tests.tests.test_modes import exact_failures
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framework)]
 # Several partitions in each shard, or nothing could leak inside one: two processes of torch, eight devices of JAX.
 DIVIDED = {"torch": Case("divided", (6,), 22, 8, 16), "jax": Case("divided", (6,), 16, 8, 16)}
 SHARDED_JAX = """
 import json, jax
 from parity_tests.harness.subjects.base import load_subjects
-from parity_tests.test_modes import exact_failures
-from parity_tests.test_sharded_modes import DIVIDED
+from parity_tests.tests.test_modes import exact_failures
+from parity_tests.tests.test_sharded_modes import DIVIDED
 
 jax.config.update("jax_disable_most_optimizations", True)
 assert len(jax.devices()) == 8

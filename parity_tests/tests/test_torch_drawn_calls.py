@@ -1,6 +1,6 @@
 """Drawn calls of the torch tree: right, or refused in one sentence, with every kind of flaw in every argument.
 
-More of them: ``python -m pytest parity_tests/test_torch_drawn_calls.py --drawn-calls 10000``.
+More of them: ``python -m pytest parity_tests/tests/test_torch_drawn_calls.py --drawn-calls 10000``.
 """
 
 import dataclasses
@@ -22,8 +22,10 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import torch_impl
-from parity_tests.drawn_calls import Attempt, Entry, Flaw, bits_fault, draw_call, every_kind, judge, product_fault
-from parity_tests.flaws import (
+from parity_tests.harness.subjects import torch_arrays
+from parity_tests.harness.subjects.torch_arrays import lay_out, to_torch
+from parity_tests.tests.drawn_calls import Attempt, Entry, Flaw, bits_fault, draw_call, every_kind, judge, product_fault
+from parity_tests.tests.flaws import (
     ANYTHING,
     BIAS_SHAPES,
     NO_ARRAYS,
@@ -39,8 +41,6 @@ from parity_tests.flaws import (
     flaws_of,
     wrong_shapes,
 )
-from parity_tests.harness.subjects import torch_arrays
-from parity_tests.harness.subjects.torch_arrays import lay_out, to_torch
 from torch_impl import MaskedPartitionedLinear, PartitionedLinear, implementation_names, partitioned_linear
 from torch_impl.parameters import state_dict_from_linears
 from torch_impl.registry import unsupported_reason

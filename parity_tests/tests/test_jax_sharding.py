@@ -107,7 +107,7 @@ print("done")
 
 
 def test_no_collectives_on_eight_devices():
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM],

@@ -3,10 +3,20 @@
 import numpy as np
 import pytest
 
-from parity_tests.drawn_calls import Attempt, Call, Entry, Flaw, bits_fault, draw_call, every_kind, judge, product_fault
-from parity_tests.flaws import NO_ARRAYS, NO_PATH, NO_SIZE, Hostile
 from parity_tests.harness.cases import SMOKE
-from parity_tests.numpy_subject import NumpySubject
+from parity_tests.tests.drawn_calls import (
+    Attempt,
+    Call,
+    Entry,
+    Flaw,
+    bits_fault,
+    draw_call,
+    every_kind,
+    judge,
+    product_fault,
+)
+from parity_tests.tests.flaws import NO_ARRAYS, NO_PATH, NO_SIZE, Hostile
+from parity_tests.tests.numpy_subject import NumpySubject
 
 TREE = "parity_tests"  # where the errors of this file come from
 

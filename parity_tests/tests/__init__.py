@@ -1,0 +1,1 @@
+"""The tests of both layer trees and of the judge."""
