@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from bench.measure.timers.base import Call
+from bench.measure.timer import Call
 from bench.plan.presets import SHORT_BLOCK
 
 # Other competitors ran since the last block, and left their data in the caches: calls of about this time come first.

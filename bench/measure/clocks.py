@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from bench.measure.blocks import garbage_kept
-from bench.measure.timers.base import Call
+from bench.measure.timer import Call
 
 # JAX lets 32 executions fly and then blocks: fewer calls are enqueued, so that only enqueueing is timed.
 _ENQUEUED_CALLS = 16

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from bench.measure.clocks import measure_single_calls, shortest_call_s
 from bench.measure.protocol import Message
-from bench.measure.timers.base import Prepared, Timer
+from bench.measure.timer import Prepared, Timer
 from bench.plan.cells import Cell
 from bench.plan.costs import least_product_flops
 

@@ -16,7 +16,7 @@ from bench.measure.memory import free_bytes
 from bench.measure.probes import ceilings_of, probed
 from bench.measure.protocol import Message
 from bench.measure.switches import recorded
-from bench.measure.timers.base import Prepared, Task, Timer, Unsupported
+from bench.measure.timer import Prepared, Task, Timer, Unsupported
 from bench.measure.verification import Judgement, Oracle, Verifier, inputs_digest, results_digest
 from bench.plan.cells import Cell
 from bench.plan.competitors import YARDSTICK

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import BinaryIO
 
 from bench.measure.protocol import MISSING, Message, decode, encode, failure
-from bench.measure.timers.base import Timer, Unsupported
+from bench.measure.timer import Timer, Unsupported
 from bench.measure.workbench import Workbench
 from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available
 from parity_tests.interpreters.child import end_with_parent
@@ -41,7 +41,7 @@ class _Dispatcher:
 
     @cached_property
     def _timer(self) -> Timer:
-        timer = importlib.import_module(f"bench.measure.timers.{self._framework}").TIMER()
+        timer = importlib.import_module(f"bench.measure.{self._framework}.timer").TIMER()
         # A framework brings a million objects that live for ever: a collection before each measurement need not look.
         gc.collect()
         gc.freeze()

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench.measure.functions import jax as jax_functions
-from bench.measure.functions import packages
-from bench.measure.functions import torch as torch_functions
-from bench.measure.programs.torch import counted_flops
+from bench.measure import packages
+from bench.measure.jax import functions as jax_functions
+from bench.measure.torch import functions as torch_functions
+from bench.measure.torch.programs import counted_flops
 from bench.measure.verification import Oracle, Verifier
 from bench.measure.worker_process import CHECKOUT
 from parity_tests.harness.cases import Case

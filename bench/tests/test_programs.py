@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from bench.measure.timers.base import Timer
+from bench.measure.timer import Timer
 from bench.measure.workbench import Workbench
 from bench.plan.cells import Cell
 from bench.plan.workloads import Workload
@@ -18,7 +18,7 @@ REQUEST = {"handle": "0", "kind": "implementation", "call_limit_s": 60, "after_o
 def timer_of(framework) -> Timer:
     if not framework_available(framework):
         pytest.skip(f"{framework} is not installed here")
-    return __import__(f"bench.measure.timers.{framework}", fromlist=["TIMER"]).TIMER()
+    return __import__(f"bench.measure.{framework}.timer", fromlist=["TIMER"]).TIMER()
 
 
 def opened(framework, **changes):
@@ -67,7 +67,7 @@ def test_a_training_step_is_judged_by_its_first_update(framework, optimizer):
 @pytest.mark.parametrize("direction", ["forward", "forward_backward", "train_step"])
 def test_the_options_for_a_gpu_are_understood_and_given_to_the_compiler(direction, mode, monkeypatch):
     bench = opened("jax", direction=direction, optimizer="sgd" if direction == "train_step" else None)
-    timer = __import__("bench.measure.timers.jax", fromlist=["compiler_options"])
+    timer = __import__("bench.measure.jax.timer", fromlist=["compiler_options"])
     options = {division: timer.compiler_options(division, "cuda", mode) for division in ("stock", "matched", "tuned")}
     assert options["stock"] == {}
     assert options["matched"]
@@ -89,7 +89,7 @@ def test_another_optimizer_is_a_mismatch(framework, wrong, monkeypatch):
     from parity_tests.harness import optimizers
 
     bench = opened(framework, direction="train_step", optimizer="adamw")
-    programs = __import__(f"bench.measure.programs.{framework}", fromlist=["OPTIMIZERS"])
+    programs = __import__(f"bench.measure.{framework}.programs", fromlist=["OPTIMIZERS"])
     planted = {**optimizers.OPTIMIZERS, "adamw": replace(optimizers.OPTIMIZERS[wrong], learning_rate=3e-3)}
     monkeypatch.setattr(programs, "OPTIMIZERS", planted)
     judgement = judged(bench, framework)
@@ -185,7 +185,7 @@ def test_one_row_takes_fewer_operations_and_is_not_doubted(framework):
 def test_products_in_loops_are_counted_as_often_as_they_run():
     jax = pytest.importorskip("jax", reason="needs jax")
     jnp = jax.numpy
-    from bench.measure.programs.jax import _flops
+    from bench.measure.jax.programs import _flops
 
     x, weight = jnp.ones((4, 6, 8)), jnp.ones((8, 16))
 

@@ -8,7 +8,7 @@ import pytest
 
 from bench.measure.protocol import RequestError
 from bench.measure.switches import TOLD, UNSET, recorded, sentences, unset_for
-from bench.measure.timers.base import Unsupported
+from bench.measure.timer import Unsupported
 from bench.measure.worker_process import WorkerProcess, worker_environment
 from bench.report.markdown import environment_lines
 from bench.tests.test_commands import TINY

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from bench.measure.intervals import busy_s
-from bench.measure.timers.base import Call, Prepared, Trace
+from bench.measure.timer import Call, Prepared, Trace
 
 # Instructions that move or name nothing at run time.
 _NO_WORK = frozenset({"parameter", "bitcast", "tuple", "get-tuple-element", "constant"})

@@ -11,11 +11,11 @@ import optax
 from jax.core import Tracer
 
 from bench.measure.compile_caches import CacheFolder
-from bench.measure.compile_caches.jax import kept_in
-from bench.measure.functions.jax import Function, resolve
+from bench.measure.jax.compile_cache import kept_in
+from bench.measure.jax.functions import Function, resolve
+from bench.measure.jax.products import repeated_product_flops
 from bench.measure.layouts import swapped_axes
-from bench.measure.products.jax import repeated_product_flops
-from bench.measure.timers.base import Call, Prepared, Task, Unsupported, in_turn
+from bench.measure.timer import Call, Prepared, Task, Unsupported, in_turn
 from bench.plan.competitors import JIT, JIT_GRAPH
 from jax_impl import UnsupportedImplementationError
 from parity_tests.harness.optimizers import OPTIMIZERS

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from bench.measure import memory
-from bench.measure.functions.torch import MISSING, STOCK, YARDSTICKS
 from bench.measure.layouts import swapped_axes
-from bench.measure.programs.torch import build, counted_flops
-from bench.measure.timers.base import Call, Prepared, Task, Trace, Unsupported
-from bench.measure.tracing.torch import traced
+from bench.measure.timer import Call, Prepared, Task, Trace, Unsupported
+from bench.measure.torch.functions import MISSING, STOCK, YARDSTICKS
+from bench.measure.torch.programs import build, counted_flops
+from bench.measure.torch.tracing import traced
 from bench.plan.cells import RESULTS, STORAGE_DTYPES
 from bench.plan.competitors import Catalogue
 from parity_tests.harness.inputs import Inputs

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.measure.functions.modules.jax import (
+from bench.measure.jax.modules import (
     einmix,
     equinox_filter_vmap,
     keras_einsum_dense,
@@ -16,7 +16,7 @@ from bench.measure.functions.modules.jax import (
     nnx_einsum,
     nnx_linear_general,
 )
-from bench.measure.functions.packages import missing_competitors
+from bench.measure.packages import missing_competitors
 from jax_impl import partitioned_linear
 from jax_impl.registry import implementation_names
 

@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.measure.intervals import busy_s
-from bench.measure.timers.base import Call, Trace
+from bench.measure.timer import Call, Trace
 
 
 def _outermost(events: Sequence[object]) -> Counter[str]:

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bench.measure.compile_caches import CacheFolder
-from bench.measure.functions.torch import Function, resolve
 from bench.measure.layouts import swapped_axes
-from bench.measure.timers.base import Call, Prepared, Task, Unsupported, in_turn
+from bench.measure.timer import Call, Prepared, Task, Unsupported, in_turn
+from bench.measure.torch.functions import Function, resolve
 from bench.plan.competitors import COMPILE, CUDA_GRAPH, EAGER, MAX_AUTOTUNE, REDUCE_OVERHEAD
 from parity_tests.harness.optimizers import OPTIMIZERS
 from parity_tests.harness.subjects.torch_optimizer import build_torch
@@ -224,8 +224,8 @@ def _compiled(first_call: Callable[[], None]) -> tuple[float, int | None, Callab
         Seconds, operations of the products in the compiled program, and what compiles again with the cache filled.
     """
     # Inductor takes seconds to import, and most workers never compile.
-    from bench.measure.compile_caches.torch import kept_in
-    from bench.measure.products.torch import products_seen
+    from bench.measure.torch.compile_cache import kept_in
+    from bench.measure.torch.products import products_seen
 
     cache = CacheFolder()
 

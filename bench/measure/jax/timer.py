@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.measure import memory
-from bench.measure.functions.jax import MISSING, STOCK, YARDSTICKS
+from bench.measure.jax.functions import MISSING, STOCK, YARDSTICKS
+from bench.measure.jax.programs import build, compiler_options
+from bench.measure.jax.tracing import traced
 from bench.measure.layouts import swapped_axes
-from bench.measure.programs.jax import build, compiler_options
-from bench.measure.timers.base import Call, Prepared, Task, Trace, Unsupported
-from bench.measure.tracing.jax import traced
+from bench.measure.timer import Call, Prepared, Task, Trace, Unsupported
 from bench.plan.cells import RESULTS, STORAGE_DTYPES
 from bench.plan.competitors import JIT, JIT_GRAPH, Catalogue
 from jax_impl.registry import implementation_names, unsupported_reason

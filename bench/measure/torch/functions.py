@@ -9,8 +9,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from bench.measure.functions.modules.torch import einmix, functional_ensemble, keras_einsum_dense
-from bench.measure.functions.packages import missing_competitors
+from bench.measure.packages import missing_competitors
+from bench.measure.torch.modules import einmix, functional_ensemble, keras_einsum_dense
 from torch_impl.registry import get_implementation, implementation_names
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -1,1 +1,0 @@
-"""How many operations the products of a compiled program have, per framework; each imported only in its worker."""

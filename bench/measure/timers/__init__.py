@@ -1,1 +1,0 @@
-"""One timer per framework; each is imported only inside that framework's worker."""

@@ -1,0 +1,1 @@
+"""The stopwatch's PyTorch half, imported only in that framework's worker."""
