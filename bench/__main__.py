@@ -18,7 +18,7 @@ except KeyboardInterrupt:
     sys.exit(130)
 
 from bench.commands.arguments import CsvFile, Directories, JaxPython, JsonFile, TorchPython, cells_where, picture
-from parity_tests.harness.console import run_application
+from parity_tests.report.console import run_application
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 

@@ -17,7 +17,7 @@ from bench.archive import place_of, read_records
 from bench.environments import ENVIRONMENTS, StoreError, read_environments
 from bench.record_files import COMPRESSED, RECORDS, scan
 from bench.records import Record
-from parity_tests.harness.files import OutputError, write_text
+from parity_tests.report.files import OutputError, write_text
 
 if sys.platform != "win32":
     import fcntl

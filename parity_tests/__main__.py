@@ -8,11 +8,11 @@ try:
     import typer
 
     from parity_tests.commands.usage import choices_help, modes_help
-    from parity_tests.harness.cases import CASE_SETS
-    from parity_tests.harness.console import run_application
-    from parity_tests.harness.dtypes import STORAGE_DTYPES
-    from parity_tests.harness.subjects.base import FRAMEWORKS
     from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
+    from parity_tests.judge.cases import CASE_SETS
+    from parity_tests.judge.dtypes import STORAGE_DTYPES
+    from parity_tests.judge.subjects import FRAMEWORKS
+    from parity_tests.report.console import run_application
 except ModuleNotFoundError as missing:
     # Run by an interpreter into which nothing was installed.
     print(

@@ -14,7 +14,7 @@ from bench.plan.cells import DIRECTIONS, DIVISIONS, PRECISIONS
 from bench.plan.presets import PRESETS
 from bench.plan.workloads import WORKLOADS
 from bench.report.output import OutputError, columns_of, flat, write_csv, write_json
-from parity_tests.harness.console import PlainConsole
+from parity_tests.report.console import PlainConsole
 
 
 def _pool(torch_python: str | None, jax_python: str | None, division: str) -> WorkerPool:

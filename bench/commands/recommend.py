@@ -15,7 +15,7 @@ from bench.report.output import OutputError, columns_of, write_csv, write_json
 from bench.report.text import MORE_PROCESSES, ratio
 from bench.study.process_spread import seen_spreads
 from bench.study.recommendation import FAR, NEAR, SIZES, Neighbour, Shape, nearest
-from parity_tests.harness.console import PlainConsole
+from parity_tests.report.console import PlainConsole
 
 
 def _far(shape: Shape, neighbour: Neighbour) -> str:

@@ -3,7 +3,7 @@
 Cold then means an empty cache, whatever ran before and whatever the user keeps; warm means what the cold one left.
 """
 
-from parity_tests.harness.files import ScratchFolder
+from parity_tests.report.files import ScratchFolder
 
 
 class CacheFolder:

@@ -16,7 +16,8 @@ from bench.records import HARNESS_VERSION, digest
 _MEASURED = (
     "torch_impl",
     "jax_impl",
-    "parity_tests/harness",
+    "parity_tests/judge",
+    "parity_tests/frameworks",
     "parity_tests/interpreters",
     "bench/measure",
     "bench/plan",

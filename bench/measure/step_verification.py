@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parity_tests.harness.dtypes import FORMATS
-from parity_tests.harness.optimizers import OptimizerSpec
-from parity_tests.harness.oracle import OracleTensor
-from parity_tests.harness.tolerance import Arithmetic, bound
+from parity_tests.judge.dtypes import FORMATS
+from parity_tests.judge.oracle import OracleTensor
+from parity_tests.judge.tolerance import Arithmetic, bound
+from parity_tests.training.optimizers import OptimizerSpec
 
 PARAMETERS: tuple[str, ...] = ("weight", "bias")
 # Roundings of one update, in units of the parameters' roundoff. optax forms 1 - beta2^t in fp32, which alone costs

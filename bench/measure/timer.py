@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from bench.plan.competitors import Catalogue
-from parity_tests.harness.inputs import Inputs
+from parity_tests.judge.inputs import Inputs
 
 Call = Callable[[], Any]
 

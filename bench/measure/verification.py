@@ -18,12 +18,12 @@ from bench.measure.processors import allowed_cpus
 from bench.measure.step_verification import PARAMETERS, first_step
 from bench.plan.cells import RESULTS
 from bench.records import finite
-from parity_tests.harness.comparison import TensorResult, compare, compare_with_limit
-from parity_tests.harness.fingerprint import observed_precision
-from parity_tests.harness.inputs import Inputs
-from parity_tests.harness.optimizers import OPTIMIZERS
-from parity_tests.harness.oracle import Reference, reference
-from parity_tests.harness.tolerance import Arithmetic, declared_arithmetic
+from parity_tests.judge.comparison import TensorResult, compare, compare_with_limit
+from parity_tests.judge.fingerprint import observed_precision
+from parity_tests.judge.inputs import Inputs
+from parity_tests.judge.oracle import Reference, reference
+from parity_tests.judge.tolerance import Arithmetic, declared_arithmetic
+from parity_tests.training.optimizers import OPTIMIZERS
 
 # Elements of x, W and dy together that one comparison takes: its float64 temporaries then stay in the caches, which
 # makes it several times faster than arrays whose pages the system has to provide anew.

@@ -22,7 +22,7 @@ from bench.plan.cells import Cell
 from bench.plan.competitors import YARDSTICK
 from bench.plan.costs import buffer_sets
 from bench.plan.workloads import Workload
-from parity_tests.harness.inputs import draw_inputs
+from parity_tests.judge.inputs import draw_inputs
 
 _CALLS_BEFORE_TIMING = 3
 _GIVE_UP = 10  # one call this many times over the limit is no disturbance, and is not repeated

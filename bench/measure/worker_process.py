@@ -8,8 +8,8 @@ from pathlib import Path
 from bench.measure.protocol import Message, RequestError, decode, encode, one_line
 from bench.measure.switches import without_unset
 from bench.measure.worker import CPUS_VARIABLE
-from parity_tests.harness.files import ScratchFolder
 from parity_tests.interpreters.process import ChildProcess, ProcessError, signal_name
+from parity_tests.report.files import ScratchFolder
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 # How a process that could not have more memory says so in its last line, whatever it is written in.

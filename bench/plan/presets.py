@@ -9,7 +9,7 @@ from bench.plan.cells import DIVISIONS, PRECISIONS
 from bench.plan.costs import Limits
 from bench.plan.sweeps import preset_sweep
 from bench.plan.workloads import WORKLOADS
-from parity_tests.harness.optimizers import OPTIMIZERS
+from parity_tests.training.optimizers import OPTIMIZERS
 
 # Shortest block in seconds. A GPU works through a queue, and the block must be long beside filling it and waiting for
 # its end. A CPU has no queue; there the host is what disturbs: its speed drifts within some ten milliseconds (on a

@@ -16,7 +16,7 @@ from bench.report.text import told_apart
 from bench.study.identity import identity
 from bench.study.ranking import Ranking
 from bench.study.results import Results
-from parity_tests.harness.text import printable, printable_tree
+from parity_tests.report.text import printable, printable_tree
 
 FORMATS: tuple[str, ...] = (".svg", ".png", ".html")
 _NEEDED = {"altair": FORMATS, "vl_convert": (".svg", ".png")}

@@ -8,7 +8,7 @@ from bench.report.markdown import table
 from bench.report.text import ratio
 from bench.study.claim_results import NOT_HERE, ClaimResult
 from bench.study.claims import MEMORY
-from parity_tests.harness.text import markdown_line, markdown_text
+from parity_tests.report.text import markdown_line, markdown_text
 
 MEASURED = ("setting", "framework", "claimed", "measured [95%]", "verdict")
 _SUMMARY = ("#", "setting", "claim", "forward", "forward and backward", "verdict")

@@ -14,7 +14,7 @@ from bench.study.ranking import Ranking, Row
 from bench.study.results import Results
 from bench.study.roofline import Efficiency, efficiencies
 from bench.study.statistics import Interval
-from parity_tests.harness.text import json_text
+from parity_tests.report.text import json_text
 
 SHARED: tuple[str, ...] = (
     "workload",

@@ -21,7 +21,7 @@ from bench.report.text import (
 from bench.study.ranking import Ranking
 from bench.study.results import Results
 from bench.study.roofline import efficiencies
-from parity_tests.harness.text import markdown_code, markdown_line, markdown_text
+from parity_tests.report.text import markdown_code, markdown_line, markdown_text
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from parity_tests.harness import files
-from parity_tests.harness.files import OutputError, output, write_text
-from parity_tests.harness.text import csv_cell
+from parity_tests.report import files
+from parity_tests.report.files import OutputError, output, write_text
+from parity_tests.report.text import csv_cell
 
 __all__ = ["OutputError", "columns_of", "flat", "output", "write_csv", "write_json", "write_text"]
 

@@ -7,7 +7,7 @@ A page that shows several directories gives each a name, that of the directory: 
 from pathlib import Path
 
 from bench.report.output import write_text
-from parity_tests.harness.files import read_text
+from parity_tests.report.files import read_text
 
 RESULTS, CLAIMS = "results", "claims"
 

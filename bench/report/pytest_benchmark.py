@@ -17,7 +17,7 @@ from bench.report.export import SHARED
 from bench.report.output import write_text
 from bench.study.pairing import by_label
 from bench.study.statistics import tukey_outliers
-from parity_tests.harness.text import json_text
+from parity_tests.report.text import json_text
 
 
 def _stats(seconds: np.ndarray, iterations: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from bench.report.text import (
 from bench.study.identity import Identity, identity
 from bench.study.ranking import BASELINE, Ranking, Row
 from bench.study.results import Results
-from parity_tests.harness.text import html_text, markdown_line
+from parity_tests.report.text import html_text, markdown_line
 
 _COLUMNS = ("#", "competitor", "time", "ratio [95%]", "verdict", "asked / observed", "parity", "memory")
 # Enough to show the winner, the runner-up and the usual alternatives; the full ranking is in the run's report.

@@ -21,8 +21,8 @@ from bench.report.text import (
 from bench.study.ranking import Ranking
 from bench.study.results import Results
 from bench.study.roofline import efficiencies
-from parity_tests.harness.console import PlainConsole
-from parity_tests.harness.text import printable
+from parity_tests.report.console import PlainConsole
+from parity_tests.report.text import printable
 
 _NUMERIC = {"#", "time", "ratio [95%]", "compile", "memory"}
 # Every column of the ranking side by side; a pipe has no width of its own, and a cut table says nothing.

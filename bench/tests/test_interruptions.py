@@ -25,7 +25,7 @@ from bench.commands import validate
 from bench.measure import sweep
 from bench.measure.worker_process import WorkerProcess, worker_environment
 from bench.study import archive_ranking
-from parity_tests.harness import files
+from parity_tests.report import files
 
 # A limit beyond what there is: then the first signal comes while it writes.
 number, read, commands = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])

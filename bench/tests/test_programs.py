@@ -8,7 +8,7 @@ from bench.measure.timer import Timer
 from bench.measure.workbench import Workbench
 from bench.plan.cells import Cell
 from bench.plan.workloads import Workload
-from parity_tests.harness.subjects.base import framework_available
+from parity_tests.judge.subjects import framework_available
 
 TINY = Workload("tiny", 6, 3, 8, 16, "test")
 MODES = {"torch": "eager", "jax": "jit"}
@@ -86,7 +86,7 @@ def test_the_options_for_a_gpu_are_understood_and_given_to_the_compiler(directio
 @pytest.mark.parametrize("framework", MODES)
 @pytest.mark.parametrize("wrong", ["sgd", "adam", "rmsprop"])
 def test_another_optimizer_is_a_mismatch(framework, wrong, monkeypatch):
-    from parity_tests.harness import optimizers
+    from parity_tests.training import optimizers
 
     bench = opened(framework, direction="train_step", optimizer="adamw")
     programs = __import__(f"bench.measure.{framework}.programs", fromlist=["OPTIMIZERS"])

@@ -17,10 +17,7 @@ from parity_tests.commands.usage import (
     ended,
     write_outputs,
 )
-from parity_tests.harness.defects import DEFECTS
-from parity_tests.harness.files import write_json
-from parity_tests.harness.interruption import interruptible
-from parity_tests.harness.layer_defects import (
+from parity_tests.defects.layer import (
     DISTRIBUTIONS,
     DTYPES,
     INITIAL_DEFECTS,
@@ -30,9 +27,12 @@ from parity_tests.harness.layer_defects import (
     observe_initial,
     observe_off_block,
 )
-from parity_tests.harness.planting import observe
-from parity_tests.harness.training_defects import TRAINING_DEFECTS
-from parity_tests.harness.training_run import observe_training
+from parity_tests.defects.planting import observe
+from parity_tests.defects.subject import DEFECTS
+from parity_tests.defects.training import TRAINING_DEFECTS
+from parity_tests.report.files import write_json
+from parity_tests.report.interruption import interruptible
+from parity_tests.training.run import observe_training
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _pair_defects(frameworks: Sequence[str]) -> Iterator[Score]:
     if len(frameworks) < 2:
         console.print("skipped the defects of user pairs: they need both frameworks")
         return
-    from parity_tests.pair.defects import score
+    from parity_tests.defects.pair import score
 
     for killing in score():
         yield Score(f"pair {killing.dtype}", killing.name, killing.killed, killing.likely_cause)

@@ -22,13 +22,13 @@ from parity_tests.commands.usage import (
     refuse,
     write_outputs,
 )
-from parity_tests.harness.dtypes import STORAGE_DTYPES
-from parity_tests.harness.files import read_text, write_json, write_text
-from parity_tests.harness.interruption import interruptible
-from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, package_available
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
+from parity_tests.judge.dtypes import STORAGE_DTYPES
+from parity_tests.judge.subjects import FRAMEWORKS, framework_available, package_available
 from parity_tests.pair.judging import Judgement, judge_apart
 from parity_tests.pair.loading import names_in
+from parity_tests.report.files import read_text, write_json, write_text
+from parity_tests.report.interruption import interruptible
 
 _LONGEST_S = 7 * 24 * 3600.0
 

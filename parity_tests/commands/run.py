@@ -21,19 +21,19 @@ from parity_tests.commands.usage import (
     refuse,
     write_outputs,
 )
-from parity_tests.harness.cases import Case
-from parity_tests.harness.dtypes import STORAGE_DTYPES
-from parity_tests.harness.files import write_text
-from parity_tests.harness.html import Curves, html_document
-from parity_tests.harness.interruption import interruptible
-from parity_tests.harness.junit import junit_document
-from parity_tests.harness.records import ParityRow, environment, summarize, write_json
-from parity_tests.harness.report import print_report
-from parity_tests.harness.run import count_cells, run_cells
-from parity_tests.harness.subjects.base import Subject
-from parity_tests.harness.subjects.modes import covered
-from parity_tests.harness.text import printable
-from parity_tests.harness.training_run import TRAINED, TRAININGS, curves_of, failed_training, training_rows
+from parity_tests.judge.cases import Case
+from parity_tests.judge.dtypes import STORAGE_DTYPES
+from parity_tests.judge.modes import covered
+from parity_tests.judge.records import ParityRow, environment, summarize, write_json
+from parity_tests.judge.run import count_cells, run_cells
+from parity_tests.judge.subjects import Subject
+from parity_tests.report.files import write_text
+from parity_tests.report.html import Curves, html_document
+from parity_tests.report.interruption import interruptible
+from parity_tests.report.junit import junit_document
+from parity_tests.report.terminal import print_report
+from parity_tests.report.text import printable
+from parity_tests.training.run import TRAINED, TRAININGS, curves_of, failed_training, training_rows
 
 
 @dataclass(frozen=True)

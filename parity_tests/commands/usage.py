@@ -9,12 +9,12 @@ from pathlib import Path
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from parity_tests.harness.cases import CASE_SETS, Case
-from parity_tests.harness.console import PlainConsole
-from parity_tests.harness.files import OutputError, check_output
-from parity_tests.harness.interruption import INTERRUPTED
-from parity_tests.harness.subjects.base import FRAMEWORKS, Subject, framework_available, load_subjects
-from parity_tests.harness.subjects.modes import DEFAULT_MODES, MODES, SHARDS, modes_of
+from parity_tests.judge.cases import CASE_SETS, Case
+from parity_tests.judge.modes import DEFAULT_MODES, MODES, SHARDS, modes_of
+from parity_tests.judge.subjects import FRAMEWORKS, Subject, framework_available, load_subjects
+from parity_tests.report.console import PlainConsole
+from parity_tests.report.files import OutputError, check_output
+from parity_tests.report.interruption import INTERRUPTED
 
 DEVICES = ("auto", "cpu", "cuda")
 # How products of fp32 arrays may be computed; every other dtype has one precision.

@@ -8,7 +8,7 @@ from typing import Literal
 
 from packaging.version import Version
 
-from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available
+from parity_tests.judge.subjects import FRAMEWORKS, framework_available
 
 State = Literal["present", "not seen here", "mended"]
 
@@ -79,7 +79,7 @@ def load_findings(framework: str) -> tuple[Finding, ...]:
     Raises:
         ImportError: if the framework is not installed.
     """
-    return importlib.import_module(f"parity_tests.findings.{framework}").FINDINGS
+    return importlib.import_module(f"parity_tests.frameworks.{framework}.findings").FINDINGS
 
 
 def all_findings() -> tuple[Finding, ...]:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from json import JSONDecoder, JSONEncoder
 from typing import Any
 
-from parity_tests.harness.failures import located
+from parity_tests.judge.failures import located
 
 Message = dict[str, Any]
 GREETING = "parity_tests.interpreters"

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from parity_tests.harness.dtypes import FORMATS
+from parity_tests.judge.dtypes import FORMATS
 
 _MOST_PLACES = 4  # that one sentence lists
 # A bound beyond which float32 holds nothing is none.

@@ -29,8 +29,8 @@ import zlib
 import numpy as np
 from scipy import special, stats
 
-from parity_tests.harness.dtypes import FORMATS
-from parity_tests.harness.tolerance import FALSE_ALARM_RATE
+from parity_tests.judge.dtypes import FORMATS
+from parity_tests.judge.tolerance import FALSE_ALARM_RATE
 from parity_tests.pair.casts import from_parts, looks_rounded, parts
 
 MEMBERS = 16

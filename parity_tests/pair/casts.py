@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from parity_tests.harness.dtypes import FORMATS, numpy_dtype
+from parity_tests.judge.dtypes import FORMATS, numpy_dtype
 
 _REAL_PART = {"complex64": "float32", "complex128": "float64"}
 

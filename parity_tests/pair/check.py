@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.harness.dtypes import numpy_dtype
-from parity_tests.harness.failures import first_line
+from parity_tests.causes.pair import likely_cause
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
+from parity_tests.judge.dtypes import numpy_dtype
+from parity_tests.judge.failures import first_line
 from parity_tests.pair.assembly import Tell, merged, prepared, tell_nobody
-from parity_tests.pair.causes import likely_cause
 from parity_tests.pair.draws import Draw, InputSource, Scale
 from parity_tests.pair.judge import Judge
 from parity_tests.pair.legs import Pair

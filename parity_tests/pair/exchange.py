@@ -6,7 +6,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from parity_tests.harness.dtypes import numpy_dtype
+from parity_tests.judge.dtypes import numpy_dtype
 from parity_tests.pair.side import Arrays
 
 _DTYPES = {

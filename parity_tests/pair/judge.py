@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from parity_tests.harness.comparison import TensorResult
-from parity_tests.harness.failures import first_line
-from parity_tests.harness.records import row_from_result
+from parity_tests.judge.comparison import TensorResult
+from parity_tests.judge.failures import first_line
+from parity_tests.judge.records import row_from_result
 from parity_tests.pair.buffers import refuse_unmapped
 from parity_tests.pair.calibration import SEMANTIC_SCALE, calibrated_bound, constants_bound
 from parity_tests.pair.casts import is_complex, is_inexact

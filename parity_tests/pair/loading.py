@@ -13,8 +13,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from parity_tests.harness.failures import located
-from parity_tests.harness.subjects.base import framework_available
+from parity_tests.judge.failures import located
+from parity_tests.judge.subjects import framework_available
 
 Factory = Callable[..., Any]
 _PARTS = ("torch", "jax", "pair")
@@ -24,7 +24,7 @@ def _seeded_initialisation(parts: tuple[str, ...]) -> contextlib.AbstractContext
     """Seeds torch, whose modules initialise themselves from a global state; Flax takes keys from the factory."""
     if "torch" not in parts or not framework_available("torch"):
         return contextlib.nullcontext()
-    return importlib.import_module("parity_tests.pair.subjects.torch_random").seeded(0)
+    return importlib.import_module("parity_tests.frameworks.torch.random").seeded(0)
 
 
 def names_in(spec: str) -> tuple[str, str]:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from parity_tests.harness.files import write_text
-from parity_tests.harness.html import html_document
-from parity_tests.harness.junit import junit_document
-from parity_tests.harness.records import ParityRow, Summary, environment, summarize, write_json
-from parity_tests.harness.text import printable
+from parity_tests.judge.records import ParityRow, Summary, environment, summarize, write_json
+from parity_tests.report.files import write_text
+from parity_tests.report.html import html_document
+from parity_tests.report.junit import junit_document
+from parity_tests.report.text import printable
 
 RUNGS: tuple[str, ...] = ("weights", "forward", "gradients", "state")
 CALIBRATED = (

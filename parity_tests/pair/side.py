@@ -251,11 +251,11 @@ def make_side(framework: str, arguments: Mapping[str, Any], device: str) -> Side
         TypeError: for a module of another kind.
     """
     if framework == "torch":
-        from parity_tests.pair.subjects.torch import TorchSide as Wrapper
+        from parity_tests.frameworks.torch.pair import TorchSide as Wrapper
 
         prefix = "torch"
     elif framework == "jax":
-        from parity_tests.pair.subjects.jax import JaxSide as Wrapper
+        from parity_tests.frameworks.jax.pair import JaxSide as Wrapper
 
         prefix = "flax"
     else:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from parity_tests.harness.comparison import TensorResult
+from parity_tests.judge.comparison import TensorResult
 from parity_tests.pair.casts import distances, exactly, is_complex, is_float, is_inexact, parts
 
 UNDECIDED = "undecided"

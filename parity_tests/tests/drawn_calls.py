@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.harness.cases import Case
-from parity_tests.harness.comparison import compare
-from parity_tests.harness.dtypes import STORAGE_DTYPES
-from parity_tests.harness.inputs import Inputs, draw_inputs
-from parity_tests.harness.oracle import reference
-from parity_tests.harness.tolerance import PRECISION_OF_DTYPE, Arithmetic, declared_arithmetic
+from parity_tests.judge.cases import Case
+from parity_tests.judge.comparison import compare
+from parity_tests.judge.dtypes import STORAGE_DTYPES
+from parity_tests.judge.inputs import Inputs, draw_inputs
+from parity_tests.judge.oracle import reference
+from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, declared_arithmetic
 
 # Few shapes, since JAX compiles for each: ordinary ones, and those in which one axis can be taken for another.
 CASES = (

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from parity_tests.harness.dtypes import FORMATS, numpy_dtype
+from parity_tests.judge.dtypes import FORMATS, numpy_dtype
 
 
 class NumpySubject:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests.harness.subjects.base import framework_available
+from parity_tests.judge.subjects import framework_available
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,12 +97,12 @@ def test_table_matches_the_files(tree):
 
 
 def test_frameworks_are_imported_only_where_they_belong():
-    """In parity_tests and bench, only subjects, timers, workers and tests may name a framework."""
+    """In parity_tests and bench, only folders named after a framework, and tests, may name one."""
     offenders = {}
     for package in ("parity_tests", "bench"):
         for path in sources(package):
             relative = path.relative_to(ROOT)
-            if path.stem in ("torch", "jax") or path.name.startswith(("test_", "conftest")) or "subjects" in path.parts:
+            if {"torch", "jax", "tests"} & set(path.parts[:-1]):
                 continue
             if found := imported(path) & (set(FRAMEWORK_MODULES) | {"torch_impl", "jax_impl"}):
                 offenders[str(relative)] = sorted(found)
@@ -140,9 +140,9 @@ def test_each_tree_works_with_the_other_framework_unimportable(framework, banned
         pytest.skip(f"{framework} is not installed here")
     code = f"""
 import sys
-from parity_tests.harness.cases import SMOKE
-from parity_tests.harness.run import run_cells
-from parity_tests.harness.subjects.base import load_subjects
+from parity_tests.judge.cases import SMOKE
+from parity_tests.judge.run import run_cells
+from parity_tests.judge.subjects import load_subjects
 import {framework}_impl
 rows = list(run_cells(load_subjects("{framework}"), ["float32"], SMOKE[:1]))
 assert rows and all(row.status != "mismatch" for row in rows), rows
@@ -156,12 +156,11 @@ assert not set(sys.modules) & set({sorted(banned)!r})
 def test_neutral_code_imports_no_framework():
     code = """
 import importlib, pkgutil, sys
-import parity_tests.harness as harness
-for module in pkgutil.iter_modules(harness.__path__, "parity_tests.harness."):
-    importlib.import_module(module.name)
-import parity_tests.harness.subjects.base, parity_tests.__main__, bench.__main__
-for package in ("plan", "study", "report"):
-    for module in pkgutil.iter_modules(__import__(f"bench.{package}", fromlist=["x"]).__path__, f"bench.{package}."):
+import parity_tests.__main__, bench.__main__
+rooms = [f"parity_tests.{room}" for room in ("judge", "training", "causes", "defects", "report", "pair")]
+rooms += [f"bench.{room}" for room in ("plan", "study", "report")]
+for room in rooms:
+    for module in pkgutil.iter_modules(importlib.import_module(room).__path__, f"{room}."):
         importlib.import_module(module.name)
 loaded = set(sys.modules) & {"torch", "jax", "flax", "optax", "torch_impl", "jax_impl"}
 assert not loaded, loaded

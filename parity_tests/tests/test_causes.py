@@ -6,20 +6,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from parity_tests.harness.cases import Case
-from parity_tests.harness.causes import UNEXPLAINED, explain
-from parity_tests.harness.comparison import compare, missing_tensors
-from parity_tests.harness.defects import DEFECTS
-from parity_tests.harness.inputs import draw_inputs
-from parity_tests.harness.ladder import RUNGS, LadderSide, climb
-from parity_tests.harness.optimizers import OPTIMIZERS
-from parity_tests.harness.oracle import reference
-from parity_tests.harness.planting import plant
-from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available
-from parity_tests.harness.tasks import partitioned_mlp
-from parity_tests.harness.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
-from parity_tests.harness.training_defects import TRAINING_DEFECTS
-from parity_tests.harness.training_run import load_side, observe_training
+from parity_tests.causes.layer import UNEXPLAINED, explain
+from parity_tests.defects.planting import plant
+from parity_tests.defects.subject import DEFECTS
+from parity_tests.defects.training import TRAINING_DEFECTS
+from parity_tests.judge.cases import Case
+from parity_tests.judge.comparison import compare, missing_tensors
+from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.oracle import reference
+from parity_tests.judge.subjects import FRAMEWORKS, framework_available
+from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
+from parity_tests.training.ladder import RUNGS, LadderSide, climb
+from parity_tests.training.optimizers import OPTIMIZERS
+from parity_tests.training.run import load_side, observe_training
+from parity_tests.training.tasks import partitioned_mlp
 
 CASE = Case("causes", (24,), 3, 16, 16)
 BY_NAME = {defect.name: defect for defect in DEFECTS}

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from parity_tests.__main__ import app
-from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available
+from parity_tests.judge.subjects import FRAMEWORKS, framework_available
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framework)]

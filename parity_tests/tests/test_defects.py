@@ -3,19 +3,7 @@
 import numpy as np
 import pytest
 
-from parity_tests.harness.cases import Case
-from parity_tests.harness.console import PlainConsole
-from parity_tests.harness.defects import DEFECTS
-from parity_tests.harness.html import html_document
-from parity_tests.harness.initialization import (
-    flax_distribution,
-    initialization_cause,
-    initialization_faults,
-    torch_distribution,
-)
-from parity_tests.harness.inputs import draw_inputs
-from parity_tests.harness.junit import junit_document
-from parity_tests.harness.layer_defects import (
+from parity_tests.defects.layer import (
     DISTRIBUTIONS,
     DTYPES,
     INITIAL_DEFECTS,
@@ -26,13 +14,25 @@ from parity_tests.harness.layer_defects import (
     observe_off_block,
     off_block_cause,
 )
-from parity_tests.harness.oracle import reference
-from parity_tests.harness.planting import CASE, observe
-from parity_tests.harness.records import environment, summarize
-from parity_tests.harness.report import print_report
-from parity_tests.harness.run import judge, run_cells, too_dense
-from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, load_subjects
-from parity_tests.harness.training_defects import TRAINING_DEFECTS
+from parity_tests.defects.planting import CASE, observe
+from parity_tests.defects.subject import DEFECTS
+from parity_tests.defects.training import TRAINING_DEFECTS
+from parity_tests.judge.cases import Case
+from parity_tests.judge.initialization import (
+    flax_distribution,
+    initialization_cause,
+    initialization_faults,
+    torch_distribution,
+)
+from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.oracle import reference
+from parity_tests.judge.records import environment, summarize
+from parity_tests.judge.run import judge, run_cells, too_dense
+from parity_tests.judge.subjects import FRAMEWORKS, framework_available, load_subjects
+from parity_tests.report.console import PlainConsole
+from parity_tests.report.html import html_document
+from parity_tests.report.junit import junit_document
+from parity_tests.report.terminal import print_report
 
 HEALTHY = {
     f"{framework}-{subject.implementation}": subject

@@ -2,14 +2,14 @@
 
 import pytest
 
-from parity_tests.harness.cases import Case
-from parity_tests.harness.dtypes import STORAGE_DTYPES
-from parity_tests.harness.exact import check_isolation, check_lattice, check_wide_lattice, lattice_limit
-from parity_tests.harness.fingerprint import observed_precision, take_fingerprint
-from parity_tests.harness.inputs import draw_inputs
-from parity_tests.harness.oracle import reference
-from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, load_subjects
-from parity_tests.harness.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
+from parity_tests.judge.cases import Case
+from parity_tests.judge.dtypes import STORAGE_DTYPES
+from parity_tests.judge.exact import check_isolation, check_lattice, check_wide_lattice, lattice_limit
+from parity_tests.judge.fingerprint import observed_precision, take_fingerprint
+from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.oracle import reference
+from parity_tests.judge.subjects import FRAMEWORKS, framework_available, load_subjects
+from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests.harness import files
-from parity_tests.harness.subjects.base import framework_available
+from parity_tests.judge.subjects import framework_available
+from parity_tests.report import files
 
 ROOT = Path(__file__).resolve().parents[2]
 TREES = [f"{framework}_impl" for framework in ("torch", "jax") if framework_available(framework)]
@@ -272,7 +272,7 @@ else:
 """
 
 
-@pytest.mark.parametrize("module", [*(f"{tree}/files.py" for tree in TREES), "parity_tests/harness/files.py"])
+@pytest.mark.parametrize("module", [*(f"{tree}/files.py" for tree in TREES), "parity_tests/report/files.py"])
 def test_what_a_killed_save_left_is_removed_by_the_next_one_and_not_while_it_writes(module, tmp_path):
     name = "commands" if module.startswith("parity") else module.split("/")[0]
     write, path = writers()[name], tmp_path / "file"
@@ -319,7 +319,7 @@ def test_devices_and_pipes_that_are_named_are_written_as_they_are(tmp_path):
 
 
 _PRINTING = """
-from parity_tests.harness import files
+from parity_tests.report import files
 print("before")
 for name in {names}:
     files.check_output("--json", name)
@@ -374,7 +374,7 @@ def test_an_exception_while_it_is_written_leaves_the_old_output(tmp_path):
 
 _WORKING = """
 import sys, time
-from parity_tests.harness.files import ScratchFolder
+from parity_tests.report.files import ScratchFolder
 folder = ScratchFolder("worker")
 print(folder.name, flush=True)
 time.sleep(3600 * int(sys.argv[1]))
@@ -405,7 +405,7 @@ def test_folders_of_killed_processes_are_removed_by_the_next_one_and_no_others(t
 _SERVING = """
 import os, tempfile
 from multiprocessing import util
-from parity_tests.harness.subjects.torch_sharded import _folder, _temporary_files_in
+from parity_tests.frameworks.torch.sharded import _folder, _temporary_files_in
 with _temporary_files_in(_folder().name):
     util.get_temp_dir()  # where the server that forks the processes listens
 print([os.path.relpath(found, tempfile.gettempdir()) for found, _, _ in os.walk(tempfile.gettempdir())])

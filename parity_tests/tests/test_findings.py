@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from parity_tests.findings import Finding, all_findings
-from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available
+from parity_tests.judge.subjects import FRAMEWORKS, framework_available
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 FINDINGS = {finding.name: finding for finding in all_findings()}

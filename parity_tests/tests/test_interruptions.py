@@ -17,8 +17,8 @@ SCRIPT = """
 import contextlib, json, os, sys, types
 from parity_tests.__main__ import app
 from parity_tests.commands import defects, findings, pair, run
-from parity_tests.harness import files
-from parity_tests.harness.records import ParityRow
+from parity_tests.report import files
+from parity_tests.judge.records import ParityRow
 from parity_tests.pair.examples import overview
 
 number, lost, commands = int(sys.argv[1]), sys.argv[2] == "lost", json.loads(sys.argv[3])

@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 
-from parity_tests.harness.subjects.base import framework_available
+from parity_tests.judge.subjects import framework_available
 
 if not framework_available("jax"):
     pytest.skip("the JAX tree needs jax and flax", allow_module_level=True)
@@ -23,8 +23,8 @@ from flax.core import freeze
 import jax_impl
 from jax_impl import PartitionedLinear, implementation_names, linen, partitioned_linear
 from jax_impl.registry import IMPLEMENTATIONS, unsupported_reason
-from parity_tests.harness.dtypes import numpy_dtype
-from parity_tests.harness.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
+from parity_tests.judge.dtypes import numpy_dtype
+from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
 from parity_tests.tests.drawn_calls import Attempt, Entry, Flaw, bits_fault, draw_call, every_kind, judge, product_fault
 from parity_tests.tests.flaws import (
     ANYTHING,

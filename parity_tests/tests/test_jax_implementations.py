@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from parity_tests.harness.subjects.base import framework_available
+from parity_tests.judge.subjects import framework_available
 
 if not framework_available("jax"):
     pytest.skip("the JAX tree needs jax and flax", allow_module_level=True)

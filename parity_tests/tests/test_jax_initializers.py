@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from parity_tests.harness.subjects.base import framework_available
+from parity_tests.judge.subjects import framework_available
 
 if not framework_available("jax"):
     pytest.skip("the JAX tree needs jax and flax", allow_module_level=True)
@@ -19,7 +19,7 @@ from scipy import stats
 from jax_impl import PartitionedLinear
 from jax_impl.initializers import INITIALIZERS, TRUNCATED_STD
 from jax_impl.linen import PartitionedLinear as LinenPartitionedLinear
-from parity_tests.harness.initialization import (
+from parity_tests.judge.initialization import (
     STANDARD_ERRORS,
     Distribution,
     flax_distribution,

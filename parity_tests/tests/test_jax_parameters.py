@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from parity_tests.harness.subjects.base import framework_available
+from parity_tests.judge.subjects import framework_available
 
 if not framework_available("jax"):
     pytest.skip("the JAX tree needs jax and flax", allow_module_level=True)
@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 import jax_impl
 from jax_impl import PartitionedLinear, linen
 from jax_impl.sharding import partition_sharding, shard_partitions
-from parity_tests.harness.dtypes import STORAGE_DTYPES, numpy_dtype
+from parity_tests.judge.dtypes import STORAGE_DTYPES, numpy_dtype
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -12,14 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parity_tests.harness.cases import FULL, Case
-from parity_tests.harness.exact import check_isolation, check_lattice
-from parity_tests.harness.inputs import draw_inputs
-from parity_tests.harness.metamorphic import RANDOM_CHECKS
-from parity_tests.harness.oracle import reference
-from parity_tests.harness.run import count_cells, judge, run_cells
-from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, load_subjects
-from parity_tests.harness.subjects.modes import (
+from parity_tests.judge.cases import FULL, Case
+from parity_tests.judge.exact import check_isolation, check_lattice
+from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.metamorphic import RANDOM_CHECKS
+from parity_tests.judge.modes import (
     COUNTERPARTS,
     DEFAULT_MODES,
     MODES,
@@ -30,6 +27,9 @@ from parity_tests.harness.subjects.modes import (
     shards_of,
     split_members,
 )
+from parity_tests.judge.oracle import reference
+from parity_tests.judge.run import count_cells, judge, run_cells
+from parity_tests.judge.subjects import FRAMEWORKS, framework_available, load_subjects
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framework)]

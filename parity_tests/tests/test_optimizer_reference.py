@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from parity_tests.harness.optimizer_reference import ReferenceState, reference_step
-from parity_tests.harness.optimizers import OPTIMIZERS, optimizer
-from parity_tests.harness.subjects.base import framework_available
+from parity_tests.judge.subjects import framework_available
+from parity_tests.training.optimizers import OPTIMIZERS, optimizer
+from parity_tests.training.reference import ReferenceState, reference_step
 
 STEPS = 3
 SHAPES = {"weight": (2, 3, 4), "bias": (2, 4)}
@@ -19,9 +19,9 @@ def drawn(seed=0):
 
 def replayed(framework, spec, parameters, gradients):
     if framework == "torch":
-        from parity_tests.harness.subjects.torch_training import TorchTraining as Training
+        from parity_tests.frameworks.torch.training import TorchTraining as Training
     else:
-        from parity_tests.harness.subjects.jax_training import JaxTraining as Training
+        from parity_tests.frameworks.jax.training import JaxTraining as Training
     return Training().replay(parameters, spec, gradients, "float64").states
 
 

@@ -15,9 +15,9 @@ import ml_dtypes
 import torch
 from flax import nnx
 
+from parity_tests.frameworks.jax.pair import JaxSide
+from parity_tests.frameworks.torch.pair import TorchSide
 from parity_tests.pair import check_pair
-from parity_tests.pair.subjects.jax import JaxSide
-from parity_tests.pair.subjects.torch import TorchSide
 
 X = np.linspace(-2.0, 2.0, 24, dtype=np.float32).reshape(4, 6)
 

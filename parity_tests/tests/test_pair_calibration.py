@@ -8,9 +8,9 @@ import pytest
 pytest.importorskip("einops", reason="einops is not installed here")
 pytest.importorskip("scipy", reason="scipy is not installed here")
 
-from parity_tests.harness.dtypes import FORMATS, numpy_dtype
-from parity_tests.harness.subjects.base import framework_available
-from parity_tests.harness.tolerance import FALSE_ALARM_RATE
+from parity_tests.judge.dtypes import FORMATS, numpy_dtype
+from parity_tests.judge.subjects import framework_available
+from parity_tests.judge.tolerance import FALSE_ALARM_RATE
 from parity_tests.pair.calibration import (
     KINK_AMPLITUDE,
     MEMBERS,

@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("einops", reason="einops is not installed here")
 pytest.importorskip("scipy", reason="scipy is not installed here")
 
-from parity_tests.harness.dtypes import numpy_dtype
-from parity_tests.harness.subjects.base import framework_available
+from parity_tests.judge.dtypes import numpy_dtype
+from parity_tests.judge.subjects import framework_available
 from parity_tests.pair.exchange import packed, unpacked
 from parity_tests.pair.remote import RemoteSide
 from parity_tests.tests.test_architecture import JAX_BAN, TORCH_BAN, run_isolated

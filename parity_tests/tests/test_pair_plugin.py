@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("einops", reason="einops is not installed here")
 pytest.importorskip("scipy", reason="scipy is not installed here")
 
-from parity_tests.harness.subjects.base import framework_available
+from parity_tests.judge.subjects import framework_available
 from parity_tests.tests.test_architecture import run_isolated
 
 pytest_plugins = "pytester"

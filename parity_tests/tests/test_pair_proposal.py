@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("einops", reason="einops is not installed here")
 
-from parity_tests.harness.subjects.base import framework_available
+from parity_tests.judge.subjects import framework_available
 from parity_tests.pair.examples import EXAMPLES
 from parity_tests.pair.mapping import ParameterMapping
 from parity_tests.pair.proposal import propose_mapping, propose_rules

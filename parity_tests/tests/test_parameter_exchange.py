@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from parity_tests.harness.dtypes import STORAGE_DTYPES, numpy_dtype
-from parity_tests.harness.subjects.base import framework_available
+from parity_tests.judge.dtypes import STORAGE_DTYPES, numpy_dtype
+from parity_tests.judge.subjects import framework_available
 
 if not (framework_available("torch") and framework_available("jax")):
     pytest.skip("exchange needs both frameworks", allow_module_level=True)

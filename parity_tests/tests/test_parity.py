@@ -4,13 +4,13 @@ import functools
 
 import pytest
 
-from parity_tests.harness.cases import DEFAULT, SMOKE
-from parity_tests.harness.comparison import compare_pair, pair_limits
-from parity_tests.harness.dtypes import STORAGE_DTYPES
-from parity_tests.harness.inputs import draw_inputs
-from parity_tests.harness.oracle import TENSORS, reference
-from parity_tests.harness.run import judge
-from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, load_subjects
+from parity_tests.judge.cases import DEFAULT, SMOKE
+from parity_tests.judge.comparison import compare_pair, pair_limits
+from parity_tests.judge.dtypes import STORAGE_DTYPES
+from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.oracle import TENSORS, reference
+from parity_tests.judge.run import judge
+from parity_tests.judge.subjects import FRAMEWORKS, framework_available, load_subjects
 
 INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framework)]
 SUBJECTS = {

@@ -8,16 +8,16 @@ from typer.testing import CliRunner
 
 from parity_tests.__main__ import app
 from parity_tests.commands import run as command
-from parity_tests.harness.cases import Case
-from parity_tests.harness.console import PlainConsole
-from parity_tests.harness.dtypes import numpy_dtype
-from parity_tests.harness.oracle import reference
-from parity_tests.harness.records import ParityRow, summarize
-from parity_tests.harness.report import print_report
-from parity_tests.harness.run import run_cells
-from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available
-from parity_tests.harness.subjects.modes import DEFAULT_MODES
-from parity_tests.harness.training_run import TRAINED, TRAININGS, TrainingRows
+from parity_tests.judge.cases import Case
+from parity_tests.judge.dtypes import numpy_dtype
+from parity_tests.judge.modes import DEFAULT_MODES
+from parity_tests.judge.oracle import reference
+from parity_tests.judge.records import ParityRow, summarize
+from parity_tests.judge.run import run_cells
+from parity_tests.judge.subjects import FRAMEWORKS, framework_available
+from parity_tests.report.console import PlainConsole
+from parity_tests.report.terminal import print_report
+from parity_tests.training.run import TRAINED, TRAININGS, TrainingRows
 
 CASE = Case("square", (4,), 3, 8, 8)
 BOTH = all(map(framework_available, FRAMEWORKS))

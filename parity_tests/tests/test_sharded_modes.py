@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests.harness.cases import Case
-from parity_tests.harness.subjects.base import FRAMEWORKS, framework_available, load_subjects
-from parity_tests.harness.subjects.modes import DEFAULT_MODES
+from parity_tests.judge.cases import Case
+from parity_tests.judge.modes import DEFAULT_MODES
+from parity_tests.judge.subjects import FRAMEWORKS, framework_available, load_subjects
 from parity_tests.tests.test_modes import exact_failures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framew
 DIVIDED = {"torch": Case("divided", (6,), 22, 8, 16), "jax": Case("divided", (6,), 16, 8, 16)}
 SHARDED_JAX = """
 import json, jax
-from parity_tests.harness.subjects.base import load_subjects
+from parity_tests.judge.subjects import load_subjects
 from parity_tests.tests.test_modes import exact_failures
 from parity_tests.tests.test_sharded_modes import DIVIDED
 
@@ -72,7 +72,7 @@ def test_eight_shards_agree_with_the_oracle_and_with_one_device(framework, tmp_p
 def sharded_torch():
     if "torch" not in INSTALLED:
         pytest.skip("torch is not installed here")
-    from parity_tests.harness.subjects.torch_sharded import close_shards
+    from parity_tests.frameworks.torch.sharded import close_shards
 
     yield {subject.implementation: subject for subject in load_subjects("torch", "cpu", ["sharded"])}
     close_shards()

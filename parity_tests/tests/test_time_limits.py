@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from parity_tests.harness.subjects.base import framework_available
+from parity_tests.judge.subjects import framework_available
 from parity_tests.tests.test_architecture import ROOT, sources
 
 # Calls that wait for as long as it takes unless they are given a limit, by the name that is called.
@@ -31,10 +31,10 @@ _STREAMS = {"stdout", "stderr", "stdin"}
 # By file and function, each with what ends the wait.
 ALLOWED = {
     (
-        "parity_tests/harness/subjects/torch_shard.py",
+        "parity_tests/frameworks/torch/shard.py",
         "serve",
     ): "a child waits for its parent, whose end closes the pipe",
-    ("parity_tests/harness/subjects/torch_sharded.py", "_exchange"): "in a thread that is joined with a limit",
+    ("parity_tests/frameworks/torch/sharded.py", "_exchange"): "in a thread that is joined with a limit",
     ("bench/study/archive_ranking.py", "_in_parts"): "a watch kills processes that are waited for too long",
 }
 
@@ -162,7 +162,7 @@ def test_nothing_waits_for_a_process_without_a_time_limit():
     ],
 )
 def test_shards_that_do_not_answer_are_ended_in_time(target, arguments, sentence, monkeypatch):
-    from parity_tests.harness.subjects import torch_sharded
+    from parity_tests.frameworks.torch import sharded as torch_sharded
 
     monkeypatch.setattr(torch_sharded, "_TIMEOUT_S", 1.0)
     monkeypatch.setattr(torch_sharded, "_running", [])
@@ -183,7 +183,7 @@ def test_shards_that_do_not_answer_are_ended_in_time(target, arguments, sentence
 
 @pytest.mark.skipif(not framework_available("jax"), reason="jax and flax are not installed here")
 def test_a_finding_s_process_has_a_time_limit_and_its_own_sentence(monkeypatch):
-    from parity_tests.findings import jax as findings
+    from parity_tests.frameworks.jax import findings
 
     monkeypatch.setattr(findings, "_PROCESS_S", 0.05)
     with pytest.raises(RuntimeError, match=r"its process gave no answer within 0.05 s"):

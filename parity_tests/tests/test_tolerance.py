@@ -6,19 +6,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from parity_tests.harness.cases import DEFAULT, Case
-from parity_tests.harness.comparison import compare, compare_pair, pair_limits
-from parity_tests.harness.dtypes import FORMATS, STORAGE_DTYPES, numpy_dtype
-from parity_tests.harness.inputs import draw_inputs, draw_lattice
-from parity_tests.harness.oracle import reference
-from parity_tests.harness.subjects.modes import arithmetic_of, as_cast
-from parity_tests.harness.tolerance import (
-    PRECISION_OF_DTYPE,
-    TIERS,
-    Arithmetic,
-    bound,
-    declared_arithmetic,
-)
+from parity_tests.judge.cases import DEFAULT, Case
+from parity_tests.judge.comparison import compare, compare_pair, pair_limits
+from parity_tests.judge.dtypes import FORMATS, STORAGE_DTYPES, numpy_dtype
+from parity_tests.judge.inputs import draw_inputs, draw_lattice
+from parity_tests.judge.modes import arithmetic_of, as_cast
+from parity_tests.judge.oracle import reference
+from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, TIERS, Arithmetic, bound, declared_arithmetic
 
 
 def sequential(inputs, accumulator):

@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 
-from parity_tests.harness.subjects.base import framework_available
+from parity_tests.judge.subjects import framework_available
 
 if not framework_available("torch"):
     pytest.skip("the torch tree needs torch", allow_module_level=True)
@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import torch_impl
-from parity_tests.harness.subjects import torch_arrays
-from parity_tests.harness.subjects.torch_arrays import lay_out, to_torch
+from parity_tests.frameworks.torch import arrays as torch_arrays
+from parity_tests.frameworks.torch.arrays import lay_out, to_torch
 from parity_tests.tests.drawn_calls import Attempt, Entry, Flaw, bits_fault, draw_call, every_kind, judge, product_fault
 from parity_tests.tests.flaws import (
     ANYTHING,

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from parity_tests.harness.subjects.base import framework_available
+from parity_tests.judge.subjects import framework_available
 
 if not framework_available("torch"):
     pytest.skip("the torch tree needs torch", allow_module_level=True)

@@ -5,28 +5,28 @@ import dataclasses
 import numpy as np
 import pytest
 
-from parity_tests.harness.cases import Case
-from parity_tests.harness.inputs import draw_inputs
-from parity_tests.harness.subjects.base import framework_available
+from parity_tests.judge.cases import Case
+from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.subjects import framework_available
 
 if not (framework_available("torch") and framework_available("jax")):
     pytest.skip("training parity needs both frameworks", allow_module_level=True)
 
 import torch
 
-from parity_tests.harness import training_run
-from parity_tests.harness.ladder import RUNGS, LadderSide, climb
-from parity_tests.harness.optimizers import OPTIMIZERS, OptimizerSpec
-from parity_tests.harness.stepwise_criteria import off_block
-from parity_tests.harness.subjects import jax as jax_subjects
-from parity_tests.harness.subjects import torch as torch_subjects
-from parity_tests.harness.subjects.jax_training import JaxTraining
-from parity_tests.harness.subjects.torch_training import TorchTraining
-from parity_tests.harness.tasks import nlinear_series, partitioned_mlp
-from parity_tests.harness.training import training_parity
-from parity_tests.harness.training_criteria import free_running
-from parity_tests.harness.training_defects import TRAINING_DEFECTS, plant, spec_of
-from parity_tests.harness.training_run import load_side
+from parity_tests.defects.training import TRAINING_DEFECTS, plant, spec_of
+from parity_tests.frameworks.jax import subjects as jax_subjects
+from parity_tests.frameworks.jax.training import JaxTraining
+from parity_tests.frameworks.torch import subjects as torch_subjects
+from parity_tests.frameworks.torch.training import TorchTraining
+from parity_tests.training import run as training_run
+from parity_tests.training.criteria import free_running
+from parity_tests.training.ladder import RUNGS, LadderSide, climb
+from parity_tests.training.optimizers import OPTIMIZERS, OptimizerSpec
+from parity_tests.training.parity import training_parity
+from parity_tests.training.run import load_side
+from parity_tests.training.stepwise import off_block
+from parity_tests.training.tasks import nlinear_series, partitioned_mlp
 from torch_impl import MaskedPartitionedLinear
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

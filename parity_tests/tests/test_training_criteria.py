@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from parity_tests.harness.optimizers import OPTIMIZERS
-from parity_tests.harness.stepwise_criteria import off_block, replayed, resynchronised
-from parity_tests.harness.subjects.base import LayerTap, MaskedRun, StepGradients, Trajectory
-from parity_tests.harness.tasks import TrainingTask
-from parity_tests.harness.training import training_parity
-from parity_tests.harness.training_criteria import moments_agree, not_vacuous, steps_counted
+from parity_tests.judge.subjects import LayerTap, MaskedRun, StepGradients, Trajectory
+from parity_tests.training.criteria import moments_agree, not_vacuous, steps_counted
+from parity_tests.training.optimizers import OPTIMIZERS
+from parity_tests.training.parity import training_parity
+from parity_tests.training.stepwise import off_block, replayed, resynchronised
+from parity_tests.training.tasks import TrainingTask
 
 STEPS, NUM_PARTITIONS = 60, 3
 MOMENTUM = OPTIMIZERS["momentum"]

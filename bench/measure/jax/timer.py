@@ -19,7 +19,7 @@ from bench.measure.timer import Call, Prepared, Task, Trace, Unsupported
 from bench.plan.cells import RESULTS, STORAGE_DTYPES
 from bench.plan.competitors import JIT, JIT_GRAPH, Catalogue
 from jax_impl.registry import implementation_names, unsupported_reason
-from parity_tests.harness.inputs import Inputs
+from parity_tests.judge.inputs import Inputs
 
 _SWITCHES = ("jax_default_matmul_precision", "jax_enable_x64", "jax_numpy_dtype_promotion", "jax_optimization_level")
 # The variables are not passed on, but a start-up file may set them: each makes a mode or a clock a lie.

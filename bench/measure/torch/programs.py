@@ -16,8 +16,8 @@ from bench.measure.layouts import swapped_axes
 from bench.measure.timer import Call, Prepared, Task, Unsupported, in_turn
 from bench.measure.torch.functions import Function, resolve
 from bench.plan.competitors import COMPILE, CUDA_GRAPH, EAGER, MAX_AUTOTUNE, REDUCE_OVERHEAD
-from parity_tests.harness.optimizers import OPTIMIZERS
-from parity_tests.harness.subjects.torch_optimizer import build_torch
+from parity_tests.frameworks.torch.optimizer import build_torch
+from parity_tests.training.optimizers import OPTIMIZERS
 
 # Mode to torch.compile's own name for it.
 COMPILE_MODES: Mapping[str, str] = MappingProxyType(

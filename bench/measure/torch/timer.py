@@ -17,7 +17,7 @@ from bench.measure.torch.programs import build, counted_flops
 from bench.measure.torch.tracing import traced
 from bench.plan.cells import RESULTS, STORAGE_DTYPES
 from bench.plan.competitors import Catalogue
-from parity_tests.harness.inputs import Inputs
+from parity_tests.judge.inputs import Inputs
 from torch_impl.registry import implementation_names, unsupported_reason
 
 

@@ -17,7 +17,7 @@ _FEATURES, _HEADS, _HIDDEN = 16, 4, 8
 def _part(side: str, name: str, pair: dict[str, Any]) -> dict[str, Any]:
     if side == "pair":
         return {**pair, "name": name}
-    return getattr(importlib.import_module(f"parity_tests.pair.examples.{side}"), name)()
+    return getattr(importlib.import_module(f"parity_tests.frameworks.{side}.examples"), name)()
 
 
 def linear(side: str) -> dict[str, Any]:

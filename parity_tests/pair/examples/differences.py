@@ -29,6 +29,7 @@ class Difference:
 def default_differences() -> list[Difference]:
     """Measures every aspect on both sides; needs both frameworks."""
     sides = [
-        importlib.import_module(f"parity_tests.pair.examples.{side}").measure_defaults() for side in ("torch", "jax")
+        importlib.import_module(f"parity_tests.frameworks.{side}.examples").measure_defaults()
+        for side in ("torch", "jax")
     ]
     return [Difference(key[0], key[1], sides[0][key], sides[1][key]) for key in sides[0]]

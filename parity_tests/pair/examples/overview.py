@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from parity_tests.harness.text import markdown_text, printable
 from parity_tests.pair.check import run_pair
 from parity_tests.pair.examples import EXAMPLES
 from parity_tests.pair.examples.differences import Difference, default_differences
 from parity_tests.pair.report import PairReport
+from parity_tests.report.text import markdown_text, printable
 
 _HERE = "parity_tests.pair.examples"
 BEGIN, END = "<!-- pairs:begin -->", "<!-- pairs:end -->"

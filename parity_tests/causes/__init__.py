@@ -1,0 +1,1 @@
+"""Search for the likely cause of a mismatch by trying known mistakes."""

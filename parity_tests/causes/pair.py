@@ -1,0 +1,309 @@
+"""Likely causes of a pair's mismatch, found by trying: which change to one side makes the two agree in float64?"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from parity_tests.judge.dtypes import FORMATS
+from parity_tests.pair.casts import as_stored, is_complex, is_inexact, parts
+from parity_tests.pair.judge import INFERENCE, KEYS, Evidence
+from parity_tests.pair.legs import Pair, Values
+from parity_tests.pair.report import PairRow
+from parity_tests.pair.side import Arrays
+from parity_tests.pair.state import is_output, state_cause
+from parity_tests.pair.verdict import UNDECIDED, within
+
+_OTHER = {"torch": "flax", "jax": "torch"}
+_OWN = {"torch": "torch", "jax": "flax"}
+_MOST_BLOCKS = 4  # gates of an LSTM
+_MOST_TRIED = 500  # runs of a module; a model of many equal layers has millions of pairs to exchange
+Hypothesis = tuple[str, Callable[[], Arrays], str]
+
+
+def likely_cause(pair: Pair, evidence: Evidence, rows: Sequence[PairRow]) -> str:
+    """Returns one sentence about the first failing rung, or an empty string.
+
+    Args:
+        pair: as judged.
+        evidence: of the judge.
+        rows: all of them.
+    """
+    failed = [row for row in rows if row.status == "mismatch" and row.bound != UNDECIDED]
+    searches = {"weights": _weights, "forward": _forward, "gradients": _gradients, "state": _state}
+    for rung, search in searches.items():
+        if found := [row for row in failed if row.rung == rung]:
+            return search(pair, evidence, found)
+    return ""
+
+
+def _in_truth(failed: Sequence[PairRow]) -> list[PairRow]:
+    """Those in which the two functions differ; without any, what differs is how one side computes its own."""
+    return [row for row in failed if row.mode == "truth"]
+
+
+def _weights(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
+    del evidence
+    if failed[0].tensor in pair.mapping.kept_by_both:
+        return f"the values of {failed[0].tensor} that both sides keep are not the same"
+    return f"{failed[0].tensor} does not keep its {failed[0].dtype} bits in the {failed[0].framework} module"
+
+
+def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
+    if evidence.random:
+        sides = " and ".join(_OWN[key] for key in evidence.random)
+        return f"the {sides} side draws random numbers: dropout is active; switch it off (eval mode, deterministic)"
+    if not evidence.bounds:
+        return _shapes(evidence)
+    if not _in_truth(failed):
+        return _precision(evidence, failed)
+    for sentence, run, key in itertools.islice(_hypotheses(pair, evidence), _MOST_TRIED):
+        try:
+            outputs = run()
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            continue  # a change that the side cannot even run is not what the other side does
+        if _agree(evidence, outputs, key):
+            return sentence
+    return _scaled(evidence, [name for name in evidence.truths["torch"] if is_output(name)])
+
+
+def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
+    if not _in_truth(failed):
+        return _precision(evidence, failed)
+    alone = [name for names in pair.trained_alone.values() for name in names]
+    if alone:
+        return f"{', '.join(alone)}: kept as a constant, and trained on the side that has it"
+    names = [row.tensor for row in _in_truth(failed)]
+    frozen = [name for name in pair.mapping.half_trained if f"d_{name}" in names]
+    if frozen:
+        names = ", ".join(frozen)
+        return f"{names}: frozen on the torch side (requires_grad=False, or a buffer), trained on the flax side"
+    for key in KEYS:
+        stopped = [
+            name for name in names if not evidence.truths[key][name].any() and evidence.truths[_other(key)][name].any()
+        ]
+        if stopped:
+            shown = ", ".join(name.removeprefix("d_") for name in stopped)
+            return f"the gradient of {shown} is stopped on the {_OWN[key]} side"
+    return _scaled(evidence, names)
+
+
+def _state(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
+    if not _in_truth(failed):
+        return _precision(evidence, failed)
+    assert evidence.values is not None
+    before = evidence.values.parameters["torch"]
+    found = (state_cause(row.tensor, before, evidence.truths, evidence.bounds) for row in failed)
+    return next(filter(None, found), "")
+
+
+def _other(key: str) -> str:
+    return "jax" if key == "torch" else "torch"
+
+
+def _shapes(evidence: Evidence) -> str:
+    for name, value in evidence.truths["torch"].items():
+        other = evidence.truths["jax"][name].shape
+        if value.shape == other:
+            continue
+        if sorted(value.shape) == sorted(other):
+            return (
+                f"layout: {name} has shape {value.shape} on the torch side and {other} on the flax side; "
+                f"give output_patterns={{{name!r}: ...}}"
+            )
+        if value.ndim == len(other):
+            axes = ", ".join(str(k) for k, (a, b) in enumerate(zip(value.shape, other, strict=True)) if a != b)
+            return (
+                f"sizes: {name} has shape {value.shape} on the torch side and {other} on the flax side, which differ "
+                f"in axis {axes}: padding, stride, dilation or a number of features"
+            )
+        return f"axes: {name} has shape {value.shape} on the torch side and {other} on the flax side"
+    return ""
+
+
+def _agree(evidence: Evidence, outputs: Arrays, key: str) -> bool:
+    """Whether side ``key``, changed, returns what the other side returned."""
+    expected = evidence.truths[_other(key)]
+    outputs = {name: value for name, value in outputs.items() if is_output(name)}
+    limits = {name: evidence.bounds["torch"].get(name, 0.0) + evidence.bounds["jax"].get(name, 0.0) for name in outputs}
+    return all(within(name, value, expected[name], limits[name]).status == "ok" for name, value in outputs.items())
+
+
+def _hypotheses(pair: Pair, evidence: Evidence) -> Iterator[Hypothesis]:
+    """Everything worth trying, cheap and common first."""
+    assert evidence.values is not None
+    values = Values(evidence.values.dtype, evidence.values.parameters, evidence.values.inputs, None)
+
+    def changed(key: str, parameters: Arrays) -> Callable[[], Arrays]:
+        def run() -> Arrays:
+            both = {**values.parameters, key: {**values.parameters[key], **parameters}}
+            return pair.truth(key, Values(values.dtype, both, values.inputs, None))
+
+        return run
+
+    own = {key: {name: values.parameters[key][name] for name in _mapped(pair, key)} for key in KEYS}
+    for key, arrays in own.items():
+        for name, array in arrays.items():
+            if array.ndim >= 2 and array.shape[-1] == array.shape[-2]:
+                sentence = f"the kernel {name} is transposed: transposing it on the {_OWN[key]} side makes both agree"
+                yield sentence, changed(key, {name: array.swapaxes(-1, -2).copy()}), key
+    # All variants of one kind at once: an epsilon usually has one value throughout a model.
+    pair.sides["torch"].truth(values.parameters["torch"], values.inputs["torch"])
+    for variant in pair.sides["torch"].variants():
+        yield variant.sentence, lambda name=variant.name: pair.truth("torch", values, name), "torch"
+    yield from _calls(pair, values)
+    yield from _held_at_zero(pair, values, changed)
+    for name, array in own["torch"].items():
+        window = tuple(range(2, array.ndim))
+        if window and any(array.shape[axis] > 1 for axis in window):
+            axes = ", ".join(map(str, window))
+            sentence = (
+                f"the kernel {name} is flipped: reversing its window (axes {axes} on the torch side) makes both agree "
+                "(Flax's ConvTranspose flips it unless transpose_kernel=True)"
+            )
+            yield sentence, changed("torch", {name: np.flip(array, window).copy()}), "torch"
+    for key, arrays in own.items():
+        for name, array in arrays.items():
+            sentence = f"{name} has no effect on the {_OTHER[key]} side (a missing bias, a weight that is not used)"
+            yield sentence, changed(key, {name: np.zeros_like(array)}), key
+            sentence = f"{name} takes effect twice on the {_OTHER[key]} side"
+            yield sentence, changed(key, {name: array + array}), key
+    for key, arrays in own.items():
+        for first, second, exchanged in _exchanges(arrays):
+            yield f"{first} and {second} are exchanged between the two sides", changed(key, exchanged), key
+    for order, names, arrays in _block_orders(own["torch"]):
+        shown = ", ".join(map(str, order))
+        sentence = f"the blocks (gates, or query, key and value) of {names} come in the order {shown} on the flax side"
+        yield sentence, changed("torch", arrays), "torch"
+
+
+def _held_at_zero(pair: Pair, values: Values, changed: Callable[..., Callable[[], Arrays]]) -> Iterator[Hypothesis]:
+    """Blocks without counterpart with the values that they have by themselves."""
+    for link in pair.mapping.links:
+        key, block = ("torch", link.torch) if link.flax is None else ("jax", link.flax)
+        if link.pattern is not None or link.keep or block is None:
+            continue
+        array = np.array(values.parameters[key][block.name])
+        array[block.ranges] = as_stored(pair.specs[key][block.name].value, array.dtype)[block.ranges]
+        if array[block.ranges].any():
+            sentence = (
+                f"{link.text} holds at zero what the {_OTHER[key]} side has: with its own values ('keep') both agree"
+            )
+            yield sentence, changed(key, {block.name: array}), key
+
+
+def _calls(pair: Pair, values: Values) -> Iterator[Hypothesis]:
+    """Other ways to call the torch side: inputs in another order, batches on another axis."""
+
+    def called(inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        return pair.truth("torch", Values(values.dtype, values.parameters, {"torch": tuple(inputs)}, None))
+
+    def second_axis_first() -> dict[str, np.ndarray]:
+        outputs = called([array.swapaxes(0, 1).copy() for array in own])
+        return {name: array.swapaxes(0, 1) if array.ndim > 1 else array for name, array in outputs.items()}
+
+    own = values.inputs["torch"]
+    for a, b in itertools.combinations(range(len(own)), 2):
+        if (own[a].shape, own[a].dtype) == (own[b].shape, own[b].dtype):
+            order = [*own]
+            order[a], order[b] = own[b], own[a]
+            yield f"inputs {a} and {b} are exchanged between the two sides", lambda order=order: called(order), "torch"
+    if all(array.ndim > 1 for array in own):
+        sentence = "the batch is the first axis on one side and the second on the other (torch: batch_first)"
+        yield sentence, second_axis_first, "torch"
+
+
+def _mapped(pair: Pair, key: str) -> tuple[str, ...]:
+    return pair.mapping.torch_names if key == "torch" else pair.mapping.flax_names
+
+
+def _exchanges(arrays: Arrays) -> Iterator[tuple[str, str, Arrays]]:
+    """Exchanges two submodules with the same parameters, or two parameters of the same shape."""
+    groups: dict[str, dict[str, str]] = {}
+    for name in arrays:
+        prefix, _, leaf = name.rpartition(".")
+        groups.setdefault(prefix, {})[leaf] = name
+    signature = {
+        prefix: tuple(sorted((leaf, arrays[name].shape) for leaf, name in leaves.items()))
+        for prefix, leaves in groups.items()
+    }
+    for first, second in itertools.combinations(groups, 2):
+        if signature[first] == signature[second]:
+            pairs = [(groups[first][leaf], groups[second][leaf]) for leaf in groups[first]]
+            swapped = {a: arrays[b] for a, b in pairs} | {b: arrays[a] for a, b in pairs}
+            yield first or "the top module", second or "the top module", swapped
+    for a, b in itertools.combinations(arrays, 2):
+        if arrays[a].shape == arrays[b].shape:
+            yield a, b, {a: arrays[b], b: arrays[a]}
+
+
+def _block_orders(arrays: Arrays) -> Iterator[tuple[tuple[int, ...], str, Arrays]]:
+    """Permutes equal blocks along the first axis, in all parameters whose first axis is the same."""
+    by_length: dict[int, list[str]] = {}
+    for name, array in arrays.items():
+        if array.ndim:
+            by_length.setdefault(array.shape[0], []).append(name)
+    for length, names in by_length.items():
+        for count in range(2, _MOST_BLOCKS + 1):
+            if length % count or length == count:
+                continue
+            for order in itertools.islice(itertools.permutations(range(count)), 1, None):
+                blocks = {name: np.split(arrays[name], count) for name in names}
+                changed = {name: np.concatenate([blocks[name][k] for k in order]) for name in names}
+                yield order, ", ".join(names), changed
+
+
+def _scaled(evidence: Evidence, names: Sequence[str]) -> str:
+    """A constant factor, a conjugate, other places that are not finite, or a difference of float32's size."""
+    found = []
+    for name in names:
+        first, second = evidence.truths["torch"][name].ravel(), evidence.truths["jax"][name].ravel()
+        if not is_inexact(first) or not first.any():
+            continue
+        limit = parts(evidence.bounds["torch"][name] + evidence.bounds["jax"][name]).reshape(parts(first).shape)
+        if is_complex(first) and (np.abs(parts(second.conj()) - parts(first)) <= limit).all():
+            return f"{name}: the flax side is the complex conjugate (another sign of a Fourier transform, or of i)"
+        first, second, limit = parts(first).ravel(), parts(second).ravel(), limit.ravel()
+        same = (first == second) | (np.isnan(first) & np.isnan(second))
+        if (np.isfinite(first) | same).all() and (np.isfinite(second) | same).all():
+            keep = np.isfinite(first)
+            first, second, limit = first[keep], second[keep], limit[keep]
+        else:
+            return f"{name} is not finite in other places, or in another way, on the flax side: a mask, a division"
+        if not first.any():
+            continue
+        factor = float(second @ first / (first @ first))
+        enough = limit * max(abs(factor), 1.0)
+        if abs(factor - 1) > FORMATS["float32"].roundoff and (np.abs(second - factor * first) <= enough).all():
+            found.append((name, factor))
+        if np.abs(second - first).max() <= FORMATS["float32"].roundoff * np.abs(first).max():
+            return f"{name} differs by less than float32's roundoff: one side rounds a constant or a table to float32"
+    if found:
+        name, factor = found[0]
+        return f"{', '.join(n for n, _ in found)}: the flax side is {factor:.6g} times the torch side"
+    return ""
+
+
+def _precision(evidence: Evidence, failed: Sequence[PairRow]) -> str:
+    """Both functions agree in float64: one side computes in less than it was asked for."""
+    row = next((row for row in failed if row.framework in KEYS), None)
+    if row is None or row.subject_value is None:
+        return ""
+    side = _OWN[row.framework]
+    if row.reason.startswith(INFERENCE):
+        return f"{row.tensor} is another function on the {side} side where no gradient is asked for (a fast path)"
+    if not np.isfinite(row.subject_value):
+        return f"{row.tensor} overflows in {row.dtype} on the {side} side, or divides by zero"
+    shortfall = f"the {side} side computes {row.tensor} with less precision than {row.dtype} promises"
+    if row.dtype == "float64":
+        return f"{shortfall}: a narrower format is fixed in it (dtype=jnp.float32, .float())"
+    if row.dtype != "float32":
+        return f"{shortfall}; in float64 it agrees"
+    value, spread = evidence.results[row.framework][row.tensor], evidence.ensembles[row.framework].spread[row.tensor]
+    error, spread = parts(value) - parts(evidence.truths[row.framework][row.tensor]), parts(spread)
+    # Elsewhere nothing is rounded.
+    usable = np.isfinite(error) & np.isfinite(spread) & (spread > 0)
+    if not usable.any():
+        return shortfall
+    ratio = float(np.sqrt(np.mean(error[usable] ** 2) / np.mean(spread[usable] ** 2)))
+    return f"{shortfall} (errors {ratio:.0f} times float32's: TF32 or 16-bit operands or sums); in float64 it agrees"

@@ -1,0 +1,1 @@
+"""Plant defects in correct code and count how many the judge notices."""

@@ -1,0 +1,90 @@
+"""Planted training defects: one side runs another optimiser, or the same with other constants, than the spec says."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from parity_tests.judge.subjects import MaskedRun, StepGradients, TrainingSubject, Trajectory
+from parity_tests.training.optimizers import OPTIMIZERS, OptimizerSpec
+from parity_tests.training.tasks import TrainingTask
+
+
+@dataclass(frozen=True)
+class TrainingDefect:
+    """One way for a training loop to differ.
+
+    Attributes:
+        name: what was planted.
+        optimizer: the optimiser of ``OPTIMIZERS`` in which it matters.
+        change: the spec that the spoiled side runs.
+        cause: what ``optimizer_causes.explain_optimizer`` must say.
+    """
+
+    name: str
+    optimizer: str
+    change: Callable[[OptimizerSpec], OptimizerSpec]
+    cause: str
+
+
+def _replace(**fields) -> Callable[[OptimizerSpec], OptimizerSpec]:
+    return lambda spec: dataclasses.replace(spec, **fields)
+
+
+TRAINING_DEFECTS: tuple[TrainingDefect, ...] = (
+    TrainingDefect("optimiser epsilon 1e-7 for 1e-8", "adam", _replace(epsilon=1e-7), "epsilon is 1e-07"),
+    TrainingDefect("weight decay 1e-4 for 1e-2", "adamw", _replace(weight_decay=1e-4), "weight decay is 0.0001"),
+    TrainingDefect("schedule off by one", "adamw-clip-warmup-cosine", _replace(first_step=1), "off by one step"),
+    TrainingDefect("clipping off", "momentum-clip", _replace(clip_norm=None), "not clipped"),
+    TrainingDefect("bias decayed", "sgd-weight-decay", _replace(decay_bias=True), "touches the biases"),
+    TrainingDefect("Nesterov for heavy ball", "momentum", _replace(nesterov=True), "Nesterov"),
+    TrainingDefect("coupled decay for decoupled", "adamw", _replace(name="adam"), "coupled"),
+    TrainingDefect("no warm-up", "adamw-clip-warmup-cosine", _replace(warmup_steps=0), "no warm-up"),
+    TrainingDefect("Adagrad epsilon 1e-7 for 1e-10", "adagrad", _replace(epsilon=1e-7), "epsilon is 1e-07"),
+)
+
+
+@dataclass(frozen=True)
+class SpoiledTraining:
+    """A training subject that runs another spec than it is told."""
+
+    side: TrainingSubject
+    change: Callable[[OptimizerSpec], OptimizerSpec]
+    framework: str
+
+    def gradients(
+        self, task: TrainingTask, parameters: Mapping[str, np.ndarray], step: int, dtype: str
+    ) -> StepGradients:
+        """As the healthy side."""
+        return self.side.gradients(task, parameters, step, dtype)
+
+    def train(
+        self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int, members: int = 0, seed: int = 0
+    ) -> list[Trajectory]:
+        """With the changed spec."""
+        return self.side.train(task, self.change(spec), dtype, steps, members, seed)
+
+    def replay(
+        self,
+        parameters: Mapping[str, np.ndarray],
+        spec: OptimizerSpec,
+        gradients: list[dict[str, np.ndarray]],
+        dtype: str,
+    ) -> Trajectory:
+        """With the changed spec."""
+        return self.side.replay(parameters, self.change(spec), gradients, dtype)
+
+    def train_masked(self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int) -> MaskedRun | None:
+        """With the changed spec."""
+        return self.side.train_masked(task, self.change(spec), dtype, steps)
+
+
+def plant(defect: TrainingDefect, side: TrainingSubject) -> SpoiledTraining:
+    """Returns a copy of a side that has the defect."""
+    return SpoiledTraining(side, defect.change, side.framework)
+
+
+def spec_of(defect: TrainingDefect) -> OptimizerSpec:
+    """The spec that both sides are told to run."""
+    return OPTIMIZERS[defect.optimizer]

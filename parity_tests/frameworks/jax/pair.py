@@ -1,0 +1,320 @@
+"""The flax side of a pair: a linen or nnx module as it is, or a function ``f(parameters, *inputs)``; jitted."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from parity_tests.frameworks.jax import watch as jax_watch
+from parity_tests.frameworks.jax.modules import FlatModule, Function, flatten_module
+from parity_tests.frameworks.jax.noise import Interpreter, normal_pool
+from parity_tests.frameworks.jax.subjects import resolve_device
+from parity_tests.frameworks.jax.truth import COMPILE_QUICKLY, Truth, traced
+from parity_tests.judge.dtypes import numpy_dtype
+from parity_tests.pair.branches import Branches
+from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS, moved_constant
+from parity_tests.pair.casts import is_inexact, storage_format, widened
+from parity_tests.pair.side import (
+    Arrays,
+    Constants,
+    Ensemble,
+    ParameterSpec,
+    Variant,
+    collect_ensemble,
+    constants_spread,
+    leaf_name,
+)
+from parity_tests.pair.state import named_state
+
+Program = Callable[..., dict[str, Any]]
+
+
+class JaxSide:
+    """One Flax module or JAX function; see ``side.Side``.
+
+    Args:
+        module: a linen module, an nnx module, a callable pytree, or a function of a pytree of arrays and the inputs.
+        kwargs: keyword arguments of every call.
+        initial: initial parameters of a function, variables of a linen module; None for another module.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        change: spoils the flat function, to plant a defect.
+    """
+
+    framework = "jax"
+
+    def __init__(
+        self,
+        module: Any,
+        kwargs: Mapping[str, Any] | None = None,
+        initial: Any = None,
+        device: str = "cpu",
+        change: Callable[[Function], Function] | None = None,
+    ) -> None:
+        self.name = getattr(module, "__name__", type(module).__name__)
+        self._module, self._kwargs, self._initial, self._change = module, dict(kwargs or {}), initial, change
+        self._device = resolve_device(device)
+        self._notes: set[str] = set()
+        self._flat: FlatModule | None = None
+        self._programs: dict[tuple, Any] = {}
+
+    def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
+        """Variables of the module; inputs are examples for linen, which infers shapes from them."""
+        return dict(self._flattened(inputs).specs)
+
+    def outline(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        """Found by abstract evaluation."""
+        with self._types(parameters, inputs):
+            shapes = jax.eval_shape(self._program(inputs, False), dict(parameters), inputs, {})
+        return {name: np.zeros(value.shape, value.dtype) for name, value in shapes.items()}
+
+    def round_trip(self, parameters: Arrays) -> dict[str, np.ndarray]:
+        """Through device arrays."""
+        with self._types(parameters, ()):
+            return {name: np.asarray(jax.device_put(array, self._device)) for name, array in parameters.items()}
+
+    def forward(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        """Jitted, without gradients."""
+        return self._jitted("forward", parameters, inputs, None)
+
+    def vjp(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays) -> dict[str, np.ndarray]:
+        """Jitted ``jax.vjp``."""
+        return self._jitted("vjp", parameters, inputs, cotangents)
+
+    def truth(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None = None,
+        variant: str = "",
+    ) -> dict[str, np.ndarray]:
+        """Traced in float64 and interpreted with every cast to a narrower format left out."""
+        if variant:
+            raise ValueError(f"variant: expected none on the flax side, got {variant!r}.")
+        leaves = jax.tree.leaves([_wide(dict(parameters)), _wide(inputs), _wide(cotangents or {})])
+        return self._truth(parameters, inputs, cotangents, None).run(leaves, 0)
+
+    def constants(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None,
+        buffers: Mapping[str, str],
+        computed: bool,
+    ) -> Constants:
+        """The truth with its rounded constants moved, and with the buffers moved that are constants."""
+        truth = self._truth(parameters, inputs, cotangents, buffers if computed else None)
+        wide = {name: widened(parameters[name]) for name in buffers}
+        moving = [
+            name
+            for name, array in wide.items()
+            if not np.array_equal(moved_constant(array, 1, buffers[name]), array, equal_nan=True)
+        ]
+
+        def member(number: int) -> dict[str, np.ndarray]:
+            moved = {name: moved_constant(wide[name], number, buffers[name]) for name in moving}
+            trees = [_wide({**parameters, **moved}), _wide(inputs), _wide(cotangents or {})]
+            return truth.run(jax.tree.leaves(trees), number)
+
+        member(0)
+        if not (moving or truth.stored or truth.literals or computed):
+            return Constants({})
+        held = (*(f"buffer {name}" for name in moving), *sorted(truth.stored))
+        return Constants(constants_spread(member, MEMBERS), held, tuple(sorted(truth.literals)), MEMBERS)
+
+    def ensemble(
+        self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
+    ) -> Ensemble:
+        """Traced in the dtype, interpreted in float64 with noise."""
+        arguments = [dict(parameters), inputs, dict(cotangents or {})]
+        key = ("ensemble", dtype, *_signature(arguments))
+        if key not in self._programs:
+            with self._types(parameters, inputs), jax.default_device(self._device):
+                self._programs[key] = self._noisy(arguments, cotangents is not None, dtype)
+        run, names, notes = self._programs[key]
+        with jax.enable_x64(True), jax.default_device(self._device):
+            leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(_wide(arguments))]
+            pool = jnp.asarray(normal_pool())
+
+            def member(number: int, amplitude: float) -> dict[str, np.ndarray]:
+                index = np.int64(seed * (MEMBERS + KINK_MEMBERS) + number)
+                return dict(zip(names, map(np.asarray, run(leaves, index, np.float64(amplitude), pool)), strict=True))
+
+            result = collect_ensemble(member, MEMBERS, KINK_MEMBERS, KINK_AMPLITUDE)
+        return Ensemble(result.centre, result.spread, result.kinks, MEMBERS, tuple(sorted(notes)))
+
+    def variants(self) -> tuple[Variant, ...]:
+        """None: the torch side tries the hypotheses that concern constants."""
+        return ()
+
+    def notes(self) -> tuple[str, ...]:
+        """Modules that cannot be traced in float64."""
+        return tuple(sorted(self._notes))
+
+    def is_random(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> bool:
+        """Compares two random states of the module; a function has none that could be seen."""
+        flat = self._flattened(inputs)
+        if flat.reseeded is None:
+            return False
+        results = []
+        with self._types(parameters, inputs), jax.default_device(self._device):
+            for function in (flat.stateful, flat.reseeded):
+                outputs, _ = jax.jit(function)(dict(parameters), *inputs)
+                results.append([np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(outputs)])
+        return results[0] != results[1]
+
+    def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
+        """Watches the program as traced in the arrays' dtype, evaluated in float64."""
+        arguments = [dict(parameters), inputs, {}]
+        key = ("branches", *_signature(arguments))
+        if key not in self._programs:
+            with self._types(parameters, inputs), jax.default_device(self._device):
+                closed = jax.make_jaxpr(self._program(inputs, False))(*arguments)
+            self._programs[key] = (closed, jax_watch.branching(jax_watch.sites(closed)))
+        closed, watched = self._programs[key]
+        if not watched:
+            return ()
+        seen: dict[tuple[int, ...], list[np.ndarray]] = {path: [] for path in watched}
+        watch = jax_watch.BranchWatch(watched, lambda path, numbers: seen[path].append(np.asarray(numbers)))
+        with jax.enable_x64(True), jax.default_device(self._device):
+
+            def run(leaves: list[Any]) -> None:
+                watch.run(closed, leaves)
+
+            jax.jit(run, compiler_options=COMPILE_QUICKLY)(jax.tree.leaves(_wide(arguments)))
+            jax.effects_barrier()
+        branches = Branches()
+        for path, numbers in seen.items():
+            for found in numbers if path not in watch.consumed else ():
+                jax_watch.report(branches, path, watched[path], found)
+        return branches.sentences()
+
+    def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
+        """Looks at the program as traced in the dtype; without 64-bit types nothing is wider than float32."""
+        if dtype == "float32":
+            return ()
+        with self._types(parameters, inputs), jax.default_device(self._device):
+            closed = jax.make_jaxpr(self._program(inputs, False))(dict(parameters), inputs, {})
+        return jax_watch.wide_operations(jax_watch.sites(closed), numpy_dtype(dtype).itemsize)
+
+    @contextlib.contextmanager
+    def _types(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> Iterator[None]:
+        """64-bit types exactly where the numbers have them: with x64, a module's own constants would be float64."""
+        arrays = [*parameters.values(), *inputs]
+        wide = any(array.dtype in (np.float64, np.complex128) for array in arrays)
+        if not wide:
+            _integers_fit(parameters, inputs)
+        with jax.enable_x64(wide):
+            yield
+
+    def _flattened(self, inputs: tuple[np.ndarray, ...]) -> FlatModule:
+        if self._flat is None:
+            self._flat = flatten_module(self._module, self._kwargs, self._initial, inputs)
+        return self._flat
+
+    def _program(self, inputs: tuple[np.ndarray, ...], with_gradients: bool) -> Program:
+        flat = self._flattened(inputs)
+        changed = self._change(flat.function) if self._change else None
+        trained = {name for name, spec in flat.specs.items() if spec.trainable}
+
+        def outputs(parameters: dict[str, Any], inputs: tuple[Any, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+            found, state = (changed(parameters, *inputs), {}) if changed else flat.stateful(parameters, *inputs)
+            leaves = _leaves(found)
+            floats = {name: leaf for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+            others = {name: leaf for name, leaf in leaves.items() if name not in floats}
+            return floats, others | named_state(state)
+
+        def program(parameters: dict[str, Any], inputs: tuple[Any, ...], cotangents: dict[str, Any]) -> dict[str, Any]:
+            if not with_gradients:
+                floats, others = outputs(parameters, inputs)
+                return floats | others
+            moving = {f"d_{name}": parameters[name] for name in parameters if name in trained}
+            moving |= {f"d_input{k}": x for k, x in enumerate(inputs)}
+            moving = {name: value for name, value in moving.items() if jnp.issubdtype(value.dtype, jnp.inexact)}
+
+            def of_moving(moving: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+                held = {name: moving.get(f"d_{name}", value) for name, value in parameters.items()}
+                return outputs(held, tuple(moving.get(f"d_input{k}", x) for k, x in enumerate(inputs)))
+
+            floats, pullback, others = jax.vjp(of_moving, moving, has_aux=True)
+            # JAX's cotangents and gradients of complex numbers are the conjugates of torch's.
+            typed = {name: jnp.conj(cotangents[name]).astype(value.dtype) for name, value in floats.items()}
+            return floats | others | {name: jnp.conj(value) for name, value in pullback(typed)[0].items()}
+
+        return program
+
+    def _jitted(
+        self, kind: str, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None
+    ) -> dict[str, np.ndarray]:
+        key = (kind,)
+        if key not in self._programs:
+            self._programs[key] = jax.jit(self._program(inputs, cotangents is not None))
+        with self._types(parameters, inputs), jax.default_device(self._device):
+            results = self._programs[key](dict(parameters), inputs, dict(cotangents or {}))
+            return {name: np.asarray(value) for name, value in results.items()}
+
+    def _truth(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None,
+        constants: Mapping[str, str] | None,
+    ) -> Truth:
+        """The truth's program; where constants are given, buffers that are such, what comes from constants errs."""
+        leg = storage_format([*parameters.values(), *inputs])
+        arguments = [_wide(dict(parameters)), _wide(inputs), _wide(cotangents or {})]
+        named = None if constants is None else tuple(sorted(constants))
+        key = ("truth", str(leg), named, *_signature(arguments))
+        if key not in self._programs:
+            with jax.enable_x64(True), jax.default_device(self._device):
+                closed, names, why = traced(self._program(inputs, cotangents is not None), arguments, leg)
+            if why:
+                self._notes.add(
+                    "the flax side cannot be traced in float64, so that its constants count as rounded to float32 "
+                    f"({why})"
+                )
+            fixed = [{name: name in (named or ()) or not is_inexact(a) for name, a in parameters.items()}]
+            fixed += [[not is_inexact(array) for array in inputs], dict.fromkeys(cotangents or {}, False)]
+            self._programs[key] = Truth(closed, names, jax.tree.leaves(fixed), named is not None, self._device)
+        return self._programs[key]
+
+    def _noisy(self, arguments: list[Any], with_gradients: bool, dtype: str) -> tuple[Any, list[str], set[str]]:
+        """Traces in the dtype of the arguments; returns an interpreter with noise, its results' names, notes."""
+        program = self._program(arguments[1], with_gradients)
+        closed, shapes = jax.make_jaxpr(program, return_shape=True)(*arguments)
+        notes: set[str] = set()
+
+        def run(leaves: list[Any], member: Any, amplitude: Any, pool: Any) -> list[Any]:
+            interpreter = Interpreter(dtype, member, amplitude, pool)
+            results = interpreter.run(closed, leaves)
+            notes.update(interpreter.notes)
+            return results
+
+        return jax.jit(run, compiler_options=COMPILE_QUICKLY), sorted(shapes), notes
+
+
+def _wide(tree: Any) -> Any:
+    return jax.tree.map(widened, tree)
+
+
+def _signature(arguments: list[Any]) -> tuple:
+    leaves, structure = jax.tree.flatten(arguments)
+    return structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+
+
+def _integers_fit(parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> None:
+    """Without x64, jax reads 64-bit integers modulo 2^32; that must not happen unnoticed."""
+    named = {**parameters, **{f"inputs[{position}]": array for position, array in enumerate(inputs)}}
+    for name, array in named.items():
+        narrow = {"i": np.dtype(np.int32), "u": np.dtype(np.uint32)}.get(array.dtype.kind)
+        if narrow is not None and array.dtype.itemsize == 8 and not np.array_equal(array.astype(narrow), array):
+            raise ValueError(f"{name}: expected integers that fit in 32 bits, got {array.min()} to {array.max()}.")
+
+
+def _leaves(outputs: Any) -> dict[str, Any]:
+    found, _ = jax.tree_util.tree_flatten_with_path(outputs)
+    if len(found) == 1:
+        return {"y": jnp.asarray(found[0][1])}
+    return {leaf_name(path): jnp.asarray(leaf) for path, leaf in found}

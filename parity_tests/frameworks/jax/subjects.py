@@ -1,0 +1,236 @@
+"""JAX subjects: every implementation of the table through the public function, and the nnx and linen layers."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jax_impl import PartitionedLinear, export_parameters, import_parameters, partitioned_linear
+from jax_impl.linen import PartitionedLinear as LinenPartitionedLinear
+from jax_impl.registry import IMPLEMENTATIONS, unsupported_reason
+from parity_tests.frameworks.jax.modes import EXECUTIONS, Function, mode_reason, placement
+from parity_tests.judge.cases import Case, Layout
+from parity_tests.judge.inputs import Inputs
+from parity_tests.judge.modes import DEFAULT_MODES, MODES
+from parity_tests.judge.subjects import check_precision
+
+
+@contextlib.contextmanager
+def _double_precision_if(needed: bool) -> Iterator[None]:
+    """float64 arrays exist only under x64; a context, because a global switch would change other users' dtypes."""
+    with jax.enable_x64(needed):
+        yield
+
+
+@dataclass(frozen=True)
+class JaxSubject:
+    """One JAX implementation in one mode; see ``base.Subject``."""
+
+    implementation: str
+    isolates_partitions: bool
+    device: Any
+    function: Function
+    table_name: str | None
+    mode: str = DEFAULT_MODES["jax"]
+    framework: str = "jax"
+
+    def unsupported_reason(self, case: Case, dtype: str) -> str | None:
+        """One sentence if the table or the mode declares this case unsupported, else None."""
+        reason = mode_reason(self.mode, self.table_name, self.device, case, dtype)
+        if reason is not None or self.table_name is None:
+            return reason
+        return unsupported_reason(
+            self.table_name,
+            dtype=MODES[self.mode].computes_in or dtype,
+            device="cuda" if self.device.platform == "gpu" else str(self.device.platform),
+            num_partitions=case.num_partitions,
+            in_features=case.in_features,
+            out_features=case.out_features,
+        )
+
+    def _put(self, array: np.ndarray, axis: int) -> jax.Array:
+        """Places an array on the device, or divided over several along the axis of its partitions."""
+        where = placement(self.device, array.shape[axis], axis) if EXECUTIONS[self.mode].divides else self.device
+        return jax.device_put(np.ascontiguousarray(array), where)
+
+    def _arguments(self, inputs: Inputs) -> tuple[jax.Array, list[jax.Array]]:
+        # JAX arrays are always dense; the transposed layout is a transposition that the function begins with.
+        transposed = inputs.layout == "transposed"
+        x = inputs.x.swapaxes(-1, -2) if transposed else inputs.x
+        parameters = [inputs.weight] if inputs.bias is None else [inputs.weight, inputs.bias]
+        return self._put(x, x.ndim - (1 if transposed else 2)), [self._put(array, 0) for array in parameters]
+
+    def forward(self, inputs: Inputs) -> np.ndarray:
+        """Returns y."""
+        with _double_precision_if(inputs.dtype == "float64"):
+            x, parameters = self._arguments(inputs)
+            return np.asarray(_forward(self.function, inputs.layout, self.mode)(x, *parameters))
+
+    def vjp(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        """Returns y, dx, dweight and dbias."""
+        with _double_precision_if(inputs.dtype == "float64"):
+            x, parameters = self._arguments(inputs)
+            cotangent = self._put(inputs.cotangent, inputs.cotangent.ndim - 2)
+            y, gradients = _vjp(self.function, inputs.layout, self.mode)(cotangent, x, *parameters)
+            names = ("dx", "dweight", "dbias")[: len(parameters) + 1]
+            named = dict(zip(names, map(np.asarray, gradients), strict=True))
+            if inputs.layout == "transposed":
+                named["dx"] = named["dx"].swapaxes(-1, -2)
+            return {"y": np.asarray(y), **named}
+
+
+# Cached, because jit recognises a function by its identity: a new closure at each call would compile each call anew.
+@functools.cache
+def _called(function: Function, layout: Layout, mode: str) -> Function:
+    call = EXECUTIONS[mode].wrap(function)
+    if layout == "transposed":
+        return lambda x, *parameters: call(jnp.swapaxes(x, -1, -2), *parameters)
+    return call
+
+
+@functools.cache
+def _forward(function: Function, layout: Layout, mode: str) -> Function:
+    return EXECUTIONS[mode].program(_called(function, layout, mode))
+
+
+@functools.cache
+def _vjp(function: Function, layout: Layout, mode: str) -> Callable[..., Any]:
+    def run(cotangent: jax.Array, *arguments: jax.Array):
+        y, pullback = jax.vjp(_called(function, layout, mode), *arguments)
+        return y, pullback(cotangent.astype(y.dtype))
+
+    return EXECUTIONS[mode].program(run)
+
+
+# Cached likewise: the subjects of one process share what was compiled.
+@functools.cache
+def _functional(name: str, precision: jax.lax.Precision) -> Function:
+    return lambda x, *parameters: partitioned_linear(x, *parameters, implementation=name, precision=precision)
+
+
+@functools.cache
+def _nnx_layer(precision: jax.lax.Precision, name: str = "auto", dtype: DTypeLike | None = None) -> Function:
+    def call(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        n, i, o = kernel.shape
+        layer = PartitionedLinear(
+            n,
+            i,
+            o,
+            use_bias=bias is not None,
+            implementation=name,
+            dtype=dtype,
+            param_dtype=kernel.dtype,
+            precision=precision,
+            rngs=nnx.Rngs(0),
+        )
+        # Replaced after construction: the gradient flows to the arguments through the attributes the layer reads.
+        layer.kernel = nnx.Param(kernel)
+        if bias is not None:
+            layer.bias = nnx.Param(bias)
+        return layer(x)
+
+    return call
+
+
+@functools.cache
+def _linen_layer(precision: jax.lax.Precision, dtype: DTypeLike | None = None) -> Function:
+    def call(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        layer = LinenPartitionedLinear(
+            features=kernel.shape[2],
+            use_bias=bias is not None,
+            dtype=dtype,
+            param_dtype=kernel.dtype,
+            precision=precision,
+        )
+        parameters = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
+        return cast(jax.Array, layer.apply({"params": parameters}, x))
+
+    return call
+
+
+def _plain_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    _, i, o = kernel.shape
+    linear = nnx.Linear(
+        i,
+        o,
+        use_bias=bias is not None,
+        param_dtype=kernel.dtype,
+        precision=jax.lax.Precision.HIGHEST,
+        rngs=nnx.Rngs(0),
+    )
+    linear.kernel = nnx.Param(kernel[0])
+    if bias is not None:
+        linear.bias = nnx.Param(bias[0])
+    return linear(x[..., 0, :])[..., None, :]
+
+
+def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Puts canonical arrays into the layer and takes them out again."""
+    n, i, o = arrays["weight"].shape
+    dtype = arrays["weight"].dtype
+    with _double_precision_if(dtype == np.float64):
+        layer = PartitionedLinear(n, i, o, use_bias="bias" in arrays, param_dtype=dtype, rngs=nnx.Rngs(0))
+        import_parameters(layer, dict(arrays))
+        return export_parameters(layer)
+
+
+def resolve_device(device: str) -> Any:
+    """Turns ``auto``, ``cpu`` or ``cuda`` into a device.
+
+    Raises:
+        ValueError: if the device is not there.
+    """
+    if device == "auto":
+        return jax.devices()[0]
+    platform = {"cuda": "gpu"}.get(device, device)
+    try:
+        return jax.devices(platform)[0]
+    except RuntimeError:
+        raise ValueError(
+            f"device: expected a {device} device visible to jax, got none; use --device cpu or auto."
+        ) from None
+
+
+def plain_linear(device: str = "auto") -> JaxSubject:
+    """Returns ``flax.nnx.Linear`` as a subject, for inputs with one partition."""
+    return JaxSubject("nnx.Linear", True, resolve_device(device), _plain_linear, table_name=None)
+
+
+def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | None = None) -> list[JaxSubject]:
+    """Returns every JAX subject, in every mode that is asked for; in the default mode if none is."""
+    target = resolve_device(device)
+    check_precision(precision, has_tf32=target.platform == "gpu")
+    # HIGHEST: what is judged is the formulation, not the device's default of rounding fp32 operands to TF32. For TF32
+    # that default and no preset: convolutions take none.
+    product = jax.lax.Precision.DEFAULT if precision == "tf32" else jax.lax.Precision.HIGHEST
+    found = []
+    for mode in modes or (DEFAULT_MODES["jax"],):
+        # A dtype policy belongs to a layer: there each implementation is judged inside one.
+        cast_to = MODES[mode].computes_in
+        sources = [
+            JaxSubject(
+                name,
+                entry.isolates_partitions,
+                target,
+                _nnx_layer(product, name, cast_to) if EXECUTIONS[mode].casts else _functional(name, product),
+                table_name=name,
+            )
+            for name, entry in IMPLEMENTATIONS.items()
+        ]
+        sources.append(JaxSubject("layer", True, target, _nnx_layer(product, dtype=cast_to), table_name=None))
+        sources.append(JaxSubject("linen", True, target, _linen_layer(product, cast_to), table_name=None))
+        found += [dataclasses.replace(source, mode=mode) for source in sources]
+    return found
+
+
+def release_programs() -> None:
+    """Drops all compiled programs."""
+    jax.clear_caches()

@@ -1,0 +1,105 @@
+"""How PyTorch runs a call in each mode of ``modes.MODES``; sharding, which takes processes, is in ``torch_sharded``."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+import torch
+
+from parity_tests.judge.inputs import Inputs
+from parity_tests.judge.modes import MODES, members_of, split_members
+from torch_impl.registry import IMPLEMENTATIONS
+
+Function = Callable[..., torch.Tensor]
+Prepare = Callable[[Inputs, torch.device], tuple[Function, list[torch.Tensor]]]
+"""From inputs to the function (x, *leaves) -> y and its parameters as leaves."""
+
+
+def _compiled(prepare: Prepare) -> Prepare:
+    def ready(inputs: Inputs, device: torch.device) -> tuple[Function, list[torch.Tensor]]:
+        function, leaves = prepare(inputs, device)
+        # Past its limit of recompilations torch.compile quietly runs eagerly; a fresh start cannot reach it.
+        torch.compiler.reset()
+        return torch.compile(function, fullgraph=True, dynamic=False), leaves
+
+    return ready
+
+
+def _mapped(prepare: Prepare) -> Prepare:
+    def ready(inputs: Inputs, device: torch.device) -> tuple[Function, list[torch.Tensor]]:
+        members = [prepare(member, device) for member in split_members(inputs)]
+        function = members[0][0]
+        stacks = zip(*(leaves for _, leaves in members), strict=True)
+
+        def ensemble(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+            own = x.unflatten(-2, (len(members), x.shape[-2] // len(members))).movedim(-3, 0)
+            with warnings.catch_warnings():
+                # What has no rule of its own is mapped by a loop: slower, and as much a result as any other.
+                warnings.filterwarnings("ignore", ".*performance drop because we have not yet implemented", UserWarning)
+                y = torch.func.vmap(function)(own, *parameters)
+            return y.movedim(0, -3).flatten(-3, -2)
+
+        return ensemble, [torch.stack([leaf.detach() for leaf in stack]).requires_grad_() for stack in stacks]
+
+    return ready
+
+
+def _autocast(prepare: Prepare) -> Prepare:
+    def ready(inputs: Inputs, device: torch.device) -> tuple[Function, list[torch.Tensor]]:
+        function, leaves = prepare(inputs, device)
+
+        def cast(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                return function(x, *parameters)
+
+        return cast, leaves
+
+    return ready
+
+
+WRAPPERS: Mapping[str, Callable[[Prepare], Prepare]] = MappingProxyType(
+    {"eager": lambda prepare: prepare, "compile": _compiled, "vmap": _mapped, "autocast": _autocast}
+)
+
+
+def mode_reason(mode: str, table_name: str | None, dtype: str) -> str | None:
+    """One sentence if an implementation cannot run in this mode and dtype, else None.
+
+    Args:
+        mode: a mode of torch.
+        table_name: name in the table of implementations, or None for a layer class.
+        dtype: storage dtype.
+    """
+    if dtype not in MODES[mode].dtypes:
+        return f"mode {mode}: expected {', '.join(MODES[mode].dtypes)}, got {dtype}; no other program runs there."
+    if mode == "compile" and table_name is not None and dtype not in IMPLEMENTATIONS[table_name].traced_dtypes:
+        return f"mode compile: PyTorch cannot trace {table_name} in {dtype} without data."
+    return None
+
+
+def canonical_gradients(
+    gradients: Mapping[str, np.ndarray], inputs: Inputs, dense: bool, mode: str
+) -> dict[str, np.ndarray]:
+    """Brings parameter gradients to ``(n, i, o)`` and ``(n, o)``, whatever the layer and the mode made of them.
+
+    Args:
+        gradients: ``dx``, ``dweight`` and, with a bias, ``dbias``, as the leaves have them.
+        inputs: what the subject was given.
+        dense: the weight is the masked layer's ``(n*o, n*i)``, of which the diagonal blocks count.
+        mode: a mapped ensemble stacks its members' leaves.
+    """
+    n, i, o = inputs.weight.shape
+    found = dict(gradients)
+    if dense:
+        members = members_of(n) if mode == "vmap" else 1
+        size = n // members
+        blocks = found["dweight"].reshape(members, size, o, size, i)
+        # Picking the same partition on both axes brings that axis to the front.
+        picked = blocks[:, np.arange(size), :, np.arange(size), :].swapaxes(0, 1)
+        found["dweight"] = picked.reshape(n, o, i).swapaxes(1, 2)
+    else:
+        found["dweight"] = found["dweight"].reshape(n, i, o)
+    if "dbias" in found:
+        found["dbias"] = found["dbias"].reshape(n, o)
+    return found

@@ -1,0 +1,328 @@
+"""A dispatch mode that evaluates torch code in float64 and, if asked, lets every operation err as it may in a format.
+
+Noise model: see ``pair.calibration``. Fused operations (softmax, norms, gelu, ...) are taken apart: torch evaluates
+their insides in float32 at least and rounds the result once, so the parts err at ``u_acc``, the result at ``u``.
+A few kernels hold a constant of float32 in float64 too; the truth goes round them.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch._decomp import decomposition_table
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from parity_tests.frameworks.torch.accuracy import function_error, kernel_errors
+from parity_tests.frameworks.torch.fingerprint import accumulator
+from parity_tests.judge.dtypes import FORMATS
+from parity_tests.pair.operations import (
+    TORCH_EXACT,
+    TORCH_FUNCTIONS,
+    TORCH_FUSED,
+    TORCH_RESAMPLING,
+    TORCH_SUMS,
+    TORCH_SUMS_WITH_ADDEND,
+    TORCH_TRANSFORMS,
+)
+
+_WIDE = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+_INEXACT = (torch.float64, torch.complex128)
+
+_VIEW_AS_DTYPE = torch.ops.aten.view.dtype
+
+_POOL_BITS = 16
+_ACCUMULATOR = {"float64": "float64", "float32": "float32", "bfloat16": "float32", "float16": "float32"}
+
+
+@functools.cache
+def _pool(device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0xD1CE)
+    pool = torch.randn(1 << _POOL_BITS, dtype=torch.float64, generator=generator)
+    return ((pool - pool.mean()) / pool.std()).to(device)
+
+
+class _Noise:
+    """Standard normal numbers, looked up by the bits of the value that is rounded."""
+
+    def __init__(self, device: torch.device, member: int, amplitude: float) -> None:
+        self._pool = _pool(device)
+        self._state = (2 * member + 1) * 0x9E3779B97F4A7C15
+        self._amplitude = amplitude
+
+    def perturb(self, value: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+        # Multiplicative hashing: the highest bits of value * odd number depend on all bits of the value. A new odd
+        # number for each operation; |value|, because rounding to nearest is odd.
+        self._state = (self._state * 0xD1342543DE82EF95 + 0x2545F4914F6CDD1D) & ((1 << 64) - 1)
+        if value.is_complex():
+            # Both parts err, by the deviation that belongs to the modulus.
+            pairs = torch.view_as_real(value.resolve_conj())
+            return torch.view_as_complex(self._moved(pairs, deviation.unsqueeze(-1)).contiguous())
+        return self._moved(value, deviation)
+
+    def _moved(self, value: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+        odd = self._state | 1
+        bits = value.abs().contiguous().view(torch.int64) * (odd - (1 << 64) if odd >= 1 << 63 else odd)
+        xi = self._pool[(bits >> (64 - _POOL_BITS)) & ((1 << _POOL_BITS) - 1)]
+        # Infinities and NaN are not rounded: -inf is what a mask puts in the place of a score.
+        return torch.where(torch.isfinite(value), value + self._amplitude * deviation * xi, value)
+
+
+class DoublePrecision(TorchDispatchMode):
+    """Evaluates in float64: casts to narrower formats are left out, and constants created as such are float64.
+
+    Args:
+        dtype: format that every operation errs as in; the insides of sums and fused operations err as their
+            accumulator does, see ``torch_fingerprint``.
+        member: number of the ensemble's run.
+        amplitude: of the noise; 0 for the truth.
+        device: of the tensors.
+        rewrite: changes an operation's arguments before it runs, to try a hypothesis.
+        measure: False takes float32 accumulators for granted; else those of 16-bit kernels are measured.
+    """
+
+    def __init__(
+        self,
+        dtype: str = "float64",
+        member: int = 0,
+        amplitude: float = 0.0,
+        device: torch.device | None = None,
+        rewrite: Callable[[str, tuple, dict], tuple[tuple, dict]] | None = None,
+        measure: bool = True,
+    ) -> None:
+        super().__init__()
+        self._format, self._accumulator = FORMATS[dtype], FORMATS[_ACCUMULATOR[dtype]]
+        self._device = device or torch.device("cpu")
+        self._noise = _Noise(self._device, member, amplitude) if amplitude else None
+        self._rewrite, self._measure = rewrite, measure
+        self.notes: set[str] = set()
+        self.captured = False  # whether tensors of a narrow format came in from outside
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Runs one operation."""
+        args, kwargs = self._wide(func, args, dict(kwargs or {}))
+        name = _name(func)
+        if self._rewrite is not None:
+            args, kwargs = self._rewrite(name, args, kwargs)
+        return self._run(name, func, args, kwargs, self._noise is not None)
+
+    def _wide(self, func: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Arguments in float64: formats that an operation is asked for, and tensors that the code has captured."""
+        if func is _VIEW_AS_DTYPE:
+            raise NotImplementedError("the torch side reads the bits of a tensor as another format's (view(dtype))")
+        declared = [argument.alias_info for argument in func._schema.arguments]
+        written = {k for k, alias in enumerate(declared) if alias is not None and alias.is_write}
+
+        def each(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor):
+                return self._captured(leaf) if leaf.dtype in _WIDE else leaf
+            if isinstance(leaf, tuple | list):
+                return type(leaf)(map(each, leaf)) if any(isinstance(part, torch.Tensor) for part in leaf) else leaf
+            return _WIDE.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
+
+        # What an operation writes to must stay the same tensor.
+        args = tuple(arg if k in written else each(arg) for k, arg in enumerate(args))
+        return args, {key: each(value) for key, value in kwargs.items()}
+
+    def _captured(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor from outside: everything that is made under this mode is float64."""
+        self.captured = True
+        return tensor.to(_WIDE[tensor.dtype])
+
+    def _run(self, name: str, func: Any, args: tuple, kwargs: dict, noisy: bool) -> Any:
+        """Runs an operation whose arguments are float64, with noise or without."""
+        if name == "elu_backward":
+            args = _with_exact_scale(*args)
+        if name == "hardsigmoid_backward" and not noisy:
+            # Its kernel multiplies by a sixth of float32, in float64 too; the parts do not.
+            with self:
+                return decomposition_table[func](*args, **kwargs)
+        if not noisy or _is_exact(name, args, kwargs) or _is_view(func):
+            return func(*args, **kwargs)
+        if name in TORCH_SUMS_WITH_ADDEND:
+            with self:
+                return decomposition_table[func](*args, **kwargs)
+        if name == "convolution" and args[2] is not None:
+            with self:
+                product = func(*args[:2], None, *args[3:], **kwargs)
+                return product + args[2].reshape(1, -1, *[1] * (product.ndim - 2))
+        if name in TORCH_TRANSFORMS:
+            return self._transform(name, func, args, kwargs)
+        if name in TORCH_SUMS:
+            with self._accumulating(func, args, kwargs):
+                return self._sum(name, func, args, kwargs)
+        if name in ("mean", "var") or (name in TORCH_FUSED and func in decomposition_table):
+            with self._accumulating(func, args, kwargs):
+                if name in ("mean", "var"):
+                    return self._rounded(name, self._parts(_moment, (name, args, kwargs), {}))
+                return self._rounded(name, self._parts(decomposition_table[func], args, kwargs))
+        if func._can_decompose() and torch.Tag.pointwise not in func.tags and name not in TORCH_FUNCTIONS:
+            with self:
+                return func.decompose(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if name in TORCH_RESAMPLING:
+            errors = kernel_errors(func, args, kwargs, self._format.name)
+            return self._perturbed(
+                name, result, [torch.full_like(v, e) for v, e in zip(_inexact(result), errors, strict=True)]
+            )
+        # The pieces of decomposed operations ("prims::div") do not carry the tag.
+        if torch.Tag.pointwise not in func.tags and func.namespace != "prims" and _inexact(result):
+            self.notes.add(f"torch {name} has no rounding model of its own")
+        return self._rounded(name, result, function_error(func, args, kwargs, self._format.name))
+
+    @contextlib.contextmanager
+    def _accumulating(self, func: Any, args: tuple, kwargs: dict) -> Iterator[None]:
+        """Sets the accumulator of one operation; the parts of a fused one have the same."""
+        before = self._accumulator, self._measure
+        if self._measure:
+            name = self._format.name
+
+            def noisy(member: int, args: tuple, kwargs: dict) -> Any:
+                with DoublePrecision(name, member, 1.0, self._device, measure=False):
+                    return func(*args, **kwargs)
+
+            self._accumulator = FORMATS[accumulator(func, args, kwargs, name, noisy)]
+            self._measure = False
+            if self._accumulator.roundoff > FORMATS["float32"].roundoff:
+                self.notes.add(f"torch {_name(func)} accumulates in {self._accumulator.name} here, as measured")
+        try:
+            yield
+        finally:
+            self._accumulator, self._measure = before
+
+    def _parts(self, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """Runs a fused operation's parts under this mode, in the accumulator's format."""
+        outer, self._format = self._format, self._accumulator
+        try:
+            with self:
+                return run(*args, **kwargs)
+        finally:
+            self._format = outer
+
+    def _units(self, value: torch.Tensor) -> tuple[float, float, float]:
+        """Roundoff of a result and of its accumulator, and the smallest normal number of its format.
+
+        There are no complex numbers of 16-bit parts: they are computed in float32's.
+        """
+        kept, accumulator = self._format, self._accumulator
+        if value.is_complex() and kept.roundoff > FORMATS["float32"].roundoff:
+            kept = accumulator = FORMATS["float32"]
+        return kept.roundoff, accumulator.roundoff, kept.smallest_normal
+
+    def _sum(self, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Adds the error of recursive summation: of K terms, squares adding up to Q, in a random order."""
+
+        def mapped(change: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+            def each(leaf: Any) -> Any:
+                return change(leaf) if isinstance(leaf, torch.Tensor) and leaf.dtype in _INEXACT else leaf
+
+            return [leaf.abs() for leaf in _inexact(func(*tree_map(each, args), **kwargs))]
+
+        # The operation itself, on squares and on ones, gives Q and K: padding, strides and masks included.
+        squares = mapped(lambda leaf: torch.square(leaf.abs()))
+        terms = mapped(lambda leaf: torch.ones_like(leaf.abs()))
+        result = func(*args, **kwargs)
+        deviations = [
+            self._summed(value, square, count)
+            for value, square, count in zip(_inexact(result), squares, terms, strict=True)
+        ]
+        return self._perturbed(name, result, deviations)
+
+    def _summed(self, value: torch.Tensor, square: torch.Tensor, count: Any) -> torch.Tensor:
+        u, u_acc, tiny = self._units(value)
+        modulus = value.abs()
+        summation = u_acc**2 * (count * modulus**2 / 3 + count * square / 6 + square)
+        return (summation + (u * modulus) ** 2).clamp_min(0).sqrt() + tiny * (square != 0)
+
+    def _transform(self, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
+        """A Fourier transform errs no more than the plain sum that it stands for; all its terms have modulus |x|."""
+        x, axes, normalization = args[:3]
+        lengths = [x.shape[axis] for axis in axes]
+        half = name == "_fft_c2r"  # of the spectrum: the other half is implied
+        if half:
+            lengths[-1] = args[3]
+        count = math.prod(lengths)
+        scale = (1.0, count**-0.5, 1.0 / count)[int(normalization)]
+        square = (2.0 if half else 1.0) * scale**2 * x.abs().square().sum(axes, keepdim=True)
+        result = func(*args, **kwargs)
+        return self._perturbed(name, result, [self._summed(result, square.expand_as(result.abs()), count)])
+
+    def _rounded(self, name: str, result: Any, factor: float = 1.0) -> Any:
+        """Rounds real and complex results to the format."""
+
+        def deviation(value: torch.Tensor) -> torch.Tensor:
+            u, _, tiny = self._units(value)
+            # A part of a complex product is a sum of two products, which may cancel: it errs as its modulus does.
+            u *= math.sqrt(2.0) if value.is_complex() else 1.0
+            return factor * u * value.abs() + tiny * (value != 0)
+
+        return self._perturbed(name, result, [deviation(value) for value in _inexact(result)])
+
+    def _perturbed(self, name: str, result: Any, deviations: list[torch.Tensor]) -> Any:
+        assert self._noise is not None
+        left = iter(deviations)
+        in_place = name.endswith("_")
+
+        def each(leaf: Any) -> Any:
+            if not (isinstance(leaf, torch.Tensor) and leaf.dtype in _INEXACT):
+                return leaf
+            assert self._noise is not None
+            noisy = self._noise.perturb(leaf, next(left))
+            return leaf.copy_(noisy) if in_place else noisy
+
+        return tree_map(each, result)
+
+
+def _moment(name: str, args: tuple, kwargs: dict) -> torch.Tensor:
+    """Mean or variance in terms of sums."""
+    x = args[0]
+    dims = args[1] if len(args) > 1 and args[1] is not None else kwargs.get("dim")
+    dims = list(range(x.ndim)) if dims is None else [dims] if isinstance(dims, int) else list(dims)
+    # Third comes keepdim; in prims.var the correction, without keepdim.
+    third = args[2] if len(args) > 2 else None
+    keep = bool(third) if isinstance(third, bool) else bool(kwargs.get("keepdim", False))
+    count = math.prod(x.shape[dim] for dim in dims)
+    if name == "mean":
+        return torch.sum(x, dims, keepdim=keep) / count
+    correction = kwargs.get("correction", None if isinstance(third, bool) else third)
+    centred = x - torch.sum(x, dims, keepdim=True) / count
+    return torch.sum(torch.square(centred), dims, keepdim=keep) / (count - (1 if correction is None else correction))
+
+
+def _inexact(result: Any) -> list[torch.Tensor]:
+    leaves = result if isinstance(result, tuple | list) else (result,)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dtype in _INEXACT]
+
+
+def _name(func: Any) -> str:
+    return func._schema.name.partition("::")[2]
+
+
+def _is_view(func: Any) -> bool:
+    return any(ret.alias_info is not None and not ret.alias_info.is_write for ret in func._schema.returns)
+
+
+def _is_exact(name: str, args: tuple, kwargs: dict) -> bool:
+    """Whether an operation copies, chooses or rearranges; of complex numbers absolute value and sign are rounded."""
+    if name in ("abs", "sgn", "sign"):
+        return not args[0].is_complex()
+    if name in ("scatter_reduce", "index_reduce"):
+        return (args[4] if len(args) > 4 else kwargs.get("reduce")) in ("amax", "amin")
+    return name in TORCH_EXACT
+
+
+def _with_exact_scale(grad: Any, alpha: Any, scale: Any, input_scale: Any, *rest: Any) -> tuple:
+    """The arguments of ``elu_backward``: celu asks for 1 / alpha there, and torch computes it from a float32 alpha."""
+    if scale == 1 and alpha and input_scale == 1.0 / float(np.float32(alpha)):
+        input_scale = 1.0 / alpha
+    return grad, alpha, scale, input_scale, *rest

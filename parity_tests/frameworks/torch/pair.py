@@ -1,0 +1,306 @@
+"""The torch side of a pair: an ``nn.Module`` as it is, or a function ``f(parameters, *inputs)``."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten_with_path
+
+from parity_tests.frameworks.torch.arrays import to_numpy, to_torch
+from parity_tests.frameworks.torch.hypotheses import Recorder
+from parity_tests.frameworks.torch.noise import DoublePrecision
+from parity_tests.frameworks.torch.random import seeded
+from parity_tests.frameworks.torch.subjects import resolve_device
+from parity_tests.frameworks.torch.truth import MovedConstants, machine_limits
+from parity_tests.frameworks.torch.watch import BranchWatch, FormatWatch
+from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS, moved_constant
+from parity_tests.pair.casts import is_inexact, storage_format, widened
+from parity_tests.pair.side import (
+    Arrays,
+    Constants,
+    Ensemble,
+    ParameterSpec,
+    Variant,
+    collect_ensemble,
+    constants_spread,
+    leaf_name,
+)
+from parity_tests.pair.state import named_state
+
+Function = Callable[..., Any]
+
+
+@contextlib.contextmanager
+def _double_default() -> Iterator[None]:
+    """Constants that a module creates on the way (``torch.tensor(0.1)``) are float64 too."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class TorchSide:
+    """One torch module or function; see ``side.Side``.
+
+    Args:
+        module: an ``nn.Module`` (its training mode is left as it is), or a function of a dict of tensors and inputs.
+        kwargs: keyword arguments of every call.
+        initial: initial parameters of a function; None for a module.
+        device: ``cpu``, ``cuda`` or ``auto``.
+
+    Raises:
+        TypeError: for anything else, or a function without initial parameters.
+        ValueError: if the device is not there.
+    """
+
+    framework = "torch"
+
+    def __init__(
+        self,
+        module: torch.nn.Module | Function,
+        kwargs: Mapping[str, Any] | None = None,
+        initial: Mapping[str, np.ndarray] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        if isinstance(module, type):
+            raise TypeError(
+                f"torch_module: expected an nn.Module or a function, got the class {module.__name__}; create an "
+                "instance."
+            )
+        if not isinstance(module, torch.nn.Module) and not callable(module):
+            raise TypeError(f"torch_module: expected an nn.Module or a function, got {type(module).__name__}.")
+        if isinstance(module, torch.nn.Module) != (initial is None):
+            told = ("None beside a module, which holds its own", "a dict; leave it out")
+            wanted = told if initial is not None else ("a dict of initial arrays for a function", "None; pass one")
+            raise TypeError(f"torch_params: expected {wanted[0]}, got {wanted[1]}.")
+        self.name = getattr(module, "__name__", type(module).__name__)
+        self._kwargs, self._initial, self._device = dict(kwargs or {}), initial, resolve_device(device)
+        if isinstance(module, torch.nn.Module):
+            self._module: torch.nn.Module | None = module
+            self.function: Function = self._call_module
+        else:
+            self._module, self.function = None, lambda tensors, *inputs: module(tensors, *inputs, **self._kwargs)
+        self._recorder = Recorder()
+        self._trained = {name for name, spec in self.parameters(()).items() if spec.trainable}
+        self._captures = False  # whether the last truth used tensors that are no parameters, buffers or inputs
+
+    def _call_module(self, tensors: dict[str, torch.Tensor], *inputs: torch.Tensor) -> Any:
+        assert self._module is not None
+        return torch.func.functional_call(self._module, tensors, inputs, self._kwargs)
+
+    def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
+        """Parameters, then buffers; a parameter with ``requires_grad=False`` is frozen."""
+        del inputs
+        if self._module is None:
+            assert self._initial is not None
+            found = {name: _parameter_spec(name, value) for name, value in self._initial.items()}
+        else:
+            found = {name: _parameter_spec(name, value) for name, value in self._module.named_parameters()}
+            found |= {name: ParameterSpec(to_numpy(b), False) for name, b in self._module.named_buffers()}
+        return found
+
+    def outline(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        """Found by running."""
+        return {name: np.zeros_like(value) for name, value in self.forward(parameters, inputs).items()}
+
+    def round_trip(self, parameters: Arrays) -> dict[str, np.ndarray]:
+        """Through tensors on the device."""
+        return {name: to_numpy(tensor) for name, tensor in self._tensors(parameters).items()}
+
+    def forward(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        """Without gradients, which may take other paths (fast paths for inference)."""
+        with torch.no_grad(), self._seeded(0):
+            tensors = self._tensors(parameters)
+            outputs = self.function(tensors, *self._inputs(inputs))
+            return self._results(tensors, _leaves(outputs))
+
+    def vjp(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays) -> dict[str, np.ndarray]:
+        """Through autograd, as it is."""
+        with self._seeded(0):
+            return self._run(self._tensors(parameters), self._inputs(inputs), cotangents)
+
+    def truth(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None = None,
+        variant: str = "",
+    ) -> dict[str, np.ndarray]:
+        """In float64; a variant rewrites operations on the way."""
+        mode = DoublePrecision(rewrite=self._recorder.rewrite(variant))
+        found = self._double(parameters, inputs, cotangents, lambda tensors: mode)
+        self._captures = mode.captured
+        return found
+
+    def constants(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None,
+        buffers: Mapping[str, str],
+        computed: bool,
+    ) -> Constants:
+        """Runs with the buffers moved that are constants, and with tensors moved that the code has captured."""
+        wide = {name: widened(parameters[name]) for name in buffers}
+        moving = [
+            name
+            for name, array in wide.items()
+            if not np.array_equal(moved_constant(array, 1, buffers[name]), array, equal_nan=True)
+        ]
+        if not (moving or self._captures or computed):
+            return Constants({})
+        whole = {name for name, array in parameters.items() if name in buffers or not is_inexact(array)}
+        stored = {f"buffer {name}" for name in moving}
+
+        def run(member: int) -> dict[str, np.ndarray]:
+            def mode(tensors: dict[str, torch.Tensor]) -> MovedConstants:
+                constants = [tensor for name, tensor in tensors.items() if name in whole or name not in parameters]
+                modes.append(MovedConstants(member, computed, constants, self._device))
+                return modes[-1]
+
+            modes: list[MovedConstants] = []
+            moved = {name: moved_constant(wide[name], member, buffers[name]) for name in moving}
+            found = self._double({**parameters, **moved}, inputs, cotangents, mode, leg=parameters)
+            stored.update(modes[0].stored)
+            return found
+
+        spread = constants_spread(run, MEMBERS)
+        return Constants(spread, tuple(sorted(stored)), (), MEMBERS) if stored or computed else Constants({})
+
+    def ensemble(
+        self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
+    ) -> Ensemble:
+        """Runs under the dispatch mode, one after the other."""
+        notes: set[str] = set()
+
+        def run(member: int, amplitude: float) -> dict[str, np.ndarray]:
+            mode = DoublePrecision(dtype, seed * (MEMBERS + KINK_MEMBERS) + member, amplitude, self._device)
+            outputs = self._double(parameters, inputs, cotangents, lambda tensors: mode)
+            notes.update(mode.notes)
+            return outputs
+
+        result = collect_ensemble(run, MEMBERS, KINK_MEMBERS, KINK_AMPLITUDE)
+        return Ensemble(result.centre, result.spread, result.kinks, MEMBERS, tuple(sorted(notes)))
+
+    def variants(self) -> tuple[Variant, ...]:
+        """Other epsilons and the other gelu, where the last truth used one."""
+        return self._recorder.variants()
+
+    def notes(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def is_random(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> bool:
+        """Compares two seeds of torch's generator."""
+        results = []
+        for seed in (0, 1):
+            with torch.no_grad(), self._seeded(seed):
+                outputs = self.function(self._tensors(parameters), *self._inputs(inputs))
+                results.append({name: to_numpy(leaf).tobytes() for name, leaf in _leaves(outputs).items()})
+        return results[0] != results[1]
+
+    def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
+        """Watches a float64 run."""
+        names = {} if self._module is None else {id(child): name for name, child in self._module.named_modules()}
+        watch = BranchWatch(names)
+        self._double(parameters, inputs, None, lambda tensors: DoublePrecision(), watch=watch)
+        return watch.branches.sentences()
+
+    def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
+        """Watches a run without gradients."""
+        watch = FormatWatch(dtype)
+        with torch.no_grad(), self._seeded(0), watch:
+            self.function(self._tensors(parameters), *self._inputs(inputs))
+        return watch.found()
+
+    def _seeded(self, seed: int) -> contextlib.AbstractContextManager[None]:
+        return seeded(seed, [self._device] if self._device.type == "cuda" else [])
+
+    def _tensors(self, parameters: Arrays) -> dict[str, torch.Tensor]:
+        return {name: to_torch(array, self._device) for name, array in parameters.items()}
+
+    def _inputs(self, inputs: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
+        return [to_torch(array, self._device) for array in inputs]
+
+    def _buffers(self) -> set[str]:
+        return set() if self._module is None else {name for name, _ in self._module.named_buffers()}
+
+    def _results(self, tensors: dict[str, torch.Tensor], leaves: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        # functional_call leaves in its dict what a module has put in a buffer's place; most are updated where they are.
+        after = named_state({name: to_numpy(tensors[name]) for name in sorted(self._buffers())})
+        return {name: to_numpy(leaf) for name, leaf in leaves.items()} | after
+
+    def _double(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None,
+        mode: Callable[[dict[str, torch.Tensor]], DoublePrecision],
+        leg: Arrays | None = None,
+        watch: BranchWatch | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Runs under a mode, made for the parameters and integer inputs; ``leg`` has the parameters' own dtypes."""
+        tensors = self._tensors({name: widened(array) for name, array in parameters.items()})
+        arguments = self._inputs(tuple(map(widened, inputs)))
+        integers = {f"inputs[{k}]": tensor for k, tensor in enumerate(arguments) if not is_inexact(inputs[k])}
+        wide = None if cotangents is None else {name: widened(array) for name, array in cotangents.items()}
+        stored = np.zeros((), storage_format([*(leg or parameters).values(), *inputs]))
+        limits = machine_limits(to_torch(stored, self._device).dtype)
+        # Fused attention kernels hide their operations from the mode.
+        with contextlib.ExitStack() as stack:
+            for context in (self._seeded(0), _double_default(), sdpa_kernel(SDPBackend.MATH), limits):
+                stack.enter_context(context)
+            stack.enter_context(mode(tensors | integers))
+            if watch is not None:
+                stack.enter_context(watch.of([*tensors.values(), *arguments]))
+            return self._run(tensors, arguments, wide)
+
+    def _run(
+        self, tensors: dict[str, torch.Tensor], inputs: list[torch.Tensor], cotangents: Arrays | None
+    ) -> dict[str, np.ndarray]:
+        sources = {f"d_{name}": tensor for name, tensor in tensors.items() if name in self._trained}
+        sources |= {f"d_input{k}": tensor for k, tensor in enumerate(inputs)}
+        inexact = {
+            name: tensor for name, tensor in sources.items() if tensor.is_floating_point() or tensor.is_complex()
+        }
+        sources = {name: tensor.requires_grad_() for name, tensor in inexact.items()}
+        # Copies, because a leaf that requires a gradient must not be changed in place, as the first operation may do.
+        leaves = _leaves(self.function(tensors, *(tensor.clone() for tensor in inputs)))
+        result = self._results(tensors, leaves)
+        if cotangents is None:
+            return result
+        used = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad and name in cotangents}
+        if used:
+            weights = [to_torch(cotangents[name], self._device).to(leaf.dtype) for name, leaf in used.items()]
+            gradients = torch.autograd.grad(list(used.values()), list(sources.values()), weights, allow_unused=True)
+        else:
+            gradients = [None] * len(sources)
+        for (name, source), gradient in zip(sources.items(), gradients, strict=True):
+            result[name] = to_numpy(torch.zeros_like(source) if gradient is None else gradient)
+        return result
+
+
+def _parameter_spec(name: str, value: Any) -> ParameterSpec:
+    if isinstance(value, torch.Tensor):
+        # A plain tensor is a value; only a parameter says whether it is trained.
+        trained = value.requires_grad or not isinstance(value, torch.nn.Parameter)
+        trained = trained and (value.is_floating_point() or value.is_complex())
+        return ParameterSpec(to_numpy(value), trained, frozen=not trained)
+    array = np.asarray(value)
+    if array.dtype == object:
+        raise TypeError(f"torch_params[{name!r}]: expected an array or a tensor, got {type(value).__name__}.")
+    return ParameterSpec(array, array.dtype.kind not in "iub", frozen=array.dtype.kind in "iub")
+
+
+def _leaves(outputs: Any) -> dict[str, torch.Tensor]:
+    """Arrays of the output by name; None and numbers are left out."""
+    found, _ = tree_flatten_with_path(outputs)
+    tensors = [(path, leaf) for path, leaf in found if isinstance(leaf, torch.Tensor)]
+    if len(tensors) == 1:
+        return {"y": tensors[0][1]}
+    return {leaf_name(path): leaf for path, leaf in tensors}

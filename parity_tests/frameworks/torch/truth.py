@@ -1,0 +1,107 @@
+"""The float64 truth of a torch function: what follows the leg's dtype in it, and its rounded constants moved."""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from parity_tests.frameworks.torch.arrays import to_numpy, to_torch
+from parity_tests.frameworks.torch.noise import DoublePrecision
+from parity_tests.pair.calibration import moved_constant
+from parity_tests.pair.casts import format_name, widened
+
+_RMS_NORMS = (torch.rms_norm, torch.nn.functional.rms_norm)
+
+
+class _Limits(TorchFunctionMode):
+    """Gives ``rms_norm`` the epsilon that it would choose for the leg's dtype: of float32 at least."""
+
+    def __init__(self, epsilon: float) -> None:
+        super().__init__()
+        self._epsilon = epsilon
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _RMS_NORMS and len(args) < 4 and kwargs.get("eps") is None:
+            kwargs["eps"] = self._epsilon
+        elif func in _RMS_NORMS and len(args) > 3 and args[3] is None:
+            args = (*args[:3], self._epsilon, *args[4:])
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def machine_limits(leg: torch.dtype) -> Iterator[None]:
+    """Lets modules that ask for the limits of float64 (``torch.finfo(x.dtype).min``) see those of the leg's dtype.
+
+    The truth is the leg's function without roundings, and an epsilon that follows the dtype belongs to the function.
+
+    Args:
+        leg: dtype of the values; nothing changes for float64.
+    """
+    if not leg.is_floating_point or leg == torch.float64:
+        yield
+        return
+    original = torch.finfo
+
+    def of_the_leg(*dtype: torch.dtype) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        is_wide = not caller.startswith("torch._") and (dtype or (torch.get_default_dtype(),))[0] == torch.float64
+        return original(leg) if is_wide else original(*dtype)
+
+    torch.finfo = of_the_leg  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        with _Limits(original(torch.float32).eps):
+            yield
+    finally:
+        torch.finfo = original
+
+
+class MovedConstants(DoublePrecision):
+    """Evaluates in float64 with rounded constants moved, by ``moved_constant``.
+
+    Args:
+        member: number of the run; 0 moves nothing.
+        computed: whether what is computed from constants alone errs too, as in float32.
+        constants: tensors that are constants; what the code has captured is one as well.
+        device: of the tensors.
+    """
+
+    def __init__(
+        self, member: int, computed: bool, constants: Sequence[torch.Tensor], device: torch.device | None = None
+    ) -> None:
+        super().__init__("float32", member, float(computed and member > 0), device, measure=False)
+        self._member = member
+        # By storage, which views share; held, so that no other tensor gets the same address.
+        self._constants = {_storage(tensor): tensor for tensor in constants}
+        self._moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.stored: set[str] = set()
+
+    def _captured(self, tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in self._moved:
+            array, name = widened(to_numpy(tensor)), format_name(str(tensor.dtype).removeprefix("torch."))
+            if not np.array_equal(moved_constant(array, 1, name), array, equal_nan=True):
+                self.stored.add(f"a tensor of {name} and shape {tuple(tensor.shape)}")
+            moved = to_torch(moved_constant(array, self._member, name), self._device)
+            self._moved[id(tensor)] = tensor, moved
+            self._constants[_storage(moved)] = moved
+        return self._moved[id(tensor)][1]
+
+    def _run(self, name: str, func: Any, args: tuple, kwargs: dict, noisy: bool) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        constant = all(_storage(tensor) in self._constants for tensor in tensors)
+        result = super()._run(name, func, args, kwargs, noisy and constant)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and constant:
+                self._constants[_storage(leaf)] = leaf
+            elif isinstance(leaf, torch.Tensor):
+                self._constants.pop(_storage(leaf), None)  # written to in place
+        return result
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -1,1 +1,0 @@
-"""What is judged: NumPy arrays in, NumPy arrays out. The only files of the harness that touch a framework."""

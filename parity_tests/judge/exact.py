@@ -1,0 +1,150 @@
+"""Checks that need no tolerance: the integer lattice, and isolation of NaN and Inf between partitions."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from parity_tests.judge.cases import Case
+from parity_tests.judge.comparison import TensorResult
+from parity_tests.judge.dtypes import FORMATS
+from parity_tests.judge.inputs import Inputs, draw_lattice
+from parity_tests.judge.modes import MODES
+from parity_tests.judge.oracle import reference
+from parity_tests.judge.subjects import Subject
+
+
+def lattice_limit(case: Case, dtype: str, largest: int = 3) -> int:
+    """Largest integer magnitude whose sums stay exact in ``dtype`` for this case, at most ``largest``.
+
+    A sum of K products of integers up to m has magnitude at most K m^2, plus m for the bias.
+
+    Raises:
+        ValueError: if not even +-1 stays exact.
+    """
+    terms = max(case.in_features, case.out_features, case.rows)
+    exact = FORMATS[dtype].largest_integer
+    for limit in range(largest, 0, -1):
+        if terms * limit * limit + limit <= exact:
+            return limit
+    raise ValueError(f"case {case.name}: expected at most {exact - 1} terms for exact sums in {dtype}, got {terms}.")
+
+
+def _bitwise(name: str, value: np.ndarray, expected: np.ndarray, axis: int) -> TensorResult:
+    expected = expected.astype(value.dtype)
+    if value.shape != expected.shape:
+        reason = f"{name} has shape {value.shape}, expected {expected.shape}"
+        return TensorResult(name, "mismatch", reason, np.inf, np.inf, np.inf, None, None, None, None, None, None)
+    # -0.0 and 0.0 are the same integer: an empty sum may carry either sign.
+    unequal = ~((value == expected) | (np.isnan(value) & np.isnan(expected)))
+    if not unequal.any():
+        return TensorResult(name, "ok", "", 0.0, 0.0, 0.0, None, None, None, None, None, None)
+    index = tuple(int(k[0]) for k in np.nonzero(unequal))
+    reason = f"{name}{list(index)} is {float(value[index])!r}, expected exactly {float(expected[index])!r}"
+    error = float(np.max(np.abs(value.astype(np.float64) - expected.astype(np.float64))))
+    return TensorResult(
+        name, "mismatch", reason, error, error, np.inf, None, None, index, index[axis],
+        float(value[index]), float(expected[index]),
+    )  # fmt: skip
+
+
+def check_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) -> list[TensorResult]:
+    """Integer inputs whose sums are exact: y, dx, dW and db must equal the oracle bit for bit.
+
+    Args:
+        subject: the subject.
+        case: a shape small enough for exact sums in what the mode computes in, see ``lattice_limit``.
+        dtype: storage dtype.
+        seed: of the integers.
+
+    Returns:
+        One result per tensor.
+    """
+    inputs = draw_lattice(case, dtype, seed, lattice_limit(case, MODES[subject.mode].computes_in or dtype))
+    truth = reference(inputs)
+    outputs = subject.vjp(inputs)
+    return [_bitwise(name, value, truth[name].value, truth[name].partition_axis) for name, value in outputs.items()]
+
+
+def check_wide_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) -> list[TensorResult]:
+    """Sums beyond the output's exact integers, yet exact in an fp32 accumulator: one rounding, and only one, is right.
+
+    All products are positive, so that the running sum passes the output format's largest exact integer early; an
+    accumulator of that format then loses every odd term. y only, and any bias is zero, because a bias may legitimately
+    be added after the rounding. Where the mode casts, the output format is that of the cast.
+    """
+    fmt = FORMATS[MODES[subject.mode].computes_in or dtype]
+    inputs = draw_lattice(case, dtype, seed, limit=3)
+    bias = None if inputs.bias is None else np.zeros_like(inputs.bias)
+    positive = dataclasses.replace(inputs, x=np.abs(inputs.x), weight=np.abs(inputs.weight), bias=bias)
+    largest = int(
+        (positive.x.astype(np.float64).max(initial=0) * positive.weight.astype(np.float64).max()) * case.in_features
+    )
+    if not fmt.largest_integer < largest <= FORMATS["float32"].largest_integer:
+        raise ValueError(
+            f"case {case.name}: expected sums between {fmt.largest_integer} and 2**24 for {fmt.name}, "
+            f"got up to {largest}; choose in_features accordingly."
+        )
+    truth = reference(positive)["y"]
+    return [_bitwise("y", subject.forward(positive), truth.value, truth.partition_axis)]
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """What became of NaN or an infinity in one partition.
+
+    Attributes:
+        isolated: whether every other partition of every tensor has the same bits as without it.
+        swallowed: the tensors in whose poisoned partition something is finite, ``forward`` being y without gradients;
+            none in right code.
+    """
+
+    isolated: bool
+    swallowed: tuple[str, ...]
+
+
+def check_isolation(
+    subject: Subject, inputs: Inputs, partition: int, poison: float, *, plain_forward: bool = True
+) -> Isolation:
+    """Poisons one partition of x, W, b and dy and looks at the others.
+
+    Args:
+        subject: the subject.
+        inputs: finite inputs with at least two partitions.
+        partition: the poisoned one.
+        poison: NaN or an infinity.
+        plain_forward: whether y without gradients is looked at too.
+
+    Returns:
+        Whether the others stayed as they were, and where the poison does not show.
+    """
+
+    def poisoned(array: np.ndarray, axis: int) -> np.ndarray:
+        array = array.copy()
+        array[(slice(None),) * (axis % array.ndim) + (partition,)] = poison
+        return array
+
+    dirty_inputs = dataclasses.replace(
+        inputs,
+        x=poisoned(inputs.x, -2),
+        weight=poisoned(inputs.weight, 0),
+        bias=None if inputs.bias is None else poisoned(inputs.bias, 0),
+        cotangent=poisoned(inputs.cotangent, -2),
+        zero_mean=False,
+    )
+    # Each tensor has terms from poisoned operands alone in that partition: nothing in it can be finite.
+    clean, dirty = subject.vjp(inputs), subject.vjp(dirty_inputs)
+    if plain_forward:
+        clean, dirty = (
+            {**found, "forward": subject.forward(a)} for found, a in ((clean, inputs), (dirty, dirty_inputs))
+        )
+    axes = {"y": -2, "dx": -2, "dweight": 0, "dbias": 0, "forward": -2}
+
+    def others(name: str, array: np.ndarray) -> bytes:
+        return np.delete(array, partition, axis=axes[name]).tobytes()
+
+    def shows(name: str) -> bool:
+        return not np.isfinite(np.take(dirty[name].astype(np.float64), partition, axis=axes[name])).any()
+
+    isolated = all(others(name, clean[name]) == others(name, dirty[name]) for name in clean)
+    return Isolation(isolated, tuple(name for name in dirty if not shows(name)))

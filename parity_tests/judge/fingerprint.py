@@ -1,0 +1,227 @@
+"""Arithmetic fingerprint: what a subject really computes with, inferred from its results.
+
+Each probe is a product with one-hot or near one-hot operands whose result, bit by bit, can come about in one way
+only. The fingerprint is a diagnosis ("operands rounded to TF32", "bias rounded twice", "subnormals flushed"), and it
+chooses the bound in what the requested precision leaves open (``refine``): whether subnormals are flushed and whether a
+16-bit result's bias is fused. It never relaxes what the precision promises: a product in TF32 stays a defect of fp32.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from parity_tests.judge.cases import Case
+from parity_tests.judge.comparison import compare
+from parity_tests.judge.dtypes import FORMATS, numpy_dtype
+from parity_tests.judge.inputs import Inputs
+from parity_tests.judge.oracle import Reference
+from parity_tests.judge.subjects import Subject
+from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, declared_arithmetic
+
+# Three partitions, all alike: some code that is probed looks beyond the first.
+_PARTITIONS = 3
+_WIDTH = 16  # a multiple of every alignment that an implementation asks for, in every dtype
+# Where the large terms 1 and -1 stand: the small term in between must survive in every order of summation that is used.
+_PLACES = ((0, 15, 7), (0, 8, 4), (3, 12, 0), (1, 2, 15), (14, 15, 0))
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What the probes saw.
+
+    Attributes:
+        dtype: storage dtype of operands and results.
+        operand_bits: significand bits that an operand keeps.
+        accumulator_bits: significand bits that the running sum keeps, at least.
+        fused_bias: the bias joins the sum before it is rounded to the output.
+        flushes_subnormals: subnormal results become zero.
+        flushes_partial_sums: products or running sums that are subnormal become zero, though the sum is a normal
+            number; False where no product of the storage format can be that small.
+    """
+
+    dtype: str
+    operand_bits: int
+    accumulator_bits: int
+    fused_bias: bool
+    flushes_subnormals: bool
+    flushes_partial_sums: bool
+
+    def diagnosis(self) -> list[str]:
+        """Sentences for a reader; empty if everything is as the dtype promises."""
+        fmt, said = FORMATS[self.dtype], []
+        storage_bits = _bits(self.dtype)
+        if self.operand_bits < storage_bits:
+            known = {_bits(name): name.upper() for name in ("tf32", "bfloat16")}
+            said.append(f"operands rounded to {known.get(self.operand_bits, f'{self.operand_bits} bits')}")
+        promised = max(storage_bits, _bits("float32"))
+        if self.accumulator_bits < promised:
+            said.append(f"sums kept in {self.accumulator_bits} bits instead of {promised}")
+        if not self.fused_bias and fmt.name in ("bfloat16", "float16"):
+            said.append("bias rounded twice")
+        if self.flushes_subnormals:
+            said.append("subnormals flushed")
+        return said
+
+    def honours(self, arithmetic: Arithmetic) -> bool:
+        """Whether operands and sums are at least as precise as ``arithmetic`` promises."""
+        return self.operand_bits >= _bits(arithmetic.operand) and self.accumulator_bits >= _bits(arithmetic.accumulator)
+
+    def refine(self, promised: Arithmetic) -> Arithmetic:
+        """What the precision promises, with subnormals treated as this device was seen to treat them.
+
+        Args:
+            promised: see ``tolerance.declared_arithmetic``; operands and sums stay as precise as it says.
+        """
+        return replace(
+            promised,
+            flushes_subnormals=self.flushes_subnormals,
+            flushes_partial_sums=self.flushes_partial_sums,
+        )
+
+
+def _bits(name: str) -> int:
+    return round(-np.log2(FORMATS[name].roundoff))
+
+
+def _probe(dtype: str, row: Mapping[int, float], column: Mapping[int, float], bias: float = 0.0) -> Inputs:
+    target = numpy_dtype(dtype)
+    x, weight = np.zeros((1, _PARTITIONS, _WIDTH)), np.zeros((_PARTITIONS, _WIDTH, _WIDTH))
+    for place, value in row.items():
+        x[..., place] = value
+    for place, value in column.items():
+        weight[:, place] = value
+    return Inputs(
+        x=x.astype(target),
+        weight=weight.astype(target),
+        bias=np.full((_PARTITIONS, _WIDTH), bias).astype(target),
+        cotangent=np.zeros((1, _PARTITIONS, _WIDTH), target),
+        dtype=dtype,
+        zero_mean=False,
+    )
+
+
+def _longest(holds: Callable[[int], bool], longest: int) -> int:
+    """Largest number of bits, at most ``longest``, for which all shorter lengths hold too."""
+    bits = 1
+    while bits < longest and holds(bits + 1):
+        bits += 1
+    return bits
+
+
+def take_fingerprint(subject: Subject, dtype: str) -> Fingerprint:
+    """Runs the probes on a subject.
+
+    Args:
+        subject: an implementation that supports ``dtype`` with 16 features in and out.
+        dtype: storage dtype.
+
+    Returns:
+        The fingerprint.
+    """
+    storage_bits = _bits(dtype)
+
+    def y(row: Mapping[int, float], column: Mapping[int, float], bias: float = 0.0) -> float:
+        return float(subject.forward(_probe(dtype, row, column, bias)).ravel()[0])
+
+    def keeps_operand(bits: int) -> bool:
+        value = 1.0 + 2.0 ** (1 - bits)
+        return y({0: value}, {0: 1.0}) == value and y({0: 1.0}, {0: value}) == value
+
+    def keeps_sum(bits: int) -> bool:
+        small = 2.0 ** (1 - bits)
+        root = 2.0 ** ((1 - bits) // 2)  # factors of the small term, each inside the storage format's range
+        return all(
+            y({first: 1.0, middle: root, last: -1.0}, {first: 1.0, middle: small / root, last: 1.0}) == small
+            for first, last, middle in _PLACES
+        )
+
+    factor, bias, remainder = _fusion_terms(dtype)
+    fused = y({0: factor}, {0: factor}, bias=bias) == remainder
+    fmt = FORMATS[dtype]
+    tiny = fmt.smallest_subnormal
+    halves = 2.0 ** (np.log2(fmt.smallest_normal) // 2)
+    flushed = y({0: halves}, {0: tiny / halves * 2}) == 0.0
+
+    def loses_partial_sums() -> bool:
+        # Sixteen products, each a sixteenth of the smallest normal: what keeps them sums them up to just that.
+        whole = FORMATS[declared_arithmetic(PRECISION_OF_DTYPE[dtype]).accumulator].smallest_normal
+        root = float(2.0 ** (np.log2(whole / _WIDTH) // 2))
+        other = whole / _WIDTH / root
+        if min(root, other) < fmt.smallest_normal:
+            return False
+        places = range(_WIDTH)
+        return y(dict.fromkeys(places, root), dict.fromkeys(places, other)) != whole
+
+    return Fingerprint(
+        dtype=dtype,
+        operand_bits=_longest(keeps_operand, storage_bits),
+        accumulator_bits=_longest(keeps_sum, max(storage_bits, _bits("float32"))),
+        fused_bias=fused,
+        flushes_subnormals=flushed,
+        flushes_partial_sums=loses_partial_sums(),
+    )
+
+
+def _fusion_terms(dtype: str) -> tuple[float, float, float]:
+    """A factor, a bias and what is left of ``factor^2 + bias`` if nothing was rounded before the bias was added.
+
+    ``(1 + e)^2 = 1 + 2e + e^2``: after adding ``-(1 + 2e)`` only ``e^2`` is left; times 64, so that in fp16 too it is a
+    normal number.
+    """
+    step = 2.0 ** (1 - _bits(dtype))
+    return 8 * (1 + step), -64 * (1 + 2 * step), 64 * step * step
+
+
+def fuses_bias(subject: Subject, case: Case, dtype: str, forward: bool = True) -> bool:
+    """Whether every element of y shows a fused bias, in the very shape and layout of a case.
+
+    Libraries choose a kernel by the shape: what the fingerprint's own shape shows need not hold for another.
+
+    Args:
+        subject: what is probed.
+        case: a shape that the subject supports, with a bias.
+        dtype: storage dtype.
+        forward: probe a call without gradients as well.
+    """
+    factor, bias, remainder = _fusion_terms(dtype)
+    target, n = numpy_dtype(dtype), case.num_partitions
+    x = np.zeros((*case.leading, n, case.in_features), target)
+    weight = np.zeros((n, case.in_features, case.out_features), target)
+    x[..., 0], weight[:, 0] = factor, factor
+    probe = Inputs(
+        x=x,
+        weight=weight,
+        bias=np.full((n, case.out_features), bias, target),
+        cotangent=np.zeros((*case.leading, n, case.out_features), target),
+        dtype=dtype,
+        layout=case.layout,
+        zero_mean=False,
+    )
+    seen = [subject.vjp(probe)["y"], *([subject.forward(probe)] if forward else [])]
+    return all(bool(np.all(y.astype(np.float64) == remainder)) for y in seen)
+
+
+def observed_precision(outputs: Mapping[str, np.ndarray], reference: Reference, dtype: str) -> str:
+    """Names the strictest precision class whose bounds the results keep, judged by the error alone.
+
+    Args:
+        outputs: the subject's tensors for random zero-mean inputs that the harness drew.
+        reference: the oracle's tensors for the same inputs.
+        dtype: storage dtype of the inputs.
+
+    Returns:
+        ``fp64``, ``ieee_fp32``, ``tf32``, ``bf16`` or ``fp16``; ``lower`` if no class of that storage dtype holds.
+    """
+    classes = {
+        "float64": [("fp64", declared_arithmetic("fp64")), ("ieee_fp32", Arithmetic("float64", "float32", "float32"))],
+        "float32": [
+            ("ieee_fp32", declared_arithmetic("ieee_fp32")),
+            ("tf32", declared_arithmetic("tf32")),
+            ("bf16", Arithmetic("float32", "bfloat16", "float32", truncates=True)),
+        ],
+    }.get(dtype, [(PRECISION_OF_DTYPE[dtype], declared_arithmetic(PRECISION_OF_DTYPE[dtype]))])
+    for name, arithmetic in classes:
+        if all(result.status == "ok" for result in compare(outputs, reference, arithmetic)):
+            return name
+    return "lower"

@@ -1,0 +1,159 @@
+"""Parity records: one row a cell, and the document that ``--json`` writes."""
+
+import dataclasses
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from parity_tests.judge.comparison import TensorResult
+from parity_tests.judge.tolerance import FALSE_ALARM_RATE
+from parity_tests.report import files
+
+SCHEMA_VERSION = 1
+_PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "flax", "optax")
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """One cell: a subject against the oracle, or a pair of subjects against each other.
+
+    Attributes:
+        kind: ``oracle``, ``pair`` (torch against jax), ``mode`` (a mode against its subject's default mode), ``exact``
+            (a check that needs no tolerance), ``ladder`` (a rung) or ``training`` (a criterion).
+        framework: ``torch`` or ``jax``; ``torch+jax`` for a pair.
+        implementation: the subject's name; ``a+b`` for a pair.
+        dtype: storage dtype.
+        case: name of the case.
+        tensor: ``y``, ``dx``, ``dweight``, ``dbias``; for a pair that holds, the tensor that came closest to its bound;
+            for ``exact`` the check: ``lattice``, ``wide lattice`` or ``isolation``.
+        status: ``ok``, ``mismatch`` or ``skipped``.
+        reason: one sentence for a mismatch or a skip.
+        diagnosis: what the arithmetic fingerprint says about this subject and dtype.
+        command: reproduces this row.
+        mode: how the subject was run, see ``subjects.modes``; ``a+b`` for two subjects, ``truth`` for the float64
+            functions of a pair, empty for what has no mode.
+        arithmetic: what the bound was derived for: the promise of mode and dtype, closed by what was measured.
+        observed: the precision class that the error shows, ``ieee_fp32``, ``tf32``, ...; ``lower`` for none.
+        max_abs_error: see ``comparison.TensorResult``, as are the following.
+        tensor_fractions: for a pair, the error over bound of every tensor.
+        note: what a reader must know about the row, whatever its status; empty for nothing.
+    """
+
+    kind: Literal["oracle", "pair", "mode", "exact", "ladder", "training"]
+    framework: str
+    implementation: str
+    dtype: str
+    case: str
+    tensor: str
+    status: Literal["ok", "mismatch", "skipped"]
+    reason: str = ""
+    diagnosis: str = ""
+    command: str = ""
+    mode: str = ""
+    arithmetic: str = ""
+    observed: str = ""
+    max_abs_error: float | None = None
+    median_abs_error: float | None = None
+    bound_fraction: float | None = None
+    bound_fraction_t2: float | None = None
+    bound_fraction_t3: float | None = None
+    worst_index: tuple[int, ...] | None = None
+    partition: int | None = None
+    subject_value: float | None = None
+    expected_value: float | None = None
+    partition_fractions: tuple[float, ...] | None = None
+    tensor_fractions: dict[str, float] | None = None
+    note: str = ""
+
+
+_RESULT_FIELDS = {field.name for field in dataclasses.fields(TensorResult)} & {
+    field.name for field in dataclasses.fields(ParityRow)
+}
+
+
+def row_from_result(result: TensorResult, **where: Any) -> ParityRow:
+    """Makes a row from a tensor's verdict and the place (kind, framework, implementation, dtype, case, ...)."""
+    return ParityRow(**{name: getattr(result, name) for name in _RESULT_FIELDS}, **where)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts over rows; a run in which nothing was compared has failed."""
+
+    compared: int
+    passed: int
+    failed: int
+    skipped: int
+
+    @property
+    def ok(self) -> bool:
+        """True if something was compared and all of it holds."""
+        return self.compared > 0 and self.failed == 0
+
+
+def summarize(rows: Sequence[ParityRow]) -> Summary:
+    """Counts rows by status."""
+    count = {status: sum(row.status == status for row in rows) for status in ("ok", "mismatch", "skipped")}
+    return Summary(count["ok"] + count["mismatch"], count["ok"], count["mismatch"], count["skipped"])
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to repeat and to weigh the run; asking for it imports no framework.
+
+    Returns:
+        ``python``, ``machine``, ``packages`` by name (None for one that is not installed) and ``false_alarm_rate``, at
+        which tiers T2 and T3 reject correct code.
+    """
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "packages": versions,
+        "false_alarm_rate": FALSE_ALARM_RATE,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity: it is written as the string that Python's float() reads back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def write_json(
+    path: Path | str, rows: Sequence[ParityRow], cells_left: int = 0, stopped: str = "", **more: Any
+) -> None:
+    """Writes ``schema_version, environment, summary, cells_left, stopped, rows``, and what else is given.
+
+    Args:
+        path: where to.
+        rows: what was compared or skipped.
+        cells_left: how many cells an interrupted run did not come to.
+        stopped: why the run did not come to its end; empty if it did.
+        more: further entries by name.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "environment": environment(),
+        "summary": dataclasses.asdict(summarize(rows)),
+        "cells_left": cells_left,
+        "stopped": stopped,
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    files.write_json("--json", path, _plain(document | more))

@@ -1,0 +1,1 @@
+"""Judge training: K optimiser steps in both frameworks from the same start."""

@@ -1,0 +1,163 @@
+"""The ladder: weights round-trip, forward, gradients, one optimiser step, K steps; the first rung that breaks, and why.
+
+A higher rung is not climbed once a lower one has failed: its failure would say nothing new.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from parity_tests.causes.layer import explain
+from parity_tests.causes.optimizer import explain_optimizer, replayed_cause
+from parity_tests.judge.inputs import Inputs
+from parity_tests.judge.oracle import reference
+from parity_tests.judge.run import judge
+from parity_tests.judge.subjects import Subject, TrainingSubject
+from parity_tests.training.criteria import SEMANTIC_FACTOR, distances
+from parity_tests.training.optimizers import OptimizerSpec
+from parity_tests.training.parity import TrainingReport, training_parity
+from parity_tests.training.tasks import TrainingTask
+
+RUNGS: tuple[str, ...] = ("weights round-trip", "forward", "dx, dW, db", "one optimiser step", "K optimiser steps")
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class LadderSide:
+    """One framework on the ladder.
+
+    Attributes:
+        subject: computes y and gradients.
+        training: trains.
+        round_trip: puts arrays into the framework's layer and takes them out again.
+    """
+
+    subject: Subject
+    training: TrainingSubject
+    round_trip: Callable[[Arrays], Arrays]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung's outcome; ``cause`` is a clause for a failed rung."""
+
+    name: str
+    ok: bool
+    detail: str = ""
+    cause: str = ""
+
+
+@dataclass(frozen=True)
+class LadderReport:
+    """The rungs that were climbed, the last one possibly failed, and the training report if the top was reached."""
+
+    rungs: list[Rung]
+    training: TrainingReport | None = None
+
+    @property
+    def first_failure(self) -> Rung | None:
+        """The first failing rung, or None."""
+        return next((rung for rung in self.rungs if not rung.ok), None)
+
+    @property
+    def ok(self) -> bool:
+        """True if every rung was climbed and holds."""
+        return self.first_failure is None and len(self.rungs) == len(RUNGS)
+
+
+def _round_trip(sides: Sequence[LadderSide], inputs: Inputs) -> Rung:
+    arrays = {"weight": inputs.weight} | ({} if inputs.bias is None else {"bias": inputs.bias})
+    travelled: Arrays = arrays
+    for side in (*sides, sides[0]):
+        travelled = side.round_trip(travelled)
+        for name, array in arrays.items():
+            other = np.asarray(travelled.get(name))
+            if other.dtype != array.dtype or other.shape != array.shape or other.tobytes() != array.tobytes():
+                detail = f"{name} changed on its way through {side.subject.framework}"
+                swapped = other.shape == array.swapaxes(-1, -2).shape and np.array_equal(other, array.swapaxes(-1, -2))
+                cause = "the kernel is transposed" if swapped and array.ndim == 3 else "conversion is not bit-exact"
+                return Rung(RUNGS[0], False, detail, cause)
+    return Rung(RUNGS[0], True)
+
+
+def _computation(sides: Sequence[LadderSide], inputs: Inputs) -> Iterator[Rung]:
+    truth = reference(inputs)
+    judged = [(side, judge(side.subject, inputs, truth)) for side in sides]
+    for rung, tensors in ((RUNGS[1], {"y"}), (RUNGS[2], {"dx", "dweight", "dbias"})):
+        failed = [
+            (side, judgement, result)
+            for side, judgement in judged
+            for result in judgement.results
+            if result.tensor in tensors and result.status == "mismatch"
+        ]
+        if failed:
+            side, judgement, result = failed[0]
+            detail = f"{side.subject.framework} {side.subject.implementation}: {result.reason}"
+            yield Rung(rung, False, detail, explain([result], judgement.outputs, inputs))
+            return
+        worst = max(r.bound_fraction for _, j in judged for r in j.results if r.tensor in tensors)
+        yield Rung(rung, True, f"at most {worst:.3g} of the T1 bound")
+
+
+def _one_step(sides: Sequence[LadderSide], task: TrainingTask, spec: OptimizerSpec) -> Rung:
+    trusted, other = (side.training for side in sides)
+    # Both sides are fed the same gradient: what differs after the step is the optimiser.
+    start = trusted.gradients(task, task.parameters, 0, "float64").gradients
+    first = [trusted.replay(task.parameters, spec, [start], dtype).states for dtype in ("float64", "float32")]
+    second = other.replay(task.parameters, spec, [start], "float64").states
+    limit = SEMANTIC_FACTOR * float(distances(first[1], first[0])[-1])
+    gap = float(distances(first[0], second)[-1])
+    if gap <= limit:
+        return Rung(RUNGS[3], True, f"float64 states differ by {gap:.3g}, allowed {limit:.3g}")
+
+    def replay(candidate: OptimizerSpec) -> Arrays:
+        return trusted.replay(task.parameters, candidate, [start], "float64").states[-1]
+
+    cause = explain_optimizer(spec, replay, second[-1], limit)
+    return Rung(RUNGS[3], False, f"float64 states differ by {gap:.3g}, allowed {limit:.3g}", cause)
+
+
+def climb(
+    sides: Sequence[LadderSide],
+    inputs: Inputs,
+    task: TrainingTask,
+    spec: OptimizerSpec,
+    optimizer: str,
+    steps: int = 500,
+    members: int = 12,
+) -> LadderReport:
+    """Climbs until a rung fails.
+
+    Args:
+        sides: two frameworks; the first one's optimiser is trusted when a cause is sought.
+        inputs: for the lower rungs.
+        task: for the upper rungs.
+        spec: the optimiser.
+        optimizer: its name.
+        steps: K.
+        members: size of the noise ensemble of the top rung.
+
+    Raises:
+        ValueError: unless there are two sides.
+    """
+    if len(sides) != 2:
+        raise ValueError(f"sides: expected two, got {len(sides)}; a ladder compares one framework with another.")
+    rungs = [_round_trip(sides, inputs)]
+    if rungs[-1].ok:
+        rungs += _computation(sides, inputs)
+    if rungs[-1].ok:
+        rungs.append(_one_step(sides, task, spec))
+    if not rungs[-1].ok:
+        return LadderReport(rungs)
+    training = training_parity([side.training for side in sides], task, spec, optimizer, steps, members)
+    failed = next((criterion for criterion in training.criteria if not criterion.ok), None)
+    if failed is None:
+        worst = max(training.criteria, key=lambda criterion: criterion.fraction)
+        rungs.append(Rung(RUNGS[4], True, f"closest to its limit: {worst.name}, {worst.fraction:.3g} of it"))
+        return LadderReport(rungs, training)
+    trusted, other = (side.training for side in sides)
+    cause = replayed_cause(trusted, other, task, spec, min(steps, 50))
+    cause = cause or "the optimisers agree on the same gradients: the models differ"
+    rungs.append(Rung(RUNGS[4], False, f"{failed.name}: {failed.detail}", cause))
+    return LadderReport(rungs, training)
