@@ -107,7 +107,7 @@ def read_cells(cells: Iterable[CellPlaces], damage: Damage | None = None) -> Ite
         damage: is told of damaged lines, whose cells are left out; without it, the first one is an error.
 
     Raises:
-        StoreError: if a line is damaged, and ``damage`` is None.
+        StoreError: if a line is damaged, and `damage` is None.
     """
     with LineReader() as reader:
         for where, positions in cells:
@@ -225,13 +225,13 @@ class Archive:
         return [CellPlaces(where, tuple(positions)) for where, positions in self._positions.items()]
 
     def processes(self, where: tuple[str, str]) -> int:
-        """Return how many process replicates recorded a cell, which is given as in ``CellPlaces``."""
+        """Return how many process replicates recorded a cell, which is given as in `CellPlaces`."""
         return len(self._processes[where])
 
     def cells(self) -> Iterator[list[Record]]:
         """Read the records of one wanted cell and environment at a time, in the order in which they were recorded.
 
         Raises:
-            StoreError: if a line is damaged, and ``damage`` is None.
+            StoreError: if a line is damaged, and `damage` is None.
         """
         return (group for group in read_cells(self.places(), self.damage) if self.keep(group[0]))

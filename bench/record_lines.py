@@ -1,4 +1,4 @@
-"""Reads one line of ``records.jsonl``, field by field: a file may have been edited by hand."""
+"""Reads one line of `records.jsonl`, field by field: a file may have been edited by hand."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -45,7 +45,7 @@ _LEVELS = 4
 
 
 def parse_line(line: bytes | str) -> Record:
-    """Reads one line of ``records.jsonl``.
+    """Reads one line of `records.jsonl`.
 
     Fields that this version does not know are ignored: fields may be added without a new schema version.
 

@@ -44,7 +44,7 @@ def _tells(disturbance: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One line of ``records.jsonl``. Times are in seconds, memory is in bytes.
+    """One line of `records.jsonl`. Times are in seconds, memory is in bytes.
 
     Attributes:
         schema_version: version of this list of fields.
@@ -52,25 +52,25 @@ class Record:
         cell: hash shared by the records that were measured against each other.
         cell_size: number of records of that cell and process replicate.
         workload: name in the catalogue.
-        num_partitions: ``n``.
+        num_partitions: `n`.
         in_features: per partition.
         out_features: per partition.
         batch: rows of one partition.
         dtype: storage dtype.
-        device: ``cpu`` or ``cuda``.
-        framework: ``torch`` or ``jax``.
-        implementation: registry name, ``stock:...`` or ``dense``.
-        kind: ``implementation``, ``stock`` or ``yardstick``.
-        mode: ``eager``, ``compile`` or ``jit``.
-        direction: ``forward``, ``forward_backward`` or ``train_step``.
-        division: ``stock``, ``matched`` or ``tuned``.
+        device: `cpu` or `cuda`.
+        framework: `torch` or `jax`.
+        implementation: registry name, `stock:...` or `dense`.
+        kind: `implementation`, `stock` or `yardstick`.
+        mode: `eager`, `compile` or `jit`.
+        direction: `forward`, `forward_backward` or `train_step`.
+        division: `stock`, `matched` or `tuned`.
         precision: the precision class asked for.
         observed_precision: the class that the error shows, or None where nothing ran.
         layout: how x lies in memory.
-        cache: ``warm`` or ``cold``.
-        status: one of ``STATUSES``.
+        cache: `warm` or `cold`.
+        status: one of `STATUSES`.
         reason: one sentence for every status but ok, else empty.
-        skipped: True where a cap of the preset kept the competitor out; its status is then ``unsupported``.
+        skipped: True where a cap of the preset kept the competitor out; its status is then `unsupported`.
         block_latency_s: duration of each timed block, raw and in order, two a round (order, then reverse order).
         calls_per_block: calls in each block.
         latency_s: median seconds of one call; None unless the status is ok.
@@ -95,8 +95,8 @@ class Record:
         inputs_digest: hash of the input bytes, the same in both frameworks.
         switches: the framework's precision switches during the run.
         started_at: UTC, ISO 8601.
-        environment_id: key into ``environment.json``.
-        optimizer: of ``train_step``, by its name in the neutral specification; None in other directions.
+        environment_id: key into `environment.json`.
+        optimizer: of `train_step`, by its name in the neutral specification; None in other directions.
         synchronised_latency_s: durations of single calls, each waited for, raw and in order.
         enqueue_s: median host seconds until a call returns, its result not waited for; of several short series of
             calls the least.
@@ -111,13 +111,13 @@ class Record:
         peak_flops_per_s: the most that the hardware can do by its data sheet, in the faster one of the precisions that
             was asked for and that was observed; None where that is not known.
         peak_bytes_per_s: the same for its memory.
-        stopped: why no more rounds were run: ``resolved``, ``precise``, ``rounds`` or ``time``; empty if none ran.
+        stopped: why no more rounds were run: `resolved`, `precise`, `rounds` or `time`; empty if none ran.
         conditions: per round, what the device reported: clocks, power, temperature, throttling; empty without a report.
         block_s: what a block was sized to last at least; None in records that do not say it.
         disturbance: what others took of the machine during the rounds, and what that did to the workers, by
             `bench.measure.disturbance`; empty where the system does not say, and in earlier records.
         disturbance_windows: the same for every half second or so, in order; in the record of the baseline alone.
-        finished_at: of the cell, as ``started_at``; None in records that do not say it.
+        finished_at: of the cell, as `started_at`; None in records that do not say it.
         prepared_call_s: the shortest of the first calls, before any block, each waited for; None if none came to its
             end, and in earlier records.
     """
@@ -205,7 +205,7 @@ class Record:
 
     @property
     def label(self) -> str:
-        """One readable name, for example ``torch matmul (eager)``."""
+        """One readable name, for example `torch matmul (eager)`."""
         return f"{self.framework} {self.implementation} ({self.mode})"
 
     def without_samples(self) -> "Record":
@@ -226,7 +226,7 @@ class Record:
 
     def to_line(self) -> bytes:
         """The record as one JSON line, newline included."""
-        # Not ``asdict``, which copies every sample before it is written.
+        # Not `asdict`, which copies every sample before it is written.
         return (json.dumps({name: getattr(self, name) for name in FIELD_NAMES}, allow_nan=False) + "\n").encode()
 
 

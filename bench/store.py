@@ -1,7 +1,7 @@
-"""Append-only storage of records: ``records.jsonl`` and, beside it, ``environment.json``.
+"""Append-only storage of records: `records.jsonl` and, beside it, `environment.json`.
 
 The records of one cell are appended in one write and synced, so that a killed run leaves at most one cell torn. Opening
-a store sets that tail aside in ``torn.jsonl``, never deletes it, and the cell is measured again.
+a store sets that tail aside in `torn.jsonl`, never deletes it, and the cell is measured again.
 """
 
 import json
@@ -70,7 +70,7 @@ class Store:
         set_aside_bytes: of a torn cell that was found at the end.
 
     Raises:
-        StoreError: if the directory cannot be written, holds records although ``resume`` is false, or is damaged.
+        StoreError: if the directory cannot be written, holds records although `resume` is false, or is damaged.
     """
 
     def __init__(self, directory: Path, *, resume: bool):
@@ -170,7 +170,7 @@ class Store:
         self._cells.update((record.cell, record.process_replicate) for record in batch)
 
     def add_environment(self, environment_id: str, fingerprint: Mapping[str, Any]) -> None:
-        """Adds a fingerprint to ``environment.json``, replacing the file in one step."""
+        """Adds a fingerprint to `environment.json`, replacing the file in one step."""
         environments = read_environments(self.directory)
         if environments.get(environment_id) == fingerprint:
             return

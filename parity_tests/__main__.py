@@ -1,4 +1,4 @@
-"""Command line of the parity judge: ``python -m parity_tests run``, ``pairs``, ``defects`` and ``findings``."""
+"""Command line of the parity judge: `python -m parity_tests run`, `pairs`, `defects` and `findings`."""
 
 import sys
 from pathlib import Path

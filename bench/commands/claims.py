@@ -1,4 +1,4 @@
-"""``bench claims``."""
+"""`bench claims`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ def claims_command(
     markdown: Path | None = None,
     readme: Path | None = None,
 ) -> int:
-    """Runs ``bench claims``; whatever the verdicts are, its exit status is 0."""
+    """Runs `bench claims`; whatever the verdicts are, its exit status is 0."""
     damage = Damage()
     try:
         check_writable("--json", json_file)

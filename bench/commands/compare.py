@@ -1,4 +1,4 @@
-"""``bench compare``."""
+"""`bench compare`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -163,7 +163,7 @@ def compare_command(
     *,
     across_devices: bool = False,
 ) -> int:
-    """Runs ``bench compare``; its exit status is 1 if anything became slower beyond the noise or lost its answer."""
+    """Runs `bench compare`; its exit status is 1 if anything became slower beyond the noise or lost its answer."""
     damage = Damage()
     try:
         check_writable("--json", json_file)

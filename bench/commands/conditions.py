@@ -10,7 +10,7 @@ from bench.report.export import SHARED
 
 
 def selection(option: str, conditions: Sequence[str]) -> Callable[[Record], bool]:
-    """Whether a cell meets conditions such as ``direction=forward`` or ``workload=article-*``.
+    """Whether a cell meets conditions such as `direction=forward` or `workload=article-*`.
 
     Args:
         option: that the conditions were given to.

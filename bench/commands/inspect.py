@@ -1,4 +1,4 @@
-"""``bench list`` and ``bench doctor``: what there is to measure, and whether it can be measured here."""
+"""`bench list` and `bench doctor`: what there is to measure, and whether it can be measured here."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -79,7 +79,7 @@ def _rows(found: dict[str, Any]) -> list[dict[str, Any]]:
 def list_command(
     torch_python: str | None, jax_python: str | None, json_file: Path | None, csv_file: Path | None = None
 ) -> int:
-    """Runs ``bench list`` and returns its exit status."""
+    """Runs `bench list` and returns its exit status."""
     try:
         check_writable("--json", json_file)
         check_writable("--csv", csv_file)
@@ -103,7 +103,7 @@ def list_command(
 
 
 def _facts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What ``bench doctor`` found as lines of one table: what it is about, which fact, and its value."""
+    """What `bench doctor` found as lines of one table: what it is about, which fact, and its value."""
     facts: dict[str, Mapping[str, Any]] = {"machine": {}}
     for name, value in found.items():
         if name == "frameworks":
@@ -124,7 +124,7 @@ def _facts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 def doctor_command(
     torch_python: str | None, jax_python: str | None, json_file: Path | None, csv_file: Path | None = None
 ) -> int:
-    """Runs ``bench doctor``; its exit status is 1 if no framework can be measured, whatever else it finds."""
+    """Runs `bench doctor`; its exit status is 1 if no framework can be measured, whatever else it finds."""
     try:
         check_writable("--json", json_file)
         check_writable("--csv", csv_file)

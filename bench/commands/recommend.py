@@ -1,4 +1,4 @@
-"""``bench recommend``."""
+"""`bench recommend`."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -109,7 +109,7 @@ def recommend_command(
     json_file: Path | None = None,
     csv_file: Path | None = None,
 ) -> int:
-    """Runs ``bench recommend``; its exit status is 1 if the nearest measurement is too far away to say anything."""
+    """Runs `bench recommend`; its exit status is 1 if the nearest measurement is too far away to say anything."""
     damage = Damage()
     try:
         check_choices("--dtype", [shape.dtype], tuple(dict.fromkeys(STORAGE_DTYPES.values())))

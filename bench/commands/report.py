@@ -1,4 +1,4 @@
-"""``bench report``."""
+"""`bench report`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -27,7 +27,7 @@ from parity_tests.report.interruption import interruptible
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where a report is written to, each None unless asked for; see ``bench report --help``."""
+    """Where a report is written to, each None unless asked for; see `bench report --help`."""
 
     markdown: Path | None = None
     json_file: Path | None = None
@@ -87,7 +87,7 @@ def report_command(
     check: bool = False,
     efficiency: bool = False,
 ) -> int:
-    """Runs ``bench report`` and returns its exit status."""
+    """Runs `bench report` and returns its exit status."""
     readme, damage = outputs.readme, Damage()
     try:
         if check and readme is None:

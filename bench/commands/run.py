@@ -1,4 +1,4 @@
-"""``bench run``."""
+"""`bench run`."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,7 +48,7 @@ from parity_tests.report.text import printable
 
 @dataclass(frozen=True)
 class Options:
-    """The command's options; see ``bench run --help``."""
+    """The command's options; see `bench run --help`."""
 
     out: Path
     preset: str
@@ -177,7 +177,7 @@ def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes, 
 
 
 def run_command(options: Options) -> int:
-    """Runs ``bench run`` and returns its exit status."""
+    """Runs `bench run` and returns its exit status."""
     notes = SweepNotes()
     results, failed, damage = None, None, Damage()
     # Until the files are there: a second Ctrl-C, in impatience, must not cost them.

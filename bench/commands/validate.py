@@ -16,7 +16,7 @@ from parity_tests.report.interruption import interruptible
 def validate_command(
     directories: Sequence[Path], *, json_file: Path | None = None, csv_file: Path | None = None
 ) -> int:
-    """Runs ``bench validate``; its exit status is 1 if anything is wrong with the records, whatever is remarked."""
+    """Runs `bench validate`; its exit status is 1 if anything is wrong with the records, whatever is remarked."""
     count, problems, stopped = Count(), [], ""
     try:
         check_writable("--json", json_file)

@@ -1,6 +1,6 @@
 """Hands whole cells to dask workers, each of which owns one device, and merges what they record.
 
-A worker offers the resource ``DEVICE`` once, and a cell takes it: so that a device never measures two cells at a time.
+A worker offers the resource `DEVICE` once, and a cell takes it: so that a device never measures two cells at a time.
 The worker runs the coordinator with framework processes of its own, exactly as a local run does, and returns records;
 this process alone writes the store. The framework processes stay for the next cell; all process replicates of a cell
 are measured by the same worker.

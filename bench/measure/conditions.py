@@ -42,7 +42,7 @@ class NvmlMonitor:
     """An NVIDIA GPU.
 
     Args:
-        nvml: the module ``pynvml``.
+        nvml: the module `pynvml`.
         handle: its handle of the GPU.
     """
 
@@ -87,7 +87,7 @@ def energy_of_a_call(monitor: Monitor, run_calls: Callable[[], int | None]) -> f
 
     Args:
         monitor: reads the device's counter.
-        run_calls: runs calls for ``ENERGY_S`` seconds and returns how many; None if it failed.
+        run_calls: runs calls for `ENERGY_S` seconds and returns how many; None if it failed.
 
     Returns:
         Joules of one call, or None where the device reports no energy or the calls failed.
@@ -109,7 +109,7 @@ def monitor_for(device: str, uuid: str | None) -> Monitor:
     """Returns the monitor of a device.
 
     Args:
-        device: ``cpu`` or ``cuda``.
+        device: `cpu` or `cuda`.
         uuid: of the GPU, as torch reports it; the first one if not known.
     """
     if device != "cuda":

@@ -1,4 +1,4 @@
-"""What ``bench doctor`` finds: the things that spoil a measurement or a set-up without an error."""
+"""What `bench doctor` finds: the things that spoil a measurement or a set-up without an error."""
 
 import os
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ def gpu_warnings(conditions: Mapping[str, Any], own: int) -> list[str]:
 
 
 def diagnose(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that ``bench doctor`` shows, as a JSON object.
+    """Everything that `bench doctor` shows, as a JSON object.
 
     Args:
         hello: per framework, its worker's reply.

@@ -88,13 +88,13 @@ def fingerprint(
     """Collects what a measurement depends on, and nothing that changes from minute to minute.
 
     Args:
-        workers: per framework, its reply to ``hello``.
-        device: ``cpu`` or ``cuda``.
-        division: ``stock`` or ``matched``.
+        workers: per framework, its reply to `hello`.
+        device: `cpu` or `cuda`.
+        division: `stock` or `matched`.
         cpus: the processors that the workers may use.
 
     Returns:
-        A JSON object; ``digest`` of it is the environment's id.
+        A JSON object; `digest` of it is the environment's id.
     """
     return {
         "harness_version": HARNESS_VERSION,

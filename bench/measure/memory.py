@@ -42,7 +42,7 @@ def resident_growth(call: Callable[[], object]) -> tuple[int, str]:
         call: returns when its result is ready; the result is dropped.
 
     Returns:
-        Bytes, and the method: ``resident_high_water``, or ``lifetime_resident_peak`` where the system cannot reset its
+        Bytes, and the method: `resident_high_water`, or `lifetime_resident_peak` where the system cannot reset its
         mark (then only a fresh process gives more than a lower bound).
     """
     _return_free_memory()

@@ -38,7 +38,7 @@ def flops_limit(
 
     Args:
         cell: what was asked for.
-        ceilings: what ``measured_ceilings`` found.
+        ceilings: what `measured_ceilings` found.
         device_name: of the GPU, for its data sheet.
         observed: the precision class of the results.
     """
@@ -58,7 +58,7 @@ def reject_the_impossible(
     Args:
         entries: after the rounds.
         cell: what was measured.
-        ceilings: what ``measured_ceilings`` found.
+        ceilings: what `measured_ceilings` found.
         device_name: of the GPU, for its data sheet.
     """
     for entry in entries:

@@ -19,7 +19,7 @@ def starter(
 
     Args:
         pythons: framework to interpreter; the running one where a framework is not named.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: `auto`, `cpu` or `cuda`.
         division: decides the environment variables.
         cpus: the processors that the workers may use.
     """
@@ -89,7 +89,7 @@ class WorkerPool:
         return tuple(found)
 
     def request(self, framework: str, message: Message, timeout_s: float) -> Message:
-        """Asks the worker of a framework; see ``WorkerProcess.request``."""
+        """Asks the worker of a framework; see `WorkerProcess.request`."""
         return self._workers[framework].request(message, timeout_s)
 
     def pids(self) -> dict[str, int]:

@@ -22,7 +22,7 @@ def probed(timer: Timer, prepared: Prepared, cell: Cell, budget_s: float) -> Mes
         budget_s: seconds for each of the further clocks; 0 leaves them out.
 
     Returns:
-        The fields of a record, and ``doubt``: one sentence if the program does less than the function needs.
+        The fields of a record, and `doubt`: one sentence if the program does less than the function needs.
     """
     flops, needed = timer.account(prepared), least_product_flops(cell)
     doubt = ""

@@ -1,7 +1,7 @@
 """The language between coordinator and worker: one JSON object a line, one reply for each request.
 
-A request is ``{"operation": name, ...}``. A reply is ``{"ok": true, ...}`` or
-``{"ok": false, "status": s, "reason": r}`` with a status that a record may end in, or ``missing`` where the framework
+A request is `{"operation": name, ...}`. A reply is `{"ok": true, ...}` or
+`{"ok": false, "status": s, "reason": r}` with a status that a record may end in, or `missing` where the framework
 is not installed. Needs the standard library only, since a worker may run in an interpreter that has nothing but NumPy
 and its framework.
 """
@@ -18,7 +18,7 @@ class RequestError(Exception):
     """A request that ended with a status other than ok.
 
     Args:
-        status: ``unsupported``, ``mismatch``, ``oom``, ``timeout``, ``crash`` or ``missing``.
+        status: `unsupported`, `mismatch`, `oom`, `timeout`, `crash` or `missing`.
         reason: one sentence.
     """
 
@@ -53,7 +53,7 @@ def decode(line: bytes) -> Message:
     """The message in a line.
 
     Raises:
-        RequestError: with status ``crash`` if the line is not a message.
+        RequestError: with status `crash` if the line is not a message.
     """
     try:
         message = json.loads(line)
@@ -70,6 +70,6 @@ def failure(status: str, reason: str) -> Message:
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """The text on one line, shortened to ``limit`` characters."""
+    """The text on one line, shortened to `limit` characters."""
     joined = " ".join(text.split())
     return joined if len(joined) <= limit else joined[: limit - 3] + "..."

@@ -26,7 +26,7 @@ class Request:
 
     Attributes:
         preset: cells and effort, already narrowed.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: `auto`, `cpu` or `cuda`.
         frameworks: which frameworks take part, if installed.
         implementations: names to keep; empty keeps all.
         modes: modes to keep, in which every competitor then runs; empty keeps those of the division and the preset.
@@ -58,7 +58,7 @@ class SweepNotes:
 
 
 def choose_device(asked: str, hello: Mapping[str, Mapping[str, Any]], notes: SweepNotes) -> str:
-    """Turns ``auto`` into a device that every framework has, and refuses one that a framework lacks.
+    """Turns `auto` into a device that every framework has, and refuses one that a framework lacks.
 
     Raises:
         SelectionError: if the device that was asked for is not there.

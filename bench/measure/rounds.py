@@ -38,7 +38,7 @@ def hopeless(entries: Sequence[Entry], limits: Limits, size: Callable[[Entry], N
     Args:
         entries: all competitors of the cell, prepared.
         limits: caps.
-        size: warms a competitor up, for the second opinion; its ``warm_up`` and ``calls_per_block`` get the result.
+        size: warms a competitor up, for the second opinion; its `warm_up` and `calls_per_block` get the result.
 
     Yields:
         A competitor that goes, and the cap in seconds a call.
@@ -70,7 +70,7 @@ def rehearse(entry: Entry, block: Block, size: Callable[[Entry], None], block_s:
     by now the others have found theirs, and such a time is over.
 
     Args:
-        entry: the competitor, sized; its ``warm_up`` gets the block.
+        entry: the competitor, sized; its `warm_up` gets the block.
         block: runs one block of it.
         size: finds the size again.
         block_s: length that blocks are sized for, in seconds.

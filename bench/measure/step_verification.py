@@ -1,7 +1,7 @@
 """The truth about a parameter after one optimiser step, with the error that correct code can show.
 
 Every first update is a monotone function f of the gradient g, so that an error of at most B in g shows as at most
-``max(f(g + B) - f(g), f(g) - f(g - B))``: no tolerance is chosen, even where an optimiser hides the gradient's scale.
+`max(f(g + B) - f(g), f(g) - f(g - B))`: no tolerance is chosen, even where an optimiser hides the gradient's scale.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def first_step(
 
     Args:
         spec: the optimiser.
-        name: ``weight`` or ``bias``, which decides about weight decay.
+        name: `weight` or `bias`, which decides about weight decay.
         before: the parameter.
         gradient: the oracle's gradient.
         arithmetic: what the gradient was computed with.

@@ -30,7 +30,7 @@ from bench.records import Record
 
 
 class RecordStore(Protocol):
-    """Where a sweep puts what it measured: a ``Store``, or what stands in for it in a worker of a cluster."""
+    """Where a sweep puts what it measured: a `Store`, or what stands in for it in a worker of a cluster."""
 
     def holds(self, cell: str, process_replicate: int) -> bool:
         """Whether a cell is there."""

@@ -20,9 +20,9 @@ class Task:
     Attributes:
         implementation: a name of the tree's registry, of what users write instead, or of a yardstick.
         mode: how it is compiled and launched.
-        direction: ``forward``, ``forward_backward`` or ``train_step``.
+        direction: `forward`, `forward_backward` or `train_step`.
         layout: how x and dy lie in memory, and in the matched and tuned divisions y and dx as well.
-        optimizer: of ``train_step``, by its name in the neutral specification.
+        optimizer: of `train_step`, by its name in the neutral specification.
     """
 
     implementation: str
@@ -89,7 +89,7 @@ class Timer(Protocol):
     framework: str
 
     def devices(self) -> tuple[str, ...]:
-        """Names of the devices that are there: ``cpu``, ``cuda``."""
+        """Names of the devices that are there: `cpu`, `cuda`."""
         ...
 
     def catalogue(self) -> Catalogue:
@@ -167,7 +167,7 @@ class Timer(Protocol):
     def to_numpy(self, result: Any, task: Task) -> Mapping[str, np.ndarray]:
         """The results by name, in the storage dtype and with the partition axis before the features.
 
-        ``y``; with gradients ``dx``, ``dweight``, ``dbias``; after a step ``dx``, ``weight``, ``bias``.
+        `y`; with gradients `dx`, `dweight`, `dbias`; after a step `dx`, `weight`, `bias`.
         """
         ...
 

@@ -39,7 +39,7 @@ class Judgement:
     """The verdict on one set of results.
 
     Attributes:
-        status: ``ok`` or ``mismatch``.
+        status: `ok` or `mismatch`.
         reason: one sentence for a mismatch, else empty.
         bound_fraction: largest error over its bound; None where it is not finite.
         observed_precision: the class that the error shows.
@@ -117,7 +117,7 @@ class Oracle:
             return list(threads.map(self._evaluate, self.slices))
 
     def truth(self, number: int) -> Reference:
-        """The oracle of the partitions in ``slices[number]``."""
+        """The oracle of the partitions in `slices[number]`."""
         return self._evaluate(self.slices[number]) if self._kept is None else self._kept[number]
 
 
@@ -126,8 +126,8 @@ class Verifier:
 
     Args:
         oracle: the truth.
-        direction: ``forward``, ``forward_backward`` or ``train_step``.
-        optimizer: of ``train_step``, by its name in the neutral specification.
+        direction: `forward`, `forward_backward` or `train_step`.
+        optimizer: of `train_step`, by its name in the neutral specification.
     """
 
     def __init__(self, oracle: Oracle, direction: str, optimizer: str | None = None):

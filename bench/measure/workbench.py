@@ -184,7 +184,7 @@ class Workbench:
         return held.judgement
 
     def check(self, request: Message) -> Message:
-        """Judges the results of the last call of ``prepare``."""
+        """Judges the results of the last call of `prepare`."""
         held = self._held[request["handle"]]
         result, held.first_result = held.first_result, None
         return {"judgement": asdict(self._judge(held, result))}

@@ -1,4 +1,4 @@
-"""One framework in one process: ``python -m bench.measure.worker torch`` (or ``jax``), driven over its pipes.
+"""One framework in one process: `python -m bench.measure.worker torch` (or `jax`), driven over its pipes.
 
 Needs NumPy, the framework, the tree that it measures and the parity harness; none of the benchmark's own other needs.
 """
@@ -68,7 +68,7 @@ class _Dispatcher:
 
 
 def serve(framework: str, requests: BinaryIO, replies: BinaryIO) -> None:
-    """Answers requests until ``quit`` or the end of the pipe."""
+    """Answers requests until `quit` or the end of the pipe."""
     dispatcher = _Dispatcher(framework)
     for line in iter(requests.readline, b""):
         request = decode(line)

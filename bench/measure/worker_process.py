@@ -32,9 +32,9 @@ def worker_environment(framework: str, *, device: str, division: str, cpus: Sequ
     Switches that would make a mode, a precision or a clock a lie are not passed on; see `switches.UNSET`.
 
     Args:
-        framework: ``torch`` or ``jax``.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        division: in ``matched``, XLA may not keep excess precision and JAX does not run ahead on a CPU.
+        framework: `torch` or `jax`.
+        device: `auto`, `cpu` or `cuda`.
+        division: in `matched`, XLA may not keep excess precision and JAX does not run ahead on a CPU.
         cpus: the processors that both frameworks may use.
     """
     found = without_unset(os.environ)
@@ -89,7 +89,7 @@ class WorkerProcess:
         """Sends a request and waits for its reply.
 
         Raises:
-            RequestError: with the worker's own status; ``timeout`` if no reply came in time, ``crash`` if the process
+            RequestError: with the worker's own status; `timeout` if no reply came in time, `crash` if the process
                 ended. In the last two cases it is dead afterwards, with all that it started.
         """
         self.send(message)
@@ -103,7 +103,7 @@ class WorkerProcess:
         self._child.write(encode(message))
 
     def receive(self, timeout_s: float) -> Message:
-        """Waits for the reply to the oldest request that has none; see ``request``."""
+        """Waits for the reply to the oldest request that has none; see `request`."""
         try:
             return decode(self._child.read_line(timeout_s))
         except ProcessError as error:
@@ -116,7 +116,7 @@ class WorkerProcess:
     def _failure(self, error: ProcessError, timeout_s: float) -> RequestError:
         """Says why there is no reply, with the last line that was printed: `oom` if memory ran out, else `crash`.
 
-        The kernel sends the signal of ``kill -9`` to who takes the last memory, and counts that.
+        The kernel sends the signal of `kill -9` to who takes the last memory, and counts that.
         """
         last, code = error.printed, error.status
         if error.kind == "timeout":

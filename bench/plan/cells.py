@@ -30,14 +30,14 @@ class Cell:
 
     Attributes:
         workload: the shape.
-        direction: ``forward`` (returns y), ``forward_backward`` (returns y, dx, dW and db) or ``train_step`` (returns y
+        direction: `forward` (returns y), `forward_backward` (returns y, dx, dW and db) or `train_step` (returns y
             and dx, and updates W and b).
-        precision: the precision class asked for, a key of ``STORAGE_DTYPES``.
-        division: ``stock`` (framework defaults), ``matched`` (the same arithmetic and layouts on both sides) or
-            ``tuned`` (best effort on each side).
-        device: ``cpu`` or ``cuda``.
-        cache: ``warm`` (one buffer set) or ``cold`` (buffer sets in turn, four times the last cache in all).
-        optimizer: of ``train_step``, by its name in the neutral specification; None in other directions.
+        precision: the precision class asked for, a key of `STORAGE_DTYPES`.
+        division: `stock` (framework defaults), `matched` (the same arithmetic and layouts on both sides) or
+            `tuned` (best effort on each side).
+        device: `cpu` or `cuda`.
+        cache: `warm` (one buffer set) or `cold` (buffer sets in turn, four times the last cache in all).
+        optimizer: of `train_step`, by its name in the neutral specification; None in other directions.
     """
 
     workload: Workload

@@ -31,11 +31,11 @@ class Competitor:
     """One way of computing the map.
 
     Attributes:
-        framework: ``torch`` or ``jax``.
-        implementation: a name of the tree's registry, ``stock:...`` for what users write instead, or ``dense``.
-        mode: ``eager``, ``compile``, ``compile-reduce-overhead``, ``compile-max-autotune``, ``cuda-graph``, ``jit`` or
-            ``jit-graph``.
-        kind: ``implementation``, ``stock`` or ``yardstick`` (computes another function; never ranked).
+        framework: `torch` or `jax`.
+        implementation: a name of the tree's registry, `stock:...` for what users write instead, or `dense`.
+        mode: `eager`, `compile`, `compile-reduce-overhead`, `compile-max-autotune`, `cuda-graph`, `jit` or
+            `jit-graph`.
+        kind: `implementation`, `stock` or `yardstick` (computes another function; never ranked).
     """
 
     framework: str
@@ -45,7 +45,7 @@ class Competitor:
 
     @property
     def label(self) -> str:
-        """One readable name, for example ``torch matmul (eager)``."""
+        """One readable name, for example `torch matmul (eager)`."""
         return f"{self.framework} {self.implementation} ({self.mode})"
 
 
@@ -54,7 +54,7 @@ class Catalogue:
     """What one framework's worker can run, as it reported itself.
 
     Attributes:
-        framework: ``torch`` or ``jax``.
+        framework: `torch` or `jax`.
         implementations: names of the tree's registry, in its order.
         stock: what users of the framework write instead.
         yardsticks: functions that are timed for orientation only.
@@ -90,10 +90,10 @@ def competitors_for(
     Args:
         catalogues: one for each framework that takes part.
         compiled: names that run in the further modes as well.
-        modes: framework to its further modes; ``compile`` for torch if not given.
-        only: names to keep; empty keeps all but ``without``.
-        without: names that take part only if ``only`` holds them.
-        only_modes: modes to keep, in which every competitor then runs; empty keeps ``compiled`` to the further ones.
+        modes: framework to its further modes; `compile` for torch if not given.
+        only: names to keep; empty keeps all but `without`.
+        without: names that take part only if `only` holds them.
+        only_modes: modes to keep, in which every competitor then runs; empty keeps `compiled` to the further ones.
 
     Returns:
         Competitors, framework by framework, each in its default mode first.
@@ -118,7 +118,7 @@ def competitors_for(
 def further_modes(division: str, device: str, *, compile_gradients: bool) -> dict[str, tuple[str, ...]]:
     """Framework to the modes beside the default one that a division compares.
 
-    stock: ``torch.compile`` as one types it. matched: the same, and on a GPU CUDA graphs on both sides. tuned: what the
+    stock: `torch.compile` as one types it. matched: the same, and on a GPU CUDA graphs on both sides. tuned: what the
     frameworks offer for speed; compiled modes are left out where compiling the gradients would take most of the time.
     """
     torch: tuple[str, ...] = (COMPILE,) if compile_gradients else ()

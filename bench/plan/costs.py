@@ -64,7 +64,7 @@ def useful_flops(cell: Cell) -> int:
 
 
 def useful_product_flops(cell: Cell) -> int:
-    """The part of ``useful_flops`` that the products take."""
+    """The part of `useful_flops` that the products take."""
     w = cell.workload
     return products(cell) * 2 * w.batch * w.num_partitions * w.in_features * w.out_features
 

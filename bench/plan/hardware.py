@@ -52,7 +52,7 @@ def data_sheet(device_name: str) -> DataSheet | None:
 
 
 def peak_rates(device_name: str, precision: str, observed: str | None = None) -> dict[str, float]:
-    """``flops_per_s`` and ``bytes_per_s`` of a device; empty for an unknown one.
+    """`flops_per_s` and `bytes_per_s` of a device; empty for an unknown one.
 
     Args:
         device_name: as its driver reports it.

@@ -36,19 +36,19 @@ class Preset:
         directions: directions.
         precisions: precision classes.
         divisions: divisions.
-        compiled: workload name to the implementations that run under ``torch.compile`` as well.
+        compiled: workload name to the implementations that run under `torch.compile` as well.
         compiled_directions: directions in which they do; compiling the gradients takes most of the time.
         rounds: most rounds of each cell; a round is one block of every competitor, then all again in reverse order.
         cell_s: time for the rounds of one cell, in seconds; the round that exceeds it is the last, but not before
-            ``least_rounds``.
+            `least_rounds`.
         most_cell_s: where this is more, a cell whose A/A control is not yet known to 3% goes on for so long.
         least_rounds: fewest rounds of each cell.
         replicates: how often everything is measured in fresh processes.
         warm_up_blocks: most blocks spent on waiting for a steady state.
         probe_s: seconds for each of the further clocks of a competitor in the first process; 0 leaves them out, and
             energy, ceilings and compiling again too.
-        caches: ``warm``, ``cold``.
-        optimizer: of the direction ``train_step``, by its name in the neutral specification.
+        caches: `warm`, `cold`.
+        optimizer: of the direction `train_step`, by its name in the neutral specification.
         left_out: competitors that take part only where they are asked for by name.
         limits: caps.
     """

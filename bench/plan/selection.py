@@ -27,9 +27,9 @@ def narrowed(
 ) -> Preset:
     """Returns the preset with the given selections in place of its own; an empty one keeps the preset's.
 
-    With ``cell_s`` alone, this time is what ends a cell that is not resolved, and neither ``most_cell_s`` nor a number
-    of rounds does. With ``most_cell_s`` a number of rounds does not either. A workload that the preset does not contain
-    may be named too: ``workload`` decides what exists.
+    With `cell_s` alone, this time is what ends a cell that is not resolved, and neither `most_cell_s` nor a number
+    of rounds does. With `most_cell_s` a number of rounds does not either. A workload that the preset does not contain
+    may be named too: `workload` decides what exists.
     """
     return replace(
         preset,
@@ -68,7 +68,7 @@ def plan_cells(preset: Preset, device: str) -> tuple[Cell, ...]:
 
     Args:
         preset: the selection.
-        device: ``cpu`` or ``cuda``.
+        device: `cpu` or `cuda`.
 
     Returns:
         The cells in the order in which they are measured, without repeats.

@@ -9,17 +9,17 @@ LAYOUTS: tuple[str, ...] = ("contiguous", "partition_major", "time_series")
 
 @dataclass(frozen=True)
 class Workload:
-    """One shape of ``y[b, n, o] = sum_i x[b, n, i] * W[n, i, o] + b[n, o]``.
+    """One shape of `y[b, n, o] = sum_i x[b, n, i] * W[n, i, o] + b[n, o]`.
 
     Attributes:
         name: short and unique.
-        batch: rows that one partition sees, ``b``.
-        num_partitions: ``n``.
-        in_features: ``i``, per partition.
-        out_features: ``o``, per partition.
+        batch: rows that one partition sees, `b`.
+        num_partitions: `n`.
+        in_features: `i`, per partition.
+        out_features: `o`, per partition.
         source: where the sizes come from.
-        layout: how x lies in memory: ``contiguous`` (``[B, n, in]``), ``partition_major`` (``[n, B, in]``) or
-            ``time_series`` (``[B, L, C]`` with L = in and C = n, so that the contraction axis is strided).
+        layout: how x lies in memory: `contiguous` (`[B, n, in]`), `partition_major` (`[n, B, in]`) or
+            `time_series` (`[B, L, C]` with L = in and C = n, so that the contraction axis is strided).
 
     Raises:
         ValueError: for a size below 1 or an unknown layout.
@@ -43,7 +43,7 @@ class Workload:
 
     @property
     def shape(self) -> str:
-        """The sizes as text, for example ``B=128, n=32, 32->32``."""
+        """The sizes as text, for example `B=128, n=32, 32->32`."""
         return f"B={self.batch}, n={self.num_partitions}, {self.in_features}->{self.out_features}"
 
     @property

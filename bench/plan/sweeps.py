@@ -13,7 +13,7 @@ _NAME = re.compile(r"sweep-b([1-9]\d*)-n([1-9]\d*)-i([1-9]\d*)-o([1-9]\d*)")
 
 
 def sweep_workload(batch: int, num_partitions: int, in_features: int, out_features: int) -> Workload:
-    """The workload of one point; its name tells its sizes, for example ``sweep-b128-n32-i32-o32``."""
+    """The workload of one point; its name tells its sizes, for example `sweep-b128-n32-i32-o32`."""
     name = f"sweep-b{batch}-n{num_partitions}-i{in_features}-o{out_features}"
     return Workload(name, batch, num_partitions, in_features, out_features, SWEEP_SOURCE)
 
@@ -25,7 +25,7 @@ def parse_sweep(name: str) -> Workload | None:
 
 
 def log_grid(low: int, high: int, factor: int = 2) -> tuple[int, ...]:
-    """Sizes from ``low`` to at most ``high``, each ``factor`` times the one before.
+    """Sizes from `low` to at most `high`, each `factor` times the one before.
 
     Raises:
         ValueError: if the grid has no end or no beginning.
@@ -48,10 +48,10 @@ def sweep(
     """Every combination of the given sizes; an axis that is not given stays at the article's base.
 
     Args:
-        batch: values of ``b``.
-        num_partitions: values of ``n``.
-        in_features: values of ``i``.
-        out_features: values of ``o``.
+        batch: values of `b`.
+        num_partitions: values of `n`.
+        in_features: values of `i`.
+        out_features: values of `o`.
 
     Returns:
         The workloads, the last axis fastest, without repeats.

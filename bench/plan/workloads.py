@@ -21,7 +21,7 @@ def workload(name: str) -> Workload:
     """The workload that a name means.
 
     Args:
-        name: a name of the catalogue, or ``sweep-b<B>-n<n>-i<in>-o<out>``.
+        name: a name of the catalogue, or `sweep-b<B>-n<n>-i<in>-o<out>`.
 
     Raises:
         UnknownWorkloadError: with the names that look alike.

@@ -1,4 +1,4 @@
-"""Ratios with intervals as a picture: one panel for each workload and direction. Needs the ``report`` extra."""
+"""Ratios with intervals as a picture: one panel for each workload and direction. Needs the `report` extra."""
 
 import importlib.util
 import json
@@ -108,7 +108,7 @@ def save_picture(argument: str, path: Path, draw: Callable[[], Any]) -> None:
 
     Args:
         argument: the option that named the file.
-        path: ends in ``.svg``, ``.png`` or ``.html``.
+        path: ends in `.svg`, `.png` or `.html`.
         draw: builds the altair object.
 
     Raises:
@@ -167,7 +167,7 @@ class _InScript(json.JSONEncoder):
     """JSON within a script of HTML, which whatever looks like its closing tag would end."""
 
     def encode(self, o: Any) -> str:
-        """See ``json.JSONEncoder``."""
+        """See `json.JSONEncoder`."""
         return super().encode(printable_tree(o, _LONGEST_TEXT)).replace("<", "\\u003c")
 
 
@@ -176,7 +176,7 @@ def _page(chart: Any) -> bytes:
 
 
 def save_chart(results: Results, path: Path) -> None:
-    """Draws the ratios into a file; see ``save_picture``."""
+    """Draws the ratios into a file; see `save_picture`."""
     known = (results.environments.get(name) for name in results.places())
     places = list(dict.fromkeys(device_name(fingerprint) for fingerprint in known if fingerprint is not None))
     save_picture("--chart", path, lambda: ratio_chart(results.found, places))

@@ -45,7 +45,7 @@ def interval_json(interval: Interval | None) -> dict[str, Any] | None:
 
 def _efficiency(efficiency: Efficiency) -> dict[str, Any]:
     pays = None if efficiency.payback_calls is None else math.isfinite(efficiency.payback_calls)
-    # Not ``asdict``, whose search for nested values takes most of the time of a large sweep's table.
+    # Not `asdict`, whose search for nested values takes most of the time of a large sweep's table.
     return {name: getattr(efficiency, name) for name in _EFFICIENCY} | {
         "payback_calls": finite(efficiency.payback_calls),
         "compile_pays": pays,
@@ -150,7 +150,7 @@ def _pieces(results: Results, notes: Sequence[str]) -> Iterator[str]:
 
 
 def write_summary(path: Path, results: Results, notes: Sequence[str] = ()) -> None:
-    """Writes ``summary``, cell by cell: that of a large sweep is never in memory as a whole.
+    """Writes `summary`, cell by cell: that of a large sweep is never in memory as a whole.
 
     Raises:
         OutputError: if it cannot be written.

@@ -1,4 +1,4 @@
-"""PyTorch against JAX as a picture: a square for each cell, coloured by who is faster. Needs the ``report`` extra."""
+"""PyTorch against JAX as a picture: a square for each cell, coloured by who is faster. Needs the `report` extra."""
 
 import math
 from pathlib import Path
@@ -100,5 +100,5 @@ def framework_map(results: Results) -> Any:
 
 
 def save_framework_map(results: Results, path: Path) -> None:
-    """Draws the map into a file; see ``save_picture``."""
+    """Draws the map into a file; see `save_picture`."""
     save_picture("--framework-map", path, lambda: framework_map(results))

@@ -133,7 +133,7 @@ def report_lines(results: Results, notes: Sequence[str] = ()) -> Iterator[str]:
 
 
 def report(results: Results, notes: Sequence[str] = ()) -> str:
-    """The whole report as text; see ``report_lines``."""
+    """The whole report as text; see `report_lines`."""
     return "\n".join(report_lines(results, notes)).rstrip() + "\n"
 
 

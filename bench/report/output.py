@@ -23,7 +23,7 @@ def write_json(path: Path, value: object, *, argument: str = "--json") -> None:
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """An object of objects as one level of ``outer_inner`` columns; lists become text."""
+    """An object of objects as one level of `outer_inner` columns; lists become text."""
     row: dict[str, Any] = {}
     for name, item in value.items():
         if isinstance(item, Mapping):

@@ -1,7 +1,7 @@
 """The blocks of a page such as README that commands fill from records, so that they cannot drift from them.
 
-A block lies between ``<!-- results:begin -->`` and ``<!-- results:end -->`` (``claims`` for those of ``bench claims``).
-A page that shows several directories gives each a name, that of the directory: ``<!-- results:begin h200 -->``.
+A block lies between `<!-- results:begin -->` and `<!-- results:end -->` (`claims` for those of `bench claims`).
+A page that shows several directories gives each a name, that of the directory: `<!-- results:begin h200 -->`.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ def markers(what: str, name: str = "") -> tuple[str, str]:
     """The lines before and after a block.
 
     Args:
-        what: ``RESULTS`` or ``CLAIMS``.
+        what: `RESULTS` or `CLAIMS`.
         name: of the records' directory, or empty.
     """
     suffix = f" {name}" if name else ""
@@ -33,7 +33,7 @@ def with_block(text: str, block: str, what: str = RESULTS, name: str = "") -> st
     Args:
         text: of the page.
         block: what goes between the markers.
-        what: ``RESULTS`` or ``CLAIMS``.
+        what: `RESULTS` or `CLAIMS`.
         name: of the records' directory; markers that name it are taken before those without a name.
 
     Raises:
@@ -52,7 +52,7 @@ def update_page(path: Path, block: str, what: str, name: str, *, check: bool = F
     Args:
         path: of the page.
         block: what goes between the markers.
-        what: ``RESULTS`` or ``CLAIMS``.
+        what: `RESULTS` or `CLAIMS`.
         name: of the records' directory.
         check: change nothing.
 

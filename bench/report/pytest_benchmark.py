@@ -1,6 +1,6 @@
-"""Records in the file format of pytest-benchmark, so that its ``compare`` command and tools built on it read them.
+"""Records in the file format of pytest-benchmark, so that its `compare` command and tools built on it read them.
 
-Every competitor of every cell becomes one benchmark; a block counts as one round of ``calls_per_block`` iterations.
+Every competitor of every cell becomes one benchmark; a block counts as one round of `calls_per_block` iterations.
 A competitor without a right answer has no time and is left out, as pytest-benchmark leaves out a failed test.
 """
 

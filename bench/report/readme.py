@@ -1,4 +1,4 @@
-"""README's block of results; see ``page`` for where it goes."""
+"""README's block of results; see `page` for where it goes."""
 
 from typing import Any
 

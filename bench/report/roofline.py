@@ -1,4 +1,4 @@
-"""The roofline as a picture: useful work a second over useful work a byte. Needs the ``report`` extra."""
+"""The roofline as a picture: useful work a second over useful work a byte. Needs the `report` extra."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,5 +99,5 @@ def roofline_chart(found: Sequence[Ranking]) -> Any:
 
 
 def save_roofline(found: Sequence[Ranking], path: Path) -> None:
-    """Draws the chart into a file; see ``save_picture``."""
+    """Draws the chart into a file; see `save_picture`."""
     save_picture("--roofline", path, lambda: roofline_chart(found))

@@ -72,7 +72,7 @@ def ratio(interval: Interval | None) -> str:
 
 
 def outcome(record: Record) -> str:
-    """The status as a word; competitors that a cap kept out are ``skipped``."""
+    """The status as a word; competitors that a cap kept out are `skipped`."""
     return "skipped" if record.skipped else record.status
 
 
@@ -84,12 +84,12 @@ def parity(record: Record) -> str:
 
 
 def place(row: Row) -> str:
-    """The rank; ``1=`` for every one of several that tie for the first place."""
+    """The rank; `1=` for every one of several that tie for the first place."""
     return "-" if row.rank is None else "1=" if row.tied else str(row.rank)
 
 
 def ranking_cells(row: Row) -> tuple[str, ...]:
-    """One line of a ranking, in the order of ``RANKING_COLUMNS``."""
+    """One line of a ranking, in the order of `RANKING_COLUMNS`."""
     record = row.record
     return (
         place(row),
@@ -119,7 +119,7 @@ def rate(value: float | None, unit: str = "FLOP/s") -> str:
 
 
 def efficiency_cells(label: str, efficiency: Efficiency) -> tuple[str, ...]:
-    """One line of the table of efficiencies, in the order of ``EFFICIENCY_COLUMNS``."""
+    """One line of the table of efficiencies, in the order of `EFFICIENCY_COLUMNS`."""
     return (
         label,
         rate(efficiency.flops_per_s),

@@ -1,4 +1,4 @@
-"""Which competitor wins at which size, as a picture: ties are shown as ties. Needs the ``report`` extra."""
+"""Which competitor wins at which size, as a picture: ties are shown as ties. Needs the `report` extra."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,5 +73,5 @@ def winner_map(found: Sequence[Ranking]) -> Any:
 
 
 def save_winner_map(found: Sequence[Ranking], path: Path) -> None:
-    """Draws the map into a file; see ``save_picture``."""
+    """Draws the map into a file; see `save_picture`."""
     save_picture("--winner-map", path, lambda: winner_map(found))

@@ -97,7 +97,7 @@ def ranked_archive(archive: Archive, stop: Callable[[], bool] = _never) -> Itera
     """Ranks the wanted cells of an archive, in the order in which they were recorded.
 
     Args:
-        archive: of few cells, which are ranked in this process, or of many, whose ``keep`` must then be picklable.
+        archive: of few cells, which are ranked in this process, or of many, whose `keep` must then be picklable.
         stop: asked again and again; True leaves the remaining cells out.
 
     Returns:

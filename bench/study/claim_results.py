@@ -27,10 +27,10 @@ class Finding:
 
     Attributes:
         where: the conditions.
-        framework: ``torch`` or ``jax``.
+        framework: `torch` or `jax`.
         part: what was claimed.
         interval: the measured ratio, or None where one of the two has no figure.
-        verdict: ``holds``, ``holds in part`` or ``does not hold``; empty without a ratio.
+        verdict: `holds`, `holds in part` or `does not hold`; empty without a ratio.
         reason: why there is no ratio, else empty.
         absent: whether one of the two did not take part at all.
     """

@@ -1,6 +1,6 @@
 """The source article's ten claims, as data.
 
-Case A is one dense map over all features (another function, a yardstick), case B a loop of ``n`` linears, case C the
+Case A is one dense map over all features (another function, a yardstick), case B a loop of `n` linears, case C the
 masked dense map. The article gives sizes as totals over partitions (1024 is 32 a partition, 8096 is 253) and says
 neither what its times include nor which GPU or dtype they are of.
 """
@@ -19,9 +19,9 @@ class Part:
     """One ratio of a claim.
 
     Attributes:
-        case: the competitor that is compared with ``loop``.
-        relation: ``at least``, ``about`` or ``slower``.
-        ratio: speed over that of ``loop``; for memory, bytes over those of ``loop``.
+        case: the competitor that is compared with `loop`.
+        relation: `at least`, `about` or `slower`.
+        ratio: speed over that of `loop`; for memory, bytes over those of `loop`.
     """
 
     case: str
@@ -44,7 +44,7 @@ class Claim:
         number: in the order of the table in the design.
         setting: as the article gives it.
         statement: as the article gives it.
-        subject: ``gpu``, ``cpu`` (speed on that device) or ``memory``.
+        subject: `gpu`, `cpu` (speed on that device) or `memory`.
         workloads: names in the catalogue, with sizes per partition.
         parts: what is compared.
     """

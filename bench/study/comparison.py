@@ -4,14 +4,14 @@ For each competitor that both runs timed under the same conditions, the ratio of
 the trimmed mean log latencies. Rounds of two runs cannot be paired, so its interval adds up three kinds of noise:
 
 - the spread within each run, by Student's t at a level that is shared out among all comparisons, so that equal runs
-  fail with a chance of 5% in all and not in each: over processes as ``scatter`` learns it from all competitors
+  fail with a chance of 5% in all and not in each: over processes as `scatter` learns it from all competitors
   together, and over rounds where a run has one process;
 - the floors of both runs, below which they name nobody: the far ends of their A/A intervals, what the same code in the
   same run may differ by, and of a run of one process at least the spread of processes (`process_spread`);
 - the median shift of the other competitors of the cell: what all of them share is the machine's doing, or a change
   that they all share, and cannot be told apart from it.
 
-What is too small for a single cell may show in all cells together: see ``overall``, which has half of the 5%.
+What is too small for a single cell may show in all cells together: see `overall`, which has half of the 5%.
 
 Where one run says FASTER than the baseline and the other SLOWER, the ratios to the baseline are compared in the same
 way, without a shift, which they do not have: each verdict may be wrong with a chance of 5%, so among hundreds some are
@@ -140,7 +140,7 @@ def compare(a: Mapping[Identity, Measured], b: Mapping[Identity, Measured]) -> C
     """Compares two runs; see the head of this file.
 
     Args:
-        a: the earlier run, as ``measured_cells`` returns it.
+        a: the earlier run, as `measured_cells` returns it.
         b: the later one.
     """
     both = [where for where in a if where in b]

@@ -30,7 +30,7 @@ class Block:
 
     Attributes:
         labels: who, one for each row.
-        log_ratios: ``log(reference) - log(competitor)`` for each round, the processes behind one another.
+        log_ratios: `log(reference) - log(competitor)` for each round, the processes behind one another.
         lengths: number of rounds of each process.
         processes: their numbers.
     """

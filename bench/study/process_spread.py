@@ -34,7 +34,7 @@ class ProcessSpread:
 
     Attributes:
         off: deviations that were seen, as log ratios without sign, in ascending order; each is that of a process from
-            the mean of all processes of its competitor and cell, times ``sqrt(m / (m - 1))`` for m processes.
+            the mean of all processes of its competitor and cell, times `sqrt(m / (m - 1))` for m processes.
         degrees: their degrees of freedom: m - 1 for each cell, since all competitors of a cell share the baseline.
     """
 

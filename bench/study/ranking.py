@@ -31,7 +31,7 @@ class Row:
         rank: 1 for the fastest; None for a yardstick and for a competitor without a right answer.
         latency_s: median over the replicates of the median call, or None.
         interval: ratio to the baseline, or None.
-        verdict: FASTER, SLOWER, SAME, UNRESOLVED, DISTURBED, ``baseline``, ``yardstick``, or empty without an interval.
+        verdict: FASTER, SLOWER, SAME, UNRESOLVED, DISTURBED, `baseline`, `yardstick`, or empty without an interval.
         outliers: number of blocks outside Tukey's fences.
         tied: whether it is one of several that tie for the first place.
         waited_s: median seconds of a single call that was waited for, or None.
@@ -283,7 +283,7 @@ def rankings(records: Iterable[Record], machines: Mapping[str, str] | None = Non
 
 
 def tally(records: Iterable[Record]) -> dict[str, int]:
-    """Counts records by outcome, the control runs left out; competitors that a cap kept out count as ``skipped``."""
+    """Counts records by outcome, the control runs left out; competitors that a cap kept out count as `skipped`."""
     counts: dict[str, int] = defaultdict(int)
     for record in records:
         if not record.control:

@@ -25,13 +25,13 @@ class Shape:
 
     Attributes:
         batch: rows of one partition.
-        num_partitions: ``n``.
+        num_partitions: `n`.
         in_features: per partition.
         out_features: per partition.
         dtype: storage dtype.
-        direction: ``forward``, ``forward_backward`` or ``train_step``.
-        device: ``cpu`` or ``cuda``; None takes the only one that was measured.
-        framework: ``torch`` or ``jax``; None compares both.
+        direction: `forward`, `forward_backward` or `train_step`.
+        device: `cpu` or `cuda`; None takes the only one that was measured.
+        framework: `torch` or `jax`; None compares both.
         precision: that was asked for; None is the dtype's own, which is never TF32.
     """
 
@@ -52,7 +52,7 @@ class Neighbour:
 
     Attributes:
         ranking: of the whole cell.
-        distance: doublings between the two, over all four sizes: ``sqrt(sum log2(measured / asked)^2)``.
+        distance: doublings between the two, over all four sizes: `sqrt(sum log2(measured / asked)^2)`.
         leaders: our implementations that nobody of ours was shown to beat, the fastest first.
         speeds: label to speed relative to the first leader, of all of our implementations that were timed.
     """

@@ -41,7 +41,7 @@ class Scatter:
     Attributes:
         variance: pooled over both runs.
         degrees: its degrees of freedom.
-        inverse_processes: ``1/m_A + 1/m_B``, which makes the variance of a difference of runs of it.
+        inverse_processes: `1/m_A + 1/m_B`, which makes the variance of a difference of runs of it.
     """
 
     variance: float
@@ -115,7 +115,7 @@ class Prior:
 
 
 def usual(scatters: Sequence[Scatter], least: int = LEAST_COMPETITORS) -> Prior:
-    """Return what is usual among these; a prior of no weight where there are fewer than ``least``, too few to say."""
+    """Return what is usual among these; a prior of no weight where there are fewer than `least`, too few to say."""
     if len(scatters) < least:
         return Prior(0.0, 0.0)
     variances = np.array([scatter.variance for scatter in scatters])

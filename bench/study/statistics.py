@@ -1,12 +1,12 @@
 """Paired ratios with intervals, and what may be concluded from them.
 
-For round r let ``d_r = log(baseline_r) - log(competitor_r)``, each the mean log duration of that round's two blocks
+For round r let `d_r = log(baseline_r) - log(competitor_r)`, each the mean log duration of that round's two blocks
 (order, then reverse order, which cancels a linear drift). The estimate is the geometric mean ratio of the middle three
-fifths of the rounds, ``exp(trimmed mean d)`` (see ``trimming``): above 1 the competitor is faster than the baseline.
+fifths of the rounds, `exp(trimmed mean d)` (see `trimming`): above 1 the competitor is faster than the baseline.
 Its interval is a 95% percentile bootstrap over processes, then rounds, widened about the estimate by
-``sqrt(m / (m - 1)) t_k / z`` with m the number of outermost units, since a bootstrap of few units is too narrow
+`sqrt(m / (m - 1)) t_k / z` with m the number of outermost units, since a bootstrap of few units is too narrow
 (Hesterberg, What teachers should know about the bootstrap, 2015); k is m - 1 over processes, and over rounds one less
-than the number of those in the middle. Another confidence enters through the quantile ``t_k`` alone: the far tail of
+than the number of those in the middle. Another confidence enters through the quantile `t_k` alone: the far tail of
 2,000 resamples would be noise.
 """
 
@@ -95,7 +95,7 @@ def round_log_latency(block_latency_s: Sequence[float] | np.ndarray, calls_per_b
 
 
 def student_t_two_sided(t: np.ndarray, degrees: float | np.ndarray) -> np.ndarray:
-    """Probability that ``|T|`` exceeds ``|t|``.
+    """Probability that `|T|` exceeds `|t|`.
 
     Args:
         t: statistics, of any shape; infinite ones have probability 0, undefined ones 1.
@@ -135,7 +135,7 @@ def _exponential(value: float) -> float:
 
 
 def process_means(log_ratios: np.ndarray, lengths: tuple[int, ...]) -> np.ndarray:
-    """Mean of each process, for rows of rounds that lie behind one another: shape ``(competitors, processes)``."""
+    """Mean of each process, for rows of rounds that lie behind one another: shape `(competitors, processes)`."""
     return np.add.reduceat(log_ratios, np.cumsum((0, *lengths[:-1])), axis=1) / lengths
 
 
@@ -145,7 +145,7 @@ def ratio_intervals(
     """Estimates the ratios of several competitors with as many rounds each.
 
     Args:
-        log_ratios: ``d_r``, one row for each competitor, the processes behind one another.
+        log_ratios: `d_r`, one row for each competitor, the processes behind one another.
         lengths: number of rounds of each process.
         confidence: of the intervals.
         seed: of the resampling, so that a report is reproducible.
@@ -178,7 +178,7 @@ def ratio_interval(log_ratios: Sequence[np.ndarray], *, confidence: float = CONF
     """Estimates the ratio of one competitor from per-round log ratios.
 
     Args:
-        log_ratios: one array of ``d_r`` for each process replicate.
+        log_ratios: one array of `d_r` for each process replicate.
         confidence: of the interval.
         seed: of the resampling.
 

@@ -2,10 +2,10 @@
 
 Looking at the data again and again and stopping at the first good moment finds differences where there are none. So
 the rounds at which one may look are fixed (10, 14, 20, 28, 40, ...), and the k-th look is allowed an error of
-``0.01 / (k (k + 1))``. These sum to 0.01 over any number of looks; the other 0.04 are left for a run that a cap ends.
+`0.01 / (k (k + 1))`. These sum to 0.01 over any number of looks; the other 0.04 are left for a run that a cap ends.
 So by the union bound the intervals cover at the stated rate, whatever the dependence between looks, and a noisy cell,
 which runs to its cap, pays little for having been looked at. The report of a run uses the level of its last look or of
-the cap (``confidence``), not a fresh 5%. Over several processes it does not: see ``ranking``.
+the cap (`confidence`), not a fresh 5%. Over several processes it does not: see `ranking`.
 
 A run is not over before its A/A control is known to 3%: a cell in which everybody else is far behind would otherwise
 stop without having found out what it can resolve, and time goes where the noise is.
@@ -93,12 +93,12 @@ def stop_reason(
     """Says whether a cell of one process may stop now, and why.
 
     Args:
-        log_ratios: per competitor still going, ``log(baseline) - log(competitor)`` of each round.
+        log_ratios: per competitor still going, `log(baseline) - log(competitor)` of each round.
         control: the same for the A/A control.
         measured_blocks: for how long the competitor with the least time has been timed, in lengths of a block.
 
     Returns:
-        ``resolved`` if every competitor's verdict is settled and the control's half-width is below 3%, ``precise`` if
+        `resolved` if every competitor's verdict is settled and the control's half-width is below 3%, `precise` if
         every interval's half-width is below 1%,
         or None to go on; always None before 10 rounds and the time of 25 blocks, and between looks.
     """

@@ -69,7 +69,7 @@ def measure(blocks: Sequence[Block], confidence: float) -> Measured:
     """Return the ratios of a cell.
 
     Args:
-        blocks: all that were timed, paired with the baseline; the control under the label ``CONTROL``.
+        blocks: all that were timed, paired with the baseline; the control under the label `CONTROL`.
         confidence: of the intervals.
     """
     control: dict[int, np.ndarray] = {}

@@ -40,7 +40,7 @@ _MOST_FROM_OTHERS = 3
 
 
 def holm(p_values: np.ndarray, error: float) -> np.ndarray:
-    """Return which hypotheses fall when the chance of any false rejection is at most ``error``."""
+    """Return which hypotheses fall when the chance of any false rejection is at most `error`."""
     order = np.argsort(p_values, kind="stable")
     passed = p_values[order] <= error / np.arange(len(p_values), 0, -1)
     rejected = np.zeros(len(p_values), bool)

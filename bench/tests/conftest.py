@@ -95,7 +95,7 @@ def make_record():
 
 @pytest.fixture
 def fake_starter():
-    """Starts workers that need no framework; see ``fake_worker.py``."""
+    """Starts workers that need no framework; see `fake_worker.py`."""
 
     def start(framework):
         environment = worker_environment(framework, device="cpu", division="matched", cpus=())
@@ -123,7 +123,7 @@ def call():
 
 @contextmanager
 def file_size_limit(size):
-    """No file of this process and its children grows beyond ``size``, as on a disk that is full there."""
+    """No file of this process and its children grows beyond `size`, as on a disk that is full there."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

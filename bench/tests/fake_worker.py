@@ -1,7 +1,7 @@
 """A worker without a framework: speaks the protocol, and misbehaves as the competitor's name says.
 
-Run as ``python -m bench.tests.fake_worker torch``. ``hang-in-block`` sleeps for ever in its second block,
-``die-in-prepare`` kills its own process, and so on. Durations are invented: ``fast`` takes half the time of the others.
+Run as `python -m bench.tests.fake_worker torch`. `hang-in-block` sleeps for ever in its second block,
+`die-in-prepare` kills its own process, and so on. Durations are invented: `fast` takes half the time of the others.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Sends running benchmarks a signal, again and again: ``python -m bench.tests.killed_runs OUT LOG SEED SIGNALS``.
+"""Sends running benchmarks a signal, again and again: `python -m bench.tests.killed_runs OUT LOG SEED SIGNALS`.
 
 A process of its own, because it forks: each run is a child that begins where its imports are done, so that dozens of
 runs take seconds. Prints what each run opened and recorded, as JSON.
@@ -36,7 +36,7 @@ def start(framework):
 
 
 def launch(out):
-    """One run with ``--resume`` in a child, silent; returns its process id."""
+    """One run with `--resume` in a child, silent; returns its process id."""
     child = os.fork()
     if child:
         return child

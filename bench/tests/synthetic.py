@@ -33,7 +33,7 @@ def sizes(count):
 
 
 def cell_records(make_record, number, size, *, rounds=10, competitors=20, noise=0.01, warm_up=1):
-    """The records of one cell: ``form-0`` of torch is 20% faster than the rest, which are alike."""
+    """The records of one cell: `form-0` of torch is 20% faster than the rest, which are alike."""
     rng = np.random.default_rng(number)
     names = NAMES[:competitors]
     batch, n, i, o = size

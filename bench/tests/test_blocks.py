@@ -9,7 +9,7 @@ from bench.measure.clocks import measure_single_calls
 
 
 class Machine:
-    """A clock that a call moves on by its duration; ``stalls`` maps the number of a call to further seconds."""
+    """A clock that a call moves on by its duration; `stalls` maps the number of a call to further seconds."""
 
     def __init__(self, monkeypatch, call_s, stalls=None):
         self.now, self.calls, self.slept = 0.0, 0, []

@@ -175,7 +175,7 @@ def test_missing_and_unknown_options_are_refused(tmp_path, call):
 
 @pytest.fixture
 def measured(tmp_path, make_record):
-    """A directory with a small run, as ``bench run`` leaves it."""
+    """A directory with a small run, as `bench run` leaves it."""
     store = Store(tmp_path / "run", resume=False)
     cell = [make_record(baseline=True, cell_size=3), make_record(key="k1", baseline=True, control=True, cell_size=3)]
     store.add_environment("1", FINGERPRINT)

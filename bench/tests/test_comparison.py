@@ -16,7 +16,7 @@ NAMES = (("torch", "matmul", "eager"), ("torch", "loop", "eager"), ("jax", "matm
 
 @pytest.fixture
 def write(tmp_path, make_record):
-    """Writes a run of two cells; ``factors`` multiply latencies of competitors, ``shift`` all, chance a process's."""
+    """Writes a run of two cells; `factors` multiply latencies of competitors, `shift` all, chance a process's."""
 
     def run(
         name,

@@ -112,7 +112,7 @@ def test_the_terminal_shows_efficiency_when_asked(run, call):
 
 
 def test_pytest_benchmark_gets_its_own_format(run, call, tmp_path):
-    """The fields that its ``compare`` command reads, as its documentation of ``--benchmark-json`` shows them."""
+    """The fields that its `compare` command reads, as its documentation of `--benchmark-json` shows them."""
     assert call("report", run, "--pytest-benchmark", tmp_path / "p.json").exit_code == 0
     written = json.loads((tmp_path / "p.json").read_text())
     assert set(written) == {"machine_info", "commit_info", "benchmarks", "datetime", "version"}

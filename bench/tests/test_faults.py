@@ -49,7 +49,7 @@ def fake(framework, kind=WorkerProcess, virtual_kib=None):
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """Runs a sweep over two workloads and returns the records of each by competitor, the control as ``again``."""
+    """Runs a sweep over two workloads and returns the records of each by competitor, the control as `again`."""
 
     def run(start, *names, frameworks=("torch",), preset=PRESET):
         monkeypatch.setattr("bench.measure.sweep.starter", lambda *args, **kwargs: start)
@@ -182,7 +182,7 @@ def test_the_folder_of_a_worker_whose_coordinator_was_killed_goes_with_the_next_
 
 @pytest.fixture
 def command_line(monkeypatch):
-    """Calls ``bench run`` with a fake worker; returns the result and how many workers were started."""
+    """Calls `bench run` with a fake worker; returns the result and how many workers were started."""
 
     def call(out, *more):
         started = []

@@ -24,7 +24,7 @@ SPEEDS = {"einsum": 1.015, "loop": 1.05, "vmap": 1.4, "masked": 0.5}
 def cell(make_record):
     """Records of one process: the competitors are so many times as fast as the baseline; rounds scatter by 0.2%.
 
-    ``off`` is the standard deviation by which each process is off, as the control's is with its baseline.
+    `off` is the standard deviation by which each process is off, as the control's is with its baseline.
     """
 
     def make(replicate, *, cell="c0", off=0.0, speeds=SPEEDS, environment_id="e0", **baseline):

@@ -13,7 +13,7 @@ ASK = ("--num-partitions", 32, "--in-features", 32, "--out-features", 32)
 
 @pytest.fixture
 def groups(make_record):
-    """Three cells at batches 64, 512 and 4096; ``form-0`` leads in each."""
+    """Three cells at batches 64, 512 and 4096; `form-0` leads in each."""
     return [cell_records(make_record, k, (batch, 32, 32, 32), competitors=6) for k, batch in enumerate((64, 512, 4096))]
 
 

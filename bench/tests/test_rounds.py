@@ -30,7 +30,7 @@ def entries(*names):
 def run(found, durations, *, noise=0.002, preset=PRESET, monitor=None, seed=0, fails=None, clock=None):
     """Runs rounds in which a block takes its competitor's duration with lognormal noise.
 
-    ``fails`` is an entry that crashes in its third block; ``clock`` is moved on by each block.
+    `fails` is an entry that crashes in its third block; `clock` is moved on by each block.
     """
     rng = np.random.default_rng(seed)
     verified = []

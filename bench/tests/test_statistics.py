@@ -26,7 +26,7 @@ ROUNDS, NOISE = 13, 0.01
 def simulated_blocks(rng, latencies_s, drift):
     """Blocks of several competitors as the coordinator times them: shuffled, then reversed, on one drifting clock.
 
-    ``drift`` is the relative slowdown over the whole run, growing with the square of time: not linear, so only pairing
+    `drift` is the relative slowdown over the whole run, growing with the square of time: not linear, so only pairing
     within a round and the changing order protect against it.
     """
     blocks = [[] for _ in latencies_s]

@@ -26,7 +26,7 @@ NOISE, COMPETITORS, CAP = 0.01, 6, 40
 def simulated(rng, factors, *, cap=CAP, drift=0.0, noise=NOISE):
     """Mean log latency of each round, for the baseline, its control and the competitors with these speed-ups.
 
-    A round is timed in shuffled order and then in reverse; ``drift`` is the slowdown over the whole run, growing with
+    A round is timed in shuffled order and then in reverse; `drift` is the slowdown over the whole run, growing with
     the square of time, so that only pairing and the changing order protect against it.
     """
     speeds = np.log([1.0, 1.0, *factors])

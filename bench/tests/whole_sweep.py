@@ -1,8 +1,8 @@
-"""A whole sweep without the measuring: ``python -m bench.tests.whole_sweep DIR CELLS ROUNDS``.
+"""A whole sweep without the measuring: `python -m bench.tests.whole_sweep DIR CELLS ROUNDS`.
 
 Plans, runs until it is interrupted, resumes and reports by the commands that a user types; only the timing of a cell
 is replaced by invented blocks. A process of its own, so that its memory can be told. Prints, as JSON, what each stage
-took: seconds, seconds of processor (``helpers_cpu_s``: of the processes that it started), how far its memory rose above
+took: seconds, seconds of processor (`helpers_cpu_s`: of the processes that it started), how far its memory rose above
 what it held once everything was imported, and the most that any process that it started has held so far.
 """
 
@@ -47,7 +47,7 @@ def workloads(cells):
 
 
 class InventedCell:
-    """Takes the place of ``CellRun``: every competitor is right, and its blocks scatter by one percent."""
+    """Takes the place of `CellRun`: every competitor is right, and its blocks scatter by one percent."""
 
     rounds = 10
     until = 0
@@ -90,9 +90,9 @@ class InventedCell:
 
 
 def memory(field):
-    """Bytes that this process holds (``VmRSS``) or held at most (``VmHWM``).
+    """Bytes that this process holds (`VmRSS`) or held at most (`VmHWM`).
 
-    Not ``ru_maxrss``: a process starts with that of the one that started it.
+    Not `ru_maxrss`: a process starts with that of the one that started it.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))

@@ -94,7 +94,7 @@ def all_zero(evidence: Evidence) -> str | None:
 
 
 def scaled(evidence: Evidence, named_factors: dict[str, float]) -> str | None:
-    """A constant factor, by name if it is one of ``named_factors``."""
+    """A constant factor, by name if it is one of `named_factors`."""
     expected = evidence.truth.value.astype(np.float64).ravel()
     square = float(expected @ expected)
     if not square or evidence.value.size < 2:

@@ -122,7 +122,7 @@ def _shapes(evidence: Evidence) -> str:
 
 
 def _agree(evidence: Evidence, outputs: Arrays, key: str) -> bool:
-    """Whether side ``key``, changed, returns what the other side returned."""
+    """Whether side `key`, changed, returns what the other side returned."""
     expected = evidence.truths[_other(key)]
     outputs = {name: value for name, value in outputs.items() if is_output(name)}
     limits = {name: evidence.bounds["torch"].get(name, 0.0) + evidence.bounds["jax"].get(name, 0.0) for name in outputs}

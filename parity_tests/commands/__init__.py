@@ -1,1 +1,1 @@
-"""The command line's rooms: one file a command, ``usage`` for what they share."""
+"""The command line's rooms: one file a command, `usage` for what they share."""

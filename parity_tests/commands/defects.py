@@ -1,4 +1,4 @@
-"""``python -m parity_tests defects``: plants defects in correct code and counts how many the judge kills."""
+"""`python -m parity_tests defects`: plants defects in correct code and counts how many the judge kills."""
 
 import dataclasses
 import itertools

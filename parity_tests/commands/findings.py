@@ -1,4 +1,4 @@
-"""``python -m parity_tests findings``: which known traps of public libraries are present in the installed versions."""
+"""`python -m parity_tests findings`: which known traps of public libraries are present in the installed versions."""
 
 import math
 from importlib import metadata

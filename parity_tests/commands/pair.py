@@ -1,4 +1,4 @@
-"""``python -m parity_tests run --pair`` and ``pairs``: a user's own pair, and the five example pairs."""
+"""`python -m parity_tests run --pair` and `pairs`: a user's own pair, and the five example pairs."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""``python -m parity_tests run``: cells, and the ladder up to K optimiser steps."""
+"""`python -m parity_tests run`: cells, and the ladder up to K optimiser steps."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ from parity_tests.training.run import TRAINED, TRAININGS, curves_of, failed_trai
 
 @dataclass(frozen=True)
 class Options:
-    """The command's options; see ``run --help``."""
+    """The command's options; see `run --help`."""
 
     frameworks: tuple[str, ...]
     implementations: tuple[str, ...]

@@ -38,7 +38,7 @@ def choices_help(choices: Iterable[str]) -> str:
 
 
 def modes_help() -> str:
-    """Help text of ``--mode``: each mode with the frameworks that have it."""
+    """Help text of `--mode`: each mode with the frameworks that have it."""
     known = ", ".join(f"{mode.name} ({' and '.join(mode.frameworks)})" for mode in MODES.values())
     defaults = " and ".join(f"{mode} for {framework}" for framework, mode in DEFAULT_MODES.items())
     return f"One of {known}; repeat for several; default: {defaults}; with --cases full: all."

@@ -22,8 +22,8 @@ class InitialDefect:
 
     Attributes:
         name: what was planted.
-        spoil: turns what the healthy initialiser drew, ``(n, in, out)``, into what the wrong one would have drawn.
-        cause: what ``initialization_cause`` must say.
+        spoil: turns what the healthy initialiser drew, `(n, in, out)`, into what the wrong one would have drawn.
+        cause: what `initialization_cause` must say.
     """
 
     name: str
@@ -36,8 +36,8 @@ class OffBlockDefect:
     """One way for the masked layer to let weights outside the blocks take effect.
 
     Attributes:
-        name: what was planted, a name of ``PLANTS`` in the subject's room.
-        cause: what ``off_block_cause`` must say.
+        name: what was planted, a name of `PLANTS` in the subject's room.
+        cause: what `off_block_cause` must say.
     """
 
     name: str
@@ -67,8 +67,8 @@ def off_block_cause(trace: Mapping[str, np.ndarray], num_partitions: int) -> str
     No tolerance: those entries are exact zeros in any dtype and after any number of steps, weight decay included.
 
     Args:
-        trace: dense ``(n * out, n * in)`` matrices: ``before``, the map that the layer computes at first;
-            ``gradient``, of its parameter; ``after``, the map after ``STEPS`` optimiser steps.
+        trace: dense `(n * out, n * in)` matrices: `before`, the map that the layer computes at first;
+            `gradient`, of its parameter; `after`, the map after `STEPS` optimiser steps.
         num_partitions: n.
     """
     sentences = {
@@ -105,8 +105,8 @@ def observe_initial(defect: InitialDefect, framework: str, layer: str, init: str
     Args:
         defect: what is planted.
         framework: whose layer.
-        layer: a name of ``layers_of``.
-        init: a name of ``DISTRIBUTIONS``.
+        layer: a name of `layers_of`.
+        init: a name of `DISTRIBUTIONS`.
         dtype: storage dtype of the parameters.
         seed: of the draw.
     """
@@ -117,7 +117,7 @@ def observe_initial(defect: InitialDefect, framework: str, layer: str, init: str
 
 
 def observe_off_block(defect: OffBlockDefect, framework: str, dtype: str, seed: int = 0) -> Killing:
-    """Plants a defect in the masked layer, trains it for ``STEPS`` steps and looks outside the blocks.
+    """Plants a defect in the masked layer, trains it for `STEPS` steps and looks outside the blocks.
 
     Args:
         defect: what is planted.

@@ -28,7 +28,7 @@ class Defect:
     Attributes:
         name: what was planted.
         spoil: evaluates the subject with the defect.
-        cause: what ``causes.explain`` must say; for ``isolation``, what the check says.
+        cause: what `causes.explain` must say; for `isolation`, what the check says.
         dtypes: storage dtypes in which the defect changes the function; in others it is equivalent to correct code.
         isolation: True if only the isolation check can see it.
         forward: whether it is in y as computed without gradients.

@@ -1,6 +1,6 @@
 """Planted defects: each spoils a copy of a subject the way real code goes wrong; the judge must notice every one.
 
-A judge that cannot fail proves nothing. ``python -m parity_tests defects`` prints how many were planted and killed.
+A judge that cannot fail proves nothing. `python -m parity_tests defects` prints how many were planted and killed.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def _without_one_bias(inputs: Inputs) -> dict[str, np.ndarray]:
 
 
 def _chopped(array: np.ndarray, bits: int) -> np.ndarray:
-    """Keeps ``bits`` significand bits and drops the rest, without rounding."""
+    """Keeps `bits` significand bits and drops the rest, without rounding."""
     mantissa, exponent = np.frexp(array.astype(np.float64))
     return np.ldexp(np.trunc(mantissa * 2.0**bits) / 2.0**bits, exponent).astype(array.dtype)
 

@@ -17,9 +17,9 @@ class TrainingDefect:
 
     Attributes:
         name: what was planted.
-        optimizer: the optimiser of ``OPTIMIZERS`` in which it matters.
+        optimizer: the optimiser of `OPTIMIZERS` in which it matters.
         change: the spec that the spoiled side runs.
-        cause: what ``optimizer_causes.explain_optimizer`` must say.
+        cause: what `optimizer_causes.explain_optimizer` must say.
     """
 
     name: str

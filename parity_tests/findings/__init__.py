@@ -54,11 +54,11 @@ class Finding:
         """What a figure says about an installed version of the library.
 
         Args:
-            measured: from ``measure``.
-            version: of the library, with or without a local part such as ``+cpu``.
+            measured: from `measure`.
+            version: of the library, with or without a local part such as `+cpu`.
 
         Returns:
-            ``present``; ``mended`` in a version later than all in which the trap was seen; else ``not seen here``: an
+            `present`; `mended` in a version later than all in which the trap was seen; else `not seen here`: an
             earlier version, or a machine on which the trap does not show. One that shows by processor is never mended.
         """
         if self.present(measured):

@@ -9,17 +9,17 @@ Layout = Literal["contiguous", "strided", "transposed"]
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of ``y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o]``.
+    """One shape of `y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o]`.
 
     Attributes:
         name: short and unique; appears in test ids and records.
-        leading: leading dimensions of x; ``()`` for none, a 0 for an empty batch.
-        num_partitions: ``n``.
-        in_features: ``i``, per partition.
-        out_features: ``o``, per partition.
-        bias: whether ``b`` is there.
-        layout: how x lies in memory: ``contiguous``; ``strided`` (every second row of a larger buffer whose other rows
-            are NaN); ``transposed`` (features before partitions, as in the time-series layout ``[B, L, C]``).
+        leading: leading dimensions of x; `()` for none, a 0 for an empty batch.
+        num_partitions: `n`.
+        in_features: `i`, per partition.
+        out_features: `o`, per partition.
+        bias: whether `b` is there.
+        layout: how x lies in memory: `contiguous`; `strided` (every second row of a larger buffer whose other rows
+            are NaN); `transposed` (features before partitions, as in the time-series layout `[B, L, C]`).
     """
 
     name: str

@@ -41,8 +41,8 @@ def judge(
         truth: the oracle's tensors for these inputs.
         forward: judge the y of a call without gradients as well (another program, for a compiler), and report the
             worse of the two; without, only the y that comes with the gradients.
-        precision: see ``entitlement``.
-        measured: see ``entitlement``.
+        precision: see `entitlement`.
+        measured: see `entitlement`.
     """
     arithmetic = entitlement(subject, inputs, forward=forward, precision=precision, measured=measured)
     judgement = _judge(subject, inputs, truth, forward, arithmetic)
@@ -77,7 +77,7 @@ def _worse(first: TensorResult, second: TensorResult) -> bool:
 
 
 def observed_class(judgement: Judgement, inputs: Inputs, truth: Reference, precision: str | None = None) -> str:
-    """Names the precision class that the error shows, see ``observed_precision``; empty for a mode that casts.
+    """Names the precision class that the error shows, see `observed_precision`; empty for a mode that casts.
 
     Args:
         judgement: of a subject on these inputs.

@@ -14,8 +14,8 @@ class TensorResult:
     """The verdict on one tensor.
 
     Attributes:
-        tensor: ``y``, ``dx``, ``dweight`` or ``dbias``.
-        status: ``ok`` or ``mismatch``.
+        tensor: `y`, `dx`, `dweight` or `dbias`.
+        status: `ok` or `mismatch`.
         reason: one sentence for a mismatch, else empty.
         max_abs_error: largest absolute error.
         median_abs_error: median absolute error.
@@ -169,16 +169,16 @@ def compare(
     """Judges a subject's tensors against the oracle.
 
     Args:
-        outputs: any of ``y``, ``dx``, ``dweight``, ``dbias``, as NumPy arrays.
+        outputs: any of `y`, `dx`, `dweight`, `dbias`, as NumPy arrays.
         reference: the oracle's tensors for the same inputs.
-        arithmetic: what the subject is entitled to, see ``tolerance.declared_arithmetic``.
+        arithmetic: what the subject is entitled to, see `tolerance.declared_arithmetic`.
         zero_mean: False for data that the harness did not draw.
 
     Returns:
-        One result per tensor of ``outputs``, in its order.
+        One result per tensor of `outputs`, in its order.
 
     Raises:
-        ValueError: if ``outputs`` is empty or names a tensor that the oracle does not have.
+        ValueError: if `outputs` is empty or names a tensor that the oracle does not have.
     """
     if not outputs:
         raise ValueError(
@@ -212,13 +212,13 @@ def compare_pair(
     reference: Reference,
     limits: Mapping[str, np.ndarray],
 ) -> list[TensorResult]:
-    """Judges two subjects against each other: ``|t - j| <= B_t + B_j``.
+    """Judges two subjects against each other: `|t - j| <= B_t + B_j`.
 
     Args:
         first: tensors of one side.
         second: tensors of the other.
         reference: the oracle's tensors.
-        limits: from ``pair_limits``.
+        limits: from `pair_limits`.
 
     Raises:
         ValueError: if the two do not have the same tensors.

@@ -11,8 +11,8 @@ class FloatFormat:
     """A binary floating-point format.
 
     Attributes:
-        name: canonical name, for example ``"bfloat16"``.
-        roundoff: unit roundoff ``u``, half the spacing at 1 (round to nearest).
+        name: canonical name, for example `"bfloat16"`.
+        roundoff: unit roundoff `u`, half the spacing at 1 (round to nearest).
         smallest_normal: smallest positive normal number.
         smallest_subnormal: smallest positive number.
         largest_integer: every integer up to this magnitude is exact.
@@ -58,7 +58,7 @@ def numpy_dtype(name: str) -> np.dtype:
     """Returns the NumPy dtype of a storage dtype (bfloat16 through ml_dtypes).
 
     Raises:
-        ValueError: if ``name`` is not a storage dtype.
+        ValueError: if `name` is not a storage dtype.
     """
     if name not in _NUMPY:
         raise ValueError(f"dtype: expected one of {', '.join(_NUMPY)}, got {name!r}; choose one of these.")

@@ -61,11 +61,11 @@ def entitlement(
         subject: what is judged.
         inputs: their dtype, shapes and layout count, their numbers do not.
         forward: a call without gradients is judged as well.
-        precision: asked for in place of the one that the storage dtype promises, see ``modes.arithmetic_of``.
+        precision: asked for in place of the one that the storage dtype promises, see `modes.arithmetic_of`.
         measured: whose fingerprint counts; None for the subject's own, in the default mode, and for none in another,
             which then closes nothing that is left open. For a mode it is the same implementation in the default one: a
             mode keeps its own arithmetic and the device's treatment of subnormals.
-        representable: see ``modes.arithmetic_of``.
+        representable: see `modes.arithmetic_of`.
     """
     promised = arithmetic_of(subject.mode, inputs.dtype, representable, precision)
     source = subject if measured is None else measured

@@ -15,7 +15,7 @@ from parity_tests.judge.subjects import Subject
 
 
 def lattice_limit(case: Case, dtype: str, largest: int = 3) -> int:
-    """Largest integer magnitude whose sums stay exact in ``dtype`` for this case, at most ``largest``.
+    """Largest integer magnitude whose sums stay exact in `dtype` for this case, at most `largest`.
 
     A sum of K products of integers up to m has magnitude at most K m^2, plus m for the bias.
 
@@ -53,7 +53,7 @@ def check_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) -> li
 
     Args:
         subject: the subject.
-        case: a shape small enough for exact sums in what the mode computes in, see ``lattice_limit``.
+        case: a shape small enough for exact sums in what the mode computes in, see `lattice_limit`.
         dtype: storage dtype.
         seed: of the integers.
 
@@ -95,7 +95,7 @@ class Isolation:
 
     Attributes:
         isolated: whether every other partition of every tensor has the same bits as without it.
-        swallowed: the tensors in whose poisoned partition something is finite, ``forward`` being y without gradients;
+        swallowed: the tensors in whose poisoned partition something is finite, `forward` being y without gradients;
             none in right code.
     """
 

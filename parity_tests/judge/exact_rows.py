@@ -39,7 +39,7 @@ def exact_rows(
 ) -> Iterator[ParityRow]:
     """Yields a row for each check that the case and dtype admit, in the shapes that the case is judged in anyway.
 
-    Where none is run, one skipped row says why (see ``left_out``). The lattice needs sums that stay exact in the dtype,
+    Where none is run, one skipped row says why (see `left_out`). The lattice needs sums that stay exact in the dtype,
     the wide one sums well beyond them in a 16-bit dtype, and isolation at least two partitions. Where a mode casts, the
     dtype is the one that it computes in: a cast leaves such integers alone.
 

@@ -2,7 +2,7 @@
 
 Each probe is a product with one-hot or near one-hot operands whose result, bit by bit, can come about in one way
 only. The fingerprint is a diagnosis ("operands rounded to TF32", "bias rounded twice", "subnormals flushed"), and it
-chooses the bound in what the requested precision leaves open (``refine``): whether subnormals are flushed and whether a
+chooses the bound in what the requested precision leaves open (`refine`): whether subnormals are flushed and whether a
 16-bit result's bias is fused. It never relaxes what the precision promises: a product in TF32 stays a defect of fp32.
 """
 
@@ -64,14 +64,14 @@ class Fingerprint:
         return said
 
     def honours(self, arithmetic: Arithmetic) -> bool:
-        """Whether operands and sums are at least as precise as ``arithmetic`` promises."""
+        """Whether operands and sums are at least as precise as `arithmetic` promises."""
         return self.operand_bits >= _bits(arithmetic.operand) and self.accumulator_bits >= _bits(arithmetic.accumulator)
 
     def refine(self, promised: Arithmetic) -> Arithmetic:
         """What the precision promises, with subnormals treated as this device was seen to treat them.
 
         Args:
-            promised: see ``tolerance.declared_arithmetic``; operands and sums stay as precise as it says.
+            promised: see `tolerance.declared_arithmetic`; operands and sums stay as precise as it says.
         """
         return replace(
             promised,
@@ -102,7 +102,7 @@ def _probe(dtype: str, row: Mapping[int, float], column: Mapping[int, float], bi
 
 
 def _longest(holds: Callable[[int], bool], longest: int) -> int:
-    """Largest number of bits, at most ``longest``, for which all shorter lengths hold too."""
+    """Largest number of bits, at most `longest`, for which all shorter lengths hold too."""
     bits = 1
     while bits < longest and holds(bits + 1):
         bits += 1
@@ -113,7 +113,7 @@ def take_fingerprint(subject: Subject, dtype: str) -> Fingerprint:
     """Runs the probes on a subject.
 
     Args:
-        subject: an implementation that supports ``dtype`` with 16 features in and out.
+        subject: an implementation that supports `dtype` with 16 features in and out.
         dtype: storage dtype.
 
     Returns:
@@ -164,9 +164,9 @@ def take_fingerprint(subject: Subject, dtype: str) -> Fingerprint:
 
 
 def _fusion_terms(dtype: str) -> tuple[float, float, float]:
-    """A factor, a bias and what is left of ``factor^2 + bias`` if nothing was rounded before the bias was added.
+    """A factor, a bias and what is left of `factor^2 + bias` if nothing was rounded before the bias was added.
 
-    ``(1 + e)^2 = 1 + 2e + e^2``: after adding ``-(1 + 2e)`` only ``e^2`` is left; times 64, so that in fp16 too it is a
+    `(1 + e)^2 = 1 + 2e + e^2`: after adding `-(1 + 2e)` only `e^2` is left; times 64, so that in fp16 too it is a
     normal number.
     """
     step = 2.0 ** (1 - _bits(dtype))
@@ -211,7 +211,7 @@ def observed_precision(outputs: Mapping[str, np.ndarray], reference: Reference, 
         dtype: storage dtype of the inputs.
 
     Returns:
-        ``fp64``, ``ieee_fp32``, ``tf32``, ``bf16`` or ``fp16``; ``lower`` if no class of that storage dtype holds.
+        `fp64`, `ieee_fp32`, `tf32`, `bf16` or `fp16`; `lower` if no class of that storage dtype holds.
     """
     classes = {
         "float64": [("fp64", declared_arithmetic("fp64")), ("ieee_fp32", Arithmetic("float64", "float32", "float32"))],

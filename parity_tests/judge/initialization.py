@@ -1,7 +1,7 @@
 """Judges an initialiser by what it drew: std, mean, bounds, and that partitions draw their own values.
 
 A statistic of N independent draws has a standard error that follows from the distribution's moments; a sample that lies
-more than ``STANDARD_ERRORS`` of them away is rejected (a correct initialiser meets that once in some ten million).
+more than `STANDARD_ERRORS` of them away is rejected (a correct initialiser meets that once in some ten million).
 """
 
 import math
@@ -18,7 +18,7 @@ class Distribution:
 
     Attributes:
         std: standard deviation.
-        limit: no draw lies outside ``[-limit, limit]``.
+        limit: no draw lies outside `[-limit, limit]`.
         kurtosis: fourth moment over the squared variance; sets the standard error of a sample's variance.
     """
 
@@ -28,13 +28,13 @@ class Distribution:
 
 
 def torch_distribution(in_features: int) -> Distribution:
-    """U(-1/sqrt(i), 1/sqrt(i)): what ``nn.Linear`` draws for weight and bias."""
+    """U(-1/sqrt(i), 1/sqrt(i)): what `nn.Linear` draws for weight and bias."""
     limit = 1 / math.sqrt(in_features)
     return Distribution(limit / math.sqrt(3), limit, kurtosis=9 / 5)
 
 
 def flax_distribution(in_features: int) -> Distribution:
-    """Normal truncated at two of its own sigmas, scaled to std 1/sqrt(i): what ``nnx.Linear`` draws for its kernel."""
+    """Normal truncated at two of its own sigmas, scaled to std 1/sqrt(i): what `nnx.Linear` draws for its kernel."""
     cut = 2.0
     inside = math.erf(cut / math.sqrt(2))
     density = math.exp(-cut * cut / 2) / math.sqrt(2 * math.pi)
@@ -48,7 +48,7 @@ def initialization_faults(draws: np.ndarray, expected: Distribution) -> list[str
     """Returns what is wrong with the draws, in sentences; empty if nothing is.
 
     Args:
-        draws: ``(n, ...)``, the partition axis first; at least 100 numbers a partition say something.
+        draws: `(n, ...)`, the partition axis first; at least 100 numbers a partition say something.
         expected: the distribution per partition.
 
     Returns:
@@ -85,7 +85,7 @@ def initialization_cause(draws: np.ndarray, expected: Distribution) -> str:
     """Returns a likely cause of the faults in one clause; empty if there are none.
 
     Args:
-        draws: ``(n, ...)``, as for ``initialization_faults``.
+        draws: `(n, ...)`, as for `initialization_faults`.
         expected: the distribution per partition.
     """
     faults = initialization_faults(draws, expected)

@@ -18,10 +18,10 @@ class Inputs:
     """Arrays in the storage dtype.
 
     Attributes:
-        x: ``(..., n, i)``.
-        weight: ``(n, i, o)``.
-        bias: ``(n, o)`` or None.
-        cotangent: ``(..., n, o)``: the random ``dy`` of the vector-Jacobian product.
+        x: `(..., n, i)`.
+        weight: `(n, i, o)`.
+        bias: `(n, o)` or None.
+        cotangent: `(..., n, o)`: the random `dy` of the vector-Jacobian product.
         dtype: canonical name of the storage dtype.
         layout: how a subject must lay x out in memory; the values are the same.
         zero_mean: True if the harness drew every array from zero-mean distributions (tier T3 needs it).
@@ -45,11 +45,11 @@ def draw_inputs(case: Case, dtype: str, seed: int = 0) -> Inputs:
     """Draws zero-mean normal x, W, b and dy of different magnitudes, rounded to the storage dtype.
 
     The draw is made in float64 and rounded once, so that the same case and seed give the same real numbers, up to that
-    rounding, in every dtype. W is scaled by ``1 / sqrt(i)`` so that y is of order one at any size.
+    rounding, in every dtype. W is scaled by `1 / sqrt(i)` so that y is of order one at any size.
 
     Args:
         case: the shape.
-        dtype: ``float64``, ``float32``, ``bfloat16`` or ``float16``.
+        dtype: `float64`, `float32`, `bfloat16` or `float16`.
         seed: any non-negative integer.
 
     Returns:
@@ -73,7 +73,7 @@ def draw_inputs(case: Case, dtype: str, seed: int = 0) -> Inputs:
 
 
 def draw_lattice(case: Case, dtype: str, seed: int = 0, limit: int = 3) -> Inputs:
-    """Draws integers in ``[-limit, limit]``: every product and sum is an integer.
+    """Draws integers in `[-limit, limit]`: every product and sum is an integer.
 
     While the sums stay at or below the format's largest exact integer, every correct implementation, whatever its order
     of summation, returns the same bits as the oracle.

@@ -83,7 +83,7 @@ def _integers(inputs: Inputs) -> bool:
 
 
 def check_adjoint(subject: Subject, inputs: Inputs) -> list[str]:
-    """``<dy, xW> = <dx, x> = <dW, W>`` and ``<dy, 1 b> = <db, b>``, in float64 on results of integer inputs: exact."""
+    """`<dy, xW> = <dx, x> = <dW, W>` and `<dy, 1 b> = <db, b>`, in float64 on results of integer inputs: exact."""
     if not _integers(inputs):
         raise ValueError("inputs: expected integers, for exact inner products, got other numbers; use draw_lattice.")
 
@@ -143,7 +143,7 @@ def check_one_partition(subject: Subject, inputs: Inputs, plain: Subject) -> lis
     Args:
         subject: the subject.
         inputs: with one partition.
-        plain: the framework's Linear, from ``load_plain_linear``.
+        plain: the framework's Linear, from `load_plain_linear`.
     """
     if len(inputs.weight) != 1:
         raise ValueError(f"inputs: expected one partition, as a Linear has, got {len(inputs.weight)}; use n = 1.")
@@ -172,7 +172,7 @@ def check_one_partition(subject: Subject, inputs: Inputs, plain: Subject) -> lis
 def check_affine_differences(subject: Subject, inputs: Inputs) -> list[str]:
     """The map is affine: on integers a finite difference with step 1 is exact, and equals the derivative it returns.
 
-    For a unit step in one entry of x, W or b, the change of ``<dy, y>`` is that entry of dx, dW or db, exactly.
+    For a unit step in one entry of x, W or b, the change of `<dy, y>` is that entry of dx, dW or db, exactly.
     """
     out = subject.vjp(inputs)
     rng = np.random.default_rng(7)

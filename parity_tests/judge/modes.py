@@ -1,8 +1,8 @@
 """The modes in which a subject may run, declared once: names, command-line choices and test ids derive from here.
 
 A mode says how a call is run (operation by operation, compiled, mapped, cast, spread over devices), never which
-formulation it runs. ``torch_modes`` and ``jax_modes`` do what is declared here; a mode that one of them lacks is a
-``KeyError`` when its subjects are built.
+formulation it runs. `torch_modes` and `jax_modes` do what is declared here; a mode that one of them lacks is a
+`KeyError` when its subjects are built.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Mode:
         name: short and unique.
         frameworks: those that have it.
         sentence: what it does.
-        cases: the set of cases that it runs under ``--cases full`` where it is not its framework's default; a mode that
+        cases: the set of cases that it runs under `--cases full` where it is not its framework's default; a mode that
             was asked for by name runs the set that was asked for.
         dtypes: storage dtypes for which it is another program than the default.
         computes_in: format that operands, bias and cotangent are cast to first, or None to compute as stored.
@@ -81,10 +81,10 @@ def arithmetic_of(mode: str, dtype: str, representable: bool = False, precision:
     the cast's format, are handed out in the storage dtype.
 
     Args:
-        mode: a name of ``MODES``.
+        mode: a name of `MODES`.
         dtype: storage dtype of the inputs.
-        representable: the inputs come from ``as_cast``, so that the cast rounds nothing.
-        precision: what a user asked for in place of fp32's own, ``tf32``; other dtypes keep their promise.
+        representable: the inputs come from `as_cast`, so that the cast rounds nothing.
+        precision: what a user asked for in place of fp32's own, `tf32`; other dtypes keep their promise.
     """
     cast = MODES[mode].computes_in
     if cast is None:
@@ -116,7 +116,7 @@ def as_cast(mode: str, inputs: Inputs) -> Inputs | None:
 
 
 def covered(framework: str, mode: str, case: Case) -> bool:
-    """Whether ``--cases full`` runs this case in this mode: all in the default mode, the declared set in others."""
+    """Whether `--cases full` runs this case in this mode: all in the default mode, the declared set in others."""
     return mode == DEFAULT_MODES[framework] or case in CASE_SETS[MODES[mode].cases]
 
 

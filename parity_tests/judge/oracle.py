@@ -16,11 +16,11 @@ class OracleTensor:
 
     Attributes:
         value: the exact sum, up to the oracle's own rounding.
-        magnitude: ``S``, the sum of absolute products, element by element.
-        terms: ``K``, the number of products in each sum.
-        addend: ``|b|`` broadcast to the tensor (only y has one), or None.
+        magnitude: `S`, the sum of absolute products, element by element.
+        terms: `K`, the number of products in each sum.
+        addend: `|b|` broadcast to the tensor (only y has one), or None.
         product: the sum without the addend (y - b), or None where there is no addend.
-        partition_axis: the axis of ``n``.
+        partition_axis: the axis of `n`.
     """
 
     value: np.ndarray
@@ -49,21 +49,21 @@ def _leading(array: np.ndarray, leading: tuple[int, ...]) -> np.ndarray:
 def reference(inputs: Inputs) -> dict[str, OracleTensor]:
     """Evaluates the map and its vector-Jacobian product on the inputs as stored.
 
-    With ``z`` for the product ``xW``: ``y = xW + b``, ``dx = dy W^T``, ``dW = x^T dy``, ``db = sum dy``; each with
-    the magnitude ``S`` and the number of terms ``K`` of its sums:
+    With `z` for the product `xW`: `y = xW + b`, `dx = dy W^T`, `dW = x^T dy`, `db = sum dy`; each with
+    the magnitude `S` and the number of terms `K` of its sums:
 
     | tensor | K | S |
     |---|---|---|
-    | y | i | ``|x| |W|`` |
-    | dx | o | ``|dy| |W|^T`` |
-    | dW | rows | ``|x|^T |dy|`` |
-    | db | rows | ``sum |dy|`` |
+    | y | i | `|x| |W|` |
+    | dx | o | `|dy| |W|^T` |
+    | dW | rows | `|x|^T |dy|` |
+    | db | rows | `sum |dy|` |
 
     Args:
         inputs: arrays in a storage dtype.
 
     Returns:
-        ``y``, ``dx``, ``dweight`` and, where there is a bias, ``dbias``.
+        `y`, `dx`, `dweight` and, where there is a bias, `dbias`.
     """
     # A float64 subject needs a judge with more digits than it has itself.
     dtype = np.dtype(np.longdouble if inputs.dtype == "float64" else np.float64)

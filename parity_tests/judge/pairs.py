@@ -33,7 +33,7 @@ def command_of(dtype: str, case: str, seed: int, device: str, precision: str | N
 
 
 def _kind_of_pair(first: Subject, second: Subject) -> str | None:
-    """``pair`` for torch against JAX in counterpart modes, ``mode`` for a mode against its subject's default.
+    """`pair` for torch against JAX in counterpart modes, `mode` for a mode against its subject's default.
 
     Every implementation meets every other in the default modes; in the others it meets itself.
     """

@@ -1,4 +1,4 @@
-"""Parity records: one row a cell, and the document that ``--json`` writes."""
+"""Parity records: one row a cell, and the document that `--json` writes."""
 
 import dataclasses
 import math
@@ -22,23 +22,23 @@ class ParityRow:
     """One cell: a subject against the oracle, or a pair of subjects against each other.
 
     Attributes:
-        kind: ``oracle``, ``pair`` (torch against jax), ``mode`` (a mode against its subject's default mode), ``exact``
-            (a check that needs no tolerance), ``ladder`` (a rung) or ``training`` (a criterion).
-        framework: ``torch`` or ``jax``; ``torch+jax`` for a pair.
-        implementation: the subject's name; ``a+b`` for a pair.
+        kind: `oracle`, `pair` (torch against jax), `mode` (a mode against its subject's default mode), `exact`
+            (a check that needs no tolerance), `ladder` (a rung) or `training` (a criterion).
+        framework: `torch` or `jax`; `torch+jax` for a pair.
+        implementation: the subject's name; `a+b` for a pair.
         dtype: storage dtype.
         case: name of the case.
-        tensor: ``y``, ``dx``, ``dweight``, ``dbias``; for a pair that holds, the tensor that came closest to its bound;
-            for ``exact`` the check: ``lattice``, ``wide lattice`` or ``isolation``.
-        status: ``ok``, ``mismatch`` or ``skipped``.
+        tensor: `y`, `dx`, `dweight`, `dbias`; for a pair that holds, the tensor that came closest to its bound;
+            for `exact` the check: `lattice`, `wide lattice` or `isolation`.
+        status: `ok`, `mismatch` or `skipped`.
         reason: one sentence for a mismatch or a skip.
         diagnosis: what the arithmetic fingerprint says about this subject and dtype.
         command: reproduces this row.
-        mode: how the subject was run, see ``subjects.modes``; ``a+b`` for two subjects, ``truth`` for the float64
+        mode: how the subject was run, see `subjects.modes`; `a+b` for two subjects, `truth` for the float64
             functions of a pair, empty for what has no mode.
         arithmetic: what the bound was derived for: the promise of mode and dtype, closed by what was measured.
-        observed: the precision class that the error shows, ``ieee_fp32``, ``tf32``, ...; ``lower`` for none.
-        max_abs_error: see ``comparison.TensorResult``, as are the following.
+        observed: the precision class that the error shows, `ieee_fp32`, `tf32`, ...; `lower` for none.
+        max_abs_error: see `comparison.TensorResult`, as are the following.
         tensor_fractions: for a pair, the error over bound of every tensor.
         note: what a reader must know about the row, whatever its status; empty for nothing.
     """
@@ -105,7 +105,7 @@ def environment() -> dict[str, Any]:
     """What a reader needs to repeat and to weigh the run; asking for it imports no framework.
 
     Returns:
-        ``python``, ``machine``, ``packages`` by name (None for one that is not installed) and ``false_alarm_rate``, at
+        `python`, `machine`, `packages` by name (None for one that is not installed) and `false_alarm_rate`, at
         which tiers T2 and T3 reject correct code.
     """
     versions: dict[str, str | None] = {}
@@ -136,7 +136,7 @@ def _plain(value: Any) -> Any:
 def write_json(
     path: Path | str, rows: Sequence[ParityRow], cells_left: int = 0, stopped: str = "", **more: Any
 ) -> None:
-    """Writes ``schema_version, environment, summary, cells_left, stopped, rows``, and what else is given.
+    """Writes `schema_version, environment, summary, cells_left, stopped, rows`, and what else is given.
 
     Args:
         path: where to.

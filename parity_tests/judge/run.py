@@ -64,7 +64,7 @@ def _every(subject: Subject, case: Case) -> bool:
 def count_cells(
     subjects: Sequence[Subject], dtypes: Sequence[str], cases: Sequence[Case], included: Included = _every
 ) -> int:
-    """How many cells ``run_cells`` runs, each announced once by its ``progress``."""
+    """How many cells `run_cells` runs, each announced once by its `progress`."""
     return len(dtypes) * sum(included(subject, case) for subject in subjects for case in cases)
 
 
@@ -92,8 +92,8 @@ def run_cells(
         included: which subject runs which case; the others are no cells.
         device: as the subjects were loaded with, for the commands that reproduce rows and for the fingerprints of what
             is not among them.
-        precision: asked for in place of fp32's own, see ``entitlement``.
-        exact: run the checks that need no tolerance as well, see ``exact_rows``.
+        precision: asked for in place of fp32's own, see `entitlement`.
+        exact: run the checks that need no tolerance as well, see `exact_rows`.
     """
     defaults = _Defaults(subjects, device)
     for dtype in dtypes:

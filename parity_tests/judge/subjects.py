@@ -21,9 +21,9 @@ class Subject(Protocol):
     """One implementation in one framework.
 
     Attributes:
-        framework: ``torch`` or ``jax``.
+        framework: `torch` or `jax`.
         implementation: a name of the framework's table, or the name of a layer class's subject.
-        mode: a name of ``modes.MODES``: how calls are run.
+        mode: a name of `modes.MODES`: how calls are run.
         isolates_partitions: whether a NaN in one partition leaves the others untouched.
     """
 
@@ -48,7 +48,7 @@ class Subject(Protocol):
         ...
 
     def vjp(self, inputs: Inputs) -> dict[str, np.ndarray]:
-        """Returns ``y``, ``dx``, ``dweight`` and, with a bias, ``dbias``, in the storage dtype."""
+        """Returns `y`, `dx`, `dweight` and, with a bias, `dbias`, in the storage dtype."""
         ...
 
 
@@ -76,9 +76,9 @@ class Trajectory:
     """A training run.
 
     Attributes:
-        losses: ``(steps,)``, the loss before each update.
+        losses: `(steps,)`, the loss before each update.
         states: the parameters after each update.
-        moments: the optimiser's moments after the last update, as ``<parameter>/<first|second>``.
+        moments: the optimiser's moments after the last update, as `<parameter>/<first|second>`.
         step_counts: the distinct step counts that the optimiser keeps at the end.
         moment_history: the moments after each update; kept by a replay only.
     """
@@ -96,7 +96,7 @@ class MaskedRun:
 
     Attributes:
         states: the blocks and biases after each update, under the names and in the layout of the task's parameters.
-        off_block: ``(steps,)``: after each update, the largest magnitude among the weights outside the blocks and
+        off_block: `(steps,)`: after each update, the largest magnitude among the weights outside the blocks and
             their gradients, NaN if one of them is.
     """
 
@@ -170,10 +170,10 @@ def load_subjects(
     """Imports a framework and returns all its subjects.
 
     Args:
-        framework: ``torch`` or ``jax``.
-        device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
-        modes: of the framework, see ``modes.modes_of``; none for its default.
-        precision: ``tf32`` to let products of fp32 arrays round their operands to TF32; None for fp32's own.
+        framework: `torch` or `jax`.
+        device: `auto` (a GPU if there is one), `cpu` or `cuda`.
+        modes: of the framework, see `modes.modes_of`; none for its default.
+        precision: `tf32` to let products of fp32 arrays round their operands to TF32; None for fp32's own.
 
     Raises:
         ValueError: for another framework, a device that is not there, or TF32 on a CPU.
@@ -186,8 +186,8 @@ def load_plain_linear(framework: str, device: str = "auto") -> Subject:
     """Imports a framework and returns its own Linear, as a subject for inputs with one partition.
 
     Args:
-        framework: ``torch`` or ``jax``.
-        device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+        framework: `torch` or `jax`.
+        device: `auto` (a GPU if there is one), `cpu` or `cuda`.
 
     Raises:
         ValueError: for another framework, or a device that is not there.

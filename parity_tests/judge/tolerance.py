@@ -1,19 +1,19 @@
 """Error bounds derived from the arithmetic that was used: no tolerance is chosen by hand.
 
-Notation: ``u`` is a unit roundoff, ``gamma_n = n u / (1 - n u)``, K the number of products in a sum and S the sum of
-their magnitudes. For an exact value z, with operands rounded by ``theta = 2 u_in + u_in^2`` and accumulated at u_acc::
+Notation: `u` is a unit roundoff, `gamma_n = n u / (1 - n u)`, K the number of products in a sum and S the sum of
+their magnitudes. For an exact value z, with operands rounded by `theta = 2 u_in + u_in^2` and accumulated at u_acc::
 
     E = theta S + gamma_{K+1}(u_acc) ((1 + theta) S + |b|)              bias inside the sum ("fused")
     B = E + u_out (|z| + E) + eta_out + K eta_acc + gamma_{K+2}(2^-53) (S + |b|)
 
 Without fusion the product is rounded to the output dtype first, the bias is added, and the sum is rounded again. Where
-a mode casts fp32 operands to bf16, theta is that of the cast, and the bias, rounded too, adds ``(1 + u_out) u_in |b|``.
+a mode casts fp32 operands to bf16, theta is that of the cast, and the bias, rounded too, adds `(1 + u_out) u_in |b|`.
 Where nobody promised fusion, an implementation may still start its sum at the bias, and every partial sum is then
 rounded at the bias's magnitude: the bound is the larger of the two. (For |b| T3 takes the growth of T2.)
 
 Tiers: T1 as above holds for any order of summation. T2 replaces gamma_n by
-``expm1(lambda sqrt(n) u + n u^2 / (1 - u))`` and T3 by ``lambda u`` (zero-mean data only), with
-``lambda = sqrt(2 ln(2 K numel / delta))`` from the declared false-alarm rate delta; both assume roundings of zero mean,
+`expm1(lambda sqrt(n) u + n u^2 / (1 - u))` and T3 by `lambda u` (zero-mean data only), with
+`lambda = sqrt(2 ln(2 K numel / delta))` from the declared false-alarm rate delta; both assume roundings of zero mean,
 so not a truncating accumulator.
 
 Sources: Higham, Accuracy and Stability of Numerical Algorithms, ch. 3; Higham and Mary (2019, 2020) on probabilistic
@@ -45,12 +45,12 @@ class Arithmetic:
         operand: format that the operands are rounded to before they are multiplied (the storage format when exact).
         accumulator: format of the running sum.
         fused_bias: the bias is certainly added before the one rounding to the output; False leaves both open.
-        flushes_subnormals: results below the smallest normal of ``output`` may become zero.
-        flushes_partial_sums: the same for products and running sums, below the smallest normal of ``accumulator``.
+        flushes_subnormals: results below the smallest normal of `output` may become zero.
+        flushes_partial_sums: the same for products and running sums, below the smallest normal of `accumulator`.
         truncates: the accumulator chops instead of rounding to nearest (tensor cores).
-        casts: operands, bias and cotangent are stored wider and rounded to ``operand`` first (autocast, a dtype
+        casts: operands, bias and cotangent are stored wider and rounded to `operand` first (autocast, a dtype
             policy); they are taken to be normal numbers of that format.
-        gradients_in: wider dtype that gradients are handed out in after they were rounded to ``output``, or None.
+        gradients_in: wider dtype that gradients are handed out in after they were rounded to `output`, or None.
     """
 
     output: str
@@ -129,10 +129,10 @@ def declared_arithmetic(precision: str) -> Arithmetic:
 
     The promise leaves open what implementations legitimately do either way: the bias may be added after the product was
     rounded, and subnormals of formats other than fp16 may be flushed. What a device was seen to do closes this again,
-    see ``entitlement``.
+    see `entitlement`.
 
     Args:
-        precision: ``fp64``, ``ieee_fp32``, ``tf32``, ``bf16`` or ``fp16``.
+        precision: `fp64`, `ieee_fp32`, `tf32`, `bf16` or `fp16`.
 
     Raises:
         ValueError: for another name.
@@ -160,7 +160,7 @@ def bounds(tensor: OracleTensor, arithmetic: Arithmetic, tiers: Sequence[Tier]) 
     Args:
         tensor: the oracle's value with its magnitude S, number of terms K and addend.
         arithmetic: what was used to compute the subject's value.
-        tiers: ``T1`` (certain), ``T2`` or ``T3`` (with false-alarm rate ``FALSE_ALARM_RATE``).
+        tiers: `T1` (certain), `T2` or `T3` (with false-alarm rate `FALSE_ALARM_RATE`).
 
     Returns:
         Arrays of the tensor's shape, at least 0; 0 up to underflow where S is 0.
@@ -199,5 +199,5 @@ def bounds(tensor: OracleTensor, arithmetic: Arithmetic, tiers: Sequence[Tier]) 
 
 
 def bound(tensor: OracleTensor, arithmetic: Arithmetic, tier: Tier = "T1") -> np.ndarray:
-    """Returns B of one tier; see ``bounds``."""
+    """Returns B of one tier; see `bounds`."""
     return bounds(tensor, arithmetic, (tier,))[tier]

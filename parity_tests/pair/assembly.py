@@ -1,4 +1,4 @@
-"""From ``check_pair``'s arguments to two sides and a checked mapping, in this process or in two others."""
+"""From `check_pair`'s arguments to two sides and a checked mapping, in this process or in two others."""
 
 import contextlib
 import functools
@@ -47,7 +47,7 @@ def merged(
     """The arguments of a named pair: defaults, then the factory's, then those given that are not the defaults.
 
     Args:
-        spec: ``package.module:factory``.
+        spec: `package.module:factory`.
         given: what the caller passed, complete.
         defaults: of the same arguments.
         tell: is called with what happens next.
@@ -95,7 +95,7 @@ def prepared(arguments: Mapping[str, Any], spec: str | None, tell: Tell = tell_n
     """Makes both sides and the mapping; ends the other interpreters, if there are any, on leaving.
 
     Args:
-        arguments: all of ``check_pair``.
+        arguments: all of `check_pair`.
         spec: the named pair, which sides in another interpreter are built from.
         tell: is called with what happens next.
 

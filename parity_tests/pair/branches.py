@@ -1,6 +1,6 @@
 """Branches of clamps, selections and comparisons that no value took: two functions that part only there look equal.
 
-A side watches one run of its own and reports every operation with branches to ``Branches``; what comes out are
+A side watches one run of its own and reports every operation with branches to `Branches`; what comes out are
 sentences for the report, with a way to reach the branch.
 """
 

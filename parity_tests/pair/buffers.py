@@ -1,7 +1,7 @@
 """Arrays that no rule maps: on which of them results depend, and what the user consents to leave uncompared.
 
 A buffer at its initial value (a mean of 0, a variance of 1, a counter at 0) hides a port that ignores it. One that
-results depend on is therefore refused until a rule maps or keeps it, or ``not_compared=`` names it. A table is another
+results depend on is therefore refused until a rule maps or keeps it, or `not_compared=` names it. A table is another
 matter, of positions or of a mask, that a call leaves as it is and that the other side computes: its numbers differ from
 one another and show in the results, which are compared. It is listed.
 """
@@ -29,10 +29,10 @@ _MOST_NAMES = 12  # that a refusal lists
 
 
 class LeftOut:
-    """What ``not_compared=`` names: unmapped arrays of either side, and gradients (``d_<torch name>``).
+    """What `not_compared=` names: unmapped arrays of either side, and gradients (`d_<torch name>`).
 
     Args:
-        patterns: names, in which ``*`` and ``?`` stand for any characters.
+        patterns: names, in which `*` and `?` stand for any characters.
 
     Raises:
         TypeError: for anything but a sequence of strings.
@@ -46,7 +46,7 @@ class LeftOut:
         self._patterns = tuple(patterns)
 
     def covers(self, name: str) -> bool:
-        """Return whether a pattern matches; a gradient only by a pattern that itself begins with ``d_``."""
+        """Return whether a pattern matches; a gradient only by a pattern that itself begins with `d_`."""
         return any(_matches(name, pattern) for pattern in self._patterns)
 
     def check(self, unmapped: Sequence[str], gradients: Sequence[str]) -> None:

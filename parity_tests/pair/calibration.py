@@ -1,12 +1,12 @@
 """Calibrated bounds: how far a correct evaluation may lie from its float64 truth, from a rounding-noise ensemble.
 
-Every member of the ensemble evaluates the graph in float64 and lets each operation err at random, by ``u xi`` relative
+Every member of the ensemble evaluates the graph in float64 and lets each operation err at random, by `u xi` relative
 to its result, u being the unit roundoff that the operation works with and xi a standard normal variable. A rounding
 error is at most u, so that independent roundings of zero mean are sub-Gaussian with the very variance the ensemble
 shows (Hoeffding), to first order in u. That is where the confidence comes from, not from the size of an observed error.
 
-A sum of K products p in a random order has partial sums ``E s_j^2 = (j/K)^2 s^2 + (j/K)(1 - j/K)(Q - s^2/K)``,
-``Q = sum p^2``; each is rounded at u_acc, so that ``Var = u_acc^2 (K s^2 / 3 + K Q / 6 + Q)``. The noise of an
+A sum of K products p in a random order has partial sums `E s_j^2 = (j/K)^2 s^2 + (j/K)(1 - j/K)(Q - s^2/K)`,
+`Q = sum p^2`; each is rounded at u_acc, so that `Var = u_acc^2 (K s^2 / 3 + K Q / 6 + Q)`. The noise of an
 operation that contracts or reduces has this variance beside that of rounding its output.
 
 The same value is rounded the same way wherever it occurs: xi is a function of the value's bits, of the operation and of
@@ -15,7 +15,7 @@ the member, so that equal rows err coherently, as they do in a real run.
 Infinities and NaN are not rounded. What is not finite in the truth has to be equal, place and sign included; where
 rounding alone decides whether a number is finite, there is no bound.
 
-A constant that was rounded before the graph was evaluated (a float32 table beside a computed one, ``0.1`` in a module
+A constant that was rounded before the graph was evaluated (a float32 table beside a computed one, `0.1` in a module
 that is fixed to float32) errs in float64 too: by at most u, so that members that move it by u, up or down at random,
 show the variance of the result exactly, to first order.
 
@@ -45,7 +45,7 @@ SEMANTIC_SCALE = FORMATS["float64"].roundoff / FORMATS["float32"].roundoff
 
 
 def _inverse_trigamma(y: float) -> float:
-    """The x > 0 with ``trigamma(x) = y``, by Newton's method on ``1 / trigamma``, which is convex."""
+    """The x > 0 with `trigamma(x) = y`, by Newton's method on `1 / trigamma`, which is convex."""
     x = 0.5 + 1.0 / y
     for _ in range(50):
         value = float(special.polygamma(1, x))
@@ -60,10 +60,10 @@ def moderated_spread(spread: np.ndarray, members: int) -> tuple[np.ndarray, floa
     """Shrinks the elements' spreads towards the tensor's, so far as the tensor's elements are alike.
 
     A spread estimated from few runs may be small by luck. With prior degrees of freedom d0 and prior variance s0^2
-    fitted to all elements, ``s~^2 = (d0 s0^2 + m s^2) / (d0 + m)`` has ``d0 + m`` degrees of freedom.
+    fitted to all elements, `s~^2 = (d0 s0^2 + m s^2) / (d0 + m)` has `d0 + m` degrees of freedom.
 
     Args:
-        spread: estimates with ``members`` degrees of freedom each; zeros are exact and stay zero.
+        spread: estimates with `members` degrees of freedom each; zeros are exact and stay zero.
         members: m.
 
     Returns:
@@ -83,26 +83,26 @@ def moderated_spread(spread: np.ndarray, members: int) -> tuple[np.ndarray, floa
 
 
 def confidence(elements: int, freedom: float) -> float:
-    """Student's t quantile that any of ``elements`` exceeds, either way, with probability ``FALSE_ALARM_RATE``."""
+    """Student's t quantile that any of `elements` exceeds, either way, with probability `FALSE_ALARM_RATE`."""
     return float(stats.t.isf(FALSE_ALARM_RATE / (2 * max(elements, 1)), freedom))
 
 
 def calibrated_bound(
     truth: np.ndarray, spread: np.ndarray, kinks: np.ndarray, members: int, dtype: str, scale: float = 1.0
 ) -> np.ndarray:
-    """Returns the bound on ``|value - truth|``, element by element; of complex numbers, part by part.
+    """Returns the bound on `|value - truth|`, element by element; of complex numbers, part by part.
 
-    ``B = max(t s~, kink) + u |z| + eta`` where anything moved at all, else 0: t is the confidence, kink the largest
+    `B = max(t s~, kink) + u |z| + eta` where anything moved at all, else 0: t is the confidence, kink the largest
     deviation under amplified noise, u and eta the rounding and underflow of the output. 0 where the truth is not
     finite; infinite, which is no bound, where a member of the ensemble is not and the truth is.
 
     Args:
         truth: z, in float64 or complex128.
-        spread: see ``Ensemble``.
-        kinks: see ``Ensemble``.
-        members: behind ``spread``.
+        spread: see `Ensemble`.
+        kinks: see `Ensemble`.
+        members: behind `spread`.
         dtype: format that the value is stored in.
-        scale: of the noise; ``SEMANTIC_SCALE`` turns fp32 noise into float64 noise, far too small to reach a kink.
+        scale: of the noise; `SEMANTIC_SCALE` turns fp32 noise into float64 noise, far too small to reach a kink.
     """
     semantic = scale == SEMANTIC_SCALE
     fmt = FORMATS["float64" if semantic else dtype]
@@ -119,8 +119,8 @@ def constants_bound(spread: np.ndarray, members: int) -> np.ndarray:
     """Returns how far a result may move because constants were rounded before it was computed; of complex, by part.
 
     Args:
-        spread: of the members that move them, see ``Side.constants``.
-        members: behind ``spread``.
+        spread: of the members that move them, see `Side.constants`.
+        members: behind `spread`.
     """
     values = parts(spread)
     moderated, freedom = moderated_spread(values, members)

@@ -1,7 +1,7 @@
 """Number formats of arrays: which of them hold fractions, and every change from one to another.
 
-A change either keeps every value or raises (``widened``, ``exactly``), or it is the rounding to the storage dtype that
-a leg is about (``as_stored``). There is no third kind in the judge: a cast that drops an imaginary part, high bits of
+A change either keeps every value or raises (`widened`, `exactly`), or it is the rounding to the storage dtype that
+a leg is about (`as_stored`). There is no third kind in the judge: a cast that drops an imaginary part, high bits of
 an integer or digits of a number makes two different arrays equal.
 """
 
@@ -48,7 +48,7 @@ def storage_format(arrays: Sequence[np.ndarray]) -> np.dtype:
 def as_stored(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Rounds real and complex numbers to the storage dtype; leaves integers and booleans.
 
-    There are no complex numbers of 16-bit parts: they stay ``complex64``, as they do in models that are stored so.
+    There are no complex numbers of 16-bit parts: they stay `complex64`, as they do in models that are stored so.
     """
     if is_complex(array):
         return array.astype(np.complex128 if dtype == np.float64 else np.complex64)
@@ -92,7 +92,7 @@ def parts(array: np.ndarray) -> np.ndarray:
 
 
 def from_parts(values: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """The inverse of ``parts``.
+    """The inverse of `parts`.
 
     Args:
         values: float64.

@@ -1,4 +1,4 @@
-"""``check_pair``: are a torch module and a Flax module the same function, gradients included, up to rounding?"""
+"""`check_pair`: are a torch module and a Flax module the same function, gradients included, up to rounding?"""
 
 import dataclasses
 import inspect
@@ -122,46 +122,46 @@ def check_pair(
     bit for bit through both sides; outputs; gradients of every mapped parameter and every floating-point input for a
     random cotangent; buffers that a call updates. In float64 both sides must agree to float64's rounding (the semantic
     leg); in each dtype each side must lie within rounding of its own float64 truth, and the two of each other. The
-    bounds come from rounding-noise ensembles (``pair.calibration``) and are labelled ``calibrated``. Integers, and what
+    bounds come from rounding-noise ensembles (`pair.calibration`) and are labelled `calibrated`. Integers, and what
     is not finite, must be equal. Complex numbers are judged part by part, and their gradients as torch has them,
-    ``dL/dRe + i dL/dIm``. Without a float64 run or a finite bound a pair is undecided, and does not hold.
+    `dL/dRe + i dL/dIm`. Without a float64 run or a finite bound a pair is undecided, and does not hold.
 
     Args:
-        torch_module: an ``nn.Module``, in the mode (train or eval) it is to be judged in, or ``f(params, *inputs)``.
-        flax_module: a linen module, an nnx module, a callable pytree (an Equinox module), or ``f(params, *inputs)``.
-        params: ``(torch name, flax path, axis pattern)`` for every parameter, see ``mapping.ParameterMapping``;
-            ``propose_mapping`` writes a first version, which is taken as it is.
+        torch_module: an `nn.Module`, in the mode (train or eval) it is to be judged in, or `f(params, *inputs)`.
+        flax_module: a linen module, an nnx module, a callable pytree (an Equinox module), or `f(params, *inputs)`.
+        params: `(torch name, flax path, axis pattern)` for every parameter, see `mapping.ParameterMapping`;
+            `propose_mapping` writes a first version, which is taken as it is.
         inputs: one entry an argument, a shape or an array, in the torch side's layout; or a function of a NumPy
             generator that returns the arrays.
         seed: of all that is drawn.
-        dtypes: storage dtypes to judge in: ``float64``, ``float32``, ``bfloat16``, ``float16``.
+        dtypes: storage dtypes to judge in: `float64`, `float32`, `bfloat16`, `float16`.
         gradients: whether gradients are compared.
         semantic: False leaves the float64 comparison out, for a pair that is meant to differ by a rounded constant.
         state: whether mapped buffers that a call updates (running statistics, caches) are compared as they are after
             it; False for a pair that is not to be trained on, or to part there. Others are listed as not compared.
         torch_kwargs: keyword arguments of the torch call.
-        flax_kwargs: keyword arguments of the flax call (``rngs`` and ``mutable`` as in linen's ``apply``).
+        flax_kwargs: keyword arguments of the flax call (`rngs` and `mutable` as in linen's `apply`).
         torch_params: initial parameters, for a torch function.
         flax_params: initial parameters, for a JAX function (any pytree: dicts, lists, dataclasses, Equinox modules; its
-            arrays are named by their paths, ``layers.0.w``) or for a linen module.
-        input_patterns: by position, where the layouts differ: ``{0: "b c h w -> b h w c"}``.
-        output_patterns: by output name (``y``, or ``y.0``, ...), likewise.
-        draws: by torch name, ``(rng, shape) -> array`` for parameters with constraints of their own.
+            arrays are named by their paths, `layers.0.w`) or for a linen module.
+        input_patterns: by position, where the layouts differ: `{0: "b c h w -> b h w c"}`.
+        output_patterns: by output name (`y`, or `y.0`, ...), likewise.
+        draws: by torch name, `(rng, shape) -> array` for parameters with constraints of their own.
         scale: what is drawn is multiplied by: one number for all inputs given as shapes, or numbers by input position
-            and torch parameter name, ``{0: 10.0}``. Notes of a report say which clamps and selections never took a
+            and torch parameter name, `{0: 10.0}`. Notes of a report say which clamps and selections never took a
             branch: wider draws may reach it.
-        not_compared: names or patterns (``"*.num_batches_tracked"``) of unmapped buffers and frozen parameters of
-            either side that need not agree, though results depend on them, and of gradients (``"d_body.*"``).
-        device: ``cpu``, ``cuda``, or ``auto`` for a GPU if there is one.
+        not_compared: names or patterns (`"*.num_batches_tracked"`) of unmapped buffers and frozen parameters of
+            either side that need not agree, though results depend on them, and of gradients (`"d_body.*"`).
+        device: `cpu`, `cuda`, or `auto` for a GPU if there is one.
         name: of the pair, in reports.
-        pair: ``package.module:factory`` in place of the modules, see ``loading``;
+        pair: `package.module:factory` in place of the modules, see `loading`;
             arguments given here win over the factory's, unless they are the defaults.
-        torch_python: interpreter for the torch side, which then runs in its own process; needs ``pair``.
+        torch_python: interpreter for the torch side, which then runs in its own process; needs `pair`.
         jax_python: the same for the flax side.
         timeout_s: seconds that one answer of such an interpreter may take.
 
     Returns:
-        A report with ``ok``, ``rows``, ``assert_ok()``, ``to_json``, ``to_junit`` and ``to_html``. Every row says what
+        A report with `ok`, `rows`, `assert_ok()`, `to_json`, `to_junit` and `to_html`. Every row says what
         reproduces it: a command, or for a pair of objects the call with that row's seed and dtype.
 
     Raises:

@@ -29,10 +29,10 @@ def is_one_signed(value: np.ndarray) -> bool:
 
 
 def draw_like(value: np.ndarray, rng: np.random.Generator, signed: bool = False) -> np.ndarray:
-    """Draws an array of the scale of ``value``, in float64 or complex128.
+    """Draws an array of the scale of `value`, in float64 or complex128.
 
     A zero array (a bias as initialised) becomes normal with the harness' bias scale, because at zero a lost bias is
-    invisible; a positive or negative one keeps its signs, or with ``signed`` takes both (a single number the other
+    invisible; a positive or negative one keeps its signs, or with `signed` takes both (a single number the other
     one); any other becomes normal with its root mean square.
     """
     value = widened(value)
@@ -83,12 +83,12 @@ def draw_parameters(
     Args:
         specs: arrays by name.
         seed: non-negative.
-        draws: for the arrays named here, ``(rng, shape) -> array`` in place of ``draw_like``.
-        scale: factors by name, see ``checked_scale``; a single number is one of the inputs.
+        draws: for the arrays named here, `(rng, shape) -> array` in place of `draw_like`.
+        scale: factors by name, see `checked_scale`; a single number is one of the inputs.
         signed: one-signed arrays that are drawn with both signs.
 
     Raises:
-        ValueError: if ``draws`` names an unknown array or returns a wrong shape.
+        ValueError: if `draws` names an unknown array or returns a wrong shape.
     """
     draws = draws or {}
     if unknown := sorted(str(name) for name in set(draws) - set(specs)):
@@ -157,7 +157,7 @@ def draw_inputs(source: InputSource, seed: int, scale: Scale | None = None) -> t
         source: a sequence whose entries are shapes (drawn normal, float64) or arrays (taken as they are); or a function
             of a NumPy generator that returns arrays of any dtype.
         seed: non-negative.
-        scale: what is drawn from shapes is multiplied by, see ``checked_scale``.
+        scale: what is drawn from shapes is multiplied by, see `checked_scale`.
 
     Raises:
         TypeError: if there is one array in place of a tuple, or an entry is neither a shape nor an array.

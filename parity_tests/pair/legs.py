@@ -53,13 +53,13 @@ class Pair:
 
     Attributes:
         name: shown in rows.
-        sides: ``torch`` and ``jax``.
-        rules: of the parameters, see ``ParameterMapping``.
+        sides: `torch` and `jax`.
+        rules: of the parameters, see `ParameterMapping`.
         source: of the inputs, in the torch side's layout.
         input_patterns: by position, torch layout to flax layout; empty for the same.
         output_patterns: by output name, torch layout to flax layout.
-        draws: of parameters that ``draw_like`` would draw wrongly.
-        scale: of inputs and parameters, see ``draws.checked_scale``.
+        draws: of parameters that `draw_like` would draw wrongly.
+        scale: of inputs and parameters, see `draws.checked_scale`.
         left_out: what the user consents to leave uncompared.
     """
 
@@ -90,7 +90,7 @@ class Pair:
         checked_scale(self.scale, self.source, self.mapping.drawn)
         self.updated: dict[str, frozenset[str]] = {}
         self.trained_alone: dict[str, tuple[str, ...]] = {}
-        # Unmapped arrays whose own values show in what is compared, see ``buffers``.
+        # Unmapped arrays whose own values show in what is compared, see `buffers`.
         self.tables: tuple[tuple[str, str], ...] = ()
         self.notes: set[str] = set()
         self._signed: dict[int, frozenset[str]] = {}
@@ -210,7 +210,7 @@ class Pair:
         return self.as_torch(key, {name: array for name, array in found.items() if is_output(name)})
 
     def truth(self, key: str, values: Values, variant: str = "") -> dict[str, np.ndarray]:
-        """A side's float64 truth, in torch names; notes in ``updated`` which of the side's buffers the call changed."""
+        """A side's float64 truth, in torch names; notes in `updated` which of the side's buffers the call changed."""
         cotangents = None if values.cotangents is None else values.cotangents[key]
         arrays = self.sides[key].truth(values.parameters[key], values.inputs[key], cotangents, variant)
         self.updated[key] = updated(arrays, values.parameters[key])
@@ -247,7 +247,7 @@ class Pair:
         return Ensemble(centre, spread, kinks, found.members, found.notes)
 
     def constants(self, key: str, values: Values, computed: bool) -> Constants:
-        """What a side's rounded constants may move, in torch names; see ``Side.constants``."""
+        """What a side's rounded constants may move, in torch names; see `Side.constants`."""
         cotangents = None if values.cotangents is None else values.cotangents[key]
         constant = {*self.mapping.constants(key)}
         # A narrow format that a module has stored a buffer in has rounded it, whatever the leg widens it to.

@@ -1,7 +1,7 @@
-"""Pairs named as ``package.module:factory``.
+"""Pairs named as `package.module:factory`.
 
-A factory returns ``check_pair``'s keyword arguments. It takes no argument and returns all of them, or it takes
-``"torch"``, ``"jax"`` or ``"pair"`` and returns that part: ``torch_*`` arguments, ``flax_*`` arguments, all others.
+A factory returns `check_pair`'s keyword arguments. It takes no argument and returns all of them, or it takes
+`"torch"`, `"jax"` or `"pair"` and returns that part: `torch_*` arguments, `flax_*` arguments, all others.
 Only the second kind can be built in two interpreters. torch is seeded while a module is imported and a factory called:
 parameters are drawn around the scale of the initial ones, and the same name shall give the same numbers in every run.
 """
@@ -43,7 +43,7 @@ def load_factory(spec: str, parts: tuple[str, ...] = _PARTS) -> Factory:
     """Imports a factory.
 
     Args:
-        spec: ``package.module:factory``.
+        spec: `package.module:factory`.
         parts: which parts will be built here; without torch's, torch is not imported.
 
     Raises:

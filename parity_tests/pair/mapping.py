@@ -24,7 +24,7 @@ _MOST_NAMES = 40  # that one sentence lists
 
 @dataclass(frozen=True)
 class Block:
-    """A whole array, or a box of one: ``in_proj_weight[0:64]``, ``kernel[:, 32:64]``."""
+    """A whole array, or a box of one: `in_proj_weight[0:64]`, `kernel[:, 32:64]`."""
 
     name: str
     ranges: tuple[slice, ...]
@@ -156,14 +156,14 @@ class ParameterMapping:
     """A bijection between the elements of the parameters of two sides.
 
     Args:
-        rules: ``(torch name, flax path, axis pattern)``; names may carry ranges (``"in_proj_weight[0:64]"``), the
+        rules: `(torch name, flax path, axis pattern)`; names may carry ranges (`"in_proj_weight[0:64]"`), the
             pattern may be empty for equal shapes, a fourth entry gives lengths that the shapes leave open. A block
-            without counterpart is held at zero by ``(torch name, None, "0")`` or ``(None, flax path, "0")``, and stays
-            as it is by ``"keep"`` in the place of ``"0"``; ``"keep"`` as the last entry of a rule with two names says
+            without counterpart is held at zero by `(torch name, None, "0")` or `(None, flax path, "0")`, and stays
+            as it is by `"keep"` in the place of `"0"`; `"keep"` as the last entry of a rule with two names says
             that both sides keep their own values, which must be the same.
         torch: parameters and buffers of the torch side.
         flax: those of the flax side.
-        left_out: which frozen parameters may be unmapped: ``(side, name) -> bool``. A buffer always may be.
+        left_out: which frozen parameters may be unmapped: `(side, name) -> bool`. A buffer always may be.
 
     Raises:
         MappingError: for an unknown, unused, duplicate, mis-shaped or mistyped entry.
@@ -299,7 +299,7 @@ class ParameterMapping:
         return {name: np.where(self.compared(name), array, array.dtype.type(0)) for name, array in arrays.items()}
 
     def both(self, drawn: Arrays, own: Mapping[str, Arrays]) -> dict[str, dict[str, np.ndarray]]:
-        """All arrays of both sides, ``torch`` and ``jax``: the numbers drawn, zeros and what is kept in their places.
+        """All arrays of both sides, `torch` and `jax`: the numbers drawn, zeros and what is kept in their places.
 
         Args:
             drawn: torch arrays.

@@ -1,4 +1,4 @@
-"""Axis patterns between two layouts of one array: ``"(h d) i -> i h d"``, with the lengths solved from both shapes."""
+"""Axis patterns between two layouts of one array: `"(h d) i -> i h d"`, with the lengths solved from both shapes."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -42,13 +42,13 @@ class AxisPattern:
     """A permutation, grouping and splitting of axes that maps one shape to another, and back.
 
     Args:
-        pattern: einops style, ``"o i -> i o"``; empty for the same shape.
+        pattern: einops style, `"o i -> i o"`; empty for the same shape.
         source: shape on the left.
         target: shape on the right.
         lengths: of axes that the shapes do not decide.
 
     Raises:
-        MappingError: if the pattern cannot be read, or does not take ``source`` to ``target``.
+        MappingError: if the pattern cannot be read, or does not take `source` to `target`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A pytest plugin: the fixture ``parity_pair``, which checks a pair and fails the test with its report."""
+"""A pytest plugin: the fixture `parity_pair`, which checks a pair and fails the test with its report."""
 
 import shlex
 from collections.abc import Callable
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def parity_pair(request: pytest.FixtureRequest) -> "Callable[..., PairReport]":
-    """Returns a function of ``check_pair``'s arguments that fails the test unless the report is ok, and returns it.
+    """Returns a function of `check_pair`'s arguments that fails the test unless the report is ok, and returns it.
 
     The modules run in the test's own process. The test itself is what reproduces a row: it makes the modules.
-    Parameters are drawn around the scale of the initial ones, so that a test which seeds torch (``torch.manual_seed``)
+    Parameters are drawn around the scale of the initial ones, so that a test which seeds torch (`torch.manual_seed`)
     before it makes one repeats the row to the bit.
 
     Example::

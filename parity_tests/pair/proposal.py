@@ -27,7 +27,7 @@ _BLOCKS = (("query", "key", "value"), ("r", "z", "n"), ("i", "f", "g", "o"))
 
 @dataclass(frozen=True)
 class Proposal:
-    """Rules to look at, correct and pass to ``check_pair``.
+    """Rules to look at, correct and pass to `check_pair`.
 
     Attributes:
         rules: complete if nothing is left.
@@ -67,7 +67,7 @@ def _leaf(name: str) -> str:
 
 
 def _is_called(leaf: str, kind: str) -> bool:
-    """Whether a name such as ``weight_ih`` or ``in_proj_bias`` is of a kind; single letters are whole names."""
+    """Whether a name such as `weight_ih` or `in_proj_bias` is of a kind; single letters are whole names."""
     return kind in leaf if len(kind) > 1 else kind == leaf
 
 
@@ -108,7 +108,7 @@ def _patterns(source: tuple[int, ...], target: tuple[int, ...], flax: str) -> li
 
 
 def _grouped(sizes: Sequence[int], source: Sequence[int]) -> Iterator[list[list[int]]]:
-    """Splits ``sizes`` into consecutive runs whose products are ``source``."""
+    """Splits `sizes` into consecutive runs whose products are `source`."""
     if not source:
         if not sizes:
             yield []
@@ -215,12 +215,12 @@ def propose_mapping(
     flax_params: Mapping[str, Any] | None = None,
     input_patterns: Mapping[int, str] | None = None,
 ) -> Proposal:
-    """Proposes ``check_pair``'s ``params`` by shape and name; print it, correct it, pass it back.
+    """Proposes `check_pair`'s `params` by shape and name; print it, correct it, pass it back.
 
     Nothing is applied: a shape that fits may still be the wrong order of gates, or a square kernel the wrong way round.
 
     Args:
-        torch_module: as for ``check_pair``, as are the following.
+        torch_module: as for `check_pair`, as are the following.
         flax_module: likewise.
         inputs: likewise; linen modules infer shapes from them.
         torch_kwargs: likewise.
@@ -230,7 +230,7 @@ def propose_mapping(
         input_patterns: likewise.
 
     Returns:
-        The rules, what is ambiguous about them, and what is left over; ``str`` of it can be pasted.
+        The rules, what is ambiguous about them, and what is left over; `str` of it can be pasted.
     """
     arguments = {
         "torch_module": torch_module,

@@ -84,25 +84,25 @@ class RemoteSide:
         self._process.end()
 
     def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
-        """See ``side.Side``."""
+        """See `side.Side`."""
         line, groups = self._call("parameters", {}, inputs)
         values = groups.get("values", {})
         return {n: ParameterSpec(values[n], n in line["trainable"], n in line["frozen"]) for n in line["order"]}
 
     def outline(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
-        """See ``side.Side``."""
+        """See `side.Side`."""
         return self._values("outline", parameters, inputs)
 
     def round_trip(self, parameters: Arrays) -> dict[str, np.ndarray]:
-        """See ``side.Side``."""
+        """See `side.Side`."""
         return self._values("round_trip", parameters, ())
 
     def forward(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
-        """See ``side.Side``."""
+        """See `side.Side`."""
         return self._values("forward", parameters, inputs)
 
     def vjp(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays) -> dict[str, np.ndarray]:
-        """See ``side.Side``."""
+        """See `side.Side`."""
         return self._values("vjp", parameters, inputs, cotangents)
 
     def truth(
@@ -112,13 +112,13 @@ class RemoteSide:
         cotangents: Arrays | None = None,
         variant: str = "",
     ) -> dict[str, np.ndarray]:
-        """See ``side.Side``."""
+        """See `side.Side`."""
         return self._values("truth", parameters, inputs, cotangents, variant=variant)
 
     def ensemble(
         self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
     ) -> Ensemble:
-        """See ``side.Side``."""
+        """See `side.Side`."""
         line, groups = self._call("ensemble", parameters, inputs, cotangents, dtype=dtype, seed=seed)
         centre, spread, kinks = (groups.get(name, {}) for name in ("centre", "spread", "kinks"))
         return Ensemble(centre, spread, kinks, line["members"], tuple(line["notes"]))
@@ -131,30 +131,30 @@ class RemoteSide:
         buffers: Mapping[str, str],
         computed: bool,
     ) -> Constants:
-        """See ``side.Side``."""
+        """See `side.Side`."""
         line, groups = self._call("constants", parameters, inputs, cotangents, buffers=dict(buffers), computed=computed)
         return Constants(
             groups.get("spread", {}), tuple(line["stored"]), tuple(line["literals"]), members=line["members"]
         )
 
     def variants(self) -> tuple[Variant, ...]:
-        """See ``side.Side``."""
+        """See `side.Side`."""
         return tuple(Variant(*entry) for entry in self._call("variants", {}, ())[0]["variants"])
 
     def notes(self) -> tuple[str, ...]:
-        """See ``side.Side``."""
+        """See `side.Side`."""
         return (self._runs_in, *self._call("notes", {}, ())[0]["notes"])
 
     def is_random(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> bool:
-        """See ``side.Side``."""
+        """See `side.Side`."""
         return bool(self._call("is_random", parameters, inputs)[0]["is_random"])
 
     def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
-        """See ``side.Side``."""
+        """See `side.Side`."""
         return tuple(self._call("unexercised", parameters, inputs)[0]["sentences"])
 
     def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
-        """See ``side.Side``."""
+        """See `side.Side`."""
         return tuple(self._call("wider_operations", parameters, inputs, dtype=dtype)[0]["sentences"])
 
     def _values(

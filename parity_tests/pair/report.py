@@ -24,8 +24,8 @@ class PairRow(ParityRow):
     """One comparison of a pair.
 
     Attributes:
-        rung: ``weights`` (bitwise), ``forward``, ``gradients`` or ``state`` (buffers that a call updates).
-        bound: ``exact`` (bitwise), ``calibrated``, ``skipped`` where a framework cannot run the dtype, or ``undecided``
+        rung: `weights` (bitwise), `forward`, `gradients` or `state` (buffers that a call updates).
+        bound: `exact` (bitwise), `calibrated`, `skipped` where a framework cannot run the dtype, or `undecided`
             where there is no truth or no bound to judge by: such a row neither holds nor shows a difference, and its
             status is that of a mismatch because the pair is not shown to hold.
     """
@@ -88,7 +88,7 @@ class PairReport:
         return dataclasses.replace(self, rows=rows)
 
     def __str__(self) -> str:
-        """What ``describe`` says: the rows of a report fill pages."""
+        """What `describe` says: the rows of a report fill pages."""
         return self.describe()
 
     def describe(self) -> str:
@@ -156,7 +156,7 @@ class PairReport:
             raise AssertionError(self.describe())
 
     def to_json(self, path: str | Path) -> None:
-        """Writes the harness' document, with the pair's own findings under ``pair``."""
+        """Writes the harness' document, with the pair's own findings under `pair`."""
         pair = {
             "name": self.name,
             "ok": self.ok,

@@ -23,11 +23,11 @@ def reproduction(
 ) -> Callable[[PairRow], str]:
     """Returns what writes down how a row is reproduced.
 
-    A pair of objects has no name that another process could find: there the text is the call itself, with ``...`` for
+    A pair of objects has no name that another process could find: there the text is the call itself, with `...` for
     the modules, rules and inputs that the caller holds.
 
     Args:
-        spec: ``package.module:factory``, or None for objects.
+        spec: `package.module:factory`, or None for objects.
         given: what the caller passed beside it, complete.
         arguments: what was run, a factory's own arguments included.
         defaults: of the same arguments.

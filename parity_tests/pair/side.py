@@ -31,7 +31,7 @@ class ParameterSpec:
         value: as the module holds it before anything is drawn; gives the shape, the dtype and the scale.
         trainable: True for a parameter that gradients are taken of, False for a frozen one and for a buffer (a running
             statistic, a mask).
-        frozen: True for a parameter that the module itself keeps out of training (``requires_grad=False``).
+        frozen: True for a parameter that the module itself keeps out of training (`requires_grad=False`).
     """
 
     value: np.ndarray
@@ -50,9 +50,9 @@ class Ensemble:
 
     Attributes:
         centre: the run without noise.
-        spread: root mean square of the deviations of ``members`` runs from the centre.
-        kinks: largest deviation of the runs with ``KINK_AMPLITUDE`` times the noise, see ``calibration``.
-        members: how many runs ``spread`` is estimated from.
+        spread: root mean square of the deviations of `members` runs from the centre.
+        kinks: largest deviation of the runs with `KINK_AMPLITUDE` times the noise, see `calibration`.
+        members: how many runs `spread` is estimated from.
         notes: operations that got a generic rounding model, or a coarse accumulator because they were measured to.
     """
 
@@ -72,7 +72,7 @@ class Constants:
             there are none.
         stored: arrays of unknown history: a module's buffers, what its code has captured.
         literals: numbers in code that a narrow format has rounded.
-        members: how many runs ``spread`` is estimated from.
+        members: how many runs `spread` is estimated from.
     """
 
     spread: Arrays
@@ -86,7 +86,7 @@ class Variant:
     """A hypothesis that a side can try on itself.
 
     Attributes:
-        name: passed back to ``Side.truth``.
+        name: passed back to `Side.truth`.
         sentence: what is true if the variant agrees with the other side.
     """
 
@@ -97,10 +97,10 @@ class Variant:
 class Side(Protocol):
     """A module or function of one framework.
 
-    Outputs are named ``y`` (one array) or ``y.<path>``; gradients ``d_<parameter>`` and ``d_input<k>``, for every
+    Outputs are named `y` (one array) or `y.<path>`; gradients `d_<parameter>` and `d_input<k>`, for every
     trainable parameter and every input of real or complex numbers; buffers, as they are after the call,
-    ``state:<buffer>``. ``cotangents`` has one array per real or complex output; without it no gradients are returned.
-    The gradient for a complex number z is torch's, ``dL/dRe(z) + i dL/dIm(z)``, and so are cotangents; JAX's own are
+    `state:<buffer>`. `cotangents` has one array per real or complex output; without it no gradients are returned.
+    The gradient for a complex number z is torch's, `dL/dRe(z) + i dL/dIm(z)`, and so are cotangents; JAX's own are
     the conjugates.
     """
 
@@ -140,7 +140,7 @@ class Side(Protocol):
     def ensemble(
         self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
     ) -> Ensemble:
-        """Float64 runs in which every operation errs as it may in ``dtype``."""
+        """Float64 runs in which every operation errs as it may in `dtype`."""
         ...
 
     def constants(
@@ -154,9 +154,9 @@ class Side(Protocol):
         """Truths with the side's rounded constants moved.
 
         Args:
-            parameters: as for ``truth``.
-            inputs: as for ``truth``.
-            cotangents: as for ``truth``.
+            parameters: as for `truth`.
+            inputs: as for `truth`.
+            cotangents: as for `truth`.
             buffers: those that are constants of the module, each with the format that has rounded it.
             computed: whether what is computed from constants alone errs too, as in float32: where the other side has
                 stored it.
@@ -176,16 +176,16 @@ class Side(Protocol):
         ...
 
     def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
-        """Branches of clamps, selections and comparisons that no value takes in float64, see ``ranges``."""
+        """Branches of clamps, selections and comparisons that no value takes in float64, see `ranges`."""
         ...
 
     def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
-        """Operations of a call that work in a wider format than ``dtype``, in which all arrays are stored."""
+        """Operations of a call that work in a wider format than `dtype`, in which all arrays are stored."""
         ...
 
 
 def leaf_name(path: tuple) -> str:
-    """Names a leaf of a framework's tree: ``y`` for a single array, else ``y.0``, ``y.hidden.1``, ..."""
+    """Names a leaf of a framework's tree: `y` for a single array, else `y.0`, `y.hidden.1`, ..."""
     # torch and jax call the parts of a key path alike: idx in a sequence, key in a mapping, name of an attribute.
     parts = (next(getattr(entry, kind) for kind in ("idx", "key", "name") if hasattr(entry, kind)) for entry in path)
     return ".".join(("y", *map(str, parts)))
@@ -201,8 +201,8 @@ def collect_ensemble(
     Args:
         run: one run, of a member's number and the noise's amplitude (0 for none).
         members: runs with amplitude 1.
-        kink_members: runs with ``kink_amplitude``.
-        kink_amplitude: see ``calibration``.
+        kink_members: runs with `kink_amplitude`.
+        kink_amplitude: see `calibration`.
     """
     centre = {name: value for name, value in run(0, 0.0).items() if is_inexact(value)}
     squares = {name: np.zeros(parts(value).shape) for name, value in centre.items()}
@@ -242,9 +242,9 @@ def make_side(framework: str, arguments: Mapping[str, Any], device: str) -> Side
     """Imports one framework and wraps its part of a pair.
 
     Args:
-        framework: ``torch`` or ``jax``.
-        arguments: ``torch_module``, ``torch_kwargs``, ``torch_params``, or the same with ``flax``.
-        device: ``cpu``, ``cuda`` or ``auto``.
+        framework: `torch` or `jax`.
+        arguments: `torch_module`, `torch_kwargs`, `torch_params`, or the same with `flax`.
+        device: `cpu`, `cuda` or `auto`.
 
     Raises:
         ValueError: for another framework, or without a module.

@@ -1,6 +1,6 @@
 """What a call leaves behind: buffers (running statistics, caches, counters) as they are after it.
 
-A side returns every buffer, changed or not, beside its outputs as ``state:<name>``. Compared is what the call updates
+A side returns every buffer, changed or not, beside its outputs as `state:<name>`. Compared is what the call updates
 on either side, in the torch side's names. Two modules with equal outputs and gradients may still part after one
 training step: torch's BatchNorm keeps a variance divided by n - 1, Flax's one divided by n.
 """
@@ -50,8 +50,8 @@ def updated(arrays: Arrays, before: Arrays) -> frozenset[str]:
 def state_cause(row: str, before: Arrays, truths: Mapping[str, Arrays], bounds: Mapping[str, Arrays]) -> str:
     """Says how a buffer that a call updates comes out differently, or nothing.
 
-    With ``s' = (1 - m) s + m v`` and another m, or v times a factor, on one side: ``s'_flax = a s'_torch + b s``, where
-    ``a + b = 1`` if only m differs.
+    With `s' = (1 - m) s + m v` and another m, or v times a factor, on one side: `s'_flax = a s'_torch + b s`, where
+    `a + b = 1` if only m differs.
 
     Args:
         row: the tensor's name in rows.

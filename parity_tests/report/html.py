@@ -127,7 +127,7 @@ def html_document(
 
     Args:
         rows: of a parity run or a pair's report.
-        environment: as from ``records.environment``; shown as it is.
+        environment: as from `records.environment`; shown as it is.
         training: drawings of trajectories, may be empty.
         title: of the page.
         notes: sentences beside the skipped cells.

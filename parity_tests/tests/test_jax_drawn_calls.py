@@ -1,6 +1,6 @@
 """Drawn calls of the JAX tree: right, or refused in one sentence, with every kind of flaw in every argument.
 
-More of them: ``python -m pytest parity_tests/tests/test_jax_drawn_calls.py --drawn-calls 10000``.
+More of them: `python -m pytest parity_tests/tests/test_jax_drawn_calls.py --drawn-calls 10000`.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Relations between results, driven by hypothesis over shapes, layouts, leading dims and dtypes, on every subject.
 
-A larger search: ``HYPOTHESIS_PROFILE=thorough python -m pytest parity_tests/tests/test_metamorphic.py``.
+A larger search: `HYPOTHESIS_PROFILE=thorough python -m pytest parity_tests/tests/test_metamorphic.py`.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Every mode reaches every implementation: vmapped, compiled, cast, uncompiled and sharded, against the oracle.
 
 So do the checks without a tolerance, on the shapes that are compiled here anyway. The default modes are judged in
-``test_parity``, ``test_exact`` and ``test_metamorphic``; what needs several devices or processes in
-``test_sharded_modes``.
+`test_parity`, `test_exact` and `test_metamorphic`; what needs several devices or processes in
+`test_sharded_modes`.
 """
 
 import dataclasses

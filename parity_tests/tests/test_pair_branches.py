@@ -34,7 +34,7 @@ def flax_sentences(function, *inputs):
 
 
 def met(sentences):
-    """``operation: what it never met``, without places and numbers."""
+    """`operation: what it never met`, without places and numbers."""
     return {
         f"{sentence.split(' in ')[0]}: {sentence.split('never met ')[1].split(' (its')[0].split(';')[0]}"
         for sentence in sentences

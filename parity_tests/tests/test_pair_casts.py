@@ -23,7 +23,7 @@ INF, NAN = np.inf, np.nan
 
 
 def test_only_one_file_of_the_judge_casts():
-    """Elsewhere a cast is a call of ``casts``, which keeps every value, raises, or rounds because that is meant."""
+    """Elsewhere a cast is a call of `casts`, which keeps every value, raises, or rounds because that is meant."""
     folder = Path(package.__file__).parent
     offenders = [
         f"{path.name}:{node.lineno}"

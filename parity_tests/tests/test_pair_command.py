@@ -1,4 +1,4 @@
-"""``run --pair``: reports in every format, options that reach the pair, and every mistake in one sentence."""
+"""`run --pair`: reports in every format, options that reach the pair, and every mistake in one sentence."""
 
 import json
 import textwrap

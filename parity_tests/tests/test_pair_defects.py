@@ -56,7 +56,7 @@ def test_defect_is_killed_in_every_dtype_in_which_it_matters(defect):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_correct_pair_is_accepted_in_every_seed(name, request):
-    """In 200 seeds with ``--pair-seeds 200``; what runs always is a sample."""
+    """In 200 seeds with `--pair-seeds 200`; what runs always is a sample."""
     pair = healthy(name)
     seeds = range(request.config.getoption("--pair-seeds"))
     assert len(seeds) > 0

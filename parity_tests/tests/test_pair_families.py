@@ -1,7 +1,7 @@
 """Families of pairs beyond the examples: faithful ports hold, and the same pairs with a planted bug do not.
 
 Masks, infinities, complex numbers, loops with float32 zeros, modules fixed to float32, tables, pools, epsilons that
-follow the dtype, integers. A sample runs always, all of them with ``--pair-families``.
+follow the dtype, integers. A sample runs always, all of them with `--pair-families`.
 """
 
 import math
@@ -30,7 +30,7 @@ BLOCK = (B, S, D)
 
 @dataclass(frozen=True)
 class Family:
-    """A pair: ``arguments`` of ``check_pair``, whether it holds, words of the report if not, whether it runs always."""
+    """A pair: `arguments` of `check_pair`, whether it holds, words of the report if not, whether it runs always."""
 
     name: str
     arguments: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The pytest fixture ``parity_pair`` in a user's own test suite."""
+"""The pytest fixture `parity_pair` in a user's own test suite."""
 
 import importlib
 import os

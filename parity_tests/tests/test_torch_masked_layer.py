@@ -172,7 +172,7 @@ def test_reset_zeroes_the_off_block_weights():
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 def test_the_weight_gradient_of_an_ensemble_is_summed_in_fp32(low):
-    """With the members on an inner axis and n = 1, ``torch.vmap`` summed products of broadcast 16-bit weights."""
+    """With the members on an inner axis and n = 1, `torch.vmap` summed products of broadcast 16-bit weights."""
     rows, members = 64, 2
     layer = MaskedPartitionedLinear(1, IN, OUT, bias=False, dtype=low)
     weights = torch.stack([layer.weight.detach()] * members).requires_grad_()

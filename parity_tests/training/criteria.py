@@ -1,4 +1,4 @@
-"""The criteria of training parity that judge whole runs, as pure functions; see ``training``."""
+"""The criteria of training parity that judge whole runs, as pure functions; see `training`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ States = Sequence[Mapping[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Criterion:
-    """One criterion's verdict: ``fraction`` above 1 fails; ``detail`` is one sentence for a reader."""
+    """One criterion's verdict: `fraction` above 1 fails; `detail` is one sentence for a reader."""
 
     name: str
     fraction: float
@@ -60,7 +60,7 @@ def semantic(double: Mapping[str, Trajectory], single: Mapping[str, Trajectory])
 
 
 def ratio(value: float, limit: float) -> float:
-    """Returns ``value / limit``: 0 for no error at all, infinite for an error where none is allowed, or for NaN."""
+    """Returns `value / limit`: 0 for no error at all, infinite for an error where none is allowed, or for NaN."""
     if value == 0:
         return 0.0
     return value / limit if limit > 0 and np.isfinite(value) else np.inf
@@ -70,14 +70,14 @@ def free_running(framework: str, own: np.ndarray, ensemble: np.ndarray) -> Crite
     """Criterion 4: the run's mean log divergence is a draw from the ensemble's, by Student's prediction interval.
 
     One statistic for the whole run, so that nothing is picked after looking: over M members with mean m and standard
-    deviation s, a further member lies below ``m + t s sqrt(1 + 1/M)`` but once in ``1 / FALSE_ALARM_RATE`` runs, with
+    deviation s, a further member lies below `m + t s sqrt(1 + 1/M)` but once in `1 / FALSE_ALARM_RATE` runs, with
     t the quantile of Student's distribution with M - 1 degrees of freedom. Only above: a run closer to the truth than
     runs with twice its rounding errors is no defect.
 
     Args:
         framework: for the report.
-        own: ``(steps,)`` distance of the fp32 run from its own float64 run.
-        ensemble: ``(members, steps)`` the same for runs with extra noise.
+        own: `(steps,)` distance of the fp32 run from its own float64 run.
+        ensemble: `(members, steps)` the same for runs with extra noise.
     """
     tiny = np.finfo(np.float64).tiny
     statistic = float(np.log(np.maximum(own, tiny)).mean())

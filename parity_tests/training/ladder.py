@@ -40,7 +40,7 @@ class LadderSide:
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung's outcome; ``cause`` is a clause for a failed rung."""
+    """One rung's outcome; `cause` is a clause for a failed rung."""
 
     name: str
     ok: bool

@@ -3,7 +3,7 @@
 Everything the two libraries leave to different defaults is written down here once: learning rate and its step origin,
 betas, epsilon and its placement (outside the square root, as torch has it), the initial accumulator, decoupled or
 coupled weight decay and which parameters it touches, Nesterov without dampening, and the clip formula
-``min(1, max_norm / (norm + 1e-6))``.
+`min(1, max_norm / (norm + 1e-6))`.
 """
 
 import math
@@ -23,16 +23,16 @@ class OptimizerSpec:
     Attributes:
         name: the algorithm.
         learning_rate: peak learning rate.
-        momentum: for ``sgd``; 0 for none.
-        nesterov: for ``sgd`` with momentum.
-        beta1: for ``adam`` and ``adamw``.
-        beta2: for ``adam`` and ``adamw``; the averaging constant of ``rmsprop``.
+        momentum: for `sgd`; 0 for none.
+        nesterov: for `sgd` with momentum.
+        beta1: for `adam` and `adamw`.
+        beta2: for `adam` and `adamw`; the averaging constant of `rmsprop`.
         epsilon: added to the root of the second moment, outside the root.
-        weight_decay: coupled (added to the gradient) for all but ``adamw``, decoupled for ``adamw``.
+        weight_decay: coupled (added to the gradient) for all but `adamw`, decoupled for `adamw`.
         decay_bias: whether biases decay too. Our bias is 2-D: the common rule "decay what has two or more dimensions"
             would decay it, so the choice is explicit.
         clip_norm: largest global norm of the gradient, or None.
-        warmup_steps: the learning rate rises linearly over this many steps; its first value is ``peak / warmup_steps``.
+        warmup_steps: the learning rate rises linearly over this many steps; its first value is `peak / warmup_steps`.
         cosine_steps: after the warm-up it falls along a cosine to 0 over this many steps; 0 for a constant rate.
         first_step: the schedule's step at the first update: 0 unless an origin is off.
     """
@@ -52,7 +52,7 @@ class OptimizerSpec:
     first_step: int = 0
 
     def rates(self, steps: int) -> np.ndarray:
-        """Returns the learning rate of each of the first ``steps`` steps, in float64; step 0 is the first update.
+        """Returns the learning rate of each of the first `steps` steps, in float64; step 0 is the first update.
 
         A table and not a schedule object: optax's schedules return float32 even under x64.
         """
@@ -79,7 +79,7 @@ class OptimizerSpec:
         return self.name in ("adam", "adamw")
 
     def decays(self, parameter: str) -> bool:
-        """Whether weight decay touches a parameter, by its name ``...weight`` or ``...bias``."""
+        """Whether weight decay touches a parameter, by its name `...weight` or `...bias`."""
         return self.weight_decay > 0 and (self.decay_bias or not parameter.endswith("bias"))
 
 
@@ -100,7 +100,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
 
 
 def optimizer(name: str) -> OptimizerSpec:
-    """The optimiser that a name of ``OPTIMIZERS`` means.
+    """The optimiser that a name of `OPTIMIZERS` means.
 
     Raises:
         ValueError: for another name, with the choices.

@@ -1,6 +1,6 @@
 """Training parity: six criteria, all of which two frameworks must meet after K optimiser steps.
 
-1. semantic: in float64 the two differ by at most ``16 E32 2^-29``, E32 being that framework's own fp32-against-float64
+1. semantic: in float64 the two differ by at most `16 E32 2^-29`, E32 being that framework's own fp32-against-float64
    divergence: a wrong epsilon, decay or schedule shows here by orders of magnitude, where "loss within 1e-3" misses it.
 2. replay: the same recorded gradients fed to both optimisers give the same states, updates and moments, step by step.
 3. resynchronised: at each state of the float64 run, rounded, each layer's output and gradients keep the T1 bound.
@@ -42,7 +42,7 @@ class TrainingReport:
         criteria: all six (some of them once a framework).
         losses: fp32 loss curves by framework.
         divergence: relative distance of each framework's fp32 run from its own float64 run, by step.
-        band: the largest and smallest such distance over the noise ensemble, by framework: ``(2, steps)``.
+        band: the largest and smallest such distance over the noise ensemble, by framework: `(2, steps)`.
     """
 
     task: str

@@ -1,6 +1,6 @@
 """One optimiser step in NumPy float64, written from the formulas: what both built sides are compared with.
 
-With g the gradient (clipped, and with coupled decay ``w d`` added), rate r, t counted from 1 and all state from 0::
+With g the gradient (clipped, and with coupled decay `w d` added), rate r, t counted from 1 and all state from 0::
 
     sgd      m <- mu m + g;  p <- p - r m                    Nesterov: p <- p - r (g + mu m)
     adam     m <- b1 m + (1-b1) g;  v <- b2 v + (1-b2) g^2
@@ -25,7 +25,7 @@ class ReferenceState:
     """Parameters and optimiser state between two steps.
 
     Attributes:
-        parameters: by name, ``...weight`` and ``...bias``, in float64.
+        parameters: by name, `...weight` and `...bias`, in float64.
         first: first moments; empty before the first step.
         second: second moments; empty before the first step.
         steps: steps taken so far.
@@ -42,7 +42,7 @@ def reference_step(spec: OptimizerSpec, state: ReferenceState, gradients: Arrays
 
     Args:
         spec: the optimiser.
-        state: parameters and moments; ``ReferenceState(parameters)`` before the first step.
+        state: parameters and moments; `ReferenceState(parameters)` before the first step.
         gradients: by the names of the parameters.
 
     Returns:

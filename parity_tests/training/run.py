@@ -49,8 +49,8 @@ def training_rows(task_name: str, optimizer: str, steps: int = STEPS, members: i
     """Climbs the ladder with torch and JAX and returns a row a rung and a row a criterion of the top rung.
 
     Args:
-        task_name: a name of ``TASKS``.
-        optimizer: a name of ``OPTIMIZERS``.
+        task_name: a name of `TASKS`.
+        optimizer: a name of `OPTIMIZERS`.
         steps: K.
         members: size of the noise ensemble.
     """
@@ -139,7 +139,7 @@ def observe_training(defect: TrainingDefect, dtype: str = "float32", steps: int 
     """Plants a defect in the JAX side; it is killed only if its cause is named as well.
 
     In float32 the whole ladder is climbed. In 16 bits a model is trained with wider parameters: the gradients that it
-    computed in ``dtype`` are fed to both optimisers.
+    computed in `dtype` are fed to both optimisers.
 
     Args:
         defect: what is planted.

@@ -18,7 +18,7 @@ _CHUNK = 50
 
 
 def _followed(run: Trajectory, start: np.ndarray) -> dict[str, np.ndarray]:
-    """A replay's states, updates and each kind of moment, ``(steps, values)`` each."""
+    """A replay's states, updates and each kind of moment, `(steps, values)` each."""
     states = np.stack([state_vector(state) for state in run.states])
     found = {"state": states, "update": np.diff(states, axis=0, prepend=start[None])}
     for kind in sorted({name.rsplit("/", 1)[1] for name in run.moment_history[-1]}):

@@ -16,11 +16,11 @@ class TrainingTask:
 
     Attributes:
         name: for reports.
-        model: ``mlp``: ``y = tanh(x W1 + b1) W2 + b2`` per partition; ``nlinear``: the NLinear-I forecaster, one linear
+        model: `mlp`: `y = tanh(x W1 + b1) W2 + b2` per partition; `nlinear`: the NLinear-I forecaster, one linear
             map a channel on a series from which its last value was subtracted.
         parameters: starting values by name, float64, never zero.
-        inputs: ``(batches, batch, ...)``, float64; step k uses batch ``k % batches``.
-        targets: ``(batches, batch, ...)``, float64.
+        inputs: `(batches, batch, ...)`, float64; step k uses batch `k % batches`.
+        targets: `(batches, batch, ...)`, float64.
     """
 
     name: str

@@ -47,7 +47,7 @@ def resolve(name: str, precision: Any) -> Function:
     """Returns the function that a competitor's name means.
 
     Args:
-        name: a name of the registry, of ``STOCK`` or of ``YARDSTICKS``.
+        name: a name of the registry, of `STOCK` or of `YARDSTICKS`.
         precision: what JAX calls the precision of a product; None for the framework's default.
 
     Raises:

@@ -24,7 +24,7 @@ def _with_parameters(build: Callable[[], nnx.Module], x: Array, **parameters: Ar
 
 
 def nnx_einsum(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
-    """Flax nnx ``Einsum``."""
+    """Flax nnx `Einsum`."""
 
     def build() -> nnx.Module:
         return nnx.Einsum(
@@ -35,7 +35,7 @@ def nnx_einsum(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array
 
 
 def nnx_linear_general(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
-    """Flax nnx ``LinearGeneral`` with a batch axis, which must lead: hence a transpose before and after."""
+    """Flax nnx `LinearGeneral` with a batch axis, which must lead: hence a transpose before and after."""
     n, i, o = kernel.shape
 
     def build() -> nnx.Module:
@@ -47,7 +47,7 @@ def nnx_linear_general(x: Array, kernel: Array, bias: Array, *, precision: Any) 
 
 
 def linen_dense_general(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
-    """Flax linen ``DenseGeneral`` with a batch dimension, which must lead: hence a transpose before and after."""
+    """Flax linen `DenseGeneral` with a batch dimension, which must lead: hence a transpose before and after."""
     layer = linen.DenseGeneral(kernel.shape[2], batch_dims=(0,), param_dtype=kernel.dtype, precision=precision)
     y = layer.apply({"params": {"kernel": kernel, "bias": bias}}, jnp.swapaxes(x, 0, 1))
     return jnp.swapaxes(cast(Array, y), 0, 1)
@@ -62,7 +62,7 @@ def _matmul_precision(precision: Any) -> AbstractContextManager[object]:
 
 
 def einmix() -> Function:
-    """Einops ``EinMix`` for Flax."""
+    """Einops `EinMix` for Flax."""
     from einops.layers.flax import EinMix
 
     def run(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
@@ -75,7 +75,7 @@ def einmix() -> Function:
 
 
 def equinox_filter_vmap() -> Function:
-    """Equinox: ``filter_vmap`` over an ensemble of ``eqx.nn.Linear``, which keeps (out, in)."""
+    """Equinox: `filter_vmap` over an ensemble of `eqx.nn.Linear`, which keeps (out, in)."""
     import equinox as eqx
 
     def run(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
@@ -93,7 +93,7 @@ def equinox_filter_vmap() -> Function:
 
 
 def keras_einsum_dense() -> Function:
-    """Keras ``EinsumDense`` on its JAX backend, called statelessly."""
+    """Keras `EinsumDense` on its JAX backend, called statelessly."""
     # Read once, when keras is imported; a worker runs one framework only.
     os.environ["KERAS_BACKEND"] = "jax"
     import keras

@@ -28,9 +28,9 @@ _RATES = 1
 def compiler_options(division: str, device: str, mode: str) -> dict[str, Any]:
     """XLA's options for the programs of a division; empty for its defaults.
 
-    On a GPU the matched division compares ``jit`` with torch's eager mode, which records no CUDA graph, so that XLA may
-    record none either; ``jit-graph`` is compared with ``cuda-graph``, in the tuned division too. By default XLA records
-    no graph of fewer than five kernels, and the forward pass of this map is one kernel: ``jit-graph`` records any.
+    On a GPU the matched division compares `jit` with torch's eager mode, which records no CUDA graph, so that XLA may
+    record none either; `jit-graph` is compared with `cuda-graph`, in the tuned division too. By default XLA records
+    no graph of fewer than five kernels, and the forward pass of this map is one kernel: `jit-graph` records any.
     """
     if device != "cuda" or division == "stock":
         return {}

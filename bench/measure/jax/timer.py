@@ -36,7 +36,7 @@ _LARGEST_L2_BYTES = 128 * 2**20
 
 
 class JaxTimer:
-    """See ``base.Timer``."""
+    """See `base.Timer`."""
 
     framework = "jax"
 
@@ -44,7 +44,7 @@ class JaxTimer:
         self._device, self._precision, self._division = "cpu", "ieee_fp32", "stock"
 
     def devices(self) -> tuple[str, ...]:
-        """``cpu``, and ``cuda`` where JAX runs on a GPU."""
+        """`cpu`, and `cuda` where JAX runs on a GPU."""
         return ("cpu", "cuda") if jax.default_backend() == "gpu" else ("cpu",)
 
     def catalogue(self) -> Catalogue:

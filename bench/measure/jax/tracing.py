@@ -42,7 +42,7 @@ def traced(prepared: Prepared, call: Call, device: str) -> Trace:
     Args:
         prepared: the competitor, for its program.
         call: runs it once and waits.
-        device: ``cpu`` or ``cuda``.
+        device: `cpu` or `cuda`.
 
     Returns:
         On a GPU the kernels with the union of their intervals; on a CPU the instructions of the program.

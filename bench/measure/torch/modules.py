@@ -11,7 +11,7 @@ Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def einmix() -> Function:
-    """Einops ``EinMix``, holding the given arrays as its weight and bias."""
+    """Einops `EinMix`, holding the given arrays as its weight and bias."""
     from einops.layers.torch import EinMix
 
     # One competitor is called with one set of arrays, again and again; the module goes when the competitor goes.
@@ -38,7 +38,7 @@ def einmix() -> Function:
 
 
 def functional_ensemble() -> Function:
-    """``torch.func``'s model ensembling: vmap over ``functional_call`` of one nn.Linear with stacked parameters."""
+    """`torch.func`'s model ensembling: vmap over `functional_call` of one nn.Linear with stacked parameters."""
     held: dict[str, nn.Module] = {}
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def functional_ensemble() -> Function:
 
 
 def keras_einsum_dense() -> Function:
-    """Keras ``EinsumDense`` on its torch backend, called statelessly with the given arrays."""
+    """Keras `EinsumDense` on its torch backend, called statelessly with the given arrays."""
     # Read once, when keras is imported; a worker runs one framework only.
     os.environ["KERAS_BACKEND"] = "torch"
     import keras

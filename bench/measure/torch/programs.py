@@ -28,7 +28,7 @@ _CALLS_BEFORE_CAPTURE = 3
 
 
 def _in_layout(function: Function, layout: str, *, settle: bool) -> Function:
-    """The function on arrays as they lie in memory; ``settle`` asks for results that lie like the inputs."""
+    """The function on arrays as they lie in memory; `settle` asks for results that lie like the inputs."""
     axes = swapped_axes(layout)
 
     def laid_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def _watched(function: Function) -> tuple[Function, Callable[[], int]]:
 class _ProductCounter(TorchDispatchMode):
     """Adds up torch's own formulas for the operations of products and convolutions.
 
-    Not ``FlopCounterMode``, which hooks into modules and then refuses ``torch.autograd.grad`` on their parameters.
+    Not `FlopCounterMode`, which hooks into modules and then refuses `torch.autograd.grad` on their parameters.
     """
 
     flops = 0

@@ -40,7 +40,7 @@ def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 class TorchTimer:
-    """See ``base.Timer``."""
+    """See `base.Timer`."""
 
     framework = "torch"
 
@@ -48,7 +48,7 @@ class TorchTimer:
         self._device, self._precision, self._division = "cpu", "ieee_fp32", "stock"
 
     def devices(self) -> tuple[str, ...]:
-        """``cpu``, and ``cuda`` where this build sees a GPU."""
+        """`cpu`, and `cuda` where this build sees a GPU."""
         return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
     def catalogue(self) -> Catalogue:
@@ -199,7 +199,7 @@ class TorchTimer:
         """Allocator peak less what was live before on a GPU; growth of the resident set on a CPU.
 
         A CUDA graph replays in memory that it took while it was recorded: that is its figure where it is known, and
-        graphs that ``torch.compile`` records by itself have none.
+        graphs that `torch.compile` records by itself have none.
         """
         if self._device == "cpu":
             return memory.resident_growth(prepared.call)

@@ -33,7 +33,7 @@ def traced(call: Call, device: str) -> Trace:
 
     Args:
         call: a call that was warmed up.
-        device: ``cpu`` or ``cuda``.
+        device: `cpu` or `cuda`.
 
     Returns:
         On a GPU the kernels, copies and fills with the union of their intervals; on a CPU the operations.

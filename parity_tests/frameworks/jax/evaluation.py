@@ -68,7 +68,7 @@ def evaluated(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
 
 
 def squared(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    """The operands of a sum with squares in the place of its terms: the sum of these is Q, see ``calibration``."""
+    """The operands of a sum with squares in the place of its terms: the sum of these is Q, see `calibration`."""
     if equation.primitive.name == "select_and_scatter_add":  # the second operand only says where the terms go
         return [jnp.square(operands[0]), *operands[1:]]
     return [jnp.square(jnp.abs(value)) if is_inexact(value) else value for value in operands]

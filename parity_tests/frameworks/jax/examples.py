@@ -11,27 +11,27 @@ from flax import nnx
 
 
 def linear() -> dict[str, Any]:
-    """``nnx.Linear``."""
+    """`nnx.Linear`."""
     return {"flax_module": nnx.Linear(24, 16, rngs=nnx.Rngs(0))}
 
 
 def conv() -> dict[str, Any]:
-    """``nnx.Conv``, channels last, padding ``SAME`` by default."""
+    """`nnx.Conv`, channels last, padding `SAME` by default."""
     return {"flax_module": nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0))}
 
 
 def layer_norm() -> dict[str, Any]:
-    """``nnx.LayerNorm`` with its default epsilon."""
+    """`nnx.LayerNorm` with its default epsilon."""
     return {"flax_module": nnx.LayerNorm(16, rngs=nnx.Rngs(0))}
 
 
 def attention() -> dict[str, Any]:
-    """``nnx.MultiHeadAttention`` without a decoding cache."""
+    """`nnx.MultiHeadAttention` without a decoding cache."""
     return {"flax_module": nnx.MultiHeadAttention(4, 16, decode=False, rngs=nnx.Rngs(0))}
 
 
 class Cell(nn.Module):
-    """Linen's ``GRUCell`` with torch's order of arguments and only the new state returned."""
+    """Linen's `GRUCell` with torch's order of arguments and only the new state returned."""
 
     features: int
 
@@ -42,32 +42,32 @@ class Cell(nn.Module):
 
 
 def gru_cell() -> dict[str, Any]:
-    """Linen's ``GRUCell``: that of nnx has no bias on the recurrent side, so that it cannot express torch's."""
+    """Linen's `GRUCell`: that of nnx has no bias on the recurrent side, so that it cannot express torch's."""
     return {"flax_module": Cell(8)}
 
 
 def linear_defaults() -> dict[str, Any]:
-    """``nnx.Linear``."""
+    """`nnx.Linear`."""
     return linear()
 
 
 def conv_defaults() -> dict[str, Any]:
-    """``nnx.Conv``, padding ``SAME``."""
+    """`nnx.Conv`, padding `SAME`."""
     return conv()
 
 
 def layer_norm_defaults() -> dict[str, Any]:
-    """``nnx.LayerNorm`` with its own epsilon."""
+    """`nnx.LayerNorm` with its own epsilon."""
     return layer_norm()
 
 
 def attention_defaults() -> dict[str, Any]:
-    """``nnx.MultiHeadAttention``, batch first."""
+    """`nnx.MultiHeadAttention`, batch first."""
     return attention()
 
 
 class StateFirstCell(nn.Module):
-    """Linen's ``GRUCell`` with its own order of arguments; it returns the new state twice, of which one is kept."""
+    """Linen's `GRUCell` with its own order of arguments; it returns the new state twice, of which one is kept."""
 
     features: int
 
@@ -78,7 +78,7 @@ class StateFirstCell(nn.Module):
 
 
 def gru_cell_defaults() -> dict[str, Any]:
-    """Linen's ``GRUCell``, called with the state, then the input."""
+    """Linen's `GRUCell`, called with the state, then the input."""
     return {"flax_module": StateFirstCell(8)}
 
 

@@ -12,11 +12,11 @@ LAYERS = ("layer", "linen")
 
 
 def initial_weight(layer: str, init: str, sizes: tuple[int, int, int], dtype: str, seed: int) -> np.ndarray:
-    """Returns the kernel ``(n, in, out)`` that a new layer drew.
+    """Returns the kernel `(n, in, out)` that a new layer drew.
 
     Args:
-        layer: a name of ``LAYERS``.
-        init: ``torch`` or ``flax``.
+        layer: a name of `LAYERS`.
+        init: `torch` or `flax`.
         sizes: n, in, out.
         dtype: of the parameters.
         seed: of the generator.

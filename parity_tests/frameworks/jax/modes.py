@@ -1,4 +1,4 @@
-"""How JAX runs a call in each mode of ``modes.MODES``."""
+"""How JAX runs a call in each mode of `modes.MODES`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Execution:
 
     Attributes:
         wrap: from the subject's function to the one that is called.
-        program: from that function to what runs: ``jax.jit``, or nothing.
+        program: from that function to what runs: `jax.jit`, or nothing.
         casts: the subject is a layer with a dtype policy.
         divides: operands are divided over devices.
     """

@@ -23,8 +23,8 @@ class FlatModule:
     """A module without state of its own.
 
     Attributes:
-        specs: arrays by dotted path; linen collections other than ``params`` come first in the path.
-        stateful: ``(arrays, *inputs) -> (outputs, buffers)``, the buffers by name as they are after the call.
+        specs: arrays by dotted path; linen collections other than `params` come first in the path.
+        stateful: `(arrays, *inputs) -> (outputs, buffers)`, the buffers by name as they are after the call.
         reseeded: the same with other random states, or None if there are none.
     """
 
@@ -143,7 +143,7 @@ def _pytree(call: Callable[..., Any], tree: Any, is_parameter: Callable[[Any], b
     """A function of any pytree, whose arrays are named by their paths; its other leaves stay what they are.
 
     Args:
-        call: ``(tree, *inputs) -> outputs``.
+        call: `(tree, *inputs) -> outputs`.
         tree: dicts, lists, tuples, dataclasses, Equinox modules, ... with initial values.
         is_parameter: of a leaf.
     """
@@ -192,8 +192,8 @@ def flatten_module(
 
     Args:
         module: a linen module, an nnx module, a callable pytree with arrays (an Equinox module), or
-            ``f(parameters, *inputs)`` of any pytree.
-        kwargs: keyword arguments of every call; for linen ``rngs`` and ``mutable`` mean what they mean to ``apply``.
+            `f(parameters, *inputs)` of any pytree.
+        kwargs: keyword arguments of every call; for linen `rngs` and `mutable` mean what they mean to `apply`.
         initial: initial parameters of a function, or variables of a linen module; None for another module.
         inputs: examples, from which linen infers shapes.
 

@@ -1,6 +1,6 @@
 """An interpreter of traced JAX programs in float64 that lets every operation err as it may in the format it was traced.
 
-Noise model: see ``pair.calibration``. The traced program says in which format each operation works (a norm's statistics
+Noise model: see `pair.calibration`. The traced program says in which format each operation works (a norm's statistics
 in float32, a bias gradient summed in bfloat16); no operation is granted a coarser one than the pair is judged in, so
 that a module that computes in bfloat16 behind a float32 interface is not excused.
 
@@ -46,7 +46,7 @@ _POOL_BITS = 16
 def normal_pool() -> np.ndarray:
     """The standard normal numbers that all noise is looked up in."""
     pool = np.random.default_rng(0xD1CE).standard_normal(1 << _POOL_BITS)
-    # Of 24 bits, see ``_shifted``.
+    # Of 24 bits, see `_shifted`.
     return ((pool - pool.mean()) / pool.std()).astype(np.float32).astype(np.float64)
 
 
@@ -63,14 +63,14 @@ class Mark(NamedTuple):
 
 
 class Interpreter:
-    """Evaluates a traced program; to be used inside ``jit`` with 64-bit types enabled.
+    """Evaluates a traced program; to be used inside `jit` with 64-bit types enabled.
 
     Args:
         dtype: no operation errs more coarsely than this format.
         member: traced int64, the number of the ensemble's run.
         amplitude: traced float64, of the noise; None leaves all noise out (the truth).
-        pool: traced, ``normal_pool``: as a constant every operation would carry its own copy.
-        constants: only rounded constants move, by ``moved_constant`` of the member; with noise also what is computed
+        pool: traced, `normal_pool`: as a constant every operation would carry its own copy.
+        constants: only rounded constants move, by `moved_constant` of the member; with noise also what is computed
             from constants alone.
     """
 
@@ -187,7 +187,7 @@ class Interpreter:
         return results
 
     def _noisy(self, equation: JaxprEqn, operands: list[Any], held: float) -> Sequence[Any]:
-        """Results that err; ``held`` is the roundoff of a format that holds all operands exactly."""
+        """Results that err; `held` is the roundoff of a format that holds all operands exactly."""
         name = equation.primitive.name
         results = self._exactly(equation, operands)
         if name in JAX_EXACT and not (name in ("abs", "sign") and jnp.iscomplexobj(operands[0])):
@@ -289,7 +289,7 @@ def _shifted(value: Any, deviation: Any, amplitude: Any, member: Any, odd: Any, 
 
 
 def _uncontracted(value: Any, zero: Any) -> Any:
-    """A product that no compiler adds to in one rounding; ``zero`` is one that it does not know.
+    """A product that no compiler adds to in one rounding; `zero` is one that it does not know.
 
     A value is computed again where it is used again. With a fused addition at one place and none at the other, a
     maximum would not be among the numbers that it is the maximum of, and its gradient would go nowhere.

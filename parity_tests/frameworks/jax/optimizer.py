@@ -14,7 +14,7 @@ Arrays = Mapping[str, jax.Array]
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:
-    """Scales by ``min(1, max_norm / (norm + 1e-6))``; optax's own clip leaves the 1e-6 out."""
+    """Scales by `min(1, max_norm / (norm + 1e-6))`; optax's own clip leaves the 1e-6 out."""
 
     def update(updates, state, params=None):
         del params
@@ -29,7 +29,7 @@ class _SumOfSquares(NamedTuple):
 
 
 def _scale_by_adagrad(epsilon: float) -> optax.GradientTransformation:
-    """``g / (sqrt(sum g^2) + eps)``, accumulator from 0; optax.scale_by_rss starts at 0.1 with eps inside the root."""
+    """`g / (sqrt(sum g^2) + eps)`, accumulator from 0; optax.scale_by_rss starts at 0.1 with eps inside the root."""
 
     def update(updates, state, params=None):
         del params
@@ -40,7 +40,7 @@ def _scale_by_adagrad(epsilon: float) -> optax.GradientTransformation:
 
 
 def build_optax(spec: OptimizerSpec, steps: int) -> optax.GradientTransformation:
-    """Returns the optax transformation of a spec, over a flat dict of arrays named ``...weight`` and ``...bias``.
+    """Returns the optax transformation of a spec, over a flat dict of arrays named `...weight` and `...bias`.
 
     Args:
         spec: what to build.
@@ -70,7 +70,7 @@ def build_optax(spec: OptimizerSpec, steps: int) -> optax.GradientTransformation
 
 
 def moments(state: Any) -> dict[str, np.ndarray]:
-    """Returns every moment in an optax state as ``<parameter>/<first|second>``."""
+    """Returns every moment in an optax state as `<parameter>/<first|second>`."""
     fields = {"trace": "first", "mu": "first", "nu": "second", "sum": "second"}
     found: dict[str, np.ndarray] = {}
     for part in jax.tree.leaves(state, is_leaf=lambda node: hasattr(node, "_fields")):

@@ -1,4 +1,4 @@
-"""The flax side of a pair: a linen or nnx module as it is, or a function ``f(parameters, *inputs)``; jitted."""
+"""The flax side of a pair: a linen or nnx module as it is, or a function `f(parameters, *inputs)`; jitted."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -33,13 +33,13 @@ Program = Callable[..., dict[str, Any]]
 
 
 class JaxSide:
-    """One Flax module or JAX function; see ``side.Side``.
+    """One Flax module or JAX function; see `side.Side`.
 
     Args:
         module: a linen module, an nnx module, a callable pytree, or a function of a pytree of arrays and the inputs.
         kwargs: keyword arguments of every call.
         initial: initial parameters of a function, variables of a linen module; None for another module.
-        device: ``cpu``, ``cuda`` or ``auto``.
+        device: `cpu`, `cuda` or `auto`.
         change: spoils the flat function, to plant a defect.
     """
 
@@ -80,7 +80,7 @@ class JaxSide:
         return self._jitted("forward", parameters, inputs, None)
 
     def vjp(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays) -> dict[str, np.ndarray]:
-        """Jitted ``jax.vjp``."""
+        """Jitted `jax.vjp`."""
         return self._jitted("vjp", parameters, inputs, cotangents)
 
     def truth(

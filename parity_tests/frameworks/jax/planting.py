@@ -1,4 +1,4 @@
-"""How a defect is planted in the flax side of an example pair; the defects themselves: ``jax_defects``."""
+"""How a defect is planted in the flax side of an example pair; the defects themselves: `jax_defects`."""
 
 import functools
 from collections.abc import Callable

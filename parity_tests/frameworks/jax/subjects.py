@@ -32,7 +32,7 @@ def _double_precision_if(needed: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class JaxSubject:
-    """One JAX implementation in one mode; see ``base.Subject``."""
+    """One JAX implementation in one mode; see `base.Subject`."""
 
     implementation: str
     isolates_partitions: bool
@@ -183,7 +183,7 @@ def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def resolve_device(device: str) -> Any:
-    """Turns ``auto``, ``cpu`` or ``cuda`` into a device.
+    """Turns `auto`, `cpu` or `cuda` into a device.
 
     Raises:
         ValueError: if the device is not there.
@@ -200,7 +200,7 @@ def resolve_device(device: str) -> Any:
 
 
 def plain_linear(device: str = "auto") -> JaxSubject:
-    """Returns ``flax.nnx.Linear`` as a subject, for inputs with one partition."""
+    """Returns `flax.nnx.Linear` as a subject, for inputs with one partition."""
     return JaxSubject("nnx.Linear", True, resolve_device(device), _plain_linear, table_name=None)
 
 

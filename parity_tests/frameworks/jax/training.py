@@ -23,7 +23,7 @@ Offsets = dict[str, tuple[jax.Array, jax.Array]]
 
 @dataclass(frozen=True)
 class JaxTraining:
-    """The JAX side of training parity; see ``base.TrainingSubject``.
+    """The JAX side of training parity; see `base.TrainingSubject`.
 
     Frozen, so that equal sides are the same static argument and share what was compiled.
     """
@@ -79,7 +79,7 @@ class JaxTraining:
     def train(
         self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int, members: int = 0, seed: int = 0
     ) -> list[Trajectory]:
-        """Trains freely; with ``members`` > 0, that many runs with a random rounding error after every step."""
+        """Trains freely; with `members` > 0, that many runs with a random rounding error after every step."""
         with jax.enable_x64(dtype == "float64"):
             placed = {name: jnp.asarray(array, dtype) for name, array in task.parameters.items()}
             inputs, targets = jnp.asarray(task.inputs, dtype), jnp.asarray(task.targets, dtype)

@@ -29,7 +29,7 @@ _RANDOM = ("jax._src.random", "jax._src.prng")
 
 @contextlib.contextmanager
 def _machine_limits(leg: Any) -> Iterator[None]:
-    """Lets modules that ask for the limits of float64 (``jnp.finfo(x.dtype).eps``) see those of the leg's dtype.
+    """Lets modules that ask for the limits of float64 (`jnp.finfo(x.dtype).eps`) see those of the leg's dtype.
 
     The truth is the leg's function without roundings, and an epsilon that follows the dtype belongs to the function.
     JAX's own algorithms, which choose their accuracy by these limits, are left alone.
@@ -50,7 +50,7 @@ def _machine_limits(leg: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _wide_formats() -> Iterator[None]:
-    """Lets a module that asks for a narrow format (``dtype=jnp.float32``, ``jnp.zeros(n, jnp.float32)``) get float64.
+    """Lets a module that asks for a narrow format (`dtype=jnp.float32`, `jnp.zeros(n, jnp.float32)`) get float64.
 
     So its loops may start from zeros of its own, and tracing rounds no constant in its code. All of JAX's functions
     have a dtype of the user's checked in one place, which is not public: where it has moved, formats stay as they are.

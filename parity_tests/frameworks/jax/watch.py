@@ -1,6 +1,6 @@
 """Which branches a traced JAX program takes, and which of its operations work in a wide format.
 
-Of JAX's own code only what a user writes down counts (``where``, ``clip``, ``relu6``): an index that is normalised, or
+Of JAX's own code only what a user writes down counts (`where`, `clip`, `relu6`): an index that is normalised, or
 a softmax that guards against infinities, has branches that concern nobody.
 """
 
@@ -57,7 +57,7 @@ class Site:
         equation: the operation.
         functions: of JAX, through which the user came to it, innermost first.
         files: where these and a library's functions stand, down to the user's own.
-        place: the user's line, as ``port.py:12``; empty if unknown.
+        place: the user's line, as `port.py:12`; empty if unknown.
         moving: which operands depend on the program's arguments.
     """
 
@@ -148,7 +148,7 @@ def branching(found: Mapping[tuple[int, ...], Site]) -> dict[tuple[int, ...], Si
 
 
 def wide_operations(found: Mapping[tuple[int, ...], Site], size: int) -> tuple[str, ...]:
-    """Return the operations on formats wider than ``size`` bytes, with their lines; casts and choices do not count.
+    """Return the operations on formats wider than `size` bytes, with their lines; casts and choices do not count.
 
     Sums, norms and attention are meant to be wider than their operands inside, and are left out.
     """
@@ -171,11 +171,11 @@ def wide_operations(found: Mapping[tuple[int, ...], Site], size: int) -> tuple[s
 
 
 class BranchWatch(Interpreter):
-    """Evaluates a program in float64 and reports the branches of some of its operations, from inside ``jit``.
+    """Evaluates a program in float64 and reports the branches of some of its operations, from inside `jit`.
 
     Args:
-        watched: from ``branching``.
-        see: ``(path, numbers)``, called while the program runs: for every branch whether it was taken, then where it
+        watched: from `branching`.
+        see: `(path, numbers)`, called while the program runs: for every branch whether it was taken, then where it
             begins, then the smallest and the largest operand.
     """
 
@@ -301,7 +301,7 @@ _MASKS: dict[str, Callable[[Site, Sequence[Any]], tuple[list[Any], list[Any], An
 
 
 def report(branches: Branches, path: tuple[int, ...], site: Site, numbers: np.ndarray) -> None:
-    """Puts what ``BranchWatch`` reports into words.
+    """Puts what `BranchWatch` reports into words.
 
     Args:
         branches: that are added to.

@@ -16,7 +16,7 @@ def to_torch(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The inverse of ``to_torch``."""
+    """The inverse of `to_torch`."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)

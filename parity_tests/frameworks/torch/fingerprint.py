@@ -22,7 +22,7 @@ Noisy = Callable[[int, tuple, dict], Any]
 
 
 def accumulator(func: Any, args: tuple, kwargs: dict, dtype: str, noisy: Noisy) -> str:
-    """Returns ``float32`` where the kernel errs as a float32 accumulator explains, else ``dtype``.
+    """Returns `float32` where the kernel errs as a float32 accumulator explains, else `dtype`.
 
     The model's spread is an upper bound on the root mean square of the errors it describes (roundings are uniform, the
     model takes their largest size), so that errors above it come from a coarser accumulator.

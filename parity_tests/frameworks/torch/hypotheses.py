@@ -29,7 +29,7 @@ class Recorder:
         self._gelus: set[str] = set()
 
     def rewrite(self, variant: str) -> Rewrite:
-        """A rewriting of operations: the one that ``variant`` names, or one that only records."""
+        """A rewriting of operations: the one that `variant` names, or one that only records."""
         kind, _, value = variant.partition("=")
 
         def apply(name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

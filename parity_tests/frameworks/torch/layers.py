@@ -15,11 +15,11 @@ LAYERS: dict[str, type[PartitionedLinear] | type[MaskedPartitionedLinear]] = {
 
 
 def initial_weight(layer: str, init: str, sizes: tuple[int, int, int], dtype: str, seed: int) -> np.ndarray:
-    """Returns the weight ``(n, in, out)`` that a new layer drew.
+    """Returns the weight `(n, in, out)` that a new layer drew.
 
     Args:
-        layer: a name of ``LAYERS``.
-        init: ``torch`` or ``flax``.
+        layer: a name of `LAYERS`.
+        init: `torch` or `flax`.
         sizes: n, in, out.
         dtype: of the parameters.
         seed: of the generator, whose state is restored.
@@ -48,10 +48,10 @@ def masked_training(
         dtype: of the parameter.
         steps: of the optimiser.
         seed: of data and parameters.
-        defect: a name of ``PLANTS``; none for the healthy layer.
+        defect: a name of `PLANTS`; none for the healthy layer.
 
     Returns:
-        Dense ``(n * out, n * in)`` matrices: the map ``before``, the parameter's first ``gradient``, the map ``after``.
+        Dense `(n * out, n * in)` matrices: the map `before`, the parameter's first `gradient`, the map `after`.
     """
     if defect and defect not in PLANTS:
         raise ValueError(f"defect: expected one of {', '.join(PLANTS)}, got {defect!r}; choose one of these.")

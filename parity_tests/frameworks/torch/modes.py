@@ -1,4 +1,4 @@
-"""How PyTorch runs a call in each mode of ``modes.MODES``; sharding, which takes processes, is in ``torch_sharded``."""
+"""How PyTorch runs a call in each mode of `modes.MODES`; sharding, which takes processes, is in `torch_sharded`."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -81,12 +81,12 @@ def mode_reason(mode: str, table_name: str | None, dtype: str) -> str | None:
 def canonical_gradients(
     gradients: Mapping[str, np.ndarray], inputs: Inputs, dense: bool, mode: str
 ) -> dict[str, np.ndarray]:
-    """Brings parameter gradients to ``(n, i, o)`` and ``(n, o)``, whatever the layer and the mode made of them.
+    """Brings parameter gradients to `(n, i, o)` and `(n, o)`, whatever the layer and the mode made of them.
 
     Args:
-        gradients: ``dx``, ``dweight`` and, with a bias, ``dbias``, as the leaves have them.
+        gradients: `dx`, `dweight` and, with a bias, `dbias`, as the leaves have them.
         inputs: what the subject was given.
-        dense: the weight is the masked layer's ``(n*o, n*i)``, of which the diagonal blocks count.
+        dense: the weight is the masked layer's `(n*o, n*i)`, of which the diagonal blocks count.
         mode: a mapped ensemble stacks its members' leaves.
     """
     n, i, o = inputs.weight.shape

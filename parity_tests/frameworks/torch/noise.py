@@ -1,7 +1,7 @@
 """A dispatch mode that evaluates torch code in float64 and, if asked, lets every operation err as it may in a format.
 
-Noise model: see ``pair.calibration``. Fused operations (softmax, norms, gelu, ...) are taken apart: torch evaluates
-their insides in float32 at least and rounds the result once, so the parts err at ``u_acc``, the result at ``u``.
+Noise model: see `pair.calibration`. Fused operations (softmax, norms, gelu, ...) are taken apart: torch evaluates
+their insides in float32 at least and rounds the result once, so the parts err at `u_acc`, the result at `u`.
 A few kernels hold a constant of float32 in float64 too; the truth goes round them.
 """
 
@@ -83,7 +83,7 @@ class DoublePrecision(TorchDispatchMode):
 
     Args:
         dtype: format that every operation errs as in; the insides of sums and fused operations err as their
-            accumulator does, see ``torch_fingerprint``.
+            accumulator does, see `torch_fingerprint`.
         member: number of the ensemble's run.
         amplitude: of the noise; 0 for the truth.
         device: of the tensors.
@@ -322,7 +322,7 @@ def _is_exact(name: str, args: tuple, kwargs: dict) -> bool:
 
 
 def _with_exact_scale(grad: Any, alpha: Any, scale: Any, input_scale: Any, *rest: Any) -> tuple:
-    """The arguments of ``elu_backward``: celu asks for 1 / alpha there, and torch computes it from a float32 alpha."""
+    """The arguments of `elu_backward`: celu asks for 1 / alpha there, and torch computes it from a float32 alpha."""
     if scale == 1 and alpha and input_scale == 1.0 / float(np.float32(alpha)):
         input_scale = 1.0 / alpha
     return grad, alpha, scale, input_scale, *rest

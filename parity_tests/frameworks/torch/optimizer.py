@@ -14,7 +14,7 @@ def build_torch(
 
     Args:
         spec: what to build; clipping is not part of a torch optimiser and is left to the caller.
-        parameters: leaves by name ``...weight`` or ``...bias``; updated in place.
+        parameters: leaves by name `...weight` or `...bias`; updated in place.
         foreach: as torch has it; None for torch's own choice.
     """
     groups = [
@@ -62,7 +62,7 @@ class TorchOptimizer:
         self._step += 1
 
     def moments(self) -> dict[str, torch.Tensor]:
-        """Returns every moment as ``<parameter>/<first|second>``."""
+        """Returns every moment as `<parameter>/<first|second>`."""
         names = {
             "momentum_buffer": "first",
             "exp_avg": "first",

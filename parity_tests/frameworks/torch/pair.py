@@ -1,4 +1,4 @@
-"""The torch side of a pair: an ``nn.Module`` as it is, or a function ``f(parameters, *inputs)``."""
+"""The torch side of a pair: an `nn.Module` as it is, or a function `f(parameters, *inputs)`."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +35,7 @@ Function = Callable[..., Any]
 
 @contextlib.contextmanager
 def _double_default() -> Iterator[None]:
-    """Constants that a module creates on the way (``torch.tensor(0.1)``) are float64 too."""
+    """Constants that a module creates on the way (`torch.tensor(0.1)`) are float64 too."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -45,13 +45,13 @@ def _double_default() -> Iterator[None]:
 
 
 class TorchSide:
-    """One torch module or function; see ``side.Side``.
+    """One torch module or function; see `side.Side`.
 
     Args:
-        module: an ``nn.Module`` (its training mode is left as it is), or a function of a dict of tensors and inputs.
+        module: an `nn.Module` (its training mode is left as it is), or a function of a dict of tensors and inputs.
         kwargs: keyword arguments of every call.
         initial: initial parameters of a function; None for a module.
-        device: ``cpu``, ``cuda`` or ``auto``.
+        device: `cpu`, `cuda` or `auto`.
 
     Raises:
         TypeError: for anything else, or a function without initial parameters.
@@ -94,7 +94,7 @@ class TorchSide:
         return torch.func.functional_call(self._module, tensors, inputs, self._kwargs)
 
     def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
-        """Parameters, then buffers; a parameter with ``requires_grad=False`` is frozen."""
+        """Parameters, then buffers; a parameter with `requires_grad=False` is frozen."""
         del inputs
         if self._module is None:
             assert self._initial is not None
@@ -244,7 +244,7 @@ class TorchSide:
         leg: Arrays | None = None,
         watch: BranchWatch | None = None,
     ) -> dict[str, np.ndarray]:
-        """Runs under a mode, made for the parameters and integer inputs; ``leg`` has the parameters' own dtypes."""
+        """Runs under a mode, made for the parameters and integer inputs; `leg` has the parameters' own dtypes."""
         tensors = self._tensors({name: widened(array) for name, array in parameters.items()})
         arguments = self._inputs(tuple(map(widened, inputs)))
         integers = {f"inputs[{k}]": tensor for k, tensor in enumerate(arguments) if not is_inexact(inputs[k])}

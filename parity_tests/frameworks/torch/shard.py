@@ -85,7 +85,7 @@ def serve(rank: int, size: int, store: str, connection: Connection) -> None:
         rank: of this process.
         size: of the group.
         store: file through which the group finds itself.
-        connection: brings ``(implementation, inputs, gradients)``; rank 0 sends arrays by name back, or a sentence.
+        connection: brings `(implementation, inputs, gradients)`; rank 0 sends arrays by name back, or a sentence.
     """
     # An interruption is the parent's to handle: it reports what it has, and ends its children.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -153,7 +153,7 @@ def _shards(size: int) -> _Shards:
 
 @dataclass(frozen=True)
 class ShardedTorchSubject:
-    """A subject with its partitions divided over processes; see ``base.Subject``.
+    """A subject with its partitions divided over processes; see `base.Subject`.
 
     Where the implementation runs on DTensors the whole layer is sharded, as a user would have it. Where it does not,
     each process calls it with its own partitions as ordinary tensors, and only the results are put together.

@@ -1,4 +1,4 @@
-"""A PyTorch subject, and the eager ones: the public function, both layer classes, and ``torch.nn.Linear``."""
+"""A PyTorch subject, and the eager ones: the public function, both layer classes, and `torch.nn.Linear`."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from torch_impl.registry import IMPLEMENTATIONS, unsupported_reason
 
 @dataclass(frozen=True)
 class TorchSubject:
-    """One PyTorch implementation on one device, in one mode; see ``base.Subject``."""
+    """One PyTorch implementation on one device, in one mode; see `base.Subject`."""
 
     implementation: str
     isolates_partitions: bool
@@ -108,7 +108,7 @@ def _plain_linear(inputs: Inputs, device: torch.device) -> tuple[Function, list[
 
 
 def plain_linear_subject(device: torch.device) -> TorchSubject:
-    """The framework's own ``torch.nn.Linear`` as a subject, for inputs with one partition."""
+    """The framework's own `torch.nn.Linear` as a subject, for inputs with one partition."""
     return TorchSubject("nn.Linear", True, device, _plain_linear, table_name=None)
 
 

@@ -26,7 +26,7 @@ def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turns ``auto``, ``cpu`` or ``cuda`` into a device.
+    """Turns `auto`, `cpu` or `cuda` into a device.
 
     Raises:
         ValueError: if the device is not there.
@@ -39,7 +39,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def plain_linear(device: str = "auto") -> Subject:
-    """Returns ``torch.nn.Linear`` as a subject, for inputs with one partition."""
+    """Returns `torch.nn.Linear` as a subject, for inputs with one partition."""
     return plain_linear_subject(resolve_device(device))
 
 

@@ -17,7 +17,7 @@ Layer = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 class TorchTraining:
-    """The torch side of training parity; see ``base.TrainingSubject``."""
+    """The torch side of training parity; see `base.TrainingSubject`."""
 
     framework = "torch"
 
@@ -84,7 +84,7 @@ class TorchTraining:
     def train(
         self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int, members: int = 0, seed: int = 0
     ) -> list[Trajectory]:
-        """Trains freely; with ``members`` > 0, that many runs with a random rounding error after every step."""
+        """Trains freely; with `members` > 0, that many runs with a random rounding error after every step."""
         return [
             self._run(task, spec, dtype, steps, torch.Generator().manual_seed(seed + member) if members else None)
             for member in range(max(members, 1))

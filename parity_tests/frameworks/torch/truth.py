@@ -19,7 +19,7 @@ _RMS_NORMS = (torch.rms_norm, torch.nn.functional.rms_norm)
 
 
 class _Limits(TorchFunctionMode):
-    """Gives ``rms_norm`` the epsilon that it would choose for the leg's dtype: of float32 at least."""
+    """Gives `rms_norm` the epsilon that it would choose for the leg's dtype: of float32 at least."""
 
     def __init__(self, epsilon: float) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class _Limits(TorchFunctionMode):
 
 @contextlib.contextmanager
 def machine_limits(leg: torch.dtype) -> Iterator[None]:
-    """Lets modules that ask for the limits of float64 (``torch.finfo(x.dtype).min``) see those of the leg's dtype.
+    """Lets modules that ask for the limits of float64 (`torch.finfo(x.dtype).min`) see those of the leg's dtype.
 
     The truth is the leg's function without roundings, and an epsilon that follows the dtype belongs to the function.
 
@@ -62,7 +62,7 @@ def machine_limits(leg: torch.dtype) -> Iterator[None]:
 
 
 class MovedConstants(DoublePrecision):
-    """Evaluates in float64 with rounded constants moved, by ``moved_constant``.
+    """Evaluates in float64 with rounded constants moved, by `moved_constant`.
 
     Args:
         member: number of the run; 0 moves nothing.

@@ -51,7 +51,7 @@ def _frames() -> Iterator[FrameType]:
 
 
 def _line() -> str:
-    """The innermost line outside torch, as ``port.py:12``; empty if the module is torch's own."""
+    """The innermost line outside torch, as `port.py:12`; empty if the module is torch's own."""
     for frame in _frames():
         path = frame.f_code.co_filename
         if not path.startswith((_LIBRARY, "<")):

@@ -1,9 +1,9 @@
-"""Five pairs that are not ours, made equal; each is a factory for ``--pair parity_tests.pair.examples:<name>``.
+"""Five pairs that are not ours, made equal; each is a factory for `--pair parity_tests.pair.examples:<name>`.
 
-``<name>_defaults`` is the same pair as a careless port leaves it: parameters carried over, every other setting at the
+`<name>_defaults` is the same pair as a careless port leaves it: parameters carried over, every other setting at the
 framework's own default.
 
-A factory is called with ``"torch"``, ``"jax"`` or ``"pair"`` and returns that part of ``check_pair``'s arguments, so
+A factory is called with `"torch"`, `"jax"` or `"pair"` and returns that part of `check_pair`'s arguments, so
 that either side can be built in an interpreter that has only its own framework.
 """
 
@@ -21,13 +21,13 @@ def _part(side: str, name: str, pair: dict[str, Any]) -> dict[str, Any]:
 
 
 def linear(side: str) -> dict[str, Any]:
-    """``nn.Linear(24, 16)`` and ``nnx.Linear``: torch stores the kernel transposed."""
+    """`nn.Linear(24, 16)` and `nnx.Linear`: torch stores the kernel transposed."""
     rules = [("weight", "kernel", "o i -> i o"), ("bias", "bias", "")]
     return _part(side, "linear", {"params": rules, "inputs": ((6, 5, 24),)})
 
 
 def conv(side: str) -> dict[str, Any]:
-    """``nn.Conv2d(3, 8, 3, padding=1)`` and ``nnx.Conv``: channels first against channels last, kernel likewise."""
+    """`nn.Conv2d(3, 8, 3, padding=1)` and `nnx.Conv`: channels first against channels last, kernel likewise."""
     rules = [("weight", "kernel", "o i kh kw -> kh kw i o"), ("bias", "bias", "")]
     pair = {
         "params": rules,
@@ -39,13 +39,13 @@ def conv(side: str) -> dict[str, Any]:
 
 
 def layer_norm(side: str) -> dict[str, Any]:
-    """``nn.LayerNorm(16, eps=1e-6)`` and ``nnx.LayerNorm``: torch's own default of epsilon is 1e-5."""
+    """`nn.LayerNorm(16, eps=1e-6)` and `nnx.LayerNorm`: torch's own default of epsilon is 1e-5."""
     rules = [("weight", "scale", ""), ("bias", "bias", "")]
     return _part(side, "layer_norm", {"params": rules, "inputs": ((9, 16),)})
 
 
 def attention(side: str) -> dict[str, Any]:
-    """``nn.MultiheadAttention`` and ``nnx.MultiHeadAttention``: one fused input projection against three."""
+    """`nn.MultiheadAttention` and `nnx.MultiHeadAttention`: one fused input projection against three."""
     rules = []
     for k, name in enumerate(("query", "key", "value")):
         rows = f"[{_FEATURES * k}:{_FEATURES * (k + 1)}]"
@@ -59,7 +59,7 @@ def attention(side: str) -> dict[str, Any]:
 
 
 def gru_cell(side: str) -> dict[str, Any]:
-    """``nn.GRUCell(4, 8)`` and linen's ``GRUCell``: fused gates in the order r, z, n; torch has biases that add up."""
+    """`nn.GRUCell(4, 8)` and linen's `GRUCell`: fused gates in the order r, z, n; torch has biases that add up."""
     rules: list[tuple] = []
     for k, gate in enumerate("rzn"):
         rows = f"[{_HIDDEN * k}:{_HIDDEN * (k + 1)}]"
@@ -79,7 +79,7 @@ def linear_defaults(side: str) -> dict[str, Any]:
 
 
 def conv_defaults(side: str) -> dict[str, Any]:
-    """Padding: none against ``SAME``."""
+    """Padding: none against `SAME`."""
     return _part(side, "conv_defaults", conv("pair"))
 
 
