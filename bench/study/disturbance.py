@@ -64,7 +64,7 @@ def disturbance_line(records: Iterable[Record]) -> str | None:
     said = (
         f"Machine: {taken_by_others(worst, worst['cpus'])} (at most {worst['other_cpus_most']:.2f}), load {load}; "
         f"seconds in which threads waited for a processor, in each second: {waiting or 'not known'}; "
-        f"involuntary context switches in each second: {put_off}; a fixed loop took {worst['stretch'] or 1:.2f} times its shortest; "
-        f"{hit} of {windows} windows disturbed"
+        f"involuntary context switches in each second: {put_off}; "
+        f"a fixed loop took {worst['stretch'] or 1:.2f} times its shortest; {hit} of {windows} windows disturbed"
     )
     return said + (": no verdict." if is_disturbed(records) else ".")

@@ -189,7 +189,8 @@ def test_what_was_measured_before_a_refusal_is_in_the_files_that_were_asked_for(
     looks = iter([None])  # the first cell is let through
     monkeypatch.setattr(Gate, "_busy", lambda *args: next(looks, "other processes take 1.00 of 2 processors"))
     files = ("--json", tmp_path / "run.json", "--csv", tmp_path / "run.csv")
-    refused = call("run", *TINY, "--out", tmp_path / "run", "--when-busy", "refuse", *files)
+    wanted = ("--implementation", "matmul", "--when-busy", "refuse", *files)
+    refused = call("run", *TINY, *wanted, "--out", tmp_path / "run")
     assert refused.exit_code == 1
     assert "--when-busy refuse: other processes take 1.00" in refused.stderr
     assert "add --resume to continue" in refused.stderr
