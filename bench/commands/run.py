@@ -171,18 +171,20 @@ def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes, 
             interruption.check()
             bar.update(task, description=printable(state.text)[:100], completed=state.done, total=state.total)
 
+        ended = ""
         try:
-            engine(request, store, notes, show)
+            try:
+                engine(request, store, notes, show)
+            except BusyError as error:
+                ended = f"{str(error).removesuffix('.')}; {kept}"
+            except RequestError as error:
+                ended = f"a worker cannot start: {error}"
+            except EngineError as error:
+                ended = str(error)
             interruption.settle()
         except KeyboardInterrupt:
             return f"{_INTERRUPTED}; {kept}"
-        except BusyError as error:
-            return f"{str(error).removesuffix('.')}; {kept}"
-        except RequestError as error:
-            return f"a worker cannot start: {error}"
-        except EngineError as error:
-            return str(error)
-    return ""
+    return ended
 
 
 def run_command(options: Options) -> int:
