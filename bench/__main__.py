@@ -32,7 +32,7 @@ def run(
     implementation: Annotated[list[str] | None, typer.Option(help="Only this competitor; may be repeated.")] = None,
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="Only this mode, such as eager, cuda-graph or jit, and everybody in it; may be repeated."),
+        typer.Option(help="Only this mode, such as eager, cuda-graph or jit; may be repeated."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[list[str] | None, typer.Option(help="ieee_fp32, tf32, bf16, fp16 or fp64.")] = None,

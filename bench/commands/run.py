@@ -45,6 +45,8 @@ from parity_tests.report.console import PlainConsole
 from parity_tests.report.interruption import Interruption, interruptible
 from parity_tests.report.text import printable
 
+_INTERRUPTED = "interrupted"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -159,8 +161,9 @@ def _progress_bar() -> Iterator[ProgressBar]:
         yield bar
 
 
-def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes, interruption: Interruption) -> bool:
-    """Runs the sweep; returns whether it was interrupted."""
+def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes, interruption: Interruption) -> str:
+    """Runs the sweep; returns why it ended early, in a sentence, or nothing."""
+    kept = f"what was measured is in {store.directory}; add --resume to continue"
     with _progress_bar() as bar:
         task = bar.add_task("starting", total=None)
 
@@ -168,12 +171,20 @@ def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes, 
             interruption.check()
             bar.update(task, description=printable(state.text)[:100], completed=state.done, total=state.total)
 
+        ended = ""
         try:
-            engine(request, store, notes, show)
+            try:
+                engine(request, store, notes, show)
+            except BusyError as error:
+                ended = f"{str(error).removesuffix('.')}; {kept}"
+            except RequestError as error:
+                ended = f"a worker cannot start: {error}"
+            except EngineError as error:
+                ended = str(error)
             interruption.settle()
         except KeyboardInterrupt:
-            return True
-    return False
+            return f"{_INTERRUPTED}; {kept}"
+    return ended
 
 
 def run_command(options: Options) -> int:
@@ -195,19 +206,9 @@ def run_command(options: Options) -> int:
                     notes.add(
                         f"{store.set_aside_bytes} bytes of an unfinished cell were set aside; it is measured again."
                     )
-                interrupted = _measure(engine, request, store, notes, interruption)
+                stopped = _measure(engine, request, store, notes, interruption)
         except (UsageError, SelectionError, StoreError) as error:
             return complain(error)
-        except BusyError as error:
-            tell(f"{error} What was measured before is in {options.out}; add --resume to continue.")
-            return FAILED
-        except RequestError as error:
-            tell(f"a worker cannot start: {error}")
-            return FAILED
-        except EngineError as error:
-            tell(error)
-            return FAILED
-        stopped = f"interrupted; what was measured is in {options.out}; add --resume to continue" if interrupted else ""
         if store.environment_ids:
             try:
                 results = replace(read_results([options.out], damage=damage), stopped=stopped)
@@ -220,13 +221,14 @@ def run_command(options: Options) -> int:
     if failed is not None:
         complain(failed)
     damaged = tell_damage(damage.sentences, OK) != OK
-    if interrupted:
-        tell(f"{stopped}.")
+    if stopped:
+        tell(f"{stopped.removesuffix('.')}.")
+    if stopped.startswith(f"{_INTERRUPTED};"):
         return INTERRUPTED
     if failed is not None or damaged:
         return USAGE
     outcomes: Mapping[str, int] = {} if results is None else results.outcomes
-    return FAILED if not outcomes.get("ok") or outcomes.get("mismatch") or outcomes.get("crash") else OK
+    return FAILED if stopped or not outcomes.get("ok") or outcomes.get("mismatch") or outcomes.get("crash") else OK
 
 
 def _write(options: Options, notes: SweepNotes, results: Results) -> None:

@@ -55,7 +55,14 @@ UNSET: Mapping[str, Switch] = MappingProxyType(
         "JAX_DEBUG_INFS": Switch(_JAX, "makes every call wait and looks for infinities in its result"),
         "JAX_CHECK_TRACER_LEAKS": Switch(_JAX, "traces anew in every call"),
         "JAX_ENABLE_CHECKS": Switch(_JAX, "checks what it traces"),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": Switch(_JAX, "makes XLA leave out most of its optimisations"),
+        "JAX_NO_EXECUTION": Switch(_JAX, "computes nothing"),
+        "JAX_ENABLE_PGLE": Switch(_JAX, "profiles the first calls and compiles again after them"),
+        "JAX_LOG_COMPILES": Switch(_JAX, "writes a line for each program"),
         "JAX_TRANSFER_GUARD": Switch(_JAX, "refuses or reports copies between host and device", off_is_harmless=False),
+        "JAX_TRANSFER_GUARD_DEVICE_TO_DEVICE": Switch(_JAX, "refuses or reports copies", off_is_harmless=False),
+        "JAX_TRANSFER_GUARD_DEVICE_TO_HOST": Switch(_JAX, "refuses or reports copies", off_is_harmless=False),
+        "JAX_TRANSFER_GUARD_HOST_TO_DEVICE": Switch(_JAX, "refuses or reports copies", off_is_harmless=False),
         "PYTHONDEVMODE": Switch(_BOTH, "checks what the interpreter does"),
         "PYTHONMALLOC": Switch(_BOTH, "changes how the interpreter takes memory", off_is_harmless=False),
         "PYTHONTRACEMALLOC": Switch(_BOTH, "records every allocation"),
@@ -67,6 +74,19 @@ TOLD: Mapping[str, Switch] = MappingProxyType(
     {
         "XLA_FLAGS": Switch(_JAX, "changes what XLA compiles, in every division"),
         "LIBTPU_INIT_ARGS": Switch(_JAX, "changes what XLA compiles, in every division"),
+        "JAX_OPTIMIZATION_LEVEL": Switch(_JAX, "changes how hard XLA optimises", off_is_harmless=False),
+        "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": Switch(_JAX, "changes how hard XLA optimises", off_is_harmless=False),
+        "JAX_MEMORY_FITTING_LEVEL": Switch(_JAX, "changes how hard XLA saves memory", off_is_harmless=False),
+        "JAX_MEMORY_FITTING_EFFORT": Switch(_JAX, "changes how hard XLA saves memory", off_is_harmless=False),
+        "JAX_ALLOW_F16_REDUCTIONS": Switch(_JAX, "changes which reductions run in 16 bits", off_is_harmless=False),
+        "JAX_NUM_CPU_DEVICES": Switch(_JAX, "divides the CPU into several devices", off_is_harmless=False),
+        "JAX_PJRT_CLIENT_CREATE_OPTIONS": Switch(_JAX, "changes how the device is set up", off_is_harmless=False),
+        "JAX_RAGGED_DOT_USE_GPU_PALLAS_TRITON_LOWERING": Switch(
+            _JAX, "changes the kernels of `grouped_matmul`", off_is_harmless=False
+        ),
+        "JAX_RAGGED_DOT_USE_RAGGED_DOT_INSTRUCTION": Switch(
+            _JAX, "changes the kernels of `grouped_matmul`", off_is_harmless=False
+        ),
         "TORCHINDUCTOR_MAX_AUTOTUNE": Switch(_TORCH, "changes what Inductor compiles, in every division"),
         "TORCHINDUCTOR_FREEZING": Switch(_TORCH, "changes what Inductor compiles, in every division"),
         "TORCHINDUCTOR_CPP_WRAPPER": Switch(_TORCH, "changes how compiled code is called, in every division"),

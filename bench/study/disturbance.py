@@ -59,9 +59,12 @@ def disturbance_line(records: Iterable[Record]) -> str | None:
     worst = max(found, key=lambda one: one["disturbed_windows"] / max(1, one["windows"]))
     windows, hit = sum(one["windows"] for one in found), sum(one["disturbed_windows"] for one in found)
     waiting = ", ".join(f"{name} {share:.2f}" for name, share in worst["waiting"].items())
+    load = "not known" if worst["load"] is None else f"{worst['load']:.2f}"
+    put_off = "not known" if worst["put_off_per_s"] is None else f"{worst['put_off_per_s']:.0f}"
     said = (
-        f"Machine: {taken_by_others(worst, worst['cpus'])} (at most {worst['other_cpus_most']:.2f}); seconds in which "
-        f"threads waited for a processor, in each second: {waiting or 'not known'}; a fixed loop took "
-        f"{worst['stretch'] or 1:.2f} times its shortest; {hit} of {windows} windows disturbed"
+        f"Machine: {taken_by_others(worst, worst['cpus'])} (at most {worst['other_cpus_most']:.2f}), load {load}; "
+        f"seconds in which threads waited for a processor, in each second: {waiting or 'not known'}; "
+        f"involuntary context switches in each second: {put_off}; "
+        f"a fixed loop took {worst['stretch'] or 1:.2f} times its shortest; {hit} of {windows} windows disturbed"
     )
     return said + (": no verdict." if is_disturbed(records) else ".")

@@ -182,10 +182,29 @@ def test_the_option_is_checked_and_a_busy_machine_is_refused(tmp_path, call, mon
     assert "--when-busy refuse: other processes take 1.00" in refused.stderr
 
 
+@pytest.mark.usefixtures("fake_pool")
+def test_what_was_measured_before_a_refusal_is_in_the_files_that_were_asked_for(tmp_path, call, monkeypatch):
+    from bench.tests.test_commands import TINY
+
+    looks = iter([None])  # the first cell is let through
+    monkeypatch.setattr(Gate, "_busy", lambda *args: next(looks, "other processes take 1.00 of 2 processors"))
+    files = ("--json", tmp_path / "run.json", "--csv", tmp_path / "run.csv")
+    wanted = ("--implementation", "matmul", "--when-busy", "refuse", *files)
+    refused = call("run", *TINY, *wanted, "--out", tmp_path / "run")
+    assert refused.exit_code == 1
+    assert "--when-busy refuse: other processes take 1.00" in refused.stderr
+    assert "add --resume to continue" in refused.stderr
+    summary = json.loads((tmp_path / "run.json").read_text())
+    assert len(summary["cells"]) == 1
+    assert "--when-busy refuse" in summary["stopped"]
+    assert (tmp_path / "run.csv").read_text().count("\n") > 1
+    assert "--when-busy refuse" in (tmp_path / "run" / "report.md").read_text()
+
+
 def disturbed_records(make_record, *, hit, of=5, replicates=1):
     """A cell in which JAX is four times as fast, with so many disturbed windows in each process."""
     found = {"cpus": 2, "load": 1.0, "windows": of, "disturbed_windows": hit, "other_cpus": 0.9, "other_cpus_most": 1.0}
-    found |= {"steal_cpus": 0.0, "steal_cpus_most": 0.0, "put_off_per_s": 1.0, "stretch": 1.1}
+    found |= {"steal_cpus": 0.0, "steal_cpus_most": 0.0, "put_off_per_s": 7.0, "stretch": 1.1}
     found |= {"waiting": {"torch": 0.4, "jax": 0.01}}
     rng, records = np.random.default_rng(0), []
     rows = [("base", 1.0, {"baseline": True}), ("again", 1.0, {"baseline": True, "control": True})]
@@ -210,7 +229,8 @@ def test_a_disturbed_cell_has_figures_and_no_verdict(make_record, hit, disturbed
     assert ranking.frameworks.verdict == (DISTURBED if disturbed else FASTER)
     assert (ranking.winner is None) is disturbed
     text = report(results_of(records, {"e0": FINGERPRINT}))
-    assert "other processes take 0.90 of 2 processors (at most 1.00)" in text
+    assert "other processes take 0.90 of 2 processors (at most 1.00), load 1.00; seconds in which" in text
+    assert "torch 0.40, jax 0.01; involuntary context switches in each second: 7; a fixed loop took 1.10 times" in text
     assert f"{hit} of 5 windows disturbed" in text
     assert ("In 1 of 1 cells others used the machine" in text) is disturbed
     assert ("no competitor is called faster than another" in text) is disturbed
