@@ -298,7 +298,7 @@ def _scales_gradients(evidence: Evidence, factor: float) -> bool:
         limit = parts(evidence.bounds["torch"][name] + evidence.bounds["jax"][name]) * max(abs(factor), 1.0)
         if not (np.abs(second - factor * first) <= limit).all():
             return False
-        several = several or np.count_nonzero(first) > 1
+        several = several or bool(np.count_nonzero(first) > 1)
     return several
 
 
