@@ -64,7 +64,7 @@ def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
             continue  # a change that the side cannot even run is not what the other side does
         if _agree(evidence, outputs, key):
             return sentence
-    return _scaled(evidence, [name for name in evidence.truths["torch"] if is_output(name)])
+    return _scaled(evidence, [row.tensor for row in _in_truth(failed)])
 
 
 def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
@@ -274,14 +274,32 @@ def _scaled(evidence: Evidence, names: Sequence[str]) -> str:
             continue
         factor = float(second @ first / (first @ first))
         enough = limit * max(abs(factor), 1.0)
-        if abs(factor - 1) > FORMATS["float32"].roundoff and (np.abs(second - factor * first) <= enough).all():
+        # A single number is always some multiple of another; of a factor its gradients would have the same one.
+        told = np.count_nonzero(first) > 1 or (is_output(name) and _scales_gradients(evidence, factor))
+        if told and abs(factor - 1) > FORMATS["float32"].roundoff and (np.abs(second - factor * first) <= enough).all():
             found.append((name, factor))
         if np.abs(second - first).max() <= FORMATS["float32"].roundoff * np.abs(first).max():
-            return f"{name} differs by less than float32's roundoff: one side rounds a constant or a table to float32"
+            return (
+                f"{name} differs by less than float32's roundoff: one side rounds a constant or a table to float32, or "
+                "has a small term that the other lacks (an epsilon such as 1e-12, a threshold)"
+            )
     if found:
         name, factor = found[0]
         return f"{', '.join(n for n, _ in found)}: the flax side is {factor:.6g} times the torch side"
     return ""
+
+
+def _scales_gradients(evidence: Evidence, factor: float) -> bool:
+    """Whether every gradient on the flax side is this many times the torch side's."""
+    names = [name for name, value in evidence.truths["torch"].items() if name.startswith("d_") and is_inexact(value)]
+    several = False
+    for name in names:
+        first, second = (parts(evidence.truths[key][name]) for key in KEYS)
+        limit = parts(evidence.bounds["torch"][name] + evidence.bounds["jax"][name]) * max(abs(factor), 1.0)
+        if not (np.abs(second - factor * first) <= limit).all():
+            return False
+        several = several or bool(np.count_nonzero(first) > 1)
+    return several
 
 
 def _precision(evidence: Evidence, failed: Sequence[PairRow]) -> str:

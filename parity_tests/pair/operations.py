@@ -78,7 +78,7 @@ min neg abs sign squeeze expand_dims copy stop_gradient reduce_max reduce_min ar
 ceil round iota split select_and_gather_add reduce_window_max reduce_window_min is_finite optimization_barrier
 device_put cummax cummin reduce_and reduce_or reduce_xor real imag complex conj random_seed random_wrap random_unwrap
 random_bits random_fold_in random_split threefry2x32 shift_right_logical sharding_constraint scatter scatter-min
-scatter-max nextafter pvary
+scatter-max nextafter pvary stack unstack
 """)
 # Calls, whose program is evaluated in place.
 JAX_INLINED = names("""

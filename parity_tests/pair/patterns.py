@@ -98,12 +98,12 @@ class AxisPattern:
             ) from None
 
     def forward(self, array: np.ndarray) -> np.ndarray:
-        """From the left layout to the right one."""
-        return np.array(einops.rearrange(array, self.pattern, **self._lengths)) if self.pattern else array
+        """From the left layout to the right one; of an array without axes also the NumPy scalar that it gives."""
+        return np.array(einops.rearrange(np.asarray(array), self.pattern, **self._lengths)) if self.pattern else array
 
     def backward(self, array: np.ndarray) -> np.ndarray:
         """From the right layout to the left one."""
-        return np.array(einops.rearrange(array, self._reverse, **self._lengths)) if self.pattern else array
+        return np.array(einops.rearrange(np.asarray(array), self._reverse, **self._lengths)) if self.pattern else array
 
 
 def _text(groups: Sequence[tuple[str, ...]]) -> str:

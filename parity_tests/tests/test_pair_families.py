@@ -894,6 +894,67 @@ modules(
     always=False,
 )
 
+# --- Formats of results, causes ---------------------------------------------------------------------------------------
+
+pair(
+    "a result returned in float16",
+    lambda p, x: torch.tanh(x @ p["q"]),
+    lambda p, x: jnp.tanh(x @ p["q"]).astype(jnp.float16),
+    QUERY,
+    ((4, D),),
+    False,
+    "the flax side computes y with less precision than float32 promises",
+)
+pair(
+    "an output that agrees beside one that does not",
+    lambda p, x: (x @ p["q"], (x @ p["q"]).argmax(-1)),
+    lambda p, x: (x @ p["q"], (x @ p["q"]).argmin(-1)),
+    QUERY,
+    ((4, D),),
+    False,
+    "likely cause: none of those tried",
+)
+pair(
+    "another loss",
+    lambda p, x: (x @ p["q"]).square().mean(),
+    lambda p, x: jnp.abs(x @ p["q"]).mean(),
+    QUERY,
+    ((4, D),),
+    False,
+    "likely cause: none of those tried",
+)
+pair(
+    "a loss that is summed",
+    lambda p, x: (x @ p["q"]).square().mean(),
+    lambda p, x: jnp.square(x @ p["q"]).sum(),
+    QUERY,
+    ((4, D),),
+    False,
+    "y: the flax side is 16 times the torch side",
+)
+modules(
+    "a slope with one axis and without",
+    torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.PReLU()),
+    nnx.Sequential(nnx.Linear(D, D, rngs=nnx.Rngs(0)), nnx.PReLU()),
+    [*linear("0", "layers.0"), ("1.weight", "layers.1.negative_slope", "1 ->")],
+    ((4, D),),
+)
+
+
+def test_rearranging_arrays_is_exact():
+    function = lambda p, x: jnp.stack([*x, p["q"][0]])  # noqa: E731
+    arrays = {"q": np.ones((1, D), np.float32)}
+    report = check_pair(
+        torch_module=lambda p, x: torch.stack([*x, p["q"][0]]),
+        flax_module=function,
+        torch_params=arrays,
+        flax_params=arrays,
+        params=[("q", "q")],
+        inputs=((2, D),),
+    )
+    assert report.ok
+    assert not any("rounding model" in note for note in report.notes), report.notes
+
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name.replace(" ", "-"))
 def test_family(family, request):

@@ -77,7 +77,7 @@ class Interpreter:
     def __init__(
         self, dtype: str = "float64", member: Any = 0, amplitude: Any = None, pool: Any = None, constants: bool = False
     ) -> None:
-        self._limit, self._member, self._amplitude, self._pool = FORMATS[dtype].roundoff, member, amplitude, pool
+        self._limit, self._member, self._amplitude, self._pool = FORMATS[dtype], member, amplitude, pool
         self._constants = constants
         self._operation = 0
         self.notes: set[str] = set()
@@ -233,7 +233,12 @@ class Interpreter:
         Noise of float64's size would drown in float64's own rounding: what was traced in float64 errs as float32 does,
         and the bound is scaled afterwards.
         """
-        return min(self._limit, max(_unit(dtype), FORMATS["float32"].roundoff))
+        return min(self._limit.roundoff, max(_unit(dtype), FORMATS["float32"].roundoff))
+
+    def _tiny(self, dtype: str) -> float:
+        """Smallest normal number of the operation's format, no larger than that of the format asked for."""
+        name = format_name(dtype)
+        return min(self._limit.smallest_normal, FORMATS[name].smallest_normal) if name in FORMATS else 0.0
 
     def _accumulator(self, name: str, equation: JaxprEqn) -> float:
         """Products of 16-bit operands are accumulated in float32; other sums in the format they are written in."""
@@ -242,12 +247,12 @@ class Interpreter:
         return self._roundoff(str(aval_of(equation.invars[0]).dtype))
 
     def _summed(self, value: Any, square: Any, terms: Any, u_acc: float, dtype: str) -> jax.Array:
-        return _noisy_sum(value, square, terms, u_acc, self._roundoff(dtype), _tiny(dtype), *self._source())
+        return _noisy_sum(value, square, terms, u_acc, self._roundoff(dtype), self._tiny(dtype), *self._source())
 
     def _round(self, value: jax.Array, dtype: str, factor: Any = 1.0) -> jax.Array:
         # A part of a complex product is a sum of two products, which may cancel: it errs as its modulus does.
         u = factor * self._roundoff(dtype) * (math.sqrt(2.0) if jnp.iscomplexobj(value) else 1.0)
-        return _noisy_rounding(value, u, _tiny(dtype), *self._source())
+        return _noisy_rounding(value, u, self._tiny(dtype), *self._source())
 
     def _source(self) -> tuple[Any, Any, np.uint64, Any]:
         """Where the next operation's noise comes from."""
@@ -313,12 +318,6 @@ def _unit(dtype: Any) -> float:
     """Roundoff of a format; infinite for integers, booleans and what is no number: the other operands decide."""
     name = format_name(dtype)
     return FORMATS[name].roundoff if name in FORMATS else math.inf
-
-
-def _tiny(dtype: Any) -> float:
-    """Smallest normal number of a format."""
-    name = format_name(dtype)
-    return FORMATS[name].smallest_normal if name in FORMATS else 0.0
 
 
 def _literal_mark(literal: Literal) -> Mark:
