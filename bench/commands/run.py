@@ -39,7 +39,7 @@ from bench.report.markdown import environment_lines, write_report
 from bench.report.output import OutputError
 from bench.report.tables import show_frameworks, show_rankings, wide_console
 from bench.report.text import resolution_line, summary_line
-from bench.store import Store, sole_writer
+from bench.store import Store, records_there, sole_writer
 from bench.study.results import Results, read_results
 from parity_tests.harness.console import PlainConsole
 from parity_tests.harness.interruption import Interruption, interruptible
@@ -199,7 +199,8 @@ def run_command(options: Options) -> int:
         except (UsageError, SelectionError, StoreError) as error:
             return complain(error)
         except BusyError as error:
-            tell(f"{error} What was measured before is in {options.out}; add --resume to continue.")
+            kept = f" What was measured before is in {options.out}; add --resume to continue."
+            tell(f"{error}{kept if records_there(options.out) else ' Nothing was measured.'}")
             return FAILED
         except RequestError as error:
             tell(f"a worker cannot start: {error}")
@@ -207,7 +208,9 @@ def run_command(options: Options) -> int:
         except EngineError as error:
             tell(error)
             return FAILED
-        stopped = f"interrupted; what was measured is in {options.out}; add --resume to continue" if interrupted else ""
+        stopped = "interrupted before anything was measured" if interrupted else ""
+        if interrupted and store.environment_ids:
+            stopped = f"interrupted; what was measured is in {options.out}; add --resume to continue"
         if store.environment_ids:
             try:
                 results = replace(read_results([options.out], damage=damage), stopped=stopped)

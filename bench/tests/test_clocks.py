@@ -221,6 +221,23 @@ def test_a_block_of_several_calls_each_of_which_would_fill_it_is_found(cell):
     assert said(cell(block_s=0.003, processes=1)) == []
 
 
+def test_the_block_that_told_the_size_filled_its_time(cell):
+    tenth = [read(seconds) for seconds in (0.00107, 0.00104, 0.00103)]
+    assert said(cell(processes=1, block_s=0.0104)) == []
+    alike = cell(0.0001, processes=1, block_s=0.01, warm_up_block_latency_s=tuple(tenth), synchronised_latency_s=())
+    assert any(
+        "no block lasted the 0.01 s that a block is sized for, the longest 0.00107 s" in one for one in said(alike)
+    )
+
+
+def test_blocks_before_the_rounds_are_as_long_as_those_in_them(cell):
+    alone = {"processes": 1, "synchronised_latency_s": (), "prepared_call_s": None}
+    assert said(cell(0.001, **alone)) == []
+    for latency_s in (0.0001, 0.01):
+        (wrong,) = said(cell(latency_s, **alone))
+        assert "s in the rounds, and of 0.0103 to 0.0107 s before them, with the same calls in each" in wrong
+
+
 def test_nobody_is_accused_on_a_busy_machine_but_of_what_does_not_depend_on_the_moment(cell):
     busy = [read(seconds) for seconds in (0.005, 0.05, 0.01, 0.2, 0.01, 0.03)]
     forged = [more_calls(record, 10) for record in cell(block_latency_s=tuple(busy), block_s=0.0001)]
