@@ -18,7 +18,7 @@ from bench.commands.usage import (
     UsageError,
     check_choices,
     check_interpreters,
-    check_writable,
+    check_outputs,
     complain,
     tell,
     tell_damage,
@@ -113,8 +113,7 @@ def _request(options: Options) -> Request:
     check_choices("--cache", options.caches, CACHES)
     check_choices("--optimizer", [options.optimizer] if options.optimizer else [], STEPPED_OPTIMIZERS)
     check_choices("--when-busy", [options.when_busy], WHEN_BUSY)
-    check_writable("--json", options.json_file)
-    check_writable("--csv", options.csv_file)
+    check_outputs({"--json": options.json_file, "--csv": options.csv_file}, out=options.out / "report.md")
     preset = narrowed(
         PRESETS[options.preset],
         workloads=options.workloads,

@@ -152,8 +152,14 @@ def _sizes(group: Sequence[Timing]) -> Iterator[str]:
 
 
 def _warm_up(group: Sequence[Timing], *, quiet: bool) -> Iterator[str]:
-    """The block that told the size filled its time, and those of the rounds are of the same size."""
+    """A call in a block takes what the device is busy with it; the block that told the size filled its time."""
     for found in group:
+        busy, latency = found.record.device_busy_s, found.record.latency_s
+        if busy is not None and latency is not None and busy > DECIMAL_POINT * latency:
+            yield (
+                f"{found.where}: latency_s: {latency:.3g} s a call in its blocks, and the device is busy with one for "
+                f"{busy:.3g} s"
+            )
         if found.warm_up_s is None:
             continue
         intended, (least, most) = found.record.block_s, found.warm_up_s

@@ -28,10 +28,10 @@ from bench.plan.presets import STEPPED_OPTIMIZERS
 from bench.plan.workloads import LAYOUTS, UnknownWorkloadError, Workload, workload
 from bench.record_files import records_file, scan
 from bench.records import SKIPPED, STOPS, Record, RecordError
+from bench.strict_json import shown
 from bench.study.clocks import Timing, clock_bits, disagreements, is_timestamp, timing, unchecked
 from bench.study.ranking import rank_cells
 from bench.study.short_blocks import short_blocks
-from bench.strict_json import shown
 
 # From strict to coarse: arithmetic that was asked for may turn out stricter, never coarser.
 _STRICTNESS: tuple[str, ...] = ("fp64", "ieee_fp32", "tf32", "fp16", "bf16", "lower")
@@ -100,6 +100,9 @@ def record_violations(record: Record) -> Iterator[str]:
         yield f"latency_s: expected the median block over calls_per_block, {expected:.9g}, got {record.latency_s:.9g}"
     if record.bound_fraction is None or record.bound_fraction > 1:
         yield f"bound_fraction: expected at most 1 of a right answer, got {record.bound_fraction}"
+    fractions = [judged.get("bound_fraction") for judged in record.parity.values()]
+    if fractions and record.bound_fraction not in fractions:
+        yield f"bound_fraction: expected the largest of parity, got {record.bound_fraction}"
     if not record.parity:
         yield "parity: expected the tensors that were checked, got none"
     for tensor, judged in record.parity.items():
@@ -131,6 +134,8 @@ def _status(record: Record) -> Iterator[str]:
 
 def _names(record: Record) -> Iterator[str]:
     """Compare the competitor's name, kind, mode and framework with each other."""
+    if record.device == "cpu" and record.device_busy_s is not None:
+        yield f"device_busy_s: expected none on a cpu, got {record.device_busy_s:.3g}"
     if record.implementation.startswith("stock:") != (record.kind == STOCK):
         yield f"kind: {record.kind!r:.80} contradicts the implementation {record.implementation!r:.80}"
     if record.framework in FRAMEWORKS and record.mode in MODES:

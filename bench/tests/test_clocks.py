@@ -184,8 +184,12 @@ def test_a_single_process_is_held_against_calls_that_were_waited_for(cell):
 def test_on_a_gpu_a_call_in_a_queue_may_be_much_shorter_than_one_that_is_waited_for(cell):
     waited = {"device": "cuda", "synchronised_latency_s": (read(0.02),), "prepared_call_s": 0.02}
     assert said(cell(processes=1, enqueue_s=2e-5, device_busy_s=3e-4, **waited)) == []
-    (wrong,) = said(cell(processes=1, enqueue_s=2e-5, device_busy_s=5e-3, **waited))
+    busy, wrong = said(cell(processes=1, enqueue_s=2e-5, device_busy_s=5e-3, **waited))
     assert "and 0.005 to 0.02 s by every other clock" in wrong
+    # What the device itself said needs no call that was waited for.
+    waited |= {"synchronised_latency_s": (), "prepared_call_s": None}
+    assert said(cell(processes=1, enqueue_s=None, device_busy_s=5e-3, **waited)) == [busy]
+    assert "0.00104 s a call in its blocks, and the device is busy with one for 0.005 s" in busy
 
 
 def test_samples_with_other_bits_than_the_clock_are_found(cell):
