@@ -151,10 +151,13 @@ def _streams(path: Path, file: BinaryIO) -> Iterator[tuple[int, BinaryIO]]:
 
 def _next_stream(file: BinaryIO, offset: int) -> int:
     """Return the offset of the next stream: between streams the format allows zeros, four at a time."""
+    zeros = 0
     file.seek(offset)
-    while (data := file.read(_CHUNK_BYTES)) and not data.strip(b"\0"):
-        offset += len(data)
-    zeros = len(data) - len(data.lstrip(b"\0"))
+    while data := file.read(_CHUNK_BYTES):
+        rest = data.lstrip(b"\0")
+        zeros += len(data) - len(rest)
+        if rest:
+            break
     return offset + zeros // 4 * 4
 
 
