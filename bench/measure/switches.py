@@ -96,11 +96,13 @@ TOLD: Mapping[str, Switch] = MappingProxyType(
 )
 
 # Whatever else begins like this is read by a framework or its libraries, whose next release may have new ones.
-_BEGINNINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    dict.fromkeys(("JAX_", "XLA_"), _JAX)
-    | dict.fromkeys(("TORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "PYTORCH_", "DNNL_", "ONEDNN_", "MKL_"), _TORCH)
-    | dict.fromkeys(("OMP_", "GOMP_", "KMP_"), _TORCH)
-    | dict.fromkeys(("CUBLAS_", "CUBLASLT_", "CUDNN_", "TRITON_"), _BOTH)
+_BEGINNINGS: Sequence[tuple[tuple[str, ...], tuple[str, ...]]] = (
+    (("JAX_", "XLA_"), _JAX),
+    (
+        ("TORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "PYTORCH_", "DNNL_", "ONEDNN_", "MKL_", "OMP_", "GOMP_", "KMP_"),
+        _TORCH,
+    ),
+    (("CUBLAS_", "CUBLASLT_", "CUDNN_", "TRITON_"), _BOTH),
 )
 # What is set for the workers, and what only says where files are.
 _OURS = ("JAX_CPU_ENABLE_ASYNC_DISPATCH", "JAX_PLATFORMS", "XLA_PYTHON_CLIENT_PREALLOCATE")
