@@ -119,7 +119,7 @@ def _others(environment: Mapping[str, str]) -> dict[str, Switch]:
     return {
         name: Switch(frameworks, "may change what they run", off_is_harmless=False)
         for name in sorted(environment)
-        for beginning, frameworks in _BEGINNINGS.items()
+        for beginnings, frameworks in _BEGINNINGS
         if name.startswith(beginning) and name not in (*UNSET, *TOLD, *THREADS, *_OURS) and not name.endswith(_PLACES)
     }
 
