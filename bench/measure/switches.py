@@ -120,7 +120,7 @@ def _others(environment: Mapping[str, str]) -> dict[str, Switch]:
         name: Switch(frameworks, "may change what they run", off_is_harmless=False)
         for name in sorted(environment)
         for beginnings, frameworks in _BEGINNINGS
-        if name.startswith(beginning) and name not in (*UNSET, *TOLD, *THREADS, *_OURS) and not name.endswith(_PLACES)
+        if name.startswith(beginnings) and name not in (*UNSET, *TOLD, *THREADS, *_OURS) and not name.endswith(_PLACES)
     }
 
 
