@@ -6,6 +6,9 @@ from typing import Annotated
 
 try:
     import typer
+
+    from bench.commands.arguments import CsvFile, Directories, JaxPython, JsonFile, TorchPython, cells_where, picture
+    from parity_tests.report.console import run_application
 except ModuleNotFoundError as missing:
     # Run by an interpreter into which nothing was installed.
     print(
@@ -16,9 +19,6 @@ except ModuleNotFoundError as missing:
     sys.exit(2)
 except KeyboardInterrupt:
     sys.exit(130)
-
-from bench.commands.arguments import CsvFile, Directories, JaxPython, JsonFile, TorchPython, cells_where, picture
-from parity_tests.report.console import run_application
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 

@@ -1,5 +1,6 @@
 """Reading `environment.json` back: what the environments are that records name."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ def read_environments(directory: Path) -> dict[str, dict[str, Any]]:
         StoreError: if it cannot be read, or is no object.
     """
     path = directory / ENVIRONMENTS
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
+    if not path.is_file():
+        raise StoreError(f"{path}: expected a regular file, got none; restore the file.")
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise StoreError(f"{path}: is larger than {_MOST_BYTES >> 20} MiB; repair or restore the file.")

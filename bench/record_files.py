@@ -23,6 +23,8 @@ from bench.records import Record, RecordError
 RECORDS = "records.jsonl"
 _SUFFIX = ".xz"
 COMPRESSED = RECORDS + _SUFFIX
+# How every stream begins.
+_MAGIC = b"\xfd7zXZ\0"
 _STREAM_BYTES = 2**20
 # The records of a cell lie far apart, one group for each set of processes: so many groups may advance side by side.
 _KEPT_STREAMS = 16
@@ -94,7 +96,10 @@ def records_file(directory: Path) -> Path:
     Raises:
         StoreError: if the directory holds none, or both.
     """
-    found = [path for path in (directory / RECORDS, directory / COMPRESSED) if path.is_file()]
+    there = [path for path in (directory / RECORDS, directory / COMPRESSED) if os.path.lexists(path)]
+    found = [path for path in there if path.is_file()]
+    if there and not found:
+        raise StoreError(f"{there[0]}: expected a regular file, got none; restore the records or give another DIR.")
     if not found:
         raise StoreError(f"{directory}: holds no {RECORDS} or {COMPRESSED}; give the --out directory of a `bench run`.")
     if len(found) > 1:
@@ -141,7 +146,19 @@ def _streams(path: Path, file: BinaryIO) -> Iterator[tuple[int, BinaryIO]]:
         unpacked, following = _unpacked(path, file, offset)
         whole = not unpacked or unpacked.endswith(b"\n")
         yield offset, BytesIO(unpacked)
-        offset = following
+        offset = _next_stream(file, following)
+
+
+def _next_stream(file: BinaryIO, offset: int) -> int:
+    """Return the offset of the next stream: between streams the format allows zeros, four at a time."""
+    zeros = 0
+    file.seek(offset)
+    while data := file.read(_CHUNK_BYTES):
+        rest = data.lstrip(b"\0")
+        zeros += len(data) - len(rest)
+        if rest:
+            break
+    return offset + zeros // 4 * 4
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
@@ -164,10 +181,16 @@ def _unpacked(path: Path, file: BinaryIO, offset: int) -> tuple[bytes, int]:
     lzma = _lzma(path)
     file.seek(offset)
     unpacker, parts, size, packed = lzma.LZMADecompressor(lzma.FORMAT_XZ), [], 0, b""
+    head = b""
     try:
         while not unpacker.eof:
             if unpacker.needs_input:
                 packed = file.read(_CHUNK_BYTES)
+                head = head or packed[: len(_MAGIC)]
+                if not packed and offset and not _MAGIC.startswith(head):
+                    raise StoreError(
+                        f"{path}: has other bytes than xz wrote behind byte {offset}; fetch the file anew."
+                    )
                 if not packed:
                     raise StoreError(f"{path}: is cut off; fetch the file anew.")
             parts.append(unpacker.decompress(packed, _CHUNK_BYTES))

@@ -8,8 +8,8 @@ import json
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,16 @@ def sole_writer(directory: Path) -> Iterator[None]:
     kernel's and ends with the process, however that ends; where there is none (Windows, some network file systems)
     nothing is kept out.
 
+    A run that ends before its first record leaves nothing behind: what it made is removed again.
+
     Raises:
         StoreError: if another run writes there, or the directory cannot be made.
     """
     if sys.platform == "win32":
         yield
         return
+    missing = [place for place in (directory, *directory.parents) if not place.exists()]
+    known = {name for name in (RECORDS, ENVIRONMENTS) if (directory / name).exists()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         handle = os.open(directory, os.O_RDONLY)
@@ -53,9 +57,30 @@ def sole_writer(directory: Path) -> Iterator[None]:
             ) from error
         except OSError:
             pass
-        yield
+        try:
+            yield
+        finally:
+            _leave_nothing_empty(directory, known, missing)
     finally:
         os.close(handle)
+
+
+def records_there(directory: Path) -> bool:
+    """Whether a directory holds a record, or at least part of one."""
+    records = directory / RECORDS
+    return (directory / COMPRESSED).exists() or (records.exists() and records.stat().st_size > 0)
+
+
+def _leave_nothing_empty(directory: Path, known: Container[str], missing: Iterable[Path]) -> None:
+    """Remove the files and directories that were not there before, if no record has been written."""
+    with suppress(OSError):
+        if records_there(directory):
+            return
+        for name in (RECORDS, ENVIRONMENTS):
+            if name not in known:
+                (directory / name).unlink(missing_ok=True)
+        for place in missing:
+            place.rmdir()
 
 
 class Store:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from bench.archive import Archive, Damage
-from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, cut_short, tell_damage
+from bench.commands.usage import FAILED, OK, UsageError, check_outputs, complain, cut_short, tell_damage
 from bench.environments import StoreError
 from bench.report.claims import MEASURED, claim_rows, claims_block, claims_json, measured, overview
 from bench.report.claims import markdown as whole_account
@@ -52,9 +52,7 @@ def claims_command(
     """Runs `bench claims`; whatever the verdicts are, its exit status is 0."""
     damage = Damage()
     try:
-        check_writable("--json", json_file)
-        check_writable("--csv", csv_file)
-        check_writable("--markdown", markdown)
+        check_outputs({"--json": json_file, "--csv": csv_file, "--markdown": markdown}, readme=readme)
         with interruptible(polled=True) as interruption:
             archive = Archive([directory], damage=damage)
             results = claim_results(interruption.until_asked(archive.cells()), seen_spreads(archive))

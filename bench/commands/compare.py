@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.archive import Archive, Damage
 from bench.commands.conditions import selection
-from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, cut_short, tell_damage
+from bench.commands.usage import FAILED, OK, UsageError, check_outputs, complain, cut_short, tell_damage
 from bench.environments import StoreError, device_name
 from bench.report.export import interval_json
 from bench.report.output import OutputError, columns_of, flat, write_csv, write_json
@@ -166,8 +166,7 @@ def compare_command(
     """Runs `bench compare`; its exit status is 1 if anything became slower beyond the noise or lost its answer."""
     damage = Damage()
     try:
-        check_writable("--json", json_file)
-        check_writable("--csv", csv_file)
+        check_outputs({"--json": json_file, "--csv": csv_file})
         first = Archive([a], selection("--where-a", conditions[0]), damage)
         second = Archive([b], selection("--where-b", conditions[1]), damage)
         with interruptible(polled=True) as interruption:

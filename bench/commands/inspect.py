@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.commands.usage import FAILED, OK, UsageError, check_interpreters, check_writable, complain, tell
+from bench.commands.usage import FAILED, OK, UsageError, check_interpreters, check_outputs, complain, tell
 from bench.measure.diagnosis import diagnose
 from bench.measure.pool import WorkerPool, starter
 from bench.measure.processors import allowed_cpus
@@ -81,8 +81,7 @@ def list_command(
 ) -> int:
     """Runs `bench list` and returns its exit status."""
     try:
-        check_writable("--json", json_file)
-        check_writable("--csv", csv_file)
+        check_outputs({"--json": json_file, "--csv": csv_file})
         with _pool(torch_python, jax_python, DIVISIONS[0]) as pool:
             found = _catalogue(pool)
     except UsageError as error:
@@ -126,8 +125,7 @@ def doctor_command(
 ) -> int:
     """Runs `bench doctor`; its exit status is 1 if no framework can be measured, whatever else it finds."""
     try:
-        check_writable("--json", json_file)
-        check_writable("--csv", csv_file)
+        check_outputs({"--json": json_file, "--csv": csv_file})
         # The stock division changes nothing, so what is shown is what a user gets without the benchmark.
         with _pool(torch_python, jax_python, "stock") as pool:
             found = diagnose(pool.hello, pool.missing)

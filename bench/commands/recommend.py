@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.archive import Archive, Damage
-from bench.commands.usage import FAILED, OK, UsageError, check_choices, check_writable, complain, tell_damage
+from bench.commands.usage import FAILED, OK, UsageError, check_choices, check_outputs, complain, tell_damage
 from bench.environments import StoreError
 from bench.plan.cells import DEVICES, DIRECTIONS, PRECISIONS, STORAGE_DTYPES
 from bench.plan.competitors import FRAMEWORKS
@@ -122,8 +122,7 @@ def recommend_command(
                 "give both alike."
             )
         check_choices("--framework", [shape.framework] if shape.framework else [], FRAMEWORKS)
-        check_writable("--json", json_file)
-        check_writable("--csv", csv_file)
+        check_outputs({"--json": json_file, "--csv": csv_file})
         archive = Archive(directories, damage=damage)
         devices = sorted({str(fingerprint["device"]) for fingerprint in archive.environments.values()})
         if shape.device is None and len(devices) > 1:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bench.archive import Archive, Damage
 from bench.commands.conditions import selection
-from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, cut_short, tell, tell_damage
+from bench.commands.usage import FAILED, OK, UsageError, check_outputs, complain, cut_short, tell, tell_damage
 from bench.environments import StoreError
 from bench.records import Record
 from bench.report.chart import ChartError, save_chart
@@ -42,10 +42,12 @@ class Outputs:
 
     def check(self) -> None:
         """Refuses files that cannot be written, before anything is read."""
-        for item in fields(self):
-            if item.name != "readme":
-                option = "--" + item.name.removesuffix("_file").replace("_", "-")
-                check_writable(option, getattr(self, item.name))
+        options = {
+            "--" + item.name.removesuffix("_file").replace("_", "-"): getattr(self, item.name)
+            for item in fields(self)
+            if item.name != "readme"
+        }
+        check_outputs(options, readme=self.readme)
 
     def written(self) -> list[Path]:
         """The files that were asked for."""

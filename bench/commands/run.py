@@ -18,7 +18,7 @@ from bench.commands.usage import (
     UsageError,
     check_choices,
     check_interpreters,
-    check_writable,
+    check_outputs,
     complain,
     tell,
     tell_damage,
@@ -115,8 +115,7 @@ def _request(options: Options) -> Request:
     check_choices("--cache", options.caches, CACHES)
     check_choices("--optimizer", [options.optimizer] if options.optimizer else [], STEPPED_OPTIMIZERS)
     check_choices("--when-busy", [options.when_busy], WHEN_BUSY)
-    check_writable("--json", options.json_file)
-    check_writable("--csv", options.csv_file)
+    check_outputs({"--json": options.json_file, "--csv": options.csv_file}, out=options.out / "report.md")
     preset = narrowed(
         PRESETS[options.preset],
         workloads=options.workloads,
@@ -163,7 +162,6 @@ def _progress_bar() -> Iterator[ProgressBar]:
 
 def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes, interruption: Interruption) -> str:
     """Runs the sweep; returns why it ended early, in a sentence, or nothing."""
-    kept = f"what was measured is in {store.directory}; add --resume to continue"
     with _progress_bar() as bar:
         task = bar.add_task("starting", total=None)
 
@@ -176,14 +174,14 @@ def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes, 
             try:
                 engine(request, store, notes, show)
             except BusyError as error:
-                ended = f"{str(error).removesuffix('.')}; {kept}"
+                ended = str(error).removesuffix(".")
             except RequestError as error:
                 ended = f"a worker cannot start: {error}"
             except EngineError as error:
                 ended = str(error)
             interruption.settle()
         except KeyboardInterrupt:
-            return f"{_INTERRUPTED}; {kept}"
+            return _INTERRUPTED
     return ended
 
 
@@ -209,6 +207,11 @@ def run_command(options: Options) -> int:
                 stopped = _measure(engine, request, store, notes, interruption)
         except (UsageError, SelectionError, StoreError) as error:
             return complain(error)
+        interrupted = stopped == _INTERRUPTED
+        if stopped and store.environment_ids:
+            stopped += f"; what was measured is in {options.out}; add --resume to continue"
+        elif stopped:
+            stopped += ". Nothing was measured"
         if store.environment_ids:
             try:
                 results = replace(read_results([options.out], damage=damage), stopped=stopped)
@@ -223,7 +226,7 @@ def run_command(options: Options) -> int:
     damaged = tell_damage(damage.sentences, OK) != OK
     if stopped:
         tell(f"{stopped.removesuffix('.')}.")
-    if stopped.startswith(f"{_INTERRUPTED};"):
+    if interrupted:
         return INTERRUPTED
     if failed is not None or damaged:
         return USAGE

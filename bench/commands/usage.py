@@ -1,15 +1,19 @@
 """Wrong usage: one sentence on stderr and exit status 2, never a traceback."""
 
+import os
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from bench.environments import ENVIRONMENTS
+from bench.record_files import COMPRESSED, RECORDS
+from bench.store import TORN
 from parity_tests.report.console import PlainConsole
-from parity_tests.report.files import OutputError, check_output
+from parity_tests.report.files import OutputError, check_apart, check_output
 from parity_tests.report.interruption import INTERRUPTED
 
 __all__ = ["FAILED", "INTERRUPTED", "OK", "USAGE", "UsageError", "check_choices", "check_interpreters"]
-__all__ += ["check_writable", "complain", "cut_short", "tell", "tell_damage"]
+__all__ += ["check_outputs", "check_writable", "complain", "cut_short", "tell", "tell_damage"]
 
 OK, FAILED, USAGE = 0, 1, 2
 _ERRORS = PlainConsole(stderr=True, soft_wrap=True)
@@ -99,5 +103,26 @@ def check_writable(argument: str, path: Path | None) -> None:
     """
     try:
         check_output(argument, path)
+    except OutputError as error:
+        raise UsageError(str(error)) from error
+    # Raw data is never replaced by what is drawn from it.
+    if path is not None and Path(os.path.realpath(path)).name in (RECORDS, COMPRESSED, TORN, ENVIRONMENTS):
+        raise UsageError(f"{argument}: {path} has the name of a run's own records; choose another file.")
+
+
+def check_outputs(outputs: Mapping[str, Path | None], **others: Path | None) -> None:
+    """Refuse output files that cannot be written, or that are one and the same.
+
+    Args:
+        outputs: option to path.
+        **others: option, without its dashes, to what is written besides, and needs no trial.
+
+    Raises:
+        UsageError: with the options.
+    """
+    for argument, path in outputs.items():
+        check_writable(argument, path)
+    try:
+        check_apart({f"--{name}": path for name, path in others.items()} | dict(outputs))
     except OutputError as error:
         raise UsageError(str(error)) from error

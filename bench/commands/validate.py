@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, cut_short
+from bench.commands.usage import FAILED, OK, UsageError, check_outputs, complain, cut_short
 from bench.environments import StoreError
 from bench.record_files import compress, records_file
 from bench.report.output import OutputError, write_csv, write_json
@@ -19,8 +19,7 @@ def validate_command(
     """Runs `bench validate`; its exit status is 1 if anything is wrong with the records, whatever is remarked."""
     count, problems, stopped = Count(), [], ""
     try:
-        check_writable("--json", json_file)
-        check_writable("--csv", csv_file)
+        check_outputs({"--json": json_file, "--csv": csv_file})
         with interruptible() as interruption:
             try:
                 for directory in directories:

@@ -37,6 +37,10 @@ UNSET: Mapping[str, Switch] = MappingProxyType(
         "JAX_DISABLE_JIT": Switch(_JAX, "runs what is called `jit` without compiling it"),
         "TORCHDYNAMO_DISABLE": Switch(_TORCH, "runs what is called `compile` without compiling it"),
         "TORCH_COMPILE_DISABLE": Switch(_TORCH, "runs what is called `compile` without compiling it"),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": Switch(_JAX, "compiles what is called `jit` without most optimisations"),
+        "TORCH_COMPILE_OVERRIDE_BACKENDS": Switch(_TORCH, "puts another backend under the name `compile`", False),
+        "TORCH_COMPILE_OVERRIDE_DYNAMO_CONFIGS": Switch(_TORCH, "overrules the settings of `compile`", False),
+        "TORCH_COMPILE_OVERRIDE_INDUCTOR_CONFIGS": Switch(_TORCH, "overrules the settings of `compile`", False),
         "TORCHDYNAMO_SUPPRESS_ERRORS": Switch(_TORCH, "runs what fails to compile eagerly, under the name `compile`"),
         "TORCH_COMPILE_FORCE_DISABLE_CACHES": Switch(_TORCH, "turns the caches off whose effect is measured"),
         "TORCHINDUCTOR_FORCE_DISABLE_CACHES": Switch(_TORCH, "turns the caches off whose effect is measured"),
@@ -46,6 +50,7 @@ UNSET: Mapping[str, Switch] = MappingProxyType(
         "NVIDIA_TF32_OVERRIDE": Switch(_BOTH, "overrules the precision that is asked for", off_is_harmless=False),
         "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": Switch(_TORCH, "overrules the precision that is asked for"),
         "ONEDNN_DEFAULT_FPMATH_MODE": Switch(_TORCH, "overrules the precision that is asked for"),
+        "DNNL_DEFAULT_FPMATH_MODE": Switch(_TORCH, "overrules the precision that is asked for"),
         "JAX_DEFAULT_MATMUL_PRECISION": Switch(_JAX, "overrules the precision of the stock division"),
         "JAX_ENABLE_X64": Switch(_JAX, "lets constants and sums become 64 bits wide"),
         "JAX_DEFAULT_DTYPE_BITS": Switch(_JAX, "changes the width of constants", off_is_harmless=False),
@@ -55,7 +60,6 @@ UNSET: Mapping[str, Switch] = MappingProxyType(
         "JAX_DEBUG_INFS": Switch(_JAX, "makes every call wait and looks for infinities in its result"),
         "JAX_CHECK_TRACER_LEAKS": Switch(_JAX, "traces anew in every call"),
         "JAX_ENABLE_CHECKS": Switch(_JAX, "checks what it traces"),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": Switch(_JAX, "makes XLA leave out most of its optimisations"),
         "JAX_NO_EXECUTION": Switch(_JAX, "computes nothing"),
         "JAX_ENABLE_PGLE": Switch(_JAX, "profiles the first calls and compiles again after them"),
         "JAX_LOG_COMPILES": Switch(_JAX, "writes a line for each program"),
@@ -110,10 +114,33 @@ TOLD: Mapping[str, Switch] = MappingProxyType(
     }
 )
 
+# Whatever else begins like this is read by a framework or its libraries, whose next release may have new ones.
+_BEGINNINGS: Sequence[tuple[tuple[str, ...], tuple[str, ...]]] = (
+    (("JAX_", "XLA_"), _JAX),
+    (
+        ("TORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "PYTORCH_", "DNNL_", "ONEDNN_", "MKL_", "OMP_", "GOMP_", "KMP_"),
+        _TORCH,
+    ),
+    (("CUBLAS_", "CUBLASLT_", "CUDNN_", "TRITON_"), _BOTH),
+)
+# What is set for the workers, and what only says where files are.
+_OURS = ("JAX_CPU_ENABLE_ASYNC_DISPATCH", "JAX_PLATFORMS", "XLA_PYTHON_CLIENT_PREALLOCATE")
+_PLACES = ("_DIR", "_HOME", "_PATH", "_ARCH_LIST", "_VERSION")
+
 # Given the number of processors that the workers may use, whatever the shell says.
 THREADS: tuple[str, ...] = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # What a fingerprint holds of a worker's environment.
 RECORDED: tuple[str, ...] = (*THREADS, "JAX_CPU_ENABLE_ASYNC_DISPATCH", "JAX_PLATFORMS", *TOLD)
+
+
+def _others(environment: Mapping[str, str]) -> dict[str, Switch]:
+    """Find the variables of the frameworks and their libraries that no table here names."""
+    return {
+        name: Switch(frameworks, "may change what they run", off_is_harmless=False)
+        for name in sorted(environment)
+        for beginnings, frameworks in _BEGINNINGS
+        if name.startswith(beginnings) and name not in (*UNSET, *TOLD, *THREADS, *_OURS) and not name.endswith(_PLACES)
+    }
 
 
 def _set(switches: Mapping[str, Switch], environment: Mapping[str, str], framework: str | None) -> dict[str, str]:
@@ -144,7 +171,7 @@ def without_unset(environment: Mapping[str, str]) -> dict[str, str]:
 
 def recorded(environment: Mapping[str, str]) -> dict[str, str | None]:
     """Return what a fingerprint holds of a worker's environment: name to value, or None."""
-    return {name: environment.get(name) for name in RECORDED}
+    return {name: environment.get(name) for name in (*RECORDED, *_others(environment))}
 
 
 def sentences(frameworks: Sequence[str], cpus: int, environment: Mapping[str, str] | None = None) -> list[str]:
@@ -160,8 +187,9 @@ def sentences(frameworks: Sequence[str], cpus: int, environment: Mapping[str, st
     for framework in frameworks:
         for name, value in _set(UNSET, environment, framework).items():
             said[name] = f"{name}={value} is unset in the workers: it {UNSET[name].effect}."
-        for name, value in _set(TOLD, environment, framework).items():
-            said[name] = f"{name}={value} stays in force in the workers: it {TOLD[name].effect}."
+        told = {**TOLD, **_others(environment)}
+        for name, value in _set(told, environment, framework).items():
+            said[name] = f"{name}={value} stays in force in the workers: it {told[name].effect}."
     for name in THREADS:
         if cpus and environment.get(name) not in (None, "", str(cpus)):
             said[name] = (

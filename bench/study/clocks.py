@@ -41,6 +41,8 @@ class Timing:
         record: without its samples.
         waited_s: least and most seconds of the single calls that were waited for after the rounds, or None.
         parts_s: seconds of all that was timed for it.
+        blocks_s: its shortest and its longest timed block; None without blocks.
+        warm_up_s: its shortest and its longest block before the rounds; None without them.
         shortest_s: its shortest block, warm-up included; None without blocks.
         scatter: its longest timed block over its shortest; None without blocks.
         bits: field to the last bits of its durations: the exponent of the last one that is set in any of them, and how
@@ -51,6 +53,8 @@ class Timing:
     record: Record
     waited_s: tuple[float, float] | None
     parts_s: float
+    blocks_s: tuple[float, float] | None
+    warm_up_s: tuple[float, float] | None
     shortest_s: float | None
     scatter: float | None
     bits: Mapping[str, tuple[int, int]]
@@ -66,13 +70,15 @@ def timing(where: str, record: Record) -> Timing:
     durations = {name: values for name in SAMPLES if (values := getattr(record, name))}
     # The control's other figures are copies of the baseline's.
     durations |= {name: (value,) for name in _READ if (value := getattr(record, name)) and not record.control}
-    waited, blocks = record.synchronised_latency_s, record.block_latency_s
+    waited, blocks, warm_up = record.synchronised_latency_s, record.block_latency_s, record.warm_up_block_latency_s
     return Timing(
         where=where,
         record=record.without_samples(),
         waited_s=(min(waited), max(waited)) if waited else None,
         parts_s=sum(map(sum, durations.values())),
-        shortest_s=min((*blocks, *record.warm_up_block_latency_s)) if blocks else None,
+        blocks_s=(min(blocks), max(blocks)) if blocks else None,
+        warm_up_s=(min(warm_up), max(warm_up)) if warm_up else None,
+        shortest_s=min((*blocks, *warm_up)) if blocks else None,
         scatter=max(blocks) / min(blocks) if blocks else None,
         bits={name: _last_bits(values) for name, values in durations.items()},
     )
@@ -116,6 +122,7 @@ def disagreements(timings: Sequence[Timing], *, read: bool = False) -> Iterator[
         yield from _control(group, quiet=quiet)
         yield from _changed_bits(group, read=read)
         yield from _sizes(group) if quiet else ()
+        yield from _warm_up(group, quiet=quiet)
     for (label, control), group in competitors.items():
         # The control runs its baseline's call, which alone is timed otherwise.
         others = competitors.get((label, False), group) if control else group
@@ -142,6 +149,32 @@ def _sizes(group: Sequence[Timing]) -> Iterator[str]:
                 f"{found.where}: calls_per_block: blocks of {calls} calls last at least {found.shortest_s:.3g} s, and "
                 f"fewer calls would have filled the {intended:.3g} s that a block is sized for"
             )
+
+
+def _warm_up(group: Sequence[Timing], *, quiet: bool) -> Iterator[str]:
+    """A call in a block takes what the device is busy with it; the block that told the size filled its time."""
+    for found in group:
+        busy, latency = found.record.device_busy_s, found.record.latency_s
+        if busy is not None and latency is not None and busy > DECIMAL_POINT * latency:
+            yield (
+                f"{found.where}: latency_s: {latency:.3g} s a call in its blocks, and the device is busy with one for "
+                f"{busy:.3g} s"
+            )
+        if found.warm_up_s is None:
+            continue
+        intended, (least, most) = found.record.block_s, found.warm_up_s
+        if intended is not None and most < intended:
+            yield (
+                f"{found.where}: warm_up_block_latency_s: no block lasted the {intended:.3g} s that a block is sized "
+                f"for, the longest {most:.3g} s; the size was found by one that did"
+            )
+        if quiet and found.blocks_s is not None:
+            low, high = found.blocks_s
+            if high * DECIMAL_POINT < least or low > most * DECIMAL_POINT:
+                yield (
+                    f"{found.where}: block_latency_s: blocks of {low:.3g} to {high:.3g} s in the rounds, and of "
+                    f"{least:.3g} to {most:.3g} s before them, with the same calls in each"
+                )
 
 
 def _elapsed(group: Sequence[Timing]) -> Iterator[str]:

@@ -50,6 +50,11 @@ def measured_cells(
     for group in archive.cells() if interruption is None else interruption.until_asked(archive.cells()):
         where = identity(group[0])
         if where in cells:
+            if cells[where].ranking.first.environment_id == group[0].environment_id:
+                raise StoreError(
+                    f"{name}: {where.title} was measured twice in the environment {group[0].environment_id}, as the "
+                    f"cells {cells[where].ranking.first.cell} and {group[0].cell}; give runs of one each."
+                )
             raise StoreError(
                 f"{name}: {where.title} was measured twice, in the environments "
                 f"{cells[where].ranking.first.environment_id} and {group[0].environment_id}; choose one with --where-a "

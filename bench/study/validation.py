@@ -1,22 +1,34 @@
 """What must be true of published records, line by line and cell by cell."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from bench.archive import Archive
 from bench.environments import StoreError, read_environments, unusable
 from bench.plan.cells import CACHES, DEVICES, DIRECTIONS, DIVISIONS, RESULTS, STORAGE_DTYPES, Cell
-from bench.plan.competitors import EAGER, FRAMEWORKS, IMPLEMENTATION, MODES, STOCK, YARDSTICK, offered_modes
-from bench.plan.costs import compulsory_bytes, useful_product_flops
+from bench.plan.competitors import (
+    COMPILED_MODES,
+    EAGER,
+    FRAMEWORKS,
+    IMPLEMENTATION,
+    MODES,
+    STOCK,
+    YARDSTICK,
+    Competitor,
+    offered_modes,
+)
+from bench.plan.costs import compulsory_bytes, useful_flops, useful_product_flops, waste_factor
 from bench.plan.hardware import OVER_THE_CEILING
 from bench.plan.presets import STEPPED_OPTIMIZERS
-from bench.plan.workloads import LAYOUTS, Workload
+from bench.plan.workloads import LAYOUTS, UnknownWorkloadError, Workload, workload
 from bench.record_files import records_file, scan
 from bench.records import SKIPPED, STOPS, Record, RecordError
+from bench.strict_json import shown
 from bench.study.clocks import Timing, clock_bits, disagreements, is_timestamp, timing, unchecked
 from bench.study.ranking import rank_cells
 from bench.study.short_blocks import short_blocks
@@ -41,7 +53,9 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 
 # The same in every record of a cell and process.
 _SHARED: tuple[str, ...] = ("workload", "batch", "num_partitions", "in_features", "out_features", "direction")
-_SHARED += ("precision", "layout", "device", "optimizer", "started_at", "finished_at", "stopped")
+_SHARED += ("precision", "layout", "device", "optimizer", "started_at", "finished_at", "stopped", "division", "cache")
+_SHARED += ("seed", "cell_size", "useful_flops", "compulsory_bytes", "block_s", "ceiling_flops_per_s")
+_SHARED += ("ceiling_bytes_per_s",)
 
 
 @dataclass
@@ -77,6 +91,8 @@ def record_violations(record: Record) -> Iterator[str]:
     yield from _names(record)
     if record.dtype != STORAGE_DTYPES.get(record.precision):
         yield f"dtype: {record.dtype} does not store the precision {record.precision}"
+    if not unknown:
+        yield from _amounts(record)
     if record.status != "ok":
         return
     expected = median(record.block_latency_s) / (record.calls_per_block or 1)
@@ -84,6 +100,9 @@ def record_violations(record: Record) -> Iterator[str]:
         yield f"latency_s: expected the median block over calls_per_block, {expected:.9g}, got {record.latency_s:.9g}"
     if record.bound_fraction is None or record.bound_fraction > 1:
         yield f"bound_fraction: expected at most 1 of a right answer, got {record.bound_fraction}"
+    fractions = [judged.get("bound_fraction") for judged in record.parity.values()]
+    if fractions and record.bound_fraction not in fractions:
+        yield f"bound_fraction: expected the largest of parity, got {record.bound_fraction}"
     if not record.parity:
         yield "parity: expected the tensors that were checked, got none"
     for tensor, judged in record.parity.items():
@@ -115,6 +134,8 @@ def _status(record: Record) -> Iterator[str]:
 
 def _names(record: Record) -> Iterator[str]:
     """Compare the competitor's name, kind, mode and framework with each other."""
+    if record.device == "cpu" and record.device_busy_s is not None:
+        yield f"device_busy_s: expected none on a cpu, got {record.device_busy_s:.3g}"
     if record.implementation.startswith("stock:") != (record.kind == STOCK):
         yield f"kind: {record.kind!r:.80} contradicts the implementation {record.implementation!r:.80}"
     if record.framework in FRAMEWORKS and record.mode in MODES:
@@ -123,18 +144,44 @@ def _names(record: Record) -> Iterator[str]:
             yield f"mode: {record.framework} has no {record.mode} on {record.device!r:.80}"
     if record.mode == EAGER and (record.compile_s is not None or record.compile_warm_s is not None):
         yield "compile_s: expected none in eager mode"
+    if record.status == "ok" and record.mode in COMPILED_MODES and not record.control and record.compile_s is None:
+        yield f"compile_s: expected the seconds that {record.mode} took to compile, got none"
     stepping = STEPPED_OPTIMIZERS if record.direction == "train_step" else (None,)
     if record.optimizer not in stepping:
         expected = " or ".join(map(str, stepping))
         yield f"optimizer: expected {expected} in the direction {record.direction!r:.80}, got {record.optimizer!r:.80}"
 
 
+def _cell(record: Record) -> Cell:
+    """Return what was measured, by the record's own sizes and conditions, which are known ones."""
+    sizes = (record.batch, record.num_partitions, record.in_features, record.out_features)
+    conditions = (record.direction, record.precision, record.division, record.device, record.cache, record.optimizer)
+    return Cell(Workload(record.workload, *sizes, source="", layout=record.layout), *conditions)
+
+
+def _amounts(record: Record) -> Iterator[str]:
+    """Compare the sizes with the workload's name, and what the function needs with the sizes."""
+    cell = _cell(record)
+    try:
+        named = workload(record.workload)
+    except UnknownWorkloadError:
+        named = cell.workload
+    for name in ("batch", "num_partitions", "in_features", "out_features", "layout"):
+        if getattr(named, name) != getattr(record, name):
+            yield f"{name}: {record.workload!r:.80} has {getattr(named, name)}, got {getattr(record, name)}"
+    competitor = Competitor(record.framework, record.implementation, record.mode, record.kind)
+    for name, expected in (
+        ("useful_flops", useful_flops(cell)),
+        ("compulsory_bytes", compulsory_bytes(cell)),
+        ("waste_factor", waste_factor(competitor, cell)),
+    ):
+        if getattr(record, name) != expected:
+            yield f"{name}: expected {expected} of these sizes, got {getattr(record, name)}"
+
+
 def _measured_rates(record: Record) -> Iterator[str]:
     """Compare the rates of the function, by its sizes, with what a large product and a large copy reached."""
-    sizes = (record.batch, record.num_partitions, record.in_features, record.out_features)
-    workload = Workload(record.workload, *sizes, source="", layout=record.layout)
-    conditions = (record.direction, record.precision, record.division, record.device, record.cache, record.optimizer)
-    cell = Cell(workload, *conditions)
+    cell = _cell(record)
     rates = [("operations", useful_product_flops(cell), "ceiling_flops_per_s")]
     # A warm cache may deliver bytes faster than the memory can.
     if record.cache == "cold":
@@ -183,6 +230,9 @@ def _cell_violations(records: list[Record]) -> Iterator[str]:
             yield f"{name}: {shared}: expected the same in every record, got several"
     if len({record.inputs_digest for record in records if record.status == "ok"}) > 1:
         yield f"{name}: inputs_digest: the competitors had different inputs"
+    twice = Counter((record.label, record.control) for record in records).most_common(1)[0]
+    if twice[1] > 1:
+        yield f"{name}: {twice[0][0]!r:.80} has {twice[1]} records, expected one"
     if any(record.status == "ok" for record in records):
         baselines = [record for record in records if record.baseline and not record.control]
         controls = [record for record in records if record.control]
@@ -192,6 +242,16 @@ def _cell_violations(records: list[Record]) -> Iterator[str]:
             yield f"{name}: expected one A/A control, got {len(controls)}"
         elif baselines and controls[0].label != baselines[0].label:
             yield f"{name}: the control {controls[0].label} is not the baseline {baselines[0].label}"
+
+
+def _elsewhere(name: str, used: set[tuple[str, str, str]], fingerprint: Mapping[str, Any]) -> Iterator[str]:
+    """Compare what records say of their device, division and framework with the environment that they name."""
+    columns = zip(*sorted(used), strict=True)
+    known = ([fingerprint["device"]], [fingerprint["division"]], list(fingerprint["frameworks"]))
+    for what, found, expected in zip(("device", "division", "framework"), columns, known, strict=True):
+        for value in sorted(set(found) - set(expected)):
+            had = ", ".join(map(shown, expected))
+            yield f"{what}: records say {shown(value)}, and their environment {name[:80]} had {had}"
 
 
 def violations(directory: Path, count: Count) -> Iterator[str]:
@@ -208,7 +268,7 @@ def violations(directory: Path, count: Count) -> Iterator[str]:
     keys: dict[str, int] = {}
     cells: dict[tuple[str, str, int], list[Record]] = defaultdict(list)
     timings: dict[tuple[str, str], list[Timing]] = defaultdict(list)
-    used: set[str] = set()
+    used: dict[str, set[tuple[str, str, str]]] = defaultdict(set)
     found = False
     for line in scan(path, torn=True):
         try:
@@ -224,7 +284,7 @@ def violations(directory: Path, count: Count) -> Iterator[str]:
             found = True
             yield f"{line.where}: key: {record.key} is that of line {keys[record.key]} too"
         keys[record.key] = line.position.number
-        used.add(record.environment_id)
+        used[record.environment_id].add((record.device, record.division, record.framework))
         yield from (f"{line.where}: {wrong}" for wrong in record_violations(record))
         count.remarks += [f"{line.where}: {account.sentence}" for account in short_blocks([record])]
         place = (record.environment_id, record.cell, record.process_replicate)
@@ -241,8 +301,11 @@ def violations(directory: Path, count: Count) -> Iterator[str]:
         count.speeds += sum(timed.record.status == "ok" for timed in group)
         count.unchecked += unchecked(group)
     try:
-        wrong = unusable(used, read_environments(directory), str(directory))
+        environments = read_environments(directory)
+        wrong = unusable(used, environments, str(directory))
         yield from wrong.values()
+        for name in used.keys() - wrong.keys():
+            yield from (f"{path}: {said}" for said in _elsewhere(name, used[name], environments[name]))
         if not found and not wrong and keys:
             # The last proof: a report can be made of them.
             rank_cells(Archive([directory]).cells())

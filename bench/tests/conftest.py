@@ -8,6 +8,9 @@ from typer.testing import CliRunner
 
 from bench.__main__ import app
 from bench.measure.worker_process import WorkerProcess, worker_environment
+from bench.plan.cells import Cell
+from bench.plan.costs import compulsory_bytes, useful_flops
+from bench.plan.workloads import Workload
 from bench.records import SCHEMA_VERSION, Record
 
 
@@ -73,8 +76,6 @@ def example_record(**changes):
         "static_memory_bytes": None,
         "bound_fraction": 0.2,
         "parity": {"y": {"status": "ok", "bound_fraction": 0.2, "max_abs_error": 1e-7}},
-        "useful_flops": 1,
-        "compulsory_bytes": 1,
         "waste_factor": 1,
         "process_replicate": 0,
         "control": False,
@@ -85,7 +86,11 @@ def example_record(**changes):
         "started_at": "2026-01-01T00:00:00+00:00",
         "environment_id": "1",
     }
-    return Record(**(values | changes))
+    values |= changes
+    sizes = (values[name] for name in ("batch", "num_partitions", "in_features", "out_features"))
+    conditions = (values[name] for name in ("direction", "precision", "division", "device"))
+    cell = Cell(Workload(values["workload"], *sizes, source=""), *conditions)
+    return Record(**({"useful_flops": useful_flops(cell), "compulsory_bytes": compulsory_bytes(cell)} | values))
 
 
 @pytest.fixture

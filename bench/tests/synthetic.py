@@ -14,7 +14,10 @@ FINGERPRINT = {
     "device": "cpu",
     "division": "matched",
     "gpus": None,
-    "frameworks": {"torch": {"python": "3.11", "versions": {"torch": "2.13"}, "default_switches": {}}},
+    "frameworks": {
+        "torch": {"python": "3.11", "versions": {"torch": "2.13"}, "default_switches": {}},
+        "jax": {"python": "3.11", "versions": {"jax": "0.10"}, "default_switches": {}},
+    },
 }
 NAMES = (
     ("torch", "matmul", "eager"),
@@ -61,6 +64,7 @@ def cell_records(make_record, number, size, *, rounds=10, competitors=20, noise=
                 mode=mode,
                 control=k == len(names),
                 baseline=k in (0, len(names)),
+                compile_s=1.0 if mode == "jit" else None,
                 block_latency_s=tuple(blocks.tolist()),
                 latency_s=float(np.median(blocks)) / 10,
                 **shared,

@@ -184,8 +184,12 @@ def test_a_single_process_is_held_against_calls_that_were_waited_for(cell):
 def test_on_a_gpu_a_call_in_a_queue_may_be_much_shorter_than_one_that_is_waited_for(cell):
     waited = {"device": "cuda", "synchronised_latency_s": (read(0.02),), "prepared_call_s": 0.02}
     assert said(cell(processes=1, enqueue_s=2e-5, device_busy_s=3e-4, **waited)) == []
-    (wrong,) = said(cell(processes=1, enqueue_s=2e-5, device_busy_s=5e-3, **waited))
+    busy, wrong = said(cell(processes=1, enqueue_s=2e-5, device_busy_s=5e-3, **waited))
     assert "and 0.005 to 0.02 s by every other clock" in wrong
+    # What the device itself said needs no call that was waited for.
+    waited |= {"synchronised_latency_s": (), "prepared_call_s": None}
+    assert said(cell(processes=1, enqueue_s=None, device_busy_s=5e-3, **waited)) == [busy]
+    assert "0.00104 s a call in its blocks, and the device is busy with one for 0.005 s" in busy
 
 
 def test_samples_with_other_bits_than_the_clock_are_found(cell):
@@ -219,6 +223,23 @@ def test_a_block_of_several_calls_each_of_which_would_fill_it_is_found(cell):
     (wrong,) = said(cell(block_s=0.0005, processes=1))
     assert "blocks of 10 calls last at least 0.01 s, and fewer calls would have filled the 0.0005 s" in wrong
     assert said(cell(block_s=0.003, processes=1)) == []
+
+
+def test_the_block_that_told_the_size_filled_its_time(cell):
+    tenth = [read(seconds) for seconds in (0.00107, 0.00104, 0.00103)]
+    assert said(cell(processes=1, block_s=0.0104)) == []
+    alike = cell(0.0001, processes=1, block_s=0.01, warm_up_block_latency_s=tuple(tenth), synchronised_latency_s=())
+    assert any(
+        "no block lasted the 0.01 s that a block is sized for, the longest 0.00107 s" in one for one in said(alike)
+    )
+
+
+def test_blocks_before_the_rounds_are_as_long_as_those_in_them(cell):
+    alone = {"processes": 1, "synchronised_latency_s": (), "prepared_call_s": None}
+    assert said(cell(0.001, **alone)) == []
+    for latency_s in (0.0001, 0.01):
+        (wrong,) = said(cell(latency_s, **alone))
+        assert "s in the rounds, and of 0.0103 to 0.0107 s before them, with the same calls in each" in wrong
 
 
 def test_nobody_is_accused_on_a_busy_machine_but_of_what_does_not_depend_on_the_moment(cell):

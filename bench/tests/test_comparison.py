@@ -256,6 +256,15 @@ def test_a_cell_that_was_measured_twice_is_refused(write, call, tmp_path):
     (a / "environment.json").write_text(json.dumps({"a": FINGERPRINT, "b": FINGERPRINT}))
     done = call("compare", a, b)
     assert done.exit_code == 2
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    lines = (b / "records.jsonl").read_text()
+    again = lines.replace('"cell": "', '"cell": "x').replace('"key": "', '"key": "x')
+    (twice / "records.jsonl").write_text(lines + again)
+    (twice / "environment.json").write_bytes((b / "environment.json").read_bytes())
+    same = call("compare", a, twice, "--where-a", "environment_id=a")
+    assert same.exit_code == 2
+    assert "was measured twice in the environment b, as the cells" in same.stderr
     assert "was measured twice, in the environments a and b; choose one with --where-a or --where-b" in done.stderr
     assert call("compare", a, b, "--where-a", "environment_id=a").exit_code == 0
     # What is left out has no say in whether the devices are the same.

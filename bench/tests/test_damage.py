@@ -196,6 +196,44 @@ def test_a_readme_that_is_no_file_is_one_sentence(lines, run_of, call, tmp_path)
         assert why in said(call("report", run_of(lines), "--readme", path))
 
 
+def test_an_output_never_replaces_the_records_or_another_output(lines, run_of, call, tmp_path):
+    directory = run_of(lines)
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    link = tmp_path / "link"
+    link.symlink_to(directory / "records.jsonl")
+    for path in (directory / "records.jsonl", directory / "environment.json", directory / "records.jsonl.xz", link):
+        for command, option in (
+            ("report", "--json"),
+            ("report", "--markdown"),
+            ("claims", "--csv"),
+            ("validate", "--csv"),
+        ):
+            assert "has the name of a run's own records" in said(call(command, directory, option, path))
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    one, other = tmp_path / "one", tmp_path / "other"
+    other.symlink_to(one)
+    assert "--csv: " in (twice := said(call("report", directory, "--json", one, "--csv", other)))
+    assert "is the file of --json too; choose another" in twice
+    assert "is the file of --readme too" in said(call("claims", directory, "--markdown", one, "--readme", one))
+    (tmp_path / "new").mkdir()
+    run = ("run", "--preset", "smoke", "--out", tmp_path / "new", "--json")
+    assert "is the file of --out too" in said(call(*run, tmp_path / "new" / "." / "report.md"))
+    assert not one.exists()
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "records.jsonl.xz", "environment.json"])
+def test_what_is_no_regular_file_is_called_so(lines, run_of, call, name):
+    directory = run_of(lines)
+    for path in (directory / "records.jsonl", directory / name):
+        path.unlink(missing_ok=True)
+    if name == "environment.json":
+        (directory / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink("nothing", path), lambda path: os.symlink(name, path)):
+        make(directory / name)
+        assert f"{name}: expected a regular file, got none; restore" in said(call("report", directory))
+        (directory / name).rmdir() if (directory / name).is_dir() else (directory / name).unlink()
+
+
 def test_a_disk_that_fills_up_during_a_run_keeps_what_is_there(tmp_path, make_record, monkeypatch):
     store = Store(tmp_path, resume=False)
     store.append(cell_records(make_record, 0, (1, 2, 4, 8), competitors=2))

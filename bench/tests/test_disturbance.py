@@ -180,6 +180,15 @@ def test_the_option_is_checked_and_a_busy_machine_is_refused(tmp_path, call, mon
     refused = call("run", *TINY, "--out", tmp_path / "b", "--when-busy", "refuse")
     assert refused.exit_code == 1
     assert "--when-busy refuse: other processes take 1.00" in refused.stderr
+    assert refused.stderr.rstrip().endswith("Nothing was measured.")
+    assert list(tmp_path.iterdir()) == []
+    # What was there before stays.
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "notes").write_text("mine")
+    call("run", *TINY, "--out", tmp_path / "c", "--when-busy", "refuse")
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["notes"]
+    call("run", *TINY, "--out", tmp_path / "d" / "e", "--when-busy", "refuse")
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.usefixtures("fake_pool")

@@ -203,3 +203,20 @@ def test_a_signal_while_files_are_written_costs_none_of_them(tmp_path, make_reco
     assert (tmp_path / "report.csv").exists()
     # The user asked for an end, so the tables are not printed.
     assert "Outcomes" not in done.stdout
+
+
+@pytest.mark.parametrize("name", ["bench.commands.arguments", "parity_tests.report.console"])
+def test_an_interruption_while_modules_are_imported_ends_without_a_traceback(name):
+    code = f"""
+import runpy, sys
+class Finder:
+    def find_spec(self, found, *_):
+        if found == {name!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder())
+runpy.run_module("bench", run_name="__main__")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=CHECKOUT, timeout=100, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "")

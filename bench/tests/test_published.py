@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from html import unescape
 from pathlib import Path
 
@@ -126,6 +127,31 @@ def test_the_table_of_the_base_setting_on_the_h200_is_that_of_the_records():
         for figure, cell in zip(figures, shown, strict=True):
             digits = len(cell.partition(".")[2])
             assert f"{figure * 1e6:.{digits}f}" == cell, (name, figure)
+
+
+def test_the_sentences_about_graphs_on_the_h200_set_graphs_against_graphs_or_one_framework_against_itself():
+    timed = defaultdict(dict)
+    for one in read_records(RESULTS / "h200"):
+        if one.implementation == "matmul" and not one.control and one.status == "ok":
+            timed[one.environment_id, one.cell][one.framework, one.mode] = one
+    page = " ".join((ROOT / "README.md").read_text().split("### On an NVIDIA H200")[1].split())
+    graph, eager, recorded = ("torch", "cuda-graph"), ("torch", "eager"), ("jax", "jit-graph")
+    gains, leads, calls = defaultdict(list), [], []
+    for modes in timed.values():
+        if graph not in modes:
+            continue
+        if modes[graph].workload.startswith("article-"):
+            gains[modes[graph].direction].append(modes[eager].latency_s / modes[graph].latency_s)
+        elif recorded in modes and modes[graph].latency_s < 40e-6:
+            leads.append(modes[recorded].latency_s / modes[graph].latency_s)
+            calls.append(modes[recorded].latency_s * 1e6)
+    with_gradients, forward = (
+        f"{min(gains[name]):.2g} to {max(gains[name]):.2g}" for name in ("forward_backward", "forward")
+    )
+    assert f"`matmul` {with_gradients} times as fast as its eager calls with gradients, and {forward} times fo" in page
+    assert f"by {min(leads):.1f} to {max(leads):.1f} times, in all {len(leads)} workloads" in page
+    assert f"takes {min(calls):.0f} to {max(calls):.0f} however" in page
+    assert "times as fast as `jit`" not in page
 
 
 def test_a_stale_number_or_word_is_noticed():

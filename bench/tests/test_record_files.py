@@ -110,6 +110,10 @@ def damaged(packed):
         "cut": (whole[:-100], "is cut off; fetch the file anew"),
         "cut in the first stream": (whole[:50], "is cut off"),
         "empty": (b"", "is cut off"),
+        "followed by something else": (
+            whole + b"hi\n",
+            f"has other bytes than xz wrote behind byte {len(whole)}; fetch",
+        ),
         "flipped": (flipped, "is damaged (Corrupt input data)"),
         "more behind": (whole + b"more of it" * 9, "is damaged (Input format not supported"),
         "no xz": (b"records" * 9, "is damaged (Input format not supported"),
@@ -198,3 +202,16 @@ def test_xz_unpacks_it(packed, plain):
     done = subprocess.run(["xz", "-dc", packed / COMPRESSED], capture_output=True, check=True)
     assert done.stdout == (plain / RECORDS).read_bytes()
     assert json.loads(done.stdout.splitlines()[0])["schema_version"] == 1
+
+
+def test_zeros_between_streams_are_what_the_format_allows(packed, tmp_path, call):
+    shutil.copytree(packed, tmp_path / "run")
+    path = tmp_path / "run" / COMPRESSED
+    whole = path.read_bytes()
+    for padded in (whole + bytes(8), whole + bytes(4) + lzma.compress(b"")):
+        path.write_bytes(padded)
+        done = call("report", tmp_path / "run")
+        assert (done.exit_code, done.stderr) == (0, "")
+        assert done.stdout == call("report", packed).stdout
+    path.write_bytes(whole + bytes(3))
+    assert call("report", tmp_path / "run").exit_code == 2

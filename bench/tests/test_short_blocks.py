@@ -108,6 +108,7 @@ def test_validation_remarks_short_blocks_and_lets_them_through(make_record, tmp_
     records = cell_records(make_record, 0, (128, 32, 32, 32), competitors=3)
     lines = [json.loads(record.to_line()) for record in records]
     lines[1] |= {**blocks_of(*[0.4, 1.0] * 10), "block_latency_s": [0.4 * CPU_S, CPU_S] * 10}
+    lines[1]["warm_up_block_latency_s"] = [CPU_S]
     (tmp_path / "run" / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = call("validate", tmp_path / "run", "--json", tmp_path / "v.json", "--csv", tmp_path / "v.csv")
     assert done.exit_code == 0, done.output

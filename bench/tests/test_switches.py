@@ -14,7 +14,12 @@ from bench.report.markdown import environment_lines
 from bench.tests.test_commands import TINY
 from bench.tests.test_programs import REQUEST, judged, opened, timer_of
 
-ON = {"JAX_DEFAULT_DTYPE_BITS": "32", "PYTHONMALLOC": "debug", "NVIDIA_TF32_OVERRIDE": "0"}
+ON = {
+    "JAX_DEFAULT_DTYPE_BITS": "32",
+    "PYTHONMALLOC": "debug",
+    "TORCH_COMPILE_OVERRIDE_BACKENDS": "eager",
+    "NVIDIA_TF32_OVERRIDE": "0",
+}
 ON |= {name: "log" for name in UNSET if name.startswith("JAX_TRANSFER_GUARD")}
 
 
@@ -40,6 +45,26 @@ def test_a_switch_that_is_off_is_not_worth_a_word():
     assert len(sentences(("torch", "jax"), 2, dict.fromkeys(off, "1"))) == len(off)
     # For this one, 0 overrules the precision as much as 1 does.
     assert len(sentences(("torch",), 2, {"NVIDIA_TF32_OVERRIDE": "0"})) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "framework"),
+    [
+        ("JAX_OPTIMIZATION_LEVEL", "jax"),
+        ("TORCHINDUCTOR_COMPREHENSIVE_PADDING", "torch"),
+        ("OMP_THREAD_LIMIT", "torch"),
+        ("DNNL_MAX_CPU_ISA", "torch"),
+    ],
+)
+def test_a_switch_that_no_table_names_is_told_and_recorded(name, framework, monkeypatch):
+    monkeypatch.setenv(name, "0")
+    assert recorded(worker_environment(framework, device="cpu", division="stock", cpus=()))[name] == "0"
+    assert [line for line in sentences((framework,), 2) if line.startswith(f"{name}=0 stays in force in the workers")]
+    other = "torch" if framework == "jax" else "jax"
+    assert not [line for line in sentences((other,), 2) if name in line]
+    ours = worker_environment("jax", device="cpu", division="matched", cpus=(0, 1))
+    quiet = {key: value for key, value in ours.items() if key != name} | {"TORCHINDUCTOR_CACHE_DIR": "x"}
+    assert not set(recorded(quiet)) & {name, "TORCHINDUCTOR_CACHE_DIR", "XLA_PYTHON_CLIENT_PREALLOCATE"}
 
 
 def test_a_switch_that_stays_is_told_and_recorded(monkeypatch):

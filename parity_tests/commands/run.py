@@ -27,7 +27,7 @@ from parity_tests.judge.modes import covered
 from parity_tests.judge.records import ParityRow, environment, summarize, write_json
 from parity_tests.judge.run import count_cells, run_cells
 from parity_tests.judge.subjects import Subject
-from parity_tests.report.files import write_text
+from parity_tests.report.files import OutputError, check_apart, write_text
 from parity_tests.report.html import Curves, html_document
 from parity_tests.report.interruption import interruptible
 from parity_tests.report.junit import junit_document
@@ -72,9 +72,13 @@ def _written(
 
 def check_files(options: Options) -> None:
     """Refuses before the work what could not be written after it."""
-    check_writable("--json", options.json_file)
-    check_writable("--junit", options.junit_file)
-    check_writable("--html", options.html_file)
+    outputs = {"--json": options.json_file, "--junit": options.junit_file, "--html": options.html_file}
+    for option, path in outputs.items():
+        check_writable(option, path)
+    try:
+        check_apart(outputs)
+    except OutputError as error:
+        raise refuse(str(error)) from None
 
 
 def _chosen_trainings(options: Options, frameworks: Sequence[str]) -> list[tuple[str, str]]:

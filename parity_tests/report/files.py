@@ -15,7 +15,7 @@ import stat
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -114,6 +114,27 @@ def check_output(argument: str, path: Path | str | None) -> None:
                 file.write(b"\n")
                 file.flush()
                 raise _Kept
+
+
+def check_apart(outputs: Mapping[str, Path | str | None]) -> None:
+    """Refuse, before the work, two outputs that are one file: the later one would replace the earlier.
+
+    Args:
+        outputs: option to path.
+
+    Raises:
+        OutputError: with both options; one sentence.
+    """
+    seen: dict[str, str] = {}
+    for argument, path in outputs.items():
+        # A device or a pipe takes one after the other.
+        if path is None or (os.path.exists(path) and not os.path.isfile(path)):
+            continue
+        other = seen.setdefault(os.path.realpath(path), argument)
+        if other != argument:
+            raise OutputError(
+                f"{argument}: {printable(path)} is the file of {other} too; choose another for one of them."
+            )
 
 
 class _Kept(Exception):

@@ -24,6 +24,7 @@ from parity_tests.judge.inputs import Inputs
 _SWITCHES = ("jax_default_matmul_precision", "jax_enable_x64", "jax_numpy_dtype_promotion", "jax_optimization_level")
 # The variables are not passed on, but a start-up file may set them: each makes a mode or a clock a lie.
 _REFUSED = ("jax_disable_jit", "jax_debug_nans", "jax_debug_infs", "jax_check_tracer_leaks", "jax_enable_checks")
+_REFUSED += ("jax_disable_most_optimizations",)
 _PRECISIONS: Mapping[str, Any] = {
     "ieee_fp32": jax.lax.Precision.HIGHEST,
     "tf32": jax.lax.DotAlgorithmPreset.TF32_TF32_F32,
