@@ -50,7 +50,7 @@ def test_a_switch_that_is_off_is_not_worth_a_word():
 @pytest.mark.parametrize(
     ("name", "framework"),
     [
-        ("JAX_OPTIMIZATION_LEVEL", "jax"),
+        ("JAX_A_SWITCH_OF_LATER", "jax"),
         ("TORCHINDUCTOR_COMPREHENSIVE_PADDING", "torch"),
         ("OMP_THREAD_LIMIT", "torch"),
         ("DNNL_MAX_CPU_ISA", "torch"),
