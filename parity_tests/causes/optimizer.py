@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from parity_tests.judge.subjects import TrainingSubject
 from parity_tests.training.criteria import SEMANTIC_FACTOR, distances
 from parity_tests.training.optimizers import OptimizerSpec
-from parity_tests.training.tasks import TrainingTask
+from parity_tests.training.tasks import TrainingSubject, TrainingTask
 
 Replay = Callable[[OptimizerSpec], Mapping[str, np.ndarray]]
 

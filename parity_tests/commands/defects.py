@@ -27,12 +27,10 @@ from parity_tests.defects.layer import (
     observe_initial,
     observe_off_block,
 )
-from parity_tests.defects.planting import observe
-from parity_tests.defects.subject import DEFECTS
-from parity_tests.defects.training import TRAINING_DEFECTS
+from parity_tests.defects.subject import DEFECTS, observe
+from parity_tests.defects.training import TRAINING_DEFECTS, observe_training
+from parity_tests.report.console import interruptible
 from parity_tests.report.files import write_json
-from parity_tests.report.interruption import interruptible
-from parity_tests.training.run import observe_training
 
 
 @dataclass(frozen=True)

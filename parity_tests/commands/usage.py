@@ -9,12 +9,19 @@ from pathlib import Path
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from parity_tests.judge.cases import CASE_SETS, Case
-from parity_tests.judge.modes import DEFAULT_MODES, MODES, SHARDS, modes_of
-from parity_tests.judge.subjects import FRAMEWORKS, Subject, framework_available, load_subjects
-from parity_tests.report.console import PlainConsole
+from parity_tests.judge.inputs import CASE_SETS, Case
+from parity_tests.judge.subjects import (
+    DEFAULT_MODES,
+    FRAMEWORKS,
+    MODES,
+    SHARDS,
+    Subject,
+    framework_available,
+    load_subjects,
+    modes_of,
+)
+from parity_tests.report.console import INTERRUPTED, PlainConsole
 from parity_tests.report.files import OutputError, check_output
-from parity_tests.report.interruption import INTERRUPTED
 
 DEVICES = ("auto", "cpu", "cuda")
 # How products of fp32 arrays may be computed; every other dtype has one precision.

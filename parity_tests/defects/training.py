@@ -6,9 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parity_tests.judge.subjects import MaskedRun, StepGradients, TrainingSubject, Trajectory
+from parity_tests.causes.optimizer import replayed_cause
+from parity_tests.defects.subject import Killing
+from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.subjects import FRAMEWORKS
+from parity_tests.training.ladder import climb
 from parity_tests.training.optimizers import OPTIMIZERS, OptimizerSpec
-from parity_tests.training.tasks import TrainingTask
+from parity_tests.training.run import CASE, load_side
+from parity_tests.training.tasks import TASKS, MaskedRun, StepGradients, TrainingSubject, TrainingTask, Trajectory
 
 
 @dataclass(frozen=True)
@@ -88,3 +93,27 @@ def plant(defect: TrainingDefect, side: TrainingSubject) -> SpoiledTraining:
 def spec_of(defect: TrainingDefect) -> OptimizerSpec:
     """The spec that both sides are told to run."""
     return OPTIMIZERS[defect.optimizer]
+
+
+def observe_training(defect: TrainingDefect, dtype: str = "float32", steps: int = 60, members: int = 2) -> Killing:
+    """Plants a defect in the JAX side; it is killed only if its cause is named as well.
+
+    In float32 the whole ladder is climbed. In 16 bits a model is trained with wider parameters: the gradients that it
+    computed in `dtype` are fed to both optimisers.
+
+    Args:
+        defect: what is planted.
+        dtype: what the model computes in.
+        steps: K.
+        members: size of the noise ensemble of the top rung.
+    """
+    trusted, healthy = (load_side(framework) for framework in FRAMEWORKS)
+    spoiled = dataclasses.replace(healthy, training=plant(defect, healthy.training))
+    task, spec = TASKS["partitioned-mlp"](), spec_of(defect)
+    if dtype == "float32":
+        report = climb([trusted, spoiled], draw_inputs(CASE, dtype), task, spec, defect.optimizer, steps, members)
+        cause = report.first_failure.cause if report.first_failure else ""
+        return Killing(defect.cause in cause, cause)
+    cause = replayed_cause(trusted.training, spoiled.training, task, spec, steps, dtype)
+    agrees = not replayed_cause(trusted.training, healthy.training, task, spec, steps, dtype)
+    return Killing(agrees and defect.cause in cause, cause)

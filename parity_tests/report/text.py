@@ -1,4 +1,4 @@
-"""Text from outside (names, reasons, paths) in every format that a report has: it stays text, whatever is in it.
+"""Make text from outside (names, reasons, paths, exceptions) safe for each format of a report.
 
 `printable` decides what may be shown at all; one function for each format then escapes what that format would obey.
 Renderers call the function of their format where text leaves them, and nothing else.
@@ -7,6 +7,7 @@ Renderers call the function of their format where text leaves them, and nothing 
 import html
 import json
 import re
+import traceback
 from typing import Any
 
 
@@ -106,3 +107,40 @@ def _whole(value: Any) -> Any:
     if isinstance(value, dict):
         return {_whole(name): _whole(item) for name, item in value.items()}
     return [_whole(item) for item in value] if isinstance(value, list) else value
+
+
+_MOST_CHARACTERS = 300  # some messages end in a whole program
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, cut where it is long; some say nothing.
+
+    Args:
+        error: any exception.
+    """
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:
+        return "its message cannot be shown"
+    return lines[0][:_MOST_CHARACTERS] if lines else "no reason given"
+
+
+def raised(what: str, error: BaseException) -> str:
+    """One sentence for work that ended in an exception, as a row's reason.
+
+    Args:
+        what: that raised, as the beginning of a sentence: "the call".
+        error: what it raised.
+    """
+    return f"{what} raised {type(error).__name__}: {first_line(error)}"
+
+
+def located(error: BaseException) -> str:
+    """An exception in one line, with the place where it was raised: what a person needs in place of a traceback.
+
+    Args:
+        error: one that was raised, by a user's own code.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {first_line(error)}{where}"

@@ -140,7 +140,7 @@ def test_each_tree_works_with_the_other_framework_unimportable(framework, banned
         pytest.skip(f"{framework} is not installed here")
     code = f"""
 import sys
-from parity_tests.judge.cases import SMOKE
+from parity_tests.judge.inputs import SMOKE
 from parity_tests.judge.run import run_cells
 from parity_tests.judge.subjects import load_subjects
 import {framework}_impl

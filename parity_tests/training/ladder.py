@@ -13,11 +13,10 @@ from parity_tests.causes.optimizer import explain_optimizer, replayed_cause
 from parity_tests.judge.inputs import Inputs
 from parity_tests.judge.oracle import reference
 from parity_tests.judge.run import judge
-from parity_tests.judge.subjects import Subject, TrainingSubject
-from parity_tests.training.criteria import SEMANTIC_FACTOR, distances
+from parity_tests.judge.subjects import Subject
+from parity_tests.training.criteria import SEMANTIC_FACTOR, TrainingReport, distances, training_parity
 from parity_tests.training.optimizers import OptimizerSpec
-from parity_tests.training.parity import TrainingReport, training_parity
-from parity_tests.training.tasks import TrainingTask
+from parity_tests.training.tasks import TrainingSubject, TrainingTask
 
 RUNGS: tuple[str, ...] = ("weights round-trip", "forward", "dx, dW, db", "one optimiser step", "K optimiser steps")
 Arrays = Mapping[str, np.ndarray]

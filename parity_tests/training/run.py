@@ -1,24 +1,19 @@
 """The ladder as rows of a parity run: which models and optimisers each set of cases trains, and their curves."""
 
-import dataclasses
 import importlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from parity_tests.causes.optimizer import replayed_cause
-from parity_tests.defects.planting import Killing
-from parity_tests.defects.training import TrainingDefect, plant, spec_of
-from parity_tests.judge.cases import Case
-from parity_tests.judge.failures import raised
-from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.inputs import Case, draw_inputs
 from parity_tests.judge.records import ParityRow
 from parity_tests.judge.subjects import FRAMEWORKS
-from parity_tests.report.drawings import Curves
+from parity_tests.report.html import Curves
+from parity_tests.report.text import raised
+from parity_tests.training.criteria import TrainingReport
 from parity_tests.training.ladder import RUNGS, LadderSide, climb
 from parity_tests.training.optimizers import OPTIMIZERS
-from parity_tests.training.parity import TrainingReport
 from parity_tests.training.tasks import TASKS
 
 STEPS = 500
@@ -133,27 +128,3 @@ def load_side(framework: str) -> LadderSide:
     training = importlib.import_module(f"parity_tests.frameworks.{framework}.training")
     subject = next(subject for subject in subjects.subjects("cpu") if subject.implementation == "matmul")
     return LadderSide(subject, training.training(), subjects.round_trip)
-
-
-def observe_training(defect: TrainingDefect, dtype: str = "float32", steps: int = 60, members: int = 2) -> Killing:
-    """Plants a defect in the JAX side; it is killed only if its cause is named as well.
-
-    In float32 the whole ladder is climbed. In 16 bits a model is trained with wider parameters: the gradients that it
-    computed in `dtype` are fed to both optimisers.
-
-    Args:
-        defect: what is planted.
-        dtype: what the model computes in.
-        steps: K.
-        members: size of the noise ensemble of the top rung.
-    """
-    trusted, healthy = (load_side(framework) for framework in FRAMEWORKS)
-    spoiled = dataclasses.replace(healthy, training=plant(defect, healthy.training))
-    task, spec = TASKS["partitioned-mlp"](), spec_of(defect)
-    if dtype == "float32":
-        report = climb([trusted, spoiled], draw_inputs(CASE, dtype), task, spec, defect.optimizer, steps, members)
-        cause = report.first_failure.cause if report.first_failure else ""
-        return Killing(defect.cause in cause, cause)
-    cause = replayed_cause(trusted.training, spoiled.training, task, spec, steps, dtype)
-    agrees = not replayed_cause(trusted.training, healthy.training, task, spec, steps, dtype)
-    return Killing(agrees and defect.cause in cause, cause)

@@ -12,9 +12,8 @@ import numpy as np
 from flax import linen, nnx
 
 from parity_tests.findings import Finding
-from parity_tests.judge.cases import Case
 from parity_tests.judge.comparison import compare
-from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.inputs import Case, draw_inputs
 from parity_tests.judge.oracle import reference
 from parity_tests.judge.tolerance import declared_arithmetic
 

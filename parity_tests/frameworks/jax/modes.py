@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jax_impl.registry import IMPLEMENTATIONS
 from jax_impl.sharding import partition_sharding
-from parity_tests.judge.cases import Case
-from parity_tests.judge.modes import MODES, members_of, shards_of
+from parity_tests.judge.inputs import Case
+from parity_tests.judge.subjects import MODES, members_of, shards_of
 
 Function = Callable[..., jax.Array]
 

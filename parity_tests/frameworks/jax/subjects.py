@@ -1,4 +1,4 @@
-"""JAX subjects: every implementation of the table through the public function, and the nnx and linen layers."""
+"""Run JAX subjects: the table's implementations through the public function, and the nnx and linen layers."""
 
 import contextlib
 import dataclasses
@@ -17,10 +17,8 @@ from jax_impl import PartitionedLinear, export_parameters, import_parameters, pa
 from jax_impl.linen import PartitionedLinear as LinenPartitionedLinear
 from jax_impl.registry import IMPLEMENTATIONS, unsupported_reason
 from parity_tests.frameworks.jax.modes import EXECUTIONS, Function, mode_reason, placement
-from parity_tests.judge.cases import Case, Layout
-from parity_tests.judge.inputs import Inputs
-from parity_tests.judge.modes import DEFAULT_MODES, MODES
-from parity_tests.judge.subjects import check_precision
+from parity_tests.judge.inputs import Case, Inputs, Layout
+from parity_tests.judge.subjects import DEFAULT_MODES, MODES, check_precision
 
 
 @contextlib.contextmanager
@@ -234,3 +232,24 @@ def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | N
 def release_programs() -> None:
     """Drops all compiled programs."""
     jax.clear_caches()
+
+
+LAYERS = ("layer", "linen")
+
+
+def initial_weight(layer: str, init: str, sizes: tuple[int, int, int], dtype: str, seed: int) -> np.ndarray:
+    """Returns the kernel `(n, in, out)` that a new layer drew.
+
+    Args:
+        layer: a name of `LAYERS`.
+        init: `torch` or `flax`.
+        sizes: n, in, out.
+        dtype: of the parameters.
+        seed: of the generator.
+    """
+    n, i, o = sizes
+    number = jnp.dtype(dtype)
+    if layer == "layer":
+        return np.asarray(PartitionedLinear(n, i, o, init=init, param_dtype=number, rngs=nnx.Rngs(seed)).kernel[...])
+    twin = LinenPartitionedLinear(features=o, initializer=init, param_dtype=number)
+    return np.asarray(twin.init(jax.random.key(seed), jnp.zeros((1, n, i), number))["params"]["kernel"])

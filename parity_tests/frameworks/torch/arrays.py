@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from parity_tests.judge.cases import Layout
+from parity_tests.judge.inputs import Layout
 
 
 def to_torch(array: np.ndarray, device: torch.device) -> torch.Tensor:

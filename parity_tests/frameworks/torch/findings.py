@@ -5,9 +5,8 @@ import torch
 
 from parity_tests.findings import Finding
 from parity_tests.frameworks.torch.arrays import to_numpy, to_torch
-from parity_tests.judge.cases import Case
 from parity_tests.judge.comparison import compare
-from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.inputs import Case, draw_inputs
 from parity_tests.judge.oracle import reference
 from parity_tests.judge.tolerance import declared_arithmetic
 

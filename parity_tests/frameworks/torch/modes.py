@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from parity_tests.judge.inputs import Inputs
-from parity_tests.judge.modes import MODES, members_of, split_members
+from parity_tests.judge.subjects import MODES, members_of, split_members
 from torch_impl.registry import IMPLEMENTATIONS
 
 Function = Callable[..., torch.Tensor]

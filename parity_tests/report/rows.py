@@ -1,14 +1,16 @@
-"""What a person reads in a terminal after a run: a line a subject, mode and dtype, then everything that failed."""
+"""Show rows to a person in a terminal, and to a CI system as JUnit XML with one case a row."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from xml.etree import ElementTree
 
 from rich.table import Table
 from rich.text import Text
 
-from parity_tests.judge.records import ParityRow, Summary
+from parity_tests.judge.records import ParityRow, Summary, summarize
 from parity_tests.judge.tolerance import FALSE_ALARM_RATE, PRECISION_OF_DTYPE
 from parity_tests.report.console import PlainConsole
+from parity_tests.report.text import printable
 
 _RATE = f"{FALSE_ALARM_RATE:.0e}"
 # Subjects that are named beside the reason why they were skipped.
@@ -98,3 +100,41 @@ def print_report(console: PlainConsole, rows: Sequence[ParityRow], summary: Summ
         f"{summary.compared} compared, {summary.passed} passed, {summary.failed} failed, {summary.skipped} skipped:",
         Text(verdict, "green" if summary.ok else "red"),
     )
+
+
+def _case(row: ParityRow) -> ElementTree.Element:
+    parts = (row.kind, row.framework, row.implementation, row.mode, row.dtype)
+    place = printable(".".join(part for part in parts if part))
+    name = printable(" ".join(part for part in (row.case, row.tensor) if part))
+    case = ElementTree.Element("testcase", {"classname": place, "name": name, "time": "0"})
+    if row.status == "mismatch":
+        failure = ElementTree.SubElement(case, "failure", {"message": printable(row.reason)})
+        details = [f"error over bound: {row.bound_fraction}", row.diagnosis, row.command]
+        failure.text = "\n".join(printable(line) for line in details if line)
+    elif row.status == "skipped":
+        ElementTree.SubElement(case, "skipped", {"message": printable(row.reason)})
+    return case
+
+
+def junit_document(rows: Sequence[ParityRow], stopped: str = "") -> str:
+    """Returns a JUnit document with one case a row: failures with their reason and the command that reproduces them.
+
+    Args:
+        rows: of a parity run or a pair's report.
+        stopped: why the run did not come to its end; becomes a case of its own, with an error.
+    """
+    summary = summarize(rows)
+    counts = {
+        "tests": str(len(rows) + bool(stopped)),
+        "failures": str(summary.failed),
+        "skipped": str(summary.skipped),
+        "errors": str(int(bool(stopped))),
+    }
+    root = ElementTree.Element("testsuites", {"name": "parity", **counts})
+    suite = ElementTree.SubElement(root, "testsuite", {"name": "parity", **counts})
+    suite.extend(_case(row) for row in rows)
+    if stopped:
+        case = ElementTree.SubElement(suite, "testcase", {"classname": "run", "name": "comes to its end", "time": "0"})
+        ElementTree.SubElement(case, "error", {"message": printable(stopped)})
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
