@@ -41,13 +41,13 @@ class Finding:
     by_processor: bool = False
 
     def missing(self) -> str:
-        """One sentence if the check cannot be run here, else empty."""
+        """Return one sentence if the check cannot be run here, else empty."""
         if self.needs is None or importlib.util.find_spec(self.needs) is not None:
             return self.lacks()
         return f"{self.needs} is not installed; install the extra competitors"
 
     def present(self, measured: float) -> bool:
-        """Whether a measured figure shows the trap."""
+        """Return True if a measured figure shows the trap."""
         return measured > 1
 
     def state(self, measured: float, version: str) -> State:
@@ -69,12 +69,12 @@ class Finding:
         return "mended" if later and Version(version).public not in self.seen_in else "not seen here"
 
     def readme_line(self) -> str:
-        """The finding's line in the README."""
+        """Return the finding's line in the README."""
         return f"- `{self.name}` ({self.library} {', '.join(self.seen_in)}): {self.sentence}"
 
 
 def load_findings(framework: str) -> tuple[Finding, ...]:
-    """Imports a framework's findings.
+    """Import a framework's findings.
 
     Raises:
         ImportError: if the framework is not installed.
@@ -83,7 +83,7 @@ def load_findings(framework: str) -> tuple[Finding, ...]:
 
 
 def all_findings() -> tuple[Finding, ...]:
-    """The findings of every framework that is installed here."""
+    """Return the findings of every framework that is installed here."""
     return tuple(
         finding for framework in FRAMEWORKS if framework_available(framework) for finding in load_findings(framework)
     )

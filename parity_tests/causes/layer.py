@@ -57,11 +57,11 @@ class Evidence:
         return ~np.logical_and.reduce([error <= limit for limit in limits.values()])
 
     def fits(self, tiers: Sequence[Tier] = ()) -> bool:
-        """Whether the value is right for this truth."""
+        """Return True if the value is right for this truth."""
         return not self.outside(tiers).any()
 
     def partitions(self, chosen: np.ndarray) -> "Evidence":
-        """The same for some partitions only."""
+        """Return the same for some partitions only."""
         return replace(
             self,
             value=np.take(self.value, chosen, self.truth.partition_axis),
@@ -70,7 +70,7 @@ class Evidence:
 
 
 def restricted(tensor: OracleTensor, chosen: np.ndarray) -> OracleTensor:
-    """Returns some partitions of the oracle's tensor."""
+    """Return some partitions of the oracle's tensor."""
 
     def taken(array: np.ndarray) -> np.ndarray:
         return np.take(array, chosen, tensor.partition_axis)
@@ -98,7 +98,7 @@ def all_zero(evidence: Evidence) -> str | None:
 
 
 def scaled(evidence: Evidence, named_factors: dict[str, float]) -> str | None:
-    """A constant factor, by name if it is one of `named_factors`."""
+    """Return a constant factor, by name if it is one of `named_factors`."""
     expected = evidence.truth.value.astype(np.float64).ravel()
     square = float(expected @ expected)
     if not square or evidence.value.size < 2:
@@ -120,7 +120,7 @@ def scaled(evidence: Evidence, named_factors: dict[str, float]) -> str | None:
 
 
 def significand_bits(value: np.ndarray) -> int:
-    """The most significand bits that any of the numbers makes use of."""
+    """Return the most significand bits that any of the numbers makes use of."""
     numbers = value.astype(np.float64)
     mantissa, _ = np.frexp(np.abs(numbers[np.isfinite(numbers) & (numbers != 0)]))
     if not mantissa.size:
@@ -130,7 +130,7 @@ def significand_bits(value: np.ndarray) -> int:
 
 
 def coarse_output(evidence: Evidence) -> str | None:
-    """A result that was truncated, or rounded to a shorter significand than its dtype has."""
+    """Return a result that was truncated, or rounded to a shorter significand than its dtype has."""
     if evidence.value.size < _LEAST:
         return None
     own = round(-np.log2(FORMATS[evidence.arithmetic.output].roundoff))
@@ -246,7 +246,7 @@ OPERANDS: tuple[Hypothesis, ...] = (
 
 
 def _shortened(array: np.ndarray, bits: int, nearest: bool) -> np.ndarray:
-    """The numbers with so many significand bits, rounded or chopped (hardware does either)."""
+    """Return the numbers with so many significand bits, rounded or chopped (hardware does either)."""
     mantissa, exponent = np.frexp(array.astype(np.float64))
     scaled = mantissa * 2.0**bits
     return np.ldexp((np.rint(scaled) if nearest else np.trunc(scaled)) / 2.0**bits, exponent).astype(array.dtype)
@@ -260,7 +260,7 @@ def _first_rows(array: np.ndarray) -> np.ndarray:
 
 
 def _explained(whole: Evidence, changed: Inputs, original: Inputs) -> Evidence | None:
-    """The value beside the oracle's on changed inputs; None where a few rows, or the operands, already rule it out."""
+    """Return the value beside the oracle's on changed inputs; None where a few rows, or the operands, already rule it out."""
     kept = [(getattr(changed, key), getattr(original, key)) for key in _OPERANDS_OF[whole.name]]
     if all(new is old or (new is not None and np.array_equal(new, old)) for new, old in kept):
         return None
@@ -275,7 +275,7 @@ def _explained(whole: Evidence, changed: Inputs, original: Inputs) -> Evidence |
 
 
 def _rounded_operands(evidence: Evidence, inputs: Inputs) -> str | None:
-    """Operands that lost bits on their way into the product: the oracle on the shortened ones explains the errors."""
+    """Return operands that lost bits on their way into the product: the oracle on the shortened ones explains the errors."""
     before = float(np.sqrt(np.mean(evidence.error.astype(np.float64) ** 2)))
     # What rounds its operands is a tensor core more often than not, and those chop their sums.
     chopping = dataclasses.replace(evidence, arithmetic=dataclasses.replace(evidence.arithmetic, truncates=True))
@@ -292,7 +292,7 @@ def _rounded_operands(evidence: Evidence, inputs: Inputs) -> str | None:
 
 
 def _whole_tensors(evidence: Evidence) -> Iterator[tuple[str, np.ndarray]]:
-    """Results that are right but in the wrong place: how to say it, and the value put right."""
+    """Return results that are right but in the wrong place: how to say it, and the value put right."""
     name, axis = evidence.name, evidence.truth.partition_axis
     if evidence.value.shape[axis] > 1:
         for by, direction in ((1, "rolled"), (-1, "rolled back")):
@@ -302,7 +302,7 @@ def _whole_tensors(evidence: Evidence) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _by_trying(whole: Evidence, different: np.ndarray, inputs: Inputs, truth: Reference) -> str | None:
-    """Mistakes in the operands and in whole tensors, looked for in the partitions that differ."""
+    """Return mistakes in the operands and in whole tensors, looked for in the partitions that differ."""
     part = whole.partitions(different)
     factors = {"1/n": 1 / len(inputs.weight), "n": float(len(inputs.weight)), "-1": -1.0}
     if rows := truth["dweight"].terms:
@@ -328,7 +328,7 @@ def explain(
     inputs: Inputs,
     arithmetic: Arithmetic | None = None,
 ) -> str:
-    """Returns a likely cause of the first mismatch in one clause, or that none of the known mistakes explains it.
+    """Return a likely cause of the first mismatch in one clause, or that none of the known mistakes explains it.
 
     Args:
         results: the verdicts on the subject's tensors.
@@ -365,7 +365,7 @@ def explain(
 def with_cause(
     result: TensorResult, outputs: Mapping[str, np.ndarray], inputs: Inputs, arithmetic: Arithmetic
 ) -> TensorResult:
-    """Returns a mismatch with its likely cause in its reason; anything else unchanged.
+    """Return a mismatch with its likely cause in its reason; anything else unchanged.
 
     Args:
         result: a verdict.

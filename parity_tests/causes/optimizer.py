@@ -13,7 +13,7 @@ Replay = Callable[[OptimizerSpec], Mapping[str, np.ndarray]]
 
 
 def explain_optimizer(spec: OptimizerSpec, replay: Replay, observed: Mapping[str, np.ndarray], limit: float) -> str:
-    """Returns which change to the optimiser's settings reproduces an observed state.
+    """Return which change to the optimiser's settings reproduces an observed state.
 
     Args:
         spec: what both sides were meant to run.
@@ -58,7 +58,7 @@ def replayed_cause(
     steps: int,
     dtype: str = "float64",
 ) -> str:
-    """Feeds the same gradients to both optimisers in float64 and returns which setting explains their difference.
+    """Feed the same gradients to both optimisers in float64 and returns which setting explains their difference.
 
     Args:
         trusted: whose gradients and states count.

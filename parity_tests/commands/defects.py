@@ -84,7 +84,7 @@ def _pair_defects(frameworks: Sequence[str]) -> Iterator[Score]:
 
 
 def defects(frameworks: Sequence[str], implementation: str, json_file: Path | None) -> int:
-    """Plants everything, prints the score, writes it.
+    """Plant everything, prints the score, writes it.
 
     Args:
         frameworks: named frameworks; empty for all that are installed.

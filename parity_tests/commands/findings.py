@@ -51,7 +51,7 @@ def _cells(finding: Finding, measured: float | None, row: dict[str, Any]) -> tup
 
 
 def findings(json_file: Path | None) -> int:
-    """Runs every check and prints what it measured.
+    """Run every check and prints what it measured.
 
     Args:
         json_file: where the results go, or None.

@@ -56,7 +56,7 @@ class Options:
 def _written(
     options: Options, rows: Sequence[ParityRow], curves: Sequence[Curves], cells_left: int, stopped: str
 ) -> list[str]:
-    """Writes the files; returns one sentence for each that could not be written."""
+    """Write the files; returns one sentence for each that could not be written."""
     junit, html = options.junit_file, options.html_file
     return write_outputs(
         (options.json_file, lambda path: write_json(path, rows, cells_left, stopped)),
@@ -69,14 +69,14 @@ def _written(
 
 
 def check_files(options: Options) -> None:
-    """Refuses before the work what could not be written after it."""
+    """Refuse before the work what could not be written after it."""
     check_writable("--json", options.json_file)
     check_writable("--junit", options.junit_file)
     check_writable("--html", options.html_file)
 
 
 def _chosen_trainings(options: Options, frameworks: Sequence[str]) -> list[tuple[str, str]]:
-    """The named tasks and optimisers, or those of the set; a selection of cells asks for just these and for none."""
+    """Return the named tasks and optimisers, or those of the set; a selection of cells asks for just these and for none."""
     selection = {
         "--implementation": options.implementations,
         "--mode": options.modes,

@@ -50,7 +50,7 @@ def flax_distribution(in_features: int) -> Distribution:
 
 
 def initialization_faults(draws: np.ndarray, expected: Distribution) -> list[str]:
-    """Returns what is wrong with the draws, in sentences; empty if nothing is.
+    """Return what is wrong with the draws, in sentences; empty if nothing is.
 
     Args:
         draws: `(n, ...)`, the partition axis first; at least 100 numbers a partition say something.
@@ -87,7 +87,7 @@ def initialization_faults(draws: np.ndarray, expected: Distribution) -> list[str
 
 
 def initialization_cause(draws: np.ndarray, expected: Distribution) -> str:
-    """Returns a likely cause of the faults in one clause; empty if there are none.
+    """Return a likely cause of the faults in one clause; empty if there are none.
 
     Args:
         draws: `(n, ...)`, as for `initialization_faults`.
@@ -160,7 +160,7 @@ OFF_BLOCK_DEFECTS: tuple[OffBlockDefect, ...] = (
 
 
 def off_block_cause(trace: Mapping[str, np.ndarray], num_partitions: int) -> str:
-    """Returns what is wrong outside the blocks of the masked layer in one clause; empty if everything there is zero.
+    """Return what is wrong outside the blocks of the masked layer in one clause; empty if everything there is zero.
 
     No tolerance: those entries are exact zeros in any dtype and after any number of steps, weight decay included.
 
@@ -188,17 +188,17 @@ def _room(framework: str):
 
 
 def layers_of(framework: str) -> tuple[str, ...]:
-    """Names of the framework's layer classes whose initialisers are judged."""
+    """Name of the framework's layer classes whose initialisers are judged."""
     return tuple(_room(framework).LAYERS)
 
 
 def has_masked_layer(framework: str) -> bool:
-    """True if the framework has a layer with a dense, masked parameter."""
+    """Return True if the framework has a layer with a dense, masked parameter."""
     return hasattr(_room(framework), "masked_training")
 
 
 def observe_initial(defect: InitialDefect, framework: str, layer: str, init: str, dtype: str, seed: int = 0) -> Killing:
-    """Plants a defect in what a layer's initialiser drew and judges it.
+    """Plant a defect in what a layer's initialiser drew and judges it.
 
     Args:
         defect: what is planted.
@@ -215,7 +215,7 @@ def observe_initial(defect: InitialDefect, framework: str, layer: str, init: str
 
 
 def observe_off_block(defect: OffBlockDefect, framework: str, dtype: str, seed: int = 0) -> Killing:
-    """Plants a defect in the masked layer, trains it for `STEPS` steps and looks outside the blocks.
+    """Plant a defect in the masked layer, trains it for `STEPS` steps and looks outside the blocks.
 
     Args:
         defect: what is planted.

@@ -77,16 +77,16 @@ class SpoiledSubject:
         return self.subject.unsupported_reason(case, dtype)
 
     def forward(self, inputs: Inputs) -> np.ndarray:
-        """Returns the spoiled y."""
+        """Return the spoiled y."""
         return self.defect.spoil(self.subject, inputs)["y"] if self.defect.forward else self.subject.forward(inputs)
 
     def vjp(self, inputs: Inputs) -> Outputs:
-        """Returns the spoiled tensors."""
+        """Return the spoiled tensors."""
         return self.defect.spoil(self.subject, inputs) if self.defect.backward else self.subject.vjp(inputs)
 
 
 def plant(defect: Defect, subject: Subject) -> SpoiledSubject:
-    """Returns a copy of the subject that has the defect."""
+    """Return a copy of the subject that has the defect."""
     return SpoiledSubject(
         subject, defect, subject.framework, subject.implementation, subject.isolates_partitions, subject.mode
     )
@@ -99,7 +99,7 @@ def _problem(dtype: str, seed: int) -> tuple[Inputs, Reference]:
 
 
 def _verdict(candidate: Subject, dtype: str, seed: int, isolation: bool, measured: Subject) -> Killing:
-    """Whether the judge rejects a subject, and why; the bound is that of the subject that was measured."""
+    """Return True if the judge rejects a subject, and why; the bound is that of the subject that was measured."""
     inputs, truth = _problem(dtype, seed)
     if isolation:
         swallowed = check_isolation(candidate, inputs, partition=1, poison=float("nan")).swallowed
@@ -114,7 +114,7 @@ _healthy = functools.cache(_verdict)
 
 
 def observe(defect: Defect, subject: Subject, dtype: str, seed: int = 0) -> Killing:
-    """Plants a defect and judges it.
+    """Plant a defect and judges it.
 
     Args:
         defect: what is planted.
@@ -158,7 +158,7 @@ def _without_one_bias(inputs: Inputs) -> dict[str, np.ndarray]:
 
 
 def _chopped(array: np.ndarray, bits: int) -> np.ndarray:
-    """Keeps `bits` significand bits and drops the rest, without rounding."""
+    """Keep `bits` significand bits and drops the rest, without rounding."""
     mantissa, exponent = np.frexp(array.astype(np.float64))
     return np.ldexp(np.trunc(mantissa * 2.0**bits) / 2.0**bits, exponent).astype(array.dtype)
 

@@ -86,17 +86,17 @@ class SpoiledTraining:
 
 
 def plant(defect: TrainingDefect, side: TrainingSubject) -> SpoiledTraining:
-    """Returns a copy of a side that has the defect."""
+    """Return a copy of a side that has the defect."""
     return SpoiledTraining(side, defect.change, side.framework)
 
 
 def spec_of(defect: TrainingDefect) -> OptimizerSpec:
-    """The spec that both sides are told to run."""
+    """Return the spec that both sides are told to run."""
     return OPTIMIZERS[defect.optimizer]
 
 
 def observe_training(defect: TrainingDefect, dtype: str = "float32", steps: int = 60, members: int = 2) -> Killing:
-    """Plants a defect in the JAX side; it is killed only if its cause is named as well.
+    """Plant a defect in the JAX side; it is killed only if its cause is named as well.
 
     In float32 the whole ladder is climbed. In 16 bits a model is trained with wider parameters: the gradients that it
     computed in `dtype` are fed to both optimisers.

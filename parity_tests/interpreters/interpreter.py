@@ -38,7 +38,7 @@ _MOST_LINES, _MOST_LINE_BYTES = 1000, 2**16
 
 
 class Interpreter:
-    """Starts `python -m parity_tests.interpreters target argument ...`; use as a context, which ends it.
+    """Start `python -m parity_tests.interpreters target argument ...`; use as a context, which ends it.
 
     Args:
         target: a module whose `main(channel, *arguments)` is to run, see `child`.
@@ -74,7 +74,7 @@ class Interpreter:
             raise
 
     def _greet(self) -> None:
-        """Waits for the first message; a start-up file may have printed something before it."""
+        """Wait for the first message; a start-up file may have printed something before it."""
         limit_s = min(self.timeout_s, GREETING_S)
         deadline = time.monotonic() + limit_s
         try:
@@ -92,14 +92,14 @@ class Interpreter:
             raise ProcessError(self._who, happened, error.kind, self.child.printed, error.status) from None
 
     def send(self, message: Message, payload: bytes | None = None) -> None:
-        """Sends a message; a payload arrives as its field `payload`."""
+        """Send a message; a payload arrives as its field `payload`."""
         announced = message if payload is None else message | {"payload": len(payload)}
         self.child.write((json.dumps(announced) + "\n").encode())
         if payload:
             self.child.write(payload)
 
     def receive(self) -> Message:
-        """Waits for the next message.
+        """Wait for the next message.
 
         Raises:
             ProcessError: if there is none within `timeout_s`; the process is dead afterwards.
@@ -117,25 +117,25 @@ class Interpreter:
         return message
 
     def messages_left(self) -> list[Message]:
-        """Kills the process and returns the messages without payload that were on their way."""
+        """Kill the process and returns the messages without payload that were on their way."""
         return [message for line in self.child.lines_left() if (message := _decoded(line)) is not None]
 
     def kill(self) -> None:
-        """Ends the process and all that it started, at once."""
+        """End the process and all that it started, at once."""
         self.child.kill()
 
     def end(self) -> None:
-        """Lets the process end by itself, if it does so soon, and frees what it held."""
+        """Let the process end by itself, if it does so soon, and frees what it held."""
         self.child.end()
 
     def __enter__(self) -> Self:
-        """Returns itself."""
+        """Return itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Ends the process: at once if something went wrong."""
+        """End the process: at once if something went wrong."""
         self.child.end(0) if kind else self.child.end()
 
 
@@ -148,7 +148,7 @@ def _working_directory() -> str:
 
 
 def _decoded(line: bytes) -> dict[str, Any] | None:
-    """Returns the message in a line, or None if there is none."""
+    """Return the message in a line, or None if there is none."""
     try:
         message = json.loads(line)
     except (ValueError, RecursionError):
@@ -185,7 +185,7 @@ class Channel:
         self._owner, self._identity = os.getpid(), os.fstat(self._replies).st_ino
 
     def send(self, message: Message, payload: bytes | None = None) -> None:
-        """Sends a message; ends a forked copy of the process, which must neither speak nor listen in its place.
+        """Send a message; ends a forked copy of the process, which must neither speak nor listen in its place.
 
         Args:
             message: what JSON can carry.
@@ -215,7 +215,7 @@ class Channel:
             self._exit(_LOST)
 
     def receive(self) -> Message | None:
-        """Waits for the next message; None when the parent has closed the connection."""
+        """Wait for the next message; None when the parent has closed the connection."""
         self._end_copy()
         line = self._requests.readline()
         if not line:
@@ -227,14 +227,14 @@ class Channel:
 
 
 def end_with_parent() -> None:
-    """Asks the kernel to end this process with its parent: a busy process does not notice a closed connection."""
+    """Ask the kernel to end this process with its parent: a busy process does not notice a closed connection."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def run(target: str, arguments: Sequence[str]) -> None:
-    """Greets the parent and calls `target.main(channel, *arguments)`; any exception becomes the last message.
+    """Greet the parent and calls `target.main(channel, *arguments)`; any exception becomes the last message.
 
     Args:
         target: the module.

@@ -16,7 +16,7 @@ from parity_tests.judge.subjects import MODES, Subject
 
 
 def lattice_limit(case: Case, dtype: str, largest: int = 3) -> int:
-    """Largest integer magnitude whose sums stay exact in `dtype` for this case, at most `largest`.
+    """Return largest integer magnitude whose sums stay exact in `dtype` for this case, at most `largest`.
 
     A sum of K products of integers up to m has magnitude at most K m^2, plus m for the bias.
 
@@ -50,16 +50,13 @@ def _bitwise(name: str, value: np.ndarray, expected: np.ndarray, axis: int) -> T
 
 
 def check_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) -> list[TensorResult]:
-    """Integer inputs whose sums are exact: y, dx, dW and db must equal the oracle bit for bit.
+    """Check on integers whose sums are exact that y, dx, dW and db equal the oracle bit for bit.
 
     Args:
         subject: the subject.
-        case: a shape small enough for exact sums in what the mode computes in, see `lattice_limit`.
+        case: a shape small enough for exact sums in the dtype that the mode computes in, see `lattice_limit`.
         dtype: storage dtype.
         seed: of the integers.
-
-    Returns:
-        One result per tensor.
     """
     inputs = draw_lattice(case, dtype, seed, lattice_limit(case, MODES[subject.mode].computes_in or dtype))
     truth = reference(inputs)
@@ -68,7 +65,7 @@ def check_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) -> li
 
 
 def check_wide_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) -> list[TensorResult]:
-    """Sums beyond the output's exact integers, yet exact in an fp32 accumulator: one rounding, and only one, is right.
+    """Check that y is rounded once, on sums beyond the output's exact integers but exact in an fp32 accumulator.
 
     All products are positive, so that the running sum passes the output format's largest exact integer early; an
     accumulator of that format then loses every odd term. y only, and any bias is zero, because a bias may legitimately
@@ -92,10 +89,10 @@ def check_wide_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) 
 
 @dataclass(frozen=True)
 class Isolation:
-    """What became of NaN or an infinity in one partition.
+    """The effect of NaN or an infinity in one partition.
 
     Attributes:
-        isolated: whether every other partition of every tensor has the same bits as without it.
+        isolated: True if every other partition of every tensor has the same bits as without it.
         swallowed: the tensors in whose poisoned partition something is finite, `forward` being y without gradients;
             none in right code.
     """
@@ -107,17 +104,14 @@ class Isolation:
 def check_isolation(
     subject: Subject, inputs: Inputs, partition: int, poison: float, *, plain_forward: bool = True
 ) -> Isolation:
-    """Poisons one partition of x, W, b and dy and looks at the others.
+    """Poison one partition of x, W, b and dy and look at the others.
 
     Args:
         subject: the subject.
         inputs: finite inputs with at least two partitions.
         partition: the poisoned one.
         poison: NaN or an infinity.
-        plain_forward: whether y without gradients is looked at too.
-
-    Returns:
-        Whether the others stayed as they were, and where the poison does not show.
+        plain_forward: look at y without gradients too.
     """
 
     def poisoned(array: np.ndarray, axis: int) -> np.ndarray:
@@ -161,7 +155,7 @@ _POISONS = (float("nan"), float("inf"))
 
 
 def left_out(subject: Subject, case: Case, inputs: Inputs) -> str | None:
-    """One sentence if a cell is judged against its bounds alone, else None."""
+    """Return one sentence if a cell is judged against its bounds alone, else None."""
     size = inputs.x.size + inputs.weight.size + inputs.cotangent.size
     if not case.rows:
         return "an empty batch has no sums to compare without tolerance."
@@ -177,7 +171,7 @@ def left_out(subject: Subject, case: Case, inputs: Inputs) -> str | None:
 def exact_rows(
     subject: Subject, case: Case, inputs: Inputs, where: Mapping[str, Any], seed: int = 0
 ) -> Iterator[ParityRow]:
-    """Yields a row for each check that the case and dtype admit, in the shapes that the case is judged in anyway.
+    """Yield a row for each check that the case and dtype admit, in the shapes that the case is judged in anyway.
 
     Where none is run, one skipped row says why (see `left_out`). The lattice needs sums that stay exact in the dtype,
     the wide one sums well beyond them in a 16-bit dtype, and isolation at least two partitions. Where a mode casts, the
@@ -214,9 +208,9 @@ def exact_rows(
 
 
 def _isolation_faults(subject: Subject, inputs: Inputs) -> Iterator[str]:
-    """What is wrong with NaN and Inf in one partition: swallowed, or seen in others though that is declared not to be.
+    """Yield what is wrong with NaN and Inf in one partition: swallowed, or seen in others that are declared isolated.
 
-    What declares no isolation may still have it in some shapes, where a compiler chose another algorithm.
+    A subject that declares no isolation may still have it in some shapes, where a compiler chose another algorithm.
     """
     for poison in _POISONS:
         partition = len(inputs.weight) // 2

@@ -28,7 +28,7 @@ _PLACES = ((0, 15, 7), (0, 8, 4), (3, 12, 0), (1, 2, 15), (14, 15, 0))
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What the probes saw.
+    """The findings of the probes.
 
     Attributes:
         dtype: storage dtype of operands and results.
@@ -48,7 +48,7 @@ class Fingerprint:
     flushes_partial_sums: bool
 
     def diagnosis(self) -> list[str]:
-        """Sentences for a reader; empty if everything is as the dtype promises."""
+        """Return sentences for a reader; empty if everything is as the dtype promises."""
         fmt, said = FORMATS[self.dtype], []
         storage_bits = _bits(self.dtype)
         if self.operand_bits < storage_bits:
@@ -64,11 +64,11 @@ class Fingerprint:
         return said
 
     def honours(self, arithmetic: Arithmetic) -> bool:
-        """Whether operands and sums are at least as precise as `arithmetic` promises."""
+        """Return True if operands and sums are at least as precise as `arithmetic` promises."""
         return self.operand_bits >= _bits(arithmetic.operand) and self.accumulator_bits >= _bits(arithmetic.accumulator)
 
     def refine(self, promised: Arithmetic) -> Arithmetic:
-        """What the precision promises, with subnormals treated as this device was seen to treat them.
+        """Return the promised arithmetic with subnormals treated as this device was seen to treat them.
 
         Args:
             promised: see `tolerance.declared_arithmetic`; operands and sums stay as precise as it says.
@@ -102,7 +102,7 @@ def _probe(dtype: str, row: Mapping[int, float], column: Mapping[int, float], bi
 
 
 def _longest(holds: Callable[[int], bool], longest: int) -> int:
-    """Largest number of bits, at most `longest`, for which all shorter lengths hold too."""
+    """Return largest number of bits, at most `longest`, for which all shorter lengths hold too."""
     bits = 1
     while bits < longest and holds(bits + 1):
         bits += 1
@@ -110,14 +110,11 @@ def _longest(holds: Callable[[int], bool], longest: int) -> int:
 
 
 def take_fingerprint(subject: Subject, dtype: str) -> Fingerprint:
-    """Runs the probes on a subject.
+    """Run the probes on a subject and return its fingerprint.
 
     Args:
         subject: an implementation that supports `dtype` with 16 features in and out.
         dtype: storage dtype.
-
-    Returns:
-        The fingerprint.
     """
     storage_bits = _bits(dtype)
 
@@ -164,7 +161,7 @@ def take_fingerprint(subject: Subject, dtype: str) -> Fingerprint:
 
 
 def _fusion_terms(dtype: str) -> tuple[float, float, float]:
-    """A factor, a bias and what is left of `factor^2 + bias` if nothing was rounded before the bias was added.
+    """Return a factor, a bias and what is left of `factor^2 + bias` if nothing was rounded before the bias was added.
 
     `(1 + e)^2 = 1 + 2e + e^2`: after adding `-(1 + 2e)` only `e^2` is left; times 64, so that in fp16 too it is a
     normal number.
@@ -174,7 +171,7 @@ def _fusion_terms(dtype: str) -> tuple[float, float, float]:
 
 
 def fuses_bias(subject: Subject, case: Case, dtype: str, forward: bool = True) -> bool:
-    """Whether every element of y shows a fused bias, in the very shape and layout of a case.
+    """Return True if every element of y shows a fused bias, in the very shape and layout of a case.
 
     Libraries choose a kernel by the shape: what the fingerprint's own shape shows need not hold for another.
 
@@ -203,7 +200,7 @@ def fuses_bias(subject: Subject, case: Case, dtype: str, forward: bool = True) -
 
 
 def observed_precision(outputs: Mapping[str, np.ndarray], reference: Reference, dtype: str) -> str:
-    """Names the strictest precision class whose bounds the results keep, judged by the error alone.
+    """Name the strictest precision class whose bounds the results keep, judged by the error alone.
 
     Args:
         outputs: the subject's tensors for random zero-mean inputs that the harness drew.
@@ -235,10 +232,10 @@ _FUSION_MATTERS = ("bfloat16", "float16")
 # In JAX each of the two is a compilation, and every seed and case asks again.
 @functools.cache
 def fingerprint_of(subject: Subject, dtype: str) -> Fingerprint | None:
-    """The fingerprint of a subject in its framework's default mode, or None where it cannot be taken.
+    """Return the fingerprint of a subject in its framework's default mode, or None where it cannot be taken.
 
-    It is not taken where the probe's shape is unsupported, nor in other modes: in a compiled mode each of some hundred
-    probes is a program, and a mode that casts says what it computes in.
+    It is not taken where the probe's shape is unsupported, nor in other modes: a compiled mode would compile some
+    hundred probes, and a mode that casts declares its dtype.
 
     Args:
         subject: hashable, as dictionaries want their keys.
@@ -268,16 +265,15 @@ def entitlement(
     measured: Subject | None = None,
     representable: bool = False,
 ) -> Arithmetic:
-    """Returns the arithmetic that chooses the bound of a subject on these inputs.
+    """Return the arithmetic that chooses the bound of a subject on these inputs.
 
     Args:
         subject: what is judged.
         inputs: their dtype, shapes and layout count, their numbers do not.
         forward: a call without gradients is judged as well.
         precision: asked for in place of the one that the storage dtype promises, see `modes.arithmetic_of`.
-        measured: whose fingerprint counts; None for the subject's own, in the default mode, and for none in another,
-            which then closes nothing that is left open. For a mode it is the same implementation in the default one: a
-            mode keeps its own arithmetic and the device's treatment of subnormals.
+        measured: the subject whose fingerprint counts; None for the subject itself. A mode other than the default has
+            no fingerprint: pass the same implementation in the default mode, which treats subnormals alike.
         representable: see `modes.arithmetic_of`.
     """
     promised = arithmetic_of(subject.mode, inputs.dtype, representable, precision)

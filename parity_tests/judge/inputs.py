@@ -113,7 +113,7 @@ def _generator(case: Case, seed: int) -> np.random.Generator:
 
 
 def draw_inputs(case: Case, dtype: str, seed: int = 0) -> Inputs:
-    """Draws zero-mean normal x, W, b and dy of different magnitudes, rounded to the storage dtype.
+    """Draw zero-mean normal x, W, b and dy of different magnitudes, rounded to the storage dtype.
 
     The draw is made in float64 and rounded once, so that the same case and seed give the same real numbers, up to that
     rounding, in every dtype. W is scaled by `1 / sqrt(i)` so that y is of order one at any size.
@@ -144,7 +144,7 @@ def draw_inputs(case: Case, dtype: str, seed: int = 0) -> Inputs:
 
 
 def draw_lattice(case: Case, dtype: str, seed: int = 0, limit: int = 3) -> Inputs:
-    """Draws integers in `[-limit, limit]`: every product and sum is an integer.
+    """Draw integers in `[-limit, limit]`: every product and sum is an integer.
 
     While the sums stay at or below the format's largest exact integer, every correct implementation, whatever its order
     of summation, returns the same bits as the oracle.

@@ -21,7 +21,7 @@ from parity_tests.report.text import raised
 
 @dataclass(frozen=True)
 class Judgement:
-    """One subject on one case: the verdict on each tensor, the tensors, for pairs, and what chose their bound."""
+    """The verdict on each tensor of one subject on one case, the tensors, and the arithmetic of their bound."""
 
     results: list[TensorResult]
     outputs: dict[str, np.ndarray]
@@ -36,13 +36,13 @@ def judge(
     precision: str | None = None,
     measured: Subject | None = None,
 ) -> Judgement:
-    """Runs forward and vjp and compares y, dx, dW and db with the oracle within what the subject is entitled to.
+    """Run forward and vjp, and compare y, dx, dW and db with the oracle within the bound of the subject's arithmetic.
 
     In a mode that casts, numbers that the cast leaves alone are judged as well, and the worse verdict is reported.
 
     Args:
-        subject: what is judged.
-        inputs: what it is given.
+        subject: the one to judge.
+        inputs: its inputs.
         truth: the oracle's tensors for these inputs.
         forward: judge the y of a call without gradients as well (another program, for a compiler), and report the
             worse of the two; without, only the y that comes with the gradients.
@@ -69,7 +69,7 @@ def _judge(subject: Subject, inputs: Inputs, truth: Reference, forward: bool, ar
 
 
 def _worst(results: list[TensorResult], others: list[TensorResult]) -> list[TensorResult]:
-    """Each tensor's worse verdict."""
+    """Return each tensor's worse verdict."""
     by_name = {result.tensor: result for result in others}
     return [
         other if (other := by_name.get(result.tensor)) is not None and _worse(other, result) else result
@@ -82,13 +82,13 @@ def _worse(first: TensorResult, second: TensorResult) -> bool:
 
 
 def observed_class(judgement: Judgement, inputs: Inputs, truth: Reference, precision: str | None = None) -> str:
-    """Names the precision class that the error shows, see `observed_precision`; empty for a mode that casts.
+    """Name the precision class that the error shows, see `observed_precision`; empty for a mode that casts.
 
     Args:
         judgement: of a subject on these inputs.
-        inputs: what it was given.
+        inputs: its inputs.
         truth: the oracle's tensors for these inputs.
-        precision: what was asked for in place of what the dtype promises.
+        precision: asked for in place of that of the dtype.
     """
     if judgement.arithmetic.gradients_in is not None:
         return ""
@@ -99,7 +99,7 @@ def observed_class(judgement: Judgement, inputs: Inputs, truth: Reference, preci
 
 
 def command_of(dtype: str, case: str, seed: int, device: str, precision: str | None, *subjects: Subject) -> str:
-    """The command that repeats a row: everything by name; mode, device and precision where not the default."""
+    """Return the command that repeats a row, with mode, device and precision only where they are not the default."""
     frameworks = dict.fromkeys(subject.framework for subject in subjects)
     names = dict.fromkeys(subject.implementation for subject in subjects)
     modes = dict.fromkeys(subject.mode for subject in subjects)
@@ -116,9 +116,9 @@ def command_of(dtype: str, case: str, seed: int, device: str, precision: str | N
 
 
 def _kind_of_pair(first: Subject, second: Subject) -> str | None:
-    """`pair` for torch against JAX in counterpart modes, `mode` for a mode against its subject's default.
+    """Return `pair` for torch against JAX in counterpart modes, `mode` for a mode against its subject's default.
 
-    Every implementation meets every other in the default modes; in the others it meets itself.
+    Every implementation is compared with every other in the default modes, and with itself in the others.
     """
     default = tuple(DEFAULT_MODES.values())
     if (first.framework, second.framework) == ("torch", "jax"):
@@ -137,14 +137,14 @@ def pair_rows(
     case: Case,
     command: Callable[..., str],
 ) -> Iterator[ParityRow]:
-    """Compares every two subjects that belong together, within the sum of their bounds.
+    """Compare every two subjects that belong together, within the sum of their bounds.
 
     Args:
-        judged: who ran the case, with what it returned.
+        judged: the subjects that ran the case, with their results.
         truth: the oracle's tensors.
         dtype: storage dtype.
         case: the shape.
-        command: of two subjects, what repeats their row.
+        command: returns the command that repeats the row of two subjects.
     """
     # The same for many pairs, and dearer than a comparison.
     limits: dict[tuple[Arithmetic, Arithmetic], dict[str, np.ndarray]] = {}
@@ -170,7 +170,7 @@ def pair_rows(
                 "command": command(first, second),
                 "tensor_fractions": {result.tensor: result.bound_fraction for result in results},
             }
-            # Some thousand pairs hold in a run: one row each that names its closest tensor, and one for each failure.
+            # Thousands of pairs hold in a run: one row each that names its closest tensor, and one for each failure.
             failed = [result for result in results if result.status == "mismatch"]
             for result in failed or [max(results, key=lambda result: result.bound_fraction)]:
                 yield row_from_result(result, **where)
@@ -183,7 +183,7 @@ _MOST_DENSE_ENTRIES = 2**27
 
 
 class _Defaults:
-    """The same implementation in its framework's default mode: its fingerprint tells how a device treats subnormals."""
+    """Find each implementation in its default mode, whose fingerprint tells how a device treats subnormals."""
 
     def __init__(self, subjects: Sequence[Subject], device: str):
         self._device = device
@@ -193,7 +193,7 @@ class _Defaults:
                 self._known.setdefault(subject.framework, {})[subject.implementation] = subject
 
     def of(self, subject: Subject) -> Subject | None:
-        """The subject itself in its default mode; in another, the one that was given, or one of the framework's own."""
+        """Return the subject in its default mode: itself, one that was given, or one that is loaded."""
         if subject.mode == DEFAULT_MODES[subject.framework]:
             return subject
         if subject.framework not in self._known:
@@ -203,7 +203,7 @@ class _Defaults:
 
 
 def too_dense(subject: Subject, case: Case) -> str | None:
-    """One sentence if the subject's one dense matrix would be too large for this case, else None."""
+    """Return one sentence if the subject's one dense matrix would be too large for this case, else None."""
     shape = (case.num_partitions * case.out_features, case.num_partitions * case.in_features)
     if subject.implementation not in _DENSE or shape[0] * shape[1] <= _MOST_DENSE_ENTRIES:
         return None
@@ -223,7 +223,7 @@ def _every(subject: Subject, case: Case) -> bool:
 def count_cells(
     subjects: Sequence[Subject], dtypes: Sequence[str], cases: Sequence[Case], included: Included = _every
 ) -> int:
-    """How many cells `run_cells` runs, each announced once by its `progress`."""
+    """Count the cells of `run_cells`, each announced once by its `progress`."""
     return len(dtypes) * sum(included(subject, case) for subject in subjects for case in cases)
 
 
@@ -238,7 +238,7 @@ def run_cells(
     precision: str | None = None,
     exact: bool = False,
 ) -> Iterator[ParityRow]:
-    """Yields a row per subject, dtype, case and tensor, then rows for pairs of the same dtype and case.
+    """Yield a row for each subject, dtype, case and tensor, then rows for pairs of the same dtype and case.
 
     A subject that raises fails its cell, and the others go on.
 
@@ -249,8 +249,7 @@ def run_cells(
         seed: of the inputs.
         progress: called with a label before each cell.
         included: which subject runs which case; the others are no cells.
-        device: as the subjects were loaded with, for the commands that reproduce rows and for the fingerprints of what
-            is not among them.
+        device: the one that the subjects were loaded with.
         precision: asked for in place of fp32's own, see `entitlement`.
         exact: run the checks that need no tolerance as well, see `exact_rows`.
     """

@@ -72,12 +72,12 @@ COUNTERPARTS: tuple[tuple[str, str], ...] = (
 
 
 def modes_of(framework: str) -> tuple[str, ...]:
-    """Names of a framework's modes, in the table's order."""
+    """Name of a framework's modes, in the table's order."""
     return tuple(mode.name for mode in _TABLE if framework in mode.frameworks)
 
 
 def arithmetic_of(mode: str, dtype: str, representable: bool = False, precision: str | None = None) -> Arithmetic:
-    """What a subject in this mode is entitled to.
+    """Return the arithmetic that a subject in this mode may use.
 
     Where the mode casts, the operands are rounded on their way in, sums are kept in fp32, and the gradients, rounded to
     the cast's format, are handed out in the storage dtype.
@@ -96,10 +96,10 @@ def arithmetic_of(mode: str, dtype: str, representable: bool = False, precision:
 
 
 def as_cast(mode: str, inputs: Inputs) -> Inputs | None:
-    """The inputs rounded to what the mode casts to, in the storage dtype; None where it casts nothing.
+    """Return the inputs rounded to the dtype that the mode casts to, in the storage dtype; None where it casts nothing.
 
-    Rounding the operands may move a sum of K products by as much as keeping it in 16 bits would. On numbers that the
-    cast leaves alone only the sum is left to judge, and a compiler that drops the cast changes nothing.
+    Rounding the operands may move a sum as much as keeping it in 16 bits would. On numbers that the cast leaves alone
+    only the sum is left to judge, and a compiler that drops the cast changes nothing.
     """
     cast = MODES[mode].computes_in
     if cast is None:
@@ -118,26 +118,22 @@ def as_cast(mode: str, inputs: Inputs) -> Inputs | None:
 
 
 def covered(framework: str, mode: str, case: Case) -> bool:
-    """Whether `--cases full` runs this case in this mode: all in the default mode, the declared set in others."""
+    """Return True if `--cases full` runs this case in this mode."""
     return mode == DEFAULT_MODES[framework] or case in CASE_SETS[MODES[mode].cases]
 
 
 def shards_of(num_partitions: int) -> int:
-    """Over how many devices n partitions are divided: the largest divisor of n that there are devices for."""
+    """Return the number of devices for n partitions: the largest divisor of n up to `SHARDS`."""
     return max(size for size in range(1, SHARDS + 1) if num_partitions % size == 0)
 
 
 def members_of(num_partitions: int) -> int:
-    """Of how many layers an ensemble with n partitions in all is made: the smallest divisor of n beyond 1."""
+    """Return the number of layers in an ensemble with n partitions in all: the smallest divisor of n beyond 1."""
     return next((size for size in range(2, num_partitions + 1) if num_partitions % size == 0), 1)
 
 
 def split_members(inputs: Inputs) -> Sequence[Inputs]:
-    """The inputs of each member: an ensemble of E layers with n/E partitions is one map with n, so its truth is known.
-
-    Args:
-        inputs: of all members, partition after partition.
-    """
+    """Split inputs among the members of an ensemble: E layers with n/E partitions are one map with n."""
     n = len(inputs.weight)
     size = n // members_of(n)
     return [
@@ -162,7 +158,7 @@ class Subject(Protocol):
         framework: `torch` or `jax`.
         implementation: a name of the framework's table, or the name of a layer class's subject.
         mode: a name of `modes.MODES`: how calls are run.
-        isolates_partitions: whether a NaN in one partition leaves the others untouched.
+        isolates_partitions: True if a NaN in one partition leaves the others untouched.
     """
 
     @property
@@ -178,26 +174,26 @@ class Subject(Protocol):
     def isolates_partitions(self) -> bool: ...  # noqa: D102
 
     def unsupported_reason(self, case: Case, dtype: str) -> str | None:
-        """One sentence if this subject cannot run the case in this dtype, else None."""
+        """Return one sentence if this subject cannot run the case in this dtype, else None."""
         ...
 
     def forward(self, inputs: Inputs) -> np.ndarray:
-        """Returns y, in the storage dtype or the one that the mode computes in."""
+        """Return y, in the storage dtype or the one that the mode computes in."""
         ...
 
     def vjp(self, inputs: Inputs) -> dict[str, np.ndarray]:
-        """Returns `y`, `dx`, `dweight` and, with a bias, `dbias`, in the storage dtype."""
+        """Return `y`, `dx`, `dweight` and, with a bias, `dbias`, in the storage dtype."""
         ...
 
 
 def framework_available(framework: str) -> bool:
-    """True if the framework can be imported here (it is not imported by asking)."""
+    """Return True if the framework can be imported here, without importing it."""
     packages = {"torch": ("torch",), "jax": ("jax", "flax")}[framework]
     return all(package_available(package) for package in packages)
 
 
 def package_available(name: str) -> bool:
-    """Returns True if a package can be found here, without importing it."""
+    """Return True if a package can be found here, without importing it."""
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):  # an import hook that forbids it, or a stand-in that says nothing about itself
@@ -205,7 +201,7 @@ def package_available(name: str) -> bool:
 
 
 def check_precision(precision: str | None, has_tf32: bool) -> None:
-    """Refuses TF32 where there is none: a bound for it would only be too wide.
+    """Refuse TF32 where there is none: a bound for it would only be too wide.
 
     Raises:
         ValueError: in one sentence.
@@ -220,7 +216,7 @@ def check_precision(precision: str | None, has_tf32: bool) -> None:
 def load_subjects(
     framework: str, device: str = "auto", modes: Sequence[str] = (), precision: str | None = None
 ) -> Sequence[Subject]:
-    """Imports a framework and returns all its subjects.
+    """Import a framework and returns all its subjects.
 
     Args:
         framework: `torch` or `jax`.
@@ -236,7 +232,7 @@ def load_subjects(
 
 
 def load_plain_linear(framework: str, device: str = "auto") -> Subject:
-    """Imports a framework and returns its own Linear, as a subject for inputs with one partition.
+    """Import a framework and returns its own Linear, as a subject for inputs with one partition.
 
     Args:
         framework: `torch` or `jax`.
@@ -256,7 +252,7 @@ def _subjects_of(framework: str) -> Any:
 
 
 def release_programs() -> None:
-    """Drops what the frameworks that were loaded have compiled so far.
+    """Drop the compiled programs of the frameworks that were loaded.
 
     JAX keeps every program, and a program for a CPU takes memory maps, one or more for each of its products: after some
     hundred cells a process would have as many as Linux allows (65530) and crash.

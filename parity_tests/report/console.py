@@ -22,7 +22,7 @@ _Item = TypeVar("_Item")
 
 
 class Interruption:
-    """Says if the user asked for an end, and decides what a signal does now.
+    """Say if the user asked for an end, and decides what a signal does now.
 
     Attributes:
         asked: True from the first signal on.

@@ -60,7 +60,7 @@ def colour(fraction: float) -> str:
 
 
 def legend() -> str:
-    """The scale of every heatmap on the page."""
+    """Return the scale of every heatmap on the page."""
     steps = ((0.0, "exact"), (0.003, "0.003"), (0.03, "0.03"), (0.3, "0.3"), (1.0, "at the bound"), (2.0, "above"))
     parts = []
     for k, (fraction, name) in enumerate(steps):
@@ -72,7 +72,7 @@ def legend() -> str:
 
 
 def heatmap(title: str, lines: Sequence[str], blocks: Sequence[Block]) -> str:
-    """Draws named lines against one or more blocks of columns, side by side.
+    """Draw named lines against one or more blocks of columns, side by side.
 
     Args:
         title: below which it stands; read out as well.
@@ -131,7 +131,7 @@ def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
 
 
 def draw_curves(curves: Curves) -> str:
-    """Draws the lines over steps with ticks, a legend, and the band that noise explains."""
+    """Draw the lines over steps with ticks, a legend, and the band that noise explains."""
 
     def height(value: float) -> float:
         return math.log10(value) if curves.logarithmic else value
@@ -221,7 +221,7 @@ class _Grid:
 
 
 def _subjects(rows: Sequence[ParityRow]) -> str:
-    """A drawing for each mode and dtype: a line for each subject; a column for each tensor, one for each partition."""
+    """Return a drawing for each mode and dtype: a line for each subject; a column for each tensor, one for each partition."""
     tensors: dict[str, _Grid] = defaultdict(_Grid)
     partitions: dict[str, _Grid] = defaultdict(_Grid)
     for row in rows:
@@ -246,7 +246,7 @@ def _subjects(rows: Sequence[ParityRow]) -> str:
 
 
 def _against_each_other(rows: Sequence[ParityRow]) -> str:
-    """A drawing for each pair of modes and dtype: torch's implementations against those of JAX."""
+    """Return a drawing for each pair of modes and dtype: torch's implementations against those of JAX."""
     grids: dict[str, _Grid] = defaultdict(_Grid)
     for row in rows:
         if row.bound_fraction is None:
@@ -295,7 +295,7 @@ def html_document(
     cells_left: int = 0,
     stopped: bool = False,
 ) -> str:
-    """Returns the page.
+    """Return the page.
 
     Args:
         rows: of a parity run or a pair's report.

@@ -24,7 +24,7 @@ def _fraction(rows: Sequence[ParityRow], field: str) -> str:
 
 
 def _exact(rows: Sequence[ParityRow]) -> str:
-    """How many of the checks that need no tolerance hold."""
+    """Return how many of the checks that need no tolerance hold."""
     checks = [row.status == "ok" for row in rows if row.kind == "exact" and row.status != "skipped"]
     return f"{sum(checks)}/{len(checks)}" if checks else "-"
 
@@ -37,7 +37,7 @@ def _diagnosis(rows: Sequence[ParityRow]) -> str:
 
 
 def print_report(console: PlainConsole, rows: Sequence[ParityRow], summary: Summary) -> None:
-    """Prints the table, the failures with the command that reproduces each, and the skipped cells with their reasons.
+    """Print the table, the failures with the command that reproduces each, and the skipped cells with their reasons.
 
     Args:
         console: where to.
@@ -117,7 +117,7 @@ def _case(row: ParityRow) -> ElementTree.Element:
 
 
 def junit_document(rows: Sequence[ParityRow], stopped: str = "") -> str:
-    """Returns a JUnit document with one case a row: failures with their reason and the command that reproduces them.
+    """Return a JUnit document with one case a row: failures with their reason and the command that reproduces them.
 
     Args:
         rows: of a parity run or a pair's report.

@@ -113,7 +113,7 @@ _MOST_CHARACTERS = 300  # some messages end in a whole program
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, cut where it is long; some say nothing.
+    """Return the first line of an exception's message, cut where it is long; some say nothing.
 
     Args:
         error: any exception.
@@ -126,7 +126,7 @@ def first_line(error: BaseException) -> str:
 
 
 def raised(what: str, error: BaseException) -> str:
-    """One sentence for work that ended in an exception, as a row's reason.
+    """Return one sentence for work that ended in an exception, as a row's reason.
 
     Args:
         what: that raised, as the beginning of a sentence: "the call".
@@ -136,7 +136,7 @@ def raised(what: str, error: BaseException) -> str:
 
 
 def located(error: BaseException) -> str:
-    """An exception in one line, with the place where it was raised: what a person needs in place of a traceback.
+    """Return an exception in one line, with the place where it was raised: what a person needs in place of a traceback.
 
     Args:
         error: one that was raised, by a user's own code.

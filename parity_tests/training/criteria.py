@@ -45,17 +45,17 @@ class Criterion:
 
 
 def state_vector(state: Mapping[str, np.ndarray]) -> np.ndarray:
-    """All parameters of a state as one float64 vector, in the order of their names."""
+    """Return all parameters of a state as one float64 vector, in the order of their names."""
     return np.concatenate([np.asarray(state[name], np.float64).ravel() for name in sorted(state)])
 
 
 def distances(first: States, second: States) -> np.ndarray:
-    """Euclidean distance of the parameters after each step."""
+    """Return euclidean distance of the parameters after each step."""
     return np.array([np.linalg.norm(state_vector(a) - state_vector(b)) for a, b in zip(first, second, strict=True)])
 
 
 def distance(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> float:
-    """Euclidean distance of two states."""
+    """Return euclidean distance of two states."""
     return float(np.linalg.norm(state_vector(first) - state_vector(second)))
 
 
@@ -73,7 +73,7 @@ def semantic(double: Mapping[str, Trajectory], single: Mapping[str, Trajectory])
 
 
 def ratio(value: float, limit: float) -> float:
-    """Returns `value / limit`: 0 for no error at all, infinite for an error where none is allowed, or for NaN."""
+    """Return `value / limit`: 0 for no error at all, infinite for an error where none is allowed, or for NaN."""
     if value == 0:
         return 0.0
     return value / limit if limit > 0 and np.isfinite(value) else np.inf
@@ -169,7 +169,7 @@ _CHUNK = 50
 
 
 def _followed(run: Trajectory, start: np.ndarray) -> dict[str, np.ndarray]:
-    """A replay's states, updates and each kind of moment, `(steps, values)` each."""
+    """Return a replay's states, updates and each kind of moment, `(steps, values)` each."""
     states = np.stack([state_vector(state) for state in run.states])
     found = {"state": states, "update": np.diff(states, axis=0, prepend=start[None])}
     for kind in sorted({name.rsplit("/", 1)[1] for name in run.moment_history[-1]}):
@@ -254,7 +254,7 @@ def _step_of(verdict: TensorResult, num_partitions: int, chunk: Sequence[int]) -
 def _verdicts(
     side: TrainingSubject, task: TrainingTask, states: States, steps: Sequence[int]
 ) -> list[tuple[str, TensorResult]]:
-    """Judges some states at once: one layer at another state is so many partitions more."""
+    """Judge some states at once: one layer at another state is so many partitions more."""
     rounded = [{name: np.asarray(value).astype(np.float32) for name, value in states[k].items()} for k in steps]
     results = [side.gradients(task, state, k, "float32") for state, k in zip(rounded, steps, strict=True)]
     found: list[tuple[str, TensorResult]] = []
@@ -335,7 +335,7 @@ def training_parity(
     steps: int = 500,
     members: int = 12,
 ) -> TrainingReport:
-    """Trains a task on both sides and judges all six criteria.
+    """Train a task on both sides and judges all six criteria.
 
     Args:
         sides: the two frameworks.

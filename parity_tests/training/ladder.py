@@ -126,7 +126,7 @@ def climb(
     steps: int = 500,
     members: int = 12,
 ) -> LadderReport:
-    """Climbs until a rung fails.
+    """Climb until a rung fails.
 
     Args:
         sides: two frameworks; the first one's optimiser is trusted when a cause is sought.

@@ -52,7 +52,7 @@ class OptimizerSpec:
     first_step: int = 0
 
     def rates(self, steps: int) -> np.ndarray:
-        """Returns the learning rate of each of the first `steps` steps, in float64; step 0 is the first update.
+        """Return the learning rate of each of the first `steps` steps, in float64; step 0 is the first update.
 
         A table and not a schedule object: optax's schedules return float32 even under x64.
         """
@@ -70,16 +70,16 @@ class OptimizerSpec:
 
     @property
     def keeps_moments(self) -> bool:
-        """Whether the algorithm averages or sums gradients over the steps: all but plain SGD."""
+        """Return True if the algorithm averages or sums gradients over the steps: all but plain SGD."""
         return self.name != "sgd" or self.momentum != 0
 
     @property
     def counts_steps(self) -> bool:
-        """Whether an update depends on how many steps were taken, apart from the schedule: Adam's bias correction."""
+        """Return True if an update depends on how many steps were taken, apart from the schedule: Adam's bias correction."""
         return self.name in ("adam", "adamw")
 
     def decays(self, parameter: str) -> bool:
-        """Whether weight decay touches a parameter, by its name `...weight` or `...bias`."""
+        """Return True if weight decay touches a parameter, by its name `...weight` or `...bias`."""
         return self.weight_decay > 0 and (self.decay_bias or not parameter.endswith("bias"))
 
 
@@ -100,7 +100,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
 
 
 def optimizer(name: str) -> OptimizerSpec:
-    """The optimiser that a name of `OPTIMIZERS` means.
+    """Return the optimiser that a name of `OPTIMIZERS` means.
 
     Raises:
         ValueError: for another name, with the choices.

@@ -41,7 +41,7 @@ class TrainingRows:
 
 
 def training_rows(task_name: str, optimizer: str, steps: int = STEPS, members: int = 12) -> TrainingRows:
-    """Climbs the ladder with torch and JAX and returns a row a rung and a row a criterion of the top rung.
+    """Climb the ladder with torch and JAX and returns a row a rung and a row a criterion of the top rung.
 
     Args:
         task_name: a name of `TASKS`.
@@ -97,7 +97,7 @@ def _where(task_name: str, optimizer: str) -> dict[str, Any]:
 
 
 def failed_training(task_name: str, optimizer: str, error: Exception) -> ParityRow:
-    """The row of a ladder that ended in an exception: it must not cost what else was compared."""
+    """Return the row of a ladder that ended in an exception: it must not cost what else was compared."""
     where = _where(task_name, optimizer)
     return ParityRow(
         kind="ladder", case=RUNGS[0], tensor="", status="mismatch", reason=raised("the training", error), **where
@@ -105,7 +105,7 @@ def failed_training(task_name: str, optimizer: str, error: Exception) -> ParityR
 
 
 def curves_of(report: TrainingReport | None) -> list[Curves]:
-    """Returns the loss curves and each framework's divergence from its own float64 run, with its noise band."""
+    """Return the loss curves and each framework's divergence from its own float64 run, with its noise band."""
     if report is None:
         return []
     title = f"{report.task}, {report.optimizer}"
@@ -123,7 +123,7 @@ def curves_of(report: TrainingReport | None) -> list[Curves]:
 
 
 def load_side(framework: str) -> LadderSide:
-    """Imports a framework and returns its side of the ladder, with the implementation that "auto" mostly means."""
+    """Import a framework and returns its side of the ladder, with the implementation that "auto" mostly means."""
     subjects = importlib.import_module(f"parity_tests.frameworks.{framework}.subjects")
     training = importlib.import_module(f"parity_tests.frameworks.{framework}.training")
     subject = next(subject for subject in subjects.subjects("cpu") if subject.implementation == "matmul")

@@ -93,13 +93,13 @@ class TrainingSubject(Protocol):
     def gradients(
         self, task: TrainingTask, parameters: Mapping[str, np.ndarray], step: int, dtype: str
     ) -> StepGradients:
-        """Loss and gradients at one state."""
+        """Return loss and gradients at one state."""
         ...
 
     def train(
         self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int, members: int = 0, seed: int = 0
     ) -> list[Trajectory]:
-        """Trains freely; with members, that many runs with a random rounding error after every step."""
+        """Train freely; with members, that many runs with a random rounding error after every step."""
         ...
 
     def replay(
@@ -109,11 +109,11 @@ class TrainingSubject(Protocol):
         gradients: list[dict[str, np.ndarray]],
         dtype: str,
     ) -> Trajectory:
-        """Feeds recorded gradients to the optimiser alone."""
+        """Feed recorded gradients to the optimiser alone."""
         ...
 
     def train_masked(self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int) -> MaskedRun | None:
-        """Trains with dense masked layers, or None if the framework has no layer with weights outside the blocks."""
+        """Train with dense masked layers, or None if the framework has no layer with weights outside the blocks."""
         ...
 
 
@@ -129,7 +129,7 @@ def partitioned_mlp(
     batch: int = 32,
     batches: int = 16,
 ) -> TrainingTask:
-    """A two-layer partitioned MLP that learns a random teacher of the same shape, with noise."""
+    """Return a two-layer partitioned MLP that learns a random teacher of the same shape, with noise."""
     rng = np.random.default_rng(seed)
     n, (i, hidden, o) = num_partitions, sizes
 

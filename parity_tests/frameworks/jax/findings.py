@@ -21,7 +21,7 @@ _N, _IN, _OUT = 64, 32, 48
 
 
 def _too_small(kernel: jax.Array) -> float:
-    """Right standard deviation per partition over the one that was drawn."""
+    """Return right standard deviation per partition over the one that was drawn."""
     return float(1 / math.sqrt(_IN) / np.asarray(kernel, np.float64).std())
 
 
@@ -64,7 +64,7 @@ def _bias_gradient() -> float:
 
 
 def _on_a_cpu(measure: Callable[[], float]) -> Callable[[], float]:
-    """Runs a check on the CPU that it is about, also where JAX would take a GPU."""
+    """Run a check on the CPU that it is about, also where JAX would take a GPU."""
 
     def on_a_cpu() -> float:
         with jax.default_device(jax.devices("cpu")[0]):

@@ -17,7 +17,7 @@ Function = Callable[..., jax.Array]
 
 
 def _mapped(function: Function) -> Function:
-    """An ensemble of layers with the partitions divided among its members."""
+    """Return an ensemble of layers with the partitions divided among its members."""
 
     def ensemble(x: jax.Array, *parameters: jax.Array) -> jax.Array:
         n = parameters[0].shape[0]
@@ -63,13 +63,13 @@ EXECUTIONS: Mapping[str, Execution] = MappingProxyType(
 
 
 def _mesh(device: Any, num_partitions: int) -> jax.sharding.Mesh:
-    """The devices, of this one's platform, that the partitions are divided over."""
+    """Return the devices, of this one's platform, that the partitions are divided over."""
     devices = jax.devices(device.platform)[: shards_of(num_partitions)]
     return jax.make_mesh((len(devices),), ("partitions",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
 
 
 def placement(device: Any, num_partitions: int, axis: int) -> jax.sharding.NamedSharding:
-    """Divides an array over the devices that the partitions are divided over.
+    """Divide an array over the devices that the partitions are divided over.
 
     Args:
         device: one of the platform that is meant.
@@ -80,7 +80,7 @@ def placement(device: Any, num_partitions: int, axis: int) -> jax.sharding.Named
 
 
 def mode_reason(mode: str, table_name: str | None, device: Any, case: Case, dtype: str) -> str | None:
-    """One sentence if an implementation cannot run in this mode here, else None.
+    """Return one sentence if an implementation cannot run in this mode here, else None.
 
     Args:
         mode: a mode of JAX.

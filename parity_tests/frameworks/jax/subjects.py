@@ -41,7 +41,7 @@ class JaxSubject:
     framework: str = "jax"
 
     def unsupported_reason(self, case: Case, dtype: str) -> str | None:
-        """One sentence if the table or the mode declares this case unsupported, else None."""
+        """Return one sentence if the table or the mode declares this case unsupported, else None."""
         reason = mode_reason(self.mode, self.table_name, self.device, case, dtype)
         if reason is not None or self.table_name is None:
             return reason
@@ -55,7 +55,7 @@ class JaxSubject:
         )
 
     def _put(self, array: np.ndarray, axis: int) -> jax.Array:
-        """Places an array on the device, or divided over several along the axis of its partitions."""
+        """Place an array on the device, or divided over several along the axis of its partitions."""
         where = placement(self.device, array.shape[axis], axis) if EXECUTIONS[self.mode].divides else self.device
         return jax.device_put(np.ascontiguousarray(array), where)
 
@@ -67,13 +67,13 @@ class JaxSubject:
         return self._put(x, x.ndim - (1 if transposed else 2)), [self._put(array, 0) for array in parameters]
 
     def forward(self, inputs: Inputs) -> np.ndarray:
-        """Returns y."""
+        """Return y."""
         with _double_precision_if(inputs.dtype == "float64"):
             x, parameters = self._arguments(inputs)
             return np.asarray(_forward(self.function, inputs.layout, self.mode)(x, *parameters))
 
     def vjp(self, inputs: Inputs) -> dict[str, np.ndarray]:
-        """Returns y, dx, dweight and dbias."""
+        """Return y, dx, dweight and dbias."""
         with _double_precision_if(inputs.dtype == "float64"):
             x, parameters = self._arguments(inputs)
             cotangent = self._put(inputs.cotangent, inputs.cotangent.ndim - 2)
@@ -171,7 +171,7 @@ def _plain_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None
 
 
 def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Puts canonical arrays into the layer and takes them out again."""
+    """Put canonical arrays into the layer and takes them out again."""
     n, i, o = arrays["weight"].shape
     dtype = arrays["weight"].dtype
     with _double_precision_if(dtype == np.float64):
@@ -181,7 +181,7 @@ def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def resolve_device(device: str) -> Any:
-    """Turns `auto`, `cpu` or `cuda` into a device.
+    """Turn `auto`, `cpu` or `cuda` into a device.
 
     Raises:
         ValueError: if the device is not there.
@@ -198,12 +198,12 @@ def resolve_device(device: str) -> Any:
 
 
 def plain_linear(device: str = "auto") -> JaxSubject:
-    """Returns `flax.nnx.Linear` as a subject, for inputs with one partition."""
+    """Return `flax.nnx.Linear` as a subject, for inputs with one partition."""
     return JaxSubject("nnx.Linear", True, resolve_device(device), _plain_linear, table_name=None)
 
 
 def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | None = None) -> list[JaxSubject]:
-    """Returns every JAX subject, in every mode that is asked for; in the default mode if none is."""
+    """Return every JAX subject, in every mode that is asked for; in the default mode if none is."""
     target = resolve_device(device)
     check_precision(precision, has_tf32=target.platform == "gpu")
     # HIGHEST: what is judged is the formulation, not the device's default of rounding fp32 operands to TF32. For TF32
@@ -230,7 +230,7 @@ def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | N
 
 
 def release_programs() -> None:
-    """Drops all compiled programs."""
+    """Drop all compiled programs."""
     jax.clear_caches()
 
 
@@ -238,7 +238,7 @@ LAYERS = ("layer", "linen")
 
 
 def initial_weight(layer: str, init: str, sizes: tuple[int, int, int], dtype: str, seed: int) -> np.ndarray:
-    """Returns the kernel `(n, in, out)` that a new layer drew.
+    """Return the kernel `(n, in, out)` that a new layer drew.
 
     Args:
         layer: a name of `LAYERS`.

@@ -16,7 +16,7 @@ from parity_tests.training.tasks import LayerTap, StepGradients, TrainingTask, T
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:
-    """Scales by `min(1, max_norm / (norm + 1e-6))`; optax's own clip leaves the 1e-6 out."""
+    """Scale by `min(1, max_norm / (norm + 1e-6))`; optax's own clip leaves the 1e-6 out."""
 
     def update(updates, state, params=None):
         del params
@@ -42,7 +42,7 @@ def _scale_by_adagrad(epsilon: float) -> optax.GradientTransformation:
 
 
 def build_optax(spec: OptimizerSpec, steps: int) -> optax.GradientTransformation:
-    """Returns the optax transformation of a spec, over a flat dict of arrays named `...weight` and `...bias`.
+    """Return the optax transformation of a spec, over a flat dict of arrays named `...weight` and `...bias`.
 
     Args:
         spec: what to build.
@@ -72,7 +72,7 @@ def build_optax(spec: OptimizerSpec, steps: int) -> optax.GradientTransformation
 
 
 def moments(state: Any) -> dict[str, np.ndarray]:
-    """Returns every moment in an optax state as `<parameter>/<first|second>`."""
+    """Return every moment in an optax state as `<parameter>/<first|second>`."""
     fields = {"trace": "first", "mu": "first", "nu": "second", "sum": "second"}
     found: dict[str, np.ndarray] = {}
     for part in jax.tree.leaves(state, is_leaf=lambda node: hasattr(node, "_fields")):
@@ -84,7 +84,7 @@ def moments(state: Any) -> dict[str, np.ndarray]:
 
 
 def step_counts(state: Any) -> set[int]:
-    """Returns the distinct step counts in an optax state."""
+    """Return the distinct step counts in an optax state."""
     return {
         int(part.count)
         for part in jax.tree.leaves(state, is_leaf=lambda node: hasattr(node, "_fields"))
@@ -137,7 +137,7 @@ class JaxTraining:
     def gradients(
         self, task: TrainingTask, parameters: Mapping[str, np.ndarray], step: int, dtype: str
     ) -> StepGradients:
-        """Loss and gradients at one state, with what went into and came out of each layer."""
+        """Return loss and gradients at one state, with what went into and came out of each layer."""
         with jax.enable_x64(dtype == "float64"):
             placed = {name: jnp.asarray(array, dtype) for name, array in parameters.items()}
             batch = step % len(task.inputs)
@@ -155,7 +155,7 @@ class JaxTraining:
     def train(
         self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int, members: int = 0, seed: int = 0
     ) -> list[Trajectory]:
-        """Trains freely; with `members` > 0, that many runs with a random rounding error after every step."""
+        """Train freely; with `members` > 0, that many runs with a random rounding error after every step."""
         with jax.enable_x64(dtype == "float64"):
             placed = {name: jnp.asarray(array, dtype) for name, array in task.parameters.items()}
             inputs, targets = jnp.asarray(task.inputs, dtype), jnp.asarray(task.targets, dtype)
@@ -203,7 +203,7 @@ class JaxTraining:
         gradients: list[dict[str, np.ndarray]],
         dtype: str,
     ) -> Trajectory:
-        """Feeds recorded gradients to the optimiser alone."""
+        """Feed recorded gradients to the optimiser alone."""
         with jax.enable_x64(dtype == "float64"):
             params = {name: jnp.asarray(array, dtype) for name, array in parameters.items()}
             optimizer = build_optax(spec, len(gradients))
@@ -229,5 +229,5 @@ class JaxTraining:
 
 
 def training() -> JaxTraining:
-    """Returns the side that the ladder climbs with."""
+    """Return the side that the ladder climbs with."""
     return JaxTraining()

@@ -8,7 +8,7 @@ from parity_tests.judge.inputs import Layout
 
 
 def to_torch(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copies an array to a tensor, bit for bit (bfloat16 through its 16-bit pattern)."""
+    """Copy an array to a tensor, bit for bit (bfloat16 through its 16-bit pattern)."""
     array = np.array(array, order="C", copy=True)
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
@@ -16,7 +16,7 @@ def to_torch(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The inverse of `to_torch`."""
+    """Return the inverse of `to_torch`."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -24,7 +24,7 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def lay_out(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Returns the same values in another memory layout."""
+    """Return the same values in another memory layout."""
     if layout == "transposed":
         return x.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "strided" and x.ndim > 2:

@@ -14,7 +14,7 @@ _CPU = torch.device("cpu")
 
 
 def _weight_gradient_excess(case: Case, forward) -> float:
-    """Largest error of dx and dW over the T1 bound of a bf16 product with an fp32 accumulator."""
+    """Return largest error of dx and dW over the T1 bound of a bf16 product with an fp32 accumulator."""
     inputs = draw_inputs(case, "bfloat16")
     x, weight = (to_torch(array, _CPU).requires_grad_() for array in (inputs.x, inputs.weight))
     dx, dweight = torch.autograd.grad([forward(x, weight)], [x, weight], [to_torch(inputs.cotangent, _CPU)])

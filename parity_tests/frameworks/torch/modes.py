@@ -64,7 +64,7 @@ WRAPPERS: Mapping[str, Callable[[Prepare], Prepare]] = MappingProxyType(
 
 
 def mode_reason(mode: str, table_name: str | None, dtype: str) -> str | None:
-    """One sentence if an implementation cannot run in this mode and dtype, else None.
+    """Return one sentence if an implementation cannot run in this mode and dtype, else None.
 
     Args:
         mode: a mode of torch.
@@ -81,7 +81,7 @@ def mode_reason(mode: str, table_name: str | None, dtype: str) -> str | None:
 def canonical_gradients(
     gradients: Mapping[str, np.ndarray], inputs: Inputs, dense: bool, mode: str
 ) -> dict[str, np.ndarray]:
-    """Brings parameter gradients to `(n, i, o)` and `(n, o)`, whatever the layer and the mode made of them.
+    """Bring parameter gradients to `(n, i, o)` and `(n, o)`, whatever the layer and the mode made of them.
 
     Args:
         gradients: `dx`, `dweight` and, with a bias, `dbias`, as the leaves have them.

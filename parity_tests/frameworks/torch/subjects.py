@@ -40,7 +40,7 @@ class TorchSubject:
     framework: str = "torch"
 
     def unsupported_reason(self, case: Case, dtype: str) -> str | None:
-        """One sentence if the table or the mode declares this case unsupported, else None."""
+        """Return one sentence if the table or the mode declares this case unsupported, else None."""
         reason = mode_reason(self.mode, self.table_name, dtype)
         if reason is not None or self.table_name is None:
             return reason
@@ -54,13 +54,13 @@ class TorchSubject:
         )
 
     def forward(self, inputs: Inputs) -> np.ndarray:
-        """Returns y."""
+        """Return y."""
         function, leaves = self.prepare(inputs, self.device)
         with torch.no_grad():
             return to_numpy(function(lay_out(to_torch(inputs.x, self.device), inputs.layout), *leaves))
 
     def vjp(self, inputs: Inputs) -> dict[str, np.ndarray]:
-        """Returns y, dx, dweight and dbias."""
+        """Return y, dx, dweight and dbias."""
         function, leaves = self.prepare(inputs, self.device)
         x = lay_out(to_torch(inputs.x, self.device), inputs.layout).requires_grad_()
         y = function(x, *leaves)
@@ -77,7 +77,7 @@ def _leaves(inputs: Inputs, device: torch.device) -> list[torch.Tensor]:
 
 
 def functional(name: str) -> Prepare:
-    """Prepares calls of the public function with one implementation of the table."""
+    """Prepare calls of the public function with one implementation of the table."""
 
     def prepare(inputs: Inputs, device: torch.device) -> tuple[Function, list[torch.Tensor]]:
         return (lambda x, *params: partitioned_linear(x, *params, implementation=name)), _leaves(inputs, device)
@@ -86,7 +86,7 @@ def functional(name: str) -> Prepare:
 
 
 def layer_call(layer_class: type[PartitionedLinear] | type[MaskedPartitionedLinear]) -> Prepare:
-    """Prepares calls of a layer that holds the inputs' parameters."""
+    """Prepare calls of a layer that holds the inputs' parameters."""
 
     def prepare(inputs: Inputs, device: torch.device) -> tuple[Function, list[torch.Tensor]]:
         n, i, o = inputs.weight.shape
@@ -120,12 +120,12 @@ def _plain_linear(inputs: Inputs, device: torch.device) -> tuple[Function, list[
 
 
 def plain_linear_subject(device: torch.device) -> TorchSubject:
-    """The framework's own `torch.nn.Linear` as a subject, for inputs with one partition."""
+    """Return the framework's own `torch.nn.Linear` as a subject, for inputs with one partition."""
     return TorchSubject("nn.Linear", True, device, _plain_linear, table_name=None)
 
 
 def eager_subjects(device: torch.device) -> list[TorchSubject]:
-    """Every PyTorch subject in the default mode: the table's implementations, and both layer classes."""
+    """Return every PyTorch subject in the default mode: the table's implementations, and both layer classes."""
     found = [
         TorchSubject(name, entry.isolates_partitions, device, functional(name), table_name=name)
         for name, entry in IMPLEMENTATIONS.items()
@@ -137,7 +137,7 @@ def eager_subjects(device: torch.device) -> list[TorchSubject]:
 
 
 def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Puts canonical arrays into the layer and takes them out again."""
+    """Put canonical arrays into the layer and takes them out again."""
     n, i, o = arrays["weight"].shape
     dtype = to_torch(arrays["weight"][:0], torch.device("cpu")).dtype
     layer = PartitionedLinear(n, i, o, bias="bias" in arrays, dtype=dtype)
@@ -146,7 +146,7 @@ def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turns `auto`, `cpu` or `cuda` into a device.
+    """Turn `auto`, `cpu` or `cuda` into a device.
 
     Raises:
         ValueError: if the device is not there.
@@ -159,12 +159,12 @@ def resolve_device(device: str) -> torch.device:
 
 
 def plain_linear(device: str = "auto") -> Subject:
-    """Returns `torch.nn.Linear` as a subject, for inputs with one partition."""
+    """Return `torch.nn.Linear` as a subject, for inputs with one partition."""
     return plain_linear_subject(resolve_device(device))
 
 
 def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | None = None) -> list[Subject]:
-    """Returns every PyTorch subject, in every mode that is asked for; in the default mode if none is.
+    """Return every PyTorch subject, in every mode that is asked for; in the default mode if none is.
 
     On a GPU it sets PyTorch's switches for fp32 products and convolutions: what is judged is the formulation, not the
     default of rounding the operands of convolutions to TF32.
@@ -187,7 +187,7 @@ def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | N
 
 
 def release_programs() -> None:
-    """Drops all compiled programs, if any was compiled."""
+    """Drop all compiled programs, if any was compiled."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
@@ -199,7 +199,7 @@ LAYERS: dict[str, type[PartitionedLinear] | type[MaskedPartitionedLinear]] = {
 
 
 def initial_weight(layer: str, init: str, sizes: tuple[int, int, int], dtype: str, seed: int) -> np.ndarray:
-    """Returns the weight `(n, in, out)` that a new layer drew.
+    """Return the weight `(n, in, out)` that a new layer drew.
 
     Args:
         layer: a name of `LAYERS`.
@@ -225,7 +225,7 @@ PLANTS = ("off-block leak after a step", "off-block weights unmasked after a ste
 def masked_training(
     sizes: tuple[int, int, int], dtype: str, steps: int, seed: int, defect: str = ""
 ) -> dict[str, np.ndarray]:
-    """Trains the masked layer with AdamW and returns what concerns the weights outside its blocks.
+    """Train the masked layer with AdamW and returns what concerns the weights outside its blocks.
 
     Args:
         sizes: n, in, out.

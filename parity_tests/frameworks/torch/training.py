@@ -14,7 +14,7 @@ from torch_impl import MaskedPartitionedLinear, partitioned_linear
 def build_torch(
     spec: OptimizerSpec, parameters: Mapping[str, torch.Tensor], *, foreach: bool | None = None
 ) -> torch.optim.Optimizer:
-    """Returns the torch.optim optimiser of a spec, at the schedule's first rate.
+    """Return the torch.optim optimiser of a spec, at the schedule's first rate.
 
     Args:
         spec: what to build; clipping is not part of a torch optimiser and is left to the caller.
@@ -54,7 +54,7 @@ class TorchOptimizer:
         self.optimizer = build_torch(spec, self._parameters, foreach=False)
 
     def update(self, gradients: Mapping[str, torch.Tensor]) -> None:
-        """Takes one step with the given gradients (clipped here if the spec says so)."""
+        """Take one step with the given gradients (clipped here if the spec says so)."""
         for name, leaf in self._parameters.items():
             # A copy, because clipping scales in place and the caller's record of its gradients must stay.
             leaf.grad = gradients[name].clone()
@@ -66,7 +66,7 @@ class TorchOptimizer:
         self._step += 1
 
     def moments(self) -> dict[str, torch.Tensor]:
-        """Returns every moment as `<parameter>/<first|second>`."""
+        """Return every moment as `<parameter>/<first|second>`."""
         names = {
             "momentum_buffer": "first",
             "exp_avg": "first",
@@ -82,7 +82,7 @@ class TorchOptimizer:
         }
 
     def step_counts(self) -> set[int]:
-        """Returns the distinct step counts that the optimiser itself keeps; empty if it keeps none."""
+        """Return the distinct step counts that the optimiser itself keeps; empty if it keeps none."""
         return {int(state["step"]) for state in self.optimizer.state.values() if "step" in state}
 
 
@@ -101,7 +101,7 @@ class TorchTraining:
         device: torch.device | None = None,
         masked_layer: type[MaskedPartitionedLinear] = MaskedPartitionedLinear,
     ) -> None:
-        """Trains with one implementation of the partitioned linear map, or one masked layer, on one device."""
+        """Train with one implementation of the partitioned linear map, or one masked layer, on one device."""
         self.implementation = implementation
         self.masked_layer = masked_layer
         self._device = device or torch.device("cpu")
@@ -137,7 +137,7 @@ class TorchTraining:
     def gradients(
         self, task: TrainingTask, parameters: Mapping[str, np.ndarray], step: int, dtype: str
     ) -> StepGradients:
-        """Loss and gradients at one state, with what went into and came out of each layer."""
+        """Return loss and gradients at one state, with what went into and came out of each layer."""
         leaves = self._leaves(parameters, dtype)
         batch = step % len(task.inputs)
         taps: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -158,7 +158,7 @@ class TorchTraining:
     def train(
         self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int, members: int = 0, seed: int = 0
     ) -> list[Trajectory]:
-        """Trains freely; with `members` > 0, that many runs with a random rounding error after every step."""
+        """Train freely; with `members` > 0, that many runs with a random rounding error after every step."""
         return [
             self._run(task, spec, dtype, steps, torch.Generator().manual_seed(seed + member) if members else None)
             for member in range(max(members, 1))
@@ -191,7 +191,7 @@ class TorchTraining:
         gradients: list[dict[str, np.ndarray]],
         dtype: str,
     ) -> Trajectory:
-        """Feeds recorded gradients to the optimiser alone."""
+        """Feed recorded gradients to the optimiser alone."""
         leaves = self._leaves(parameters, dtype)
         optimizer = TorchOptimizer(spec, leaves, len(gradients))
         states, history = [], []
@@ -208,7 +208,7 @@ class TorchTraining:
         return {name: to_numpy(value).copy() for name, value in optimizer.moments().items()}
 
     def train_masked(self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int) -> MaskedRun:
-        """Trains with one dense masked layer for each partitioned one, from the same parameters."""
+        """Train with one dense masked layer for each partitioned one, from the same parameters."""
         layers = {name: self._masked(name, task, dtype) for name in sorted({n.split(".")[0] for n in task.parameters})}
         leaves: Tensors = {
             f"{name}.{kind}": parameter
@@ -245,5 +245,5 @@ class TorchTraining:
 
 
 def training() -> TorchTraining:
-    """Returns the side that the ladder climbs with."""
+    """Return the side that the ladder climbs with."""
     return TorchTraining()
