@@ -1,4 +1,4 @@
-"""Findings in public libraries, each a runnable check that also notices when the library has mended it."""
+"""Check for known traps in public libraries, and notice when a library has mended one."""
 
 import importlib
 import importlib.util
@@ -24,10 +24,10 @@ class Finding:
         seen_in: the versions in which it was seen.
         measure: runs the library and returns how far it is from right, as a multiple of what is right (or of the error
             bound); 1 or less means that the trap does not show.
-        figure: what the measure counts.
+        figure: the quantity that is measured.
         needs: a package that the framework does not bring, or None.
         lacks: says in one sentence what this machine lacks for the check; empty where it can be run.
-        by_processor: whether it shows only on some processors, whose instructions decide how the library computes.
+        by_processor: True if it shows only on some processors, whose instructions decide how the library computes.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Finding:
         return measured > 1
 
     def state(self, measured: float, version: str) -> State:
-        """What a figure says about an installed version of the library.
+        """Return the state of the trap in an installed version of the library.
 
         Args:
             measured: from `measure`.

@@ -34,7 +34,7 @@ class Evidence:
         value: what the subject returned.
         truth: the oracle's tensor.
         arithmetic: what the subject was entitled to.
-        zero_mean: whether the oracle's data allow tier T3.
+        zero_mean: True if the oracle's data allow tier T3.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Evidence:
         return self.value.astype(self.truth.value.dtype) - self.truth.value
 
     def outside(self, tiers: Sequence[Tier] = ()) -> np.ndarray:
-        """Which elements lie outside the bound of any of these tiers, or of any that applies."""
+        """Return a mask of the elements outside the bound of any of these tiers, by default of all that apply."""
         tiers = tiers or applicable_tiers(self.arithmetic, self.zero_mean)
         limits = bounds(self.truth, self.arithmetic, tiers)
         error = np.abs(self.error)
@@ -85,7 +85,7 @@ def restricted(tensor: OracleTensor, chosen: np.ndarray) -> OracleTensor:
 
 
 def not_finite(evidence: Evidence) -> str | None:
-    """NaN or infinities where the truth is finite."""
+    """Name NaN or infinities where the truth is finite."""
     wrong = evidence.value.astype(np.float64)[np.isfinite(evidence.truth.value)]
     if np.isfinite(wrong).all():
         return None
@@ -93,7 +93,7 @@ def not_finite(evidence: Evidence) -> str | None:
 
 
 def all_zero(evidence: Evidence) -> str | None:
-    """Nothing but zeros."""
+    """Recognise a tensor of zeros."""
     return None if np.any(evidence.value) else f"{evidence.name} is all zero"
 
 
@@ -150,7 +150,7 @@ def coarse_output(evidence: Evidence) -> str | None:
 
 
 def few_elements(evidence: Evidence) -> str | None:
-    """Single elements that are wrong while all others are right."""
+    """Name single elements that are wrong while all others are right."""
     outside = evidence.outside()
     count = int(outside.sum())
     if outside.size < _LEAST or count > max(1, int(_FEW * outside.size)):
@@ -161,7 +161,7 @@ def few_elements(evidence: Evidence) -> str | None:
 
 
 def coarse_sums(evidence: Evidence) -> str | None:
-    """Sums that were kept in a shorter format than promised: spread errors of the size that its roundings add up to."""
+    """Name a shorter format than promised for the sums: errors are spread, of the size that its roundings add up to."""
     own = evidence.arithmetic.accumulator_roundoff
     error, magnitude = evidence.error.astype(np.float64), evidence.truth.magnitude.astype(np.float64)
     size = float(np.sqrt(np.mean(error**2) / np.mean(magnitude**2)))
@@ -184,7 +184,7 @@ _OPERANDS_OF = {
     "dweight": ("x", "cotangent"),
     "dbias": ("cotangent",),
 }
-_SAMPLED_ROWS = 16  # of y and dx, which most mistakes are ruled out by
+_SAMPLED_ROWS = 16  # of y and dx; they rule out most mistakes
 # The oracle is evaluated once for each mistake that is tried: seconds for a case beyond this many products.
 _MOST_PRODUCTS = 2**25
 Change = Callable[[Inputs], Inputs | None]
@@ -208,7 +208,7 @@ def _transposed(inputs: Inputs) -> Inputs | None:
 
 
 def _reshaped(inputs: Inputs) -> Inputs:
-    """(n, o, i) numbers read as (n, i, o): a transposition forgotten where the sizes differ."""
+    """Read (n, o, i) numbers as (n, i, o): a transposition forgotten where the sizes differ."""
     return _with(inputs, weight=inputs.weight.swapaxes(1, 2).reshape(inputs.weight.shape))
 
 
@@ -260,7 +260,7 @@ def _first_rows(array: np.ndarray) -> np.ndarray:
 
 
 def _explained(whole: Evidence, changed: Inputs, original: Inputs) -> Evidence | None:
-    """Return the value beside the oracle's on changed inputs; None where a few rows, or the operands, already rule it out."""
+    """Return the value beside the oracle on changed inputs; None where operands or a few rows already rule it out."""
     kept = [(getattr(changed, key), getattr(original, key)) for key in _OPERANDS_OF[whole.name]]
     if all(new is old or (new is not None and np.array_equal(new, old)) for new, old in kept):
         return None
@@ -275,7 +275,7 @@ def _explained(whole: Evidence, changed: Inputs, original: Inputs) -> Evidence |
 
 
 def _rounded_operands(evidence: Evidence, inputs: Inputs) -> str | None:
-    """Return operands that lost bits on their way into the product: the oracle on the shortened ones explains the errors."""
+    """Name operands that lost bits on their way into the product, if shortened operands explain the errors."""
     before = float(np.sqrt(np.mean(evidence.error.astype(np.float64) ** 2)))
     # What rounds its operands is a tensor core more often than not, and those chop their sums.
     chopping = dataclasses.replace(evidence, arithmetic=dataclasses.replace(evidence.arithmetic, truncates=True))

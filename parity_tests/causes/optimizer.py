@@ -1,4 +1,4 @@
-"""Likely causes of a difference between two optimisers, found by replaying the same gradients with other settings."""
+"""Find the likely cause of a difference between two optimisers: replay the same gradients with other settings."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,10 +13,10 @@ Replay = Callable[[OptimizerSpec], Mapping[str, np.ndarray]]
 
 
 def explain_optimizer(spec: OptimizerSpec, replay: Replay, observed: Mapping[str, np.ndarray], limit: float) -> str:
-    """Return which change to the optimiser's settings reproduces an observed state.
+    """Name the change to the optimiser's settings that reproduces an observed state.
 
     Args:
-        spec: what both sides were meant to run.
+        spec: the optimiser that both sides were meant to run.
         replay: runs the trusted side with another spec over the same gradients and returns its final parameters.
         observed: the other side's final parameters.
         limit: Euclidean distance within which two states are equal.
@@ -58,15 +58,15 @@ def replayed_cause(
     steps: int,
     dtype: str = "float64",
 ) -> str:
-    """Feed the same gradients to both optimisers in float64 and returns which setting explains their difference.
+    """Feed the same gradients to both optimisers in float64 and name the setting that explains their difference.
 
     Args:
-        trusted: whose gradients and states count.
+        trusted: the side that computes gradients and states.
         other: the side in question.
         task: the model and its data.
-        spec: what both were meant to run.
+        spec: the optimiser that both were meant to run.
         steps: how many.
-        dtype: what the model computes its gradients in: 16 bits with wider parameters is mixed precision.
+        dtype: of the model's gradients: 16 bits with wider parameters is mixed precision.
 
     Returns:
         A clause; empty if the optimisers agree.

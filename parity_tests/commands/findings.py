@@ -1,4 +1,4 @@
-"""`python -m parity_tests findings`: which known traps of public libraries are present in the installed versions."""
+"""Run `python -m parity_tests findings`: look for known traps of public libraries in the installed versions."""
 
 import math
 from importlib import metadata
@@ -15,7 +15,7 @@ from parity_tests.report.text import raised
 
 
 def _measured(finding: Finding) -> tuple[float | None, str]:
-    """What a check measured, or None and why not."""
+    """Return the figure of a check, or None with a reason."""
     if missing := finding.missing():
         return None, missing
     try:
@@ -51,10 +51,10 @@ def _cells(finding: Finding, measured: float | None, row: dict[str, Any]) -> tup
 
 
 def findings(json_file: Path | None) -> int:
-    """Run every check and prints what it measured.
+    """Run every check and print its figure.
 
     Args:
-        json_file: where the results go, or None.
+        json_file: for the results, or None.
 
     Returns:
         0 if something was checked, 1 if no framework is installed, 130 if interrupted; what was measured until then is

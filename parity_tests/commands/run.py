@@ -1,4 +1,4 @@
-"""`python -m parity_tests run`: cells, and the ladder up to K optimiser steps."""
+"""Run `python -m parity_tests run`: cells, and the ladder up to K optimiser steps."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class Options:
 def _written(
     options: Options, rows: Sequence[ParityRow], curves: Sequence[Curves], cells_left: int, stopped: str
 ) -> list[str]:
-    """Write the files; returns one sentence for each that could not be written."""
+    """Write the files; return one sentence for each that could not be written."""
     junit, html = options.junit_file, options.html_file
     return write_outputs(
         (options.json_file, lambda path: write_json(path, rows, cells_left, stopped)),
@@ -69,14 +69,14 @@ def _written(
 
 
 def check_files(options: Options) -> None:
-    """Refuse before the work what could not be written after it."""
+    """Refuse, before the work, files that could not be written after it."""
     check_writable("--json", options.json_file)
     check_writable("--junit", options.junit_file)
     check_writable("--html", options.html_file)
 
 
 def _chosen_trainings(options: Options, frameworks: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the named tasks and optimisers, or those of the set; a selection of cells asks for just these and for none."""
+    """Return the named trainings, or those of the set; none where cells are selected."""
     selection = {
         "--implementation": options.implementations,
         "--mode": options.modes,
@@ -106,7 +106,7 @@ def _chosen_trainings(options: Options, frameworks: Sequence[str]) -> list[tuple
 
 
 def run(options: Options) -> int:
-    """Compares, prints the report, writes the files.
+    """Compare, print the report and write the files.
 
     Returns:
         0 if all compared cells hold, 1 for a mismatch or if nothing was compared, 130 if interrupted; what was compared
@@ -124,7 +124,6 @@ def run(options: Options) -> int:
     whole = options.case_set == "full" and not (options.cases or options.modes)
     modes = chosen_modes(frameworks, options.modes, every=whole)
     optimizers = _chosen_trainings(options, frameworks)
-    # Trainings that are named are all that is asked for.
     chosen = (frameworks, options.implementations, device, modes, options.precision)
     subjects = [] if options.trainings else chosen_subjects(*chosen)
 
@@ -172,7 +171,7 @@ def run(options: Options) -> int:
                 # The cell in flight counts as left: its rows may be there in part.
                 left = total - begun + min(begun, 1)
                 stopped = f"interrupted: {left} of {total} cells were left"
-        # The files first: what is printed can be interrupted again, or nobody reads it to its end.
+        # The files first: printing can be interrupted again, or its reader leaves early.
         failed = _written(options, rows, curves, left if stopped else 0, stopped)
     summary = summarize(rows)
     print_report(console, rows, summary)

@@ -33,13 +33,13 @@ class Distribution:
 
 
 def torch_distribution(in_features: int) -> Distribution:
-    """U(-1/sqrt(i), 1/sqrt(i)): what `nn.Linear` draws for weight and bias."""
+    """Return U(-1/sqrt(i), 1/sqrt(i)), which `nn.Linear` draws for weight and bias."""
     limit = 1 / math.sqrt(in_features)
     return Distribution(limit / math.sqrt(3), limit, kurtosis=9 / 5)
 
 
 def flax_distribution(in_features: int) -> Distribution:
-    """Normal truncated at two of its own sigmas, scaled to std 1/sqrt(i): what `nnx.Linear` draws for its kernel."""
+    """Return the normal truncated at two of its own sigmas, std 1/sqrt(i), which `nnx.Linear` draws for its kernel."""
     cut = 2.0
     inside = math.erf(cut / math.sqrt(2))
     density = math.exp(-cut * cut / 2) / math.sqrt(2 * math.pi)
@@ -50,14 +50,11 @@ def flax_distribution(in_features: int) -> Distribution:
 
 
 def initialization_faults(draws: np.ndarray, expected: Distribution) -> list[str]:
-    """Return what is wrong with the draws, in sentences; empty if nothing is.
+    """List the faults of the draws, of the whole sample and of single partitions, in sentences.
 
     Args:
         draws: `(n, ...)`, the partition axis first; at least 100 numbers a partition say something.
         expected: the distribution per partition.
-
-    Returns:
-        Faults of the whole sample and of single partitions.
     """
     faults = []
     values = draws.astype(np.float64).reshape(len(draws), -1)
@@ -120,8 +117,8 @@ class InitialDefect:
 
     Attributes:
         name: what was planted.
-        spoil: turns what the healthy initialiser drew, `(n, in, out)`, into what the wrong one would have drawn.
-        cause: what `initialization_cause` must say.
+        spoil: turns the draws of the healthy initialiser, `(n, in, out)`, into those of the wrong one.
+        cause: must be in the answer of `initialization_cause`.
     """
 
     name: str
@@ -134,8 +131,8 @@ class OffBlockDefect:
     """One way for the masked layer to let weights outside the blocks take effect.
 
     Attributes:
-        name: what was planted, a name of `PLANTS` in the subject's room.
-        cause: what `off_block_cause` must say.
+        name: the planted defect, a name of `PLANTS` in the framework's `subjects.py`.
+        cause: must be in the answer of `off_block_cause`.
     """
 
     name: str
@@ -160,7 +157,7 @@ OFF_BLOCK_DEFECTS: tuple[OffBlockDefect, ...] = (
 
 
 def off_block_cause(trace: Mapping[str, np.ndarray], num_partitions: int) -> str:
-    """Return what is wrong outside the blocks of the masked layer in one clause; empty if everything there is zero.
+    """Name the fault outside the blocks of the masked layer in one clause; empty if everything there is zero.
 
     No tolerance: those entries are exact zeros in any dtype and after any number of steps, weight decay included.
 
@@ -198,7 +195,7 @@ def has_masked_layer(framework: str) -> bool:
 
 
 def observe_initial(defect: InitialDefect, framework: str, layer: str, init: str, dtype: str, seed: int = 0) -> Killing:
-    """Plant a defect in what a layer's initialiser drew and judges it.
+    """Plant a defect in the draws of a layer's initialiser and judge it.
 
     Args:
         defect: what is planted.
@@ -215,7 +212,7 @@ def observe_initial(defect: InitialDefect, framework: str, layer: str, init: str
 
 
 def observe_off_block(defect: OffBlockDefect, framework: str, dtype: str, seed: int = 0) -> Killing:
-    """Plant a defect in the masked layer, trains it for `STEPS` steps and looks outside the blocks.
+    """Plant a defect in the masked layer, train it for `STEPS` steps and look outside the blocks.
 
     Args:
         defect: what is planted.

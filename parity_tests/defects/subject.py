@@ -30,13 +30,13 @@ class Defect:
     """One way to be wrong.
 
     Attributes:
-        name: what was planted.
+        name: the planted mistake.
         spoil: evaluates the subject with the defect.
-        cause: what `causes.explain` must say; for `isolation`, what the check says.
+        cause: must be in the answer of `causes.layer.explain`; for `isolation`, in that of the check.
         dtypes: storage dtypes in which the defect changes the function; in others it is equivalent to correct code.
         isolation: True if only the isolation check can see it.
-        forward: whether it is in y as computed without gradients.
-        backward: whether it is in y and the gradients as computed together.
+        forward: True if it is in y as computed without gradients.
+        backward: True if it is in y and the gradients as computed together.
     """
 
     name: str
@@ -50,10 +50,10 @@ class Defect:
 
 @dataclass(frozen=True)
 class Killing:
-    """What the judge made of a planted defect.
+    """The verdict on a planted defect.
 
     Attributes:
-        killed: whether it was rejected, and the healthy subject was not.
+        killed: True if it was rejected and the healthy subject was not.
         cause: the likely cause that was named.
     """
 
@@ -73,7 +73,7 @@ class SpoiledSubject:
     mode: str
 
     def unsupported_reason(self, case: Case, dtype: str) -> str | None:
-        """As the healthy subject."""
+        """Answer as the healthy subject."""
         return self.subject.unsupported_reason(case, dtype)
 
     def forward(self, inputs: Inputs) -> np.ndarray:
@@ -99,7 +99,7 @@ def _problem(dtype: str, seed: int) -> tuple[Inputs, Reference]:
 
 
 def _verdict(candidate: Subject, dtype: str, seed: int, isolation: bool, measured: Subject) -> Killing:
-    """Return True if the judge rejects a subject, and why; the bound is that of the subject that was measured."""
+    """Return the verdict on a subject, within the bound of the subject that was measured."""
     inputs, truth = _problem(dtype, seed)
     if isolation:
         swallowed = check_isolation(candidate, inputs, partition=1, poison=float("nan")).swallowed
@@ -114,16 +114,13 @@ _healthy = functools.cache(_verdict)
 
 
 def observe(defect: Defect, subject: Subject, dtype: str, seed: int = 0) -> Killing:
-    """Plant a defect and judges it.
+    """Plant a defect, judge it, and judge the healthy subject by the same check.
 
     Args:
-        defect: what is planted.
+        defect: to plant.
         subject: the healthy subject.
         dtype: storage dtype.
         seed: of the inputs.
-
-    Returns:
-        Whether the defect was killed (and the healthy subject passes the same check), and the cause that was named.
     """
     spoiled = _verdict(plant(defect, subject), dtype, seed, defect.isolation, subject)
     # Rejecting a subject that was broken before says nothing about the defect.
@@ -158,7 +155,7 @@ def _without_one_bias(inputs: Inputs) -> dict[str, np.ndarray]:
 
 
 def _chopped(array: np.ndarray, bits: int) -> np.ndarray:
-    """Keep `bits` significand bits and drops the rest, without rounding."""
+    """Keep `bits` significand bits and drop the rest, without rounding."""
     mantissa, exponent = np.frexp(array.astype(np.float64))
     return np.ldexp(np.trunc(mantissa * 2.0**bits) / 2.0**bits, exponent).astype(array.dtype)
 
@@ -169,7 +166,7 @@ def _rounded_to_tf32(array: np.ndarray) -> np.ndarray:
 
 
 def _bf16_sums(inputs: Inputs, outputs: Outputs) -> dict[str, np.ndarray]:
-    """Y with a running sum that is rounded to bfloat16 after every product."""
+    """Compute y with a running sum that is rounded to bfloat16 after every product."""
     total = np.zeros(outputs["y"].shape, ml_dtypes.bfloat16)
     for i in range(inputs.weight.shape[1]):
         product = inputs.x[..., i, None].astype(np.float32) * inputs.weight[:, i].astype(np.float32)
@@ -185,7 +182,7 @@ def _bf16_bias_gradient(inputs: Inputs, outputs: Outputs) -> dict[str, np.ndarra
 
 
 def _truncated(inputs: Inputs, outputs: Outputs) -> dict[str, np.ndarray]:
-    """Y chopped instead of rounded: from the oracle's digits in bfloat16, to half precision in float32."""
+    """Chop y instead of rounding it: from the oracle's digits in bfloat16, to half precision in float32."""
     if inputs.dtype == "bfloat16":
         exact = reference(inputs)["y"].value
         return {"y": _chopped(exact, 8).astype(outputs["y"].dtype)}

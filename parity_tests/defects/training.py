@@ -1,4 +1,4 @@
-"""Planted training defects: one side runs another optimiser, or the same with other constants, than the spec says."""
+"""Plant defects in training: one side runs another optimiser, or other constants, than the spec says."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -21,10 +21,10 @@ class TrainingDefect:
     """One way for a training loop to differ.
 
     Attributes:
-        name: what was planted.
+        name: the planted mistake.
         optimizer: the optimiser of `OPTIMIZERS` in which it matters.
         change: the spec that the spoiled side runs.
-        cause: what `optimizer_causes.explain_optimizer` must say.
+        cause: must be in the answer of `causes.optimizer`.
     """
 
     name: str
@@ -61,13 +61,13 @@ class SpoiledTraining:
     def gradients(
         self, task: TrainingTask, parameters: Mapping[str, np.ndarray], step: int, dtype: str
     ) -> StepGradients:
-        """As the healthy side."""
+        """Answer as the healthy side."""
         return self.side.gradients(task, parameters, step, dtype)
 
     def train(
         self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int, members: int = 0, seed: int = 0
     ) -> list[Trajectory]:
-        """With the changed spec."""
+        """Run with the changed spec."""
         return self.side.train(task, self.change(spec), dtype, steps, members, seed)
 
     def replay(
@@ -77,11 +77,11 @@ class SpoiledTraining:
         gradients: list[dict[str, np.ndarray]],
         dtype: str,
     ) -> Trajectory:
-        """With the changed spec."""
+        """Run with the changed spec."""
         return self.side.replay(parameters, self.change(spec), gradients, dtype)
 
     def train_masked(self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int) -> MaskedRun | None:
-        """With the changed spec."""
+        """Run with the changed spec."""
         return self.side.train_masked(task, self.change(spec), dtype, steps)
 
 

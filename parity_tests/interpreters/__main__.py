@@ -1,4 +1,4 @@
-"""The child's entry: `python -m parity_tests.interpreters package.module argument ...` runs the module's `main`."""
+"""Enter a child: `python -m parity_tests.interpreters package.module argument ...` runs the module's `main`."""
 
 import sys
 

@@ -117,7 +117,7 @@ class Interpreter:
         return message
 
     def messages_left(self) -> list[Message]:
-        """Kill the process and returns the messages without payload that were on their way."""
+        """Kill the process and return the messages without payload that were on their way."""
         return [message for line in self.child.lines_left() if (message := _decoded(line)) is not None]
 
     def kill(self) -> None:
@@ -125,7 +125,7 @@ class Interpreter:
         self.child.kill()
 
     def end(self) -> None:
-        """Let the process end by itself, if it does so soon, and frees what it held."""
+        """Let the process end by itself, if it does so soon, and free its resources."""
         self.child.end()
 
     def __enter__(self) -> Self:
@@ -140,7 +140,7 @@ class Interpreter:
 
 
 def _working_directory() -> str:
-    """Where this process works; empty where that folder has been removed."""
+    """Return the folder that this process works in; empty where it has been removed."""
     try:
         return os.getcwd()
     except OSError:
@@ -185,7 +185,7 @@ class Channel:
         self._owner, self._identity = os.getpid(), os.fstat(self._replies).st_ino
 
     def send(self, message: Message, payload: bytes | None = None) -> None:
-        """Send a message; ends a forked copy of the process, which must neither speak nor listen in its place.
+        """Send a message, or end a forked copy of the process, which must neither speak nor listen in its place.
 
         Args:
             message: what JSON can carry.
@@ -234,7 +234,7 @@ def end_with_parent() -> None:
 
 
 def run(target: str, arguments: Sequence[str]) -> None:
-    """Greet the parent and calls `target.main(channel, *arguments)`; any exception becomes the last message.
+    """Greet the parent and call `target.main(channel, *arguments)`; any exception becomes the last message.
 
     Args:
         target: the module.

@@ -1,9 +1,8 @@
-"""The parent's end of a child process: lines in, lines out, a time limit for each wait, and an end for all of it.
+"""Start a child process, exchange lines with it under time limits, and end it with all that it started.
 
-The child is the first of a session and a process group of its own. Its standard input and output carry lines, or bytes
-that a line announced; what it writes to standard error is read all the time, so that a full pipe never stops it, and
-only the last of it is kept. No wait is for a pipe to close, which a process left behind can hold open for ever: the
-child's own end counts.
+The child leads a session and a process group of its own. Its standard input and output carry lines, or bytes that a
+line announced. Its standard error is read all the time, so that a full pipe never stops it, and only the last of it is
+kept. No wait is for a pipe to close, which a process left behind can hold open for ever: the child's own end counts.
 """
 
 import contextlib
@@ -193,7 +192,7 @@ class ChildProcess:
         return data
 
     def lines_left(self) -> list[bytes]:
-        """Kill the process and returns the lines that it had written and nobody has read."""
+        """Kill the process and return the lines that it had written and that were not read."""
         self.kill()
         self._drain()
         return list(iter(self._take_line, None))
@@ -217,7 +216,7 @@ class ChildProcess:
         return line
 
     def _wait(self, deadline: float) -> bool:
-        """Wait until anything happens; returns False when the time is up."""
+        """Wait until anything happens; return False when the time is up."""
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             return False
@@ -276,7 +275,7 @@ class ChildProcess:
             pass
 
     def _has_exited(self) -> bool:
-        """Look without reaping: until then the process id, and with it the group's, belongs to nobody else."""
+        """Look without reaping: until then the process id, and with it the group's, belongs to no other process."""
         if self._reaped or self._process.returncode is not None:
             return True
         try:
@@ -315,7 +314,7 @@ class ChildProcess:
         kill_marked(self._mark)
 
     def end(self, grace_s: float = _ENDING_S) -> None:
-        """Close the connection, gives the process a moment to end by itself, kills what is left, frees everything.
+        """Close the connection, let the process end by itself for a moment, kill the rest and free everything.
 
         Args:
             grace_s: the moment: for what it does when it exits.

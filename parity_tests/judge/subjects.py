@@ -216,7 +216,7 @@ def check_precision(precision: str | None, has_tf32: bool) -> None:
 def load_subjects(
     framework: str, device: str = "auto", modes: Sequence[str] = (), precision: str | None = None
 ) -> Sequence[Subject]:
-    """Import a framework and returns all its subjects.
+    """Import a framework and return all its subjects.
 
     Args:
         framework: `torch` or `jax`.
@@ -232,7 +232,7 @@ def load_subjects(
 
 
 def load_plain_linear(framework: str, device: str = "auto") -> Subject:
-    """Import a framework and returns its own Linear, as a subject for inputs with one partition.
+    """Import a framework and return its own Linear, as a subject for inputs with one partition.
 
     Args:
         framework: `torch` or `jax`.

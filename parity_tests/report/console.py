@@ -22,7 +22,7 @@ _Item = TypeVar("_Item")
 
 
 class Interruption:
-    """Say if the user asked for an end, and decides what a signal does now.
+    """Tell if the user asked for an end, and decide what a signal does now.
 
     Attributes:
         asked: True from the first signal on.
@@ -44,10 +44,10 @@ class Interruption:
             raise KeyboardInterrupt
 
     def settle(self) -> None:
-        """Begin what must be finished, the writing of files: from here on a signal is only remembered.
+        """Begin the writing of files, which must be finished: from here on a signal is only remembered.
 
-        Called where the work ends, within the `try` that expects KeyboardInterrupt; after that it is so too. What was
-        remembered although all the work was done ends the program when the files are there.
+        Call it where the work ends, within the `try` that expects KeyboardInterrupt. A signal that came after all the
+        work was done ends the program when the files are there.
         """
         self._settled = True
 

@@ -28,7 +28,7 @@ class Curves:
         title: above the drawing.
         lines: values by name, one a step.
         band: lowest and highest value a step that rounding noise explains, or None.
-        logarithmic: whether the vertical axis is logarithmic; values at or below 0 are then left out.
+        logarithmic: True for a logarithmic vertical axis, without values at or below 0.
     """
 
     title: str
@@ -47,12 +47,12 @@ class Block:
 
 
 def number(value: float | None) -> str:
-    """Three digits, or nothing."""
+    """Show three digits, or nothing for None."""
     return "" if value is None else f"{value:.3g}"
 
 
 def colour(fraction: float) -> str:
-    """From nearly white (exact) through yellow to orange on the logarithm of the fraction; dark red above the bound."""
+    """Shade from nearly white (exact) through yellow to orange by the logarithm of the fraction; dark red above 1."""
     if fraction > 1 or math.isnan(fraction):
         return ABOVE
     warmth = 0.0 if fraction <= 1e-3 else (3 + math.log10(fraction)) / 3
@@ -116,7 +116,7 @@ def heatmap(title: str, lines: Sequence[str], blocks: Sequence[Block]) -> str:
 
 
 def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
-    """Round numbers between two heights; heights are logarithms on a logarithmic axis."""
+    """Choose round numbers between two heights, which are logarithms on a logarithmic axis."""
     if logarithmic:
         powers = range(math.floor(low), math.ceil(high) + 1)
         for factors in ((1,), (1, 3), (1, 2, 5)):
@@ -300,7 +300,7 @@ def html_document(
     Args:
         rows: of a parity run or a pair's report.
         environment: as from `records.environment`; shown as it is.
-        training: drawings of trajectories, may be empty.
+        training: curves to draw.
         title: of the page.
         notes: sentences beside the skipped cells.
         cells_left: how many cells an interrupted run did not come to.

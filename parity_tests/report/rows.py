@@ -30,20 +30,14 @@ def _exact(rows: Sequence[ParityRow]) -> str:
 
 
 def _diagnosis(rows: Sequence[ParityRow]) -> str:
-    """What the fingerprint says, and every precision class that was observed in place of the dtype's own."""
+    """Return the fingerprint's diagnosis, and every precision class observed in place of the dtype's own."""
     said = [next((row.diagnosis for row in rows if row.diagnosis), "")]
     other = {row.observed: None for row in rows if row.observed not in ("", PRECISION_OF_DTYPE.get(row.dtype))}
     return "; ".join(filter(None, [*said, *(f"observed precision: {name}" for name in other)]))
 
 
 def print_report(console: PlainConsole, rows: Sequence[ParityRow], summary: Summary) -> None:
-    """Print the table, the failures with the command that reproduces each, and the skipped cells with their reasons.
-
-    Args:
-        console: where to.
-        rows: all rows of the run.
-        summary: their counts.
-    """
+    """Print the table, each failure with the command that reproduces it, and the skipped cells with their reasons."""
     groups: dict[tuple[str, str, str, str], list[ParityRow]] = defaultdict(list)
     for row in rows:
         # 72 pairs a case would bury the subjects: pairs are one line a dtype and mode.

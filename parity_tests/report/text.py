@@ -12,7 +12,7 @@ from typing import Any
 
 
 def printable(value: object) -> str:
-    """Return a value as one line in which every character shows: what does not is written as Python escapes it.
+    """Return a value as one line in which every character shows; the others are written as Python escapes.
 
     That concerns control characters (a terminal obeys some, XML forbids most, a newline begins another line), overrides
     of the writing direction, invisible and unassigned characters, and halves of surrogate pairs, which no file takes.
@@ -113,11 +113,7 @@ _MOST_CHARACTERS = 300  # some messages end in a whole program
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, cut where it is long; some say nothing.
-
-    Args:
-        error: any exception.
-    """
+    """Return the first line of an exception's message, cut where it is long."""
     try:
         lines = str(error).strip().splitlines()
     except Exception:
@@ -126,21 +122,12 @@ def first_line(error: BaseException) -> str:
 
 
 def raised(what: str, error: BaseException) -> str:
-    """Return one sentence for work that ended in an exception, as a row's reason.
-
-    Args:
-        what: that raised, as the beginning of a sentence: "the call".
-        error: what it raised.
-    """
+    """Return one sentence for work that raised an exception: `what` begins it, such as "the call"."""
     return f"{what} raised {type(error).__name__}: {first_line(error)}"
 
 
 def located(error: BaseException) -> str:
-    """Return an exception in one line, with the place where it was raised: what a person needs in place of a traceback.
-
-    Args:
-        error: one that was raised, by a user's own code.
-    """
+    """Return an exception in one line with the place where it was raised, instead of a traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {first_line(error)}{where}"

@@ -32,7 +32,7 @@ States = Sequence[Mapping[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Criterion:
-    """One criterion's verdict: `fraction` above 1 fails; `detail` is one sentence for a reader."""
+    """The verdict of one criterion: `fraction` above 1 fails; `detail` is one sentence for a reader."""
 
     name: str
     fraction: float
@@ -50,17 +50,17 @@ def state_vector(state: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def distances(first: States, second: States) -> np.ndarray:
-    """Return euclidean distance of the parameters after each step."""
+    """Return the Euclidean distance of the parameters after each step."""
     return np.array([np.linalg.norm(state_vector(a) - state_vector(b)) for a, b in zip(first, second, strict=True)])
 
 
 def distance(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> float:
-    """Return euclidean distance of two states."""
+    """Return the Euclidean distance of two states."""
     return float(np.linalg.norm(state_vector(first) - state_vector(second)))
 
 
 def semantic(double: Mapping[str, Trajectory], single: Mapping[str, Trajectory]) -> list[Criterion]:
-    """Criterion 1, at the last step, for each framework's own E32."""
+    """Judge criterion 1 at the last step, for each framework's own E32."""
     (first, second) = double
     gap = distance(double[first].states[-1], double[second].states[-1])
     found = []
@@ -80,12 +80,12 @@ def ratio(value: float, limit: float) -> float:
 
 
 def free_running(framework: str, own: np.ndarray, ensemble: np.ndarray) -> Criterion:
-    """Criterion 4: the run's mean log divergence is a draw from the ensemble's, by Student's prediction interval.
+    """Judge criterion 4: the run's mean log divergence lies in the ensemble's, by Student's prediction interval.
 
-    One statistic for the whole run, so that nothing is picked after looking: over M members with mean m and standard
+    One statistic for the whole run, so that nothing is picked after looking. Over M members with mean m and standard
     deviation s, a further member lies below `m + t s sqrt(1 + 1/M)` but once in `1 / FALSE_ALARM_RATE` runs, with
-    t the quantile of Student's distribution with M - 1 degrees of freedom. Only above: a run closer to the truth than
-    runs with twice its rounding errors is no defect.
+    t the quantile of Student's distribution with M - 1 degrees of freedom. The interval is one-sided: a run closer to
+    the truth than runs with twice its rounding errors is no defect.
 
     Args:
         framework: for the report.
@@ -109,7 +109,7 @@ def free_running(framework: str, own: np.ndarray, ensemble: np.ndarray) -> Crite
 def not_vacuous(
     task: TrainingTask, double: Mapping[str, Trajectory], sides: Sequence[TrainingSubject]
 ) -> list[Criterion]:
-    """Criterion 5."""
+    """Judge criterion 5."""
     first, second = double.values()
     gap = distance(first.states[-1], second.states[-1])
     found = []
@@ -129,7 +129,7 @@ def not_vacuous(
 
 
 def moments_agree(double: Mapping[str, Trajectory], single: Mapping[str, Trajectory], spec: OptimizerSpec) -> Criterion:
-    """Criterion 6: the moments that the optimiser needs, on both sides, each within what criterion 1 allows."""
+    """Judge criterion 6 for moments: those that the optimiser needs, on both sides, within the limit of criterion 1."""
     first, second = double.values()
     differing = sorted(first.moments.keys() ^ second.moments.keys())
     if differing:
@@ -148,10 +148,9 @@ def moments_agree(double: Mapping[str, Trajectory], single: Mapping[str, Traject
 
 
 def steps_counted(runs: Mapping[str, Trajectory], spec: OptimizerSpec, steps: int) -> Criterion:
-    """Criterion 6: K steps counted wherever a side counts, which both must where the update depends on the count.
+    """Judge criterion 6 for counts: K wherever a side counts, and on both sides where the update depends on the count.
 
-    That one library counts and the other does not is no difference for the other optimisers: torch's SGD has no use
-    for a count, while every optax schedule keeps one.
+    For other optimisers only one library may count: torch's SGD has no use for a count, every optax schedule keeps one.
     """
     wrong = [
         framework
@@ -164,7 +163,7 @@ def steps_counted(runs: Mapping[str, Trajectory], spec: OptimizerSpec, steps: in
     return Criterion("step counts", np.inf if wrong else 0.0, f"counted: {kept}" + f", expected {steps}" * bool(wrong))
 
 
-# So many states are judged in one evaluation of the oracle: more take memory and save no time.
+# States judged in one evaluation of the oracle: more take memory and save no time.
 _CHUNK = 50
 
 
@@ -183,7 +182,7 @@ def _followed(run: Trajectory, start: np.ndarray) -> dict[str, np.ndarray]:
 def replayed(
     sides: Sequence[TrainingSubject], task: TrainingTask, spec: OptimizerSpec, gradients: list[dict[str, np.ndarray]]
 ) -> list[Criterion]:
-    """Criterion 2: states, updates and moments at every step, in float64, each judged as in criterion 1."""
+    """Judge criterion 2: states, updates and moments at every step, within the limits of criterion 1."""
     names = [f"replay ({side.framework})" for side in sides]
     if not gradients:
         return [Criterion(name, np.inf, "no gradient was replayed") for name in names]
@@ -222,7 +221,7 @@ def _worst_step(
 
 
 def resynchronised(side: TrainingSubject, task: TrainingTask, states: States, steps: Sequence[int]) -> Criterion:
-    """Criterion 3: at rounded float64 states, y, dx, dW and db of each layer keep the T1 bound on what it saw.
+    """Judge criterion 3: at rounded float64 states, y, dx, dW and db of each layer keep the T1 bound.
 
     Args:
         side: computes the gradients, in fp32.
@@ -254,7 +253,7 @@ def _step_of(verdict: TensorResult, num_partitions: int, chunk: Sequence[int]) -
 def _verdicts(
     side: TrainingSubject, task: TrainingTask, states: States, steps: Sequence[int]
 ) -> list[tuple[str, TensorResult]]:
-    """Judge some states at once: one layer at another state is so many partitions more."""
+    """Judge several states at once, as so many more partitions of each layer."""
     rounded = [{name: np.asarray(value).astype(np.float32) for name, value in states[k].items()} for k in steps]
     results = [side.gradients(task, state, k, "float32") for state, k in zip(rounded, steps, strict=True)]
     found: list[tuple[str, TensorResult]] = []
@@ -279,13 +278,13 @@ def _verdicts(
 
 
 def off_block(framework: str, masked: MaskedRun, double: Trajectory, single: Trajectory) -> Criterion:
-    """Criterion 6: nothing outside the blocks at any step, and blocks that train as the compact weights do.
+    """Judge criterion 6 for the masked layer: zeros outside the blocks, and blocks that train as compact weights do.
 
     Args:
         framework: for the report.
         masked: the run of the masked layers, in float64.
         double: the same framework's run of the compact layers, in float64.
-        single: the same in fp32; their distance says how far criterion 1 lets the blocks lie from the compact weights.
+        single: the same in fp32; their distance sets the limit, as in criterion 1.
     """
     name = f"off-block ({framework})"
     leaking = np.flatnonzero(masked.off_block != 0)  # NaN is not zero either
@@ -335,7 +334,7 @@ def training_parity(
     steps: int = 500,
     members: int = 12,
 ) -> TrainingReport:
-    """Train a task on both sides and judges all six criteria.
+    """Train a task on both sides and judge all six criteria.
 
     Args:
         sides: the two frameworks.

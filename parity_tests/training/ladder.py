@@ -1,4 +1,4 @@
-"""The ladder: weights round-trip, forward, gradients, one optimiser step, K steps; the first rung that breaks, and why.
+"""Climb the ladder (weights round-trip, forward, gradients, one optimiser step, K steps) to the first failing rung.
 
 A higher rung is not climbed once a lower one has failed: its failure would say nothing new.
 """
@@ -49,7 +49,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class LadderReport:
-    """The rungs that were climbed, the last one possibly failed, and the training report if the top was reached."""
+    """The rungs that were climbed, and the training report if the top was reached."""
 
     rungs: list[Rung]
     training: TrainingReport | None = None

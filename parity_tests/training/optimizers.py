@@ -1,6 +1,6 @@
-"""One neutral description of an optimiser, from which both the torch.optim and the optax side are built.
+"""Describe an optimiser once, neutrally; both the torch.optim and the optax side are built from it.
 
-Everything the two libraries leave to different defaults is written down here once: learning rate and its step origin,
+Everything that the two libraries set by different defaults is stated here: learning rate and its step origin,
 betas, epsilon and its placement (outside the square root, as torch has it), the initial accumulator, decoupled or
 coupled weight decay and which parameters it touches, Nesterov without dampening, and the clip formula
 `min(1, max_norm / (norm + 1e-6))`.
@@ -70,12 +70,12 @@ class OptimizerSpec:
 
     @property
     def keeps_moments(self) -> bool:
-        """Return True if the algorithm averages or sums gradients over the steps: all but plain SGD."""
+        """True if the algorithm averages or sums gradients over the steps: all but plain SGD."""
         return self.name != "sgd" or self.momentum != 0
 
     @property
     def counts_steps(self) -> bool:
-        """Return True if an update depends on how many steps were taken, apart from the schedule: Adam's bias correction."""
+        """True if an update depends on the number of steps apart from the schedule: Adam's bias correction."""
         return self.name in ("adam", "adamw")
 
     def decays(self, parameter: str) -> bool:
@@ -100,7 +100,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
 
 
 def optimizer(name: str) -> OptimizerSpec:
-    """Return the optimiser that a name of `OPTIMIZERS` means.
+    """Return an optimiser of `OPTIMIZERS` by its name.
 
     Raises:
         ValueError: for another name, with the choices.

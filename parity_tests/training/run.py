@@ -1,4 +1,4 @@
-"""The ladder as rows of a parity run: which models and optimisers each set of cases trains, and their curves."""
+"""Turn ladders into rows and curves of a parity run, and choose what each set of cases trains."""
 
 import importlib
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from parity_tests.training.tasks import TASKS
 
 STEPS = 500
 CASE = Case("ladder", (64,), 3, 16, 16)
-# What each set of cases trains: nothing, one of each kind of optimiser, everything.
+# Trained by each set of cases: nothing, one of each kind of optimiser, everything.
 TRAINED: dict[str, tuple[tuple[str, str], ...]] = {
     "smoke": (),
     "default": (("partitioned-mlp", "momentum"), ("nlinear", "adamw-clip-warmup-cosine")),
@@ -41,7 +41,7 @@ class TrainingRows:
 
 
 def training_rows(task_name: str, optimizer: str, steps: int = STEPS, members: int = 12) -> TrainingRows:
-    """Climb the ladder with torch and JAX and returns a row a rung and a row a criterion of the top rung.
+    """Climb the ladder with torch and JAX; return a row for each rung and for each criterion of the top rung.
 
     Args:
         task_name: a name of `TASKS`.
@@ -97,7 +97,7 @@ def _where(task_name: str, optimizer: str) -> dict[str, Any]:
 
 
 def failed_training(task_name: str, optimizer: str, error: Exception) -> ParityRow:
-    """Return the row of a ladder that ended in an exception: it must not cost what else was compared."""
+    """Return the row of a ladder that ended in an exception, so that the other rows stay."""
     where = _where(task_name, optimizer)
     return ParityRow(
         kind="ladder", case=RUNGS[0], tensor="", status="mismatch", reason=raised("the training", error), **where
@@ -123,7 +123,7 @@ def curves_of(report: TrainingReport | None) -> list[Curves]:
 
 
 def load_side(framework: str) -> LadderSide:
-    """Import a framework and returns its side of the ladder, with the implementation that "auto" mostly means."""
+    """Import a framework and return its side of the ladder, with the implementation that "auto" mostly means."""
     subjects = importlib.import_module(f"parity_tests.frameworks.{framework}.subjects")
     training = importlib.import_module(f"parity_tests.frameworks.{framework}.training")
     subject = next(subject for subject in subjects.subjects("cpu") if subject.implementation == "matmul")

@@ -1,4 +1,4 @@
-"""Training tasks: a model, its starting parameters and its batches, in NumPy float64, the same for both frameworks."""
+"""Define training tasks in NumPy float64, the same for both frameworks, and the interface that trains them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ ModelName = Literal["mlp", "nlinear"]
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """What is trained.
+    """A model with its starting parameters and its batches.
 
     Attributes:
         name: for reports.
@@ -34,7 +34,7 @@ class TrainingTask:
 
 @dataclass(frozen=True)
 class LayerTap:
-    """What one partitioned linear layer saw inside a model, as stored: enough to judge its gradients by T1."""
+    """The arrays at one partitioned linear layer inside a model, as stored: enough to judge its gradients by T1."""
 
     x: np.ndarray
     y: np.ndarray
@@ -118,7 +118,7 @@ class TrainingSubject(Protocol):
 
 
 def _stored_in_float32(array: np.ndarray) -> np.ndarray:
-    """Numbers that fp32 holds exactly, so that fp32 and float64 runs start from the same point."""
+    """Round to numbers that fp32 holds exactly, so that fp32 and float64 runs start from the same point."""
     return array.astype(np.float32).astype(np.float64)
 
 
@@ -158,7 +158,7 @@ def partitioned_mlp(
 def nlinear_series(
     seed: int = 0, channels: int = 7, lookback: int = 48, horizon: int = 12, batch: int = 16, batches: int = 16
 ) -> TrainingTask:
-    """NLinear-I on a synthetic multivariate series: a trend, two seasons and noise, different in every channel."""
+    """Return NLinear-I on a synthetic multivariate series: a trend, two seasons and noise in each channel."""
     rng = np.random.default_rng(seed)
     length = lookback + horizon + batch * batches
     time = np.arange(length)[:, None]

@@ -1,4 +1,4 @@
-"""Findings in JAX, Flax and einops' Flax layers."""
+"""Check for known traps in JAX, Flax and einops' Flax layers."""
 
 import math
 import os
@@ -42,7 +42,7 @@ def _linen_dense_general() -> float:
 
 
 def _einmix() -> float:
-    """Share of positive weights over the share that a symmetric distribution has, to be above 1 only if it is all."""
+    """Return the share of positive weights over the largest that a symmetric distribution shows."""
     from einops.layers.flax import EinMix
 
     layer = EinMix("b n i -> b n o", weight_shape="n i o", bias_shape="n o", sizes={"n": _N, "i": _IN, "o": _OUT})
@@ -75,7 +75,7 @@ def _on_a_cpu(measure: Callable[[], float]) -> Callable[[], float]:
 
 @_on_a_cpu
 def _batched_product() -> float:
-    """4096 ones, a sum that bf16 holds exactly and a bf16 accumulator never reaches: right over returned."""
+    """Return right over returned for 4096 ones, a sum that bf16 holds and a bf16 accumulator never reaches."""
     x, weight = jnp.ones((4, 2, 4096), jnp.bfloat16), jnp.ones((2, 4096, 16), jnp.bfloat16)
     y = jax.jit(lambda x, w: jnp.einsum("bni,nio->bno", x, w))(x, weight)
     return 4096 / float(y.min())
@@ -94,7 +94,7 @@ def _weight_gradient() -> float:
 
 @_on_a_cpu
 def _wide_result() -> float:
-    """1 if the product works; infinite if it raises."""
+    """Return 1 if the product works, infinity if it raises."""
     x, weight = jnp.ones((4, 2, 8), jnp.bfloat16), jnp.ones((2, 8, 16), jnp.bfloat16)
     try:
         y = jnp.einsum("bni,nio->bno", x, weight, preferred_element_type=jnp.float32)
@@ -108,7 +108,7 @@ def _no_gpu() -> str:
 
 
 def _product_with_a_vector() -> float:
-    """Pairs of terms that leave 2**-14 each, the part of a square that bf16 has no room for; right over returned."""
+    """Return right over returned for pairs of terms that leave 2**-14 each, which bf16 rounds away from a square."""
     pairs, remainder = 15, 2.0**-14
     root = 1 + 2.0**-7
     x = jnp.asarray([root, -1.0] * pairs + [remainder], jnp.bfloat16)
@@ -136,7 +136,7 @@ _PROCESS_S = 300
 
 
 def _divided_convolution() -> float:
-    """1 plus the share of wrong values; in a process of its own, because it needs eight devices."""
+    """Return 1 plus the share of wrong values, from a process of its own: it needs eight devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     try:
         result = subprocess.run(

@@ -1,4 +1,4 @@
-"""How JAX runs a call in each mode of `modes.MODES`."""
+"""Run calls in each JAX mode of `judge.subjects.MODES`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Execution:
-    """What a mode does.
+    """The steps that a mode adds to a call.
 
     Attributes:
         wrap: from the subject's function to the one that is called.

@@ -23,14 +23,14 @@ from parity_tests.judge.subjects import DEFAULT_MODES, MODES, check_precision
 
 @contextlib.contextmanager
 def _double_precision_if(needed: bool) -> Iterator[None]:
-    """float64 arrays exist only under x64; a context, because a global switch would change other users' dtypes."""
+    """Allow float64 arrays within a context: a global switch would change the dtypes of other code."""
     with jax.enable_x64(needed):
         yield
 
 
 @dataclass(frozen=True)
 class JaxSubject:
-    """One JAX implementation in one mode; see `base.Subject`."""
+    """One JAX implementation in one mode; see `judge.subjects.Subject`."""
 
     implementation: str
     isolates_partitions: bool
@@ -171,7 +171,7 @@ def _plain_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None
 
 
 def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Put canonical arrays into the layer and takes them out again."""
+    """Put canonical arrays into the layer and take them out again."""
     n, i, o = arrays["weight"].shape
     dtype = arrays["weight"].dtype
     with _double_precision_if(dtype == np.float64):

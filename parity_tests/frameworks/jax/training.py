@@ -31,7 +31,7 @@ class _SumOfSquares(NamedTuple):
 
 
 def _scale_by_adagrad(epsilon: float) -> optax.GradientTransformation:
-    """`g / (sqrt(sum g^2) + eps)`, accumulator from 0; optax.scale_by_rss starts at 0.1 with eps inside the root."""
+    """Scale to `g / (sqrt(sum g^2) + eps)`, sum from 0; optax.scale_by_rss starts at 0.1, eps inside the root."""
 
     def update(updates, state, params=None):
         del params
@@ -99,7 +99,7 @@ Offsets = dict[str, tuple[jax.Array, jax.Array]]
 
 @dataclass(frozen=True)
 class JaxTraining:
-    """The JAX side of training parity; see `base.TrainingSubject`.
+    """The JAX side of training parity; see `training.tasks.TrainingSubject`.
 
     Frozen, so that equal sides are the same static argument and share what was compiled.
     """
@@ -224,7 +224,7 @@ class JaxTraining:
             return Trajectory(losses, by_step[0], moments(state), step_counts(state), by_step[1])
 
     def train_masked(self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int) -> None:
-        """None: the masked form in JAX builds its dense matrix from the blocks, so nothing outside them is trained."""
+        """Return None: JAX builds the dense matrix from the blocks, so nothing outside them is trained."""
         del task, spec, dtype, steps
 
 

@@ -1,4 +1,4 @@
-"""Arrays from NumPy to PyTorch and back, bit for bit, and memory layouts."""
+"""Copy arrays from NumPy to PyTorch and back, bit for bit, and lay them out in memory."""
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +16,7 @@ def to_torch(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """Return the inverse of `to_torch`."""
+    """Undo `to_torch`; the array may share the memory of a CPU tensor."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)

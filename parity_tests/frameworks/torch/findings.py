@@ -1,4 +1,4 @@
-"""Findings in PyTorch."""
+"""Check for known traps in PyTorch."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""How PyTorch runs a call in each mode of `modes.MODES`; sharding, which takes processes, is in `torch_sharded`."""
+"""Run calls in each PyTorch mode of `judge.subjects.MODES`; `sharded`, which takes processes, has its own file."""
 
 import warnings
 from collections.abc import Callable, Mapping

@@ -132,12 +132,12 @@ class ShardedTorchSubject:
 
     @property
     def implementation(self) -> str:
-        """The name of what each process calls."""
+        """The name of the implementation that each process calls."""
         return self.source.implementation
 
     @property
     def isolates_partitions(self) -> bool:
-        """As without shards; between two processes everything is isolated."""
+        """True as without shards; between two processes everything is isolated."""
         return self.source.isolates_partitions
 
     def unsupported_reason(self, case: Case, dtype: str) -> str | None:

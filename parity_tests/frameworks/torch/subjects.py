@@ -28,7 +28,7 @@ from torch_impl.registry import IMPLEMENTATIONS, unsupported_reason
 
 @dataclass(frozen=True)
 class TorchSubject:
-    """One PyTorch implementation on one device, in one mode; see `base.Subject`."""
+    """One PyTorch implementation on one device, in one mode; see `judge.subjects.Subject`."""
 
     implementation: str
     isolates_partitions: bool
@@ -137,7 +137,7 @@ def eager_subjects(device: torch.device) -> list[TorchSubject]:
 
 
 def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Put canonical arrays into the layer and takes them out again."""
+    """Put canonical arrays into the layer and take them out again."""
     n, i, o = arrays["weight"].shape
     dtype = to_torch(arrays["weight"][:0], torch.device("cpu")).dtype
     layer = PartitionedLinear(n, i, o, bias="bias" in arrays, dtype=dtype)
@@ -166,8 +166,8 @@ def plain_linear(device: str = "auto") -> Subject:
 def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | None = None) -> list[Subject]:
     """Return every PyTorch subject, in every mode that is asked for; in the default mode if none is.
 
-    On a GPU it sets PyTorch's switches for fp32 products and convolutions: what is judged is the formulation, not the
-    default of rounding the operands of convolutions to TF32.
+    On a GPU, set PyTorch's switches for fp32 products and convolutions: the formulation is judged, not the default of
+    rounding the operands of convolutions to TF32.
     """
     target = resolve_device(device)
     check_precision(precision, has_tf32=target.type == "cuda")
@@ -225,7 +225,7 @@ PLANTS = ("off-block leak after a step", "off-block weights unmasked after a ste
 def masked_training(
     sizes: tuple[int, int, int], dtype: str, steps: int, seed: int, defect: str = ""
 ) -> dict[str, np.ndarray]:
-    """Train the masked layer with AdamW and returns what concerns the weights outside its blocks.
+    """Train the masked layer with AdamW and return the matrices that show weights outside its blocks.
 
     Args:
         sizes: n, in, out.

@@ -91,7 +91,7 @@ Layer = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 class TorchTraining:
-    """The torch side of training parity; see `base.TrainingSubject`."""
+    """The torch side of training parity; see `training.tasks.TrainingSubject`."""
 
     framework = "torch"
 
