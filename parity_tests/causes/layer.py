@@ -6,7 +6,7 @@ errors (scaled, truncated, few elements, coarse sums). Only evidence that distin
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -190,12 +190,9 @@ _MOST_PRODUCTS = 2**25
 Change = Callable[[Inputs], Inputs | None]
 
 
-@dataclass(frozen=True)
-class Hypothesis:
-    """A mistake in the operands: evaluating the oracle on the changed inputs gives what the mistake would give."""
-
-    sentence: str
-    change: Change
+def first_confirmed(hypotheses: Iterable[tuple[str, Callable[[], bool]]]) -> str:
+    """Try hypotheses, each a sentence and its test, and return the sentence of the first that holds, or nothing."""
+    return next((sentence for sentence, holds in hypotheses if holds()), "")
 
 
 def _with(inputs: Inputs, **arrays: np.ndarray | None) -> Inputs:
@@ -232,16 +229,17 @@ def _summed(inputs: Inputs) -> Inputs:
     return dataclasses.replace(inputs, cotangent=np.ones_like(inputs.cotangent), zero_mean=False)
 
 
-OPERANDS: tuple[Hypothesis, ...] = (
-    Hypothesis("the kernel is transposed", _transposed),
-    Hypothesis("the kernel's (n, o, i) numbers are read as (n, i, o)", _reshaped),
-    Hypothesis("partitions are off by one", _shifted(1)),
-    Hypothesis("partitions are off by minus one", _shifted(-1)),
-    Hypothesis("the bias is missing", _without_bias),
-    Hypothesis("the bias is rolled by one partition", _bias_rolled(1)),
-    Hypothesis("the bias is rolled back by one partition", _bias_rolled(-1)),
-    Hypothesis("the bias is added twice", _bias_twice),
-    Hypothesis("the cotangent is replaced by ones", _summed),
+# Mistakes in the operands: the oracle on the changed inputs returns what a subject with the mistake would.
+OPERANDS: tuple[tuple[str, Change], ...] = (
+    ("the kernel is transposed", _transposed),
+    ("the kernel's (n, o, i) numbers are read as (n, i, o)", _reshaped),
+    ("partitions are off by one", _shifted(1)),
+    ("partitions are off by minus one", _shifted(-1)),
+    ("the bias is missing", _without_bias),
+    ("the bias is rolled by one partition", _bias_rolled(1)),
+    ("the bias is rolled back by one partition", _bias_rolled(-1)),
+    ("the bias is added twice", _bias_twice),
+    ("the cotangent is replaced by ones", _summed),
 )
 
 
@@ -292,7 +290,7 @@ def _rounded_operands(evidence: Evidence, inputs: Inputs) -> str | None:
 
 
 def _whole_tensors(evidence: Evidence) -> Iterator[tuple[str, np.ndarray]]:
-    """Return results that are right but in the wrong place: how to say it, and the value put right."""
+    """Yield results that are right but in the wrong place: the sentence, and the value put right."""
     name, axis = evidence.name, evidence.truth.partition_axis
     if evidence.value.shape[axis] > 1:
         for by, direction in ((1, "rolled"), (-1, "rolled back")):
@@ -307,19 +305,23 @@ def _by_trying(whole: Evidence, different: np.ndarray, inputs: Inputs, truth: Re
     factors = {"1/n": 1 / len(inputs.weight), "n": float(len(inputs.weight)), "-1": -1.0}
     if rows := truth["dweight"].terms:
         factors |= {"1/rows (a mean, not a sum)": 1 / rows}
+
+    def in_operands(change: Change) -> bool:
+        changed = change(inputs)
+        candidate = None if changed is None else _explained(whole, changed, inputs)
+        return candidate is not None and candidate.partitions(different).fits()
+
+    def hypotheses() -> Iterator[tuple[str, Callable[[], bool]]]:
+        for sentence, change in OPERANDS:
+            yield sentence, lambda change=change: in_operands(change)
+        for sentence, righted in _whole_tensors(whole):
+            yield sentence, lambda righted=righted: dataclasses.replace(whole, value=righted).fits()
+
     if found := not_finite(part) or all_zero(part):
         return found
-    for hypothesis in OPERANDS:
-        changed = hypothesis.change(inputs)
-        if changed is None:
-            continue
-        candidate = _explained(whole, changed, inputs)
-        if candidate is not None and candidate.partitions(different).fits():
-            return hypothesis.sentence
-    for sentence, righted in _whole_tensors(whole):
-        if dataclasses.replace(whole, value=righted).fits():
-            return sentence
-    return scaled(part, {name: factor for name, factor in factors.items() if factor != 1.0})
+    return first_confirmed(hypotheses()) or scaled(
+        part, {name: factor for name, factor in factors.items() if factor != 1.0}
+    )
 
 
 def explain(

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from parity_tests.training.criteria import SEMANTIC_FACTOR, distances
+from parity_tests.causes.layer import first_confirmed
+from parity_tests.training.criteria import SEMANTIC_FACTOR, distance, distances
 from parity_tests.training.optimizers import OptimizerSpec
 from parity_tests.training.tasks import TrainingSubject, TrainingTask
 
@@ -40,14 +41,14 @@ def explain_optimizer(spec: OptimizerSpec, replay: Replay, observed: Mapping[str
         ("the schedule is off by one step", dataclasses.replace(spec, first_step=spec.first_step + 1)),
         ("weight decay is coupled", dataclasses.replace(spec, name="adam" if spec.name == "adamw" else spec.name)),
     ]
-    for sentence, candidate in candidates:
+
+    def reproduces(candidate: OptimizerSpec) -> bool:
         if candidate == spec:
-            continue
-        state = replay(candidate)
-        distance = np.sqrt(sum(float(np.sum((state[k] - observed[k]).astype(np.float64) ** 2)) for k in observed))
-        if distance <= limit:
-            return sentence
-    return "none of the known settings explains it"
+            return False
+        return distance(replay(candidate), observed) <= limit
+
+    found = first_confirmed((sentence, lambda other=other: reproduces(other)) for sentence, other in candidates)
+    return found or "none of the known settings explains it"
 
 
 def replayed_cause(

@@ -231,20 +231,6 @@ def load_subjects(
     return _subjects_of(framework).subjects(device, modes, precision)
 
 
-def load_plain_linear(framework: str, device: str = "auto") -> Subject:
-    """Import a framework and return its own Linear, as a subject for inputs with one partition.
-
-    Args:
-        framework: `torch` or `jax`.
-        device: `auto` (a GPU if there is one), `cpu` or `cuda`.
-
-    Raises:
-        ValueError: for another framework, or a device that is not there.
-        ImportError: if the framework is not installed.
-    """
-    return _subjects_of(framework).plain_linear(device)
-
-
 def _subjects_of(framework: str) -> Any:
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework: expected one of {', '.join(FRAMEWORKS)}, got {framework!r}; choose one of these.")

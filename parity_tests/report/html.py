@@ -221,7 +221,7 @@ class _Grid:
 
 
 def _subjects(rows: Sequence[ParityRow]) -> str:
-    """Return a drawing for each mode and dtype: a line for each subject; a column for each tensor, one for each partition."""
+    """Draw a heatmap for each mode and dtype: subjects against tensors, and against partitions."""
     tensors: dict[str, _Grid] = defaultdict(_Grid)
     partitions: dict[str, _Grid] = defaultdict(_Grid)
     for row in rows:
@@ -246,7 +246,7 @@ def _subjects(rows: Sequence[ParityRow]) -> str:
 
 
 def _against_each_other(rows: Sequence[ParityRow]) -> str:
-    """Return a drawing for each pair of modes and dtype: torch's implementations against those of JAX."""
+    """Draw a heatmap for each pair of modes and dtype: torch's implementations against those of JAX."""
     grids: dict[str, _Grid] = defaultdict(_Grid)
     for row in rows:
         if row.bound_fraction is None:

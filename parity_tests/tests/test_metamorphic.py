@@ -18,11 +18,11 @@ from parity_tests.judge.run import judge
 from parity_tests.judge.subjects import (
     FRAMEWORKS,
     framework_available,
-    load_plain_linear,
     load_subjects,
     release_programs,
 )
 from parity_tests.tests.metamorphic import LATTICE_CHECKS, RANDOM_CHECKS, check_one_partition, check_permutation
+from parity_tests.tests.plain_linear import load_plain_linear
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

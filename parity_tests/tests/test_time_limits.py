@@ -4,6 +4,7 @@ import ast
 
 import pytest
 
+from parity_tests.interpreters.process import ProcessError
 from parity_tests.judge.subjects import framework_available
 from parity_tests.tests.test_architecture import ROOT, sources
 
@@ -171,13 +172,15 @@ def test_shards_that_do_not_answer_are_ended_in_time(body, sentence, tmp_path, m
 
 
 @pytest.mark.skipif(not framework_available("jax"), reason="jax and flax are not installed here")
-def test_a_finding_s_process_has_a_time_limit_and_its_own_sentence(monkeypatch):
+def test_a_finding_s_process_has_a_time_limit_and_its_own_sentence(monkeypatch, tmp_path):
     from parity_tests.frameworks.jax import findings
 
     monkeypatch.setattr(findings, "_PROCESS_S", 0.05)
-    with pytest.raises(RuntimeError, match=r"its process gave no answer within 0.05 s"):
+    with pytest.raises(ProcessError, match=r"its process gave no answer within 0.05 s"):
         findings._divided_convolution()
-    monkeypatch.setattr(findings, "_PROCESS_S", 60)
-    monkeypatch.setattr(findings, "_DIVIDED_CONVOLUTION", "raise SystemExit('the last words')")
-    with pytest.raises(RuntimeError, match=r"its process ended with status 1: the last words"):
+    (tmp_path / "ending.py").write_text("def main(channel):\n    raise SystemExit('the last words')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(findings, "_PROCESS_S", 60.0)
+    monkeypatch.setattr(findings, "_CHILD", "ending")
+    with pytest.raises(ProcessError, match=r"its process raised SystemExit: the last words"):
         findings._divided_convolution()

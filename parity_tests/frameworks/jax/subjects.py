@@ -154,22 +154,6 @@ def _linen_layer(precision: jax.lax.Precision, dtype: DTypeLike | None = None) -
     return call
 
 
-def _plain_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    _, i, o = kernel.shape
-    linear = nnx.Linear(
-        i,
-        o,
-        use_bias=bias is not None,
-        param_dtype=kernel.dtype,
-        precision=jax.lax.Precision.HIGHEST,
-        rngs=nnx.Rngs(0),
-    )
-    linear.kernel = nnx.Param(kernel[0])
-    if bias is not None:
-        linear.bias = nnx.Param(bias[0])
-    return linear(x[..., 0, :])[..., None, :]
-
-
 def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Put canonical arrays into the layer and take them out again."""
     n, i, o = arrays["weight"].shape
@@ -195,11 +179,6 @@ def resolve_device(device: str) -> Any:
         raise ValueError(
             f"device: expected a {device} device visible to jax, got none; use --device cpu or auto."
         ) from None
-
-
-def plain_linear(device: str = "auto") -> JaxSubject:
-    """Return `flax.nnx.Linear` as a subject, for inputs with one partition."""
-    return JaxSubject("nnx.Linear", True, resolve_device(device), _plain_linear, table_name=None)
 
 
 def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | None = None) -> list[JaxSubject]:

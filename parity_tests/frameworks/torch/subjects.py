@@ -107,23 +107,6 @@ def layer_call(layer_class: type[PartitionedLinear] | type[MaskedPartitionedLine
     return prepare
 
 
-def _plain_linear(inputs: Inputs, device: torch.device) -> tuple[Function, list[torch.Tensor]]:
-    _, i, o = inputs.weight.shape
-    leaves = _leaves(inputs, device)
-    linear = torch.nn.Linear(i, o, bias=inputs.bias is not None, device=device, dtype=leaves[0].dtype)
-
-    def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        parameters = {"weight": weight.squeeze(0).T} | ({} if bias is None else {"bias": bias.squeeze(0)})
-        return torch.func.functional_call(linear, parameters, (x.squeeze(-2),)).unsqueeze(-2)
-
-    return call, leaves
-
-
-def plain_linear_subject(device: torch.device) -> TorchSubject:
-    """Return the framework's own `torch.nn.Linear` as a subject, for inputs with one partition."""
-    return TorchSubject("nn.Linear", True, device, _plain_linear, table_name=None)
-
-
 def eager_subjects(device: torch.device) -> list[TorchSubject]:
     """Return every PyTorch subject in the default mode: the table's implementations, and both layer classes."""
     found = [
@@ -156,11 +139,6 @@ def resolve_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a CUDA device visible to torch, got none; use --device cpu or auto.")
     return torch.device(device)
-
-
-def plain_linear(device: str = "auto") -> Subject:
-    """Return `torch.nn.Linear` as a subject, for inputs with one partition."""
-    return plain_linear_subject(resolve_device(device))
 
 
 def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | None = None) -> list[Subject]:
