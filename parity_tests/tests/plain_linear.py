@@ -11,7 +11,7 @@ def load_plain_linear(framework: str) -> Subject:
 def _torch() -> Subject:
     import torch
 
-    from parity_tests.frameworks.torch.arrays import to_torch
+    from parity_tests.frameworks.torch.modes import to_torch
     from parity_tests.frameworks.torch.subjects import TorchSubject, resolve_device
 
     def _plain_linear(inputs, device):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from parity_tests.findings import Finding
-from parity_tests.frameworks.torch.arrays import to_numpy, to_torch
+from parity_tests.frameworks.torch.modes import to_numpy, to_torch
 from parity_tests.judge.comparison import compare
 from parity_tests.judge.inputs import Case, draw_inputs
 from parity_tests.judge.oracle import reference

@@ -1,4 +1,7 @@
-"""Run calls in each PyTorch mode of `judge.subjects.MODES`; `sharded`, which takes processes, has its own file."""
+"""Copy arrays to PyTorch and back bit for bit, and run calls in each of its modes.
+
+The mode `sharded`, which takes processes, has a file of its own.
+"""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -7,13 +10,32 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from parity_tests.judge.inputs import Inputs
+from parity_tests.judge.inputs import Inputs, Layout
 from parity_tests.judge.subjects import MODES, members_of, split_members
+from torch_impl.parameters import to_array, to_tensor
 from torch_impl.registry import IMPLEMENTATIONS
 
+to_numpy = to_array
 Function = Callable[..., torch.Tensor]
 Prepare = Callable[[Inputs, torch.device], tuple[Function, list[torch.Tensor]]]
 """From inputs to the function (x, *leaves) -> y and its parameters as leaves."""
+
+
+def to_torch(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy an array to a tensor, bit for bit."""
+    return to_tensor(np.array(array, order="C", copy=True), device)
+
+
+def lay_out(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Return the same values in another memory layout."""
+    if layout == "transposed":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "strided" and x.ndim > 2:
+        # The rows in between are NaN: reading past a stride shows.
+        wide = torch.full((x.shape[0], 2, *x.shape[1:]), torch.nan, dtype=x.dtype, device=x.device)
+        wide[:, 0] = x
+        return wide[:, 0]
+    return x
 
 
 def _compiled(prepare: Prepare) -> Prepare:

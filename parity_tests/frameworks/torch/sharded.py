@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from parity_tests.frameworks.torch.arrays import lay_out, to_numpy, to_torch
+from parity_tests.frameworks.torch.modes import lay_out, to_numpy, to_torch
 from parity_tests.interpreters.interpreter import Channel, Interpreter
 from parity_tests.interpreters.process import ProcessError
 from parity_tests.judge.inputs import Case, Inputs

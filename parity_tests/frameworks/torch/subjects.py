@@ -8,8 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from parity_tests.frameworks.torch.arrays import lay_out, to_numpy, to_torch
-from parity_tests.frameworks.torch.modes import WRAPPERS, Function, Prepare, canonical_gradients, mode_reason
+from parity_tests.frameworks.torch.modes import (
+    WRAPPERS,
+    Function,
+    Prepare,
+    canonical_gradients,
+    lay_out,
+    mode_reason,
+    to_numpy,
+    to_torch,
+)
 from parity_tests.frameworks.torch.sharded import ShardedTorchSubject, serve
 from parity_tests.frameworks.torch.training import TorchOptimizer
 from parity_tests.interpreters.interpreter import Channel
