@@ -23,6 +23,10 @@ Outputs: TypeAlias = Float[Array, "*b n o"]
 """Results of every partition, shape (*b, n, o)."""
 
 
+class UnsupportedImplementationError(ValueError):
+    """A named implementation cannot run this call; nothing else was run in its place."""
+
+
 def kind_of(value: Any, *expected: str) -> str:
     """The name of a value's type; with its package where it is a namesake of what was expected."""
     package = f"{type(value).__module__.partition('.')[0]}." if type(value).__name__ in expected else ""

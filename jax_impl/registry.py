@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jax_impl.array_types import UnsupportedImplementationError as UnsupportedImplementationError
 from jax_impl.implementations.einsum import partitioned_linear_einsum
 from jax_impl.implementations.grouped_conv import partitioned_linear_grouped_conv
 from jax_impl.implementations.grouped_matmul import partitioned_linear_grouped_matmul
@@ -24,10 +25,6 @@ DTYPE_NAMES: Mapping[np.dtype, str] = MappingProxyType({jnp.dtype(name): name fo
 
 _EVERY_DTYPE = frozenset(ITEM_BYTES)
 _EVERY_DEVICE = frozenset({"cpu", "cuda"})
-
-
-class UnsupportedImplementationError(ValueError):
-    """A named implementation cannot run this call; nothing else was run in its place."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ try:
 
     from parity_tests.commands.usage import choices_help, modes_help
     from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
-    from parity_tests.judge.cases import CASE_SETS
     from parity_tests.judge.dtypes import STORAGE_DTYPES
+    from parity_tests.judge.inputs import CASE_SETS
     from parity_tests.judge.subjects import FRAMEWORKS
     from parity_tests.report.console import run_application
 except ModuleNotFoundError as missing:

@@ -70,7 +70,7 @@ def export_parameters(layer: PartitionedModule) -> dict[str, np.ndarray]:
             than the layer's own.
     """
     views = _views(layer)
-    return {name: _to_numpy(name, view) for name, view in views.items()}
+    return {name: _exported(name, view) for name, view in views.items()}
 
 
 def import_parameters(layer: PartitionedModule, arrays: Mapping[str, np.ndarray]) -> None:
@@ -91,7 +91,7 @@ def import_parameters(layer: PartitionedModule, arrays: Mapping[str, np.ndarray]
     views = _views(layer)
     check_writable(views)
     found = check_arrays(arrays, {name: (tuple(view.shape), _NUMPY_DTYPES[view.dtype]) for name, view in views.items()})
-    tensors = {name: _from_numpy(found[name], view) for name, view in views.items()}
+    tensors = {name: to_tensor(np.array(found[name], order="C"), view.device) for name, view in views.items()}
     with torch.no_grad():
         for name, view in views.items():
             view.copy_(tensors[name])
@@ -172,24 +172,29 @@ def _views(layer: PartitionedModule) -> dict[str, Tensor]:
     return views
 
 
-def _to_numpy(name: str, tensor: Tensor) -> np.ndarray:
+def to_array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor's values bit for bit (bfloat16 as that of `ml_dtypes`); on a CPU, they may share its memory."""
     values = tensor.detach().cpu().resolve_neg().contiguous()
+    if values.dtype == torch.bfloat16:
+        return values.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return values.numpy()
+
+
+def to_tensor(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """Return an array's values bit for bit as a tensor; on a CPU, it may share the memory of the array."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16).to(device)
+    return torch.from_numpy(array).to(device)
+
+
+def _exported(name: str, tensor: Tensor) -> np.ndarray:
     try:
-        if values.dtype == torch.bfloat16:
-            return values.view(torch.uint16).numpy().view(ml_dtypes.bfloat16).copy()
-        return values.numpy().copy()
+        return to_array(tensor).copy()
     except RuntimeError as error:  # inside a transform such as torch.vmap
         raise ValueError(
             f"`layer`: expected values in `{name}`, got a tensor without them ({said(error)}); call this outside of "
             f"transforms."
         ) from error
-
-
-def _from_numpy(array: np.ndarray, like: Tensor) -> Tensor:
-    bits = np.array(array, order="C")
-    if like.dtype == torch.bfloat16:
-        return torch.from_numpy(bits.view(np.uint16)).view(torch.bfloat16).to(like.device)
-    return torch.from_numpy(bits).to(like.device)
 
 
 def _read_arrays(path: Path, like: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_impl.array_types import UnsupportedImplementationError as UnsupportedImplementationError
 from torch_impl.implementations.einsum import partitioned_linear_einsum
 from torch_impl.implementations.grouped_conv import partitioned_linear_grouped_conv
 from torch_impl.implementations.grouped_matmul import ROW_ALIGNMENT_BYTES, partitioned_linear_grouped_matmul
@@ -24,10 +25,6 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType({getattr(torch, name):
 
 _EVERY_DTYPE = frozenset(ITEM_BYTES)
 _EVERY_DEVICE = frozenset({"cpu", "cuda"})
-
-
-class UnsupportedImplementationError(ValueError):
-    """A named implementation cannot run this call; nothing else was run in its place."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from pathlib import Path
 from bench.environments import ENVIRONMENTS
 from bench.record_files import COMPRESSED, RECORDS
 from bench.store import TORN
-from parity_tests.report.console import PlainConsole
+from parity_tests.report.console import INTERRUPTED, PlainConsole
 from parity_tests.report.files import OutputError, check_apart, check_output
-from parity_tests.report.interruption import INTERRUPTED
 
 __all__ = ["FAILED", "INTERRUPTED", "OK", "USAGE", "UsageError", "check_choices", "check_interpreters"]
 __all__ += ["check_outputs", "check_writable", "complain", "cut_short", "tell", "tell_damage"]

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from bench.measure.protocol import MISSING, Message, decode, encode, failure
 from bench.measure.timer import Timer, Unsupported
 from bench.measure.workbench import Workbench
-from parity_tests.interpreters.child import end_with_parent
+from parity_tests.interpreters.interpreter import end_with_parent
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available
 
 CPUS_VARIABLE = "PARTITIONED_LINEAR_BENCH_CPUS"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from parity_tests.judge.cases import Case
+from parity_tests.judge.inputs import Case
 
 LAYOUTS: tuple[str, ...] = ("contiguous", "partition_major", "time_series")
 

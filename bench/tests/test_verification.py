@@ -5,8 +5,7 @@ import pytest
 from bench.measure import verification
 from bench.measure.memory import free_bytes, resident_growth
 from bench.measure.verification import Oracle, Verifier, inputs_digest, results_digest
-from parity_tests.judge.cases import Case
-from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.inputs import Case, draw_inputs
 from parity_tests.judge.oracle import reference
 
 CASE = Case("verification", (6,), 7, 8, 5)

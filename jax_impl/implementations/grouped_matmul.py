@@ -10,7 +10,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
-from jax_impl.array_types import Bias, Inputs, Outputs, Weight
+from jax_impl.array_types import Bias, Inputs, Outputs, UnsupportedImplementationError, Weight
 from jax_impl.implementations import add_bias, batch_major, partition_major, product_dtype, result_dtype
 
 
@@ -64,9 +64,6 @@ def _unmapped(array: Array) -> Array:
 
 
 def _refuse_to_map(*_: Any, **__: Any) -> Any:
-    # The registry imports this module.
-    from jax_impl.registry import UnsupportedImplementationError
-
     raise UnsupportedImplementationError(
         "`implementation`: expected one that jax.vmap can map, got 'grouped_matmul', whose product JAX maps only "
         "together with its row counts; choose another one."

@@ -1,21 +1,179 @@
-"""Likely causes of a mismatch, found by trying: which known mistake turns the oracle into what the subject returned?
+"""Find the likely cause of a mismatch: try which known mistake turns the oracle into what the subject returned.
 
-Mistakes in the operands and in whole tensors are tried first, on the partitions that differ; then what the errors look
-like. Only evidence that distinguishes counts: a wide bound alone (low-precision sums over many terms) fits anything.
+Mistakes in the operands and in whole tensors are tried first, on the partitions that differ; then the pattern of the
+errors (scaled, truncated, few elements, coarse sums). Only evidence that distinguishes counts: a wide bound alone
+(low-precision sums over many terms) fits anything.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from parity_tests.causes import error_patterns
-from parity_tests.causes.error_patterns import Evidence
-from parity_tests.judge.comparison import TensorResult
+from parity_tests.judge.comparison import TensorResult, applicable_tiers
+from parity_tests.judge.dtypes import FORMATS
 from parity_tests.judge.inputs import Inputs
-from parity_tests.judge.oracle import Reference, reference
-from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, declared_arithmetic
+from parity_tests.judge.oracle import OracleTensor, Reference, reference
+from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, Tier, bound, bounds, declared_arithmetic
+
+_FEW = 0.01  # a larger share of elements outside the bound is no accident of single elements
+_LEAST = 8  # fewer numbers than this can have the same sign of their error, or short significands, by chance
+_ONE_SIDED = 0.95  # share of the errors that point to zero; half of them do when results are rounded to nearest
+_WIDTHS = {24: "float32's 24", 11: "TF32's or float16's 11", 8: "bfloat16's 8"}
+# Errors of sums kept at roundoff u have this root mean square over u S: the lower end where they are summed in blocks.
+_SUMMED = (1 / 64, 1.0)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One tensor that was rejected, or some of its partitions.
+
+    Attributes:
+        name: of the tensor.
+        value: what the subject returned.
+        truth: the oracle's tensor.
+        arithmetic: what the subject was entitled to.
+        zero_mean: True if the oracle's data allow tier T3.
+    """
+
+    name: str
+    value: np.ndarray
+    truth: OracleTensor
+    arithmetic: Arithmetic
+    zero_mean: bool
+
+    @property
+    def error(self) -> np.ndarray:
+        """Value minus truth, in the oracle's dtype."""
+        return self.value.astype(self.truth.value.dtype) - self.truth.value
+
+    def outside(self, tiers: Sequence[Tier] = ()) -> np.ndarray:
+        """Return a mask of the elements outside the bound of any of these tiers, by default of all that apply."""
+        tiers = tiers or applicable_tiers(self.arithmetic, self.zero_mean)
+        limits = bounds(self.truth, self.arithmetic, tiers)
+        error = np.abs(self.error)
+        # Not "error > limit": NaN lies outside every bound.
+        return ~np.logical_and.reduce([error <= limit for limit in limits.values()])
+
+    def fits(self, tiers: Sequence[Tier] = ()) -> bool:
+        """Return True if the value is right for this truth."""
+        return not self.outside(tiers).any()
+
+    def partitions(self, chosen: np.ndarray) -> "Evidence":
+        """Return the same for some partitions only."""
+        return replace(
+            self,
+            value=np.take(self.value, chosen, self.truth.partition_axis),
+            truth=restricted(self.truth, chosen),
+        )
+
+
+def restricted(tensor: OracleTensor, chosen: np.ndarray) -> OracleTensor:
+    """Return some partitions of the oracle's tensor."""
+
+    def taken(array: np.ndarray) -> np.ndarray:
+        return np.take(array, chosen, tensor.partition_axis)
+
+    return replace(
+        tensor,
+        value=taken(tensor.value),
+        magnitude=taken(tensor.magnitude),
+        addend=None if tensor.addend is None else taken(tensor.addend),
+        product=None if tensor.product is None else taken(tensor.product),
+    )
+
+
+def not_finite(evidence: Evidence) -> str | None:
+    """Name NaN or infinities where the truth is finite."""
+    wrong = evidence.value.astype(np.float64)[np.isfinite(evidence.truth.value)]
+    if np.isfinite(wrong).all():
+        return None
+    return f"{evidence.name} contains {'NaN' if np.isnan(wrong).any() else 'infinities'}"
+
+
+def all_zero(evidence: Evidence) -> str | None:
+    """Recognise a tensor of zeros."""
+    return None if np.any(evidence.value) else f"{evidence.name} is all zero"
+
+
+def scaled(evidence: Evidence, named_factors: dict[str, float]) -> str | None:
+    """Return a constant factor, by name if it is one of `named_factors`."""
+    expected = evidence.truth.value.astype(np.float64).ravel()
+    square = float(expected @ expected)
+    if not square or evidence.value.size < 2:
+        return None
+    value = evidence.value.astype(np.float64)
+    factor = float(value.ravel() @ expected) / square
+    u = FORMATS[evidence.arithmetic.output].roundoff
+    # A factor this near 1 is what truncation looks like on average.
+    if abs(factor - 1) <= 2 * u:
+        return None
+    # Rounded twice: before the factor and after it.
+    limit = 2 * abs(factor) * bound(evidence.truth, evidence.arithmetic)
+    if not (np.abs(value - factor * evidence.truth.value) <= limit).all():
+        return None
+    for name, known in named_factors.items():
+        if abs(factor / known - 1) <= 2 * u:
+            return f"{evidence.name} is scaled by {name}"
+    return f"{evidence.name} is scaled by {factor:.4g}"
+
+
+def significand_bits(value: np.ndarray) -> int:
+    """Return the most significand bits that any of the numbers makes use of."""
+    numbers = value.astype(np.float64)
+    mantissa, _ = np.frexp(np.abs(numbers[np.isfinite(numbers) & (numbers != 0)]))
+    if not mantissa.size:
+        return 0
+    integers = (mantissa * 2.0**53).astype(np.int64)
+    return int(53 - np.log2((integers & -integers).astype(np.float64)).min())
+
+
+def coarse_output(evidence: Evidence) -> str | None:
+    """Return a result that was truncated, or rounded to a shorter significand than its dtype has."""
+    if evidence.value.size < _LEAST:
+        return None
+    own = round(-np.log2(FORMATS[evidence.arithmetic.output].roundoff))
+    bits = min(significand_bits(evidence.value), own)
+    error, expected = evidence.error, evidence.truth.value
+    unit = 2.0**-bits * np.abs(expected)
+    slack = bound(evidence.truth, evidence.arithmetic)
+    inexact = error[np.abs(error) > unit / 64] * np.sign(expected[np.abs(error) > unit / 64])
+    inwards = inexact.size >= _LEAST and np.mean(inexact < 0) >= _ONE_SIDED
+    if inwards and (np.abs(error) <= 2 * unit + slack).all():
+        width = f" to {bits} significand bits" if bits < own else ""
+        return f"{evidence.name} is truncated{width} instead of rounded"
+    # One bit less than the dtype has may be chance in few numbers.
+    if bits <= own - 2 and (np.abs(error) <= unit + slack).all():
+        return f"{evidence.name} is rounded to {_WIDTHS.get(bits, bits)} significand bits"
+    return None
+
+
+def few_elements(evidence: Evidence) -> str | None:
+    """Name single elements that are wrong while all others are right."""
+    outside = evidence.outside()
+    count = int(outside.sum())
+    if outside.size < _LEAST or count > max(1, int(_FEW * outside.size)):
+        return None
+    first = [int(k[0]) for k in np.nonzero(outside)]
+    which = f"{evidence.name}{first}" if count == 1 else f"{count} elements, first {evidence.name}{first},"
+    return f"only {which} of {outside.size} elements {'differs' if count == 1 else 'differ'}"
+
+
+def coarse_sums(evidence: Evidence) -> str | None:
+    """Name a shorter format than promised for the sums: errors are spread, of the size that its roundings add up to."""
+    own = evidence.arithmetic.accumulator_roundoff
+    error, magnitude = evidence.error.astype(np.float64), evidence.truth.magnitude.astype(np.float64)
+    size = float(np.sqrt(np.mean(error**2) / np.mean(magnitude**2)))
+    for name in ("float32", "float16", "bfloat16"):
+        u = FORMATS[name].roundoff
+        if u <= own or not _SUMMED[0] * u <= size <= _SUMMED[1] * u:
+            continue
+        coarse = replace(evidence, arithmetic=replace(evidence.arithmetic, accumulator=name, truncates=False))
+        if replace(coarse, zero_mean=False).fits():
+            return f"sums are accumulated in {name}"
+    return None
+
 
 UNEXPLAINED = "none of the known mistakes explains it"
 _GRADIENTS = {"dx": "gradient of x", "dweight": "gradient of the weight", "dbias": "gradient of the bias"}
@@ -26,18 +184,15 @@ _OPERANDS_OF = {
     "dweight": ("x", "cotangent"),
     "dbias": ("cotangent",),
 }
-_SAMPLED_ROWS = 16  # of y and dx, which most mistakes are ruled out by
+_SAMPLED_ROWS = 16  # of y and dx; they rule out most mistakes
 # The oracle is evaluated once for each mistake that is tried: seconds for a case beyond this many products.
 _MOST_PRODUCTS = 2**25
 Change = Callable[[Inputs], Inputs | None]
 
 
-@dataclass(frozen=True)
-class Hypothesis:
-    """A mistake in the operands: evaluating the oracle on the changed inputs gives what the mistake would give."""
-
-    sentence: str
-    change: Change
+def first_confirmed(hypotheses: Iterable[tuple[str, Callable[[], bool]]]) -> str:
+    """Try hypotheses, each a sentence and its test, and return the sentence of the first that holds, or nothing."""
+    return next((sentence for sentence, holds in hypotheses if holds()), "")
 
 
 def _with(inputs: Inputs, **arrays: np.ndarray | None) -> Inputs:
@@ -50,7 +205,7 @@ def _transposed(inputs: Inputs) -> Inputs | None:
 
 
 def _reshaped(inputs: Inputs) -> Inputs:
-    """(n, o, i) numbers read as (n, i, o): a transposition forgotten where the sizes differ."""
+    """Read (n, o, i) numbers as (n, i, o): a transposition forgotten where the sizes differ."""
     return _with(inputs, weight=inputs.weight.swapaxes(1, 2).reshape(inputs.weight.shape))
 
 
@@ -74,21 +229,22 @@ def _summed(inputs: Inputs) -> Inputs:
     return dataclasses.replace(inputs, cotangent=np.ones_like(inputs.cotangent), zero_mean=False)
 
 
-OPERANDS: tuple[Hypothesis, ...] = (
-    Hypothesis("the kernel is transposed", _transposed),
-    Hypothesis("the kernel's (n, o, i) numbers are read as (n, i, o)", _reshaped),
-    Hypothesis("partitions are off by one", _shifted(1)),
-    Hypothesis("partitions are off by minus one", _shifted(-1)),
-    Hypothesis("the bias is missing", _without_bias),
-    Hypothesis("the bias is rolled by one partition", _bias_rolled(1)),
-    Hypothesis("the bias is rolled back by one partition", _bias_rolled(-1)),
-    Hypothesis("the bias is added twice", _bias_twice),
-    Hypothesis("the cotangent is replaced by ones", _summed),
+# Mistakes in the operands: the oracle on the changed inputs returns what a subject with the mistake would.
+OPERANDS: tuple[tuple[str, Change], ...] = (
+    ("the kernel is transposed", _transposed),
+    ("the kernel's (n, o, i) numbers are read as (n, i, o)", _reshaped),
+    ("partitions are off by one", _shifted(1)),
+    ("partitions are off by minus one", _shifted(-1)),
+    ("the bias is missing", _without_bias),
+    ("the bias is rolled by one partition", _bias_rolled(1)),
+    ("the bias is rolled back by one partition", _bias_rolled(-1)),
+    ("the bias is added twice", _bias_twice),
+    ("the cotangent is replaced by ones", _summed),
 )
 
 
 def _shortened(array: np.ndarray, bits: int, nearest: bool) -> np.ndarray:
-    """The numbers with so many significand bits, rounded or chopped (hardware does either)."""
+    """Return the numbers with so many significand bits, rounded or chopped (hardware does either)."""
     mantissa, exponent = np.frexp(array.astype(np.float64))
     scaled = mantissa * 2.0**bits
     return np.ldexp((np.rint(scaled) if nearest else np.trunc(scaled)) / 2.0**bits, exponent).astype(array.dtype)
@@ -102,7 +258,7 @@ def _first_rows(array: np.ndarray) -> np.ndarray:
 
 
 def _explained(whole: Evidence, changed: Inputs, original: Inputs) -> Evidence | None:
-    """The value beside the oracle's on changed inputs; None where a few rows, or the operands, already rule it out."""
+    """Return the value beside the oracle on changed inputs; None where operands or a few rows already rule it out."""
     kept = [(getattr(changed, key), getattr(original, key)) for key in _OPERANDS_OF[whole.name]]
     if all(new is old or (new is not None and np.array_equal(new, old)) for new, old in kept):
         return None
@@ -117,7 +273,7 @@ def _explained(whole: Evidence, changed: Inputs, original: Inputs) -> Evidence |
 
 
 def _rounded_operands(evidence: Evidence, inputs: Inputs) -> str | None:
-    """Operands that lost bits on their way into the product: the oracle on the shortened ones explains the errors."""
+    """Name operands that lost bits on their way into the product, if shortened operands explain the errors."""
     before = float(np.sqrt(np.mean(evidence.error.astype(np.float64) ** 2)))
     # What rounds its operands is a tensor core more often than not, and those chop their sums.
     chopping = dataclasses.replace(evidence, arithmetic=dataclasses.replace(evidence.arithmetic, truncates=True))
@@ -134,7 +290,7 @@ def _rounded_operands(evidence: Evidence, inputs: Inputs) -> str | None:
 
 
 def _whole_tensors(evidence: Evidence) -> Iterator[tuple[str, np.ndarray]]:
-    """Results that are right but in the wrong place: how to say it, and the value put right."""
+    """Yield results that are right but in the wrong place: the sentence, and the value put right."""
     name, axis = evidence.name, evidence.truth.partition_axis
     if evidence.value.shape[axis] > 1:
         for by, direction in ((1, "rolled"), (-1, "rolled back")):
@@ -144,24 +300,28 @@ def _whole_tensors(evidence: Evidence) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _by_trying(whole: Evidence, different: np.ndarray, inputs: Inputs, truth: Reference) -> str | None:
-    """Mistakes in the operands and in whole tensors, looked for in the partitions that differ."""
+    """Return mistakes in the operands and in whole tensors, looked for in the partitions that differ."""
     part = whole.partitions(different)
     factors = {"1/n": 1 / len(inputs.weight), "n": float(len(inputs.weight)), "-1": -1.0}
     if rows := truth["dweight"].terms:
         factors |= {"1/rows (a mean, not a sum)": 1 / rows}
-    if found := error_patterns.not_finite(part) or error_patterns.all_zero(part):
+
+    def in_operands(change: Change) -> bool:
+        changed = change(inputs)
+        candidate = None if changed is None else _explained(whole, changed, inputs)
+        return candidate is not None and candidate.partitions(different).fits()
+
+    def hypotheses() -> Iterator[tuple[str, Callable[[], bool]]]:
+        for sentence, change in OPERANDS:
+            yield sentence, lambda change=change: in_operands(change)
+        for sentence, righted in _whole_tensors(whole):
+            yield sentence, lambda righted=righted: dataclasses.replace(whole, value=righted).fits()
+
+    if found := not_finite(part) or all_zero(part):
         return found
-    for hypothesis in OPERANDS:
-        changed = hypothesis.change(inputs)
-        if changed is None:
-            continue
-        candidate = _explained(whole, changed, inputs)
-        if candidate is not None and candidate.partitions(different).fits():
-            return hypothesis.sentence
-    for sentence, righted in _whole_tensors(whole):
-        if dataclasses.replace(whole, value=righted).fits():
-            return sentence
-    return error_patterns.scaled(part, {name: factor for name, factor in factors.items() if factor != 1.0})
+    return first_confirmed(hypotheses()) or scaled(
+        part, {name: factor for name, factor in factors.items() if factor != 1.0}
+    )
 
 
 def explain(
@@ -170,7 +330,7 @@ def explain(
     inputs: Inputs,
     arithmetic: Arithmetic | None = None,
 ) -> str:
-    """Returns a likely cause of the first mismatch in one clause, or that none of the known mistakes explains it.
+    """Return a likely cause of the first mismatch in one clause, or that none of the known mistakes explains it.
 
     Args:
         results: the verdicts on the subject's tensors.
@@ -200,19 +360,14 @@ def explain(
     listed = f"{'partition' if len(different) == 1 else 'partitions'} {', '.join(map(str, different))} of {n}"
     if found := _by_trying(whole, different, inputs, truth):
         return found if len(different) == n else f"{found} in {listed}"
-    found = (
-        _rounded_operands(whole, inputs)
-        or error_patterns.coarse_output(whole)
-        or error_patterns.few_elements(whole)
-        or error_patterns.coarse_sums(whole)
-    )
+    found = _rounded_operands(whole, inputs) or coarse_output(whole) or few_elements(whole) or coarse_sums(whole)
     return found or (UNEXPLAINED if len(different) == n else f"only {listed} differ")
 
 
 def with_cause(
     result: TensorResult, outputs: Mapping[str, np.ndarray], inputs: Inputs, arithmetic: Arithmetic
 ) -> TensorResult:
-    """Returns a mismatch with its likely cause in its reason; anything else unchanged.
+    """Return a mismatch with its likely cause in its reason; anything else unchanged.
 
     Args:
         result: a verdict.

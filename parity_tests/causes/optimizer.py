@@ -1,23 +1,23 @@
-"""Likely causes of a difference between two optimisers, found by replaying the same gradients with other settings."""
+"""Find the likely cause of a difference between two optimisers: replay the same gradients with other settings."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from parity_tests.judge.subjects import TrainingSubject
-from parity_tests.training.criteria import SEMANTIC_FACTOR, distances
+from parity_tests.causes.layer import first_confirmed
+from parity_tests.training.criteria import SEMANTIC_FACTOR, distance, distances
 from parity_tests.training.optimizers import OptimizerSpec
-from parity_tests.training.tasks import TrainingTask
+from parity_tests.training.tasks import TrainingSubject, TrainingTask
 
 Replay = Callable[[OptimizerSpec], Mapping[str, np.ndarray]]
 
 
 def explain_optimizer(spec: OptimizerSpec, replay: Replay, observed: Mapping[str, np.ndarray], limit: float) -> str:
-    """Returns which change to the optimiser's settings reproduces an observed state.
+    """Name the change to the optimiser's settings that reproduces an observed state.
 
     Args:
-        spec: what both sides were meant to run.
+        spec: the optimiser that both sides were meant to run.
         replay: runs the trusted side with another spec over the same gradients and returns its final parameters.
         observed: the other side's final parameters.
         limit: Euclidean distance within which two states are equal.
@@ -41,14 +41,14 @@ def explain_optimizer(spec: OptimizerSpec, replay: Replay, observed: Mapping[str
         ("the schedule is off by one step", dataclasses.replace(spec, first_step=spec.first_step + 1)),
         ("weight decay is coupled", dataclasses.replace(spec, name="adam" if spec.name == "adamw" else spec.name)),
     ]
-    for sentence, candidate in candidates:
+
+    def reproduces(candidate: OptimizerSpec) -> bool:
         if candidate == spec:
-            continue
-        state = replay(candidate)
-        distance = np.sqrt(sum(float(np.sum((state[k] - observed[k]).astype(np.float64) ** 2)) for k in observed))
-        if distance <= limit:
-            return sentence
-    return "none of the known settings explains it"
+            return False
+        return distance(replay(candidate), observed) <= limit
+
+    found = first_confirmed((sentence, lambda other=other: reproduces(other)) for sentence, other in candidates)
+    return found or "none of the known settings explains it"
 
 
 def replayed_cause(
@@ -59,15 +59,15 @@ def replayed_cause(
     steps: int,
     dtype: str = "float64",
 ) -> str:
-    """Feeds the same gradients to both optimisers in float64 and returns which setting explains their difference.
+    """Feed the same gradients to both optimisers in float64 and name the setting that explains their difference.
 
     Args:
-        trusted: whose gradients and states count.
+        trusted: the side that computes gradients and states.
         other: the side in question.
         task: the model and its data.
-        spec: what both were meant to run.
+        spec: the optimiser that both were meant to run.
         steps: how many.
-        dtype: what the model computes its gradients in: 16 bits with wider parameters is mixed precision.
+        dtype: of the model's gradients: 16 bits with wider parameters is mixed precision.
 
     Returns:
         A clause; empty if the optimisers agree.

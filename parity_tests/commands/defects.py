@@ -1,4 +1,4 @@
-"""`python -m parity_tests defects`: plants defects in correct code and counts how many the judge kills."""
+"""Run `python -m parity_tests defects`: plant defects in correct code and count how many the judge kills."""
 
 import dataclasses
 import itertools
@@ -27,17 +27,15 @@ from parity_tests.defects.layer import (
     observe_initial,
     observe_off_block,
 )
-from parity_tests.defects.planting import observe
-from parity_tests.defects.subject import DEFECTS
-from parity_tests.defects.training import TRAINING_DEFECTS
+from parity_tests.defects.subject import DEFECTS, observe
+from parity_tests.defects.training import TRAINING_DEFECTS, observe_training
+from parity_tests.report.console import interruptible
 from parity_tests.report.files import write_json
-from parity_tests.report.interruption import interruptible
-from parity_tests.training.run import observe_training
 
 
 @dataclass(frozen=True)
 class Score:
-    """One planted defect, whether it was killed, and the likely cause that was named."""
+    """One planted defect, the verdict on it, and the likely cause that was named."""
 
     where: str
     name: str
@@ -86,12 +84,12 @@ def _pair_defects(frameworks: Sequence[str]) -> Iterator[Score]:
 
 
 def defects(frameworks: Sequence[str], implementation: str, json_file: Path | None) -> int:
-    """Plants everything, prints the score, writes it.
+    """Plant all defects, print the score and write it.
 
     Args:
         frameworks: named frameworks; empty for all that are installed.
         implementation: the healthy subject that is spoiled.
-        json_file: where the score goes, or None.
+        json_file: for the score, or None.
 
     Returns:
         0 if all are killed, 1 for a survivor or if nothing was planted, 130 if interrupted; what was planted until then

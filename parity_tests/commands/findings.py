@@ -1,4 +1,4 @@
-"""`python -m parity_tests findings`: which known traps of public libraries are present in the installed versions."""
+"""Run `python -m parity_tests findings`: look for known traps of public libraries in the installed versions."""
 
 import math
 from importlib import metadata
@@ -9,13 +9,13 @@ from rich.table import Table
 
 from parity_tests.commands.usage import FAILED, HOLDS, check_writable, console, ended, write_outputs
 from parity_tests.findings import Finding, all_findings
-from parity_tests.judge.failures import raised
+from parity_tests.report.console import interruptible
 from parity_tests.report.files import write_json
-from parity_tests.report.interruption import interruptible
+from parity_tests.report.text import raised
 
 
 def _measured(finding: Finding) -> tuple[float | None, str]:
-    """What a check measured, or None and why not."""
+    """Return the figure of a check, or None with a reason."""
     if missing := finding.missing():
         return None, missing
     try:
@@ -51,10 +51,10 @@ def _cells(finding: Finding, measured: float | None, row: dict[str, Any]) -> tup
 
 
 def findings(json_file: Path | None) -> int:
-    """Runs every check and prints what it measured.
+    """Run every check and print its figure.
 
     Args:
-        json_file: where the results go, or None.
+        json_file: for the results, or None.
 
     Returns:
         0 if something was checked, 1 if no framework is installed, 130 if interrupted; what was measured until then is

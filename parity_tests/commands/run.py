@@ -1,4 +1,4 @@
-"""`python -m parity_tests run`: cells, and the ladder up to K optimiser steps."""
+"""Run `python -m parity_tests run`: cells, and the ladder up to K optimiser steps."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,17 +21,15 @@ from parity_tests.commands.usage import (
     refuse,
     write_outputs,
 )
-from parity_tests.judge.cases import Case
 from parity_tests.judge.dtypes import STORAGE_DTYPES
-from parity_tests.judge.modes import covered
+from parity_tests.judge.inputs import Case
 from parity_tests.judge.records import ParityRow, environment, summarize, write_json
 from parity_tests.judge.run import count_cells, run_cells
-from parity_tests.judge.subjects import Subject
+from parity_tests.judge.subjects import Subject, covered
+from parity_tests.report.console import interruptible
 from parity_tests.report.files import OutputError, check_apart, write_text
 from parity_tests.report.html import Curves, html_document
-from parity_tests.report.interruption import interruptible
-from parity_tests.report.junit import junit_document
-from parity_tests.report.terminal import print_report
+from parity_tests.report.rows import junit_document, print_report
 from parity_tests.report.text import printable
 from parity_tests.training.run import TRAINED, TRAININGS, curves_of, failed_training, training_rows
 
@@ -58,7 +56,7 @@ class Options:
 def _written(
     options: Options, rows: Sequence[ParityRow], curves: Sequence[Curves], cells_left: int, stopped: str
 ) -> list[str]:
-    """Writes the files; returns one sentence for each that could not be written."""
+    """Write the files; return one sentence for each that could not be written."""
     junit, html = options.junit_file, options.html_file
     return write_outputs(
         (options.json_file, lambda path: write_json(path, rows, cells_left, stopped)),
@@ -71,7 +69,7 @@ def _written(
 
 
 def check_files(options: Options) -> None:
-    """Refuses before the work what could not be written after it."""
+    """Refuse, before the work, files that could not be written after it."""
     outputs = {"--json": options.json_file, "--junit": options.junit_file, "--html": options.html_file}
     for option, path in outputs.items():
         check_writable(option, path)
@@ -82,7 +80,7 @@ def check_files(options: Options) -> None:
 
 
 def _chosen_trainings(options: Options, frameworks: Sequence[str]) -> list[tuple[str, str]]:
-    """The named tasks and optimisers, or those of the set; a selection of cells asks for just these and for none."""
+    """Return the named trainings, or those of the set; none where cells are selected."""
     selection = {
         "--implementation": options.implementations,
         "--mode": options.modes,
@@ -112,7 +110,7 @@ def _chosen_trainings(options: Options, frameworks: Sequence[str]) -> list[tuple
 
 
 def run(options: Options) -> int:
-    """Compares, prints the report, writes the files.
+    """Compare, print the report and write the files.
 
     Returns:
         0 if all compared cells hold, 1 for a mismatch or if nothing was compared, 130 if interrupted; what was compared
@@ -130,7 +128,6 @@ def run(options: Options) -> int:
     whole = options.case_set == "full" and not (options.cases or options.modes)
     modes = chosen_modes(frameworks, options.modes, every=whole)
     optimizers = _chosen_trainings(options, frameworks)
-    # Trainings that are named are all that is asked for.
     chosen = (frameworks, options.implementations, device, modes, options.precision)
     subjects = [] if options.trainings else chosen_subjects(*chosen)
 
@@ -178,7 +175,7 @@ def run(options: Options) -> int:
                 # The cell in flight counts as left: its rows may be there in part.
                 left = total - begun + min(begun, 1)
                 stopped = f"interrupted: {left} of {total} cells were left"
-        # The files first: what is printed can be interrupted again, or nobody reads it to its end.
+        # The files first: printing can be interrupted again, or its reader leaves early.
         failed = _written(options, rows, curves, left if stopped else 0, stopped)
     summary = summarize(rows)
     print_report(console, rows, summary)

@@ -1,4 +1,4 @@
-"""What the commands share: consoles, refusals in one sentence, choices from the tables, a progress bar."""
+"""Share among the commands: consoles, refusals in one sentence, choices from the tables, a progress bar."""
 
 import os
 import sys
@@ -9,12 +9,19 @@ from pathlib import Path
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from parity_tests.judge.cases import CASE_SETS, Case
-from parity_tests.judge.modes import DEFAULT_MODES, MODES, SHARDS, modes_of
-from parity_tests.judge.subjects import FRAMEWORKS, Subject, framework_available, load_subjects
-from parity_tests.report.console import PlainConsole
+from parity_tests.judge.inputs import CASE_SETS, Case
+from parity_tests.judge.subjects import (
+    DEFAULT_MODES,
+    FRAMEWORKS,
+    MODES,
+    SHARDS,
+    Subject,
+    framework_available,
+    load_subjects,
+    modes_of,
+)
+from parity_tests.report.console import INTERRUPTED, PlainConsole
 from parity_tests.report.files import OutputError, check_output
-from parity_tests.report.interruption import INTERRUPTED
 
 DEVICES = ("auto", "cpu", "cuda")
 # How products of fp32 arrays may be computed; every other dtype has one precision.
@@ -27,25 +34,25 @@ errors = PlainConsole(stderr=True, width=_WIDTH)
 
 
 def refuse(sentence: str) -> typer.Exit:
-    """Prints one sentence; the caller raises what is returned."""
+    """Print one sentence and return the exit for the caller to raise."""
     errors.print(f"error: {sentence}", soft_wrap=True)
     return typer.Exit(WRONG_USAGE)
 
 
 def choices_help(choices: Iterable[str]) -> str:
-    """Help text of an option that may be repeated."""
+    """Return help text of an option that may be repeated."""
     return f"One of {', '.join(choices)}; repeat for several; default: all."
 
 
 def modes_help() -> str:
-    """Help text of `--mode`: each mode with the frameworks that have it."""
+    """Return help text of `--mode`: each mode with the frameworks that have it."""
     known = ", ".join(f"{mode.name} ({' and '.join(mode.frameworks)})" for mode in MODES.values())
     defaults = " and ".join(f"{mode} for {framework}" for framework, mode in DEFAULT_MODES.items())
     return f"One of {known}; repeat for several; default: {defaults}; with --cases full: all."
 
 
 def choose(option: str, values: Iterable[str], choices: Iterable[str]) -> list[str]:
-    """Refuses what is not among the choices, which are the tables' own names."""
+    """Return the values, or refuse one that is not among the choices."""
     known = list(choices)
     for value in values:
         if value not in known:
@@ -54,7 +61,7 @@ def choose(option: str, values: Iterable[str], choices: Iterable[str]) -> list[s
 
 
 def chosen_frameworks(frameworks: Sequence[str]) -> list[str]:
-    """The frameworks to load: those named, or all that are installed; an absent one that was named is refused."""
+    """Return the frameworks to load: those named, or all that are installed; refuse an absent one that was named."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     found = []
     for name in dict.fromkeys(choose("--framework", frameworks, FRAMEWORKS) or FRAMEWORKS):
@@ -70,7 +77,7 @@ def chosen_frameworks(frameworks: Sequence[str]) -> list[str]:
 
 
 def chosen_modes(frameworks: Sequence[str], names: Sequence[str], every: bool) -> dict[str, tuple[str, ...]]:
-    """Each framework's modes: those named that it has, else all or its default; refuses names that none of them has."""
+    """Return each framework's modes: those named that it has, else all or its default."""
     choose("--mode", names, MODES)
     if not names:
         return {framework: modes_of(framework) if every else (DEFAULT_MODES[framework],) for framework in frameworks}
@@ -91,7 +98,7 @@ def chosen_subjects(
     modes: Mapping[str, Sequence[str]] | None = None,
     precision: str | None = None,
 ) -> list[Subject]:
-    """Loads the subjects of the frameworks, in these modes or the default, and keeps the named implementations."""
+    """Load the subjects of the frameworks, in these modes or the default, and keep the named implementations."""
     if "sharded" in (modes or {}).get("jax", ()):
         # Read when JAX starts; a machine with as many real devices of the platform that is asked for loses nothing.
         flags = os.environ.get("XLA_FLAGS", "")
@@ -108,7 +115,7 @@ def chosen_subjects(
 
 
 def chosen_cases(case_set: str, names: Sequence[str]) -> list[Case]:
-    """The named cases, or the set."""
+    """Return the named cases, or the set."""
     known = {case.name: case for case in CASE_SETS["full"]}
     if not names:
         return list(CASE_SETS[choose("--cases", [case_set], CASE_SETS)[0]])
@@ -116,7 +123,7 @@ def chosen_cases(case_set: str, names: Sequence[str]) -> list[Case]:
 
 
 def check_writable(option: str, path: Path | None) -> None:
-    """Refuses before the work what would fail after it."""
+    """Refuse, before the work, a file that could not be written after it."""
     try:
         check_output(option, path)
     except OutputError as error:
@@ -127,10 +134,10 @@ def check_writable(option: str, path: Path | None) -> None:
 
 
 def write_outputs(*outputs: tuple[Path | None, Callable[[Path], None]]) -> list[str]:
-    """Writes the files that were asked for, each whatever becomes of the others.
+    """Write the files that were asked for, even where one of them fails.
 
     Args:
-        outputs: a file, or None, and what writes it.
+        outputs: a file, or None, and the function that writes it.
 
     Returns:
         One sentence for each that could not be written.
@@ -146,11 +153,11 @@ def write_outputs(*outputs: tuple[Path | None, Callable[[Path], None]]) -> list[
 
 
 def ended(status: int, stopped: str, failed: Sequence[str]) -> int:
-    """Says what a command did not do to its end, and returns its exit status.
+    """Say why a command did not come to its end, and return its exit status.
 
     Args:
-        status: if it did all.
-        stopped: that it was interrupted, and what was left; empty if not.
+        status: of a command that came to its end.
+        stopped: one sentence about an interruption; empty for none.
         failed: sentences about files that could not be written.
     """
     if stopped:
@@ -164,7 +171,7 @@ _HEARTBEAT_S = 60.0
 
 
 def heartbeat() -> Callable[[str], None]:
-    """A function that prints where a run stands, once a minute at most, where there is no terminal for a bar."""
+    """Return a function that prints the state of a run, once a minute at most, where no terminal shows the bar."""
     last = time.monotonic()
 
     def beat(text: str) -> None:
@@ -177,7 +184,7 @@ def heartbeat() -> Callable[[str], None]:
 
 
 def progress_bar() -> Progress:
-    """A bar with the remaining time, on a terminal only."""
+    """Return a bar with the remaining time, shown on a terminal only."""
     return Progress(
         TextColumn("{task.description:<64}", markup=False),
         BarColumn(),

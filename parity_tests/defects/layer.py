@@ -1,13 +1,108 @@
-"""Planted defects of whole layers: what their initialisers draw, and the masked layer's weights outside the blocks."""
+"""Plant defects in whole layers: in what their initialisers draw, and outside the masked layer's blocks.
+
+An initialiser is judged by standard deviation, mean, limits, and values that differ between partitions. A statistic of
+N independent draws has a standard error that follows from the moments of the distribution. A sample more than
+`STANDARD_ERRORS` of them away is rejected: a correct initialiser meets that once in some ten million draws.
+"""
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from parity_tests.defects.planting import Killing
-from parity_tests.judge.initialization import flax_distribution, initialization_cause, torch_distribution
+from parity_tests.defects.subject import Killing
+
+STANDARD_ERRORS = 5.5
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A symmetric bounded distribution of mean zero.
+
+    Attributes:
+        std: standard deviation.
+        limit: no draw lies outside `[-limit, limit]`.
+        kurtosis: fourth moment over the squared variance; sets the standard error of a sample's variance.
+    """
+
+    std: float
+    limit: float
+    kurtosis: float
+
+
+def torch_distribution(in_features: int) -> Distribution:
+    """Return U(-1/sqrt(i), 1/sqrt(i)), which `nn.Linear` draws for weight and bias."""
+    limit = 1 / math.sqrt(in_features)
+    return Distribution(limit / math.sqrt(3), limit, kurtosis=9 / 5)
+
+
+def flax_distribution(in_features: int) -> Distribution:
+    """Return the normal truncated at two of its own sigmas, std 1/sqrt(i), which `nnx.Linear` draws for its kernel."""
+    cut = 2.0
+    inside = math.erf(cut / math.sqrt(2))
+    density = math.exp(-cut * cut / 2) / math.sqrt(2 * math.pi)
+    variance = 1 - 2 * cut * density / inside
+    fourth = 3 - 2 * cut * (cut * cut + 3) * density / inside
+    sigma = 1 / math.sqrt(in_features * variance)
+    return Distribution(1 / math.sqrt(in_features), cut * sigma, kurtosis=fourth / variance**2)
+
+
+def initialization_faults(draws: np.ndarray, expected: Distribution) -> list[str]:
+    """List the faults of the draws, of the whole sample and of single partitions, in sentences.
+
+    Args:
+        draws: `(n, ...)`, the partition axis first; at least 100 numbers a partition say something.
+        expected: the distribution per partition.
+    """
+    faults = []
+    values = draws.astype(np.float64).reshape(len(draws), -1)
+    # Rounding to the storage dtype may push a draw past the limit by one rounding.
+    slack = 1 + 2 * float(np.finfo(draws.dtype).eps) if draws.dtype.kind == "f" else 1 + 2.0**-6
+    if np.abs(values).max() > expected.limit * slack:
+        faults.append(f"largest magnitude {np.abs(values).max():.6g} exceeds the limit {expected.limit:.6g}")
+
+    def judge(sample: np.ndarray, what: str) -> None:
+        count = sample.size
+        mean_error = expected.std / math.sqrt(count)
+        if abs(sample.mean()) > STANDARD_ERRORS * mean_error:
+            faults.append(f"{what}: mean {sample.mean():.6g} is not 0 within {STANDARD_ERRORS} x {mean_error:.3g}")
+        variance, relative_error = float(np.mean(sample**2)), math.sqrt((expected.kurtosis - 1) / count)
+        if abs(variance / expected.std**2 - 1) > STANDARD_ERRORS * relative_error:
+            ratio = math.sqrt(variance) / expected.std
+            faults.append(f"{what}: std is {ratio:.4g} times the expected {expected.std:.6g}")
+
+    judge(values.ravel(), "all partitions")
+    for index, partition in enumerate(values):
+        judge(partition, f"partition {index}")
+    return faults + [
+        f"partition {index} drew the same values as partition 0"
+        for index in range(1, len(values))
+        if np.array_equal(values[index], values[0])
+    ]
+
+
+def initialization_cause(draws: np.ndarray, expected: Distribution) -> str:
+    """Return a likely cause of the faults in one clause; empty if there are none.
+
+    Args:
+        draws: `(n, ...)`, as for `initialization_faults`.
+        expected: the distribution per partition.
+    """
+    faults = initialization_faults(draws, expected)
+    if not faults:
+        return ""
+    values = draws.astype(np.float64).reshape(len(draws), -1)
+    if len(values) > 1 and (values == values[:1]).all():
+        return "all partitions drew the same values"
+    if (values > 0).all():
+        return "only positive values were drawn"
+    relative_error = math.sqrt((expected.kurtosis - 1) / values.size)
+    if abs(len(values) * float(np.mean(values**2)) / expected.std**2 - 1) <= STANDARD_ERRORS * relative_error:
+        return "the fan-in counts all n partitions: the std is sqrt(n) too small"
+    return faults[0]
+
 
 # Sixteen partitions of two thousand numbers: enough that a std half or twice what it should be cannot be chance.
 NUM_PARTITIONS, IN_FEATURES, OUT_FEATURES = 16, 64, 32
@@ -22,8 +117,8 @@ class InitialDefect:
 
     Attributes:
         name: what was planted.
-        spoil: turns what the healthy initialiser drew, `(n, in, out)`, into what the wrong one would have drawn.
-        cause: what `initialization_cause` must say.
+        spoil: turns the draws of the healthy initialiser, `(n, in, out)`, into those of the wrong one.
+        cause: must be in the answer of `initialization_cause`.
     """
 
     name: str
@@ -36,8 +131,8 @@ class OffBlockDefect:
     """One way for the masked layer to let weights outside the blocks take effect.
 
     Attributes:
-        name: what was planted, a name of `PLANTS` in the subject's room.
-        cause: what `off_block_cause` must say.
+        name: the planted defect, a name of `PLANTS` in the framework's `subjects.py`.
+        cause: must be in the answer of `off_block_cause`.
     """
 
     name: str
@@ -62,7 +157,7 @@ OFF_BLOCK_DEFECTS: tuple[OffBlockDefect, ...] = (
 
 
 def off_block_cause(trace: Mapping[str, np.ndarray], num_partitions: int) -> str:
-    """Returns what is wrong outside the blocks of the masked layer in one clause; empty if everything there is zero.
+    """Name the fault outside the blocks of the masked layer in one clause; empty if everything there is zero.
 
     No tolerance: those entries are exact zeros in any dtype and after any number of steps, weight decay included.
 
@@ -86,21 +181,21 @@ def off_block_cause(trace: Mapping[str, np.ndarray], num_partitions: int) -> str
 
 
 def _room(framework: str):
-    return importlib.import_module(f"parity_tests.frameworks.{framework}.layers")
+    return importlib.import_module(f"parity_tests.frameworks.{framework}.subjects")
 
 
 def layers_of(framework: str) -> tuple[str, ...]:
-    """Names of the framework's layer classes whose initialisers are judged."""
+    """Name of the framework's layer classes whose initialisers are judged."""
     return tuple(_room(framework).LAYERS)
 
 
 def has_masked_layer(framework: str) -> bool:
-    """True if the framework has a layer with a dense, masked parameter."""
+    """Return True if the framework has a layer with a dense, masked parameter."""
     return hasattr(_room(framework), "masked_training")
 
 
 def observe_initial(defect: InitialDefect, framework: str, layer: str, init: str, dtype: str, seed: int = 0) -> Killing:
-    """Plants a defect in what a layer's initialiser drew and judges it.
+    """Plant a defect in the draws of a layer's initialiser and judge it.
 
     Args:
         defect: what is planted.
@@ -117,7 +212,7 @@ def observe_initial(defect: InitialDefect, framework: str, layer: str, init: str
 
 
 def observe_off_block(defect: OffBlockDefect, framework: str, dtype: str, seed: int = 0) -> Killing:
-    """Plants a defect in the masked layer, trains it for `STEPS` steps and looks outside the blocks.
+    """Plant a defect in the masked layer, train it for `STEPS` steps and look outside the blocks.
 
     Args:
         defect: what is planted.

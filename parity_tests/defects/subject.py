@@ -1,18 +1,131 @@
-"""Planted defects: each spoils a copy of a subject the way real code goes wrong; the judge must notice every one.
+"""Plant defects in copies of correct subjects, as real code goes wrong, and ask the judge about each.
 
 A judge that cannot fail proves nothing. `python -m parity_tests defects` prints how many were planted and killed.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 
-from parity_tests.defects.planting import Defect, Outputs, Spoil
-from parity_tests.judge.inputs import Inputs
-from parity_tests.judge.oracle import reference
+from parity_tests.causes.layer import explain
+from parity_tests.judge.exact import check_isolation
+from parity_tests.judge.inputs import Case, Inputs, draw_inputs
+from parity_tests.judge.oracle import Reference, reference
+from parity_tests.judge.run import judge
 from parity_tests.judge.subjects import Subject
+
+Outputs = dict[str, np.ndarray]
+Spoil = Callable[[Subject, Inputs], Outputs]
+
+# Square, so that a transposed kernel still fits; three partitions, so that a shift is no exchange; bias and many rows.
+CASE = Case("defects", (512,), 3, 32, 32)
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One way to be wrong.
+
+    Attributes:
+        name: the planted mistake.
+        spoil: evaluates the subject with the defect.
+        cause: must be in the answer of `causes.layer.explain`; for `isolation`, in that of the check.
+        dtypes: storage dtypes in which the defect changes the function; in others it is equivalent to correct code.
+        isolation: True if only the isolation check can see it.
+        forward: True if it is in y as computed without gradients.
+        backward: True if it is in y and the gradients as computed together.
+    """
+
+    name: str
+    spoil: Spoil
+    cause: str
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    isolation: bool = False
+    forward: bool = True
+    backward: bool = True
+
+
+@dataclass(frozen=True)
+class Killing:
+    """The verdict on a planted defect.
+
+    Attributes:
+        killed: True if it was rejected and the healthy subject was not.
+        cause: the likely cause that was named.
+    """
+
+    killed: bool
+    cause: str
+
+
+@dataclass(frozen=True)
+class SpoiledSubject:
+    """A subject with a defect planted."""
+
+    subject: Subject
+    defect: Defect
+    framework: str
+    implementation: str
+    isolates_partitions: bool
+    mode: str
+
+    def unsupported_reason(self, case: Case, dtype: str) -> str | None:
+        """Answer as the healthy subject."""
+        return self.subject.unsupported_reason(case, dtype)
+
+    def forward(self, inputs: Inputs) -> np.ndarray:
+        """Return the spoiled y."""
+        return self.defect.spoil(self.subject, inputs)["y"] if self.defect.forward else self.subject.forward(inputs)
+
+    def vjp(self, inputs: Inputs) -> Outputs:
+        """Return the spoiled tensors."""
+        return self.defect.spoil(self.subject, inputs) if self.defect.backward else self.subject.vjp(inputs)
+
+
+def plant(defect: Defect, subject: Subject) -> SpoiledSubject:
+    """Return a copy of the subject that has the defect."""
+    return SpoiledSubject(
+        subject, defect, subject.framework, subject.implementation, subject.isolates_partitions, subject.mode
+    )
+
+
+@functools.cache
+def _problem(dtype: str, seed: int) -> tuple[Inputs, Reference]:
+    inputs = draw_inputs(CASE, dtype, seed)
+    return inputs, reference(inputs)
+
+
+def _verdict(candidate: Subject, dtype: str, seed: int, isolation: bool, measured: Subject) -> Killing:
+    """Return the verdict on a subject, within the bound of the subject that was measured."""
+    inputs, truth = _problem(dtype, seed)
+    if isolation:
+        swallowed = check_isolation(candidate, inputs, partition=1, poison=float("nan")).swallowed
+        return Killing(bool(swallowed), f"NaN does not reach {', '.join(swallowed)}" if swallowed else "")
+    judgement = judge(candidate, inputs, truth, measured=measured)
+    rejected = any(result.status == "mismatch" for result in judgement.results)
+    return Killing(rejected, explain(judgement.results, judgement.outputs, inputs, judgement.arithmetic))
+
+
+# Once for all defects that are planted in the same subject.
+_healthy = functools.cache(_verdict)
+
+
+def observe(defect: Defect, subject: Subject, dtype: str, seed: int = 0) -> Killing:
+    """Plant a defect, judge it, and judge the healthy subject by the same check.
+
+    Args:
+        defect: to plant.
+        subject: the healthy subject.
+        dtype: storage dtype.
+        seed: of the inputs.
+    """
+    spoiled = _verdict(plant(defect, subject), dtype, seed, defect.isolation, subject)
+    # Rejecting a subject that was broken before says nothing about the defect.
+    healthy = not _healthy(subject, dtype, seed, defect.isolation, subject).killed
+    return Killing(spoiled.killed and healthy, spoiled.cause)
 
 
 def _on_inputs(change: Callable[[Inputs], Mapping[str, np.ndarray | None]]) -> Spoil:
@@ -42,7 +155,7 @@ def _without_one_bias(inputs: Inputs) -> dict[str, np.ndarray]:
 
 
 def _chopped(array: np.ndarray, bits: int) -> np.ndarray:
-    """Keeps `bits` significand bits and drops the rest, without rounding."""
+    """Keep `bits` significand bits and drop the rest, without rounding."""
     mantissa, exponent = np.frexp(array.astype(np.float64))
     return np.ldexp(np.trunc(mantissa * 2.0**bits) / 2.0**bits, exponent).astype(array.dtype)
 
@@ -53,7 +166,7 @@ def _rounded_to_tf32(array: np.ndarray) -> np.ndarray:
 
 
 def _bf16_sums(inputs: Inputs, outputs: Outputs) -> dict[str, np.ndarray]:
-    """Y with a running sum that is rounded to bfloat16 after every product."""
+    """Compute y with a running sum that is rounded to bfloat16 after every product."""
     total = np.zeros(outputs["y"].shape, ml_dtypes.bfloat16)
     for i in range(inputs.weight.shape[1]):
         product = inputs.x[..., i, None].astype(np.float32) * inputs.weight[:, i].astype(np.float32)
@@ -69,7 +182,7 @@ def _bf16_bias_gradient(inputs: Inputs, outputs: Outputs) -> dict[str, np.ndarra
 
 
 def _truncated(inputs: Inputs, outputs: Outputs) -> dict[str, np.ndarray]:
-    """Y chopped instead of rounded: from the oracle's digits in bfloat16, to half precision in float32."""
+    """Chop y instead of rounding it: from the oracle's digits in bfloat16, to half precision in float32."""
     if inputs.dtype == "bfloat16":
         exact = reference(inputs)["y"].value
         return {"y": _chopped(exact, 8).astype(outputs["y"].dtype)}

@@ -1,4 +1,4 @@
-"""Planted training defects: one side runs another optimiser, or the same with other constants, than the spec says."""
+"""Plant defects in training: one side runs another optimiser, or other constants, than the spec says."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -6,9 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parity_tests.judge.subjects import MaskedRun, StepGradients, TrainingSubject, Trajectory
+from parity_tests.causes.optimizer import replayed_cause
+from parity_tests.defects.subject import Killing
+from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.subjects import FRAMEWORKS
+from parity_tests.training.ladder import climb
 from parity_tests.training.optimizers import OPTIMIZERS, OptimizerSpec
-from parity_tests.training.tasks import TrainingTask
+from parity_tests.training.run import CASE, load_side
+from parity_tests.training.tasks import TASKS, MaskedRun, StepGradients, TrainingSubject, TrainingTask, Trajectory
 
 
 @dataclass(frozen=True)
@@ -16,10 +21,10 @@ class TrainingDefect:
     """One way for a training loop to differ.
 
     Attributes:
-        name: what was planted.
+        name: the planted mistake.
         optimizer: the optimiser of `OPTIMIZERS` in which it matters.
         change: the spec that the spoiled side runs.
-        cause: what `optimizer_causes.explain_optimizer` must say.
+        cause: must be in the answer of `causes.optimizer`.
     """
 
     name: str
@@ -56,13 +61,13 @@ class SpoiledTraining:
     def gradients(
         self, task: TrainingTask, parameters: Mapping[str, np.ndarray], step: int, dtype: str
     ) -> StepGradients:
-        """As the healthy side."""
+        """Answer as the healthy side."""
         return self.side.gradients(task, parameters, step, dtype)
 
     def train(
         self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int, members: int = 0, seed: int = 0
     ) -> list[Trajectory]:
-        """With the changed spec."""
+        """Run with the changed spec."""
         return self.side.train(task, self.change(spec), dtype, steps, members, seed)
 
     def replay(
@@ -72,19 +77,43 @@ class SpoiledTraining:
         gradients: list[dict[str, np.ndarray]],
         dtype: str,
     ) -> Trajectory:
-        """With the changed spec."""
+        """Run with the changed spec."""
         return self.side.replay(parameters, self.change(spec), gradients, dtype)
 
     def train_masked(self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int) -> MaskedRun | None:
-        """With the changed spec."""
+        """Run with the changed spec."""
         return self.side.train_masked(task, self.change(spec), dtype, steps)
 
 
 def plant(defect: TrainingDefect, side: TrainingSubject) -> SpoiledTraining:
-    """Returns a copy of a side that has the defect."""
+    """Return a copy of a side that has the defect."""
     return SpoiledTraining(side, defect.change, side.framework)
 
 
 def spec_of(defect: TrainingDefect) -> OptimizerSpec:
-    """The spec that both sides are told to run."""
+    """Return the spec that both sides are told to run."""
     return OPTIMIZERS[defect.optimizer]
+
+
+def observe_training(defect: TrainingDefect, dtype: str = "float32", steps: int = 60, members: int = 2) -> Killing:
+    """Plant a defect in the JAX side; it is killed only if its cause is named as well.
+
+    In float32 the whole ladder is climbed. In 16 bits a model is trained with wider parameters: the gradients that it
+    computed in `dtype` are fed to both optimisers.
+
+    Args:
+        defect: what is planted.
+        dtype: what the model computes in.
+        steps: K.
+        members: size of the noise ensemble of the top rung.
+    """
+    trusted, healthy = (load_side(framework) for framework in FRAMEWORKS)
+    spoiled = dataclasses.replace(healthy, training=plant(defect, healthy.training))
+    task, spec = TASKS["partitioned-mlp"](), spec_of(defect)
+    if dtype == "float32":
+        report = climb([trusted, spoiled], draw_inputs(CASE, dtype), task, spec, defect.optimizer, steps, members)
+        cause = report.first_failure.cause if report.first_failure else ""
+        return Killing(defect.cause in cause, cause)
+    cause = replayed_cause(trusted.training, spoiled.training, task, spec, steps, dtype)
+    agrees = not replayed_cause(trusted.training, healthy.training, task, spec, steps, dtype)
+    return Killing(agrees and defect.cause in cause, cause)

@@ -1,6 +1,6 @@
-"""The one way to a framework, or to other people's code, in a process of its own.
+"""Run a framework, or other people's code, in a process of its own.
 
-`process` is the parent's end: it starts a child, speaks to it in lines, keeps the last of what it prints, and ends it
-with all that it started, after a time limit at the latest. `interpreter` speaks JSON messages over it with a Python
-that runs a module of this project; `child` is the other end, started by `__main__`. All need the standard library only.
+`process` starts a child, exchanges lines with it, keeps the last of its prints, and ends it with all that it started,
+after a time limit at the latest. `interpreter` exchanges JSON messages over it with a Python that runs a module of this
+project, started by `__main__`. All need the standard library only.
 """

@@ -1,4 +1,4 @@
-"""The child's entry: `python -m parity_tests.interpreters package.module argument ...` runs the module's `main`."""
+"""Enter a child: `python -m parity_tests.interpreters package.module argument ...` runs the module's `main`."""
 
 import sys
 
@@ -8,7 +8,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
     sys.stderr.write("Python 3.11 or newer is needed, this is Python " + found + "\n")
     sys.exit(2)
 
-from parity_tests.interpreters.child import run
+from parity_tests.interpreters.interpreter import run
 
 if __name__ == "__main__":
     run(sys.argv[1], sys.argv[2:])

@@ -1,17 +1,34 @@
-"""A Python interpreter that runs a module of this project and exchanges JSON messages with it."""
+"""Exchange JSON messages with a Python interpreter that runs a module of this project: both ends.
 
+Messages are JSON objects, one a line; a field `payload` announces how many bytes follow the line. `Interpreter` is the
+parent's end. `Channel` is the child's end: messages come in on standard input and go out on what was standard output,
+and both move to descriptors of their own before other code is imported. What that code prints, on whatever level, goes
+to standard error, and its standard input is empty. Functions that other code might replace are kept from the start.
+"""
+
+import contextlib
+import ctypes
+import importlib
 import json
 import os
+import platform
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from json import JSONDecoder, JSONEncoder
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from parity_tests.interpreters.child import GREETING, Message
 from parity_tests.interpreters.process import ChildProcess, ProcessError, clipped
+from parity_tests.report.text import located
 
+Message = dict[str, Any]
+GREETING = "parity_tests.interpreters"
+# Above what a program that closes "all" descriptors up to some small number reaches.
+_FIRST_DESCRIPTOR = 100
+_LOST = 70
 _ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_TIMEOUT_S = 300.0
 # A Python greets before it imports anything but the standard library: minutes are for what comes after.
@@ -21,7 +38,7 @@ _MOST_LINES, _MOST_LINE_BYTES = 1000, 2**16
 
 
 class Interpreter:
-    """Starts `python -m parity_tests.interpreters target argument ...`; use as a context, which ends it.
+    """Start `python -m parity_tests.interpreters target argument ...`; use as a context, which ends it.
 
     Args:
         target: a module whose `main(channel, *arguments)` is to run, see `child`.
@@ -29,6 +46,8 @@ class Interpreter:
         who: the child as the subject of a sentence: "the torch interpreter".
         python: the interpreter; None for this one.
         timeout_s: seconds that one message may take.
+        environment: its environment variables; None for those of this process.
+        cwd: its working directory; None for this process's, from which it then imports too.
 
     Attributes:
         child: the process.
@@ -45,11 +64,15 @@ class Interpreter:
         who: str,
         python: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
     ) -> None:
         self._who, self.timeout_s = who, timeout_s
-        path = [str(_ROOT), *filter(None, [_working_directory(), os.environ.get("PYTHONPATH")])]
+        variables = dict(os.environ if environment is None else environment)
+        imports_from = _working_directory() if cwd is None else ""
+        path = [str(_ROOT), *filter(None, [imports_from, variables.get("PYTHONPATH")])]
         command = [sys.executable if python is None else python, "-m", "parity_tests.interpreters", target, *arguments]
-        self.child = ChildProcess(command, os.environ | {"PYTHONPATH": os.pathsep.join(path)}, who)
+        self.child = ChildProcess(command, variables | {"PYTHONPATH": os.pathsep.join(path)}, who, cwd)
         try:
             self._greet()
         except BaseException:
@@ -57,7 +80,7 @@ class Interpreter:
             raise
 
     def _greet(self) -> None:
-        """Waits for the first message; a start-up file may have printed something before it."""
+        """Wait for the first message; a start-up file may have printed something before it."""
         limit_s = min(self.timeout_s, GREETING_S)
         deadline = time.monotonic() + limit_s
         try:
@@ -75,14 +98,14 @@ class Interpreter:
             raise ProcessError(self._who, happened, error.kind, self.child.printed, error.status) from None
 
     def send(self, message: Message, payload: bytes | None = None) -> None:
-        """Sends a message; a payload arrives as its field `payload`."""
+        """Send a message; a payload arrives as its field `payload`."""
         announced = message if payload is None else message | {"payload": len(payload)}
         self.child.write((json.dumps(announced) + "\n").encode())
         if payload:
             self.child.write(payload)
 
     def receive(self) -> Message:
-        """Waits for the next message.
+        """Wait for the next message.
 
         Raises:
             ProcessError: if there is none within `timeout_s`; the process is dead afterwards.
@@ -100,30 +123,30 @@ class Interpreter:
         return message
 
     def messages_left(self) -> list[Message]:
-        """Kills the process and returns the messages without payload that were on their way."""
+        """Kill the process and return the messages without payload that were on their way."""
         return [message for line in self.child.lines_left() if (message := _decoded(line)) is not None]
 
     def kill(self) -> None:
-        """Ends the process and all that it started, at once."""
+        """End the process and all that it started, at once."""
         self.child.kill()
 
     def end(self) -> None:
-        """Lets the process end by itself, if it does so soon, and frees what it held."""
+        """Let the process end by itself, if it does so soon, and free its resources."""
         self.child.end()
 
     def __enter__(self) -> Self:
-        """Returns itself."""
+        """Return itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Ends the process: at once if something went wrong."""
+        """End the process: at once if something went wrong."""
         self.child.end(0) if kind else self.child.end()
 
 
 def _working_directory() -> str:
-    """Where this process works; empty where that folder has been removed."""
+    """Return the folder that this process works in; empty where it has been removed."""
     try:
         return os.getcwd()
     except OSError:
@@ -131,9 +154,104 @@ def _working_directory() -> str:
 
 
 def _decoded(line: bytes) -> dict[str, Any] | None:
-    """Returns the message in a line, or None if there is none."""
+    """Return the message in a line, or None if there is none."""
     try:
         message = json.loads(line)
     except (ValueError, RecursionError):
         return None
     return message if isinstance(message, dict) else None
+
+
+def _moved(descriptor: int) -> int:
+    import fcntl  # where a parent only imports this module, there may be none
+
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _FIRST_DESCRIPTOR)
+    except OSError:  # fewer descriptors than that are allowed
+        return os.dup(descriptor)
+
+
+def _whole(value: Any) -> Any:
+    # A NumPy scalar is the one foreign thing that may stand among plain numbers.
+    return value.item()
+
+
+class Channel:
+    """The connection to the parent."""
+
+    def __init__(self) -> None:
+        self._requests = os.fdopen(_moved(0), "rb")
+        self._replies = _moved(1)
+        empty = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(empty, 0)
+        os.close(empty)
+        os.dup2(2, 1)
+        self._encode, self._decode = JSONEncoder(default=_whole).encode, JSONDecoder().decode
+        self._write, self._stat, self._process, self._exit = os.write, os.fstat, os.getpid, os._exit
+        self._owner, self._identity = os.getpid(), os.fstat(self._replies).st_ino
+
+    def send(self, message: Message, payload: bytes | None = None) -> None:
+        """Send a message, or end a forked copy of the process, which must neither speak nor listen in its place.
+
+        Args:
+            message: what JSON can carry.
+            payload: arrives as the message's field `payload`.
+        """
+        announced = message if payload is None else message | {"payload": len(payload)}
+        self._send((self._encode(announced) + "\n").encode())
+        if payload:
+            self._send(payload)
+
+    def _end_copy(self) -> None:
+        if self._process() != self._owner:
+            self._exit(0)
+
+    def _send(self, data: bytes) -> None:
+        self._end_copy()
+        try:
+            # A program that closed every descriptor may have opened a file of its own under our number since.
+            if self._stat(self._replies).st_ino != self._identity:
+                raise OSError
+            left = memoryview(data)
+            while left:
+                left = left[self._write(self._replies, left) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._write(2, b"the connection to the parent process is closed\n")
+            self._exit(_LOST)
+
+    def receive(self) -> Message | None:
+        """Wait for the next message; None when the parent has closed the connection."""
+        self._end_copy()
+        line = self._requests.readline()
+        if not line:
+            return None
+        message = self._decode(line.decode())
+        if "payload" in message:
+            message["payload"] = self._requests.read(message["payload"])
+        return message
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to end this process with its parent: a busy process does not notice a closed connection."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def run(target: str, arguments: Sequence[str]) -> None:
+    """Greet the parent and call `target.main(channel, *arguments)`; any exception becomes the last message.
+
+    Args:
+        target: the module.
+        arguments: its own.
+    """
+    channel = Channel()
+    end_with_parent()
+    channel.send({"greeting": GREETING, "python": platform.python_version()})
+    try:
+        importlib.import_module(target).main(channel, *arguments)
+    except BaseException as error:
+        # SystemExit and KeyboardInterrupt too: they are raised by the code that runs here, since a terminal's Ctrl-C
+        # does not reach this session.
+        channel.send({"raised": located(error)})

@@ -1,9 +1,8 @@
-"""The parent's end of a child process: lines in, lines out, a time limit for each wait, and an end for all of it.
+"""Start a child process, exchange lines with it under time limits, and end it with all that it started.
 
-The child is the first of a session and a process group of its own. Its standard input and output carry lines, or bytes
-that a line announced; what it writes to standard error is read all the time, so that a full pipe never stops it, and
-only the last of it is kept. No wait is for a pipe to close, which a process left behind can hold open for ever: the
-child's own end counts.
+The child leads a session and a process group of its own. Its standard input and output carry lines, or bytes that a
+line announced. Its standard error is read all the time, so that a full pipe never stops it, and only the last of it is
+kept. No wait is for a pipe to close, which a process left behind can hold open for ever: the child's own end counts.
 """
 
 import contextlib
@@ -54,7 +53,7 @@ class ProcessError(ConnectionError):
 
 
 def clipped(text: str, most: int = 200) -> str:
-    """Returns the text on one line, with control characters escaped, and without its middle if it is long.
+    """Return the text on one line, with control characters escaped, and without its middle if it is long.
 
     Args:
         text: anything.
@@ -140,7 +139,7 @@ class ChildProcess:
         return lines[0] if lines else ""
 
     def printed_lines(self, most: int) -> list[str]:
-        """Returns the last lines that the process printed, made printable, without the empty ones."""
+        """Return the last lines that the process printed, made printable, without the empty ones."""
         text = bytes(self._printed).decode(errors="backslashreplace")
         return [clipped(line.strip()) for line in text.splitlines() if line.strip()][-most:]
 
@@ -150,20 +149,20 @@ class ChildProcess:
         return bytes(self._unread)
 
     def keep_printed(self, data: bytes) -> None:
-        """Takes what the process printed; only the last of it is kept."""
+        """Take what the process printed; only the last of it is kept."""
         self.printed_bytes += len(data)
         self._printed += data
         del self._printed[:-_KEPT_BYTES]
 
     def write(self, data: bytes) -> None:
-        """Sends data, as far as the pipe takes it at once; the rest goes while the answer is waited for."""
+        """Send data, as far as the pipe takes it at once; the rest goes while the answer is waited for."""
         self._pending += data
         self._write_pending()
         if self._pending and self._input not in self._selector.get_map():
             self._selector.register(self._input, selectors.EVENT_WRITE, self._write_pending)
 
     def read_line(self, timeout_s: float, most_bytes: int = _MOST_LINE_BYTES) -> bytes:
-        """Waits for the next line.
+        """Wait for the next line.
 
         Args:
             timeout_s: seconds until the process is ended.
@@ -175,7 +174,7 @@ class ChildProcess:
         return self._taken(timeout_s, self._take_line, most_bytes)
 
     def read_bytes(self, count: int, timeout_s: float) -> bytes:
-        """Waits for as many bytes as a line announced; see `read_line`."""
+        """Wait for as many bytes as a line announced; see `read_line`."""
         return self._taken(timeout_s, lambda: self._take_bytes(count), count)
 
     def _taken(self, timeout_s: float, take: Callable[[], bytes | None], most_bytes: int) -> bytes:
@@ -193,7 +192,7 @@ class ChildProcess:
         return data
 
     def lines_left(self) -> list[bytes]:
-        """Kills the process and returns the lines that it had written and nobody has read."""
+        """Kill the process and return the lines that it had written and that were not read."""
         self.kill()
         self._drain()
         return list(iter(self._take_line, None))
@@ -217,7 +216,7 @@ class ChildProcess:
         return line
 
     def _wait(self, deadline: float) -> bool:
-        """Waits until anything happens; returns False when the time is up."""
+        """Wait until anything happens; return False when the time is up."""
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             return False
@@ -247,7 +246,7 @@ class ChildProcess:
         return bool(data)
 
     def _read(self, descriptor: int) -> bytes:
-        """Reads what is there; a pipe that was closed at its other end is not watched any more."""
+        """Read what is there; a pipe that was closed at its other end is not watched any more."""
         try:
             data = os.read(descriptor, _CHUNK_BYTES)
         except BlockingIOError:
@@ -269,14 +268,14 @@ class ChildProcess:
             self._selector.unregister(self._input)
 
     def _drain(self) -> None:
-        """Reads what the pipes still hold; something left behind may go on writing, so that there is an end to it."""
+        """Read what the pipes still hold; something left behind may go on writing, so that there is an end to it."""
         deadline = time.monotonic() + _ENDING_S
         # Both are read each time: "or" would leave the second pipe to the end of the first.
         while any([self._read_answers(), self._read_printed()]) and time.monotonic() < deadline:
             pass
 
     def _has_exited(self) -> bool:
-        """Looks without reaping: until then the process id, and with it the group's, belongs to nobody else."""
+        """Look without reaping: until then the process id, and with it the group's, belongs to no other process."""
         if self._reaped or self._process.returncode is not None:
             return True
         try:
@@ -289,7 +288,7 @@ class ChildProcess:
         return ProcessError(self._who, happened, kind, self.printed)
 
     def _ended(self) -> ProcessError:
-        """Says how the process ended; it is given a moment, since its own status says more than our signal."""
+        """Say how the process ended; it is given a moment, since its own status says more than our signal."""
         deadline = time.monotonic() + _ENDING_S
         while not self._exited and self._wait(deadline):
             pass
@@ -302,7 +301,7 @@ class ChildProcess:
         return ProcessError(self._who, happened, "ended", self.printed, status)
 
     def kill(self) -> None:
-        """Ends the process, its group, and what left the group but still carries the mark in its environment."""
+        """End the process, its group, and what left the group but still carries the mark in its environment."""
         if self._reaped:
             return
         # The group first, and even if the process has ended: it is not reaped yet, so that the number is still its own.
@@ -315,7 +314,7 @@ class ChildProcess:
         kill_marked(self._mark)
 
     def end(self, grace_s: float = _ENDING_S) -> None:
-        """Closes the connection, gives the process a moment to end by itself, kills what is left, frees everything.
+        """Close the connection, let the process end by itself for a moment, kill the rest and free everything.
 
         Args:
             grace_s: the moment: for what it does when it exits.
@@ -339,7 +338,7 @@ class ChildProcess:
 
 
 def signal_name(status: int) -> str:
-    """Returns the name of the signal that a negative exit status stands for, or its number where it has no name."""
+    """Return the name of the signal that a negative exit status stands for, or its number where it has no name."""
     try:
         return signal.Signals(-status).name
     except ValueError:
@@ -347,7 +346,7 @@ def signal_name(status: int) -> str:
 
 
 def kill_marked(mark: str) -> None:
-    """Kills every process whose environment has the mark: one that made itself a daemon has left its group.
+    """Kill every process whose environment has the mark: one that made itself a daemon has left its group.
 
     Args:
         mark: of a child.

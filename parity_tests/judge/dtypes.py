@@ -1,4 +1,4 @@
-"""Storage dtypes by their canonical names, and the constants of their arithmetic."""
+"""Name the storage dtypes, and give the constants of their arithmetic."""
 
 from dataclasses import dataclass
 
@@ -55,7 +55,7 @@ _NUMPY = {
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """Returns the NumPy dtype of a storage dtype (bfloat16 through ml_dtypes).
+    """Return the NumPy dtype of a storage dtype (bfloat16 through ml_dtypes).
 
     Raises:
         ValueError: if `name` is not a storage dtype.

@@ -1,21 +1,22 @@
-"""Checks that need no tolerance: the integer lattice, and isolation of NaN and Inf between partitions."""
+"""Check without tolerance: integer lattices, and NaN and Inf that stay in their partition."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from parity_tests.judge.cases import Case
 from parity_tests.judge.comparison import TensorResult
 from parity_tests.judge.dtypes import FORMATS
-from parity_tests.judge.inputs import Inputs, draw_lattice
-from parity_tests.judge.modes import MODES
+from parity_tests.judge.inputs import Case, Inputs, draw_lattice
 from parity_tests.judge.oracle import reference
-from parity_tests.judge.subjects import Subject
+from parity_tests.judge.records import ParityRow
+from parity_tests.judge.subjects import MODES, Subject
 
 
 def lattice_limit(case: Case, dtype: str, largest: int = 3) -> int:
-    """Largest integer magnitude whose sums stay exact in `dtype` for this case, at most `largest`.
+    """Return largest integer magnitude whose sums stay exact in `dtype` for this case, at most `largest`.
 
     A sum of K products of integers up to m has magnitude at most K m^2, plus m for the bias.
 
@@ -49,16 +50,13 @@ def _bitwise(name: str, value: np.ndarray, expected: np.ndarray, axis: int) -> T
 
 
 def check_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) -> list[TensorResult]:
-    """Integer inputs whose sums are exact: y, dx, dW and db must equal the oracle bit for bit.
+    """Check on integers whose sums are exact that y, dx, dW and db equal the oracle bit for bit.
 
     Args:
         subject: the subject.
-        case: a shape small enough for exact sums in what the mode computes in, see `lattice_limit`.
+        case: a shape small enough for exact sums in the dtype that the mode computes in, see `lattice_limit`.
         dtype: storage dtype.
         seed: of the integers.
-
-    Returns:
-        One result per tensor.
     """
     inputs = draw_lattice(case, dtype, seed, lattice_limit(case, MODES[subject.mode].computes_in or dtype))
     truth = reference(inputs)
@@ -67,7 +65,7 @@ def check_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) -> li
 
 
 def check_wide_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) -> list[TensorResult]:
-    """Sums beyond the output's exact integers, yet exact in an fp32 accumulator: one rounding, and only one, is right.
+    """Check that y is rounded once, on sums beyond the output's exact integers but exact in an fp32 accumulator.
 
     All products are positive, so that the running sum passes the output format's largest exact integer early; an
     accumulator of that format then loses every odd term. y only, and any bias is zero, because a bias may legitimately
@@ -91,10 +89,10 @@ def check_wide_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) 
 
 @dataclass(frozen=True)
 class Isolation:
-    """What became of NaN or an infinity in one partition.
+    """The effect of NaN or an infinity in one partition.
 
     Attributes:
-        isolated: whether every other partition of every tensor has the same bits as without it.
+        isolated: True if every other partition of every tensor has the same bits as without it.
         swallowed: the tensors in whose poisoned partition something is finite, `forward` being y without gradients;
             none in right code.
     """
@@ -106,17 +104,14 @@ class Isolation:
 def check_isolation(
     subject: Subject, inputs: Inputs, partition: int, poison: float, *, plain_forward: bool = True
 ) -> Isolation:
-    """Poisons one partition of x, W, b and dy and looks at the others.
+    """Poison one partition of x, W, b and dy and look at the others.
 
     Args:
         subject: the subject.
         inputs: finite inputs with at least two partitions.
         partition: the poisoned one.
         poison: NaN or an infinity.
-        plain_forward: whether y without gradients is looked at too.
-
-    Returns:
-        Whether the others stayed as they were, and where the poison does not show.
+        plain_forward: look at y without gradients too.
     """
 
     def poisoned(array: np.ndarray, axis: int) -> np.ndarray:
@@ -148,3 +143,79 @@ def check_isolation(
 
     isolated = all(others(name, clean[name]) == others(name, dirty[name]) for name in clean)
     return Isolation(isolated, tuple(name for name in dirty if not shows(name)))
+
+
+# The numbers say nothing new on a larger array, and every check is a few calls more.
+_MOST_ENTRIES = 2**20
+_DEAR_MODES = {
+    ("torch", "compile"): "each of these calls would be a compilation",
+    ("torch", "sharded"): "each of these calls would go through eight processes",
+}
+_POISONS = (float("nan"), float("inf"))
+
+
+def left_out(subject: Subject, case: Case, inputs: Inputs) -> str | None:
+    """Return one sentence if a cell is judged against its bounds alone, else None."""
+    size = inputs.x.size + inputs.weight.size + inputs.cotangent.size
+    if not case.rows:
+        return "an empty batch has no sums to compare without tolerance."
+    if size > _MOST_ENTRIES:
+        return (
+            f"integers and NaN say nothing new on more than {_MOST_ENTRIES} elements; smaller cases have these checks."
+        )
+    if (subject.framework, subject.mode) in _DEAR_MODES:
+        return f"{_DEAR_MODES[subject.framework, subject.mode]}; the other modes have the checks without tolerance."
+    return None
+
+
+def exact_rows(
+    subject: Subject, case: Case, inputs: Inputs, where: Mapping[str, Any], seed: int = 0
+) -> Iterator[ParityRow]:
+    """Yield a row for each check that the case and dtype admit, in the shapes that the case is judged in anyway.
+
+    Where none is run, one skipped row says why (see `left_out`). The lattice needs sums that stay exact in the dtype,
+    the wide one sums well beyond them in a 16-bit dtype, and isolation at least two partitions. Where a mode casts, the
+    dtype is the one that it computes in: a cast leaves such integers alone.
+
+    Args:
+        subject: supports the case in this dtype.
+        case: the shape.
+        inputs: drawn for the case.
+        where: the fields of a row that say which cell it belongs to.
+        seed: of the integers.
+    """
+    where = {**where, "kind": "exact"}
+    reason = left_out(subject, case, inputs)
+    if reason is not None:
+        yield ParityRow(**where, tensor="", status="skipped", reason=reason)
+        return
+
+    def row(check: str, reasons: list[str]) -> ParityRow:
+        status = "mismatch" if reasons else "ok"
+        return ParityRow(**where, tensor=check, status=status, reason="; ".join(reasons))
+
+    computed = MODES[subject.mode].computes_in or inputs.dtype
+    largest = FORMATS[computed].largest_integer
+    if max(case.in_features, case.out_features, case.rows) < largest:
+        results = check_lattice(subject, case, inputs.dtype, seed)
+        yield row("lattice", [result.reason for result in results if result.status != "ok"])
+    # On average a product of the lattice's magnitudes is 3: from here on sums lie well beyond the exact integers.
+    if computed in ("bfloat16", "float16") and largest < 2 * case.in_features <= 2**20:
+        results = check_wide_lattice(subject, case, inputs.dtype, seed)
+        yield row("wide lattice", [result.reason for result in results if result.status != "ok"])
+    if case.num_partitions > 1:
+        yield row("isolation", list(_isolation_faults(subject, inputs)))
+
+
+def _isolation_faults(subject: Subject, inputs: Inputs) -> Iterator[str]:
+    """Yield what is wrong with NaN and Inf in one partition: swallowed, or seen in others that are declared isolated.
+
+    A subject that declares no isolation may still have it in some shapes, where a compiler chose another algorithm.
+    """
+    for poison in _POISONS:
+        partition = len(inputs.weight) // 2
+        found = check_isolation(subject, inputs, partition, poison)
+        if found.swallowed:
+            yield f"{poison} in partition {partition} was swallowed in {', '.join(found.swallowed)}"
+        if subject.isolates_partitions and not found.isolated:
+            yield f"{poison} in partition {partition} changed the others, which are declared isolated"

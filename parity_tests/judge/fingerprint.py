@@ -1,22 +1,22 @@
-"""Arithmetic fingerprint: what a subject really computes with, inferred from its results.
+"""Measure the arithmetic of a subject from its results, and choose the arithmetic that its bound may assume.
 
-Each probe is a product with one-hot or near one-hot operands whose result, bit by bit, can come about in one way
-only. The fingerprint is a diagnosis ("operands rounded to TF32", "bias rounded twice", "subnormals flushed"), and it
-chooses the bound in what the requested precision leaves open (`refine`): whether subnormals are flushed and whether a
-16-bit result's bias is fused. It never relaxes what the precision promises: a product in TF32 stays a defect of fp32.
+Each probe is a product with one-hot or near one-hot operands whose result, bit by bit, can come about in one way only.
+The fingerprint is a diagnosis ("operands rounded to TF32", "bias rounded twice"). It also closes what mode and dtype
+leave open: whether subnormals are flushed and whether the bias of a 16-bit result is fused. A bound that allows both
+where the device does neither would let wrong results through. It never relaxes a promise: TF32 stays a defect of fp32.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from parity_tests.judge.cases import Case
 from parity_tests.judge.comparison import compare
 from parity_tests.judge.dtypes import FORMATS, numpy_dtype
-from parity_tests.judge.inputs import Inputs
+from parity_tests.judge.inputs import Case, Inputs
 from parity_tests.judge.oracle import Reference
-from parity_tests.judge.subjects import Subject
+from parity_tests.judge.subjects import DEFAULT_MODES, Subject, arithmetic_of
 from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, declared_arithmetic
 
 # Three partitions, all alike: some code that is probed looks beyond the first.
@@ -28,7 +28,7 @@ _PLACES = ((0, 15, 7), (0, 8, 4), (3, 12, 0), (1, 2, 15), (14, 15, 0))
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What the probes saw.
+    """The findings of the probes.
 
     Attributes:
         dtype: storage dtype of operands and results.
@@ -48,7 +48,7 @@ class Fingerprint:
     flushes_partial_sums: bool
 
     def diagnosis(self) -> list[str]:
-        """Sentences for a reader; empty if everything is as the dtype promises."""
+        """Return sentences for a reader; empty if everything is as the dtype promises."""
         fmt, said = FORMATS[self.dtype], []
         storage_bits = _bits(self.dtype)
         if self.operand_bits < storage_bits:
@@ -64,11 +64,11 @@ class Fingerprint:
         return said
 
     def honours(self, arithmetic: Arithmetic) -> bool:
-        """Whether operands and sums are at least as precise as `arithmetic` promises."""
+        """Return True if operands and sums are at least as precise as `arithmetic` promises."""
         return self.operand_bits >= _bits(arithmetic.operand) and self.accumulator_bits >= _bits(arithmetic.accumulator)
 
     def refine(self, promised: Arithmetic) -> Arithmetic:
-        """What the precision promises, with subnormals treated as this device was seen to treat them.
+        """Return the promised arithmetic with subnormals treated as this device was seen to treat them.
 
         Args:
             promised: see `tolerance.declared_arithmetic`; operands and sums stay as precise as it says.
@@ -102,7 +102,7 @@ def _probe(dtype: str, row: Mapping[int, float], column: Mapping[int, float], bi
 
 
 def _longest(holds: Callable[[int], bool], longest: int) -> int:
-    """Largest number of bits, at most `longest`, for which all shorter lengths hold too."""
+    """Return largest number of bits, at most `longest`, for which all shorter lengths hold too."""
     bits = 1
     while bits < longest and holds(bits + 1):
         bits += 1
@@ -110,14 +110,11 @@ def _longest(holds: Callable[[int], bool], longest: int) -> int:
 
 
 def take_fingerprint(subject: Subject, dtype: str) -> Fingerprint:
-    """Runs the probes on a subject.
+    """Run the probes on a subject and return its fingerprint.
 
     Args:
         subject: an implementation that supports `dtype` with 16 features in and out.
         dtype: storage dtype.
-
-    Returns:
-        The fingerprint.
     """
     storage_bits = _bits(dtype)
 
@@ -164,7 +161,7 @@ def take_fingerprint(subject: Subject, dtype: str) -> Fingerprint:
 
 
 def _fusion_terms(dtype: str) -> tuple[float, float, float]:
-    """A factor, a bias and what is left of `factor^2 + bias` if nothing was rounded before the bias was added.
+    """Return a factor, a bias and what is left of `factor^2 + bias` if nothing was rounded before the bias was added.
 
     `(1 + e)^2 = 1 + 2e + e^2`: after adding `-(1 + 2e)` only `e^2` is left; times 64, so that in fp16 too it is a
     normal number.
@@ -174,7 +171,7 @@ def _fusion_terms(dtype: str) -> tuple[float, float, float]:
 
 
 def fuses_bias(subject: Subject, case: Case, dtype: str, forward: bool = True) -> bool:
-    """Whether every element of y shows a fused bias, in the very shape and layout of a case.
+    """Return True if every element of y shows a fused bias, in the very shape and layout of a case.
 
     Libraries choose a kernel by the shape: what the fingerprint's own shape shows need not hold for another.
 
@@ -203,7 +200,7 @@ def fuses_bias(subject: Subject, case: Case, dtype: str, forward: bool = True) -
 
 
 def observed_precision(outputs: Mapping[str, np.ndarray], reference: Reference, dtype: str) -> str:
-    """Names the strictest precision class whose bounds the results keep, judged by the error alone.
+    """Name the strictest precision class whose bounds the results keep, judged by the error alone.
 
     Args:
         outputs: the subject's tensors for random zero-mean inputs that the harness drew.
@@ -225,3 +222,67 @@ def observed_precision(outputs: Mapping[str, np.ndarray], reference: Reference, 
         if all(result.status == "ok" for result in compare(outputs, reference, arithmetic)):
             return name
     return "lower"
+
+
+_PROBE_CASE = Case("fingerprint", (1,), 3, 16, 16)
+# Of a wider result the probe sees a fused multiply-add, which is no more exact than the order of summation leaves open.
+_FUSION_MATTERS = ("bfloat16", "float16")
+
+
+# In JAX each of the two is a compilation, and every seed and case asks again.
+@functools.cache
+def fingerprint_of(subject: Subject, dtype: str) -> Fingerprint | None:
+    """Return the fingerprint of a subject in its framework's default mode, or None where it cannot be taken.
+
+    It is not taken where the probe's shape is unsupported, nor in other modes: a compiled mode would compile some
+    hundred probes, and a mode that casts declares its dtype.
+
+    Args:
+        subject: hashable, as dictionaries want their keys.
+        dtype: storage dtype.
+    """
+    if subject.mode != DEFAULT_MODES[subject.framework] or subject.unsupported_reason(_PROBE_CASE, dtype):
+        return None
+    return take_fingerprint(subject, dtype)
+
+
+@functools.cache
+def _fuses_bias(subject: Subject, case: Case, dtype: str, forward: bool) -> bool:
+    return fuses_bias(subject, case, dtype, forward)
+
+
+def _shape_of(inputs: Inputs) -> Case:
+    n, i, o = inputs.weight.shape
+    return Case("shape", inputs.x.shape[:-2], n, i, o, inputs.bias is not None, inputs.layout)
+
+
+def entitlement(
+    subject: Subject,
+    inputs: Inputs,
+    *,
+    forward: bool = True,
+    precision: str | None = None,
+    measured: Subject | None = None,
+    representable: bool = False,
+) -> Arithmetic:
+    """Return the arithmetic that chooses the bound of a subject on these inputs.
+
+    Args:
+        subject: what is judged.
+        inputs: their dtype, shapes and layout count, their numbers do not.
+        forward: a call without gradients is judged as well.
+        precision: asked for in place of the one that the storage dtype promises, see `modes.arithmetic_of`.
+        measured: the subject whose fingerprint counts; None for the subject itself. A mode other than the default has
+            no fingerprint: pass the same implementation in the default mode, which treats subnormals alike.
+        representable: see `modes.arithmetic_of`.
+    """
+    promised = arithmetic_of(subject.mode, inputs.dtype, representable, precision)
+    source = subject if measured is None else measured
+    seen = fingerprint_of(source, promised.output)
+    if seen is None:
+        return promised
+    found = seen.refine(promised)
+    fusion = seen.fused_bias and source.mode == subject.mode and found.output in _FUSION_MATTERS
+    if not fusion or inputs.bias is None:
+        return found
+    return replace(found, fused_bias=_fuses_bias(source, _shape_of(inputs), inputs.dtype, forward))

@@ -1,4 +1,4 @@
-"""The truth: y, dx, dW and db in float64 (longdouble for float64 subjects), and what the error bound needs."""
+"""Compute the truth in float64 (longdouble for float64 subjects), with the magnitudes that error bounds need."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,19 +35,19 @@ Reference = Mapping[str, OracleTensor]
 
 
 def _partition_major(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """(..., n, f) -> (n, rows, f) in the oracle's dtype."""
+    """Turn (..., n, f) into (n, rows, f), in the oracle's dtype."""
     n, features = array.shape[-2:]
     rows = array.size // (n * features) if array.size else int(np.prod(array.shape[:-2]))
     return np.moveaxis(array.astype(dtype).reshape(rows, n, features), 1, 0)
 
 
 def _leading(array: np.ndarray, leading: tuple[int, ...]) -> np.ndarray:
-    """(n, rows, f) -> (..., n, f)."""
+    """Turn (n, rows, f) into (..., n, f)."""
     return np.moveaxis(array, 0, 1).reshape(*leading, array.shape[0], array.shape[2])
 
 
 def reference(inputs: Inputs) -> dict[str, OracleTensor]:
-    """Evaluates the map and its vector-Jacobian product on the inputs as stored.
+    """Evaluate the map and its vector-Jacobian product on the inputs as stored.
 
     With `z` for the product `xW`: `y = xW + b`, `dx = dy W^T`, `dW = x^T dy`, `db = sum dy`; each with
     the magnitude `S` and the number of terms `K` of its sums:

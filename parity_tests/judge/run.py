@@ -1,21 +1,180 @@
-"""Runs cells: framework x implementation x mode x dtype x case, each against the oracle, and pairs of what ran."""
+"""Run cells: framework, implementation, mode, dtype and case, each against the oracle, and pairs of what ran."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from parity_tests.causes.layer import with_cause
-from parity_tests.judge.cases import Case
-from parity_tests.judge.cell import Judgement, judge, observed_class
-from parity_tests.judge.entitlement import fingerprint_of
-from parity_tests.judge.exact_rows import exact_rows
-from parity_tests.judge.failures import raised
-from parity_tests.judge.inputs import draw_inputs
-from parity_tests.judge.modes import DEFAULT_MODES
-from parity_tests.judge.oracle import reference
-from parity_tests.judge.pairs import command_of, pair_rows
+from parity_tests.judge.comparison import TensorResult, compare, compare_pair, missing_tensors, pair_limits
+from parity_tests.judge.exact import exact_rows
+from parity_tests.judge.fingerprint import entitlement, fingerprint_of, observed_precision
+from parity_tests.judge.inputs import Case, Inputs, draw_inputs
+from parity_tests.judge.oracle import Reference, reference
 from parity_tests.judge.records import ParityRow, row_from_result
-from parity_tests.judge.subjects import Subject, load_subjects, release_programs
+from parity_tests.judge.subjects import COUNTERPARTS, DEFAULT_MODES, Subject, as_cast, load_subjects, release_programs
+from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic
+from parity_tests.report.text import raised
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict on each tensor of one subject on one case, the tensors, and the arithmetic of their bound."""
+
+    results: list[TensorResult]
+    outputs: dict[str, np.ndarray]
+    arithmetic: Arithmetic
+
+
+def judge(
+    subject: Subject,
+    inputs: Inputs,
+    truth: Reference,
+    forward: bool = True,
+    precision: str | None = None,
+    measured: Subject | None = None,
+) -> Judgement:
+    """Run forward and vjp, and compare y, dx, dW and db with the oracle within the bound of the subject's arithmetic.
+
+    In a mode that casts, numbers that the cast leaves alone are judged as well, and the worse verdict is reported.
+
+    Args:
+        subject: the one to judge.
+        inputs: its inputs.
+        truth: the oracle's tensors for these inputs.
+        forward: judge the y of a call without gradients as well (another program, for a compiler), and report the
+            worse of the two; without, only the y that comes with the gradients.
+        precision: see `entitlement`.
+        measured: see `entitlement`.
+    """
+    arithmetic = entitlement(subject, inputs, forward=forward, precision=precision, measured=measured)
+    judgement = _judge(subject, inputs, truth, forward, arithmetic)
+    exact = as_cast(subject.mode, inputs)
+    if exact is None:
+        return judgement
+    strict = entitlement(subject, exact, forward=forward, measured=measured, representable=True)
+    again = _judge(subject, exact, reference(exact), forward, strict)
+    return Judgement(_worst(judgement.results, again.results), judgement.outputs, arithmetic)
+
+
+def _judge(subject: Subject, inputs: Inputs, truth: Reference, forward: bool, arithmetic: Arithmetic) -> Judgement:
+    outputs = subject.vjp(inputs)
+    results = [*compare(outputs, truth, arithmetic, inputs.zero_mean), *missing_tensors(outputs, truth)]
+    if forward:
+        alone = compare({"y": subject.forward(inputs)}, truth, arithmetic, inputs.zero_mean)
+        results = _worst(results, alone)
+    return Judgement(results, outputs, arithmetic)
+
+
+def _worst(results: list[TensorResult], others: list[TensorResult]) -> list[TensorResult]:
+    """Return each tensor's worse verdict."""
+    by_name = {result.tensor: result for result in others}
+    return [
+        other if (other := by_name.get(result.tensor)) is not None and _worse(other, result) else result
+        for result in results
+    ]
+
+
+def _worse(first: TensorResult, second: TensorResult) -> bool:
+    return (first.status == "mismatch", first.bound_fraction) > (second.status == "mismatch", second.bound_fraction)
+
+
+def observed_class(judgement: Judgement, inputs: Inputs, truth: Reference, precision: str | None = None) -> str:
+    """Name the precision class that the error shows, see `observed_precision`; empty for a mode that casts.
+
+    Args:
+        judgement: of a subject on these inputs.
+        inputs: its inputs.
+        truth: the oracle's tensors for these inputs.
+        precision: asked for in place of that of the dtype.
+    """
+    if judgement.arithmetic.gradients_in is not None:
+        return ""
+    # No class of a dtype is stricter than its own: what keeps that bound need not be judged again.
+    if precision is None and all(result.status == "ok" for result in judgement.results):
+        return PRECISION_OF_DTYPE[inputs.dtype]
+    return observed_precision(judgement.outputs, truth, inputs.dtype)
+
+
+def command_of(dtype: str, case: str, seed: int, device: str, precision: str | None, *subjects: Subject) -> str:
+    """Return the command that repeats a row, with mode, device and precision only where they are not the default."""
+    frameworks = dict.fromkeys(subject.framework for subject in subjects)
+    names = dict.fromkeys(subject.implementation for subject in subjects)
+    modes = dict.fromkeys(subject.mode for subject in subjects)
+    if all(subject.mode == DEFAULT_MODES[subject.framework] for subject in subjects):
+        modes = {}
+    options = [
+        *(f"--framework {name}" for name in frameworks if len(frameworks) == 1),
+        *(f"--implementation {name}" for name in names),
+        *(f"--mode {name}" for name in modes),
+        *([] if device == "auto" else [f"--device {device}"]),
+        *([] if precision is None else [f"--precision {precision}"]),
+    ]
+    return f"python -m parity_tests run {' '.join(options)} --dtype {dtype} --case {case} --seed {seed}"
+
+
+def _kind_of_pair(first: Subject, second: Subject) -> str | None:
+    """Return `pair` for torch against JAX in counterpart modes, `mode` for a mode against its subject's default.
+
+    Every implementation is compared with every other in the default modes, and with itself in the others.
+    """
+    default = tuple(DEFAULT_MODES.values())
+    if (first.framework, second.framework) == ("torch", "jax"):
+        modes = (first.mode, second.mode)
+        same = first.implementation == second.implementation
+        return "pair" if modes == default or (same and modes in COUNTERPARTS) else None
+    if (first.framework, first.implementation) != (second.framework, second.implementation):
+        return None
+    return "mode" if first.mode != second.mode == DEFAULT_MODES[second.framework] else None
+
+
+def pair_rows(
+    judged: Sequence[tuple[Subject, Judgement]],
+    truth: Reference,
+    dtype: str,
+    case: Case,
+    command: Callable[..., str],
+) -> Iterator[ParityRow]:
+    """Compare every two subjects that belong together, within the sum of their bounds.
+
+    Args:
+        judged: the subjects that ran the case, with their results.
+        truth: the oracle's tensors.
+        dtype: storage dtype.
+        case: the shape.
+        command: returns the command that repeats the row of two subjects.
+    """
+    # The same for many pairs, and dearer than a comparison.
+    limits: dict[tuple[Arithmetic, Arithmetic], dict[str, np.ndarray]] = {}
+    for first, first_judgement in judged:
+        for second, second_judgement in judged:
+            kind = _kind_of_pair(first, second)
+            if kind is None:
+                continue
+            used = (first_judgement.arithmetic, second_judgement.arithmetic)
+            if used not in limits:
+                limits[used] = pair_limits(truth, used)
+            results = compare_pair(first_judgement.outputs, second_judgement.outputs, truth, limits[used])
+            frameworks = dict.fromkeys((first.framework, second.framework))
+            where: dict[str, Any] = {
+                "kind": kind,
+                "framework": "+".join(frameworks),
+                "implementation": "+".join(
+                    [first.implementation, *([second.implementation] if kind == "pair" else [])]
+                ),
+                "mode": f"{first.mode}+{second.mode}",
+                "dtype": dtype,
+                "case": case.name,
+                "command": command(first, second),
+                "tensor_fractions": {result.tensor: result.bound_fraction for result in results},
+            }
+            # Thousands of pairs hold in a run: one row each that names its closest tensor, and one for each failure.
+            failed = [result for result in results if result.status == "mismatch"]
+            for result in failed or [max(results, key=lambda result: result.bound_fraction)]:
+                yield row_from_result(result, **where)
+
 
 # One product over all features at once holds n * n blocks; beyond this many entries it takes some gigabytes for
 # each of the weight, its mask, their product and the gradients, and the zeros say nothing new about the arithmetic.
@@ -24,7 +183,7 @@ _MOST_DENSE_ENTRIES = 2**27
 
 
 class _Defaults:
-    """The same implementation in its framework's default mode: its fingerprint tells how a device treats subnormals."""
+    """Find each implementation in its default mode, whose fingerprint tells how a device treats subnormals."""
 
     def __init__(self, subjects: Sequence[Subject], device: str):
         self._device = device
@@ -34,7 +193,7 @@ class _Defaults:
                 self._known.setdefault(subject.framework, {})[subject.implementation] = subject
 
     def of(self, subject: Subject) -> Subject | None:
-        """The subject itself in its default mode; in another, the one that was given, or one of the framework's own."""
+        """Return the subject in its default mode: itself, one that was given, or one that is loaded."""
         if subject.mode == DEFAULT_MODES[subject.framework]:
             return subject
         if subject.framework not in self._known:
@@ -44,7 +203,7 @@ class _Defaults:
 
 
 def too_dense(subject: Subject, case: Case) -> str | None:
-    """One sentence if the subject's one dense matrix would be too large for this case, else None."""
+    """Return one sentence if the subject's one dense matrix would be too large for this case, else None."""
     shape = (case.num_partitions * case.out_features, case.num_partitions * case.in_features)
     if subject.implementation not in _DENSE or shape[0] * shape[1] <= _MOST_DENSE_ENTRIES:
         return None
@@ -64,7 +223,7 @@ def _every(subject: Subject, case: Case) -> bool:
 def count_cells(
     subjects: Sequence[Subject], dtypes: Sequence[str], cases: Sequence[Case], included: Included = _every
 ) -> int:
-    """How many cells `run_cells` runs, each announced once by its `progress`."""
+    """Count the cells of `run_cells`, each announced once by its `progress`."""
     return len(dtypes) * sum(included(subject, case) for subject in subjects for case in cases)
 
 
@@ -79,7 +238,7 @@ def run_cells(
     precision: str | None = None,
     exact: bool = False,
 ) -> Iterator[ParityRow]:
-    """Yields a row per subject, dtype, case and tensor, then rows for pairs of the same dtype and case.
+    """Yield a row for each subject, dtype, case and tensor, then rows for pairs of the same dtype and case.
 
     A subject that raises fails its cell, and the others go on.
 
@@ -90,8 +249,7 @@ def run_cells(
         seed: of the inputs.
         progress: called with a label before each cell.
         included: which subject runs which case; the others are no cells.
-        device: as the subjects were loaded with, for the commands that reproduce rows and for the fingerprints of what
-            is not among them.
+        device: the one that the subjects were loaded with.
         precision: asked for in place of fp32's own, see `entitlement`.
         exact: run the checks that need no tolerance as well, see `exact_rows`.
     """

@@ -1,18 +1,152 @@
-"""The interface of a subject, and how subjects are found without importing a framework that nobody asked for."""
+"""Define subjects and the modes they run in, and load them without importing a framework that was not asked for.
 
+A mode says how a call is run (operation by operation, compiled, mapped, cast, spread over devices), never which
+formulation it runs. `modes.py` of each framework does what is declared here.
+"""
+
+import dataclasses
 import importlib
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
-from parity_tests.judge.cases import Case
-from parity_tests.judge.inputs import Inputs
-from parity_tests.training.optimizers import OptimizerSpec
-from parity_tests.training.tasks import TrainingTask
+from parity_tests.judge.dtypes import STORAGE_DTYPES, numpy_dtype
+from parity_tests.judge.inputs import CASE_SETS, Case, Inputs
+from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, declared_arithmetic
+
+SHARDS = 8
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to run a call.
+
+    Attributes:
+        name: short and unique.
+        frameworks: those that have it.
+        sentence: what it does.
+        cases: the set of cases that it runs under `--cases full` where it is not its framework's default; a mode that
+            was asked for by name runs the set that was asked for.
+        dtypes: storage dtypes for which it is another program than the default.
+        computes_in: format that operands, bias and cotangent are cast to first, or None to compute as stored.
+    """
+
+    name: str
+    frameworks: tuple[str, ...]
+    sentence: str
+    cases: str = "default"
+    dtypes: tuple[str, ...] = STORAGE_DTYPES
+    computes_in: str | None = None
+
+
+_TABLE = (
+    Mode("eager", ("torch", "jax"), "operation by operation, without a compiler", "smoke"),
+    Mode("jit", ("jax",), "one program by jax.jit"),
+    Mode("compile", ("torch",), "one program by torch.compile and Inductor", "smoke"),
+    Mode("vmap", ("torch", "jax"), "an ensemble of layers, mapped by torch.func.vmap or jax.vmap"),
+    Mode("autocast", ("torch",), "torch.autocast to bfloat16", dtypes=("float32",), computes_in="bfloat16"),
+    Mode(
+        "policy",
+        ("jax",),
+        "Flax's dtype policy dtype=bfloat16, param_dtype=float32",
+        dtypes=("float32",),
+        computes_in="bfloat16",
+    ),
+    Mode("sharded", ("torch", "jax"), f"partitions divided over up to {SHARDS} processes or devices"),
+)
+MODES: Mapping[str, Mode] = MappingProxyType({mode.name: mode for mode in _TABLE})
+DEFAULT_MODES: Mapping[str, str] = MappingProxyType({"torch": "eager", "jax": "jit"})
+# Which torch mode is compared with which JAX mode.
+COUNTERPARTS: tuple[tuple[str, str], ...] = (
+    ("eager", "jit"),
+    ("compile", "jit"),
+    ("vmap", "vmap"),
+    ("autocast", "policy"),
+    ("sharded", "sharded"),
+)
+
+
+def modes_of(framework: str) -> tuple[str, ...]:
+    """Name of a framework's modes, in the table's order."""
+    return tuple(mode.name for mode in _TABLE if framework in mode.frameworks)
+
+
+def arithmetic_of(mode: str, dtype: str, representable: bool = False, precision: str | None = None) -> Arithmetic:
+    """Return the arithmetic that a subject in this mode may use.
+
+    Where the mode casts, the operands are rounded on their way in, sums are kept in fp32, and the gradients, rounded to
+    the cast's format, are handed out in the storage dtype.
+
+    Args:
+        mode: a name of `MODES`.
+        dtype: storage dtype of the inputs.
+        representable: the inputs come from `as_cast`, so that the cast rounds nothing.
+        precision: what a user asked for in place of fp32's own, `tf32`; other dtypes keep their promise.
+    """
+    cast = MODES[mode].computes_in
+    if cast is None:
+        return declared_arithmetic((dtype == "float32" and precision) or PRECISION_OF_DTYPE[dtype])
+    promised = declared_arithmetic(PRECISION_OF_DTYPE[cast])
+    return dataclasses.replace(promised, casts=not representable, gradients_in=dtype)
+
+
+def as_cast(mode: str, inputs: Inputs) -> Inputs | None:
+    """Return the inputs rounded to the dtype that the mode casts to, in the storage dtype; None where it casts nothing.
+
+    Rounding the operands may move a sum as much as keeping it in 16 bits would. On numbers that the cast leaves alone
+    only the sum is left to judge, and a compiler that drops the cast changes nothing.
+    """
+    cast = MODES[mode].computes_in
+    if cast is None:
+        return None
+
+    def rounded(array: np.ndarray) -> np.ndarray:
+        return array.astype(numpy_dtype(cast)).astype(array.dtype)
+
+    return dataclasses.replace(
+        inputs,
+        x=rounded(inputs.x),
+        weight=rounded(inputs.weight),
+        bias=None if inputs.bias is None else rounded(inputs.bias),
+        cotangent=rounded(inputs.cotangent),
+    )
+
+
+def covered(framework: str, mode: str, case: Case) -> bool:
+    """Return True if `--cases full` runs this case in this mode."""
+    return mode == DEFAULT_MODES[framework] or case in CASE_SETS[MODES[mode].cases]
+
+
+def shards_of(num_partitions: int) -> int:
+    """Return the number of devices for n partitions: the largest divisor of n up to `SHARDS`."""
+    return max(size for size in range(1, SHARDS + 1) if num_partitions % size == 0)
+
+
+def members_of(num_partitions: int) -> int:
+    """Return the number of layers in an ensemble with n partitions in all: the smallest divisor of n beyond 1."""
+    return next((size for size in range(2, num_partitions + 1) if num_partitions % size == 0), 1)
+
+
+def split_members(inputs: Inputs) -> Sequence[Inputs]:
+    """Split inputs among the members of an ensemble: E layers with n/E partitions are one map with n."""
+    n = len(inputs.weight)
+    size = n // members_of(n)
+    return [
+        dataclasses.replace(
+            inputs,
+            x=inputs.x[..., start : start + size, :],
+            weight=inputs.weight[start : start + size],
+            bias=None if inputs.bias is None else inputs.bias[start : start + size],
+            cotangent=inputs.cotangent[..., start : start + size, :],
+        )
+        for start in range(0, n, size)
+    ]
+
 
 FRAMEWORKS: tuple[str, ...] = ("torch", "jax")
 
@@ -24,7 +158,7 @@ class Subject(Protocol):
         framework: `torch` or `jax`.
         implementation: a name of the framework's table, or the name of a layer class's subject.
         mode: a name of `modes.MODES`: how calls are run.
-        isolates_partitions: whether a NaN in one partition leaves the others untouched.
+        isolates_partitions: True if a NaN in one partition leaves the others untouched.
     """
 
     @property
@@ -40,111 +174,26 @@ class Subject(Protocol):
     def isolates_partitions(self) -> bool: ...  # noqa: D102
 
     def unsupported_reason(self, case: Case, dtype: str) -> str | None:
-        """One sentence if this subject cannot run the case in this dtype, else None."""
+        """Return one sentence if this subject cannot run the case in this dtype, else None."""
         ...
 
     def forward(self, inputs: Inputs) -> np.ndarray:
-        """Returns y, in the storage dtype or the one that the mode computes in."""
+        """Return y, in the storage dtype or the one that the mode computes in."""
         ...
 
     def vjp(self, inputs: Inputs) -> dict[str, np.ndarray]:
-        """Returns `y`, `dx`, `dweight` and, with a bias, `dbias`, in the storage dtype."""
-        ...
-
-
-@dataclass(frozen=True)
-class LayerTap:
-    """What one partitioned linear layer saw inside a model, as stored: enough to judge its gradients by T1."""
-
-    x: np.ndarray
-    y: np.ndarray
-    cotangent: np.ndarray
-    dx: np.ndarray
-
-
-@dataclass(frozen=True)
-class StepGradients:
-    """Loss and gradients at one state, with a tap for each layer by name."""
-
-    loss: float
-    gradients: dict[str, np.ndarray]
-    taps: dict[str, LayerTap]
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """A training run.
-
-    Attributes:
-        losses: `(steps,)`, the loss before each update.
-        states: the parameters after each update.
-        moments: the optimiser's moments after the last update, as `<parameter>/<first|second>`.
-        step_counts: the distinct step counts that the optimiser keeps at the end.
-        moment_history: the moments after each update; kept by a replay only.
-    """
-
-    losses: np.ndarray
-    states: list[dict[str, np.ndarray]]
-    moments: dict[str, np.ndarray]
-    step_counts: set[int]
-    moment_history: list[dict[str, np.ndarray]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class MaskedRun:
-    """A training run of layers that hold a dense matrix of which only the diagonal blocks are used.
-
-    Attributes:
-        states: the blocks and biases after each update, under the names and in the layout of the task's parameters.
-        off_block: `(steps,)`: after each update, the largest magnitude among the weights outside the blocks and
-            their gradients, NaN if one of them is.
-    """
-
-    states: list[dict[str, np.ndarray]]
-    off_block: np.ndarray
-
-
-class TrainingSubject(Protocol):
-    """A framework that can train a task."""
-
-    @property
-    def framework(self) -> str: ...  # noqa: D102
-
-    def gradients(
-        self, task: TrainingTask, parameters: Mapping[str, np.ndarray], step: int, dtype: str
-    ) -> StepGradients:
-        """Loss and gradients at one state."""
-        ...
-
-    def train(
-        self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int, members: int = 0, seed: int = 0
-    ) -> list[Trajectory]:
-        """Trains freely; with members, that many runs with a random rounding error after every step."""
-        ...
-
-    def replay(
-        self,
-        parameters: Mapping[str, np.ndarray],
-        spec: OptimizerSpec,
-        gradients: list[dict[str, np.ndarray]],
-        dtype: str,
-    ) -> Trajectory:
-        """Feeds recorded gradients to the optimiser alone."""
-        ...
-
-    def train_masked(self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int) -> MaskedRun | None:
-        """Trains with dense masked layers, or None if the framework has no layer with weights outside the blocks."""
+        """Return `y`, `dx`, `dweight` and, with a bias, `dbias`, in the storage dtype."""
         ...
 
 
 def framework_available(framework: str) -> bool:
-    """True if the framework can be imported here (it is not imported by asking)."""
+    """Return True if the framework can be imported here, without importing it."""
     packages = {"torch": ("torch",), "jax": ("jax", "flax")}[framework]
     return all(package_available(package) for package in packages)
 
 
 def package_available(name: str) -> bool:
-    """Returns True if a package can be found here, without importing it."""
+    """Return True if a package can be found here, without importing it."""
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):  # an import hook that forbids it, or a stand-in that says nothing about itself
@@ -152,7 +201,7 @@ def package_available(name: str) -> bool:
 
 
 def check_precision(precision: str | None, has_tf32: bool) -> None:
-    """Refuses TF32 where there is none: a bound for it would only be too wide.
+    """Refuse TF32 where there is none: a bound for it would only be too wide.
 
     Raises:
         ValueError: in one sentence.
@@ -167,7 +216,7 @@ def check_precision(precision: str | None, has_tf32: bool) -> None:
 def load_subjects(
     framework: str, device: str = "auto", modes: Sequence[str] = (), precision: str | None = None
 ) -> Sequence[Subject]:
-    """Imports a framework and returns all its subjects.
+    """Import a framework and return all its subjects.
 
     Args:
         framework: `torch` or `jax`.
@@ -182,20 +231,6 @@ def load_subjects(
     return _subjects_of(framework).subjects(device, modes, precision)
 
 
-def load_plain_linear(framework: str, device: str = "auto") -> Subject:
-    """Imports a framework and returns its own Linear, as a subject for inputs with one partition.
-
-    Args:
-        framework: `torch` or `jax`.
-        device: `auto` (a GPU if there is one), `cpu` or `cuda`.
-
-    Raises:
-        ValueError: for another framework, or a device that is not there.
-        ImportError: if the framework is not installed.
-    """
-    return _subjects_of(framework).plain_linear(device)
-
-
 def _subjects_of(framework: str) -> Any:
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework: expected one of {', '.join(FRAMEWORKS)}, got {framework!r}; choose one of these.")
@@ -203,7 +238,7 @@ def _subjects_of(framework: str) -> Any:
 
 
 def release_programs() -> None:
-    """Drops what the frameworks that were loaded have compiled so far.
+    """Drop the compiled programs of the frameworks that were loaded.
 
     JAX keeps every program, and a program for a CPU takes memory maps, one or more for each of its products: after some
     hundred cells a process would have as many as Linux allows (65530) and crash.

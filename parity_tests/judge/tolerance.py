@@ -1,4 +1,4 @@
-"""Error bounds derived from the arithmetic that was used: no tolerance is chosen by hand.
+"""Derive error bounds from the arithmetic that was used; no tolerance is chosen by hand.
 
 Notation: `u` is a unit roundoff, `gamma_n = n u / (1 - n u)`, K the number of products in a sum and S the sum of
 their magnitudes. For an exact value z, with operands rounded by `theta = 2 u_in + u_in^2` and accumulated at u_acc::
@@ -8,8 +8,8 @@ their magnitudes. For an exact value z, with operands rounded by `theta = 2 u_in
 
 Without fusion the product is rounded to the output dtype first, the bias is added, and the sum is rounded again. Where
 a mode casts fp32 operands to bf16, theta is that of the cast, and the bias, rounded too, adds `(1 + u_out) u_in |b|`.
-Where nobody promised fusion, an implementation may still start its sum at the bias, and every partial sum is then
-rounded at the bias's magnitude: the bound is the larger of the two. (For |b| T3 takes the growth of T2.)
+Without a promise of fusion, an implementation may still start its sum at the bias, and every partial sum is then
+rounded at the magnitude of the bias: the bound is the larger of the two. (For |b| T3 takes the growth of T2.)
 
 Tiers: T1 as above holds for any order of summation. T2 replaces gamma_n by
 `expm1(lambda sqrt(n) u + n u^2 / (1 - u))` and T3 by `lambda u` (zero-mean data only), with
@@ -77,7 +77,7 @@ class Arithmetic:
         return FORMATS[self.operand].roundoff if self.casts else 0.0
 
     def dtype_of(self, tensor: str) -> str:
-        """The dtype that a tensor is handed out in."""
+        """Return the dtype that a tensor is handed out in."""
         return self.output if tensor == "y" or self.gradients_in is None else self.gradients_in
 
     @property
@@ -96,7 +96,7 @@ class Arithmetic:
         return _underflow(self.accumulator, self.flushes_partial_sums)
 
     def describe(self) -> str:
-        """A clause for a reader: what the bound was derived for."""
+        """Describe the arithmetic in one clause."""
         said = [
             f"{self.operand} operands{' (cast)' if self.casts else ''}",
             f"{self.accumulator} sums{' (truncated)' if self.truncates else ''}",
@@ -125,11 +125,10 @@ PRECISION_OF_DTYPE = {"float64": "fp64", "float32": "ieee_fp32", "bfloat16": "bf
 
 
 def declared_arithmetic(precision: str) -> Arithmetic:
-    """Returns what a precision promises: storage, operands and an fp32 accumulator for the 16-bit formats.
+    """Return the arithmetic that a precision promises: storage, operands, and an fp32 accumulator for 16-bit formats.
 
-    The promise leaves open what implementations legitimately do either way: the bias may be added after the product was
-    rounded, and subnormals of formats other than fp16 may be flushed. What a device was seen to do closes this again,
-    see `entitlement`.
+    Two choices stay open: the bias may be added after the product was rounded, and subnormals of formats other than
+    fp16 may be flushed. Probes of the device close them, see `fingerprint.entitlement`.
 
     Args:
         precision: `fp64`, `ieee_fp32`, `tf32`, `bf16` or `fp16`.
@@ -143,7 +142,7 @@ def declared_arithmetic(precision: str) -> Arithmetic:
 
 
 def _growth(n: int, u: float, tier: Tier, confidence: float) -> float:
-    """gamma_n of a tier: the relative error of a sum of n terms."""
+    """Return gamma_n of a tier: the relative error of a sum of n terms."""
     if tier == "T1":
         return n * u / (1 - n * u) if n * u < 1 else math.inf
     if tier == "T2":
@@ -152,7 +151,7 @@ def _growth(n: int, u: float, tier: Tier, confidence: float) -> float:
 
 
 def bounds(tensor: OracleTensor, arithmetic: Arithmetic, tiers: Sequence[Tier]) -> dict[Tier, np.ndarray]:
-    """Returns B of several tiers, element by element: the largest error that correct code can show.
+    """Return B of several tiers, element by element: the largest error that correct code can show.
 
     B is linear in S, |b|, the magnitude of the value and, without fusion, of the product; only the coefficients of S
     and |b| depend on the tier, so that the rest is added up once.
@@ -199,5 +198,5 @@ def bounds(tensor: OracleTensor, arithmetic: Arithmetic, tiers: Sequence[Tier]) 
 
 
 def bound(tensor: OracleTensor, arithmetic: Arithmetic, tier: Tier = "T1") -> np.ndarray:
-    """Returns B of one tier; see `bounds`."""
+    """Return B of one tier; see `bounds`."""
     return bounds(tensor, arithmetic, (tier,))[tier]

@@ -10,7 +10,6 @@ import numpy as np
 from parity_tests.causes.pair import likely_cause
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
 from parity_tests.judge.dtypes import numpy_dtype
-from parity_tests.judge.failures import first_line
 from parity_tests.pair.assembly import Tell, merged, prepared, tell_nobody
 from parity_tests.pair.draws import Draw, InputSource, Scale
 from parity_tests.pair.judge import Judge
@@ -18,6 +17,7 @@ from parity_tests.pair.legs import Pair
 from parity_tests.pair.mapping import SIDES, Rule
 from parity_tests.pair.report import PairReport, PairRow
 from parity_tests.pair.reproduction import reproduction
+from parity_tests.report.text import first_line
 
 
 def judge_pair(

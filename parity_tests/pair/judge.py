@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from parity_tests.judge.comparison import TensorResult
-from parity_tests.judge.failures import first_line
 from parity_tests.judge.records import row_from_result
 from parity_tests.pair.buffers import refuse_unmapped
 from parity_tests.pair.calibration import SEMANTIC_SCALE, calibrated_bound, constants_bound
@@ -18,6 +17,7 @@ from parity_tests.pair.report import PairRow
 from parity_tests.pair.side import CANNOT_RUN, Ensemble
 from parity_tests.pair.state import PREFIX, is_output, updated
 from parity_tests.pair.verdict import UNDECIDED, refused, same_bits, undecided, within
+from parity_tests.report.text import first_line
 
 KEYS = ("torch", "jax")
 _BOTH = "torch+jax"

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from parity_tests.judge.dtypes import numpy_dtype
-from parity_tests.judge.failures import first_line
 from parity_tests.pair.buffers import LeftOut
 from parity_tests.pair.casts import as_stored, format_name, is_inexact, roundoff
 from parity_tests.pair.draws import (
@@ -25,6 +24,7 @@ from parity_tests.pair.mapping import ParameterMapping, Rule
 from parity_tests.pair.patterns import AxisPattern, MappingError
 from parity_tests.pair.side import Arrays, Constants, Ensemble, ParameterSpec, Side
 from parity_tests.pair.state import PREFIX, is_output, state_of, updated
+from parity_tests.report.text import first_line
 
 Tuple = tuple[np.ndarray, ...]
 _OWN_SENTENCE = re.compile(r"^(\w+: )?\w+(\[[^\]]*\])?: expected ")  # of a side, or of one in another interpreter

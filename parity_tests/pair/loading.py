@@ -13,8 +13,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from parity_tests.judge.failures import located
 from parity_tests.judge.subjects import framework_available
+from parity_tests.report.text import located
 
 Factory = Callable[..., Any]
 _PARTS = ("torch", "jax", "pair")

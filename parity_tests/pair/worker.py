@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.interpreters.child import Channel
-from parity_tests.judge.failures import first_line
+from parity_tests.interpreters.interpreter import Channel
 from parity_tests.judge.records import environment
 from parity_tests.pair.exchange import packed, unpacked
 from parity_tests.pair.loading import build, load_factory
 from parity_tests.pair.side import CANNOT_RUN, Arrays, ParameterSpec, Side, make_side
+from parity_tests.report.text import first_line
 
 
 def _reply(

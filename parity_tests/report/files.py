@@ -1,8 +1,8 @@
-"""Files that commands write and read, and folders that they work in: whole or not at all, and nothing left behind.
+"""Write and read files whole or not at all, and keep scratch folders; nothing is left behind.
 
 A file is written beside its target and takes its place in one step, so that a full disk, Ctrl-C or SIGKILL leave the
-old one as it was. Whatever is unfinished is locked by the process that works on it. The kernel drops such a lock with
-the process, however that ends: what is not locked is abandoned, and the next process removes it.
+old one as it was. An unfinished file or folder is locked by its process. The kernel drops the lock with the process,
+however that ends; an unfinished file without a lock is abandoned, and the next process removes it.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class OutputError(OSError):
 
 
 def read_text(path: Path) -> str:
-    """Read a whole text file once; nothing but a regular file of sane size, so that no pipe or device is waited for.
+    """Read a whole text file, which must be a regular one of sane size: no pipe or device is waited for.
 
     Raises:
         OSError: if it cannot be read, or is none.
@@ -174,7 +174,7 @@ def _is_stream(found: os.stat_result) -> bool:
 
 
 def _standard_stream(found: os.stat_result) -> int | None:
-    """Return the standard stream that a file is, by any name: to replace it would lose what else goes there."""
+    """Return the standard stream that a file is, by any name: replacing it would lose its other output."""
     for stream in (1, 2):
         with contextlib.suppress(OSError):
             if os.path.samestat(found, os.fstat(stream)):
@@ -183,7 +183,7 @@ def _standard_stream(found: os.stat_result) -> int | None:
 
 
 def _stream(path: Path) -> contextlib.AbstractContextManager[BinaryIO] | None:
-    """Open a device, a pipe or a standard stream for writing; return None for what is to be replaced."""
+    """Open a device, a pipe or a standard stream for writing; return None for a file, which is replaced instead."""
     found = _status(path)
     if found is None:
         return None
@@ -257,7 +257,7 @@ def _new_file(target: Path) -> tuple[int, Path]:
 
 
 def _remove_abandoned_files(target: Path) -> None:
-    """Remove what a process left that was killed while it wrote the same file."""
+    """Remove the unfinished files of processes that were killed while they wrote the same file."""
     beginning = _beginning(target)
     try:
         names = [name for name in os.listdir(target.parent) if name.startswith(beginning)]
@@ -323,7 +323,7 @@ def _remove_abandoned_folders() -> None:
 
 
 def _open_to_lock(path: Path) -> int | None:
-    """Return a handle of what is there, which a directory has too; None where that is not possible."""
+    """Return a handle of a file or directory; None where it cannot be opened."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
     try:
         return os.open(path, flags)

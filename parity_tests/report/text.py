@@ -1,4 +1,4 @@
-"""Text from outside (names, reasons, paths) in every format that a report has: it stays text, whatever is in it.
+"""Make text from outside (names, reasons, paths, exceptions) safe for each format of a report.
 
 `printable` decides what may be shown at all; one function for each format then escapes what that format would obey.
 Renderers call the function of their format where text leaves them, and nothing else.
@@ -7,11 +7,12 @@ Renderers call the function of their format where text leaves them, and nothing 
 import html
 import json
 import re
+import traceback
 from typing import Any
 
 
 def printable(value: object) -> str:
-    """Return a value as one line in which every character shows: what does not is written as Python escapes it.
+    """Return a value as one line in which every character shows; the others are written as Python escapes.
 
     That concerns control characters (a terminal obeys some, XML forbids most, a newline begins another line), overrides
     of the writing direction, invisible and unassigned characters, and halves of surrogate pairs, which no file takes.
@@ -106,3 +107,27 @@ def _whole(value: Any) -> Any:
     if isinstance(value, dict):
         return {_whole(name): _whole(item) for name, item in value.items()}
     return [_whole(item) for item in value] if isinstance(value, list) else value
+
+
+_MOST_CHARACTERS = 300  # some messages end in a whole program
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, cut where it is long."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:
+        return "its message cannot be shown"
+    return lines[0][:_MOST_CHARACTERS] if lines else "no reason given"
+
+
+def raised(what: str, error: BaseException) -> str:
+    """Return one sentence for work that raised an exception: `what` begins it, such as "the call"."""
+    return f"{what} raised {type(error).__name__}: {first_line(error)}"
+
+
+def located(error: BaseException) -> str:
+    """Return an exception in one line with the place where it was raised, instead of a traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {first_line(error)}{where}"

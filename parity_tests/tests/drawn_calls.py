@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.judge.cases import Case
 from parity_tests.judge.comparison import compare
 from parity_tests.judge.dtypes import STORAGE_DTYPES
-from parity_tests.judge.inputs import Inputs, draw_inputs
+from parity_tests.judge.inputs import Case, Inputs, draw_inputs
 from parity_tests.judge.oracle import reference
 from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, declared_arithmetic
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.judge.cases import Case
+from parity_tests.judge.inputs import Case
 from parity_tests.tests.drawn_calls import Call, Flaw
 
 

@@ -1,4 +1,4 @@
-"""The house rules, as tests: twin rooms, one-way imports, and isolation of each framework in a fresh process."""
+"""The house rules, as tests: twin rooms and twin functions, sizes, one-way imports without circles, isolation."""
 
 import ast
 import os
@@ -19,6 +19,35 @@ ONE_SIDED = {
         "linears.py": "lists of nn.Linear, in and out: a torch pattern",
     },
     "jax_impl": {"linen.py": "Flax has two module systems; torch has one"},
+}
+# Functions that the two trees share as copies, since neither may import the other: by file, each with its name.
+TWINS = {
+    "array_types.py": ("UnsupportedImplementationError", "kind_of", "shown", "said", "_on_one_line"),
+    "files.py": (
+        *("as_path", "read_file", "write_file", "_check_regular"),
+        *("_replace", "_new_file", "_remove_abandoned", "_locked"),
+    ),
+    "registry.py": ("implementation_names", "get_implementation", "_listed"),
+    "validation.py": ("_names",),
+}
+LONGEST, SHORTEST = 400, 40
+MOST_FILES = 262
+# Files below the shortest length, each with the name by which a reader looks for it. Packages, their entries and the
+# implementations of the table need no reason.
+SHORT = {
+    "parity_tests/frameworks/torch/random.py": "torch's random state",
+    "parity_tests/pair/examples/differences.py": "what stock modules do differently",
+    "parity_tests/pair/plugin.py": "the pytest plugin",
+    "bench/commands/arguments.py": "options of several commands",
+    "bench/commands/conditions.py": "conditions of a run",
+    "bench/engines/base.py": "the interface of engines",
+    "bench/measure/compile_caches.py": "caches of compiled programs",
+    "bench/measure/cuda_packages.py": "versions of CUDA packages",
+    "bench/measure/intervals.py": "busy time",
+    "bench/measure/layouts.py": "memory layouts",
+    "bench/measure/packages.py": "versions of packages",
+    "bench/measure/torch/compile_cache.py": "torch's cache",
+    "bench/plan/workloads.py": "workloads",
 }
 ALLOWED = {
     "torch_impl": {"torch_impl"},
@@ -140,7 +169,7 @@ def test_each_tree_works_with_the_other_framework_unimportable(framework, banned
         pytest.skip(f"{framework} is not installed here")
     code = f"""
 import sys
-from parity_tests.judge.cases import SMOKE
+from parity_tests.judge.inputs import SMOKE
 from parity_tests.judge.run import run_cells
 from parity_tests.judge.subjects import load_subjects
 import {framework}_impl
@@ -169,14 +198,90 @@ assert not loaded, loaded
     assert result.returncode == 0, result.stderr
 
 
-def test_files_stay_readable():
-    long = {
-        str(path.relative_to(ROOT)): lines
-        for package in ALLOWED
-        for path in sources(package)
-        if "tests" not in path.parts and (lines := len(path.read_text().splitlines())) > 400
+def code(package):
+    """The files of a package that are no tests."""
+    return [path for path in sources(package) if "tests" not in path.relative_to(ROOT).parts]
+
+
+def lengths():
+    return {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for package in ALLOWED for path in code(package)
     }
-    assert long == {}
+
+
+def test_files_stay_readable():
+    assert {name: lines for name, lines in lengths().items() if lines > LONGEST} == {}
+
+
+def test_a_file_is_worth_opening():
+    short = {
+        name
+        for name, lines in lengths().items()
+        if lines < SHORTEST
+        and Path(name).name not in ("__init__.py", "__main__.py")
+        and Path(name).parent.name != "implementations"
+    }
+    assert short == set(SHORT)
+
+
+def test_a_package_file_holds_more_than_a_docstring():
+    """In the judge, a folder is a package without one; only what is imported or said in it needs the file."""
+    files = [path for path in code("parity_tests") if path.name == "__init__.py"]
+    bare = [str(path.relative_to(ROOT)) for path in files if len(path.read_text().splitlines()) < 2]
+    assert set(bare) <= {"parity_tests/__init__.py"}
+
+
+def test_the_house_has_room():
+    assert len(lengths()) <= MOST_FILES
+
+
+def functions(path):
+    """The source of each function and class of a file by its name."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return {node.name: ast.unparse(node) for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+@pytest.mark.parametrize("file", TWINS)
+def test_twin_functions_stay_equal(file):
+    trees = [functions(ROOT / tree / file) for tree in ONE_SIDED]
+    copies = {name for name in trees[0].keys() & trees[1].keys() if trees[0][name] == trees[1][name]}
+    # A new copy is listed as well, so that it stays one.
+    assert {name for name in copies if len(trees[0][name].splitlines()) > 1} == set(TWINS[file]), f"{Path(file).stem}"
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_between_modules():
+    """Each module's imports of other modules of the house, also those within functions; not those for type checkers."""
+    modules = {module_name(path): path for package in ALLOWED for path in code(package)}
+    found = {}
+    for name, path in modules.items():
+        nodes, used = [ast.parse(path.read_text())], set()
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                nodes += node.orelse
+                continue
+            nodes += ast.iter_child_nodes(node)
+            if isinstance(node, ast.Import):
+                used |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                used |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        found[name] = (used & set(modules)) - {name}
+    return found
+
+
+def test_imports_have_no_circles():
+    left = imports_between_modules()
+    # A module whose imports have all been taken away is in no circle; what remains is, or imports what is.
+    while free := {name for name, used in left.items() if not used & set(left)}:
+        left = {name: used for name, used in left.items() if name not in free}
+    while unused := {name for name in left if not any(name in used for used in left.values())}:
+        left = {name: used for name, used in left.items() if name not in unused}
+    assert sorted(left) == []
 
 
 BREACHES = {
@@ -197,6 +302,23 @@ BREACHES = {
     ),
     "a room that only one tree has": ("jax_impl/a.py", "", lambda: test_twin_trees_have_the_same_rooms()),
     "a file that is too long": ("bench/a.py", "\n" * 401, lambda: test_files_stay_readable()),
+    "a file that is too short": ("bench/a.py", "\n" * 3, lambda: test_a_file_is_worth_opening()),
+    "a package file with a docstring alone": (
+        "parity_tests/judge/__init__.py",
+        '"""Judge."""\n',
+        lambda: test_a_package_file_holds_more_than_a_docstring(),
+    ),
+    "one file too many": ("bench/a.py", "", lambda: test_the_house_has_room()),
+    "a copy that changed": (
+        "jax_impl/registry.py",
+        "def shared(a):\n    return -a\n",
+        lambda: test_twin_functions_stay_equal("registry.py"),
+    ),
+    "a circle, one way within a function": (
+        "bench/a.py",
+        "def late():\n    import bench.b",
+        lambda: test_imports_have_no_circles(),
+    ),
     **{
         f"an implementation imports another: {line}": (
             "jax_impl/implementations/loop.py",
@@ -225,7 +347,19 @@ def test_a_breach_of_a_rule_is_found(breach, tmp_path, monkeypatch):
             (tmp_path / tree / file).touch()
         (tmp_path / tree / "implementations" / "loop.py").touch()
         (tmp_path / tree / "implementations" / "einsum.py").touch()
+    for tree in ONE_SIDED:
+        (tmp_path / tree / "registry.py").write_text("def shared(a):\n    return a\n")
+    (tmp_path / "parity_tests" / "judge").mkdir()
+    (tmp_path / "bench" / "b.py").write_text("from bench.a import late\n" + "\n" * SHORTEST)
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.py")}
+    monkeypatch.setitem(
+        globals(),
+        "SHORT",
+        dict.fromkeys(name for name in files if name != "bench/b.py" and "implementations" not in name),
+    )
+    monkeypatch.setitem(globals(), "TWINS", {"registry.py": ("shared",)})
+    monkeypatch.setitem(globals(), "MOST_FILES", len(files))
     rule()
     (tmp_path / name).write_text(text)
     with pytest.raises(AssertionError, match=Path(name).stem):

@@ -7,18 +7,16 @@ import numpy as np
 import pytest
 
 from parity_tests.causes.layer import UNEXPLAINED, explain
-from parity_tests.defects.planting import plant
-from parity_tests.defects.subject import DEFECTS
-from parity_tests.defects.training import TRAINING_DEFECTS
-from parity_tests.judge.cases import Case
+from parity_tests.defects.subject import DEFECTS, plant
+from parity_tests.defects.training import TRAINING_DEFECTS, observe_training
 from parity_tests.judge.comparison import compare, missing_tensors
-from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.inputs import Case, draw_inputs
 from parity_tests.judge.oracle import reference
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available
 from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
 from parity_tests.training.ladder import RUNGS, LadderSide, climb
 from parity_tests.training.optimizers import OPTIMIZERS
-from parity_tests.training.run import load_side, observe_training
+from parity_tests.training.run import load_side
 from parity_tests.training.tasks import partitioned_mlp
 
 CASE = Case("causes", (24,), 3, 16, 16)

@@ -8,31 +8,26 @@ from parity_tests.defects.layer import (
     DTYPES,
     INITIAL_DEFECTS,
     OFF_BLOCK_DEFECTS,
+    flax_distribution,
     has_masked_layer,
+    initialization_cause,
+    initialization_faults,
     layers_of,
     observe_initial,
     observe_off_block,
     off_block_cause,
-)
-from parity_tests.defects.planting import CASE, observe
-from parity_tests.defects.subject import DEFECTS
-from parity_tests.defects.training import TRAINING_DEFECTS
-from parity_tests.judge.cases import Case
-from parity_tests.judge.initialization import (
-    flax_distribution,
-    initialization_cause,
-    initialization_faults,
     torch_distribution,
 )
-from parity_tests.judge.inputs import draw_inputs
+from parity_tests.defects.subject import CASE, DEFECTS, observe
+from parity_tests.defects.training import TRAINING_DEFECTS
+from parity_tests.judge.inputs import Case, draw_inputs
 from parity_tests.judge.oracle import reference
 from parity_tests.judge.records import environment, summarize
 from parity_tests.judge.run import judge, run_cells, too_dense
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available, load_subjects
 from parity_tests.report.console import PlainConsole
 from parity_tests.report.html import html_document
-from parity_tests.report.junit import junit_document
-from parity_tests.report.terminal import print_report
+from parity_tests.report.rows import junit_document, print_report
 
 HEALTHY = {
     f"{framework}-{subject.implementation}": subject

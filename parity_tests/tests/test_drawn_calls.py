@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from parity_tests.judge.cases import SMOKE
+from parity_tests.judge.inputs import SMOKE
 from parity_tests.tests.drawn_calls import (
     Attempt,
     Call,

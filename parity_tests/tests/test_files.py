@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -404,21 +403,25 @@ def test_folders_of_killed_processes_are_removed_by_the_next_one_and_no_others(t
 
 _SERVING = """
 import os, tempfile
-from multiprocessing import util
-from parity_tests.frameworks.torch.sharded import _folder, _temporary_files_in
-with _temporary_files_in(_folder().name):
-    util.get_temp_dir()  # where the server that forks the processes listens
-print([os.path.relpath(found, tempfile.gettempdir()) for found, _, _ in os.walk(tempfile.gettempdir())])
+from parity_tests.frameworks.torch.sharded import ShardedTorchSubject, _running
+from parity_tests.judge.inputs import Case, draw_inputs
+from parity_tests.judge.subjects import load_subjects
+(subject,) = [found for found in load_subjects("torch", "cpu", ["sharded"]) if found.implementation == "einsum"]
+subject.forward(draw_inputs(Case("divided", (2,), 2, 3, 3), "float32"))
+print([child.child.pid for child in _running[0]._children], os.listdir(tempfile.gettempdir()))
 """
 
 
 @pytest.mark.skipif("torch_impl" not in TREES, reason="needs torch")
-def test_the_server_of_sharded_processes_listens_in_the_folder_and_both_are_removed():
-    # The name of a socket has a hundred characters, which pytest's folders take alone.
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": folder}
-        options = {"capture_output": True, "text": True, "check": True, "cwd": ROOT, "env": environment}
-        done = subprocess.run([sys.executable, "-c", _SERVING], **options)
-        assert any("scratch-shards-" in name and "/pymp-" in name for name in ast.literal_eval(done.stdout))
-        assert done.stderr == ""
-        assert [name for name in os.listdir(folder) if "torchinductor" not in name] == []
+def test_sharded_processes_and_the_folder_in_which_they_meet_are_removed(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    options = {"capture_output": True, "text": True, "check": True, "cwd": ROOT, "env": environment}
+    done = subprocess.run([sys.executable, "-c", _SERVING], **options)
+    pids, names = map(ast.literal_eval, done.stdout.strip().replace("] [", "]\n[").splitlines())
+    assert len(pids) == 2
+    assert any("scratch-shards-" in name for name in names)
+    assert done.stderr == ""
+    assert [name for name in os.listdir(tmp_path) if "torchinductor" not in name] == []
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

@@ -308,7 +308,7 @@ def test_the_entry_can_be_read_by_old_pythons():
 
 def test_the_transport_needs_the_standard_library_only():
     code = (
-        "import sys, parity_tests.interpreters.interpreter, parity_tests.interpreters.child;"
+        "import sys, parity_tests.interpreters.interpreter;"
         "known = sys.stdlib_module_names | {'parity_tests', '__main__'};"
         "print([name for name in sys.modules if name.split('.')[0] not in known])"
     )

@@ -19,7 +19,7 @@ from scipy import stats
 from jax_impl import PartitionedLinear
 from jax_impl.initializers import INITIALIZERS, TRUNCATED_STD
 from jax_impl.linen import PartitionedLinear as LinenPartitionedLinear
-from parity_tests.judge.initialization import (
+from parity_tests.defects.layer import (
     STANDARD_ERRORS,
     Distribution,
     flax_distribution,

@@ -12,24 +12,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parity_tests.judge.cases import FULL, Case
 from parity_tests.judge.exact import check_isolation, check_lattice
-from parity_tests.judge.inputs import draw_inputs
-from parity_tests.judge.metamorphic import RANDOM_CHECKS
-from parity_tests.judge.modes import (
+from parity_tests.judge.inputs import FULL, Case, draw_inputs
+from parity_tests.judge.oracle import reference
+from parity_tests.judge.run import count_cells, judge, run_cells
+from parity_tests.judge.subjects import (
     COUNTERPARTS,
     DEFAULT_MODES,
+    FRAMEWORKS,
     MODES,
     SHARDS,
     covered,
+    framework_available,
+    load_subjects,
     members_of,
     modes_of,
     shards_of,
     split_members,
 )
-from parity_tests.judge.oracle import reference
-from parity_tests.judge.run import count_cells, judge, run_cells
-from parity_tests.judge.subjects import FRAMEWORKS, framework_available, load_subjects
+from parity_tests.tests.metamorphic import RANDOM_CHECKS
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framework)]

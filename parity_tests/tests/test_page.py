@@ -10,8 +10,7 @@ import subprocess
 import pytest
 
 from parity_tests.judge.records import ParityRow, environment
-from parity_tests.report.drawings import ABOVE, Block, Curves, colour, heatmap
-from parity_tests.report.html import html_document
+from parity_tests.report.html import ABOVE, Block, Curves, colour, heatmap, html_document
 
 BROWSER = next(
     (found for name in ("chromium-headless-shell", "chromium", "google-chrome") if (found := shutil.which(name))), None

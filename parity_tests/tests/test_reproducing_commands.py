@@ -8,15 +8,14 @@ from typer.testing import CliRunner
 
 from parity_tests.__main__ import app
 from parity_tests.commands import run as command
-from parity_tests.judge.cases import Case
 from parity_tests.judge.dtypes import numpy_dtype
-from parity_tests.judge.modes import DEFAULT_MODES
+from parity_tests.judge.inputs import Case
 from parity_tests.judge.oracle import reference
 from parity_tests.judge.records import ParityRow, summarize
 from parity_tests.judge.run import run_cells
-from parity_tests.judge.subjects import FRAMEWORKS, framework_available
+from parity_tests.judge.subjects import DEFAULT_MODES, FRAMEWORKS, framework_available
 from parity_tests.report.console import PlainConsole
-from parity_tests.report.terminal import print_report
+from parity_tests.report.rows import print_report
 from parity_tests.training.run import TRAINED, TRAININGS, TrainingRows
 
 CASE = Case("square", (4,), 3, 8, 8)

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests.judge.cases import Case
-from parity_tests.judge.modes import DEFAULT_MODES
-from parity_tests.judge.subjects import FRAMEWORKS, framework_available, load_subjects
+from parity_tests.judge.inputs import Case
+from parity_tests.judge.subjects import DEFAULT_MODES, FRAMEWORKS, framework_available, load_subjects
 from parity_tests.tests.test_modes import exact_failures
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,12 +1,10 @@
 """Nothing waits for a process without a time limit: found by reading every source file, and seen where it counts."""
 
 import ast
-import multiprocessing
-import os
-import time
 
 import pytest
 
+from parity_tests.interpreters.process import ProcessError
 from parity_tests.judge.subjects import framework_available
 from parity_tests.tests.test_architecture import ROOT, sources
 
@@ -30,11 +28,6 @@ _STREAMS = {"stdout", "stderr", "stdin"}
 
 # By file and function, each with what ends the wait.
 ALLOWED = {
-    (
-        "parity_tests/frameworks/torch/shard.py",
-        "serve",
-    ): "a child waits for its parent, whose end closes the pipe",
-    ("parity_tests/frameworks/torch/sharded.py", "_exchange"): "in a thread that is joined with a limit",
     ("bench/study/archive_ranking.py", "_in_parts"): "a watch kills processes that are waited for too long",
 }
 
@@ -155,40 +148,39 @@ def test_nothing_waits_for_a_process_without_a_time_limit():
 
 @pytest.mark.skipif(not framework_available("torch"), reason="torch is not installed here")
 @pytest.mark.parametrize(
-    ("target", "arguments", "sentence"),
+    ("body", "sentence"),
     [
-        (time.sleep, (600,), r"expected an answer within 1 s, got none"),
-        (os._exit, (7,), r"expected an answer within 1 s, got the end of a process \(status 7\)"),
+        ("time.sleep(600)", r"expected an answer, but process 0 of 1 gave no answer within 1 s"),
+        ("os._exit(7)", r"expected an answer, but process 0 of 1 ended with status 7"),
+        ("channel.send({'received': True}); channel.receive(); time.sleep(600)", "gave no answer within 1 s"),
     ],
 )
-def test_shards_that_do_not_answer_are_ended_in_time(target, arguments, sentence, monkeypatch):
-    from parity_tests.frameworks.torch import sharded as torch_sharded
+def test_shards_that_do_not_answer_are_ended_in_time(body, sentence, tmp_path, monkeypatch):
+    from parity_tests.frameworks.torch import sharded
 
-    monkeypatch.setattr(torch_sharded, "_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(torch_sharded, "_running", [])
-    context = multiprocessing.get_context("spawn")
-    shards = object.__new__(torch_sharded._Shards)
-    ours, theirs = context.Pipe()
-    shards.size = 1
-    shards._ends, shards._processes = [ours], [context.Process(target=target, args=arguments, daemon=True)]
-    shards._processes[0].start()
-    torch_sharded._running.append(shards)
+    (tmp_path / "stuck.py").write_text(f"import os, time\ndef main(channel, *arguments):\n    {body}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(sharded, "_CHILD", "stuck")
+    monkeypatch.setattr(sharded, "_running", [])
+    shards = sharded._shards(1)
+    shards._children[0].timeout_s = 1.0
     # More than a pipe holds: sending waits as well.
     with pytest.raises(RuntimeError, match=sentence):
-        shards.run((b"x" * 2**22,))
-    assert torch_sharded._running == []
-    assert not shards._processes[0].is_alive()
-    theirs.close()
+        shards.run({}, b"x" * 2**22)
+    assert sharded._running == []
+    assert not shards._children[0].child.alive
 
 
 @pytest.mark.skipif(not framework_available("jax"), reason="jax and flax are not installed here")
-def test_a_finding_s_process_has_a_time_limit_and_its_own_sentence(monkeypatch):
+def test_a_finding_s_process_has_a_time_limit_and_its_own_sentence(monkeypatch, tmp_path):
     from parity_tests.frameworks.jax import findings
 
     monkeypatch.setattr(findings, "_PROCESS_S", 0.05)
-    with pytest.raises(RuntimeError, match=r"its process gave no answer within 0.05 s"):
+    with pytest.raises(ProcessError, match=r"its process gave no answer within 0.05 s"):
         findings._divided_convolution()
-    monkeypatch.setattr(findings, "_PROCESS_S", 60)
-    monkeypatch.setattr(findings, "_DIVIDED_CONVOLUTION", "raise SystemExit('the last words')")
-    with pytest.raises(RuntimeError, match=r"its process ended with status 1: the last words"):
+    (tmp_path / "ending.py").write_text("def main(channel):\n    raise SystemExit('the last words')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(findings, "_PROCESS_S", 60.0)
+    monkeypatch.setattr(findings, "_CHILD", "ending")
+    with pytest.raises(ProcessError, match=r"its process raised SystemExit: the last words"):
         findings._divided_convolution()

@@ -5,8 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from parity_tests.judge.cases import Case
-from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.inputs import Case, draw_inputs
 from parity_tests.judge.subjects import framework_available
 
 if not (framework_available("torch") and framework_available("jax")):
@@ -20,12 +19,10 @@ from parity_tests.frameworks.jax.training import JaxTraining
 from parity_tests.frameworks.torch import subjects as torch_subjects
 from parity_tests.frameworks.torch.training import TorchTraining
 from parity_tests.training import run as training_run
-from parity_tests.training.criteria import free_running
+from parity_tests.training.criteria import free_running, off_block, training_parity
 from parity_tests.training.ladder import RUNGS, LadderSide, climb
 from parity_tests.training.optimizers import OPTIMIZERS, OptimizerSpec
-from parity_tests.training.parity import training_parity
 from parity_tests.training.run import load_side
-from parity_tests.training.stepwise import off_block
 from parity_tests.training.tasks import nlinear_series, partitioned_mlp
 from torch_impl import MaskedPartitionedLinear
 

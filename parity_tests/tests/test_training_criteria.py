@@ -6,12 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from parity_tests.judge.subjects import LayerTap, MaskedRun, StepGradients, Trajectory
-from parity_tests.training.criteria import moments_agree, not_vacuous, steps_counted
+from parity_tests.training.criteria import (
+    moments_agree,
+    not_vacuous,
+    off_block,
+    replayed,
+    resynchronised,
+    steps_counted,
+    training_parity,
+)
 from parity_tests.training.optimizers import OPTIMIZERS
-from parity_tests.training.parity import training_parity
-from parity_tests.training.stepwise import off_block, replayed, resynchronised
-from parity_tests.training.tasks import TrainingTask
+from parity_tests.training.tasks import LayerTap, MaskedRun, StepGradients, TrainingTask, Trajectory
 
 STEPS, NUM_PARTITIONS = 60, 3
 MOMENTUM = OPTIMIZERS["momentum"]

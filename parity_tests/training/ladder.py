@@ -1,4 +1,4 @@
-"""The ladder: weights round-trip, forward, gradients, one optimiser step, K steps; the first rung that breaks, and why.
+"""Climb the ladder (weights round-trip, forward, gradients, one optimiser step, K steps) to the first failing rung.
 
 A higher rung is not climbed once a lower one has failed: its failure would say nothing new.
 """
@@ -13,11 +13,10 @@ from parity_tests.causes.optimizer import explain_optimizer, replayed_cause
 from parity_tests.judge.inputs import Inputs
 from parity_tests.judge.oracle import reference
 from parity_tests.judge.run import judge
-from parity_tests.judge.subjects import Subject, TrainingSubject
-from parity_tests.training.criteria import SEMANTIC_FACTOR, distances
+from parity_tests.judge.subjects import Subject
+from parity_tests.training.criteria import SEMANTIC_FACTOR, TrainingReport, distances, training_parity
 from parity_tests.training.optimizers import OptimizerSpec
-from parity_tests.training.parity import TrainingReport, training_parity
-from parity_tests.training.tasks import TrainingTask
+from parity_tests.training.tasks import TrainingSubject, TrainingTask
 
 RUNGS: tuple[str, ...] = ("weights round-trip", "forward", "dx, dW, db", "one optimiser step", "K optimiser steps")
 Arrays = Mapping[str, np.ndarray]
@@ -50,7 +49,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class LadderReport:
-    """The rungs that were climbed, the last one possibly failed, and the training report if the top was reached."""
+    """The rungs that were climbed, and the training report if the top was reached."""
 
     rungs: list[Rung]
     training: TrainingReport | None = None
@@ -127,7 +126,7 @@ def climb(
     steps: int = 500,
     members: int = 12,
 ) -> LadderReport:
-    """Climbs until a rung fails.
+    """Climb until a rung fails.
 
     Args:
         sides: two frameworks; the first one's optimiser is trusted when a cause is sought.

@@ -1,6 +1,6 @@
-"""One neutral description of an optimiser, from which both the torch.optim and the optax side are built.
+"""Describe an optimiser once, neutrally; both the torch.optim and the optax side are built from it.
 
-Everything the two libraries leave to different defaults is written down here once: learning rate and its step origin,
+Everything that the two libraries set by different defaults is stated here: learning rate and its step origin,
 betas, epsilon and its placement (outside the square root, as torch has it), the initial accumulator, decoupled or
 coupled weight decay and which parameters it touches, Nesterov without dampening, and the clip formula
 `min(1, max_norm / (norm + 1e-6))`.
@@ -52,7 +52,7 @@ class OptimizerSpec:
     first_step: int = 0
 
     def rates(self, steps: int) -> np.ndarray:
-        """Returns the learning rate of each of the first `steps` steps, in float64; step 0 is the first update.
+        """Return the learning rate of each of the first `steps` steps, in float64; step 0 is the first update.
 
         A table and not a schedule object: optax's schedules return float32 even under x64.
         """
@@ -70,16 +70,16 @@ class OptimizerSpec:
 
     @property
     def keeps_moments(self) -> bool:
-        """Whether the algorithm averages or sums gradients over the steps: all but plain SGD."""
+        """True if the algorithm averages or sums gradients over the steps: all but plain SGD."""
         return self.name != "sgd" or self.momentum != 0
 
     @property
     def counts_steps(self) -> bool:
-        """Whether an update depends on how many steps were taken, apart from the schedule: Adam's bias correction."""
+        """True if an update depends on the number of steps apart from the schedule: Adam's bias correction."""
         return self.name in ("adam", "adamw")
 
     def decays(self, parameter: str) -> bool:
-        """Whether weight decay touches a parameter, by its name `...weight` or `...bias`."""
+        """Return True if weight decay touches a parameter, by its name `...weight` or `...bias`."""
         return self.weight_decay > 0 and (self.decay_bias or not parameter.endswith("bias"))
 
 
@@ -100,7 +100,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
 
 
 def optimizer(name: str) -> OptimizerSpec:
-    """The optimiser that a name of `OPTIMIZERS` means.
+    """Return an optimiser of `OPTIMIZERS` by its name.
 
     Raises:
         ValueError: for another name, with the choices.

@@ -1,29 +1,24 @@
-"""The ladder as rows of a parity run: which models and optimisers each set of cases trains, and their curves."""
+"""Turn ladders into rows and curves of a parity run, and choose what each set of cases trains."""
 
-import dataclasses
 import importlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from parity_tests.causes.optimizer import replayed_cause
-from parity_tests.defects.planting import Killing
-from parity_tests.defects.training import TrainingDefect, plant, spec_of
-from parity_tests.judge.cases import Case
-from parity_tests.judge.failures import raised
-from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.inputs import Case, draw_inputs
 from parity_tests.judge.records import ParityRow
 from parity_tests.judge.subjects import FRAMEWORKS
-from parity_tests.report.drawings import Curves
+from parity_tests.report.html import Curves
+from parity_tests.report.text import raised
+from parity_tests.training.criteria import TrainingReport
 from parity_tests.training.ladder import RUNGS, LadderSide, climb
 from parity_tests.training.optimizers import OPTIMIZERS
-from parity_tests.training.parity import TrainingReport
 from parity_tests.training.tasks import TASKS
 
 STEPS = 500
 CASE = Case("ladder", (64,), 3, 16, 16)
-# What each set of cases trains: nothing, one of each kind of optimiser, everything.
+# Trained by each set of cases: nothing, one of each kind of optimiser, everything.
 TRAINED: dict[str, tuple[tuple[str, str], ...]] = {
     "smoke": (),
     "default": (("partitioned-mlp", "momentum"), ("nlinear", "adamw-clip-warmup-cosine")),
@@ -46,7 +41,7 @@ class TrainingRows:
 
 
 def training_rows(task_name: str, optimizer: str, steps: int = STEPS, members: int = 12) -> TrainingRows:
-    """Climbs the ladder with torch and JAX and returns a row a rung and a row a criterion of the top rung.
+    """Climb the ladder with torch and JAX; return a row for each rung and for each criterion of the top rung.
 
     Args:
         task_name: a name of `TASKS`.
@@ -102,7 +97,7 @@ def _where(task_name: str, optimizer: str) -> dict[str, Any]:
 
 
 def failed_training(task_name: str, optimizer: str, error: Exception) -> ParityRow:
-    """The row of a ladder that ended in an exception: it must not cost what else was compared."""
+    """Return the row of a ladder that ended in an exception, so that the other rows stay."""
     where = _where(task_name, optimizer)
     return ParityRow(
         kind="ladder", case=RUNGS[0], tensor="", status="mismatch", reason=raised("the training", error), **where
@@ -110,7 +105,7 @@ def failed_training(task_name: str, optimizer: str, error: Exception) -> ParityR
 
 
 def curves_of(report: TrainingReport | None) -> list[Curves]:
-    """Returns the loss curves and each framework's divergence from its own float64 run, with its noise band."""
+    """Return the loss curves and each framework's divergence from its own float64 run, with its noise band."""
     if report is None:
         return []
     title = f"{report.task}, {report.optimizer}"
@@ -128,32 +123,8 @@ def curves_of(report: TrainingReport | None) -> list[Curves]:
 
 
 def load_side(framework: str) -> LadderSide:
-    """Imports a framework and returns its side of the ladder, with the implementation that "auto" mostly means."""
+    """Import a framework and return its side of the ladder, with the implementation that "auto" mostly means."""
     subjects = importlib.import_module(f"parity_tests.frameworks.{framework}.subjects")
     training = importlib.import_module(f"parity_tests.frameworks.{framework}.training")
     subject = next(subject for subject in subjects.subjects("cpu") if subject.implementation == "matmul")
     return LadderSide(subject, training.training(), subjects.round_trip)
-
-
-def observe_training(defect: TrainingDefect, dtype: str = "float32", steps: int = 60, members: int = 2) -> Killing:
-    """Plants a defect in the JAX side; it is killed only if its cause is named as well.
-
-    In float32 the whole ladder is climbed. In 16 bits a model is trained with wider parameters: the gradients that it
-    computed in `dtype` are fed to both optimisers.
-
-    Args:
-        defect: what is planted.
-        dtype: what the model computes in.
-        steps: K.
-        members: size of the noise ensemble of the top rung.
-    """
-    trusted, healthy = (load_side(framework) for framework in FRAMEWORKS)
-    spoiled = dataclasses.replace(healthy, training=plant(defect, healthy.training))
-    task, spec = TASKS["partitioned-mlp"](), spec_of(defect)
-    if dtype == "float32":
-        report = climb([trusted, spoiled], draw_inputs(CASE, dtype), task, spec, defect.optimizer, steps, members)
-        cause = report.first_failure.cause if report.first_failure else ""
-        return Killing(defect.cause in cause, cause)
-    cause = replayed_cause(trusted.training, spoiled.training, task, spec, steps, dtype)
-    agrees = not replayed_cause(trusted.training, healthy.training, task, spec, steps, dtype)
-    return Killing(agrees and defect.cause in cause, cause)

@@ -1,18 +1,20 @@
-"""Training tasks: a model, its starting parameters and its batches, in NumPy float64, the same for both frameworks."""
+"""Define training tasks in NumPy float64, the same for both frameworks, and the interface that trains them."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import numpy as np
+
+from parity_tests.training.optimizers import OptimizerSpec
 
 ModelName = Literal["mlp", "nlinear"]
 
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """What is trained.
+    """A model with its starting parameters and its batches.
 
     Attributes:
         name: for reports.
@@ -30,8 +32,93 @@ class TrainingTask:
     targets: np.ndarray
 
 
+@dataclass(frozen=True)
+class LayerTap:
+    """The arrays at one partitioned linear layer inside a model, as stored: enough to judge its gradients by T1."""
+
+    x: np.ndarray
+    y: np.ndarray
+    cotangent: np.ndarray
+    dx: np.ndarray
+
+
+@dataclass(frozen=True)
+class StepGradients:
+    """Loss and gradients at one state, with a tap for each layer by name."""
+
+    loss: float
+    gradients: dict[str, np.ndarray]
+    taps: dict[str, LayerTap]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A training run.
+
+    Attributes:
+        losses: `(steps,)`, the loss before each update.
+        states: the parameters after each update.
+        moments: the optimiser's moments after the last update, as `<parameter>/<first|second>`.
+        step_counts: the distinct step counts that the optimiser keeps at the end.
+        moment_history: the moments after each update; kept by a replay only.
+    """
+
+    losses: np.ndarray
+    states: list[dict[str, np.ndarray]]
+    moments: dict[str, np.ndarray]
+    step_counts: set[int]
+    moment_history: list[dict[str, np.ndarray]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MaskedRun:
+    """A training run of layers that hold a dense matrix of which only the diagonal blocks are used.
+
+    Attributes:
+        states: the blocks and biases after each update, under the names and in the layout of the task's parameters.
+        off_block: `(steps,)`: after each update, the largest magnitude among the weights outside the blocks and
+            their gradients, NaN if one of them is.
+    """
+
+    states: list[dict[str, np.ndarray]]
+    off_block: np.ndarray
+
+
+class TrainingSubject(Protocol):
+    """A framework that can train a task."""
+
+    @property
+    def framework(self) -> str: ...  # noqa: D102
+
+    def gradients(
+        self, task: TrainingTask, parameters: Mapping[str, np.ndarray], step: int, dtype: str
+    ) -> StepGradients:
+        """Return loss and gradients at one state."""
+        ...
+
+    def train(
+        self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int, members: int = 0, seed: int = 0
+    ) -> list[Trajectory]:
+        """Train freely; with members, that many runs with a random rounding error after every step."""
+        ...
+
+    def replay(
+        self,
+        parameters: Mapping[str, np.ndarray],
+        spec: OptimizerSpec,
+        gradients: list[dict[str, np.ndarray]],
+        dtype: str,
+    ) -> Trajectory:
+        """Feed recorded gradients to the optimiser alone."""
+        ...
+
+    def train_masked(self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int) -> MaskedRun | None:
+        """Train with dense masked layers, or None if the framework has no layer with weights outside the blocks."""
+        ...
+
+
 def _stored_in_float32(array: np.ndarray) -> np.ndarray:
-    """Numbers that fp32 holds exactly, so that fp32 and float64 runs start from the same point."""
+    """Round to numbers that fp32 holds exactly, so that fp32 and float64 runs start from the same point."""
     return array.astype(np.float32).astype(np.float64)
 
 
@@ -42,7 +129,7 @@ def partitioned_mlp(
     batch: int = 32,
     batches: int = 16,
 ) -> TrainingTask:
-    """A two-layer partitioned MLP that learns a random teacher of the same shape, with noise."""
+    """Return a two-layer partitioned MLP that learns a random teacher of the same shape, with noise."""
     rng = np.random.default_rng(seed)
     n, (i, hidden, o) = num_partitions, sizes
 
@@ -71,7 +158,7 @@ def partitioned_mlp(
 def nlinear_series(
     seed: int = 0, channels: int = 7, lookback: int = 48, horizon: int = 12, batch: int = 16, batches: int = 16
 ) -> TrainingTask:
-    """NLinear-I on a synthetic multivariate series: a trend, two seasons and noise, different in every channel."""
+    """Return NLinear-I on a synthetic multivariate series: a trend, two seasons and noise in each channel."""
     rng = np.random.default_rng(seed)
     length = lookback + horizon + batch * batches
     time = np.arange(length)[:, None]

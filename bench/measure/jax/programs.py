@@ -18,7 +18,7 @@ from bench.measure.layouts import swapped_axes
 from bench.measure.timer import Call, Prepared, Task, Unsupported, in_turn
 from bench.plan.competitors import JIT, JIT_GRAPH
 from jax_impl import UnsupportedImplementationError
-from parity_tests.frameworks.jax.optimizer import build_optax
+from parity_tests.frameworks.jax.training import build_optax
 from parity_tests.training.optimizers import OPTIMIZERS
 
 # The learning-rate table of an optimiser is finite; JAX clamps an index past its end, so that the last rate stays.

@@ -16,7 +16,7 @@ from bench.measure.layouts import swapped_axes
 from bench.measure.timer import Call, Prepared, Task, Unsupported, in_turn
 from bench.measure.torch.functions import Function, resolve
 from bench.plan.competitors import COMPILE, CUDA_GRAPH, EAGER, MAX_AUTOTUNE, REDUCE_OVERHEAD
-from parity_tests.frameworks.torch.optimizer import build_torch
+from parity_tests.frameworks.torch.training import build_torch
 from parity_tests.training.optimizers import OPTIMIZERS
 
 # Mode to torch.compile's own name for it.

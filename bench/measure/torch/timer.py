@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 
@@ -18,25 +17,13 @@ from bench.measure.torch.tracing import traced
 from bench.plan.cells import RESULTS, STORAGE_DTYPES
 from bench.plan.competitors import Catalogue
 from parity_tests.judge.inputs import Inputs
+from torch_impl.parameters import to_array, to_tensor
 from torch_impl.registry import implementation_names, unsupported_reason
-
-
-def _from_numpy(array: np.ndarray, device: str) -> torch.Tensor:
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
-    return torch.from_numpy(array).to(device)
 
 
 def _laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     axes = swapped_axes(layout)
     return tensor.clone() if axes is None else tensor.transpose(*axes).contiguous()
-
-
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    host = tensor.detach().cpu().contiguous()
-    if host.dtype == torch.bfloat16:
-        return host.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return host.numpy()
 
 
 class TorchTimer:
@@ -132,7 +119,7 @@ class TorchTimer:
         if inputs.bias is None:
             raise Unsupported("a workload without a bias")
         x, weight, bias, cotangent = (
-            _from_numpy(array, self._device) for array in (inputs.x, inputs.weight, inputs.bias, inputs.cotangent)
+            to_tensor(array, self._device) for array in (inputs.x, inputs.weight, inputs.bias, inputs.cotangent)
         )
         # Copies: NumPy's memory is shared on a CPU, and every set of buffers is one of its own.
         return (_laid_out(x, layout), weight.clone(), bias.clone(), _laid_out(cotangent, layout))
@@ -193,7 +180,7 @@ class TorchTimer:
         axes = swapped_axes(task.layout)
         if axes is not None:
             named |= {name: named[name].transpose(*axes) for name in ("y", "dx") if name in named}
-        return {name: _to_numpy(tensor) for name, tensor in named.items()}
+        return {name: to_array(tensor) for name, tensor in named.items()}
 
     def peak_memory(self, prepared: Prepared) -> tuple[int | None, str]:
         """Allocator peak less what was live before on a GPU; growth of the resident set on a CPU.

@@ -1,28 +1,28 @@
-"""Findings in JAX, Flax and einops' Flax layers."""
+"""Check for known traps in JAX, Flax and einops' Flax layers."""
 
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from parity_tests.findings import Finding
-from parity_tests.judge.cases import Case
+from parity_tests.interpreters.interpreter import Channel, Interpreter
 from parity_tests.judge.comparison import compare
-from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.inputs import Case, draw_inputs
 from parity_tests.judge.oracle import reference
 from parity_tests.judge.tolerance import declared_arithmetic
 
 _N, _IN, _OUT = 64, 32, 48
+_CHILD = "parity_tests.frameworks.jax.findings"
 
 
 def _too_small(kernel: jax.Array) -> float:
-    """Right standard deviation per partition over the one that was drawn."""
+    """Return right standard deviation per partition over the one that was drawn."""
     return float(1 / math.sqrt(_IN) / np.asarray(kernel, np.float64).std())
 
 
@@ -43,7 +43,7 @@ def _linen_dense_general() -> float:
 
 
 def _einmix() -> float:
-    """Share of positive weights over the share that a symmetric distribution has, to be above 1 only if it is all."""
+    """Return the share of positive weights over the largest that a symmetric distribution shows."""
     from einops.layers.flax import EinMix
 
     layer = EinMix("b n i -> b n o", weight_shape="n i o", bias_shape="n o", sizes={"n": _N, "i": _IN, "o": _OUT})
@@ -65,7 +65,7 @@ def _bias_gradient() -> float:
 
 
 def _on_a_cpu(measure: Callable[[], float]) -> Callable[[], float]:
-    """Runs a check on the CPU that it is about, also where JAX would take a GPU."""
+    """Run a check on the CPU that it is about, also where JAX would take a GPU."""
 
     def on_a_cpu() -> float:
         with jax.default_device(jax.devices("cpu")[0]):
@@ -76,7 +76,7 @@ def _on_a_cpu(measure: Callable[[], float]) -> Callable[[], float]:
 
 @_on_a_cpu
 def _batched_product() -> float:
-    """4096 ones, a sum that bf16 holds exactly and a bf16 accumulator never reaches: right over returned."""
+    """Return right over returned for 4096 ones, a sum that bf16 holds and a bf16 accumulator never reaches."""
     x, weight = jnp.ones((4, 2, 4096), jnp.bfloat16), jnp.ones((2, 4096, 16), jnp.bfloat16)
     y = jax.jit(lambda x, w: jnp.einsum("bni,nio->bno", x, w))(x, weight)
     return 4096 / float(y.min())
@@ -95,7 +95,7 @@ def _weight_gradient() -> float:
 
 @_on_a_cpu
 def _wide_result() -> float:
-    """1 if the product works; infinite if it raises."""
+    """Return 1 if the product works, infinity if it raises."""
     x, weight = jnp.ones((4, 2, 8), jnp.bfloat16), jnp.ones((2, 8, 16), jnp.bfloat16)
     try:
         y = jnp.einsum("bni,nio->bno", x, weight, preferred_element_type=jnp.float32)
@@ -109,7 +109,7 @@ def _no_gpu() -> str:
 
 
 def _product_with_a_vector() -> float:
-    """Pairs of terms that leave 2**-14 each, the part of a square that bf16 has no room for; right over returned."""
+    """Return right over returned for pairs of terms that leave 2**-14 each, which bf16 rounds away from a square."""
     pairs, remainder = 15, 2.0**-14
     root = 1 + 2.0**-7
     x = jnp.asarray([root, -1.0] * pairs + [remainder], jnp.bfloat16)
@@ -119,41 +119,33 @@ def _product_with_a_vector() -> float:
     return (pairs + 1) * remainder / float(y.min())
 
 
-_DIVIDED_CONVOLUTION = """
-import jax, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-mesh = jax.make_mesh((8,), ("p",), axis_types=(AxisType.Auto,))
-rng = np.random.default_rng(0)
-x, kernel = (rng.integers(-3, 4, shape).astype("float32") for shape in ((4, 8 * 16, 1), (8 * 8, 16, 1)))
-run = jax.jit(lambda x, k: jax.lax.conv_general_dilated(
-    x, k, (1,), "VALID", dimension_numbers=("NCH", "OIH", "NCH"), feature_group_count=8))
-place = lambda a, *axes: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*axes)))
-one, many = np.asarray(run(x, kernel)), np.asarray(run(place(x, None, "p"), place(kernel, "p")))
-print(1 + np.mean(one != many))
-"""
+_PROCESS_S = 300.0
 
 
-_PROCESS_S = 300
+def main(channel: Channel) -> None:
+    """Compare a grouped convolution on one device with the same divided over eight, and send the share that differs."""
+    mesh = jax.make_mesh((8,), ("p",), axis_types=(AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((4, 8 * 16, 1), (8 * 8, 16, 1)))
+
+    @jax.jit
+    def run(x, kernel):
+        names = ("NCH", "OIH", "NCH")
+        return jax.lax.conv_general_dilated(x, kernel, (1,), "VALID", dimension_numbers=names, feature_group_count=8)
+
+    def placed(array: np.ndarray, *axes: str | None) -> jax.Array:
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    one, many = np.asarray(run(x, kernel)), np.asarray(run(placed(x, None, "p"), placed(kernel, "p")))
+    channel.send({"share": float(np.mean(one != many))})
 
 
 def _divided_convolution() -> float:
-    """1 plus the share of wrong values; in a process of its own, because it needs eight devices."""
+    """Return 1 plus the share of wrong values, from a process of its own: it needs eight devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    try:
-        result = subprocess.run(
-            [sys.executable, "-c", _DIVIDED_CONVOLUTION],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-            check=False,
-            timeout=_PROCESS_S,
-        )
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"its process gave no answer within {_PROCESS_S} s") from None
-    if result.returncode:
-        last = result.stderr.strip().splitlines()[-1:] or ["nothing was printed"]
-        raise RuntimeError(f"its process ended with status {result.returncode}: {last[0]}")
-    return float(result.stdout)
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    with Interpreter(_CHILD, who="its process", timeout_s=_PROCESS_S, environment=environment) as child:
+        return 1 + child.receive()["share"]
 
 
 FINDINGS: tuple[Finding, ...] = (

@@ -1,4 +1,4 @@
-"""How JAX runs a call in each mode of `modes.MODES`."""
+"""Run calls in each JAX mode of `judge.subjects.MODES`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 
 from jax_impl.registry import IMPLEMENTATIONS
 from jax_impl.sharding import partition_sharding
-from parity_tests.judge.cases import Case
-from parity_tests.judge.modes import MODES, members_of, shards_of
+from parity_tests.judge.inputs import Case
+from parity_tests.judge.subjects import MODES, members_of, shards_of
 
 Function = Callable[..., jax.Array]
 
 
 def _mapped(function: Function) -> Function:
-    """An ensemble of layers with the partitions divided among its members."""
+    """Return an ensemble of layers with the partitions divided among its members."""
 
     def ensemble(x: jax.Array, *parameters: jax.Array) -> jax.Array:
         n = parameters[0].shape[0]
@@ -36,7 +36,7 @@ def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Execution:
-    """What a mode does.
+    """The steps that a mode adds to a call.
 
     Attributes:
         wrap: from the subject's function to the one that is called.
@@ -63,13 +63,13 @@ EXECUTIONS: Mapping[str, Execution] = MappingProxyType(
 
 
 def _mesh(device: Any, num_partitions: int) -> jax.sharding.Mesh:
-    """The devices, of this one's platform, that the partitions are divided over."""
+    """Return the devices, of this one's platform, that the partitions are divided over."""
     devices = jax.devices(device.platform)[: shards_of(num_partitions)]
     return jax.make_mesh((len(devices),), ("partitions",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
 
 
 def placement(device: Any, num_partitions: int, axis: int) -> jax.sharding.NamedSharding:
-    """Divides an array over the devices that the partitions are divided over.
+    """Divide an array over the devices that the partitions are divided over.
 
     Args:
         device: one of the platform that is meant.
@@ -80,7 +80,7 @@ def placement(device: Any, num_partitions: int, axis: int) -> jax.sharding.Named
 
 
 def mode_reason(mode: str, table_name: str | None, device: Any, case: Case, dtype: str) -> str | None:
-    """One sentence if an implementation cannot run in this mode here, else None.
+    """Return one sentence if an implementation cannot run in this mode here, else None.
 
     Args:
         mode: a mode of JAX.

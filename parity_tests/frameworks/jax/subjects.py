@@ -1,4 +1,4 @@
-"""JAX subjects: every implementation of the table through the public function, and the nnx and linen layers."""
+"""Run JAX subjects: the table's implementations through the public function, and the nnx and linen layers."""
 
 import contextlib
 import dataclasses
@@ -17,22 +17,20 @@ from jax_impl import PartitionedLinear, export_parameters, import_parameters, pa
 from jax_impl.linen import PartitionedLinear as LinenPartitionedLinear
 from jax_impl.registry import IMPLEMENTATIONS, unsupported_reason
 from parity_tests.frameworks.jax.modes import EXECUTIONS, Function, mode_reason, placement
-from parity_tests.judge.cases import Case, Layout
-from parity_tests.judge.inputs import Inputs
-from parity_tests.judge.modes import DEFAULT_MODES, MODES
-from parity_tests.judge.subjects import check_precision
+from parity_tests.judge.inputs import Case, Inputs, Layout
+from parity_tests.judge.subjects import DEFAULT_MODES, MODES, check_precision
 
 
 @contextlib.contextmanager
 def _double_precision_if(needed: bool) -> Iterator[None]:
-    """float64 arrays exist only under x64; a context, because a global switch would change other users' dtypes."""
+    """Allow float64 arrays within a context: a global switch would change the dtypes of other code."""
     with jax.enable_x64(needed):
         yield
 
 
 @dataclass(frozen=True)
 class JaxSubject:
-    """One JAX implementation in one mode; see `base.Subject`."""
+    """One JAX implementation in one mode; see `judge.subjects.Subject`."""
 
     implementation: str
     isolates_partitions: bool
@@ -43,7 +41,7 @@ class JaxSubject:
     framework: str = "jax"
 
     def unsupported_reason(self, case: Case, dtype: str) -> str | None:
-        """One sentence if the table or the mode declares this case unsupported, else None."""
+        """Return one sentence if the table or the mode declares this case unsupported, else None."""
         reason = mode_reason(self.mode, self.table_name, self.device, case, dtype)
         if reason is not None or self.table_name is None:
             return reason
@@ -57,7 +55,7 @@ class JaxSubject:
         )
 
     def _put(self, array: np.ndarray, axis: int) -> jax.Array:
-        """Places an array on the device, or divided over several along the axis of its partitions."""
+        """Place an array on the device, or divided over several along the axis of its partitions."""
         where = placement(self.device, array.shape[axis], axis) if EXECUTIONS[self.mode].divides else self.device
         return jax.device_put(np.ascontiguousarray(array), where)
 
@@ -69,13 +67,13 @@ class JaxSubject:
         return self._put(x, x.ndim - (1 if transposed else 2)), [self._put(array, 0) for array in parameters]
 
     def forward(self, inputs: Inputs) -> np.ndarray:
-        """Returns y."""
+        """Return y."""
         with _double_precision_if(inputs.dtype == "float64"):
             x, parameters = self._arguments(inputs)
             return np.asarray(_forward(self.function, inputs.layout, self.mode)(x, *parameters))
 
     def vjp(self, inputs: Inputs) -> dict[str, np.ndarray]:
-        """Returns y, dx, dweight and dbias."""
+        """Return y, dx, dweight and dbias."""
         with _double_precision_if(inputs.dtype == "float64"):
             x, parameters = self._arguments(inputs)
             cotangent = self._put(inputs.cotangent, inputs.cotangent.ndim - 2)
@@ -156,24 +154,8 @@ def _linen_layer(precision: jax.lax.Precision, dtype: DTypeLike | None = None) -
     return call
 
 
-def _plain_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    _, i, o = kernel.shape
-    linear = nnx.Linear(
-        i,
-        o,
-        use_bias=bias is not None,
-        param_dtype=kernel.dtype,
-        precision=jax.lax.Precision.HIGHEST,
-        rngs=nnx.Rngs(0),
-    )
-    linear.kernel = nnx.Param(kernel[0])
-    if bias is not None:
-        linear.bias = nnx.Param(bias[0])
-    return linear(x[..., 0, :])[..., None, :]
-
-
 def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Puts canonical arrays into the layer and takes them out again."""
+    """Put canonical arrays into the layer and take them out again."""
     n, i, o = arrays["weight"].shape
     dtype = arrays["weight"].dtype
     with _double_precision_if(dtype == np.float64):
@@ -183,7 +165,7 @@ def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def resolve_device(device: str) -> Any:
-    """Turns `auto`, `cpu` or `cuda` into a device.
+    """Turn `auto`, `cpu` or `cuda` into a device.
 
     Raises:
         ValueError: if the device is not there.
@@ -199,13 +181,8 @@ def resolve_device(device: str) -> Any:
         ) from None
 
 
-def plain_linear(device: str = "auto") -> JaxSubject:
-    """Returns `flax.nnx.Linear` as a subject, for inputs with one partition."""
-    return JaxSubject("nnx.Linear", True, resolve_device(device), _plain_linear, table_name=None)
-
-
 def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | None = None) -> list[JaxSubject]:
-    """Returns every JAX subject, in every mode that is asked for; in the default mode if none is."""
+    """Return every JAX subject, in every mode that is asked for; in the default mode if none is."""
     target = resolve_device(device)
     check_precision(precision, has_tf32=target.platform == "gpu")
     # HIGHEST: what is judged is the formulation, not the device's default of rounding fp32 operands to TF32. For TF32
@@ -232,5 +209,26 @@ def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | N
 
 
 def release_programs() -> None:
-    """Drops all compiled programs."""
+    """Drop all compiled programs."""
     jax.clear_caches()
+
+
+LAYERS = ("layer", "linen")
+
+
+def initial_weight(layer: str, init: str, sizes: tuple[int, int, int], dtype: str, seed: int) -> np.ndarray:
+    """Return the kernel `(n, in, out)` that a new layer drew.
+
+    Args:
+        layer: a name of `LAYERS`.
+        init: `torch` or `flax`.
+        sizes: n, in, out.
+        dtype: of the parameters.
+        seed: of the generator.
+    """
+    n, i, o = sizes
+    number = jnp.dtype(dtype)
+    if layer == "layer":
+        return np.asarray(PartitionedLinear(n, i, o, init=init, param_dtype=number, rngs=nnx.Rngs(seed)).kernel[...])
+    twin = LinenPartitionedLinear(features=o, initializer=init, param_dtype=number)
+    return np.asarray(twin.init(jax.random.key(seed), jnp.zeros((1, n, i), number))["params"]["kernel"])

@@ -1,9 +1,9 @@
-"""Trains a task in JAX with our layer's function: free-running, or step by step from given states."""
+"""Train a task in JAX with this project's layers: free-running, or step by step from given states."""
 
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,86 @@ import numpy as np
 import optax
 
 from jax_impl import partitioned_linear
-from parity_tests.frameworks.jax.optimizer import build_optax, moments, step_counts
-from parity_tests.judge.subjects import LayerTap, StepGradients, Trajectory
-from parity_tests.training.optimizers import OptimizerSpec
-from parity_tests.training.tasks import TrainingTask
+from parity_tests.training.optimizers import CLIP_EPSILON, OptimizerSpec
+from parity_tests.training.tasks import LayerTap, StepGradients, TrainingTask, Trajectory
+
+
+def _clip(max_norm: float) -> optax.GradientTransformation:
+    """Scale by `min(1, max_norm / (norm + 1e-6))`; optax's own clip leaves the 1e-6 out."""
+
+    def update(updates, state, params=None):
+        del params
+        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + CLIP_EPSILON))
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class _SumOfSquares(NamedTuple):
+    sum: Any
+
+
+def _scale_by_adagrad(epsilon: float) -> optax.GradientTransformation:
+    """Scale to `g / (sqrt(sum g^2) + eps)`, sum from 0; optax.scale_by_rss starts at 0.1, eps inside the root."""
+
+    def update(updates, state, params=None):
+        del params
+        total = jax.tree.map(lambda s, g: s + g * g, state.sum, updates)
+        return jax.tree.map(lambda g, s: g / (jnp.sqrt(s) + epsilon), updates, total), _SumOfSquares(total)
+
+    return optax.GradientTransformation(lambda params: _SumOfSquares(jax.tree.map(jnp.zeros_like, params)), update)
+
+
+def build_optax(spec: OptimizerSpec, steps: int) -> optax.GradientTransformation:
+    """Return the optax transformation of a spec, over a flat dict of arrays named `...weight` and `...bias`.
+
+    Args:
+        spec: what to build.
+        steps: how many steps the schedule must cover.
+    """
+    rates = spec.rates(steps)
+
+    def rate(count):
+        return jnp.asarray(rates)[count]
+
+    def decay_mask(params: Mapping[str, jax.Array]) -> dict[str, bool]:
+        return {name: spec.decays(name) for name in params}
+
+    decay = optax.add_decayed_weights(spec.weight_decay, mask=decay_mask) if spec.weight_decay else optax.identity()
+    if spec.name == "sgd":
+        algorithm = optax.trace(spec.momentum, nesterov=spec.nesterov) if spec.momentum else optax.identity()
+    elif spec.name in ("adam", "adamw"):
+        algorithm = optax.scale_by_adam(b1=spec.beta1, b2=spec.beta2, eps=spec.epsilon, eps_root=0.0)
+    elif spec.name == "rmsprop":
+        algorithm = optax.scale_by_rms(decay=spec.beta2, eps=spec.epsilon, initial_scale=0.0, eps_in_sqrt=False)
+    else:
+        algorithm = _scale_by_adagrad(spec.epsilon)
+    clip = optax.identity() if spec.clip_norm is None else _clip(spec.clip_norm)
+    # Decoupled decay joins after the algorithm, coupled decay is part of the gradient that the algorithm sees.
+    inner = (algorithm, decay) if spec.name == "adamw" else (decay, algorithm)
+    return optax.chain(clip, *inner, optax.scale_by_learning_rate(rate))
+
+
+def moments(state: Any) -> dict[str, np.ndarray]:
+    """Return every moment in an optax state as `<parameter>/<first|second>`."""
+    fields = {"trace": "first", "mu": "first", "nu": "second", "sum": "second"}
+    found: dict[str, np.ndarray] = {}
+    for part in jax.tree.leaves(state, is_leaf=lambda node: hasattr(node, "_fields")):
+        for field, kind in fields.items():
+            values = getattr(part, field, None)
+            if isinstance(values, Mapping):
+                found |= {f"{name}/{kind}": np.asarray(value) for name, value in values.items()}
+    return found
+
+
+def step_counts(state: Any) -> set[int]:
+    """Return the distinct step counts in an optax state."""
+    return {
+        int(part.count)
+        for part in jax.tree.leaves(state, is_leaf=lambda node: hasattr(node, "_fields"))
+        if hasattr(part, "_fields") and "count" in part._fields
+    }
+
 
 Arrays = dict[str, jax.Array]
 # By layer: what is added to its input and to its output.
@@ -23,7 +99,7 @@ Offsets = dict[str, tuple[jax.Array, jax.Array]]
 
 @dataclass(frozen=True)
 class JaxTraining:
-    """The JAX side of training parity; see `base.TrainingSubject`.
+    """The JAX side of training parity; see `training.tasks.TrainingSubject`.
 
     Frozen, so that equal sides are the same static argument and share what was compiled.
     """
@@ -61,7 +137,7 @@ class JaxTraining:
     def gradients(
         self, task: TrainingTask, parameters: Mapping[str, np.ndarray], step: int, dtype: str
     ) -> StepGradients:
-        """Loss and gradients at one state, with what went into and came out of each layer."""
+        """Return loss and gradients at one state, with what went into and came out of each layer."""
         with jax.enable_x64(dtype == "float64"):
             placed = {name: jnp.asarray(array, dtype) for name, array in parameters.items()}
             batch = step % len(task.inputs)
@@ -79,7 +155,7 @@ class JaxTraining:
     def train(
         self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int, members: int = 0, seed: int = 0
     ) -> list[Trajectory]:
-        """Trains freely; with `members` > 0, that many runs with a random rounding error after every step."""
+        """Train freely; with `members` > 0, that many runs with a random rounding error after every step."""
         with jax.enable_x64(dtype == "float64"):
             placed = {name: jnp.asarray(array, dtype) for name, array in task.parameters.items()}
             inputs, targets = jnp.asarray(task.inputs, dtype), jnp.asarray(task.targets, dtype)
@@ -127,7 +203,7 @@ class JaxTraining:
         gradients: list[dict[str, np.ndarray]],
         dtype: str,
     ) -> Trajectory:
-        """Feeds recorded gradients to the optimiser alone."""
+        """Feed recorded gradients to the optimiser alone."""
         with jax.enable_x64(dtype == "float64"):
             params = {name: jnp.asarray(array, dtype) for name, array in parameters.items()}
             optimizer = build_optax(spec, len(gradients))
@@ -148,10 +224,10 @@ class JaxTraining:
             return Trajectory(losses, by_step[0], moments(state), step_counts(state), by_step[1])
 
     def train_masked(self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int) -> None:
-        """None: the masked form in JAX builds its dense matrix from the blocks, so nothing outside them is trained."""
+        """Return None: JAX builds the dense matrix from the blocks, so nothing outside them is trained."""
         del task, spec, dtype, steps
 
 
 def training() -> JaxTraining:
-    """Returns the side that the ladder climbs with."""
+    """Return the side that the ladder climbs with."""
     return JaxTraining()

@@ -1,13 +1,12 @@
-"""Findings in PyTorch."""
+"""Check for known traps in PyTorch."""
 
 import numpy as np
 import torch
 
 from parity_tests.findings import Finding
-from parity_tests.frameworks.torch.arrays import to_numpy, to_torch
-from parity_tests.judge.cases import Case
+from parity_tests.frameworks.torch.modes import to_numpy, to_torch
 from parity_tests.judge.comparison import compare
-from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.inputs import Case, draw_inputs
 from parity_tests.judge.oracle import reference
 from parity_tests.judge.tolerance import declared_arithmetic
 
@@ -15,7 +14,7 @@ _CPU = torch.device("cpu")
 
 
 def _weight_gradient_excess(case: Case, forward) -> float:
-    """Largest error of dx and dW over the T1 bound of a bf16 product with an fp32 accumulator."""
+    """Return largest error of dx and dW over the T1 bound of a bf16 product with an fp32 accumulator."""
     inputs = draw_inputs(case, "bfloat16")
     x, weight = (to_torch(array, _CPU).requires_grad_() for array in (inputs.x, inputs.weight))
     dx, dweight = torch.autograd.grad([forward(x, weight)], [x, weight], [to_torch(inputs.cotangent, _CPU)])

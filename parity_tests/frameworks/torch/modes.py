@@ -1,4 +1,7 @@
-"""How PyTorch runs a call in each mode of `modes.MODES`; sharding, which takes processes, is in `torch_sharded`."""
+"""Copy arrays to PyTorch and back bit for bit, and run calls in each of its modes.
+
+The mode `sharded`, which takes processes, has a file of its own.
+"""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -7,13 +10,32 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from parity_tests.judge.inputs import Inputs
-from parity_tests.judge.modes import MODES, members_of, split_members
+from parity_tests.judge.inputs import Inputs, Layout
+from parity_tests.judge.subjects import MODES, members_of, split_members
+from torch_impl.parameters import to_array, to_tensor
 from torch_impl.registry import IMPLEMENTATIONS
 
+to_numpy = to_array
 Function = Callable[..., torch.Tensor]
 Prepare = Callable[[Inputs, torch.device], tuple[Function, list[torch.Tensor]]]
 """From inputs to the function (x, *leaves) -> y and its parameters as leaves."""
+
+
+def to_torch(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy an array to a tensor, bit for bit."""
+    return to_tensor(np.array(array, order="C", copy=True), device)
+
+
+def lay_out(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Return the same values in another memory layout."""
+    if layout == "transposed":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "strided" and x.ndim > 2:
+        # The rows in between are NaN: reading past a stride shows.
+        wide = torch.full((x.shape[0], 2, *x.shape[1:]), torch.nan, dtype=x.dtype, device=x.device)
+        wide[:, 0] = x
+        return wide[:, 0]
+    return x
 
 
 def _compiled(prepare: Prepare) -> Prepare:
@@ -64,7 +86,7 @@ WRAPPERS: Mapping[str, Callable[[Prepare], Prepare]] = MappingProxyType(
 
 
 def mode_reason(mode: str, table_name: str | None, dtype: str) -> str | None:
-    """One sentence if an implementation cannot run in this mode and dtype, else None.
+    """Return one sentence if an implementation cannot run in this mode and dtype, else None.
 
     Args:
         mode: a mode of torch.
@@ -81,7 +103,7 @@ def mode_reason(mode: str, table_name: str | None, dtype: str) -> str | None:
 def canonical_gradients(
     gradients: Mapping[str, np.ndarray], inputs: Inputs, dense: bool, mode: str
 ) -> dict[str, np.ndarray]:
-    """Brings parameter gradients to `(n, i, o)` and `(n, o)`, whatever the layer and the mode made of them.
+    """Bring parameter gradients to `(n, i, o)` and `(n, o)`, whatever the layer and the mode made of them.
 
     Args:
         gradients: `dx`, `dweight` and, with a bias, `dbias`, as the leaves have them.

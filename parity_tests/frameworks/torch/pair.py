@@ -9,8 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten_with_path
 
-from parity_tests.frameworks.torch.arrays import to_numpy, to_torch
 from parity_tests.frameworks.torch.hypotheses import Recorder
+from parity_tests.frameworks.torch.modes import to_numpy, to_torch
 from parity_tests.frameworks.torch.noise import DoublePrecision
 from parity_tests.frameworks.torch.random import seeded
 from parity_tests.frameworks.torch.subjects import resolve_device

@@ -1,139 +1,101 @@
-"""PyTorch with the partitions divided over processes: the subject, and the processes that it keeps.
+"""Divide the partitions of a PyTorch subject over processes: the subject, its processes, and what each of them does.
 
-A process group has one size for its life, so the processes are started anew when another number of partitions asks for
-another size; between calls of the same size they stay.
+A group of processes is started when it is first asked for, and again when more partitions ask for a larger one; fewer
+shards take the first processes of the group.
 """
 
 import atexit
-import contextlib
 import dataclasses
 import functools
-import multiprocessing
 import os
-import tempfile
-import threading
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
-from parity_tests.frameworks.torch.shard import serve
-from parity_tests.frameworks.torch.subject import TorchSubject
-from parity_tests.judge.cases import Case
-from parity_tests.judge.inputs import Inputs
-from parity_tests.judge.modes import shards_of
+from parity_tests.frameworks.torch.modes import lay_out, to_numpy, to_torch
+from parity_tests.interpreters.interpreter import Channel, Interpreter
+from parity_tests.interpreters.process import ProcessError
+from parity_tests.judge.inputs import Case, Inputs
+from parity_tests.judge.subjects import Subject, shards_of
 from parity_tests.report.files import ScratchFolder
+from torch_impl import PartitionedLinear, import_parameters
+from torch_impl.registry import IMPLEMENTATIONS
+from torch_impl.sharding import shard_inputs, shard_partitions
 
+_CHILD = "parity_tests.frameworks.torch.subjects"  # its `main` calls `serve` with the subjects that it knows
 _TIMEOUT_S = 120.0
-_LOOK_S, _END_S = 0.5, 10.0
-_MOST_OF_A_SOCKET = 100
+_CPU = torch.device("cpu")
+_ARRAYS = ("x", "weight", "bias", "cotangent")
 
 
-@functools.cache
-def _context() -> Any:
-    """How processes are started: never forked from this one, whose thread pools a child may hang in.
+def _packed(arrays: Mapping[str, np.ndarray]) -> bytes:
+    return safetensors.torch.save({name: to_torch(array, _CPU) for name, array in arrays.items()})
 
-    A server that has imported PyTorch and done nothing yet forks them: eight start-ups cost little more than one.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([serve.__module__])
-    return context
+
+def _unpacked(payload: bytes) -> dict[str, np.ndarray]:
+    return {name: to_numpy(tensor) for name, tensor in safetensors.torch.load(payload).items()}
+
+
+# --- the parent's end ---
 
 
 @functools.cache
 def _folder() -> ScratchFolder:
-    """Of this process, for the files through which groups find themselves, and for the socket of the server."""
-    folder = ScratchFolder("shards", at_exit=False)
-    # After the one that multiprocessing removes in it, with a priority of -100.
-    util.Finalize(None, folder.cleanup, exitpriority=-200)
-    return folder
-
-
-@contextlib.contextmanager
-def _temporary_files_in(folder: str) -> Iterator[None]:
-    """Makes `tempfile` put into a folder what others ask it for: the server's socket outlives a killed process.
-
-    A socket's name has some hundred characters at most: where the folder's is long, it stays where it was.
-    """
-    fits = len(os.fsencode(folder)) + len("/pymp-xxxxxxxx/listener-xxxxxxxx") < _MOST_OF_A_SOCKET
-    before, tempfile.tempdir = tempfile.tempdir, folder if fits else tempfile.tempdir
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
+    """Return the folder of this process for the files through which groups find themselves."""
+    return ScratchFolder("shards")
 
 
 class _Shards:
-    """Processes of one group; every one is sent each task, the first one answers with whole tensors."""
+    """Processes of one group: each is sent every task, the first one answers with whole tensors."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        context = _context()
         store = str(Path(_folder().name) / f"store-{uuid.uuid4().hex}")
-        self._ends, self._processes = [], []
+        self._children: list[Interpreter] = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, size, store, theirs), daemon=True)
-            with _temporary_files_in(_folder().name):
-                process.start()
-            theirs.close()
-            self._ends.append(ours)
-            self._processes.append(process)
+            arguments, who = [str(rank), str(size), store], f"process {rank} of {size}"
+            self._children.append(Interpreter(_CHILD, arguments, who=who, timeout_s=_TIMEOUT_S))
 
-    def run(self, task: tuple[Any, ...]) -> dict[str, np.ndarray]:
-        """Sends a task to every process and returns the first one's answer.
+    def run(self, message: dict[str, Any], payload: bytes) -> dict[str, np.ndarray]:
+        """Send a task to every process and return the answer of the first one.
 
         Raises:
             RuntimeError: if there is none in time, a process has ended, or the task failed; one sentence.
         """
-        answers: list[Any] = []
-        # Sending waits for a reader and an answer comes in parts: in a thread, both together have one time limit.
-        thread = threading.Thread(target=self._exchange, args=(task, answers), daemon=True)
-        thread.start()
-        deadline = time.monotonic() + _TIMEOUT_S
-        while thread.is_alive() and time.monotonic() < deadline and all(p.is_alive() for p in self._processes):
-            thread.join(_LOOK_S)
-        # What was answered by a process that has ended since counts.
-        thread.join(0 if thread.is_alive() and all(p.is_alive() for p in self._processes) else _LOOK_S)
-        if not answers or isinstance(answers[0], OSError | EOFError):
-            codes = [process.exitcode for process in self._processes if process.exitcode is not None]
-            close_shards()
-            what = f"the end of a process (status {codes[0]})" if codes else "none"
-            raise RuntimeError(
-                f"shards: expected an answer within {_TIMEOUT_S:g} s, got {what}; see the processes' stderr."
-            )
-        if isinstance(answers[0], str):
-            raise RuntimeError(f"shards: expected tensors, got the error {answers[0]}")
-        return answers[0]
-
-    def _exchange(self, task: tuple[Any, ...], answers: list[Any]) -> None:
         try:
-            for end in self._ends:
-                end.send(task)
-            answers.append(self._ends[0].recv())
-        except (EOFError, OSError) as error:
-            answers.append(error)
+            for child in self._children:
+                child.send(message, payload)
+                # Confirmed one by one: a large task is still being written while its reader is waited for.
+                child.receive()
+            answer = self._children[0].receive()
+        except ProcessError as error:
+            close_shards()
+            raise RuntimeError(f"shards: expected an answer, but {error}.") from None
+        if "error" in answer:
+            raise RuntimeError(f"shards: expected tensors, got the error {answer['error']}")
+        return _unpacked(answer["payload"])
 
     def close(self) -> None:
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.join(_END_S)
+        for child in self._children:
+            child.kill()
+        for child in self._children:
+            child.end()
 
 
 _running: list[_Shards] = []
 
 
 def close_shards() -> None:
-    """Ends the processes, if any run."""
+    """End the processes, if any run."""
     while _running:
         _running.pop().close()
 
@@ -144,7 +106,7 @@ def _close_at_exit() -> None:
 
 
 def _shards(size: int) -> _Shards:
-    if not _running or _running[0].size != size:
+    if not _running or _running[0].size < size:
         close_shards()
         _close_at_exit()
         _running.append(_Shards(size))
@@ -153,32 +115,36 @@ def _shards(size: int) -> _Shards:
 
 @dataclass(frozen=True)
 class ShardedTorchSubject:
-    """A subject with its partitions divided over processes; see `base.Subject`.
+    """A subject with its partitions divided over processes; see `judge.subjects.Subject`.
 
     Where the implementation runs on DTensors the whole layer is sharded, as a user would have it. Where it does not,
     each process calls it with its own partitions as ordinary tensors, and only the results are put together.
+
+    Attributes:
+        source: the same subject without shards.
+        device: where the source runs.
     """
 
-    source: TorchSubject
+    source: Subject
+    device: torch.device
     framework: str = "torch"
     mode: str = "sharded"
 
     @property
     def implementation(self) -> str:
-        """The name of what each process calls."""
+        """The name of the implementation that each process calls."""
         return self.source.implementation
 
     @property
     def isolates_partitions(self) -> bool:
-        """As without shards; between two processes everything is isolated."""
+        """True as without shards; between two processes everything is isolated."""
         return self.source.isolates_partitions
 
     def unsupported_reason(self, case: Case, dtype: str) -> str | None:
-        """One sentence if nothing can be divided here, else None."""
-        device = self.source.device.type
-        if device != "cpu":
-            return f"mode sharded: expected processes on CPUs, got {device}; use --device cpu."
-        if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        """Return one sentence if nothing can be divided here, else None."""
+        if self.device.type != "cpu":
+            return f"mode sharded: expected processes on CPUs, got {self.device.type}; use --device cpu."
+        if not (dist.is_available() and dist.is_gloo_available()):
             return "mode sharded: this PyTorch was built without gloo."
         shards = shards_of(case.num_partitions)
         if shards == 1:
@@ -187,12 +153,116 @@ class ShardedTorchSubject:
         return self.source.unsupported_reason(own, dtype)
 
     def forward(self, inputs: Inputs) -> np.ndarray:
-        """Returns y."""
+        """Return y."""
         return self._run(inputs, gradients=False)["y"]
 
     def vjp(self, inputs: Inputs) -> dict[str, np.ndarray]:
-        """Returns y, dx, dweight and dbias."""
+        """Return y, dx, dweight and dbias."""
         return self._run(inputs, gradients=True)
 
     def _run(self, inputs: Inputs, gradients: bool) -> dict[str, np.ndarray]:
-        return _shards(shards_of(len(inputs.weight))).run((self.implementation, inputs, gradients))
+        shards = shards_of(len(inputs.weight))
+        message = {
+            "implementation": self.implementation,
+            "gradients": gradients,
+            "shards": shards,
+            "dtype": inputs.dtype,
+            "layout": inputs.layout,
+        }
+        arrays = {name: array for name in _ARRAYS if (array := getattr(inputs, name)) is not None}
+        return _shards(shards).run(message, _packed(arrays))
+
+
+# --- the child's end ---
+
+
+def serve(channel: Channel, alone: Mapping[str, Subject], rank: int, size: int, store: str) -> None:
+    """Answer tasks until the parent closes the connection.
+
+    Args:
+        channel: brings tasks; the process of rank 0 sends the results back.
+        alone: subjects by name, for implementations that do not run on DTensors.
+        rank: of this process.
+        size: of the group.
+        store: file through which the group finds itself.
+    """
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    meshes: dict[int, DeviceMesh] = {}
+    while (task := channel.receive()) is not None:
+        channel.send({"received": True})
+        shards = task["shards"]
+        if shards not in meshes:
+            # Every process of the group takes part, also one that the mesh leaves out.
+            meshes[shards] = DeviceMesh("cpu", torch.arange(shards))
+        if rank >= shards:
+            continue
+        arrays = {"bias": None} | _unpacked(task["payload"])
+        inputs = Inputs(**arrays, dtype=task["dtype"], layout=task["layout"])
+        try:
+            found = _evaluate(meshes[shards], task["implementation"], inputs, task["gradients"], alone)
+            message, payload = {}, _packed(found)
+        except Exception as error:
+            message, payload = {"error": f"{type(error).__name__}: {error}"}, None
+        if rank == 0:
+            channel.send(message, payload)
+
+
+def _evaluate(
+    mesh: DeviceMesh, implementation: str, inputs: Inputs, gradients: bool, alone: Mapping[str, Subject]
+) -> dict[str, np.ndarray]:
+    if implementation == "layer":
+        return _sharded(mesh, "auto", inputs, gradients)
+    entry = IMPLEMENTATIONS.get(implementation)
+    if entry is not None and entry.shards_partitions:
+        return _sharded(mesh, implementation, inputs, gradients)
+    return _by_itself(mesh, alone[implementation], inputs, gradients)
+
+
+def _whole(tensor: torch.Tensor, axis: int, size: int) -> np.ndarray:
+    # Gathered, and only now: a result that came back whole was not computed in shards.
+    if not isinstance(tensor, DTensor) or tensor.to_local().shape[axis] * size != tensor.shape[axis]:
+        raise RuntimeError("a result is not divided over the processes")
+    return to_numpy(tensor.full_tensor())
+
+
+def _sharded(mesh: DeviceMesh, implementation: str, inputs: Inputs, gradients: bool) -> dict[str, np.ndarray]:
+    """Run the whole layer on DTensors."""
+    n, i, o = inputs.weight.shape
+    arrays = {"weight": inputs.weight} | ({} if inputs.bias is None else {"bias": inputs.bias})
+    dtype = to_torch(inputs.weight[:0], _CPU).dtype
+    layer = PartitionedLinear(n, i, o, bias=inputs.bias is not None, implementation=implementation, dtype=dtype)
+    import_parameters(layer, arrays)
+    shard_partitions(layer, mesh)
+    x = shard_inputs(lay_out(to_torch(inputs.x, _CPU), inputs.layout), mesh).requires_grad_(gradients)
+    size = mesh.size()
+    if not gradients:
+        with torch.no_grad():
+            return {"y": _whole(layer(x), -2, size)}
+    y = layer(x)
+    cotangent = shard_inputs(to_torch(inputs.cotangent, _CPU), mesh)
+    found = torch.autograd.grad([y], [x, *layer.parameters()], [cotangent])
+    named = zip(("dx", "dweight", "dbias"), (-2, 0, 0), found, strict=False)
+    return {"y": _whole(y, -2, size)} | {name: _whole(tensor, axis, size) for name, axis, tensor in named}
+
+
+def _by_itself(mesh: DeviceMesh, subject: Subject, inputs: Inputs, gradients: bool) -> dict[str, np.ndarray]:
+    """Call the implementation with this process's own partitions, and gather the results."""
+    size, rank = mesh.size(), mesh.get_rank()
+    share = len(inputs.weight) // size
+    own = slice(rank * share, (rank + 1) * share)
+    mine = dataclasses.replace(
+        inputs,
+        x=inputs.x[..., own, :],
+        weight=inputs.weight[own],
+        bias=None if inputs.bias is None else inputs.bias[own],
+        cotangent=inputs.cotangent[..., own, :],
+    )
+    found = subject.vjp(mine) if gradients else {"y": subject.forward(mine)}
+
+    def gathered(name: str, value: np.ndarray) -> np.ndarray:
+        axis = value.ndim - 2 if name in ("y", "dx") else 0
+        return _whole(DTensor.from_local(to_torch(value, _CPU), mesh, [Shard(axis)]), axis, size)
+
+    return {name: gathered(name, value) for name, value in found.items()}

@@ -1,23 +1,134 @@
-"""PyTorch subjects: every implementation of the table through the public function, and both layer classes."""
+"""Run PyTorch subjects: the table's implementations through the public function, and both layer classes."""
 
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from parity_tests.frameworks.torch.arrays import to_torch
-from parity_tests.frameworks.torch.modes import WRAPPERS
-from parity_tests.frameworks.torch.sharded import ShardedTorchSubject
-from parity_tests.frameworks.torch.subject import eager_subjects, plain_linear_subject
-from parity_tests.judge.modes import DEFAULT_MODES
-from parity_tests.judge.subjects import Subject, check_precision
-from torch_impl import PartitionedLinear, export_parameters, import_parameters
+from parity_tests.frameworks.torch.modes import (
+    WRAPPERS,
+    Function,
+    Prepare,
+    canonical_gradients,
+    lay_out,
+    mode_reason,
+    to_numpy,
+    to_torch,
+)
+from parity_tests.frameworks.torch.sharded import ShardedTorchSubject, serve
+from parity_tests.frameworks.torch.training import TorchOptimizer
+from parity_tests.interpreters.interpreter import Channel
+from parity_tests.judge.inputs import Case, Inputs
+from parity_tests.judge.subjects import DEFAULT_MODES, MODES, Subject, check_precision
+from parity_tests.training.optimizers import OPTIMIZERS
+from torch_impl import (
+    MaskedPartitionedLinear,
+    PartitionedLinear,
+    export_parameters,
+    import_parameters,
+    partitioned_linear,
+)
+from torch_impl.registry import IMPLEMENTATIONS, unsupported_reason
+
+
+@dataclass(frozen=True)
+class TorchSubject:
+    """One PyTorch implementation on one device, in one mode; see `judge.subjects.Subject`."""
+
+    implementation: str
+    isolates_partitions: bool
+    device: torch.device
+    prepare: Prepare
+    table_name: str | None
+    dense_weight: bool = False
+    mode: str = DEFAULT_MODES["torch"]
+    framework: str = "torch"
+
+    def unsupported_reason(self, case: Case, dtype: str) -> str | None:
+        """Return one sentence if the table or the mode declares this case unsupported, else None."""
+        reason = mode_reason(self.mode, self.table_name, dtype)
+        if reason is not None or self.table_name is None:
+            return reason
+        return unsupported_reason(
+            self.table_name,
+            dtype=MODES[self.mode].computes_in or dtype,
+            device=self.device.type,
+            num_partitions=case.num_partitions,
+            in_features=case.in_features,
+            out_features=case.out_features,
+        )
+
+    def forward(self, inputs: Inputs) -> np.ndarray:
+        """Return y."""
+        function, leaves = self.prepare(inputs, self.device)
+        with torch.no_grad():
+            return to_numpy(function(lay_out(to_torch(inputs.x, self.device), inputs.layout), *leaves))
+
+    def vjp(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        """Return y, dx, dweight and dbias."""
+        function, leaves = self.prepare(inputs, self.device)
+        x = lay_out(to_torch(inputs.x, self.device), inputs.layout).requires_grad_()
+        y = function(x, *leaves)
+        cotangent = to_torch(inputs.cotangent, self.device).to(y.dtype)
+        gradients = torch.autograd.grad([y], [x, *leaves], [cotangent])
+        names = ("dx", "dweight", "dbias")[: len(leaves) + 1]
+        named: dict[str, np.ndarray] = dict(zip(names, map(to_numpy, gradients), strict=True))
+        return {"y": to_numpy(y), **canonical_gradients(named, inputs, self.dense_weight, self.mode)}
+
+
+def _leaves(inputs: Inputs, device: torch.device) -> list[torch.Tensor]:
+    arrays = [inputs.weight] if inputs.bias is None else [inputs.weight, inputs.bias]
+    return [to_torch(array, device).requires_grad_() for array in arrays]
+
+
+def functional(name: str) -> Prepare:
+    """Prepare calls of the public function with one implementation of the table."""
+
+    def prepare(inputs: Inputs, device: torch.device) -> tuple[Function, list[torch.Tensor]]:
+        return (lambda x, *params: partitioned_linear(x, *params, implementation=name)), _leaves(inputs, device)
+
+    return prepare
+
+
+def layer_call(layer_class: type[PartitionedLinear] | type[MaskedPartitionedLinear]) -> Prepare:
+    """Prepare calls of a layer that holds the inputs' parameters."""
+
+    def prepare(inputs: Inputs, device: torch.device) -> tuple[Function, list[torch.Tensor]]:
+        n, i, o = inputs.weight.shape
+        arrays = {"weight": inputs.weight} | ({} if inputs.bias is None else {"bias": inputs.bias})
+        dtype = to_torch(inputs.weight[:0], device).dtype
+        layer = layer_class(n, i, o, bias=inputs.bias is not None, device=device, dtype=dtype)
+        import_parameters(layer, arrays)
+        leaves: list[torch.Tensor] = [layer.weight, *([] if layer.bias is None else [layer.bias])]
+
+        def call(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+            if parameters[0] is leaves[0]:
+                return layer(x)
+            # An ensemble hands in its members' parameters, as torch.func would have a user do it.
+            return torch.func.functional_call(layer, dict(zip(arrays, parameters, strict=True)), (x,))
+
+        return call, leaves
+
+    return prepare
+
+
+def eager_subjects(device: torch.device) -> list[TorchSubject]:
+    """Return every PyTorch subject in the default mode: the table's implementations, and both layer classes."""
+    found = [
+        TorchSubject(name, entry.isolates_partitions, device, functional(name), table_name=name)
+        for name, entry in IMPLEMENTATIONS.items()
+    ]
+    masked = layer_call(MaskedPartitionedLinear)
+    found.append(TorchSubject("layer", True, device, layer_call(PartitionedLinear), table_name=None))
+    found.append(TorchSubject("masked_layer", False, device, masked, table_name=None, dense_weight=True))
+    return found
 
 
 def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Puts canonical arrays into the layer and takes them out again."""
+    """Put canonical arrays into the layer and take them out again."""
     n, i, o = arrays["weight"].shape
     dtype = to_torch(arrays["weight"][:0], torch.device("cpu")).dtype
     layer = PartitionedLinear(n, i, o, bias="bias" in arrays, dtype=dtype)
@@ -26,7 +137,7 @@ def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turns `auto`, `cpu` or `cuda` into a device.
+    """Turn `auto`, `cpu` or `cuda` into a device.
 
     Raises:
         ValueError: if the device is not there.
@@ -38,16 +149,11 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def plain_linear(device: str = "auto") -> Subject:
-    """Returns `torch.nn.Linear` as a subject, for inputs with one partition."""
-    return plain_linear_subject(resolve_device(device))
-
-
 def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | None = None) -> list[Subject]:
-    """Returns every PyTorch subject, in every mode that is asked for; in the default mode if none is.
+    """Return every PyTorch subject, in every mode that is asked for; in the default mode if none is.
 
-    On a GPU it sets PyTorch's switches for fp32 products and convolutions: what is judged is the formulation, not the
-    default of rounding the operands of convolutions to TF32.
+    On a GPU, set PyTorch's switches for fp32 products and convolutions: the formulation is judged, not the default of
+    rounding the operands of convolutions to TF32.
     """
     target = resolve_device(device)
     check_precision(precision, has_tf32=target.type == "cuda")
@@ -58,7 +164,7 @@ def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | N
     found: list[Subject] = []
     for mode in modes or (DEFAULT_MODES["torch"],):
         if mode == "sharded":
-            found += [ShardedTorchSubject(source) for source in sources]
+            found += [ShardedTorchSubject(source, target) for source in sources]
         else:
             found += [
                 dataclasses.replace(source, mode=mode, prepare=WRAPPERS[mode](source.prepare)) for source in sources
@@ -67,6 +173,90 @@ def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | N
 
 
 def release_programs() -> None:
-    """Drops all compiled programs, if any was compiled."""
+    """Drop all compiled programs, if any was compiled."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+LAYERS: dict[str, type[PartitionedLinear] | type[MaskedPartitionedLinear]] = {
+    "layer": PartitionedLinear,
+    "masked_layer": MaskedPartitionedLinear,
+}
+
+
+def initial_weight(layer: str, init: str, sizes: tuple[int, int, int], dtype: str, seed: int) -> np.ndarray:
+    """Return the weight `(n, in, out)` that a new layer drew.
+
+    Args:
+        layer: a name of `LAYERS`.
+        init: `torch` or `flax`.
+        sizes: n, in, out.
+        dtype: of the parameters.
+        seed: of the generator, whose state is restored.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return to_numpy(LAYERS[layer](*sizes, init=init, dtype=getattr(torch, dtype)).partition_views()["weight"])
+
+
+def _drop_mask(layer: MaskedPartitionedLinear) -> None:
+    layer.mask.fill_(True)
+
+
+# When the mask is lost: before the first step, as if it had been applied to the initial weights only (the first output
+# is right, all weights then receive gradients); or after it, with weights outside the blocks that a step had moved.
+PLANTS = ("off-block leak after a step", "off-block weights unmasked after a step")
+
+
+def masked_training(
+    sizes: tuple[int, int, int], dtype: str, steps: int, seed: int, defect: str = ""
+) -> dict[str, np.ndarray]:
+    """Train the masked layer with AdamW and return the matrices that show weights outside its blocks.
+
+    Args:
+        sizes: n, in, out.
+        dtype: of the parameter.
+        steps: of the optimiser.
+        seed: of data and parameters.
+        defect: a name of `PLANTS`; none for the healthy layer.
+
+    Returns:
+        Dense `(n * out, n * in)` matrices: the map `before`, the parameter's first `gradient`, the map `after`.
+    """
+    if defect and defect not in PLANTS:
+        raise ValueError(f"defect: expected one of {', '.join(PLANTS)}, got {defect!r}; choose one of these.")
+    generator = torch.Generator().manual_seed(seed)
+    number = getattr(torch, dtype)
+    # No bias: a leak would vanish in its rounding. Weights everywhere, since any may be there after a step.
+    layer = MaskedPartitionedLinear(*sizes, bias=False, dtype=number)
+    unit = torch.eye(sizes[0] * sizes[1], dtype=number)
+
+    def computed_map() -> np.ndarray:
+        with torch.no_grad():
+            return to_numpy(layer(unit).T)
+
+    with torch.no_grad():
+        drawn = torch.randn(layer.weight.shape, generator=generator).to(number)
+        # A mask that is lost at once goes unnoticed at first only where the weights outside the blocks are zero.
+        layer.weight.copy_(torch.where(layer.mask, drawn, 0) if defect == PLANTS[0] else drawn)
+    if defect == PLANTS[0]:
+        _drop_mask(layer)
+    before = computed_map()
+    optimizer = TorchOptimizer(OPTIMIZERS["adamw"], {"weight": layer.weight}, steps)
+    gradients = []
+    for step in range(steps):
+        x = torch.randn((8, *sizes[:2]), generator=generator).to(number)
+        layer.weight.grad = None
+        layer(x).float().square().sum().backward()
+        assert layer.weight.grad is not None  # the one parameter of the layer
+        gradients.append(to_numpy(layer.weight.grad))
+        optimizer.update({"weight": layer.weight.grad})
+        if step == 0 and defect == PLANTS[1]:
+            _drop_mask(layer)
+    return {"before": before, "gradient": gradients[0], "after": computed_map()}
+
+
+def main(channel: Channel, rank: str, size: str, store: str) -> None:
+    """Serve as one process of sharded subjects; see `sharded.serve`."""
+    alone = {subject.implementation: subject for subject in eager_subjects(torch.device("cpu"))}
+    serve(channel, alone, int(rank), int(size), store)

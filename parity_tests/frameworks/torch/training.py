@@ -1,23 +1,97 @@
-"""Trains a task in PyTorch with our layer's function: free-running, or step by step from given states."""
+"""Train a task in PyTorch with this project's layers: free-running, or step by step from given states."""
 
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
-from parity_tests.frameworks.torch.arrays import to_numpy, to_torch
-from parity_tests.frameworks.torch.optimizer import TorchOptimizer
-from parity_tests.judge.subjects import LayerTap, MaskedRun, StepGradients, Trajectory
+from parity_tests.frameworks.torch.modes import to_numpy, to_torch
 from parity_tests.training.optimizers import OptimizerSpec
-from parity_tests.training.tasks import TrainingTask
+from parity_tests.training.tasks import LayerTap, MaskedRun, StepGradients, TrainingTask, Trajectory
 from torch_impl import MaskedPartitionedLinear, partitioned_linear
+
+
+def build_torch(
+    spec: OptimizerSpec, parameters: Mapping[str, torch.Tensor], *, foreach: bool | None = None
+) -> torch.optim.Optimizer:
+    """Return the torch.optim optimiser of a spec, at the schedule's first rate.
+
+    Args:
+        spec: what to build; clipping is not part of a torch optimiser and is left to the caller.
+        parameters: leaves by name `...weight` or `...bias`; updated in place.
+        foreach: as torch has it; None for torch's own choice.
+    """
+    groups = [
+        {"params": [leaf], "weight_decay": spec.weight_decay if spec.decays(name) else 0.0}
+        for name, leaf in parameters.items()
+    ]
+    rate, betas = float(spec.rates(1)[0]), (spec.beta1, spec.beta2)
+    if spec.name == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=spec.momentum, nesterov=spec.nesterov, foreach=foreach)
+    if spec.name == "adam":
+        return torch.optim.Adam(groups, lr=rate, betas=betas, eps=spec.epsilon, foreach=foreach)
+    if spec.name == "adamw":
+        return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=spec.epsilon, foreach=foreach)
+    if spec.name == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=rate, alpha=spec.beta2, eps=spec.epsilon, foreach=foreach)
+    return torch.optim.Adagrad(groups, lr=rate, eps=spec.epsilon, foreach=foreach)
+
+
+class TorchOptimizer:
+    """A torch optimiser over named parameters, stepped with given gradients.
+
+    Args:
+        spec: what to build.
+        parameters: leaves by name; updated in place.
+        steps: how many steps the schedule must cover.
+    """
+
+    def __init__(self, spec: OptimizerSpec, parameters: Mapping[str, torch.Tensor], steps: int) -> None:
+        self._spec, self._parameters = spec, dict(parameters)
+        self._rates = spec.rates(steps)
+        self._step = 0
+        # foreach off: one kernel a parameter and operation, the documented update formula.
+        self.optimizer = build_torch(spec, self._parameters, foreach=False)
+
+    def update(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Take one step with the given gradients (clipped here if the spec says so)."""
+        for name, leaf in self._parameters.items():
+            # A copy, because clipping scales in place and the caller's record of its gradients must stay.
+            leaf.grad = gradients[name].clone()
+        if self._spec.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._spec.clip_norm, foreach=False)
+        for group in self.optimizer.param_groups:
+            group["lr"] = float(self._rates[self._step])
+        self.optimizer.step()
+        self._step += 1
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """Return every moment as `<parameter>/<first|second>`."""
+        names = {
+            "momentum_buffer": "first",
+            "exp_avg": "first",
+            "exp_avg_sq": "second",
+            "square_avg": "second",
+            "sum": "second",
+        }
+        return {
+            f"{name}/{names[key]}": value
+            for name, leaf in self._parameters.items()
+            for key, value in self.optimizer.state.get(leaf, {}).items()
+            if key in names and isinstance(value, torch.Tensor)
+        }
+
+    def step_counts(self) -> set[int]:
+        """Return the distinct step counts that the optimiser itself keeps; empty if it keeps none."""
+        return {int(state["step"]) for state in self.optimizer.state.values() if "step" in state}
+
 
 Tensors = dict[str, torch.Tensor]
 Layer = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 class TorchTraining:
-    """The torch side of training parity; see `base.TrainingSubject`."""
+    """The torch side of training parity; see `training.tasks.TrainingSubject`."""
 
     framework = "torch"
 
@@ -27,7 +101,7 @@ class TorchTraining:
         device: torch.device | None = None,
         masked_layer: type[MaskedPartitionedLinear] = MaskedPartitionedLinear,
     ) -> None:
-        """Trains with one implementation of the partitioned linear map, or one masked layer, on one device."""
+        """Train with one implementation of the partitioned linear map, or one masked layer, on one device."""
         self.implementation = implementation
         self.masked_layer = masked_layer
         self._device = device or torch.device("cpu")
@@ -63,7 +137,7 @@ class TorchTraining:
     def gradients(
         self, task: TrainingTask, parameters: Mapping[str, np.ndarray], step: int, dtype: str
     ) -> StepGradients:
-        """Loss and gradients at one state, with what went into and came out of each layer."""
+        """Return loss and gradients at one state, with what went into and came out of each layer."""
         leaves = self._leaves(parameters, dtype)
         batch = step % len(task.inputs)
         taps: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -84,7 +158,7 @@ class TorchTraining:
     def train(
         self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int, members: int = 0, seed: int = 0
     ) -> list[Trajectory]:
-        """Trains freely; with `members` > 0, that many runs with a random rounding error after every step."""
+        """Train freely; with `members` > 0, that many runs with a random rounding error after every step."""
         return [
             self._run(task, spec, dtype, steps, torch.Generator().manual_seed(seed + member) if members else None)
             for member in range(max(members, 1))
@@ -117,7 +191,7 @@ class TorchTraining:
         gradients: list[dict[str, np.ndarray]],
         dtype: str,
     ) -> Trajectory:
-        """Feeds recorded gradients to the optimiser alone."""
+        """Feed recorded gradients to the optimiser alone."""
         leaves = self._leaves(parameters, dtype)
         optimizer = TorchOptimizer(spec, leaves, len(gradients))
         states, history = [], []
@@ -134,7 +208,7 @@ class TorchTraining:
         return {name: to_numpy(value).copy() for name, value in optimizer.moments().items()}
 
     def train_masked(self, task: TrainingTask, spec: OptimizerSpec, dtype: str, steps: int) -> MaskedRun:
-        """Trains with one dense masked layer for each partitioned one, from the same parameters."""
+        """Train with one dense masked layer for each partitioned one, from the same parameters."""
         layers = {name: self._masked(name, task, dtype) for name in sorted({n.split(".")[0] for n in task.parameters})}
         leaves: Tensors = {
             f"{name}.{kind}": parameter
@@ -171,5 +245,5 @@ class TorchTraining:
 
 
 def training() -> TorchTraining:
-    """Returns the side that the ladder climbs with."""
+    """Return the side that the ladder climbs with."""
     return TorchTraining()

@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from parity_tests.frameworks.torch.arrays import to_numpy, to_torch
+from parity_tests.frameworks.torch.modes import to_numpy, to_torch
 from parity_tests.frameworks.torch.noise import DoublePrecision
 from parity_tests.pair.calibration import moved_constant
 from parity_tests.pair.casts import format_name, widened

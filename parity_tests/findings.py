@@ -1,4 +1,4 @@
-"""Findings in public libraries, each a runnable check that also notices when the library has mended it."""
+"""Check for known traps in public libraries, and notice when a library has mended one."""
 
 import importlib
 import importlib.util
@@ -24,10 +24,10 @@ class Finding:
         seen_in: the versions in which it was seen.
         measure: runs the library and returns how far it is from right, as a multiple of what is right (or of the error
             bound); 1 or less means that the trap does not show.
-        figure: what the measure counts.
+        figure: the quantity that is measured.
         needs: a package that the framework does not bring, or None.
         lacks: says in one sentence what this machine lacks for the check; empty where it can be run.
-        by_processor: whether it shows only on some processors, whose instructions decide how the library computes.
+        by_processor: True if it shows only on some processors, whose instructions decide how the library computes.
     """
 
     name: str
@@ -41,17 +41,17 @@ class Finding:
     by_processor: bool = False
 
     def missing(self) -> str:
-        """One sentence if the check cannot be run here, else empty."""
+        """Return one sentence if the check cannot be run here, else empty."""
         if self.needs is None or importlib.util.find_spec(self.needs) is not None:
             return self.lacks()
         return f"{self.needs} is not installed; install the extra competitors"
 
     def present(self, measured: float) -> bool:
-        """Whether a measured figure shows the trap."""
+        """Return True if a measured figure shows the trap."""
         return measured > 1
 
     def state(self, measured: float, version: str) -> State:
-        """What a figure says about an installed version of the library.
+        """Return the state of the trap in an installed version of the library.
 
         Args:
             measured: from `measure`.
@@ -69,12 +69,12 @@ class Finding:
         return "mended" if later and Version(version).public not in self.seen_in else "not seen here"
 
     def readme_line(self) -> str:
-        """The finding's line in the README."""
+        """Return the finding's line in the README."""
         return f"- `{self.name}` ({self.library} {', '.join(self.seen_in)}): {self.sentence}"
 
 
 def load_findings(framework: str) -> tuple[Finding, ...]:
-    """Imports a framework's findings.
+    """Import a framework's findings.
 
     Raises:
         ImportError: if the framework is not installed.
@@ -83,7 +83,7 @@ def load_findings(framework: str) -> tuple[Finding, ...]:
 
 
 def all_findings() -> tuple[Finding, ...]:
-    """The findings of every framework that is installed here."""
+    """Return the findings of every framework that is installed here."""
     return tuple(
         finding for framework in FRAMEWORKS if framework_available(framework) for finding in load_findings(framework)
     )

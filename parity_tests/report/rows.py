@@ -1,14 +1,16 @@
-"""What a person reads in a terminal after a run: a line a subject, mode and dtype, then everything that failed."""
+"""Show rows to a person in a terminal, and to a CI system as JUnit XML with one case a row."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from xml.etree import ElementTree
 
 from rich.table import Table
 from rich.text import Text
 
-from parity_tests.judge.records import ParityRow, Summary
+from parity_tests.judge.records import ParityRow, Summary, summarize
 from parity_tests.judge.tolerance import FALSE_ALARM_RATE, PRECISION_OF_DTYPE
 from parity_tests.report.console import PlainConsole
+from parity_tests.report.text import printable
 
 _RATE = f"{FALSE_ALARM_RATE:.0e}"
 # Subjects that are named beside the reason why they were skipped.
@@ -22,26 +24,20 @@ def _fraction(rows: Sequence[ParityRow], field: str) -> str:
 
 
 def _exact(rows: Sequence[ParityRow]) -> str:
-    """How many of the checks that need no tolerance hold."""
+    """Return how many of the checks that need no tolerance hold."""
     checks = [row.status == "ok" for row in rows if row.kind == "exact" and row.status != "skipped"]
     return f"{sum(checks)}/{len(checks)}" if checks else "-"
 
 
 def _diagnosis(rows: Sequence[ParityRow]) -> str:
-    """What the fingerprint says, and every precision class that was observed in place of the dtype's own."""
+    """Return the fingerprint's diagnosis, and every precision class observed in place of the dtype's own."""
     said = [next((row.diagnosis for row in rows if row.diagnosis), "")]
     other = {row.observed: None for row in rows if row.observed not in ("", PRECISION_OF_DTYPE.get(row.dtype))}
     return "; ".join(filter(None, [*said, *(f"observed precision: {name}" for name in other)]))
 
 
 def print_report(console: PlainConsole, rows: Sequence[ParityRow], summary: Summary) -> None:
-    """Prints the table, the failures with the command that reproduces each, and the skipped cells with their reasons.
-
-    Args:
-        console: where to.
-        rows: all rows of the run.
-        summary: their counts.
-    """
+    """Print the table, each failure with the command that reproduces it, and the skipped cells with their reasons."""
     groups: dict[tuple[str, str, str, str], list[ParityRow]] = defaultdict(list)
     for row in rows:
         # 72 pairs a case would bury the subjects: pairs are one line a dtype and mode.
@@ -98,3 +94,41 @@ def print_report(console: PlainConsole, rows: Sequence[ParityRow], summary: Summ
         f"{summary.compared} compared, {summary.passed} passed, {summary.failed} failed, {summary.skipped} skipped:",
         Text(verdict, "green" if summary.ok else "red"),
     )
+
+
+def _case(row: ParityRow) -> ElementTree.Element:
+    parts = (row.kind, row.framework, row.implementation, row.mode, row.dtype)
+    place = printable(".".join(part for part in parts if part))
+    name = printable(" ".join(part for part in (row.case, row.tensor) if part))
+    case = ElementTree.Element("testcase", {"classname": place, "name": name, "time": "0"})
+    if row.status == "mismatch":
+        failure = ElementTree.SubElement(case, "failure", {"message": printable(row.reason)})
+        details = [f"error over bound: {row.bound_fraction}", row.diagnosis, row.command]
+        failure.text = "\n".join(printable(line) for line in details if line)
+    elif row.status == "skipped":
+        ElementTree.SubElement(case, "skipped", {"message": printable(row.reason)})
+    return case
+
+
+def junit_document(rows: Sequence[ParityRow], stopped: str = "") -> str:
+    """Return a JUnit document with one case a row: failures with their reason and the command that reproduces them.
+
+    Args:
+        rows: of a parity run or a pair's report.
+        stopped: why the run did not come to its end; becomes a case of its own, with an error.
+    """
+    summary = summarize(rows)
+    counts = {
+        "tests": str(len(rows) + bool(stopped)),
+        "failures": str(summary.failed),
+        "skipped": str(summary.skipped),
+        "errors": str(int(bool(stopped))),
+    }
+    root = ElementTree.Element("testsuites", {"name": "parity", **counts})
+    suite = ElementTree.SubElement(root, "testsuite", {"name": "parity", **counts})
+    suite.extend(_case(row) for row in rows)
+    if stopped:
+        case = ElementTree.SubElement(suite, "testcase", {"classname": "run", "name": "comes to its end", "time": "0"})
+        ElementTree.SubElement(case, "error", {"message": printable(stopped)})
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"

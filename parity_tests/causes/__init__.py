@@ -1,1 +1,0 @@
-"""Search for the likely cause of a mismatch by trying known mistakes."""

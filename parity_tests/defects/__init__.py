@@ -1,1 +1,0 @@
-"""Plant defects in correct code and count how many the judge notices."""

@@ -1,1 +1,0 @@
-"""Show results and write files: terminal, page, JUnit, drawings; text from outside stays text."""

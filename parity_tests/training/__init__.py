@@ -1,1 +1,0 @@
-"""Judge training: K optimiser steps in both frameworks from the same start."""
