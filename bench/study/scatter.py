@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
-from scipy import special
+from scipy import optimize, special
 
 from bench.study.pairing import Spread
 from bench.study.statistics import student_t_quantile
@@ -86,18 +86,16 @@ def apart_from_others(spreads: Mapping[str, Spread]) -> dict[str, dict[int, floa
     return apart
 
 
-def _trigamma(x: float) -> float:
-    # The Hurwitz zeta function, which `special.polygamma` would call after much else.
-    return float(special.zeta(2, x))
-
-
 def _inverse_trigamma(value: float) -> float:
-    """Where the trigamma function, which falls from infinity to 0, has this value: by bisection of the logarithm."""
-    low, high = math.log(1e-8), math.log(1e8)
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _trigamma(math.exp(middle)) > value else (low, middle)
-    return math.exp((low + high) / 2)
+    """Return where the trigamma function, which falls from infinity to 0, has this value, or `MOST_DEGREES / 2`."""
+
+    def excess(log_x: float) -> float:
+        # The Hurwitz zeta function, which `special.polygamma` would call after much else.
+        return math.log(special.zeta(2, math.exp(log_x)) / value)
+
+    low, high = -math.log(value) / 2, math.log(MOST_DEGREES / 2)
+    # Above 1/x^2 everywhere, so that the root is not below `low`.
+    return math.exp(float(optimize.brentq(excess, low, high))) if excess(high) < 0 else MOST_DEGREES / 2
 
 
 @dataclass(frozen=True)
@@ -107,10 +105,16 @@ class Prior:
     variance: float
     degrees: float
 
-    def moderate(self, scatter: Scatter) -> Scatter:
-        """Draws a scatter towards what is usual."""
-        degrees = self.degrees + scatter.degrees
-        variance = (self.degrees * self.variance + scatter.degrees * scatter.variance) / degrees
+    def moderate(self, scatter: Scatter, most_from_others: float = math.inf) -> Scatter:
+        """Draw a scatter towards what is usual.
+
+        Args:
+            scatter: of one competitor.
+            most_from_others: of its degrees of freedom, so many times are added at most.
+        """
+        weight = min(self.degrees, most_from_others * scatter.degrees)
+        degrees = weight + scatter.degrees
+        variance = (weight * self.variance + scatter.degrees * scatter.variance) / degrees
         return Scatter(variance, min(degrees, MOST_DEGREES), scatter.inverse_processes)
 
 
@@ -130,5 +134,5 @@ def usual(scatters: Sequence[Scatter], least: int = LEAST_COMPETITORS) -> Prior:
     center = float(values.mean())
     if excess <= 0:
         return Prior(math.exp(center), MOST_DEGREES)
-    half = min(_inverse_trigamma(excess), MOST_DEGREES / 2)
+    half = _inverse_trigamma(excess)
     return Prior(math.exp(center + special.digamma(half) - math.log(half)), 2 * half)

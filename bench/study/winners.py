@@ -23,7 +23,7 @@ import numpy as np
 
 from bench.study.pairing import Rounds, Spread, paired, spreads_of
 from bench.study.process_spread import ProcessSpread
-from bench.study.scatter import Prior, Scatter, usual
+from bench.study.scatter import Scatter, usual
 from bench.study.statistics import (
     COARSE,
     CONFIDENCE,
@@ -54,10 +54,9 @@ def _moderated(spreads: Sequence[Spread]) -> list[Scatter]:
     found = list(own)
     for several in (False, True):
         alike = [k for k, spread in enumerate(spreads) if bool(spread.processes) == several]
-        prior = usual([own[k] for k in alike], _LEAST_COMPETITORS) if alike else Prior(0.0, 0.0)
+        prior = usual([own[k] for k in alike], _LEAST_COMPETITORS)
         for k in alike:
-            limited = Prior(prior.variance, min(prior.degrees, _MOST_FROM_OTHERS * own[k].degrees))
-            found[k] = limited.moderate(own[k])
+            found[k] = prior.moderate(own[k], _MOST_FROM_OTHERS)
     return found
 
 

@@ -1,9 +1,12 @@
 """What several processes say about their scatter, and what follows for a comparison of two runs."""
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 from scipy import special
 
+from bench.study import overall as overall_module
 from bench.study import scatter
 from bench.study.differences import Difference
 from bench.study.identity import Identity
@@ -132,6 +135,11 @@ def test_a_scale_is_right_and_heeds_no_outliers(size):
     values = rng.normal(0, 0.1, size)
     values[:2] += 50
     assert robust_scale(values.tolist()) < 0.25
+
+
+def test_the_constant_of_the_scale_is_that_of_normal_values():
+    """A quarter of the distances of pairs is shorter than its inverse."""
+    assert NormalDist(0, 2**0.5).cdf(1 / overall_module._QN) == pytest.approx(5 / 8, rel=1e-9)
 
 
 @pytest.mark.parametrize(("in_set", "between"), [(0.0, 0.0), (0.03, 0.0), (0.0, 0.02), (0.01, 0.05)])
