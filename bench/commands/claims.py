@@ -15,7 +15,7 @@ from bench.report.output import OutputError, columns_of, write_csv, write_json, 
 from bench.report.page import CLAIMS, PageError, update_page
 from bench.report.tables import wide_console
 from bench.report.text import ratio
-from bench.study.claim_results import ClaimResult, claim_results
+from bench.study.claims import ClaimResult, claim_results
 from bench.study.process_spread import seen_spreads
 from parity_tests.report.interruption import interruptible
 

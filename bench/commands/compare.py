@@ -15,10 +15,8 @@ from bench.environments import StoreError, device_name
 from bench.report.export import interval_json
 from bench.report.output import OutputError, columns_of, flat, write_csv, write_json
 from bench.report.text import ratio
-from bench.study.comparison import Change, Comparison, compare
-from bench.study.identity import Identity
-from bench.study.measured_cells import Measured, measured_cells
-from bench.study.overall import Overall
+from bench.study.comparison import Change, Comparison, Measured, Overall, compare, measured_cells
+from bench.study.pairing import Identity
 from bench.study.process_spread import seen_spreads
 from bench.study.statistics import SAME, UNRESOLVED
 from parity_tests.report.console import PlainConsole
@@ -172,7 +170,10 @@ def compare_command(
         second = Archive([b], selection("--where-b", conditions[1]), damage)
         with interruptible(polled=True) as interruption:
             seen = seen_spreads(first, second)
-            cells = tuple(measured_cells(*run, seen, interruption) for run in ((first, str(a)), (second, str(b))))
+            cells = tuple(
+                measured_cells(interruption.until_asked(run.cells()), str(name), seen)
+                for run, name in ((first, a), (second, b))
+            )
             interruption.settle()
             stopped = "interrupted: only cells that were read of both runs are compared" if interruption.asked else ""
             if not across_devices and not stopped:

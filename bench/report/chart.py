@@ -13,7 +13,7 @@ from bench.environments import device_name
 from bench.plan.competitors import YARDSTICK
 from bench.report.output import output
 from bench.report.text import told_apart
-from bench.study.identity import identity
+from bench.study.pairing import identity
 from bench.study.ranking import Ranking
 from bench.study.results import Results
 from parity_tests.report.text import printable, printable_tree

@@ -6,8 +6,7 @@ from typing import Any
 from bench.report.export import interval_json
 from bench.report.markdown import table
 from bench.report.text import ratio
-from bench.study.claim_results import NOT_HERE, ClaimResult
-from bench.study.claims import MEMORY
+from bench.study.claims import MEMORY, NOT_HERE, ClaimResult
 from parity_tests.report.text import markdown_line, markdown_text
 
 MEASURED = ("setting", "framework", "claimed", "measured [95%]", "verdict")

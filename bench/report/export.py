@@ -9,11 +9,11 @@ from typing import Any
 
 from bench.records import SCHEMA_VERSION, finite
 from bench.report.output import OutputError, columns_of, flat, write_csv, write_text
-from bench.study.frameworks import FrameworkRatio
 from bench.study.ranking import Ranking, Row
 from bench.study.results import Results
 from bench.study.roofline import Efficiency, efficiencies
 from bench.study.statistics import Interval
+from bench.study.verdicts import FrameworkRatio
 from parity_tests.report.text import json_text
 
 SHARED: tuple[str, ...] = (

@@ -6,9 +6,9 @@ from typing import Any
 
 from bench.report.chart import ChartError, save_picture
 from bench.report.frameworks import HEADING, Matrix, matrices, verdict_text
-from bench.study.frameworks import FrameworkRatio
 from bench.study.results import Results
 from bench.study.statistics import FASTER, SLOWER
+from bench.study.verdicts import FrameworkRatio
 
 # Four times as fast or more has the full colour: what lies beyond would leave nothing to tell 1.1 from 1.5.
 _FULL = 4.0

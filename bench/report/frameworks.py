@@ -9,11 +9,11 @@ from bench.environments import device_name, releases
 from bench.plan.competitors import CALLS
 from bench.report.text import factor, ratio
 from bench.study.disturbance import DISTURBED
-from bench.study.frameworks import FrameworkRatio
-from bench.study.identity import identity
+from bench.study.pairing import identity
 from bench.study.ranking import Ranking
 from bench.study.results import Results
 from bench.study.statistics import FASTER, SAME, SLOWER
+from bench.study.verdicts import FrameworkRatio
 
 HEADING = "PyTorch against JAX"
 LEGEND = (

@@ -15,7 +15,7 @@ from bench.report.text import (
     summary_line,
     winner_line,
 )
-from bench.study.identity import Identity, identity
+from bench.study.pairing import Identity, identity
 from bench.study.ranking import BASELINE, Ranking, Row
 from bench.study.results import Results
 from parity_tests.report.text import html_text, markdown_line

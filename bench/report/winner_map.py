@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report.chart import ChartError, save_picture
-from bench.study.identity import identity
+from bench.study.pairing import identity
 from bench.study.ranking import Ranking
 
 # Past this many panels a picture is a wall of stamps; narrow the records instead.

@@ -18,8 +18,8 @@ from bench.plan.workloads import LAYOUTS, Workload
 from bench.record_files import records_file, scan
 from bench.records import SKIPPED, STOPS, Record, RecordError
 from bench.study.clocks import Timing, clock_bits, disagreements, is_timestamp, timing, unchecked
+from bench.study.disturbance import short_blocks
 from bench.study.ranking import rank_cells
-from bench.study.short_blocks import short_blocks
 
 # From strict to coarse: arithmetic that was asked for may turn out stricter, never coarser.
 _STRICTNESS: tuple[str, ...] = ("fp64", "ieee_fp32", "tf32", "fp16", "bf16", "lower")

@@ -8,8 +8,19 @@ import pytest
 from bench.plan.workloads import WORKLOADS
 from bench.report.claims import claims_block, measured
 from bench.store import Store
-from bench.study.claim_results import DOES_NOT, HOLDS, IN_PART, NOT_HERE, claim_results, judge
-from bench.study.claims import CLAIMS, DENSE, LOOP, MASKED, Part
+from bench.study.claims import (
+    CLAIMS,
+    DENSE,
+    DOES_NOT,
+    HOLDS,
+    IN_PART,
+    LOOP,
+    MASKED,
+    NOT_HERE,
+    Part,
+    claim_results,
+    judge,
+)
 from bench.study.statistics import Interval
 from bench.tests.synthetic import FINGERPRINT
 

@@ -17,10 +17,10 @@ from bench.report.frameworks import line, matrices, verdict_text
 from bench.report.markdown import report
 from bench.report.readme import results_block
 from bench.store import Store
-from bench.study.frameworks import framework_ratio
 from bench.study.ranking import rankings
 from bench.study.results import results_of
 from bench.study.statistics import FASTER, SAME, SLOWER, UNRESOLVED
+from bench.study.verdicts import framework_ratio
 from bench.tests.synthetic import FINGERPRINT
 
 ENVIRONMENTS = {"e0": FINGERPRINT, "e1": FINGERPRINT | {"division": "tuned"}}

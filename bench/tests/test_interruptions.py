@@ -24,7 +24,7 @@ from bench.__main__ import app
 from bench.commands import validate
 from bench.measure import sweep
 from bench.measure.worker_process import WorkerProcess, worker_environment
-from bench.study import archive_ranking
+from bench.study import results as study_results
 from parity_tests.report import files
 
 # A limit beyond what there is: then the first signal comes while it writes.
@@ -63,7 +63,7 @@ def start(framework):
     environment = worker_environment(framework, device="cpu", division="matched", cpus=())
     return WorkerProcess([sys.executable, "-m", "bench.tests.fake_worker", framework], environment)
 
-archive.read_cells = archive_ranking.read_cells = read_cells
+archive.read_cells = study_results.read_cells = read_cells
 validate.violations, files.output, store.Store.append = violations, output, append
 sweep.starter = lambda *arguments, **options: start
 ended = {}

@@ -13,7 +13,7 @@ from bench.commands.conditions import selection
 from bench.environments import StoreError
 from bench.measure.worker_process import CHECKOUT
 from bench.report.tables import show_rankings
-from bench.study import archive_ranking
+from bench.study import results as study_results
 from bench.study.ranking import rankings
 from bench.study.results import read_results
 from bench.tests.conftest import example_record
@@ -129,30 +129,30 @@ def test_a_sweep_of_thousands_of_cells_prints_one_line_for_each(make_record, cap
 
 
 def test_a_large_sweep_is_ranked_by_several_processes_as_by_one(sweep, monkeypatch):
-    monkeypatch.setattr(archive_ranking, "_CELLS_A_TASK", 7)
+    monkeypatch.setattr(study_results, "_CELLS_A_TASK", 7)
     wanted = selection("--where", ["in_features=2"])
     alone = read_results([sweep]), read_results([sweep], wanted)
     started = []
-    pool = archive_ranking.ProcessPoolExecutor
-    monkeypatch.setattr(archive_ranking, "ProcessPoolExecutor", lambda *a, **k: started.append(a) or pool(*a, **k))
+    pool = study_results.ProcessPoolExecutor
+    monkeypatch.setattr(study_results, "ProcessPoolExecutor", lambda *a, **k: started.append(a) or pool(*a, **k))
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setattr(archive_ranking, "_MANY_CELLS", 1)
+    monkeypatch.setattr(study_results, "_MANY_CELLS", 1)
     assert (read_results([sweep]), read_results([sweep], wanted)) == alone
     assert 0 < len(alone[1].found) < len(alone[0].found)
     assert started == [(2,), (2,)]
 
 
 def test_a_process_that_cannot_start_leaves_the_work_to_this_one(sweep, monkeypatch):
-    class Broken(archive_ranking.ProcessPoolExecutor):
+    class Broken(study_results.ProcessPoolExecutor):
         def map(self, rank, tasks):
             yield rank(tasks[0])
-            raise archive_ranking.BrokenProcessPool
+            raise study_results.BrokenProcessPool
 
     alone = read_results([sweep])
-    monkeypatch.setattr(archive_ranking, "_CELLS_A_TASK", 7)
-    monkeypatch.setattr(archive_ranking, "ProcessPoolExecutor", Broken)
+    monkeypatch.setattr(study_results, "_CELLS_A_TASK", 7)
+    monkeypatch.setattr(study_results, "ProcessPoolExecutor", Broken)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setattr(archive_ranking, "_MANY_CELLS", 1)
+    monkeypatch.setattr(study_results, "_MANY_CELLS", 1)
     assert read_results([sweep]) == alone
 
 
@@ -163,6 +163,6 @@ def test_damage_is_found_by_other_processes_as_well(sweep, tmp_path, monkeypatch
     lines[30] = lines[30].replace('"block_latency_s": [', '"block_latency_s": ["x", ')
     (damaged / "records.jsonl").write_text("".join(lines))
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setattr(archive_ranking, "_MANY_CELLS", 1)
+    monkeypatch.setattr(study_results, "_MANY_CELLS", 1)
     with pytest.raises(StoreError, match=r"records.jsonl, line 31: .*block_latency_s"):
         read_results([damaged])
