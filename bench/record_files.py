@@ -17,8 +17,7 @@ from types import ModuleType
 from typing import BinaryIO, NamedTuple
 
 from bench.environments import StoreError
-from bench.record_lines import parse_line
-from bench.records import Record, RecordError
+from bench.records import Record, RecordError, parse_line
 
 RECORDS = "records.jsonl"
 _SUFFIX = ".xz"

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from rich.table import Table
 
-from bench.archive import Archive, Damage
 from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, cut_short, tell_damage
 from bench.environments import StoreError
 from bench.report.claims import MEASURED, claim_rows, claims_block, claims_json, measured, overview
@@ -15,6 +14,7 @@ from bench.report.output import OutputError, columns_of, write_csv, write_json, 
 from bench.report.page import CLAIMS, PageError, update_page
 from bench.report.tables import wide_console
 from bench.report.text import ratio
+from bench.store import Archive, Damage
 from bench.study.claims import ClaimResult, claim_results
 from bench.study.process_spread import seen_spreads
 from parity_tests.report.interruption import interruptible

@@ -8,13 +8,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.archive import Archive, Damage
 from bench.commands.conditions import selection
 from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, cut_short, tell_damage
 from bench.environments import StoreError, device_name
 from bench.report.export import interval_json
 from bench.report.output import OutputError, columns_of, flat, write_csv, write_json
 from bench.report.text import ratio
+from bench.store import Archive, Damage
 from bench.study.comparison import Change, Comparison, Measured, Overall, compare, measured_cells
 from bench.study.pairing import Identity
 from bench.study.process_spread import seen_spreads

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.archive import Archive, Damage
 from bench.commands.usage import FAILED, OK, UsageError, check_choices, check_writable, complain, tell_damage
 from bench.environments import StoreError
 from bench.plan.cells import DEVICES, DIRECTIONS, PRECISIONS, STORAGE_DTYPES
@@ -13,6 +12,7 @@ from bench.plan.competitors import FRAMEWORKS
 from bench.report.export import interval_json
 from bench.report.output import OutputError, columns_of, write_csv, write_json
 from bench.report.text import MORE_PROCESSES, ratio
+from bench.store import Archive, Damage
 from bench.study.process_spread import seen_spreads
 from bench.study.recommendation import FAR, NEAR, SIZES, Neighbour, Shape, nearest
 from parity_tests.report.console import PlainConsole

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from bench.archive import Archive, Damage
 from bench.commands.conditions import selection
 from bench.commands.usage import FAILED, OK, UsageError, check_writable, complain, cut_short, tell, tell_damage
 from bench.environments import StoreError
@@ -21,6 +20,7 @@ from bench.report.roofline import save_roofline
 from bench.report.tables import show_frameworks, show_rankings, wide_console
 from bench.report.text import resolution_line, summary_line
 from bench.report.winner_map import save_winner_map
+from bench.store import Archive, Damage
 from bench.study.results import Results, read_results
 from parity_tests.report.interruption import interruptible
 

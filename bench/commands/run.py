@@ -9,7 +9,6 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from bench.archive import Damage
 from bench.commands.usage import (
     FAILED,
     INTERRUPTED,
@@ -39,7 +38,7 @@ from bench.report.markdown import environment_lines, write_report
 from bench.report.output import OutputError
 from bench.report.tables import show_frameworks, show_rankings, wide_console
 from bench.report.text import resolution_line, summary_line
-from bench.store import Store, sole_writer
+from bench.store import Damage, Store, sole_writer
 from bench.study.results import Results, read_results
 from parity_tests.report.console import PlainConsole
 from parity_tests.report.interruption import Interruption, interruptible

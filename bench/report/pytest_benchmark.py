@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.archive import Archive
 from bench.records import SCHEMA_VERSION, Record
 from bench.report.export import SHARED
 from bench.report.output import write_text
+from bench.store import Archive
 from bench.study.pairing import by_label
 from bench.study.statistics import tukey_outliers
 from parity_tests.report.text import json_text

@@ -15,10 +15,10 @@ from statistics import NormalDist, median
 import numpy as np
 from scipy import optimize, special
 
-from bench.archive import Archive, Damage, read_cells
 from bench.environments import device_name
 from bench.plan.competitors import YARDSTICK
 from bench.records import Record
+from bench.store import Archive, read_cells
 from bench.study.disturbance import is_disturbed
 from bench.study.pairing import Rounds, Spread, by_label, log_latencies, paired, spreads_of
 from bench.study.statistics import CONFIDENCE, student_t_quantile
@@ -244,10 +244,9 @@ def seen_spreads(*archives: Archive) -> dict[str, ProcessSpread]:
     Raises:
         StoreError: if a line is damaged.
     """
-    cells = [(archive, cell) for archive in archives for cell in archive.places()]
-    several = [cell for archive, cell in cells if archive.processes(cell.where) > 1]
+    cells = [cell for archive in archives for cell in archive.places()]
+    several = [cell for cell in cells if cell.processes > 1]
     if len(several) == len(cells):
         return {}
     machines = {key: device_name(found) for archive in archives for key, found in archive.environments.items()}
-    # What is damaged is told where the cells are ranked.
-    return spreads_by_machine(read_cells(several, Damage()), machines)
+    return spreads_by_machine(read_cells(several), machines)

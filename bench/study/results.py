@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.archive import Archive, CellPlaces, Damage, keep_every_cell, read_cells
-from bench.environments import StoreError, device_name
+from bench.environments import device_name
 from bench.records import Record
+from bench.store import Archive, CellPlaces, Damage, keep_every_cell, read_cells
 from bench.study.process_spread import ProcessSpread, seen_spreads
 from bench.study.ranking import Ranking, rank_cells, rankings, tally
 from parity_tests.report.interruption import Interruption
@@ -26,131 +26,8 @@ _MANY_CELLS = 1000
 _CELLS_A_TASK = 100
 # Each holds some sixty megabytes of libraries.
 _MOST_PROCESSES = 4
-
-# A hundred cells take a second.
+# For a task; a hundred cells take a second.
 _TASK_S = 600.0
-
-Ranked = tuple[list[Ranking], Counter[str]]
-
-
-def _never() -> bool:
-    return False
-
-
-def _ranked(
-    keep: Callable[[Record], bool],
-    seen: Mapping[str, ProcessSpread],
-    damage: Damage | None,
-    cells: Sequence[CellPlaces],
-    stop: Callable[[], bool] = _never,
-) -> tuple[Ranked, Damage | None]:
-    """Rank some cells; the damage comes back, since what another process adds to it is not seen here."""
-    outcomes: Counter[str] = Counter()
-
-    def counted() -> Iterator[list[Record]]:
-        for group in read_cells(cells, damage):
-            if stop():
-                return
-            if keep(group[0]):
-                outcomes.update(tally(group))
-                yield group
-
-    return (rank_cells(counted(), seen), outcomes), damage
-
-
-class _Watch:
-    """Kills processes that this one started since, if they are waited for too long; a pool that uses them breaks then.
-
-    Args:
-        limit_s: seconds that one task may take.
-    """
-
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s, self._before = limit_s, set(multiprocessing.active_children())
-        self._timer: threading.Timer | None = None
-
-    def start(self) -> None:
-        """Begins to wait."""
-        self.stop()
-        self._timer = threading.Timer(self._limit_s, self._kill)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def stop(self) -> None:
-        """Waits no more."""
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _kill(self) -> None:
-        for process in set(multiprocessing.active_children()) - self._before:
-            process.kill()
-
-    def __enter__(self) -> None:
-        self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-
-def _ignore_interruptions() -> None:
-    """Leaves Ctrl-C, which every process of a terminal gets, to the one that hands out the work."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def ranked_archive(archive: Archive, stop: Callable[[], bool] = _never) -> Iterator[Ranked]:
-    """Ranks the wanted cells of an archive, in the order in which they were recorded.
-
-    Args:
-        archive: of few cells, which are ranked in this process, or of many, whose `keep` must then be picklable.
-        stop: asked again and again; True leaves the remaining cells out.
-
-    Returns:
-        Some rankings at a time, with the number of their records by outcome.
-
-    Raises:
-        StoreError: if a line is damaged, and the archive is not told to leave damage out.
-    """
-    cells, damage = archive.places(), archive.damage
-    rank = partial(_ranked, archive.keep, seen_spreads(archive), None if damage is None else Damage())
-    for ranked, found in _in_parts(cells, rank, stop):
-        if damage is not None and found is not None:
-            for sentence in found.sentences:
-                damage.add(StoreError(sentence))
-        yield ranked
-
-
-_Ranker = Callable[..., tuple[Ranked, Damage | None]]
-
-
-def _in_parts(
-    cells: Sequence[CellPlaces], rank: _Ranker, stop: Callable[[], bool]
-) -> Iterator[tuple[Ranked, Damage | None]]:
-    processes = min(os.cpu_count() or 1, _MOST_PROCESSES)
-    if len(cells) < _MANY_CELLS or processes < 2:
-        yield rank(cells, stop)
-        return
-    tasks = [cells[start : start + _CELLS_A_TASK] for start in range(0, len(cells), _CELLS_A_TASK)]
-    # Not forked: this process may have threads, of a progress bar or of a linear algebra library.
-    done, watch = 0, _Watch(_TASK_S)
-    try:
-        context = multiprocessing.get_context("spawn")
-        with watch, ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interruptions) as pool:
-            try:
-                for ranked in pool.map(rank, tasks):
-                    watch.stop()
-                    yield ranked
-                    done += 1
-                    if stop():
-                        return
-                    watch.start()
-            finally:
-                # After an interruption nobody waits for what has not begun.
-                pool.shutdown(wait=False, cancel_futures=True)
-    except BrokenProcessPool:
-        # Ended by the system for want of memory, by the watch, or not startable from the calling script: the same work,
-        # done here.
-        for task in tasks[done:]:
-            yield rank(task, stop)
 
 
 @dataclass(frozen=True)
@@ -170,7 +47,7 @@ class Results:
     stopped: str = ""
 
     def places(self) -> dict[str, list[Ranking]]:
-        """The rankings of each environment, in the order of the records."""
+        """Return the rankings of each environment, in the order of the records."""
         apart: dict[str, list[Ranking]] = {}
         for ranking in self.found:
             apart.setdefault(ranking.first.environment_id, []).append(ranking)
@@ -193,8 +70,9 @@ def read_results(
 
     Args:
         directories: of runs.
-        keep: whether a cell is wanted, by any of its records.
-        interruption: by which the user may end it; what was read until then is kept.
+        keep: tells from any of its records if a cell is wanted; picklable, since many cells are ranked in other
+            processes.
+        interruption: by which the user may end it; cells that were ranked until then are kept.
         damage: is told of what cannot be read, which is then left out; without it, the first such thing is an error.
 
     Raises:
@@ -207,8 +85,103 @@ def read_results(
     def stop() -> bool:
         return interruption is not None and interruption.asked
 
-    for ranked, counted in ranked_archive(archive, stop):
+    for ranked, counted in _in_parts(archive.places(), partial(_ranked, keep, seen_spreads(archive)), stop):
         found += ranked
         outcomes.update(counted)
     stopped = f"interrupted: {len(found)} cells were read, the others were left" if stop() else ""
     return Results(tuple(found), dict(outcomes), archive.environments, stopped)
+
+
+def _never() -> bool:
+    return False
+
+
+_Ranked = tuple[list[Ranking], Counter[str]]
+
+
+def _ranked(
+    keep: Callable[[Record], bool],
+    seen: Mapping[str, ProcessSpread],
+    cells: Sequence[CellPlaces],
+    stop: Callable[[], bool] = _never,
+) -> _Ranked:
+    outcomes: Counter[str] = Counter()
+
+    def counted() -> Iterator[list[Record]]:
+        for group in read_cells(cells):
+            if stop():
+                return
+            if keep(group[0]):
+                outcomes.update(tally(group))
+                yield group
+
+    return rank_cells(counted(), seen), outcomes
+
+
+def _in_parts(cells: Sequence[CellPlaces], rank: Callable[..., _Ranked], stop: Callable[[], bool]) -> Iterator[_Ranked]:
+    """Rank cells, some at a time, in their order; `stop` is asked again and again, and True leaves the others out."""
+    processes = min(os.cpu_count() or 1, _MOST_PROCESSES)
+    if len(cells) < _MANY_CELLS or processes < 2:
+        yield rank(cells, stop)
+        return
+    tasks = [cells[start : start + _CELLS_A_TASK] for start in range(0, len(cells), _CELLS_A_TASK)]
+    done, watch = 0, _Watch(_TASK_S)
+    try:
+        # Not forked: this process may have threads, of a progress bar or of a linear algebra library.
+        context = multiprocessing.get_context("spawn")
+        with watch, ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interruptions) as pool:
+            try:
+                for ranked in pool.map(rank, tasks):
+                    watch.stop()
+                    yield ranked
+                    done += 1
+                    if stop():
+                        return
+                    watch.start()
+            finally:
+                # After an interruption nobody waits for what has not begun.
+                pool.shutdown(wait=False, cancel_futures=True)
+    except BrokenProcessPool:
+        # Ended by the system for want of memory, by the watch, or not startable from the calling script: the same work,
+        # done here.
+        for task in tasks[done:]:
+            yield rank(task, stop)
+
+
+def _ignore_interruptions() -> None:
+    """Leave Ctrl-C, which every process of a terminal gets, to the one that hands out the work."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _Watch:
+    """Kills processes that this one started since, if they are waited for too long; a pool that uses them breaks then.
+
+    Args:
+        limit_s: seconds that one task may take.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s, self._before = limit_s, set(multiprocessing.active_children())
+        self._timer: threading.Timer | None = None
+
+    def start(self) -> None:
+        """Begin to wait."""
+        self.stop()
+        self._timer = threading.Timer(self._limit_s, self._kill)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def stop(self) -> None:
+        """Wait no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _kill(self) -> None:
+        for process in set(multiprocessing.active_children()) - self._before:
+            process.kill()
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()

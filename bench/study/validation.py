@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from bench.archive import Archive
 from bench.environments import StoreError, read_environments, unusable
 from bench.plan.cells import CACHES, DEVICES, DIRECTIONS, DIVISIONS, RESULTS, STORAGE_DTYPES, Cell
 from bench.plan.competitors import EAGER, FRAMEWORKS, IMPLEMENTATION, MODES, STOCK, YARDSTICK, offered_modes
@@ -17,6 +16,7 @@ from bench.plan.presets import STEPPED_OPTIMIZERS
 from bench.plan.workloads import LAYOUTS, Workload
 from bench.record_files import records_file, scan
 from bench.records import SKIPPED, STOPS, Record, RecordError
+from bench.store import Archive
 from bench.study.clocks import Timing, clock_bits, disagreements, is_timestamp, timing, unchecked
 from bench.study.disturbance import short_blocks
 from bench.study.ranking import rank_cells

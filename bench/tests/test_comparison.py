@@ -5,8 +5,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
-from bench.archive import Archive
-from bench.store import Store
+from bench.store import Archive, Store
 from bench.study.comparison import compare, measured_cells
 from bench.tests.synthetic import FINGERPRINT
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.record_lines import parse_line
-from bench.records import RecordError
+from bench.records import RecordError, parse_line
 from bench.store import Store
 from bench.tests.conftest import file_size_limit
 from bench.tests.synthetic import FINGERPRINT, cell_records
@@ -203,7 +202,7 @@ def test_a_disk_that_fills_up_during_a_run_keeps_what_is_there(tmp_path, make_re
     def full(path, data):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(Store, "_append", staticmethod(full))
+    monkeypatch.setattr("bench.store._append", full)
     with pytest.raises(ValueError, match=r"cannot be written any more \(No space left on device\).*add --resume"):
         store.append(cell_records(make_record, 1, (1, 2, 4, 8), competitors=2))
     monkeypatch.undo()

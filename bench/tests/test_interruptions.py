@@ -19,7 +19,7 @@ OLD = "as it was"
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
-from bench import archive, store
+from bench import store
 from bench.__main__ import app
 from bench.commands import validate
 from bench.measure import sweep
@@ -29,7 +29,7 @@ from parity_tests.report import files
 
 # A limit beyond what there is: then the first signal comes while it writes.
 number, read, commands = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
-real_cells, real_output, real_append = archive.read_cells, files.output, store.Store.append
+real_cells, real_output, real_append = store.read_cells, files.output, store.Store.append
 counted = 0
 
 def count(limit):
@@ -38,8 +38,8 @@ def count(limit):
     if counted == limit:
         os.kill(os.getpid(), number)
 
-def read_cells(cells, *damage):
-    for group in real_cells(cells, *damage):
+def read_cells(cells):
+    for group in real_cells(cells):
         count(read + 1)
         yield group
 
@@ -63,7 +63,7 @@ def start(framework):
     environment = worker_environment(framework, device="cpu", division="matched", cpus=())
     return WorkerProcess([sys.executable, "-m", "bench.tests.fake_worker", framework], environment)
 
-archive.read_cells = study_results.read_cells = read_cells
+store.read_cells = study_results.read_cells = read_cells
 validate.violations, files.output, store.Store.append = violations, output, append
 sweep.starter = lambda *arguments, **options: start
 ended = {}

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from bench import record_files
-from bench.archive import Archive, read_cells
 from bench.record_files import COMPRESSED, RECORDS, LineReader, compress, scan
+from bench.store import Archive, read_cells
 from bench.study import results as study_results
 from bench.study.results import read_results
 from bench.tests.conftest import example_record

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy, rich.console
 import bench.commands.report, bench.commands.validate
 from bench.commands.report import Outputs, report_command
-from bench.archive import read_records
+from bench.store import read_records
 from bench.store import Store
 # The linear algebra library takes its buffers at its first use, whatever the size.
 numpy.linalg.eigvalsh(numpy.eye(64))

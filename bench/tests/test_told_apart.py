@@ -5,12 +5,11 @@ import math
 
 import pytest
 
-from bench.archive import Archive
 from bench.report.chart import ratio_chart
 from bench.report.pytest_benchmark import write_pytest_benchmark
 from bench.report.text import baseline_line, percent, resolution_line, titles, told_apart, winner_line
 from bench.report.winner_map import squares
-from bench.store import Store
+from bench.store import Archive, Store
 from bench.study.ranking import rankings
 from bench.tests.synthetic import FINGERPRINT, cell_records
 
