@@ -92,7 +92,9 @@ def _inverse_trigamma(value: float) -> float:
 
     low, high = -math.log(value) / 2, math.log(MOST_DEGREES / 2)
     # Above 1/x^2 everywhere, so that the root is not below `low`.
-    return math.exp(float(optimize.brentq(excess, low, high))) if excess(high) < 0 else MOST_DEGREES / 2
+    if excess(high) >= 0:
+        return MOST_DEGREES / 2
+    return math.exp(optimize.brentq(excess, low, high))  # pyright: ignore[reportArgumentType]  # no full output
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def test_records_without_any_environment_file_are_one_sentence(lines, run_of, ca
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full to stand for a full disk")
-@pytest.mark.parametrize("option", ["--markdown", "--json", "--csv", "--pytest-benchmark"])
+@pytest.mark.parametrize("option", ["--markdown", "--json", "--csv"])
 def test_a_full_disk_is_one_sentence(lines, run_of, call, option):
     assert f"{option}: /dev/full cannot be written (No space left on device)" in said(
         call("report", run_of(lines), option, "/dev/full")
@@ -151,7 +151,7 @@ def test_every_command_says_when_the_disk_is_full(lines, run_of, call, command):
         assert "No space left" in said(call(command, *more, option, "/dev/full"))
 
 
-OUTPUTS = ("markdown", "json", "csv", "pytest-benchmark", "frameworks-csv", "readme", "chart", "winner-map", "roofline")
+OUTPUTS = ("markdown", "json", "csv", "frameworks-csv", "readme", "chart", "winner-map", "roofline")
 
 
 @pytest.mark.parametrize("option", [*OUTPUTS, "framework-map"])

@@ -21,7 +21,7 @@ import json, os, sys
 from pathlib import Path
 from bench import store
 from bench.__main__ import app
-from bench.commands import validate
+from bench.commands import inspect
 from bench.measure import sweep
 from bench.measure.worker_process import WorkerProcess, worker_environment
 from bench.study import results as study_results
@@ -64,7 +64,7 @@ def start(framework):
     return WorkerProcess([sys.executable, "-m", "bench.tests.fake_worker", framework], environment)
 
 store.read_cells = study_results.read_cells = read_cells
-validate.violations, files.output, store.Store.append = violations, output, append
+inspect.violations, files.output, store.Store.append = violations, output, append
 sweep.starter = lambda *arguments, **options: start
 ended = {}
 for name, arguments in commands.items():

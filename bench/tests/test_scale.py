@@ -9,7 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from bench.commands.conditions import selection
+from bench.commands.arguments import selection
 from bench.environments import StoreError
 from bench.measure.worker_process import CHECKOUT
 from bench.report.tables import show_rankings
@@ -28,10 +28,9 @@ _CHILD = """
 import resource, sys
 from pathlib import Path
 import numpy, rich.console
-import bench.commands.report, bench.commands.validate
-from bench.commands.report import Outputs, report_command
-from bench.store import read_records
-from bench.store import Store
+import bench.commands.inspect
+from bench.commands.report import report
+from bench.store import Store, read_records
 # The linear algebra library takes its buffers at its first use, whatever the size.
 numpy.linalg.eigvalsh(numpy.eye(64))
 directory = Path(sys.argv[1])
@@ -42,13 +41,8 @@ if sys.argv[3] == "whole":
     read_records(directory)
 store = Store(directory, resume=True)
 assert store.holds("0000000000000000", 0)
-outputs = Outputs(
-    markdown=directory / "r.md",
-    json_file=directory / "r.json",
-    csv_file=directory / "r.csv",
-    pytest_benchmark=directory / "p.json",
-)
-status = report_command([directory], outputs)
+names = {"markdown": "r.md", "json_file": "r.json", "csv_file": "r.csv"}
+status = report([directory], **{option: directory / name for option, name in names.items()})
 assert status == 0, status
 """
 
@@ -86,7 +80,7 @@ def test_a_sweep_resumes_and_reports_in_less_memory_than_its_samples_take(sweep)
     found = json.loads((sweep / "r.json").read_text())
     assert len(found["cells"]) == CELLS
     assert {cell["winner"] for cell in found["cells"]} == {"torch form-0 (eager)"}
-    assert len(json.loads((sweep / "p.json").read_text())["benchmarks"]) == CELLS * COMPETITORS
+    assert sum(len(cell["rows"]) for cell in found["cells"]) == CELLS * COMPETITORS
     # The cap is one that matters: all records at once do not fit.
     assert "MemoryError" in limited(sweep, "whole").stderr
 
