@@ -53,7 +53,7 @@ GPU_REPLICATES ?= 1
 # with a block of results on the page, with one of claims, with a map, and with a chart.
 RESULTS ?= bench/results
 DRAWN ?= $(RESULTS)
-PAGE ?= README.md
+PAGE ?= $(RESULTS)/README.md
 SHOWN ?= h200 cpu-epyc-2core cpu-xeon-2core
 SHOWN_CLAIMS ?= h200
 MAPPED ?= cpu-epyc-2core cpu-xeon-2core
@@ -63,7 +63,7 @@ CHART_OPTIONS ?= $(foreach c,workload=article-base division=matched precision=ie
 BENCH = $(VENV)/bin/python -m bench
 NEW = $(patsubst %/records.jsonl,%,$(wildcard $(RESULTS)/*/records.jsonl))
 
-# $(call show,DIRECTORY): what README shows of it.
+# $(call show,DIRECTORY): what the page shows of it.
 define show
 	@mkdir -p $(DRAWN)/$(1)
 	$(BENCH) report $(RESULTS)/$(1) --readme $(PAGE) $(if $(filter $(1),$(MAPPED)),--framework-map $(DRAWN)/$(1)/frameworks.svg)

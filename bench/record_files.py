@@ -17,14 +17,15 @@ from types import ModuleType
 from typing import BinaryIO, NamedTuple
 
 from bench.environments import StoreError
-from bench.record_lines import parse_line
-from bench.records import Record, RecordError
+from bench.records import Record, RecordError, parse_line
 
 RECORDS = "records.jsonl"
 _SUFFIX = ".xz"
 COMPRESSED = RECORDS + _SUFFIX
 # How every stream begins.
 _MAGIC = b"\xfd7zXZ\0"
+# The published runs of a checkout; an installation has a few of them.
+_PUBLISHED = Path(__file__).parent / "results"
 _STREAM_BYTES = 2**20
 # The records of a cell lie far apart, one group for each set of processes: so many groups may advance side by side.
 _KEPT_STREAMS = 16
@@ -90,6 +91,16 @@ class Line:
             raise StoreError(f"{self.where}: {error}; repair or remove the file.") from error
 
 
+def run_directory(name: str) -> Path:
+    """Return the directory of a run: the one of this path, else the published run of this name, such as `h200`."""
+    directory = Path(name)
+    return _PUBLISHED / name if name in _published() and not directory.exists() else directory
+
+
+def _published() -> list[str]:
+    return sorted(path.parent.name for path in _PUBLISHED.glob(f"*/{COMPRESSED}"))
+
+
 def records_file(directory: Path) -> Path:
     """Find the file of a run's records, plain or compressed.
 
@@ -101,7 +112,10 @@ def records_file(directory: Path) -> Path:
     if there and not found:
         raise StoreError(f"{there[0]}: expected a regular file, got none; restore the records or give another DIR.")
     if not found:
-        raise StoreError(f"{directory}: holds no {RECORDS} or {COMPRESSED}; give the --out directory of a `bench run`.")
+        raise StoreError(
+            f"{directory}: holds no {RECORDS} or {COMPRESSED}; give the --out directory of a `bench run`, or the name "
+            f"of a published run that is here ({', '.join(_published())}; a checkout has all, in bench/results)."
+        )
     if len(found) > 1:
         raise StoreError(f"{directory}: holds both {RECORDS} and {COMPRESSED}; remove the one that is not wanted.")
     return found[0]

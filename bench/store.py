@@ -1,21 +1,22 @@
-"""Append-only storage of records: `records.jsonl` and, beside it, `environment.json`.
+"""A results directory: records appended cell by cell, and read back cell by cell without changing them.
 
-The records of one cell are appended in one write and synced, so that a killed run leaves at most one cell torn. Opening
-a store sets that tail aside in `torn.jsonl`, never deletes it, and the cell is measured again.
+The records of one cell are appended to `records.jsonl` in one write and synced, so that a killed run leaves at most one
+cell torn. Opening a store sets that tail aside in `torn.jsonl`, never deletes it, and the cell is measured again.
+A sweep may hold more samples than memory: an archive keeps only the places of the lines.
 """
 
 import json
 import os
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench.archive import place_of, read_records
-from bench.environments import ENVIRONMENTS, StoreError, read_environments
-from bench.record_files import COMPRESSED, RECORDS, scan
+from bench.environments import ENVIRONMENTS, StoreError, read_environments, unusable
+from bench.record_files import COMPRESSED, RECORDS, LineReader, Position, records_file, scan
 from bench.records import Record
 from parity_tests.report.files import OutputError, write_text
 
@@ -27,7 +28,7 @@ TORN = "torn.jsonl"
 
 @contextmanager
 def sole_writer(directory: Path) -> Iterator[None]:
-    """Keeps every other run out of a results directory, which is created if missing.
+    """Keep every other run out of a results directory, which is created if missing.
 
     Two runs would take each other's cell for torn, record keys twice, and time against each other. The lock is the
     kernel's and ends with the process, however that ends; where there is none (Windows, some network file systems)
@@ -47,7 +48,7 @@ def sole_writer(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         handle = os.open(directory, os.O_RDONLY)
     except OSError as error:
-        raise StoreError(f"{directory}: cannot be written ({error.strerror}); choose another --out.") from error
+        raise _unwritable(directory, error) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,12 +84,20 @@ def _leave_nothing_empty(directory: Path, known: Container[str], missing: Iterab
             place.rmdir()
 
 
+def _unwritable(directory: Path, error: OSError) -> StoreError:
+    return StoreError(f"{directory}: cannot be written ({error.strerror}); choose another --out.")
+
+
+def _repeated(where: Path, key: str) -> StoreError:
+    return StoreError(f"{where}: two lines share the key {key}; repair or remove the file.")
+
+
 class Store:
     """A results directory, open for appending.
 
     Args:
         directory: created if missing.
-        resume: whether records that are there already are continued.
+        resume: True continues records that are there already.
 
     Attributes:
         environment_ids: of all records that it holds.
@@ -120,82 +129,69 @@ class Store:
             if self.set_aside_bytes:
                 with path.open("rb") as file:
                     file.seek(size)
-                    self._append(directory / TORN, file.read())
+                    _append(directory / TORN, file.read())
                 os.truncate(path, size)
             # Found out now and not after the first cell: the file can be opened, and this disk takes another byte.
-            self._append(path, b"")
+            _append(path, b"")
             probe = directory / f".{RECORDS}.probe"
-            self._append(probe, b"\n")
+            _append(probe, b"\n")
             probe.unlink()
         except OSError as error:
-            raise StoreError(f"{directory}: cannot be written ({error.strerror}); choose another --out.") from error
+            raise _unwritable(directory, error) from error
 
     def _load(self, path: Path) -> int:
-        """Notes what is there, and returns how many bytes whole cells take: a torn cell at the end is left out.
-
-        Only keys are kept: a sweep may hold more samples than memory.
-        """
-        sizes: dict[tuple[str, int], int] = defaultdict(int)
-        last, start, end, expected, keys = None, 0, 0, 0, []
-        place = ""
+        """Note what is there, and return how many bytes whole cells take: a torn cell at the end is left out."""
+        counts: Counter[tuple[str, int]] = Counter()
+        start, end, group = 0, 0, []
         for line in scan(path):
-            record = place_of(line)
-            cell = (record.cell, record.process_replicate)
-            if cell != last:
-                self._keys.update(keys)
-                self.environment_ids |= {place} if keys else set()
-                last, start, keys = cell, line.position.start, []
-            if record.key in self._keys or record.key in keys:
-                raise StoreError(f"{path}: two lines share the key {record.key}; repair or remove the file.")
-            sizes[cell] += 1
-            keys.append(record.key)
-            expected, end, place = record.cell_size, line.position.start + len(line.data), record.environment_id
-        if last is not None and sizes[last] < expected:
-            sizes.pop(last)
-            end = start
-        else:
-            self._keys.update(keys)
-            self.environment_ids |= {place} if keys else set()
-        self._cells.update(sizes)
+            record = line.record().without_samples()
+            if group and _cell(record) != _cell(group[0]):
+                self._note(group)
+                start, group = line.position.start, []
+            if record.key in self._keys or any(record.key == other.key for other in group):
+                raise _repeated(path, record.key)
+            group.append(record)
+            counts[_cell(record)] += 1
+            end = line.position.start + len(line.data)
+        if group and counts[_cell(group[0])] < group[-1].cell_size:
+            return start
+        self._note(group)
         return end
+
+    def _note(self, group: Iterable[Record]) -> None:
+        for record in group:
+            self._keys.add(record.key)
+            self._cells.add(_cell(record))
+            self.environment_ids.add(record.environment_id)
 
     @property
     def records(self) -> list[Record]:
-        """All records, read back from the file."""
+        """Read all records back from the file."""
         return read_records(self.directory)
 
-    @staticmethod
-    def _append(path: Path, data: bytes) -> None:
-        with path.open("ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
     def holds(self, cell: str, process_replicate: int) -> bool:
-        """Whether a cell was recorded, completely, for a process replicate."""
+        """Return True if a cell was recorded, completely, for a process replicate."""
         return (cell, process_replicate) in self._cells
 
     def append(self, records: Iterable[Record]) -> None:
-        """Appends the records of one whole cell, durably.
+        """Append the records of one whole cell, durably.
 
         Raises:
             StoreError: if a key is there already, or the disk takes no more.
         """
-        batch = list(records)
-        keys = [record.key for record in batch]
-        repeated = [key for key, count in Counter(keys).items() if count > 1 or key in self._keys]
+        group = list(records)
+        counts = Counter(record.key for record in group)
+        repeated = [key for key, count in counts.items() if count > 1 or key in self._keys]
         if repeated:
             raise StoreError(f"{self.directory / RECORDS}: the key {repeated[0]} is recorded already.")
         try:
-            self._append(self.directory / RECORDS, b"".join(record.to_line() for record in batch))
+            _append(self.directory / RECORDS, b"".join(record.to_line() for record in group))
         except OSError as error:
             raise self._full(error) from error
-        self._keys.update(keys)
-        self.environment_ids.update(record.environment_id for record in batch)
-        self._cells.update((record.cell, record.process_replicate) for record in batch)
+        self._note(group)
 
     def add_environment(self, environment_id: str, fingerprint: Mapping[str, Any]) -> None:
-        """Adds a fingerprint to `environment.json`, replacing the file in one step."""
+        """Add a fingerprint to `environment.json`, replacing the file in one step."""
         environments = read_environments(self.directory)
         if environments.get(environment_id) == fingerprint:
             return
@@ -212,3 +208,175 @@ class Store:
             f"{self.directory}: cannot be written any more ({why}); whole cells that were recorded are "
             "kept: make room and add --resume."
         )
+
+
+def _cell(record: Record) -> tuple[str, int]:
+    return record.cell, record.process_replicate
+
+
+def _append(path: Path, data: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_records(directory: Path) -> list[Record]:
+    """Read the records of a run, without changing it; a torn last line is left out.
+
+    Raises:
+        StoreError: if there are none, or if the file is damaged.
+    """
+    path = records_file(directory)
+    records = [line.record() for line in scan(path)]
+    key, count = max(Counter(record.key for record in records).items(), key=lambda item: item[1], default=("", 0))
+    if count > 1:
+        raise _repeated(path, key)
+    return records
+
+
+@dataclass
+class Damage:
+    """The parts of records that cannot be read, so that the rest of them can be shown.
+
+    Attributes:
+        sentences: one for each damaged line or environment.
+    """
+
+    sentences: list[str] = field(default_factory=list)
+
+    def add(self, error: StoreError) -> None:
+        """Keep what is wrong, once."""
+        if str(error) not in self.sentences:
+            self.sentences.append(str(error))
+
+    def error(self) -> StoreError:
+        """Take back the last sentence, as the error of a command that has nothing left to show."""
+        return StoreError(self.sentences.pop())
+
+
+class CellPlaces(NamedTuple):
+    """The places of the records of one cell and environment, in the order in which they were written.
+
+    Attributes:
+        positions: of the lines.
+        processes: number of process replicates.
+    """
+
+    positions: tuple[Position, ...]
+    processes: int
+
+
+def read_cells(cells: Iterable[CellPlaces]) -> Iterator[list[Record]]:
+    """Read the records of one cell and environment at a time.
+
+    Raises:
+        StoreError: if a line is damaged, which an archive has found it not to be.
+    """
+    with LineReader() as reader:
+        for cell in cells:
+            yield [reader.line(position).record() for position in cell.positions]
+
+
+def keep_every_cell(record: Record) -> bool:
+    """Keep whatever the record says."""
+    return True
+
+
+class Archive:
+    """The records of one run or several, checked line by line and then read cell by cell.
+
+    Args:
+        directories: of runs.
+        keep: tells from any of its records if a cell is wanted.
+        damage: is told of damaged lines and environments, whose cells are left out; without it, the first is an error.
+
+    Attributes:
+        environments: id to fingerprint, of all directories.
+        keep: as given.
+
+    Raises:
+        StoreError: if a directory holds no record, a file cannot be read, two records share a key, or nothing is left.
+    """
+
+    def __init__(
+        self,
+        directories: Sequence[Path],
+        keep: Callable[[Record], bool] = keep_every_cell,
+        damage: Damage | None = None,
+    ):
+        self.keep, self._damage = keep, damage
+        self.environments: dict[str, dict[str, Any]] = {}
+        # Environment and cell to process replicate and position of each record.
+        self._cells: dict[tuple[str, str], list[tuple[int, Position]]] = {}
+        keys: set[str] = set()
+        for k, directory in enumerate(directories):
+            path = records_file(directory)
+            if any(path.samefile(records_file(earlier)) for earlier in directories[:k]):
+                raise StoreError(f"{directory}: is named twice; give each directory once.")
+            found = self._index(path, keys)
+            environments = self._known(directory, {environment for environment, _ in found})
+            self.environments.update(environments)
+            for where, places in found.items():
+                if where[0] in environments:
+                    self._cells.setdefault(where, []).extend(places)
+        if not self._cells:
+            if damage is not None and damage.sentences:
+                raise damage.error()
+            raise StoreError(f"{', '.join(map(str, directories))}: no complete record; run the benchmark first.")
+
+    def _index(self, path: Path, keys: set[str]) -> dict[tuple[str, str], list[tuple[int, Position]]]:
+        """Find the cells of a file; cells that lack a record are left out where a line is damaged."""
+        found: dict[tuple[str, str], list[tuple[int, Position]]] = {}
+        lacking: dict[tuple[tuple[str, str], int], int] = {}
+        lost: StoreError | None = None
+        for line in scan(path):
+            try:
+                record = line.record()
+            except StoreError as error:
+                if lost is not None or self._damage is None:
+                    self._tell(lost or error)
+                lost = error
+                continue
+            if record.key in keys:
+                raise _repeated(path, record.key)
+            keys.add(record.key)
+            where = (record.environment_id, record.cell)
+            replicate = (where, record.process_replicate)
+            lacking[replicate] = lacking.get(replicate, record.cell_size) - 1
+            found.setdefault(where, []).append((record.process_replicate, line.position))
+        if lost is not None:
+            incomplete = {where for (where, _), count in lacking.items() if count}
+            for where in incomplete:
+                del found[where]
+            out = f" (cells that lack a record, and are left out: {len(incomplete)})." if incomplete else "."
+            self._tell(StoreError(str(lost).removesuffix(".") + out))
+        return found
+
+    def _known(self, directory: Path, used: set[str]) -> dict[str, dict[str, Any]]:
+        """Read the environments of a directory that are whole, and refuse or leave out what names the others."""
+        try:
+            environments = read_environments(directory)
+            wrong = unusable(used | environments.keys(), environments, str(directory))
+            for name in sorted(used & wrong.keys()):
+                self._tell(StoreError(wrong[name]))
+        except StoreError as error:
+            self._tell(error)
+            return {}
+        return {name: found for name, found in environments.items() if name not in wrong}
+
+    def _tell(self, error: StoreError) -> None:
+        if self._damage is None:
+            raise error
+        self._damage.add(error)
+
+    def places(self) -> list[CellPlaces]:
+        """Return the places of every cell, wanted or not, in the order in which the cells were recorded."""
+        return [
+            CellPlaces(tuple(position for _, position in cell), len({k for k, _ in cell}))
+            for cell in self._cells.values()
+        ]
+
+    def cells(self) -> Iterator[list[Record]]:
+        """Read the records of one wanted cell and environment at a time, in the order in which they were recorded."""
+        return (group for group in read_cells(self.places()) if self.keep(group[0]))

@@ -74,12 +74,14 @@ def plain(value: object, depth: int) -> bool:
         value: what `parse` returned, or a part of it.
         depth: levels of lists and objects that are allowed; 0 allows only text, numbers, truth values and null.
     """
+    if isinstance(value, str):
+        return True
     if isinstance(value, int | float):
         return moderate(abs(value))
-    if isinstance(value, list):
-        return depth > 0 and all(plain(item, depth - 1) for item in value)
-    if isinstance(value, Mapping):
-        return depth > 0 and all(plain(item, depth - 1) for item in value.values())
+    if isinstance(value, list | dict):
+        return depth > 0 and all(
+            plain(item, depth - 1) for item in (value if isinstance(value, list) else value.values())
+        )
     return True
 
 

@@ -1,11 +1,22 @@
-"""`bench list` and `bench doctor`: what there is to measure, and whether it can be measured here."""
+"""`bench list`, `doctor`, `validate` and `compress`: look at the catalogue, this machine and finished records."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from bench.commands.usage import FAILED, OK, UsageError, check_interpreters, check_outputs, complain, tell
+from bench.commands.arguments import (
+    FAILED,
+    OK,
+    CsvFile,
+    Directories,
+    JaxPython,
+    JsonFile,
+    TorchPython,
+    check_interpreters,
+    check_outputs,
+    cut_short,
+    tell,
+)
 from bench.measure.diagnosis import diagnose
 from bench.measure.pool import WorkerPool, starter
 from bench.measure.processors import allowed_cpus
@@ -13,8 +24,13 @@ from bench.measure.protocol import RequestError
 from bench.plan.cells import DIRECTIONS, DIVISIONS, PRECISIONS
 from bench.plan.presets import PRESETS
 from bench.plan.workloads import WORKLOADS
-from bench.report.output import OutputError, columns_of, flat, write_csv, write_json
-from parity_tests.report.console import PlainConsole
+from bench.record_files import compress as compress_records
+from bench.record_files import records_file
+from bench.report.export import flat, write_csv
+from bench.store import sole_writer
+from bench.study.validation import Count, violations
+from parity_tests.report.console import PlainConsole, interruptible
+from parity_tests.report.files import write_json
 
 
 def _pool(torch_python: str | None, jax_python: str | None, division: str) -> WorkerPool:
@@ -66,7 +82,7 @@ def _show_catalogue(found: dict[str, Any]) -> None:
 
 
 def _rows(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The catalogue as lines of one table: what kind of thing, its name, and what else is known of it."""
+    """Return the catalogue as lines of one table: what kind of thing, its name, and what else is known of it."""
     rows = [{"what": "workload", **workload} for workload in found["workloads"]]
     rows += [{"what": "preset", **preset} for preset in found["presets"]]
     for framework, kinds in found["competitors"].items():
@@ -76,33 +92,30 @@ def _rows(found: dict[str, Any]) -> list[dict[str, Any]]:
     return [flat(row) for row in rows]
 
 
-def list_command(
-    torch_python: str | None, jax_python: str | None, json_file: Path | None, csv_file: Path | None = None
+def list_all(
+    torch_python: TorchPython = None,
+    jax_python: JaxPython = None,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
 ) -> int:
-    """Runs `bench list` and returns its exit status."""
+    """List workloads with their sources, presets, and the competitors of the frameworks that are installed."""
+    check_outputs({"--json": json_file, "--csv": csv_file})
     try:
-        check_outputs({"--json": json_file, "--csv": csv_file})
         with _pool(torch_python, jax_python, DIVISIONS[0]) as pool:
             found = _catalogue(pool)
-    except UsageError as error:
-        return complain(error)
     except RequestError as error:
         tell(f"a worker cannot start: {error}")
         return FAILED
     _show_catalogue(found)
-    try:
-        if json_file is not None:
-            write_json(json_file, found)
-        if csv_file is not None:
-            rows = _rows(found)
-            write_csv(csv_file, columns_of(rows), rows)
-    except OutputError as error:
-        return complain(error)
+    if json_file is not None:
+        write_json("--json", json_file, found)
+    if csv_file is not None:
+        write_csv("--csv", csv_file, _rows(found))
     return OK
 
 
 def _facts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What `bench doctor` found as lines of one table: what it is about, which fact, and its value."""
+    """Return what `bench doctor` found as lines of one table: section, name of the fact, and its value."""
     facts: dict[str, Mapping[str, Any]] = {"machine": {}}
     for name, value in found.items():
         if name == "frameworks":
@@ -120,17 +133,21 @@ def _facts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def doctor_command(
-    torch_python: str | None, jax_python: str | None, json_file: Path | None, csv_file: Path | None = None
+def doctor(
+    torch_python: TorchPython = None,
+    jax_python: JaxPython = None,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
 ) -> int:
-    """Runs `bench doctor`; its exit status is 1 if no framework can be measured, whatever else it finds."""
+    """Check what a measurement depends on: frameworks, CUDA packages, threads, precision switches, load.
+
+    Exit status: 1 if no framework can be measured, whatever else it finds.
+    """
+    check_outputs({"--json": json_file, "--csv": csv_file})
     try:
-        check_outputs({"--json": json_file, "--csv": csv_file})
-        # The stock division changes nothing, so what is shown is what a user gets without the benchmark.
+        # The stock division changes nothing: these are the settings that a user gets without the benchmark.
         with _pool(torch_python, jax_python, "stock") as pool:
             found = diagnose(pool.hello, pool.missing)
-    except UsageError as error:
-        return complain(error)
     except RequestError as error:
         tell(f"a worker cannot start: {error}")
         return FAILED
@@ -150,11 +167,63 @@ def doctor_command(
         console.print(f"Warning: {line}")
     if not found["warnings"]:
         console.print("Nothing to complain about.")
-    try:
-        if json_file is not None:
-            write_json(json_file, found)
-        if csv_file is not None:
-            write_csv(csv_file, ["section", "name", "value"], _facts(found))
-    except OutputError as error:
-        return complain(error)
+    if json_file is not None:
+        write_json("--json", json_file, found)
+    if csv_file is not None:
+        write_csv("--csv", csv_file, _facts(found), ["section", "name", "value"])
     return OK if found["frameworks"] else FAILED
+
+
+def validate(directories: Directories, json_file: JsonFile = None, csv_file: CsvFile = None) -> int:
+    """Check every record against the schema and against itself.
+
+    Exit status: 0 if nothing is wrong, whatever is remarked; 1 if anything is; 2 for wrong usage.
+    """
+    count, problems, stopped = Count(), [], ""
+    check_outputs({"--json": json_file, "--csv": csv_file})
+    with interruptible() as interruption:
+        try:
+            for directory in directories:
+                for problem in violations(directory, count):
+                    problems.append(problem)  # noqa: PERF402 - an interruption keeps what is there
+            interruption.settle()
+        except KeyboardInterrupt:
+            stopped = f"interrupted: {count.records} records were looked at, the others were left"
+        if json_file is not None:
+            found = {"records": count.records, "cells": count.cells, "violations": problems}
+            found |= {"remarks": count.remarks} | ({"stopped": stopped} if stopped else {})
+            write_json("--json", json_file, found)
+        if csv_file is not None and not stopped:
+            rows = [{"violation": problem} for problem in problems]
+            rows += [{"remark": remark} for remark in count.remarks]
+            write_csv("--csv", csv_file, rows, ["violation", "remark"])
+    console = PlainConsole()
+    for problem in problems:
+        console.out(problem)
+    for remark in count.remarks:
+        console.out(f"Remark: {remark}.")
+    said = ", ".join(
+        f"{len(found)} {what}{'' if len(found) == 1 else 's'}"
+        for what, found in (("violation", problems), ("remark", count.remarks))
+    )
+    console.out(f"{count.records} records in {count.cells} cells: {said}.")
+    console.out(
+        "What records cannot show: a factor that all clocks of a cell share, and the number of calls in a block where "
+        f"nothing else timed its calls ({count.unchecked} of {count.speeds} speeds here). Only another run can tell."
+    )
+    return cut_short(stopped, FAILED if problems else OK)
+
+
+def compress(directories: Directories) -> int:
+    """Replace the records of finished runs by compressed ones, as they are published; every command reads both.
+
+    Exit status: 0 if all were compressed; 2 for wrong usage. What was compressed before a mistake stays so.
+    """
+    for directory in directories:
+        before = records_file(directory).stat().st_size
+        with sole_writer(directory):
+            packed = compress_records(directory)
+        PlainConsole(soft_wrap=True).print(
+            f"{packed}: {before / 1e6:.1f} MB became {packed.stat().st_size / 1e6:.1f} MB."
+        )
+    return OK

@@ -1,31 +1,92 @@
-"""`bench recommend`."""
+"""`bench recommend`: the fastest implementation at the measured sizes nearest to a shape."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from bench.archive import Archive, Damage
-from bench.commands.usage import FAILED, OK, UsageError, check_choices, check_outputs, complain, tell_damage
-from bench.environments import StoreError
+import typer
+
+from bench.commands.arguments import (
+    FAILED,
+    OK,
+    CsvFile,
+    Directories,
+    JsonFile,
+    UsageError,
+    check_choices,
+    check_outputs,
+    reading,
+    tell_damage,
+)
 from bench.plan.cells import DEVICES, DIRECTIONS, PRECISIONS, STORAGE_DTYPES
 from bench.plan.competitors import FRAMEWORKS
-from bench.report.export import interval_json
-from bench.report.output import OutputError, columns_of, write_csv, write_json
+from bench.report.export import interval_json, write_csv
 from bench.report.text import MORE_PROCESSES, ratio
+from bench.store import Archive
 from bench.study.process_spread import seen_spreads
 from bench.study.recommendation import FAR, NEAR, SIZES, Neighbour, Shape, nearest
 from parity_tests.report.console import PlainConsole
+from parity_tests.report.files import write_json
 
 
-def _far(shape: Shape, neighbour: Neighbour) -> str:
-    """How the nearest measurement differs, size by size."""
-    factors = [
-        f"{name} {getattr(neighbour.ranking.first, name)} instead of {getattr(shape, name)}"
-        for name in SIZES
-        if getattr(neighbour.ranking.first, name) != getattr(shape, name)
-    ]
-    return ", ".join(factors) or "exactly this shape"
+def recommend(
+    directories: Directories,
+    num_partitions: Annotated[int, typer.Option(min=1, help="Number of partitions, n.")],
+    in_features: Annotated[int, typer.Option(min=1, help="Inputs of one partition.")],
+    out_features: Annotated[int, typer.Option(min=1, help="Outputs of one partition.")],
+    batch: Annotated[int, typer.Option(min=1, help="Rows that one partition sees.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    precision: Annotated[str | None, typer.Option(help="tf32; default: that of --dtype.")] = None,
+    direction: Annotated[str, typer.Option(help="forward or forward_backward.")] = "forward",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the only one that was measured.")] = None,
+    framework: Annotated[str | None, typer.Option(help="torch or jax; default: both.")] = None,
+    extrapolate: Annotated[
+        bool, typer.Option("--extrapolate", help="Answer even if the nearest measurement is far away.")
+    ] = False,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+) -> int:
+    """Name the implementation that was fastest at the measured sizes nearest to yours, and say how near those are.
+
+    Exit status: 0 with an answer; 1 if the nearest measurement is too far away to say anything; 2 for wrong usage.
+    """
+    sizes = (batch, num_partitions, in_features, out_features)
+    shape = Shape(*sizes, dtype, direction, device, framework, precision)
+    with reading() as damage:
+        check_choices("--dtype", [dtype], tuple(dict.fromkeys(STORAGE_DTYPES.values())))
+        check_choices("--direction", [direction], DIRECTIONS)
+        check_choices("--device", [device] if device else [], DEVICES)
+        check_choices("--precision", [precision] if precision else [], PRECISIONS)
+        if precision and STORAGE_DTYPES[precision] != dtype:
+            raise UsageError(
+                f"--precision: {precision} is of {STORAGE_DTYPES[precision]}, got --dtype {dtype}; give both alike."
+            )
+        check_choices("--framework", [framework] if framework else [], FRAMEWORKS)
+        check_outputs({"--json": json_file, "--csv": csv_file})
+        archive = Archive(directories, damage=damage)
+        devices = sorted({str(fingerprint["device"]) for fingerprint in archive.environments.values()})
+        if device is None and len(devices) > 1:
+            raise UsageError(f"--device: expected one, since {' and '.join(devices)} were measured; choose one.")
+        found = nearest(shape, archive.cells(), seen_spreads(archive))
+        if not found and damage.sentences:
+            raise damage.error()
+        if not found:
+            raise UsageError(
+                f"nothing was measured undisturbed with dtype {dtype}, precision {precision or 'of the dtype'}, "
+                f"{direction}, device {device or 'any'} and framework {framework or 'any'}; "
+                "give the directory of a run that has them."
+            )
+        answered = extrapolate or found[0].distance <= FAR
+        if json_file is not None:
+            write_json("--json", json_file, _json(shape, found, answered=answered))
+        if csv_file is not None:
+            write_csv("--csv", csv_file, _rows(found))
+    _show(shape, found, answered=answered)
+    return tell_damage(damage.sentences, OK if answered else FAILED)
+
+
+def _of(neighbour: Neighbour, *names: str) -> dict[str, Any]:
+    return {name: getattr(neighbour.ranking.first, name) for name in names}
 
 
 def _json(shape: Shape, found: Sequence[Neighbour], *, answered: bool) -> dict[str, Any]:
@@ -38,9 +99,7 @@ def _json(shape: Shape, found: Sequence[Neighbour], *, answered: bool) -> dict[s
         "refused": not answered,
         "nearest": [
             {
-                **{name: getattr(neighbour.ranking.first, name) for name in ("workload", *SIZES, "precision")},
-                **{name: getattr(neighbour.ranking.first, name) for name in ("division", "layout", "device")},
-                "environment_id": neighbour.ranking.first.environment_id,
+                **_of(neighbour, "workload", *SIZES, "precision", "division", "layout", "device", "environment_id"),
                 "distance_doublings": neighbour.distance,
                 "leaders": list(neighbour.leaders),
                 "speeds": {label: interval_json(interval) for label, interval in neighbour.speeds.items()},
@@ -53,8 +112,7 @@ def _json(shape: Shape, found: Sequence[Neighbour], *, answered: bool) -> dict[s
 def _rows(found: Sequence[Neighbour]) -> list[dict[str, Any]]:
     return [
         {
-            "workload": neighbour.ranking.first.workload,
-            **{name: getattr(neighbour.ranking.first, name) for name in SIZES},
+            **_of(neighbour, "workload", *SIZES),
             "distance_doublings": neighbour.distance,
             "competitor": label,
             "leads": label in neighbour.leaders,
@@ -63,6 +121,13 @@ def _rows(found: Sequence[Neighbour]) -> list[dict[str, Any]]:
         for neighbour in found
         for label, interval in neighbour.speeds.items()
     ]
+
+
+def _far(shape: Shape, neighbour: Neighbour) -> str:
+    """Tell how the nearest measurement differs, size by size."""
+    sizes = _of(neighbour, *SIZES)
+    factors = [f"{k} {size} instead of {getattr(shape, k)}" for k, size in sizes.items() if size != getattr(shape, k)]
+    return ", ".join(factors) or "exactly this shape"
 
 
 def _show(shape: Shape, found: Sequence[Neighbour], *, answered: bool) -> None:
@@ -90,61 +155,6 @@ def _show(shape: Shape, found: Sequence[Neighbour], *, answered: bool) -> None:
             console.print(f"One process measured it; {MORE_PROCESSES}.")
     for neighbour in found:
         console.print(f"{neighbour.ranking.title}, {2**neighbour.distance:.1f} times away, speed over the fastest:")
+        marks = dict.fromkeys(neighbour.leaders, "not told apart") | {neighbour.leaders[0]: "fastest"}
         for label, interval in sorted(neighbour.speeds.items(), key=lambda item: -item[1].ratio):
-            mark = (
-                ""
-                if label not in neighbour.leaders
-                else "fastest"
-                if label == neighbour.leaders[0]
-                else "not told apart"
-            )
-            console.print(f"  {label:36} {ratio(interval):26} {mark}")
-
-
-def recommend_command(
-    directories: Sequence[Path],
-    shape: Shape,
-    *,
-    extrapolate: bool = False,
-    json_file: Path | None = None,
-    csv_file: Path | None = None,
-) -> int:
-    """Runs `bench recommend`; its exit status is 1 if the nearest measurement is too far away to say anything."""
-    damage = Damage()
-    try:
-        check_choices("--dtype", [shape.dtype], tuple(dict.fromkeys(STORAGE_DTYPES.values())))
-        check_choices("--direction", [shape.direction], DIRECTIONS)
-        check_choices("--device", [shape.device] if shape.device else [], DEVICES)
-        check_choices("--precision", [shape.precision] if shape.precision else [], PRECISIONS)
-        if shape.precision and STORAGE_DTYPES[shape.precision] != shape.dtype:
-            raise UsageError(
-                f"--precision: {shape.precision} is of {STORAGE_DTYPES[shape.precision]}, got --dtype {shape.dtype}; "
-                "give both alike."
-            )
-        check_choices("--framework", [shape.framework] if shape.framework else [], FRAMEWORKS)
-        check_outputs({"--json": json_file, "--csv": csv_file})
-        archive = Archive(directories, damage=damage)
-        devices = sorted({str(fingerprint["device"]) for fingerprint in archive.environments.values()})
-        if shape.device is None and len(devices) > 1:
-            raise UsageError(f"--device: expected one, since {' and '.join(devices)} were measured; choose one.")
-        found = nearest(shape, archive.cells(), seen_spreads(archive))
-        if not found and damage.sentences:
-            raise damage.error()
-        if not found:
-            raise UsageError(
-                f"nothing was measured undisturbed with dtype {shape.dtype}, "
-                f"precision {shape.precision or 'of the dtype'}, {shape.direction}, "
-                f"device {shape.device or 'any'} and framework {shape.framework or 'any'}; "
-                "give the directory of a run that has them."
-            )
-        answered = extrapolate or found[0].distance <= FAR
-        if json_file is not None:
-            write_json(json_file, _json(shape, found, answered=answered))
-        if csv_file is not None:
-            rows = _rows(found)
-            write_csv(csv_file, columns_of(rows), rows)
-    except (UsageError, StoreError, OutputError) as error:
-        tell_damage(damage.sentences, FAILED)
-        return complain(error)
-    _show(shape, found, answered=answered)
-    return tell_damage(damage.sentences, OK if answered else FAILED)
+            console.print(f"  {label:36} {ratio(interval):26} {marks.get(label, '')}")

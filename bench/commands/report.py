@@ -1,127 +1,158 @@
-"""`bench report`."""
+"""`bench report` and `bench claims`: what the records of earlier runs show."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
-from bench.archive import Archive, Damage
-from bench.commands.conditions import selection
-from bench.commands.usage import FAILED, OK, UsageError, check_outputs, complain, cut_short, tell, tell_damage
-from bench.environments import StoreError
-from bench.records import Record
-from bench.report.chart import ChartError, save_chart
-from bench.report.export import write_frameworks, write_summary, write_table
-from bench.report.framework_map import save_framework_map
-from bench.report.markdown import write_report
-from bench.report.output import OutputError
-from bench.report.page import RESULTS, PageError, update_page
-from bench.report.pytest_benchmark import write_pytest_benchmark
-from bench.report.readme import results_block
-from bench.report.roofline import save_roofline
-from bench.report.tables import show_frameworks, show_rankings, wide_console
-from bench.report.text import resolution_line, summary_line
-from bench.report.winner_map import save_winner_map
+import typer
+
+from bench.commands.arguments import (
+    FAILED,
+    OK,
+    Chart,
+    CsvFile,
+    Directories,
+    Directory,
+    FrameworkMap,
+    FrameworksCsv,
+    JsonFile,
+    MarkdownFile,
+    Page,
+    Roofline,
+    UsageError,
+    Where,
+    WinnerMap,
+    check_outputs,
+    cut_short,
+    reading,
+    selection,
+    tell,
+    tell_damage,
+)
+from bench.report.claims import account, claim_rows, claims_block, claims_json, measured, overview
+from bench.report.export import write_csv, write_frameworks, write_summary, write_table
+from bench.report.maps import framework_map as draw_framework_map
+from bench.report.maps import winner_map as draw_winner_map
+from bench.report.markdown import CLAIMS, RESULTS, environment_lines, results_block, update_page, write_report
+from bench.report.pictures import ratio_chart, roofline_chart, save_picture
+from bench.report.tables import show_frameworks, show_rankings, terminal, wide_console
+from bench.report.text import ratio, resolution_line, summary_line
+from bench.store import Archive
+from bench.study.claims import ClaimResult, claim_results
+from bench.study.process_spread import seen_spreads
 from bench.study.results import Results, read_results
 from parity_tests.report.console import interruptible
+from parity_tests.report.files import write_json, write_text
+
+_Writer = Callable[[str, Path, Results], None]
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Where a report is written to, each None unless asked for; see `bench report --help`."""
-
-    markdown: Path | None = None
-    json_file: Path | None = None
-    csv_file: Path | None = None
-    pytest_benchmark: Path | None = None
-    chart: Path | None = None
-    winner_map: Path | None = None
-    roofline: Path | None = None
-    framework_map: Path | None = None
-    frameworks_csv: Path | None = None
-    readme: Path | None = None
-
-    def check(self) -> None:
-        """Refuses files that cannot be written, before anything is read."""
-        options = {
-            "--" + item.name.removesuffix("_file").replace("_", "-"): getattr(self, item.name)
-            for item in fields(self)
-            if item.name != "readme"
-        }
-        check_outputs(options, readme=self.readme)
-
-    def written(self) -> list[Path]:
-        """The files that were asked for."""
-        return [path for item in fields(self) if (path := getattr(self, item.name)) is not None]
-
-
-def _write(
-    results: Results,
-    directories: Sequence[Path],
-    keep: Callable[[Record], bool],
-    outputs: Outputs,
-    damage: Damage,
-) -> None:
-    if outputs.chart is not None:
-        save_chart(results, outputs.chart)
-    if outputs.winner_map is not None:
-        save_winner_map(results.found, outputs.winner_map)
-    if outputs.roofline is not None:
-        save_roofline(results.found, outputs.roofline)
-    if outputs.framework_map is not None:
-        save_framework_map(results, outputs.framework_map)
-    if outputs.markdown is not None:
-        write_report("--markdown", outputs.markdown, results)
-    if outputs.json_file is not None:
-        write_summary(outputs.json_file, results)
-    if outputs.csv_file is not None:
-        write_table(outputs.csv_file, results)
-    if outputs.frameworks_csv is not None:
-        write_frameworks(outputs.frameworks_csv, results)
-    if outputs.pytest_benchmark is not None:
-        write_pytest_benchmark(outputs.pytest_benchmark, Archive(directories, keep, damage))
-
-
-def report_command(
-    directories: Sequence[Path],
-    outputs: Outputs,
-    *,
-    conditions: Sequence[str] = (),
-    check: bool = False,
-    efficiency: bool = False,
+def report(
+    directories: Directories,
+    markdown: MarkdownFile = None,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+    chart: Chart = None,
+    winner_map: WinnerMap = None,
+    roofline: Roofline = None,
+    framework_map: FrameworkMap = None,
+    frameworks_csv: FrameworksCsv = None,
+    where: Where = None,
+    readme: Page = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="With --readme: change nothing, exit 1 if it is stale.")
+    ] = False,
+    efficiency: Annotated[
+        bool, typer.Option("--efficiency", help="Show rates, shares of the ceilings and compile pay-back too.")
+    ] = False,
 ) -> int:
-    """Runs `bench report` and returns its exit status."""
-    readme, damage = outputs.readme, Damage()
-    try:
+    """Show the records of earlier runs, without measuring anything."""
+    outputs: dict[str, tuple[Path | None, _Writer]] = {
+        "--chart": (chart, partial(save_picture, ratio_chart)),
+        "--winner-map": (winner_map, partial(save_picture, draw_winner_map)),
+        "--roofline": (roofline, partial(save_picture, roofline_chart)),
+        "--framework-map": (framework_map, partial(save_picture, draw_framework_map)),
+        "--markdown": (markdown, write_report),
+        "--json": (json_file, lambda _, path, results: write_summary(path, results)),
+        "--csv": (csv_file, lambda _, path, results: write_table(path, results)),
+        "--frameworks-csv": (frameworks_csv, lambda _, path, results: write_frameworks(path, results)),
+    }
+    with reading() as damage, interruptible(polled=True) as interruption:
         if check and readme is None:
-            raise UsageError("--check: needs --readme; name the README to check.")
-        outputs.check()
-        keep = selection("--where", conditions)
-        with interruptible(polled=True) as interruption:
-            results = read_results(directories, keep, interruption, damage)
-            interruption.settle()
-            if damage.sentences and (readme is not None or not results.found):
-                # A page shows all of a run or is left as it is.
-                raise damage.error()
-            if results.stopped:
-                # What cannot say that it is cut short stays as it was.
-                outputs = Outputs(markdown=outputs.markdown, json_file=outputs.json_file)
-                readme = None
-            elif not results.found:
-                raise UsageError(f"--where: no cell meets {' and '.join(conditions)}; loosen the conditions.")
-            if readme is not None:
-                fresh = update_page(readme, results_block(results), RESULTS, directories[0].resolve().name, check=check)
-                if not fresh:
-                    tell(f"the results in {readme} are stale; run this without --check.")
-                if check:
-                    return OK if fresh else FAILED
-            _write(results, directories, keep, outputs, damage)
-    except (UsageError, StoreError, ChartError, OutputError, PageError) as error:
-        tell_damage(damage.sentences, FAILED)
-        return complain(error)
+            raise UsageError("--check: needs --readme; name the page to check.")
+        check_outputs({option: path for option, (path, _) in outputs.items()}, readme=readme)
+        results = read_results(directories, selection("--where", where), interruption, damage)
+        interruption.settle()
+        if damage.sentences and (readme is not None or not results.found):
+            # A page shows all of a run or is left as it is.
+            raise damage.error()
+        if results.stopped:
+            # What cannot say that it is cut short stays as it was.
+            outputs, readme = {option: outputs[option] for option in ("--markdown", "--json")}, None
+        elif not results.found:
+            raise UsageError(f"--where: no cell meets {' and '.join(where or ())}; loosen the conditions.")
+        if readme is not None:
+            fresh = update_page(readme, results_block(results), RESULTS, directories[0].resolve().name, check=check)
+            if not fresh:
+                tell(f"the results in {readme} are stale; run this without --check.")
+            if check:
+                return OK if fresh else FAILED
+        written = [path for path in (*(path for path, _ in outputs.values()), readme) if path is not None]
+        for option, (path, write) in outputs.items():
+            if path is not None:
+                write(option, path, results)
     console = wide_console()
     show_rankings(console, results.found, efficiency=efficiency)
     show_frameworks(console, results)
     console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}")
-    if written := outputs.written():
+    if written:
         console.print(f"Written: {', '.join(map(str, written))}.", soft_wrap=True)
     return cut_short(results.stopped, tell_damage(damage.sentences, OK))
+
+
+def claims(
+    directory: Directory,
+    markdown: MarkdownFile = None,
+    readme: Page = None,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+) -> int:
+    """Judge the source article's ten claims by measurements: what holds, what does not, and why.
+
+    The preset seed has all that they are about. The exit status is 0 whatever the verdicts are.
+    """
+    with reading() as damage, interruptible(polled=True) as interruption:
+        check_outputs({"--json": json_file, "--csv": csv_file, "--markdown": markdown}, readme=readme)
+        archive = Archive([directory], damage=damage)
+        results = claim_results(interruption.until_asked(archive.cells()), seen_spreads(archive))
+        interruption.settle()
+        stopped = "interrupted: some cells were left, so that no claim is judged" if interruption.asked else ""
+        if stopped:
+            results = [replace(result, verdict="interrupted", why=f"{stopped.capitalize()}.") for result in results]
+        if damage.sentences and readme is not None:
+            # A page shows all of a run or is left as it is.
+            raise damage.error()
+        if json_file is not None:
+            write_json("--json", json_file, claims_json(results, archive.environments) | {"stopped": stopped})
+        if csv_file is not None and not stopped:
+            write_csv("--csv", csv_file, claim_rows(results))
+        if markdown is not None:
+            places = [line for name, found in archive.environments.items() for line in environment_lines(name, found)]
+            write_text("--markdown", markdown, account(results, places))
+        if readme is not None and not stopped:
+            update_page(readme, claims_block(results), CLAIMS, directory.resolve().name)
+    _show_claims(results)
+    return cut_short(stopped, tell_damage(damage.sentences, OK))
+
+
+def _show_claims(results: list[ClaimResult]) -> None:
+    console = wide_console()
+    console.print(terminal(overview(results)))
+    for result in results:
+        if result.findings:
+            console.print(terminal(measured(result)))
+    console.print("Our fastest implementation in the same settings, its speed over that of the torch loop:")
+    for best in dict.fromkeys(best for result in results for best in result.best):
+        console.print(f"  {best.where.title}: {best.label} {ratio(best.interval)}", soft_wrap=True)

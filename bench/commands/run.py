@@ -9,8 +9,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from bench.archive import Damage
-from bench.commands.usage import (
+from bench.commands.arguments import (
     FAILED,
     INTERRUPTED,
     OK,
@@ -36,12 +35,12 @@ from bench.plan.selection import left_out, narrowed
 from bench.plan.workloads import UnknownWorkloadError, workload
 from bench.report.export import write_summary, write_table
 from bench.report.markdown import environment_lines, write_report
-from bench.report.output import OutputError
 from bench.report.tables import show_frameworks, show_rankings, wide_console
 from bench.report.text import resolution_line, summary_line
-from bench.store import Store, sole_writer
+from bench.store import Damage, Store, sole_writer
 from bench.study.results import Results, read_results
 from parity_tests.report.console import Interruption, PlainConsole, interruptible
+from parity_tests.report.files import OutputError
 from parity_tests.report.text import printable
 
 _INTERRUPTED = "interrupted"

@@ -29,8 +29,7 @@ from bench.measure.request import Request, SelectionError, SweepNotes
 from bench.measure.sweep import Progress, run_sweep, started_pool
 from bench.plan.cells import DEVICES, Cell
 from bench.plan.selection import plan_cells
-from bench.record_lines import parse_line
-from bench.records import Record
+from bench.records import Record, parse_line
 from bench.store import Store
 
 RESOURCE = "DEVICE"

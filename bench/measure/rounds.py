@@ -17,9 +17,8 @@ from bench.measure.disturbance import Watch
 from bench.measure.entry import Entry, choose_baseline
 from bench.plan.costs import Limits
 from bench.plan.presets import Preset
-from bench.study.elimination import far_behind
 from bench.study.statistics import round_log_latency
-from bench.study.stopping import RESOLVED_REASON, control_known, stop_reason
+from bench.study.stopping import RESOLVED_REASON, control_known, far_behind, stop_reason
 
 ROUNDS, TIME = "rounds", "time"
 _REPEATS_OF_A_THROTTLED_BLOCK = 2

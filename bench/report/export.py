@@ -1,20 +1,22 @@
-"""Rankings as JSON and as rows of a table."""
+"""Write results as JSON and as comma-separated values: whole files or none."""
 
+import csv
+import io
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from bench.records import SCHEMA_VERSION, finite
-from bench.report.output import OutputError, columns_of, flat, write_csv, write_text
-from bench.study.frameworks import FrameworkRatio
 from bench.study.ranking import Ranking, Row
 from bench.study.results import Results
 from bench.study.roofline import Efficiency, efficiencies
 from bench.study.statistics import Interval
-from parity_tests.report.text import json_text
+from bench.study.verdicts import FrameworkRatio
+from parity_tests.report.files import OutputError, output, write_text
+from parity_tests.report.text import csv_cell, json_text
 
 SHARED: tuple[str, ...] = (
     "workload",
@@ -36,8 +38,45 @@ SHARED: tuple[str, ...] = (
 _EFFICIENCY: tuple[str, ...] = tuple(item.name for item in fields(Efficiency))
 
 
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return an object of objects as one level of `outer_inner` columns; lists become text."""
+    row: dict[str, Any] = {}
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            row |= flat(item, f"{prefix}{name}_")
+        else:
+            row[prefix + name] = "; ".join(map(str, item)) if isinstance(item, list | tuple) else item
+    return row
+
+
+def write_csv(
+    argument: str, path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None
+) -> None:
+    """Write rows as comma-separated values with a heading line; cells that a row lacks stay empty.
+
+    Args:
+        argument: the option that named the file.
+        path: of the file.
+        rows: column to value.
+        columns: in order; None takes every column that any row has, which needs all rows in memory.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    if columns is None:
+        rows = list(rows)
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+    with output(argument, path) as file:
+        lines = io.TextIOWrapper(file, "utf-8", newline="")
+        writer = csv.writer(lines)
+        writer.writerow(map(csv_cell, columns))
+        writer.writerows([csv_cell(row.get(name, "")) for name in columns] for row in rows)
+        # Flushes it; the file below is closed elsewhere.
+        lines.detach()
+
+
 def interval_json(interval: Interval | None) -> dict[str, Any] | None:
-    """A ratio with its interval; an end that is infinite becomes null."""
+    """Return a ratio with its interval; an end that is infinite becomes null."""
     if interval is None:
         return None
     return {"ratio": interval.ratio, "low": interval.low, "high": finite(interval.high), "rounds": interval.rounds}
@@ -89,7 +128,7 @@ def _frameworks(found: FrameworkRatio | None) -> dict[str, Any] | None:
     return {
         "torch": found.torch,
         "jax": found.jax,
-        "jax_over_torch": None if found.interval is None else interval_json(found.interval),
+        "jax_over_torch": interval_json(found.interval),
         "verdict": found.verdict,
         "confidence": found.confidence,
     }
@@ -136,30 +175,25 @@ def _head(results: Results, notes: Sequence[str]) -> dict[str, Any]:
 
 
 def summary(results: Results, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """Everything a report shows, as one JSON object."""
+    """Return everything that a report shows, as one JSON object."""
     return _head(results, notes) | {"cells": [_ranking(ranking) for ranking in results.found]}
 
 
-def _pieces(results: Results, notes: Sequence[str]) -> Iterator[str]:
-    head = json_text(_head(results, notes), indent=1)
-    yield head.removesuffix("\n}") + ',\n "cells": ['
-    for k, ranking in enumerate(results.found):
-        # One line for each cell: indenting takes many times as long.
-        yield (",\n" if k else "\n") + json_text(_ranking(ranking))
-    yield "\n]}\n"
-
-
 def write_summary(path: Path, results: Results, notes: Sequence[str] = ()) -> None:
-    """Writes `summary`, cell by cell: that of a large sweep is never in memory as a whole.
+    """Write `summary`, cell by cell: that of a large sweep is never in memory as a whole."""
 
-    Raises:
-        OutputError: if it cannot be written.
-    """
-    write_text("--json", path, _pieces(results, notes))
+    def pieces() -> Iterator[str]:
+        yield json_text(_head(results, notes), indent=1).removesuffix("\n}") + ',\n "cells": ['
+        for k, ranking in enumerate(results.found):
+            # One line for each cell: indenting takes many times as long.
+            yield (",\n" if k else "\n") + json_text(_ranking(ranking))
+        yield "\n]}\n"
+
+    write_text("--json", path, pieces())
 
 
 def write_frameworks(path: Path, results: Results) -> None:
-    """Writes one line for each cell and kind of launch that both frameworks have, as comma-separated values.
+    """Write one line for each cell and kind of launch that both frameworks have, as comma-separated values.
 
     Raises:
         OutputError: if there is none, or it cannot be written.
@@ -172,10 +206,7 @@ def write_frameworks(path: Path, results: Results) -> None:
     ]
     if not rows:
         raise OutputError("--frameworks-csv: no cell has a speed of both frameworks; measure both first.")
-    write_csv(path, columns_of(rows), rows, argument="--frameworks-csv")
-
-
-_INTERVAL = ("ratio", "low", "high", "rounds")
+    write_csv("--frameworks-csv", path, rows)
 
 
 def _table_rows(results: Results) -> Iterator[dict[str, Any]]:
@@ -183,7 +214,7 @@ def _table_rows(results: Results) -> Iterator[dict[str, Any]]:
         cell = _ranking(ranking)
         shared = {name: cell[name] for name in (*SHARED, "baseline", "resolution", "confidence")}
         for row in cell["rows"]:
-            interval = row.pop("ratio_to_baseline") or dict.fromkeys(_INTERVAL)
+            interval = row.pop("ratio_to_baseline") or dict.fromkeys(("ratio", "low", "high", "rounds"))
             # Names to counts are no value of a table; JSON has them.
             del row["kernels"]
             yield (
@@ -195,10 +226,5 @@ def _table_rows(results: Results) -> Iterator[dict[str, Any]]:
 
 
 def write_table(path: Path, results: Results) -> None:
-    """Writes one line for each competitor of each cell as comma-separated values.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
-    first = next(_table_rows(results), {})
-    write_csv(path, list(first), _table_rows(results))
+    """Write one line for each competitor of each cell as comma-separated values."""
+    write_csv("--csv", path, _table_rows(results), list(next(_table_rows(results), {})))

@@ -1,7 +1,6 @@
-"""PyTorch against JAX over all cells of a run: workloads downwards, conditions to the right."""
+"""Lay out PyTorch against JAX over all cells of a run: workloads downwards, conditions to the right."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -9,11 +8,11 @@ from bench.environments import device_name, releases
 from bench.plan.competitors import CALLS
 from bench.report.text import factor, ratio
 from bench.study.disturbance import DISTURBED
-from bench.study.frameworks import FrameworkRatio
-from bench.study.identity import identity
+from bench.study.pairing import identity
 from bench.study.ranking import Ranking
 from bench.study.results import Results
 from bench.study.statistics import FASTER, SAME, SLOWER
+from bench.study.verdicts import FrameworkRatio
 
 HEADING = "PyTorch against JAX"
 LEGEND = (
@@ -33,7 +32,7 @@ class Place(NamedTuple):
 
 @dataclass
 class Matrix:
-    """What one device measured: each place is one cell of a run.
+    """The cells that one device measured.
 
     Attributes:
         device: what it was measured on.
@@ -45,28 +44,28 @@ class Matrix:
 
     @property
     def rows(self) -> list[str]:
-        """Workloads with their sizes and direction, in the order in which they were measured."""
+        """Return workloads with their sizes and direction, in the order in which they were measured."""
         return list(dict.fromkeys(row for row, _ in self.places))
 
     @property
     def columns(self) -> list[str]:
-        """Precisions and divisions, in the order in which they were measured."""
+        """Return precisions and divisions, in the order in which they were measured."""
         return list(dict.fromkeys(column for _, column in self.places))
 
     @property
     def environments(self) -> list[str]:
-        """Where the cells were measured; a division has an environment of its own."""
+        """Return the environments of the cells; a division has one of its own."""
         return list(dict.fromkeys(place.ranking.first.environment_id for place in self.places.values()))
 
     @property
     def title(self) -> str:
-        """One line for a heading."""
+        """Return one line for a heading."""
         ids = self.environments
         return f"{self.device}, environment{'s' if len(ids) > 1 else ''} {', '.join(ids)}"
 
 
 def matrices(results: Results) -> list[Matrix]:
-    """The cells of runs in which both frameworks were timed, apart by device and by releases of the frameworks.
+    """Return the cells in which both frameworks were timed, apart by device and by releases of the frameworks.
 
     A cell that was measured twice, in two environments, goes into a further matrix, and so do workloads that share no
     condition with the others, directly or through a third: one table would be mostly empty.
@@ -96,7 +95,7 @@ def matrices(results: Results) -> list[Matrix]:
 
 
 def _connected(matrix: Matrix) -> list[Matrix]:
-    """The parts of a matrix that have neither a row nor a column in common."""
+    """Return the parts of a matrix that have neither a row nor a column in common."""
     parts: list[tuple[set[str], set[str]]] = []
     for row, column in matrix.places:
         touched = [part for part in parts if row in part[0] or column in part[1]]
@@ -111,12 +110,12 @@ def _connected(matrix: Matrix) -> list[Matrix]:
 
 
 def _mode(label: str) -> str:
-    """The mode that a label ends with, without what `torch.compile`'s other modes are told apart by anyway."""
+    """Return the mode that a label ends with."""
     return label.rpartition("(")[2].removesuffix(")").removeprefix("compile-")
 
 
 def verdict_text(found: FrameworkRatio | None) -> str:
-    """Who is faster, by how much, and the mode of each."""
+    """Name the faster framework, its factor, and the mode of each."""
     if found is None:
         return "-"
     if found.torch is None or found.jax is None or found.interval is None:
@@ -132,14 +131,8 @@ def verdict_text(found: FrameworkRatio | None) -> str:
     return f"{'disturbed' if found.verdict == DISTURBED else 'open'}: {factor(speed)}x ({modes})"
 
 
-def line(matrix: Matrix, row: str, columns: Sequence[str]) -> list[str]:
-    """The row of a matrix: its name and a verdict for each column."""
-    shown = (matrix.places.get((row, column)) for column in columns)
-    return [row] + [verdict_text(None if place is None else place.ratio) for place in shown]
-
-
 def framework_line(ranking: Ranking) -> list[str]:
-    """One cell's comparison in words, a line for each kind of launch that both frameworks have."""
+    """Return one cell's comparison in words, a line for each kind of launch that both frameworks have."""
     lines = []
     for kind, found in ranking.framework_ratios.items():
         if found.interval is None:

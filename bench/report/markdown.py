@@ -1,94 +1,30 @@
-"""Rankings as Markdown."""
+"""Write reports as Markdown, and the blocks of a page that commands fill from records.
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+A block lies between `<!-- results:begin -->` and `<!-- results:end -->` (`claims` for those of `bench claims`). A page
+that shows several directories gives each a name, that of the directory: `<!-- results:begin h200 -->`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report.frameworks import HEADING, LEGEND, framework_line, line, matrices
-from bench.report.output import write_text
-from bench.report.text import (
-    EFFICIENCY_COLUMNS,
-    RANKING_COLUMNS,
-    baseline_line,
-    efficiency_cells,
-    ranking_cells,
-    reasons,
-    remarks,
-    resolution_line,
-    summary_line,
-    winner_line,
-)
-from bench.study.ranking import Ranking
+from bench.environments import device_name, releases
+from bench.report.frameworks import HEADING, LEGEND, framework_line, matrices
+from bench.report.tables import efficiency_table, framework_table, markdown, ranking_table
+from bench.report.text import baseline_line, reasons, remarks, resolution_line, summary_line, winner_line
+from bench.study.pairing import identity
+from bench.study.ranking import BASELINE, Ranking, Row
 from bench.study.results import Results
-from bench.study.roofline import efficiencies
-from parity_tests.report.text import markdown_code, markdown_line, markdown_text
+from parity_tests.report.files import read_text, write_text
+from parity_tests.report.text import html_text, markdown_code, markdown_line, markdown_text
 
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table as lines."""
-    lines = ["| " + " | ".join(map(markdown_text, header)) + " |", "|" + "---|" * len(header)]
-    lines.extend("| " + " | ".join(map(markdown_text, row)) + " |" for row in rows)
-    return lines
-
-
-def environment_lines(environment_id: str, found: Mapping[str, Any]) -> list[str]:
-    """What a reader must know about where it was measured, as lines of Markdown."""
-    git = found.get("git") or {}
-    commit = None if git.get("commit") is None else str(git["commit"])
-    source = (
-        "outside a git checkout"
-        if commit is None
-        else f"commit {commit[:12]}" + (" (modified)" if git.get("dirty") else "")
-    )
-    features = "".join(f"{feature}, " for feature in found.get("cpu_features") or ())
-    where = (
-        f"{found['cpu_model']}, {len(found['affinity'])} processors used, {features}{found['system']}, device "
-        f"{found['device']}, division {found['division']}, {source}."
-    )
-    lines = []
-    lines.extend(f"GPU: {gpu}." for gpu in found.get("gpus") or ())
-    for name, framework in found["frameworks"].items():
-        versions = ", ".join(
-            f"{key} {value}" for key, value in framework["versions"].items() if value is not None and "git" not in key
-        )
-        switches = ", ".join(f"{key}={value}" for key, value in framework["default_switches"].items())
-        variables = ", ".join(
-            f"{key}={value}" for key, value in (framework.get("variables") or {}).items() if value not in (None, "")
-        )
-        lines.append(
-            f"{name}: Python {framework.get('python')}, {versions}. Switches at its start: {switches}."
-            + (f" Variables: {variables}." if variables else "")
-        )
-    if unset := found.get("unset_variables"):
-        named = ", ".join(f"{key}={value}" for key, value in unset.items())
-        lines.append(f"Set in the shell, and unset for the measurement: {named}.")
-    return [f"Environment {markdown_code(environment_id)}: {markdown_text(where)}", *map(markdown_line, lines)]
-
-
-def framework_lines(results: Results) -> list[str]:
-    """PyTorch against JAX over all cells, a table for each device; nothing where no cell has both."""
-    found = matrices(results)
-    lines = [LEGEND, ""] if found else []
-    for matrix in found:
-        columns = matrix.columns
-        lines += [f"On {markdown_text(matrix.title)}:", ""] if len(found) > 1 else []
-        lines += [*table(("workload", *columns), (line(matrix, row, columns) for row in matrix.rows)), ""]
-    return lines
-
-
-def ranking_lines(ranking: Ranking, *, level: int = 3) -> list[str]:
-    """One ranking: heading, table, winner, baseline, reasons, remarks, and how well the machine is used."""
-    lines = ["#" * level + " " + markdown_text(ranking.title), ""]
-    lines += table(RANKING_COLUMNS, (ranking_cells(row) for row in ranking.rows))
-    lines += ["", *map(markdown_line, (winner_line(ranking), *framework_line(ranking), baseline_line(ranking)))]
-    lines += [*(f"- {markdown_line(line)}" for line in (*reasons(ranking), *remarks(ranking))), ""]
-    found = efficiencies(ranking)
-    timed = [row.record.label for row in ranking.rows if row.latency_s is not None]
-    if timed:
-        lines += [*table(EFFICIENCY_COLUMNS, (efficiency_cells(label, found[label]) for label in timed)), ""]
-    return lines
-
-
+RESULTS, CLAIMS = "results", "claims"
+# Enough to show the winner, the runner-up and the usual alternatives; the full ranking is in the run's report.
+_SHOWN = 5
+# Of a ranking, each with its heading on the page.
+_COLUMNS = {name: name for name in ("#", "competitor", "time", "ratio [95%]", "verdict")}
+_COLUMNS |= {"precision asked / observed": "asked / observed", "parity (error/bound)": "parity", "memory": "memory"}
+_LANDMARKS = {"loop", "masked", "dense"}
 _EXPLANATION = (
     "Ratios are paired by round, and averaged geometrically over the middle three fifths of the rounds (over all",
     "where there are fewer than ten); intervals are 95% bootstrap intervals, wider where a run looked several times",
@@ -105,8 +41,58 @@ _EXPLANATION = (
 )
 
 
+class PageError(ValueError):
+    """A page that cannot be read, or without one well-formed block; the message is one sentence."""
+
+
+def _pairs(found: Mapping[str, Any], without: tuple[Any, ...] = (), sign: str = "=") -> str:
+    return ", ".join(f"{key}{sign}{value}" for key, value in found.items() if value not in without)
+
+
+def environment_lines(environment_id: str, found: Mapping[str, Any]) -> list[str]:
+    """Describe where it was measured, as lines of Markdown."""
+    git = found.get("git") or {}
+    commit = f"commit {str(git.get('commit'))[:12]}" + (" (modified)" if git.get("dirty") else "")
+    source = "outside a git checkout" if git.get("commit") is None else commit
+    features = "".join(f"{feature}, " for feature in found.get("cpu_features") or ())
+    where = (
+        f"{found['cpu_model']}, {len(found['affinity'])} processors used, {features}{found['system']}, device "
+        f"{found['device']}, division {found['division']}, {source}."
+    )
+    lines = [f"GPU: {gpu}." for gpu in found.get("gpus") or ()]
+    for name, framework in found["frameworks"].items():
+        versions = {key: value for key, value in framework["versions"].items() if "git" not in key}
+        variables = _pairs(framework.get("variables") or {}, (None, ""))
+        lines.append(
+            f"{name}: Python {framework.get('python')}, {_pairs(versions, (None,), ' ')}. Switches at its start: "
+            f"{_pairs(framework['default_switches'])}." + (f" Variables: {variables}." if variables else "")
+        )
+    if unset := found.get("unset_variables"):
+        lines.append(f"Set in the shell, and unset for the measurement: {_pairs(unset)}.")
+    return [f"Environment {markdown_code(environment_id)}: {markdown_text(where)}", *map(markdown_line, lines)]
+
+
+def framework_lines(results: Results) -> list[str]:
+    """Write PyTorch against JAX over all cells, a table for each device; nothing where no cell has both."""
+    found = matrices(results)
+    lines = [LEGEND, ""] if found else []
+    for matrix in found:
+        lines += [f"On {markdown_text(matrix.title)}:", ""] if len(found) > 1 else []
+        lines += [*markdown(framework_table(matrix)), ""]
+    return lines
+
+
+def ranking_lines(ranking: Ranking) -> list[str]:
+    """Write one ranking: heading, table, winner, baseline, reasons, remarks, and how well the machine is used."""
+    lines = ["### " + markdown_text(ranking.title), "", *markdown(ranking_table(ranking))]
+    lines += ["", *map(markdown_line, (winner_line(ranking), *framework_line(ranking), baseline_line(ranking)))]
+    lines += [*(f"- {markdown_line(line)}" for line in (*reasons(ranking), *remarks(ranking))), ""]
+    table = efficiency_table(ranking)
+    return [*lines, *markdown(table), ""] if table.rows else lines
+
+
 def report_lines(results: Results, notes: Sequence[str] = ()) -> Iterator[str]:
-    """The whole report, line by line; cells of different environments stay apart.
+    """Write the whole report, line by line; cells of different environments stay apart.
 
     Args:
         results: of one run or several.
@@ -133,14 +119,106 @@ def report_lines(results: Results, notes: Sequence[str] = ()) -> Iterator[str]:
 
 
 def report(results: Results, notes: Sequence[str] = ()) -> str:
-    """The whole report as text; see `report_lines`."""
+    """Return the whole report as text; see `report_lines`."""
     return "\n".join(report_lines(results, notes)).rstrip() + "\n"
 
 
 def write_report(argument: str, path: Path, results: Results, notes: Sequence[str] = ()) -> None:
-    """Writes the report.
+    """Write the report; see `files.output`."""
+    write_text(argument, path, (line + "\n" for line in report_lines(results, notes)))
+
+
+def _shown(ranking: Ranking) -> list[Row]:
+    """Choose the fastest few, each framework's best, and further down the baseline and the article's forms."""
+    timed = [row for row in ranking.rows if row.latency_s is not None]
+    best = {row.record.framework: row for row in reversed(timed) if row.rank is not None}
+    return [
+        row
+        for row in timed
+        if (row.rank or _SHOWN + 1) <= _SHOWN
+        or row.verdict == BASELINE
+        or row.record.implementation in _LANDMARKS
+        or row is best.get(row.record.framework)
+    ]
+
+
+def results_block(results: Results) -> str:
+    """Return the block of results for a page, without its markers.
+
+    A page is read to its end only where it is short: the rankings of the first workload, in the conditions that matter
+    most and so come first, stand for the others.
+    """
+
+    def kind(ranking: Ranking) -> tuple[str, str]:
+        return ranking.first.workload, identity(ranking.first).how
+
+    outcomes = f"Outcomes over all cells: {summary_line(results.outcomes)}. {resolution_line(results.found)}"
+    lines = ["", *framework_lines(results), markdown_line(outcomes), ""]
+    shown = kind(results.found[0]) if results.found else None
+    cells = sum(kind(ranking) == shown for ranking in results.found)
+    if shown and cells < len(results.found):
+        those = f"the {cells} of {shown[0]}" if cells > 1 else f"that of {shown[0]}"
+        said = markdown_line(f"Of {len(results.found)} rankings, {those} in {shown[1]};")
+        lines += [f"{said} `bench report` with `--markdown` writes all.", ""]
+    # Divisions of one run have environments that differ in nothing else: one of them says it all.
+    told: list[tuple[str, dict[str, Any]]] = []
+    for environment_id, found in results.places().items():
+        here = [ranking for ranking in found if kind(ranking) == shown]
+        if environment_id in results.environments:
+            fingerprint = results.environments[environment_id]
+            known = environment_lines(environment_id, fingerprint)
+            machine = (device_name(fingerprint), releases(fingerprint))
+            lines += [f"- {line}" for line in (known[:1] if machine in told and not here else known)] + [""]
+            told.append(machine)
+        for ranking in here:
+            # Folded, so that a reader sees every cell's verdict at once and opens the tables that matter to them.
+            rows = _shown(ranking)
+            summary = f"<b>{html_text(ranking.title)}</b>: {html_text(winner_line(ranking))}"
+            table = ranking_table(ranking, rows=rows).only(_COLUMNS)
+            lines += [f"<details><summary>{summary}</summary>", "", *markdown(table), ""]
+            count = f"{len(rows)} of {len(ranking.rows)} competitors are shown."
+            lines += [markdown_line(f"{baseline_line(ranking)} {count}"), "", "</details>", ""]
+    return "\n".join(lines)
+
+
+def markers(what: str, name: str = "") -> tuple[str, str]:
+    """Return the lines before and after a block: `RESULTS` or `CLAIMS`, of a directory's name or of none."""
+    suffix = f" {name}" if name else ""
+    return f"<!-- {what}:begin{suffix} -->", f"<!-- {what}:end{suffix} -->"
+
+
+def with_block(text: str, block: str, what: str = RESULTS, name: str = "") -> str:
+    """Return a page's text with one block replaced; markers with a name are taken before those without.
 
     Raises:
+        PageError: if the markers are not there exactly once, in order.
+    """
+    named = markers(what, name)
+    begin, end = named if any(marker in text for marker in named) else markers(what)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise PageError(f"expected the markers {begin} and {end} once each, in this order; add them to the file.")
+    return text[: text.index(begin) + len(begin)] + f"\n{block}\n" + text[text.index(end) :]
+
+
+def update_page(path: Path, block: str, what: str, name: str, *, check: bool = False) -> bool:
+    """Replace a block of a page, or only check it.
+
+    Returns:
+        True if the page is up to date now.
+
+    Raises:
+        PageError: if it cannot be read, or lacks the markers.
         OutputError: if it cannot be written.
     """
-    write_text(argument, path, (line + "\n" for line in report_lines(results, notes)))
+    try:
+        text = read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise PageError(f"--readme: {path} cannot be read ({why}); give an existing file.") from error
+    try:
+        fresh = with_block(text, block, what, name)
+    except PageError as error:
+        raise PageError(f"{path}: {error}") from error
+    if not check:
+        write_text("--readme", path, fresh)
+    return fresh == text or not check

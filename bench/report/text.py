@@ -1,4 +1,4 @@
-"""Numbers and statuses as text, the same in every report."""
+"""Write numbers, statuses and the sentences of a ranking, the same in every report."""
 
 import math
 from collections import Counter
@@ -7,32 +7,9 @@ from statistics import median
 
 from bench.records import Record
 from bench.study.ranking import Ranking, Row
-from bench.study.roofline import Efficiency
 from bench.study.statistics import COARSE, UNKNOWN, Interval
 from bench.study.stopping import RESOLUTION
 
-RANKING_COLUMNS: tuple[str, ...] = (
-    "#",
-    "competitor",
-    "time",
-    "ratio [95%]",
-    "verdict",
-    "precision asked / observed",
-    "parity (error/bound)",
-    "compile",
-    "memory",
-)
-EFFICIENCY_COLUMNS: tuple[str, ...] = (
-    "competitor",
-    "useful FLOP/s",
-    "of measured ceiling",
-    "of data sheet",
-    "waste",
-    "compiling pays after",
-    "enqueue",
-    "one call, waited for",
-    "kernels a call",
-)
 # A log ratio of some 1000%: the digits of anything larger mean nothing.
 _LARGEST_SHOWN = 2.4
 # More names say less: the JSON lists them all.
@@ -50,96 +27,67 @@ def _scaled(value: float | None, units: tuple[tuple[float, str], ...]) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Seconds with a unit that fits."""
+    """Write seconds with a unit that fits."""
     return _scaled(value, _TIME_UNITS)
 
 
 def byte_count(value: float | None) -> str:
-    """Bytes with a unit that fits."""
+    """Write bytes with a unit that fits."""
     return _scaled(value, _BYTE_UNITS)
 
 
 def factor(value: float) -> str:
-    """Two decimals, and no digits that mean nothing."""
+    """Write a factor with two decimals, and no digits that mean nothing."""
     return "<0.01" if value < 0.005 else ">1000" if value > 1000 else f"{value:.2f}"
 
 
 def ratio(interval: Interval | None) -> str:
-    """A ratio with its interval; above 1 is faster than the baseline."""
+    """Write a ratio with its interval; above 1 is faster than the baseline."""
     if interval is None:
         return "-"
     return f"{factor(interval.ratio)}x [{factor(interval.low)}, {factor(interval.high)}]"
 
 
 def outcome(record: Record) -> str:
-    """The status as a word; competitors that a cap kept out are `skipped`."""
+    """Return the status; competitors that a cap kept out are `skipped`."""
     return "skipped" if record.skipped else record.status
 
 
 def parity(record: Record) -> str:
-    """Whether the results were right, and how much of the bound the largest error takes."""
+    """Write the status, and how much of the bound the largest error takes."""
     if record.bound_fraction is None:
         return outcome(record)
     return f"{outcome(record)} ({record.bound_fraction:.2g})"
 
 
 def place(row: Row) -> str:
-    """The rank; `1=` for every one of several that tie for the first place."""
+    """Write the rank; `1=` for all that tie for the first place."""
     return "-" if row.rank is None else "1=" if row.tied else str(row.rank)
 
 
-def ranking_cells(row: Row) -> tuple[str, ...]:
-    """One line of a ranking, in the order of `RANKING_COLUMNS`."""
-    record = row.record
-    return (
-        place(row),
-        record.label,
-        seconds(row.latency_s),
-        ratio(row.interval),
-        row.verdict or outcome(record),
-        f"{record.precision} / {record.observed_precision or '-'}",
-        parity(record),
-        seconds(record.compile_s),
-        byte_count(record.peak_memory_bytes),
-    )
-
-
-def _share(value: float | None) -> str:
+def share(value: float | None) -> str:
+    """Write a fraction as a percentage."""
     return "-" if value is None else f"{value:.1%}"
 
 
-def _calls(value: float | None) -> str:
+def calls(value: float | None) -> str:
+    """Write a number of calls."""
     return "-" if value is None else "never" if math.isinf(value) else f"{math.ceil(value)} calls"
 
 
 def rate(value: float | None, unit: str = "FLOP/s") -> str:
-    """A rate with a unit that fits."""
+    """Write a rate with a unit that fits."""
     units = tuple((10.0**power, prefix + unit) for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (0, "")))
     return _scaled(value, units)
 
 
-def efficiency_cells(label: str, efficiency: Efficiency) -> tuple[str, ...]:
-    """One line of the table of efficiencies, in the order of `EFFICIENCY_COLUMNS`."""
-    return (
-        label,
-        rate(efficiency.flops_per_s),
-        _share(efficiency.ceiling_fraction),
-        _share(efficiency.peak_fraction),
-        f"{efficiency.waste_factor}x",
-        _calls(efficiency.payback_calls),
-        seconds(efficiency.enqueue_s),
-        seconds(efficiency.waited_s),
-        "-" if efficiency.kernels_per_call is None else str(efficiency.kernels_per_call),
-    )
-
-
 def percent(log_ratio: float) -> str:
-    """A log ratio as a percentage."""
+    """Write a log ratio as a percentage."""
     return f"{math.expm1(log_ratio):.1%}" if log_ratio < _LARGEST_SHOWN else f"over {math.expm1(_LARGEST_SHOWN):.0%}"
 
 
 def told_apart(*versions: Sequence[str]) -> list[str]:
-    """For each item the first of its names, from short to long, that no other item has; else the longest."""
+    """Return for each item the first of its names, from short to long, that no other item has; else the longest."""
     counted = [Counter(version) for version in versions]
     return [
         next((name for name, count in zip(names, counted, strict=True) if count[name] == 1), names[-1])
@@ -148,7 +96,7 @@ def told_apart(*versions: Sequence[str]) -> list[str]:
 
 
 def titles(found: Sequence[Ranking]) -> list[str]:
-    """The headings of rankings: conditions alone, with the environment where two have the same, with the cell else."""
+    """Return a heading for each ranking: its conditions, and the environment and cell where others have the same."""
     plain = [ranking.title for ranking in found]
     placed = [f"{ranking.title}, environment {ranking.first.environment_id}" for ranking in found]
     return told_apart(
@@ -157,7 +105,7 @@ def titles(found: Sequence[Ranking]) -> list[str]:
 
 
 def winner_line(ranking: Ranking) -> str:
-    """Who is the fastest, or who cannot be told from the fastest."""
+    """Name the fastest competitor, or those that cannot be told from it."""
     if ranking.disturbed:
         return "The machine was disturbed while this cell was timed: no competitor is called faster than another."
     if ranking.winner is not None:
@@ -172,7 +120,7 @@ def winner_line(ranking: Ranking) -> str:
 
 
 def baseline_line(ranking: Ranking) -> str:
-    """What the ratios refer to, and the smallest difference that the cell can show."""
+    """Name the baseline, and the smallest difference that the cell can show."""
     if ranking.baseline is None:
         return "No competitor could be timed, so there is no baseline."
     text = f"Baseline: {ranking.baseline}; above 1x is faster."
@@ -194,7 +142,7 @@ def baseline_line(ranking: Ranking) -> str:
 
 
 def resolution_line(found: Sequence[Ranking]) -> str:
-    """How well the A/A controls of a run are known: what it could have told apart."""
+    """Tell how well the A/A controls of a run are known, which limits what it can tell apart."""
     timed = [ranking for ranking in found if ranking.baseline is not None]
     widths = sorted(width for ranking in timed if (width := ranking.half_width) is not None)
     if not widths:
@@ -221,17 +169,17 @@ def resolution_line(found: Sequence[Ranking]) -> str:
 
 
 def reasons(ranking: Ranking) -> list[str]:
-    """Why competitors have no speed, one line for each."""
+    """Return the reason for each competitor without a speed."""
     failed = [row.record for row in ranking.rows if row.record.reason]
     return [f"{r.label}: {r.reason if r.skipped else f'{r.status}, {r.reason}'}" for r in failed]
 
 
 def remarks(ranking: Ranking) -> list[str]:
-    """What else a reader of a cell's figures should know, one line for each."""
+    """Return remarks that a reader of a cell's figures should know."""
     found = [f"Remark: {found.sentence}." for found in ranking.short_blocks]
     return found if ranking.disturbance is None else [*found, ranking.disturbance]
 
 
 def summary_line(counts: Mapping[str, int]) -> str:
-    """How many competitors ended how."""
+    """Count competitors by outcome."""
     return ", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "nothing was measured"

@@ -1,11 +1,21 @@
-"""The source article's ten claims, as data.
+"""Judge the source article's ten claims by measurements.
 
 Case A is one dense map over all features (another function, a yardstick), case B a loop of `n` linears, case C the
 masked dense map. The article gives sizes as totals over partitions (1024 is 32 a partition, 8096 is 253) and says
-neither what its times include nor which GPU or dtype they are of.
+neither what its times include nor which GPU or dtype they are of. The verdict rests on PyTorch's eager mode, which the
+article used; JAX's ratios in the same setting are shown beside it.
 """
 
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from bench.plan.competitors import DEFAULT_MODE, IMPLEMENTATION
+from bench.records import Record
+from bench.study.pairing import Identity, by_label, identity, intervals, log_latencies
+from bench.study.process_spread import NOTHING_SEEN, ProcessSpread
+from bench.study.ranking import Ranking, rank_cells
+from bench.study.statistics import Interval
 
 DENSE, LOOP, MASKED = "dense", "loop", "masked"
 GPU, CPU, MEMORY = "gpu", "cpu", "memory"
@@ -116,3 +126,194 @@ CLAIMS: tuple[Claim, ...] = (
         (Part(MASKED, AT_LEAST, 2),),
     ),
 )
+
+
+HOLDS, IN_PART, DOES_NOT, NOT_HERE = "holds", "holds in part", "does not hold", "not measurable here"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One part of a claim in one measured cell.
+
+    Attributes:
+        where: the conditions.
+        framework: `torch` or `jax`.
+        part: what was claimed.
+        interval: the measured ratio, or None where one of the two has no figure.
+        verdict: `holds`, `holds in part` or `does not hold`; empty without a ratio.
+        reason: why there is no ratio, else empty.
+        absent: whether one of the two did not take part at all.
+    """
+
+    where: Identity
+    framework: str
+    part: Part
+    interval: Interval | None
+    verdict: str
+    reason: str = ""
+    absent: bool = False
+
+
+@dataclass(frozen=True)
+class Best:
+    """Our fastest implementation in one cell: its label and its speed over that of the torch loop."""
+
+    where: Identity
+    label: str
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class ClaimResult:
+    """A claim, what was measured, and what follows."""
+
+    claim: Claim
+    findings: tuple[Finding, ...]
+    best: tuple[Best, ...]
+    verdict: str
+    why: str
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One cell's records of a framework and what the ranking says of all of them."""
+
+    where: Identity
+    records: dict[str, list[Record]]
+    ranking: Ranking
+    seen: ProcessSpread
+
+    def of(self, framework: str, name: str) -> list[Record]:
+        return self.records.get(f"{framework} {name} ({DEFAULT_MODE[framework]})", [])
+
+
+def judge(part: Part, interval: Interval) -> str:
+    """Whether a measured ratio is what was claimed."""
+    if part.relation == AT_LEAST:
+        return HOLDS if interval.low >= part.ratio else IN_PART if interval.low > 1 else DOES_NOT
+    if part.relation == ABOUT:
+        if part.ratio / ABOUT_FACTOR <= interval.ratio <= part.ratio * ABOUT_FACTOR and interval.low > 1:
+            return HOLDS
+        return IN_PART if interval.low > 1 else DOES_NOT
+    # "Slower than the loop": an interval across 1 shows neither.
+    return HOLDS if interval.high < 1 else IN_PART if interval.low < 1 else DOES_NOT
+
+
+def _missing(records: Sequence[Record], name: str) -> str:
+    if not records:
+        return f"{name} was not measured"
+    failed = next((record for record in records if record.status != "ok"), None)
+    return "" if failed is None else f"{name}: {failed.reason}"
+
+
+def _speed(cell: _Cell, framework: str, part: Part) -> Finding:
+    loop, case = cell.of(framework, LOOP), cell.of(framework, part.case)
+    reason = _missing(loop, LOOP) or _missing(case, part.case)
+    if not reason and cell.ranking.disturbed:
+        reason = "others used the machine while the two were timed"
+    if reason:
+        return Finding(cell.where, framework, part, None, "", reason, absent=not (loop and case))
+    found = intervals(log_latencies(loop), {part.case: log_latencies(case)}, cell.ranking.confidence)
+    if part.case not in found:
+        return Finding(cell.where, framework, part, None, "", "the two share no process")
+    # Shown as it was measured, judged with what another process may differ by.
+    judged = judge(part, found[part.case].across_processes(cell.seen.reach(1)))
+    return Finding(cell.where, framework, part, found[part.case], judged)
+
+
+def _memory(cell: _Cell, framework: str, part: Part) -> Finding:
+    loop, case = cell.of(framework, LOOP), cell.of(framework, part.case)
+    reason = _missing(loop, LOOP) or _missing(case, part.case)
+    bytes_ = [record.peak_memory_bytes for record in (*loop[:1], *case[:1])]
+    if reason or not all(bytes_):
+        return Finding(
+            cell.where, framework, part, None, "", reason or "the memory was not measured", absent=not (loop and case)
+        )
+    ratio = (bytes_[1] or 0) / (bytes_[0] or 1)
+    # One deterministic reading: the interval has no width.
+    interval = Interval(ratio, ratio, ratio, 1)
+    return Finding(cell.where, framework, part, interval, judge(part, interval))
+
+
+def _best(cell: _Cell) -> Best | None:
+    loop = cell.of("torch", LOOP)
+    first = next((row for row in cell.ranking.rows if row.rank and row.record.kind == IMPLEMENTATION), None)
+    if first is None or not loop or any(record.status != "ok" for record in loop):
+        return None
+    records = cell.records[first.record.label]
+    found = intervals(log_latencies(loop), {"best": log_latencies(records)}, cell.ranking.confidence)
+    return Best(cell.where, first.record.label, found["best"]) if "best" in found else None
+
+
+def _conclude(claim: Claim, findings: Sequence[Finding], cells: Sequence[_Cell]) -> tuple[str, str]:
+    """The verdict and one sentence why."""
+    there = {cell.where.workload for cell in cells}
+    missing = ", ".join(name for name in claim.workloads if name not in there)
+    absent = f" Not among these records: {missing}; run the preset `seed`." if missing else ""
+    if not cells:
+        return NOT_HERE, absent.strip()
+    counted = [found for found in findings if found.framework == "torch" and found.interval is not None]
+    devices = {cell.where.device for cell in cells}
+    if claim.subject == GPU and "cuda" not in devices:
+        return NOT_HERE, f"The claim is about a GPU; on this CPU: {_ranges(counted)}.{absent}"
+    if claim.subject == GPU:
+        counted = [found for found in counted if found.where.device == "cuda"]
+    if claim.subject == CPU:
+        if "cpu" not in devices:
+            return NOT_HERE, "The claim is about a CPU, and these records are of a GPU."
+        counted = [found for found in counted if found.where.device == "cpu"]
+    if not counted:
+        reasons = dict.fromkeys(found.reason for found in findings if found.reason)
+        return NOT_HERE, f"Nothing could be compared: {'; '.join(reasons) or 'PyTorch was not measured'}."
+    verdicts = [found.verdict for found in counted]
+    held = verdicts.count(HOLDS)
+    verdict = HOLDS if held == len(verdicts) else DOES_NOT if set(verdicts) == {DOES_NOT} else IN_PART
+    what = "Bytes" if claim.subject == MEMORY else "Speed"
+    share = f"in {held} of {len(verdicts)} ratios as claimed"
+    return verdict, f"{what} over the loop's, {share}: {_ranges(counted)}.{absent}"
+
+
+def _ranges(findings: Iterable[Finding]) -> str:
+    """Smallest and largest ratio of every case, direction and precision."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for found in findings:
+        if found.interval is not None:
+            groups[f"{found.part.case} {found.where.direction} {found.where.precision}"].append(found.interval.ratio)
+    texts = []
+    for name, ratios in groups.items():
+        low, high = min(ratios), max(ratios)
+        texts.append(f"{name} {low:.2f}x" if low == high else f"{name} {low:.2f}x to {high:.2f}x")
+    return ", ".join(texts) or "nothing could be compared"
+
+
+def claim_results(
+    groups: Iterable[Sequence[Record]], seen: Mapping[str, ProcessSpread] | None = None
+) -> list[ClaimResult]:
+    """Judge every claim.
+
+    Args:
+        groups: the records of one cell and environment each.
+        seen: environment to what is known of the spread of processes on its machine.
+    """
+    known = seen or {}
+    needed = {name for claim in CLAIMS for name in claim.workloads}
+    cells = [
+        _Cell(
+            identity(group[0]),
+            by_label(group),
+            rank_cells([group], known)[0],
+            known.get(group[0].environment_id, NOTHING_SEEN),
+        )
+        for group in groups
+        if group[0].workload in needed and group[0].direction in ("forward", "forward_backward")
+    ]
+    results = []
+    for claim in CLAIMS:
+        mine = [cell for cell in cells if cell.where.workload in claim.workloads]
+        measure = _memory if claim.subject == MEMORY else _speed
+        findings = [
+            measure(cell, framework, part) for cell in mine for framework in DEFAULT_MODE for part in claim.parts
+        ]
+        best = [found for cell in mine if (found := _best(cell)) is not None]
+        results.append(ClaimResult(claim, tuple(findings), tuple(best), *_conclude(claim, findings, mine)))
+    return results

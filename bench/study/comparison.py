@@ -1,37 +1,104 @@
-"""Two runs, A before and B after: who became faster or slower, beyond what a repetition would show anyway.
+"""Compare two runs, A before and B after: what became faster or slower, beyond what a repetition would show anyway.
 
-For each competitor that both runs timed under the same conditions, the ratio of speeds is B over A, the difference of
-the trimmed mean log latencies. Rounds of two runs cannot be paired, so its interval adds up three kinds of noise:
-
-- the spread within each run, by Student's t at a level that is shared out among all comparisons, so that equal runs
-  fail with a chance of 5% in all and not in each: over processes as `scatter` learns it from all competitors
-  together, and over rounds where a run has one process;
-- the floors of both runs, below which they name nobody: the far ends of their A/A intervals, what the same code in the
-  same run may differ by, and of a run of one process at least the spread of processes (`process_spread`);
-- the median shift of the other competitors of the cell: what all of them share is the machine's doing, or a change
-  that they all share, and cannot be told apart from it.
-
-What is too small for a single cell may show in all cells together: see `overall`, which has half of the 5%.
-
-Where one run says FASTER than the baseline and the other SLOWER, the ratios to the baseline are compared in the same
-way, without a shift, which they do not have: each verdict may be wrong with a chance of 5%, so among hundreds some are
-expected to be opposite. Only those beyond both runs' noise, at a level shared out among all competitors of all cells,
-since any of them could have become opposite, contradict for good.
+A competitor's ratio of speeds, B over A, is the difference of the trimmed mean log latencies. Rounds of two runs cannot
+be paired, so its interval adds up three kinds of noise: the scatter of processes (or of rounds where a run has one
+process), at a level shared out among all comparisons; the noise floors of both runs; and the median shift of the other
+competitors of the cell, which is the machine's doing or a change that all of them share.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from statistics import NormalDist, median
 
+import numpy as np
+
+from bench.environments import StoreError
 from bench.plan.competitors import YARDSTICK
-from bench.study.differences import Difference, differences, ratio_differences, usual_scatter
-from bench.study.identity import Identity
-from bench.study.measured_cells import Measured
-from bench.study.overall import Overall, overall
-from bench.study.scatter import Prior
-from bench.study.statistics import CONFIDENCE, FASTER, SLOWER, UNRESOLVED, Interval, verdict
+from bench.records import Record
+from bench.study.pairing import Identity, Spread, by_label, identity, log_latencies, paired, spreads_of
+from bench.study.process_spread import Prior, ProcessSpread, Scatter, apart_from_others, pooled, usual
+from bench.study.ranking import Ranking, Row, rank_cells
+from bench.study.statistics import (
+    CONFIDENCE,
+    EQUIVALENCE,
+    FASTER,
+    SLOWER,
+    UNRESOLVED,
+    Interval,
+    student_t_quantile,
+    verdict,
+)
 
 LOST = "LOST"
+# The finite-sample factors of Qn hold from here on, and fewer competitors do not tell what the host did between runs.
+LEAST_OTHERS = 10
+# Efficiency of Qn under normal errors, relative to the standard deviation.
+EFFICIENCY = 0.82
+# Makes Qn a standard deviation of normal errors: a quarter of their distances, which are sqrt(2) times as wide, are
+# shorter than its inverse. Some of the literature has 2.2219, a misprint.
+_QN = 1 / (math.sqrt(2) * NormalDist().inv_cdf(5 / 8))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell of one run.
+
+    Attributes:
+        ranking: of its competitors.
+        spreads: label to the spread of the log latencies, of all that were timed.
+        to_baseline: label to the spread of the log ratios to the baseline, paired by round.
+    """
+
+    ranking: Ranking
+    spreads: Mapping[str, Spread]
+    to_baseline: Mapping[str, Spread]
+
+    @property
+    def floor(self) -> float:
+        """Return the log ratio below which no competitor is named."""
+        return math.inf if self.ranking.resolution is None else self.ranking.resolution
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One competitor in one cell of both runs, before anything is concluded from it.
+
+    Attributes:
+        where: the conditions.
+        label: of the competitor.
+        framework: whose usual scatter its own is drawn towards.
+        ranked: False for a yardstick, whose change is shown and never a regression.
+        spreads: of A and of B.
+        estimate: log of the speed in B over that in A.
+        shift: median of the other competitors' estimates.
+        apart: of A and of B, as `apart_from_others` returns it; empty where either has one process.
+        scatter: of a process, pooled; None where either run has one.
+        floors: log ratios below which A and B name no competitor in this cell.
+    """
+
+    where: Identity
+    label: str
+    framework: str
+    ranked: bool
+    spreads: tuple[Spread, Spread]
+    estimate: float
+    shift: float
+    apart: tuple[Mapping[int, float], Mapping[int, float]]
+    scatter: Scatter | None
+    floors: tuple[float, float]
+
+    def interval(self, priors: Mapping[str, Prior], confidence: float) -> Interval:
+        """Return the ratio of speeds, with the noise of both runs and the shift of the others in its interval."""
+        units = min(spread.units for spread in self.spreads)
+        noise = math.inf
+        if self.scatter is not None:
+            noise = math.hypot(priors[self.framework].moderate(self.scatter).reach(confidence), *self.floors)
+        elif units > 1:
+            quantile = student_t_quantile(0.5 + confidence / 2, min(spread.degrees for spread in self.spreads))
+            noise = math.hypot(quantile * math.hypot(*(spread.error for spread in self.spreads)), *self.floors)
+        return _interval(self.estimate, noise + abs(self.shift), units)
 
 
 @dataclass(frozen=True)
@@ -40,11 +107,10 @@ class Change:
 
     Attributes:
         where: the conditions.
-        label: who.
+        label: of the competitor.
         interval: speed in B over speed in A, or None where B has no right answer.
         verdict: FASTER, SLOWER, SAME or UNRESOLVED, of B against A; LOST where only A had a right answer.
-        shift: median log ratio of the other competitors, which is counted as noise.
-        ranked: False for a yardstick, whose change is shown and never a regression.
+        shift, ranked: as in `Difference`.
         reason: why it was lost.
     """
 
@@ -58,14 +124,22 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Overall:
+    """One competitor in all `cells` that both runs measured in several processes; else as in `Change`."""
+
+    label: str
+    cells: int
+    interval: Interval
+    verdict: str
+    shift: float
+    ranked: bool
+
+
+@dataclass(frozen=True)
 class Contradiction:
     """A competitor that is FASTER than the baseline in one run and SLOWER in the other.
 
-    Attributes:
-        where: the conditions.
-        label: who.
-        interval: its ratio to the baseline in B over that in A.
-        beyond_noise: whether that interval leaves out 1: the runs differ by more than both runs' noise.
+    The interval is of its ratio to the baseline in B over that in A; it is beyond the noise if it leaves out 1.
     """
 
     where: Identity
@@ -76,16 +150,15 @@ class Contradiction:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two runs came to.
+    """Two runs, compared.
 
     Attributes:
         changes: all competitors that both runs have, cell by cell.
-        only_a: cells that only A has.
-        only_b: cells that only B has.
+        only_a, only_b: cells that only one run has.
         agreeing: number of FASTER or SLOWER verdicts against the baseline that both runs give alike.
-        contradicting: where one run says FASTER and the other SLOWER.
+        contradicting: competitors that one run calls FASTER and the other SLOWER.
         other_baseline: cells whose baselines differ, so that their verdicts refer to different things.
-        one_process: whether either run measured a cell that both have in one process.
+        one_process: True if either run measured a cell that both have in one process.
         overall: competitors over all cells of several processes.
     """
 
@@ -100,49 +173,188 @@ class Comparison:
 
     @property
     def regressions(self) -> list[Change]:
-        """What became slower beyond the noise in a cell, or lost its right answer there."""
+        """Return what became slower beyond the noise in a cell, or lost its right answer there."""
         return [change for change in self.changes if change.ranked and change.verdict in (SLOWER, LOST)]
 
     @property
     def overall_regressions(self) -> list[Overall]:
-        """What became slower beyond the noise in all cells together."""
+        """Return what became slower beyond the noise in all cells together."""
         return [one for one in self.overall if one.ranked and one.verdict == SLOWER]
 
 
+def measured_cells(
+    groups: Iterable[Sequence[Record]], name: str, seen: Mapping[str, ProcessSpread] | None = None
+) -> dict[Identity, Measured]:
+    """Return the cells of a run by their conditions.
+
+    Args:
+        groups: the records of one cell and environment each.
+        name: of the run's directory, for the message.
+        seen: environment to what is known of the spread of its processes.
+
+    Raises:
+        StoreError: if the run holds a cell twice, from two environments.
+    """
+    cells: dict[Identity, Measured] = {}
+    for group in groups:
+        where = identity(group[0])
+        if where in cells:
+            if cells[where].ranking.first.environment_id == group[0].environment_id:
+                raise StoreError(
+                    f"{name}: {where.title} was measured twice in the environment {group[0].environment_id}, as the "
+                    f"cells {cells[where].ranking.first.cell} and {group[0].cell}; give runs of one each."
+                )
+            raise StoreError(
+                f"{name}: {where.title} was measured twice, in the environments "
+                f"{cells[where].ranking.first.environment_id} and {group[0].environment_id}; choose one with --where-a "
+                "or --where-b environment_id=..., or give runs of one each."
+            )
+        ranking = rank_cells([group], seen)[0]
+        competitors = by_label(group)
+        rounds = {label: log_latencies(records) for label, records in competitors.items()}
+        timed = {label: rounds[label] for label, found in competitors.items() if all(r.status == "ok" for r in found)}
+        spreads = {
+            label: spreads_of(np.concatenate(list(one.values()))[None], tuple(map(len, one.values())), tuple(one))[0]
+            for label, one in timed.items()
+        }
+        # As the ranking does it: a baseline that failed in one process has rounds of the others.
+        pairs = paired(rounds[ranking.baseline], timed) if ranking.baseline is not None else []
+        to_baseline = {label: spread for block in pairs for label, spread in block.spreads().items()}
+        cells[where] = Measured(ranking, spreads, to_baseline)
+    return cells
+
+
+def _interval(estimate: float, noise: float, units: int) -> Interval:
+    # Beyond any ratio that could be measured, and still a number.
+    ends = (max(estimate - noise, -700.0), min(estimate + noise, 700.0))
+    low, high = (math.exp(ends[0]), math.exp(ends[1])) if math.isfinite(noise) else (0.0, math.inf)
+    return Interval(math.exp(estimate), low, high, units)
+
+
+def differences(where: Identity, a: Measured, b: Measured) -> list[Difference]:
+    """Return the competitors of a cell whose speed both runs know, in the order of A's ranking."""
+    shared = a.spreads.keys() & b.spreads.keys()
+    # Latencies, so that what took longer in A is faster in B.
+    estimates = {label: a.spreads[label].mean - b.spreads[label].mean for label in shared}
+    apart = [apart_from_others({label: run.spreads[label] for label in shared}) for run in (a, b)]
+    found = []
+    for r in (row.record for row in a.ranking.rows):
+        label = r.label
+        if label in shared:
+            shift = median([value for name, value in estimates.items() if name != label] or [0.0])
+            first, second = (run[label] if all(label in one for one in apart) else {} for run in apart)
+            scatter = pooled(list(first.values()), list(second.values())) if first else None
+            spreads = (a.spreads[label], b.spreads[label])
+            rest = (estimates[label], shift, (first, second), scatter, (a.floor, b.floor))
+            found.append(Difference(where, label, r.framework, r.kind != YARDSTICK, spreads, *rest))
+    return found
+
+
+def ratio_differences(where: Identity, a: Measured, b: Measured) -> list[Difference]:
+    """Return the same of the ratios to the baseline: rounds are paired, so no shift is in them."""
+    found = []
+    for r in (row.record for row in a.ranking.rows):
+        label = r.label
+        if label in a.to_baseline.keys() & b.to_baseline.keys() and label != a.ranking.baseline:
+            first, second = a.to_baseline[label], b.to_baseline[label]
+            processes = [[*spread.processes.values()] for spread in (first, second)]
+            # Of speeds, where latencies are the minuend in A: the ratio in B over the ratio in A.
+            estimate, scatter = second.mean - first.mean, pooled(*processes) if all(processes) else None
+            rest = (estimate, 0.0, ({}, {}), scatter, (a.floor, b.floor))
+            found.append(Difference(where, label, r.framework, r.kind != YARDSTICK, (first, second), *rest))
+    return found
+
+
+def usual_scatter(found: Iterable[Difference]) -> dict[str, Prior]:
+    """Return the scatter that is usual in each framework."""
+    scatters: dict[str, list[Scatter]] = {}
+    for one in found:
+        scatters.setdefault(one.framework, []).extend([] if one.scatter is None else [one.scatter])
+    return {framework: usual(group) for framework, group in scatters.items()}
+
+
+def _sets(apart: Sequence[Mapping[int, float]]) -> list[float]:
+    """Return how far each set of processes is off on average; a set's share of a cell is one over its processes."""
+    numbers = sorted({k for cell in apart for k in cell})
+    return [len(numbers) * sum(cell[k] / len(cell) for cell in apart if k in cell) / len(apart) for k in numbers]
+
+
+def robust_scale(values: Sequence[float]) -> float:
+    """Return the standard deviation of at least ten values that may hold outliers, by Qn.
+
+    Qn is a quantile, 1/4 of the way up, of the distances of all pairs, by the factors that make it right for samples of
+    normal values of this size (Rousseeuw and Croux, Alternatives to the median absolute deviation, 1993).
+    """
+    count = len(values)
+    half = count // 2 + 1
+    distances = sorted(abs(x - y) for x, y in combinations(values, 2))
+    return _QN * count / (count + (1.4 if count % 2 else 3.8)) * distances[half * (half - 1) // 2 - 1]
+
+
+def overall(found: Iterable[Difference], alpha: float) -> tuple[Overall, ...]:
+    """Return the change of every competitor over all its cells: of a few percent, which no single cell can show.
+
+    The estimate is the mean over cells. A set of processes, one of each framework for all cells, counts as one
+    observation, whatever the cells of a set have in common (a sum over clusters, as in Liang and Zeger, Longitudinal
+    data analysis using generalized linear models, 1986). Host drift slower than one run shows only between runs: two
+    runs of the same code, hours apart, differed by five times what their processes scatter. So the median change of the
+    other competitors counts as noise, and the noise is at least as wide as all others scatter about it.
+
+    Args:
+        found: the differences, cell by cell.
+        alpha: chance that any of the intervals leaves out the truth; they share it alike.
+
+    Returns:
+        In the order of first appearance, without those of fewer than two cells of several processes.
+    """
+    cells: dict[str, list[Difference]] = {}
+    for one in found:
+        if one.scatter is not None:
+            cells.setdefault(one.label, []).append(one)
+    groups = {label: group for label, group in cells.items() if len(group) > 1}
+    estimates = {label: sum(one.estimate for one in group) / len(group) for label, group in groups.items()}
+    shifts = {label: sum(one.shift for one in group) / len(group) for label, group in groups.items()}
+    level = 1 - alpha / max(len(groups), 1)
+    result = []
+    for label, group in groups.items():
+        first, second = (_sets([one.apart[k] for one in group]) for k in (0, 1))
+        others = [estimates[name] - shifts[name] for name in groups if name != label]
+        noise = pooled(first, second).reach(level)
+        if len(others) >= LEAST_OTHERS:
+            quantile = student_t_quantile(0.5 + level / 2, EFFICIENCY * (len(others) - 1))
+            noise = max(noise, quantile * robust_scale(others))
+        interval = _interval(estimates[label], noise + abs(shifts[label]), min(len(first), len(second)))
+        said = verdict(interval, EQUIVALENCE)
+        result.append(Overall(label, len(group), interval, said, shifts[label], group[0].ranked))
+    return tuple(result)
+
+
 def _changes(
+    rows: Iterable[Row],
+    after: Mapping[str, Row],
     where: Identity,
-    a: Measured,
-    b: Measured,
     known: Mapping[str, Difference],
     priors: Mapping[str, Prior],
     level: float,
-) -> list[Change]:
-    after = {row.record.label: row for row in b.ranking.rows}
-    changes = []
-    for row in a.ranking.rows:
+) -> Iterable[Change]:
+    for row in rows:
         label = row.record.label
         if label not in after or row.latency_s is None:
             continue
-        if label not in known:
-            failed = after[label].record
-            # A cap of the preset is a decision about effort, not an answer that went wrong.
-            if not failed.skipped:
-                ranked = row.record.kind != YARDSTICK
-                changes.append(Change(where, label, None, LOST, 0.0, ranked, f"{failed.status}, {failed.reason}"))
+        if label in known:
+            one, interval = known[label], known[label].interval(priors, level)
+            said = verdict(interval, 0.0) if math.isfinite(interval.high) else UNRESOLVED
+            yield Change(where, label, interval, said, one.shift, one.ranked)
             continue
-        interval = known[label].interval(priors, level)
-        said = verdict(interval, 0.0) if math.isfinite(interval.high) else UNRESOLVED
-        changes.append(Change(where, label, interval, said, known[label].shift, known[label].ranked))
-    return changes
+        failed = after[label].record
+        # A cap of the preset is a decision about effort, not an answer that went wrong.
+        if not failed.skipped:
+            reason = f"{failed.status}, {failed.reason}"
+            yield Change(where, label, None, LOST, 0.0, row.record.kind != YARDSTICK, reason)
 
 
 def compare(a: Mapping[Identity, Measured], b: Mapping[Identity, Measured]) -> Comparison:
-    """Compares two runs; see the head of this file.
-
-    Args:
-        a: the earlier run, as `measured_cells` returns it.
-        b: the later one.
-    """
+    """Compare the earlier run with the later one, both as `measured_cells` returns them."""
     both = [where for where in a if where in b]
     found = {where: differences(where, a[where], b[where]) for where in both}
     everything = [one for group in found.values() for one in group]
@@ -151,19 +363,16 @@ def compare(a: Mapping[Identity, Measured], b: Mapping[Identity, Measured]) -> C
     # Where nothing can be said about all cells together, the single ones have all of the 5%.
     level = 1 - (alpha / 2 if together else alpha) / max(len(everything), 1)
     priors = usual_scatter(everything)
-    changes = [
-        change
-        for where, group in found.items()
-        for change in _changes(where, a[where], b[where], {one.label: one for one in group}, priors, level)
-    ]
+    changes: list[Change] = []
     agreeing, opposite, other_baseline = 0, set(), []
-    for where in both:
+    for where, group in found.items():
+        rows, after = a[where].ranking.rows, {row.record.label: row for row in b[where].ranking.rows}
+        changes += _changes(rows, after, where, {one.label: one for one in group}, priors, level)
         if a[where].ranking.baseline != b[where].ranking.baseline:
             other_baseline.append(where)
             continue
-        after = {row.record.label: row.verdict for row in b[where].ranking.rows}
-        for row in a[where].ranking.rows:
-            pair = {row.verdict, after.get(row.record.label)}
+        for row in rows:
+            pair = {row.verdict, after[row.record.label].verdict if row.record.label in after else None}
             agreeing += pair in ({FASTER}, {SLOWER})
             if pair == {FASTER, SLOWER}:
                 opposite.add((where, row.record.label))
@@ -182,15 +391,12 @@ def compare(a: Mapping[Identity, Measured], b: Mapping[Identity, Measured]) -> C
 def _contradictions(
     a: Mapping[Identity, Measured], b: Mapping[Identity, Measured], opposite: set[tuple[Identity, str]]
 ) -> tuple[Contradiction, ...]:
-    """Opposite verdicts, each with what all ratios to the baseline together say about their noise."""
-    if not opposite:
-        return ()
+    """Return opposite verdicts, each with its interval at a level shared out among all ratios to the baseline.
+
+    Any of these could have become opposite, and each verdict may be wrong with a chance of 5%: among hundreds some are
+    expected to be opposite.
+    """
     found = [one for where in a if where in b for one in ratio_differences(where, a[where], b[where])]
-    priors = usual_scatter(found)
-    level = 1 - (1 - CONFIDENCE) / len(found)
-    result = []
-    for one in found:
-        if (one.where, one.label) in opposite:
-            interval = one.interval(priors, level)
-            result.append(Contradiction(one.where, one.label, interval, not interval.low <= 1 <= interval.high))
-    return tuple(result)
+    priors, level = usual_scatter(found), 1 - (1 - CONFIDENCE) / max(len(found), 1)
+    chosen = [(one, one.interval(priors, level)) for one in found if (one.where, one.label) in opposite]
+    return tuple(Contradiction(one.where, one.label, i, not i.low <= 1 <= i.high) for one, i in chosen)

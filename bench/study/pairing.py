@@ -1,15 +1,67 @@
-"""Competitors of one cell, paired by process and round."""
+"""Pair cells by their conditions, and the competitors of a cell by process and round."""
 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from bench.records import Record
-from bench.study.statistics import Interval, process_means, ratio_intervals, round_log_latency
-from bench.study.trimming import middle_rounds, pseudo_values
+from bench.study.statistics import (
+    Interval,
+    middle_rounds,
+    process_means,
+    pseudo_values,
+    ratio_intervals,
+    round_log_latency,
+)
+
+
+class Identity(NamedTuple):
+    """The conditions of a cell, by which cells of two runs are paired."""
+
+    workload: str
+    num_partitions: int
+    in_features: int
+    out_features: int
+    batch: int
+    dtype: str
+    device: str
+    direction: str
+    division: str
+    precision: str
+    layout: str
+    cache: str
+    optimizer: str | None
+
+    @property
+    def what(self) -> str:
+        """Workload, sizes and direction."""
+        sizes = f"B={self.batch}, n={self.num_partitions}, {self.in_features}->{self.out_features}"
+        return f"{self.workload} ({sizes}), {self.step}"
+
+    @property
+    def step(self) -> str:
+        """Direction, and the optimiser where there is one."""
+        return self.direction if self.optimizer is None else f"{self.direction} ({self.optimizer})"
+
+    @property
+    def how(self) -> str:
+        """Precision and division, and the cache where it is cold."""
+        return f"{self.precision}, {self.division}" + ("" if self.cache == "warm" else f", {self.cache}")
+
+    @property
+    def title(self) -> str:
+        """One line for a heading."""
+        return f"{self.what}, {self.how}, {self.device}"
+
+
+def identity(record: Record) -> Identity:
+    """The conditions that a record was measured under."""
+    return Identity(*(getattr(record, name) for name in Identity._fields))
+
 
 # Process replicate to mean log seconds of a call, in each round.
 Rounds = Mapping[int, np.ndarray]
@@ -39,6 +91,10 @@ class Block:
     log_ratios: np.ndarray
     lengths: tuple[int, ...]
     processes: tuple[int, ...]
+
+    def spreads(self) -> dict[str, "Spread"]:
+        """Return the spread of each competitor's log ratios."""
+        return dict(zip(self.labels, spreads_of(self.log_ratios, self.lengths, self.processes), strict=True))
 
 
 @dataclass(frozen=True)

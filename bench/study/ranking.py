@@ -8,16 +8,12 @@ from statistics import median
 
 from bench.plan.competitors import CALLS, GRAPHS, YARDSTICK, launch
 from bench.records import Record
-from bench.study.disturbance import DISTURBED, disturbance_line, is_disturbed
-from bench.study.frameworks import FrameworkRatio, framework_ratio
-from bench.study.identity import identity
-from bench.study.pairing import Rounds, by_label, log_latencies, paired
+from bench.study.disturbance import DISTURBED, ShortBlocks, disturbance_line, is_disturbed, short_blocks
+from bench.study.pairing import Rounds, by_label, identity, log_latencies, paired
 from bench.study.process_spread import NOTHING_SEEN, ProcessSpread, spreads_by_machine
-from bench.study.short_blocks import ShortBlocks, short_blocks
 from bench.study.statistics import CONFIDENCE, JUDGED, SLOWER, Interval, tukey_outliers
 from bench.study.stopping import confidence
-from bench.study.verdicts import CONTROL, measure
-from bench.study.winners import leaders
+from bench.study.verdicts import CONTROL, FrameworkRatio, framework_ratio, leaders, measure
 
 BASELINE = "baseline"
 

@@ -11,7 +11,7 @@ from bench.study.pairing import by_label, intervals, log_latencies
 from bench.study.process_spread import NOTHING_SEEN, ProcessSpread
 from bench.study.ranking import Ranking, rank_cells
 from bench.study.statistics import SLOWER, Interval, verdict
-from bench.study.winners import leaders
+from bench.study.verdicts import leaders
 
 SIZES: tuple[str, ...] = ("batch", "num_partitions", "in_features", "out_features")
 # In doublings, over all four sizes together. Up to one the measurement speaks for the shape; up to three it is a hint.

@@ -1,17 +1,33 @@
-"""What reports are made of: rankings, outcomes and environments of one run or several."""
+"""Rank the cells of runs, in several processes where there are many, for everything that a report shows."""
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.archive import Archive, Damage, keep_every_cell
 from bench.environments import device_name
 from bench.records import Record
-from bench.study.archive_ranking import ranked_archive
-from bench.study.ranking import Ranking, rankings, tally
+from bench.store import Archive, CellPlaces, Damage, keep_every_cell, read_cells
+from bench.study.process_spread import ProcessSpread, seen_spreads
+from bench.study.ranking import Ranking, rank_cells, rankings, tally
 from parity_tests.report.console import Interruption
+
+# Below this, starting processes takes longer than they save.
+_MANY_CELLS = 1000
+# Enough work for the way between processes not to matter, and little enough for all of them to end together.
+_CELLS_A_TASK = 100
+# Each holds some sixty megabytes of libraries.
+_MOST_PROCESSES = 4
+# For a task; a hundred cells take a second.
+_TASK_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +47,7 @@ class Results:
     stopped: str = ""
 
     def places(self) -> dict[str, list[Ranking]]:
-        """The rankings of each environment, in the order of the records."""
+        """Return the rankings of each environment, in the order of the records."""
         apart: dict[str, list[Ranking]] = {}
         for ranking in self.found:
             apart.setdefault(ranking.first.environment_id, []).append(ranking)
@@ -54,8 +70,9 @@ def read_results(
 
     Args:
         directories: of runs.
-        keep: whether a cell is wanted, by any of its records.
-        interruption: by which the user may end it; what was read until then is kept.
+        keep: tells from any of its records if a cell is wanted; picklable, since many cells are ranked in other
+            processes.
+        interruption: by which the user may end it; cells that were ranked until then are kept.
         damage: is told of what cannot be read, which is then left out; without it, the first such thing is an error.
 
     Raises:
@@ -68,8 +85,103 @@ def read_results(
     def stop() -> bool:
         return interruption is not None and interruption.asked
 
-    for ranked, counted in ranked_archive(archive, stop):
+    for ranked, counted in _in_parts(archive.places(), partial(_ranked, keep, seen_spreads(archive)), stop):
         found += ranked
         outcomes.update(counted)
     stopped = f"interrupted: {len(found)} cells were read, the others were left" if stop() else ""
     return Results(tuple(found), dict(outcomes), archive.environments, stopped)
+
+
+def _never() -> bool:
+    return False
+
+
+_Ranked = tuple[list[Ranking], Counter[str]]
+
+
+def _ranked(
+    keep: Callable[[Record], bool],
+    seen: Mapping[str, ProcessSpread],
+    cells: Sequence[CellPlaces],
+    stop: Callable[[], bool] = _never,
+) -> _Ranked:
+    outcomes: Counter[str] = Counter()
+
+    def counted() -> Iterator[list[Record]]:
+        for group in read_cells(cells):
+            if stop():
+                return
+            if keep(group[0]):
+                outcomes.update(tally(group))
+                yield group
+
+    return rank_cells(counted(), seen), outcomes
+
+
+def _in_parts(cells: Sequence[CellPlaces], rank: Callable[..., _Ranked], stop: Callable[[], bool]) -> Iterator[_Ranked]:
+    """Rank cells, some at a time, in their order; `stop` is asked again and again, and True leaves the others out."""
+    processes = min(os.cpu_count() or 1, _MOST_PROCESSES)
+    if len(cells) < _MANY_CELLS or processes < 2:
+        yield rank(cells, stop)
+        return
+    tasks = [cells[start : start + _CELLS_A_TASK] for start in range(0, len(cells), _CELLS_A_TASK)]
+    done, watch = 0, _Watch(_TASK_S)
+    try:
+        # Not forked: this process may have threads, of a progress bar or of a linear algebra library.
+        context = multiprocessing.get_context("spawn")
+        with watch, ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interruptions) as pool:
+            try:
+                for ranked in pool.map(rank, tasks):
+                    watch.stop()
+                    yield ranked
+                    done += 1
+                    if stop():
+                        return
+                    watch.start()
+            finally:
+                # After an interruption nobody waits for what has not begun.
+                pool.shutdown(wait=False, cancel_futures=True)
+    except BrokenProcessPool:
+        # Ended by the system for want of memory, by the watch, or not startable from the calling script: the same work,
+        # done here.
+        for task in tasks[done:]:
+            yield rank(task, stop)
+
+
+def _ignore_interruptions() -> None:
+    """Leave Ctrl-C, which every process of a terminal gets, to the one that hands out the work."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _Watch:
+    """Kills processes that this one started since, if they are waited for too long; a pool that uses them breaks then.
+
+    Args:
+        limit_s: seconds that one task may take.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s, self._before = limit_s, set(multiprocessing.active_children())
+        self._timer: threading.Timer | None = None
+
+    def start(self) -> None:
+        """Begin to wait."""
+        self.stop()
+        self._timer = threading.Timer(self._limit_s, self._kill)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def stop(self) -> None:
+        """Wait no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _kill(self) -> None:
+        for process in set(multiprocessing.active_children()) - self._before:
+            process.kill()
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()

@@ -1,24 +1,72 @@
-"""When enough rounds were run: a pure function over the log ratios so far.
+"""Decide when enough rounds were run, and which competitors need no more of them.
 
-Looking at the data again and again and stopping at the first good moment finds differences where there are none. So
-the rounds at which one may look are fixed (10, 14, 20, 28, 40, ...), and the k-th look is allowed an error of
-`0.01 / (k (k + 1))`. These sum to 0.01 over any number of looks; the other 0.04 are left for a run that a cap ends.
-So by the union bound the intervals cover at the stated rate, whatever the dependence between looks, and a noisy cell,
-which runs to its cap, pays little for having been looked at. The report of a run uses the level of its last look or of
-the cap (`confidence`), not a fresh 5%. Over several processes it does not: see `ranking`.
-
-A run is not over before its A/A control is known to 3%: a cell in which everybody else is far behind would otherwise
-stop without having found out what it can resolve, and time goes where the noise is.
+Looking again and again and stopping at the first good moment finds differences where there are none. So the rounds at
+which a run may look are fixed (10, 14, 20, 28, 40, ...), and the k-th look is allowed an error of `0.01 / (k (k + 1))`.
+These sum to 0.01 over any number of looks; the other 0.04 are left for a run that a cap ends. By the union bound the
+intervals cover at the stated rate, whatever the dependence between looks. The report of a run uses the level of its
+last look or of the cap (`confidence`). Over several processes it does not: see `ranking`.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 
 import numpy as np
 
 from bench.study.pairing import Block
-from bench.study.statistics import CONFIDENCE, UNRESOLVED, Interval, ratio_intervals
+from bench.study.statistics import (
+    CONFIDENCE,
+    UNRESOLVED,
+    Interval,
+    middle_rounds,
+    pseudo_values,
+    ratio_intervals,
+    student_t_quantile,
+)
 from bench.study.verdicts import CONTROL, measure
+
+# A competitor leaves only if it is slower than the fastest, and apart from the baseline, by more than this.
+FAR = math.log(1.25)
+# Far stricter than the intervals of the report: leaving early must never decide anything.
+_CONFIDENCE = 0.9999
+_LEAST_ROUNDS = 4
+
+
+@cache
+def _quantile(degrees: int) -> float:
+    return student_t_quantile(0.5 + _CONFIDENCE / 2, degrees)
+
+
+def _certainly_beyond(differences: np.ndarray, margin: float) -> bool:
+    """Whether the mean of paired log differences is above the margin."""
+    rounds = len(differences)
+    if rounds < _LEAST_ROUNDS:
+        return False
+    values = pseudo_values(differences, (rounds,))
+    error = float(values.std(ddof=1)) / math.sqrt(rounds)
+    return float(values.mean()) - _quantile(middle_rounds(rounds) - 1) * error > margin
+
+
+def far_behind(log_latencies: Mapping[str, Sequence[float] | np.ndarray], baseline: str) -> list[str]:
+    """Lists the competitors that are certainly far slower than the fastest and far from the baseline.
+
+    Args:
+        log_latencies: competitor to the log seconds of a call in each round, all over the same rounds.
+        baseline: the one that the ratios refer to; it never leaves.
+
+    Returns:
+        Names, in the order given.
+    """
+    values = {name: np.asarray(rounds, float) for name, rounds in log_latencies.items()}
+    fastest = min(values, key=lambda name: float(values[name].mean()))
+    return [
+        name
+        for name, rounds in values.items()
+        if name != baseline
+        and _certainly_beyond(rounds - values[fastest], FAR)
+        and (_certainly_beyond(rounds - values[baseline], FAR) or _certainly_beyond(values[baseline] - rounds, FAR))
+    ]
+
 
 LEAST_ROUNDS = 10
 # Of the length that the cell's blocks are sized for: half a second on a GPU, where a block lasts 20 ms.

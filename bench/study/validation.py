@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.archive import Archive
 from bench.environments import StoreError, read_environments, unusable
 from bench.plan.cells import CACHES, DEVICES, DIRECTIONS, DIVISIONS, RESULTS, STORAGE_DTYPES, Cell
 from bench.plan.competitors import (
@@ -28,10 +27,11 @@ from bench.plan.presets import STEPPED_OPTIMIZERS
 from bench.plan.workloads import LAYOUTS, UnknownWorkloadError, Workload, workload
 from bench.record_files import records_file, scan
 from bench.records import SKIPPED, STOPS, Record, RecordError
+from bench.store import Archive
 from bench.strict_json import shown
 from bench.study.clocks import Timing, clock_bits, disagreements, is_timestamp, timing, unchecked
+from bench.study.disturbance import short_blocks
 from bench.study.ranking import rank_cells
-from bench.study.short_blocks import short_blocks
 
 # From strict to coarse: arithmetic that was asked for may turn out stricter, never coarser.
 _STRICTNESS: tuple[str, ...] = ("fp64", "ieee_fp32", "tf32", "fp16", "bf16", "lower")

@@ -1,19 +1,124 @@
-"""FASTER, SLOWER, SAME or UNRESOLVED for every competitor of a cell, corrected for their number.
+"""Name the fastest competitor of a cell, and judge its competitors and frameworks, corrected for their number."""
 
-A verdict is what the competitor's own interval says (`statistics.verdict`), unless chance alone could have named a
-competitor: `winners.beyond_chance` tests all competitors of the cell together, against both runs of the baseline, its
-A/A control being one. The chance that any of them is named although all are equal is meant to be 2%: that is what the
-simulated cells of this package's README come to, where competitors whose noise differs tenfold come to 3%.
-"""
-
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from bench.study.pairing import Block, Spread, spreads_of
-from bench.study.statistics import FASTER, SLOWER, UNRESOLVED, Interval, ratio_intervals, resolution, verdict
-from bench.study.winners import beyond_chance
+from bench.study.pairing import Block, Rounds, Spread, intervals, paired, spreads_of
+from bench.study.process_spread import ProcessSpread, Scatter, usual
+from bench.study.statistics import (
+    COARSE,
+    CONFIDENCE,
+    EQUIVALENCE,
+    FASTER,
+    SLOWER,
+    UNKNOWN,
+    UNRESOLVED,
+    Interval,
+    ratio_intervals,
+    resolution,
+    student_t_quantile,
+    student_t_two_sided,
+    verdict,
+)
+
+# Two variances do not say how much variances differ.
+_LEAST_COMPETITORS = 3
+# Of the degrees of freedom of a variance, for those that the others may add.
+_MOST_FROM_OTHERS = 3
+
+
+def holm(p_values: np.ndarray, error: float) -> np.ndarray:
+    """Return which hypotheses fall when the chance of any false rejection is at most `error`."""
+    order = np.argsort(p_values, kind="stable")
+    passed = p_values[order] <= error / np.arange(len(p_values), 0, -1)
+    rejected = np.zeros(len(p_values), bool)
+    rejected[order] = np.logical_and.accumulate(passed)
+    return rejected
+
+
+def _moderated(spreads: Sequence[Spread]) -> list[Scatter]:
+    """Return the variance of one unit of each, drawn towards what is usual among those with the same kind of unit."""
+    own = [Scatter(spread.error**2 * spread.units, spread.degrees, 1 / spread.units) for spread in spreads]
+    found = list(own)
+    for several in (False, True):
+        alike = [k for k, spread in enumerate(spreads) if bool(spread.processes) == several]
+        prior = usual([own[k] for k in alike], _LEAST_COMPETITORS)
+        for k in alike:
+            found[k] = prior.moderate(own[k], _MOST_FROM_OTHERS)
+    return found
+
+
+def beyond_chance(spreads: Sequence[Spread], spread_of_processes: float, error: float) -> np.ndarray:
+    """Return which of several log ratios differ from 0, corrected for their number.
+
+    Args:
+        spreads: the ratios.
+        spread_of_processes: log ratio within which a single process names nobody; counted in quadrature.
+        error: chance that any is named although all are equal.
+    """
+    p_values = np.ones(len(spreads))
+    known = [k for k, spread in enumerate(spreads) if spread.units > 1]
+    t, degrees = [], []
+    for spread, scatter in zip((spreads[k] for k in known), _moderated([spreads[k] for k in known]), strict=True):
+        within = 0.0 if spread.processes else spread_of_processes
+        excess = math.sqrt(max(spread.mean**2 - within**2, 0.0))
+        deviation = math.sqrt(scatter.variance * scatter.inverse_processes)
+        t.append(excess / deviation if deviation else math.inf if excess else 0.0)
+        degrees.append(scatter.degrees)
+    p_values[known] = student_t_two_sided(np.array(t), np.array(degrees))
+    return holm(p_values, error)
+
+
+def _far_enough(spread: Spread, floor: float | None, spread_of_processes: float, confidence: float) -> bool:
+    """Return whether a lead is beyond the noise floor, and not provably within 2%."""
+    if spread.units < 2 or floor is None or floor > UNKNOWN:
+        return False
+    reach = student_t_quantile(0.5 + confidence / 2, spread.degrees) * spread.error
+    if not spread.processes:
+        reach = math.hypot(reach, spread_of_processes)
+    # Above 15% the floor is not known well enough for an estimate to pass it, as in `statistics.verdict`.
+    return (spread.mean - reach if floor > COARSE else spread.mean) > floor and spread.mean + reach > EQUIVALENCE
+
+
+def leaders(
+    competitors: Mapping[str, Rounds],
+    floor: float | None,
+    *,
+    confidence: float = CONFIDENCE,
+    seen: ProcessSpread | None = None,
+) -> tuple[str, ...]:
+    """Return the fastest competitor, first, and all that tie with it: a single name is a winner.
+
+    Args:
+        competitors: label to rounds, of all that are ranked, the fastest first.
+        floor: the cell's noise floor as a log ratio; without one, nothing is beaten.
+        confidence: 1 less the chance of any false claim.
+        seen: what is known of the spread of processes on the machine; None leaves it out, as if processes were alike.
+    """
+    if not competitors:
+        return ()
+    best = next(iter(competitors))
+    others = {label: rounds for label, rounds in competitors.items() if label != best}
+    # Positive where the best is faster. A competitor that shares no process with the best was never compared with it.
+    leads = {
+        label: spread
+        for block in paired(competitors[best], others)
+        for label, spread in zip(
+            block.labels, spreads_of(-block.log_ratios, block.lengths, block.processes), strict=True
+        )
+    }
+    reach = 0.0 if seen is None else seen.reach(len(leads))
+    beyond = beyond_chance(list(leads.values()), reach, 1 - confidence) if leads else np.zeros(0, bool)
+    beaten = {
+        label
+        for (label, spread), named in zip(leads.items(), beyond, strict=True)
+        if named and _far_enough(spread, floor, reach, confidence)
+    }
+    return (best, *(label for label in others if label not in beaten))
+
 
 # Label of the A/A control among the competitors, since it shares the baseline's.
 CONTROL = ""
@@ -85,3 +190,66 @@ def measure(blocks: Sequence[Block], confidence: float) -> Measured:
         tested |= zip(block.labels, _tested(block, control), strict=True)
     again = intervals.pop(CONTROL, None)
     return Measured(intervals, tested, again, None if again is None else resolution(again), confidence)
+
+
+# The verdict is that of the second: its speed over that of the first.
+REFERENCE, RIVAL = "torch", "jax"
+
+
+@dataclass(frozen=True, slots=True)
+class FrameworkRatio:
+    """The two frameworks in one cell and one kind of launch.
+
+    Attributes:
+        torch: label of PyTorch's fastest competitor, an implementation or what users write instead; None where it has
+            no speed.
+        jax: label of JAX's, or None.
+        interval: speed of JAX over that of PyTorch, of these two; None where a side is missing.
+        verdict: FASTER, SLOWER, SAME or UNRESOLVED, of JAX against PyTorch; empty where a side is missing.
+        confidence: of the interval, so that it holds at 95% however the two were chosen.
+    """
+
+    torch: str | None
+    jax: str | None
+    interval: Interval | None
+    verdict: str
+    confidence: float
+
+
+def framework_ratio(
+    ranked: Mapping[str, Mapping[str, Rounds]],
+    floor: float | None,
+    *,
+    confidence: float,
+    seen: ProcessSpread | None = None,
+) -> FrameworkRatio | None:
+    """Compares the frameworks in one cell.
+
+    Args:
+        ranked: framework to label to rounds, of everybody who is ranked, the fastest first.
+        floor: the cell's noise floor as a log ratio, or None.
+        confidence: 1 less the chance of a false verdict.
+        seen: what is known of the spread of processes on the machine; None leaves it out, as if processes were alike.
+
+    Returns:
+        None where neither framework has anybody, or the two fastest share no round.
+    """
+    if not all(ranked.get(framework) for framework in (REFERENCE, RIVAL)):
+        alone = {framework: next(iter(ranked.get(framework) or ()), None) for framework in (REFERENCE, RIVAL)}
+        if not any(alone.values()):
+            return None
+        return FrameworkRatio(alone[REFERENCE], alone[RIVAL], None, "", confidence)
+    first: dict[str, str] = {}
+    pairs = 1
+    for framework in (REFERENCE, RIVAL):
+        competitors = ranked[framework]
+        tied = leaders(competitors, floor, confidence=confidence, seen=seen)
+        first[framework] = tied[0]
+        pairs *= len(tied)
+    level = 1 - (1 - confidence) / pairs
+    torch, jax = first[REFERENCE], first[RIVAL]
+    found = intervals(ranked[REFERENCE][torch], {jax: ranked[RIVAL][jax]}, level).get(jax)
+    if found is None:
+        return None
+    spread = 0.0 if seen is None else seen.reach(pairs)
+    return FrameworkRatio(torch, jax, found, verdict(found, floor, spread), level)

@@ -20,7 +20,7 @@ from bench.measure.environment import fingerprint
 from bench.measure.worker_process import WorkerProcess, worker_environment
 from bench.plan.sweeps import log_grid
 from bench.plan.workloads import sweep as points
-from bench.record_lines import parse_line
+from bench.records import parse_line
 from bench.study.results import Results
 
 # Many more cells than fit between the kills, on a fast machine too: every kill must hit a run that is under way.

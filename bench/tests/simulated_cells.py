@@ -16,13 +16,10 @@ from functools import partial
 
 import numpy as np
 
-from bench.study.frameworks import framework_ratio
 from bench.study.pairing import Rounds, paired
 from bench.study.process_spread import NOTHING_SEEN, ProcessSpread, deviations
-from bench.study.statistics import CONFIDENCE, FASTER, SAME, SLOWER, UNRESOLVED, resolution
-from bench.study.trimming import trimmed_mean
-from bench.study.verdicts import CONTROL, Measured, measure
-from bench.study.winners import leaders
+from bench.study.statistics import CONFIDENCE, FASTER, SAME, SLOWER, UNRESOLVED, resolution, trimmed_mean
+from bench.study.verdicts import CONTROL, Measured, framework_ratio, leaders, measure
 
 COMPETITORS = 18
 ROUNDS = (5, 10, 20, 40)

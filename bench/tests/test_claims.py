@@ -8,8 +8,19 @@ import pytest
 from bench.plan.workloads import WORKLOADS
 from bench.report.claims import claims_block, measured
 from bench.store import Store
-from bench.study.claim_results import DOES_NOT, HOLDS, IN_PART, NOT_HERE, claim_results, judge
-from bench.study.claims import CLAIMS, DENSE, LOOP, MASKED, Part
+from bench.study.claims import (
+    CLAIMS,
+    DENSE,
+    DOES_NOT,
+    HOLDS,
+    IN_PART,
+    LOOP,
+    MASKED,
+    NOT_HERE,
+    Part,
+    claim_results,
+    judge,
+)
 from bench.study.statistics import Interval
 from bench.tests.synthetic import FINGERPRINT
 
@@ -165,9 +176,9 @@ def test_a_cell_without_the_two_that_are_compared_has_no_line(seed_records):
     ]
     (result,) = [found for found in claim_results([*full, *alone]) if found.claim.number == 3]
     assert sum(finding.absent for finding in result.findings) > 0
-    assert len(list(measured(result))) == sum(not finding.absent for finding in result.findings)
+    assert len(measured(result).rows) == sum(not finding.absent for finding in result.findings)
     (nothing,) = [found for found in claim_results(alone) if found.claim.number == 3]
-    assert {line[-1] for line in measured(nothing)} == {"loop was not measured"}
+    assert {line[-1] for line in measured(nothing).rows} == {"loop was not measured"}
 
 
 def test_our_best_in_the_same_setting_is_shown(seed_records):

@@ -9,8 +9,8 @@ from statistics import median
 
 import pytest
 
-from bench.archive import read_records
 from bench.environments import read_environments
+from bench.store import read_records
 from bench.study.clocks import disagreements, timing, unchecked
 from bench.study.validation import record_violations
 

@@ -5,10 +5,8 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
-from bench.archive import Archive
-from bench.store import Store
-from bench.study.comparison import compare
-from bench.study.measured_cells import measured_cells
+from bench.store import Archive, Store
+from bench.study.comparison import compare, measured_cells
 from bench.tests.synthetic import FINGERPRINT
 
 NAMES = (("torch", "matmul", "eager"), ("torch", "loop", "eager"), ("jax", "matmul", "jit"), ("jax", "loop", "jit"))
@@ -69,7 +67,7 @@ def write(tmp_path, make_record):
 
 
 def found(a, b):
-    return compare(*(measured_cells(Archive([run]), str(run)) for run in (a, b)))
+    return compare(*(measured_cells(Archive([run]).cells(), str(run)) for run in (a, b)))
 
 
 def test_a_repetition_shows_no_change(write, call):
@@ -91,7 +89,7 @@ def test_a_repetition_shows_no_change(write, call):
 def test_repetitions_of_a_noisy_run_are_no_regressions(write, replicates, of_process):
     """What a regression test must not do: fail for nothing. 40 pairs of equal runs, 8 comparisons each."""
     runs = [write(f"r{k}", seed=k, noise=0.05, replicates=replicates, of_process=of_process) for k in range(41)]
-    cells = [measured_cells(Archive([run]), str(run)) for run in runs]
+    cells = [measured_cells(Archive([run]).cells(), str(run)) for run in runs]
     failed = sum(bool(compare(a, b).regressions) for a, b in pairwise(cells))
     assert failed <= 2
 

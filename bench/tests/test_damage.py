@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.record_lines import parse_line
-from bench.records import RecordError
+from bench.records import RecordError, parse_line
 from bench.store import Store
 from bench.tests.conftest import file_size_limit
 from bench.tests.synthetic import FINGERPRINT, cell_records
@@ -133,7 +132,7 @@ def test_records_without_any_environment_file_are_one_sentence(lines, run_of, ca
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full to stand for a full disk")
-@pytest.mark.parametrize("option", ["--markdown", "--json", "--csv", "--pytest-benchmark"])
+@pytest.mark.parametrize("option", ["--markdown", "--json", "--csv"])
 def test_a_full_disk_is_one_sentence(lines, run_of, call, option):
     assert f"{option}: /dev/full cannot be written (No space left on device)" in said(
         call("report", run_of(lines), option, "/dev/full")
@@ -152,7 +151,7 @@ def test_every_command_says_when_the_disk_is_full(lines, run_of, call, command):
         assert "No space left" in said(call(command, *more, option, "/dev/full"))
 
 
-OUTPUTS = ("markdown", "json", "csv", "pytest-benchmark", "frameworks-csv", "readme", "chart", "winner-map", "roofline")
+OUTPUTS = ("markdown", "json", "csv", "frameworks-csv", "readme", "chart", "winner-map", "roofline")
 
 
 @pytest.mark.parametrize("option", [*OUTPUTS, "framework-map"])
@@ -241,7 +240,7 @@ def test_a_disk_that_fills_up_during_a_run_keeps_what_is_there(tmp_path, make_re
     def full(path, data):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(Store, "_append", staticmethod(full))
+    monkeypatch.setattr("bench.store._append", full)
     with pytest.raises(ValueError, match=r"cannot be written any more \(No space left on device\).*add --resume"):
         store.append(cell_records(make_record, 1, (1, 2, 4, 8), competitors=2))
     monkeypatch.undo()

@@ -4,11 +4,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench.report.chart import ChartError
 from bench.report.export import summary, write_summary
+from bench.report.maps import MOST_PANELS, squares, winner_map
 from bench.report.markdown import report
-from bench.report.text import efficiency_cells, rate
-from bench.report.winner_map import MOST_PANELS, squares, winner_map
+from bench.report.pictures import ChartError
+from bench.report.tables import efficiency_table
+from bench.report.text import rate
 from bench.store import Store
 from bench.study.ranking import rankings
 from bench.study.results import read_results, results_of
@@ -64,9 +65,9 @@ def test_efficiency_is_useful_work_against_the_ceilings(compiled):
     assert (jitted.payback_calls, jitted.payback_against) == (pytest.approx(2000), "torch matmul (eager)")
     assert found["torch loop (compile)"].payback_calls == float("inf")
     assert found["torch loop (eager)"].waste_factor == 32
-    cells = efficiency_cells("x", fast)
-    assert cells == ("x", "1.33 TFLOP/s", "-", "-", "1x", "2000 calls", "10 us", "4 ms", "3")
-    assert efficiency_cells("x", found["torch loop (compile)"])[5] == "never"
+    shown = {label: texts for label, *texts in efficiency_table(ranking).rows}
+    assert shown["torch matmul (compile)"] == ["1.33 TFLOP/s", "-", "-", "1x", "2000 calls", "10 us", "4 ms", "3"]
+    assert shown["torch loop (compile)"][4] == "never"
     assert rate(None) == "-"
 
 
@@ -111,31 +112,12 @@ def test_the_terminal_shows_efficiency_when_asked(run, call):
     assert "useful FLOP/s" in call("report", run, "--efficiency").output
 
 
-def test_pytest_benchmark_gets_its_own_format(run, call, tmp_path):
-    """The fields that its `compare` command reads, as its documentation of `--benchmark-json` shows them."""
-    assert call("report", run, "--pytest-benchmark", tmp_path / "p.json").exit_code == 0
-    written = json.loads((tmp_path / "p.json").read_text())
-    assert set(written) == {"machine_info", "commit_info", "benchmarks", "datetime", "version"}
-    assert written["commit_info"]["id"] == "0123456789abcdef"
-    assert len(written["benchmarks"]) == 3 * 5 + 3
-    one = written["benchmarks"][0]
-    assert one["group"] == "sweep-b64-n8-i32-o32-forward-ieee_fp32-matched-cpu"
-    assert one["name"].endswith("[torch matmul (eager)]")
-    assert one["params"]["implementation"] == "matmul"
-    stats = one["stats"]
-    assert (stats["rounds"], stats["iterations"], len(stats["data"])) == (20, 10, 20)
-    assert stats["min"] <= stats["q1"] <= stats["median"] <= stats["q3"] <= stats["max"]
-    assert stats["ops"] == pytest.approx(1 / stats["mean"])
-    assert stats["mean"] == pytest.approx(0.002, rel=0.05)
-
-
 def test_a_report_of_some_cells_only(run, call, tmp_path):
-    files = ("--json", tmp_path / "r.json", "--pytest-benchmark", tmp_path / "p.json")
-    done = call("report", run, "--where", "batch=64", "--where", "workload=*-n16-*", *files)
+    done = call("report", run, "--where", "batch=64", "--where", "workload=*-n16-*", "--json", tmp_path / "r.json")
     assert done.exit_code == 0
     (cell,) = json.loads((tmp_path / "r.json").read_text())["cells"]
     assert (cell["batch"], cell["num_partitions"]) == (64, 16)
-    assert len(json.loads((tmp_path / "p.json").read_text())["benchmarks"]) == 5
+    assert len(cell["rows"]) == 5
     for wrong, message in (
         ("batch", "--where: expected FIELD=PATTERN with one of workload"),
         ("latency_s=1", "--where: expected FIELD=PATTERN"),
@@ -143,15 +125,6 @@ def test_a_report_of_some_cells_only(run, call, tmp_path):
     ):
         done = call("report", run, "--where", wrong)
         assert (done.exit_code, message in done.stderr) == (2, True)
-
-
-def test_who_gave_no_right_answer_is_no_benchmark(tmp_path, make_record, call):
-    store = Store(tmp_path / "run", resume=False)
-    store.add_environment("e0", FINGERPRINT)
-    wrong = {"status": "mismatch", "reason": "y", "latency_s": None, "block_latency_s": ()}
-    store.append([make_record(environment_id="e0", **wrong)])
-    assert call("report", tmp_path / "run", "--pytest-benchmark", tmp_path / "p.json").exit_code == 0
-    assert json.loads((tmp_path / "p.json").read_text())["benchmarks"] == []
 
 
 def test_the_winner_map_has_a_square_for_each_cell(run, call, tmp_path):
@@ -165,7 +138,7 @@ def test_the_winner_map_has_a_square_for_each_cell(run, call, tmp_path):
     ]
     assert [point["outcome"] for point in points] == ["winner"] * 3 + ["tie"]
     with pytest.raises(ChartError, match="nobody was timed"):
-        winner_map([])
+        winner_map(results_of([], {}))
     pytest.importorskip("vl_convert", reason="charts need the report extra")
     assert call("report", run, "--winner-map", tmp_path / "w.svg").exit_code == 0
     text = "".join(ElementTree.parse(tmp_path / "w.svg").getroot().itertext())
@@ -176,12 +149,10 @@ def test_the_winner_map_has_a_square_for_each_cell(run, call, tmp_path):
 def test_a_wall_of_panels_is_refused(make_record):
     pytest.importorskip("altair", reason="charts need the report extra")
     one = cell_records(make_record, 0, (64, 8, 2, 2), competitors=2)
-    (ranking,) = rankings(one)
-    many = [ranking] * 3
-    assert winner_map(many) is not None
+    assert winner_map(results_of(one, {})) is not None
     groups = [cell_records(make_record, k, (64, 8, 2 + k, 2), competitors=2) for k in range(MOST_PANELS + 1)]
     with pytest.raises(ChartError, match="expected at most 60 combinations"):
-        winner_map(rankings(record for group in groups for record in group))
+        winner_map(results_of([record for group in groups for record in group], {}))
 
 
 def test_the_roofline_draws_rates_and_ceilings(compiled, tmp_path, make_record, call):

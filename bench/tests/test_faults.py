@@ -25,7 +25,7 @@ from bench.measure.worker_process import WorkerProcess, worker_environment
 from bench.plan.presets import PRESETS
 from bench.plan.selection import narrowed
 from bench.store import Store, read_records
-from bench.study import archive_ranking
+from bench.study import results as study_results
 from bench.tests.conftest import file_size_limit
 from bench.tests.fake_worker import GOOD
 from bench.tests.killed_runs import whole_cells
@@ -303,8 +303,8 @@ def test_a_command_that_hangs_is_told_in_the_fingerprint(tmp_path, monkeypatch, 
 def test_processes_that_rank_for_too_long_are_ended():
     context = multiprocessing.get_context("spawn")
     with (
-        pytest.raises(archive_ranking.BrokenProcessPool),
-        archive_ranking._Watch(0.5),
-        archive_ranking.ProcessPoolExecutor(1, mp_context=context) as processes,
+        pytest.raises(study_results.BrokenProcessPool),
+        study_results._Watch(0.5),
+        study_results.ProcessPoolExecutor(1, mp_context=context) as processes,
     ):
         list(processes.map(time.sleep, [600]))

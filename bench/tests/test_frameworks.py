@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from bench.plan.competitors import CALLS, GRAPHS, launch
-from bench.report.chart import ChartError
 from bench.report.export import summary
-from bench.report.framework_map import save_framework_map, shade, squares
-from bench.report.frameworks import line, matrices, verdict_text
-from bench.report.markdown import report
-from bench.report.readme import results_block
+from bench.report.frameworks import matrices, verdict_text
+from bench.report.maps import framework_map, framework_squares, shade
+from bench.report.markdown import report, results_block
+from bench.report.pictures import ChartError, save_picture
+from bench.report.tables import framework_table
 from bench.store import Store
-from bench.study.frameworks import framework_ratio
 from bench.study.ranking import rankings
 from bench.study.results import results_of
 from bench.study.statistics import FASTER, SAME, SLOWER, UNRESOLVED
+from bench.study.verdicts import framework_ratio
 from bench.tests.synthetic import FINGERPRINT
 
 ENVIRONMENTS = {"e0": FINGERPRINT, "e1": FINGERPRINT | {"division": "tuned"}}
@@ -128,13 +128,13 @@ def test_a_side_that_has_no_graph_is_missing_and_is_not_filled_with_plain_calls(
     results = results_of([*on_a_gpu(cell, make_record, jax_graph=False), *both], ENVIRONMENTS)
     (matrix,) = matrices(results)
     assert matrix.columns == ["ieee_fp32, matched", "ieee_fp32, matched, graphs"]
-    shown = {row.split("), ")[1]: line(matrix, row, matrix.columns)[1:] for row in matrix.rows}
+    shown = {row.split("), ")[1]: texts for row, *texts in framework_table(matrix).rows}
     assert shown["forward"][1] == "torch only (cuda-graph)"
     assert re.fullmatch(r"JAX [\d.]+x \(jit / eager\)", shown["forward"][0])
     assert re.fullmatch(r"JAX [\d.]+x \(jit-graph / cuda-graph\)", shown["forward_backward"][1])
-    alone = next(square for square in squares(matrix) if square["alone"])
+    alone = next(square for square in framework_squares(matrix) if square["alone"])
     assert (alone["shade"], alone["jax"], alone["interval"]) == (0.0, "no speed", "")
-    save_framework_map(results, tmp_path / "f.svg")
+    save_picture(framework_map, "--framework-map", tmp_path / "f.svg", results)
     drawn = "".join(ElementTree.parse(tmp_path / "f.svg").getroot().itertext())
     assert "torch only (cuda-graph)" in drawn
     first, second = (cell["frameworks"] for cell in summary(results)["cells"])
@@ -274,9 +274,9 @@ def test_the_comparison_is_in_json_csv_and_on_the_terminal(cell, tmp_path, call)
 def test_a_picture_needs_both_frameworks_and_shows_no_colour_where_neither_is_faster(cell, tmp_path):
     alone = [record for record in cell(2.0) if record.framework == "torch"]
     with pytest.raises(ChartError, match="--framework-map: no cell has a speed of both frameworks"):
-        save_framework_map(results_of(alone, ENVIRONMENTS), tmp_path / "f.svg")
+        framework_map(results_of(alone, ENVIRONMENTS))
     many = results_of([record for k in range(301) for record in cell(2.0, seed=k, batch=k + 1)], ENVIRONMENTS)
     with pytest.raises(ChartError, match="expected at most 300 workloads and directions, got 301"):
-        save_framework_map(many, tmp_path / "f.svg")
+        framework_map(many)
     shades = [shade(rankings(cell(speed))[0].frameworks) for speed in (50.0, 1.0, 0.02)]
     assert shades == [2.0, 0.0, -2.0]

@@ -20,9 +20,10 @@ from bench.commands import inspect
 from bench.measure.worker_process import CHECKOUT
 from bench.plan.competitors import Catalogue
 from bench.records import Record
-from bench.report import chart
-from bench.report.page import RESULTS, markers
+from bench.report import pictures
+from bench.report.markdown import RESULTS, markers
 from bench.store import Store
+from bench.study.results import Results
 from parity_tests.tests.test_hostile_text import HOSTILE as WITH_HALF_A_PAIR
 from parity_tests.tests.test_hostile_text import NAME, assert_plain
 from parity_tests.tests.test_hostile_text import assert_json as assert_json_holds
@@ -178,7 +179,7 @@ def test_the_checks_notice_hostile_text():
 def test_a_report_shows_it_as_text(run, call, tmp_path, kept):
     directory, page = run(kept), tmp_path / "page.md"
     page.write_text("\n".join(markers(RESULTS)))
-    names = ["markdown", "json", "csv", "pytest-benchmark"]
+    names = ["markdown", "json", "csv"]
     # Where no framework's name is known, none is compared with another.
     names += ["frameworks-csv"] if kept else []
     files = {name: tmp_path / name for name in names}
@@ -188,7 +189,6 @@ def test_a_report_shows_it_as_text(run, call, tmp_path, kept):
     assert_plain(done.output)
     assert_markdown(files["markdown"].read_text())
     assert_json(files["json"].read_text())
-    assert_json(files["pytest-benchmark"].read_text())
     for name in names:
         if "csv" in name:
             assert_csv(files[name])
@@ -221,12 +221,12 @@ def test_what_the_drawing_library_cannot_draw_is_a_sentence(tmp_path, monkeypatc
     drawn = alt.Chart(alt.InlineData(values=[{"x": "\x1b[31m"}])).mark_bar().encode(y="x:N")
     path = tmp_path / "picture.svg"
     path.write_text("old")
-    monkeypatch.setattr(chart, "printable_tree", lambda value, longest: value)
-    with pytest.raises(chart.ChartError, match=r"^--chart: the picture cannot be drawn \(.*\); choose other cells"):
-        chart.save_picture("--chart", path, lambda: drawn)
+    monkeypatch.setattr(pictures, "printable_tree", lambda value, longest: value)
+    with pytest.raises(pictures.ChartError, match=r"^--chart: the picture cannot be drawn \(.*\); choose other cells"):
+        pictures.save_picture(lambda _: drawn, "--chart", path, Results((), {}, {}))
     assert path.read_text() == "old"
     monkeypatch.undo()
-    chart.save_picture("--chart", path, lambda: drawn)
+    pictures.save_picture(lambda _: drawn, "--chart", path, Results((), {}, {}))
     assert "x1b[31m" in path.read_text()
 
 
@@ -236,7 +236,7 @@ def test_names_of_any_length_are_drawn(tmp_path):
     drawn = (
         alt.Chart(alt.InlineData(values=[{"x": "n" * 10**6}])).mark_bar().encode(y="x:N").properties(title="t" * 10**6)
     )
-    chart.save_picture("--chart", tmp_path / "picture.png", lambda: drawn)
+    pictures.save_picture(lambda _: drawn, "--chart", tmp_path / "picture.png", Results((), {}, {}))
     assert (tmp_path / "picture.png").stat().st_size < 10**6
 
 

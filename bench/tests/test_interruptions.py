@@ -19,17 +19,17 @@ OLD = "as it was"
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
-from bench import archive, store
+from bench import store
 from bench.__main__ import app
-from bench.commands import validate
+from bench.commands import inspect
 from bench.measure import sweep
 from bench.measure.worker_process import WorkerProcess, worker_environment
-from bench.study import archive_ranking
+from bench.study import results as study_results
 from parity_tests.report import files
 
 # A limit beyond what there is: then the first signal comes while it writes.
 number, read, commands = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
-real_cells, real_output, real_append = archive.read_cells, files.output, store.Store.append
+real_cells, real_output, real_append = store.read_cells, files.output, store.Store.append
 counted = 0
 
 def count(limit):
@@ -38,8 +38,8 @@ def count(limit):
     if counted == limit:
         os.kill(os.getpid(), number)
 
-def read_cells(cells, *damage):
-    for group in real_cells(cells, *damage):
+def read_cells(cells):
+    for group in real_cells(cells):
         count(read + 1)
         yield group
 
@@ -63,8 +63,8 @@ def start(framework):
     environment = worker_environment(framework, device="cpu", division="matched", cpus=())
     return WorkerProcess([sys.executable, "-m", "bench.tests.fake_worker", framework], environment)
 
-archive.read_cells = archive_ranking.read_cells = read_cells
-validate.violations, files.output, store.Store.append = violations, output, append
+store.read_cells = study_results.read_cells = read_cells
+inspect.violations, files.output, store.Store.append = violations, output, append
 sweep.starter = lambda *arguments, **options: start
 ended = {}
 for name, arguments in commands.items():

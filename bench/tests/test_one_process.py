@@ -9,7 +9,7 @@ import pytest
 
 from bench.report.text import baseline_line, resolution_line
 from bench.store import Store
-from bench.study.claim_results import HOLDS, IN_PART, claim_results
+from bench.study.claims import HOLDS, IN_PART, claim_results
 from bench.study.process_spread import GUESS, ProcessSpread, spreads_by_machine
 from bench.study.ranking import rankings
 from bench.study.results import results_of

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from bench.record_lines import parse_line
+from bench.records import parse_line
 from bench.store import Store
 from bench.study.recommendation import Shape, distance, nearest
 from bench.tests.synthetic import FINGERPRINT, cell_records, write_sweep

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from bench import record_files
-from bench.archive import Archive, read_cells
 from bench.record_files import COMPRESSED, RECORDS, LineReader, compress, scan
-from bench.study import archive_ranking
+from bench.store import Archive, read_cells
+from bench.study import results as study_results
 from bench.study.results import read_results
 from bench.tests.conftest import example_record
 from bench.tests.synthetic import cell_records, write_sweep
@@ -86,8 +86,8 @@ def test_few_streams_are_in_memory_at_a_time(packed, monkeypatch):
 
 def test_several_processes_read_one_compressed_file(plain, packed, monkeypatch):
     alone = read_results([plain])
-    monkeypatch.setattr(archive_ranking, "_CELLS_A_TASK", 5)
-    monkeypatch.setattr(archive_ranking, "_MANY_CELLS", 1)
+    monkeypatch.setattr(study_results, "_CELLS_A_TASK", 5)
+    monkeypatch.setattr(study_results, "_MANY_CELLS", 1)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert read_results([packed]) == alone
 

@@ -6,11 +6,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from bench.report.chart import ChartError, save_chart
 from bench.report.export import summary
-from bench.report.markdown import report
-from bench.report.page import CLAIMS, RESULTS, PageError, markers, with_block
-from bench.report.readme import results_block
+from bench.report.markdown import CLAIMS, RESULTS, PageError, markers, report, results_block, with_block
+from bench.report.pictures import ChartError, ratio_chart, save_picture
 from bench.report.text import baseline_line, byte_count, ratio, resolution_line, seconds
 from bench.study.ranking import rankings, tally
 from bench.study.results import results_of
@@ -214,7 +212,7 @@ def test_a_readme_without_one_block_is_refused(text):
 def test_the_chart_draws_every_interval(cell, tmp_path):
     pytest.importorskip("altair", reason="charts need the report extra")
     pytest.importorskip("vl_convert", reason="charts need the report extra")
-    save_chart(results_of(cell, {"e0": FINGERPRINT}), tmp_path / "chart.svg")
+    save_picture(ratio_chart, "--chart", tmp_path / "chart.svg", results_of(cell, {"e0": FINGERPRINT}))
     picture = ElementTree.parse(tmp_path / "chart.svg")
     text = "".join(picture.getroot().itertext())
     assert "jax matmul (jit)" in text
@@ -222,15 +220,15 @@ def test_the_chart_draws_every_interval(cell, tmp_path):
     assert "torch dense (eager)" in text
     assert "torch loop (eager)" not in text
     with pytest.raises(ChartError, match="no ratio with an interval"):
-        save_chart(results_of([], {}), tmp_path / "empty.svg")
+        save_picture(ratio_chart, "--chart", tmp_path / "empty.svg", results_of([], {}))
 
 
 def test_a_chart_without_the_extra_says_what_to_install(cell, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ChartError, match=r"altair is not installed; install the extra"):
-        save_chart(results_of(cell, {}), tmp_path / "chart.svg")
+        save_picture(ratio_chart, "--chart", tmp_path / "chart.svg", results_of(cell, {}))
     with pytest.raises(ChartError, match=r"ending in \.svg, \.png, \.html"):
-        save_chart(results_of(cell, {}), tmp_path / "chart.pdf")
+        save_picture(ratio_chart, "--chart", tmp_path / "chart.pdf", results_of(cell, {}))
 
 
 @pytest.mark.parametrize(

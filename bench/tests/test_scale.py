@@ -9,11 +9,11 @@ import sys
 import pytest
 from rich.console import Console
 
-from bench.commands.conditions import selection
+from bench.commands.arguments import selection
 from bench.environments import StoreError
 from bench.measure.worker_process import CHECKOUT
 from bench.report.tables import show_rankings
-from bench.study import archive_ranking
+from bench.study import results as study_results
 from bench.study.ranking import rankings
 from bench.study.results import read_results
 from bench.tests.conftest import example_record
@@ -28,10 +28,9 @@ _CHILD = """
 import resource, sys
 from pathlib import Path
 import numpy, rich.console
-import bench.commands.report, bench.commands.validate
-from bench.commands.report import Outputs, report_command
-from bench.archive import read_records
-from bench.store import Store
+import bench.commands.inspect
+from bench.commands.report import report
+from bench.store import Store, read_records
 # The linear algebra library takes its buffers at its first use, whatever the size.
 numpy.linalg.eigvalsh(numpy.eye(64))
 directory = Path(sys.argv[1])
@@ -42,13 +41,8 @@ if sys.argv[3] == "whole":
     read_records(directory)
 store = Store(directory, resume=True)
 assert store.holds("0000000000000000", 0)
-outputs = Outputs(
-    markdown=directory / "r.md",
-    json_file=directory / "r.json",
-    csv_file=directory / "r.csv",
-    pytest_benchmark=directory / "p.json",
-)
-status = report_command([directory], outputs)
+names = {"markdown": "r.md", "json_file": "r.json", "csv_file": "r.csv"}
+status = report([directory], **{option: directory / name for option, name in names.items()})
 assert status == 0, status
 """
 
@@ -86,7 +80,7 @@ def test_a_sweep_resumes_and_reports_in_less_memory_than_its_samples_take(sweep)
     found = json.loads((sweep / "r.json").read_text())
     assert len(found["cells"]) == CELLS
     assert {cell["winner"] for cell in found["cells"]} == {"torch form-0 (eager)"}
-    assert len(json.loads((sweep / "p.json").read_text())["benchmarks"]) == CELLS * COMPETITORS
+    assert sum(len(cell["rows"]) for cell in found["cells"]) == CELLS * COMPETITORS
     # The cap is one that matters: all records at once do not fit.
     assert "MemoryError" in limited(sweep, "whole").stderr
 
@@ -129,30 +123,30 @@ def test_a_sweep_of_thousands_of_cells_prints_one_line_for_each(make_record, cap
 
 
 def test_a_large_sweep_is_ranked_by_several_processes_as_by_one(sweep, monkeypatch):
-    monkeypatch.setattr(archive_ranking, "_CELLS_A_TASK", 7)
+    monkeypatch.setattr(study_results, "_CELLS_A_TASK", 7)
     wanted = selection("--where", ["in_features=2"])
     alone = read_results([sweep]), read_results([sweep], wanted)
     started = []
-    pool = archive_ranking.ProcessPoolExecutor
-    monkeypatch.setattr(archive_ranking, "ProcessPoolExecutor", lambda *a, **k: started.append(a) or pool(*a, **k))
+    pool = study_results.ProcessPoolExecutor
+    monkeypatch.setattr(study_results, "ProcessPoolExecutor", lambda *a, **k: started.append(a) or pool(*a, **k))
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setattr(archive_ranking, "_MANY_CELLS", 1)
+    monkeypatch.setattr(study_results, "_MANY_CELLS", 1)
     assert (read_results([sweep]), read_results([sweep], wanted)) == alone
     assert 0 < len(alone[1].found) < len(alone[0].found)
     assert started == [(2,), (2,)]
 
 
 def test_a_process_that_cannot_start_leaves_the_work_to_this_one(sweep, monkeypatch):
-    class Broken(archive_ranking.ProcessPoolExecutor):
+    class Broken(study_results.ProcessPoolExecutor):
         def map(self, rank, tasks):
             yield rank(tasks[0])
-            raise archive_ranking.BrokenProcessPool
+            raise study_results.BrokenProcessPool
 
     alone = read_results([sweep])
-    monkeypatch.setattr(archive_ranking, "_CELLS_A_TASK", 7)
-    monkeypatch.setattr(archive_ranking, "ProcessPoolExecutor", Broken)
+    monkeypatch.setattr(study_results, "_CELLS_A_TASK", 7)
+    monkeypatch.setattr(study_results, "ProcessPoolExecutor", Broken)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setattr(archive_ranking, "_MANY_CELLS", 1)
+    monkeypatch.setattr(study_results, "_MANY_CELLS", 1)
     assert read_results([sweep]) == alone
 
 
@@ -163,6 +157,6 @@ def test_damage_is_found_by_other_processes_as_well(sweep, tmp_path, monkeypatch
     lines[30] = lines[30].replace('"block_latency_s": [', '"block_latency_s": ["x", ')
     (damaged / "records.jsonl").write_text("".join(lines))
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setattr(archive_ranking, "_MANY_CELLS", 1)
+    monkeypatch.setattr(study_results, "_MANY_CELLS", 1)
     with pytest.raises(StoreError, match=r"records.jsonl, line 31: .*block_latency_s"):
         read_results([damaged])

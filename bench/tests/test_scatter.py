@@ -1,22 +1,22 @@
 """What several processes say about their scatter, and what follows for a comparison of two runs."""
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 from scipy import special
 
-from bench.study import scatter
-from bench.study.differences import Difference
-from bench.study.identity import Identity
-from bench.study.overall import LEAST_OTHERS, overall, robust_scale
-from bench.study.pairing import Spread
-from bench.study.scatter import Prior, apart_from_others, pooled, usual
+from bench.study import comparison, process_spread
+from bench.study.comparison import LEAST_OTHERS, Difference, overall, robust_scale
+from bench.study.pairing import Identity, Spread
+from bench.study.process_spread import Prior, apart_from_others, pooled, usual
 
 LABELS = [f"torch {k}" for k in range(12)]
 
 
 @pytest.mark.parametrize("x", [0.01, 0.3, 1.0, 2.5, 9.99, 70.0])
 def test_the_inverse_of_trigamma_is_one(x):
-    assert scatter._inverse_trigamma(special.polygamma(1, x)) == pytest.approx(x, rel=1e-9)
+    assert process_spread._inverse_trigamma(special.polygamma(1, x)) == pytest.approx(x, rel=1e-9)
 
 
 def test_two_runs_tell_of_one_scatter():
@@ -46,12 +46,12 @@ def test_what_is_usual_is_found():
     assert alike.variance == pytest.approx(1e-4, rel=0.05)
     assert alike.degrees > 50
     # A variance of 0 does not make the others mean nothing.
-    assert usual([pooled((0.0, 0.0), (0.0, 0.0))] * 30).degrees == scatter.MOST_DEGREES
+    assert usual([pooled((0.0, 0.0), (0.0, 0.0))] * 30).degrees == process_spread.MOST_DEGREES
 
 
 def test_few_competitors_are_not_asked_what_is_usual():
     found = pooled((0.0, 1.0), (0.0, 2.0))
-    prior = usual([found] * (scatter.LEAST_COMPETITORS - 1))
+    prior = usual([found] * (process_spread.LEAST_COMPETITORS - 1))
     assert prior == Prior(0.0, 0.0)
     assert prior.moderate(found) == found
 
@@ -132,6 +132,11 @@ def test_a_scale_is_right_and_heeds_no_outliers(size):
     values = rng.normal(0, 0.1, size)
     values[:2] += 50
     assert robust_scale(values.tolist()) < 0.25
+
+
+def test_the_constant_of_the_scale_is_that_of_normal_values():
+    """A quarter of the distances of pairs is shorter than its inverse."""
+    assert NormalDist(0, 2**0.5).cdf(1 / comparison._QN) == pytest.approx(5 / 8, rel=1e-9)
 
 
 @pytest.mark.parametrize(("in_set", "between"), [(0.0, 0.0), (0.03, 0.0), (0.0, 0.02), (0.01, 0.05)])

@@ -10,9 +10,9 @@ from bench.report.export import summary, write_table
 from bench.report.markdown import report
 from bench.report.tables import show_rankings
 from bench.store import Store
+from bench.study.disturbance import short_blocks
 from bench.study.ranking import rankings
 from bench.study.results import results_of
-from bench.study.short_blocks import short_blocks
 from bench.tests.synthetic import FINGERPRINT, cell_records
 
 CPU_S = BLOCK_S["cpu"]

@@ -11,14 +11,16 @@ from bench.study.statistics import (
     SLOWER,
     UNRESOLVED,
     Interval,
+    middle_rounds,
+    pseudo_values,
     ratio_interval,
     resolution,
     round_log_latency,
     student_t_quantile,
+    trimmed_mean,
     tukey_outliers,
     verdict,
 )
-from bench.study.trimming import middle_rounds, pseudo_values, trimmed_mean
 
 ROUNDS, NOISE = 13, 0.01
 

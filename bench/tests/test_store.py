@@ -5,8 +5,7 @@ import sys
 
 import pytest
 
-from bench.record_lines import parse_line
-from bench.records import RecordError
+from bench.records import RecordError, parse_line
 from bench.store import Store, StoreError, read_records, sole_writer
 
 

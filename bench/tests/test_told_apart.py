@@ -1,18 +1,15 @@
 """Cells that differ in one condition are never one panel, one square, one heading or one benchmark."""
 
-import json
 import math
 
 import pytest
 
-from bench.archive import Archive
-from bench.report.chart import ratio_chart
-from bench.report.pytest_benchmark import write_pytest_benchmark
+from bench.report.maps import squares
+from bench.report.pictures import ratio_chart
 from bench.report.text import baseline_line, percent, resolution_line, titles, told_apart, winner_line
-from bench.report.winner_map import squares
-from bench.store import Store
 from bench.study.ranking import rankings
-from bench.tests.synthetic import FINGERPRINT, cell_records
+from bench.study.results import Results
+from bench.tests.synthetic import cell_records
 
 SIZE = (64, 8, 32, 32)
 CONDITIONS = (
@@ -67,7 +64,7 @@ def test_headings_name_the_environment_or_the_cell_only_where_they_must(found):
 
 def test_every_cell_is_a_panel_of_the_chart_of_ratios(found):
     pytest.importorskip("altair", reason="charts need the report extra")
-    drawn = ratio_chart(found).to_dict()["concat"]
+    drawn = ratio_chart(Results(tuple(found), {}, {})).to_dict()["concat"]
     assert len(drawn) == len({panel["title"]["text"] for panel in drawn}) == len(found)
 
 
@@ -75,19 +72,6 @@ def test_every_cell_of_a_directory_is_a_square_of_its_own(found):
     places = [(point["panel"], point["batch"], point["num_partitions"]) for point in squares(found[:4])]
     assert len(set(places)) == 4
     assert sum("cold" in panel for panel, *_ in places) == 1
-
-
-def test_every_competitor_of_every_condition_is_a_benchmark_of_its_own(alike, tmp_path):
-    store = Store(tmp_path / "run", resume=False)
-    for name in ("e0", "e1"):
-        store.add_environment(name, FINGERPRINT)
-    for group in alike[:-1]:
-        store.append(group)
-    write_pytest_benchmark(tmp_path / "p.json", Archive([tmp_path / "run"]))
-    benchmarks = json.loads((tmp_path / "p.json").read_text())["benchmarks"]
-    assert len(benchmarks) == len({one["fullname"] for one in benchmarks}) == 3 * len(CONDITIONS)
-    # What a block is: a clock that is read twice, with garbage kept until it has ended.
-    assert benchmarks[0]["options"] == {"disable_gc": True, "timer": "perf_counter", "min_rounds": 1, "warmup": True}
 
 
 def test_figures_without_meaning_are_capped_alike(make_record):

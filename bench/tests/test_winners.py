@@ -14,11 +14,11 @@ from bench.study.statistics import (
     ratio_intervals,
     resolution,
     student_t_two_sided,
+    trimmed_mean,
     verdict,
 )
 from bench.study.stopping import confidence, is_look, look_confidence, looks, stop_reason
-from bench.study.trimming import trimmed_mean
-from bench.study.winners import holm, leaders
+from bench.study.verdicts import holm, leaders
 
 NOISE, COMPETITORS, CAP = 0.01, 6, 40
 

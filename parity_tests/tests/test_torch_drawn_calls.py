@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import torch_impl
-from parity_tests.frameworks.torch import arrays as torch_arrays
+from parity_tests.frameworks.torch import modes as torch_arrays
 from parity_tests.frameworks.torch.modes import lay_out, to_torch
 from parity_tests.tests.drawn_calls import Attempt, Entry, Flaw, bits_fault, draw_call, every_kind, judge, product_fault
 from parity_tests.tests.flaws import (

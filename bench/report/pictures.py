@@ -1,4 +1,4 @@
-"""Ratios with intervals as a picture: one panel for each workload and direction. Needs the `report` extra."""
+"""Draw ratios with intervals, and the roofline. Needs the `report` extra."""
 
 import importlib.util
 import json
@@ -11,11 +11,12 @@ from typing import Any
 
 from bench.environments import device_name
 from bench.plan.competitors import YARDSTICK
-from bench.report.output import output
-from bench.report.text import told_apart
-from bench.study.identity import identity
+from bench.report.text import titles, told_apart
+from bench.study.pairing import identity
 from bench.study.ranking import Ranking
 from bench.study.results import Results
+from bench.study.roofline import efficiencies
+from parity_tests.report.files import output
 from parity_tests.report.text import printable, printable_tree
 
 FORMATS: tuple[str, ...] = (".svg", ".png", ".html")
@@ -23,6 +24,10 @@ _NEEDED = {"altair": FORMATS, "vl_convert": (".svg", ".png")}
 # A picture is as wide as its longest text, and a name of a megabyte would fill the memory.
 _LONGEST_TEXT = 500
 _MOST_S = 600
+_ROOFS = (
+    ("measured", "ceiling_flops_per_s", "ceiling_bytes_per_s"),
+    ("data sheet", "peak_flops_per_s", "peak_bytes_per_s"),
+)
 # In a process of its own: what the library cannot draw may abort the one that it runs in.
 _DRAWING = """
 import json, sys, vl_convert
@@ -37,7 +42,7 @@ class ChartError(ValueError):
 
 
 def _panels(found: Sequence[Ranking]) -> list[str]:
-    """A panel for each cell: conditions, and where it was measured if two cells have the same."""
+    """Return a panel for each cell: conditions, and where it was measured if two cells have the same."""
     conditions = [identity(ranking.first) for ranking in found]
     short = [f"{where.workload}, {where.step}, {where.how}" for where in conditions]
     placed = [f"{name}, {ranking.first.environment_id[:6]}" for name, ranking in zip(short, found, strict=True)]
@@ -63,19 +68,15 @@ def _points(found: Sequence[Ranking]) -> list[dict[str, Any]]:
     ]
 
 
-def ratio_chart(found: Sequence[Ranking], places: Sequence[str] = ()) -> Any:
-    """The chart as an altair object; each panel orders its competitors by ratio.
-
-    Args:
-        found: rankings.
-        places: what it was measured on, for the heading.
+def ratio_chart(results: Results) -> Any:
+    """Return ratios with intervals as an altair object: a panel for each cell, its competitors ordered by ratio.
 
     Raises:
         ChartError: if no ranking holds an interval.
     """
     import altair as alt
 
-    points = _points(found)
+    points = _points(results.found)
     if not points:
         raise ChartError("--chart: there is no ratio with an interval to draw; measure at least two rounds.")
     panels = []
@@ -97,19 +98,104 @@ def ratio_chart(found: Sequence[Ranking], places: Sequence[str] = ()) -> Any:
         )
         title = alt.Title(panel, subtitle=f"1 is {baseline}")
         panels.append((one + bars + dots).properties(title=title, width=320))
+    known = (results.environments.get(name) for name in results.places())
+    places = dict.fromkeys(device_name(fingerprint) for fingerprint in known if fingerprint is not None)
     note = alt.Title("; ".join(places), subtitle="* computes another function: a yardstick, not a competitor")
     # Room for labels in a browser whose font is wider than the one that the picture was laid out with.
     padding = {"left": 30, "right": 10, "top": 5, "bottom": 5}
     return alt.concat(*panels, columns=2, title=note, padding=padding).resolve_scale(y="independent", x="shared")
 
 
-def save_picture(argument: str, path: Path, draw: Callable[[], Any]) -> None:
-    """Draws a chart into a file.
+def _roofline_panel(ranking: Ranking) -> str:
+    r = ranking.first
+    return f"{r.precision}, {r.device}, {r.environment_id[:6]}"
+
+
+def points(found: Sequence[Ranking]) -> list[dict[str, Any]]:
+    """Return one point for each ranked competitor of each cell."""
+    listed = []
+    for ranking, title in zip(found, titles(found), strict=True):
+        rates = efficiencies(ranking)
+        for row in ranking.rows:
+            rate = rates[row.record.label].flops_per_s
+            if rate is None or row.record.kind == YARDSTICK:
+                continue
+            listed.append(
+                {
+                    "panel": _roofline_panel(ranking),
+                    "intensity": row.record.useful_flops / row.record.compulsory_bytes,
+                    "flops_per_s": rate,
+                    "framework": row.record.framework,
+                    "competitor": row.record.label,
+                    "cell": title,
+                    "place": "leads" if row.leads else "behind",
+                }
+            )
+    return listed
+
+
+def roofs(found: Sequence[Ranking], low: float, high: float) -> list[dict[str, Any]]:
+    """Return the lines of each panel between two intensities: the highest ceiling seen, and the data sheet's."""
+    lines = []
+    for panel in dict.fromkeys(map(_roofline_panel, found)):
+        # A cell's first record may be of a competitor that never ran, so every row is asked.
+        records = [row.record for ranking in found if _roofline_panel(ranking) == panel for row in ranking.rows]
+        for name, flops, memory in _ROOFS:
+            work = max((getattr(r, flops) or 0.0 for r in records), default=0.0)
+            bytes_ = max((getattr(r, memory) or 0.0 for r in records), default=0.0)
+            if not work or not bytes_:
+                continue
+            ridge = min(max(work / bytes_, low), high)
+            lines += [
+                {"panel": panel, "roof": name, "intensity": x, "flops_per_s": min(work, x * bytes_)}
+                for x in (low, ridge, high)
+            ]
+    return lines
+
+
+def roofline_chart(results: Results) -> Any:
+    """Return useful work a second over useful work a byte as an altair object, a panel for each precision and place.
+
+    Raises:
+        ChartError: if nothing was timed.
+    """
+    import altair as alt
+
+    listed = points(results.found)
+    if not listed:
+        raise ChartError("--roofline: nobody was timed, so there is no rate to draw; run the benchmark first.")
+    low, high = min(point["intensity"] for point in listed) / 2, max(point["intensity"] for point in listed) * 2
+    lines = roofs(results.found, low, high)
+    x = alt.X("intensity:Q", scale=alt.Scale(type="log"), title="useful operations per compulsory byte")
+    y = alt.Y("flops_per_s:Q", scale=alt.Scale(type="log"), axis=alt.Axis(format="~s"), title="useful FLOP/s")
+    drawn = []
+    for panel in dict.fromkeys(point["panel"] for point in listed):
+        dots = (
+            alt.Chart(alt.InlineData(values=[point for point in listed if point["panel"] == panel]))
+            .mark_point(filled=True, size=35)
+            .encode(
+                x=x,
+                y=y,
+                color=alt.Color("framework:N"),
+                opacity=alt.Opacity("place:N", scale=alt.Scale(domain=["leads", "behind"], range=[1.0, 0.25])),
+                tooltip=[alt.Tooltip("competitor:N"), alt.Tooltip("cell:N"), alt.Tooltip("flops_per_s:Q")],
+            )
+        )
+        above = [line for line in lines if line["panel"] == panel]
+        roof = alt.Chart(alt.InlineData(values=above)).mark_line(color="gray").encode(x=x, y=y, strokeDash="roof:N")
+        title = panel if above else f"{panel} (no ceiling was measured)"
+        drawn.append((roof + dots if above else dots).properties(title=title, width=380, height=280))
+    return alt.concat(*drawn, columns=2)
+
+
+def save_picture(draw: Callable[[Results], Any], argument: str, path: Path, results: Results) -> None:
+    """Draw a picture of results into a file.
 
     Args:
+        draw: returns the altair object.
         argument: the option that named the file.
         path: ends in `.svg`, `.png` or `.html`.
-        draw: builds the altair object.
+        results: of one run or several.
 
     Raises:
         ChartError: if the type is unknown, a package is missing, there is nothing to draw, or the drawing fails.
@@ -122,7 +208,7 @@ def save_picture(argument: str, path: Path, draw: Callable[[], Any]) -> None:
     for package, formats in _NEEDED.items():
         if path.suffix in formats and importlib.util.find_spec(package) is None:
             raise ChartError(f"{argument}: {package} is not installed; install the extra: pip install -e '.[report]'.")
-    chart = draw()
+    chart = draw(results)
     try:
         drawn = _page(chart) if path.suffix == ".html" else _drawn(path.suffix[1:], chart.to_dict())
     except (_DrawingError, ValueError) as error:
@@ -135,11 +221,11 @@ def save_picture(argument: str, path: Path, draw: Callable[[], Any]) -> None:
 
 
 class _DrawingError(Exception):
-    """The drawing library ended without a picture, or draws for too long."""
+    """The drawing library ended without a picture, or took too long."""
 
 
 def _drawn(kind: str, specification: Any) -> bytes:
-    """The picture of a specification of Vega-Lite."""
+    """Draw a specification of Vega-Lite."""
     import altair as alt
 
     # As altair asks for it: major and minor version.
@@ -173,10 +259,3 @@ class _InScript(json.JSONEncoder):
 
 def _page(chart: Any) -> bytes:
     return chart.to_html(json_kwds={"cls": _InScript, "allow_nan": False}).encode()
-
-
-def save_chart(results: Results, path: Path) -> None:
-    """Draws the ratios into a file; see `save_picture`."""
-    known = (results.environments.get(name) for name in results.places())
-    places = list(dict.fromkeys(device_name(fingerprint) for fingerprint in known if fingerprint is not None))
-    save_picture("--chart", path, lambda: ratio_chart(results.found, places))
