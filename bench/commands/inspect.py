@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.commands.usage import FAILED, OK, UsageError, check_interpreters, check_writable, complain, tell
-from bench.measure.diagnosis import diagnose
-from bench.measure.pool import WorkerPool, starter
-from bench.measure.processors import allowed_cpus
-from bench.measure.protocol import RequestError
+from bench.measure.environment import diagnose
+from bench.measure.machine import allowed_cpus
+from bench.measure.workers import RequestError, WorkerPool, starter
 from bench.plan.cells import DIRECTIONS, DIVISIONS, PRECISIONS
 from bench.plan.presets import PRESETS
 from bench.plan.workloads import WORKLOADS

@@ -1,21 +1,20 @@
-"""Measures one cell: prepares and judges every competitor, then lets one at a time run its blocks, in shuffled rounds.
+"""Measure one cell: prepare and judge every competitor, let one at a time run its blocks, reject impossible rates.
 
-Whatever happens to a competitor ends in its own record; a worker that dies or hangs is replaced and the rest goes on.
+The outcome of a competitor is its own record; a worker that dies or hangs is replaced, and the others go on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
-from bench.measure.conditions import ENERGY_S, Monitor, NoMonitor, energy_of_a_call
 from bench.measure.disturbance import Watch
-from bench.measure.entry import CellOutcome, Entry, add_control
-from bench.measure.plausibility import measured_ceilings, reject_the_impossible, take_probe
-from bench.measure.protocol import Message, RequestError, Workers
-from bench.measure.rounds import Rounds, hopeless, rehearse
+from bench.measure.machine import ENERGY_S, Monitor, NoMonitor, cpu_flops_limit, energy_of_a_call
+from bench.measure.rounds import CellOutcome, Entry, Rounds, add_control, hopeless, rehearse
+from bench.measure.workers import Message, RequestError, Workers
 from bench.plan.cells import Cell
 from bench.plan.competitors import Competitor
-from bench.plan.costs import planned_skip
+from bench.plan.costs import OVER_THE_CEILING, compulsory_bytes, peak_rates, planned_skip, useful_product_flops
 from bench.plan.presets import BLOCK_S, Preset
 
 
@@ -79,7 +78,7 @@ class CellRun:
                 entry.fail("crash", "the frameworks drew different inputs from the same seed: nothing can be compared")
 
     def _ask(self, entry: Entry, operation: str, timeout_s: float, **fields: Any) -> Message | None:
-        """A request on behalf of a competitor; None if that ended it."""
+        """Ask a worker on behalf of a competitor; return None if that ended the competitor."""
         framework = entry.competitor.framework
         try:
             return self._workers.request(
@@ -96,7 +95,7 @@ class CellRun:
         return None
 
     def _recover(self, framework: str) -> None:
-        """Replaces a dead worker and prepares its remaining competitors again; a second failure ends them too."""
+        """Replace a dead worker and prepares its remaining competitors again; a second failure ends them too."""
         prepared = [entry for entry in self._of(framework) if entry.prepared and not entry.control]
         try:
             self._workers.replace(framework)
@@ -123,7 +122,7 @@ class CellRun:
         )
 
     def _build(self, entry: Entry) -> None:
-        """Builds, compiles and judges a competitor, unless a cap keeps it out."""
+        """Build, compile and judge a competitor, unless a cap keeps it out."""
         limits = self._preset.limits
         free = self._opened[entry.competitor.framework]["free_bytes"]
         reason = planned_skip(entry.competitor, self._cell, limits, free)
@@ -181,7 +180,7 @@ class CellRun:
         return timed
 
     def _probe(self, entry: Entry) -> None:
-        """The program's operations and, to diagnose, the other clocks; one that does too little work ends here."""
+        """Count the program's operations, and to diagnose run the other clocks; too little work ends the competitor."""
         if entry.control:
             return
         budget = self._preset.probe_s if self._diagnose else 0.0
@@ -214,7 +213,7 @@ class CellRun:
                 step(entry)
 
     def run(self) -> CellOutcome:
-        """Measures the cell."""
+        """Measure the cell."""
         self._open_all()
         self._each("preparing", self._build)
         self._drop_hopeless()
@@ -249,3 +248,74 @@ class CellRun:
         return CellOutcome(
             tuple(self._entries), digests[0] if digests else None, switches, ceilings, stopped, watched, windows
         )
+
+
+def take_probe(entry: Entry, found: dict[str, Any]) -> None:
+    """Keep what a probe found; a program that does less than the function needs ends its competitor."""
+    doubt = found.pop("doubt")
+    entry.probe = found
+    if doubt:
+        entry.rejected.extend(entry.blocks)
+        entry.blocks.clear()
+        entry.fail("mismatch", doubt)
+
+
+def measured_ceilings(replies: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the higher of the frameworks' rates: a ceiling is the most that the device was seen to do."""
+    highest: dict[str, float] = {}
+    for found in replies:
+        for name, rate in found.items():
+            if name.startswith("ceiling_"):
+                highest[name] = max(rate, highest.get(name, 0.0))
+    return highest
+
+
+def flops_limit(
+    cell: Cell, ceilings: Mapping[str, float], device_name: str, observed: str | None = None
+) -> float | None:
+    """Return operations a second that the device cannot exceed, by its data sheet, its kind or a measured ceiling.
+
+    Args:
+        cell: what was asked for.
+        ceilings: what `measured_ceilings` found.
+        device_name: of the GPU, for its data sheet.
+        observed: the precision class of the results.
+    """
+    limit = peak_rates(device_name, cell.precision, observed).get("flops_per_s")
+    if limit is None and cell.device == "cpu":
+        return cpu_flops_limit(cell.precision)
+    if limit is None and "ceiling_flops_per_s" in ceilings:
+        return OVER_THE_CEILING * ceilings["ceiling_flops_per_s"]
+    return limit
+
+
+def reject_the_impossible(
+    entries: Iterable[Entry], cell: Cell, ceilings: Mapping[str, float], device_name: str
+) -> None:
+    """End every competitor whose rate is above what the hardware can do: the work was not done.
+
+    Args:
+        entries: after the rounds.
+        cell: what was measured.
+        ceilings: what `measured_ceilings` found.
+        device_name: of the GPU, for its data sheet.
+    """
+    for entry in entries:
+        if not (entry.going and entry.blocks and entry.calls_per_block):
+            continue
+        calls_per_s = entry.calls_per_block / median(entry.blocks)
+        observed = (entry.judgement or {}).get("observed_precision")
+        limits = {
+            "operations": (useful_product_flops(cell), flops_limit(cell, ceilings, device_name, observed)),
+            # A warm cache may deliver bytes faster than the memory can.
+            "bytes of memory": (
+                compulsory_bytes(cell),
+                peak_rates(device_name, cell.precision).get("bytes_per_s") if cell.cache == "cold" else None,
+            ),
+        }
+        for what, (amount, limit) in limits.items():
+            if limit is not None and entry.going and amount * calls_per_s > limit:
+                said = f"{amount * calls_per_s:.3g} {what} a second, over the {limit:.3g} that the device can do"
+                entry.rejected.extend(entry.blocks)
+                entry.blocks.clear()
+                entry.fail("mismatch", f"{said}: not all was done")

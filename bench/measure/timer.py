@@ -1,21 +1,26 @@
-"""What the workbench asks of a framework. Imports no framework."""
+"""The protocol of a framework's half, its data types, and the few functions that both halves share.
 
-from collections.abc import Callable, Mapping, Sequence
+Imports no framework.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
 from bench.plan.competitors import Catalogue
 from parity_tests.judge.inputs import Inputs
+from parity_tests.report.files import ScratchFolder
 
 Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a competitor is asked to compute, and how.
+    """The computation that is asked of a competitor.
 
     Attributes:
         implementation: a name of the tree's registry, of what users write instead, or of a yardstick.
@@ -60,7 +65,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Trace:
-    """What ran on the device during one call.
+    """The executions on the device during one call.
 
     Attributes:
         kernels: name to executions; on a CPU the framework's own operations.
@@ -76,7 +81,7 @@ class Unsupported(Exception):
 
 
 def in_turn(calls: Sequence[Call]) -> Call:
-    """One call that runs the given ones in turn, one at a time: each set of buffers has its own."""
+    """Return one call that runs the given ones in turn, one at a time: each set of buffers has its own."""
     if len(calls) == 1:
         return calls[0]
     turn = cycle(calls)
@@ -89,27 +94,27 @@ class Timer(Protocol):
     framework: str
 
     def devices(self) -> tuple[str, ...]:
-        """Names of the devices that are there: `cpu`, `cuda`."""
+        """Return the names of the devices that are there: `cpu`, `cuda`."""
         ...
 
     def catalogue(self) -> Catalogue:
-        """What can be run."""
+        """Return the competitors that can be run."""
         ...
 
     def environment(self) -> dict[str, Any]:
-        """Versions and device, for the fingerprint."""
+        """Return versions and device, for the fingerprint."""
         ...
 
     def refusals(self) -> list[str]:
-        """Switches of this process under which a mode or a clock would be a lie."""
+        """Return the switches of this process under which a mode or a clock would be a lie."""
         ...
 
     def switches(self) -> dict[str, Any]:
-        """The precision switches as they stand."""
+        """Return the precision switches as they stand."""
         ...
 
     def configure(self, precision: str, division: str, device: str) -> None:
-        """Sets the switches for a cell and drops what earlier cells compiled.
+        """Set the switches for a cell and drops what earlier cells compiled.
 
         Raises:
             Unsupported: if the device has no such arithmetic.
@@ -117,23 +122,23 @@ class Timer(Protocol):
         ...
 
     def promised_precision(self, implementation: str) -> str:
-        """The precision class that a result must reach under the configured switches."""
+        """Return the precision class that a result must reach under the configured switches."""
         ...
 
     def free_bytes(self) -> int:
-        """Memory that is free on the configured device."""
+        """Return the memory that is free on the configured device."""
         ...
 
     def cache_bytes(self) -> int:
-        """Size of the last cache between the configured device's memory and its processors."""
+        """Return the size of the last cache between the configured device's memory and its processors."""
         ...
 
     def arguments(self, inputs: Inputs, layout: str) -> tuple[Any, ...]:
-        """x, weight, bias and cotangent on the configured device, in buffers of their own; x and dy in the layout."""
+        """Return x, weight, bias and cotangent on the device, in buffers of their own; x and dy in the layout."""
         ...
 
     def prepare(self, task: Task, buffers: Sequence[tuple[Any, ...]]) -> Prepared:
-        """Builds and compiles.
+        """Build and compiles.
 
         Args:
             task: what to compute.
@@ -145,36 +150,77 @@ class Timer(Protocol):
         ...
 
     def account(self, prepared: Prepared) -> int | None:
-        """Operations of one call by the framework's own account of what runs, or None."""
+        """Return the operations of one call by the framework's own account of the program that runs, or None."""
         ...
 
     def trace(self, prepared: Prepared) -> Trace:
-        """Runs one call under the framework's tracer."""
+        """Run one call under the framework's tracer."""
         ...
 
     def large_product(self) -> tuple[Call, int]:
-        """A product large enough to reach the device's rate in the configured precision, and its operations."""
+        """Return a product large enough to reach the device's rate in the configured precision, and its operations."""
         ...
 
     def large_copy(self) -> tuple[Call, int]:
-        """A copy large enough to reach the memory's rate, and the bytes that it reads and writes."""
+        """Return a copy large enough to reach the memory's rate, and the bytes that it reads and writes."""
         ...
 
     def wait(self, result: Any) -> None:
-        """Returns when the result is computed."""
+        """Return when the result is computed."""
         ...
 
     def to_numpy(self, result: Any, task: Task) -> Mapping[str, np.ndarray]:
-        """The results by name, in the storage dtype and with the partition axis before the features.
+        """Return the results by name, in the storage dtype and with the partition axis before the features.
 
         `y`; with gradients `dx`, `dweight`, `dbias`; after a step `dx`, `weight`, `bias`.
         """
         ...
 
     def peak_memory(self, prepared: Prepared) -> tuple[int | None, str]:
-        """Bytes over the live arguments that one call needs at its peak, and the method."""
+        """Return the bytes over the live arguments that one call needs at its peak, and the method."""
         ...
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether an error means that memory ran out."""
+        """Return True if an error means that memory ran out."""
         ...
+
+
+# Layout to the two axes of (b, n, features) that change places in memory; None where the axes are in order.
+#   contiguous       (b, n, i): the partition axis before the features
+#   partition_major  (n, b, i): what a batched product takes
+#   time_series      (b, i, n): (batch, time, channel), whose contraction axis is strided
+AXES: Mapping[str, tuple[int, int] | None] = MappingProxyType(
+    {"contiguous": None, "partition_major": (0, 1), "time_series": (1, 2)}
+)
+
+
+def swapped_axes(layout: str) -> tuple[int, int] | None:
+    """The axes that change places between memory and mathematics.
+
+    Raises:
+        ValueError: for a layout that is none.
+    """
+    if layout not in AXES:
+        raise ValueError(f"layout: expected one of {', '.join(AXES)}, got {layout!r}; choose one of these.")
+    return AXES[layout]
+
+
+class CacheFolder:
+    """A new, empty folder that is removed with this object.
+
+    Attributes:
+        path: where it is.
+    """
+
+    def __init__(self) -> None:
+        self._folder = ScratchFolder("cache")
+        self.path = self._folder.name
+
+
+def busy_s(intervals: Iterable[tuple[float, float]]) -> float:
+    """Return the length of the union of intervals, in their own unit: overlapping kernels do not count twice."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

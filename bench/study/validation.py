@@ -11,8 +11,7 @@ from bench.archive import Archive
 from bench.environments import StoreError, read_environments, unusable
 from bench.plan.cells import CACHES, DEVICES, DIRECTIONS, DIVISIONS, RESULTS, STORAGE_DTYPES, Cell
 from bench.plan.competitors import EAGER, FRAMEWORKS, IMPLEMENTATION, MODES, STOCK, YARDSTICK, offered_modes
-from bench.plan.costs import compulsory_bytes, useful_product_flops
-from bench.plan.hardware import OVER_THE_CEILING
+from bench.plan.costs import OVER_THE_CEILING, compulsory_bytes, useful_product_flops
 from bench.plan.presets import STEPPED_OPTIMIZERS
 from bench.plan.workloads import LAYOUTS, Workload
 from bench.record_files import records_file, scan

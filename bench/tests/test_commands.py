@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from bench.measure.pool import WorkerPool
+from bench.measure.workers import WorkerPool
 from bench.store import Store, read_environments, read_records
 from bench.tests.synthetic import FINGERPRINT
 
@@ -118,7 +118,7 @@ def test_a_run_goes_on_without_a_framework_and_says_so(tmp_path, call, monkeypat
         (("--framework", "keras"), "--framework: expected one of torch, jax, got 'keras'"),
         (("--device", "tpu"), "--device: expected one of auto, cpu, cuda, got 'tpu'"),
         (("--device", "cuda"), "device: torch and jax cannot use 'cuda' here"),
-        (("--precision", "fp8"), "--precision: expected one of ieee_fp32"),
+        (("--precision", "fp8"), "--precision: expected one of fp32, tf32, bf16, fp16, fp64, got 'fp8'"),
         (("--direction", "backward"), "--direction: expected one of forward, forward_backward"),
         (("--division", "equal"), "--division: expected one of stock, matched, tuned, got 'equal'"),
         (("--implementation", "nothing"), "implementation: nothing is called nothing; choose from"),

@@ -2,9 +2,9 @@
 
 import pytest
 
-from bench.measure.conditions import NoMonitor, NvmlMonitor, energy_of_a_call, monitor_for, thermally_throttled
-from bench.measure.diagnosis import gpu_warnings
-from bench.plan.hardware import data_sheet, peak_rates
+from bench.measure.environment import gpu_warnings
+from bench.measure.machine import NoMonitor, NvmlMonitor, energy_of_a_call, monitor_for, thermally_throttled
+from bench.plan.costs import data_sheet, peak_rates
 from bench.tests.fake_nvml import FakeNvml
 
 

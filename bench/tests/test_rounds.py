@@ -5,9 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench.measure.conditions import NoMonitor, NvmlMonitor, thermally_throttled
-from bench.measure.entry import Entry
-from bench.measure.rounds import Rounds, hopeless
+from bench.measure.machine import NoMonitor, NvmlMonitor, thermally_throttled
+from bench.measure.rounds import Entry, Rounds, hopeless
 from bench.plan.competitors import Competitor
 from bench.plan.presets import PRESETS
 from bench.study.elimination import far_behind

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,6 +29,8 @@ class Interpreter:
         who: the child as the subject of a sentence: "the torch interpreter".
         python: the interpreter; None for this one.
         timeout_s: seconds that one message may take.
+        environment: its environment variables; None for those of this process.
+        cwd: its working directory; None for this process's, from which it then imports too.
 
     Attributes:
         child: the process.
@@ -45,11 +47,15 @@ class Interpreter:
         who: str,
         python: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
     ) -> None:
         self._who, self.timeout_s = who, timeout_s
-        path = [str(_ROOT), *filter(None, [_working_directory(), os.environ.get("PYTHONPATH")])]
+        variables = dict(os.environ if environment is None else environment)
+        imports_from = _working_directory() if cwd is None else ""
+        path = [str(_ROOT), *filter(None, [imports_from, variables.get("PYTHONPATH")])]
         command = [sys.executable if python is None else python, "-m", "parity_tests.interpreters", target, *arguments]
-        self.child = ChildProcess(command, os.environ | {"PYTHONPATH": os.pathsep.join(path)}, who)
+        self.child = ChildProcess(command, variables | {"PYTHONPATH": os.pathsep.join(path)}, who, cwd)
         try:
             self._greet()
         except BaseException:

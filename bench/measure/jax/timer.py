@@ -1,25 +1,75 @@
-"""JAX's side of the stopwatch."""
+"""JAX's half of the stopwatch."""
 
 import os
+import re
+import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.measure import memory
+from bench.measure import machine
 from bench.measure.jax.functions import MISSING, STOCK, YARDSTICKS
 from bench.measure.jax.programs import build, compiler_options
-from bench.measure.jax.tracing import traced
-from bench.measure.layouts import swapped_axes
-from bench.measure.timer import Call, Prepared, Task, Trace, Unsupported
+from bench.measure.timer import Call, Prepared, Task, Trace, Unsupported, busy_s, swapped_axes
 from bench.plan.cells import RESULTS, STORAGE_DTYPES
 from bench.plan.competitors import JIT, JIT_GRAPH, Catalogue
 from jax_impl.registry import implementation_names, unsupported_reason
 from parity_tests.judge.inputs import Inputs
+
+# Instructions that move or name nothing at run time.
+_NO_WORK = frozenset({"parameter", "bitcast", "tuple", "get-tuple-element", "constant"})
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (?:\([^=]*?\)|\S+) ([a-z][a-z0-9\-]*)\(", re.MULTILINE)
+
+
+def instructions(text: str) -> Counter[str]:
+    """Count the instructions of a compiled program's entry computation that do work."""
+    entry = text[text.index("ENTRY ") :]
+    found = Counter(_INSTRUCTION.findall(entry[: entry.index("\n}")]))
+    return Counter({name: count for name, count in found.items() if name not in _NO_WORK})
+
+
+def _device_events(folder: Path) -> list[tuple[str, float, float]]:
+    """Return name, start and end in nanoseconds of everything that a GPU ran."""
+    found = []
+    for path in sorted(folder.rglob("*.xplane.pb")):
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            if not plane.name.startswith("/device:GPU"):
+                continue
+            for line in plane.lines:
+                # Streams hold kernels and copies; the other lines repeat them by module or by operation.
+                if line.name.startswith("Stream"):
+                    found += [(event.name, event.start_ns, event.start_ns + event.duration_ns) for event in line.events]
+    return found
+
+
+def traced(prepared: Prepared, call: Call, device: str) -> Trace:
+    """Run a call under JAX's profiler on a GPU; on a CPU reads the compiled program instead.
+
+    Args:
+        prepared: the competitor, for its program.
+        call: runs it once and waits.
+        device: `cpu` or `cuda`.
+
+    Returns:
+        On a GPU the kernels with the union of their intervals; on a CPU the instructions of the program.
+    """
+    if device == "cpu":
+        text = None if prepared.text is None else prepared.text()
+        return Trace({} if text is None else dict(instructions(text)), None)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            call()
+        events = _device_events(Path(folder))
+    intervals = [(start, end) for _, start, end in events]
+    return Trace(dict(Counter(name for name, _, _ in events)), busy_s(intervals) * 1e-9)
+
 
 _SWITCHES = ("jax_default_matmul_precision", "jax_enable_x64", "jax_numpy_dtype_promotion", "jax_optimization_level")
 # The variables are not passed on, but a start-up file may set them: each makes a mode or a clock a lie.
@@ -80,7 +130,7 @@ class JaxTimer:
         }
 
     def configure(self, precision: str, division: str, device: str) -> None:
-        """Remembers the precision that every product is given; 64-bit types are on for fp64 only."""
+        """Remember the precision that every product is given; 64-bit types are on for fp64 only."""
         if device not in self.devices():
             raise Unsupported(f"jax sees no {device} device")
         if precision == "tf32" and device == "cpu":
@@ -100,13 +150,13 @@ class JaxTimer:
     def free_bytes(self) -> int:
         """Memory that is free on the configured device."""
         if self._device == "cpu":
-            return memory.free_bytes()
+            return machine.free_bytes()
         stats = self._jax_device().memory_stats()
         return stats["bytes_limit"] - stats["bytes_in_use"]
 
     def cache_bytes(self) -> int:
         """The last level of the CPU's caches; of a GPU no less than any has."""
-        return _LARGEST_L2_BYTES if self._device == "cuda" else memory.last_cache_bytes()
+        return _LARGEST_L2_BYTES if self._device == "cuda" else machine.last_cache_bytes()
 
     def arguments(self, inputs: Inputs, layout: str) -> tuple[jax.Array, ...]:
         """x, kernel, bias, cotangent."""
@@ -122,7 +172,7 @@ class JaxTimer:
         return tuple(jax.device_put(np.array(array), self._jax_device()) for array in arrays)
 
     def prepare(self, task: Task, buffers: Sequence[tuple[jax.Array, ...]]) -> Prepared:
-        """Traces, lowers and compiles; the jitted function is then called as a user would."""
+        """Trace, lowers and compiles; the jitted function is then called as a user would."""
         if task.implementation in implementation_names():
             n, i, o = buffers[0][1].shape
             reason = unsupported_reason(
@@ -149,7 +199,7 @@ class JaxTimer:
         return prepared.program_flops
 
     def trace(self, prepared: Prepared) -> Trace:
-        """Runs one call under the profiler on a GPU, reads the program on a CPU."""
+        """Run one call under the profiler on a GPU, reads the program on a CPU."""
         return traced(prepared, lambda: self.wait(prepared.call()), self._device)
 
     def large_product(self) -> tuple[Call, int]:
@@ -169,7 +219,7 @@ class JaxTimer:
         return lambda: copy(a), 2 * a.nbytes
 
     def wait(self, result: Any) -> None:
-        """Waits for the results."""
+        """Wait for the results."""
         jax.block_until_ready(result)
 
     def to_numpy(self, result: Any, task: Task) -> Mapping[str, np.ndarray]:
@@ -187,7 +237,7 @@ class JaxTimer:
         JAX's allocator keeps the peak of its whole life, so a process that has run other competitors cannot tell.
         """
         if self._device == "cpu":
-            return memory.resident_growth(lambda: self.wait(prepared.call()))
+            return machine.resident_growth(lambda: self.wait(prepared.call()))
         return prepared.static_memory_bytes, "memory_analysis"
 
     def is_out_of_memory(self, error: BaseException) -> bool:

@@ -1,6 +1,7 @@
-"""PyTorch's side of the stopwatch."""
+"""PyTorch's half of the stopwatch."""
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -8,17 +9,58 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from bench.measure import memory
-from bench.measure.layouts import swapped_axes
-from bench.measure.timer import Call, Prepared, Task, Trace, Unsupported
+from bench.measure import machine
+from bench.measure.timer import Call, Prepared, Task, Trace, Unsupported, busy_s, swapped_axes
 from bench.measure.torch.functions import MISSING, STOCK, YARDSTICKS
 from bench.measure.torch.programs import build, counted_flops
-from bench.measure.torch.tracing import traced
 from bench.plan.cells import RESULTS, STORAGE_DTYPES
 from bench.plan.competitors import Catalogue
 from parity_tests.judge.inputs import Inputs
 from torch_impl.registry import implementation_names, unsupported_reason
+
+
+def _outermost(events: Sequence[object]) -> Counter[str]:
+    """Return the operations that no other operation of torch's library called."""
+
+    def inner(event: object) -> bool:
+        parent = getattr(event, "cpu_parent", None)
+        while parent is not None:
+            if parent.name.startswith("aten::"):
+                return True
+            parent = parent.cpu_parent
+        return False
+
+    return Counter(
+        str(event.name)  # type: ignore[attr-defined]
+        for event in events
+        if event.name.startswith("aten::") and not inner(event)  # type: ignore[attr-defined]
+    )
+
+
+def traced(call: Call, device: str) -> Trace:
+    """Run a call under torch's profiler.
+
+    Args:
+        call: a call that was warmed up.
+        device: `cpu` or `cuda`.
+
+    Returns:
+        On a GPU the kernels, copies and fills with the union of their intervals; on a CPU the operations.
+    """
+    if device == "cpu":
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            call()
+        return Trace(dict(_outermost(found.events() or ())), None)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        call()
+        torch.cuda.synchronize()
+    events = [event for event in found.events() or () if event.device_type.name == "CUDA"]
+    intervals = [(event.time_range.start, event.time_range.end) for event in events]
+    # The profiler's unit is the microsecond.
+    return Trace(dict(Counter(event.name for event in events)), busy_s(intervals) * 1e-6)
 
 
 def _from_numpy(array: np.ndarray, device: str) -> torch.Tensor:
@@ -96,7 +138,7 @@ class TorchTimer:
         }
 
     def configure(self, precision: str, division: str, device: str) -> None:
-        """Sets the switches; the stock division leaves every switch alone."""
+        """Set the switches; the stock division leaves every switch alone."""
         if device not in self.devices():
             raise Unsupported(f"torch sees no {device} device")
         if precision == "tf32" and device == "cpu":
@@ -119,13 +161,13 @@ class TorchTimer:
 
     def free_bytes(self) -> int:
         """Memory that is free on the configured device."""
-        return torch.cuda.mem_get_info()[0] if self._device == "cuda" else memory.free_bytes()
+        return torch.cuda.mem_get_info()[0] if self._device == "cuda" else machine.free_bytes()
 
     def cache_bytes(self) -> int:
         """L2 of the GPU, or the last level of the CPU's caches."""
         if self._device == "cuda":
             return torch.cuda.get_device_properties(0).L2_cache_size
-        return memory.last_cache_bytes()
+        return machine.last_cache_bytes()
 
     def arguments(self, inputs: Inputs, layout: str) -> tuple[torch.Tensor, ...]:
         """x, weight, bias, cotangent."""
@@ -138,7 +180,7 @@ class TorchTimer:
         return (_laid_out(x, layout), weight.clone(), bias.clone(), _laid_out(cotangent, layout))
 
     def prepare(self, task: Task, buffers: Sequence[tuple[torch.Tensor, ...]]) -> Prepared:
-        """Builds the call, and compiles it by calling it once where the mode says so."""
+        """Build the call, and compiles it by calling it once where the mode says so."""
         if task.implementation in implementation_names():
             n, i, o = buffers[0][1].shape
             reason = unsupported_reason(
@@ -164,7 +206,7 @@ class TorchTimer:
         return prepared.program_flops if compiled else counted_flops(prepared.call)
 
     def trace(self, prepared: Prepared) -> Trace:
-        """Runs one call under the profiler."""
+        """Run one call under the profiler."""
         return traced(prepared.call, self._device)
 
     def large_product(self) -> tuple[Call, int]:
@@ -182,7 +224,7 @@ class TorchTimer:
         return lambda: b.copy_(a), 2 * a.nbytes
 
     def wait(self, result: Any) -> None:
-        """Waits for the GPU; on a CPU every call has finished when it returns."""
+        """Wait for the GPU; on a CPU every call has finished when it returns."""
         if self._device == "cuda":
             torch.cuda.synchronize()
 
@@ -202,7 +244,7 @@ class TorchTimer:
         graphs that `torch.compile` records by itself have none.
         """
         if self._device == "cpu":
-            return memory.resident_growth(prepared.call)
+            return machine.resident_growth(prepared.call)
         # A library's workspace is not this call's: graphs that torch.compile records give it back, and it comes again.
         self.wait(prepared.call())
         torch.cuda.reset_peak_memory_stats()
