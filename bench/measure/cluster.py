@@ -104,8 +104,9 @@ def measure_cell(request: Request) -> Measured:
 def narrowed_to(cell: Cell, request: Request) -> Request:
     """Return the request for one cell, in all its process replicates; a command's own options stay behind."""
     options: dict[str, Any] = {one.name: getattr(request, one.name) for one in fields(Request)}
-    options |= {name: (getattr(cell, name),) for name in ("direction", "precision", "division", "cache")}
-    return Request(**options | {"workload": (cell.workload.name,)})
+    options.update({name: (getattr(cell, name),) for name in ("direction", "precision", "division", "cache")})
+    options["workload"] = (cell.workload.name,)
+    return Request(**options)
 
 
 def _connect(address: str, notes: SweepNotes) -> Client:

@@ -9,13 +9,14 @@ from statistics import median
 from typing import Any
 
 from bench.measure.disturbance import Watch
-from bench.measure.machine import ENERGY_S, Monitor, NoMonitor, cpu_flops_limit, energy_of_a_call
+from bench.measure.machine import ENERGY_S, Monitor, cpu_flops_limit, energy_of_a_call
 from bench.measure.rounds import CellOutcome, Entry, Rounds, add_control, hopeless, rehearse
-from bench.measure.workers import Message, RequestError, Workers
+from bench.measure.workers import RequestError, WorkerPool
 from bench.plan.cells import Cell
 from bench.plan.competitors import Competitor
 from bench.plan.costs import OVER_THE_CEILING, compulsory_bytes, peak_rates, planned_skip, useful_product_flops
 from bench.plan.presets import BLOCK_S, Preset
+from parity_tests.interpreters.child import Message
 
 
 class CellRun:
@@ -39,7 +40,7 @@ class CellRun:
         self,
         cell: Cell,
         competitors: Sequence[Competitor],
-        workers: Workers,
+        workers: WorkerPool,
         preset: Preset,
         *,
         seed: int = 0,
@@ -50,7 +51,7 @@ class CellRun:
         diagnose: bool = True,
     ):
         self._watch = watch
-        self._monitor, self._device_name, self._diagnose = monitor or NoMonitor(), device_name, diagnose
+        self._monitor, self._device_name, self._diagnose = monitor or Monitor(), device_name, diagnose
         self._cell, self._workers, self._preset, self._seed, self._report = cell, workers, preset, seed, report
         self._entries = [Entry(competitor, str(k)) for k, competitor in enumerate(competitors)]
         self._opened: dict[str, Message] = {}

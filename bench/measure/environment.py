@@ -12,7 +12,7 @@ from bench.measure.machine import allowed_cpus, cpu_features, cpu_model, governo
 from bench.measure.switches import sentences, unset_for
 from bench.measure.workers import CHECKOUT
 from bench.plan.cells import DIVISIONS
-from bench.records import HARNESS_VERSION, digest
+from bench.records import HARNESS_VERSION
 
 _MEASURED = (
     "torch_impl",
@@ -127,11 +127,6 @@ def fingerprint(
             for name, hello in workers.items()
         },
     }
-
-
-def environment_id(found: Mapping[str, Any]) -> str:
-    """The id of a fingerprint."""
-    return digest(found)
 
 
 _BUSY_LOAD_PER_CPU = 0.5

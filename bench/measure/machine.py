@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 
 def allowed_cpus() -> tuple[int, ...]:
@@ -76,11 +76,11 @@ HIGH_WATER_RESET, LIFETIME_PEAK = "resident_high_water", "lifetime_resident_peak
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def _status_bytes(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
+def _kernel_bytes(path: Path, field: str) -> int:
+    for line in path.read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"{_STATUS} has no field {field}")
+    raise OSError(f"{path} has no field {field}")
 
 
 def _return_free_memory() -> None:
@@ -108,13 +108,13 @@ def resident_growth(call: Callable[[], object]) -> tuple[int, str]:
     _return_free_memory()
     try:
         _CLEAR.write_text("5")
-        before = _status_bytes("VmRSS")
+        before = _kernel_bytes(_STATUS, "VmRSS")
     except OSError:
         before = _lifetime_peak()
         call()
         return max(0, _lifetime_peak() - before), LIFETIME_PEAK
     call()
-    return max(0, _status_bytes("VmHWM") - before), HIGH_WATER_RESET
+    return max(0, _kernel_bytes(_STATUS, "VmHWM") - before), HIGH_WATER_RESET
 
 
 def free_bytes() -> int:
@@ -123,15 +123,9 @@ def free_bytes() -> int:
     Raises:
         OSError: where the system does not say.
     """
-    available = None
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    if available is None:
-        import os
-
+    try:
+        available = _kernel_bytes(Path("/proc/meminfo"), "MemAvailable")
+    except OSError:
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
@@ -156,32 +150,20 @@ _THERMAL = {0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown"
 _POWER = {0x4: "software power cap", 0x80: "hardware power brake"}
 
 
-class Monitor(Protocol):
-    """Reads a device."""
+class Monitor:
+    """Reads a device; this one is of a device that reports nothing: a CPU, or a GPU without NVML's Python package."""
 
     def read(self) -> Mapping[str, Any]:
-        """The present conditions; empty where the device reports nothing."""
-        ...
-
-    def energy_j(self) -> float | None:
-        """Joules since some fixed moment, or None."""
-        ...
-
-
-class NoMonitor:
-    """A device that reports nothing: a CPU, or a GPU without NVML's Python package."""
-
-    def read(self) -> Mapping[str, Any]:
-        """Nothing."""
+        """Return the present conditions; empty where the device reports nothing."""
         return {}
 
     def energy_j(self) -> float | None:
-        """None."""
+        """Return joules since some fixed moment, or None."""
         return None
 
 
 @dataclass
-class NvmlMonitor:
+class NvmlMonitor(Monitor):
     """An NVIDIA GPU.
 
     Args:
@@ -193,10 +175,7 @@ class NvmlMonitor:
     handle: Any
 
     def read(self) -> Mapping[str, Any]:
-        """Clocks in MHz, power in watts, temperature in degrees Celsius, reasons for lower clocks, processes.
-
-        Whatever the GPU does not report is not there.
-        """
+        """Return clocks in MHz, power in watts, degrees Celsius, reasons for lower clocks and processes, if reported."""
         nvml, handle = self.nvml, self.handle
         readings: dict[str, Callable[[], Any]] = {
             "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
@@ -218,7 +197,7 @@ class NvmlMonitor:
         return found
 
     def energy_j(self) -> float | None:
-        """Joules since the driver was loaded; None on GPUs older than Volta."""
+        """Return joules since the driver was loaded; None on GPUs older than Volta."""
         try:
             return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1000
         except self.nvml.NVMLError:
@@ -256,11 +235,11 @@ def monitor_for(device: str, uuid: str | None) -> Monitor:
         uuid: of the GPU, as torch reports it; the first one if not known.
     """
     if device != "cuda":
-        return NoMonitor()
+        return Monitor()
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:
-        return NoMonitor()
+        return Monitor()
     try:
         nvml.nvmlInit()
         if uuid is None:
@@ -268,4 +247,4 @@ def monitor_for(device: str, uuid: str | None) -> Monitor:
         name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
         return NvmlMonitor(nvml, nvml.nvmlDeviceGetHandleByUUID(name))
     except nvml.NVMLError:
-        return NoMonitor()
+        return Monitor()

@@ -1,17 +1,19 @@
-"""The protocol of a framework's half, its data types, and the few functions that both halves share.
+"""The interface of a framework's half, its data types, and the few functions that both halves share.
 
 Imports no framework.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from bench.plan.cells import RESULTS
 from bench.plan.competitors import Catalogue
+from bench.plan.workloads import AXES
 from parity_tests.judge.inputs import Inputs
 from parity_tests.report.files import ScratchFolder
 
@@ -88,57 +90,80 @@ def in_turn(calls: Sequence[Call]) -> Call:
     return lambda: next(turn)()
 
 
-class Timer(Protocol):
+class Timer(ABC):
     """One framework, in its own process."""
 
     framework: str
 
+    def __init__(self) -> None:
+        self._device, self._precision, self._division = "cpu", "ieee_fp32", "stock"
+
+    @abstractmethod
     def devices(self) -> tuple[str, ...]:
         """Return the names of the devices that are there: `cpu`, `cuda`."""
-        ...
 
+    @abstractmethod
     def catalogue(self) -> Catalogue:
         """Return the competitors that can be run."""
-        ...
 
+    @abstractmethod
     def environment(self) -> dict[str, Any]:
         """Return versions and device, for the fingerprint."""
-        ...
 
+    @abstractmethod
     def refusals(self) -> list[str]:
-        """Return the switches of this process under which a mode or a clock would be a lie."""
-        ...
+        """Return the switches of this process under which a mode or a clock would be a lie.
 
+        Variables are not passed on to a worker, but a start-up file may set the switches.
+        """
+
+    @abstractmethod
     def switches(self) -> dict[str, Any]:
         """Return the precision switches as they stand."""
-        ...
 
     def configure(self, precision: str, division: str, device: str) -> None:
-        """Set the switches for a cell and drops what earlier cells compiled.
+        """Set the switches for a cell and drop the programs of earlier cells.
 
         Raises:
             Unsupported: if the device has no such arithmetic.
         """
-        ...
+        if device not in self.devices():
+            raise Unsupported(f"{self.framework} sees no {device} device")
+        if precision == "tf32" and device == "cpu":
+            raise Unsupported("a CPU has no TensorFloat-32 arithmetic")
+        self._device, self._precision, self._division = device, precision, division
+        self._apply()
 
+    @abstractmethod
+    def _apply(self) -> None:
+        """Set the switches of the configured cell and drop the programs of earlier ones."""
+
+    @abstractmethod
     def promised_precision(self, implementation: str) -> str:
         """Return the precision class that a result must reach under the configured switches."""
-        ...
 
+    @abstractmethod
     def free_bytes(self) -> int:
         """Return the memory that is free on the configured device."""
-        ...
 
+    @abstractmethod
     def cache_bytes(self) -> int:
         """Return the size of the last cache between the configured device's memory and its processors."""
-        ...
 
     def arguments(self, inputs: Inputs, layout: str) -> tuple[Any, ...]:
         """Return x, weight, bias and cotangent on the device, in buffers of their own; x and dy in the layout."""
-        ...
+        if inputs.bias is None:
+            raise Unsupported("a workload without a bias")
+        x, cotangent = (swapped(array, layout) for array in (inputs.x, inputs.cotangent))
+        return tuple(self._placed(array) for array in (x, inputs.weight, inputs.bias, cotangent))
 
+    @abstractmethod
+    def _placed(self, array: np.ndarray) -> Any:
+        """Return a copy on the configured device, in memory that the framework allocates."""
+
+    @abstractmethod
     def prepare(self, task: Task, buffers: Sequence[tuple[Any, ...]]) -> Prepared:
-        """Build and compiles.
+        """Build and compile; the call is then the one that a user would write.
 
         Args:
             task: what to compute.
@@ -147,62 +172,53 @@ class Timer(Protocol):
         Raises:
             Unsupported: if the implementation does not support the call.
         """
-        ...
 
+    @abstractmethod
     def account(self, prepared: Prepared) -> int | None:
         """Return the operations of one call by the framework's own account of the program that runs, or None."""
-        ...
 
+    @abstractmethod
     def trace(self, prepared: Prepared) -> Trace:
         """Run one call under the framework's tracer."""
-        ...
 
+    @abstractmethod
     def large_product(self) -> tuple[Call, int]:
-        """Return a product large enough to reach the device's rate in the configured precision, and its operations."""
-        ...
+        """Return a square product that reaches the device's rate in the configured precision, and its operations."""
 
+    @abstractmethod
     def large_copy(self) -> tuple[Call, int]:
-        """Return a copy large enough to reach the memory's rate, and the bytes that it reads and writes."""
-        ...
+        """Return a copy of at least eight times the last cache, and the bytes that it reads and writes."""
 
+    @abstractmethod
     def wait(self, result: Any) -> None:
         """Return when the result is computed."""
-        ...
 
-    def to_numpy(self, result: Any, task: Task) -> Mapping[str, np.ndarray]:
+    def to_numpy(self, result: Any, task: Task) -> dict[str, np.ndarray]:
         """Return the results by name, in the storage dtype and with the partition axis before the features.
 
         `y`; with gradients `dx`, `dweight`, `dbias`; after a step `dx`, `weight`, `bias`.
         """
-        ...
+        results = result if isinstance(result, tuple) else (result,)
+        named = zip(RESULTS[task.direction], map(self._fetched, results), strict=True)
+        return {name: swapped(array, task.layout) if name in ("y", "dx") else array for name, array in named}
 
+    @abstractmethod
+    def _fetched(self, result: Any) -> np.ndarray:
+        """Return a result as an array of NumPy."""
+
+    @abstractmethod
     def peak_memory(self, prepared: Prepared) -> tuple[int | None, str]:
         """Return the bytes over the live arguments that one call needs at its peak, and the method."""
-        ...
 
+    @abstractmethod
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Return True if an error means that memory ran out."""
-        ...
 
 
-# Layout to the two axes of (b, n, features) that change places in memory; None where the axes are in order.
-#   contiguous       (b, n, i): the partition axis before the features
-#   partition_major  (n, b, i): what a batched product takes
-#   time_series      (b, i, n): (batch, time, channel), whose contraction axis is strided
-AXES: Mapping[str, tuple[int, int] | None] = MappingProxyType(
-    {"contiguous": None, "partition_major": (0, 1), "time_series": (1, 2)}
-)
-
-
-def swapped_axes(layout: str) -> tuple[int, int] | None:
-    """The axes that change places between memory and mathematics.
-
-    Raises:
-        ValueError: for a layout that is none.
-    """
-    if layout not in AXES:
-        raise ValueError(f"layout: expected one of {', '.join(AXES)}, got {layout!r}; choose one of these.")
-    return AXES[layout]
+def swapped(array: np.ndarray, layout: str) -> np.ndarray:
+    """Return the array from its layout in memory to (b, n, features), or back: a swap of axes undoes itself."""
+    axes = AXES[layout]
+    return array if axes is None else np.ascontiguousarray(np.swapaxes(array, *axes))
 
 
 class CacheFolder:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 from bench.measure.switches import without_unset
 from bench.plan.competitors import FRAMEWORKS, Catalogue
@@ -208,22 +208,6 @@ def starter(pythons: Mapping[str, str], *, device: str, division: str, cpus: Seq
         return WorkerProcess(framework, environment, python=pythons.get(framework))
 
     return start
-
-
-class Workers(Protocol):
-    """The part of a pool that a cell needs."""
-
-    def request(self, framework: str, message: Message, timeout_s: float) -> Message:
-        """Ask a worker."""
-        ...
-
-    def alive(self, framework: str) -> bool:
-        """Return True while a worker runs."""
-        ...
-
-    def replace(self, framework: str) -> None:
-        """Start a new worker in place of a dead one."""
-        ...
 
 
 class WorkerPool:

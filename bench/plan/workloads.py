@@ -13,7 +13,14 @@ from types import MappingProxyType
 
 from parity_tests.judge.cases import Case
 
-LAYOUTS: tuple[str, ...] = ("contiguous", "partition_major", "time_series")
+# Layout to the two axes of (b, n, features) that change places in memory; None where the axes are in order.
+#   contiguous       (b, n, i): the partition axis before the features
+#   partition_major  (n, b, i): what a batched product takes
+#   time_series      (b, i, n): (batch, time, channel), whose contraction axis is strided
+AXES: Mapping[str, tuple[int, int] | None] = MappingProxyType(
+    {"contiguous": None, "partition_major": (0, 1), "time_series": (1, 2)}
+)
+LAYOUTS: tuple[str, ...] = tuple(AXES)
 
 
 @dataclass(frozen=True)

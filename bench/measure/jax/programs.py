@@ -12,8 +12,9 @@ from jax.core import Tracer
 
 from bench.measure.jax.functions import Function, resolve
 from bench.measure.jax.xla import kept_in, repeated_product_flops
-from bench.measure.timer import CacheFolder, Call, Prepared, Task, Unsupported, in_turn, swapped_axes
+from bench.measure.timer import CacheFolder, Call, Prepared, Task, Unsupported, in_turn
 from bench.plan.competitors import JIT, JIT_GRAPH
+from bench.plan.workloads import AXES
 from jax_impl import UnsupportedImplementationError
 from parity_tests.frameworks.jax.optimizer import build_optax
 from parity_tests.training.optimizers import OPTIMIZERS
@@ -41,7 +42,7 @@ def compiler_options(division: str, device: str, mode: str) -> dict[str, Any]:
 
 def _in_layout(function: Function, layout: str) -> Function:
     """Return the function on arrays as they lie in memory; it transposes, since XLA's arrays have no strides."""
-    axes = swapped_axes(layout)
+    axes = AXES[layout]
     if axes is None:
         return function
 

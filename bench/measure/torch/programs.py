@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bench.measure.timer import CacheFolder, Call, Prepared, Task, Unsupported, in_turn, swapped_axes
+from bench.measure.timer import CacheFolder, Call, Prepared, Task, Unsupported, in_turn
 from bench.measure.torch.functions import Function, resolve
 from bench.plan.competitors import COMPILE, CUDA_GRAPH, EAGER, MAX_AUTOTUNE, REDUCE_OVERHEAD
+from bench.plan.workloads import AXES
 from parity_tests.frameworks.torch.optimizer import build_torch
 from parity_tests.training.optimizers import OPTIMIZERS
 
@@ -27,7 +28,7 @@ _CALLS_BEFORE_CAPTURE = 3
 
 def _in_layout(function: Function, layout: str, *, settle: bool) -> Function:
     """Return the function on arrays as they lie in memory; `settle` asks for results that lie like the inputs."""
-    axes = swapped_axes(layout)
+    axes = AXES[layout]
 
     def laid_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if axes is not None:
