@@ -130,7 +130,7 @@ def recommend(
     in_features: Annotated[int, typer.Option(min=1, help="Inputs of one partition.")],
     out_features: Annotated[int, typer.Option(min=1, help="Outputs of one partition.")],
     batch: Annotated[int, typer.Option(min=1, help="Rows that one partition sees.")],
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16 or fp64.")] = "fp32",
     precision: Annotated[str | None, typer.Option(help="tf32; default: that of --dtype.")] = None,
     direction: Annotated[str, typer.Option(help="forward or forward_backward.")] = "forward",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the only one that was measured.")] = None,
@@ -147,9 +147,11 @@ def recommend(
     """
     from bench.commands.recommend import recommend_command
     from bench.study.recommendation import Shape
+    from parity_tests.judge.precisions import precision_class, storage_dtype
 
     sizes = (batch, num_partitions, in_features, out_features)
-    shape = Shape(*sizes, dtype, direction, device, framework, precision)
+    precision = None if precision is None else precision_class(precision)
+    shape = Shape(*sizes, storage_dtype(dtype), direction, device, framework, precision)
     raise typer.Exit(
         recommend_command(directories, shape, extrapolate=extrapolate, json_file=json_file, csv_file=csv_file)
     )

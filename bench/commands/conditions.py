@@ -7,6 +7,7 @@ from functools import partial
 from bench.commands.usage import UsageError
 from bench.records import Record
 from bench.report.export import SHARED
+from parity_tests.judge.precisions import precision_class, storage_dtype
 
 
 def selection(option: str, conditions: Sequence[str]) -> Callable[[Record], bool]:
@@ -25,7 +26,8 @@ def selection(option: str, conditions: Sequence[str]) -> Callable[[Record], bool
         if not sign or name not in SHARED:
             names = ", ".join(SHARED)
             raise UsageError(f"{option}: expected FIELD=PATTERN with one of {names}, got {condition!r}; name one.")
-        wanted.append((name, pattern))
+        spelled = {"precision": precision_class, "observed_precision": precision_class, "dtype": storage_dtype}
+        wanted.append((name, spelled.get(name, str)(pattern)))
     # No closure: it travels to other processes.
     return partial(_meets, tuple(wanted))
 

@@ -8,13 +8,14 @@ from typing import Any
 from bench.archive import Archive, Damage
 from bench.commands.usage import FAILED, OK, UsageError, check_choices, check_writable, complain, tell_damage
 from bench.environments import StoreError
-from bench.plan.cells import DEVICES, DIRECTIONS, PRECISIONS, STORAGE_DTYPES
+from bench.plan.cells import DEVICES, DIRECTIONS, STORAGE_DTYPES
 from bench.plan.competitors import FRAMEWORKS
 from bench.report.export import interval_json
 from bench.report.output import OutputError, columns_of, write_csv, write_json
 from bench.report.text import MORE_PROCESSES, ratio
 from bench.study.process_spread import seen_spreads
 from bench.study.recommendation import FAR, NEAR, SIZES, Neighbour, Shape, nearest
+from parity_tests.judge.precisions import PRECISIONS, short_name
 from parity_tests.report.console import PlainConsole
 
 
@@ -112,10 +113,10 @@ def recommend_command(
     """Runs `bench recommend`; its exit status is 1 if the nearest measurement is too far away to say anything."""
     damage = Damage()
     try:
-        check_choices("--dtype", [shape.dtype], tuple(dict.fromkeys(STORAGE_DTYPES.values())))
+        check_choices("--dtype", [short_name(shape.dtype)], [name for name in PRECISIONS if name != "tf32"])
         check_choices("--direction", [shape.direction], DIRECTIONS)
         check_choices("--device", [shape.device] if shape.device else [], DEVICES)
-        check_choices("--precision", [shape.precision] if shape.precision else [], PRECISIONS)
+        check_choices("--precision", [short_name(shape.precision)] if shape.precision else [], PRECISIONS)
         if shape.precision and STORAGE_DTYPES[shape.precision] != shape.dtype:
             raise UsageError(
                 f"--precision: {shape.precision} is of {STORAGE_DTYPES[shape.precision]}, got --dtype {shape.dtype}; "

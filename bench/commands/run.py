@@ -1,4 +1,4 @@
-"""`bench run`."""
+"""`bench run`: check the options, measure, write the report and show it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -114,7 +114,7 @@ def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes, 
 
 
 def run_command(options: RunOptions) -> int:
-    """Run `bench run` and returns its exit status."""
+    """Run `bench run` and return its exit status."""
     notes = SweepNotes()
     results, failed, damage = None, None, Damage()
     # Until the files are there: a second Ctrl-C, in impatience, must not cost them.

@@ -21,7 +21,7 @@ _REFILL_S = 0.001
 # Only a call of this length does not notice what refilling costs, and goes without.
 _LONG_CALL_S = 0.03
 # Threads of torch's OpenMP pool spin for some milliseconds after its last product, and XLA's for one: on two cores they
-# take a quarter of the speed of whoever runs in another process at that time. Measured: after 2 ms and a refill, or
+# take a quarter of the speed of another process at that time. Measured: after 2 ms and a refill, or
 # after 6 ms without one, a block is as fast as the next one. Longer pauses cost both sides the same.
 _PAUSE_S, _PAUSE_BEFORE_LONG_S = 0.002, 0.006
 # More looks at a block that lasts this many times its target would only cost time: few disturbances are that long.

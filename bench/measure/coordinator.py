@@ -24,16 +24,16 @@ class CellRun:
 
     Args:
         cell: the conditions.
-        competitors: who takes part.
+        competitors: the entries, the control excepted.
         workers: the pool.
         preset: rounds, block length and caps.
         seed: of the inputs and the order.
         report: called with a short text at each step.
         monitor: reads the device around each block.
-        device_name: of the GPU or processor, for what it can do by its data sheet.
+        device_name: of the GPU, for its data sheet.
         watch: watches the machine during the rounds; None watches nothing.
-        diagnose: whether to measure what is no speed as well (memory, the other clocks, energy, compiling again); the
-            answers and the number of products are checked in any case.
+        diagnose: measure memory, the other clocks, energy and compiling again too; answers and the number of products
+            are checked in any case.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class CellRun:
         self._cell, self._workers, self._preset, self._seed, self._report = cell, workers, preset, seed, report
         self._entries = [Entry(competitor, str(k)) for k, competitor in enumerate(competitors)]
         self._opened: dict[str, Message] = {}
-        self._last_timed = ""
+        self._last_timed, self._block_s = "", BLOCK_S[cell.device]
 
     def _of(self, framework: str) -> list[Entry]:
         return [entry for entry in self._entries if entry.going and entry.competitor.framework == framework]
@@ -96,7 +96,7 @@ class CellRun:
         return None
 
     def _recover(self, framework: str) -> None:
-        """Replace a dead worker and prepares its remaining competitors again; a second failure ends them too."""
+        """Replace a dead worker and prepare its remaining competitors again; a second failure ends them too."""
         prepared = [entry for entry in self._of(framework) if entry.prepared and not entry.control]
         try:
             self._workers.replace(framework)
@@ -106,7 +106,7 @@ class CellRun:
                 entry.fail(error.status, f"the worker could not be replaced: {error.reason}")
             return
         for entry in prepared:
-            # A failure in here recovers again, and then prepares these once more; each failure ends one competitor.
+            # A failure here recovers again, and then prepares these once more; each failure ends one competitor.
             if entry.going and self._prepare(entry) is not None and entry.calls_per_block is not None:
                 self._warm_up(entry, max_blocks=1)
 
@@ -151,8 +151,7 @@ class CellRun:
             entry.peak_memory_bytes, entry.memory_method = used["peak_memory_bytes"], used["memory_method"]
 
     def _warm_up(self, entry: Entry, *, max_blocks: int) -> Message | None:
-        block_s = BLOCK_S[self._cell.device]
-        return self._ask(entry, "warm_up", self._preset.limits.request_s, block_s=block_s, max_blocks=max_blocks)
+        return self._ask(entry, "warm_up", self._preset.limits.request_s, block_s=self._block_s, max_blocks=max_blocks)
 
     def _size(self, entry: Entry) -> None:
         warm = self._warm_up(entry, max_blocks=self._preset.warm_up_blocks)
@@ -161,13 +160,12 @@ class CellRun:
             entry.warm_up += warm["block_latency_s"]
 
     def _rehearse(self, entry: Entry) -> None:
-        rehearse(entry, self._block, self._size, BLOCK_S[self._cell.device])
+        rehearse(entry, self._block, self._size, self._block_s)
 
-    def _accept(self, entry: Entry, judgement: dict[str, Any], when: str) -> bool:
+    def _accept(self, entry: Entry, judgement: dict[str, Any], when: str) -> None:
         entry.judgement = judgement
         if judgement["status"] != "ok":
             entry.fail("mismatch", f"{when}: {judgement['reason']}")
-        return entry.going
 
     def _block(self, entry: Entry, verify: bool) -> dict[str, Any] | None:
         limit, framework = self._preset.limits.request_s, entry.competitor.framework
@@ -187,7 +185,9 @@ class CellRun:
         budget = self._preset.probe_s if self._diagnose else 0.0
         found = self._ask(entry, "probe", self._preset.limits.prepare_s, budget_s=budget)
         if found is not None:
-            take_probe(entry, found)
+            doubt, entry.probe = found.pop("doubt"), found
+            if doubt:
+                entry.reject(doubt)
 
     def _measure_energy(self, entry: Entry) -> None:
         def run_calls() -> int | None:
@@ -202,7 +202,7 @@ class CellRun:
         try:
             return self._workers.request(framework, {"operation": "ceilings"}, self._preset.limits.request_s)
         except RequestError:
-            # Only the fractions of a ceiling are lost; a worker that died is needed for the probes.
+            # Only the shares of a ceiling are lost; a worker that died is needed for the probes.
             if not self._workers.alive(framework):
                 self._recover(framework)
             return {}
@@ -230,7 +230,7 @@ class CellRun:
             block=self._block,
             monitor=self._monitor,
             report=self._report,
-            block_s=BLOCK_S[self._cell.device],
+            block_s=self._block_s,
             watch=self._watch,
         )
         stopped = rounds.run() if any(entry.going for entry in self._entries) else ""
@@ -251,16 +251,6 @@ class CellRun:
         )
 
 
-def take_probe(entry: Entry, found: dict[str, Any]) -> None:
-    """Keep what a probe found; a program that does less than the function needs ends its competitor."""
-    doubt = found.pop("doubt")
-    entry.probe = found
-    if doubt:
-        entry.rejected.extend(entry.blocks)
-        entry.blocks.clear()
-        entry.fail("mismatch", doubt)
-
-
 def measured_ceilings(replies: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Return the higher of the frameworks' rates: a ceiling is the most that the device was seen to do."""
     highest: dict[str, float] = {}
@@ -278,8 +268,8 @@ def flops_limit(
 
     Args:
         cell: what was asked for.
-        ceilings: what `measured_ceilings` found.
-        device_name: of the GPU, for its data sheet.
+        ceilings: the result of `measured_ceilings`.
+        device_name: of the GPU.
         observed: the precision class of the results.
     """
     limit = peak_rates(device_name, cell.precision, observed).get("flops_per_s")
@@ -293,14 +283,7 @@ def flops_limit(
 def reject_the_impossible(
     entries: Iterable[Entry], cell: Cell, ceilings: Mapping[str, float], device_name: str
 ) -> None:
-    """End every competitor whose rate is above what the hardware can do: the work was not done.
-
-    Args:
-        entries: after the rounds.
-        cell: what was measured.
-        ceilings: what `measured_ceilings` found.
-        device_name: of the GPU, for its data sheet.
-    """
+    """Reject every competitor whose rate after the rounds exceeds the hardware's: not all the work was done."""
     for entry in entries:
         if not (entry.going and entry.blocks and entry.calls_per_block):
             continue
@@ -317,6 +300,4 @@ def reject_the_impossible(
         for what, (amount, limit) in limits.items():
             if limit is not None and entry.going and amount * calls_per_s > limit:
                 said = f"{amount * calls_per_s:.3g} {what} a second, over the {limit:.3g} that the device can do"
-                entry.rejected.extend(entry.blocks)
-                entry.blocks.clear()
-                entry.fail("mismatch", f"{said}: not all was done")
+                entry.reject(f"{said}: not all was done")

@@ -29,9 +29,8 @@ _GPU_FIELDS = "name,uuid,driver_version,power.limit,clocks.max.sm,clocks.max.mem
 # Tells machines of one kind apart; set by the engine that uses several. A name of its own that a machine changes with
 # every start, as containers do, would make a resumed run measure everything again.
 MACHINE_VARIABLE = "PARTITIONED_LINEAR_BENCH_MACHINE"
-
-
 _COMMAND_S = 30.0
+_BUSY_LOAD_PER_CPU = 0.5
 
 
 def _output(*command: str) -> tuple[str | None, str]:
@@ -117,19 +116,17 @@ def fingerprint(
             "torchinductor": "directory given" if os.environ.get("TORCHINDUCTOR_CACHE_DIR") else "default, may be warm",
             "jax": "persistent" if os.environ.get("JAX_COMPILATION_CACHE_DIR") else "none",
         },
-        "frameworks": {
-            name: {
-                "versions": hello["environment"],
-                "python": hello["python"],
-                "default_switches": hello["default_switches"],
-                "variables": hello["variables"],
-            }
-            for name, hello in workers.items()
-        },
+        "frameworks": {name: _framework(hello) for name, hello in workers.items()},
     }
 
 
-_BUSY_LOAD_PER_CPU = 0.5
+def _framework(hello: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "versions": hello["environment"],
+        "python": hello["python"],
+        "default_switches": hello["default_switches"],
+        "variables": hello["variables"],
+    }
 
 
 def warnings_for(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str]) -> list[str]:
@@ -199,16 +196,7 @@ def diagnose(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str])
         "source_digest": source_digest(),
         "divisions": list(DIVISIONS),
         "cuda_packages": {name: reply["cuda_packages"] for name, reply in hello.items()},
-        "frameworks": {
-            name: {
-                "python": reply["python"],
-                "devices": list(reply["devices"]),
-                "versions": reply["environment"],
-                "default_switches": reply["default_switches"],
-                "variables": reply["variables"],
-            }
-            for name, reply in hello.items()
-        },
+        "frameworks": {name: {"devices": list(reply["devices"]), **_framework(reply)} for name, reply in hello.items()},
         "missing": dict(missing),
         "gpu": gpu,
         "warnings": [*late, *warnings_for(hello, missing), *gpu_warnings(gpu, with_gpu)],

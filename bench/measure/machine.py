@@ -96,7 +96,7 @@ def _lifetime_peak() -> int:
 
 
 def resident_growth(call: Callable[[], object]) -> tuple[int, str]:
-    """Run the call once and measures by how much the resident set rose at its highest.
+    """Run the call once and measure by how much the resident set rose at its highest.
 
     Args:
         call: returns when its result is ready; the result is dropped.
@@ -134,7 +134,7 @@ def free_bytes() -> int:
 
 
 def last_cache_bytes() -> int:
-    """Size of the last level of this processor's caches; 32 MiB where the system does not say."""
+    """Return the size of the last level of this processor's caches; 32 MiB where the system does not say."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()
@@ -175,7 +175,7 @@ class NvmlMonitor(Monitor):
     handle: Any
 
     def read(self) -> Mapping[str, Any]:
-        """Return clocks in MHz, power in watts, degrees Celsius, reasons for lower clocks and processes, if reported."""
+        """Return clocks in MHz, watts, degrees Celsius, reasons for lower clocks and processes, if reported."""
         nvml, handle = self.nvml, self.handle
         readings: dict[str, Callable[[], Any]] = {
             "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),

@@ -58,6 +58,12 @@ class Entry:
         """End the competitor."""
         self.status, self.reason, self.skipped = status, reason, skipped
 
+    def reject(self, reason: str) -> None:
+        """End the competitor as one that did not do its work; its blocks are kept apart."""
+        self.rejected.extend(self.blocks)
+        self.blocks.clear()
+        self.fail("mismatch", reason)
+
     @property
     def timed(self) -> bool:
         """True if the next round has blocks of it: it is right so far, and not yet decided."""
@@ -133,10 +139,10 @@ Block = Callable[[Entry, bool], dict[str, Any] | None]
 
 
 def hopeless(entries: Sequence[Entry], limits: Limits, size: Callable[[Entry], None]) -> Iterator[tuple[Entry, float]]:
-    """Find who is both slow and far behind: the usual candidates are timed however slow the machine is.
+    """Find competitors that are both slow and far behind: the usual candidates are timed however slow the machine is.
 
-    The baseline stays in any case, and nobody goes for calls that were disturbed: whoever seems too slow is called
-    again, some time after the first calls, where that fits into the time of a request.
+    The baseline stays in any case. Disturbed calls end no competitor: one that seems too slow is called again, some
+    time after the first calls, where that fits into the time of a request.
 
     Args:
         entries: all competitors of the cell, prepared.
@@ -167,7 +173,7 @@ def hopeless(entries: Sequence[Entry], limits: Limits, size: Callable[[Entry], N
 
 
 def rehearse(entry: Entry, block: Block, size: Callable[[Entry], None], block_s: float) -> None:
-    """Run a block before the first round, and sizes the competitor again where that turns out far too short.
+    """Run a block before the first round, and size the competitor again where that turns out far too short.
 
     Its size was found within some ten milliseconds. Where the host was slow just then, all its blocks would be short;
     by now the others have found theirs, and such a time is over.
@@ -195,11 +201,11 @@ class Rounds:
         entries: all competitors of the cell and the control.
         preset: caps.
         seed: of the order.
-        block: runs one block of an entry and judges it where the second argument says so; None if that ended it.
+        block: runs one block of an entry and judges it if the second argument is true; None if that ended it.
         monitor: reads the device around each block.
         report: called with a short text at each round.
         block_s: length that blocks were sized for, in seconds.
-        watch: watches the machine, between blocks; None watches nothing.
+        watch: watches the machine between blocks; None watches nothing.
     """
 
     def __init__(
@@ -222,7 +228,7 @@ class Rounds:
         self._control_known = False
 
     def run(self) -> str:
-        """Run rounds until one of the reasons to stop; returns it: resolved, precise, rounds or time."""
+        """Run rounds until one of the reasons to stop, and return it: resolved, precise, rounds or time."""
         preset, spent, stop = self._preset, 0.0, None
         most_s = max(preset.cell_s, preset.most_cell_s)
         for number in range(1, preset.rounds + 1):
@@ -279,7 +285,7 @@ class Rounds:
         return sum(entry.timed for entry in self._entries if entry.baseline) == 2
 
     def _decide(self, number: int) -> str | None:
-        """Mark who leaves with the next round; says whether that round is the last."""
+        """Mark the entries that leave with the next round; return the reason if that round is the last."""
         baseline = next((entry for entry in self._entries if entry.baseline and not entry.control), None)
         if baseline is None or not baseline.timed:
             return None

@@ -146,7 +146,7 @@ class TorchTimer(Timer):
         return to_torch(array, torch.device(self._device)).clone()
 
     def prepare(self, task: Task, buffers: Sequence[tuple[torch.Tensor, ...]]) -> Prepared:
-        """Build the call, and compiles it by calling it once where the mode says so."""
+        """Build the call, and compile it by calling it once where the mode says so."""
         if task.implementation in implementation_names():
             n, i, o = buffers[0][1].shape
             reason = unsupported_reason(
