@@ -42,8 +42,8 @@ def run(
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the inputs.")] = 0,
     precision: Annotated[
-        str, typer.Option(help="How fp32 products may be computed: ieee_fp32, or tf32 (NVIDIA GPUs).")
-    ] = "ieee_fp32",
+        str, typer.Option(help="How fp32 products may be computed: fp32, or tf32 (NVIDIA GPUs).")
+    ] = "fp32",
     pair: Annotated[str | None, typer.Option(help="Judge your own pair instead: package.module:factory.")] = None,
     torch_python: Annotated[
         str | None, typer.Option(help="With --pair: run the torch side in this interpreter.")
@@ -64,19 +64,20 @@ def run(
     """
     from parity_tests.commands.run import Options, run
     from parity_tests.commands.usage import FP32_PRECISIONS, choose, refuse
+    from parity_tests.judge.precisions import short_name, storage_dtype
 
-    (asked,) = choose("--precision", [precision], FP32_PRECISIONS)
+    (asked,) = choose("--precision", [short_name(precision)], FP32_PRECISIONS)
     options = Options(
         frameworks=tuple(framework or ()),
         implementations=tuple(implementation or ()),
         modes=tuple(mode or ()),
-        dtypes=tuple(dtype or ()),
+        dtypes=tuple(map(storage_dtype, dtype or ())),
         case_set=cases,
         cases=tuple(case or ()),
         trainings=tuple(train or ()),
         device=device,
         seed=seed,
-        precision=None if asked == "ieee_fp32" else asked,
+        precision=None if asked == "fp32" else asked,
         json_file=json_file,
         junit_file=junit_file,
         html_file=html_file,

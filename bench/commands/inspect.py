@@ -17,10 +17,9 @@ from bench.commands.arguments import (
     cut_short,
     tell,
 )
-from bench.measure.diagnosis import diagnose
-from bench.measure.pool import WorkerPool, starter
-from bench.measure.processors import allowed_cpus
-from bench.measure.protocol import RequestError
+from bench.measure.environment import diagnose
+from bench.measure.machine import allowed_cpus
+from bench.measure.workers import RequestError, WorkerPool, starter
 from bench.plan.cells import DIRECTIONS, DIVISIONS, PRECISIONS
 from bench.plan.presets import PRESETS
 from bench.plan.workloads import WORKLOADS

@@ -18,13 +18,14 @@ from bench.commands.arguments import (
     reading,
     tell_damage,
 )
-from bench.plan.cells import DEVICES, DIRECTIONS, PRECISIONS, STORAGE_DTYPES
+from bench.plan.cells import DEVICES, DIRECTIONS, STORAGE_DTYPES
 from bench.plan.competitors import FRAMEWORKS
 from bench.report.export import interval_json, write_csv
 from bench.report.text import MORE_PROCESSES, ratio
 from bench.store import Archive
 from bench.study.process_spread import seen_spreads
 from bench.study.recommendation import FAR, NEAR, SIZES, Neighbour, Shape, nearest
+from parity_tests.judge.precisions import PRECISIONS, precision_class, short_name, storage_dtype
 from parity_tests.report.console import PlainConsole
 from parity_tests.report.files import write_json
 
@@ -35,7 +36,7 @@ def recommend(
     in_features: Annotated[int, typer.Option(min=1, help="Inputs of one partition.")],
     out_features: Annotated[int, typer.Option(min=1, help="Outputs of one partition.")],
     batch: Annotated[int, typer.Option(min=1, help="Rows that one partition sees.")],
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16 or fp64.")] = "fp32",
     precision: Annotated[str | None, typer.Option(help="tf32; default: that of --dtype.")] = None,
     direction: Annotated[str, typer.Option(help="forward or forward_backward.")] = "forward",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the only one that was measured.")] = None,
@@ -51,12 +52,13 @@ def recommend(
     Exit status: 0 with an answer; 1 if the nearest measurement is too far away to say anything; 2 for wrong usage.
     """
     sizes = (batch, num_partitions, in_features, out_features)
+    dtype, precision = storage_dtype(dtype), None if precision is None else precision_class(precision)
     shape = Shape(*sizes, dtype, direction, device, framework, precision)
     with reading() as damage:
-        check_choices("--dtype", [dtype], tuple(dict.fromkeys(STORAGE_DTYPES.values())))
+        check_choices("--dtype", [short_name(dtype)], [name for name in PRECISIONS if name != "tf32"])
         check_choices("--direction", [direction], DIRECTIONS)
         check_choices("--device", [device] if device else [], DEVICES)
-        check_choices("--precision", [precision] if precision else [], PRECISIONS)
+        check_choices("--precision", [short_name(precision)] if precision else [], PRECISIONS)
         if precision and STORAGE_DTYPES[precision] != dtype:
             raise UsageError(
                 f"--precision: {precision} is of {STORAGE_DTYPES[precision]}, got --dtype {dtype}; give both alike."

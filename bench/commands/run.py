@@ -1,10 +1,9 @@
-"""`bench run`."""
+"""`bench run`: check the options, measure, write the report and show it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
@@ -14,6 +13,7 @@ from bench.commands.arguments import (
     INTERRUPTED,
     OK,
     USAGE,
+    RunOptions,
     UsageError,
     check_choices,
     check_interpreters,
@@ -22,16 +22,12 @@ from bench.commands.arguments import (
     tell,
     tell_damage,
 )
-from bench.engines import ENGINES, EngineError
 from bench.environments import StoreError, check_environments, read_environments
-from bench.measure.disturbance import WHEN_BUSY, BusyError
-from bench.measure.protocol import RequestError
-from bench.measure.request import Request, SelectionError, SweepNotes
+from bench.measure.disturbance import BusyError
+from bench.measure.request import EngineError, Request, SelectionError, SweepNotes
 from bench.measure.sweep import Progress, run_sweep
-from bench.plan.cells import CACHES, DEVICES, DIRECTIONS, DIVISIONS, PRECISIONS
-from bench.plan.competitors import FRAMEWORKS, MODES
-from bench.plan.presets import PRESETS, STEPPED_OPTIMIZERS
-from bench.plan.selection import left_out, narrowed
+from bench.measure.workers import RequestError
+from bench.plan.presets import left_out
 from bench.plan.workloads import UnknownWorkloadError, workload
 from bench.report.export import write_summary, write_table
 from bench.report.markdown import environment_lines, write_report
@@ -44,101 +40,41 @@ from parity_tests.report.files import OutputError
 from parity_tests.report.text import printable
 
 _INTERRUPTED = "interrupted"
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command's options; see `bench run --help`."""
-
-    out: Path
-    preset: str
-    workloads: tuple[str, ...]
-    frameworks: tuple[str, ...]
-    implementations: tuple[str, ...]
-    modes: tuple[str, ...]
-    device: str
-    precisions: tuple[str, ...]
-    directions: tuple[str, ...]
-    divisions: tuple[str, ...]
-    caches: tuple[str, ...]
-    optimizer: str | None
-    rounds: int | None
-    cell_s: float | None
-    most_cell_s: float | None
-    probe_s: float | None
-    prepare_s: float | None
-    replicates: int | None
-    seed: int
-    torch_python: str | None
-    jax_python: str | None
-    resume: bool
-    when_busy: str
-    json_file: Path | None
-    csv_file: Path | None = None
-    engine: str = "local"
-    scheduler: str | None = None
-
-
 Engine = Callable[[Request, Store, SweepNotes, Callable[[Progress], None]], None]
 
 
-def _engine(options: Options) -> Engine:
-    """The function that measures: here, or on the workers of a scheduler."""
-    check_choices("--engine", [options.engine], ENGINES)
-    if (options.engine == "dask") != (options.scheduler is not None):
-        raise UsageError("--scheduler: expected with --engine dask, and only there; give both or neither.")
-    if options.scheduler is None:
-        return run_sweep
-    try:
-        from bench.engines.dask import run_on_cluster
-    except ModuleNotFoundError as error:
-        raise UsageError(f"--engine: dask needs the package {error.name}; install the extra `dask`.") from error
-    return partial(run_on_cluster, address=options.scheduler)
+def _checked(options: RunOptions) -> RunOptions:
+    """Return the options with whole paths of interpreters; refuse what is none of an option's choices.
 
-
-def _request(options: Options) -> Request:
-    """Checks the options against the tables that they name."""
-    check_choices("--preset", [options.preset], PRESETS)
+    Raises:
+        UsageError: with one sentence.
+    """
+    for one in fields(options):
+        value = getattr(options, one.name)
+        given = value if isinstance(value, tuple) else () if value is None else (value,)
+        if choices := one.metadata.get("choices"):
+            check_choices(f"--{one.name.replace('_', '-')}", given, choices)
     try:
-        for name in options.workloads:
+        for name in options.workload:
             workload(name)
     except UnknownWorkloadError as error:
         raise UsageError(f"--workload: {error}") from error
-    check_choices("--framework", options.frameworks, FRAMEWORKS)
-    check_choices("--mode", options.modes, MODES)
-    check_choices("--device", [options.device], ("auto", *DEVICES))
-    check_choices("--precision", options.precisions, PRECISIONS)
-    check_choices("--direction", options.directions, DIRECTIONS)
-    check_choices("--division", options.divisions, DIVISIONS)
-    check_choices("--cache", options.caches, CACHES)
-    check_choices("--optimizer", [options.optimizer] if options.optimizer else [], STEPPED_OPTIMIZERS)
-    check_choices("--when-busy", [options.when_busy], WHEN_BUSY)
+    if (options.engine == "dask") != (options.scheduler is not None):
+        raise UsageError("--scheduler: expected with --engine dask, and only there; give both or neither.")
     check_outputs({"--json": options.json_file, "--csv": options.csv_file}, out=options.out / "report.md")
-    preset = narrowed(
-        PRESETS[options.preset],
-        workloads=options.workloads,
-        directions=options.directions,
-        precisions=options.precisions,
-        divisions=options.divisions,
-        caches=options.caches,
-        optimizer=options.optimizer,
-        rounds=options.rounds,
-        cell_s=options.cell_s,
-        most_cell_s=options.most_cell_s,
-        probe_s=options.probe_s,
-        prepare_s=options.prepare_s,
-        replicates=options.replicates,
-    )
-    return Request(
-        preset=preset,
-        device=options.device,
-        frameworks=tuple(name for name in FRAMEWORKS if not options.frameworks or name in options.frameworks),
-        implementations=options.implementations,
-        modes=options.modes,
-        pythons=check_interpreters(options.torch_python, options.jax_python),
-        seed=options.seed,
-        when_busy=options.when_busy,
-    )
+    pythons = check_interpreters(options.torch_python, options.jax_python)
+    return replace(options, torch_python=pythons.get("torch"), jax_python=pythons.get("jax"))
+
+
+def _engine(options: RunOptions) -> Engine:
+    """Return the function that measures: here, or on the workers of a scheduler."""
+    if options.scheduler is None:
+        return run_sweep
+    try:
+        from bench.measure.cluster import run_on_cluster
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--engine: dask needs the package {error.name}; install the extra `dask`.") from error
+    return partial(run_on_cluster, address=options.scheduler)
 
 
 @contextmanager
@@ -159,7 +95,7 @@ def _progress_bar() -> Iterator[ProgressBar]:
 
 
 def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes, interruption: Interruption) -> str:
-    """Runs the sweep; returns why it ended early, in a sentence, or nothing."""
+    """Run the sweep; return why it ended early, in a sentence, or nothing."""
     with _progress_bar() as bar:
         task = bar.add_task("starting", total=None)
 
@@ -183,15 +119,16 @@ def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes, 
     return ended
 
 
-def run_command(options: Options) -> int:
-    """Runs `bench run` and returns its exit status."""
+def run_command(options: RunOptions) -> int:
+    """Run `bench run` and return its exit status."""
     notes = SweepNotes()
     results, failed, damage = None, None, Damage()
     # Until the files are there: a second Ctrl-C, in impatience, must not cost them.
     with interruptible() as interruption:
         try:
-            request, engine = _request(options), _engine(options)
-            for line in left_out(request.preset):
+            options = _checked(options)
+            engine = _engine(options)
+            for line in left_out(options.plan):
                 notes.add(line)
             with sole_writer(options.out):
                 store = Store(options.out, resume=options.resume)
@@ -202,7 +139,7 @@ def run_command(options: Options) -> int:
                     notes.add(
                         f"{store.set_aside_bytes} bytes of an unfinished cell were set aside; it is measured again."
                     )
-                stopped = _measure(engine, request, store, notes, interruption)
+                stopped = _measure(engine, options, store, notes, interruption)
         except (UsageError, SelectionError, StoreError) as error:
             return complain(error)
         interrupted = stopped == _INTERRUPTED
@@ -232,8 +169,8 @@ def run_command(options: Options) -> int:
     return FAILED if stopped or not outcomes.get("ok") or outcomes.get("mismatch") or outcomes.get("crash") else OK
 
 
-def _write(options: Options, notes: SweepNotes, results: Results) -> None:
-    """Writes the report and the files that were asked for, from the records alone."""
+def _write(options: RunOptions, notes: SweepNotes, results: Results) -> None:
+    """Write the report and the files that were asked for, from the records alone."""
     write_report("report", options.out / "report.md", results, notes.lines)
     if options.json_file is not None:
         write_summary(options.json_file, results, notes.lines)
@@ -241,8 +178,8 @@ def _write(options: Options, notes: SweepNotes, results: Results) -> None:
         write_table(options.csv_file, results)
 
 
-def _show(options: Options, notes: SweepNotes, results: Results) -> None:
-    """Prints the rankings, from the records alone."""
+def _show(options: RunOptions, notes: SweepNotes, results: Results) -> None:
+    """Print the rankings, from the records alone."""
     console = wide_console()
     for environment_id in results.places():
         for line in environment_lines(environment_id, results.environments[environment_id]):

@@ -1,4 +1,8 @@
-"""Blocks of calls: how many calls fill one, what happens before one, and how it is timed."""
+"""Time blocks of calls: find how many calls fill one, prepare it, run it.
+
+The pipelined clock (many calls, one wait) is the headline. The clocks of single calls and of enqueueing run in a pass
+of their own and are never mixed with it.
+"""
 
 import gc
 import math
@@ -6,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from bench.measure.timer import Call
@@ -16,7 +21,7 @@ _REFILL_S = 0.001
 # Only a call of this length does not notice what refilling costs, and goes without.
 _LONG_CALL_S = 0.03
 # Threads of torch's OpenMP pool spin for some milliseconds after its last product, and XLA's for one: on two cores they
-# take a quarter of the speed of whoever runs in another process at that time. Measured: after 2 ms and a refill, or
+# take a quarter of the speed of another process at that time. Measured: after 2 ms and a refill, or
 # after 6 ms without one, a block is as fast as the next one. Longer pauses cost both sides the same.
 _PAUSE_S, _PAUSE_BEFORE_LONG_S = 0.002, 0.006
 # More looks at a block that lasts this many times its target would only cost time: few disturbances are that long.
@@ -30,7 +35,7 @@ _SIZINGS = 3  # how often the size is looked for, where a block of it turns out 
 
 @dataclass(frozen=True)
 class BlockSize:
-    """How many calls a block has, and how many run untimed before it."""
+    """The number of calls of a block, and of the untimed calls before it."""
 
     calls: int
     refill: int
@@ -38,7 +43,7 @@ class BlockSize:
 
 @contextmanager
 def garbage_kept() -> Iterator[None]:
-    """No garbage is collected meanwhile."""
+    """Collect no garbage meanwhile."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -49,7 +54,7 @@ def garbage_kept() -> Iterator[None]:
 
 
 def time_calls(call: Call, wait: Callable[[Any], None], calls: int) -> tuple[float, Any]:
-    """Seconds until the last result is there, and that result; no garbage is collected meanwhile."""
+    """Return the seconds until the last result is there, and that result; no garbage is collected meanwhile."""
     result = None
     with garbage_kept():
         start = time.perf_counter()
@@ -62,7 +67,7 @@ def time_calls(call: Call, wait: Callable[[Any], None], calls: int) -> tuple[flo
 def time_block(
     call: Call, wait: Callable[[Any], None], size: BlockSize, *, after_other: bool = False
 ) -> tuple[float, Any]:
-    """Times one block after its refill.
+    """Time one block after its refill.
 
     Args:
         call: what is timed.
@@ -81,7 +86,7 @@ def time_block(
 
 
 def find_size(call: Call, wait: Callable[[Any], None], block_s: float) -> tuple[BlockSize, float]:
-    """Finds how many calls fill a block.
+    """Find how many calls fill a block.
 
     A size is accepted by the shortest of three blocks, the last after a pause: whatever stops or slows the process for
     some milliseconds would otherwise leave blocks that are far too short.
@@ -112,7 +117,7 @@ def find_size(call: Call, wait: Callable[[Any], None], block_s: float) -> tuple[
 
 
 def warm_up(call: Call, wait: Callable[[Any], None], block_s: float, max_blocks: int) -> tuple[BlockSize, list[float]]:
-    """Finds how many calls fill a block, then runs blocks until they no longer get faster.
+    """Find how many calls fill a block, then runs blocks until they no longer get faster.
 
     Args:
         call: what is timed.
@@ -138,10 +143,97 @@ def warm_up(call: Call, wait: Callable[[Any], None], block_s: float, max_blocks:
 
 
 def too_short(elapsed: float, block_s: float) -> bool:
-    """Whether a block lasted less than half of the time that it was sized for."""
+    """Return True if a block lasted less than half of the time that it was sized for."""
     return elapsed < SHORT_BLOCK * block_s
 
 
 def could_be_short(warm_up_blocks: Sequence[float], block_s: float) -> bool:
-    """Whether a size may be wrong: one call that lasts many times the length of a block fills it in any case."""
+    """Return True if a size may be wrong: one call that lasts many times the length of a block fills it in any case."""
     return min(warm_up_blocks, default=math.inf) < _BEYOND_DOUBT * block_s
+
+
+# JAX lets 32 executions fly and then blocks: fewer calls are enqueued, so that only enqueueing is timed.
+_ENQUEUED_CALLS = 16
+_MOST_SERIES = 5
+_MOST_SINGLE_CALLS, _FEWEST_SINGLE_CALLS = 20, 3
+_CEILING_CALLS = 5
+
+Wait = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class SingleCalls:
+    """Single calls on the host's clock.
+
+    Attributes:
+        synchronised_latency_s: durations of single calls, each waited for, raw and in order.
+        enqueue_s: median seconds until a call returned, with at most 16 calls under way; the least of several such
+            series, since the first calls after an idle time take longer.
+    """
+
+    synchronised_latency_s: tuple[float, ...]
+    enqueue_s: float
+
+
+def measure_single_calls(call: Call, wait: Wait, *, budget_s: float) -> SingleCalls:
+    """Time single calls, as many as fit into the budget but at least three, and then the enqueueing of some more.
+
+    Args:
+        call: a call that was warmed up.
+        wait: returns when a result is computed.
+        budget_s: seconds for each of the two.
+    """
+    wait(call())
+    durations: list[float] = []
+    while len(durations) < _FEWEST_SINGLE_CALLS or (len(durations) < _MOST_SINGLE_CALLS and sum(durations) < budget_s):
+        start = time.perf_counter()
+        wait(call())
+        durations.append(time.perf_counter() - start)
+    count = max(2, min(_ENQUEUED_CALLS, int(budget_s / max(min(durations), 1e-9))))
+    medians: list[float] = []
+    begun = time.perf_counter()
+    with garbage_kept():
+        while not medians or (len(medians) < _MOST_SERIES and time.perf_counter() - begun < budget_s):
+            medians.append(_enqueueing(call, wait, count))
+    return SingleCalls(tuple(durations), min(medians))
+
+
+def _enqueueing(call: Call, wait: Wait, count: int) -> float:
+    """Return the median seconds until one of some calls returned."""
+    enqueued, result = [], None
+    for _ in range(count):
+        start = time.perf_counter()
+        result = call()
+        enqueued.append(time.perf_counter() - start)
+    wait(result)
+    return median(enqueued)
+
+
+def run_for(call: Call, wait: Wait, *, seconds: float, calls_at_a_time: int) -> int:
+    """Run calls for some time and returns how many there were.
+
+    Args:
+        call: a call that was warmed up.
+        wait: returns when a result is computed.
+        seconds: that must have passed before the last wait.
+        calls_at_a_time: calls that are started before one is waited for.
+    """
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        result = None
+        for _ in range(calls_at_a_time):
+            result = call()
+        wait(result)
+        count += calls_at_a_time
+    return count
+
+
+def shortest_call_s(call: Call, wait: Wait) -> float:
+    """Return the shortest of a few calls: a ceiling is the most that the device can do."""
+    wait(call())
+    durations = []
+    for _ in range(_CEILING_CALLS):
+        start = time.perf_counter()
+        wait(call())
+        durations.append(time.perf_counter() - start)
+    return min(durations)

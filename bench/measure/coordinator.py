@@ -1,22 +1,22 @@
-"""Measures one cell: prepares and judges every competitor, then lets one at a time run its blocks, in shuffled rounds.
+"""Measure one cell: prepare and judge every competitor, let one at a time run its blocks, reject impossible rates.
 
-Whatever happens to a competitor ends in its own record; a worker that dies or hangs is replaced and the rest goes on.
+The outcome of a competitor is its own record; a worker that dies or hangs is replaced, and the others go on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
-from bench.measure.conditions import ENERGY_S, Monitor, NoMonitor, energy_of_a_call
 from bench.measure.disturbance import Watch
-from bench.measure.entry import CellOutcome, Entry, add_control
-from bench.measure.plausibility import measured_ceilings, reject_the_impossible, take_probe
-from bench.measure.protocol import Message, RequestError, Workers
-from bench.measure.rounds import Rounds, hopeless, rehearse
+from bench.measure.machine import ENERGY_S, Monitor, cpu_flops_limit, energy_of_a_call
+from bench.measure.rounds import CellOutcome, Entry, Rounds, add_control, hopeless, rehearse
+from bench.measure.workers import RequestError, WorkerPool
 from bench.plan.cells import Cell
 from bench.plan.competitors import Competitor
-from bench.plan.costs import planned_skip
+from bench.plan.costs import OVER_THE_CEILING, compulsory_bytes, peak_rates, planned_skip, useful_product_flops
 from bench.plan.presets import BLOCK_S, Preset
+from parity_tests.interpreters.interpreter import Message
 
 
 class CellRun:
@@ -24,23 +24,23 @@ class CellRun:
 
     Args:
         cell: the conditions.
-        competitors: who takes part.
+        competitors: the entries, the control excepted.
         workers: the pool.
         preset: rounds, block length and caps.
         seed: of the inputs and the order.
         report: called with a short text at each step.
         monitor: reads the device around each block.
-        device_name: of the GPU or processor, for what it can do by its data sheet.
+        device_name: of the GPU, for its data sheet.
         watch: watches the machine during the rounds; None watches nothing.
-        diagnose: whether to measure what is no speed as well (memory, the other clocks, energy, compiling again); the
-            answers and the number of products are checked in any case.
+        diagnose: measure memory, the other clocks, energy and compiling again too; answers and the number of products
+            are checked in any case.
     """
 
     def __init__(
         self,
         cell: Cell,
         competitors: Sequence[Competitor],
-        workers: Workers,
+        workers: WorkerPool,
         preset: Preset,
         *,
         seed: int = 0,
@@ -51,11 +51,11 @@ class CellRun:
         diagnose: bool = True,
     ):
         self._watch = watch
-        self._monitor, self._device_name, self._diagnose = monitor or NoMonitor(), device_name, diagnose
+        self._monitor, self._device_name, self._diagnose = monitor or Monitor(), device_name, diagnose
         self._cell, self._workers, self._preset, self._seed, self._report = cell, workers, preset, seed, report
         self._entries = [Entry(competitor, str(k)) for k, competitor in enumerate(competitors)]
         self._opened: dict[str, Message] = {}
-        self._last_timed = ""
+        self._last_timed, self._block_s = "", BLOCK_S[cell.device]
 
     def _of(self, framework: str) -> list[Entry]:
         return [entry for entry in self._entries if entry.going and entry.competitor.framework == framework]
@@ -79,7 +79,7 @@ class CellRun:
                 entry.fail("crash", "the frameworks drew different inputs from the same seed: nothing can be compared")
 
     def _ask(self, entry: Entry, operation: str, timeout_s: float, **fields: Any) -> Message | None:
-        """A request on behalf of a competitor; None if that ended it."""
+        """Ask a worker on behalf of a competitor; return None if that ended the competitor."""
         framework = entry.competitor.framework
         try:
             return self._workers.request(
@@ -96,7 +96,7 @@ class CellRun:
         return None
 
     def _recover(self, framework: str) -> None:
-        """Replaces a dead worker and prepares its remaining competitors again; a second failure ends them too."""
+        """Replace a dead worker and prepare its remaining competitors again; a second failure ends them too."""
         prepared = [entry for entry in self._of(framework) if entry.prepared and not entry.control]
         try:
             self._workers.replace(framework)
@@ -106,7 +106,7 @@ class CellRun:
                 entry.fail(error.status, f"the worker could not be replaced: {error.reason}")
             return
         for entry in prepared:
-            # A failure in here recovers again, and then prepares these once more; each failure ends one competitor.
+            # A failure here recovers again, and then prepares these once more; each failure ends one competitor.
             if entry.going and self._prepare(entry) is not None and entry.calls_per_block is not None:
                 self._warm_up(entry, max_blocks=1)
 
@@ -123,7 +123,7 @@ class CellRun:
         )
 
     def _build(self, entry: Entry) -> None:
-        """Builds, compiles and judges a competitor, unless a cap keeps it out."""
+        """Build, compile and judge a competitor, unless a cap keeps it out."""
         limits = self._preset.limits
         free = self._opened[entry.competitor.framework]["free_bytes"]
         reason = planned_skip(entry.competitor, self._cell, limits, free)
@@ -151,8 +151,7 @@ class CellRun:
             entry.peak_memory_bytes, entry.memory_method = used["peak_memory_bytes"], used["memory_method"]
 
     def _warm_up(self, entry: Entry, *, max_blocks: int) -> Message | None:
-        block_s = BLOCK_S[self._cell.device]
-        return self._ask(entry, "warm_up", self._preset.limits.request_s, block_s=block_s, max_blocks=max_blocks)
+        return self._ask(entry, "warm_up", self._preset.limits.request_s, block_s=self._block_s, max_blocks=max_blocks)
 
     def _size(self, entry: Entry) -> None:
         warm = self._warm_up(entry, max_blocks=self._preset.warm_up_blocks)
@@ -161,13 +160,12 @@ class CellRun:
             entry.warm_up += warm["block_latency_s"]
 
     def _rehearse(self, entry: Entry) -> None:
-        rehearse(entry, self._block, self._size, BLOCK_S[self._cell.device])
+        rehearse(entry, self._block, self._size, self._block_s)
 
-    def _accept(self, entry: Entry, judgement: dict[str, Any], when: str) -> bool:
+    def _accept(self, entry: Entry, judgement: dict[str, Any], when: str) -> None:
         entry.judgement = judgement
         if judgement["status"] != "ok":
             entry.fail("mismatch", f"{when}: {judgement['reason']}")
-        return entry.going
 
     def _block(self, entry: Entry, verify: bool) -> dict[str, Any] | None:
         limit, framework = self._preset.limits.request_s, entry.competitor.framework
@@ -181,13 +179,15 @@ class CellRun:
         return timed
 
     def _probe(self, entry: Entry) -> None:
-        """The program's operations and, to diagnose, the other clocks; one that does too little work ends here."""
+        """Count the program's operations, and to diagnose run the other clocks; too little work ends the competitor."""
         if entry.control:
             return
         budget = self._preset.probe_s if self._diagnose else 0.0
         found = self._ask(entry, "probe", self._preset.limits.prepare_s, budget_s=budget)
         if found is not None:
-            take_probe(entry, found)
+            doubt, entry.probe = found.pop("doubt"), found
+            if doubt:
+                entry.reject(doubt)
 
     def _measure_energy(self, entry: Entry) -> None:
         def run_calls() -> int | None:
@@ -202,7 +202,7 @@ class CellRun:
         try:
             return self._workers.request(framework, {"operation": "ceilings"}, self._preset.limits.request_s)
         except RequestError:
-            # Only the fractions of a ceiling are lost; a worker that died is needed for the probes.
+            # Only the shares of a ceiling are lost; a worker that died is needed for the probes.
             if not self._workers.alive(framework):
                 self._recover(framework)
             return {}
@@ -214,7 +214,7 @@ class CellRun:
                 step(entry)
 
     def run(self) -> CellOutcome:
-        """Measures the cell."""
+        """Measure the cell."""
         self._open_all()
         self._each("preparing", self._build)
         self._drop_hopeless()
@@ -230,7 +230,7 @@ class CellRun:
             block=self._block,
             monitor=self._monitor,
             report=self._report,
-            block_s=BLOCK_S[self._cell.device],
+            block_s=self._block_s,
             watch=self._watch,
         )
         stopped = rounds.run() if any(entry.going for entry in self._entries) else ""
@@ -249,3 +249,55 @@ class CellRun:
         return CellOutcome(
             tuple(self._entries), digests[0] if digests else None, switches, ceilings, stopped, watched, windows
         )
+
+
+def measured_ceilings(replies: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the higher of the frameworks' rates: a ceiling is the most that the device was seen to do."""
+    highest: dict[str, float] = {}
+    for found in replies:
+        for name, rate in found.items():
+            if name.startswith("ceiling_"):
+                highest[name] = max(rate, highest.get(name, 0.0))
+    return highest
+
+
+def flops_limit(
+    cell: Cell, ceilings: Mapping[str, float], device_name: str, observed: str | None = None
+) -> float | None:
+    """Return operations a second that the device cannot exceed, by its data sheet, its kind or a measured ceiling.
+
+    Args:
+        cell: what was asked for.
+        ceilings: the result of `measured_ceilings`.
+        device_name: of the GPU.
+        observed: the precision class of the results.
+    """
+    limit = peak_rates(device_name, cell.precision, observed).get("flops_per_s")
+    if limit is None and cell.device == "cpu":
+        return cpu_flops_limit(cell.precision)
+    if limit is None and "ceiling_flops_per_s" in ceilings:
+        return OVER_THE_CEILING * ceilings["ceiling_flops_per_s"]
+    return limit
+
+
+def reject_the_impossible(
+    entries: Iterable[Entry], cell: Cell, ceilings: Mapping[str, float], device_name: str
+) -> None:
+    """Reject every competitor whose rate after the rounds exceeds the hardware's: not all the work was done."""
+    for entry in entries:
+        if not (entry.going and entry.blocks and entry.calls_per_block):
+            continue
+        calls_per_s = entry.calls_per_block / median(entry.blocks)
+        observed = (entry.judgement or {}).get("observed_precision")
+        limits = {
+            "operations": (useful_product_flops(cell), flops_limit(cell, ceilings, device_name, observed)),
+            # A warm cache may deliver bytes faster than the memory can.
+            "bytes of memory": (
+                compulsory_bytes(cell),
+                peak_rates(device_name, cell.precision).get("bytes_per_s") if cell.cache == "cold" else None,
+            ),
+        }
+        for what, (amount, limit) in limits.items():
+            if limit is not None and entry.going and amount * calls_per_s > limit:
+                said = f"{amount * calls_per_s:.3g} {what} a second, over the {limit:.3g} that the device can do"
+                entry.reject(f"{said}: not all was done")

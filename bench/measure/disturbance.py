@@ -1,4 +1,4 @@
-"""How disturbed the machine is while a cell is timed: what others take of its processors, and how it runs meanwhile.
+"""Measure how far a cell is disturbed: the share of the processors that others take, and the speed of a fixed loop.
 
 A busy machine shares its disturbance unevenly between the frameworks, whose thread pools spin, wait and wake
 differently, and no statistic on the samples can see a factor that all rows of one framework share. So it is measured:
@@ -43,7 +43,7 @@ class BusyError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Process:
-    """What the threads of a process had since they started."""
+    """The account of a process's threads since they started."""
 
     ran_s: float
     waited_s: float
@@ -68,7 +68,7 @@ class Usage:
 
 
 def _processor_seconds(cpus: Sequence[int]) -> tuple[float, float] | None:
-    """Seconds spent on processes and taken by the hypervisor since the start; None where the system does not say."""
+    """Return seconds spent on processes and taken by the hypervisor since the start; None where unknown."""
     try:
         lines = (_PROC / "stat").read_text().splitlines()
     except OSError:
@@ -84,7 +84,7 @@ def _processor_seconds(cpus: Sequence[int]) -> tuple[float, float] | None:
 
 
 def _process(pid: int) -> _Process:
-    """The account of a process's threads; nothing of one that has ended."""
+    """Return the account of a process's threads; nothing of one that has ended."""
     ran, waited, put_off = 0, 0, 0
     try:
         for thread in os.scandir(_PROC / str(pid) / "task"):
@@ -115,7 +115,7 @@ def usage(pids: Mapping[str, int], cpus: Sequence[int]) -> Usage | None:
 
 
 def _between(before: Usage, after: Usage) -> dict[str, Any]:
-    """What happened between two moments: shares are numbers of processors."""
+    """Return the difference of two moments; shares are numbers of processors."""
     seconds = max(after.at_s - before.at_s, 1e-9)
     nothing = _Process(0.0, 0.0, 0)
     # A worker that was replaced has an account that begins anew.

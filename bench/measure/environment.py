@@ -1,4 +1,4 @@
-"""The fingerprint of where a measurement was made."""
+"""The fingerprint of the place of a measurement, and the warnings of `bench doctor` about it."""
 
 import hashlib
 import os
@@ -8,15 +8,17 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.measure.processors import cpu_features, cpu_model, governor
-from bench.measure.switches import unset_for
-from bench.measure.worker_process import CHECKOUT
-from bench.records import HARNESS_VERSION, digest
+from bench.measure.machine import allowed_cpus, cpu_features, cpu_model, governor, monitor_for
+from bench.measure.switches import sentences, unset_for
+from bench.measure.workers import CHECKOUT
+from bench.plan.cells import DIVISIONS
+from bench.records import HARNESS_VERSION
 
 _MEASURED = (
     "torch_impl",
     "jax_impl",
     "parity_tests/judge",
+    "parity_tests/training",
     "parity_tests/frameworks",
     "parity_tests/interpreters",
     "bench/measure",
@@ -27,13 +29,12 @@ _GPU_FIELDS = "name,uuid,driver_version,power.limit,clocks.max.sm,clocks.max.mem
 # Tells machines of one kind apart; set by the engine that uses several. A name of its own that a machine changes with
 # every start, as containers do, would make a resumed run measure everything again.
 MACHINE_VARIABLE = "PARTITIONED_LINEAR_BENCH_MACHINE"
-
-
 _COMMAND_S = 30.0
+_BUSY_LOAD_PER_CPU = 0.5
 
 
 def _output(*command: str) -> tuple[str | None, str]:
-    """Runs a command that describes this place.
+    """Run a command that describes this place.
 
     Returns:
         What it prints, or None where it is not installed or refuses; and a sentence if it does not end.
@@ -59,7 +60,7 @@ def _output(*command: str) -> tuple[str | None, str]:
 
 
 def git_state() -> dict[str, Any]:
-    """Returns commit and whether tracked files differ from it: None outside a git checkout, or with `unknown`, why."""
+    """Return commit and whether tracked files differ from it: None outside a git checkout, or with `unknown`, why."""
     commit, late = _output("git", "rev-parse", "HEAD")
     changes, later = (None, "") if late else _output("git", "status", "--porcelain", "--untracked-files=no")
     state = {"commit": commit, "dirty": None if commit is None or changes is None else bool(changes)}
@@ -67,13 +68,13 @@ def git_state() -> dict[str, Any]:
 
 
 def _gpus() -> list[str] | None:
-    """Returns a line for each GPU of the driver, or one that says why there is none; None without nvidia-smi."""
+    """Return a line for each GPU of the driver, or one that says why there is none; None without nvidia-smi."""
     found, late = _output("nvidia-smi", f"--query-gpu={_GPU_FIELDS}", "--format=csv,noheader")
     return [late] if late else None if found is None else found.splitlines()
 
 
 def source_digest() -> str:
-    """Hashes the source that is measured and that measures: a change of either makes new records."""
+    """Hash the source that is measured and that measures: a change of either makes new records."""
     state = hashlib.blake2b(digest_size=8)
     for folder in _MEASURED:
         for path in sorted((CHECKOUT / folder).rglob("*.py")):
@@ -85,7 +86,7 @@ def source_digest() -> str:
 def fingerprint(
     workers: Mapping[str, Mapping[str, Any]], *, device: str, division: str, cpus: Sequence[int]
 ) -> dict[str, Any]:
-    """Collects what a measurement depends on, and nothing that changes from minute to minute.
+    """Collect what a measurement depends on, and nothing that changes from minute to minute.
 
     Args:
         workers: per framework, its reply to `hello`.
@@ -115,18 +116,88 @@ def fingerprint(
             "torchinductor": "directory given" if os.environ.get("TORCHINDUCTOR_CACHE_DIR") else "default, may be warm",
             "jax": "persistent" if os.environ.get("JAX_COMPILATION_CACHE_DIR") else "none",
         },
-        "frameworks": {
-            name: {
-                "versions": hello["environment"],
-                "python": hello["python"],
-                "default_switches": hello["default_switches"],
-                "variables": hello["variables"],
-            }
-            for name, hello in workers.items()
-        },
+        "frameworks": {name: _framework(hello) for name, hello in workers.items()},
     }
 
 
-def environment_id(found: Mapping[str, Any]) -> str:
-    """The id of a fingerprint."""
-    return digest(found)
+def _framework(hello: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "versions": hello["environment"],
+        "python": hello["python"],
+        "default_switches": hello["default_switches"],
+        "variables": hello["variables"],
+    }
+
+
+def warnings_for(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str]) -> list[str]:
+    """Return one sentence for each thing that a user should mend or know.
+
+    Args:
+        hello: per framework, its worker's reply.
+        missing: per framework that is not installed, why.
+    """
+    said = [f"{framework} cannot take part: {reason}." for framework, reason in missing.items()]
+    for framework, reply in hello.items():
+        packages: Mapping[str, list[str]] = reply["cuda_packages"]
+        if len(packages) > 1:
+            shown = "; ".join(f"CUDA {major}: {', '.join(names[:3])}" for major, names in packages.items())
+            said.append(
+                f"Packages of several CUDA majors are installed for {framework}'s interpreter and overwrite each "
+                f"other's files ({shown}); use a fresh environment with the extra cuda12 or cuda13."
+            )
+    with_gpu = [framework for framework, reply in hello.items() if "cuda" in reply["devices"]]
+    if with_gpu and len(with_gpu) < len(hello):
+        said.append(f"Only {with_gpu[0]} sees a GPU: the frameworks can be compared on the CPU only.")
+    cpus = len(allowed_cpus()) or os.cpu_count() or 1
+    said += sentences(tuple(hello), len(allowed_cpus()))
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > _BUSY_LOAD_PER_CPU * cpus:
+        said.append(f"The machine is busy: load {load:.1f} on {cpus} processors; intervals will be wide.")
+    return said
+
+
+def gpu_warnings(conditions: Mapping[str, Any], own: int) -> list[str]:
+    """Return one sentence for each thing about a GPU that would spoil a measurement.
+
+    Args:
+        conditions: what its monitor reads, before anything runs on it.
+        own: workers that may have touched the GPU already; whatever is beyond these is somebody else's.
+    """
+    said = []
+    others = conditions.get("processes", 0) - own
+    if others > 0:
+        said.append(f"{others} other processes use the GPU: their work is measured too; wait until they have ended.")
+    for kind, advice in (("thermal", "let it cool down"), ("power_capped", "expect rows that are labelled so")):
+        if conditions.get(kind):
+            said.append(f"The GPU holds its clocks down ({', '.join(conditions[kind])}); {advice}.")
+    return said
+
+
+def diagnose(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str]) -> dict[str, Any]:
+    """Return everything that `bench doctor` shows, as a JSON object.
+
+    Args:
+        hello: per framework, its worker's reply.
+        missing: per framework that is not installed, why.
+    """
+    environments = [reply["environment"] for reply in hello.values()]
+    with_gpu = sum("cuda" in reply["devices"] for reply in hello.values())
+    uuid = next((found["device_uuid"] for found in environments if "device_uuid" in found), None)
+    gpu = dict(monitor_for("cuda" if with_gpu else "cpu", uuid).read())
+    git = git_state()
+    late = [f"{git['unknown']}: records of this place would not say what was measured."] if "unknown" in git else []
+    return {
+        "cpu_model": cpu_model(),
+        "cpu_features": list(cpu_features()),
+        "cpu_count": os.cpu_count(),
+        "affinity": list(allowed_cpus()),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "git": git,
+        "source_digest": source_digest(),
+        "divisions": list(DIVISIONS),
+        "cuda_packages": {name: reply["cuda_packages"] for name, reply in hello.items()},
+        "frameworks": {name: {"devices": list(reply["devices"]), **_framework(reply)} for name, reply in hello.items()},
+        "missing": dict(missing),
+        "gpu": gpu,
+        "warnings": [*late, *warnings_for(hello, missing), *gpu_warnings(gpu, with_gpu)],
+    }

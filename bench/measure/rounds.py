@@ -1,24 +1,133 @@
-"""The timed rounds of a cell: who takes part in the next one, what each block leaves behind, and when it is enough.
+"""The timed rounds of a cell: the state of each competitor, and the decision who takes part in the next round.
 
 A round is one block of every competitor in shuffled order, then all again in the reverse order. A competitor that is
 certainly far behind leaves early; the others go on until every verdict is settled or a cap is reached. The last blocks
-of whoever leaves are judged as well as timed.
+of a competitor are judged as well as timed.
 """
 
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from bench.measure.blocks import could_be_short, too_short
-from bench.measure.conditions import Monitor, thermally_throttled
 from bench.measure.disturbance import Watch
-from bench.measure.entry import Entry, choose_baseline
+from bench.measure.machine import Monitor, thermally_throttled
+from bench.plan.competitors import EAGER, YARDSTICK, Competitor
 from bench.plan.costs import Limits
 from bench.plan.presets import Preset
+from bench.records import SKIPPED
 from bench.study.statistics import round_log_latency
 from bench.study.stopping import RESOLVED_REASON, control_known, far_behind, stop_reason
+
+_BASELINES = (("torch", "matmul", EAGER), ("torch", "matmul", None), ("jax", "matmul", None))
+
+
+@dataclass
+class Entry:
+    """A competitor in a cell, and what happened to it."""
+
+    competitor: Competitor
+    handle: str
+    control: bool = False
+    baseline: bool = False
+    prepared: bool = False
+    call_s: float = 0.0
+    status: str = "ok"
+    reason: str = ""
+    skipped: bool = False
+    blocks: list[float] = field(default_factory=list)
+    calls_per_block: int | None = None
+    warm_up: list[float] = field(default_factory=list)
+    compile_s: float | None = None
+    static_memory_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    memory_method: str | None = None
+    judgement: dict[str, Any] | None = None
+    probe: dict[str, Any] = field(default_factory=dict)
+    energy_j: float | None = None
+    conditions: list[Mapping[str, Any]] = field(default_factory=list)
+    rejected: list[float] = field(default_factory=list)
+    leaving: bool = False
+    left: bool = False
+
+    def fail(self, status: str, reason: str, *, skipped: bool = False) -> None:
+        """End the competitor."""
+        self.status, self.reason, self.skipped = status, reason, skipped
+
+    def reject(self, reason: str) -> None:
+        """End the competitor as one that did not do its work; its blocks are kept apart."""
+        self.rejected.extend(self.blocks)
+        self.blocks.clear()
+        self.fail("mismatch", reason)
+
+    @property
+    def timed(self) -> bool:
+        """True if the next round has blocks of it: it is right so far, and not yet decided."""
+        return self.going and not self.left
+
+    @property
+    def label(self) -> str:
+        """Tell the control from the baseline whose call it shares."""
+        return self.competitor.label + (" again" if self.control else "")
+
+    def skip(self, reason: str) -> None:
+        """End the competitor because a cap of the preset keeps it out."""
+        self.fail("unsupported", SKIPPED + reason, skipped=True)
+
+    @property
+    def going(self) -> bool:
+        """True while it still takes part."""
+        return self.status == "ok"
+
+
+def choose_baseline(entries: Sequence[Entry]) -> Entry | None:
+    """Return the torch product, in eager mode if it is there, else JAX's, else the first entry; never the yardstick."""
+    going = [entry for entry in entries if entry.going and entry.competitor.kind != YARDSTICK]
+    for framework, implementation, mode in _BASELINES:
+        for entry in going:
+            who = entry.competitor
+            if (who.framework, who.implementation) == (framework, implementation) and mode in (None, who.mode):
+                return entry
+    return going[0] if going else None
+
+
+def add_control(entries: list[Entry]) -> None:
+    """Add the A/A control: the baseline's prepared call in the same process, timed as if it were somebody else."""
+    baseline = choose_baseline(entries)
+    if baseline is None:
+        return
+    baseline.baseline = True
+    control = Entry(baseline.competitor, baseline.handle, control=True, baseline=True)
+    for name in ("calls_per_block", "call_s", "compile_s", "judgement", "peak_memory_bytes", "memory_method"):
+        setattr(control, name, getattr(baseline, name))
+    entries.append(control)
+
+
+@dataclass(frozen=True)
+class CellOutcome:
+    """The outcome of a cell.
+
+    Attributes:
+        entries: all competitors, the control last.
+        inputs_digest: hash of the inputs, or None if no worker drew any.
+        switches: per framework, its precision switches.
+        ceilings: rates of a large product and a large copy, the higher of the frameworks'.
+        stopped: why no more rounds were run.
+        disturbance: what others took of the machine during the rounds.
+        disturbance_windows: the same in pieces.
+    """
+
+    entries: tuple[Entry, ...]
+    inputs_digest: str | None
+    switches: dict[str, dict[str, Any]]
+    ceilings: Mapping[str, float] = field(default_factory=dict)
+    stopped: str = ""
+    disturbance: Mapping[str, Any] = field(default_factory=dict)
+    disturbance_windows: Sequence[Mapping[str, Any]] = ()
+
 
 ROUNDS, TIME = "rounds", "time"
 _REPEATS_OF_A_THROTTLED_BLOCK = 2
@@ -29,10 +138,10 @@ Block = Callable[[Entry, bool], dict[str, Any] | None]
 
 
 def hopeless(entries: Sequence[Entry], limits: Limits, size: Callable[[Entry], None]) -> Iterator[tuple[Entry, float]]:
-    """Finds who is both slow and far behind: the usual candidates are timed however slow the machine is.
+    """Find competitors that are both slow and far behind: the usual candidates are timed however slow the machine is.
 
-    The baseline stays in any case, and nobody goes for calls that were disturbed: whoever seems too slow is called
-    again, some time after the first calls, where that fits into the time of a request.
+    The baseline stays in any case. Disturbed calls end no competitor: one that seems too slow is called again, some
+    time after the first calls, where that fits into the time of a request.
 
     Args:
         entries: all competitors of the cell, prepared.
@@ -63,7 +172,7 @@ def hopeless(entries: Sequence[Entry], limits: Limits, size: Callable[[Entry], N
 
 
 def rehearse(entry: Entry, block: Block, size: Callable[[Entry], None], block_s: float) -> None:
-    """Runs a block before the first round, and sizes the competitor again where that turns out far too short.
+    """Run a block before the first round, and size the competitor again where that turns out far too short.
 
     Its size was found within some ten milliseconds. Where the host was slow just then, all its blocks would be short;
     by now the others have found theirs, and such a time is over.
@@ -91,11 +200,11 @@ class Rounds:
         entries: all competitors of the cell and the control.
         preset: caps.
         seed: of the order.
-        block: runs one block of an entry and judges it where the second argument says so; None if that ended it.
+        block: runs one block of an entry and judges it if the second argument is true; None if that ended it.
         monitor: reads the device around each block.
         report: called with a short text at each round.
         block_s: length that blocks were sized for, in seconds.
-        watch: watches the machine, between blocks; None watches nothing.
+        watch: watches the machine between blocks; None watches nothing.
     """
 
     def __init__(
@@ -118,7 +227,7 @@ class Rounds:
         self._control_known = False
 
     def run(self) -> str:
-        """Runs rounds until one of the reasons to stop; returns it: resolved, precise, rounds or time."""
+        """Run rounds until one of the reasons to stop, and return it: resolved, precise, rounds or time."""
         preset, spent, stop = self._preset, 0.0, None
         most_s = max(preset.cell_s, preset.most_cell_s)
         for number in range(1, preset.rounds + 1):
@@ -171,11 +280,11 @@ class Rounds:
 
     @property
     def _controlled(self) -> bool:
-        """Whether baseline and control are still there: without either, nothing more can be learned."""
+        """True while baseline and control are still there: without either, nothing more can be learned."""
         return sum(entry.timed for entry in self._entries if entry.baseline) == 2
 
     def _decide(self, number: int) -> str | None:
-        """Marks who leaves with the next round; says whether that round is the last."""
+        """Mark the entries that leave with the next round; return the reason if that round is the last."""
         baseline = next((entry for entry in self._entries if entry.baseline and not entry.control), None)
         if baseline is None or not baseline.timed:
             return None

@@ -1,58 +1,53 @@
-"""A whole run: every cell of a preset, in every division and process replicate, into a store."""
+"""A whole run: every cell of a plan, in every division and process replicate, from its measurement to its records."""
 
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from statistics import median
 from typing import Any, Protocol
 
-from bench.measure.conditions import monitor_for
-from bench.measure.coordinator import CellRun
+from bench.measure.coordinator import CellOutcome, CellRun
 from bench.measure.disturbance import Gate, Watch
-from bench.measure.environment import environment_id, fingerprint
-from bench.measure.pool import WorkerPool, starter
-from bench.measure.processors import allowed_cpus
-from bench.measure.recording import cell_hash, records_of
-from bench.measure.request import (
-    Request,
-    SelectionError,
-    SweepNotes,
-    check_modes,
-    choose_device,
-    chosen_competitors,
-)
+from bench.measure.environment import fingerprint
+from bench.measure.machine import allowed_cpus, monitor_for
+from bench.measure.request import Request, SelectionError, SweepNotes, check_modes, choose_device, chosen_competitors
+from bench.measure.rounds import Entry
 from bench.measure.switches import sentences
+from bench.measure.workers import WorkerPool, starter
 from bench.plan.cells import DEVICES, Cell
-from bench.plan.selection import plan_cells
-from bench.records import Record
+from bench.plan.competitors import Competitor
+from bench.plan.costs import compulsory_bytes, peak_rates, useful_flops, waste_factor
+from bench.plan.presets import BLOCK_S, Preset, plan_cells
+from bench.records import HARNESS_VERSION, SCHEMA_VERSION, Record, digest
 
 
 class RecordStore(Protocol):
-    """Where a sweep puts what it measured: a `Store`, or what stands in for it in a worker of a cluster."""
+    """Where a sweep puts its records: a `Store`, or its stand-in in a worker of a cluster."""
 
     def holds(self, cell: str, process_replicate: int) -> bool:
-        """Whether a cell is there."""
+        """Return True if a cell is there."""
         ...
 
     def append(self, records: Iterable[Record]) -> None:
-        """Keeps the records of one cell."""
+        """Keep the records of one cell."""
         ...
 
     def add_environment(self, environment_id: str, fingerprint: Mapping[str, Any]) -> None:
-        """Keeps what the records name as their environment."""
+        """Keep the environment that records name."""
         ...
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands.
+    """The state of a run.
 
     Attributes:
         done: cells that are finished, those of an earlier run included.
         total: all cells.
-        text: what is happening.
+        text: the present step.
     """
 
     done: int
@@ -60,14 +55,12 @@ class Progress:
     text: str
 
 
-def _device_name(pool: WorkerPool) -> str:
-    """The name that a framework's driver reports; empty where none does."""
-    names = [reply["environment"].get("device_name", "") for reply in pool.hello.values()]
-    return next((name for name in names if name), "")
+# Lends workers for the cells of a division; the caller's with statement gives them back.
+Pools = Callable[[Request, str], AbstractContextManager[WorkerPool]]
 
 
 def started_pool(request: Request, division: str) -> WorkerPool:
-    """Starts the framework processes for one division.
+    """Start the framework processes for one division.
 
     Raises:
         SelectionError: if no framework is there.
@@ -84,10 +77,6 @@ def started_pool(request: Request, division: str) -> WorkerPool:
     return pool
 
 
-# What lends workers for the cells of a division; the caller's with statement gives them back.
-Pools = Callable[[Request, str], AbstractContextManager[WorkerPool]]
-
-
 def run_sweep(
     request: Request,
     store: RecordStore,
@@ -96,10 +85,10 @@ def run_sweep(
     *,
     pools: Pools = started_pool,
 ) -> None:
-    """Measures every cell that the store does not hold yet.
+    """Measure every cell that the store does not hold yet.
 
     Args:
-        request: what to do.
+        request: the options of the run.
         store: where the records go; each cell is durable before the next begins.
         notes: is filled with what the user should know.
         progress: called often.
@@ -110,14 +99,16 @@ def run_sweep(
         RequestError: if a framework is installed but its worker cannot start.
         BusyError: if the machine is busy before a cell and `when_busy` is `refuse`.
     """
-    preset, gate = request.preset, Gate(request.when_busy, allowed_cpus())
-    total = len(plan_cells(preset, DEVICES[0])) * preset.replicates
-    if total == 0:
-        raise SelectionError("the selection is empty: no cell has this precision in this division; choose another.")
+    plan, gate = request.plan, Gate(request.when_busy, allowed_cpus())
+    total = len(planned(plan)) * plan.replicates
     done = 0
-    for replicate in range(preset.replicates):
-        for division in preset.divisions:
-            progress(Progress(done, total, "starting the workers"))
+
+    def report(text: str) -> None:
+        progress(Progress(done, total, text))
+
+    for replicate in range(plan.replicates):
+        for division in plan.divisions:
+            report("starting the workers")
             with pools(request, division) as pool:
                 for framework, reason in pool.missing.items():
                     notes.add(f"Without {framework}: {reason}.")
@@ -126,18 +117,23 @@ def run_sweep(
                 for line in sentences(tuple(pool.hello), len(allowed_cpus())):
                     notes.add(line)
                 place = fingerprint(pool.hello, device=device, division=division, cpus=allowed_cpus())
-                place_id = environment_id(place)
-                store.add_environment(place_id, place)
-                for cell in plan_cells(replace(preset, divisions=(division,)), device):
-                    _run_cell(
-                        cell, replicate, request, store, pool, place_id, partial(_tell, progress, done, total), gate
-                    )
+                store.add_environment(digest(place), place)
+                for cell in plan_cells(replace(plan, divisions=(division,)), device):
+                    _run_cell(cell, replicate, request, store, pool, digest(place), report, gate)
                     done += 1
-    progress(Progress(done, total, "done"))
+    report("done")
 
 
-def _tell(progress: Callable[[Progress], None], done: int, total: int, text: str) -> None:
-    progress(Progress(done, total, text))
+def planned(plan: Preset) -> tuple[Cell, ...]:
+    """List the cells of a plan before the device is known.
+
+    Raises:
+        SelectionError: if there is none.
+    """
+    found = plan_cells(plan, DEVICES[0])
+    if not found:
+        raise SelectionError("the selection is empty: no cell has this precision in this division; choose another.")
+    return found
 
 
 def _run_cell(
@@ -146,30 +142,28 @@ def _run_cell(
     request: Request,
     store: RecordStore,
     pool: WorkerPool,
-    place_id: str,
+    environment_id: str,
     report: Callable[[str], None],
     gate: Gate,
 ) -> None:
-    competitors = chosen_competitors(pool.catalogues(), request, cell)
-    key = cell_hash(cell, competitors, request.preset, seed=request.seed, environment_id=place_id)
+    plan, competitors = request.plan, chosen_competitors(pool.catalogues(), request, cell)
+    key = cell_hash(cell, competitors, plan, seed=request.seed, environment_id=environment_id)
     if store.holds(key, replicate):
         return
     gate.pass_when_quiet(pool.pids, report)
     started_at, begun = datetime.now(UTC), time.monotonic()
     # Another seed in each replicate: the order and the inputs are part of what varies between processes.
     seed = request.seed + replicate
-    uuid = next(
-        (r["environment"]["device_uuid"] for r in pool.hello.values() if "device_uuid" in r["environment"]), None
-    )
+    device_name = pool.first_report("device_name") or ""
     run = CellRun(
         cell,
         competitors,
         pool,
-        request.preset,
+        plan,
         seed=seed,
         report=lambda text: report(f"{cell.title}: {text}"),
-        monitor=monitor_for(cell.device, uuid),
-        device_name=_device_name(pool),
+        monitor=monitor_for(cell.device, pool.first_report("device_uuid")),
+        device_name=device_name,
         watch=Watch(pool.pids, allowed_cpus()),
         # Memory, kernels and compile times hardly differ from process to process; speeds do, and so do mistakes.
         diagnose=replicate == 0,
@@ -182,10 +176,134 @@ def _run_cell(
             cell_key=key,
             process_replicate=replicate,
             seed=seed,
-            environment_id=place_id,
+            environment_id=environment_id,
             started_at=started_at,
-            # Not read anew: somebody may set the machine's calendar clock meanwhile.
+            # Not read anew: the machine's calendar clock may be set meanwhile.
             finished_at=started_at + timedelta(seconds=time.monotonic() - begun),
-            device_name=_device_name(pool),
+            device_name=device_name,
         )
     )
+
+
+def cell_hash(cell: Cell, competitors: Sequence[Competitor], preset: Preset, *, seed: int, environment_id: str) -> str:
+    """Identify a comparison: the conditions, who takes part, the effort, the source and the environment."""
+    return digest(
+        {
+            "cell": asdict(cell),
+            "competitors": [asdict(competitor) for competitor in competitors],
+            "effort": [
+                preset.rounds,
+                preset.least_rounds,
+                # A JSON number: no limit is written as null.
+                preset.cell_s if math.isfinite(preset.cell_s) else None,
+                preset.most_cell_s,
+                BLOCK_S[cell.device],
+                preset.warm_up_blocks,
+                preset.probe_s,
+                asdict(preset.limits),
+            ],
+            "seed": seed,
+            "environment": environment_id,
+            "harness": HARNESS_VERSION,
+        }
+    )
+
+
+def _record(entry: Entry, shared: dict[str, Any], outcome: CellOutcome, cell: Cell, device_name: str) -> Record:
+    switches = outcome.switches.get(entry.competitor.framework, {})
+    who, right = entry.competitor, entry.going
+    judgement = entry.judgement or {}
+    peaks = peak_rates(device_name, cell.precision, judgement.get("observed_precision"))
+    identity = [shared["cell"], shared["process_replicate"], asdict(who), entry.control]
+    blocks, calls = tuple(entry.blocks), entry.calls_per_block
+    return Record(
+        **shared,
+        key=digest(identity),
+        framework=who.framework,
+        implementation=who.implementation,
+        kind=who.kind,
+        mode=who.mode,
+        observed_precision=judgement.get("observed_precision"),
+        peak_flops_per_s=peaks.get("flops_per_s"),
+        peak_bytes_per_s=peaks.get("bytes_per_s"),
+        status=entry.status,
+        reason=entry.reason,
+        skipped=entry.skipped,
+        block_latency_s=blocks if right else (),
+        calls_per_block=calls,
+        latency_s=median(blocks) / calls if right and calls else None,
+        rejected_block_latency_s=tuple(entry.rejected) + (() if right else blocks),
+        warm_up_block_latency_s=tuple(entry.warm_up),
+        compile_s=entry.compile_s,
+        peak_memory_bytes=entry.peak_memory_bytes,
+        memory_method=entry.memory_method,
+        static_memory_bytes=entry.static_memory_bytes,
+        bound_fraction=judgement.get("bound_fraction"),
+        parity=judgement.get("tensors", {}),
+        waste_factor=waste_factor(who, cell),
+        control=entry.control,
+        baseline=entry.baseline,
+        switches=switches,
+        energy_j=entry.energy_j,
+        conditions=tuple(entry.conditions),
+        enqueue_s=entry.probe.get("enqueue_s"),
+        device_busy_s=entry.probe.get("device_busy_s"),
+        kernels=entry.probe.get("kernels", {}),
+        compile_warm_s=entry.probe.get("compile_warm_s"),
+        program_flops=entry.probe.get("program_flops"),
+        disturbance=outcome.disturbance,
+        disturbance_windows=tuple(outcome.disturbance_windows) if entry.baseline and not entry.control else (),
+        prepared_call_s=entry.call_s or None,
+        synchronised_latency_s=tuple(entry.probe.get("synchronised_latency_s", ())),
+    )
+
+
+def _timestamp(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds")
+
+
+def records_of(
+    outcome: CellOutcome,
+    cell: Cell,
+    *,
+    cell_key: str,
+    process_replicate: int,
+    seed: int,
+    environment_id: str,
+    started_at: datetime,
+    finished_at: datetime,
+    device_name: str,
+) -> list[Record]:
+    """Return the records of a cell, one for each competitor and one for the control."""
+    workload = cell.workload
+    shared = {
+        "schema_version": SCHEMA_VERSION,
+        "cell": cell_key,
+        "cell_size": len(outcome.entries),
+        "workload": workload.name,
+        "num_partitions": workload.num_partitions,
+        "in_features": workload.in_features,
+        "out_features": workload.out_features,
+        "batch": workload.batch,
+        "dtype": cell.dtype,
+        "device": cell.device,
+        "direction": cell.direction,
+        "division": cell.division,
+        "precision": cell.precision,
+        "layout": workload.layout,
+        "cache": cell.cache,
+        "useful_flops": useful_flops(cell),
+        "compulsory_bytes": compulsory_bytes(cell),
+        "process_replicate": process_replicate,
+        "seed": seed,
+        "inputs_digest": outcome.inputs_digest,
+        "optimizer": cell.optimizer,
+        "ceiling_flops_per_s": outcome.ceilings.get("ceiling_flops_per_s"),
+        "ceiling_bytes_per_s": outcome.ceilings.get("ceiling_bytes_per_s"),
+        "stopped": outcome.stopped,
+        "block_s": BLOCK_S[cell.device],
+        "started_at": _timestamp(started_at),
+        "finished_at": _timestamp(finished_at),
+        "environment_id": environment_id,
+    }
+    return [_record(entry, shared, outcome, cell, device_name) for entry in outcome.entries]

@@ -1,13 +1,15 @@
-"""Switches in the environment that change what a worker runs: which are unset for it, which are told, all recorded.
+"""Switches and packages of a worker's interpreter that change what it runs.
 
-A switch that makes a mode or a precision a lie (what is called `jit` would not be compiled, what is called IEEE fp32
-would be TF32), or that makes every call wait, is unset in the workers, with a note. A switch that a user may want
-measured stays, with a note. Both stand in the environment's fingerprint. Imports no framework.
+A switch that falsifies a mode or a precision (`jit` that is not compiled, IEEE fp32 that is TF32), or that makes every
+call wait, is unset in the workers, with a note. A switch that a user may want measured stays, with a note. Both are in
+the environment's fingerprint. Imports no framework.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
 from types import MappingProxyType
 
 # How the frameworks spell "off"; a switch that is set to it changes nothing.
@@ -16,7 +18,7 @@ _OFF = ("", "0", "false", "off", "no", "n", "f")
 
 @dataclass(frozen=True)
 class Switch:
-    """What a variable does where it is set.
+    """The effect of a variable that is set.
 
     Attributes:
         frameworks: whose workers read it.
@@ -197,3 +199,48 @@ def sentences(frameworks: Sequence[str], cpus: int, environment: Mapping[str, st
                 "to measure with fewer, start the command under `taskset`."
             )
     return list(said.values())
+
+
+PACKAGES: Mapping[str, str] = MappingProxyType(
+    {
+        "stock:einops.EinMix": "einops",
+        "stock:equinox.filter_vmap": "equinox",
+        "stock:keras.EinsumDense": "keras",
+    }
+)
+
+
+def missing_competitors(names: Iterable[str]) -> dict[str, str]:
+    """Return competitor to the reason why it cannot be run in this interpreter; empty where every package is installed.
+
+    Args:
+        names: the competitors that a framework knows.
+    """
+    return {
+        name: f"{package} is not installed; install the extra `competitors`"
+        for name in names
+        if (package := PACKAGES.get(name)) is not None and find_spec(package) is None
+    }
+
+
+# Both CUDA majors install files of the same names (nvidia/cudnn/lib/libcudnn.so.9 and others): the later one wins.
+_CUDA_SUFFIXES: Mapping[str, tuple[str, ...]] = {"12": ("-cu12", "-cuda12-plugin"), "13": ("-cu13", "-cuda13-plugin")}
+
+
+def cuda_packages(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return CUDA major version to the installed packages that are built for it.
+
+    Args:
+        names: names of installed distributions.
+    """
+    found: dict[str, list[str]] = {}
+    for name in sorted({name.lower().replace("_", "-") for name in names}):
+        for major, suffixes in _CUDA_SUFFIXES.items():
+            if name.endswith(suffixes):
+                found.setdefault(major, []).append(name)
+    return found
+
+
+def installed_distributions() -> list[str]:
+    """Return the names of the distributions in this interpreter."""
+    return [name for distribution in metadata.distributions() if (name := distribution.metadata["Name"])]

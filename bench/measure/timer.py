@@ -1,21 +1,28 @@
-"""What the workbench asks of a framework. Imports no framework."""
+"""The interface of a framework's half, its data types, and the few functions that both halves share.
 
-from collections.abc import Callable, Mapping, Sequence
+Imports no framework.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from bench.plan.cells import RESULTS
 from bench.plan.competitors import Catalogue
+from bench.plan.workloads import AXES
 from parity_tests.judge.inputs import Inputs
+from parity_tests.report.files import ScratchFolder
 
 Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a competitor is asked to compute, and how.
+    """The computation that is asked of a competitor.
 
     Attributes:
         implementation: a name of the tree's registry, of what users write instead, or of a yardstick.
@@ -60,7 +67,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Trace:
-    """What ran on the device during one call.
+    """The executions on the device during one call.
 
     Attributes:
         kernels: name to executions; on a CPU the framework's own operations.
@@ -76,64 +83,87 @@ class Unsupported(Exception):
 
 
 def in_turn(calls: Sequence[Call]) -> Call:
-    """One call that runs the given ones in turn, one at a time: each set of buffers has its own."""
+    """Return one call that runs the given ones in turn, one at a time: each set of buffers has its own."""
     if len(calls) == 1:
         return calls[0]
     turn = cycle(calls)
     return lambda: next(turn)()
 
 
-class Timer(Protocol):
+class Timer(ABC):
     """One framework, in its own process."""
 
     framework: str
 
+    def __init__(self) -> None:
+        self._device, self._precision, self._division = "cpu", "ieee_fp32", "stock"
+
+    @abstractmethod
     def devices(self) -> tuple[str, ...]:
-        """Names of the devices that are there: `cpu`, `cuda`."""
-        ...
+        """Return the names of the devices that are there: `cpu`, `cuda`."""
 
+    @abstractmethod
     def catalogue(self) -> Catalogue:
-        """What can be run."""
-        ...
+        """Return the competitors that can be run."""
 
+    @abstractmethod
     def environment(self) -> dict[str, Any]:
-        """Versions and device, for the fingerprint."""
-        ...
+        """Return versions and device, for the fingerprint."""
 
+    @abstractmethod
     def refusals(self) -> list[str]:
-        """Switches of this process under which a mode or a clock would be a lie."""
-        ...
+        """Return the switches of this process under which a mode or a clock would be a lie.
 
+        Variables are not passed on to a worker, but a start-up file may set the switches.
+        """
+
+    @abstractmethod
     def switches(self) -> dict[str, Any]:
-        """The precision switches as they stand."""
-        ...
+        """Return the precision switches as they stand."""
 
     def configure(self, precision: str, division: str, device: str) -> None:
-        """Sets the switches for a cell and drops what earlier cells compiled.
+        """Set the switches for a cell and drop the programs of earlier cells.
 
         Raises:
             Unsupported: if the device has no such arithmetic.
         """
-        ...
+        if device not in self.devices():
+            raise Unsupported(f"{self.framework} sees no {device} device")
+        if precision == "tf32" and device == "cpu":
+            raise Unsupported("a CPU has no TensorFloat-32 arithmetic")
+        self._device, self._precision, self._division = device, precision, division
+        self._apply()
 
+    @abstractmethod
+    def _apply(self) -> None:
+        """Set the switches of the configured cell and drop the programs of earlier ones."""
+
+    @abstractmethod
     def promised_precision(self, implementation: str) -> str:
-        """The precision class that a result must reach under the configured switches."""
-        ...
+        """Return the precision class that a result must reach under the configured switches."""
 
+    @abstractmethod
     def free_bytes(self) -> int:
-        """Memory that is free on the configured device."""
-        ...
+        """Return the memory that is free on the configured device."""
 
+    @abstractmethod
     def cache_bytes(self) -> int:
-        """Size of the last cache between the configured device's memory and its processors."""
-        ...
+        """Return the size of the last cache between the configured device's memory and its processors."""
 
     def arguments(self, inputs: Inputs, layout: str) -> tuple[Any, ...]:
-        """x, weight, bias and cotangent on the configured device, in buffers of their own; x and dy in the layout."""
-        ...
+        """Return x, weight, bias and cotangent on the device, in buffers of their own; x and dy in the layout."""
+        if inputs.bias is None:
+            raise Unsupported("a workload without a bias")
+        x, cotangent = (swapped(array, layout) for array in (inputs.x, inputs.cotangent))
+        return tuple(self._placed(array) for array in (x, inputs.weight, inputs.bias, cotangent))
 
+    @abstractmethod
+    def _placed(self, array: np.ndarray) -> Any:
+        """Return a copy on the configured device, in memory that the framework allocates."""
+
+    @abstractmethod
     def prepare(self, task: Task, buffers: Sequence[tuple[Any, ...]]) -> Prepared:
-        """Builds and compiles.
+        """Build and compile; the call is then the one that a user would write.
 
         Args:
             task: what to compute.
@@ -142,39 +172,71 @@ class Timer(Protocol):
         Raises:
             Unsupported: if the implementation does not support the call.
         """
-        ...
 
+    @abstractmethod
     def account(self, prepared: Prepared) -> int | None:
-        """Operations of one call by the framework's own account of what runs, or None."""
-        ...
+        """Return the operations of one call by the framework's own account of the program that runs, or None."""
 
+    @abstractmethod
     def trace(self, prepared: Prepared) -> Trace:
-        """Runs one call under the framework's tracer."""
-        ...
+        """Run one call under the framework's tracer."""
 
+    @abstractmethod
     def large_product(self) -> tuple[Call, int]:
-        """A product large enough to reach the device's rate in the configured precision, and its operations."""
-        ...
+        """Return a square product that reaches the device's rate in the configured precision, and its operations."""
 
+    @abstractmethod
     def large_copy(self) -> tuple[Call, int]:
-        """A copy large enough to reach the memory's rate, and the bytes that it reads and writes."""
-        ...
+        """Return a copy of at least eight times the last cache, and the bytes that it reads and writes."""
 
+    @abstractmethod
     def wait(self, result: Any) -> None:
-        """Returns when the result is computed."""
-        ...
+        """Return when the result is computed."""
 
-    def to_numpy(self, result: Any, task: Task) -> Mapping[str, np.ndarray]:
-        """The results by name, in the storage dtype and with the partition axis before the features.
+    def to_numpy(self, result: Any, task: Task) -> dict[str, np.ndarray]:
+        """Return the results by name, in the storage dtype and with the partition axis before the features.
 
         `y`; with gradients `dx`, `dweight`, `dbias`; after a step `dx`, `weight`, `bias`.
         """
-        ...
+        results = result if isinstance(result, tuple) else (result,)
+        named = zip(RESULTS[task.direction], map(self._fetched, results), strict=True)
+        return {name: swapped(array, task.layout) if name in ("y", "dx") else array for name, array in named}
 
+    @abstractmethod
+    def _fetched(self, result: Any) -> np.ndarray:
+        """Return a result as an array of NumPy."""
+
+    @abstractmethod
     def peak_memory(self, prepared: Prepared) -> tuple[int | None, str]:
-        """Bytes over the live arguments that one call needs at its peak, and the method."""
-        ...
+        """Return the bytes over the live arguments that one call needs at its peak, and the method."""
 
+    @abstractmethod
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether an error means that memory ran out."""
-        ...
+        """Return True if an error means that memory ran out."""
+
+
+def swapped(array: np.ndarray, layout: str) -> np.ndarray:
+    """Return the array from its layout in memory to (b, n, features), or back: a swap of axes undoes itself."""
+    axes = AXES[layout]
+    return array if axes is None else np.ascontiguousarray(np.swapaxes(array, *axes))
+
+
+class CacheFolder:
+    """A new, empty folder that is removed with this object.
+
+    Attributes:
+        path: where it is.
+    """
+
+    def __init__(self) -> None:
+        self._folder = ScratchFolder("cache")
+        self.path = self._folder.name
+
+
+def busy_s(intervals: Iterable[tuple[float, float]]) -> float:
+    """Return the length of the union of intervals, in their own unit: overlapping kernels do not count twice."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

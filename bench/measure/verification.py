@@ -1,11 +1,11 @@
-"""No number without a right answer: judges a competitor's results with the parity harness, a few partitions at a time.
+"""Judge a competitor's results with the parity harness, a few partitions at a time: no number without a right answer.
 
-Partitions are independent, so the float64 oracle of a large workload never has to exist as a whole.
+Partitions are independent, so that the float64 oracle of a large workload never has to exist as a whole.
 """
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,17 +13,83 @@ from typing import Any
 
 import numpy as np
 
-from bench.measure.memory import free_bytes
-from bench.measure.processors import allowed_cpus
-from bench.measure.step_verification import PARAMETERS, first_step
+from bench.measure.machine import allowed_cpus, free_bytes
 from bench.plan.cells import RESULTS
 from bench.records import finite
 from parity_tests.judge.comparison import TensorResult, compare, compare_with_limit
+from parity_tests.judge.dtypes import FORMATS
 from parity_tests.judge.fingerprint import observed_precision
 from parity_tests.judge.inputs import Inputs
-from parity_tests.judge.oracle import Reference, reference
-from parity_tests.judge.tolerance import Arithmetic, declared_arithmetic
-from parity_tests.training.optimizers import OPTIMIZERS
+from parity_tests.judge.oracle import OracleTensor, Reference, reference
+from parity_tests.judge.tolerance import Arithmetic, bound, declared_arithmetic
+from parity_tests.training.optimizers import OPTIMIZERS, OptimizerSpec
+
+PARAMETERS: tuple[str, ...] = ("weight", "bias")
+# Roundings of one update, in units of the parameters' roundoff. optax forms 1 - beta2^t in fp32, which alone costs
+# about a hundred; what is left are the few products, the root and the quotient.
+_UPDATE_ROUNDINGS = 16
+_BIAS_CORRECTION_ROUNDINGS = 128
+
+
+@dataclass(frozen=True)
+class Step:
+    """A parameter after one step.
+
+    Attributes:
+        value: in float64.
+        limit: largest error of correct code, element by element.
+    """
+
+    value: np.ndarray
+    limit: np.ndarray
+
+
+def _first_update(spec: OptimizerSpec) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the first update as a function of the gradient, before the learning rate."""
+    if spec.clip_norm is not None:
+        raise ValueError("optimizer: expected one without clipping, whose norm joins all partitions; choose another.")
+    if spec.name == "sgd":
+        factor = 1 + spec.momentum if spec.nesterov else 1.0
+        return lambda g: factor * g
+    # After one step the averages, corrected for their start at zero, are g and g^2; rmsprop corrects nothing.
+    scale = np.sqrt(1 - spec.beta2) if spec.name == "rmsprop" else 1.0
+    return lambda g: g / (scale * np.abs(g) + spec.epsilon)
+
+
+def first_step(
+    spec: OptimizerSpec, name: str, before: np.ndarray, gradient: OracleTensor, arithmetic: Arithmetic
+) -> Step:
+    """Take one step in float64.
+
+    Args:
+        spec: the optimiser.
+        name: `weight` or `bias`, which decides about weight decay.
+        before: the parameter.
+        gradient: the oracle's gradient.
+        arithmetic: what the gradient was computed with.
+
+    Raises:
+        ValueError: if the optimiser clips.
+    """
+    update = _first_update(spec)
+    parameter = before.astype(np.float64)
+    roundoff, eta = FORMATS[arithmetic.output].roundoff, FORMATS[arithmetic.output].smallest_normal
+    g, error = gradient.value.astype(np.float64), bound(gradient, arithmetic).astype(np.float64)
+    decay = spec.weight_decay if spec.decays(name) else 0.0
+    if decay and spec.name != "adamw":
+        g = g + decay * parameter
+        error = error + 2 * roundoff * (np.abs(g) + decay * np.abs(parameter))
+    step = update(g)
+    spread = np.maximum(update(g + error) - step, step - update(g - error))
+    corrected = spec.name in ("adam", "adamw")
+    roundings = _UPDATE_ROUNDINGS + (_BIAS_CORRECTION_ROUNDINGS if corrected and arithmetic.output == "float32" else 0)
+    rate = float(spec.rates(1)[0])
+    decoupled = decay if spec.name == "adamw" else 0.0
+    value = parameter - rate * (step + decoupled * parameter)
+    moved = rate * (spread + roundings * roundoff * (np.abs(step) + decoupled * np.abs(parameter)))
+    limit = moved + 3 * roundoff * (np.abs(parameter) + np.abs(value)) + eta
+    return Step(value, limit)
+
 
 # Elements of x, W and dy together that one comparison takes: its float64 temporaries then stay in the caches, which
 # makes it several times faster than arrays whose pages the system has to provide anew.
@@ -54,7 +120,7 @@ class Judgement:
 
 
 def results_digest(outputs: Mapping[str, np.ndarray]) -> str:
-    """Hashes names, shapes and bits: equal digests mean bitwise equal results."""
+    """Hash names, shapes and bits: equal digests mean bitwise equal results."""
     state = hashlib.blake2b(digest_size=16)
     for name in sorted(outputs):
         array = np.ascontiguousarray(outputs[name])
@@ -64,7 +130,7 @@ def results_digest(outputs: Mapping[str, np.ndarray]) -> str:
 
 
 def inputs_digest(inputs: Inputs) -> str:
-    """Hashes the bits that both frameworks are fed with."""
+    """Hash the bits that both frameworks are fed with."""
     arrays = {"x": inputs.x, "weight": inputs.weight, "cotangent": inputs.cotangent}
     return results_digest(arrays if inputs.bias is None else arrays | {"bias": inputs.bias})
 
@@ -117,7 +183,7 @@ class Oracle:
             return list(threads.map(self._evaluate, self.slices))
 
     def truth(self, number: int) -> Reference:
-        """The oracle of the partitions in `slices[number]`."""
+        """Return the oracle of the partitions in `slices[number]`."""
         return self._evaluate(self.slices[number]) if self._kept is None else self._kept[number]
 
 
@@ -137,7 +203,7 @@ class Verifier:
         self._known: dict[tuple[str, str, str], tuple[dict[str, Any], str]] = {}
 
     def _compare(self, outputs: Mapping[str, np.ndarray], promised: str) -> dict[str, tuple[dict[str, Any], str]]:
-        """Tensor to its figures and the gravest reason against it."""
+        """Return tensor to its figures and the gravest reason against it."""
         arithmetic, slices = declared_arithmetic(promised), self._oracle.slices
 
         def one(number: int) -> list[TensorResult]:
@@ -162,7 +228,7 @@ class Verifier:
     def _compare_step(
         self, name: str, value: np.ndarray, partitions: slice, truth: Reference, arithmetic: Arithmetic
     ) -> TensorResult:
-        """A parameter after one step, against the step that the specification asks for."""
+        """Compare a parameter after one step with the step that the specification asks for."""
         inputs = self._oracle.inputs
         before = inputs.weight if name == "weight" else inputs.bias
         assert before is not None  # the worker refuses workloads without a bias
@@ -171,7 +237,7 @@ class Verifier:
         return compare_with_limit(name, value, step.value, step.limit, partition_axis=0)
 
     def judge(self, outputs: Mapping[str, np.ndarray], promised: str) -> Judgement:
-        """Compares results with the oracle.
+        """Compare results with the oracle.
 
         Args:
             outputs: the competitor's tensors, in the storage dtype.
@@ -213,7 +279,7 @@ def _part(outputs: Mapping[str, np.ndarray], partitions: slice) -> dict[str, np.
 
 
 def _fold(found: dict[str, tuple[dict[str, Any], str]], result: TensorResult, where: str) -> None:
-    """Adds the figures of some partitions to those of the partitions before them; the reason of the worst stays."""
+    """Add the figures of some partitions to those of the partitions before them; the reason of the worst stays."""
     nothing = {"status": "ok", "bound_fraction": 0.0, "max_abs_error": 0.0}
     figures, reason = found.get(result.tensor, (nothing, ""))
     right = result.status == "ok"

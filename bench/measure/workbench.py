@@ -1,34 +1,42 @@
-"""What a worker does, whatever its framework: holds the competitors of one cell, judges them and times their blocks."""
+"""The worker's end: holds the competitors of one cell, judges them and times their blocks, whatever the framework.
+
+Run as `python -m parity_tests.interpreters bench.measure.workbench torch` (or `jax`). Needs NumPy, the framework, the
+tree that it measures and the parity harness; nothing else that the benchmark needs.
+"""
 
 import gc
+import importlib
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from bench.measure.blocks import BlockSize, time_block, warm_up
-from bench.measure.clocks import run_for
-from bench.measure.cuda_packages import cuda_packages, installed_distributions
-from bench.measure.memory import free_bytes
-from bench.measure.probes import ceilings_of, probed
-from bench.measure.protocol import Message
-from bench.measure.switches import recorded
+from bench.measure.blocks import BlockSize, measure_single_calls, run_for, shortest_call_s, time_block, warm_up
+from bench.measure.machine import free_bytes
+from bench.measure.switches import cuda_packages, installed_distributions, recorded
 from bench.measure.timer import Prepared, Task, Timer, Unsupported
 from bench.measure.verification import Judgement, Oracle, Verifier, inputs_digest, results_digest
+from bench.measure.workers import CPUS_VARIABLE, MISSING, failure
 from bench.plan.cells import Cell
 from bench.plan.competitors import YARDSTICK
-from bench.plan.costs import buffer_sets
+from bench.plan.costs import buffer_sets, least_product_flops
 from bench.plan.workloads import Workload
+from parity_tests.interpreters.interpreter import Channel, Message
 from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.subjects import framework_available
 
+# The frameworks count differently around the edges (padding, fused additions); a product left out is a third.
+_COUNTED_FRACTION = 0.9
 _CALLS_BEFORE_TIMING = 3
 _GIVE_UP = 10  # one call this many times over the limit is no disturbance, and is not repeated
 # Inputs are drawn in float64, rounded to the storage dtype, and copied to the device.
 _BYTES_AN_ELEMENT = 16
 _ONE_CALL = BlockSize(1, 1)
+_OPERATIONS = ("hello", "open_cell", "prepare", "check", "memory", "probe", "run_for", "ceilings")
+_OPERATIONS += ("warm_up", "block", "drop")
 
 
 @dataclass
@@ -45,19 +53,18 @@ class _Held:
     result_bytes: int = 0
     size: BlockSize = _ONE_CALL
 
+    def check_compiled(self) -> None:
+        """Refuse a compiled mode in which Python ran the function: its time would be that of another mode.
 
-def _check_compiled(held: _Held) -> None:
-    """Refuses a compiled mode in which Python ran the function: its time would be that of another mode.
-
-    Raises:
-        Unsupported: if it did.
-    """
-    count = 0 if held.prepared.uncompiled_calls is None else held.prepared.uncompiled_calls()
-    if count:
-        raise Unsupported(
-            f"{held.task.mode} did not compile it: Python ran the function in {count} calls; a switch of the framework "
-            "turns compilation off, or the compiler gave up"
-        )
+        Raises:
+            Unsupported: if it did.
+        """
+        count = 0 if self.prepared.uncompiled_calls is None else self.prepared.uncompiled_calls()
+        if count:
+            raise Unsupported(
+                f"{self.task.mode} did not compile it: Python ran the function in {count} calls; a switch of the "
+                "framework turns compilation off, or the compiler gave up"
+            )
 
 
 class Workbench:
@@ -72,24 +79,15 @@ class Workbench:
         self._oracles: dict[tuple[Workload, str, int, bool], Oracle] = {}
         self._feeds: dict[bool, tuple[list[tuple[Any, ...]], Verifier]] = {}
 
-    def operations(self) -> dict[str, Callable[[Message], Message]]:
-        """Request name to method."""
-        return {
-            "hello": self.hello,
-            "open_cell": self.open_cell,
-            "prepare": self.prepare,
-            "check": self.check,
-            "memory": self.memory,
-            "probe": self.probe,
-            "run_for": self.run_for,
-            "ceilings": self.ceilings,
-            "warm_up": self.warm_up,
-            "block": self.block,
-            "drop": self.drop,
-        }
+    def perform(self, request: Message) -> Message:
+        """Carry out the operation that a request names."""
+        operation = request["operation"]
+        if operation not in _OPERATIONS:
+            raise ValueError(f"operation: expected one of {', '.join(_OPERATIONS)}, got {operation!r}; name one.")
+        return getattr(self, operation)(request)
 
     def hello(self, request: Message) -> Message:
-        """What this worker can do, and the switches before anyone touched them."""
+        """Report what this worker can do, and the switches before they were touched."""
         timer = self._timer
         if refused := timer.refusals():
             raise Unsupported(
@@ -107,7 +105,7 @@ class Workbench:
         }
 
     def open_cell(self, request: Message) -> Message:
-        """Forgets the last cell, sets the switches and draws the inputs."""
+        """Forget the last cell, set the switches and draw the inputs."""
         self._held.clear()
         self._feeds.clear()
         gc.collect()
@@ -123,32 +121,34 @@ class Workbench:
         digest = inputs_digest(self._oracle(dense=False).inputs)
         return {"inputs_digest": digest, "switches": self._timer.switches(), "free_bytes": self._timer.free_bytes()}
 
-    def _oracle(self, *, dense: bool) -> Oracle:
-        """The inputs with their truth; those of the last workload are kept, because its other direction comes next."""
+    @property
+    def _open(self) -> Cell:
         assert self._cell is not None  # open_cell comes first: the coordinator's contract
-        key = (self._cell.workload, self._cell.dtype, self._seed, dense)
+        return self._cell
+
+    def _oracle(self, *, dense: bool) -> Oracle:
+        """Return the inputs with their truth; the last workload's are kept, since its other direction comes next."""
+        workload, dtype = self._open.workload, self._open.dtype
+        key = (workload, dtype, self._seed, dense)
         if key not in self._oracles:
             self._oracles = {known: oracle for known, oracle in self._oracles.items() if known[:3] == key[:3]}
-            case = self._cell.workload.dense_case() if dense else self._cell.workload.case()
-            self._oracles[key] = Oracle(draw_inputs(case, self._cell.dtype, self._seed))
+            case = workload.dense_case() if dense else workload.case()
+            self._oracles[key] = Oracle(draw_inputs(case, dtype, self._seed))
         return self._oracles[key]
 
     def _feed(self, *, dense: bool) -> tuple[list[tuple[Any, ...]], Verifier]:
-        """Arguments on the device, shared by all competitors of the cell, with the verifier of the same numbers."""
+        """Return arguments on the device, shared by all competitors, with the verifier of the same numbers."""
         if dense not in self._feeds:
-            assert self._cell is not None
-            cell, oracle = self._cell, self._oracle(dense=dense)
+            cell, oracle = self._open, self._oracle(dense=dense)
             count = buffer_sets(cell, self._timer.cache_bytes())
             buffers = [self._timer.arguments(oracle.inputs, cell.workload.layout) for _ in range(count)]
             self._feeds[dense] = (buffers, Verifier(oracle, cell.direction, cell.optimizer))
         return self._feeds[dense]
 
     def prepare(self, request: Message) -> Message:
-        """Builds, compiles and calls a competitor; replies with the duration of one call after that."""
-        assert self._cell is not None
-        cell = self._cell
+        """Build, compile and call a competitor; reply with the duration of one call after that."""
+        cell, name = self._open, request["implementation"]
         buffers, verifier = self._feed(dense=request["kind"] == YARDSTICK)
-        name = request["implementation"]
         task = Task(name, request["mode"], cell.direction, cell.workload.layout, cell.optimizer)
         prepared = self._timer.prepare(task, buffers)
         held = _Held(task, prepared, verifier, self._timer.promised_precision(name))
@@ -162,7 +162,7 @@ class Workbench:
             held.first_result = result
             if durations[-1] > _GIVE_UP * request["call_limit_s"]:
                 break
-        _check_compiled(held)
+        held.check_compiled()
         return {
             "call_s": min(durations),
             "compile_s": prepared.compile_s,
@@ -184,13 +184,13 @@ class Workbench:
         return held.judgement
 
     def check(self, request: Message) -> Message:
-        """Judges the results of the last call of `prepare`."""
+        """Judge the results of the last call of `prepare`."""
         held = self._held[request["handle"]]
         result, held.first_result = held.first_result, None
         return {"judgement": asdict(self._judge(held, result))}
 
     def memory(self, request: Message) -> Message:
-        """Measures the peak memory of one call; small results may fit into pages that the process holds already."""
+        """Measure the peak memory of one call; small results may fit into pages that the process holds already."""
         held = self._held[request["handle"]]
         peak, method = self._timer.peak_memory(held.prepared)
         if peak is not None:
@@ -198,44 +198,111 @@ class Workbench:
         return {"peak_memory_bytes": peak, "memory_method": method}
 
     def probe(self, request: Message) -> Message:
-        """The other clocks, apart from the timed blocks: single calls, enqueueing, tracing, compiling again."""
-        assert self._cell is not None
-        return probed(self._timer, self._held[request["handle"]].prepared, self._cell, request["budget_s"])
+        """Count the operations of the program; then single calls, enqueueing, tracing and compiling again.
+
+        The reply has fields of a record, and `doubt`: one sentence if the program does less than the function needs. A
+        `budget_s` of 0 leaves everything out but the count. Compiling comes last, since it replaces the program.
+        """
+        timer, prepared, cell = self._timer, self._held[request["handle"]].prepared, self._open
+        flops, needed, doubt = timer.account(prepared), least_product_flops(cell), ""
+        # On a GPU libraries do the products, and their calls' counts differ between versions: recorded, not judged.
+        if flops is not None and cell.device == "cpu" and flops < _COUNTED_FRACTION * needed:
+            doubt = f"the program that runs does {flops:.3g} operations, and the function needs {needed:.3g}"
+        found: Message = {"program_flops": flops, "doubt": doubt}
+        if request["budget_s"] > 0:
+            found |= asdict(measure_single_calls(prepared.call, timer.wait, budget_s=request["budget_s"]))
+            trace = timer.trace(prepared)
+            found |= {"kernels": dict(trace.kernels), "device_busy_s": trace.device_busy_s}
+            found["compile_warm_s"] = None if prepared.compile_again is None else prepared.compile_again()
+        return found
 
     def run_for(self, request: Message) -> Message:
-        """Runs calls for some time, while the coordinator reads the device's energy before and after."""
-        held = self._held[request["handle"]]
-        call, wait = held.prepared.call, self._timer.wait
-        return {"calls": run_for(call, wait, seconds=request["seconds"], calls_at_a_time=request["calls"])}
+        """Run calls for some time, while the coordinator reads the device's energy before and after."""
+        call = self._held[request["handle"]].prepared.call
+        seconds, calls = request["seconds"], request["calls"]
+        return {"calls": run_for(call, self._timer.wait, seconds=seconds, calls_at_a_time=calls)}
 
     def ceilings(self, request: Message) -> Message:
-        """The rates of a large product and of a large copy, on this device and in this cell's precision."""
-        assert self._cell is not None
-        if self._cell.precision not in self._ceilings:
-            self._ceilings[self._cell.precision] = ceilings_of(self._timer)
-        return dict(self._ceilings[self._cell.precision])
+        """Measure the rates of a large product and of a large copy, on this device and in this cell's precision."""
+        precision, timer = self._open.precision, self._timer
+        if precision not in self._ceilings:
+            product, flops = timer.large_product()
+            copy, moved = timer.large_copy()
+            self._ceilings[precision] = {
+                "ceiling_flops_per_s": flops / shortest_call_s(product, timer.wait),
+                "ceiling_bytes_per_s": moved / shortest_call_s(copy, timer.wait),
+            }
+        return dict(self._ceilings[precision])
 
     def warm_up(self, request: Message) -> Message:
-        """Finds how many calls fill a block, then runs blocks until they no longer get faster."""
+        """Find how many calls fill a block, then run blocks until they no longer get faster."""
         held = self._held[request["handle"]]
-        call, wait = held.prepared.call, self._timer.wait
-        held.size, blocks = warm_up(call, wait, request["block_s"], request["max_blocks"])
+        held.size, blocks = warm_up(held.prepared.call, self._timer.wait, request["block_s"], request["max_blocks"])
         return {"calls_per_block": held.size.calls, "block_latency_s": blocks}
 
     def block(self, request: Message) -> Message:
-        """Times one block; judges the result of its last call where the request says so."""
+        """Time one block; judge the result of its last call where the request says so."""
         held = self._held[request["handle"]]
         # The coordinator's number of calls: a worker that replaced another may have found another size.
         size = replace(held.size, calls=request["calls"])
-        call, wait = held.prepared.call, self._timer.wait
-        elapsed, result = time_block(call, wait, size, after_other=request["after_other"])
+        elapsed, result = time_block(held.prepared.call, self._timer.wait, size, after_other=request["after_other"])
         reply: Message = {"block_latency_s": elapsed}
         if request["verify"]:
-            _check_compiled(held)
+            held.check_compiled()
             reply["judgement"] = asdict(self._judge(held, result))
         return reply
 
     def drop(self, request: Message) -> Message:
-        """Forgets a competitor."""
+        """Forget a competitor."""
         self._held.pop(request["handle"], None)
         return {}
+
+
+class Dispatcher:
+    """Turns requests into replies; the framework is imported by the first request, so that its failure is a reply."""
+
+    def __init__(self, framework: str):
+        self._framework = framework
+
+    @cached_property
+    def _timer(self) -> Timer:
+        timer = importlib.import_module(f"bench.measure.{self._framework}.timer").TIMER()
+        # A framework brings a million objects that live for ever: a collection before each measurement need not look.
+        gc.collect()
+        gc.freeze()
+        return timer
+
+    @cached_property
+    def _workbench(self) -> Workbench:
+        return Workbench(self._timer)
+
+    def reply(self, request: Message) -> Message:
+        """Answer one request."""
+        if not framework_available(self._framework):
+            needs = "jax and flax are" if self._framework == "jax" else "torch is"
+            return failure(MISSING, f"{needs} not installed in {sys.executable}")
+        timer = self._timer
+        try:
+            return {"ok": True, **self._workbench.perform(request)}
+        except Unsupported as error:
+            return failure("unsupported", str(error))
+        except (MemoryError, RuntimeError, ValueError, TypeError, NotImplementedError, ArithmeticError) as error:
+            # A competitor may fail in any of these ways; the sentence goes into its record, the worker stays usable.
+            status = "oom" if timer.is_out_of_memory(error) else "crash"
+            return failure(status, f"{type(error).__name__}: {error}")
+
+
+def main(channel: Channel, framework: str) -> None:
+    """Answer requests until the coordinator closes the connection.
+
+    Args:
+        channel: the connection.
+        framework: `torch` or `jax`.
+    """
+    cpus = os.environ.get(CPUS_VARIABLE)
+    # Before the framework is imported, since it sizes its thread pools by what it may use then.
+    if cpus and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
+    dispatcher = Dispatcher(framework)
+    while (request := channel.receive()) is not None:
+        channel.send(dispatcher.reply(request))

@@ -1,1 +1,1 @@
-"""What is to be measured: workloads, competitors, presets and their costs. Imports no framework."""
+"""The plan of a run: workloads, competitors, presets and their costs. Imports no framework."""

@@ -1,4 +1,4 @@
-"""Who takes part in a cell. The names come from the workers, so that no second list can drift from the registries."""
+"""The competitors of a cell. Their names come from the workers: no second list can drift from the registries."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +51,7 @@ class Competitor:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What one framework's worker can run, as it reported itself.
+    """The competitors that one framework's worker can run, as it reports them.
 
     Attributes:
         framework: `torch` or `jax`.
@@ -68,7 +68,7 @@ class Catalogue:
     missing: Mapping[str, str] = field(default_factory=dict)
 
     def kinds(self) -> dict[str, str]:
-        """Name to kind, in the order in which competitors are listed."""
+        """Return name to kind, in the order in which competitors are listed."""
         return (
             dict.fromkeys(self.implementations, IMPLEMENTATION)
             | dict.fromkeys(self.stock, STOCK)
@@ -85,7 +85,7 @@ def competitors_for(
     without: Sequence[str] = (),
     only_modes: Sequence[str] = (),
 ) -> tuple[Competitor, ...]:
-    """Lists the competitors of a cell.
+    """List the competitors of a cell.
 
     Args:
         catalogues: one for each framework that takes part.
@@ -116,7 +116,7 @@ def competitors_for(
 
 
 def further_modes(division: str, device: str, *, compile_gradients: bool) -> dict[str, tuple[str, ...]]:
-    """Framework to the modes beside the default one that a division compares.
+    """Return framework to the modes beside the default one that a division compares.
 
     stock: `torch.compile` as one types it. matched: the same, and on a GPU CUDA graphs on both sides. tuned: what the
     frameworks offer for speed; compiled modes are left out where compiling the gradients would take most of the time.
@@ -132,6 +132,6 @@ def further_modes(division: str, device: str, *, compile_gradients: bool) -> dic
 
 
 def offered_modes(division: str, device: str, frameworks: Sequence[str] = FRAMEWORKS) -> tuple[str, ...]:
-    """All modes of some frameworks that a division compares on a device."""
+    """Return all modes of some frameworks that a division compares on a device."""
     further = further_modes(division, device, compile_gradients=True)
     return tuple(mode for name in frameworks for mode in (DEFAULT_MODE[name], *further[name]))

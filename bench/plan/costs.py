@@ -1,4 +1,4 @@
-"""Analytic costs of a cell, and the caps that keep a preset within its time.
+"""Analytic costs of a cell, the caps that keep a preset within its time, and the peak rates of hardware.
 
 For a product over b rows, n partitions, i inputs and o outputs, the useful work of one direction is::
 
@@ -50,12 +50,12 @@ class Limits:
 
 
 def products(cell: Cell) -> int:
-    """Matrix products per partition in one call: 1 forward, 3 with the gradients."""
+    """Return the matrix products per partition in one call: 1 forward, 3 with the gradients."""
     return 1 if cell.direction == "forward" else 3
 
 
 def useful_flops(cell: Cell) -> int:
-    """Floating-point operations that the function needs."""
+    """Return the floating-point operations that the function needs."""
     w = cell.workload
     product = 2 * w.batch * w.num_partitions * w.in_features * w.out_features
     bias = w.batch * w.num_partitions * w.out_features
@@ -64,13 +64,13 @@ def useful_flops(cell: Cell) -> int:
 
 
 def useful_product_flops(cell: Cell) -> int:
-    """The part of `useful_flops` that the products take."""
+    """Return the part of `useful_flops` that the products take."""
     w = cell.workload
     return products(cell) * 2 * w.batch * w.num_partitions * w.in_features * w.out_features
 
 
 def least_product_flops(cell: Cell) -> int:
-    """Operations that no program of products can do without: K multiplications and K - 1 additions for each sum of K.
+    """Return the operations of any program of products: K multiplications and K - 1 additions for each sum of K.
 
     Compilers drop the addition to nothing, so that with one row dW takes one operation for each element and not two.
     """
@@ -81,7 +81,7 @@ def least_product_flops(cell: Cell) -> int:
 
 
 def buffer_sets(cell: Cell, cache_bytes: int) -> int:
-    """How many sets of x, W, b and dy a cell needs: one if warm, else enough to fill the last cache four times.
+    """Return the number of sets of x, W, b and dy: one if warm, else enough to fill the last cache four times.
 
     Args:
         cell: the cell.
@@ -96,7 +96,7 @@ def buffer_sets(cell: Cell, cache_bytes: int) -> int:
 
 
 def compulsory_bytes(cell: Cell) -> int:
-    """Bytes that must cross the memory interface: every argument read once, every result written once."""
+    """Return the bytes that must cross the memory interface: every argument read once, every result written once."""
     w = cell.workload
     x, y = w.batch * w.num_partitions * w.in_features, w.batch * w.num_partitions * w.out_features
     parameters = w.num_partitions * (w.in_features + 1) * w.out_features
@@ -105,18 +105,18 @@ def compulsory_bytes(cell: Cell) -> int:
 
 
 def waste_factor(competitor: Competitor, cell: Cell) -> int:
-    """How many times the useful products are carried out: n for a dense form, else 1."""
+    """Return how many times the useful products are carried out: n for a dense form, else 1."""
     expanded = (competitor.framework, competitor.implementation, cell.device) == _EXPANDED_RAGGED
     return cell.workload.num_partitions if expanded or competitor.implementation in DENSE_FORMS else 1
 
 
 def executed_flops(competitor: Competitor, cell: Cell) -> int:
-    """Floating-point operations that the form carries out."""
+    """Return the floating-point operations that the form carries out."""
     return useful_flops(cell) * waste_factor(competitor, cell)
 
 
 def working_bytes(competitor: Competitor, cell: Cell) -> int:
-    """Bytes alive at the peak, roughly: arguments, results, and the dense matrices of a dense form."""
+    """Return the bytes alive at the peak, roughly: arguments, results, and the dense matrices of a dense form."""
     w = cell.workload
     dense = (w.num_partitions * w.in_features) * (w.num_partitions * w.out_features) * ITEM_BYTES[cell.dtype]
     matrices = 0 if competitor.implementation not in DENSE_FORMS else products(cell) * dense
@@ -124,7 +124,7 @@ def working_bytes(competitor: Competitor, cell: Cell) -> int:
 
 
 def planned_skip(competitor: Competitor, cell: Cell, limits: Limits, free_bytes: int) -> str | None:
-    """Says why a competitor is not worth starting, or None.
+    """Return why a competitor is not worth starting, or None.
 
     Args:
         competitor: who.
@@ -146,3 +146,66 @@ def planned_skip(competitor: Competitor, cell: Cell, limits: Limits, free_bytes:
     if traced and unrolled > limits.unrolled_products:
         return f"{unrolled} products to unroll and compile, over the preset's cap of {limits.unrolled_products}"
     return None
+
+
+# How far over the measured rate of a large product no product can be, where no data sheet tells: a large one reaches
+# most of the peak, unless the device was disturbed just then.
+OVER_THE_CEILING = 4.0
+
+
+@dataclass(frozen=True)
+class DataSheet:
+    """Peak rates of a device.
+
+    Attributes:
+        flops_per_s: precision class to operations a second, a multiply-add counting as two.
+        bytes_per_s: memory bandwidth.
+        source: where the figures come from.
+    """
+
+    flops_per_s: Mapping[str, float]
+    bytes_per_s: float
+    source: str
+
+
+def _sheet(fp64: float, fp32: float, tf32: float, half: float, terabytes_per_s: float, source: str) -> DataSheet:
+    rates = {"fp64": fp64, "ieee_fp32": fp32, "tf32": tf32, "bf16": half, "fp16": half}
+    tera = {name: rate * 1e12 for name, rate in rates.items()}
+    return DataSheet(MappingProxyType(tera), terabytes_per_s * 1e12, source)
+
+
+# By a part of the name that the driver reports; the longest part that fits decides.
+_SHEETS: Mapping[str, DataSheet] = MappingProxyType(
+    {
+        "H200": _sheet(67, 67, 494.7, 989.4, 4.8, "NVIDIA H200 SXM data sheet"),
+        "H100 80GB HBM3": _sheet(67, 67, 494.7, 989.4, 3.35, "NVIDIA H100 SXM data sheet"),
+        "H100 PCIe": _sheet(51, 51, 378, 756, 2.0, "NVIDIA H100 PCIe data sheet"),
+        "A100-SXM4-80GB": _sheet(19.5, 19.5, 156, 312, 2.039, "NVIDIA A100 80GB SXM data sheet"),
+        "A100-SXM4-40GB": _sheet(19.5, 19.5, 156, 312, 1.555, "NVIDIA A100 40GB SXM data sheet"),
+    }
+)
+
+
+def data_sheet(device_name: str) -> DataSheet | None:
+    """Return the data sheet of a device by the name that its driver reports, or None for an unknown one.
+
+    No processor of a CPU kind is listed: what it can do depends on a clock that it does not tell.
+    """
+    fitting = [part for part in _SHEETS if part.lower() in device_name.lower()]
+    return _SHEETS[max(fitting, key=len)] if fitting else None
+
+
+def peak_rates(device_name: str, precision: str, observed: str | None = None) -> dict[str, float]:
+    """Return `flops_per_s` and `bytes_per_s` of a device; empty for an unknown one.
+
+    Args:
+        device_name: as its driver reports it.
+        precision: the class that was asked for.
+        observed: the class that was seen. Where it is a faster one, as with a framework whose default is TF32, its rate
+            is what bounds the products.
+    """
+    sheet = data_sheet(device_name)
+    if sheet is None:
+        return {}
+    rates = sheet.flops_per_s
+    return {"flops_per_s": max(rates[precision], rates.get(observed or "", 0.0)), "bytes_per_s": sheet.bytes_per_s}

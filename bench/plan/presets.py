@@ -1,14 +1,14 @@
-"""Ready-made selections: what a preset measures and how long it may take."""
+"""Presets: which cells a run measures and how long each may take, and the cells that a device makes of them."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from bench.plan.cells import DIVISIONS, PRECISIONS
+from bench.plan.cells import DIVISIONS, PRECISIONS, Cell
 from bench.plan.costs import Limits
-from bench.plan.sweeps import preset_sweep
-from bench.plan.workloads import WORKLOADS
+from bench.plan.workloads import WORKLOADS, preset_sweep, workload
 from parity_tests.training.optimizers import OPTIMIZERS
 
 # Shortest block in seconds. A GPU works through a queue, and the block must be long beside filling it and waiting for
@@ -177,3 +177,44 @@ _ALL = (
 )
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _ALL})
+
+
+def _left_out(division: str, precision: str, direction: str) -> str:
+    """Return why a combination of conditions is no cell, or an empty text."""
+    if division == "stock" and precision == "tf32":
+        return "The stock division has no tf32, since it runs what one gets by asking for nothing: left out."
+    if direction == "train_step" and precision == "fp16":
+        return "There is no train_step in fp16, where the optimizer's usual epsilon is zero: left out."
+    return ""
+
+
+def left_out(preset: Preset) -> tuple[str, ...]:
+    """Return the combinations of a preset's conditions that are no cells, in one sentence each."""
+    conditions = itertools.product(preset.divisions, preset.precisions, preset.directions)
+    return tuple(dict.fromkeys(found for one in conditions if (found := _left_out(*one))))
+
+
+def plan_cells(preset: Preset, device: str) -> tuple[Cell, ...]:
+    """List the cells: division by division, since a division needs its own processes; directions innermost.
+
+    Args:
+        preset: the selection.
+        device: `cpu` or `cuda`.
+
+    Returns:
+        The cells in the order in which they are measured, without repeats.
+
+    Raises:
+        UnknownWorkloadError: for a name that no workload has.
+    """
+    workloads, optimizers = [workload(name) for name in preset.workloads], {"train_step": preset.optimizer}
+    cells = [
+        Cell(found, direction, precision, division, device, cache, optimizers.get(direction))
+        for division in preset.divisions
+        for found in workloads
+        for precision in preset.precisions
+        for cache in preset.caches
+        for direction in preset.directions
+        if not _left_out(division, precision, direction)
+    ]
+    return tuple(dict.fromkeys(cells))

@@ -21,8 +21,7 @@ from bench.plan.competitors import (
     Competitor,
     offered_modes,
 )
-from bench.plan.costs import compulsory_bytes, useful_flops, useful_product_flops, waste_factor
-from bench.plan.hardware import OVER_THE_CEILING
+from bench.plan.costs import OVER_THE_CEILING, compulsory_bytes, useful_flops, useful_product_flops, waste_factor
 from bench.plan.presets import STEPPED_OPTIMIZERS
 from bench.plan.workloads import LAYOUTS, UnknownWorkloadError, Workload, workload
 from bench.record_files import records_file, scan

@@ -1,17 +1,16 @@
 import resource
 import subprocess
-import sys
 from contextlib import contextmanager
 
 import pytest
 from typer.testing import CliRunner
 
 from bench.__main__ import app
-from bench.measure.worker_process import WorkerProcess, worker_environment
 from bench.plan.cells import Cell
 from bench.plan.costs import compulsory_bytes, useful_flops
 from bench.plan.workloads import Workload
 from bench.records import SCHEMA_VERSION, Record
+from bench.tests.fake_worker import start
 
 
 def pytest_addoption(parser):
@@ -101,10 +100,6 @@ def make_record():
 @pytest.fixture
 def fake_starter():
     """Starts workers that need no framework; see `fake_worker.py`."""
-
-    def start(framework):
-        environment = worker_environment(framework, device="cpu", division="matched", cpus=())
-        return WorkerProcess([sys.executable, "-m", "bench.tests.fake_worker", framework], environment)
 
     return start
 

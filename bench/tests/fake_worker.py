@@ -1,6 +1,6 @@
 """A worker without a framework: speaks the protocol, and misbehaves as the competitor's name says.
 
-Run as `python -m bench.tests.fake_worker torch`. `hang-in-block` sleeps for ever in its second block,
+A module of `WorkerProcess`. `hang-in-block` sleeps for ever in its second block,
 `die-in-prepare` kills its own process, and so on. Durations are invented: `fast` takes half the time of the others.
 """
 
@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 
-from bench.measure.protocol import decode, encode, failure
+from bench.measure.workers import WorkerProcess, failure, worker_environment
 
 GOOD = ("matmul", "fast", "loop")
 # Its first calls are so slow that one seems to fill a block.
@@ -107,8 +107,7 @@ class FakeWorker:
             print("the last words", file=sys.stderr, flush=True)
             os._exit(7)
         if name == "garbage-in-check":
-            sys.stdout.buffer.write(b"this is no message\n")
-            sys.stdout.buffer.flush()
+            os.write(self.channel._replies, b"this is no message\n")
         return {"ok": True, "judgement": self.judgement(name != "wrong")}
 
     def memory(self, request):
@@ -162,15 +161,14 @@ class FakeWorker:
         return {"ok": True}
 
 
-def main():
-    worker = FakeWorker(sys.argv[1])
-    for line in iter(sys.stdin.buffer.readline, b""):
-        request = decode(line)
-        if request["operation"] == "quit":
-            return
-        sys.stdout.buffer.write(encode(worker.reply(request)))
-        sys.stdout.buffer.flush()
+def main(channel, framework):
+    worker = FakeWorker(framework)
+    worker.channel = channel
+    while (request := channel.receive()) is not None:
+        channel.send(worker.reply(request))
 
 
-if __name__ == "__main__":
-    main()
+def start(framework, kind=WorkerProcess, python=None):
+    """Starts a worker that needs no framework."""
+    environment = worker_environment(framework, device="cpu", division="matched", cpus=())
+    return kind(framework, environment, python=python, module="bench.tests.fake_worker")

@@ -17,22 +17,17 @@ from bench.__main__ import app
 from bench.commands import run as command
 from bench.measure import sweep
 from bench.measure.environment import fingerprint
-from bench.measure.worker_process import WorkerProcess, worker_environment
-from bench.plan.sweeps import log_grid
+from bench.plan.workloads import log_grid
 from bench.plan.workloads import sweep as points
 from bench.records import parse_line
 from bench.study.results import Results
+from bench.tests.fake_worker import start
 
 # Many more cells than fit between the kills, on a fast machine too: every kill must hit a run that is under way.
 _SIZES = log_grid(4, 32)
 WORKLOADS = [
     found.name for found in points(batch=log_grid(1, 2048), num_partitions=log_grid(1, 256), in_features=_SIZES)
 ]
-
-
-def start(framework):
-    environment = worker_environment(framework, device="cpu", division="matched", cpus=())
-    return WorkerProcess([sys.executable, "-m", "bench.tests.fake_worker", framework], environment)
 
 
 def launch(out):

@@ -4,8 +4,7 @@ import gc
 
 import pytest
 
-from bench.measure.blocks import BlockSize, find_size, time_block, warm_up
-from bench.measure.clocks import measure_single_calls
+from bench.measure.blocks import BlockSize, find_size, measure_single_calls, time_block, warm_up
 
 
 class Machine:
@@ -116,7 +115,7 @@ def test_what_it_costs_to_enqueue_is_that_of_a_host_that_is_awake(monkeypatch):
         nonlocal under_way
         under_way = 0
 
-    monkeypatch.setattr("bench.measure.clocks.time.perf_counter", lambda: now)
+    monkeypatch.setattr("bench.measure.blocks.time.perf_counter", lambda: now)
     found = measure_single_calls(call, wait, budget_s=0.01)
     assert found.enqueue_s == pytest.approx(30e-6)
     assert (len(found.synchronised_latency_s), most, calls) == (20, 16, 21 + 5 * 16)

@@ -1,9 +1,14 @@
 import csv
 import json
+from dataclasses import MISSING, fields
 
 import pytest
+from typer.main import get_command
 
-from bench.measure.pool import WorkerPool
+from bench.__main__ import app
+from bench.commands.arguments import RunOptions
+from bench.measure.request import Request
+from bench.measure.workers import WorkerPool
 from bench.store import Store, read_environments, read_records
 from bench.tests.synthetic import FINGERPRINT
 
@@ -118,7 +123,7 @@ def test_a_run_goes_on_without_a_framework_and_says_so(tmp_path, call, monkeypat
         (("--framework", "keras"), "--framework: expected one of torch, jax, got 'keras'"),
         (("--device", "tpu"), "--device: expected one of auto, cpu, cuda, got 'tpu'"),
         (("--device", "cuda"), "device: torch and jax cannot use 'cuda' here"),
-        (("--precision", "fp8"), "--precision: expected one of ieee_fp32"),
+        (("--precision", "fp8"), "--precision: expected one of fp32, tf32, bf16, fp16, fp64, got 'fp8'"),
         (("--direction", "backward"), "--direction: expected one of forward, forward_backward"),
         (("--division", "equal"), "--division: expected one of stock, matched, tuned, got 'equal'"),
         (("--implementation", "nothing"), "implementation: nothing is called nothing; choose from"),
@@ -218,3 +223,26 @@ def test_wrong_usage_of_report_is_one_sentence(measured, call, arguments, messag
     assert done.exit_code == 2, done.output
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("spelling", ["fp32", "ieee_fp32", "float32"])
+@pytest.mark.usefixtures("fake_pool")
+def test_every_spelling_of_a_precision_is_the_same_record(tmp_path, call, spelling):
+    wanted = ("--implementation", "matmul", "--precision", spelling, "--precision", "bf16", "--direction", "forward")
+    assert call("run", *TINY, *wanted, "--out", tmp_path / "run").exit_code == 0
+    assert {record.precision for record in read_records(tmp_path / "run")} == {"ieee_fp32", "bf16"}
+    chosen = ("report", tmp_path / "run", "--where", f"precision={spelling}", "--json", tmp_path / "f.json")
+    assert call(*chosen).exit_code == 0
+    cells = json.loads((tmp_path / "f.json").read_text())["cells"]
+    assert {cell["precision"] for cell in cells} == {"ieee_fp32"}
+
+
+def test_the_command_line_of_a_run_is_that_of_its_options(call):
+    """Every field is an option of its own name, with the field's default, and no option is declared elsewhere."""
+    parameters = {one.name: one for one in get_command(app).commands["run"].params}
+    declared = {one.name: one for one in fields(RunOptions)}
+    assert set(parameters) == set(declared)
+    for name, field in declared.items():
+        if field.default not in (MISSING, ()):
+            assert parameters[name].default == field.default, name
+    assert {field.name for field in fields(Request)} < set(declared)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench.measure import packages
+from bench.measure import switches
 from bench.measure.jax import functions as jax_functions
 from bench.measure.torch import functions as torch_functions
 from bench.measure.torch.programs import counted_flops
 from bench.measure.verification import Oracle, Verifier
-from bench.measure.worker_process import CHECKOUT
+from bench.measure.workers import CHECKOUT
 from parity_tests.judge.inputs import Case, draw_inputs
 
 CASE = Case("competitors", (5,), 3, 4, 6)
@@ -99,8 +99,8 @@ def test_all_that_users_pick_instead_is_there():
 
 
 def test_a_competitor_without_its_package_is_missing_with_the_reason(monkeypatch):
-    monkeypatch.setattr(packages, "find_spec", lambda package: None if package == "keras" else object())
-    found = packages.missing_competitors(["stock:keras.EinsumDense", "stock:einops.EinMix", "stock:einsum"])
+    monkeypatch.setattr(switches, "find_spec", lambda package: None if package == "keras" else object())
+    found = switches.missing_competitors(["stock:keras.EinsumDense", "stock:einops.EinMix", "stock:einsum"])
     assert found == {"stock:keras.EinsumDense": "keras is not installed; install the extra `competitors`"}
 
 

@@ -84,8 +84,7 @@ def test_a_compiler_that_drops_a_product_is_doubted_and_not_only_found_wrong():
 
 
 def test_a_function_that_is_compiled_in_part_has_no_count(tmp_path):
-    from bench.measure.torch.compile_cache import kept_in
-    from bench.measure.torch.products import products_seen
+    from bench.measure.torch.inductor import kept_in, products_seen
 
     torch.compiler.reset()
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from bench.measure.conditions import NoMonitor, NvmlMonitor, energy_of_a_call, monitor_for, thermally_throttled
-from bench.measure.diagnosis import gpu_warnings
-from bench.plan.hardware import data_sheet, peak_rates
+from bench.measure.environment import gpu_warnings
+from bench.measure.machine import Monitor, NvmlMonitor, energy_of_a_call, monitor_for, thermally_throttled
+from bench.plan.costs import data_sheet, peak_rates
 from bench.tests.fake_nvml import FakeNvml
 
 
@@ -13,7 +13,7 @@ def test_energy_is_read_around_calls_alone():
     # Five joules from reading to reading.
     assert energy_of_a_call(monitor, lambda: 10) == pytest.approx(0.5)
     assert energy_of_a_call(monitor, lambda: None) is None
-    assert energy_of_a_call(NoMonitor(), lambda: pytest.fail("calls run where no energy is reported")) is None
+    assert energy_of_a_call(Monitor(), lambda: pytest.fail("calls run where no energy is reported")) is None
 
 
 def test_what_a_slice_of_a_gpu_does_not_report_is_left_out():

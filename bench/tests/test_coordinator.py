@@ -3,10 +3,8 @@ from dataclasses import replace
 import pytest
 
 from bench.measure.coordinator import CellRun
-from bench.measure.entry import Entry, add_control
-from bench.measure.pool import WorkerPool
-from bench.measure.protocol import RequestError
-from bench.measure.rounds import rehearse
+from bench.measure.rounds import Entry, add_control, rehearse
+from bench.measure.workers import RequestError, WorkerPool
 from bench.plan.cells import Cell
 from bench.plan.competitors import Competitor
 from bench.plan.presets import PRESETS

@@ -13,7 +13,7 @@ import pytest
 
 from bench.measure import disturbance
 from bench.measure.disturbance import BusyError, Gate, Usage, Watch, _Process, stretch, usage
-from bench.measure.processors import allowed_cpus
+from bench.measure.machine import allowed_cpus
 from bench.report.export import summary
 from bench.report.markdown import report
 from bench.study.disturbance import DISTURBED, disturbed_window, is_disturbed

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bench.measure.worker_process import CHECKOUT
+from bench.measure.workers import CHECKOUT
 from bench.store import read_environments, read_records
 
 CHOSEN = ("loop", "matmul", "stock:bmm+bias", "stock:nnx.Einsum", "dense")

@@ -9,23 +9,18 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.__main__ import app
-from bench.engines import EngineError
 from bench.measure import sweep
-from bench.measure.worker_process import WorkerProcess, worker_environment
+from bench.measure.request import EngineError
 from bench.store import read_environments, read_records
+from bench.tests.fake_worker import start
 
 distributed = pytest.importorskip("distributed", reason="the dask engine needs distributed; install the extra `dask`")
 WORKLOADS = ("article-base", "article-n8", "article-in256", "article-out256")
 
 
-def _fake(framework):
-    environment = worker_environment(framework, device="cpu", division="matched", cpus=())
-    return WorkerProcess([sys.executable, "-m", "bench.tests.fake_worker", framework], environment)
-
-
 def _give_device(log, dask_worker):
     """Runs in each dask worker: its framework processes are fakes that name a device after it and log their cells."""
-    sweep.starter = lambda *args, **kwargs: _fake
+    sweep.starter = lambda *args, **kwargs: start
     os.environ["FAKE_DEVICE"] = f"device of {dask_worker.name}"
     os.environ["FAKE_LOG"] = str(log)
 
@@ -124,7 +119,7 @@ def test_framework_processes_stay_for_the_next_cell_and_another_effort_is_measur
 
 def test_wrong_usage_is_one_sentence(cluster, tmp_path, monkeypatch):
     address, _ = cluster
-    monkeypatch.setattr("bench.engines.dask._CONNECT_S", 1)
+    monkeypatch.setattr("bench.measure.cluster._CONNECT_S", 1)
     wrong = run(address, tmp_path / "a", "--implementation", "nothing", workloads=WORKLOADS[:1])
     assert wrong.exit_code == 2
     assert "implementation: nothing is called nothing" in wrong.stderr
@@ -141,7 +136,7 @@ def test_wrong_usage_is_one_sentence(cluster, tmp_path, monkeypatch):
 
 
 def test_a_cluster_without_devices_is_refused_with_what_to_start(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.engines.dask.RESOURCE", "TELESCOPE")
+    monkeypatch.setattr("bench.measure.cluster.RESOURCE", "TELESCOPE")
     refused = run(cluster[0], tmp_path / "run")
     assert refused.exit_code == 2
     assert "none of the 2 workers" in refused.stderr
@@ -156,7 +151,7 @@ def test_a_cluster_without_devices_is_refused_with_what_to_start(cluster, tmp_pa
     ],
 )
 def test_cells_that_nobody_brings_are_not_waited_for_for_ever(monkeypatch, owners, limit, sentence):
-    from bench.engines import dask
+    from bench.measure import cluster as dask
 
     class Silent:
         def scheduler_info(self, n_workers):

@@ -9,42 +9,46 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from bench.__main__ import app
-from bench.measure import environment, pool, worker_process
-from bench.measure.diagnosis import diagnose
-from bench.measure.memory import free_bytes
-from bench.measure.protocol import RequestError
+from bench.measure import environment, workers
+from bench.measure.environment import diagnose
+from bench.measure.machine import free_bytes
 from bench.measure.request import Request, SweepNotes
 from bench.measure.sweep import run_sweep
-from bench.measure.worker_process import WorkerProcess, worker_environment
+from bench.measure.workers import RequestError, WorkerProcess, worker_environment
 from bench.plan.presets import PRESETS
-from bench.plan.selection import narrowed
 from bench.store import Store, read_records
 from bench.study import results as study_results
 from bench.tests.conftest import file_size_limit
 from bench.tests.fake_worker import GOOD
+from bench.tests.fake_worker import start as fake
 from bench.tests.killed_runs import whole_cells
 
 LIMITS = replace(PRESETS["smoke"].limits, unrolled_products=1000, prepare_s=2.0, request_s=2.0)
 PRESET = replace(
-    narrowed(PRESETS["smoke"], workloads=["article-base", "article-n8"], directions=["forward"], rounds=3),
+    Request(workload=("article-base", "article-n8"), direction=("forward",), rounds=3).plan,
     limits=LIMITS,
     compiled={},
 )
 
 
-def fake(framework, kind=WorkerProcess, virtual_kib=None):
-    """A worker that needs no framework, under a limit of its memory where one is given."""
-    environment = worker_environment(framework, device="cpu", division="matched", cpus=())
-    command = [sys.executable, "-m", "bench.tests.fake_worker", framework]
-    if virtual_kib is not None:
-        command = ["sh", "-c", f'ulimit -v {virtual_kib}; exec "$@"', "sh", *command]
-    return kind(command, environment)
+def script(folder, text):
+    """Writes a program that can be named as an interpreter; `$@` are its arguments."""
+    path = folder / "python"
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def limited(folder, virtual_kib):
+    """An interpreter under a limit of its memory."""
+    return script(folder, f'ulimit -v {virtual_kib}; exec {sys.executable} "$@"\n')
 
 
 @pytest.fixture
@@ -53,7 +57,8 @@ def measured(tmp_path, monkeypatch):
 
     def run(start, *names, frameworks=("torch",), preset=PRESET):
         monkeypatch.setattr("bench.measure.sweep.starter", lambda *args, **kwargs: start)
-        request = Request(preset, device="cpu", frameworks=frameworks, implementations=(*GOOD, *names))
+        monkeypatch.setattr("bench.measure.request.PRESETS", {"smoke": preset})
+        request = Request(device="cpu", framework=frameworks, implementation=(*GOOD, *names))
         run_sweep(request, Store(tmp_path / "run", resume=False), SweepNotes())
         found = {name: {} for name in preset.workloads}
         for record in read_records(tmp_path / "run"):
@@ -84,12 +89,13 @@ def test_a_worker_that_sleeps_for_ever_or_answers_wrongly_ends_its_competitor_an
         assert {found["torch", good].status for good in GOOD} == {"ok"}
 
 
-def test_a_worker_that_allocates_without_end_under_a_limit_ends_its_competitor_as_oom(measured):
+def test_a_worker_that_allocates_without_end_under_a_limit_ends_its_competitor_as_oom(measured, tmp_path):
     # Filling a gigabyte takes a busy machine longer than any of the other limits here.
     patient = replace(PRESET, limits=replace(LIMITS, prepare_s=60.0, request_s=60.0))
-    for found in measured(lambda framework: fake(framework, virtual_kib=2**20), "allocate-without-end", preset=patient):
+    for found in measured(partial(fake, python=limited(tmp_path, 2**20)), "allocate-without-end", preset=patient):
         greedy = found["torch", "allocate-without-end"]
-        assert (greedy.status, greedy.reason) == ("oom", "the worker process ended with exit status 1: MemoryError")
+        assert greedy.status == "oom"
+        assert "MemoryError" in greedy.reason
         assert {found["torch", good].status for good in GOOD} == {"ok"}
 
 
@@ -116,7 +122,7 @@ def test_a_worker_killed_from_outside_while_it_times_ends_one_competitor_as_cras
 def test_a_kill_by_the_kernel_for_want_of_memory_is_told_from_another(tmp_path, monkeypatch):
     counters = tmp_path / "vmstat"
     counters.write_text("nr_free_pages 7\noom_kill 3\n")
-    monkeypatch.setattr(worker_process, "_KERNEL_COUNTERS", counters)
+    monkeypatch.setattr(workers, "_KERNEL_COUNTERS", counters)
     ends = []
     for kills in (3, 4):
         worker = fake("torch")
@@ -129,7 +135,7 @@ def test_a_kill_by_the_kernel_for_want_of_memory_is_told_from_another(tmp_path, 
     assert ends == [("crash", False), ("oom", True)]
 
 
-def test_a_real_worker_without_memory_for_one_workload_measures_the_next(measured, monkeypatch):
+def test_a_real_worker_without_memory_for_one_workload_measures_the_next(measured, monkeypatch, tmp_path):
     """Not invented: torch draws arrays that its process may not hold, says so, and goes on."""
     pytest.importorskip("torch", reason="needs torch")
     if free_bytes() < 17 * 2**30:
@@ -137,8 +143,7 @@ def test_a_real_worker_without_memory_for_one_workload_measures_the_next(measure
 
     def start(framework):
         environment = worker_environment(framework, device="cpu", division="matched", cpus=())
-        command = [sys.executable, "-m", "bench.measure.worker", framework]
-        return WorkerProcess(["sh", "-c", f'ulimit -v {8 * 2**20}; exec "$@"', "sh", *command], environment)
+        return WorkerProcess(framework, environment, python=limited(tmp_path, 8 * 2**20))
 
     monkeypatch.setattr(sys.modules[__name__], "GOOD", ("matmul",))
     # One billion weights: eight gigabytes while they are drawn.
@@ -152,7 +157,7 @@ def test_a_real_worker_without_memory_for_one_workload_measures_the_next(measure
 
 _KILLED = """
 import tempfile, time
-from bench.tests.test_faults import fake
+from bench.tests.fake_worker import start as fake
 worker = fake("torch")
 assert worker.request({"operation": "hello"}, 60.0)["ok"]
 print(worker._scratch.name, flush=True)
@@ -164,7 +169,7 @@ def test_the_folder_of_a_worker_whose_coordinator_was_killed_goes_with_the_next_
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     command = [sys.executable, "-c", _KILLED]
-    environment = os.environ | {"PYTHONPATH": str(worker_process.CHECKOUT)}
+    environment = os.environ | {"PYTHONPATH": str(workers.CHECKOUT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as run:
         left = run.stdout.readline().strip()
         again = fake("torch")
@@ -246,15 +251,17 @@ def test_a_disk_that_fills_while_measuring_keeps_whole_cells_and_the_run_resumes
 
 
 def test_a_worker_that_floods_its_output_still_answers_and_its_children_end_with_it(tmp_path):
-    code = (
+    (tmp_path / "flooding.py").write_text(
         "import os, subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        "os.write(2, b'x' * 2**22)\n"
-        "os.write(2, b'\\nthe last words \\x1b[2J')\n"
-        'print(\'{"ok": true, "child": %d}\' % child.pid, flush=True)\n'
-        "time.sleep(600)\n"
+        "def main(channel, framework):\n"
+        "    channel.receive()\n"
+        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "    os.write(2, b'x' * 2**22)\n"
+        "    os.write(2, b'\\nthe last words \\x1b[2J')\n"
+        "    channel.send({'ok': True, 'child': child.pid})\n"
+        "    time.sleep(600)\n"
     )
-    worker = WorkerProcess([sys.executable, "-c", code], os.environ)
+    worker = WorkerProcess("torch", os.environ | {"PYTHONPATH": str(tmp_path)}, module="flooding")
     try:
         reply = worker.request({"operation": "hello"}, 60)
         os.kill(reply["child"], 0)
@@ -273,14 +280,14 @@ def test_a_worker_that_floods_its_output_still_answers_and_its_children_end_with
         worker.close()
 
 
-def test_a_worker_that_never_starts_is_named(monkeypatch):
-    monkeypatch.setattr(pool, "START_S", 0.2)
+def test_a_worker_that_never_starts_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(workers, "START_S", 0.2)
 
     def start(framework):
-        return WorkerProcess([sys.executable, "-c", "import time; time.sleep(600)"], os.environ)
+        return WorkerProcess(framework, os.environ, python=script(tmp_path, "exec sleep 600\n"))
 
     with pytest.raises(RequestError, match=r"the torch worker: no answer within 0.2 s"):
-        pool.WorkerPool(start, ("torch",))
+        workers.WorkerPool(start, ("torch",))
 
 
 @pytest.mark.parametrize("command", ["git", "nvidia-smi"])

@@ -17,7 +17,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from bench.commands import inspect
-from bench.measure.worker_process import CHECKOUT
+from bench.measure.workers import CHECKOUT
 from bench.plan.competitors import Catalogue
 from bench.records import Record
 from bench.report import pictures

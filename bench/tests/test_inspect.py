@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from bench.measure.cuda_packages import cuda_packages
-from bench.measure.diagnosis import warnings_for
+from bench.measure.environment import warnings_for
+from bench.measure.switches import cuda_packages
 
 
 @pytest.mark.usefixtures("fake_pool")
@@ -30,7 +30,7 @@ def test_list_and_doctor(tmp_path, call):
 @pytest.mark.usefixtures("fake_pool")
 def test_the_table_of_doctor_holds_every_fact_and_warning(tmp_path, call, monkeypatch):
     said = ['Only torch sees a GPU: a comma, a "quotation".', "The machine is busy."]
-    monkeypatch.setattr("bench.measure.diagnosis.warnings_for", lambda *args: said)
+    monkeypatch.setattr("bench.measure.environment.warnings_for", lambda *args: said)
     files = ("--json", tmp_path / "d.json", "--csv", tmp_path / "d.csv")
     assert call("doctor", *files).exit_code == 0
     found = json.loads((tmp_path / "d.json").read_text())

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from bench.measure.worker_process import CHECKOUT
+from bench.measure.workers import CHECKOUT
 from bench.tests.killed_runs import whole_cells
 from bench.tests.synthetic import write_sweep
 
@@ -23,7 +23,7 @@ from bench import store
 from bench.__main__ import app
 from bench.commands import inspect
 from bench.measure import sweep
-from bench.measure.worker_process import WorkerProcess, worker_environment
+from bench.tests.fake_worker import start
 from bench.study import results as study_results
 from parity_tests.report import files
 
@@ -58,10 +58,6 @@ def output(argument, path):
     if Path(path).name != "environment.json":
         os.kill(os.getpid(), number)
     return real_output(argument, path)
-
-def start(framework):
-    environment = worker_environment(framework, device="cpu", division="matched", cpus=())
-    return WorkerProcess([sys.executable, "-m", "bench.tests.fake_worker", framework], environment)
 
 store.read_cells = study_results.read_cells = read_cells
 inspect.violations, files.output, store.Store.append = violations, output, append

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from bench.engines.kept_pool import KeptPool
+from bench.measure.workers import KeptPool
 
 
 class Pool:

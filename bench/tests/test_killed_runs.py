@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from bench.measure.worker_process import CHECKOUT
+from bench.measure.workers import CHECKOUT
 from bench.records import parse_line
 from bench.tests.killed_runs import WORKLOADS, whole_cells
 

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 
+from bench.measure.request import Request
 from bench.plan.cells import DEVICES, DIVISIONS, STORAGE_DTYPES, Cell
 from bench.plan.competitors import MODES, Catalogue, Competitor, competitors_for, further_modes, offered_modes
 from bench.plan.costs import (
@@ -13,8 +14,7 @@ from bench.plan.costs import (
     waste_factor,
     working_bytes,
 )
-from bench.plan.presets import PRESETS
-from bench.plan.selection import narrowed, plan_cells
+from bench.plan.presets import PRESETS, plan_cells
 from bench.plan.workloads import WORKLOADS, Workload, workload
 
 TORCH = Catalogue("torch", ("loop", "matmul"), ("stock:bmm+bias",), ("dense",))
@@ -108,7 +108,7 @@ def test_presets_name_what_exists(preset):
 
 
 def test_narrowing_replaces_only_what_is_given():
-    preset = narrowed(PRESETS["smoke"], directions=["forward"], rounds=2)
+    preset = Request(direction=("forward",), rounds=2).plan
     assert preset.directions == ("forward",)
     assert preset.rounds == 2
     assert preset.workloads == PRESETS["smoke"].workloads
@@ -125,23 +125,23 @@ def test_seed_leaves_out_no_dense_layer_that_the_claims_speak_of():
 
 def test_time_for_a_cell_alone_lifts_the_number_of_rounds():
     smoke = PRESETS["smoke"]
-    preset = narrowed(smoke, cell_s=40.0)
+    preset = Request(cell_s=40.0).plan
     assert preset.cell_s == 40.0
     assert preset.rounds > 1000 * smoke.rounds
-    both = narrowed(smoke, cell_s=40.0, rounds=30)
+    both = Request(cell_s=40.0, rounds=30).plan
     assert (both.cell_s, both.rounds) == (40.0, 30)
-    assert narrowed(smoke) == smoke
+    assert Request().plan == smoke
     # What is asked for is the limit, also where the preset has more time for noisy cells.
     assert PRESETS["seed"].most_cell_s > PRESETS["seed"].cell_s
-    assert narrowed(PRESETS["seed"], cell_s=2.0).most_cell_s == 0
-    patient = narrowed(PRESETS["smoke"], most_cell_s=60.0)
+    assert Request(preset="seed", cell_s=2.0).plan.most_cell_s == 0
+    patient = Request(most_cell_s=60.0).plan
     assert (patient.cell_s, patient.most_cell_s) == (PRESETS["smoke"].cell_s, 60.0)
     assert patient.rounds == PRESETS["seed"].rounds
-    assert narrowed(PRESETS["smoke"], most_cell_s=60.0, rounds=3).rounds == 3
+    assert Request(most_cell_s=60.0, rounds=3).plan.rounds == 3
 
 
 def test_tf32_is_no_stock_precision():
-    preset = narrowed(PRESETS["smoke"], precisions=["tf32"], divisions=["stock"])
+    preset = Request(precision=("tf32",), division=("stock",)).plan
     assert plan_cells(preset, "cuda") == ()
 
 
@@ -186,8 +186,7 @@ def test_the_modes_of_a_division_are_those_of_its_frameworks():
 
 def test_a_named_time_to_prepare_replaces_that_cap_alone():
     smoke = PRESETS["smoke"]
-    assert narrowed(smoke).limits == smoke.limits
-    assert narrowed(smoke, prepare_s=7.0).limits == replace(smoke.limits, prepare_s=7.0)
+    assert Request(prepare_s=7.0).plan.limits == replace(smoke.limits, prepare_s=7.0)
 
 
 def test_who_is_left_out_takes_part_only_by_name():

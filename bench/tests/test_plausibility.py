@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench.measure.entry import Entry
-from bench.measure.plausibility import flops_limit, reject_the_impossible
+from bench.measure.coordinator import flops_limit, reject_the_impossible
+from bench.measure.rounds import Entry
 from bench.plan.cells import Cell
 from bench.plan.competitors import Competitor
 from bench.plan.costs import compulsory_bytes, useful_product_flops

@@ -121,10 +121,10 @@ def test_a_far_measurement_is_a_hint_and_a_very_far_one_no_answer(run, call, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--dtype", "float8"), "--dtype: expected one of float32"),
+        (("--dtype", "float8"), "--dtype: expected one of fp32, bf16, fp16, fp64, got 'float8'"),
         (("--direction", "sideways"), "--direction: expected one of forward"),
         (("--device", "tpu"), "--device: expected one of cpu, cuda"),
-        (("--precision", "fp8"), "--precision: expected one of ieee_fp32, tf32"),
+        (("--precision", "fp8"), "--precision: expected one of fp32, tf32, bf16, fp16, fp64, got 'fp8'"),
         (("--precision", "bf16"), "--precision: bf16 is of bfloat16, got --dtype float32; give both alike"),
         (("--precision", "tf32"), "nothing was measured undisturbed with dtype float32, precision tf32, forward"),
         (("--framework", "keras"), "--framework: expected one of torch, jax"),

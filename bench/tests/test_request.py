@@ -5,8 +5,7 @@ import pytest
 from bench.measure.request import Request, SelectionError, chosen_competitors
 from bench.plan.cells import Cell
 from bench.plan.competitors import Catalogue
-from bench.plan.presets import PRESETS
-from bench.plan.selection import left_out, narrowed, plan_cells
+from bench.plan.presets import PRESETS, left_out, plan_cells
 from bench.plan.workloads import workload
 
 TORCH = Catalogue("torch", ("loop", "matmul"), ("stock:bmm+bias",), ("dense",))
@@ -15,16 +14,16 @@ CELL = Cell(workload("article-base"), "forward", "ieee_fp32", "matched", "cpu")
 
 
 def request(**changes):
-    return Request(PRESETS["smoke"], **changes)
+    return Request(**changes)
 
 
 def test_a_name_that_nobody_has_is_refused_with_those_that_there_are():
     with pytest.raises(SelectionError, match=r"nothing is called bmm; choose from dense, loop, matmul, stock:bmm"):
-        chosen_competitors([TORCH, JAX], request(implementations=("matmul", "bmm")), CELL)
+        chosen_competitors([TORCH, JAX], request(implementation=("matmul", "bmm")), CELL)
 
 
 def test_a_name_without_the_mode_that_is_asked_for_is_refused_in_other_words():
-    wanted = request(implementations=("stock:nnx.Einsum",), modes=("eager",))
+    wanted = request(implementation=("stock:nnx.Einsum",), mode=("eager",))
     message = (
         "implementation: no framework that takes part has stock:nnx.Einsum in the mode eager in "
         "article-base (B=128, n=32, 32->32), forward, ieee_fp32, matched; choose another --implementation, --mode or "
@@ -33,18 +32,17 @@ def test_a_name_without_the_mode_that_is_asked_for_is_refused_in_other_words():
     with pytest.raises(SelectionError) as error:
         chosen_competitors([TORCH, JAX], wanted, CELL)
     assert str(error.value) == message
-    (found,) = chosen_competitors([TORCH, JAX], request(implementations=("stock:nnx.Einsum",), modes=("jit",)), CELL)
+    (found,) = chosen_competitors([TORCH, JAX], request(implementation=("stock:nnx.Einsum",), mode=("jit",)), CELL)
     assert found.label == "jax stock:nnx.Einsum (jit)"
 
 
 def test_what_is_no_cell_is_told_and_not_planned():
-    preset = narrowed(
-        PRESETS["smoke"],
-        workloads=["article-base"],
-        directions=["forward", "train_step"],
-        precisions=["ieee_fp32", "tf32", "fp16"],
-        divisions=["stock", "matched"],
-    )
+    preset = request(
+        workload=("article-base",),
+        direction=("forward", "train_step"),
+        precision=("fp32", "tf32", "fp16"),
+        division=("stock", "matched"),
+    ).plan
     first, second = left_out(preset)
     assert first.startswith("The stock division has no tf32,")
     assert second.startswith("There is no train_step in fp16,")

@@ -5,9 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench.measure.conditions import NoMonitor, NvmlMonitor, thermally_throttled
-from bench.measure.entry import Entry
-from bench.measure.rounds import Rounds, hopeless
+from bench.measure.machine import Monitor, NvmlMonitor, thermally_throttled
+from bench.measure.rounds import Entry, Rounds, hopeless
 from bench.plan.competitors import Competitor
 from bench.plan.presets import PRESETS
 from bench.study.pairing import intervals
@@ -50,7 +49,7 @@ def run(found, durations, *, noise=0.002, preset=PRESET, monitor=None, seed=0, f
         preset,
         seed=seed,
         block=block,
-        monitor=monitor or NoMonitor(),
+        monitor=monitor or Monitor(),
         report=lambda text: None,
         block_s=min(durations.values()),
     )
@@ -156,7 +155,7 @@ def test_a_competitor_that_fails_in_a_round_does_not_stop_the_others():
             return None
         return {"block_latency_s": 0.05}
 
-    options = {"monitor": NoMonitor(), "report": lambda text: None, "block_s": 0.05}
+    options = {"monitor": Monitor(), "report": lambda text: None, "block_s": 0.05}
     Rounds(found, PRESET, seed=0, block=block, **options).run()
     assert [len(entry.blocks) > 8 for entry in found] == [True, False, True]
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from bench.commands.arguments import selection
 from bench.environments import StoreError
-from bench.measure.worker_process import CHECKOUT
+from bench.measure.workers import CHECKOUT
 from bench.report.tables import show_rankings
 from bench.study import results as study_results
 from bench.study.ranking import rankings

@@ -1,15 +1,13 @@
 """Switches left in the shell: unset or told, recorded, and a compiled mode that proves that it compiled."""
 
 import json
-import sys
 from contextlib import contextmanager
 
 import pytest
 
-from bench.measure.protocol import RequestError
 from bench.measure.switches import TOLD, UNSET, recorded, sentences, unset_for
 from bench.measure.timer import Unsupported
-from bench.measure.worker_process import WorkerProcess, worker_environment
+from bench.measure.workers import RequestError, WorkerProcess, worker_environment
 from bench.report.markdown import environment_lines
 from bench.tests.test_commands import TINY
 from bench.tests.test_programs import REQUEST, judged, opened, timer_of
@@ -188,8 +186,7 @@ def test_a_start_up_file_that_turns_compilation_off_is_named(tmp_path):
     timer_of("jax")
     (tmp_path / "sitecustomize.py").write_text("import jax\njax.config.update('jax_disable_jit', True)\n")
     environment = worker_environment("jax", device="cpu", division="matched", cpus=())
-    environment["PYTHONPATH"] = f"{tmp_path}:{environment['PYTHONPATH']}"
-    worker = WorkerProcess([sys.executable, "-m", "bench.measure.worker", "jax"], environment)
+    worker = WorkerProcess("jax", environment | {"PYTHONPATH": str(tmp_path)})
     try:
         with pytest.raises(RequestError, match=r"jax_disable_jit is on when the process starts.*sitecustomize"):
             worker.request({"operation": "hello"}, 120)

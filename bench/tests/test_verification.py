@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from bench.measure import verification
-from bench.measure.memory import free_bytes, resident_growth
+from bench.measure.machine import free_bytes, resident_growth
 from bench.measure.verification import Oracle, Verifier, inputs_digest, results_digest
 from parity_tests.judge.inputs import Case, draw_inputs
 from parity_tests.judge.oracle import reference

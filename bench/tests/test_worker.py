@@ -1,33 +1,38 @@
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-from bench.measure.pool import WorkerPool, starter
-from bench.measure.protocol import MISSING, RequestError, decode, encode, one_line
-from bench.measure.worker import main
-from bench.measure.worker_process import CHECKOUT, WorkerProcess, worker_environment
+from bench.measure import workbench
+from bench.measure.workers import (
+    CHECKOUT,
+    MISSING,
+    RequestError,
+    WorkerPool,
+    WorkerProcess,
+    one_line,
+    starter,
+    worker_environment,
+)
 
 NEUTRAL = (
     "bench.__main__",
-    "bench.measure.worker",
+    "bench.measure.workbench",
     "bench.measure.sweep",
     "bench.commands.run",
     "bench.commands.report",
 )
 IMPORTS_OF_A_WORKER = """
-import io, json, sys
-from bench.measure.protocol import encode
-from bench.measure.worker import serve
+import json, sys
+from bench.measure.workbench import Dispatcher
 hello, cell = {"operation": "hello"}, json.loads(sys.argv[2])
 prepare = {"operation": "prepare", "handle": "0", "implementation": "matmul", "mode": sys.argv[3],
            "kind": "implementation", "call_limit_s": 60}
-requests = io.BytesIO(b"".join(map(encode, (hello, cell, prepare, {"operation": "check", "handle": "0"}))))
-replies = io.BytesIO()
-serve(sys.argv[1], requests, replies)
-print(json.dumps({"replies": [json.loads(line) for line in replies.getvalue().splitlines()],
-                  "modules": sorted({name.split(".")[0] for name in sys.modules})}))
+reply = Dispatcher(sys.argv[1]).reply
+replies = [reply(request) for request in (hello, cell, prepare, {"operation": "check", "handle": "0"})]
+print(json.dumps({"replies": replies, "modules": sorted({name.split(".")[0] for name in sys.modules})}))
 """
 CELL = {
     "workload": {
@@ -74,40 +79,42 @@ def test_neutral_modules_import_no_framework(module):
     assert not {"torch", "jax", "flax", "altair", "pandas"} & set(modules)
 
 
-def test_what_a_library_prints_does_not_break_the_protocol():
-    code = (
-        "import os, sys; from bench.measure.worker import _private_stdout; replies = _private_stdout();"
-        "print('noise'); os.write(1, b'more noise'); replies.write(b'{}\\n'); replies.flush()"
+def test_what_a_library_prints_does_not_break_the_protocol(tmp_path):
+    (tmp_path / "noisy.py").write_text(
+        "import os\n"
+        "def main(channel, framework):\n"
+        "    channel.receive()\n"
+        "    print('noise')\n"
+        "    os.write(1, b'more noise')\n"
+        "    channel.send({'ok': True})\n"
     )
-    assert fresh("-c", code) == "{}\n"
+    worker = WorkerProcess("torch", os.environ | {"PYTHONPATH": str(tmp_path)}, module="noisy")
+    assert worker.request({"operation": "hello"}, 60) == {"ok": True}
+    worker.close()
 
 
 def test_a_worker_without_its_framework_says_so(monkeypatch):
-    import io
-
-    from bench.measure import worker
-
-    monkeypatch.setattr(worker, "framework_available", lambda framework: False)
-    replies = io.BytesIO()
-    worker.serve("jax", io.BytesIO(encode({"operation": "hello"})), replies)
-    reply = decode(replies.getvalue())
+    monkeypatch.setattr(workbench, "framework_available", lambda framework: False)
+    reply = workbench.Dispatcher("jax").reply({"operation": "hello"})
     assert (reply["status"], "jax and flax are not installed" in reply["reason"]) == (MISSING, True)
 
 
-def test_a_wrong_call_of_the_worker_is_explained(capsys):
-    assert main(["tensorflow"]) == 2
-    assert "usage: python -m bench.measure.worker torch|jax" in capsys.readouterr().err
+def test_an_unknown_operation_is_explained(monkeypatch):
+    with pytest.raises(ValueError, match=r"operation: expected one of hello, .*, got '__init__'"):
+        workbench.Workbench(None).perform({"operation": "__init__"})
 
 
-def test_a_framework_that_cannot_start_is_an_error_and_leaves_no_process():
+def test_a_framework_that_cannot_start_is_an_error_and_leaves_no_process(tmp_path):
+    (tmp_path / "broken.py").write_text("raise ImportError('broken installation')")
     started = []
 
     def start(framework):
         environment = worker_environment(framework, device="cpu", division="matched", cpus=())
-        started.append(WorkerProcess([sys.executable, "-c", "raise SystemExit('broken installation')"], environment))
+        environment["PYTHONPATH"] = str(tmp_path)
+        started.append(WorkerProcess(framework, environment, module="broken"))
         return started[-1]
 
-    with pytest.raises(RequestError, match="broken installation"):
+    with pytest.raises(RequestError, match=r"the torch worker: .*broken installation"):
         WorkerPool(start, ("torch", "jax"))
     assert not any(worker.alive for worker in started)
 
@@ -128,13 +135,6 @@ def test_another_interpreter_can_be_given():
         start("torch")
 
 
-def test_messages():
-    assert decode(encode({"a": 1})) == {"a": 1}
-    with pytest.raises(RequestError, match="no message"):
-        decode(b"[1]")
-    with pytest.raises(RequestError, match="no message"):
-        decode(b"[" * 10**5)
-    with pytest.raises(ValueError, match="JSON"):
-        encode({"a": float("nan")})
+def test_a_reason_is_one_line():
     assert one_line("a\n  b") == "a b"
     assert len(one_line("x" * 1000)) == 300

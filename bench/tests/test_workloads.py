@@ -2,15 +2,15 @@ from dataclasses import replace
 
 import pytest
 
-from bench.plan.catalogue import catalogue
-from bench.plan.presets import PRESETS
-from bench.plan.selection import narrowed, plan_cells
-from bench.plan.sweeps import log_grid
+from bench.measure.request import Request
+from bench.plan.presets import PRESETS, plan_cells
 from bench.plan.workloads import (
     LAYOUTS,
     WORKLOADS,
     UnknownWorkloadError,
     Workload,
+    catalogue,
+    log_grid,
     sweep,
     workload,
 )
@@ -138,7 +138,7 @@ def test_an_unknown_name_is_refused_with_the_names_that_look_alike(name):
 def test_a_sweep_of_ten_thousand_cells_plans_every_cell_once():
     sizes = log_grid(1, 64)
     names = [found.name for found in sweep(batch=sizes, num_partitions=sizes, in_features=sizes, out_features=sizes)]
-    preset = narrowed(PRESETS["sweep"], workloads=names, precisions=["ieee_fp32", "bf16", "fp16"])
+    preset = Request(preset="sweep", workload=tuple(names), precision=("fp32", "bf16", "fp16")).plan
     cells = plan_cells(preset, "cpu")
     assert len(cells) == len(set(cells)) == 7**4 * 3 * 2 > 10_000
 

@@ -19,13 +19,13 @@ import numpy as np
 from bench.__main__ import app
 from bench.commands import report, run  # noqa: F401  imported by the commands anyway, and no part of what a stage takes
 from bench.measure import sweep
-from bench.measure.entry import CellOutcome, Entry
-from bench.plan.presets import PRESETS
-from bench.plan.selection import narrowed, plan_cells
-from bench.plan.sweeps import log_grid
-from bench.plan.sweeps import sweep as points
+from bench.measure.request import Request
+from bench.measure.rounds import CellOutcome, Entry
+from bench.plan.presets import plan_cells
+from bench.plan.workloads import log_grid
+from bench.plan.workloads import sweep as points
 from bench.study.results import Results
-from bench.tests.killed_runs import start
+from bench.tests.fake_worker import start
 
 # Cells that an interruption leaves to the resumed run.
 LEFT_OUT = 5
@@ -145,7 +145,7 @@ def main(directory, cells, rounds):
     stages = Stages()
     with stages.stage("plan") as plan:
         names = workloads(cells)
-        plan["cells"] = len(plan_cells(narrowed(PRESETS["sweep"], workloads=names), "cpu"))
+        plan["cells"] = len(plan_cells(Request(preset="sweep", workload=tuple(names)).plan, "cpu"))
     asked += [part for name in names for part in ("--workload", name)]
     with stages.stage("store") as store:
         InventedCell.until = plan["cells"] - LEFT_OUT

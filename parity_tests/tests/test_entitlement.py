@@ -181,7 +181,7 @@ def test_rows_and_document_say_what_the_bound_was_derived_for():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--precision", "magic"], "--precision: expected one of ieee_fp32, tf32, got 'magic'"),
+        (["--precision", "magic"], "--precision: expected one of fp32, tf32, got 'magic'"),
         (["--precision", "tf32", "--dtype", "bfloat16"], "expected float32 among --dtype"),
         (["--precision", "tf32", "--pair", "a.b:c"], "expected none beside --pair"),
         *(

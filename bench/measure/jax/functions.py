@@ -1,30 +1,130 @@
-"""The JAX competitors: the registry's implementations, what users write instead, the article's dense yardstick."""
+"""The JAX competitors: the registry's implementations, the functions and layers users write instead, the yardstick.
 
+Layers of other packages are made by builders, which import the package: tracing, which is timed, would import it
+otherwise.
+"""
+
+import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from flax import linen, nnx
 
-from bench.measure.jax.modules import (
-    einmix,
-    equinox_filter_vmap,
-    keras_einsum_dense,
-    linen_dense_general,
-    nnx_einsum,
-    nnx_linear_general,
-)
-from bench.measure.packages import missing_competitors
+from bench.measure.switches import missing_competitors
 from jax_impl import partitioned_linear
 from jax_impl.registry import implementation_names
 
-Function = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Array = jax.Array
+Function = Callable[..., Array]
+
+
+def _with_parameters(build: Callable[[], nnx.Module], x: Array, **parameters: Array) -> Array:
+    """Call an nnx module with the given arrays in place of its own, of which none is ever drawn."""
+    graph, state = nnx.split(nnx.eval_shape(build))
+    nnx.replace_by_pure_dict(state, parameters)
+    return nnx.merge(graph, state)(x)
+
+
+def nnx_einsum(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
+    """Run Flax nnx `Einsum`."""
+
+    def build() -> nnx.Module:
+        return nnx.Einsum(
+            "bni,nio->bno", kernel.shape, bias.shape, param_dtype=kernel.dtype, precision=precision, rngs=nnx.Rngs(0)
+        )
+
+    return _with_parameters(build, x, kernel=kernel, bias=bias)
+
+
+def nnx_linear_general(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
+    """Run Flax nnx `LinearGeneral` with a batch axis, which must lead: hence a transpose before and after."""
+    n, i, o = kernel.shape
+
+    def build() -> nnx.Module:
+        return nnx.LinearGeneral(
+            i, o, batch_axis={0: n}, param_dtype=kernel.dtype, precision=precision, rngs=nnx.Rngs(0)
+        )
+
+    return jnp.swapaxes(_with_parameters(build, jnp.swapaxes(x, 0, 1), kernel=kernel, bias=bias), 0, 1)
+
+
+def linen_dense_general(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
+    """Run Flax linen `DenseGeneral` with a batch dimension, which must lead: hence a transpose before and after."""
+    layer = linen.DenseGeneral(kernel.shape[2], batch_dims=(0,), param_dtype=kernel.dtype, precision=precision)
+    y = layer.apply({"params": {"kernel": kernel, "bias": bias}}, jnp.swapaxes(x, 0, 1))
+    return jnp.swapaxes(cast(Array, y), 0, 1)
+
+
+def _matmul_precision(precision: Any) -> AbstractContextManager[object]:
+    """Return the ambient precision for libraries that hand none to their products; tracing writes it into each."""
+    if precision is None:
+        return nullcontext()
+    name = precision.name
+    return jax.default_matmul_precision(name.lower() if isinstance(precision, jax.lax.Precision) else name)
+
+
+def einmix() -> Function:
+    """Return einops `EinMix` for Flax."""
+    from einops.layers.flax import EinMix
+
+    def run(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
+        n, i, o = kernel.shape
+        layer = EinMix("b n i -> b n o", weight_shape="n i o", bias_shape="n o", sizes={"n": n, "i": i, "o": o})
+        with _matmul_precision(precision):
+            return cast(Array, layer.apply({"params": {"weight": kernel, "bias": bias[None]}}, x))
+
+    return run
+
+
+def equinox_filter_vmap() -> Function:
+    """Return equinox `filter_vmap` over an ensemble of `eqx.nn.Linear`, which keeps (out, in)."""
+    import equinox as eqx
+
+    def run(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
+        _, i, o = kernel.shape
+        # The key is needed to describe the layer, and never drawn from.
+        with jax.ensure_compile_time_eval():
+            key = jax.random.key(0)
+        skeleton = eqx.filter_eval_shape(eqx.nn.Linear, i, o, dtype=kernel.dtype, key=key)
+        ensemble = eqx.tree_at(lambda layer: (layer.weight, layer.bias), skeleton, (jnp.swapaxes(kernel, 1, 2), bias))
+        each = eqx.filter_vmap(lambda layer, rows: jax.vmap(layer)(rows), in_axes=(eqx.if_array(0), 1), out_axes=1)
+        with _matmul_precision(precision):
+            return each(ensemble, x)
+
+    return run
+
+
+def keras_einsum_dense() -> Function:
+    """Return Keras `EinsumDense` on its JAX backend, called statelessly."""
+    # Read once, when keras is imported; a worker runs one framework only.
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras
+
+    def run(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
+        n, _, o = kernel.shape
+        layer = keras.layers.EinsumDense(
+            "bni,nio->bno",
+            output_shape=(n, o),
+            bias_axes="no",
+            kernel_initializer="zeros",
+            dtype=str(kernel.dtype),
+        )
+        # Outside the traced program, which holds the stateless call alone.
+        with jax.ensure_compile_time_eval():
+            layer.build(x.shape)
+        with _matmul_precision(precision):
+            return layer.stateless_call([kernel, bias], [], x)[0]
+
+    return run
 
 
 def _dense(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, precision: Any) -> jax.Array:
-    """One dense map over all features (case A of the article), on arrays with a partition axis of size 1."""
+    """Run one dense map over all features (case A of the article), on arrays with a partition axis of size 1."""
     return (jnp.matmul(x[:, 0], kernel[0], precision=precision) + bias[0])[:, None]
 
 
@@ -44,7 +144,7 @@ YARDSTICKS: Mapping[str, Callable[[], Callable[..., jax.Array]]] = MappingProxyT
 
 
 def resolve(name: str, precision: Any) -> Function:
-    """Returns the function that a competitor's name means.
+    """Return the function that a competitor's name means.
 
     Args:
         name: a name of the registry, of `STOCK` or of `YARDSTICKS`.

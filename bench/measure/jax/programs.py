@@ -10,13 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from bench.measure.compile_caches import CacheFolder
-from bench.measure.jax.compile_cache import kept_in
 from bench.measure.jax.functions import Function, resolve
-from bench.measure.jax.products import repeated_product_flops
-from bench.measure.layouts import swapped_axes
-from bench.measure.timer import Call, Prepared, Task, Unsupported, in_turn
+from bench.measure.jax.xla import kept_in, repeated_product_flops
+from bench.measure.timer import CacheFolder, Call, Prepared, Task, Unsupported, in_turn
 from bench.plan.competitors import JIT, JIT_GRAPH
+from bench.plan.workloads import AXES
 from jax_impl import UnsupportedImplementationError
 from parity_tests.frameworks.jax.training import build_optax
 from parity_tests.training.optimizers import OPTIMIZERS
@@ -26,7 +24,7 @@ _RATES = 1
 
 
 def compiler_options(division: str, device: str, mode: str) -> dict[str, Any]:
-    """XLA's options for the programs of a division; empty for its defaults.
+    """Return XLA's options for the programs of a division; empty for its defaults.
 
     On a GPU the matched division compares `jit` with torch's eager mode, which records no CUDA graph, so that XLA may
     record none either; `jit-graph` is compared with `cuda-graph`, in the tuned division too. By default XLA records
@@ -43,8 +41,8 @@ def compiler_options(division: str, device: str, mode: str) -> dict[str, Any]:
 
 
 def _in_layout(function: Function, layout: str) -> Function:
-    """The function on arrays as they lie in memory; XLA's arrays have no strides, so that it transposes inside."""
-    axes = swapped_axes(layout)
+    """Return the function on arrays as they lie in memory; it transposes, since XLA's arrays have no strides."""
+    axes = AXES[layout]
     if axes is None:
         return function
 
@@ -65,7 +63,7 @@ class _Uncompiled:
 
 
 def _program(function: Function, task: Task, uncompiled: _Uncompiled) -> tuple[Callable[..., Any], int]:
-    """The traced function of a direction, and how many of (x, kernel, bias, cotangent) it takes.
+    """Return the traced function of a direction, and how many of (x, kernel, bias, cotangent) it takes.
 
     A new function object each time, since jit would find an earlier precision's program under the same one.
     """
@@ -88,7 +86,7 @@ def _program(function: Function, task: Task, uncompiled: _Uncompiled) -> tuple[C
 def _step_program(
     function: Function, task: Task, uncompiled: _Uncompiled, *, donate: bool, options: dict[str, Any] | None
 ) -> tuple[Any, Callable[[Any], Any]]:
-    """The jitted training step, and the function that makes the optimiser's first state."""
+    """Return the jitted training step, and the function that makes the optimiser's first state."""
     optimizer = build_optax(OPTIMIZERS[str(task.optimizer)], _RATES)
     direct = Task(task.implementation, task.mode, "forward_backward", task.layout)
     differentiate, _ = _program(function, direct, uncompiled)
@@ -131,7 +129,7 @@ def build(
     donate: bool,
     options: Mapping[str, Any],
 ) -> Prepared:
-    """Traces, lowers and compiles the program of a task; the jitted function is then called as a user would.
+    """Trace, lower and compile the program of a task; the jitted function is then called as a user would.
 
     Args:
         task: what to compute.

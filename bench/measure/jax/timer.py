@@ -1,25 +1,74 @@
-"""JAX's side of the stopwatch."""
+"""JAX's half of the stopwatch."""
 
 import os
+import re
+import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.measure import memory
+from bench.measure import machine
 from bench.measure.jax.functions import MISSING, STOCK, YARDSTICKS
 from bench.measure.jax.programs import build, compiler_options
-from bench.measure.jax.tracing import traced
-from bench.measure.layouts import swapped_axes
-from bench.measure.timer import Call, Prepared, Task, Trace, Unsupported
-from bench.plan.cells import RESULTS, STORAGE_DTYPES
+from bench.measure.timer import Call, Prepared, Task, Timer, Trace, Unsupported, busy_s
+from bench.plan.cells import STORAGE_DTYPES
 from bench.plan.competitors import JIT, JIT_GRAPH, Catalogue
 from jax_impl.registry import implementation_names, unsupported_reason
-from parity_tests.judge.inputs import Inputs
+
+# Instructions that move or name nothing at run time.
+_NO_WORK = frozenset({"parameter", "bitcast", "tuple", "get-tuple-element", "constant"})
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (?:\([^=]*?\)|\S+) ([a-z][a-z0-9\-]*)\(", re.MULTILINE)
+
+
+def instructions(text: str) -> Counter[str]:
+    """Count the instructions of a compiled program's entry computation that do work."""
+    entry = text[text.index("ENTRY ") :]
+    found = Counter(_INSTRUCTION.findall(entry[: entry.index("\n}")]))
+    return Counter({name: count for name, count in found.items() if name not in _NO_WORK})
+
+
+def _device_events(folder: Path) -> list[tuple[str, float, float]]:
+    """Return name, start and end in nanoseconds of everything that a GPU ran."""
+    found = []
+    for path in sorted(folder.rglob("*.xplane.pb")):
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            if not plane.name.startswith("/device:GPU"):
+                continue
+            for line in plane.lines:
+                # Streams hold kernels and copies; the other lines repeat them by module or by operation.
+                if line.name.startswith("Stream"):
+                    found += [(event.name, event.start_ns, event.start_ns + event.duration_ns) for event in line.events]
+    return found
+
+
+def traced(prepared: Prepared, call: Call, device: str) -> Trace:
+    """Run a call under JAX's profiler on a GPU; on a CPU reads the compiled program instead.
+
+    Args:
+        prepared: the competitor, for its program.
+        call: runs it once and waits.
+        device: `cpu` or `cuda`.
+
+    Returns:
+        On a GPU the kernels with the union of their intervals; on a CPU the instructions of the program.
+    """
+    if device == "cpu":
+        text = None if prepared.text is None else prepared.text()
+        return Trace({} if text is None else dict(instructions(text)), None)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            call()
+        events = _device_events(Path(folder))
+    intervals = [(start, end) for _, start, end in events]
+    return Trace(dict(Counter(name for name, _, _ in events)), busy_s(intervals) * 1e-9)
+
 
 _SWITCHES = ("jax_default_matmul_precision", "jax_enable_x64", "jax_numpy_dtype_promotion", "jax_optimization_level")
 # The variables are not passed on, but a start-up file may set them: each makes a mode or a clock a lie.
@@ -36,24 +85,21 @@ _PRECISIONS: Mapping[str, Any] = {
 _LARGEST_L2_BYTES = 128 * 2**20
 
 
-class JaxTimer:
-    """See `base.Timer`."""
+class JaxTimer(Timer):
+    """JAX; see `Timer`."""
 
     framework = "jax"
 
-    def __init__(self) -> None:
-        self._device, self._precision, self._division = "cpu", "ieee_fp32", "stock"
-
     def devices(self) -> tuple[str, ...]:
-        """`cpu`, and `cuda` where JAX runs on a GPU."""
+        """Return `cpu`, and `cuda` where JAX runs on a GPU."""
         return ("cpu", "cuda") if jax.default_backend() == "gpu" else ("cpu",)
 
     def catalogue(self) -> Catalogue:
-        """What can be run."""
+        """Return the competitors that can be run."""
         return Catalogue(self.framework, implementation_names(), tuple(STOCK), tuple(YARDSTICKS), dict(MISSING))
 
     def environment(self) -> dict[str, Any]:
-        """Versions and device."""
+        """Return versions and device."""
         device = jax.devices()[0]
         return {
             "jax": jax.__version__,
@@ -65,11 +111,11 @@ class JaxTimer:
         }
 
     def refusals(self) -> list[str]:
-        """What is on in this process and must not be."""
+        """Return the switches that are on and must not be."""
         return [name for name in _REFUSED if getattr(jax.config, name, False)]
 
     def switches(self) -> dict[str, Any]:
-        """The precision switches as they stand."""
+        """Return the precision switches as they stand."""
         precision = None if self._division == "stock" else str(_PRECISIONS[self._precision])
         options = {mode: compiler_options(self._division, self._device, mode) for mode in (JIT, JIT_GRAPH)}
         return {
@@ -80,18 +126,13 @@ class JaxTimer:
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
         }
 
-    def configure(self, precision: str, division: str, device: str) -> None:
-        """Remembers the precision that every product is given; 64-bit types are on for fp64 only."""
-        if device not in self.devices():
-            raise Unsupported(f"jax sees no {device} device")
-        if precision == "tf32" and device == "cpu":
-            raise Unsupported("a CPU has no TensorFloat-32 arithmetic")
+    def _apply(self) -> None:
         jax.clear_caches()
-        jax.config.update("jax_enable_x64", precision == "fp64")
-        self._device, self._precision, self._division = device, precision, division
+        # The precision itself is given to every product; 64-bit types are on for fp64 only.
+        jax.config.update("jax_enable_x64", self._precision == "fp64")
 
     def promised_precision(self, implementation: str) -> str:
-        """What was asked for; in the stock division, fp32 on a GPU is TF32 by JAX's default."""
+        """Return the precision asked for; in the stock division, fp32 on a GPU is TF32 by JAX's default."""
         default_is_tf32 = self._division == "stock" and self._device == "cuda" and self._precision == "ieee_fp32"
         return "tf32" if default_is_tf32 else self._precision
 
@@ -99,31 +140,22 @@ class JaxTimer:
         return jax.devices(self._device)[0]
 
     def free_bytes(self) -> int:
-        """Memory that is free on the configured device."""
+        """Return the memory that is free on the configured device."""
         if self._device == "cpu":
-            return memory.free_bytes()
+            return machine.free_bytes()
         stats = self._jax_device().memory_stats()
         return stats["bytes_limit"] - stats["bytes_in_use"]
 
     def cache_bytes(self) -> int:
-        """The last level of the CPU's caches; of a GPU no less than any has."""
-        return _LARGEST_L2_BYTES if self._device == "cuda" else memory.last_cache_bytes()
+        """Return the size of the last level of the CPU's caches; for a GPU that of the largest L2."""
+        return _LARGEST_L2_BYTES if self._device == "cuda" else machine.last_cache_bytes()
 
-    def arguments(self, inputs: Inputs, layout: str) -> tuple[jax.Array, ...]:
-        """x, kernel, bias, cotangent."""
-        if inputs.bias is None:
-            raise Unsupported("a workload without a bias")
-        axes = swapped_axes(layout)
-
-        def laid_out(array: np.ndarray) -> np.ndarray:
-            return array if axes is None else np.ascontiguousarray(np.swapaxes(array, *axes))
-
-        # Copies: on a CPU JAX may keep using NumPy's memory, and every set of buffers is one of its own.
-        arrays = (laid_out(inputs.x), inputs.weight, inputs.bias, laid_out(inputs.cotangent))
-        return tuple(jax.device_put(np.array(array), self._jax_device()) for array in arrays)
+    def _placed(self, array: np.ndarray) -> jax.Array:
+        # A copy: on a CPU JAX may keep using NumPy's memory.
+        return jax.device_put(np.array(array), self._jax_device())
 
     def prepare(self, task: Task, buffers: Sequence[tuple[jax.Array, ...]]) -> Prepared:
-        """Traces, lowers and compiles; the jitted function is then called as a user would."""
+        """Trace, lower and compile; the jitted function is then called as a user would."""
         if task.implementation in implementation_names():
             n, i, o = buffers[0][1].shape
             reason = unsupported_reason(
@@ -146,15 +178,15 @@ class JaxTimer:
         )
 
     def account(self, prepared: Prepared) -> int | None:
-        """Operations of one call, by XLA's account of the compiled program."""
+        """Return the operations of one call, by XLA's account of the compiled program."""
         return prepared.program_flops
 
     def trace(self, prepared: Prepared) -> Trace:
-        """Runs one call under the profiler on a GPU, reads the program on a CPU."""
+        """Run one call under the profiler on a GPU, reads the program on a CPU."""
         return traced(prepared, lambda: self.wait(prepared.call()), self._device)
 
     def large_product(self) -> tuple[Call, int]:
-        """A square product."""
+        """Return a square product and its operations."""
         size = 8192 if self._device == "cuda" else 1024
         dtype = STORAGE_DTYPES[self._precision]
         a, b = (jax.device_put(np.ones((size, size), np.float32), self._jax_device()).astype(dtype) for _ in range(2))
@@ -162,7 +194,7 @@ class JaxTimer:
         return lambda: product(a, b), 2 * size**3
 
     def large_copy(self) -> tuple[Call, int]:
-        """A copy of at least eight times the last cache."""
+        """Return a copy and its bytes."""
         size = max(8 * self.cache_bytes(), 2**27)
         a = jax.device_put(np.ones(size // 4, np.float32), self._jax_device())
         # Negation reads and writes every element, as a copy does, and cannot be left out.
@@ -170,29 +202,23 @@ class JaxTimer:
         return lambda: copy(a), 2 * a.nbytes
 
     def wait(self, result: Any) -> None:
-        """Waits for the results."""
+        """Return when the results are computed."""
         jax.block_until_ready(result)
 
-    def to_numpy(self, result: Any, task: Task) -> Mapping[str, np.ndarray]:
-        """The results by name."""
-        results = result if isinstance(result, tuple) else (result,)
-        named = {name: np.asarray(array) for name, array in zip(RESULTS[task.direction], results, strict=True)}
-        axes = swapped_axes(task.layout)
-        if axes is None:
-            return named
-        return named | {name: np.swapaxes(named[name], *axes) for name in ("y", "dx") if name in named}
+    def _fetched(self, result: jax.Array) -> np.ndarray:
+        return np.asarray(result)
 
     def peak_memory(self, prepared: Prepared) -> tuple[int | None, str]:
-        """Growth of the resident set on a CPU; on a GPU the compiler's account.
+        """Return the growth of the resident set on a CPU, the compiler's account on a GPU.
 
         JAX's allocator keeps the peak of its whole life, so a process that has run other competitors cannot tell.
         """
         if self._device == "cpu":
-            return memory.resident_growth(lambda: self.wait(prepared.call()))
+            return machine.resident_growth(lambda: self.wait(prepared.call()))
         return prepared.static_memory_bytes, "memory_analysis"
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """XLA reports it as a status in the text."""
+        """Return True for an error of memory, which XLA reports as a status in the text."""
         return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bench.measure.compile_caches import CacheFolder
-from bench.measure.layouts import swapped_axes
-from bench.measure.timer import Call, Prepared, Task, Unsupported, in_turn
+from bench.measure.timer import CacheFolder, Call, Prepared, Task, Unsupported, in_turn
 from bench.measure.torch.functions import Function, resolve
 from bench.plan.competitors import COMPILE, CUDA_GRAPH, EAGER, MAX_AUTOTUNE, REDUCE_OVERHEAD
+from bench.plan.workloads import AXES
 from parity_tests.frameworks.torch.training import build_torch
 from parity_tests.training.optimizers import OPTIMIZERS
 
@@ -28,8 +27,8 @@ _CALLS_BEFORE_CAPTURE = 3
 
 
 def _in_layout(function: Function, layout: str, *, settle: bool) -> Function:
-    """The function on arrays as they lie in memory; `settle` asks for results that lie like the inputs."""
-    axes = swapped_axes(layout)
+    """Return the function on arrays as they lie in memory; `settle` asks for results that lie like the inputs."""
+    axes = AXES[layout]
 
     def laid_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if axes is not None:
@@ -76,7 +75,7 @@ class _Step:
 
 
 def _bound(function: Function, task: Task, arguments: tuple[Tensor, ...], *, settle: bool) -> Call:
-    """A call without arguments for one set of buffers."""
+    """Return a call without arguments for one set of buffers."""
     if task.direction == "train_step":
         return _Step(function, arguments, str(task.optimizer), settle=settle)
     # Gradients are recorded only where they are asked for: the same storage, other leaves.
@@ -89,7 +88,7 @@ def _bound(function: Function, task: Task, arguments: tuple[Tensor, ...], *, set
 
 @cache
 def _recording_stream() -> torch.cuda.Stream:
-    """One stream for warming up and recording: a library's workspace belongs to a stream, and is there by then.
+    """Return one stream for warming up and recording: a library's workspace belongs to a stream, and is there by then.
 
     Otherwise whoever records first would be charged with it (32 MiB on an H200).
     """
@@ -97,7 +96,7 @@ def _recording_stream() -> torch.cuda.Stream:
 
 
 def _graphed(call: Call) -> tuple[Call, int]:
-    """The call recorded as a CUDA graph, and the peak of what it took while it was recorded, in bytes.
+    """Return the call recorded as a CUDA graph, and the peak of the memory taken while recording, in bytes.
 
     Its results stay in the graph's own buffers, as its users know; a replay takes no memory beside them.
     """
@@ -123,7 +122,7 @@ def _graphed(call: Call) -> tuple[Call, int]:
 
 
 def _watched(function: Function) -> tuple[Function, Callable[[], int]]:
-    """Return the function, and what tells in how many calls Python ran it: none where it runs compiled."""
+    """Return the function, and a count of the calls in which Python ran it: none where it runs compiled."""
     seen = [0]
 
     def watched(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -152,7 +151,7 @@ class _ProductCounter(TorchDispatchMode):
 
 
 def counted_flops(call: Call) -> int | None:
-    """Operations of the products and convolutions in one call, or None where torch knows of none."""
+    """Return the operations of the products and convolutions in one call, or None where torch has no formula."""
     with _ProductCounter() as counter:
         call()
     return counter.flops or None
@@ -165,7 +164,7 @@ def build(
     settle: bool,
     wait: Callable[[Any], None],
 ) -> Prepared:
-    """Builds the callable of a task and compiles it where the mode says so.
+    """Build the callable of a task and compile it where the mode says so.
 
     Args:
         task: what to compute.
@@ -218,14 +217,13 @@ def build(
 
 
 def _compiled(first_call: Callable[[], None]) -> tuple[float, int | None, Callable[[], float]]:
-    """Compiles by calling, with an empty cache on disk.
+    """Compile by calling, with an empty cache on disk.
 
     Returns:
         Seconds, operations of the products in the compiled program, and what compiles again with the cache filled.
     """
     # Inductor takes seconds to import, and most workers never compile.
-    from bench.measure.torch.compile_cache import kept_in
-    from bench.measure.torch.products import products_seen
+    from bench.measure.torch.inductor import kept_in, products_seen
 
     cache = CacheFolder()
 

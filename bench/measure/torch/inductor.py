@@ -1,10 +1,11 @@
-"""The products in the programs that torch.compile makes, counted in the graphs that Inductor turns into code.
+"""Inductor's programs: its caches in a folder, and the products in the graphs that it turns into code.
 
 A profiler does not see a product that Inductor writes as a loop of its own, and a function before it is compiled does
-not tell what the compiler left of it.
+not show the work that the compiler left. Imports Inductor, which takes seconds: only where something compiles.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +13,37 @@ import torch
 import torch._inductor.config as inductor_config
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import clear_caches
 from torch.fx import Graph, Node
 from torch.utils.flop_counter import flop_registry
+
+
+@contextmanager
+def kept_in(folder: str) -> Iterator[None]:
+    """Keep compiled programs in a folder, and take them from there; nothing comes from the process's own memory.
+
+    Args:
+        folder: an existing folder; an empty one makes the compilation a cold one.
+    """
+    wanted = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": os.path.join(folder, "triton")}
+    before = {name: os.environ.get(name) for name in wanted}
+    # Modules that were loaded stay loaded for whoever holds them.
+    clear_caches()
+    _set_variables(wanted)
+    try:
+        yield
+    finally:
+        _set_variables(before)
+        clear_caches()
+
+
+def _set_variables(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
 
 _aten = torch.ops.aten
 _SUMS = (_aten.sum.dim_IntList, _aten.sum.default)
@@ -31,12 +61,12 @@ class ProductsSeen(CustomGraphPass):
         self._breaks_before = _graph_breaks()
 
     def __call__(self, graph: Graph) -> None:
-        """Reads a graph after Inductor's last changes to it."""
+        """Read a graph after Inductor's last changes to it."""
         self.graphs += 1
         self._flops += sum(_operations(node) for node in graph.nodes if node.op == "call_function")
 
     def uuid(self) -> str:
-        """The same for all, so that programs can be found in the cache again."""
+        """Return the same for all, so that programs can be found in the cache again."""
         return "partitioned-linear-products-seen"
 
     @property
@@ -47,7 +77,7 @@ class ProductsSeen(CustomGraphPass):
 
 @contextmanager
 def products_seen() -> Iterator[ProductsSeen]:
-    """Counts the products of everything that is compiled inside the block, its backward passes included."""
+    """Count the products of everything that is compiled inside the block, its backward passes included."""
     seen = ProductsSeen()
     with inductor_config.patch(post_grad_custom_post_pass=seen):
         yield seen
@@ -80,5 +110,5 @@ def _is_product(node: Node) -> bool:
 
 
 def _value(node: Node) -> Any:
-    """The tensor without data that stands for a node's result."""
+    """Return the tensor without data that stands for a node's result."""
     return node.meta["val"]

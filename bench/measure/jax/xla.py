@@ -1,8 +1,50 @@
-"""The products that a compiled XLA program repeats in loops, which XLA's own account of operations counts once."""
+"""XLA's programs: JAX's compilation cache in a folder, and the products that a program repeats in loops."""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+_FOLDER = "jax_compilation_cache_dir"
+# However quickly it was compiled and however small it is; and without caches of XLA's own, whose options would make the
+# program another one than the user's.
+_EVERYTHING: Mapping[str, Any] = MappingProxyType(
+    {
+        "jax_enable_compilation_cache": True,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_persistent_cache_enable_xla_caches": "none",
+    }
+)
+
+
+@contextmanager
+def kept_in(folder: str) -> Iterator[None]:
+    """Keep compiled programs in a folder, and take them from there; the user's own cache is put back afterwards.
+
+    Args:
+        folder: an existing folder; an empty one makes the compilation a cold one.
+    """
+    wanted = {**_EVERYTHING, _FOLDER: folder}
+    before = {name: getattr(jax.config, name) for name in wanted}
+    _configure(wanted)
+    try:
+        yield
+    finally:
+        _configure(before)
+
+
+def _configure(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        jax.config.update(name, value)
+    # JAX decides once whether it uses a cache, and which.
+    compilation_cache.reset_cache()
+
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _SHAPE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]")
@@ -18,7 +60,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _computations(text: str) -> tuple[Mapping[str, list[str]], str]:
-    """The lines of every computation by its name, and the name of the one that runs first."""
+    """Return the lines of every computation by its name, and the name of the one that runs first."""
     found: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -31,7 +73,7 @@ def _computations(text: str) -> tuple[Mapping[str, list[str]], str]:
 
 
 def _dot_flops(line: str, shapes: Mapping[str, list[int]]) -> int:
-    """Operations of a product: two for each element of the result and each term of its sum."""
+    """Return the operations of a product: two for each element of the result and each term of its sum."""
     dot, result = _DOT.search(line), _SHAPE.match(line)
     if not (dot and result):
         return 0

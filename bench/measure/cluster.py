@@ -1,9 +1,9 @@
-"""Hands whole cells to dask workers, each of which owns one device, and merges what they record.
+"""Hand whole cells to dask workers, each of which owns one device, and merge what they record.
 
-A worker offers the resource `DEVICE` once, and a cell takes it: so that a device never measures two cells at a time.
-The worker runs the coordinator with framework processes of its own, exactly as a local run does, and returns records;
-this process alone writes the store. The framework processes stay for the next cell; all process replicates of a cell
-are measured by the same worker.
+A worker offers the resource `DEVICE` once and a cell takes it, so that a device never measures two cells at a time.
+The worker runs the sweep of that cell with framework processes of its own, exactly as a local run does, and returns
+records; this process alone writes the store. The framework processes stay for the next cell; all process replicates of
+a cell are measured by the same worker.
 """
 
 import os
@@ -12,37 +12,34 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from itertools import count
+from dataclasses import dataclass, fields
 from typing import Any
 
 from distributed import Client, Future
 from distributed import wait as wait_for
 
-from bench.engines.base import EngineError
-from bench.engines.kept_pool import KeptPool
-from bench.engines.resuming import identity, recorded_cells
 from bench.measure.environment import MACHINE_VARIABLE
-from bench.measure.pool import WorkerPool
-from bench.measure.protocol import RequestError
-from bench.measure.request import Request, SelectionError, SweepNotes
-from bench.measure.sweep import Progress, run_sweep, started_pool
-from bench.plan.cells import DEVICES, Cell
-from bench.plan.selection import plan_cells
+from bench.measure.request import EngineError, Request, SelectionError, SweepNotes
+from bench.measure.sweep import Progress, cell_hash, planned, run_sweep, started_pool
+from bench.measure.workers import KeptPool, RequestError, WorkerPool
+from bench.plan.cells import Cell
+from bench.plan.competitors import Competitor
+from bench.plan.presets import plan_cells
+from bench.record_files import RECORDS, scan
 from bench.records import Record, parse_line
 from bench.store import Store
 
 RESOURCE = "DEVICE"
 _CONNECT_S = 10
-# How often the workers are looked for while nothing arrives, how long they may all be gone, and how long nothing may
-# arrive: a cell in a worker has limits of its own, which are far shorter.
+# The interval at which workers are looked for while nothing arrives, the longest time without any, and the longest time
+# without a result: a cell in a worker has limits of its own, which are far shorter.
 _LOOK_S, _WITHOUT_OWNER_S, _SILENCE_S = 30.0, 600.0, 24 * 3600.0
 _FETCH_S = 600.0
 
 
 @dataclass
 class _Collector:
-    """Takes the place of a store in a worker: keeps what is recorded, to be returned."""
+    """Stands in for a store in a worker: keeps the records that are to be returned."""
 
     lines: list[bytes]
     environments: dict[str, Mapping[str, Any]]
@@ -59,12 +56,12 @@ class _Collector:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a worker returns for a cell: exceptions of ours included, since their classes need not survive the way back.
+    """A worker's answer for a cell; exceptions travel as text, since their classes need not survive the way back.
 
     Attributes:
         batches: the records of each process replicate, as lines.
         environments: id to fingerprint.
-        notes: what the user should know.
+        notes: for the user.
         wrong_selection: why the request selects nothing there, or None.
         failure: why the framework processes could not start, or None.
     """
@@ -81,15 +78,15 @@ _KEPT = KeptPool()
 
 
 def _workers(request: Request, division: str) -> AbstractContextManager[WorkerPool]:
-    if request.preset.replicates > 1:
-        # A replicate is there to show what differs from process to process.
+    if request.plan.replicates > 1:
+        # A replicate is there to show the differences from process to process.
         return started_pool(request, division)
     kind = (request.device, request.frameworks, tuple(sorted(request.pythons.items())), division)
     return _KEPT.take(kind, lambda: started_pool(request, division))
 
 
 def measure_cell(request: Request) -> Measured:
-    """Runs in a dask worker: measures the one cell that the request is narrowed to."""
+    """Measure the one cell that the request is narrowed to; runs in a dask worker."""
     # Two machines of one kind would otherwise have the same fingerprint.
     os.environ[MACHINE_VARIABLE] = platform.node()
     collector, notes = _Collector([], {}), SweepNotes()
@@ -104,23 +101,18 @@ def measure_cell(request: Request) -> Measured:
 
 
 def narrowed_to(cell: Cell, request: Request) -> Request:
-    """The request for one cell, in all its process replicates."""
-    preset = replace(
-        request.preset,
-        workloads=(cell.workload.name,),
-        directions=(cell.direction,),
-        precisions=(cell.precision,),
-        divisions=(cell.division,),
-        caches=(cell.cache,),
-    )
-    return replace(request, preset=preset)
+    """Return the request for one cell, in all its process replicates; a command's own options stay behind."""
+    options: dict[str, Any] = {one.name: getattr(request, one.name) for one in fields(Request)}
+    options.update({name: (getattr(cell, name),) for name in ("direction", "precision", "division", "cache")})
+    options["workload"] = (cell.workload.name,)
+    return Request(**options)
 
 
 def _connect(address: str, notes: SweepNotes) -> Client:
-    """Connects to a scheduler that has workers with a device.
+    """Connect to a scheduler that has workers with a device.
 
     Raises:
-        SelectionError: if nobody answers there, or no worker offers a device.
+        SelectionError: if nothing answers there, or no worker offers a device.
     """
     try:
         client = Client(address, timeout=_CONNECT_S)
@@ -146,13 +138,13 @@ def _connect(address: str, notes: SweepNotes) -> Client:
 
 
 def _workers_there(client: Client) -> tuple[list[Any], list[Any]]:
-    """Returns all workers of a scheduler, and those that own a device."""
+    """Return all workers of a scheduler, and those that own a device."""
     workers = list(client.scheduler_info(n_workers=-1)["workers"].values())
     return workers, [worker for worker in workers if worker["resources"].get(RESOURCE, 0) >= 1]
 
 
 def _outcome(future: Future) -> tuple[BaseException | None, Measured | None]:
-    """Fetches what a finished future holds: why it failed, or what was measured."""
+    """Fetch the result of a finished future: the reason why it failed, or the answer of the worker."""
     try:
         error: Any = future.exception(timeout=_FETCH_S)
         measured: Any = None if error is not None else future.result(timeout=_FETCH_S)
@@ -162,10 +154,10 @@ def _outcome(future: Future) -> tuple[BaseException | None, Measured | None]:
 
 
 def _arrivals(client: Client, futures: Iterable[Future]) -> Iterator[Future]:
-    """Yields futures as they finish.
+    """Yield futures as they finish.
 
     Raises:
-        EngineError: if nobody is left who could finish one, or none finishes for very long.
+        EngineError: if no worker is left that could finish one, or none finishes for very long.
     """
     left = set(futures)
     arrived = owned = time.monotonic()
@@ -192,7 +184,7 @@ def _arrivals(client: Client, futures: Iterable[Future]) -> Iterator[Future]:
 
 
 def _store(measured: Measured, store: Store, notes: SweepNotes) -> None:
-    """Merges what a worker returned; a key that is there already is left as it is.
+    """Merge a worker's answer into the store; a key that is there already is left as it is.
 
     Raises:
         SelectionError: if the request selects nothing.
@@ -217,10 +209,10 @@ def run_on_cluster(
     *,
     address: str,
 ) -> None:
-    """Measures every cell that the store does not hold yet, on the workers of a dask scheduler.
+    """Measure every cell that the store does not hold yet, on the workers of a dask scheduler.
 
     Args:
-        request: what to do; interpreters are paths on the workers.
+        request: the options of the run; interpreters are paths on the workers.
         store: where the records go; each cell is durable when it arrives.
         notes: is filled with what the user should know.
         progress: called when a cell arrives.
@@ -230,12 +222,9 @@ def run_on_cluster(
         SelectionError: if nothing is selected, nobody answers at the address, or no worker owns a device.
         EngineError: if cells were lost; all others are recorded.
     """
-    planned = plan_cells(request.preset, DEVICES[0])
-    if not planned:
-        raise SelectionError("the selection is empty: no cell has this precision in this division; choose another.")
-    recorded = recorded_cells(store, request)
-    cells = [cell for cell in planned if identity(cell) not in recorded]
-    done = count(len(planned) - len(cells) + 1)
+    all_cells, recorded = planned(request.plan), recorded_cells(store, request)
+    cells = [cell for cell in all_cells if identity(cell) not in recorded]
+    done = len(all_cells) - len(cells)
     lost: list[str] = []
     with _connect(address, notes) as client:
         waiting: dict[Future, Cell] = {
@@ -243,7 +232,7 @@ def run_on_cluster(
             client.submit(measure_cell, narrowed_to(cell, request), pure=False, resources={RESOURCE: 1}): cell
             for cell in cells
         }
-        progress(Progress(len(planned) - len(cells), len(planned), "handing out cells"))
+        progress(Progress(done, len(all_cells), "handing out cells"))
         try:
             for future in _arrivals(client, list(waiting)):
                 cell = waiting.pop(future)
@@ -252,9 +241,54 @@ def run_on_cluster(
                     lost.append(f"{cell.title}: {error if measured is None else measured.failure}")
                 else:
                     _store(measured, store, notes)
-                progress(Progress(next(done), len(planned), cell.title))
+                done += 1
+                progress(Progress(done, len(all_cells), cell.title))
         finally:
-            # Also when the user interrupts: what is not wanted any more must not keep the devices busy.
+            # Also when the user interrupts: cells that are not wanted any more must not keep the devices busy.
             client.cancel(list(waiting))
     if lost:
         raise EngineError(f"{len(lost)} cells were lost, the first: {lost[0]}; the others are recorded: add --resume.")
+
+
+def identity(source: Cell | Record) -> tuple[object, ...]:
+    """Return what two cells have in common if they are the same, whatever the device."""
+    name = source.workload.name if isinstance(source, Cell) else source.workload
+    return name, source.direction, source.precision, source.division, source.cache, source.optimizer
+
+
+def recorded_cells(store: Store, request: Request) -> set[tuple[object, ...]]:
+    """Return the cells that a resumed run need not hand out again, before any worker has reported its environment.
+
+    Such a cell is there in every process replicate, with this effort and every competitor that is asked for by name.
+    Its hash depends on environment and competitors, which only a worker knows: both are taken from its records, so that
+    the conditions, the effort and the seed are compared.
+    """
+    if not store.environment_ids:
+        return set()
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for line in scan(store.directory / RECORDS):
+        record = line.record().without_samples()
+        if request.device in ("auto", record.device):
+            groups.setdefault((record.environment_id, record.cell), []).append(record)
+    wanted = {
+        device: {identity(cell): cell for cell in plan_cells(request.plan, device)}
+        for device in {group[0].device for group in groups.values()}
+    }
+    found = set()
+    for (environment, key), group in groups.items():
+        who, replicates = identity(group[0]), {record.process_replicate for record in group}
+        cell = wanted[group[0].device].get(who)
+        one = min(replicates)
+        competitors = [
+            Competitor(record.framework, record.implementation, record.mode, record.kind)
+            for record in group
+            if record.process_replicate == one and not record.control
+        ]
+        if (
+            cell is not None
+            and replicates >= set(range(request.plan.replicates))
+            and set(request.implementation) <= {competitor.implementation for competitor in competitors}
+            and key == cell_hash(cell, competitors, request.plan, seed=request.seed, environment_id=environment)
+        ):
+            found.add(who)
+    return found
