@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 N, IN, OUT = 3, 4, 5
 X, KERNEL, BIAS = np.ones((2, N, IN), np.float32), np.ones((N, IN, OUT), np.float32), np.ones((N, OUT), np.float32)
-NAMES = "'loop', 'masked', 'einsum', 'vmap', 'matmul', 'grouped_conv', 'grouped_matmul'"
+NAMES = "'loop', 'masked', 'einsum', 'vmap', 'matmul', 'grouped_conv', 'grouped_matmul', 'in_turn'"
 FLOATS = "float64, float32, bfloat16, float16"
 
 

@@ -243,13 +243,12 @@ def state_of(layer):
 
 
 def unsupported(call):
-    case, kinds = call.case, dict(call.flaws)
+    kinds = dict(call.flaws)
     if call.implementation == "auto" or "implementation" in kinds:
         return False
     if call.way in ("vmap", "vmap of jit") and not IMPLEMENTATIONS[call.implementation].maps:
         return bool(call.case.leading)
-    sizes = {"num_partitions": case.num_partitions, "in_features": case.in_features, "out_features": case.out_features}
-    return unsupported_reason(call.implementation, dtype=call.dtype, device="cpu", **sizes) is not None
+    return unsupported_reason(call.implementation, dtype=call.dtype, device="cpu") is not None
 
 
 # The function and the layers' calls.
