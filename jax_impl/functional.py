@@ -5,6 +5,7 @@ from functools import partial
 from typing import cast
 
 import jax
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.lax import PrecisionLike
@@ -69,7 +70,8 @@ def partitioned_linear(
         raise UnsupportedImplementationError(reason)
     check_algorithm(precision, name)
     run = run_auto if implementation == "auto" else get_implementation(name).run
-    run = partial(run, precision=precision, preferred_element_type=preferred_element_type)
+    dtype = kernel.dtype if preferred_element_type is None else np.dtype(preferred_element_type)
+    run = partial(run, precision=precision, dtype=dtype)
     try:
         return over_explicit_axes(run, x, kernel, bias)
     except Exception as error:

@@ -37,7 +37,7 @@ class Implementation:
 
     Attributes:
         name: The name it is asked for by.
-        run: The function (x, weight, bias, *, precision, preferred_element_type) -> y.
+        run: The function (x, weight, bias, precision, dtype of y) -> y.
         dtypes: Canonical dtype names it accepts.
         devices: Device types it accepts, of "cpu" and "cuda" (JAX calls the latter "gpu").
         double_backward: The reverse-mode derivative of the reverse-mode derivative exists and is right.

@@ -6,12 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.lax import PrecisionLike
-from jax.typing import DTypeLike
 
-from jax_impl.implementations import result_dtype
 from jax_impl.implementations.in_turn import partitioned_linear_in_turn
 from jax_impl.implementations.matmul import partitioned_linear_matmul
 
@@ -23,14 +22,7 @@ _MANY_WEIGHTS, _LARGE_PARTITION = 2**21, 2**14
 _FEWEST_ROWS, _WEIGHTS_A_FEATURE = 4, 4
 
 
-def run_auto(
-    x: Array,
-    weight: Array,
-    bias: Array | None,
-    *,
-    precision: PrecisionLike = None,
-    preferred_element_type: DTypeLike | None = None,
-) -> Array:
+def run_auto(x: Array, weight: Array, bias: Array | None, precision: PrecisionLike, dtype: np.dtype) -> Array:
     """Run what `implementation="auto"` means for valid operands; arguments and result are those of an implementation.
 
     That is `matmul`: measured in fp32 on a CPU, forward and forward + backward, the batched product over
@@ -38,15 +30,13 @@ def run_auto(
     the one whose gradients need no transpose of a whole operand. A forward pass of few rows of large partitions was
     faster by `in_turn`, where the program runs on a single CPU device and is not differentiated.
     """
-    if gains_in_turn(x, weight, result_dtype(x, preferred_element_type)):
+    if gains_in_turn(x, weight, dtype):
         flat = x.reshape(-1, *x.shape[-2:])
         return _in_turn_on_a_cpu(flat, weight, bias, precision).reshape(*x.shape[:-1], weight.shape[2])
-    return partitioned_linear_matmul(
-        x, weight, bias, precision=precision, preferred_element_type=preferred_element_type
-    )
+    return partitioned_linear_matmul(x, weight, bias, precision, dtype)
 
 
-def gains_in_turn(x: Array, weight: Array, dtype: Any) -> bool:
+def gains_in_turn(x: Array, weight: Array, dtype: np.dtype) -> bool:
     """Say whether a forward pass with results of `dtype` is faster by `in_turn` than by `matmul` on a CPU.
 
     Operands of 16 bits stay with the batched product, and so do programs for several devices: taking one partition of
@@ -67,8 +57,8 @@ def gains_in_turn(x: Array, weight: Array, dtype: Any) -> bool:
 # caller does not jit.
 @partial(jax.jit, static_argnums=3)
 def _compiled_for_the_platform(x: Array, weight: Array, bias: Array | None, precision: PrecisionLike) -> Array:
-    in_turn = partial(partitioned_linear_in_turn, precision=precision)
-    batched = partial(partitioned_linear_matmul, precision=precision)
+    in_turn = partial(partitioned_linear_in_turn, precision=precision, dtype=x.dtype)
+    batched = partial(partitioned_linear_matmul, precision=precision, dtype=x.dtype)
     return lax.platform_dependent(x, weight, bias, cpu=in_turn, default=batched)
 
 
@@ -91,7 +81,7 @@ def _tangent(precision: PrecisionLike, primals: tuple[Any, ...], tangents: tuple
     def of_moving(*operands: Array) -> Array:
         given: dict[int, Any] = dict(zip(moving, operands, strict=True))
         x, weight, bias = (given.get(place, primal) for place, primal in enumerate(primals))
-        return partitioned_linear_matmul(x, weight, bias, precision=precision)
+        return partitioned_linear_matmul(x, weight, bias, precision, x.dtype)
 
     return jax.jvp(of_moving, tuple(primals[place] for place in moving), tuple(tangents[place] for place in moving))
 

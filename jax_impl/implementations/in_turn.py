@@ -2,39 +2,24 @@
 
 import math
 
+import jax
+import numpy as np
 from jax import Array, lax
 from jax.lax import PrecisionLike
-from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
-from jax_impl.implementations import add_bias, product_dtype, result_dtype
+from jax_impl.implementations import add_bias, product_dtype
 
 
 def partitioned_linear_in_turn(
-    x: Inputs,
-    weight: Weight,
-    bias: Bias | None,
-    *,
-    precision: PrecisionLike = None,
-    preferred_element_type: DTypeLike | None = None,
+    x: Inputs, weight: Weight, bias: Bias | None, precision: PrecisionLike, dtype: np.dtype
 ) -> Outputs:
     """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o], in place and from x where it lies.
 
     What one partition needs stays in the cache until it is used, and the products are plain ones: XLA's batched product
     on a CPU passes a large weight through memory more slowly (jax 0.10.2). Unlike that of `loop`, the program does not
     grow with n. Where the operands are divided over the partitions, every device gathers one after the other.
-
-    Args:
-        x: Inputs, shape (*b, n, i).
-        weight: One matrix per partition, shape (n, i, o), dtype of `x`.
-        bias: One vector per partition, shape (n, o), dtype of `x`; or None.
-        precision: Precision of the product, as in `jax.lax.dot_general`.
-        preferred_element_type: Dtype of the result; None for that of `x`.
-
-    Returns:
-        Outputs, shape (*b, n, o).
     """
-    dtype = result_dtype(x, preferred_element_type)
     num_partitions, _, out_features = weight.shape
     rows = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
     wide = product_dtype(dtype, rows.shape[0], *weight.shape[1:])
@@ -47,4 +32,8 @@ def partitioned_linear_in_turn(
         return lax.dynamic_update_index_in_dim(y, add_bias(product, vector, dtype), partition, 1)
 
     y = lax.empty((rows.shape[0], num_partitions, out_features), dtype)
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    # Inside `jax.shard_map` the loop must begin with the type that it ends with.
+    if varying := frozenset().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands)):
+        y = lax.pcast(y, tuple(varying), to="varying")
     return lax.fori_loop(0, num_partitions, add_partition, y).reshape(*x.shape[:-1], out_features)

@@ -4,13 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.lax import PrecisionLike
-from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
-from jax_impl.implementations import add_bias, batch_major, partition_major, product_dtype, result_dtype
+from jax_impl.implementations import add_bias, batch_major, partition_major, product_dtype
 
 # A weight that fits no cache.
 _MANY_WEIGHTS = 2**21
@@ -62,30 +62,14 @@ def _has_few_rows(rows: Array, weight: Array) -> bool:
 
 
 def partitioned_linear_matmul(
-    x: Inputs,
-    weight: Weight,
-    bias: Bias | None,
-    *,
-    precision: PrecisionLike = None,
-    preferred_element_type: DTypeLike | None = None,
+    x: Inputs, weight: Weight, bias: Bias | None, precision: PrecisionLike, dtype: np.dtype
 ) -> Outputs:
     """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] as a batched product over n.
 
     The partition axis of `x` is moved to the front before the product, and back after the bias: the compiler then
     chooses layouts for a plain batched product, forward and backward, instead of transposing whole operands as it does
     for the einsum spelling.
-
-    Args:
-        x: Inputs, shape (*b, n, i).
-        weight: One matrix per partition, shape (n, i, o), dtype of `x`.
-        bias: One vector per partition, shape (n, o), dtype of `x`; or None.
-        precision: Precision of the product, as in `jax.lax.dot_general`.
-        preferred_element_type: Dtype of the result; None for that of `x`.
-
-    Returns:
-        Outputs, shape (*b, n, o).
     """
-    dtype = result_dtype(x, preferred_element_type)
     rows = partition_major(x)
     multiply = _product_for_few_rows if _has_few_rows(rows, weight) else _product
     product = multiply(rows, weight, precision, product_dtype(dtype, rows.shape[1], *weight.shape[1:]))

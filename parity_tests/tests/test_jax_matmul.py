@@ -18,7 +18,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_impl import partitioned_linear
 from jax_impl.registry import IMPLEMENTATIONS
-from jax_impl.selection import run_auto
 from parity_tests.tests.test_jax_vector_products import equations
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -200,11 +199,13 @@ def test_no_partition_is_taken_apart_where_operands_may_be_divided(in_turn, monk
         x, *others = [jax.device_put(array, NamedSharding(mesh, PartitionSpec())) for array in arrays]
         np.testing.assert_allclose(run(x, *others), want, rtol=1e-5, atol=1e-6)
     specs = (PartitionSpec(None, "n"), PartitionSpec("n"), PartitionSpec("n"))
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[0])
-    np.testing.assert_allclose(mapped(*arrays), want, rtol=1e-5, atol=1e-6)
-    assert loops(run_auto, *arrays) == 1
+    for name in ("auto", "in_turn"):
+        own = partial(partitioned_linear, implementation=name)
+        mapped = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=specs[0])
+        np.testing.assert_allclose(mapped(*arrays), want, rtol=1e-5, atol=1e-6)
+    assert loops(partitioned_linear, *arrays) == 1
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    assert loops(run_auto, *arrays) == 0
+    assert loops(partitioned_linear, *arrays) == 0
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
@@ -213,8 +214,8 @@ def test_no_partition_is_taken_apart_where_one_operand_lies_on_a_mesh(in_turn, k
     plain = operands()
     placed = [jax.device_put(array, NamedSharding(mesh, PartitionSpec())) for array in plain]
     for x, kernel in ((placed[0], plain[1]), (plain[0], placed[1]), placed[:2]):
-        assert loops(run_auto, x, kernel, None) == 0
-    assert loops(run_auto, *plain[:2], None) == 1
+        assert loops(partitioned_linear, x, kernel, None) == 0
+    assert loops(partitioned_linear, *plain[:2], None) == 1
 
 
 def test_partitions_are_taken_in_turn_only_where_it_was_measured_to_pay():
@@ -224,7 +225,7 @@ def test_partitions_are_taken_in_turn_only_where_it_was_measured_to_pay():
 
     def taken_in_turn(rows, n, i, o, dtype="float32"):
         shapes = ((rows, n, i), (n, i, o), (n, o))
-        return loops(run_auto, *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
+        return loops(partitioned_linear, *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
 
     # 2**21 weights, a partition of 2**14, four weights for each feature of x and y.
     assert taken_in_turn(4, 128, 128, 128) == 1
