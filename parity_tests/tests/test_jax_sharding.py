@@ -151,7 +151,7 @@ def test_bad_meshes_are_refused(mesh):
         shard_partitions(nnx.Linear(4, 5, rngs=nnx.Rngs(0)), mesh)
     # No second device is needed to ask for two.
     abstract = jax.sharding.AbstractMesh((2,), ("partitions",))
-    with pytest.raises(TypeError, match="`mesh`: expected a Mesh, got a AbstractMesh;"):
+    with pytest.raises(TypeError, match="`mesh`: expected a Mesh, got an AbstractMesh;"):
         shard_partitions(layer, abstract)
 
 

@@ -171,7 +171,7 @@ def reason(call, **kinds):
         return False
     if call.way == "forward mode" and call.implementation == "grouped_matmul":
         return True
-    sizes = {"num_partitions": case.num_partitions, "in_features": case.in_features, "out_features": case.out_features}
+    sizes = {"in_features": case.in_features, "out_features": case.out_features}
     return unsupported_reason(call.implementation, dtype=call.dtype, device="cpu", **sizes) is not None
 
 
