@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jax_impl.array_types import kind_of
+
 if sys.platform != "win32":
     import fcntl
 
@@ -38,7 +40,7 @@ def as_path(path: Any) -> Path:
     except Exception:  # whatever the object's own method raises, it is no path
         name = None
     if not isinstance(name, str):
-        raise TypeError(f"`path`: expected a str or a Path, got a {type(path).__name__}; pass the file's name.")
+        raise TypeError(f"`path`: expected a str or a Path, got {kind_of(path)}; pass the file's name.")
     try:
         usable = name not in ("", ".") and b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:

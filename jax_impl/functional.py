@@ -1,11 +1,11 @@
 """The operation as a function: validate, select, run."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import cast
 
 import jax
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.lax import PrecisionLike
@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
 from jax_impl.registry import DTYPE_NAMES, UnsupportedImplementationError, get_implementation, unsupported_reason
-from jax_impl.selection import select_implementation
+from jax_impl.selection import run_auto
 from jax_impl.validation import (
     check_algorithm,
     check_implementation_name,
@@ -63,35 +63,19 @@ def partitioned_linear(
     check_implementation_name(implementation)
     check_precision(precision)
     check_preferred_element_type(preferred_element_type, kernel.dtype)
-    num_partitions, in_features, out_features = kernel.shape
-    dtype, device = DTYPE_NAMES[kernel.dtype], device_type(x, kernel)
-    if implementation == "auto":
-        implementation = select_implementation(
-            num_partitions=num_partitions,
-            in_features=in_features,
-            out_features=out_features,
-            rows=math.prod(x.shape[:-2]),
-            dtype=dtype,
-            device=device,
-        )
-    else:
-        reason = unsupported_reason(
-            implementation,
-            dtype=dtype,
-            device=device,
-            num_partitions=num_partitions,
-            in_features=in_features,
-            out_features=out_features,
-        )
-        if reason is not None:
-            raise UnsupportedImplementationError(reason)
-    check_algorithm(precision, implementation)
-    run = get_implementation(implementation).run
-    run = partial(run, precision=precision, preferred_element_type=preferred_element_type)
+    # "auto" runs wherever `matmul` does.
+    name = "matmul" if implementation == "auto" else implementation
+    reason = unsupported_reason(name, dtype=DTYPE_NAMES[kernel.dtype], device=device_type(x, kernel))
+    if reason is not None:
+        raise UnsupportedImplementationError(reason)
+    check_algorithm(precision, name)
+    run = run_auto if implementation == "auto" else get_implementation(name).run
+    dtype = kernel.dtype if preferred_element_type is None else np.dtype(preferred_element_type)
+    run = partial(run, precision=precision, dtype=dtype)
     try:
         return over_explicit_axes(run, x, kernel, bias)
     except Exception as error:
-        explain_failure(error, implementation, precision, kernel)
+        explain_failure(error, name, precision, kernel)
         raise
 
 

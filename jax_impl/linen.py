@@ -152,7 +152,7 @@ class PartitionedLinear(nn.Module):
             stored = meta.unbox(self.get_variable("params", name))
             if not isinstance(stored, Array | np.ndarray):
                 raise TypeError(
-                    f"`params[{name!r}]`: expected a jax.Array, got a {kind_of(stored)}; pass what init returned."
+                    f"`params[{name!r}]`: expected a jax.Array, got {kind_of(stored)}; pass what init returned."
                 )
             return as_array(f"params[{name!r}]", stored)
         if not (self.is_mutable_collection("params") and self.has_rng("params")):

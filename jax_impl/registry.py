@@ -12,6 +12,7 @@ from jax_impl.array_types import UnsupportedImplementationError as UnsupportedIm
 from jax_impl.implementations.einsum import partitioned_linear_einsum
 from jax_impl.implementations.grouped_conv import partitioned_linear_grouped_conv
 from jax_impl.implementations.grouped_matmul import partitioned_linear_grouped_matmul
+from jax_impl.implementations.in_turn import partitioned_linear_in_turn
 from jax_impl.implementations.loop import partitioned_linear_loop
 from jax_impl.implementations.masked import partitioned_linear_masked
 from jax_impl.implementations.matmul import partitioned_linear_matmul
@@ -33,12 +34,11 @@ class Implementation:
 
     Attributes:
         name: The name it is asked for by.
-        run: The function (x, weight, bias, *, precision, preferred_element_type) -> y.
+        run: The function (x, weight, bias, precision, dtype of y) -> y.
         dtypes: Canonical dtype names it accepts.
         devices: Device types it accepts, of "cpu" and "cuda" (JAX calls the latter "gpu").
         double_backward: The reverse-mode derivative of the reverse-mode derivative exists and is right.
         isolates_partitions: NaN or Inf in one partition leaves every other partition bitwise unchanged.
-        stride_bytes: Required alignment of feature rows in bytes; 1 for none.
         maps: `jax.vmap` can map the call.
         dot_algorithms: Computes in a `jax.lax.DotAlgorithm` that is given as its precision.
     """
@@ -49,7 +49,6 @@ class Implementation:
     devices: frozenset[str] = _EVERY_DEVICE
     double_backward: bool = True
     isolates_partitions: bool = True
-    stride_bytes: int = 1
     maps: bool = True
     dot_algorithms: bool = True
 
@@ -74,6 +73,7 @@ _TABLE = (
         isolates_partitions=False,
         maps=False,
     ),
+    Implementation("in_turn", partitioned_linear_in_turn),
 )
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType({entry.name: entry for entry in _TABLE})
@@ -98,18 +98,13 @@ def get_implementation(name: str) -> Implementation:
     return entry
 
 
-def unsupported_reason(
-    name: str, *, dtype: str, device: str, num_partitions: int, in_features: int, out_features: int
-) -> str | None:
+def unsupported_reason(name: str, *, dtype: str, device: str) -> str | None:
     """Say in one sentence why a named implementation cannot run a call, or return None when it can.
 
     Args:
         name: An implementation's name.
         dtype: Canonical dtype name of the operands, such as "float32".
         device: Device type, such as "cpu" or "cuda".
-        num_partitions: n.
-        in_features: i, per partition.
-        out_features: o, per partition.
 
     Returns:
         The reason, or None.
@@ -122,14 +117,6 @@ def unsupported_reason(
         return f"`implementation`: {name!r} supports {_listed(entry.dtypes)}, got {dtype}; choose another one."
     if device not in entry.devices:
         return f"`implementation`: {name!r} supports devices {_listed(entry.devices)}, got {device}; move the operands."
-    if entry.stride_bytes > 1:
-        item = ITEM_BYTES[dtype]
-        for symbol, size in (("in_features", in_features), ("out_features", out_features)):
-            if size * item % entry.stride_bytes:
-                return (
-                    f"`implementation`: {name!r} needs rows of a multiple of {entry.stride_bytes} bytes, got "
-                    f"{symbol}={size} in {dtype}, {size * item} bytes; choose another one."
-                )
     return None
 
 

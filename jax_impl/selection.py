@@ -1,45 +1,89 @@
-"""What "auto" means."""
+"""What "auto" means: `matmul`, and on a CPU `in_turn` where that was measured to be faster."""
 
-from jax_impl.registry import UnsupportedImplementationError, implementation_names, unsupported_reason
+import math
+from functools import partial
+from typing import Any
 
-_PREFERENCE = ("matmul", *(name for name in implementation_names() if name != "matmul"))
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from jax.lax import PrecisionLike
+
+from jax_impl.implementations.in_turn import partitioned_linear_in_turn
+from jax_impl.implementations.matmul import partitioned_linear_matmul
+
+# Where `in_turn` was measured to be the faster one: the weight fits no cache, each partition is worth a step of a loop,
+# and the weights far outnumber the features of x and y. With more rows a single call would still gain, but a stack of
+# layers, or a caller whose arrays lie partition-major, would lose more: there XLA cancels the batched product's
+# transposes.
+_MANY_WEIGHTS, _LARGE_PARTITION = 2**21, 2**14
+_FEWEST_ROWS, _WEIGHTS_A_FEATURE = 4, 4
 
 
-def select_implementation(
-    *, num_partitions: int, in_features: int, out_features: int, rows: int, dtype: str, device: str
-) -> str:
-    """Name the implementation that `implementation="auto"` runs.
+def run_auto(x: Array, weight: Array, bias: Array | None, precision: PrecisionLike, dtype: np.dtype) -> Array:
+    """Run what `implementation="auto"` means for valid operands; arguments and result are those of an implementation.
 
-    That is `matmul` wherever it is supported: measured in fp32 on a CPU, forward and forward + backward, the batched
-    product over partition-major operands was the fastest formulation or within noise of it at every size tried,
-    because it is the one whose gradients need no transpose of a whole operand. Where it is not supported, the first
-    supported one in table order is named.
-
-    Args:
-        num_partitions: n.
-        in_features: i, per partition.
-        out_features: o, per partition.
-        rows: Number of rows, the product of the leading axes.
-        dtype: Canonical dtype name of the operands.
-        device: Device type of the operands.
-
-    Returns:
-        A name that supports this call.
-
-    Raises:
-        UnsupportedImplementationError: If none does; the message says why `matmul` does not.
+    That is `matmul`: measured in fp32 on a CPU, forward and forward + backward, the batched product over
+    partition-major operands was the fastest formulation or within noise of it at nearly every size tried, because it is
+    the one whose gradients need no transpose of a whole operand. A forward pass of few rows of large partitions was
+    faster by `in_turn`, where the program runs on a single CPU device and is not differentiated.
     """
-    reasons = []
-    for name in _PREFERENCE:
-        reason = unsupported_reason(
-            name,
-            dtype=dtype,
-            device=device,
-            num_partitions=num_partitions,
-            in_features=in_features,
-            out_features=out_features,
-        )
-        if reason is None:
-            return name
-        reasons.append(reason)
-    raise UnsupportedImplementationError(reasons[0])
+    if gains_in_turn(x, weight, dtype):
+        flat = x.reshape(-1, *x.shape[-2:])
+        return _in_turn_on_a_cpu(flat, weight, bias, precision).reshape(*x.shape[:-1], weight.shape[2])
+    return partitioned_linear_matmul(x, weight, bias, precision, dtype)
+
+
+def gains_in_turn(x: Array, weight: Array, dtype: np.dtype) -> bool:
+    """Say whether a forward pass with results of `dtype` is faster by `in_turn` than by `matmul` on a CPU.
+
+    Operands of 16 bits stay with the batched product, and so do programs for several devices: taking one partition of
+    operands that are divided over the partitions would gather them all.
+    """
+    # An exported program may have a number of rows that is not known yet.
+    rows, (partitions, in_features, out_features) = math.prod(x.shape[:-2]), weight.shape
+    if not isinstance(rows, int) or dtype != x.dtype or dtype.itemsize < 4 or partitions == 1:
+        return False
+    if jax.device_count() > 1 or not all(jax.typeof(array).sharding.mesh.empty for array in (x, weight)):
+        return False
+    partition_size, features = in_features * out_features, rows * (in_features + out_features)
+    few = rows >= _FEWEST_ROWS and _WEIGHTS_A_FEATURE * features <= partition_size
+    return few and partition_size >= _LARGE_PARTITION and weight.size >= _MANY_WEIGHTS
+
+
+# One jitted function for all calls: a loop that is made anew in each call would be compiled anew as well, wherever the
+# caller does not jit.
+@partial(jax.jit, static_argnums=3)
+def _compiled_for_the_platform(x: Array, weight: Array, bias: Array | None, precision: PrecisionLike) -> Array:
+    in_turn = partial(partitioned_linear_in_turn, precision=precision, dtype=x.dtype)
+    batched = partial(partitioned_linear_matmul, precision=precision, dtype=x.dtype)
+    return lax.platform_dependent(x, weight, bias, cpu=in_turn, default=batched)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _in_turn_on_a_cpu(x: Array, weight: Array, bias: Array | None, precision: PrecisionLike) -> Array:
+    """Run `in_turn` where the program runs on a CPU and is not differentiated, else `matmul`.
+
+    Gradients need partition-major copies of x and of the cotangent in any case, and y shares them.
+    """
+    return _compiled_for_the_platform(x, weight, bias, precision)
+
+
+def _tangent(precision: PrecisionLike, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Any]:
+    still = (type(None), SymbolicZero)
+    moving = [place for place, tangent in enumerate(tangents) if not isinstance(tangent, still)]
+    if not moving:
+        y = _in_turn_on_a_cpu(*primals, precision)
+        return y, jnp.zeros_like(y)
+
+    def of_moving(*operands: Array) -> Array:
+        given: dict[int, Any] = dict(zip(moving, operands, strict=True))
+        x, weight, bias = (given.get(place, primal) for place, primal in enumerate(primals))
+        return partitioned_linear_matmul(x, weight, bias, precision, x.dtype)
+
+    return jax.jvp(of_moving, tuple(primals[place] for place in moving), tuple(tangents[place] for place in moving))
+
+
+_in_turn_on_a_cpu.defjvp(_tangent, symbolic_zeros=True)

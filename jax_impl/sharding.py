@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_impl.layer import PartitionedLinear
-from jax_impl.validation import check_instance
+from jax_impl.validation import check_instance, check_name
 
 
 def partition_sharding(mesh: Mesh, axis_name: str = "partitions", *, leading_axes: int = 0) -> NamedSharding:
@@ -22,15 +22,12 @@ def partition_sharding(mesh: Mesh, axis_name: str = "partitions", *, leading_axe
         The sharding, of any array with at least `leading_axes + 1` axes.
 
     Raises:
-        TypeError: If `mesh` is no `jax.sharding.Mesh`.
+        TypeError: If `mesh` is no `jax.sharding.Mesh`, `axis_name` no str or `leading_axes` no int.
         ValueError: If the mesh has no such axis.
     """
     check_instance("mesh", mesh, Mesh, "make one with jax.make_mesh")
-    if axis_name not in mesh.axis_names:
-        raise ValueError(
-            f"`axis_name`: expected one of the mesh's axes {', '.join(map(repr, mesh.axis_names))}, got {axis_name!r}; "
-            f"choose one of these."
-        )
+    check_name("axis_name", axis_name, mesh.axis_names)
+    check_instance("leading_axes", leading_axes, int, "pass the number of batch axes")
     return NamedSharding(mesh, PartitionSpec(*[None] * leading_axes, axis_name))
 
 

@@ -31,7 +31,7 @@ def check_sizes(**sizes: Any) -> None:
     for argument, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(
-                f"`{argument}`: expected a positive int, got {shown(size)} of type {kind_of(size)}; pass an int."
+                f"`{argument}`: expected a positive int, got {shown(size)} of type {type(size).__name__}; pass an int."
             )
         if size <= 0:
             raise ValueError(f"`{argument}`: expected a positive int, got {shown(size)}; pass at least 1.")
@@ -46,7 +46,7 @@ def check_sizes(**sizes: Any) -> None:
 def check_instance(argument: str, value: Any, kind: type, advice: str) -> None:
     """Refuse a value of another type than `kind`, by a TypeError."""
     if not isinstance(value, kind):
-        raise TypeError(f"`{argument}`: expected a {kind.__name__}, got a {kind_of(value, kind.__name__)}; {advice}.")
+        raise TypeError(f"`{argument}`: expected a {kind.__name__}, got {kind_of(value, kind.__name__)}; {advice}.")
 
 
 def check_dtype(argument: str, dtype: Any) -> None:
@@ -96,7 +96,7 @@ def check_precision(precision: Any) -> None:
     kinds = jax.lax.Precision if pair else jax.lax.Precision | jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset | None
     for name in precision if pair else (precision,):
         if not isinstance(name, str | kinds):
-            raise TypeError(f"`precision`: expected a name or a jax.lax.Precision, got a {kind_of(name)}; pass one.")
+            raise TypeError(f"`precision`: expected a name or a jax.lax.Precision, got {kind_of(name)}; pass one.")
         if isinstance(name, str) and name not in _PRECISIONS and (pair or name not in _ALGORITHMS):
             raise ValueError(
                 f"`precision`: expected one of {_quoted(_PRECISIONS)} or a name of jax.lax.DotAlgorithmPreset, got "
@@ -120,7 +120,7 @@ def check_implementation_name(name: Any) -> None:
 def check_callable(argument: str, function: Any, signature: str) -> None:
     """Refuse what cannot be called, by a TypeError."""
     if not callable(function):
-        raise TypeError(f"`{argument}`: expected a function {signature}, got a {kind_of(function)}; pass a function.")
+        raise TypeError(f"`{argument}`: expected a function {signature}, got {kind_of(function)}; pass a function.")
 
 
 def check_stream(argument: str, rngs: Any, stream: str) -> None:
@@ -145,20 +145,18 @@ def as_array(argument: str, value: Any) -> Array | np.ndarray:
     array = value
     if not isinstance(value, Array | np.ndarray):
         if isinstance(value, type) or not hasattr(value, "__jax_array__"):
-            raise TypeError(f"`{argument}`: expected a jax.Array, got a {kind_of(value)}; convert it first.")
+            raise TypeError(f"`{argument}`: expected a jax.Array, got {kind_of(value)}; convert it first.")
         try:
             array = value.__jax_array__()
-            given = f"gives a {kind_of(array)}"
+            given = f"gives {kind_of(array)}"
         except Exception as error:
             array, given = None, f"gives none ({said(error)})"
         if not isinstance(array, Array | np.ndarray):
-            raise TypeError(
-                f"`{argument}`: expected a jax.Array, got a {kind_of(value)} that {given}; convert it first."
-            )
+            raise TypeError(f"`{argument}`: expected a jax.Array, got {kind_of(value)} that {given}; convert it first.")
     if isinstance(array, np.ma.MaskedArray):
         # JAX would drop the mask of one that a holder gives.
         raise TypeError(
-            f"`{argument}`: expected an array without a mask, got a {kind_of(array)}; fill it with .filled() first."
+            f"`{argument}`: expected an array without a mask, got {kind_of(array)}; fill it with .filled() first."
         )
     if isinstance(array, Array):
         computable = not jnp.issubdtype(array.dtype, jax.dtypes.extended)  # keys of jax.random are no numbers
@@ -321,7 +319,7 @@ def check_parameters(parameters: Mapping[str, Any], argument: str = "layer") -> 
         concrete = isinstance(value, np.ndarray) or (isinstance(value, Array) and not isinstance(value, Tracer))
         if not concrete or not getattr(value, "is_fully_addressable", True):
             raise ValueError(
-                f"`{argument}`: expected values in `{name}`, got a {kind_of(value)}; use a layer that holds its values."
+                f"`{argument}`: expected values in `{name}`, got {kind_of(value)}; use a layer that holds its values."
             )
         array = as_array(f"{argument}.{name}", value)
         if array.dtype not in DTYPE_NAMES:
@@ -346,7 +344,7 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
         The arrays, each read once: what a mapping reads from a file might be another array the next time.
     """
     if not isinstance(arrays, Mapping):
-        raise TypeError(f"`arrays`: expected a mapping of names to NumPy arrays, got a {kind_of(arrays)}; pass a dict.")
+        raise TypeError(f"`arrays`: expected a mapping of names to NumPy arrays, got {kind_of(arrays)}; pass a dict.")
     if set(arrays) != set(expected):
         raise ValueError(
             f"`arrays`: expected exactly the names {_names(expected)}, got {_names(arrays)}; the layer is unchanged."
@@ -364,7 +362,7 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
         if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
             # A copy of the numbers would drop the mask.
             wanted = "a NumPy array without a mask" if isinstance(array, np.ndarray) else "a NumPy array"
-            raise TypeError(f"`{argument}`: expected {wanted}, got a {kind_of(array)}; the layer is unchanged.")
+            raise TypeError(f"`{argument}`: expected {wanted}, got {kind_of(array)}; the layer is unchanged.")
         if array.shape != shape:
             symbols = "(n, in, out)" if name == "weight" else "(n, out)"
             raise ValueError(

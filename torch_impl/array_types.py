@@ -28,9 +28,11 @@ class UnsupportedImplementationError(ValueError):
 
 
 def kind_of(value: Any, *expected: str) -> str:
-    """The name of a value's type; with its package where it is a namesake of what was expected."""
-    package = f"{type(value).__module__.partition('.')[0]}." if type(value).__name__ in expected else ""
-    return package + type(value).__name__
+    """Return a type's name with its article, and with its package where it is a namesake of what was expected."""
+    name = type(value).__name__
+    if name in expected:
+        name = f"{type(value).__module__.partition('.')[0]}.{name}"
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def shown(value: Any) -> str:
@@ -41,7 +43,7 @@ def shown(value: Any) -> str:
     try:
         return _on_one_line(repr(value), _LONGEST_VALUE)
     except Exception:
-        return f"a {kind_of(value)} that cannot be shown"
+        return f"{kind_of(value)} that cannot be shown"
 
 
 def said(error: BaseException) -> str:

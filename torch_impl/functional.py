@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_impl.array_types import Bias, Inputs, Outputs, Weight
+from torch_impl.array_types import Bias, Inputs, Outputs, Weight, kind_of
 from torch_impl.registry import (
     DTYPE_NAMES,
     Implementation,
@@ -13,7 +13,7 @@ from torch_impl.registry import (
     get_implementation,
     unsupported_reason,
 )
-from torch_impl.selection import select_implementation
+from torch_impl.selection import AUTO
 from torch_impl.validation import check_implementation_name, check_operands, check_same_dtype, explain_failure
 
 
@@ -45,38 +45,21 @@ def partitioned_linear(x: Inputs, weight: Weight, bias: Bias | None = None, *, i
     if autocast_is_on(device):
         x, weight, bias = autocast_operands(x, weight, bias)
     check_same_dtype(x, weight, bias)
-    num_partitions, in_features, out_features = weight.shape
-    dtype = DTYPE_NAMES[weight.dtype]
-    if not isinstance(implementation, str):
-        check_implementation_name(implementation)
-    if implementation == "auto":
-        implementation = select_implementation(
-            num_partitions=num_partitions,
-            in_features=in_features,
-            out_features=out_features,
-            rows=x.numel() // (num_partitions * in_features),
-            dtype=dtype,
-            device=device,
-        )
-    else:
-        check_implementation_name(implementation)
-        reason = unsupported_reason(
-            implementation,
-            dtype=dtype,
-            device=device,
-            num_partitions=num_partitions,
-            in_features=in_features,
-            out_features=out_features,
-        )
-        if reason is not None:
-            raise UnsupportedImplementationError(reason)
-    entry = get_implementation(implementation)
+    check_implementation_name(implementation)
+    name = AUTO if implementation == "auto" else implementation
+    _, in_features, out_features = weight.shape
+    reason = unsupported_reason(
+        name, dtype=DTYPE_NAMES[weight.dtype], device=device, in_features=in_features, out_features=out_features
+    )
+    if reason is not None:
+        raise UnsupportedImplementationError(reason)
+    entry = get_implementation(name)
     if hasattr(weight, "placements") or hasattr(x, "placements") or hasattr(bias, "placements"):
         return on_dtensors(entry, x, weight, bias)
     try:
         return entry.run(x, weight, bias)
     except RuntimeError as error:
-        explain_failure(error, implementation, x, weight, bias)
+        explain_failure(error, name, x, weight, bias)
         raise
 
 
@@ -104,7 +87,7 @@ def on_dtensors(entry: Implementation, x: Any, weight: Any, bias: Any) -> Output
     for argument, operand in operands.items():
         if not isinstance(operand, DTensor):
             raise TypeError(
-                f"`{argument}`: expected a DTensor, as another operand is one, got a {type(operand).__name__}; call "
+                f"`{argument}`: expected a DTensor, as another operand is one, got {kind_of(operand)}; call "
                 f"distribute_tensor with the same mesh."
             )
         if operand.device_mesh != mesh:

@@ -26,7 +26,7 @@ def partitions_from_linears(linears: Sequence[nn.Linear] | nn.ModuleList) -> dic
     """
     if not isinstance(linears, Sequence | nn.ModuleList):
         raise TypeError(
-            f"`linears`: expected a sequence of nn.Linear, got a {kind_of(linears)}; pass a list or ModuleList."
+            f"`linears`: expected a sequence of nn.Linear, got {kind_of(linears)}; pass a list or ModuleList."
         )
     if len(linears) == 0:
         raise ValueError("`linears`: expected at least one nn.Linear, got none; pass n of them.")
@@ -59,8 +59,8 @@ def linears_from_partitions(partitions: Mapping[str, Tensor], like: nn.Module) -
     """
     if not _computes_as_built(like, type(like)):
         raise TypeError(
-            f"`layer`: expected a layer without parametrizations, hooks or further parameters, got a "
-            f"{type(like).__name__} with some; remove them first."
+            f"`layer`: expected a layer without parametrizations, hooks or further parameters, got "
+            f"{kind_of(like)} with some; remove them first."
         )
     weight, bias = partitions["weight"], partitions.get("bias")
     _check_plain("layer.weight", weight)
@@ -96,15 +96,15 @@ def state_dict_from_linears(state_dict: Mapping[str, Tensor], prefix: str = "") 
         ValueError: If no key fits, a number is skipped, a key is something else, or shapes, biases or devices differ.
     """
     if not isinstance(state_dict, Mapping):
-        raise TypeError(f"`state_dict`: expected a mapping, got a {kind_of(state_dict)}; pass a state_dict.")
+        raise TypeError(f"`state_dict`: expected a mapping, got {kind_of(state_dict)}; pass a state_dict.")
     if not isinstance(prefix, str):
-        raise TypeError(f"`prefix`: expected a str, got a {kind_of(prefix)}; pass one such as 'heads.'.")
+        raise TypeError(f"`prefix`: expected a str, got {kind_of(prefix)}; pass one such as 'heads.'.")
     linears: dict[int, dict[str, Tensor]] = {}
     for key, tensor in state_dict.items():
         if not isinstance(key, str):
             raise TypeError(
-                f"`state_dict`: expected keys that are strings, got {shown(key)} of type {kind_of(key)}; pass the "
-                f"state_dict of an nn.ModuleList."
+                f"`state_dict`: expected keys that are strings, got {shown(key)} of type "
+                f"{type(key).__name__}; pass the state_dict of an nn.ModuleList."
             )
         if not key.startswith(prefix):
             continue
@@ -142,9 +142,9 @@ def _stacked(linears: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _traits(k: int, linear: Any) -> dict[str, Any]:
     if not (isinstance(linear, nn.Linear) and _computes_as_built(linear, nn.Linear)):
-        got = type(linear).__name__ if isinstance(linear, nn.Linear) else kind_of(linear, "Linear")
+        got = kind_of(linear) if isinstance(linear, nn.Linear) else kind_of(linear, "Linear")
         raise TypeError(
-            f"`linears[{k}]`: expected an nn.Linear without parametrizations, hooks or a forward of its own, got a "
+            f"`linears[{k}]`: expected an nn.Linear without parametrizations, hooks or a forward of its own, got "
             f"{got}; convert it first."
         )
     weight, bias = linear.weight, linear.bias
@@ -213,7 +213,7 @@ def _check_plain(argument: str, parameter: Any) -> None:
     check_tensor(argument, parameter)
     if not is_plain(parameter):
         raise ValueError(
-            f"`{argument}`: expected an ordinary tensor with its values here, got a {kind_of(parameter)}; gather or "
+            f"`{argument}`: expected an ordinary tensor with its values here, got {kind_of(parameter)}; gather or "
             f"convert it first."
         )
     check_storage(argument, parameter)

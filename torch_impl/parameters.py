@@ -164,7 +164,7 @@ def _views(layer: PartitionedModule) -> dict[str, Tensor]:
     if not (isinstance(layer, nn.Module) and hasattr(layer, "partition_views")):
         got = kind_of(layer, "PartitionedLinear", "MaskedPartitionedLinear")
         raise TypeError(
-            f"`layer`: expected a PartitionedLinear or MaskedPartitionedLinear, got a {got}; pass the "
+            f"`layer`: expected a PartitionedLinear or MaskedPartitionedLinear, got {got}; pass the "
             f"layer itself, or use state_dict_from_linears for a list of nn.Linear."
         )
     views = layer.partition_views()

@@ -103,16 +103,13 @@ def get_implementation(name: str) -> Implementation:
     return entry
 
 
-def unsupported_reason(
-    name: str, *, dtype: str, device: str, num_partitions: int, in_features: int, out_features: int
-) -> str | None:
+def unsupported_reason(name: str, *, dtype: str, device: str, in_features: int, out_features: int) -> str | None:
     """Say in one sentence why a named implementation cannot run a call, or return None when it can.
 
     Args:
         name: An implementation's name.
         dtype: Canonical dtype name of the operands, such as "float32".
         device: Device type, such as "cpu", "cuda" or "meta".
-        num_partitions: n.
         in_features: i, per partition.
         out_features: o, per partition.
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from torch_impl.array_types import kind_of
 from torch_impl.layer import PartitionedLinear
 from torch_impl.registry import IMPLEMENTATIONS, UnsupportedImplementationError
 from torch_impl.validation import check_tensor
@@ -34,7 +35,7 @@ def shard_partitions(layer: LayerT, device_mesh: DeviceMesh) -> LayerT:
         UnsupportedImplementationError: If the layer names an implementation that cannot be sharded.
     """
     if not isinstance(layer, PartitionedLinear):
-        raise TypeError(f"`layer`: expected a PartitionedLinear, got a {type(layer).__name__}; convert it first.")
+        raise TypeError(f"`layer`: expected a PartitionedLinear, got {kind_of(layer)}; convert it first.")
     shardable = ["auto", *(entry.name for entry in IMPLEMENTATIONS.values() if entry.shards_partitions)]
     if layer.implementation not in shardable:
         raise UnsupportedImplementationError(
@@ -75,9 +76,7 @@ def shard_inputs(x: Tensor, device_mesh: DeviceMesh) -> DTensor:
 
 def _check_mesh(device_mesh: Any, num_partitions: int) -> None:
     if not isinstance(device_mesh, DeviceMesh):
-        raise TypeError(
-            f"`device_mesh`: expected a DeviceMesh, got a {type(device_mesh).__name__}; use init_device_mesh."
-        )
+        raise TypeError(f"`device_mesh`: expected a DeviceMesh, got {kind_of(device_mesh)}; use init_device_mesh.")
     if device_mesh.ndim != 1 or num_partitions % device_mesh.size():
         raise ValueError(
             f"`device_mesh`: expected one dimension whose size divides n = {num_partitions}, got shape "
@@ -88,6 +87,6 @@ def _check_mesh(device_mesh: Any, num_partitions: int) -> None:
 def _check_inputs(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
     if arguments and not isinstance(arguments[0], DTensor):
         raise TypeError(
-            f"`x`: expected a DTensor sharded over the partition axis, got a {type(arguments[0]).__name__}; pass it "
+            f"`x`: expected a DTensor sharded over the partition axis, got {kind_of(arguments[0])}; pass it "
             f"through shard_inputs."
         )

@@ -34,7 +34,7 @@ def check_sizes(*, dense: bool = False, **sizes: Any) -> None:
     for argument, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(
-                f"`{argument}`: expected a positive int, got {shown(size)} of type {kind_of(size)}; pass an int."
+                f"`{argument}`: expected a positive int, got {shown(size)} of type {type(size).__name__}; pass an int."
             )
         if size <= 0:
             raise ValueError(f"`{argument}`: expected a positive int, got {shown(size)}; pass at least 1.")
@@ -49,7 +49,7 @@ def check_sizes(*, dense: bool = False, **sizes: Any) -> None:
 def check_bias_switch(bias: Any) -> None:
     """Refuse, by a TypeError, a `bias` switch that is no bool (a tensor, say, whose truth means something else)."""
     if not isinstance(bias, bool):
-        raise TypeError(f"`bias`: expected True or False, got a {kind_of(bias)}; pass a bool.")
+        raise TypeError(f"`bias`: expected True or False, got {kind_of(bias)}; pass a bool.")
 
 
 def check_dtype(dtype: Any) -> None:
@@ -77,7 +77,7 @@ def check_placement(device: Any) -> None:
 def check_implementation_name(name: Any) -> None:
     """Refuse what is no string by a TypeError, and an unknown name by a ValueError that lists the choices."""
     if not isinstance(name, str):
-        raise TypeError(f"`implementation`: expected a name, got a {kind_of(name)}; pass a str.")
+        raise TypeError(f"`implementation`: expected a name, got {kind_of(name)}; pass a str.")
     if name != "auto" and name not in IMPLEMENTATIONS:
         choices = ", ".join(repr(choice) for choice in ("auto", *IMPLEMENTATIONS))
         raise ValueError(f"`implementation`: expected one of {choices}, got {shown(name)}; choose one of these.")
@@ -101,7 +101,7 @@ def check_operands(x: Any, weight: Any, bias: Any) -> None:
     _explain_operands(x, weight, bias)
     if failure is not None:
         raise TypeError(
-            f"`x`: expected plain tensors, got a {kind_of(x)} for a {kind_of(weight)} ({said(failure)}); convert them "
+            f"`x`: expected plain tensors, got {kind_of(x)} for {kind_of(weight)} ({said(failure)}); convert them "
             f"first."
         ) from failure
 
@@ -181,10 +181,10 @@ def explain_failure(error: RuntimeError, implementation: str, x: Tensor, weight:
 def check_tensor(argument: str, tensor: Any) -> None:
     """Refuse, by a TypeError, all but dense tensors of a supported floating dtype that have a shape."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"`{argument}`: expected a torch.Tensor, got a {kind_of(tensor)}; convert it first.")
+        raise TypeError(f"`{argument}`: expected a torch.Tensor, got {kind_of(tensor)}; convert it first.")
     if is_lazy(tensor):
         raise TypeError(
-            f"`{argument}`: expected a tensor with a shape, got an {kind_of(tensor)}; initialise it first, by a first "
+            f"`{argument}`: expected a tensor with a shape, got {kind_of(tensor)}; initialise it first, by a first "
             f"batch."
         )
     try:
@@ -192,7 +192,7 @@ def check_tensor(argument: str, tensor: Any) -> None:
         shape = None if nested else tensor.shape
     except Exception as error:
         raise TypeError(
-            f"`{argument}`: expected a dense tensor, got a {kind_of(tensor)} ({said(error)}); convert it first."
+            f"`{argument}`: expected a dense tensor, got {kind_of(tensor)} ({said(error)}); convert it first."
         ) from error
     if shape is None:
         raise TypeError(f"`{argument}`: expected a dense tensor, got a nested one; pad it to one shape first.")
@@ -310,7 +310,7 @@ def check_materialised(views: Mapping[str, Tensor]) -> None:
         if hasattr(view, "placements"):
             where = "shards on several devices"
         elif not is_plain(view):
-            where = f"a {kind_of(view)}"
+            where = kind_of(view)
         elif view.is_meta:
             where = "the meta device"
         else:
@@ -325,7 +325,7 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
         The arrays, each read once: what a mapping reads from a file might be another array the next time.
     """
     if not isinstance(arrays, Mapping):
-        raise TypeError(f"`arrays`: expected a mapping of names to NumPy arrays, got a {kind_of(arrays)}; pass a dict.")
+        raise TypeError(f"`arrays`: expected a mapping of names to NumPy arrays, got {kind_of(arrays)}; pass a dict.")
     if set(arrays) != set(expected):
         raise ValueError(
             f"`arrays`: expected exactly the names {_names(expected)}, got {_names(arrays)}; the layer is unchanged."
@@ -343,7 +343,7 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
         if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
             # A copy of the numbers would drop the mask.
             wanted = "a NumPy array without a mask" if isinstance(array, np.ndarray) else "a NumPy array"
-            raise TypeError(f"`{argument}`: expected {wanted}, got a {kind_of(array)}; the layer is unchanged.")
+            raise TypeError(f"`{argument}`: expected {wanted}, got {kind_of(array)}; the layer is unchanged.")
         if array.shape != shape:
             symbols = "(n, in, out)" if name == "weight" else "(n, out)"
             raise ValueError(

@@ -1,7 +1,9 @@
 """One formulation of y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] per file.
 
-They assume valid operands (`jax_impl.validation` has seen them) and know nothing of one another; what each one supports
-is declared in `jax_impl.registry`. The arithmetic rules that several of them share are here.
+Each is a function (x, weight, bias, precision, dtype) -> y. The three operands have one dtype, and bias may be None;
+`precision` is that of the product, as in `jax.lax.dot_general`; y has `dtype`. They assume valid operands
+(`jax_impl.validation` has seen them) and know nothing of one another; what each one supports is declared in
+`jax_impl.registry`. The arithmetic rules that several of them share are here.
 """
 
 import math
@@ -10,15 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import DTypeLike
 
 # XLA leaves a product of a matrix and a vector with more operand entries than this to its matrix products.
 _VECTOR_PRODUCT_ENTRIES = 10**7
-
-
-def result_dtype(x: Array, preferred_element_type: DTypeLike | None) -> np.dtype:
-    """Return the dtype of y: `preferred_element_type` if given, else that of the operands."""
-    return np.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
 
 
 def product_dtype(dtype: np.dtype, rows: Any, in_features: Any, out_features: Any) -> np.dtype:
@@ -29,15 +25,7 @@ def product_dtype(dtype: np.dtype, rows: Any, in_features: Any, out_features: An
     result: with 16 bits it rounds every single term before it adds them in fp32 (jax 0.11.2 on an H200: sums of 32
     terms were off by ten times the error of adding them in fp32 and rounding once). Where one of the three sizes is
     one, two of the three products of a step are with a vector, and JAX derives the gradient's in the dtype of this one.
-
-    Args:
-        dtype: Dtype that is wanted of the product.
-        rows: Number of rows of x; a symbolic one, of a program that is exported for any batch, is taken for many.
-        in_features: Contracted size.
-        out_features: Size of the result.
-
-    Returns:
-        Dtype of the product.
+    A symbolic number of rows, of a program that is exported for any batch, is taken for many.
     """
     sizes = (rows, in_features, out_features)
     known = [size for size in sizes if isinstance(size, int)]
@@ -73,14 +61,6 @@ def add_bias(product: Array, bias: Array | None, dtype: np.dtype) -> Array:
     The casts are there for the gradient: the VJP of a broadcast is a sum over all rows, and JAX sums it in the dtype
     of the addition. In bf16 or fp16 that loses the bias gradient's digits after a few hundred rows; here it is summed
     in fp32 and rounded once. It stays plain traceable code, so forward mode and higher derivatives hold.
-
-    Args:
-        product: x W, any shape and floating dtype.
-        bias: Any shape that broadcasts to that of `product`; or None.
-        dtype: Dtype of the result.
-
-    Returns:
-        product + bias, the shape of `product`, in `dtype`.
     """
     if bias is None:
         return product.astype(dtype)

@@ -5,43 +5,27 @@ from functools import partial
 from typing import Any, cast
 
 import jax
+import numpy as np
 from jax import Array, lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.lax import PrecisionLike
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
-from jax_impl.implementations import add_bias, product_dtype, result_dtype
+from jax_impl.implementations import add_bias, product_dtype
 
 
 def partitioned_linear_grouped_conv(
-    x: Inputs,
-    weight: Weight,
-    bias: Bias | None,
-    *,
-    precision: PrecisionLike = None,
-    preferred_element_type: DTypeLike | None = None,
+    x: Inputs, weight: Weight, bias: Bias | None, precision: PrecisionLike, dtype: np.dtype
 ) -> Outputs:
     """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] as a convolution with n feature groups.
 
     Every feature is a channel, every partition a group, and signal and kernel have length one. The kernel layout
     of a convolution, (n*o, i, 1), costs one transpose of the weight. In a program for several devices every device
     gathers all operands and computes the whole convolution: see `_undivided`.
-
-    Args:
-        x: Inputs, shape (*b, n, i).
-        weight: One matrix per partition, shape (n, i, o), dtype of `x`.
-        bias: One vector per partition, shape (n, o), dtype of `x`; or None.
-        precision: Precision of the product, as in `jax.lax.dot_general`.
-        preferred_element_type: Dtype of the result; None for that of `x`.
-
-    Returns:
-        Outputs, shape (*b, n, o).
     """
-    dtype = result_dtype(x, preferred_element_type)
     num_partitions, in_features, out_features = weight.shape
     rows = math.prod(x.shape[:-2])
     # XLA makes a matrix product of a convolution of kernel size one where there is a single group.

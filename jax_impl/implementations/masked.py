@@ -3,39 +3,23 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.lax import PrecisionLike
-from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
-from jax_impl.implementations import add_bias, product_dtype, result_dtype
+from jax_impl.implementations import add_bias, product_dtype
 
 
 def partitioned_linear_masked(
-    x: Inputs,
-    weight: Weight,
-    bias: Bias | None,
-    *,
-    precision: PrecisionLike = None,
-    preferred_element_type: DTypeLike | None = None,
+    x: Inputs, weight: Weight, bias: Bias | None, precision: PrecisionLike, dtype: np.dtype
 ) -> Outputs:
     """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] as one dense product.
 
     The n blocks are laid on the diagonal of one (n*i, n*o) matrix whose other entries are exact zeros. It costs n
     times the multiplications and n times the weight memory, in exchange for a single large product. Because
     0 * NaN = NaN, a NaN or Inf in one partition reaches every other one.
-
-    Args:
-        x: Inputs, shape (*b, n, i).
-        weight: One matrix per partition, shape (n, i, o), dtype of `x`.
-        bias: One vector per partition, shape (n, o), dtype of `x`; or None.
-        precision: Precision of the product, as in `jax.lax.dot_general`.
-        preferred_element_type: Dtype of the result; None for that of `x`.
-
-    Returns:
-        Outputs, shape (*b, n, o).
     """
-    dtype = result_dtype(x, preferred_element_type)
     num_partitions, in_features, out_features = weight.shape
     diagonal = jnp.eye(num_partitions, dtype=bool)[:, None, :, None]
     blocks = jnp.where(diagonal, weight[:, :, None, :], jnp.zeros((), weight.dtype))

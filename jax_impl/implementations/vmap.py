@@ -3,45 +3,21 @@
 import math
 
 import jax
+import numpy as np
 from jax import Array, lax
 from jax.lax import PrecisionLike
-from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
-from jax_impl.implementations import (
-    add_bias,
-    batch_major,
-    needs_partition_major,
-    partition_major,
-    product_dtype,
-    result_dtype,
-)
+from jax_impl.implementations import add_bias, batch_major, needs_partition_major, partition_major, product_dtype
 
 
 def partitioned_linear_vmap(
-    x: Inputs,
-    weight: Weight,
-    bias: Bias | None,
-    *,
-    precision: PrecisionLike = None,
-    preferred_element_type: DTypeLike | None = None,
+    x: Inputs, weight: Weight, bias: Bias | None, precision: PrecisionLike, dtype: np.dtype
 ) -> Outputs:
     """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] by mapping one linear map over n.
 
-    The partition axis stays where it is; for 16-bit operands it is moved to the front: see
-    `needs_partition_major`.
-
-    Args:
-        x: Inputs, shape (*b, n, i).
-        weight: One matrix per partition, shape (n, i, o), dtype of `x`.
-        bias: One vector per partition, shape (n, o), dtype of `x`; or None.
-        precision: Precision of the product, as in `jax.lax.dot_general`.
-        preferred_element_type: Dtype of the result; None for that of `x`.
-
-    Returns:
-        Outputs, shape (*b, n, o).
+    The partition axis stays where it is; for 16-bit operands it is moved to the front: see `needs_partition_major`.
     """
-    dtype = result_dtype(x, preferred_element_type)
     wide = product_dtype(dtype, math.prod(x.shape[:-2]), *weight.shape[1:])
 
     def one_partition(features: Array, matrix: Array, vector: Array | None) -> Array:

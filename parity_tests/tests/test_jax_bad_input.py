@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 N, IN, OUT = 3, 4, 5
 X, KERNEL, BIAS = np.ones((2, N, IN), np.float32), np.ones((N, IN, OUT), np.float32), np.ones((N, OUT), np.float32)
-NAMES = "'loop', 'masked', 'einsum', 'vmap', 'matmul', 'grouped_conv', 'grouped_matmul'"
+NAMES = "'loop', 'masked', 'einsum', 'vmap', 'matmul', 'grouped_conv', 'grouped_matmul', 'in_turn'"
 FLOATS = "float64, float32, bfloat16, float16"
 
 
@@ -337,7 +337,7 @@ CASES = [
         "layer-precision-number",
         layer(precision=3),
         TypeError,
-        "`precision`: expected a name or a jax.lax.Precision, got a int; pass one.",
+        "`precision`: expected a name or a jax.lax.Precision, got an int; pass one.",
     ),
     (
         "layer-stream",
@@ -349,7 +349,7 @@ CASES = [
         "layer-kernel-metadata",
         layer(kernel_metadata=3),
         TypeError,
-        "`kernel_metadata`: expected a Mapping, got a int; pass a dict.",
+        "`kernel_metadata`: expected a Mapping, got an int; pass a dict.",
     ),
     (
         "layer-bias-metadata",
@@ -475,7 +475,7 @@ CASES = [
         ValueError,
         "`features`: expected a positive int, got 0; pass at least 1.",
     ),
-    ("linen-bias", linen_call(use_bias=1), TypeError, "`use_bias`: expected a bool, got a int; pass True or False."),
+    ("linen-bias", linen_call(use_bias=1), TypeError, "`use_bias`: expected a bool, got an int; pass True or False."),
     ("linen-name", linen_call(implementation="bmm"), ValueError, "`implementation`: expected one of 'auto', 'loop',"),
     (
         "linen-init",
@@ -531,7 +531,7 @@ CASES = [
         "save-no-path",
         lambda: jax_impl.save_parameters(layer()(), 3),
         TypeError,
-        "`path`: expected a str or a Path, got a int; pass the file's name.",
+        "`path`: expected a str or a Path, got an int; pass the file's name.",
     ),
     (
         "export-abstract",
@@ -581,7 +581,7 @@ CASES = [
         "import-jax-arrays",
         lambda: jax_impl.import_parameters(layer(use_bias=False)(), {"weight": jnp.asarray(KERNEL)}),
         TypeError,
-        "`arrays['weight']`: expected a NumPy array, got a ArrayImpl; the layer is unchanged.",
+        "`arrays['weight']`: expected a NumPy array, got an ArrayImpl; the layer is unchanged.",
     ),
     (
         "linen-params",

@@ -19,10 +19,12 @@ import jax.numpy as jnp
 import safetensors
 from flax import nnx
 from flax.core import freeze
+from jax.sharding import AbstractMesh, AxisType
 
 import jax_impl
 from jax_impl import PartitionedLinear, implementation_names, linen, partitioned_linear
 from jax_impl.registry import IMPLEMENTATIONS, unsupported_reason
+from jax_impl.sharding import partition_sharding, shard_partitions
 from parity_tests.judge.dtypes import numpy_dtype
 from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
 from parity_tests.tests.drawn_calls import Attempt, Entry, Flaw, bits_fault, draw_call, every_kind, judge, product_fault
@@ -243,13 +245,12 @@ def state_of(layer):
 
 
 def unsupported(call):
-    case, kinds = call.case, dict(call.flaws)
+    kinds = dict(call.flaws)
     if call.implementation == "auto" or "implementation" in kinds:
         return False
     if call.way in ("vmap", "vmap of jit") and not IMPLEMENTATIONS[call.implementation].maps:
         return bool(call.case.leading)
-    sizes = {"num_partitions": case.num_partitions, "in_features": case.in_features, "out_features": case.out_features}
-    return unsupported_reason(call.implementation, dtype=call.dtype, device="cpu", **sizes) is not None
+    return unsupported_reason(call.implementation, dtype=call.dtype, device="cpu") is not None
 
 
 # The function and the layers' calls.
@@ -724,6 +725,27 @@ def loading(folder, nnx_layer):
     return prepare
 
 
+# Placement.
+
+NO_MESH = flaws_of(ANYTHING | {"abstract": AbstractMesh((1,), ("n",)), "devices": jax.devices()})
+
+
+def shard(call, spoil):
+    mesh = spoil("mesh", jax.make_mesh((1,), ("n",), axis_types=(AxisType.Auto,)))
+    layer, axis_name = spoil("layer", layer_of(call)), spoil("axis_name", "n")
+
+    def fault(sharded):
+        where = {variable[...].sharding for variable in jax.tree.leaves(nnx.state(layer), is_leaf=is_variable)}
+        wrong = sharded is not layer or where != {partition_sharding(mesh, "n")}
+        return f"lies by {where}" if wrong else bits_fault(jax_impl.export_parameters(layer), arrays_of(call.inputs))
+
+    return Attempt(lambda: shard_partitions(layer, mesh, axis_name), fault, lambda: state_of(layer))
+
+
+def is_variable(value):
+    return isinstance(value, nnx.Variable)
+
+
 def entries(folder):
     """Everything that can be called."""
     promotion = flaws_of(NO_PROMOTION, names=("x", "kernel", "bias"))
@@ -782,6 +804,7 @@ def entries(folder):
         "load_parameters": Entry(
             loading(folder, True), {"path": NO_FILE, "layer": NO_LAYER | layer_states(called=False)}
         ),
+        "shard_partitions": Entry(shard, {"layer": NO_LAYER, "mesh": NO_MESH, "axis_name": flaws_of(ANYTHING)}),
         "linen.import_parameters": Entry(import_linen, {"arrays": NO_ARRAYS, "params": NO_PARAMS}),
         "linen.export_parameters": Entry(export_linen, {"params": NO_PARAMS}),
         "linen.save_parameters": Entry(saving(folder, False), {"path": NO_PATH, "params": NO_PARAMS}),

@@ -1,5 +1,6 @@
-"""JAX's `matmul` for few rows of a large weight and for partitions one after the other: derivatives and limits."""
+"""JAX's `matmul` for few rows of a large weight, and "auto", which runs `in_turn` in its place: programs and limits."""
 
+import re
 from functools import partial
 
 import numpy as np
@@ -16,12 +17,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_impl import partitioned_linear
-from jax_impl.implementations.matmul import partitioned_linear_matmul
+from jax_impl.registry import IMPLEMENTATIONS
 from parity_tests.tests.test_jax_vector_products import equations
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-MATMUL = "jax_impl.implementations.matmul"
+MATMUL, SELECTION = "jax_impl.implementations.matmul", "jax_impl.selection"
 ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
@@ -44,14 +45,9 @@ def operands(dtype="float32", rows=(6,), n=3, i=4, o=5):
 
 @pytest.fixture
 def in_turn(monkeypatch):
-    """Small operands count as large partitions, which are taken one after the other."""
-    for name, limit in {
-        "_MANY_WEIGHTS": 1,
-        "_LARGE_PARTITION": 1,
-        "_FEWEST_ROWS_IN_TURN": 1,
-        "_WEIGHTS_A_FEATURE": 0,
-    }.items():
-        monkeypatch.setattr(f"{MATMUL}.{name}", limit)
+    """Small operands count as large partitions, which "auto" takes one after the other."""
+    for name, limit in {"_MANY_WEIGHTS": 1, "_LARGE_PARTITION": 1, "_FEWEST_ROWS": 1, "_WEIGHTS_A_FEATURE": 0}.items():
+        monkeypatch.setattr(f"{SELECTION}.{name}", limit)
     if jax.device_count() > 1:
         pytest.skip("with several devices no partition is taken apart from the others")
 
@@ -118,44 +114,60 @@ def test_the_gradient_of_few_rows_moves_no_large_weight():
     assert (left, right) == ((1,), (2,))
 
 
-def test_partitions_in_turn_have_the_same_derivatives(few_rows, in_turn, monkeypatch):
+def test_auto_has_the_same_derivatives_where_it_is_in_turn(few_rows, in_turn, monkeypatch):
     outputs, arrays = few_rows
     for fewest in (1, 2**60):
         monkeypatch.setattr(f"{MATMUL}._FEWEST_ROWS", fewest)
-        found = jax.tree.leaves(taken("matmul", outputs, arrays))
+        found = jax.tree.leaves(taken("auto", outputs, arrays))
         for left, right in zip(found, jax.tree.leaves(taken("loop", outputs, arrays)), strict=True):
             np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)
 
 
-def while_loops(function, *arrays):
-    """How many loops the compiled program of a function has; none is hidden in a branch."""
+def compiled(function, *arrays):
+    """The instructions of a function's optimised program, sorted and without names; none is hidden in a branch."""
     text = jax.jit(function).lower(*arrays).compile().as_text()
     assert " conditional(" not in text
-    return text.count(" while(")
+    lines = [re.sub(r", (metadata|stack_frame_id)=\{[^}]*\}|%[\w.-]+", "", line) for line in text.splitlines()]
+    return sorted(line for line in lines if " = " in line)
 
 
 def test_a_branch_would_be_seen_in_a_compiled_program():
     with pytest.raises(AssertionError):
-        while_loops(lambda x: jax.lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x), jnp.ones(3))
+        compiled(lambda x: jax.lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x), jnp.ones(3))
 
 
-@pytest.mark.parametrize("rows", [(5,), (2, 3), ()])
-@pytest.mark.parametrize("dtype", ROUNDOFF)
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="partitions are taken in turn on a CPU only")
-def test_partitions_are_taken_in_turn_where_nobody_differentiates(in_turn, dtype, rows):
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only on a CPU does auto take partitions in turn")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="on a CPU alone does auto take partitions in turn")
+@pytest.mark.parametrize(
+    ("dtype", "rows"), [("float32", ()), ("float32", (2, 3)), *((dtype, (5,)) for dtype in ROUNDOFF)]
+)
+def test_auto_is_in_turn_forward_and_matmul_where_somebody_differentiates(in_turn, dtype, rows):
+    """The very programs: whatever holds for the named implementations, in parity and in time, holds for "auto"."""
     with jax.enable_x64(dtype == "float64"):
         x, kernel, bias = operands(dtype, rows=rows)
-        run = partial(partitioned_linear, implementation="matmul")
-        wide = dtype in ("float32", "float64")
+        gains = dtype in ("float32", "float64")
         for arrays in ((x, kernel, bias), (x, kernel)):
-            assert while_loops(run, *arrays) == wide
-            y, want = run(*arrays), partitioned_linear(*arrays, implementation="loop")
+            y, want = partitioned_linear(*arrays), partitioned_linear(*arrays, implementation="loop")
             assert y.dtype == want.dtype
             assert y.shape == want.shape
             assert bool(jnp.all(jnp.abs(y - want) <= 32 * ROUNDOFF[dtype] * (1 + jnp.abs(want))))
-            assert while_loops(lambda dy, *a: jax.vjp(run, *a)[1](dy), want, *arrays) == 0
-            stacked = jax.vmap(run)(*(jnp.stack([array, array]) for array in arrays))
+            stacked = jax.vmap(partitioned_linear)(*(jnp.stack([array, array]) for array in arrays))
             assert bool(jnp.all(jnp.abs(stacked - want) <= 32 * ROUNDOFF[dtype] * (1 + jnp.abs(want))))
+        forward, backward = {}, {}
+        for name in ("auto", "in_turn", "matmul"):
+            run = partial(partitioned_linear, implementation=name)
+            forward[name] = compiled(run, x, kernel, bias)
+            backward[name] = compiled(lambda dy, *a, run=run: jax.vjp(run, *a)[1](dy), y, x, kernel, bias)
+        for programs, chosen in ((forward, "in_turn" if gains else "matmul"), (backward, "matmul")):
+            assert programs["auto"] == programs[chosen]
+            assert programs["in_turn"] != programs["matmul"]
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_named_implementation_is_itself_whatever_auto_gains(in_turn, name):
+    shapes = ((16, 128, 128), (128, 128, 128), (128, 128))
+    looped = loops(partial(partitioned_linear, implementation=name), *(jnp.zeros(shape) for shape in shapes))
+    assert looped == (name == "in_turn")
 
 
 def test_calls_without_jit_compile_partitions_in_turn_once(in_turn, caplog):
@@ -164,7 +176,7 @@ def test_calls_without_jit_compile_partitions_in_turn_once(in_turn, caplog):
 
     def call():
         for precision in (None, "highest"):
-            run = partial(partitioned_linear, implementation="matmul", precision=precision)
+            run = partial(partitioned_linear, precision=precision)
             jax.block_until_ready((run(x, kernel, bias), jax.vmap(run, (0, None, None))(stacked, kernel, bias)))
 
     with jax.log_compiles():
@@ -177,7 +189,7 @@ def test_calls_without_jit_compile_partitions_in_turn_once(in_turn, caplog):
 
 def test_no_partition_is_taken_apart_where_operands_may_be_divided(in_turn, monkeypatch):
     arrays = operands()
-    run = jax.jit(partial(partitioned_linear, implementation="matmul"))
+    run = jax.jit(partitioned_linear)
     # Written on this machine for a GPU, the same program holds no loop there.
     written = {p: jax.export.export(run, platforms=[p])(*arrays).mlir_module() for p in ("cpu", "cuda")}
     assert {platform: "stablehlo.while" in text for platform, text in written.items()} == {"cpu": True, "cuda": False}
@@ -187,11 +199,13 @@ def test_no_partition_is_taken_apart_where_operands_may_be_divided(in_turn, monk
         x, *others = [jax.device_put(array, NamedSharding(mesh, PartitionSpec())) for array in arrays]
         np.testing.assert_allclose(run(x, *others), want, rtol=1e-5, atol=1e-6)
     specs = (PartitionSpec(None, "n"), PartitionSpec("n"), PartitionSpec("n"))
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[0])
-    np.testing.assert_allclose(mapped(*arrays), want, rtol=1e-5, atol=1e-6)
-    assert loops(partitioned_linear_matmul, *arrays) == 1
+    for name in ("auto", "in_turn"):
+        own = partial(partitioned_linear, implementation=name)
+        mapped = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=specs[0])
+        np.testing.assert_allclose(mapped(*arrays), want, rtol=1e-5, atol=1e-6)
+    assert loops(partitioned_linear, *arrays) == 1
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    assert loops(partitioned_linear_matmul, *arrays) == 0
+    assert loops(partitioned_linear, *arrays) == 0
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
@@ -200,8 +214,8 @@ def test_no_partition_is_taken_apart_where_one_operand_lies_on_a_mesh(in_turn, k
     plain = operands()
     placed = [jax.device_put(array, NamedSharding(mesh, PartitionSpec())) for array in plain]
     for x, kernel in ((placed[0], plain[1]), (plain[0], placed[1]), placed[:2]):
-        assert loops(partitioned_linear_matmul, x, kernel, None) == 0
-    assert loops(partitioned_linear_matmul, *plain[:2], None) == 1
+        assert loops(partitioned_linear, x, kernel, None) == 0
+    assert loops(partitioned_linear, *plain[:2], None) == 1
 
 
 def test_partitions_are_taken_in_turn_only_where_it_was_measured_to_pay():
@@ -211,7 +225,7 @@ def test_partitions_are_taken_in_turn_only_where_it_was_measured_to_pay():
 
     def taken_in_turn(rows, n, i, o, dtype="float32"):
         shapes = ((rows, n, i), (n, i, o), (n, o))
-        return loops(partitioned_linear_matmul, *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
+        return loops(partitioned_linear, *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
 
     # 2**21 weights, a partition of 2**14, four weights for each feature of x and y.
     assert taken_in_turn(4, 128, 128, 128) == 1
@@ -238,9 +252,7 @@ def test_a_wider_result_is_wide_on_every_path(monkeypatch, request, path, narrow
         monkeypatch.setattr(f"{MATMUL}._FEWEST_ROWS", 1)
     with jax.enable_x64(True):
         arrays = operands(narrow, rows=(2,), i=61)
-        y, pull = jax.vjp(
-            jax.jit(partial(partitioned_linear, implementation="matmul", preferred_element_type=wide)), *arrays
-        )
+        y, pull = jax.vjp(jax.jit(partial(partitioned_linear, preferred_element_type=wide)), *arrays)
         assert y.dtype == wide
         assert {gradient.dtype for gradient in pull(y)} == {np.dtype(jnp.dtype(narrow))}
         x, kernel, bias = (np.asarray(array, np.float64) for array in arrays)
@@ -253,7 +265,7 @@ def test_a_product_with_what_stands_still_is_not_computed(few_rows, in_turn):
     outputs, arrays = few_rows
 
     def gradient(*arrays):
-        return jax.grad(lambda *a: jnp.sum(outputs("matmul", *a)), tuple(range(len(arrays))))(*arrays)
+        return jax.grad(lambda *a: jnp.sum(outputs("auto", *a)), tuple(range(len(arrays))))(*arrays)
 
     program = equations(jax.make_jaxpr(gradient)(*arrays).jaxpr)
     assert [equation.primitive.name for equation in program].count("dot_general") == 1 + len(arrays)

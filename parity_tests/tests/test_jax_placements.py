@@ -148,15 +148,11 @@ def excess(got, kept):
     return max(float((np.abs(np.asarray(value) - want) / (unit * reach)).max()) for value, want, reach in compared)
 
 
-def possible(name, kind, way):
-    """Whether JAX itself, and the table, let a cell be."""
-    explicit = kind == "Explicit"
+def possible(name, way):
+    """Whether the table lets a cell be."""
     if way == "reverse over reverse":
         return IMPLEMENTATIONS[name].double_backward
-    if way == "vmap":  # JAX refuses what is mapped over an explicit axis that divides another operand
-        return IMPLEMENTATIONS[name].maps and not explicit
-    # Over explicit axes a division is part of a type, which these would have to change.
-    return not explicit or way not in ("shard_map", "scan", "in_shardings", "uncommitted")
+    return way != "vmap" or IMPLEMENTATIONS[name].maps
 
 
 def divisions(shape):
@@ -171,12 +167,17 @@ def cells(thorough):
     turns = cycle(WAYS)
     for name, kind in product(IMPLEMENTATIONS, KINDS):
         every = thorough or name == "grouped_conv"
-        some = islice((way for way in turns if possible(name, kind, way)), 3)
+        some = islice((way for way in turns if possible(name, way)), 3)
         for way, _ in product(WAYS if every else some, range(6 if thorough else 1)):
             shape = rng.choice(MESHES)
             chosen = CHOSEN if len(shape) == 1 else CHOSEN_ON_TWO_AXES
-            if possible(name, kind, way):
-                yield name, kind, shape, rng.choice([*chosen, rng.choice(divisions(shape))]), way
+            division = rng.choice([*chosen, rng.choice(divisions(shape))])
+            # Over explicit axes a division is part of a type: a scan must keep it, the specs of shard_map must repeat
+            # it, and vmap refuses to map over an axis that divides another operand too.
+            if kind == "Explicit" and way in ("scan", "shard_map", "vmap"):
+                division = rng.choice(chosen) if way == "vmap" else chosen[0]
+            if possible(name, way):
+                yield name, kind, shape, division, way
 
 
 def placed(array, axes, division, mesh):
@@ -202,15 +203,14 @@ def run(name, kind, shape, division, way):
 
     operands, directions = place(OPERANDS), place(DIRECTIONS)
     kept, compute = WAYS[way]
-    cotangent = COTANGENT
-    if kept == "first" and kind == "Explicit":  # of the type of y
-        cotangent = jax.device_put(COTANGENT, NamedSharding(mesh, jax.eval_shape(call, *operands).sharding.spec))
-    shardings = None
+    cotangent, shardings = COTANGENT, None
     if way == "in_shardings":
         shardings = [[array.sharding for array in arrays] for arrays in (operands, directions)]
         operands, directions, shardings = OPERANDS, DIRECTIONS, (*shardings, None)
     if way == "uncommitted":
         operands[1:], directions[1:] = map(jnp.asarray, OPERANDS[1:]), map(jnp.asarray, DIRECTIONS[1:])
+    if kept == "first" and kind == "Explicit" and way != "in_shardings":  # of the type of y
+        cotangent = jax.device_put(COTANGENT, NamedSharding(mesh, jax.eval_shape(call, *operands).sharding.spec))
     with jax.set_mesh(mesh) if way == "mesh in context" else nullcontext():
         if kept == "y":
             with jax.disable_jit(way == "disable_jit"):

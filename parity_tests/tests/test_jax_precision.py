@@ -22,7 +22,7 @@ from jax_impl import PartitionedLinear, linen, partitioned_linear
 from jax_impl.registry import IMPLEMENTATIONS, get_implementation
 from parity_tests.tests.test_jax_vector_products import PRODUCTS, equations
 
-MATMUL = "jax_impl.implementations.matmul"
+MATMUL, SELECTION = "jax_impl.implementations.matmul", "jax_impl.selection"
 N, IN, OUT = 3, 4, 5
 # What is asked for, and what a product then carries. Convolutions take no algorithm.
 ASKED = {
@@ -102,17 +102,17 @@ def test_every_product_carries_the_precision_that_is_asked_for(name, make, dtype
 
 @pytest.mark.parametrize("path", ["in turn", "few rows"])
 @pytest.mark.parametrize("make", [function, nnx_layer, linen_layer], ids=["function", "nnx", "linen"])
-def test_so_does_each_on_the_paths_of_matmul(monkeypatch, make, path):
-    limits = ["_MANY_WEIGHTS", "_FEWEST_ROWS"]
+def test_so_does_each_on_the_paths_of_auto(monkeypatch, make, path):
+    limits = {f"{MATMUL}._MANY_WEIGHTS": 1, f"{MATMUL}._FEWEST_ROWS": 1}
     if path == "in turn":
         if jax.device_count() > 1:
             pytest.skip("with several devices no partition is taken apart from the others")
-        limits += ["_LARGE_PARTITION", "_FEWEST_ROWS_IN_TURN"]
-        monkeypatch.setattr(f"{MATMUL}._WEIGHTS_A_FEATURE", 0)
-    for limit in limits:
-        monkeypatch.setattr(f"{MATMUL}.{limit}", 1)
+        limits |= {f"{SELECTION}.{name}": 1 for name in ("_MANY_WEIGHTS", "_LARGE_PARTITION", "_FEWEST_ROWS")}
+        limits[f"{SELECTION}._WEIGHTS_A_FEATURE"] = 0
+    for limit, value in limits.items():
+        monkeypatch.setattr(limit, value)
     for kind, (precision, carried) in ASKED.items():
-        for order, call in orders(make("matmul", precision), make, twice=True):
+        for order, call in orders(make("auto", precision), make, twice=True):
             program = str(jax.make_jaxpr(call)(*shapes(1)))
             if order == "y":
                 assert ("_in_turn_on_a_cpu" in program, "scan" in program) == ((path == "in turn",) * 2)

@@ -143,7 +143,7 @@ def test_the_sharding_divides_only_the_partition_axis(mesh):
 
 def test_bad_meshes_are_refused(mesh):
     layer = PartitionedLinear(3, 4, 5, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="`axis_name`: expected one of the mesh's axes 'partitions', got 'data';"):
+    with pytest.raises(ValueError, match="`axis_name`: expected one of 'partitions', got 'data';"):
         shard_partitions(layer, mesh, "data")
     with pytest.raises(TypeError, match="`mesh`: expected a Mesh, got a str;"):
         shard_partitions(layer, "partitions")
@@ -151,7 +151,7 @@ def test_bad_meshes_are_refused(mesh):
         shard_partitions(nnx.Linear(4, 5, rngs=nnx.Rngs(0)), mesh)
     # No second device is needed to ask for two.
     abstract = jax.sharding.AbstractMesh((2,), ("partitions",))
-    with pytest.raises(TypeError, match="`mesh`: expected a Mesh, got a AbstractMesh;"):
+    with pytest.raises(TypeError, match="`mesh`: expected a Mesh, got an AbstractMesh;"):
         shard_partitions(layer, abstract)
 
 

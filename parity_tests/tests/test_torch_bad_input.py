@@ -237,7 +237,7 @@ LAYER = {
     "in-5,000-digits": (
         lambda: MaskedPartitionedLinear(3, 10**5000, 5),
         ValueError,
-        r"^`in_features`: expected sizes whose weight has .* elements, got a int that cannot be shown; give sizes",
+        r"^`in_features`: expected sizes whose weight has .* elements, got an int that cannot be shown; give sizes",
     ),
     "out-beyond-memory": (
         lambda: PartitionedLinear(3, 4, 2**50),
@@ -334,7 +334,7 @@ LAYER = {
     "float-in": (lambda: PartitionedLinear(3, 4.0, 5), TypeError, r"^`in_features`: .*, got 4\.0 of type float; pass"),
     "bool-n": (lambda: PartitionedLinear(True, 4, 5), TypeError, r"^`num_partitions`: .*, got True of type bool;"),
     "string-out": (lambda: MaskedPartitionedLinear(3, 4, "5"), TypeError, r"^`out_features`: .*, got '5' of type str;"),
-    "bias-number": (lambda: PartitionedLinear(3, 4, 5, 1), TypeError, r"^`bias`: expected True or False, got a int;"),
+    "bias-number": (lambda: PartitionedLinear(3, 4, 5, 1), TypeError, r"^`bias`: expected True or False, got an int;"),
     "unknown-implementation": (
         lambda: PartitionedLinear(3, 4, 5, implementation="fast"),
         ValueError,
@@ -561,7 +561,7 @@ PARAMETERS = {
     "save-no-path": (
         lambda: save_parameters(PartitionedLinear(3, 4, 5), 3),
         TypeError,
-        r"^`path`: expected a str or a Path, got a int; pass the file's name\.$",
+        r"^`path`: expected a str or a Path, got an int; pass the file's name\.$",
     ),
     "save-no-folder": (
         lambda: save_parameters(PartitionedLinear(3, 4, 5), "missing-folder/layer.safetensors"),
@@ -654,9 +654,7 @@ PARAMETERS = {
         r"^`implementation`: expected one of 'loop', .*, got 'auto';",
     ),
     "registry-reason-name": (
-        lambda: unsupported_reason(
-            "bmm", dtype="float32", device="cpu", num_partitions=1, in_features=1, out_features=1
-        ),
+        lambda: unsupported_reason("bmm", dtype="float32", device="cpu", in_features=1, out_features=1),
         ValueError,
         r"^`implementation`: expected one of 'loop', .*, got 'bmm';",
     ),

@@ -19,6 +19,8 @@ if not framework_available("torch"):
 import safetensors.torch
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize, prune
 
 import torch_impl
@@ -44,6 +46,7 @@ from parity_tests.tests.flaws import (
 from torch_impl import MaskedPartitionedLinear, PartitionedLinear, implementation_names, partitioned_linear
 from torch_impl.parameters import state_dict_from_linears
 from torch_impl.registry import unsupported_reason
+from torch_impl.sharding import shard_inputs, shard_partitions
 
 CPU = torch.device("cpu")
 NAMES = ("auto", *implementation_names())
@@ -171,7 +174,7 @@ def reason(call, **kinds):
         return False
     if call.way == "forward mode" and call.implementation == "grouped_matmul":
         return True
-    sizes = {"num_partitions": case.num_partitions, "in_features": case.in_features, "out_features": case.out_features}
+    sizes = {"in_features": case.in_features, "out_features": case.out_features}
     return unsupported_reason(call.implementation, dtype=call.dtype, device="cpu", **sizes) is not None
 
 
@@ -870,6 +873,43 @@ def convert_state(call, spoil):
     return Attempt(lambda: state_dict_from_linears(state, prefix), fault)
 
 
+# Placement.
+
+
+def shard(call, spoil):
+    layer = layer_of(call, implementation=call.implementation)
+    layer, mesh = spoil("layer", layer), spoil("device_mesh", init_device_mesh("cpu", (1,)))
+
+    def fault(sharded):
+        if sharded is not layer or any(not isinstance(value, DTensor) for value in layer.parameters()):
+            return "expected the same layer with DTensors"
+        arrays = {name: to_numpy(value.full_tensor()) for name, value in layer.named_parameters()}
+        return bits_fault(arrays, arrays_of(call.inputs))
+
+    return Attempt(lambda: shard_partitions(layer, mesh), fault, lambda: state_of(layer))
+
+
+def spread(call, spoil):
+    x, mesh = spoil("x", operands(call.inputs)[0]), spoil("device_mesh", init_device_mesh("cpu", (1,)))
+    return Attempt(lambda: shard_inputs(x, mesh), lambda spread: output_of(spread, x))
+
+
+def output_of(spread, x):
+    whole = spread.full_tensor()
+    return "" if whole.is_meta or np.array_equal(to_numpy(whole), to_numpy(x)) else "expected the same values"
+
+
+NO_MESH = flaws_of(ANYTHING | {"device": torch.device("cpu"), "name": "cpu"})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def process_group():
+    """One process is a group of its own: enough for every mesh of one device."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 def entries(folder):
     """Everything that can be called."""
     return {
@@ -894,6 +934,13 @@ def entries(folder):
         "load_parameters": Entry(loading(folder), {"path": NO_FILE, "layer": NO_LAYER | states("import")}),
         "from_linears": Entry(from_linears, {"linears": NO_LINEARS}),
         "to_linears": Entry(to_linears, {"layer": states("linears")}),
+        "shard_partitions": Entry(
+            shard,
+            {"layer": NO_LAYER | {"undivided": Flaw(lambda _, call: layer_of(call, implementation="loop"))}}
+            | {"device_mesh": NO_MESH},
+            implementations=("auto", "einsum", "matmul"),
+        ),
+        "shard_inputs": Entry(spread, {"x": NO_OPERAND, "device_mesh": NO_MESH}),
         "state_dict_from_linears": Entry(
             convert_state, {"state_dict": NO_STATE, "prefix": flaws_of(ANYTHING, names=("state_dict",))}
         ),

@@ -11,9 +11,8 @@ if not framework_available("torch"):
 
 import torch
 
-from torch_impl import UnsupportedImplementationError, implementation_names, partitioned_linear, validation
+from torch_impl import UnsupportedImplementationError, functional, implementation_names, partitioned_linear, validation
 from torch_impl.registry import DTYPE_NAMES, IMPLEMENTATIONS, get_implementation, unsupported_reason
-from torch_impl.selection import select_implementation
 
 NAMES = implementation_names()
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -36,8 +35,8 @@ def lattice(*shape, dtype=torch.float32):
 
 
 def supported(name, dtype, sizes):
-    n, i, o = sizes
-    return unsupported_reason(name, dtype=dtype, device="cpu", num_partitions=n, in_features=i, out_features=o) is None
+    _, i, o = sizes
+    return unsupported_reason(name, dtype=dtype, device="cpu", in_features=i, out_features=o) is None
 
 
 def run(x, weight, bias, name):
@@ -251,35 +250,34 @@ def test_the_table_is_frozen_and_ordered():
         get_implementation("loop").name = "other"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [0, 1, 4096])
-def test_auto_means_matmul_where_it_is_supported(dtype, rows):
-    chosen = select_implementation(
-        num_partitions=3, in_features=5, out_features=7, rows=rows, dtype=dtype, device="cpu"
-    )
-    assert chosen == "matmul"
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_unsupported_reason_follows_the_declarations(name):
     entry = get_implementation(name)
     for dtype in DTYPES:
         for device in ("cpu", "cuda", "mps"):
-            reason = unsupported_reason(
-                name, dtype=dtype, device=device, num_partitions=3, in_features=8, out_features=16
-            )
+            reason = unsupported_reason(name, dtype=dtype, device=device, in_features=8, out_features=16)
             assert (reason is None) is (dtype in entry.dtypes and device in entry.devices)
     if entry.stride_bytes > 1:
         for sizes in ((5, 8), (8, 5)):
             reason = unsupported_reason(
-                name, dtype="float32", device="cpu", num_partitions=3, in_features=sizes[0], out_features=sizes[1]
+                name, dtype="float32", device="cpu", in_features=sizes[0], out_features=sizes[1]
             )
             assert "multiple of 16 bytes" in reason
 
 
-def test_no_implementation_for_the_device_raises_under_auto():
-    with pytest.raises(UnsupportedImplementationError, match="'matmul' supports devices cpu, cuda, got mps"):
-        select_implementation(num_partitions=3, in_features=5, out_features=7, rows=1, dtype="float32", device="mps")
+def test_auto_means_matmul_and_raises_where_that_is_not_supported(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        functional, "unsupported_reason", lambda name, **_: asked.append(name) or (None, "no")[len(asked) - 1]
+    )
+    operands = (torch.zeros(2, 3, 5), torch.zeros(3, 5, 7), None)
+    partitioned_linear(*operands)
+    with pytest.raises(UnsupportedImplementationError, match="no"):
+        partitioned_linear(*operands)
+    assert asked == ["matmul"] * 2
+    assert "'matmul' supports devices cpu, cuda, got mps" in unsupported_reason(
+        "matmul", dtype="float32", device="mps", in_features=5, out_features=7
+    )
 
 
 def refused(*operands):
@@ -334,7 +332,7 @@ def test_dtypes_and_devices_are_taken_exactly_where_they_are_supported():
 
 def test_an_unrestricted_implementation_is_supported_without_a_question(monkeypatch):
     """This is asked at every call, before kernels that take a few microseconds."""
-    sizes = {"dtype": "float32", "device": "cpu", "num_partitions": 3, "in_features": 4, "out_features": 4}
+    sizes = {"dtype": "float32", "device": "cpu", "in_features": 4, "out_features": 4}
     assert unsupported_reason("grouped_matmul", **sizes) is None
 
     def asked():

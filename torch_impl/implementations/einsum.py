@@ -9,13 +9,7 @@ from torch_impl.array_types import Bias, Inputs, Outputs, Weight
 def partitioned_linear_einsum(x: Inputs, weight: Weight, bias: Bias | None) -> Outputs:
     """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] with `torch.einsum`.
 
-    Args:
-        x: Inputs, shape (*b, n, i), any strides.
-        weight: One matrix per partition, shape (n, i, o), dtype of `x`.
-        bias: One vector per partition, shape (n, o), dtype of `x`; or None. Added after the product is rounded.
-
-    Returns:
-        Outputs, shape (*b, n, o), dtype of `x`.
+    The bias is added after the product is rounded.
     """
     if weight.shape[1] == 1 and weight.element_size() == 2:
         # torch.einsum turns a contraction of size one into a broadcast product, whose gradients round every product

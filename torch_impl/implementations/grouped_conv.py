@@ -12,14 +12,6 @@ def partitioned_linear_grouped_conv(x: Inputs, weight: Weight, bias: Bias | None
     one signal rather than a batch of signals of length one: the CPU's weight gradient adds up signals in the storage
     dtype, which loses bf16 and fp16 sums over many rows, but adds up along a signal in fp32. It costs one transpose
     of x and of the weight; the result is a view with the features outermost.
-
-    Args:
-        x: Inputs, shape (*b, n, i), any strides.
-        weight: One matrix per partition, shape (n, i, o), dtype of `x`.
-        bias: One vector per partition, shape (n, o), dtype of `x`; or None.
-
-    Returns:
-        Outputs, shape (*b, n, o), dtype of `x`.
     """
     num_partitions, in_features, out_features = weight.shape
     rows = x.reshape(-1, num_partitions * in_features)

@@ -15,15 +15,8 @@ def partitioned_linear_grouped_matmul(x: Inputs, weight: Weight, bias: Bias | No
     """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] with `torch.nn.functional.grouped_mm`.
 
     The kernel reads rows of 16-byte multiples only. Operands that already lie so are passed as views; others are
-    copied, and the registry refuses sizes that no copy can mend.
-
-    Args:
-        x: Inputs, shape (*b, n, i); i times the item size must be a multiple of 16 bytes.
-        weight: One matrix per partition, shape (n, i, o), dtype of `x`; o times the item size likewise.
-        bias: One vector per partition, shape (n, o), dtype of `x`; or None. Added after the product is rounded.
-
-    Returns:
-        Outputs, shape (*b, n, o), dtype of `x`.
+    copied, and the registry refuses sizes (i and o, times the item size) that no copy can mend. The bias is added after
+    the product is rounded.
     """
     rows = x.reshape(-1, *x.shape[-2:])
     empty = rows.shape[0] == 0

@@ -11,14 +11,6 @@ def partitioned_linear_loop(x: Inputs, weight: Weight, bias: Bias | None) -> Out
 
     This is the pattern that users write by hand (a list of `nn.Linear` and `torch.stack`), kept as the reference
     that everything else is read against.
-
-    Args:
-        x: Inputs, shape (*b, n, i), any strides.
-        weight: One matrix per partition, shape (n, i, o), dtype of `x`.
-        bias: One vector per partition, shape (n, o), dtype of `x`; or None.
-
-    Returns:
-        Outputs, shape (*b, n, o), dtype of `x`.
     """
     biases = [None] * weight.shape[0] if bias is None else bias.unbind(0)
     outputs = [

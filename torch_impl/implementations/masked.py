@@ -11,14 +11,6 @@ def partitioned_linear_masked(x: Inputs, weight: Weight, bias: Bias | None) -> O
     The n blocks are laid on the diagonal of one (n*i, n*o) matrix whose other entries are exact zeros. It costs n
     times the multiplications and n times the weight memory, in exchange for a single large product. Because
     0 * NaN = NaN, a NaN or Inf in one partition reaches every other one.
-
-    Args:
-        x: Inputs, shape (*b, n, i), any strides.
-        weight: One matrix per partition, shape (n, i, o), dtype of `x`.
-        bias: One vector per partition, shape (n, o), dtype of `x`; or None.
-
-    Returns:
-        Outputs, shape (*b, n, o), dtype of `x`.
     """
     num_partitions, in_features, out_features = weight.shape
     # diag_embed puts the partition axis on both 0 and 2: (i, o, n) -> (n, i, n, o), zero where the two n differ.

@@ -11,14 +11,6 @@ def partitioned_linear_matmul(x: Inputs, weight: Weight, bias: Bias | None) -> O
     The partition axis of `x` is moved to the front as a view, so that neither operand is copied, and the bias enters
     the same kernel. The result is laid out with the partition axis outermost and handed back as a view of shape
     (*b, n, o): it is not contiguous unless the batch or n is 1, and `reshape` rather than `view` flattens it.
-
-    Args:
-        x: Inputs, shape (*b, n, i), any strides.
-        weight: One matrix per partition, shape (n, i, o), dtype of `x`.
-        bias: One vector per partition, shape (n, o), dtype of `x`; or None.
-
-    Returns:
-        Outputs, shape (*b, n, o), dtype of `x`.
     """
     single_batch_axis = x.ndim == 3
     rows = x if single_batch_axis else x.reshape(-1, *x.shape[-2:])

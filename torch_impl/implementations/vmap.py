@@ -9,13 +9,7 @@ from torch_impl.array_types import Bias, Inputs, Outputs, Weight
 def partitioned_linear_vmap(x: Inputs, weight: Weight, bias: Bias | None) -> Outputs:
     """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] by mapping one linear map over n.
 
-    Args:
-        x: Inputs, shape (*b, n, i), any strides.
-        weight: One matrix per partition, shape (n, i, o), dtype of `x`.
-        bias: One vector per partition, shape (n, o), dtype of `x`; or None. Added after the product is rounded.
-
-    Returns:
-        Outputs, shape (*b, n, o), dtype of `x`.
+    The bias is added after the product is rounded.
     """
     # Of several leading axes that are no view of one, matmul makes as many products as the first has entries, and the
     # gradient of W adds their results in the dtype of x: in bf16 and fp16 with hundreds of times the error of one sum.

@@ -148,12 +148,11 @@ class TorchTimer(Timer):
     def prepare(self, task: Task, buffers: Sequence[tuple[torch.Tensor, ...]]) -> Prepared:
         """Build the call, and compile it by calling it once where the mode says so."""
         if task.implementation in implementation_names():
-            n, i, o = buffers[0][1].shape
+            _, i, o = buffers[0][1].shape
             reason = unsupported_reason(
                 task.implementation,
                 dtype=STORAGE_DTYPES[self._precision],
                 device=self._device,
-                num_partitions=n,
                 in_features=i,
                 out_features=o,
             )

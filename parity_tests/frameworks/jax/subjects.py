@@ -49,9 +49,6 @@ class JaxSubject:
             self.table_name,
             dtype=MODES[self.mode].computes_in or dtype,
             device="cuda" if self.device.platform == "gpu" else str(self.device.platform),
-            num_partitions=case.num_partitions,
-            in_features=case.in_features,
-            out_features=case.out_features,
         )
 
     def _put(self, array: np.ndarray, axis: int) -> jax.Array:

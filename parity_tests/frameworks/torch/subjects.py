@@ -56,7 +56,6 @@ class TorchSubject:
             self.table_name,
             dtype=MODES[self.mode].computes_in or dtype,
             device=self.device.type,
-            num_partitions=case.num_partitions,
             in_features=case.in_features,
             out_features=case.out_features,
         )
