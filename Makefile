@@ -1,10 +1,12 @@
-# make compare   sets everything up, proves parity, measures both frameworks on this machine, prints the verdicts
-# make test      sets everything up and runs the whole test suite (and the JAX tree's tests on Python 3.12, if it is there)
-# make lint      formatting, lint rules, types
-# make gpu       the whole comparison on an NVIDIA GPU, records under OUT (to publish: OUT=bench/results/<device>); with
-#                frameworks that are installed already: make gpu GPU_PYTHON=python3
-# make publish   compresses the records of new runs in bench/results, and draws all that README shows of the published
-#                ones anew: its results, the claims, the pictures
+# make compare   set everything up, prove parity, measure both frameworks on this machine, print the verdicts
+# make test      set everything up and run the whole test suite, on a second Python with newer JAX too if there is one
+#                FAST=1: a part of it in under three minutes, from every package; see FAST_TESTS for what it leaves out
+# make lint      check formatting, lint rules and types
+# make gpu       run the whole comparison on an NVIDIA GPU, records under OUT (to publish: OUT=bench/results/<device>);
+#                with frameworks that are installed already: make gpu GPU_PYTHON=python3
+# make publish   compress the records of new runs in bench/results, and draw their page and the pictures anew
+# make setup     make the virtual environments that the other targets use
+# make clean     remove them, and the records of make compare
 # Extra arguments for pip: make compare PIP_ARGS="--index-url ..."
 
 SHELL := /bin/bash
@@ -53,7 +55,7 @@ GPU_REPLICATES ?= 1
 # with a block of results on the page, with one of claims, with a map, and with a chart.
 RESULTS ?= bench/results
 DRAWN ?= $(RESULTS)
-PAGE ?= README.md
+PAGE ?= $(RESULTS)/README.md
 SHOWN ?= h200 cpu-epyc-2core cpu-xeon-2core
 SHOWN_CLAIMS ?= h200
 MAPPED ?= cpu-epyc-2core cpu-xeon-2core
@@ -63,7 +65,7 @@ CHART_OPTIONS ?= $(foreach c,workload=article-base division=matched precision=ie
 BENCH = $(VENV)/bin/python -m bench
 NEW = $(patsubst %/records.jsonl,%,$(wildcard $(RESULTS)/*/records.jsonl))
 
-# $(call show,DIRECTORY): what README shows of it.
+# $(call show,DIRECTORY): what the page shows of it.
 define show
 	@mkdir -p $(DRAWN)/$(1)
 	$(BENCH) report $(RESULTS)/$(1) --readme $(PAGE) $(if $(filter $(1),$(MAPPED)),--framework-map $(DRAWN)/$(1)/frameworks.svg)
@@ -72,7 +74,10 @@ define show
 
 endef
 
-.PHONY: compare setup test test-newest lint gpu publish clean
+.PHONY: help compare setup test test-fast test-newest lint gpu publish clean
+
+help:
+	@sed -n '/^#/!q; s/^# //p' $(firstword $(MAKEFILE_LIST))
 
 compare: $(VENV)/.installed
 	@mkdir -p $(OUT)
@@ -82,11 +87,18 @@ compare: $(VENV)/.installed
 # Both environments at once: most of the time goes into downloads.
 setup: $(VENV)/.installed $(if $(PYTHON_NEWEST),$(VENV_NEWEST)/.installed)
 
+ifneq ($(filter-out 0,$(FAST)),)
+test: test-fast
+else
 test:
 	@$(MAKE) --no-print-directory -j2 setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not compile"
 	$(VENV)/bin/python -m pytest -q -m compile --no-shape-checks
 	@$(MAKE) --no-print-directory test-newest
+endif
+
+test-fast: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not compile and not slow" $(FAST_TESTS)
 
 ifeq ($(PYTHON_NEWEST),)
 test-newest:

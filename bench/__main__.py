@@ -18,6 +18,7 @@ except KeyboardInterrupt:
     sys.exit(130)
 
 from bench.commands.arguments import CsvFile, Directories, JaxPython, JsonFile, TorchPython, cells_where, picture
+from bench.record_files import run_directory
 from parity_tests.report.console import run_application
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -148,7 +149,10 @@ def report(
 
 @app.command()
 def claims(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a run; the preset seed has it all.")],
+    directory: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", parser=run_directory, help="Directory of a run; the preset seed has it all."),
+    ],
     markdown: Annotated[Path | None, typer.Option(metavar="F", help="Write the whole account as Markdown.")] = None,
     readme: Annotated[Path | None, typer.Option(metavar="F", help="Replace the claims block of this README.")] = None,
     json_file: JsonFile = None,
@@ -162,8 +166,8 @@ def claims(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="Directory of the earlier run.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Directory of the later run.")],
+    a: Annotated[Path, typer.Argument(metavar="A", parser=run_directory, help="Directory of the earlier run.")],
+    b: Annotated[Path, typer.Argument(metavar="B", parser=run_directory, help="Directory of the later run.")],
     across_devices: Annotated[
         bool, typer.Option("--across-devices", help="Compare runs of different devices all the same.")
     ] = False,
@@ -260,6 +264,11 @@ def doctor(
     from bench.commands.inspect import doctor_command
 
     raise typer.Exit(doctor_command(torch_python, jax_python, json_file, csv_file))
+
+
+def main() -> None:
+    """Run the console command that an installation puts beside `python -m bench`."""
+    run_application(app, "partitioned-linear-bench")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from bench.records import Record, RecordError
 RECORDS = "records.jsonl"
 _SUFFIX = ".xz"
 COMPRESSED = RECORDS + _SUFFIX
+# The published runs of a checkout; an installation has a few of them.
+_PUBLISHED = Path(__file__).parent / "results"
 _STREAM_BYTES = 2**20
 # The records of a cell lie far apart, one group for each set of processes: so many groups may advance side by side.
 _KEPT_STREAMS = 16
@@ -88,6 +90,16 @@ class Line:
             raise StoreError(f"{self.where}: {error}; repair or remove the file.") from error
 
 
+def run_directory(name: str) -> Path:
+    """Return the directory of a run: the one of this path, else the published run of this name, such as `h200`."""
+    directory = Path(name)
+    return _PUBLISHED / name if name in _published() and not directory.exists() else directory
+
+
+def _published() -> list[str]:
+    return sorted(path.parent.name for path in _PUBLISHED.glob(f"*/{COMPRESSED}"))
+
+
 def records_file(directory: Path) -> Path:
     """Find the file of a run's records, plain or compressed.
 
@@ -96,7 +108,10 @@ def records_file(directory: Path) -> Path:
     """
     found = [path for path in (directory / RECORDS, directory / COMPRESSED) if path.is_file()]
     if not found:
-        raise StoreError(f"{directory}: holds no {RECORDS} or {COMPRESSED}; give the --out directory of a `bench run`.")
+        raise StoreError(
+            f"{directory}: holds no {RECORDS} or {COMPRESSED}; give the --out directory of a `bench run`, or the name "
+            f"of a published run that is here ({', '.join(_published())}; a checkout has all, in bench/results)."
+        )
     if len(found) > 1:
         raise StoreError(f"{directory}: holds both {RECORDS} and {COMPRESSED}; remove the one that is not wanted.")
     return found[0]

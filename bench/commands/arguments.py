@@ -5,13 +5,18 @@ from typing import Annotated, Any
 
 import typer
 
+from bench.record_files import run_directory
+
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="F", help="Write the result as JSON to this file too.")
 ]
 CsvFile = Annotated[
     Path | None, typer.Option("--csv", metavar="F", help="Write the rows as comma-separated values to this file too.")
 ]
-Directories = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories of earlier runs.")]
+Directories = Annotated[
+    list[Path],
+    typer.Argument(metavar="DIR...", parser=run_directory, help="Directories of runs, or names such as h200."),
+]
 TorchPython = Annotated[str | None, typer.Option(metavar="P", help="Interpreter with torch; default: this one.")]
 JaxPython = Annotated[str | None, typer.Option(metavar="P", help="Interpreter with jax and flax; default: this one.")]
 
