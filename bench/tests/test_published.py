@@ -1,7 +1,4 @@
-"""What is shown of the published records is what `make publish` draws from them: none of it is stale.
-
-README's results themselves are compared in `parity_tests/tests/test_readme.py`, which needs no pictures.
-"""
+"""What is shown of the published records is what `make publish` draws from them: none of it is stale."""
 
 import lzma
 import re
@@ -20,7 +17,8 @@ from bench.tests.synthetic import write_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
-# Those whose results README shows, and those that are published without.
+PAGE = RESULTS / "README.md"
+# Those whose results the page shows, and those that are published without.
 SHOWN = ("h200", "cpu-epyc-2core", "cpu-xeon-2core")
 UNSHOWN = ("cpu-epyc-2core-catalogue", "cpu-xeon-amx-2core")
 PICTURES = [("h200", "throughput.svg"), ("cpu-epyc-2core", "frameworks.svg"), ("cpu-xeon-2core", "frameworks.svg")]
@@ -38,7 +36,7 @@ def drawn(tmp_path_factory):
     if shutil.which("make") is None:
         pytest.skip("make is not installed here")
     directory = tmp_path_factory.mktemp("drawn")
-    page = Path(shutil.copy(ROOT / "README.md", directory))
+    page = Path(shutil.copy(PAGE, directory))
     places = {"VENV": sys.prefix, "DRAWN": directory, "PAGE": page}
     done = subprocess.run(
         ["make", "publish", *(f"{name}={place}" for name, place in places.items())],
@@ -70,11 +68,28 @@ def assert_the_same(fresh, published):
     assert fresh_numbers == pytest.approx(numbers, rel=1e-6, abs=1e-12)
 
 
-def test_readme_shows_what_is_drawn(drawn):
-    readme = (ROOT / "README.md").read_text()
-    assert_the_same((drawn / "README.md").read_text(), readme)
-    claims = readme.split("<!-- claims:begin h200 -->")[1].split("<!-- claims:end h200 -->")[0]
+def test_the_page_shows_what_is_drawn(drawn):
+    page = PAGE.read_text()
+    assert_the_same((drawn / PAGE.name).read_text(), page)
+    claims = page.split("<!-- claims:begin h200 -->")[1].split("<!-- claims:end h200 -->")[0]
     assert len(re.findall(r"^\| \d+ \| ", claims, flags=re.M)) == 10
+
+
+@pytest.mark.parametrize("directory", SHOWN)
+def test_the_results_are_those_of_the_published_records(directory):
+    """As above, but without pictures, for which a package may be missing."""
+    block = PAGE.read_text().split(f"<!-- results:begin {directory} -->")[1].split("<!-- results:end")[0]
+    assert len(re.findall(r"^\| \d+=? \| (?:torch|jax) ", block, flags=re.M)) >= 18, "the block has no rankings"
+    assert len(re.findall(r"^\| \S+ \(B=\d+, ", block, flags=re.M)) >= 18, "the block does not compare the frameworks"
+    result = subprocess.run(
+        [sys.executable, "-m", "bench", "report", RESULTS / directory, "--readme", PAGE, "--check"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(("directory", "name"), PICTURES)
@@ -85,8 +100,11 @@ def test_pictures_are_those_of_the_records(drawn, directory, name):
 
 
 def test_what_is_drawn_is_what_the_page_shows(drawn):
-    shown = re.findall(r"!\[[^]]*\]\(bench/results/([\w-]+)/([\w.-]+)\)", (ROOT / "README.md").read_text())
+    shown = re.findall(r"!\[[^]]*\]\(([\w-]+)/([\w.-]+)\)", PAGE.read_text())
     assert sorted(shown) == sorted(PICTURES)
+    first = re.findall(r"!\[[^]]*\]\(bench/results/([\w-]+)/([\w.-]+)\)", (ROOT / "README.md").read_text())
+    assert first
+    assert set(first) <= set(PICTURES)
     assert sorted((path.parent.name, path.name) for path in drawn.glob("*/*")) == sorted(PICTURES)
 
 
@@ -116,7 +134,7 @@ def test_the_table_of_the_base_setting_on_the_h200_is_that_of_the_records():
         for one in read_records(RESULTS / "h200")
         if (one.workload, one.precision, one.division) == ("article-base", "ieee_fp32", "matched") and not one.control
     }
-    table = (ROOT / "README.md").read_text().split("| | forward | GPU |")[1].split("\n\n")[0]
+    table = PAGE.read_text().split("| | forward | GPU |")[1].split("\n\n")[0]
     rows = re.findall(r"^\| (PyTorch|JAX) `(\w+)`, ([^:|]+?)(?::[^|]*)? \|(.+)\|$", table, flags=re.M)
     assert len(rows) == 5
     for framework, implementation, mode, cells in rows:
