@@ -9,8 +9,8 @@ except ModuleNotFoundError as missing:
     if missing.name not in ("jax", "jaxlib", "flax"):
         raise
     raise ModuleNotFoundError(
-        f"jax_impl: expected jax and flax to be installed, got none of the name {missing.name!r}; install "
-        "partitioned-linear with its extra `jax`, or on an NVIDIA GPU with `cuda12` or `cuda13`.",
+        f"jax_impl: expected jax and flax to be installed, got no {missing.name}; install partitioned-linear with its "
+        "extra `jax`, or on an NVIDIA GPU with `cuda12` or `cuda13`.",
         name=missing.name,
     ) from None
 
