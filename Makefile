@@ -22,6 +22,14 @@ BENCH_ARGS ?=
 # Two files at a time; the tests of one file stay together, because they share what they computed.
 PARALLEL ?= -n 2 --dist loadfile
 
+# What FAST=1 runs. Left out: modes and shapes beyond those of the layers' own tests, drawn calls, sharding, whole
+# trainings, other interpreters, families of pairs, hostile input, kills and interruptions, and the newer JAX.
+FAST_TESTS ?= $(addprefix parity_tests/tests/test_,$(addsuffix .py,architecture readme torch_layer torch_functional \
+	torch_masked_layer torch_parameters jax_layer jax_linen jax_parameters parameter_exchange tolerance causes \
+	training_criteria optimizer_reference pair_mapping pair_check pair_reports)) \
+	$(addprefix bench/tests/test_,$(addsuffix .py,plan store statistics claims comparison recommendation report \
+	verification coordinator commands end_to_end))
+
 # The first Python that the project supports.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
@@ -98,6 +106,7 @@ test:
 endif
 
 test-fast: $(VENV)/.installed
+	@sed -n '/^# What FAST=1 runs/,/^FAST_TESTS/{/^#/s/^# //p}' $(firstword $(MAKEFILE_LIST))
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not compile and not slow" $(FAST_TESTS)
 
 ifeq ($(PYTHON_NEWEST),)

@@ -102,6 +102,16 @@ def test_a_wrong_option_is_noticed():
         test_commands_are_accepted("bench run --out a --presett seed")
 
 
+def test_the_recommendation_is_the_one_that_the_first_page_shows():
+    (command,) = [command for command in COMMANDS if command.startswith("bench recommend bench/results/")]
+    result = subprocess.run(
+        [sys.executable, "-m", *command.split()], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
+    )
+    found = re.match(r"Recommended: (.*)\n", result.stdout)
+    assert found, result.stderr
+    assert f"(here `{found[1]}`, " in README
+
+
 def test_the_first_page_is_short():
     assert len(README.splitlines()) <= MOST_LINES
     sections = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", README, flags=re.S | re.M))
