@@ -82,8 +82,11 @@ def test_linked_files_and_make_targets_exist(page):
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:^    |`)make ([a-z-]+)", PAGES[page], flags=re.M):
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
+    folder = (ROOT / page).parent
     for link in re.findall(r"\]\(([\w./-]+)\)", PAGES[page]):
-        assert (ROOT / page).parent.joinpath(link).exists(), link
+        assert (folder / link).exists(), link
+    for file in re.findall(r"`([\w*]+/[\w/*]+\.py)`", PAGES[page]):
+        assert [*folder.glob(file), *ROOT.glob(file)], file
 
 
 @pytest.mark.parametrize("command", COMMANDS)
