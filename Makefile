@@ -1,10 +1,12 @@
-# make compare   sets everything up, proves parity, measures both frameworks on this machine, prints the verdicts
-# make test      sets everything up and runs the whole test suite (and the JAX tree's tests on Python 3.12, if it is there)
-# make lint      formatting, lint rules, types
-# make gpu       the whole comparison on an NVIDIA GPU, records under OUT (to publish: OUT=bench/results/<device>); with
-#                frameworks that are installed already: make gpu GPU_PYTHON=python3
-# make publish   compresses the records of new runs in bench/results, and draws all that README shows of the published
-#                ones anew: its results, the claims, the pictures
+# make compare   set everything up, prove parity, measure both frameworks on this machine, print the verdicts
+# make test      set everything up and run the whole test suite, on a second Python with newer JAX too if there is one
+#                FAST=1: a part of it in under three minutes, from every package; see FAST_TESTS for what it leaves out
+# make lint      check formatting, lint rules and types
+# make gpu       run the whole comparison on an NVIDIA GPU, records under OUT (to publish: OUT=bench/results/<device>);
+#                with frameworks that are installed already: make gpu GPU_PYTHON=python3
+# make publish   compress the records of new runs in bench/results, and draw their page and the pictures anew
+# make setup     make the virtual environments that the other targets use
+# make clean     remove them, and the records of make compare
 # Extra arguments for pip: make compare PIP_ARGS="--index-url ..."
 
 SHELL := /bin/bash
@@ -19,6 +21,14 @@ PRESET ?= smoke
 BENCH_ARGS ?=
 # Two files at a time; the tests of one file stay together, because they share what they computed.
 PARALLEL ?= -n 2 --dist loadfile
+
+# What FAST=1 runs. Left out: modes and shapes beyond those of the layers' own tests, drawn calls, sharding, whole
+# trainings, other interpreters, families of pairs, hostile input, kills and interruptions, and the newer JAX.
+FAST_TESTS ?= $(addprefix parity_tests/tests/test_,$(addsuffix .py,architecture readme torch_layer torch_functional \
+	torch_masked_layer torch_parameters jax_layer jax_linen jax_parameters parameter_exchange tolerance causes \
+	training_criteria optimizer_reference pair_mapping pair_check pair_reports)) \
+	$(addprefix bench/tests/test_,$(addsuffix .py,plan store statistics claims comparison recommendation report \
+	verification coordinator commands end_to_end))
 
 # The first Python that the project supports.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -72,7 +82,10 @@ define show
 
 endef
 
-.PHONY: compare setup test test-newest lint gpu publish clean
+.PHONY: help compare setup test test-fast test-newest lint gpu publish clean
+
+help:
+	@sed -n '/^#/!q; s/^# //p' $(firstword $(MAKEFILE_LIST))
 
 compare: $(VENV)/.installed
 	@mkdir -p $(OUT)
@@ -82,11 +95,19 @@ compare: $(VENV)/.installed
 # Both environments at once: most of the time goes into downloads.
 setup: $(VENV)/.installed $(if $(PYTHON_NEWEST),$(VENV_NEWEST)/.installed)
 
+ifneq ($(filter-out 0,$(FAST)),)
+test: test-fast
+else
 test:
 	@$(MAKE) --no-print-directory -j2 setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not compile"
 	$(VENV)/bin/python -m pytest -q -m compile --no-shape-checks
 	@$(MAKE) --no-print-directory test-newest
+endif
+
+test-fast: $(VENV)/.installed
+	@sed -n '/^# What FAST=1 runs/,/^FAST_TESTS/{/^#/s/^# //p}' $(firstword $(MAKEFILE_LIST))
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not compile and not slow" $(FAST_TESTS)
 
 ifeq ($(PYTHON_NEWEST),)
 test-newest:

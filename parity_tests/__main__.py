@@ -134,5 +134,10 @@ def findings(
     raise typer.Exit(findings(json_file))
 
 
+def main() -> None:
+    """Run the console command that an installation puts beside `python -m parity_tests`."""
+    run_application(app, "partitioned-linear-parity")
+
+
 if __name__ == "__main__":
     run_application(app, "python -m parity_tests")

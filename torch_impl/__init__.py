@@ -1,10 +1,19 @@
 """n independent linear maps on n groups of features, for PyTorch."""
 
-from torch_impl.functional import partitioned_linear
-from torch_impl.layer import PartitionedLinear
-from torch_impl.masked_layer import MaskedPartitionedLinear
-from torch_impl.parameters import export_parameters, import_parameters, load_parameters, save_parameters
-from torch_impl.registry import UnsupportedImplementationError, implementation_names
+try:
+    from torch_impl.functional import partitioned_linear
+    from torch_impl.layer import PartitionedLinear
+    from torch_impl.masked_layer import MaskedPartitionedLinear
+    from torch_impl.parameters import export_parameters, import_parameters, load_parameters, save_parameters
+    from torch_impl.registry import UnsupportedImplementationError, implementation_names
+except ModuleNotFoundError as missing:
+    if missing.name != "torch":
+        raise
+    raise ModuleNotFoundError(
+        "torch_impl: expected torch to be installed, got none; install partitioned-linear with its extra `torch`, or "
+        "on an NVIDIA GPU with `cuda12` or `cuda13`.",
+        name=missing.name,
+    ) from None
 
 __all__ = [
     "MaskedPartitionedLinear",

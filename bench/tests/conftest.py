@@ -25,7 +25,7 @@ def pytest_addoption(parser):
         default=0,
         metavar="N",
         help="simulate N cells for each kind of noise, of rounds and of processes, and compare their verdicts with "
-        "the tables of bench/README.md, which are of 1000 (five minutes of processor)",
+        "the tables of bench/tests/simulated_cells.md, which are of 1000 (five minutes of processor)",
     )
     parser.addoption(
         "--busy-runs",

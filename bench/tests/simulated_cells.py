@@ -2,7 +2,7 @@
 
     python -m bench.tests.simulated_cells [CELLS]
 
-prints the tables of the README of this package, whose figures are of 1,000 cells each. A cell has a baseline, its A/A
+prints the tables of `simulated_cells.md`, whose figures are of 1,000 cells each. A cell has a baseline, its A/A
 control and 18 competitors, as many as a cell of the preset `seed`; each round is timed in shuffled order and then in
 reverse. Half of the competitors are of the baseline's framework.
 """

@@ -13,7 +13,7 @@ from bench.study.statistics import FASTER, SAME, SLOWER, UNKNOWN, UNRESOLVED, In
 from bench.study.verdicts import CONTROL, measure
 from bench.tests import simulated_cells as cells
 
-METHOD = Path(__file__).resolve().parents[1] / "README.md"
+METHOD = Path(__file__).with_name("simulated_cells.md")
 # With so many simulated cells, a share is known to three standard errors of a share of 3%.
 SOME = 80
 

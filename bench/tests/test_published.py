@@ -152,7 +152,7 @@ def test_the_sentences_about_graphs_on_the_h200_set_graphs_against_graphs_or_one
     for one in read_records(RESULTS / "h200"):
         if one.implementation == "matmul" and not one.control and one.status == "ok":
             timed[one.environment_id, one.cell][one.framework, one.mode] = one
-    page = " ".join((ROOT / "README.md").read_text().split("### On an NVIDIA H200")[1].split())
+    page = " ".join(PAGE.read_text().split("## On an NVIDIA H200")[1].split())
     graph, eager, recorded = ("torch", "cuda-graph"), ("torch", "eager"), ("jax", "jit-graph")
     gains, leads, calls = defaultdict(list), [], []
     for modes in timed.values():

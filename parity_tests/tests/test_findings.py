@@ -1,4 +1,4 @@
-"""Each finding is seen where it was seen before; when a library mends it, the test says so, for the README."""
+"""Each finding is seen where it was seen before; when a library mends it, the test says so, for the page."""
 
 import importlib
 import json
@@ -11,7 +11,7 @@ import pytest
 from parity_tests.findings import Finding, all_findings
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 FINDINGS = {finding.name: finding for finding in all_findings()}
 
 
@@ -23,7 +23,7 @@ def test_finding_is_as_recorded(name):
     version, measured = metadata.version(finding.library), finding.measure()
     state = finding.state(measured, version)
     if state == "mended":
-        pytest.fail(f"{name} is mended in {finding.library} {version}: say so in the finding and in the README")
+        pytest.fail(f"{name} is mended in {finding.library} {version}: say so in the finding and on the page")
     if state == "not seen here" and finding.by_processor:
         pytest.skip(f"{name} does not show on this processor: it measures {measured:.3g}")
     if state == "not seen here":
@@ -72,8 +72,8 @@ def test_a_finding_says_present_mended_or_not_seen_here():
     )
 
 
-def test_the_readme_has_a_line_for_each_finding_and_none_else():
-    (section,) = re.findall(r"^## Findings in public libraries\n(.*?)(?=^## )", README, flags=re.S | re.M)
+def test_the_page_has_a_line_for_each_finding_and_none_else():
+    (section,) = re.findall(r"^## Findings in public libraries\n(.*?)(?=^## |\Z)", PAGE, flags=re.S | re.M)
     lines = {re.match(r"- `([\w-]+)`", line)[1]: line for line in section.splitlines() if line.startswith("- ")}
     assert {name: lines.get(name) for name in FINDINGS} == {
         name: finding.readme_line() for name, finding in FINDINGS.items()

@@ -1,4 +1,4 @@
-"""The five example pairs with every default: what the check says, what was measured, and the README's table of both."""
+"""The five example pairs with every default: what the check says, what was measured, and the page's table of both."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from parity_tests.pair.examples import EXAMPLES
 from parity_tests.pair.examples.differences import default_differences
 from parity_tests.pair.examples.overview import BEGIN, END, by_default, readme_block, with_block
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "README.md"
 CAUSES = {
     "linear": "",
     "conv": "sizes: y has shape (2, 8, 5, 4) on the torch side and (2, 8, 7, 6) on the flax side",
@@ -55,10 +55,10 @@ def test_the_check_finds_what_the_defaults_break(outcomes, name):
             report.assert_ok()
 
 
-def test_the_readme_shows_what_the_code_measures(outcomes, differences):
-    text = README.read_text()
+def test_the_page_shows_what_the_code_measures(outcomes, differences):
+    text = PAGE.read_text()
     assert with_block(text, readme_block(outcomes, differences)) == text, (
-        "stale: run python -m parity_tests pairs --readme README.md"
+        "stale: run python -m parity_tests pairs --readme parity_tests/README.md"
     )
 
 

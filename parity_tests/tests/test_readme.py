@@ -1,32 +1,72 @@
-"""The README's Python blocks run, each in a fresh process as a reader would paste it, and its commands exist."""
+"""The pages' Python blocks run, each in a fresh process as a reader would paste it; what they name is there."""
 
+import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
-from parity_tests.judge.subjects import framework_available
+from parity_tests.judge.subjects import FRAMEWORKS, framework_available
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.S | re.M)
+PACKAGES = ("torch_impl", "jax_impl", "parity_tests", "bench")
+FILES = [*ROOT.glob("*.md"), *(path for package in PACKAGES for path in (ROOT / package).rglob("*.md"))]
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(FILES)}
+README = PAGES["README.md"]
+BLOCKS = {
+    f"{page}: {block.splitlines()[0]}, {k}": block
+    for page, text in PAGES.items()
+    for k, block in enumerate(re.findall(r"^```python\n(.*?)^```", text, flags=re.S | re.M))
+}
+# A command may go on in the next line, and may stand in a sentence.
+COMMANDS = sorted(
+    {
+        command
+        for text in PAGES.values()
+        for found in re.findall(
+            r"^    (?:\w+=\S+ )*python -m (.*?)(?:  +#.*)?$|`python -m ([^`]+)`",
+            re.sub(r"\\\n +", " ", text),
+            flags=re.M,
+        )
+        for command in found
+        if re.match(r"(bench|parity_tests) \w", command)
+    }
+)
+# Of the page that a newcomer reads first, in lines.
+MOST_LINES = 250
+MOST_LINES_OF = {
+    "I use Flax": 30,
+    "I use PyTorch": 20,
+    "I port a model between the two": 35,
+    "I port a model of my own": 35,
+    "I choose a framework or a formulation": 35,
+}
+# Columns of a screen.
+WIDTH = 120
 
 
-def test_there_are_blocks_for_both_frameworks():
-    assert any("torch_impl" in block for block in BLOCKS)
-    assert any("jax_impl" in block for block in BLOCKS)
+def test_there_are_pages_blocks_and_commands_for_all():
+    assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", *(f"{package}/README.md" for package in PACKAGES)} <= set(
+        PAGES
+    )
+    for package in ("torch_impl", "jax_impl", "parity_tests.pair"):
+        assert any(package in block for block in BLOCKS.values()), package
+    for package in ("bench", "parity_tests"):
+        assert sum(command.startswith(f"{package} ") for command in COMMANDS) >= 5, package
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n", 1)[0])
-def test_block_runs(block, tmp_path):
-    for framework in ("torch", "jax"):
-        if re.search(rf"\b{framework}\b|{framework}_impl", block) and not framework_available(framework):
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block_runs(name, tmp_path):
+    for framework in FRAMEWORKS:
+        if re.search(rf"\b{framework}\b|{framework}_impl", BLOCKS[name]) and not framework_available(framework):
             pytest.skip(f"{framework} is not installed here")
     result = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", block],
+        [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", BLOCKS[name]],
         capture_output=True,
         text=True,
         cwd=tmp_path,  # one block writes a file where it runs
@@ -37,43 +77,63 @@ def test_block_runs(block, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def test_named_files_and_make_targets_exist():
+@pytest.mark.parametrize("page", PAGES)
+def test_linked_files_and_make_targets_exist(page):
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make ([a-z-]+)", README):
+    for target in re.findall(r"(?:^    |`)make ([a-z-]+)", PAGES[page], flags=re.M):
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
-    for link in re.findall(r"\]\(([\w./-]+)\)", README):
-        assert (ROOT / link).exists(), link
+    folder = (ROOT / page).parent
+    for link in re.findall(r"\]\(([\w./-]+)\)", PAGES[page]):
+        assert (folder / link).exists(), link
+    for file in re.findall(r"`([\w*]+/[\w/*]+\.py)`", PAGES[page]):
+        assert [*folder.glob(file), *ROOT.glob(file)], file
 
 
-@pytest.mark.parametrize("directory", ["h200", "cpu-epyc-2core", "cpu-xeon-2core"])
-def test_the_results_are_those_of_the_published_records(directory):
-    block = README.split(f"<!-- results:begin {directory} -->")[1].split(f"<!-- results:end {directory} -->")[0]
-    assert len(re.findall(r"^\| \d+=? \| (?:torch|jax) ", block, flags=re.M)) >= 18, "the block has no rankings"
-    assert len(re.findall(r"^\| \S+ \(B=\d+, ", block, flags=re.M)) >= 18, "the block does not compare the frameworks"
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_accepted(command):
+    package, subcommand, *arguments = shlex.split(command)
+    application = typer.main.get_command(importlib.import_module(f"{package}.__main__").app)
+    known = application.commands[subcommand]  # pyright: ignore[reportAttributeAccessIssue]
+    needed = [parameter for parameter in known.params if parameter.required]
+    if not arguments and needed:
+        return  # Named, not called.
+    known.make_context(subcommand, arguments)
+
+
+def test_a_wrong_option_is_noticed():
+    with pytest.raises(Exception, match="--presett"):
+        test_commands_are_accepted("bench run --out a --presett seed")
+
+
+def test_the_recommendation_is_the_one_that_the_first_page_shows():
+    (command,) = [command for command in COMMANDS if command.startswith("bench recommend bench/results/")]
     result = subprocess.run(
-        [sys.executable, "-m", "bench", "report", f"bench/results/{directory}", "--readme", "README.md", "--check"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-        check=False,
+        [sys.executable, "-m", *command.split()], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
     )
-    assert result.returncode == 0, result.stdout + result.stderr
+    found = re.match(r"Recommended: (.*)\n", result.stdout)
+    assert found, result.stderr
+    assert f"(here `{found[1]}`, " in README
 
 
-def test_commands_of_the_readme_are_accepted():
-    # A command may go on in the next line.
-    for line in re.findall(r"^    python -m (.*?)(?:  +#.*)?$", re.sub(r"\\\n +", " ", README), flags=re.M):
-        module, subcommand, *arguments = line.split()
-        result = subprocess.run(
-            [sys.executable, "-m", module, subcommand, "--help"],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
-            timeout=120,
-            check=False,
-        )
-        assert result.returncode == 0, line
-        for option in (argument for argument in arguments if argument.startswith("--")):
-            assert option in result.stdout, f"{line}: {option}"
+def test_the_first_page_is_short():
+    assert len(README.splitlines()) <= MOST_LINES
+    sections = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", README, flags=re.S | re.M))
+    assert {name: len(sections[name].splitlines()) for name in MOST_LINES_OF if
+            len(sections[name].splitlines()) > MOST_LINES_OF[name]} == {}  # fmt: skip
+
+
+def test_the_first_page_fits_a_screen_and_names_no_hashes():
+    # A link takes the width of its words.
+    lines = re.sub(r"\]\([^)]*\)", "]", README).splitlines()
+    assert [line for line in lines if len(line) > WIDTH and not line.startswith("![")] == []
+    assert [word for word in re.findall(r"\b[0-9a-f]{7,40}\b", README) if not word.isdigit()] == []
+    assert "<!--" not in README, "what is generated has pages of its own"
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_every_implementation_is_described(framework):
+    if not framework_available(framework):
+        pytest.skip(f"{framework} is not installed here")
+    names = importlib.import_module(f"{framework}_impl").implementation_names()
+    for page in ("README.md", f"{framework}_impl/README.md"):
+        assert [name for name in names if f"| `{name}` |" not in PAGES[page]] == [], page

@@ -1,12 +1,17 @@
-"""What a machine is set up with, and what an interpreter without the packages says."""
+"""What a machine is set up with, what is installed, and what an interpreter without the packages says."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
+
+from parity_tests.judge.subjects import framework_available
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: {}    |"
@@ -78,3 +83,137 @@ def test_without_the_packages_a_command_says_what_to_install(package):
     assert result.stderr.startswith(f"{package}: the package typer is not installed for ")
     assert "pip install -e ." in result.stderr
     assert "Traceback" not in result.stderr
+
+
+WITHOUT = """
+import sys
+class Ban:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "{banned}":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Ban())
+try:
+    import {tree}
+except ModuleNotFoundError as error:
+    print(error, "|", error.name, "|", error.__cause__, "|", error.__suppress_context__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("tree", "banned", "extra"),
+    [("torch_impl", "torch", "torch"), ("jax_impl", "jax", "jax"), ("jax_impl", "flax", "jax")],
+)
+def test_a_tree_without_its_framework_names_the_extra(tree, banned, extra):
+    if not framework_available(extra):
+        pytest.skip(f"{extra} is not installed here")
+    found = run_python("-c", WITHOUT.format(tree=tree, banned=banned))
+    sentence, name, cause, alone = found.stdout.strip().split(" | ")
+    assert sentence.startswith(f"{tree}: expected ")
+    assert f"with its extra `{extra}`" in sentence
+    assert (name, cause, alone) == (banned, "None", "True")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {extra, "cuda12", "cuda13"} <= set(extras)
+
+
+def test_a_tree_that_lacks_something_else_says_what():
+    if not framework_available("torch"):
+        pytest.skip("torch is not installed here")
+    # What every installation brings: no extra would help.
+    found = run_python("-c", WITHOUT.format(tree="torch_impl", banned="jaxtyping"))
+    assert found.stdout.startswith("No module named 'jaxtyping'")
+
+
+def run_python(*arguments, cwd=ROOT):
+    environment = os.environ | {"PYTHONPATH": str(cwd), "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_help_names_every_target_and_fast_tests_are_there_for_every_package():
+    makefile = (ROOT / "Makefile").read_text()
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", makefile, flags=re.M)
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    steps = {"help", "test-fast", "test-newest"}
+    assert [target for target in targets.split() if target not in steps and f"make {target} " not in shown] == []
+    plan = subprocess.run(["make", "-n", "test", "FAST=1"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (line,) = [line for line in plan.splitlines() if "pytest" in line]
+    files = [ROOT / word for word in line.split() if word.endswith(".py")]
+    assert [str(path) for path in files if not path.exists()] == []
+    text = "".join(path.read_text() for path in files)
+    for package in ("torch_impl", "jax_impl", "parity_tests.judge", "parity_tests.pair", "parity_tests.training"):
+        assert f"from {package}" in text, package
+    for package in ("bench.plan", "bench.measure", "bench.study", "bench.report"):
+        assert f"from {package}" in text, package
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, as a file that is built anew."""
+    builder = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is not installed here")
+    directory = tmp_path_factory.mktemp("wheel")
+    return Path(next(builder.WheelBuilder(str(ROOT)).build(directory=str(directory), versions=["standard"])))
+
+
+def test_the_wheel_holds_no_tests_and_two_small_published_runs(wheel):
+    files = zipfile.ZipFile(wheel).infolist()
+    names = {file.filename for file in files}
+    assert {"parity_tests/pair/plugin.py", "bench/README.md", "torch_impl/py.typed"} <= names
+    assert [name for name in names if "/tests/" in name or "conftest" in name] == []
+    runs = [name for name in names if name.endswith(".xz")]
+    assert sorted(Path(name).parent.name for name in runs) == ["cpu-epyc-2core-catalogue", "h200"]
+    assert 0 < sum(file.compress_size for file in files if "/results/" in file.filename) < 2_000_000
+    (scripts,) = [name for name in names if name.endswith("entry_points.txt")]
+    text = zipfile.ZipFile(wheel).read(scripts).decode()
+    for line in (
+        "partitioned-linear-bench = bench.__main__:main",
+        "partitioned-linear-parity = parity_tests.__main__:main",
+        "parity_tests.pair.plugin = parity_tests.pair.plugin",
+    ):
+        assert line in text.splitlines()
+
+
+def test_what_the_wheel_installs_finds_its_published_runs(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    console = "from bench.__main__ import main; main()"
+    sizes = ["--num-partitions", "32", "--in-features", "32", "--out-features", "32", "--batch", "128"]
+    found = run_python("-c", console, "recommend", "h200", *sizes, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("Recommended: torch matmul (cuda-graph)")
+    absent = run_python("-c", console, "recommend", "cpu-xeon-2core", *sizes, cwd=tmp_path)
+    assert absent.returncode == 2
+    assert "cpu-epyc-2core-catalogue, h200; a checkout has all, in bench/results" in absent.stderr
+
+
+def test_a_directory_of_the_name_of_a_published_run_comes_first(tmp_path):
+    (tmp_path / "h200").mkdir()
+    found = subprocess.run(
+        [sys.executable, "-m", "bench", "report", "h200"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert found.returncode == 2
+    assert "h200: holds no records.jsonl" in found.stderr
+
+
+@pytest.mark.parametrize("package", ["bench", "parity_tests"])
+def test_the_console_command_is_the_module(package):
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    (name,) = [name for name, target in scripts.items() if target == f"{package}.__main__:main"]
+    for program, arguments in (
+        (name, ("-c", f"from {package}.__main__ import main; main()")),
+        (f"python -m {package}", ("-m", package)),
+    ):
+        found = run_python(*arguments, "run", "--help")
+        assert found.returncode == 0, found.stderr
+        assert f"Usage: {program} run" in found.stdout
+
+
+def test_the_citation_is_of_this_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
