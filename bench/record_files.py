@@ -64,7 +64,7 @@ class Line:
 
     @property
     def where(self) -> str:
-        """File and number, for messages."""
+        """Return file and number, for messages."""
         return f"{self.position.path}, line {self.position.number}"
 
     def parsed(self) -> Record:

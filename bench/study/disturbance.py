@@ -75,15 +75,12 @@ class ShortBlocks:
     """The blocks of one record, some of which lasted less than half of the intended time.
 
     Attributes:
-        label: whose they are.
-        control: whether they are those of the A/A control.
+        label: of the competitor.
+        control: True for those of the A/A control.
         process_replicate: number of the set of processes.
-        short: how many lasted less than half of the intended time.
-        blocks: how many there are.
-        calls_per_block: calls in each.
-        median_s: what a block lasted.
-        shortest_s: what the shortest lasted.
-        intended_s: what a block was meant to last at least.
+        short: number that lasted less than half of the intended time, of all `blocks`.
+        median_s, shortest_s: lengths of blocks.
+        intended_s: the least length that a block was meant to have.
     """
 
     label: str
@@ -98,7 +95,7 @@ class ShortBlocks:
 
     @property
     def sentence(self) -> str:
-        """One line for a reader."""
+        """Return one line for a reader."""
         who = f"{self.label}, A/A control" if self.control else self.label
         return (
             f"{who}, process {self.process_replicate}: {self.short} of {self.blocks} blocks lasted less than half of "
@@ -108,13 +105,11 @@ class ShortBlocks:
 
 
 def short_blocks(records: Iterable[Record]) -> tuple[ShortBlocks, ...]:
-    """The records that have such blocks, from their raw samples.
+    """Return an account for each record with blocks that lasted less than half of the intended time.
 
-    Args:
-        records: with their samples; those without a speed have no blocks.
-
-    Returns:
-        One account for each record that has any, in the order of the records.
+    The number of calls in a block is found by a few calls before the first round. Where these were slow, later blocks
+    last less than was intended, and the clock and the wait at the end weigh more in them. The samples are as true as
+    any others: this is worth a remark, and no fault of the record.
     """
     found = []
     for record in records:

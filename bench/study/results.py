@@ -13,11 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.environments import device_name
 from bench.records import Record
 from bench.store import Archive, CellPlaces, Damage, keep_every_cell, read_cells
 from bench.study.process_spread import ProcessSpread, seen_spreads
-from bench.study.ranking import Ranking, rank_cells, rankings, tally
+from bench.study.ranking import Ranking, rank_cells, tally
 from parity_tests.report.interruption import Interruption
 
 # Below this, starting processes takes longer than they save.
@@ -52,12 +51,6 @@ class Results:
         for ranking in self.found:
             apart.setdefault(ranking.first.environment_id, []).append(ranking)
         return apart
-
-
-def results_of(records: Sequence[Record], environments: Mapping[str, Mapping[str, Any]]) -> Results:
-    """Return the results of records that are in memory already."""
-    machines = {key: device_name(found) for key, found in environments.items()}
-    return Results(tuple(rankings(records, machines)), tally(records), environments)
 
 
 def read_results(

@@ -1,4 +1,4 @@
-"""How well a competitor uses the machine: rates of useful work against what the hardware can do."""
+"""Compare rates of useful work with the ceilings of the machine."""
 
 import math
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Efficiency:
 
 
 def least_s(record: Record, flops_per_s: float | None, bytes_per_s: float | None) -> float | None:
-    """Seconds that a call takes at least: by its operations or by its bytes, whichever takes longer."""
+    """Return the least seconds of a call, by its operations or by its bytes, whichever takes longer."""
     bounds = [
         amount / rate
         for amount, rate in ((record.useful_flops, flops_per_s), (record.compulsory_bytes, bytes_per_s))
@@ -56,7 +56,7 @@ def _payback(record: Record, latency_s: float | None, eager: Row | None) -> tupl
 
 
 def efficiencies(ranking: Ranking) -> dict[str, Efficiency]:
-    """Label to figures, for every row of a ranking."""
+    """Return label to figures, for every row of a ranking."""
     eager = {row.record.label: row for row in ranking.rows if row.record.mode == EAGER and row.latency_s is not None}
     same = {(row.record.framework, row.record.implementation): row for row in eager.values()}
     # A failed baseline has no speed.

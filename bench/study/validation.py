@@ -1,4 +1,4 @@
-"""What must be true of published records, line by line and cell by cell."""
+"""Check published records, line by line and cell by cell."""
 
 import math
 from collections import defaultdict
@@ -46,7 +46,7 @@ _SHARED += ("precision", "layout", "device", "optimizer", "started_at", "finishe
 
 @dataclass
 class Count:
-    """How much was looked at, and what is worth a remark although nothing is wrong with it.
+    """Counts of what was checked, and remarks that are no violations.
 
     Attributes:
         records: lines that could be read.
@@ -173,7 +173,7 @@ def _rates(record: Record) -> Iterator[str]:
 
 
 def _cell_violations(records: list[Record]) -> Iterator[str]:
-    """What is wrong with the records of one cell and process replicate."""
+    """Find what is wrong with the records of one cell and process replicate."""
     first = records[0]
     name = f"cell {first.cell}, process {first.process_replicate}"
     if len(records) != first.cell_size:
@@ -195,7 +195,7 @@ def _cell_violations(records: list[Record]) -> Iterator[str]:
 
 
 def violations(directory: Path, count: Count) -> Iterator[str]:
-    """Every violation in the records of one directory, each with its place.
+    """Find every violation in the records of one directory, each with its place.
 
     Args:
         directory: of a run.
