@@ -26,17 +26,11 @@ ABOUT_FACTOR = 1.25
 
 @dataclass(frozen=True)
 class Part:
-    """One ratio of a claim.
+    """One ratio of a claim."""
 
-    Attributes:
-        case: the competitor that is compared with `loop`.
-        relation: `at least`, `about` or `slower`.
-        ratio: speed over that of `loop`; for memory, bytes over those of `loop`.
-    """
-
-    case: str
-    relation: str
-    ratio: float
+    case: str  # the competitor that is compared with `loop`
+    relation: str  # `at least`, `about` or `slower`
+    ratio: float  # speed over that of `loop`; for memory, bytes over those of `loop`
 
     @property
     def text(self) -> str:
@@ -48,23 +42,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the article.
+    """One claim of the article."""
 
-    Attributes:
-        number: in the order of the table in the design.
-        setting: as the article gives it.
-        statement: as the article gives it.
-        subject: `gpu`, `cpu` (speed on that device) or `memory`.
-        workloads: names in the catalogue, with sizes per partition.
-        parts: what is compared.
-    """
-
-    number: int
-    setting: str
-    statement: str
-    subject: str
-    workloads: tuple[str, ...]
-    parts: tuple[Part, ...]
+    number: int  # in the order of the table in the design
+    setting: str  # as the article gives it
+    statement: str  # as the article gives it
+    subject: str  # `gpu`, `cpu` (speed on that device) or `memory`
+    workloads: tuple[str, ...]  # names in the catalogue, with sizes per partition
+    parts: tuple[Part, ...]  # what is compared
 
 
 def _both(relation: str, dense: float, masked: float) -> tuple[Part, ...]:
@@ -133,25 +118,15 @@ HOLDS, IN_PART, DOES_NOT, NOT_HERE = "holds", "holds in part", "does not hold", 
 
 @dataclass(frozen=True)
 class Finding:
-    """One part of a claim in one measured cell.
+    """One part of a claim in one measured cell."""
 
-    Attributes:
-        where: the conditions.
-        framework: `torch` or `jax`.
-        part: what was claimed.
-        interval: the measured ratio, or None where one of the two has no figure.
-        verdict: `holds`, `holds in part` or `does not hold`; empty without a ratio.
-        reason: why there is no ratio, else empty.
-        absent: True if one of the two did not take part at all.
-    """
-
-    where: Identity
-    framework: str
-    part: Part
-    interval: Interval | None
-    verdict: str
-    reason: str = ""
-    absent: bool = False
+    where: Identity  # the conditions
+    framework: str  # `torch` or `jax`
+    part: Part  # what was claimed
+    interval: Interval | None  # the measured ratio, or None where one of the two has no figure
+    verdict: str  # `holds`, `holds in part` or `does not hold`; empty without a ratio
+    reason: str = ""  # why there is no ratio, else empty
+    absent: bool = False  # True if one of the two did not take part at all
 
 
 @dataclass(frozen=True)

@@ -34,25 +34,17 @@ _PROOF_BITS = 30
 
 @dataclass(frozen=True)
 class Timing:
-    """One record, and figures of its samples, so that these need not stay in memory.
+    """One record, and figures of its samples, so that these need not stay in memory."""
 
-    Attributes:
-        where: file and line.
-        record: without its samples.
-        waited_s: least and most seconds of the single calls that were waited for after the rounds, or None.
-        parts_s: seconds of all that was timed for it.
-        shortest_s: its shortest block, warm-up included; None without blocks.
-        scatter: its longest timed block over its shortest; None without blocks.
-        bits: field to the last bits of its durations: the exponent of the last one that is set in any of them, and how
-            many behind it could have been set, in all of them.
-    """
-
-    where: str
-    record: Record
+    where: str  # file and line
+    record: Record  # without its samples
+    # Least and most seconds of the single calls that were waited for after the rounds, or None.
     waited_s: tuple[float, float] | None
-    parts_s: float
-    shortest_s: float | None
-    scatter: float | None
+    parts_s: float  # seconds of all that was timed for it
+    shortest_s: float | None  # its shortest block, warm-up included; None without blocks
+    scatter: float | None  # its longest timed block over its shortest; None without blocks
+    # Field to the last bits of its durations: the exponent of the last one that is set in any of them, and how many
+    # behind it could have been set, in all of them.
     bits: Mapping[str, tuple[int, int]]
 
 

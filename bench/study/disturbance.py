@@ -72,26 +72,17 @@ def disturbance_line(records: Iterable[Record]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class ShortBlocks:
-    """The blocks of one record, some of which lasted less than half of the intended time.
+    """The blocks of one record, some of which lasted less than half of the intended time."""
 
-    Attributes:
-        label: of the competitor.
-        control: True for those of the A/A control.
-        process_replicate: number of the set of processes.
-        short: number that lasted less than half of the intended time, of all `blocks`.
-        median_s, shortest_s: lengths of blocks.
-        intended_s: the least length that a block was meant to have.
-    """
-
-    label: str
-    control: bool
-    process_replicate: int
-    short: int
+    label: str  # of the competitor
+    control: bool  # True for those of the A/A control
+    process_replicate: int  # number of the set of processes
+    short: int  # number that lasted less than half of the intended time, of all `blocks`
     blocks: int
     calls_per_block: int
-    median_s: float
+    median_s: float  # lengths of blocks
     shortest_s: float
-    intended_s: float
+    intended_s: float  # the least length that a block was meant to have
 
     @property
     def sentence(self) -> str:

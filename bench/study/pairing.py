@@ -78,19 +78,12 @@ def log_latencies(records: Iterable[Record]) -> dict[int, np.ndarray]:
 
 @dataclass(frozen=True)
 class Block:
-    """Competitors that share as many rounds with the reference in each process.
+    """Competitors that share as many rounds with the reference in each process."""
 
-    Attributes:
-        labels: of the competitors, one for each row.
-        log_ratios: `log(reference) - log(competitor)` for each round, the processes behind one another.
-        lengths: number of rounds of each process.
-        processes: their numbers.
-    """
-
-    labels: tuple[str, ...]
-    log_ratios: np.ndarray
-    lengths: tuple[int, ...]
-    processes: tuple[int, ...]
+    labels: tuple[str, ...]  # of the competitors, one for each row
+    log_ratios: np.ndarray  # `log(reference) - log(competitor)` for each round, the processes behind one another
+    lengths: tuple[int, ...]  # number of rounds of each process
+    processes: tuple[int, ...]  # their numbers
 
     def spreads(self) -> dict[str, "Spread"]:
         """Return the spread of each competitor's log ratios."""
@@ -99,20 +92,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Spread:
-    """A competitor's mean and its standard error.
+    """A competitor's mean and its standard error."""
 
-    Attributes:
-        mean: trimmed mean of its log seconds or log ratios.
-        error: its standard error.
-        units: number of processes, or of rounds where there is one process.
-        degrees: degrees of freedom of the error.
-        processes: mean of each process by its number; empty where there is one process.
-    """
-
-    mean: float
-    error: float
-    units: int
-    degrees: int
+    mean: float  # trimmed mean of its log seconds or log ratios
+    error: float  # its standard error
+    units: int  # number of processes, or of rounds where there is one process
+    degrees: int  # degrees of freedom of the error
+    # Mean of each process by its number; empty where there is one process.
     processes: Mapping[int, float] = field(default_factory=dict)
 
 

@@ -33,17 +33,11 @@ MOST_DEGREES = 200.0
 
 @dataclass(frozen=True)
 class Scatter:
-    """Variance of the mean of one process, about the mean of its run.
+    """Variance of the mean of one process, about the mean of its run."""
 
-    Attributes:
-        variance: pooled over both runs.
-        degrees: its degrees of freedom.
-        inverse_processes: `1/m_A + 1/m_B`, which makes the variance of a difference of runs of it.
-    """
-
-    variance: float
-    degrees: float
-    inverse_processes: float
+    variance: float  # pooled over both runs
+    degrees: float  # its degrees of freedom
+    inverse_processes: float  # `1/m_A + 1/m_B`, which makes the variance of a difference of runs of it
 
     def reach(self, confidence: float) -> float:
         """Return the half width of the interval of the difference of two runs."""
@@ -154,15 +148,12 @@ NEAR = math.log(1.25)
 
 @dataclass(frozen=True)
 class ProcessSpread:
-    """The known spread of processes on one machine.
+    """The known spread of processes on one machine."""
 
-    Attributes:
-        off: deviations that were seen, as log ratios without sign, in ascending order; each is that of a process from
-            the mean of all processes of its competitor and cell, times `sqrt(m / (m - 1))` for m processes.
-        degrees: their degrees of freedom: m - 1 for each cell, since all competitors of a cell share the baseline.
-    """
-
+    # Deviations that were seen, as log ratios without sign, in ascending order; each is that of a process from the mean
+    # of all processes of its competitor and cell, times `sqrt(m / (m - 1))` for m processes.
     off: tuple[float, ...] = ()
+    # Their degrees of freedom: m - 1 for each cell, since all competitors of a cell share the baseline.
     degrees: int = 0
 
     def reach(self, comparisons: int) -> float:

@@ -20,27 +20,16 @@ BASELINE = "baseline"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One competitor in a ranking.
+    """One competitor in a ranking."""
 
-    Attributes:
-        record: its record without the samples (of the first process replicate; the failed one where any failed).
-        rank: 1 for the fastest; None for a yardstick and for a competitor without a right answer.
-        latency_s: median over the replicates of the median call, or None.
-        interval: ratio to the baseline, or None.
-        verdict: FASTER, SLOWER, SAME, UNRESOLVED, DISTURBED, `baseline`, `yardstick`, or empty without an interval.
-        outliers: number of blocks outside Tukey's fences.
-        tied: True if it is one of several that tie for the first place.
-        waited_s: median seconds of a single call that was waited for, or None.
-    """
-
-    record: Record
-    rank: int | None
-    latency_s: float | None
-    interval: Interval | None
-    verdict: str
-    outliers: int
-    tied: bool = False
-    waited_s: float | None = None
+    record: Record  # its record without the samples (of the first process replicate; the failed one where any failed)
+    rank: int | None  # 1 for the fastest; None for a yardstick and for a competitor without a right answer
+    latency_s: float | None  # median over the replicates of the median call, or None
+    interval: Interval | None  # ratio to the baseline, or None
+    verdict: str  # FASTER, SLOWER, SAME, UNRESOLVED, DISTURBED, `baseline`, `yardstick`, or empty without an interval
+    outliers: int  # number of blocks outside Tukey's fences
+    tied: bool = False  # True if it is one of several that tie for the first place
+    waited_s: float | None = None  # median seconds of a single call that was waited for, or None
 
     @property
     def leads(self) -> bool:
@@ -50,45 +39,32 @@ class Row:
 
 @dataclass(frozen=True)
 class Ranking:
-    """One cell, in one environment.
+    """One cell, in one environment."""
 
-    Attributes:
-        cell: the cell's hash.
-        first: any record of the cell, for the fields that they share.
-        baseline: label of the baseline, or None if nothing could be timed.
-        resolution: smallest log ratio that is named: the noise floor, and with a single process at least the spread of
-            processes; None without a control.
-        floor: noise floor as a log ratio, which is the far end of the A/A control's interval; None without a control.
-        spread_of_processes: log ratio within which no competitor is named, since the cell has a single process; 0
-            where it has several.
-        control: the A/A interval, or None.
-        rows: ranked competitors first, then yardsticks, then those without a speed.
-        replicates: number of process replicates.
-        leaders: labels of the fastest competitor and of all that tie with it; empty if none was timed.
-        confidence: of the intervals, so that they hold at 95% however often the run looked at them.
-        short_blocks: of every record, the control's included, that has blocks much shorter than intended.
-        frameworks: the fastest plain calls of JAX against those of PyTorch; None where neither has any.
-        framework_graphs: the same for recorded graphs.
-        disturbed: True if others used the machine so that the cell has no verdict.
-        disturbance: how much they did, in one sentence; None where the records do not tell.
-    """
-
-    cell: str
-    first: Record
-    baseline: str | None
+    cell: str  # the cell's hash
+    first: Record  # any record of the cell, for the fields that they share
+    baseline: str | None  # label of the baseline, or None if nothing could be timed
+    # Smallest log ratio that is named: the noise floor, and with a single process at least the spread of processes;
+    # None without a control.
     resolution: float | None
-    control: Interval | None
+    control: Interval | None  # the A/A interval, or None
+    # Ranked competitors first, then yardsticks, then those without a speed.
     rows: tuple[Row, ...] = field(default_factory=tuple)
-    replicates: int = 1
+    replicates: int = 1  # number of process replicates
+    # Labels of the fastest competitor and of all that tie with it; empty if none was timed.
     leaders: tuple[str, ...] = ()
-    confidence: float = CONFIDENCE
+    confidence: float = CONFIDENCE  # of the intervals, so that they hold at 95% however often the run looked at them
+    # Of every record, the control's included, that has blocks much shorter than intended.
     short_blocks: tuple[ShortBlocks, ...] = ()
+    # The fastest plain calls of JAX against those of PyTorch; None where neither has any.
     frameworks: FrameworkRatio | None = None
-    framework_graphs: FrameworkRatio | None = None
+    framework_graphs: FrameworkRatio | None = None  # the same for recorded graphs
+    # Noise floor as a log ratio, which is the far end of the A/A control's interval; None without a control.
     floor: float | None = None
+    # Log ratio within which no competitor is named, since the cell has a single process; 0 where it has several.
     spread_of_processes: float = 0.0
-    disturbed: bool = False
-    disturbance: str | None = None
+    disturbed: bool = False  # True if others used the machine so that the cell has no verdict
+    disturbance: str | None = None  # how much they did, in one sentence; None where the records do not tell
 
     @property
     def framework_ratios(self) -> dict[str, FrameworkRatio]:

@@ -21,45 +21,27 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape and conditions that a recommendation is wanted for.
+    """The shape and conditions that a recommendation is wanted for."""
 
-    Attributes:
-        batch: rows of one partition.
-        num_partitions: `n`.
-        in_features: per partition.
-        out_features: per partition.
-        dtype: storage dtype.
-        direction: `forward`, `forward_backward` or `train_step`.
-        device: `cpu` or `cuda`; None takes the only one that was measured.
-        framework: `torch` or `jax`; None compares both.
-        precision: that was asked for; None is the dtype's own, which is never TF32.
-    """
-
-    batch: int
-    num_partitions: int
-    in_features: int
-    out_features: int
-    dtype: str = "float32"
-    direction: str = "forward"
-    device: str | None = None
-    framework: str | None = None
-    precision: str | None = None
+    batch: int  # rows of one partition
+    num_partitions: int  # `n`
+    in_features: int  # per partition
+    out_features: int  # per partition
+    dtype: str = "float32"  # storage dtype
+    direction: str = "forward"  # `forward`, `forward_backward` or `train_step`
+    device: str | None = None  # `cpu` or `cuda`; None takes the only one that was measured
+    framework: str | None = None  # `torch` or `jax`; None compares both
+    precision: str | None = None  # that was asked for; None is the dtype's own, which is never TF32
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A measured cell near the shape.
+    """A measured cell near the shape."""
 
-    Attributes:
-        ranking: of the whole cell.
-        distance: doublings between the two, over all four sizes: `sqrt(sum log2(measured / asked)^2)`.
-        leaders: our implementations that none of ours was shown to beat, the fastest first.
-        speeds: label to speed relative to the first leader, of all of our implementations that were timed.
-    """
-
-    ranking: Ranking
-    distance: float
-    leaders: tuple[str, ...]
+    ranking: Ranking  # of the whole cell
+    distance: float  # doublings between the two, over all four sizes: `sqrt(sum log2(measured / asked)^2)`
+    leaders: tuple[str, ...]  # our implementations that none of ours was shown to beat, the fastest first
+    # Label to speed relative to the first leader, of all of our implementations that were timed.
     speeds: dict[str, Interval]
 
 

@@ -31,19 +31,12 @@ _TASK_S = 600.0
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that a report shows.
+    """Everything that a report shows."""
 
-    Attributes:
-        found: one ranking for each cell, in the order of the records.
-        outcomes: number of records by outcome, the control runs left out.
-        environments: id to fingerprint.
-        stopped: why they are not of all cells, one sentence; empty if they are.
-    """
-
-    found: tuple[Ranking, ...]
-    outcomes: Mapping[str, int]
-    environments: Mapping[str, Mapping[str, Any]]
-    stopped: str = ""
+    found: tuple[Ranking, ...]  # one ranking for each cell, in the order of the records
+    outcomes: Mapping[str, int]  # number of records by outcome, the control runs left out
+    environments: Mapping[str, Mapping[str, Any]]  # id to fingerprint
+    stopped: str = ""  # why they are not of all cells, one sentence; empty if they are
 
     def places(self) -> dict[str, list[Ranking]]:
         """Return the rankings of each environment, in the order of the records."""

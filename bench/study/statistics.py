@@ -75,21 +75,13 @@ JUDGED = (FASTER, SLOWER, SAME, UNRESOLVED)
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A ratio to the baseline with its interval; above 1 is faster than the baseline.
+    """A ratio to the baseline with its interval; above 1 is faster than the baseline."""
 
-    Attributes:
-        ratio: baseline time over competitor time, trimmed geometric mean over rounds.
-        low: lower end.
-        high: upper end; infinite where a single round says nothing about spread.
-        rounds: number of rounds behind it.
-        processes: number of processes behind it; 0 where that plays no part, as in a ratio of two runs.
-    """
-
-    ratio: float
-    low: float
-    high: float
-    rounds: int
-    processes: int = 0
+    ratio: float  # baseline time over competitor time, trimmed geometric mean over rounds
+    low: float  # lower end
+    high: float  # upper end; infinite where a single round says nothing about spread
+    rounds: int  # number of rounds behind it
+    processes: int = 0  # number of processes behind it; 0 where that plays no part, as in a ratio of two runs
 
     def across_processes(self, spread: float) -> "Interval":
         """Return the interval of a single process, with its ends moved out by what another process may differ by.

@@ -46,21 +46,13 @@ _SHARED += ("precision", "layout", "device", "optimizer", "started_at", "finishe
 
 @dataclass
 class Count:
-    """Counts of what was checked, and remarks that are no violations.
+    """Counts of what was checked, and remarks that are no violations."""
 
-    Attributes:
-        records: lines that could be read.
-        cells: cells of one process replicate each.
-        speeds: records with a speed.
-        unchecked: those of them whose calls nothing timed but their own blocks.
-        remarks: one sentence each, with its place.
-    """
-
-    records: int = 0
-    cells: int = 0
-    speeds: int = 0
-    unchecked: int = 0
-    remarks: list[str] = field(default_factory=list)
+    records: int = 0  # lines that could be read
+    cells: int = 0  # cells of one process replicate each
+    speeds: int = 0  # records with a speed
+    unchecked: int = 0  # those of them whose calls nothing timed but their own blocks
+    remarks: list[str] = field(default_factory=list)  # one sentence each, with its place
 
 
 def record_violations(record: Record) -> Iterator[str]:

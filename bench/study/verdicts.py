@@ -141,21 +141,14 @@ _SHARE = 0.4
 
 @dataclass(frozen=True)
 class Measured:
-    """The ratios of one cell to its baseline, before anything is concluded from them.
+    """The ratios of one cell to its baseline, before anything is concluded from them."""
 
-    Attributes:
-        intervals: label to ratio.
-        tested: label to the ratio to the mean of the baseline's two runs, which is known better than either.
-        control: ratio of the A/A control, or None.
-        floor: the noise floor as a log ratio, or None without a control.
-        confidence: of the intervals.
-    """
-
-    intervals: dict[str, Interval]
+    intervals: dict[str, Interval]  # label to ratio
+    # Label to the ratio to the mean of the baseline's two runs, which is known better than either.
     tested: dict[str, Spread]
-    control: Interval | None
-    floor: float | None
-    confidence: float
+    control: Interval | None  # ratio of the A/A control, or None
+    floor: float | None  # the noise floor as a log ratio, or None without a control
+    confidence: float  # of the intervals
 
     def verdicts(self, compared: Collection[str], spread_of_processes: float) -> dict[str, str]:
         """Return the verdict on each of some competitors: that of its own interval, unless chance alone could name it.
@@ -214,22 +207,14 @@ REFERENCE, RIVAL = "torch", "jax"
 
 @dataclass(frozen=True, slots=True)
 class FrameworkRatio:
-    """The two frameworks in one cell and one kind of launch.
+    """The two frameworks in one cell and one kind of launch."""
 
-    Attributes:
-        torch: label of PyTorch's fastest competitor, an implementation or what users write instead; None where it has
-            no speed.
-        jax: label of JAX's, or None.
-        interval: speed of JAX over that of PyTorch, of these two; None where a side is missing.
-        verdict: FASTER, SLOWER, SAME or UNRESOLVED, of JAX against PyTorch; empty where a side is missing.
-        confidence: of the interval, so that it holds at 95% however the two were chosen.
-    """
-
+    # Label of PyTorch's fastest competitor, an implementation or what users write instead; None where it has no speed.
     torch: str | None
-    jax: str | None
-    interval: Interval | None
-    verdict: str
-    confidence: float
+    jax: str | None  # label of JAX's, or None
+    interval: Interval | None  # speed of JAX over that of PyTorch, of these two; None where a side is missing
+    verdict: str  # FASTER, SLOWER, SAME or UNRESOLVED, of JAX against PyTorch; empty where a side is missing
+    confidence: float  # of the interval, so that it holds at 95% however the two were chosen
 
 
 def framework_ratio(
