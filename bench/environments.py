@@ -1,4 +1,4 @@
-"""Reading `environment.json` back: what the environments are that records name."""
+"""Read `environment.json`, the environments that records name, and refuse what reports cannot print."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,14 +43,14 @@ def read_environments(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def device_name(fingerprint: Mapping[str, Any]) -> str:
-    """What measured, in words: only figures with the same name are ever put beside one another."""
+    """Describe what measured: only figures with the same description are ever put beside one another."""
     gpus = [str(gpu).split(",")[0].strip() for gpu in fingerprint.get("gpus") or ()]
     on = f"{fingerprint['device']}: {' + '.join(gpus)}" if gpus else str(fingerprint["device"])
     return f"{on} with {fingerprint['cpu_model']}, {len(fingerprint['affinity'])} processors"
 
 
 def releases(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """Framework to its Python and versions: what is the same in all divisions of a run."""
+    """Return framework to its Python and versions, which all divisions of a run share."""
     return {name: [part.get("python"), part["versions"]] for name, part in fingerprint["frameworks"].items()}
 
 

@@ -37,36 +37,24 @@ _LONGEST_LINE_BYTES = 2**24
 
 
 class Position(NamedTuple):
-    """Where a line is.
+    """Where a line is."""
 
-    Attributes:
-        path: the file.
-        number: of the line, from 1.
-        stream: offset of its compressed stream in the file; 0 in a plain file.
-        start: offset of its first byte in the unpacked stream, or in the plain file.
-    """
-
-    path: Path
-    number: int
-    stream: int
-    start: int
+    path: Path  # the file
+    number: int  # of the line, from 1
+    stream: int  # offset of its compressed stream in the file; 0 in a plain file
+    start: int  # offset of its first byte in the unpacked stream, or in the plain file
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of a file of records.
+    """A line of a file of records."""
 
-    Attributes:
-        position: where it is.
-        data: the line with its end; the last line of a run that was killed may lack it.
-    """
-
-    position: Position
-    data: bytes
+    position: Position  # where it is
+    data: bytes  # the line with its end; the last line of a run that was killed may lack it
 
     @property
     def where(self) -> str:
-        """File and number, for messages."""
+        """Return file and number, for messages."""
         return f"{self.position.path}, line {self.position.number}"
 
     def parsed(self) -> Record:

@@ -237,13 +237,9 @@ def read_records(directory: Path) -> list[Record]:
 
 @dataclass
 class Damage:
-    """The parts of records that cannot be read, so that the rest of them can be shown.
+    """The parts of records that cannot be read, so that the rest of them can be shown."""
 
-    Attributes:
-        sentences: one for each damaged line or environment.
-    """
-
-    sentences: list[str] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)  # one for each damaged line or environment
 
     def add(self, error: StoreError) -> None:
         """Keep what is wrong, once."""
@@ -256,15 +252,10 @@ class Damage:
 
 
 class CellPlaces(NamedTuple):
-    """The places of the records of one cell and environment, in the order in which they were written.
+    """The places of the records of one cell and environment, in the order in which they were written."""
 
-    Attributes:
-        positions: of the lines.
-        processes: number of process replicates.
-    """
-
-    positions: tuple[Position, ...]
-    processes: int
+    positions: tuple[Position, ...]  # of the lines
+    processes: int  # number of process replicates
 
 
 def read_cells(cells: Iterable[CellPlaces]) -> Iterator[list[Record]]:

@@ -174,13 +174,8 @@ def _head(results: Results, notes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def summary(results: Results, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """Return everything that a report shows, as one JSON object."""
-    return _head(results, notes) | {"cells": [_ranking(ranking) for ranking in results.found]}
-
-
 def write_summary(path: Path, results: Results, notes: Sequence[str] = ()) -> None:
-    """Write `summary`, cell by cell: that of a large sweep is never in memory as a whole."""
+    """Write everything that a report shows as one JSON object, cell by cell: a large sweep is never in memory whole."""
 
     def pieces() -> Iterator[str]:
         yield json_text(_head(results, notes), indent=1).removesuffix("\n}") + ',\n "cells": ['

@@ -32,14 +32,10 @@ class Place(NamedTuple):
 
 @dataclass
 class Matrix:
-    """The cells that one device measured.
+    """The cells that one device measured."""
 
-    Attributes:
-        device: what it was measured on.
-        places: row and column to the ranking there, and the comparison of one kind of launch.
-    """
-
-    device: str
+    device: str  # what it was measured on
+    # Row and column to the ranking there, and the comparison of one kind of launch.
     places: dict[tuple[str, str], Place] = field(default_factory=dict)
 
     @property

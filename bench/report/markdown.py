@@ -118,11 +118,6 @@ def report_lines(results: Results, notes: Sequence[str] = ()) -> Iterator[str]:
     yield from _EXPLANATION
 
 
-def report(results: Results, notes: Sequence[str] = ()) -> str:
-    """Return the whole report as text; see `report_lines`."""
-    return "\n".join(report_lines(results, notes)).rstrip() + "\n"
-
-
 def write_report(argument: str, path: Path, results: Results, notes: Sequence[str] = ()) -> None:
     """Write the report; see `files.output`."""
     write_text(argument, path, (line + "\n" for line in report_lines(results, notes)))

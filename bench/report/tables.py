@@ -38,27 +38,17 @@ _MOST_PLACES = 2000
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts.
+    """A table of texts."""
 
-    Attributes:
-        title: above it on a terminal; a page has a heading of its own.
-        columns: headings.
-        rows: as many texts each.
-        numbers: columns that are aligned to the right on a terminal.
-        wrapped: columns that may be broken there, into several lines of a row.
-        widths: column to width there; the rows are then set apart by lines.
-        styles: of each row there, or empty.
-        caption: lines below it there.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    numbers: Iterable[str] = ()
-    wrapped: Iterable[str] = ()
+    title: str  # above it on a terminal; a page has a heading of its own
+    columns: Sequence[str]  # headings
+    rows: Sequence[Sequence[str]]  # as many texts each
+    numbers: Iterable[str] = ()  # columns that are aligned to the right on a terminal
+    wrapped: Iterable[str] = ()  # columns that may be broken there, into several lines of a row
+    # Column to width there; the rows are then set apart by lines.
     widths: Mapping[str, int] = field(default_factory=dict)
-    styles: Sequence[str | None] = ()
-    caption: Sequence[str] = ()
+    styles: Sequence[str | None] = ()  # of each row there, or empty
+    caption: Sequence[str] = ()  # lines below it there
 
     def only(self, columns: Mapping[str, str]) -> "Table":
         """Return the table with some of its columns, each under another heading."""

@@ -26,21 +26,15 @@ ABOUT_FACTOR = 1.25
 
 @dataclass(frozen=True)
 class Part:
-    """One ratio of a claim.
+    """One ratio of a claim."""
 
-    Attributes:
-        case: the competitor that is compared with `loop`.
-        relation: `at least`, `about` or `slower`.
-        ratio: speed over that of `loop`; for memory, bytes over those of `loop`.
-    """
-
-    case: str
-    relation: str
-    ratio: float
+    case: str  # the competitor that is compared with `loop`
+    relation: str  # `at least`, `about` or `slower`
+    ratio: float  # speed over that of `loop`; for memory, bytes over those of `loop`
 
     @property
     def text(self) -> str:
-        """The claim in words."""
+        """Return the claim in words."""
         if self.relation == SLOWER_THAN_LOOP:
             return f"{self.case} slower than loop"
         return f"{self.case} {self.relation} {self.ratio:g}x"
@@ -48,23 +42,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the article.
+    """One claim of the article."""
 
-    Attributes:
-        number: in the order of the table in the design.
-        setting: as the article gives it.
-        statement: as the article gives it.
-        subject: `gpu`, `cpu` (speed on that device) or `memory`.
-        workloads: names in the catalogue, with sizes per partition.
-        parts: what is compared.
-    """
-
-    number: int
-    setting: str
-    statement: str
-    subject: str
-    workloads: tuple[str, ...]
-    parts: tuple[Part, ...]
+    number: int  # in the order of the table in the design
+    setting: str  # as the article gives it
+    statement: str  # as the article gives it
+    subject: str  # `gpu`, `cpu` (speed on that device) or `memory`
+    workloads: tuple[str, ...]  # names in the catalogue, with sizes per partition
+    parts: tuple[Part, ...]  # what is compared
 
 
 def _both(relation: str, dense: float, masked: float) -> tuple[Part, ...]:
@@ -133,25 +118,15 @@ HOLDS, IN_PART, DOES_NOT, NOT_HERE = "holds", "holds in part", "does not hold", 
 
 @dataclass(frozen=True)
 class Finding:
-    """One part of a claim in one measured cell.
+    """One part of a claim in one measured cell."""
 
-    Attributes:
-        where: the conditions.
-        framework: `torch` or `jax`.
-        part: what was claimed.
-        interval: the measured ratio, or None where one of the two has no figure.
-        verdict: `holds`, `holds in part` or `does not hold`; empty without a ratio.
-        reason: why there is no ratio, else empty.
-        absent: whether one of the two did not take part at all.
-    """
-
-    where: Identity
-    framework: str
-    part: Part
-    interval: Interval | None
-    verdict: str
-    reason: str = ""
-    absent: bool = False
+    where: Identity  # the conditions
+    framework: str  # `torch` or `jax`
+    part: Part  # what was claimed
+    interval: Interval | None  # the measured ratio, or None where one of the two has no figure
+    verdict: str  # `holds`, `holds in part` or `does not hold`; empty without a ratio
+    reason: str = ""  # why there is no ratio, else empty
+    absent: bool = False  # True if one of the two did not take part at all
 
 
 @dataclass(frozen=True)
@@ -165,7 +140,7 @@ class Best:
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """A claim, what was measured, and what follows."""
+    """A claim, its measurements, and the verdict on it."""
 
     claim: Claim
     findings: tuple[Finding, ...]
@@ -176,7 +151,7 @@ class ClaimResult:
 
 @dataclass(frozen=True)
 class _Cell:
-    """One cell's records of a framework and what the ranking says of all of them."""
+    """The records of one cell by competitor, and their ranking."""
 
     where: Identity
     records: dict[str, list[Record]]
@@ -188,7 +163,10 @@ class _Cell:
 
 
 def judge(part: Part, interval: Interval) -> str:
-    """Whether a measured ratio is what was claimed."""
+    """Judge if a measured ratio is what was claimed.
+
+    It holds if the whole interval lies where the claim puts it, in part if the direction is right and the size is not.
+    """
     if part.relation == AT_LEAST:
         return HOLDS if interval.low >= part.ratio else IN_PART if interval.low > 1 else DOES_NOT
     if part.relation == ABOUT:
@@ -246,7 +224,7 @@ def _best(cell: _Cell) -> Best | None:
 
 
 def _conclude(claim: Claim, findings: Sequence[Finding], cells: Sequence[_Cell]) -> tuple[str, str]:
-    """The verdict and one sentence why."""
+    """Return the verdict and one sentence why; a claim holds if every part does in every cell that was measured."""
     there = {cell.where.workload for cell in cells}
     missing = ", ".join(name for name in claim.workloads if name not in there)
     absent = f" Not among these records: {missing}; run the preset `seed`." if missing else ""
@@ -274,7 +252,7 @@ def _conclude(claim: Claim, findings: Sequence[Finding], cells: Sequence[_Cell])
 
 
 def _ranges(findings: Iterable[Finding]) -> str:
-    """Smallest and largest ratio of every case, direction and precision."""
+    """Write the smallest and largest ratio of every case, direction and precision."""
     groups: dict[str, list[float]] = defaultdict(list)
     for found in findings:
         if found.interval is not None:
@@ -289,12 +267,7 @@ def _ranges(findings: Iterable[Finding]) -> str:
 def claim_results(
     groups: Iterable[Sequence[Record]], seen: Mapping[str, ProcessSpread] | None = None
 ) -> list[ClaimResult]:
-    """Judge every claim.
-
-    Args:
-        groups: the records of one cell and environment each.
-        seen: environment to what is known of the spread of processes on its machine.
-    """
+    """Judge every claim by cells; `groups` and `seen` are as in `rank_cells`."""
     known = seen or {}
     needed = {name for claim in CLAIMS for name in claim.workloads}
     cells = [

@@ -1,4 +1,4 @@
-"""Whether the clocks of a cell agree: what a record says of its calls against everything else that timed them.
+"""Compare the clocks of a cell: the times of a record against everything else that timed its calls.
 
 A call is timed in blocks, alone before the first round and again after the last, in other processes, and by the device.
 A change of one of these figures leaves the others behind. Two figures of one call differ with the moment, by up to
@@ -34,29 +34,19 @@ _PROOF_BITS = 30
 
 @dataclass(frozen=True)
 class Timing:
-    """One record and what its samples say, so that these need not stay in memory.
+    """One record, and figures of its samples, so that these need not stay in memory."""
 
-    Attributes:
-        where: file and line.
-        record: without its samples.
-        waited_s: least and most seconds of the single calls that were waited for after the rounds, or None.
-        parts_s: seconds of all that was timed for it.
-        blocks_s: its shortest and its longest timed block; None without blocks.
-        warm_up_s: its shortest and its longest block before the rounds; None without them.
-        shortest_s: its shortest block, warm-up included; None without blocks.
-        scatter: its longest timed block over its shortest; None without blocks.
-        bits: field to the last bits of its durations: the exponent of the last one that is set in any of them, and how
-            many behind it could have been set, in all of them.
-    """
-
-    where: str
-    record: Record
+    where: str  # file and line
+    record: Record  # without its samples
+    # Least and most seconds of the single calls that were waited for after the rounds, or None.
     waited_s: tuple[float, float] | None
-    parts_s: float
-    blocks_s: tuple[float, float] | None
-    warm_up_s: tuple[float, float] | None
-    shortest_s: float | None
-    scatter: float | None
+    parts_s: float  # seconds of all that was timed for it
+    blocks_s: tuple[float, float] | None  # its shortest and its longest timed block; None without blocks
+    warm_up_s: tuple[float, float] | None  # its shortest and its longest block before the rounds; None without them
+    shortest_s: float | None  # its shortest block, warm-up included; None without blocks
+    scatter: float | None  # its longest timed block over its shortest; None without blocks
+    # Field to the last bits of its durations: the exponent of the last one that is set in any of them, and how many
+    # behind it could have been set, in all of them.
     bits: Mapping[str, tuple[int, int]]
 
 
@@ -139,7 +129,7 @@ def _quiet(timings: Iterable[Timing]) -> bool:
 
 
 def _sizes(group: Sequence[Timing]) -> Iterator[str]:
-    """A single call that fills a block is never joined by a second one, and a block is sized for twice its length."""
+    """Find blocks with too many calls: a block is sized for twice its length, and a call that fills it stays alone."""
     for found in group:
         calls, intended = found.record.calls_per_block, found.record.block_s
         if intended is None or found.shortest_s is None or calls is None or calls == 1:
@@ -178,7 +168,7 @@ def _warm_up(group: Sequence[Timing], *, quiet: bool) -> Iterator[str]:
 
 
 def _elapsed(group: Sequence[Timing]) -> Iterator[str]:
-    """One process at a time runs: a cell takes at least as long as all that was timed in it."""
+    """Find more timed seconds than a cell took: one process at a time runs."""
     record = group[0].record
     parts = sum(found.parts_s for found in group)
     if record.finished_at is None or not (is_timestamp(record.started_at) and is_timestamp(record.finished_at)):
@@ -203,7 +193,7 @@ def is_timestamp(text: str) -> bool:
 
 
 def _control(group: Sequence[Timing], *, quiet: bool) -> Iterator[str]:
-    """The control is the baseline's call in blocks of the same size."""
+    """Compare the control with the baseline, whose call it runs in blocks of the same size."""
     timed = [found for found in group if found.record.status == "ok" and found.record.baseline]
     baseline = next((found.record for found in timed if not found.record.control), None)
     for found in timed:
@@ -227,7 +217,7 @@ def _apart(a: float | None, b: float | None) -> bool:
 
 
 def _changed_bits(group: Sequence[Timing], *, read: bool) -> Iterator[str]:
-    """Durations that were read from the machine's clock have its bits; those divided by ten have others."""
+    """Find durations with other bits than those of the machine's clock, as those divided by ten have."""
     clock = clock_bits(group)
     if clock is None and not read:
         return

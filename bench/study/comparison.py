@@ -43,17 +43,11 @@ _QN = 1 / (math.sqrt(2) * NormalDist().inv_cdf(5 / 8))
 
 @dataclass(frozen=True)
 class Measured:
-    """A cell of one run.
+    """A cell of one run."""
 
-    Attributes:
-        ranking: of its competitors.
-        spreads: label to the spread of the log latencies, of all that were timed.
-        to_baseline: label to the spread of the log ratios to the baseline, paired by round.
-    """
-
-    ranking: Ranking
-    spreads: Mapping[str, Spread]
-    to_baseline: Mapping[str, Spread]
+    ranking: Ranking  # of its competitors
+    spreads: Mapping[str, Spread]  # label to the spread of the log latencies, of all that were timed
+    to_baseline: Mapping[str, Spread]  # label to the spread of the log ratios to the baseline, paired by round
 
     @property
     def floor(self) -> float:
@@ -63,31 +57,19 @@ class Measured:
 
 @dataclass(frozen=True)
 class Difference:
-    """One competitor in one cell of both runs, before anything is concluded from it.
+    """One competitor in one cell of both runs, before anything is concluded from it."""
 
-    Attributes:
-        where: the conditions.
-        label: of the competitor.
-        framework: whose usual scatter its own is drawn towards.
-        ranked: False for a yardstick, whose change is shown and never a regression.
-        spreads: of A and of B.
-        estimate: log of the speed in B over that in A.
-        shift: median of the other competitors' estimates.
-        apart: of A and of B, as `apart_from_others` returns it; empty where either has one process.
-        scatter: of a process, pooled; None where either run has one.
-        floors: log ratios below which A and B name no competitor in this cell.
-    """
-
-    where: Identity
-    label: str
-    framework: str
-    ranked: bool
-    spreads: tuple[Spread, Spread]
-    estimate: float
-    shift: float
+    where: Identity  # the conditions
+    label: str  # of the competitor
+    framework: str  # whose usual scatter its own is drawn towards
+    ranked: bool  # False for a yardstick, whose change is shown and never a regression
+    spreads: tuple[Spread, Spread]  # of A and of B
+    estimate: float  # log of the speed in B over that in A
+    shift: float  # median of the other competitors' estimates
+    # Of A and of B, as `apart_from_others` returns it; empty where either has one process.
     apart: tuple[Mapping[int, float], Mapping[int, float]]
-    scatter: Scatter | None
-    floors: tuple[float, float]
+    scatter: Scatter | None  # of a process, pooled; None where either run has one
+    floors: tuple[float, float]  # log ratios below which A and B name no competitor in this cell
 
     def interval(self, priors: Mapping[str, Prior], confidence: float) -> Interval:
         """Return the ratio of speeds, with the noise of both runs and the shift of the others in its interval."""
@@ -103,24 +85,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Change:
-    """One competitor in one cell of both runs.
+    """One competitor in one cell of both runs."""
 
-    Attributes:
-        where: the conditions.
-        label: of the competitor.
-        interval: speed in B over speed in A, or None where B has no right answer.
-        verdict: FASTER, SLOWER, SAME or UNRESOLVED, of B against A; LOST where only A had a right answer.
-        shift, ranked: as in `Difference`.
-        reason: why it was lost.
-    """
-
-    where: Identity
-    label: str
-    interval: Interval | None
-    verdict: str
-    shift: float
+    where: Identity  # the conditions
+    label: str  # of the competitor
+    interval: Interval | None  # speed in B over speed in A, or None where B has no right answer
+    verdict: str  # FASTER, SLOWER, SAME or UNRESOLVED, of B against A; LOST where only A had a right answer
+    shift: float  # as in `Difference`
     ranked: bool
-    reason: str = ""
+    reason: str = ""  # why it was lost
 
 
 @dataclass(frozen=True)
@@ -150,26 +123,17 @@ class Contradiction:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs, compared.
+    """Two runs, compared."""
 
-    Attributes:
-        changes: all competitors that both runs have, cell by cell.
-        only_a, only_b: cells that only one run has.
-        agreeing: number of FASTER or SLOWER verdicts against the baseline that both runs give alike.
-        contradicting: competitors that one run calls FASTER and the other SLOWER.
-        other_baseline: cells whose baselines differ, so that their verdicts refer to different things.
-        one_process: True if either run measured a cell that both have in one process.
-        overall: competitors over all cells of several processes.
-    """
-
-    changes: tuple[Change, ...]
-    only_a: tuple[Identity, ...]
+    changes: tuple[Change, ...]  # all competitors that both runs have, cell by cell
+    only_a: tuple[Identity, ...]  # cells that only one run has
     only_b: tuple[Identity, ...]
-    agreeing: int
-    contradicting: tuple[Contradiction, ...]
+    agreeing: int  # number of FASTER or SLOWER verdicts against the baseline that both runs give alike
+    contradicting: tuple[Contradiction, ...]  # competitors that one run calls FASTER and the other SLOWER
+    # Cells whose baselines differ, so that their verdicts refer to different things.
     other_baseline: tuple[Identity, ...]
-    one_process: bool
-    overall: tuple[Overall, ...]
+    one_process: bool  # True if either run measured a cell that both have in one process
+    overall: tuple[Overall, ...]  # competitors over all cells of several processes
 
     @property
     def regressions(self) -> list[Change]:

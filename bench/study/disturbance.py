@@ -75,33 +75,21 @@ def disturbance_line(records: Iterable[Record]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class ShortBlocks:
-    """The blocks of one record, some of which lasted less than half of the intended time.
+    """The blocks of one record, some of which lasted less than half of the intended time."""
 
-    Attributes:
-        label: whose they are.
-        control: whether they are those of the A/A control.
-        process_replicate: number of the set of processes.
-        short: how many lasted less than half of the intended time.
-        blocks: how many there are.
-        calls_per_block: calls in each.
-        median_s: what a block lasted.
-        shortest_s: what the shortest lasted.
-        intended_s: what a block was meant to last at least.
-    """
-
-    label: str
-    control: bool
-    process_replicate: int
-    short: int
+    label: str  # of the competitor
+    control: bool  # True for those of the A/A control
+    process_replicate: int  # number of the set of processes
+    short: int  # number that lasted less than half of the intended time, of all `blocks`
     blocks: int
     calls_per_block: int
-    median_s: float
+    median_s: float  # lengths of blocks
     shortest_s: float
-    intended_s: float
+    intended_s: float  # the least length that a block was meant to have
 
     @property
     def sentence(self) -> str:
-        """One line for a reader."""
+        """Return one line for a reader."""
         who = f"{self.label}, A/A control" if self.control else self.label
         return (
             f"{who}, process {self.process_replicate}: {self.short} of {self.blocks} blocks lasted less than half of "
@@ -111,13 +99,11 @@ class ShortBlocks:
 
 
 def short_blocks(records: Iterable[Record]) -> tuple[ShortBlocks, ...]:
-    """The records that have such blocks, from their raw samples.
+    """Return an account for each record with blocks that lasted less than half of the intended time.
 
-    Args:
-        records: with their samples; those without a speed have no blocks.
-
-    Returns:
-        One account for each record that has any, in the order of the records.
+    The number of calls in a block is found by a few calls before the first round. Where these were slow, later blocks
+    last less than was intended, and the clock and the wait at the end weigh more in them. The samples are as true as
+    any others: this is worth a remark, and no fault of the record.
     """
     found = []
     for record in records:

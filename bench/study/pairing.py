@@ -38,28 +38,28 @@ class Identity(NamedTuple):
 
     @property
     def what(self) -> str:
-        """Workload, sizes and direction."""
+        """Return workload, sizes and direction."""
         sizes = f"B={self.batch}, n={self.num_partitions}, {self.in_features}->{self.out_features}"
         return f"{self.workload} ({sizes}), {self.step}"
 
     @property
     def step(self) -> str:
-        """Direction, and the optimiser where there is one."""
+        """Return the direction, and the optimiser where there is one."""
         return self.direction if self.optimizer is None else f"{self.direction} ({self.optimizer})"
 
     @property
     def how(self) -> str:
-        """Precision and division, and the cache where it is cold."""
+        """Return precision and division, and the cache where it is cold."""
         return f"{self.precision}, {self.division}" + ("" if self.cache == "warm" else f", {self.cache}")
 
     @property
     def title(self) -> str:
-        """One line for a heading."""
+        """Return one line for a heading."""
         return f"{self.what}, {self.how}, {self.device}"
 
 
 def identity(record: Record) -> Identity:
-    """The conditions that a record was measured under."""
+    """Return the conditions that a record was measured under."""
     return Identity(*(getattr(record, name) for name in Identity._fields))
 
 
@@ -68,7 +68,7 @@ Rounds = Mapping[int, np.ndarray]
 
 
 def log_latencies(records: Iterable[Record]) -> dict[int, np.ndarray]:
-    """The rounds of one competitor, for those of its records that are ok."""
+    """Return the rounds of one competitor, for those of its records that are ok."""
     return {
         record.process_replicate: round_log_latency(record.block_latency_s, record.calls_per_block or 1)
         for record in records
@@ -78,19 +78,12 @@ def log_latencies(records: Iterable[Record]) -> dict[int, np.ndarray]:
 
 @dataclass(frozen=True)
 class Block:
-    """Competitors that share as many rounds with the reference in each process.
+    """Competitors that share as many rounds with the reference in each process."""
 
-    Attributes:
-        labels: who, one for each row.
-        log_ratios: `log(reference) - log(competitor)` for each round, the processes behind one another.
-        lengths: number of rounds of each process.
-        processes: their numbers.
-    """
-
-    labels: tuple[str, ...]
-    log_ratios: np.ndarray
-    lengths: tuple[int, ...]
-    processes: tuple[int, ...]
+    labels: tuple[str, ...]  # of the competitors, one for each row
+    log_ratios: np.ndarray  # `log(reference) - log(competitor)` for each round, the processes behind one another
+    lengths: tuple[int, ...]  # number of rounds of each process
+    processes: tuple[int, ...]  # their numbers
 
     def spreads(self) -> dict[str, "Spread"]:
         """Return the spread of each competitor's log ratios."""
@@ -99,20 +92,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Spread:
-    """A competitor's mean and its standard error.
+    """A competitor's mean and its standard error."""
 
-    Attributes:
-        mean: trimmed mean of its log seconds or log ratios.
-        error: its standard error.
-        units: number of processes, or of rounds where there is one process.
-        degrees: degrees of freedom of the error.
-        processes: mean of each process by its number; empty where there is one process.
-    """
-
-    mean: float
-    error: float
-    units: int
-    degrees: int
+    mean: float  # trimmed mean of its log seconds or log ratios
+    error: float  # its standard error
+    units: int  # number of processes, or of rounds where there is one process
+    degrees: int  # degrees of freedom of the error
+    # Mean of each process by its number; empty where there is one process.
     processes: Mapping[int, float] = field(default_factory=dict)
 
 
@@ -144,7 +130,7 @@ def spreads_of(rows: np.ndarray, lengths: tuple[int, ...], processes: tuple[int,
 
 
 def paired(reference: Rounds, others: Mapping[str, Rounds]) -> list[Block]:
-    """Pairs competitors with a reference; who shares no round with it is left out.
+    """Pair competitors with a reference; those that share no round with it are left out.
 
     A process that ended early has fewer rounds: only rounds in which both took part are paired.
     """
@@ -164,7 +150,7 @@ def paired(reference: Rounds, others: Mapping[str, Rounds]) -> list[Block]:
 
 
 def intervals(reference: Rounds, others: Mapping[str, Rounds], confidence: float) -> dict[str, Interval]:
-    """The ratio of each competitor to the reference; above 1 is faster than the reference."""
+    """Return the ratio of each competitor to the reference; above 1 is faster than the reference."""
     found: dict[str, Interval] = {}
     for block in paired(reference, others):
         estimated = ratio_intervals(block.log_ratios, block.lengths, confidence=confidence)
@@ -173,7 +159,7 @@ def intervals(reference: Rounds, others: Mapping[str, Rounds], confidence: float
 
 
 def by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """The records of each competitor, that of the first process before the others'; the control is left out."""
+    """Return the records of each competitor, in the order of the processes; the control is left out."""
     found: dict[str, list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda record: record.process_replicate):
         if not record.control:

@@ -33,33 +33,30 @@ MOST_DEGREES = 200.0
 
 @dataclass(frozen=True)
 class Scatter:
-    """Variance of the mean of one process, about the mean of its run.
+    """Variance of the mean of one process, about the mean of its run."""
 
-    Attributes:
-        variance: pooled over both runs.
-        degrees: its degrees of freedom.
-        inverse_processes: `1/m_A + 1/m_B`, which makes the variance of a difference of runs of it.
-    """
-
-    variance: float
-    degrees: float
-    inverse_processes: float
+    variance: float  # pooled over both runs
+    degrees: float  # its degrees of freedom
+    inverse_processes: float  # `1/m_A + 1/m_B`, which makes the variance of a difference of runs of it
 
     def reach(self, confidence: float) -> float:
-        """Half width of the interval of the difference of two runs."""
+        """Return the half width of the interval of the difference of two runs."""
         error = math.sqrt(self.variance * self.inverse_processes)
         return student_t_quantile(0.5 + confidence / 2, self.degrees) * error
 
 
 def pooled(a: Sequence[float], b: Sequence[float]) -> Scatter:
-    """The common scatter of the processes of two runs, at least two in each."""
+    """Return the common scatter of the processes of two runs, at least two in each.
+
+    Both runs tell of one scatter: it is the machine's and the frameworks', not that of the code which changed.
+    """
     degrees = len(a) + len(b) - 2
     squares = sum(float(np.var(values)) * len(values) for values in (a, b))
     return Scatter(squares / degrees, degrees, 1 / len(a) + 1 / len(b))
 
 
 def apart_from_others(spreads: Mapping[str, Spread]) -> dict[str, dict[int, float]]:
-    """How far each process is off its competitor's mean, less the median by which it is off for all others.
+    """Return how far each process is off its competitor's mean, less the median by which it is off for all others.
 
     Args:
         spreads: the competitors of one cell in one run, by label.
@@ -99,7 +96,7 @@ def _inverse_trigamma(value: float) -> float:
 
 @dataclass(frozen=True)
 class Prior:
-    """What is usual: a scatter of this variance, with the weight of so many degrees of freedom."""
+    """The usual scatter: this variance, with the weight of so many degrees of freedom."""
 
     variance: float
     degrees: float
@@ -118,7 +115,13 @@ class Prior:
 
 
 def usual(scatters: Sequence[Scatter], least: int = LEAST_COMPETITORS) -> Prior:
-    """Return what is usual among these; a prior of no weight where there are fewer than `least`, too few to say."""
+    """Return the usual one of several scatters; a prior of no weight where there are fewer than `least`.
+
+    A variance is taken to be a draw from a scaled inverse chi-square distribution, whose two parameters follow from the
+    mean and the variance of the log variances (Smyth, Linear models and empirical Bayes methods for assessing
+    differential expression in microarray experiments, 2004, section 6.2). At a level that 1,000 comparisons share out,
+    an interval of 4 degrees of freedom reaches 21 standard errors to either side, and one of 8 degrees 8.
+    """
     if len(scatters) < least:
         return Prior(0.0, 0.0)
     variances = np.array([scatter.variance for scatter in scatters])
@@ -145,15 +148,12 @@ NEAR = math.log(1.25)
 
 @dataclass(frozen=True)
 class ProcessSpread:
-    """What is known of the spread of processes on one machine.
+    """The known spread of processes on one machine."""
 
-    Attributes:
-        off: deviations that were seen, as log ratios without sign, in ascending order; each is that of a process from
-            the mean of all processes of its competitor and cell, times `sqrt(m / (m - 1))` for m processes.
-        degrees: their degrees of freedom: m - 1 for each cell, since all competitors of a cell share the baseline.
-    """
-
+    # Deviations that were seen, as log ratios without sign, in ascending order; each is that of a process from the mean
+    # of all processes of its competitor and cell, times `sqrt(m / (m - 1))` for m processes.
     off: tuple[float, ...] = ()
+    # Their degrees of freedom: m - 1 for each cell, since all competitors of a cell share the baseline.
     degrees: int = 0
 
     def reach(self, comparisons: int) -> float:
@@ -216,7 +216,7 @@ def _deviations(records: Sequence[Record]) -> tuple[list[float], int]:
 
 
 def spreads_by_machine(groups: Iterable[Sequence[Record]], machines: Mapping[str, str]) -> dict[str, ProcessSpread]:
-    """Return what cells of several processes tell of each environment's machine.
+    """Return the spread that cells of several processes show of each environment's machine.
 
     Args:
         groups: the records of one cell and environment each; a disturbed cell and one of a single process tell nothing.
@@ -239,7 +239,7 @@ def spreads_by_machine(groups: Iterable[Sequence[Record]], machines: Mapping[str
 
 
 def seen_spreads(*archives: Archive) -> dict[str, ProcessSpread]:
-    """Return what archives tell of the spread of processes, for those of their cells that one process measured.
+    """Return the spread of processes that archives show, for those of their cells that one process measured.
 
     All cells are asked, wanted or not, so that a choice of cells changes no verdict.
 

@@ -1,4 +1,4 @@
-"""From records to rankings: for each cell, who is how much faster than the baseline, and how certain that is."""
+"""Rank the competitors of each cell by their speed over the baseline, with intervals and verdicts."""
 
 import math
 from collections import defaultdict
@@ -10,7 +10,7 @@ from bench.plan.competitors import CALLS, GRAPHS, YARDSTICK, launch
 from bench.records import Record
 from bench.study.disturbance import DISTURBED, ShortBlocks, disturbance_line, is_disturbed, short_blocks
 from bench.study.pairing import Rounds, by_label, identity, log_latencies, paired
-from bench.study.process_spread import NOTHING_SEEN, ProcessSpread, spreads_by_machine
+from bench.study.process_spread import NOTHING_SEEN, ProcessSpread
 from bench.study.statistics import CONFIDENCE, JUDGED, SLOWER, Interval, tukey_outliers
 from bench.study.stopping import confidence
 from bench.study.verdicts import CONTROL, FrameworkRatio, framework_ratio, leaders, measure
@@ -20,90 +20,66 @@ BASELINE = "baseline"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One competitor in a ranking.
+    """One competitor in a ranking."""
 
-    Attributes:
-        record: its record without the samples (of the first process replicate; the failed one where any failed).
-        rank: 1 for the fastest; None for a yardstick and for a competitor without a right answer.
-        latency_s: median over the replicates of the median call, or None.
-        interval: ratio to the baseline, or None.
-        verdict: FASTER, SLOWER, SAME, UNRESOLVED, DISTURBED, `baseline`, `yardstick`, or empty without an interval.
-        outliers: number of blocks outside Tukey's fences.
-        tied: whether it is one of several that tie for the first place.
-        waited_s: median seconds of a single call that was waited for, or None.
-    """
-
-    record: Record
-    rank: int | None
-    latency_s: float | None
-    interval: Interval | None
-    verdict: str
-    outliers: int
-    tied: bool = False
-    waited_s: float | None = None
+    record: Record  # its record without the samples (of the first process replicate; the failed one where any failed)
+    rank: int | None  # 1 for the fastest; None for a yardstick and for a competitor without a right answer
+    latency_s: float | None  # median over the replicates of the median call, or None
+    interval: Interval | None  # ratio to the baseline, or None
+    verdict: str  # FASTER, SLOWER, SAME, UNRESOLVED, DISTURBED, `baseline`, `yardstick`, or empty without an interval
+    outliers: int  # number of blocks outside Tukey's fences
+    tied: bool = False  # True if it is one of several that tie for the first place
+    waited_s: float | None = None  # median seconds of a single call that was waited for, or None
 
     @property
     def leads(self) -> bool:
-        """Whether nobody was shown to be faster."""
+        """Return True if no competitor was shown to be faster."""
         return self.rank == 1 or self.tied
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """One cell, in one environment.
+    """One cell, in one environment."""
 
-    Attributes:
-        cell: the cell's hash.
-        first: any record of the cell, for what they have in common.
-        baseline: label of the baseline, or None if nothing could be timed.
-        resolution: smallest log ratio that is named: the noise floor, and with a single process at least the spread of
-            processes; None without a control.
-        floor: noise floor as a log ratio, which is the far end of the A/A control's interval; None without a control.
-        spread_of_processes: log ratio within which the competitors' verdicts name nobody, since the cell has a single
-            process; 0 where it has several.
-        control: the A/A interval, or None.
-        rows: ranked competitors first, then yardsticks, then those without a speed.
-        replicates: number of process replicates.
-        leaders: labels of the fastest competitor and of everybody who ties with it; empty if nobody was timed.
-        confidence: of the intervals, so that they hold at 95% however often the run looked at them.
-        short_blocks: of every record, the control's included, that has blocks much shorter than intended.
-        frameworks: the fastest plain calls of JAX against those of PyTorch; None where neither has any.
-        framework_graphs: the same for recorded graphs.
-        disturbed: whether others used the machine so that the cell has no verdict.
-        disturbance: how much they did, in one sentence; None where the records do not tell.
-    """
-
-    cell: str
-    first: Record
-    baseline: str | None
+    cell: str  # the cell's hash
+    first: Record  # any record of the cell, for the fields that they share
+    baseline: str | None  # label of the baseline, or None if nothing could be timed
+    # Smallest log ratio that is named: the noise floor, and with a single process at least the spread of processes;
+    # None without a control.
     resolution: float | None
-    control: Interval | None
+    control: Interval | None  # the A/A interval, or None
+    # Ranked competitors first, then yardsticks, then those without a speed.
     rows: tuple[Row, ...] = field(default_factory=tuple)
-    replicates: int = 1
+    replicates: int = 1  # number of process replicates
+    # Labels of the fastest competitor and of all that tie with it; empty if none was timed.
     leaders: tuple[str, ...] = ()
-    confidence: float = CONFIDENCE
+    confidence: float = CONFIDENCE  # of the intervals, so that they hold at 95% however often the run looked at them
+    # Of every record, the control's included, that has blocks much shorter than intended.
     short_blocks: tuple[ShortBlocks, ...] = ()
+    # The fastest plain calls of JAX against those of PyTorch; None where neither has any.
     frameworks: FrameworkRatio | None = None
-    framework_graphs: FrameworkRatio | None = None
+    framework_graphs: FrameworkRatio | None = None  # the same for recorded graphs
+    # Noise floor as a log ratio, which is the far end of the A/A control's interval; None without a control.
     floor: float | None = None
+    # Log ratio within which no competitor is named, since the cell has a single process; 0 where it has several.
     spread_of_processes: float = 0.0
-    disturbed: bool = False
-    disturbance: str | None = None
+    disturbed: bool = False  # True if others used the machine so that the cell has no verdict
+    disturbance: str | None = None  # how much they did, in one sentence; None where the records do not tell
 
     @property
     def framework_ratios(self) -> dict[str, FrameworkRatio]:
-        """Kind of launch to the comparison of the frameworks, where either has a speed of it."""
+        """Return kind of launch to the comparison of the frameworks, where either has a speed of it."""
         both = {CALLS: self.frameworks, GRAPHS: self.framework_graphs}
         return {kind: found for kind, found in both.items() if found is not None}
 
     @property
     def winner(self) -> str | None:
-        """Label of the one that beats everybody else, corrected for their number; None if several tie."""
+        """Return the label of the competitor that beats all others, corrected for their number; None if several tie."""
         return self.leaders[0] if len(self.leaders) == 1 and len(self._ranked) > 1 else None
 
     @property
     def tied(self) -> tuple[str, ...]:
-        """Labels of those that tie for the first place; empty where there is a winner."""
+        """Return the labels of those that tie for the first place; empty where there is a winner."""
         return () if self.winner else self.leaders
 
     @property
@@ -112,19 +88,19 @@ class Ranking:
 
     @property
     def one_process(self) -> bool:
-        """Whether a single process stands behind the verdicts, so that more of them could name smaller ratios."""
+        """Return True if the verdicts are of a single process, so that more of them could name smaller ratios."""
         return self.spread_of_processes > 0
 
     @property
     def half_width(self) -> float | None:
-        """Half of the width of the A/A control's interval, as a log ratio; None without an interval of finite width."""
+        """Return half of the width of the A/A control's interval, as a log ratio; None without a finite width."""
         if self.control is None or self.control.low <= 0 or math.isinf(self.control.high):
             return None
         return 0.5 * math.log(self.control.high / self.control.low)
 
     @property
     def title(self) -> str:
-        """One line for a heading."""
+        """Return one line for a heading."""
         return identity(self.first).title
 
 
@@ -134,7 +110,7 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def _level(records: Sequence[Record], processes: int) -> float:
-    """Confidence that the intervals of a cell are given, so that they hold at 95% however often its run looked."""
+    """Return the confidence of a cell's intervals that makes them hold at 95% however often its run looked."""
     if processes > 1:
         # A process stops by what it alone has seen: none could choose a moment at which the processes' means, whose
         # scatter the interval is made of, happen to be close to each other.
@@ -215,7 +191,7 @@ def _rank_cell(records: Sequence[Record], seen: ProcessSpread) -> Ranking:
 
 
 def _withheld(ranking: Ranking) -> Ranking:
-    """The ranking of a disturbed cell: figures in their order, and no verdict on any of them."""
+    """Return the ranking of a disturbed cell: figures in their order, and no verdict on any of them."""
 
     def without_verdict(found: FrameworkRatio | None) -> FrameworkRatio | None:
         return found and replace(found, verdict=found.verdict and DISTURBED)
@@ -260,26 +236,8 @@ def rank_cells(groups: Iterable[Sequence[Record]], seen: Mapping[str, ProcessSpr
     return [_rank_cell(group, known.get(group[0].environment_id, NOTHING_SEEN)) for group in groups]
 
 
-def rankings(records: Iterable[Record], machines: Mapping[str, str] | None = None) -> list[Ranking]:
-    """Rank the competitors of every cell; cells of different environments stay apart.
-
-    Args:
-        records: of one run or several.
-        machines: environment to the machine that it was on; each is a machine of its own where it is not named.
-
-    Returns:
-        One ranking for each cell, in the order in which the cells were recorded.
-    """
-    cells: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record in records:
-        cells[(record.environment_id, record.cell)].append(record)
-    several = [group for group in cells.values() if len({record.process_replicate for record in group}) > 1]
-    seen = spreads_by_machine(several, machines or {}) if len(several) < len(cells) else {}
-    return rank_cells(cells.values(), seen)
-
-
 def tally(records: Iterable[Record]) -> dict[str, int]:
-    """Counts records by outcome, the control runs left out; competitors that a cap kept out count as `skipped`."""
+    """Count records by outcome, the control runs left out; competitors that a cap kept out count as `skipped`."""
     counts: dict[str, int] = defaultdict(int)
     for record in records:
         if not record.control:

@@ -1,4 +1,4 @@
-"""Which implementation for a shape: what leads in the nearest measured cells, ties as ties, and how far those are."""
+"""Recommend an implementation for a shape: the leaders of the nearest measured cells, and how far those are."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,55 +21,37 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Shape:
-    """What the caller has.
+    """The shape and conditions that a recommendation is wanted for."""
 
-    Attributes:
-        batch: rows of one partition.
-        num_partitions: `n`.
-        in_features: per partition.
-        out_features: per partition.
-        dtype: storage dtype.
-        direction: `forward`, `forward_backward` or `train_step`.
-        device: `cpu` or `cuda`; None takes the only one that was measured.
-        framework: `torch` or `jax`; None compares both.
-        precision: that was asked for; None is the dtype's own, which is never TF32.
-    """
-
-    batch: int
-    num_partitions: int
-    in_features: int
-    out_features: int
-    dtype: str = "float32"
-    direction: str = "forward"
-    device: str | None = None
-    framework: str | None = None
-    precision: str | None = None
+    batch: int  # rows of one partition
+    num_partitions: int  # `n`
+    in_features: int  # per partition
+    out_features: int  # per partition
+    dtype: str = "float32"  # storage dtype
+    direction: str = "forward"  # `forward`, `forward_backward` or `train_step`
+    device: str | None = None  # `cpu` or `cuda`; None takes the only one that was measured
+    framework: str | None = None  # `torch` or `jax`; None compares both
+    precision: str | None = None  # that was asked for; None is the dtype's own, which is never TF32
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A measured cell near the shape.
+    """A measured cell near the shape."""
 
-    Attributes:
-        ranking: of the whole cell.
-        distance: doublings between the two, over all four sizes: `sqrt(sum log2(measured / asked)^2)`.
-        leaders: our implementations that nobody of ours was shown to beat, the fastest first.
-        speeds: label to speed relative to the first leader, of all of our implementations that were timed.
-    """
-
-    ranking: Ranking
-    distance: float
-    leaders: tuple[str, ...]
+    ranking: Ranking  # of the whole cell
+    distance: float  # doublings between the two, over all four sizes: `sqrt(sum log2(measured / asked)^2)`
+    leaders: tuple[str, ...]  # our implementations that none of ours was shown to beat, the fastest first
+    # Label to speed relative to the first leader, of all of our implementations that were timed.
     speeds: dict[str, Interval]
 
 
 def distance(shape: Shape, record: Record) -> float:
-    """Doublings between a shape and a measured one, over all four sizes."""
+    """Return the doublings between a shape and a measured one, over all four sizes."""
     return math.sqrt(sum(math.log2(getattr(record, name) / getattr(shape, name)) ** 2 for name in SIZES))
 
 
 def matches(shape: Shape, record: Record) -> bool:
-    """Whether a cell was measured under the conditions that were asked for."""
+    """Return True if a cell was measured under the conditions that were asked for."""
     own = next(precision for precision, dtype in STORAGE_DTYPES.items() if dtype == shape.dtype)
     asked = (shape.dtype, shape.precision or own, shape.direction)
     return asked == (record.dtype, record.precision, record.direction) and shape.device in (None, record.device)
@@ -102,10 +84,10 @@ def _neighbour(shape: Shape, group: Sequence[Record], seen: Mapping[str, Process
 def nearest(
     shape: Shape, groups: Iterable[Sequence[Record]], seen: Mapping[str, ProcessSpread] | None = None
 ) -> list[Neighbour]:
-    """The nearest measured cells in which one of our implementations was timed, the nearest first.
+    """Return the nearest measured cells in which one of our implementations was timed, the nearest first.
 
     Args:
-        shape: what the caller has.
+        shape: that a recommendation is wanted for.
         groups: the records of one cell and environment each.
         seen: environment to what is known of the spread of processes on its machine.
 

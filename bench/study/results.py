@@ -13,11 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.environments import device_name
 from bench.records import Record
 from bench.store import Archive, CellPlaces, Damage, keep_every_cell, read_cells
 from bench.study.process_spread import ProcessSpread, seen_spreads
-from bench.study.ranking import Ranking, rank_cells, rankings, tally
+from bench.study.ranking import Ranking, rank_cells, tally
 from parity_tests.report.console import Interruption
 
 # Below this, starting processes takes longer than they save.
@@ -32,19 +31,12 @@ _TASK_S = 600.0
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that a report shows.
+    """Everything that a report shows."""
 
-    Attributes:
-        found: one ranking for each cell, in the order of the records.
-        outcomes: number of records by outcome, the control runs left out.
-        environments: id to fingerprint.
-        stopped: why they are not of all cells, one sentence; empty if they are.
-    """
-
-    found: tuple[Ranking, ...]
-    outcomes: Mapping[str, int]
-    environments: Mapping[str, Mapping[str, Any]]
-    stopped: str = ""
+    found: tuple[Ranking, ...]  # one ranking for each cell, in the order of the records
+    outcomes: Mapping[str, int]  # number of records by outcome, the control runs left out
+    environments: Mapping[str, Mapping[str, Any]]  # id to fingerprint
+    stopped: str = ""  # why they are not of all cells, one sentence; empty if they are
 
     def places(self) -> dict[str, list[Ranking]]:
         """Return the rankings of each environment, in the order of the records."""
@@ -52,12 +44,6 @@ class Results:
         for ranking in self.found:
             apart.setdefault(ranking.first.environment_id, []).append(ranking)
         return apart
-
-
-def results_of(records: Sequence[Record], environments: Mapping[str, Mapping[str, Any]]) -> Results:
-    """Return the results of records that are in memory already."""
-    machines = {key: device_name(found) for key, found in environments.items()}
-    return Results(tuple(rankings(records, machines)), tally(records), environments)
 
 
 def read_results(

@@ -1,4 +1,4 @@
-"""How well a competitor uses the machine: rates of useful work against what the hardware can do."""
+"""Compare rates of useful work with the ceilings of the machine."""
 
 import math
 from dataclasses import dataclass
@@ -10,36 +10,24 @@ from bench.study.ranking import Ranking, Row
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """Derived figures of one competitor in one cell; None where a part of them was not measured.
+    """Derived figures of one competitor in one cell; None where a part of them was not measured."""
 
-    Attributes:
-        flops_per_s: useful operations a second: a dense form earns nothing for its zeros.
-        bytes_per_s: compulsory bytes a second.
-        ceiling_fraction: least possible time by the rates measured in the same session, over the time taken.
-        peak_fraction: the same by the data sheet.
-        waste_factor: how many times the useful products are carried out.
-        payback_calls: calls after which compiling has paid; infinite if it never does.
-        payback_against: label of what the compiled call is held against: eager calls of the same implementation, and
-            where none were timed, as in JAX, those of the baseline.
-        enqueue_s: host seconds until a call returns.
-        waited_s: median seconds of a single call that is waited for.
-        kernels_per_call: executions on the device in one call.
-    """
-
-    flops_per_s: float | None
-    bytes_per_s: float | None
-    ceiling_fraction: float | None
-    peak_fraction: float | None
-    waste_factor: int
-    payback_calls: float | None
+    flops_per_s: float | None  # useful operations a second: a dense form earns nothing for its zeros
+    bytes_per_s: float | None  # compulsory bytes a second
+    ceiling_fraction: float | None  # least possible time by the rates measured in the same session, over the time taken
+    peak_fraction: float | None  # the same by the data sheet
+    waste_factor: int  # how many times the useful products are carried out
+    payback_calls: float | None  # calls after which compiling has paid; infinite if it never does
+    # Label of what the compiled call is held against: eager calls of the same implementation, and where none were
+    # timed, as in JAX, those of the baseline.
     payback_against: str | None
-    enqueue_s: float | None
-    waited_s: float | None
-    kernels_per_call: int | None
+    enqueue_s: float | None  # host seconds until a call returns
+    waited_s: float | None  # median seconds of a single call that is waited for
+    kernels_per_call: int | None  # executions on the device in one call
 
 
 def least_s(record: Record, flops_per_s: float | None, bytes_per_s: float | None) -> float | None:
-    """Seconds that a call takes at least: by its operations or by its bytes, whichever takes longer."""
+    """Return the least seconds of a call, by its operations or by its bytes, whichever takes longer."""
     bounds = [
         amount / rate
         for amount, rate in ((record.useful_flops, flops_per_s), (record.compulsory_bytes, bytes_per_s))
@@ -56,7 +44,7 @@ def _payback(record: Record, latency_s: float | None, eager: Row | None) -> tupl
 
 
 def efficiencies(ranking: Ranking) -> dict[str, Efficiency]:
-    """Label to figures, for every row of a ranking."""
+    """Return label to figures, for every row of a ranking."""
     eager = {row.record.label: row for row in ranking.rows if row.record.mode == EAGER and row.latency_s is not None}
     same = {(row.record.framework, row.record.implementation): row for row in eager.values()}
     # A failed baseline has no speed.

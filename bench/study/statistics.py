@@ -27,19 +27,20 @@ def _trimmed_rounds(rounds: int) -> int:
 
 
 def middle_rounds(rounds: int) -> int:
-    """How many of so many rounds enter a trimmed mean."""
+    """Return how many of so many rounds enter a trimmed mean.
+
+    Some rounds on a shared host tell what another guest did: their log ratios lie far outside the rest, in both
+    directions alike. No sample is deleted; a round counts by its rank.
+    """
     return rounds - 2 * _trimmed_rounds(rounds)
 
 
-def trimmed_mean(log_ratios: np.ndarray) -> np.ndarray:
-    """Mean of the middle rounds, along the last axis."""
-    cut = _trimmed_rounds(log_ratios.shape[-1])
-    ordered = np.sort(log_ratios, axis=-1)
-    return ordered[..., cut : log_ratios.shape[-1] - cut].mean(-1)
-
-
 def pseudo_values(log_ratios: np.ndarray, lengths: tuple[int, ...]) -> np.ndarray:
-    """One value for each round, whose mean over a process is the trimmed mean and whose scatter is that of it.
+    """Return one value for each round, whose mean over a process is the trimmed mean, and whose scatter is its scatter.
+
+    The interval of a trimmed mean follows from values that are pulled in to the ends of the middle part ("winsorised"),
+    with as many degrees of freedom as rounds in it (Tukey and McLaughlin, Less vulnerable confidence and significance
+    procedures for location, 1963; Yuen, The two-sample trimmed t for unequal population variances, 1974).
 
     Args:
         log_ratios: rows of rounds, the processes behind one another.
@@ -74,21 +75,13 @@ JUDGED = (FASTER, SLOWER, SAME, UNRESOLVED)
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A ratio to the baseline with its interval; above 1 is faster than the baseline.
+    """A ratio to the baseline with its interval; above 1 is faster than the baseline."""
 
-    Attributes:
-        ratio: baseline time over competitor time, trimmed geometric mean over rounds.
-        low: lower end.
-        high: upper end; infinite where a single round says nothing about spread.
-        rounds: number of rounds behind it.
-        processes: number of processes behind it; 0 where that plays no part, as in a ratio of two runs.
-    """
-
-    ratio: float
-    low: float
-    high: float
-    rounds: int
-    processes: int = 0
+    ratio: float  # baseline time over competitor time, trimmed geometric mean over rounds
+    low: float  # lower end
+    high: float  # upper end; infinite where a single round says nothing about spread
+    rounds: int  # number of rounds behind it
+    processes: int = 0  # number of processes behind it; 0 where that plays no part, as in a ratio of two runs
 
     def across_processes(self, spread: float) -> "Interval":
         """Return the interval of a single process, with its ends moved out by what another process may differ by.
@@ -107,11 +100,11 @@ class Interval:
 
 @lru_cache(maxsize=4096)
 def student_t_quantile(probability: float, degrees: float) -> float:
-    """Quantile of Student's t distribution.
+    """Return a quantile of Student's t distribution.
 
     Args:
         probability: in [0.5, 1).
-        degrees: degrees of freedom, at least 1, not necessarily whole.
+        degrees: at least 1, not necessarily whole.
 
     Raises:
         ValueError: outside these ranges.
@@ -122,7 +115,7 @@ def student_t_quantile(probability: float, degrees: float) -> float:
 
 
 def round_log_latency(block_latency_s: Sequence[float] | np.ndarray, calls_per_block: int) -> np.ndarray:
-    """Mean log seconds of a call in each round, from raw blocks in order (two a round).
+    """Return the mean log seconds of a call in each round, from raw blocks in order (two a round).
 
     Raises:
         ValueError: if the blocks are not two a round.
@@ -134,7 +127,7 @@ def round_log_latency(block_latency_s: Sequence[float] | np.ndarray, calls_per_b
 
 
 def student_t_two_sided(t: np.ndarray, degrees: float | np.ndarray) -> np.ndarray:
-    """Probability that `|T|` exceeds `|t|`.
+    """Return the probability that `|T|` exceeds `|t|`.
 
     Args:
         t: statistics, of any shape; infinite ones have probability 0, undefined ones 1.
@@ -146,14 +139,18 @@ def student_t_two_sided(t: np.ndarray, degrees: float | np.ndarray) -> np.ndarra
 
 @lru_cache(maxsize=1024)
 def widening(units: int, degrees: int, confidence: float) -> float:
-    """How far the ends of a 95% percentile interval of few units are moved out from the estimate."""
+    """Return the factor by which the ends of a 95% percentile interval are moved out from the estimate.
+
+    A bootstrap of few units is too narrow (Hesterberg, What teachers should know about the bootstrap, 2015). Another
+    confidence enters through the quantile alone: the far tail of 2,000 resamples would be noise.
+    """
     quantile = student_t_quantile(0.5 + confidence / 2, degrees)
     return math.sqrt(units / (units - 1)) * quantile / NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
 
 
 @lru_cache(maxsize=16)
 def _resampling(lengths: tuple[int, ...], seed: int) -> np.ndarray:
-    """Weights of all rounds (rows) in each bootstrap mean: processes are drawn first, then rounds of each drawn one.
+    """Return the weights of all rounds (rows) in each bootstrap mean: processes are drawn first, then their rounds.
 
     The same weights serve every competitor of a cell, and every cell with as many rounds.
     """
@@ -174,14 +171,14 @@ def _exponential(value: float) -> float:
 
 
 def process_means(log_ratios: np.ndarray, lengths: tuple[int, ...]) -> np.ndarray:
-    """Mean of each process, for rows of rounds that lie behind one another: shape `(competitors, processes)`."""
+    """Return the mean of each process, for rows of rounds behind one another: shape `(competitors, processes)`."""
     return np.add.reduceat(log_ratios, np.cumsum((0, *lengths[:-1])), axis=1) / lengths
 
 
 def ratio_intervals(
     log_ratios: np.ndarray, lengths: tuple[int, ...], *, confidence: float = CONFIDENCE, seed: int = 0
 ) -> list[Interval]:
-    """Estimates the ratios of several competitors with as many rounds each.
+    """Estimate the ratios of several competitors with as many rounds each.
 
     Args:
         log_ratios: `d_r`, one row for each competitor, the processes behind one another.
@@ -213,24 +210,6 @@ def ratio_intervals(
     ]
 
 
-def ratio_interval(log_ratios: Sequence[np.ndarray], *, confidence: float = CONFIDENCE, seed: int = 0) -> Interval:
-    """Estimates the ratio of one competitor from per-round log ratios.
-
-    Args:
-        log_ratios: one array of `d_r` for each process replicate.
-        confidence: of the interval.
-        seed: of the resampling.
-
-    Raises:
-        ValueError: if there is no round at all.
-    """
-    processes = [np.asarray(rounds, float) for rounds in log_ratios if len(rounds)]
-    if not processes:
-        raise ValueError("expected at least one round, got none")
-    lengths = tuple(len(rounds) for rounds in processes)
-    return ratio_intervals(np.concatenate(processes)[None], lengths, confidence=confidence, seed=seed)[0]
-
-
 def resolution(control: Interval) -> float:
     """Return the noise floor of a cell as a log ratio: the far end of the A/A control's interval."""
     if control.low <= 0:
@@ -239,7 +218,7 @@ def resolution(control: Interval) -> float:
 
 
 def verdict(interval: Interval, floor: float | None, spread: float = 0.0) -> str:
-    """Return what one ratio alone says; among several competitors, `verdicts` corrects for their number.
+    """Return the verdict on one ratio alone; among several competitors, `verdicts` corrects for their number.
 
     SAME: the whole interval lies within 2% of 1. FASTER or SLOWER: the interval leaves 1 out and the estimate lies
     beyond the noise floor; where the floor itself is above 15%, the near end of the interval lies beyond it. Anything
@@ -264,7 +243,7 @@ def verdict(interval: Interval, floor: float | None, spread: float = 0.0) -> str
 
 
 def tukey_outliers(samples: Sequence[float]) -> int:
-    """Counts the samples more than 1.5 interquartile ranges outside the quartiles; none is ever removed."""
+    """Count the samples more than 1.5 interquartile ranges outside the quartiles; none is ever removed."""
     values = sorted(samples)
     if not values:
         return 0

@@ -38,7 +38,7 @@ def _quantile(degrees: int) -> float:
 
 
 def _certainly_beyond(differences: np.ndarray, margin: float) -> bool:
-    """Whether the mean of paired log differences is above the margin."""
+    """Return True if the mean of paired log differences is certainly above the margin."""
     rounds = len(differences)
     if rounds < _LEAST_ROUNDS:
         return False
@@ -48,7 +48,7 @@ def _certainly_beyond(differences: np.ndarray, margin: float) -> bool:
 
 
 def far_behind(log_latencies: Mapping[str, Sequence[float] | np.ndarray], baseline: str) -> list[str]:
-    """Lists the competitors that are certainly far slower than the fastest and far from the baseline.
+    """List the competitors that are certainly far slower than the fastest and far from the baseline.
 
     Args:
         log_latencies: competitor to the log seconds of a call in each round, all over the same rounds.
@@ -82,7 +82,7 @@ RESOLVED_REASON, PRECISE_REASON = "resolved", "precise"
 
 
 def looks() -> Iterator[int]:
-    """The numbers of rounds at which a run may stop: each is the double of the one before the last."""
+    """Yield the numbers of rounds at which a run may stop: each is the double of the one before the last."""
     one, two = LEAST_ROUNDS, 14
     while True:
         yield one
@@ -90,18 +90,18 @@ def looks() -> Iterator[int]:
 
 
 def is_look(rounds: int) -> bool:
-    """Whether a run may stop after so many rounds."""
+    """Return True if a run may stop after so many rounds."""
     return next(look for look in looks() if look >= rounds) == rounds
 
 
 def look_confidence(rounds: int) -> float:
-    """Confidence of the intervals at the look after so many rounds."""
+    """Return the confidence of the intervals at the look after so many rounds."""
     earlier = next(k for k, look in enumerate(looks()) if look >= rounds)
     return 1 - _LOOKS / ((earlier + 1) * (earlier + 2))
 
 
 def confidence(rounds: int, stopped: str) -> float:
-    """Confidence that makes the intervals of a finished run hold at 95%.
+    """Return the confidence that makes the intervals of a finished run hold at 95%.
 
     Args:
         rounds: of one process.
@@ -118,7 +118,7 @@ def _half_width(interval: Interval) -> float:
 
 
 def control_known(control: Sequence[float] | np.ndarray) -> bool:
-    """Whether the A/A control's half-width is below 3%, so that time may end the run.
+    """Return True if the A/A control's half-width is below 3%, so that time may end the run.
 
     Decided by the width alone: it says nothing about who is ahead, and needs no correction.
 
@@ -138,7 +138,7 @@ def stop_reason(
     *,
     measured_blocks: float,
 ) -> str | None:
-    """Says whether a cell of one process may stop now, and why.
+    """Return why a cell of one process may stop now, or None.
 
     Args:
         log_ratios: per competitor still going, `log(baseline) - log(competitor)` of each round.

@@ -1,4 +1,4 @@
-"""What must be true of published records, line by line and cell by cell."""
+"""Check published records, line by line and cell by cell."""
 
 import math
 from collections import Counter, defaultdict
@@ -59,21 +59,13 @@ _SHARED += ("ceiling_bytes_per_s",)
 
 @dataclass
 class Count:
-    """How much was looked at, and what is worth a remark although nothing is wrong with it.
+    """Counts of what was checked, and remarks that are no violations."""
 
-    Attributes:
-        records: lines that could be read.
-        cells: cells of one process replicate each.
-        speeds: records with a speed.
-        unchecked: those of them whose calls nothing timed but their own blocks.
-        remarks: one sentence each, with its place.
-    """
-
-    records: int = 0
-    cells: int = 0
-    speeds: int = 0
-    unchecked: int = 0
-    remarks: list[str] = field(default_factory=list)
+    records: int = 0  # lines that could be read
+    cells: int = 0  # cells of one process replicate each
+    speeds: int = 0  # records with a speed
+    unchecked: int = 0  # those of them whose calls nothing timed but their own blocks
+    remarks: list[str] = field(default_factory=list)  # one sentence each, with its place
 
 
 def record_violations(record: Record) -> Iterator[str]:
@@ -219,7 +211,7 @@ def _rates(record: Record) -> Iterator[str]:
 
 
 def _cell_violations(records: list[Record]) -> Iterator[str]:
-    """What is wrong with the records of one cell and process replicate."""
+    """Find what is wrong with the records of one cell and process replicate."""
     first = records[0]
     name = f"cell {first.cell}, process {first.process_replicate}"
     if len(records) != first.cell_size:
@@ -254,7 +246,7 @@ def _elsewhere(name: str, used: set[tuple[str, str, str]], fingerprint: Mapping[
 
 
 def violations(directory: Path, count: Count) -> Iterator[str]:
-    """Every violation in the records of one directory, each with its place.
+    """Find every violation in the records of one directory, each with its place.
 
     Args:
         directory: of a run.

@@ -18,8 +18,9 @@ import numpy as np
 
 from bench.study.pairing import Rounds, paired
 from bench.study.process_spread import NOTHING_SEEN, ProcessSpread, deviations
-from bench.study.statistics import CONFIDENCE, FASTER, SAME, SLOWER, UNRESOLVED, resolution, trimmed_mean
+from bench.study.statistics import CONFIDENCE, FASTER, SAME, SLOWER, UNRESOLVED, resolution
 from bench.study.verdicts import CONTROL, Measured, framework_ratio, leaders, measure
+from bench.tests.in_memory import trimmed_mean
 
 COMPETITORS = 18
 ROUNDS = (5, 10, 20, 40)

@@ -14,12 +14,9 @@ import pytest
 from bench.measure import disturbance
 from bench.measure.disturbance import BusyError, Gate, Usage, Watch, _Process, stretch, usage
 from bench.measure.machine import allowed_cpus
-from bench.report.export import summary
-from bench.report.markdown import report
 from bench.study.disturbance import DISTURBED, disturbed_window, is_disturbed
-from bench.study.ranking import rankings
-from bench.study.results import results_of
 from bench.study.statistics import FASTER, SAME, SLOWER
+from bench.tests.in_memory import rankings, report, results_of, summary
 from bench.tests.synthetic import FINGERPRINT
 
 needs_accounts = pytest.mark.skipif(

@@ -4,16 +4,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench.report.export import summary, write_summary
+from bench.report.export import write_summary
 from bench.report.maps import MOST_PANELS, squares, winner_map
-from bench.report.markdown import report
 from bench.report.pictures import ChartError
 from bench.report.tables import efficiency_table
 from bench.report.text import rate
 from bench.store import Store
-from bench.study.ranking import rankings
-from bench.study.results import read_results, results_of
+from bench.study.results import read_results
 from bench.study.roofline import efficiencies
+from bench.tests.in_memory import rankings, report, results_of, summary
 from bench.tests.synthetic import FINGERPRINT, cell_records
 
 

@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 
 from bench.plan.competitors import CALLS, GRAPHS, launch
-from bench.report.export import summary
 from bench.report.frameworks import matrices, verdict_text
 from bench.report.maps import framework_map, framework_squares, shade
-from bench.report.markdown import report, results_block
+from bench.report.markdown import results_block
 from bench.report.pictures import ChartError, save_picture
 from bench.report.tables import framework_table
 from bench.store import Store
-from bench.study.ranking import rankings
-from bench.study.results import results_of
 from bench.study.statistics import FASTER, SAME, SLOWER, UNRESOLVED
 from bench.study.verdicts import framework_ratio
+from bench.tests.in_memory import rankings, report, results_of, summary
 from bench.tests.synthetic import FINGERPRINT
 
 ENVIRONMENTS = {"e0": FINGERPRINT, "e1": FINGERPRINT | {"division": "tuned"}}

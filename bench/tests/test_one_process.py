@@ -11,10 +11,9 @@ from bench.report.text import baseline_line, resolution_line
 from bench.store import Store
 from bench.study.claims import HOLDS, IN_PART, claim_results
 from bench.study.process_spread import GUESS, ProcessSpread, spreads_by_machine
-from bench.study.ranking import rankings
-from bench.study.results import results_of
 from bench.study.statistics import FASTER, SAME, SLOWER, UNRESOLVED
 from bench.study.stopping import look_confidence
+from bench.tests.in_memory import rankings, results_of
 from bench.tests.synthetic import FINGERPRINT
 
 SPEEDS = {"einsum": 1.015, "loop": 1.05, "vmap": 1.4, "masked": 0.5}

@@ -6,13 +6,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from bench.report.export import summary
-from bench.report.markdown import CLAIMS, RESULTS, PageError, markers, report, results_block, with_block
+from bench.report.markdown import CLAIMS, RESULTS, PageError, markers, results_block, with_block
 from bench.report.pictures import ChartError, ratio_chart, save_picture
 from bench.report.text import baseline_line, byte_count, ratio, resolution_line, seconds
-from bench.study.ranking import rankings, tally
-from bench.study.results import results_of
+from bench.study.ranking import tally
 from bench.study.statistics import Interval
+from bench.tests.in_memory import rankings, report, results_of, summary
 from bench.tests.synthetic import FINGERPRINT
 
 BEGIN, END = markers(RESULTS)

@@ -10,10 +10,11 @@ from bench.measure.rounds import Entry, Rounds, hopeless
 from bench.plan.competitors import Competitor
 from bench.plan.presets import PRESETS
 from bench.study.pairing import intervals
-from bench.study.statistics import ratio_interval, round_log_latency, verdict
+from bench.study.statistics import round_log_latency, verdict
 from bench.study.stopping import confidence, far_behind
 from bench.study.verdicts import leaders
 from bench.tests.fake_nvml import FakeNvml
+from bench.tests.in_memory import ratio_interval
 
 PRESET = replace(PRESETS["seed"], rounds=40, least_rounds=5, cell_s=float("inf"), most_cell_s=0.0)
 

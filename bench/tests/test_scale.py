@@ -14,9 +14,9 @@ from bench.environments import StoreError
 from bench.measure.workers import CHECKOUT
 from bench.report.tables import show_rankings
 from bench.study import results as study_results
-from bench.study.ranking import rankings
 from bench.study.results import read_results
 from bench.tests.conftest import example_record
+from bench.tests.in_memory import rankings
 from bench.tests.synthetic import cell_records, write_sweep
 from bench.tests.whole_sweep import LEFT_OUT
 

@@ -6,13 +6,11 @@ import pytest
 from rich.console import Console
 
 from bench.plan.presets import BLOCK_S
-from bench.report.export import summary, write_table
-from bench.report.markdown import report
+from bench.report.export import write_table
 from bench.report.tables import show_rankings
 from bench.store import Store
 from bench.study.disturbance import short_blocks
-from bench.study.ranking import rankings
-from bench.study.results import results_of
+from bench.tests.in_memory import rankings, report, results_of, summary
 from bench.tests.synthetic import FINGERPRINT, cell_records
 
 CPU_S = BLOCK_S["cpu"]

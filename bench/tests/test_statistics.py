@@ -13,14 +13,13 @@ from bench.study.statistics import (
     Interval,
     middle_rounds,
     pseudo_values,
-    ratio_interval,
     resolution,
     round_log_latency,
     student_t_quantile,
-    trimmed_mean,
     tukey_outliers,
     verdict,
 )
+from bench.tests.in_memory import ratio_interval, trimmed_mean
 
 ROUNDS, NOISE = 13, 0.01
 

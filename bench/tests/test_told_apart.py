@@ -7,8 +7,8 @@ import pytest
 from bench.report.maps import squares
 from bench.report.pictures import ratio_chart
 from bench.report.text import baseline_line, percent, resolution_line, titles, told_apart, winner_line
-from bench.study.ranking import rankings
 from bench.study.results import Results
+from bench.tests.in_memory import rankings
 from bench.tests.synthetic import cell_records
 
 SIZE = (64, 8, 32, 32)

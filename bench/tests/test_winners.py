@@ -10,15 +10,14 @@ from bench.study.statistics import (
     SAME,
     SLOWER,
     UNRESOLVED,
-    ratio_interval,
     ratio_intervals,
     resolution,
     student_t_two_sided,
-    trimmed_mean,
     verdict,
 )
 from bench.study.stopping import confidence, is_look, look_confidence, looks, stop_reason
 from bench.study.verdicts import holm, leaders
+from bench.tests.in_memory import ratio_interval, trimmed_mean
 
 NOISE, COMPETITORS, CAP = 0.01, 6, 40
 
