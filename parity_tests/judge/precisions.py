@@ -29,5 +29,5 @@ def precision_class(name: str) -> str:
 
 
 def storage_dtype(name: str) -> str:
-    """Return the storage dtype that a spelling means, such as `bfloat16` for `bf16`; other text and `tf32` as they are."""
+    """Return the storage dtype that a spelling means, `bfloat16` for `bf16`; `tf32` and other text as they are."""
     return name if name == "tf32" else PRECISIONS.get(short_name(name), (name,))[-1]
