@@ -45,7 +45,7 @@ Engine = Callable[[Request, Store, SweepNotes, Callable[[Progress], None]], None
 
 
 def _checked(options: RunOptions) -> RunOptions:
-    """Return the options with whole paths of interpreters; refuse what is none of an option's choices.
+    """Return the options with whole paths of interpreters; refuse a value that is none of its choices.
 
     Raises:
         UsageError: with one sentence.
@@ -97,7 +97,7 @@ def _progress_bar() -> Iterator[ProgressBar]:
 
 
 def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes, interruption: Interruption) -> bool:
-    """Run the sweep; returns whether it was interrupted."""
+    """Run the sweep; return True if it was interrupted."""
     with _progress_bar() as bar:
         task = bar.add_task("starting", total=None)
 

@@ -22,8 +22,8 @@ class Switch:
 
     Attributes:
         frameworks: whose workers read it.
-        effect: what it would do, as the end of a sentence that begins with its name.
-        off_is_harmless: whether a value such as `0` is what the framework does anyway.
+        effect: the end of a sentence that begins with its name.
+        off_is_harmless: true if a value such as `0` is the framework's default.
     """
 
     frameworks: tuple[str, ...]
@@ -125,12 +125,12 @@ def without_unset(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def recorded(environment: Mapping[str, str]) -> dict[str, str | None]:
-    """Return what a fingerprint holds of a worker's environment: name to value, or None."""
+    """Return the variables of a worker that its fingerprint holds: name to value, or None."""
     return {name: environment.get(name) for name in RECORDED}
 
 
 def sentences(frameworks: Sequence[str], cpus: int, environment: Mapping[str, str] | None = None) -> list[str]:
-    """Return one sentence for each switch that is set and changes, or would change, what the workers run.
+    """Return one sentence for each switch that is set and changes, or would change, the work of the workers.
 
     Args:
         frameworks: those that take part.
