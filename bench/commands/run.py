@@ -44,7 +44,7 @@ Engine = Callable[[Request, Store, SweepNotes, Callable[[Progress], None]], None
 
 
 def _checked(options: RunOptions) -> RunOptions:
-    """Return the options with whole paths of interpreters; refuse what is none of an option's choices.
+    """Return the options with whole paths of interpreters; refuse a value that is none of its choices.
 
     Raises:
         UsageError: with one sentence.

@@ -70,10 +70,10 @@ def time_block(
     """Time one block after its refill.
 
     Args:
-        call: what is timed.
+        call: the timed call.
         wait: returns when a result is computed.
         size: of the block.
-        after_other: whether another framework's process computed on the same processors until just now.
+        after_other: true if another framework's process computed on the same processors until just now.
 
     Returns:
         Seconds, and the result of the last call.
@@ -88,11 +88,11 @@ def time_block(
 def find_size(call: Call, wait: Callable[[Any], None], block_s: float) -> tuple[BlockSize, float]:
     """Find how many calls fill a block.
 
-    A size is accepted by the shortest of three blocks, the last after a pause: whatever stops or slows the process for
-    some milliseconds would otherwise leave blocks that are far too short.
+    A size is accepted by the shortest of three blocks, the last after a pause: a process that stops or slows for some
+    milliseconds would otherwise leave blocks that are far too short.
 
     Args:
-        call: what is timed.
+        call: the timed call.
         wait: returns when a result is computed.
         block_s: seconds that a block lasts at least.
 
@@ -120,7 +120,7 @@ def warm_up(call: Call, wait: Callable[[Any], None], block_s: float, max_blocks:
     """Find how many calls fill a block, then runs blocks until they no longer get faster.
 
     Args:
-        call: what is timed.
+        call: the timed call.
         wait: returns when a result is computed.
         block_s: seconds that a block lasts at least.
         max_blocks: how many run at most, the one that told the size included.

@@ -1,4 +1,4 @@
-"""Hand whole cells to dask workers, each of which owns one device, and merge what they record.
+"""Hand whole cells to dask workers, each of which owns one device, and merge their records.
 
 A worker offers the resource `DEVICE` once and a cell takes it, so that a device never measures two cells at a time.
 The worker runs the sweep of that cell with framework processes of its own, exactly as a local run does, and returns
@@ -118,7 +118,7 @@ def _connect(address: str, notes: SweepNotes) -> Client:
         client = Client(address, timeout=_CONNECT_S)
     except (OSError, ValueError) as error:
         raise SelectionError(
-            f"scheduler: nobody answers at {address!r} ({type(error).__name__}); start `dask scheduler` and give its "
+            f"scheduler: nothing answers at {address!r} ({type(error).__name__}); start `dask scheduler` and give its "
             "address."
         ) from error
     workers, owners = _workers_there(client)
@@ -175,7 +175,7 @@ def _arrivals(client: Client, futures: Iterable[Future]) -> Iterator[Future]:
             if now - arrived > _SILENCE_S:
                 raise EngineError(
                     f"{len(left)} cells are left, and none has arrived for {(now - arrived) / 3600:.0f} hours; look "
-                    "what the workers do, and add --resume."
+                    "at the workers, and add --resume."
                 ) from None
             continue
         arrived = owned = time.monotonic()
@@ -214,12 +214,12 @@ def run_on_cluster(
     Args:
         request: the options of the run; interpreters are paths on the workers.
         store: where the records go; each cell is durable when it arrives.
-        notes: is filled with what the user should know.
+        notes: collects sentences for the user.
         progress: called when a cell arrives.
         address: of the scheduler.
 
     Raises:
-        SelectionError: if nothing is selected, nobody answers at the address, or no worker owns a device.
+        SelectionError: if nothing is selected, nothing answers at the address, or no worker owns a device.
         EngineError: if cells were lost; all others are recorded.
     """
     all_cells, recorded = planned(request.plan), recorded_cells(store, request)

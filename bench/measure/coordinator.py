@@ -267,7 +267,7 @@ def flops_limit(
     """Return operations a second that the device cannot exceed, by its data sheet, its kind or a measured ceiling.
 
     Args:
-        cell: what was asked for.
+        cell: the conditions.
         ceilings: the result of `measured_ceilings`.
         device_name: of the GPU.
         observed: the precision class of the results.

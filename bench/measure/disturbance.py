@@ -1,17 +1,16 @@
 """Measure how far a cell is disturbed: the share of the processors that others take, and the speed of a fixed loop.
 
-A busy machine shares its disturbance unevenly between the frameworks, whose thread pools spin, wait and wake
-differently, and no statistic on the samples can see a factor that all rows of one framework share. So it is measured:
+A busy machine disturbs the frameworks unevenly, since their thread pools spin, wait and wake differently, and no
+statistic on the samples can see a factor that all rows of one framework share. Measured are
 
-- what other processes take of the processors that the workers may use, and what the hypervisor takes (steal): from the
-  system's account of those processors, less that of the workers and of this process;
-- how long the threads of each worker were ready to run and did not, and how often they were put off their processor:
-  others do that, and so do thread pools that spin;
-- how long a fixed loop takes on those processors before a round and in its middle, over the shortest time that it ever
-  took there.
+- the processor time of other processes and of the hypervisor (steal): the system's account of the processors that the
+  workers may use, less that of the workers and of this process;
+- the time that threads of each worker were ready and did not run, and the times that they lost their processor, to
+  other processes or to thread pools that spin;
+- the time of a fixed loop on those processors before a round and in its middle, over the shortest ever seen there.
 
-The figures go into the records; `bench.study.disturbance` says what they mean. Read from Linux's /proc; elsewhere
-nothing is reported.
+The figures go into the records; `bench.study.disturbance` judges them. Linux's /proc is read; elsewhere nothing is
+reported.
 """
 
 import hashlib
@@ -223,7 +222,7 @@ class Watch:
             self._stretches.append(found)
 
     def summary(self) -> dict[str, Any]:
-        """Return what a record holds; empty where the system reports nothing or no round was run."""
+        """Return the summary for a record; empty where the system reports nothing or no round was run."""
         if not self._windows:
             return {}
         windows, cpus = self._windows, len(self._cpus)

@@ -60,7 +60,7 @@ def _output(*command: str) -> tuple[str | None, str]:
 
 
 def git_state() -> dict[str, Any]:
-    """Return commit and whether tracked files differ from it: None outside a git checkout, or with `unknown`, why."""
+    """Return the commit, and `dirty` if tracked files differ from it; `unknown` says why git gave no answer."""
     commit, late = _output("git", "rev-parse", "HEAD")
     changes, later = (None, "") if late else _output("git", "status", "--porcelain", "--untracked-files=no")
     state = {"commit": commit, "dirty": None if commit is None or changes is None else bool(changes)}
@@ -86,7 +86,7 @@ def source_digest() -> str:
 def fingerprint(
     workers: Mapping[str, Mapping[str, Any]], *, device: str, division: str, cpus: Sequence[int]
 ) -> dict[str, Any]:
-    """Collect what a measurement depends on, and nothing that changes from minute to minute.
+    """Collect the facts that a measurement depends on, and nothing that changes from minute to minute.
 
     Args:
         workers: per framework, its reply to `hello`.
@@ -161,7 +161,7 @@ def gpu_warnings(conditions: Mapping[str, Any], own: int) -> list[str]:
 
     Args:
         conditions: what its monitor reads, before anything runs on it.
-        own: workers that may have touched the GPU already; whatever is beyond these is somebody else's.
+        own: number of workers that may have touched the GPU already.
     """
     said = []
     others = conditions.get("processes", 0) - own

@@ -98,6 +98,9 @@ def _lifetime_peak() -> int:
 def resident_growth(call: Callable[[], object]) -> tuple[int, str]:
     """Run the call once and measure by how much the resident set rose at its highest.
 
+    Linux keeps a high-water mark for each process and lets the process reset its own. Memory that the allocator holds
+    back is returned first, so that the call has to fault its pages in again: held pages would not show.
+
     Args:
         call: returns when its result is ready; the result is dropped.
 
@@ -187,7 +190,7 @@ class NvmlMonitor(Monitor):
         }
         found: dict[str, Any] = {}
         for name, reading in readings.items():
-            # A slice of a GPU, or a virtual one, does not report all of them: what it lacks is left out.
+            # A slice of a GPU, or a virtual one, does not report all of them.
             with contextlib.suppress(nvml.NVMLError):
                 found[name] = reading()
         bits = found.pop("reasons", None)

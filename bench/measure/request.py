@@ -34,7 +34,7 @@ def option(default: Any, said: str, *, choices: Collection[str] = (), **details:
     Args:
         default: its value if it is not given.
         said: its help.
-        choices: what it may be; empty for anything.
+        choices: its possible values; empty for any.
         details: further arguments of `typer.Option`.
     """
     return field(default=default, metadata={"choices": choices, "typer": {"help": said, **details}})
@@ -175,7 +175,7 @@ def chosen_competitors(catalogues: Sequence[Catalogue], request: Request, cell: 
     """List who takes part in a cell.
 
     Args:
-        catalogues: what the workers can run.
+        catalogues: the competitors of each worker.
         request: the selection.
         cell: where they meet.
 

@@ -95,7 +95,7 @@ def choose_baseline(entries: Sequence[Entry]) -> Entry | None:
 
 
 def add_control(entries: list[Entry]) -> None:
-    """Add the A/A control: the baseline's prepared call in the same process, timed as if it were somebody else."""
+    """Add the A/A control: the baseline's prepared call in the same process, timed as if it were another competitor."""
     baseline = choose_baseline(entries)
     if baseline is None:
         return
@@ -116,7 +116,7 @@ class CellOutcome:
         switches: per framework, its precision switches.
         ceilings: rates of a large product and a large copy, the higher of the frameworks'.
         stopped: why no more rounds were run.
-        disturbance: what others took of the machine during the rounds.
+        disturbance: the share of the machine that others took during the rounds.
         disturbance_windows: the same in pieces.
     """
 

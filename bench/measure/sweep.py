@@ -90,7 +90,7 @@ def run_sweep(
     Args:
         request: the options of the run.
         store: where the records go; each cell is durable before the next begins.
-        notes: is filled with what the user should know.
+        notes: collects sentences for the user.
         progress: called often.
         pools: lends workers, which must be fresh ones for every process replicate.
 

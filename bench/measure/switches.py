@@ -22,8 +22,8 @@ class Switch:
 
     Attributes:
         frameworks: whose workers read it.
-        effect: what it would do, as the end of a sentence that begins with its name.
-        off_is_harmless: whether a value such as `0` is what the framework does anyway.
+        effect: the end of a sentence that begins with its name.
+        off_is_harmless: true if a value such as `0` is the framework's default.
     """
 
     frameworks: tuple[str, ...]
@@ -177,7 +177,7 @@ def recorded(environment: Mapping[str, str]) -> dict[str, str | None]:
 
 
 def sentences(frameworks: Sequence[str], cpus: int, environment: Mapping[str, str] | None = None) -> list[str]:
-    """Return one sentence for each switch that is set and changes, or would change, what the workers run.
+    """Return one sentence for each switch that is set and changes, or would change, the work of the workers.
 
     Args:
         frameworks: those that take part.

@@ -46,13 +46,13 @@ class Prepared:
     Attributes:
         call: returns all results of the direction, possibly before they are computed.
         compile_s: seconds for tracing, lowering and compilation; None where nothing is compiled.
-        static_memory_bytes: outputs and temporaries by the compiler's account, or what a CUDA graph took while it was
-            recorded; or None.
+        static_memory_bytes: outputs and temporaries by the compiler's account, or the memory that a CUDA graph took
+            while it was recorded; or None.
         program_flops: operations of one call by the framework's account of the program that runs, or None.
-        compile_again: compiles the same program anew, with what is cached on disk; returns seconds.
+        compile_again: compiles the same program anew, with a filled cache on disk; returns seconds.
         restart: brings parameters and optimiser back to their first state; None where a call changes nothing.
         text: the compiled program as text, or None.
-        uncompiled_calls: how often Python ran what the mode says is compiled; None where nothing is compiled.
+        uncompiled_calls: counts the calls in which Python ran a function that should be compiled; None without one.
     """
 
     call: Call
@@ -79,7 +79,7 @@ class Trace:
 
 
 class Unsupported(Exception):
-    """The framework, or the device, cannot run what was asked; the message is the reason."""
+    """A request that the framework or the device cannot run; the message is the reason."""
 
 
 def in_turn(calls: Sequence[Call]) -> Call:
@@ -222,10 +222,10 @@ def swapped(array: np.ndarray, layout: str) -> np.ndarray:
 
 
 class CacheFolder:
-    """A new, empty folder that is removed with this object.
+    """A new, empty folder for the compile cache of one program; it is removed with this object.
 
-    Attributes:
-        path: where it is.
+    A cold compilation then meets an empty cache, whatever ran before and whatever the user keeps; a warm one meets the
+    results of the cold one.
     """
 
     def __init__(self) -> None:

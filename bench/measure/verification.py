@@ -26,22 +26,9 @@ from parity_tests.training.optimizers import OPTIMIZERS, OptimizerSpec
 
 PARAMETERS: tuple[str, ...] = ("weight", "bias")
 # Roundings of one update, in units of the parameters' roundoff. optax forms 1 - beta2^t in fp32, which alone costs
-# about a hundred; what is left are the few products, the root and the quotient.
+# about a hundred; the rest are the few products, the root and the quotient.
 _UPDATE_ROUNDINGS = 16
 _BIAS_CORRECTION_ROUNDINGS = 128
-
-
-@dataclass(frozen=True)
-class Step:
-    """A parameter after one step.
-
-    Attributes:
-        value: in float64.
-        limit: largest error of correct code, element by element.
-    """
-
-    value: np.ndarray
-    limit: np.ndarray
 
 
 def _first_update(spec: OptimizerSpec) -> Callable[[np.ndarray], np.ndarray]:
@@ -58,15 +45,18 @@ def _first_update(spec: OptimizerSpec) -> Callable[[np.ndarray], np.ndarray]:
 
 def first_step(
     spec: OptimizerSpec, name: str, before: np.ndarray, gradient: OracleTensor, arithmetic: Arithmetic
-) -> Step:
-    """Take one step in float64.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Take one step in float64; return the parameter after it, and the largest error of correct code.
+
+    Every first update is a monotone function f of the gradient g, so that an error of at most B in g shows as at most
+    `max(f(g + B) - f(g), f(g) - f(g - B))`: no tolerance is chosen, even where an optimiser hides the gradient's scale.
 
     Args:
         spec: the optimiser.
         name: `weight` or `bias`, which decides about weight decay.
         before: the parameter.
         gradient: the oracle's gradient.
-        arithmetic: what the gradient was computed with.
+        arithmetic: of the gradient.
 
     Raises:
         ValueError: if the optimiser clips.
@@ -88,7 +78,7 @@ def first_step(
     value = parameter - rate * (step + decoupled * parameter)
     moved = rate * (spread + roundings * roundoff * (np.abs(step) + decoupled * np.abs(parameter)))
     limit = moved + 3 * roundoff * (np.abs(parameter) + np.abs(value)) + eta
-    return Step(value, limit)
+    return value, limit
 
 
 # Elements of x, W and dy together that one comparison takes: its float64 temporaries then stay in the caches, which
@@ -139,7 +129,7 @@ class Oracle:
     """The truth about one set of inputs, a few partitions at a time.
 
     Args:
-        inputs: what the competitors are fed with.
+        inputs: those of the competitors.
     """
 
     def __init__(self, inputs: Inputs):
@@ -233,8 +223,8 @@ class Verifier:
         before = inputs.weight if name == "weight" else inputs.bias
         assert before is not None  # the worker refuses workloads without a bias
         assert self._optimizer is not None  # a cell of this direction has one
-        step = first_step(OPTIMIZERS[self._optimizer], name, before[partitions], truth[f"d{name}"], arithmetic)
-        return compare_with_limit(name, value, step.value, step.limit, partition_axis=0)
+        right, limit = first_step(OPTIMIZERS[self._optimizer], name, before[partitions], truth[f"d{name}"], arithmetic)
+        return compare_with_limit(name, value, right, limit, partition_axis=0)
 
     def judge(self, outputs: Mapping[str, np.ndarray], promised: str) -> Judgement:
         """Compare results with the oracle.

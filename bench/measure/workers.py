@@ -260,7 +260,7 @@ class WorkerPool:
         return tuple(found)
 
     def first_report(self, name: str) -> str | None:
-        """Return what the first framework that reports this fact of its environment says; None if none does."""
+        """Return a fact of the environment from the first framework that reports it; None if none does."""
         found = [str(reply["environment"].get(name) or "") for reply in self.hello.values()]
         return next(filter(None, found), None)
 

@@ -118,8 +118,9 @@ def competitors_for(
 def further_modes(division: str, device: str, *, compile_gradients: bool) -> dict[str, tuple[str, ...]]:
     """Return framework to the modes beside the default one that a division compares.
 
-    stock: `torch.compile` as one types it. matched: the same, and on a GPU CUDA graphs on both sides. tuned: what the
-    frameworks offer for speed; compiled modes are left out where compiling the gradients would take most of the time.
+    stock: `torch.compile` with its defaults. matched: the same, and on a GPU CUDA graphs on both sides. tuned: all that
+    the frameworks offer for speed. Compiled modes are left out where compiling the gradients would take most of the
+    time.
     """
     torch: tuple[str, ...] = (COMPILE,) if compile_gradients else ()
     jax: tuple[str, ...] = ()

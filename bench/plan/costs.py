@@ -189,7 +189,7 @@ _SHEETS: Mapping[str, DataSheet] = MappingProxyType(
 def data_sheet(device_name: str) -> DataSheet | None:
     """Return the data sheet of a device by the name that its driver reports, or None for an unknown one.
 
-    No processor of a CPU kind is listed: what it can do depends on a clock that it does not tell.
+    No CPU is listed: its rate depends on a clock that it does not report.
     """
     fitting = [part for part in _SHEETS if part.lower() in device_name.lower()]
     return _SHEETS[max(fitting, key=len)] if fitting else None

@@ -19,7 +19,7 @@ BLOCK_S: Mapping[str, float] = MappingProxyType({"cpu": 0.003, "cuda": 0.02})
 # A block that lasts less than this part of its time was sized by a disturbance: it is sized for 15% more than its
 # length, and speeds drift by 20%.
 SHORT_BLOCK = 0.5
-# A step adds the optimiser's own time, the same for everybody, to that of forward and backward: asked for by name.
+# A step adds the optimiser's own time, the same for all, to that of forward and backward: asked for by name.
 USUAL_DIRECTIONS: tuple[str, ...] = ("forward", "forward_backward")
 # Clipping joins all partitions in one norm, and a schedule changes nothing about the time of a step.
 STEPPED_OPTIMIZERS: tuple[str, ...] = tuple(name for name, spec in OPTIMIZERS.items() if spec.clip_norm is None)

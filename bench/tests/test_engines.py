@@ -125,7 +125,7 @@ def test_wrong_usage_is_one_sentence(cluster, tmp_path, monkeypatch):
     assert "implementation: nothing is called nothing" in wrong.stderr
     nobody = run("tcp://127.0.0.1:9", tmp_path / "b")
     assert nobody.exit_code == 2
-    assert "scheduler: nobody answers at 'tcp://127.0.0.1:9'" in nobody.stderr
+    assert "scheduler: nothing answers at 'tcp://127.0.0.1:9'" in nobody.stderr
     for arguments in (["--engine", "dask"], ["--scheduler", address]):
         alone = CliRunner().invoke(app, ["run", "--out", str(tmp_path / "c"), *arguments])
         assert alone.exit_code == 2

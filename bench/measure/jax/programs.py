@@ -135,7 +135,7 @@ def build(
         task: what to compute.
         buffers: sets of x, kernel, bias, cotangent; each call takes the next.
         precision: of every product; None for the framework's default.
-        donate: whether a training step gives its old parameters up.
+        donate: a training step gives its old parameters up.
         options: XLA's options for this program.
 
     Raises:

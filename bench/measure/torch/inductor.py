@@ -27,7 +27,7 @@ def kept_in(folder: str) -> Iterator[None]:
     """
     wanted = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": os.path.join(folder, "triton")}
     before = {name: os.environ.get(name) for name in wanted}
-    # Modules that were loaded stay loaded for whoever holds them.
+    # Loaded modules stay loaded for the callables that hold them.
     clear_caches()
     _set_variables(wanted)
     try:
@@ -98,7 +98,7 @@ def _operations(node: Node) -> int:
 
 
 def _is_product(node: Node) -> bool:
-    """Say whether an elementwise multiplication is what became of a product with an inner or an outer size of one.
+    """Return True if an elementwise multiplication stands for a product with an inner or an outer size of one.
 
     It is one whose terms are summed, or whose factors are repeated; a mask has the size of what it masks.
     """

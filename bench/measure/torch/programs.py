@@ -90,7 +90,7 @@ def _bound(function: Function, task: Task, arguments: tuple[Tensor, ...], *, set
 def _recording_stream() -> torch.cuda.Stream:
     """Return one stream for warming up and recording: a library's workspace belongs to a stream, and is there by then.
 
-    Otherwise whoever records first would be charged with it (32 MiB on an H200).
+    Otherwise the first recording would be charged with it (32 MiB on an H200).
     """
     return torch.cuda.Stream()
 
@@ -169,7 +169,7 @@ def build(
     Args:
         task: what to compute.
         buffers: sets of x, weight, bias, cotangent; each call takes the next.
-        settle: whether results must lie in memory as the inputs do.
+        settle: results must lie in memory as the inputs do.
         wait: returns when a result is computed.
 
     Raises:
