@@ -243,7 +243,7 @@ OPERANDS: tuple[tuple[str, Change], ...] = (
 )
 
 
-def _shortened(array: np.ndarray, bits: int, nearest: bool) -> np.ndarray:
+def shortened(array: np.ndarray, bits: int, nearest: bool) -> np.ndarray:
     """Return the numbers with so many significand bits, rounded or chopped (hardware does either)."""
     mantissa, exponent = np.frexp(array.astype(np.float64))
     scaled = mantissa * 2.0**bits
@@ -279,7 +279,7 @@ def _rounded_operands(evidence: Evidence, inputs: Inputs) -> str | None:
     chopping = dataclasses.replace(evidence, arithmetic=dataclasses.replace(evidence.arithmetic, truncates=True))
     for name, bits in _SHORTER:
         for nearest in (True, False):
-            arrays = {key: _shortened(getattr(inputs, key), bits, nearest) for key in ("x", "weight", "cotangent")}
+            arrays = {key: shortened(getattr(inputs, key), bits, nearest) for key in ("x", "weight", "cotangent")}
             candidate = _explained(chopping, _with(inputs, **arrays), inputs)
             if candidate is None or not candidate.fits():
                 continue
@@ -332,11 +332,7 @@ def explain(
 ) -> str:
     """Return a likely cause of the first mismatch in one clause, or that none of the known mistakes explains it.
 
-    Args:
-        results: the verdicts on the subject's tensors.
-        outputs: those tensors.
-        inputs: what the subject was given.
-        arithmetic: what the subject was entitled to; None for what its dtype promises.
+    Without `arithmetic`, the subject is entitled to that of its dtype.
     """
     failed = next((result for result in results if result.status == "mismatch"), None)
     if failed is None:
@@ -367,14 +363,7 @@ def explain(
 def with_cause(
     result: TensorResult, outputs: Mapping[str, np.ndarray], inputs: Inputs, arithmetic: Arithmetic
 ) -> TensorResult:
-    """Return a mismatch with its likely cause in its reason; anything else unchanged.
-
-    Args:
-        result: a verdict.
-        outputs: the subject's tensors.
-        inputs: what it was given.
-        arithmetic: what it was entitled to.
-    """
+    """Return a mismatch with its likely cause in its reason; anything else unchanged."""
     if result.status != "mismatch":
         return result
     products = inputs.x.size * inputs.weight.shape[2]

@@ -136,11 +136,7 @@ def check_writable(option: str, path: Path | None) -> None:
 def write_outputs(*outputs: tuple[Path | None, Callable[[Path], None]]) -> list[str]:
     """Write the files that were asked for, even where one of them fails.
 
-    Args:
-        outputs: a file, or None, and the function that writes it.
-
-    Returns:
-        One sentence for each that could not be written.
+    Return one sentence for each that could not be written.
     """
     failed = []
     for path, write in outputs:

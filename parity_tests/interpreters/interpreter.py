@@ -191,12 +191,7 @@ class Channel:
         self._owner, self._identity = os.getpid(), os.fstat(self._replies).st_ino
 
     def send(self, message: Message, payload: bytes | None = None) -> None:
-        """Send a message, or end a forked copy of the process, which must neither speak nor listen in its place.
-
-        Args:
-            message: what JSON can carry.
-            payload: arrives as the message's field `payload`.
-        """
+        """Send a message, or end a forked copy of the process, which must neither speak nor listen in its place."""
         announced = message if payload is None else message | {"payload": len(payload)}
         self._send((self._encode(announced) + "\n").encode())
         if payload:
@@ -240,12 +235,7 @@ def end_with_parent() -> None:
 
 
 def run(target: str, arguments: Sequence[str]) -> None:
-    """Greet the parent and call `target.main(channel, *arguments)`; any exception becomes the last message.
-
-    Args:
-        target: the module.
-        arguments: its own.
-    """
+    """Greet the parent and call `target.main(channel, *arguments)`; any exception becomes the last message."""
     channel = Channel()
     end_with_parent()
     channel.send({"greeting": GREETING, "python": platform.python_version()})

@@ -53,12 +53,7 @@ class ProcessError(ConnectionError):
 
 
 def clipped(text: str, most: int = 200) -> str:
-    """Return the text on one line, with control characters escaped, and without its middle if it is long.
-
-    Args:
-        text: anything.
-        most: how many characters may be left.
-    """
+    """Return the text on one line, with control characters escaped, and without its middle if it is long."""
     if len(text) <= most:
         return _escaped(text)
     return f"{_escaped(text[: most // 2])} ... {_escaped(text[-(most // 2) :])}"
@@ -314,11 +309,7 @@ class ChildProcess:
         kill_marked(self._mark)
 
     def end(self, grace_s: float = _ENDING_S) -> None:
-        """Close the connection, let the process end by itself for a moment, kill the rest and free everything.
-
-        Args:
-            grace_s: the moment: for what it does when it exits.
-        """
+        """Close the connection, let the process end by itself for a moment, kill the rest and free everything."""
         try:
             self._pending.clear()
             if self._input in self._selector.get_map():
@@ -346,11 +337,7 @@ def signal_name(status: int) -> str:
 
 
 def kill_marked(mark: str) -> None:
-    """Kill every process whose environment has the mark: one that made itself a daemon has left its group.
-
-    Args:
-        mark: of a child.
-    """
+    """Kill every process whose environment has the mark: one that made itself a daemon has left its group."""
     variable = f"{MARK_VARIABLE}={mark}".encode()
     # What is killed may have started another one meanwhile.
     for _ in range(3):

@@ -50,14 +50,7 @@ def _bitwise(name: str, value: np.ndarray, expected: np.ndarray, axis: int) -> T
 
 
 def check_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) -> list[TensorResult]:
-    """Check on integers whose sums are exact that y, dx, dW and db equal the oracle bit for bit.
-
-    Args:
-        subject: the subject.
-        case: a shape small enough for exact sums in the dtype that the mode computes in, see `lattice_limit`.
-        dtype: storage dtype.
-        seed: of the integers.
-    """
+    """Check on integers whose sums are exact that y, dx, dW and db equal the oracle bit for bit."""
     inputs = draw_lattice(case, dtype, seed, lattice_limit(case, MODES[subject.mode].computes_in or dtype))
     truth = reference(inputs)
     outputs = subject.vjp(inputs)
@@ -106,12 +99,7 @@ def check_isolation(
 ) -> Isolation:
     """Poison one partition of x, W, b and dy and look at the others.
 
-    Args:
-        subject: the subject.
-        inputs: finite inputs with at least two partitions.
-        partition: the poisoned one.
-        poison: NaN or an infinity.
-        plain_forward: look at y without gradients too.
+    With `plain_forward`, look at y without gradients too.
     """
 
     def poisoned(array: np.ndarray, axis: int) -> np.ndarray:
@@ -176,13 +164,6 @@ def exact_rows(
     Where none is run, one skipped row says why (see `left_out`). The lattice needs sums that stay exact in the dtype,
     the wide one sums well beyond them in a 16-bit dtype, and isolation at least two partitions. Where a mode casts, the
     dtype is the one that it computes in: a cast leaves such integers alone.
-
-    Args:
-        subject: supports the case in this dtype.
-        case: the shape.
-        inputs: drawn for the case.
-        where: the fields of a row that say which cell it belongs to.
-        seed: of the integers.
     """
     where = {**where, "kind": "exact"}
     reason = left_out(subject, case, inputs)

@@ -117,14 +117,6 @@ def draw_inputs(case: Case, dtype: str, seed: int = 0) -> Inputs:
 
     The draw is made in float64 and rounded once, so that the same case and seed give the same real numbers, up to that
     rounding, in every dtype. W is scaled by `1 / sqrt(i)` so that y is of order one at any size.
-
-    Args:
-        case: the shape.
-        dtype: `float64`, `float32`, `bfloat16` or `float16`.
-        seed: any non-negative integer.
-
-    Returns:
-        The inputs, as NumPy arrays of the storage dtype.
     """
     rng = _generator(case, seed)
     target = numpy_dtype(dtype)
@@ -148,12 +140,6 @@ def draw_lattice(case: Case, dtype: str, seed: int = 0, limit: int = 3) -> Input
 
     While the sums stay at or below the format's largest exact integer, every correct implementation, whatever its order
     of summation, returns the same bits as the oracle.
-
-    Args:
-        case: the shape.
-        dtype: a storage dtype.
-        seed: any non-negative integer.
-        limit: largest magnitude.
     """
     rng = _generator(case, seed + 1_000_003)
     target = numpy_dtype(dtype)

@@ -82,14 +82,7 @@ def _worse(first: TensorResult, second: TensorResult) -> bool:
 
 
 def observed_class(judgement: Judgement, inputs: Inputs, truth: Reference, precision: str | None = None) -> str:
-    """Name the precision class that the error shows, see `observed_precision`; empty for a mode that casts.
-
-    Args:
-        judgement: of a subject on these inputs.
-        inputs: its inputs.
-        truth: the oracle's tensors for these inputs.
-        precision: asked for in place of that of the dtype.
-    """
+    """Name the precision class that the error shows, see `observed_precision`; empty for a mode that casts."""
     if judgement.arithmetic.gradients_in is not None:
         return ""
     # No class of a dtype is stricter than its own: what keeps that bound need not be judged again.
@@ -137,15 +130,7 @@ def pair_rows(
     case: Case,
     command: Callable[..., str],
 ) -> Iterator[ParityRow]:
-    """Compare every two subjects that belong together, within the sum of their bounds.
-
-    Args:
-        judged: the subjects that ran the case, with their results.
-        truth: the oracle's tensors.
-        dtype: storage dtype.
-        case: the shape.
-        command: returns the command that repeats the row of two subjects.
-    """
+    """Compare every two subjects that belong together, within the sum of their bounds."""
     # The same for many pairs, and dearer than a comparison.
     limits: dict[tuple[Arithmetic, Arithmetic], dict[str, np.ndarray]] = {}
     for first, first_judgement in judged:

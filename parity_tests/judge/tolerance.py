@@ -130,8 +130,6 @@ def declared_arithmetic(precision: str) -> Arithmetic:
     Two choices stay open: the bias may be added after the product was rounded, and subnormals of formats other than
     fp16 may be flushed. Probes of the device close them, see `fingerprint.entitlement`.
 
-    Args:
-        precision: `fp64`, `ieee_fp32`, `tf32`, `bf16` or `fp16`.
 
     Raises:
         ValueError: for another name.

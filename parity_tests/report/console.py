@@ -76,8 +76,7 @@ class Interruption:
 def interruptible(*, polled: bool = False) -> Iterator[Interruption]:
     """Let the first Ctrl-C or SIGTERM end the work in order: KeyboardInterrupt is raised once, later ones are ignored.
 
-    Args:
-        polled: the first one is only remembered, for `until_asked`; a second one raises.
+    With `polled`, the first one is only remembered, for `until_asked`; a second one raises.
     """
     interruption = Interruption(polled=polled)
     # Only the main thread may set a handler, and only it is interrupted.
@@ -120,13 +119,7 @@ class PlainConsole(Console):
 
 
 def run_application(application: Callable[..., Any], name: str, *, failed: int = 2) -> None:
-    """Run a command line; one that cannot write to its terminal or pipe ends with a sentence and no traceback.
-
-    Args:
-        application: of typer; ends with SystemExit.
-        name: as it is called, `python -m ...`.
-        failed: exit status if the terminal or pipe takes nothing.
-    """
+    """Run a command line; one that cannot write to its terminal or pipe ends with a sentence and no traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Where a terminal or a pipe cannot show a character, its escape is better than an exception.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -74,10 +74,7 @@ def legend() -> str:
 def heatmap(title: str, lines: Sequence[str], blocks: Sequence[Block]) -> str:
     """Draw named lines against one or more blocks of columns, side by side.
 
-    Args:
-        title: below which it stands; read out as well.
-        lines: names from top to bottom.
-        blocks: those without columns are left out.
+    Blocks without columns are left out.
     """
     blocks = [block for block in blocks if block.columns]
     side, gap = 17, 14

@@ -113,9 +113,7 @@ def _case(row: ParityRow) -> ElementTree.Element:
 def junit_document(rows: Sequence[ParityRow], stopped: str = "") -> str:
     """Return a JUnit document with one case a row: failures with their reason and the command that reproduces them.
 
-    Args:
-        rows: of a parity run or a pair's report.
-        stopped: why the run did not come to its end; becomes a case of its own, with an error.
+    `stopped` says why the run did not come to its end; it becomes a case of its own, with an error.
     """
     summary = summarize(rows)
     counts = {

@@ -128,14 +128,7 @@ def climb(
 ) -> LadderReport:
     """Climb until a rung fails.
 
-    Args:
-        sides: two frameworks; the first one's optimiser is trusted when a cause is sought.
-        inputs: for the lower rungs.
-        task: for the upper rungs.
-        spec: the optimiser.
-        optimizer: its name.
-        steps: K.
-        members: size of the noise ensemble of the top rung.
+    The first side's optimiser is trusted when a cause is sought.
 
     Raises:
         ValueError: unless there are two sides.

@@ -41,14 +41,7 @@ class TrainingRows:
 
 
 def training_rows(task_name: str, optimizer: str, steps: int = STEPS, members: int = 12) -> TrainingRows:
-    """Climb the ladder with torch and JAX; return a row for each rung and for each criterion of the top rung.
-
-    Args:
-        task_name: a name of `TASKS`.
-        optimizer: a name of `OPTIMIZERS`.
-        steps: K.
-        members: size of the noise ensemble.
-    """
+    """Climb the ladder with torch and JAX; return a row for each rung and for each criterion of the top rung."""
     sides = [load_side(framework) for framework in FRAMEWORKS]
     report = climb(
         sides, draw_inputs(CASE, "float32"), TASKS[task_name](), OPTIMIZERS[optimizer], optimizer, steps, members

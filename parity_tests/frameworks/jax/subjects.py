@@ -1,9 +1,8 @@
 """Run JAX subjects: the table's implementations through the public function, and the nnx and linen layers."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,13 +18,6 @@ from jax_impl.registry import IMPLEMENTATIONS, unsupported_reason
 from parity_tests.frameworks.jax.modes import EXECUTIONS, Function, mode_reason, placement
 from parity_tests.judge.inputs import Case, Inputs, Layout
 from parity_tests.judge.subjects import DEFAULT_MODES, MODES, check_precision
-
-
-@contextlib.contextmanager
-def _double_precision_if(needed: bool) -> Iterator[None]:
-    """Allow float64 arrays within a context: a global switch would change the dtypes of other code."""
-    with jax.enable_x64(needed):
-        yield
 
 
 @dataclass(frozen=True)
@@ -68,13 +60,14 @@ class JaxSubject:
 
     def forward(self, inputs: Inputs) -> np.ndarray:
         """Return y."""
-        with _double_precision_if(inputs.dtype == "float64"):
+        # A context: a global switch would change the dtypes of other code.
+        with jax.enable_x64(inputs.dtype == "float64"):
             x, parameters = self._arguments(inputs)
             return np.asarray(_forward(self.function, inputs.layout, self.mode)(x, *parameters))
 
     def vjp(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """Return y, dx, dweight and dbias."""
-        with _double_precision_if(inputs.dtype == "float64"):
+        with jax.enable_x64(inputs.dtype == "float64"):
             x, parameters = self._arguments(inputs)
             cotangent = self._put(inputs.cotangent, inputs.cotangent.ndim - 2)
             y, gradients = _vjp(self.function, inputs.layout, self.mode)(cotangent, x, *parameters)
@@ -158,7 +151,7 @@ def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Put canonical arrays into the layer and take them out again."""
     n, i, o = arrays["weight"].shape
     dtype = arrays["weight"].dtype
-    with _double_precision_if(dtype == np.float64):
+    with jax.enable_x64(dtype == np.float64):
         layer = PartitionedLinear(n, i, o, use_bias="bias" in arrays, param_dtype=dtype, rngs=nnx.Rngs(0))
         import_parameters(layer, dict(arrays))
         return export_parameters(layer)
@@ -217,15 +210,7 @@ LAYERS = ("layer", "linen")
 
 
 def initial_weight(layer: str, init: str, sizes: tuple[int, int, int], dtype: str, seed: int) -> np.ndarray:
-    """Return the kernel `(n, in, out)` that a new layer drew.
-
-    Args:
-        layer: a name of `LAYERS`.
-        init: `torch` or `flax`.
-        sizes: n, in, out.
-        dtype: of the parameters.
-        seed: of the generator.
-    """
+    """Return the kernel `(n, in, out)` that a new layer drew."""
     n, i, o = sizes
     number = jnp.dtype(dtype)
     if layer == "layer":

@@ -198,11 +198,12 @@ def serve(channel: Channel, alone: Mapping[str, Subject], rank: int, size: int, 
             meshes[shards] = DeviceMesh("cpu", torch.arange(shards))
         if rank >= shards:
             continue
-        arrays = {"bias": None} | _unpacked(task["payload"])
-        inputs = Inputs(**arrays, dtype=task["dtype"], layout=task["layout"])
+        found = _unpacked(task["payload"])
+        arrays = (found["x"], found["weight"], found.get("bias"), found["cotangent"])
+        inputs = Inputs(*arrays, task["dtype"], task["layout"])
         try:
-            found = _evaluate(meshes[shards], task["implementation"], inputs, task["gradients"], alone)
-            message, payload = {}, _packed(found)
+            results = _evaluate(meshes[shards], task["implementation"], inputs, task["gradients"], alone)
+            message, payload = {}, _packed(results)
         except Exception as error:
             message, payload = {"error": f"{type(error).__name__}: {error}"}, None
         if rank == 0:

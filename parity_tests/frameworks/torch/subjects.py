@@ -187,12 +187,7 @@ LAYERS: dict[str, type[PartitionedLinear] | type[MaskedPartitionedLinear]] = {
 def initial_weight(layer: str, init: str, sizes: tuple[int, int, int], dtype: str, seed: int) -> np.ndarray:
     """Return the weight `(n, in, out)` that a new layer drew.
 
-    Args:
-        layer: a name of `LAYERS`.
-        init: `torch` or `flax`.
-        sizes: n, in, out.
-        dtype: of the parameters.
-        seed: of the generator, whose state is restored.
+    The generator's state is restored.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
