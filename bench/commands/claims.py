@@ -17,7 +17,7 @@ from bench.report.tables import wide_console
 from bench.report.text import ratio
 from bench.study.claim_results import ClaimResult, claim_results
 from bench.study.process_spread import seen_spreads
-from parity_tests.report.console import interruptible
+from parity_tests.report.interruption import interruptible
 
 
 def _show(results: list[ClaimResult]) -> None:

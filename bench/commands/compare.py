@@ -21,7 +21,8 @@ from bench.study.measured_cells import Measured, measured_cells
 from bench.study.overall import Overall
 from bench.study.process_spread import seen_spreads
 from bench.study.statistics import SAME, UNRESOLVED
-from parity_tests.report.console import PlainConsole, interruptible
+from parity_tests.report.console import PlainConsole
+from parity_tests.report.interruption import interruptible
 
 # Cells of one run alone whose titles are printed; --json has them all.
 NAMED = 3

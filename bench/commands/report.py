@@ -22,7 +22,7 @@ from bench.report.tables import show_frameworks, show_rankings, wide_console
 from bench.report.text import resolution_line, summary_line
 from bench.report.winner_map import save_winner_map
 from bench.study.results import Results, read_results
-from parity_tests.report.console import interruptible
+from parity_tests.report.interruption import interruptible
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ from bench.report.tables import show_frameworks, show_rankings, wide_console
 from bench.report.text import resolution_line, summary_line
 from bench.store import Store, sole_writer
 from bench.study.results import Results, read_results
-from parity_tests.report.console import Interruption, PlainConsole, interruptible
+from parity_tests.report.console import PlainConsole
+from parity_tests.report.interruption import Interruption, interruptible
 from parity_tests.report.text import printable
 
 

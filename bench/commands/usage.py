@@ -4,8 +4,9 @@ import shutil
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from parity_tests.report.console import INTERRUPTED, PlainConsole
+from parity_tests.report.console import PlainConsole
 from parity_tests.report.files import OutputError, check_output
+from parity_tests.report.interruption import INTERRUPTED
 
 __all__ = ["FAILED", "INTERRUPTED", "OK", "USAGE", "UsageError", "check_choices", "check_interpreters"]
 __all__ += ["check_writable", "complain", "cut_short", "tell", "tell_damage"]

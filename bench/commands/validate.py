@@ -9,7 +9,8 @@ from bench.record_files import compress, records_file
 from bench.report.output import OutputError, write_csv, write_json
 from bench.store import sole_writer
 from bench.study.validation import Count, violations
-from parity_tests.report.console import PlainConsole, interruptible
+from parity_tests.report.console import PlainConsole
+from parity_tests.report.interruption import interruptible
 
 
 def validate_command(

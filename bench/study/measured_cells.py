@@ -11,7 +11,7 @@ from bench.study.identity import Identity, identity
 from bench.study.pairing import Spread, by_label, log_latencies, paired, spreads_of
 from bench.study.process_spread import ProcessSpread
 from bench.study.ranking import Ranking, rank_cells
-from parity_tests.report.console import Interruption
+from parity_tests.report.interruption import Interruption
 
 
 @dataclass(frozen=True)

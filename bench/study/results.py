@@ -11,7 +11,7 @@ from bench.environments import device_name
 from bench.records import Record
 from bench.study.archive_ranking import ranked_archive
 from bench.study.ranking import Ranking, rankings, tally
-from parity_tests.report.console import Interruption
+from parity_tests.report.interruption import Interruption
 
 
 @dataclass(frozen=True)

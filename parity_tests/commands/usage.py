@@ -20,8 +20,9 @@ from parity_tests.judge.subjects import (
     load_subjects,
     modes_of,
 )
-from parity_tests.report.console import INTERRUPTED, PlainConsole
+from parity_tests.report.console import PlainConsole
 from parity_tests.report.files import OutputError, check_output
+from parity_tests.report.interruption import INTERRUPTED
 
 DEVICES = ("auto", "cpu", "cuda")
 # How products of fp32 arrays may be computed; every other dtype has one precision.
