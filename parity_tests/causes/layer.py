@@ -31,9 +31,9 @@ class Evidence:
 
     Attributes:
         name: of the tensor.
-        value: what the subject returned.
+        value: as the subject returned it.
         truth: the oracle's tensor.
-        arithmetic: what the subject was entitled to.
+        arithmetic: of the bound.
         zero_mean: True if the oracle's data allow tier T3.
     """
 
@@ -177,7 +177,7 @@ def coarse_sums(evidence: Evidence) -> str | None:
 
 UNEXPLAINED = "none of the known mistakes explains it"
 _GRADIENTS = {"dx": "gradient of x", "dweight": "gradient of the weight", "dbias": "gradient of the bias"}
-# What each tensor is computed from: a mistake in anything else does not touch it.
+# The operands of each tensor: a mistake in any other does not touch it.
 _OPERANDS_OF = {
     "y": ("x", "weight", "bias"),
     "dx": ("cotangent", "weight"),
@@ -275,7 +275,7 @@ def _explained(whole: Evidence, changed: Inputs, original: Inputs) -> Evidence |
 def _rounded_operands(evidence: Evidence, inputs: Inputs) -> str | None:
     """Name operands that lost bits on their way into the product, if shortened operands explain the errors."""
     before = float(np.sqrt(np.mean(evidence.error.astype(np.float64) ** 2)))
-    # What rounds its operands is a tensor core more often than not, and those chop their sums.
+    # Rounded operands point to a tensor core, which chops its sums.
     chopping = dataclasses.replace(evidence, arithmetic=dataclasses.replace(evidence.arithmetic, truncates=True))
     for name, bits in _SHORTER:
         for nearest in (True, False):

@@ -144,7 +144,7 @@ def run(options: Options) -> int:
                 nonlocal begun
                 interruption.check()
                 beat(f"{begun} of {total} cells; now {label}")
-                # What is announced has begun, and what was announced before it is finished.
+                # An announced cell has begun, and the ones before it are finished.
                 progress.update(task, description=printable(label), completed=begun)
                 begun += 1
 

@@ -25,7 +25,7 @@ from parity_tests.report.files import OutputError, check_output
 from parity_tests.report.interruption import INTERRUPTED
 
 DEVICES = ("auto", "cpu", "cuda")
-# How products of fp32 arrays may be computed; every other dtype has one precision.
+# Precisions of products of fp32 arrays; every other dtype has one.
 FP32_PRECISIONS = ("ieee_fp32", "tf32")
 HOLDS, FAILED, WRONG_USAGE = 0, 1, 2
 # In a pipe or a log there is no terminal to fit into: 80 columns would cut names until they cannot be told apart.

@@ -109,7 +109,7 @@ class InitialDefect:
     """One way for an initialiser to be wrong.
 
     Attributes:
-        name: what was planted.
+        name: the planted mistake.
         spoil: turns the draws of the healthy initialiser, `(n, in, out)`, into those of the wrong one.
         cause: must be in the answer of `initialization_cause`.
     """

@@ -33,7 +33,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_TIMEOUT_S = 300.0
 # A Python greets before it imports anything but the standard library: minutes are for what comes after.
 GREETING_S = 60.0
-# What start-up files may print before.
+# Limits of what start-up files may print before.
 _MOST_LINES, _MOST_LINE_BYTES = 1000, 2**16
 
 
@@ -41,7 +41,7 @@ class Interpreter:
     """Start `python -m parity_tests.interpreters target argument ...`; use as a context, which ends it.
 
     Args:
-        target: a module whose `main(channel, *arguments)` is to run, see `child`.
+        target: a module whose `main(channel, *arguments)` is to run; `channel` is a `Channel`.
         arguments: its own.
         who: the child as the subject of a sentence: "the torch interpreter".
         python: the interpreter; None for this one.

@@ -135,7 +135,7 @@ def take_fingerprint(subject: Subject, dtype: str) -> Fingerprint:
     flushed = y({0: halves}, {0: tiny / halves * 2}) == 0.0
 
     def loses_partial_sums() -> bool:
-        # Sixteen products, each a sixteenth of the smallest normal: what keeps them sums them up to just that.
+        # Sixteen products, each a sixteenth of the smallest normal: without flushing they sum up to just that.
         whole = FORMATS[declared_arithmetic(PRECISION_OF_DTYPE[dtype]).accumulator].smallest_normal
         root = float(2.0 ** (np.log2(whole / _WIDTH) // 2))
         other = whole / _WIDTH / root
@@ -167,7 +167,7 @@ def _fusion_terms(dtype: str) -> tuple[float, float, float]:
 def fuses_bias(subject: Subject, case: Case, dtype: str, forward: bool = True) -> bool:
     """Return True if every element of y shows a fused bias, in the very shape and layout of a case.
 
-    Libraries choose a kernel by the shape: what the fingerprint's own shape shows need not hold for another.
+    Libraries choose a kernel by the shape, so that the fingerprint's own shape says nothing about another.
     """
     factor, bias, remainder = _fusion_terms(dtype)
     target, n = numpy_dtype(dtype), case.num_partitions
@@ -247,7 +247,7 @@ def entitlement(
     """Return the arithmetic that chooses the bound of a subject on these inputs.
 
     Args:
-        subject: what is judged.
+        subject: the one to judge.
         inputs: their dtype, shapes and layout count, their numbers do not.
         forward: a call without gradients is judged as well.
         precision: asked for in place of the one that the storage dtype promises, see `arithmetic_of`.

@@ -22,8 +22,8 @@ class Case:
         num_partitions: `n`.
         in_features: `i`, per partition.
         out_features: `o`, per partition.
-        bias: whether `b` is there.
-        layout: how x lies in memory: `contiguous`; `strided` (every second row of a larger buffer whose other rows
+        bias: True if there is a `b`.
+        layout: of x in memory: `contiguous`; `strided` (every second row of a larger buffer whose other rows
             are NaN); `transposed` (features before partitions, as in the time-series layout `[B, L, C]`).
     """
 
@@ -94,7 +94,7 @@ class Inputs:
         bias: `(n, o)` or None.
         cotangent: `(..., n, o)`: the random `dy` of the vector-Jacobian product.
         dtype: canonical name of the storage dtype.
-        layout: how a subject must lay x out in memory; the values are the same.
+        layout: in which a subject must lay out x in memory; the values are the same.
         zero_mean: True if the harness drew every array from zero-mean distributions (tier T3 needs it).
     """
 

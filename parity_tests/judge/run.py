@@ -85,7 +85,7 @@ def observed_class(judgement: Judgement, inputs: Inputs, truth: Reference, preci
     """Name the precision class that the error shows, see `observed_precision`; empty for a mode that casts."""
     if judgement.arithmetic.gradients_in is not None:
         return ""
-    # No class of a dtype is stricter than its own: what keeps that bound need not be judged again.
+    # No class of a dtype is stricter than its own: within that bound, nothing is judged again.
     if precision is None and all(result.status == "ok" for result in judgement.results):
         return PRECISION_OF_DTYPE[inputs.dtype]
     return observed_precision(judgement.outputs, truth, inputs.dtype)

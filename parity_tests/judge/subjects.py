@@ -28,8 +28,8 @@ class Mode:
 
     Attributes:
         name: short and unique.
-        frameworks: those that have it.
-        sentence: what it does.
+        frameworks: that have it.
+        sentence: one line for help and reports.
         cases: the set of cases that it runs under `--cases full` where it is not its framework's default; a mode that
             was asked for by name runs the set that was asked for.
         dtypes: storage dtypes for which it is another program than the default.
@@ -86,7 +86,7 @@ def arithmetic_of(mode: str, dtype: str, representable: bool = False, precision:
         mode: a name of `MODES`.
         dtype: storage dtype of the inputs.
         representable: the inputs come from `as_cast`, so that the cast rounds nothing.
-        precision: what a user asked for in place of fp32's own, `tf32`; other dtypes keep their promise.
+        precision: `tf32` in place of fp32's own; other dtypes keep their promise.
     """
     cast = MODES[mode].computes_in
     if cast is None:
@@ -157,7 +157,7 @@ class Subject(Protocol):
     Attributes:
         framework: `torch` or `jax`.
         implementation: a name of the framework's table, or the name of a layer class's subject.
-        mode: a name of `modes.MODES`: how calls are run.
+        mode: the way in which calls are run, a name of `MODES`.
         isolates_partitions: True if a NaN in one partition leaves the others untouched.
     """
 
@@ -221,7 +221,7 @@ def load_subjects(
     Args:
         framework: `torch` or `jax`.
         device: `auto` (a GPU if there is one), `cpu` or `cuda`.
-        modes: of the framework, see `modes.modes_of`; none for its default.
+        modes: of the framework, see `modes_of`; none for its default.
         precision: `tf32` to let products of fp32 arrays round their operands to TF32; None for fp32's own.
 
     Raises:

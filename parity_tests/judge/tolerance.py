@@ -38,7 +38,7 @@ _TRUNCATING_ROUNDOFF = 2.0**-23  # a chopping fp32 accumulator loses up to one u
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a product was computed.
+    """The arithmetic of a product.
 
     Attributes:
         output: format that the result is stored in.
@@ -156,7 +156,7 @@ def bounds(tensor: OracleTensor, arithmetic: Arithmetic, tiers: Sequence[Tier]) 
 
     Args:
         tensor: the oracle's value with its magnitude S, number of terms K and addend.
-        arithmetic: what was used to compute the subject's value.
+        arithmetic: of the subject's value.
         tiers: `T1` (certain), `T2` or `T3` (with false-alarm rate `FALSE_ALARM_RATE`).
 
     Returns:

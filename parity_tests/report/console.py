@@ -143,7 +143,7 @@ def print_report(console: PlainConsole, rows: Sequence[ParityRow], summary: Summ
         if row.status == "skipped":
             skipped[row.reason][f"{row.framework} {row.implementation} {row.dtype}"] += 1
     for reason, who in skipped.items():
-        # One line a reason: what holds for all subjects would bury the result.
+        # One line a reason: a line a subject would bury the result.
         more = f" and {len(who) - _NAMED} more" if len(who) > _NAMED else ""
         names = ", ".join(list(who)[:_NAMED]) + more
         console.print(f"skipped {who.total()} x {names}: {reason}", style="dim")

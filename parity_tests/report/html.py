@@ -300,7 +300,7 @@ def html_document(
         training: curves to draw.
         title: of the page.
         notes: sentences beside the skipped cells.
-        cells_left: how many cells an interrupted run did not come to.
+        cells_left: number of cells that an interrupted run did not come to.
         stopped: True if the run did not come to its end; the notes say why.
     """
     summary = summarize(rows)

@@ -127,7 +127,7 @@ def not_vacuous(
 
 
 def moments_agree(double: Mapping[str, Trajectory], single: Mapping[str, Trajectory], spec: OptimizerSpec) -> Criterion:
-    """Judge criterion 6 for moments: those that the optimiser needs, on both sides, within the limit of criterion 1."""
+    """Judge criterion 6 for moments: both sides keep those of the optimiser, within the limit of criterion 1."""
     first, second = double.values()
     differing = sorted(first.moments.keys() ^ second.moments.keys())
     if differing:

@@ -101,7 +101,7 @@ def _computation(sides: Sequence[LadderSide], inputs: Inputs) -> Iterator[Rung]:
 
 def _one_step(sides: Sequence[LadderSide], task: TrainingTask, spec: OptimizerSpec) -> Rung:
     trusted, other = (side.training for side in sides)
-    # Both sides are fed the same gradient: what differs after the step is the optimiser.
+    # Both sides are fed the same gradient, so that only the optimiser can make a difference.
     start = trusted.gradients(task, task.parameters, 0, "float64").gradients
     first = [trusted.replay(task.parameters, spec, [start], dtype).states for dtype in ("float64", "float32")]
     second = other.replay(task.parameters, spec, [start], "float64").states

@@ -178,7 +178,7 @@ def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | N
     """Return every JAX subject, in every mode that is asked for; in the default mode if none is."""
     target = resolve_device(device)
     check_precision(precision, has_tf32=target.platform == "gpu")
-    # HIGHEST: what is judged is the formulation, not the device's default of rounding fp32 operands to TF32. For TF32
+    # HIGHEST: the formulation is judged, not the device's default of rounding fp32 operands to TF32. For TF32
     # that default and no preset: convolutions take none.
     product = jax.lax.Precision.DEFAULT if precision == "tf32" else jax.lax.Precision.HIGHEST
     found = []

@@ -88,7 +88,7 @@ def step_counts(state: Any) -> set[int]:
 
 
 Arrays = dict[str, jax.Array]
-# By layer: what is added to its input and to its output.
+# Added, by layer, to its input and to its output.
 Offsets = dict[str, tuple[jax.Array, jax.Array]]
 
 

@@ -57,7 +57,7 @@ def _mapped(prepare: Prepare) -> Prepare:
         def ensemble(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
             own = x.unflatten(-2, (len(members), x.shape[-2] // len(members))).movedim(-3, 0)
             with warnings.catch_warnings():
-                # What has no rule of its own is mapped by a loop: slower, and as much a result as any other.
+                # Operations without a rule of their own are mapped by a loop: slower, with the same result.
                 warnings.filterwarnings("ignore", ".*performance drop because we have not yet implemented", UserWarning)
                 y = torch.func.vmap(function)(own, *parameters)
             return y.movedim(0, -3).flatten(-3, -2)
