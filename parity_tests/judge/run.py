@@ -18,6 +18,15 @@ from parity_tests.judge.subjects import COUNTERPARTS, DEFAULT_MODES, Subject, as
 from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic
 from parity_tests.report.text import raised
 
+Included = Callable[[Subject, Case], bool]
+# One product over all features at once holds n * n blocks; beyond this many entries it takes some gigabytes for
+# each of the weight, its mask, their product and the gradients, and the zeros say nothing new about the arithmetic.
+_DENSE = ("masked", "masked_layer")
+_MOST_DENSE_ENTRIES = 2**27
+
+
+# --- one subject ---
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -91,6 +100,9 @@ def observed_class(judgement: Judgement, inputs: Inputs, truth: Reference, preci
     return observed_precision(judgement.outputs, truth, inputs.dtype)
 
 
+# --- pairs of subjects ---
+
+
 def command_of(dtype: str, case: str, seed: int, device: str, precision: str | None, *subjects: Subject) -> str:
     """Return the command that repeats a row, with mode, device and precision only where they are not the default."""
     frameworks = dict.fromkeys(subject.framework for subject in subjects)
@@ -161,30 +173,20 @@ def pair_rows(
                 yield row_from_result(result, **where)
 
 
-# One product over all features at once holds n * n blocks; beyond this many entries it takes some gigabytes for
-# each of the weight, its mask, their product and the gradients, and the zeros say nothing new about the arithmetic.
-_DENSE = ("masked", "masked_layer")
-_MOST_DENSE_ENTRIES = 2**27
+# --- cells ---
 
 
-class _Defaults:
-    """Find each implementation in its default mode, whose fingerprint tells how a device treats subnormals."""
+def _in_default_mode(subject: Subject, known: dict[str, dict[str, Subject]], device: str) -> Subject | None:
+    """Return the subject in its default mode: itself, one that was given, or one that is loaded.
 
-    def __init__(self, subjects: Sequence[Subject], device: str):
-        self._device = device
-        self._known: dict[str, dict[str, Subject]] = {}
-        for subject in subjects:
-            if subject.mode == DEFAULT_MODES[subject.framework]:
-                self._known.setdefault(subject.framework, {})[subject.implementation] = subject
-
-    def of(self, subject: Subject) -> Subject | None:
-        """Return the subject in its default mode: itself, one that was given, or one that is loaded."""
-        if subject.mode == DEFAULT_MODES[subject.framework]:
-            return subject
-        if subject.framework not in self._known:
-            loaded = load_subjects(subject.framework, self._device)
-            self._known[subject.framework] = {other.implementation: other for other in loaded}
-        return self._known[subject.framework].get(subject.implementation)
+    Its fingerprint tells how a device treats subnormals.
+    """
+    if subject.mode == DEFAULT_MODES[subject.framework]:
+        return subject
+    if subject.framework not in known:
+        loaded = load_subjects(subject.framework, device)
+        known[subject.framework] = {other.implementation: other for other in loaded}
+    return known[subject.framework].get(subject.implementation)
 
 
 def too_dense(subject: Subject, case: Case) -> str | None:
@@ -196,9 +198,6 @@ def too_dense(subject: Subject, case: Case) -> str | None:
         f"{subject.implementation} multiplies by one dense matrix (n * out, n * in) = {shape}, more than the "
         f"{_MOST_DENSE_ENTRIES} entries that are compared; its arithmetic is judged on the smaller cases."
     )
-
-
-Included = Callable[[Subject, Case], bool]
 
 
 def _every(subject: Subject, case: Case) -> bool:
@@ -238,7 +237,10 @@ def run_cells(
         precision: asked for in place of fp32's own, see `entitlement`.
         exact: run the checks that need no tolerance as well, see `exact_rows`.
     """
-    defaults = _Defaults(subjects, device)
+    defaults: dict[str, dict[str, Subject]] = {}
+    for subject in subjects:
+        if subject.mode == DEFAULT_MODES[subject.framework]:
+            defaults.setdefault(subject.framework, {})[subject.implementation] = subject
     for dtype in dtypes:
         for case in cases:
             chosen = [subject for subject in subjects if included(subject, case)]
@@ -264,7 +266,7 @@ def run_cells(
                 # Whatever one call raises must not cost the rows of all others.
                 try:
                     fingerprint = fingerprint_of(subject, dtype)
-                    measured = defaults.of(subject)
+                    measured = _in_default_mode(subject, defaults, device)
                     judgement = judge(subject, inputs, truth, precision=precision, measured=measured)
                     observed = observed_class(judgement, inputs, truth, precision)
                     exact_found = list(exact_rows(subject, case, inputs, where, seed)) if exact else []
