@@ -1,9 +1,11 @@
 """Describe and draw what a subject is judged with: cases, which are shapes, and seeded numbers."""
 
+import dataclasses
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -105,6 +107,21 @@ class Inputs:
     dtype: str
     layout: Layout = "contiguous"
     zero_mean: bool = True
+
+    def changed(self, change: Callable[[np.ndarray, int], np.ndarray], **fields: Any) -> Self:
+        """Return inputs with each array changed; `change` gets an array and the axis of its partitions."""
+        return dataclasses.replace(
+            self,
+            x=change(self.x, self.x.ndim - 2),
+            weight=change(self.weight, 0),
+            bias=None if self.bias is None else change(self.bias, 0),
+            cotangent=change(self.cotangent, self.cotangent.ndim - 2),
+            **fields,
+        )
+
+    def partitions(self, chosen: np.ndarray | range) -> Self:
+        """Return the inputs of some partitions, in the given order."""
+        return self.changed(lambda array, axis: np.take(array, np.asarray(chosen), axis))
 
 
 def _generator(case: Case, seed: int) -> np.random.Generator:

@@ -19,6 +19,7 @@ from parity_tests.judge.dtypes import STORAGE_DTYPES, numpy_dtype
 from parity_tests.judge.inputs import CASE_SETS, Case, Inputs
 from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, declared_arithmetic
 
+FRAMEWORKS: tuple[str, ...] = ("torch", "jax")
 SHARDS = 8
 
 
@@ -105,16 +106,7 @@ def as_cast(mode: str, inputs: Inputs) -> Inputs | None:
     if cast is None:
         return None
 
-    def rounded(array: np.ndarray) -> np.ndarray:
-        return array.astype(numpy_dtype(cast)).astype(array.dtype)
-
-    return dataclasses.replace(
-        inputs,
-        x=rounded(inputs.x),
-        weight=rounded(inputs.weight),
-        bias=None if inputs.bias is None else rounded(inputs.bias),
-        cotangent=rounded(inputs.cotangent),
-    )
+    return inputs.changed(lambda array, axis: array.astype(numpy_dtype(cast)).astype(array.dtype))
 
 
 def covered(framework: str, mode: str, case: Case) -> bool:
@@ -136,19 +128,7 @@ def split_members(inputs: Inputs) -> Sequence[Inputs]:
     """Split inputs among the members of an ensemble: E layers with n/E partitions are one map with n."""
     n = len(inputs.weight)
     size = n // members_of(n)
-    return [
-        dataclasses.replace(
-            inputs,
-            x=inputs.x[..., start : start + size, :],
-            weight=inputs.weight[start : start + size],
-            bias=None if inputs.bias is None else inputs.bias[start : start + size],
-            cotangent=inputs.cotangent[..., start : start + size, :],
-        )
-        for start in range(0, n, size)
-    ]
-
-
-FRAMEWORKS: tuple[str, ...] = ("torch", "jax")
+    return [inputs.partitions(range(start, start + size)) for start in range(0, n, size)]
 
 
 class Subject(Protocol):

@@ -252,14 +252,7 @@ def _by_itself(mesh: DeviceMesh, subject: Subject, inputs: Inputs, gradients: bo
     """Call the implementation with this process's own partitions, and gather the results."""
     size, rank = mesh.size(), mesh.get_rank()
     share = len(inputs.weight) // size
-    own = slice(rank * share, (rank + 1) * share)
-    mine = dataclasses.replace(
-        inputs,
-        x=inputs.x[..., own, :],
-        weight=inputs.weight[own],
-        bias=None if inputs.bias is None else inputs.bias[own],
-        cotangent=inputs.cotangent[..., own, :],
-    )
+    mine = inputs.partitions(range(rank * share, (rank + 1) * share))
     found = subject.vjp(mine) if gradients else {"y": subject.forward(mine)}
 
     def gathered(name: str, value: np.ndarray) -> np.ndarray:
