@@ -108,6 +108,11 @@ class Inputs:
     layout: Layout = "contiguous"
     zero_mean: bool = True
 
+    @property
+    def parameters(self) -> dict[str, np.ndarray]:
+        """The weight and, if there is one, the bias, by their canonical names."""
+        return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
+
     def changed(self, change: Callable[[np.ndarray, int], np.ndarray], **fields: Any) -> Self:
         """Return inputs with each array changed; `change` gets an array and the axis of its partitions."""
         return dataclasses.replace(

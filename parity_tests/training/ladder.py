@@ -66,7 +66,7 @@ class LadderReport:
 
 
 def _round_trip(sides: Sequence[LadderSide], inputs: Inputs) -> Rung:
-    arrays = {"weight": inputs.weight} | ({} if inputs.bias is None else {"bias": inputs.bias})
+    arrays = inputs.parameters
     travelled: Arrays = arrays
     for side in (*sides, sides[0]):
         travelled = side.round_trip(travelled)

@@ -55,8 +55,9 @@ class JaxSubject:
         # JAX arrays are always dense; the transposed layout is a transposition that the function begins with.
         transposed = inputs.layout == "transposed"
         x = inputs.x.swapaxes(-1, -2) if transposed else inputs.x
-        parameters = [inputs.weight] if inputs.bias is None else [inputs.weight, inputs.bias]
-        return self._put(x, x.ndim - (1 if transposed else 2)), [self._put(array, 0) for array in parameters]
+        return self._put(x, x.ndim - (1 if transposed else 2)), [
+            self._put(array, 0) for array in inputs.parameters.values()
+        ]
 
     def forward(self, inputs: Inputs) -> np.ndarray:
         """Return y."""

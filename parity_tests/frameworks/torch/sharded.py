@@ -231,10 +231,9 @@ def _whole(tensor: torch.Tensor, axis: int, size: int) -> np.ndarray:
 def _sharded(mesh: DeviceMesh, implementation: str, inputs: Inputs, gradients: bool) -> dict[str, np.ndarray]:
     """Run the whole layer on DTensors."""
     n, i, o = inputs.weight.shape
-    arrays = {"weight": inputs.weight} | ({} if inputs.bias is None else {"bias": inputs.bias})
     dtype = to_torch(inputs.weight[:0], _CPU).dtype
     layer = PartitionedLinear(n, i, o, bias=inputs.bias is not None, implementation=implementation, dtype=dtype)
-    import_parameters(layer, arrays)
+    import_parameters(layer, inputs.parameters)
     shard_partitions(layer, mesh)
     x = shard_inputs(lay_out(to_torch(inputs.x, _CPU), inputs.layout), mesh).requires_grad_(gradients)
     size = mesh.size()
