@@ -276,8 +276,10 @@ def run_cells(
                 diagnosis = "; ".join(fingerprint.diagnosis()) if fingerprint else ""
                 judged.append((subject, judgement))
                 for result in judgement.results:
+                    if result.status == "mismatch":
+                        result = with_cause(result, judgement.outputs, inputs, judgement.arithmetic)
                     yield row_from_result(
-                        with_cause(result, judgement.outputs, inputs, judgement.arithmetic),
+                        result,
                         **where,
                         diagnosis=diagnosis,
                         arithmetic=judgement.arithmetic.describe(),
