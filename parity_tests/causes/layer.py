@@ -6,11 +6,12 @@ errors (scaled, truncated, few elements, coarse sums). Only evidence that distin
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from parity_tests.causes.search import first_confirmed
 from parity_tests.judge.comparison import TensorResult, applicable_tiers
 from parity_tests.judge.dtypes import FORMATS
 from parity_tests.judge.inputs import Inputs
@@ -188,11 +189,6 @@ _SAMPLED_ROWS = 16  # of y and dx; they rule out most mistakes
 # The oracle is evaluated once for each mistake that is tried: seconds for a case beyond this many products.
 _MOST_PRODUCTS = 2**25
 Change = Callable[[Inputs], Inputs | None]
-
-
-def first_confirmed(hypotheses: Iterable[tuple[str, Callable[[], bool]]]) -> str:
-    """Try hypotheses, each a sentence and its test, and return the sentence of the first that holds, or nothing."""
-    return next((sentence for sentence, holds in hypotheses if holds()), "")
 
 
 def _with(inputs: Inputs, **arrays: np.ndarray | None) -> Inputs:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from parity_tests.causes.layer import first_confirmed
+from parity_tests.causes.search import first_confirmed
 from parity_tests.training.criteria import SEMANTIC_FACTOR, distance, distances
 from parity_tests.training.optimizers import OptimizerSpec
 from parity_tests.training.tasks import TrainingSubject, TrainingTask
