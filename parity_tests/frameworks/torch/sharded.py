@@ -61,9 +61,13 @@ class _Shards:
         self.size = size
         store = str(Path(_folder().name) / f"store-{uuid.uuid4().hex}")
         self._children: list[Interpreter] = []
-        for rank in range(size):
-            arguments, who = [str(rank), str(size), store], f"process {rank} of {size}"
-            self._children.append(Interpreter(_CHILD, arguments, who=who, timeout_s=_TIMEOUT_S))
+        try:
+            for rank in range(size):
+                arguments, who = [str(rank), str(size), store], f"process {rank} of {size}"
+                self._children.append(Interpreter(_CHILD, arguments, who=who, timeout_s=_TIMEOUT_S))
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, message: dict[str, Any], payload: bytes) -> dict[str, np.ndarray]:
         """Send a task to every process and return the answer of the first one.
@@ -81,6 +85,7 @@ class _Shards:
             close_shards()
             raise RuntimeError(f"shards: expected an answer, but {error}.") from None
         if "error" in answer:
+            close_shards()  # the other processes may still wait for the one that failed
             raise RuntimeError(f"shards: expected tensors, got the error {answer['error']}")
         return _unpacked(answer["payload"])
 
