@@ -176,6 +176,8 @@ def coarse_sums(evidence: Evidence) -> str | None:
     return None
 
 
+# --- mistakes that are tried ---
+
 UNEXPLAINED = "none of the known mistakes explains it"
 _GRADIENTS = {"dx": "gradient of x", "dweight": "gradient of the weight", "dbias": "gradient of the bias"}
 # The operands of each tensor: a mistake in any other does not touch it.

@@ -97,6 +97,8 @@ def initialization_cause(draws: np.ndarray, expected: Distribution) -> str:
     return faults[0]
 
 
+# --- the defects ---
+
 # Sixteen partitions of two thousand numbers: enough that a std half or twice what it should be cannot be chance.
 NUM_PARTITIONS, IN_FEATURES, OUT_FEATURES = 16, 64, 32
 DISTRIBUTIONS = {"torch": torch_distribution, "flax": flax_distribution}

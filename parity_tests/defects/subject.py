@@ -121,6 +121,9 @@ def observe(defect: Defect, subject: Subject, dtype: str, seed: int = 0) -> Kill
     return Killing(spoiled.killed and healthy, spoiled.cause)
 
 
+# --- the defects ---
+
+
 def _on_inputs(change: Callable[[Inputs], Mapping[str, np.ndarray | None]]) -> Spoil:
     return lambda subject, inputs: subject.vjp(dataclasses.replace(inputs, **change(inputs)))
 

@@ -162,6 +162,9 @@ def _decoded(line: bytes) -> dict[str, Any] | None:
     return message if isinstance(message, dict) else None
 
 
+# --- the child's end ---
+
+
 def _moved(descriptor: int) -> int:
     import fcntl  # where a parent only imports this module, there may be none
 

@@ -122,6 +122,8 @@ def check_isolation(
     return Isolation(isolated, tuple(name for name in dirty if not shows(name)))
 
 
+# --- the checks as rows of a run ---
+
 # The numbers say nothing new on a larger array, and every check is a few calls more.
 _MOST_ENTRIES = 2**20
 _DEAR_MODES = {

@@ -207,6 +207,8 @@ def observed_precision(outputs: Mapping[str, np.ndarray], reference: Reference, 
     return "lower"
 
 
+# --- entitlement ---
+
 _PROBE_CASE = Case("fingerprint", (1,), 3, 16, 16)
 # Of a wider result the probe sees a fused multiply-add, which is no more exact than the order of summation leaves open.
 _FUSION_MATTERS = ("bfloat16", "float16")

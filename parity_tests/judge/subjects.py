@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, declare
 
 FRAMEWORKS: tuple[str, ...] = ("torch", "jax")
 SHARDS = 8
+
+
+# --- modes ---
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ _TABLE = (
 )
 MODES: Mapping[str, Mode] = MappingProxyType({mode.name: mode for mode in _TABLE})
 DEFAULT_MODES: Mapping[str, str] = MappingProxyType({"torch": "eager", "jax": "jit"})
-# Which torch mode is compared with which JAX mode.
+# Modes of torch and JAX that are compared with each other.
 COUNTERPARTS: tuple[tuple[str, str], ...] = (
     ("eager", "jit"),
     ("compile", "jit"),
@@ -105,7 +108,6 @@ def as_cast(mode: str, inputs: Inputs) -> Inputs | None:
     cast = MODES[mode].computes_in
     if cast is None:
         return None
-
     return inputs.changed(lambda array, axis: array.astype(numpy_dtype(cast)).astype(array.dtype))
 
 
@@ -129,6 +131,9 @@ def split_members(inputs: Inputs) -> Sequence[Inputs]:
     n = len(inputs.weight)
     size = n // members_of(n)
     return [inputs.partitions(range(start, start + size)) for start in range(0, n, size)]
+
+
+# --- subjects ---
 
 
 class Subject(Protocol):
@@ -208,13 +213,9 @@ def load_subjects(
         ValueError: for another framework, a device that is not there, or TF32 on a CPU.
         ImportError: if the framework is not installed.
     """
-    return _subjects_of(framework).subjects(device, modes, precision)
-
-
-def _subjects_of(framework: str) -> Any:
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework: expected one of {', '.join(FRAMEWORKS)}, got {framework!r}; choose one of these.")
-    return importlib.import_module(f"parity_tests.frameworks.{framework}.subjects")
+    return importlib.import_module(f"parity_tests.frameworks.{framework}.subjects").subjects(device, modes, precision)
 
 
 def release_programs() -> None:

@@ -72,6 +72,8 @@ def _silence() -> None:
     os.close(nowhere)
 
 
+# --- parity rows ---
+
 _RATE = f"{FALSE_ALARM_RATE:.0e}"
 # Subjects that are named beside the reason why they were skipped.
 _NAMED = 3

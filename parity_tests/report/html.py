@@ -184,6 +184,8 @@ def draw_curves(curves: Curves) -> str:
 
 __all__ = ["Curves", "html_document"]
 
+# --- the page ---
+
 _COLUMNS = ("status", "kind", "framework", "implementation", "mode", "dtype", "case", "tensor")
 
 
