@@ -20,7 +20,7 @@ class Finding:
     Attributes:
         name: short and unique.
         library: the package whose behaviour it is.
-        sentence: what goes wrong, in one sentence.
+        sentence: a description of the trap.
         seen_in: the versions in which it was seen.
         measure: runs the library and returns how far it is from right, as a multiple of what is right (or of the error
             bound); 1 or less means that the trap does not show.

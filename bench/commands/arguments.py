@@ -26,8 +26,9 @@ from bench.report.markdown import PageError
 from bench.report.pictures import ChartError
 from bench.store import TORN, Damage
 from parity_tests.judge.precisions import precision_class, storage_dtype
-from parity_tests.report.console import INTERRUPTED, PlainConsole
+from parity_tests.report.console import PlainConsole
 from parity_tests.report.files import OutputError, check_apart, check_output
+from parity_tests.report.interruption import INTERRUPTED
 
 __all__ = ["FAILED", "INTERRUPTED", "OK", "USAGE", "UsageError", "check_choices", "check_interpreters"]
 __all__ += ["check_outputs", "complain", "cut_short", "ending", "reading", "selection", "tell", "tell_damage"]

@@ -43,8 +43,8 @@ from bench.store import Archive
 from bench.study.claims import ClaimResult, claim_results
 from bench.study.process_spread import seen_spreads
 from bench.study.results import Results, read_results
-from parity_tests.report.console import interruptible
 from parity_tests.report.files import write_json, write_text
+from parity_tests.report.interruption import interruptible
 
 _Writer = Callable[[str, Path, Results], None]
 

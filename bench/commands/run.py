@@ -35,8 +35,9 @@ from bench.report.tables import show_frameworks, show_rankings, wide_console
 from bench.report.text import resolution_line, summary_line
 from bench.store import Damage, Store, sole_writer
 from bench.study.results import Results, read_results
-from parity_tests.report.console import Interruption, PlainConsole, interruptible
+from parity_tests.report.console import PlainConsole
 from parity_tests.report.files import OutputError
+from parity_tests.report.interruption import Interruption, interruptible
 from parity_tests.report.text import printable
 
 _INTERRUPTED = "interrupted"

@@ -6,11 +6,12 @@ errors (scaled, truncated, few elements, coarse sums). Only evidence that distin
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from parity_tests.causes.search import first_confirmed
 from parity_tests.judge.comparison import TensorResult, applicable_tiers
 from parity_tests.judge.dtypes import FORMATS
 from parity_tests.judge.inputs import Inputs
@@ -31,9 +32,9 @@ class Evidence:
 
     Attributes:
         name: of the tensor.
-        value: what the subject returned.
+        value: as the subject returned it.
         truth: the oracle's tensor.
-        arithmetic: what the subject was entitled to.
+        arithmetic: of the bound.
         zero_mean: True if the oracle's data allow tier T3.
     """
 
@@ -175,9 +176,11 @@ def coarse_sums(evidence: Evidence) -> str | None:
     return None
 
 
+# --- mistakes that are tried ---
+
 UNEXPLAINED = "none of the known mistakes explains it"
 _GRADIENTS = {"dx": "gradient of x", "dweight": "gradient of the weight", "dbias": "gradient of the bias"}
-# What each tensor is computed from: a mistake in anything else does not touch it.
+# The operands of each tensor: a mistake in any other does not touch it.
 _OPERANDS_OF = {
     "y": ("x", "weight", "bias"),
     "dx": ("cotangent", "weight"),
@@ -188,11 +191,6 @@ _SAMPLED_ROWS = 16  # of y and dx; they rule out most mistakes
 # The oracle is evaluated once for each mistake that is tried: seconds for a case beyond this many products.
 _MOST_PRODUCTS = 2**25
 Change = Callable[[Inputs], Inputs | None]
-
-
-def first_confirmed(hypotheses: Iterable[tuple[str, Callable[[], bool]]]) -> str:
-    """Try hypotheses, each a sentence and its test, and return the sentence of the first that holds, or nothing."""
-    return next((sentence for sentence, holds in hypotheses if holds()), "")
 
 
 def _with(inputs: Inputs, **arrays: np.ndarray | None) -> Inputs:
@@ -243,7 +241,7 @@ OPERANDS: tuple[tuple[str, Change], ...] = (
 )
 
 
-def _shortened(array: np.ndarray, bits: int, nearest: bool) -> np.ndarray:
+def shortened(array: np.ndarray, bits: int, nearest: bool) -> np.ndarray:
     """Return the numbers with so many significand bits, rounded or chopped (hardware does either)."""
     mantissa, exponent = np.frexp(array.astype(np.float64))
     scaled = mantissa * 2.0**bits
@@ -275,11 +273,11 @@ def _explained(whole: Evidence, changed: Inputs, original: Inputs) -> Evidence |
 def _rounded_operands(evidence: Evidence, inputs: Inputs) -> str | None:
     """Name operands that lost bits on their way into the product, if shortened operands explain the errors."""
     before = float(np.sqrt(np.mean(evidence.error.astype(np.float64) ** 2)))
-    # What rounds its operands is a tensor core more often than not, and those chop their sums.
+    # Rounded operands point to a tensor core, which chops its sums.
     chopping = dataclasses.replace(evidence, arithmetic=dataclasses.replace(evidence.arithmetic, truncates=True))
     for name, bits in _SHORTER:
         for nearest in (True, False):
-            arrays = {key: _shortened(getattr(inputs, key), bits, nearest) for key in ("x", "weight", "cotangent")}
+            arrays = {key: shortened(getattr(inputs, key), bits, nearest) for key in ("x", "weight", "cotangent")}
             candidate = _explained(chopping, _with(inputs, **arrays), inputs)
             if candidate is None or not candidate.fits():
                 continue
@@ -332,11 +330,7 @@ def explain(
 ) -> str:
     """Return a likely cause of the first mismatch in one clause, or that none of the known mistakes explains it.
 
-    Args:
-        results: the verdicts on the subject's tensors.
-        outputs: those tensors.
-        inputs: what the subject was given.
-        arithmetic: what the subject was entitled to; None for what its dtype promises.
+    Without `arithmetic`, the subject is entitled to that of its dtype.
     """
     failed = next((result for result in results if result.status == "mismatch"), None)
     if failed is None:
@@ -367,16 +361,7 @@ def explain(
 def with_cause(
     result: TensorResult, outputs: Mapping[str, np.ndarray], inputs: Inputs, arithmetic: Arithmetic
 ) -> TensorResult:
-    """Return a mismatch with its likely cause in its reason; anything else unchanged.
-
-    Args:
-        result: a verdict.
-        outputs: the subject's tensors.
-        inputs: what it was given.
-        arithmetic: what it was entitled to.
-    """
-    if result.status != "mismatch":
-        return result
+    """Return a mismatch with its likely cause in its reason."""
     products = inputs.x.size * inputs.weight.shape[2]
     small = products <= _MOST_PRODUCTS
     cause = explain([result], outputs, inputs, arithmetic) if small else "sought on smaller cases only"

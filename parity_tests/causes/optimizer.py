@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from parity_tests.causes.layer import first_confirmed
+from parity_tests.causes.search import first_confirmed
 from parity_tests.training.criteria import SEMANTIC_FACTOR, distance, distances
 from parity_tests.training.optimizers import OptimizerSpec
 from parity_tests.training.tasks import TrainingSubject, TrainingTask
@@ -16,11 +16,8 @@ Replay = Callable[[OptimizerSpec], Mapping[str, np.ndarray]]
 def explain_optimizer(spec: OptimizerSpec, replay: Replay, observed: Mapping[str, np.ndarray], limit: float) -> str:
     """Name the change to the optimiser's settings that reproduces an observed state.
 
-    Args:
-        spec: the optimiser that both sides were meant to run.
-        replay: runs the trusted side with another spec over the same gradients and returns its final parameters.
-        observed: the other side's final parameters.
-        limit: Euclidean distance within which two states are equal.
+    `replay` runs the trusted side with another spec over the same gradients and returns its final parameters. States
+    within the Euclidean distance `limit` are equal.
     """
     decay = spec.weight_decay
     candidates: list[tuple[str, OptimizerSpec]] = [
@@ -61,16 +58,7 @@ def replayed_cause(
 ) -> str:
     """Feed the same gradients to both optimisers in float64 and name the setting that explains their difference.
 
-    Args:
-        trusted: the side that computes gradients and states.
-        other: the side in question.
-        task: the model and its data.
-        spec: the optimiser that both were meant to run.
-        steps: how many.
-        dtype: of the model's gradients: 16 bits with wider parameters is mixed precision.
-
-    Returns:
-        A clause; empty if the optimisers agree.
+    Return nothing if they agree. `dtype` is that of the gradients: 16 bits with wider parameters is mixed precision.
     """
     states = trusted.train(task, spec, "float64", steps)[0].states
     gradients = [trusted.gradients(task, state, k + 1, dtype).gradients for k, state in enumerate(states)]

@@ -29,8 +29,8 @@ from parity_tests.defects.layer import (
 )
 from parity_tests.defects.subject import DEFECTS, observe
 from parity_tests.defects.training import TRAINING_DEFECTS, observe_training
-from parity_tests.report.console import interruptible
 from parity_tests.report.files import write_json
+from parity_tests.report.interruption import interruptible
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from parity_tests.judge.dtypes import STORAGE_DTYPES
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available, package_available
 from parity_tests.pair.judging import Judgement, judge_apart
 from parity_tests.pair.loading import names_in
-from parity_tests.report.console import interruptible
 from parity_tests.report.files import read_text, write_json, write_text
+from parity_tests.report.interruption import interruptible
 
 _LONGEST_S = 7 * 24 * 3600.0
 

@@ -26,10 +26,11 @@ from parity_tests.judge.inputs import Case
 from parity_tests.judge.records import ParityRow, environment, summarize, write_json
 from parity_tests.judge.run import count_cells, run_cells
 from parity_tests.judge.subjects import Subject, covered
-from parity_tests.report.console import interruptible
+from parity_tests.report.console import print_report
 from parity_tests.report.files import OutputError, check_apart, write_text
 from parity_tests.report.html import Curves, html_document
-from parity_tests.report.rows import junit_document, print_report
+from parity_tests.report.interruption import interruptible
+from parity_tests.report.junit import junit_document
 from parity_tests.report.text import printable
 from parity_tests.training.run import TRAINED, TRAININGS, curves_of, failed_training, training_rows
 
@@ -147,7 +148,7 @@ def run(options: Options) -> int:
                 nonlocal begun
                 interruption.check()
                 beat(f"{begun} of {total} cells; now {label}")
-                # What is announced has begun, and what was announced before it is finished.
+                # An announced cell has begun, and the ones before it are finished.
                 progress.update(task, description=printable(label), completed=begun)
                 begun += 1
 

@@ -20,11 +20,12 @@ from parity_tests.judge.subjects import (
     load_subjects,
     modes_of,
 )
-from parity_tests.report.console import INTERRUPTED, PlainConsole
+from parity_tests.report.console import PlainConsole
 from parity_tests.report.files import OutputError, check_output
+from parity_tests.report.interruption import INTERRUPTED
 
 DEVICES = ("auto", "cpu", "cuda")
-# How products of fp32 arrays may be computed; every other dtype has one precision.
+# Precisions of products of fp32 arrays; every other dtype has one.
 FP32_PRECISIONS = ("fp32", "tf32")
 HOLDS, FAILED, WRONG_USAGE = 0, 1, 2
 # In a pipe or a log there is no terminal to fit into: 80 columns would cut names until they cannot be told apart.
@@ -136,11 +137,7 @@ def check_writable(option: str, path: Path | None) -> None:
 def write_outputs(*outputs: tuple[Path | None, Callable[[Path], None]]) -> list[str]:
     """Write the files that were asked for, even where one of them fails.
 
-    Args:
-        outputs: a file, or None, and the function that writes it.
-
-    Returns:
-        One sentence for each that could not be written.
+    Return one sentence for each that could not be written.
     """
     failed = []
     for path, write in outputs:

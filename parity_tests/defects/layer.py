@@ -52,9 +52,7 @@ def flax_distribution(in_features: int) -> Distribution:
 def initialization_faults(draws: np.ndarray, expected: Distribution) -> list[str]:
     """List the faults of the draws, of the whole sample and of single partitions, in sentences.
 
-    Args:
-        draws: `(n, ...)`, the partition axis first; at least 100 numbers a partition say something.
-        expected: the distribution per partition.
+    The draws are `(n, ...)`, partition axis first; at least 100 numbers a partition say something.
     """
     faults = []
     values = draws.astype(np.float64).reshape(len(draws), -1)
@@ -84,12 +82,7 @@ def initialization_faults(draws: np.ndarray, expected: Distribution) -> list[str
 
 
 def initialization_cause(draws: np.ndarray, expected: Distribution) -> str:
-    """Return a likely cause of the faults in one clause; empty if there are none.
-
-    Args:
-        draws: `(n, ...)`, as for `initialization_faults`.
-        expected: the distribution per partition.
-    """
+    """Return a likely cause of the faults in one clause; empty if there are none."""
     faults = initialization_faults(draws, expected)
     if not faults:
         return ""
@@ -104,6 +97,8 @@ def initialization_cause(draws: np.ndarray, expected: Distribution) -> str:
     return faults[0]
 
 
+# --- the defects ---
+
 # Sixteen partitions of two thousand numbers: enough that a std half or twice what it should be cannot be chance.
 NUM_PARTITIONS, IN_FEATURES, OUT_FEATURES = 16, 64, 32
 DISTRIBUTIONS = {"torch": torch_distribution, "flax": flax_distribution}
@@ -116,7 +111,7 @@ class InitialDefect:
     """One way for an initialiser to be wrong.
 
     Attributes:
-        name: what was planted.
+        name: the planted mistake.
         spoil: turns the draws of the healthy initialiser, `(n, in, out)`, into those of the wrong one.
         cause: must be in the answer of `initialization_cause`.
     """
@@ -195,16 +190,7 @@ def has_masked_layer(framework: str) -> bool:
 
 
 def observe_initial(defect: InitialDefect, framework: str, layer: str, init: str, dtype: str, seed: int = 0) -> Killing:
-    """Plant a defect in the draws of a layer's initialiser and judge it.
-
-    Args:
-        defect: what is planted.
-        framework: whose layer.
-        layer: a name of `layers_of`.
-        init: a name of `DISTRIBUTIONS`.
-        dtype: storage dtype of the parameters.
-        seed: of the draw.
-    """
+    """Plant a defect in the draws of a layer's initialiser and judge it."""
     drawn = _room(framework).initial_weight(layer, init, (NUM_PARTITIONS, IN_FEATURES, OUT_FEATURES), dtype, seed)
     expected = DISTRIBUTIONS[init](IN_FEATURES)
     cause = initialization_cause(defect.spoil(drawn), expected)
@@ -212,14 +198,7 @@ def observe_initial(defect: InitialDefect, framework: str, layer: str, init: str
 
 
 def observe_off_block(defect: OffBlockDefect, framework: str, dtype: str, seed: int = 0) -> Killing:
-    """Plant a defect in the masked layer, train it for `STEPS` steps and look outside the blocks.
-
-    Args:
-        defect: what is planted.
-        framework: one that has such a layer.
-        dtype: storage dtype of the parameter.
-        seed: of the data.
-    """
+    """Plant a defect in the masked layer, train it for `STEPS` steps and look outside the blocks."""
     n, sizes = 3, (3, 4, 5)
     room = _room(framework)
     cause = off_block_cause(room.masked_training(sizes, dtype, STEPS, seed, defect.name), n)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from parity_tests.causes.layer import explain
+from parity_tests.causes.layer import explain, shortened
 from parity_tests.judge.exact import check_isolation
 from parity_tests.judge.inputs import Case, Inputs, draw_inputs
 from parity_tests.judge.oracle import Reference, reference
@@ -114,18 +114,14 @@ _healthy = functools.cache(_verdict)
 
 
 def observe(defect: Defect, subject: Subject, dtype: str, seed: int = 0) -> Killing:
-    """Plant a defect, judge it, and judge the healthy subject by the same check.
-
-    Args:
-        defect: to plant.
-        subject: the healthy subject.
-        dtype: storage dtype.
-        seed: of the inputs.
-    """
+    """Plant a defect, judge it, and judge the healthy subject by the same check."""
     spoiled = _verdict(plant(defect, subject), dtype, seed, defect.isolation, subject)
     # Rejecting a subject that was broken before says nothing about the defect.
     healthy = not _healthy(subject, dtype, seed, defect.isolation, subject).killed
     return Killing(spoiled.killed and healthy, spoiled.cause)
+
+
+# --- the defects ---
 
 
 def _on_inputs(change: Callable[[Inputs], Mapping[str, np.ndarray | None]]) -> Spoil:
@@ -154,17 +150,6 @@ def _without_one_bias(inputs: Inputs) -> dict[str, np.ndarray]:
     return {"bias": bias}
 
 
-def _chopped(array: np.ndarray, bits: int) -> np.ndarray:
-    """Keep `bits` significand bits and drop the rest, without rounding."""
-    mantissa, exponent = np.frexp(array.astype(np.float64))
-    return np.ldexp(np.trunc(mantissa * 2.0**bits) / 2.0**bits, exponent).astype(array.dtype)
-
-
-def _rounded_to_tf32(array: np.ndarray) -> np.ndarray:
-    mantissa, exponent = np.frexp(array.astype(np.float64))
-    return np.ldexp(np.rint(mantissa * 2.0**11) / 2.0**11, exponent).astype(array.dtype)
-
-
 def _bf16_sums(inputs: Inputs, outputs: Outputs) -> dict[str, np.ndarray]:
     """Compute y with a running sum that is rounded to bfloat16 after every product."""
     total = np.zeros(outputs["y"].shape, ml_dtypes.bfloat16)
@@ -185,8 +170,8 @@ def _truncated(inputs: Inputs, outputs: Outputs) -> dict[str, np.ndarray]:
     """Chop y instead of rounding it: from the oracle's digits in bfloat16, to half precision in float32."""
     if inputs.dtype == "bfloat16":
         exact = reference(inputs)["y"].value
-        return {"y": _chopped(exact, 8).astype(outputs["y"].dtype)}
-    return {"y": _chopped(outputs["y"], 12)}
+        return {"y": shortened(exact, 8, nearest=False).astype(outputs["y"].dtype)}
+    return {"y": shortened(outputs["y"], 12, nearest=False)}
 
 
 def _scaled_partition(array: np.ndarray, factor: float) -> np.ndarray:
@@ -223,7 +208,7 @@ def _dweight_off(inputs: Inputs, outputs: Outputs) -> dict[str, np.ndarray]:
 
 
 def _tf32_operands(inputs: Inputs) -> dict[str, np.ndarray]:
-    return {"x": _rounded_to_tf32(inputs.x), "weight": _rounded_to_tf32(inputs.weight)}
+    return {name: shortened(getattr(inputs, name), 11, nearest=True) for name in ("x", "weight")}
 
 
 def _without_bias_gradient(subject: Subject, inputs: Inputs) -> Outputs:

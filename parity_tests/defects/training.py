@@ -100,12 +100,6 @@ def observe_training(defect: TrainingDefect, dtype: str = "float32", steps: int 
 
     In float32 the whole ladder is climbed. In 16 bits a model is trained with wider parameters: the gradients that it
     computed in `dtype` are fed to both optimisers.
-
-    Args:
-        defect: what is planted.
-        dtype: what the model computes in.
-        steps: K.
-        members: size of the noise ensemble of the top rung.
     """
     trusted, healthy = (load_side(framework) for framework in FRAMEWORKS)
     spoiled = dataclasses.replace(healthy, training=plant(defect, healthy.training))

@@ -33,7 +33,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_TIMEOUT_S = 300.0
 # A Python greets before it imports anything but the standard library: minutes are for what comes after.
 GREETING_S = 60.0
-# What start-up files may print before.
+# Limits of what start-up files may print before.
 _MOST_LINES, _MOST_LINE_BYTES = 1000, 2**16
 
 
@@ -41,7 +41,7 @@ class Interpreter:
     """Start `python -m parity_tests.interpreters target argument ...`; use as a context, which ends it.
 
     Args:
-        target: a module whose `main(channel, *arguments)` is to run, see `child`.
+        target: a module whose `main(channel, *arguments)` is to run; `channel` is a `Channel`.
         arguments: its own.
         who: the child as the subject of a sentence: "the torch interpreter".
         python: the interpreter; None for this one.
@@ -162,6 +162,9 @@ def _decoded(line: bytes) -> dict[str, Any] | None:
     return message if isinstance(message, dict) else None
 
 
+# --- the child's end ---
+
+
 def _moved(descriptor: int) -> int:
     import fcntl  # where a parent only imports this module, there may be none
 
@@ -191,12 +194,7 @@ class Channel:
         self._owner, self._identity = os.getpid(), os.fstat(self._replies).st_ino
 
     def send(self, message: Message, payload: bytes | None = None) -> None:
-        """Send a message, or end a forked copy of the process, which must neither speak nor listen in its place.
-
-        Args:
-            message: what JSON can carry.
-            payload: arrives as the message's field `payload`.
-        """
+        """Send a message, or end a forked copy of the process, which must neither speak nor listen in its place."""
         announced = message if payload is None else message | {"payload": len(payload)}
         self._send((self._encode(announced) + "\n").encode())
         if payload:
@@ -240,12 +238,7 @@ def end_with_parent() -> None:
 
 
 def run(target: str, arguments: Sequence[str]) -> None:
-    """Greet the parent and call `target.main(channel, *arguments)`; any exception becomes the last message.
-
-    Args:
-        target: the module.
-        arguments: its own.
-    """
+    """Greet the parent and call `target.main(channel, *arguments)`; any exception becomes the last message."""
     channel = Channel()
     end_with_parent()
     channel.send({"greeting": GREETING, "python": platform.python_version()})

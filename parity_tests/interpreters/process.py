@@ -15,15 +15,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from parity_tests.report.text import printable
+
 # Marks a child, in its environment and in that of all that it starts: a process that left the group is known by it. The
 # mark of a child's own child begins with the child's.
 MARK_VARIABLE = "PARITY_TESTS_PROCESS"
 _CHUNK_BYTES = 65536
 _KEPT_BYTES = 65536
 _MOST_LINE_BYTES = 2**28
-# How often the end of the process is looked for where the kernel does not report it.
+# The interval at which the end of the process is looked for where the kernel does not report it.
 _POLL_S = 0.05
-# How long a process may take to end after it closed its connection, or was killed.
+# The time that a process may take to end after it closed its connection, or was killed.
 _ENDING_S = 2.0
 _KILLED_S = 10.0
 
@@ -45,7 +47,7 @@ class ProcessError(ConnectionError):
 
     @property
     def last_words(self) -> str:
-        """The end of the sentence: what the child printed last, and what to do about a time limit."""
+        """The end of the sentence: the last line that the child printed, and advice about a time limit."""
         if self.kind == "start":
             return ""
         said = f"; it printed last: {self.printed}" if self.printed else "; it printed nothing"
@@ -53,19 +55,10 @@ class ProcessError(ConnectionError):
 
 
 def clipped(text: str, most: int = 200) -> str:
-    """Return the text on one line, with control characters escaped, and without its middle if it is long.
-
-    Args:
-        text: anything.
-        most: how many characters may be left.
-    """
+    """Return the text on one line, with control characters escaped, and without its middle if it is long."""
     if len(text) <= most:
-        return _escaped(text)
-    return f"{_escaped(text[: most // 2])} ... {_escaped(text[-(most // 2) :])}"
-
-
-def _escaped(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return printable(text)
+    return f"{printable(text[: most // 2])} ... {printable(text[-(most // 2) :])}"
 
 
 class ChildProcess:
@@ -78,7 +71,7 @@ class ChildProcess:
         cwd: its working directory; None for this process's.
 
     Attributes:
-        printed_bytes: how much it has printed.
+        printed_bytes: number of bytes that it has printed.
 
     Raises:
         ProcessError: if the command cannot be started.
@@ -96,7 +89,7 @@ class ChildProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 bufsize=0,
-                # Prints leave the process at once: what was printed last is worth the most where it dies.
+                # Prints leave the process at once: the last ones are worth the most where it dies.
                 env={**environment, MARK_VARIABLE: self._mark, "PYTHONUNBUFFERED": "1"},
                 cwd=cwd,
                 # Ctrl-C is the parent's to handle: it ends its children itself, after what they found is safe.
@@ -145,7 +138,7 @@ class ChildProcess:
 
     @property
     def unfinished(self) -> bytes:
-        """What came without an end of line yet."""
+        """The bytes that came without an end of line yet."""
         return bytes(self._unread)
 
     def keep_printed(self, data: bytes) -> None:
@@ -314,11 +307,7 @@ class ChildProcess:
         kill_marked(self._mark)
 
     def end(self, grace_s: float = _ENDING_S) -> None:
-        """Close the connection, let the process end by itself for a moment, kill the rest and free everything.
-
-        Args:
-            grace_s: the moment: for what it does when it exits.
-        """
+        """Close the connection, let the process end by itself for a moment, kill the rest and free everything."""
         try:
             self._pending.clear()
             if self._input in self._selector.get_map():
@@ -346,13 +335,9 @@ def signal_name(status: int) -> str:
 
 
 def kill_marked(mark: str) -> None:
-    """Kill every process whose environment has the mark: one that made itself a daemon has left its group.
-
-    Args:
-        mark: of a child.
-    """
+    """Kill every process whose environment has the mark: one that made itself a daemon has left its group."""
     variable = f"{MARK_VARIABLE}={mark}".encode()
-    # What is killed may have started another one meanwhile.
+    # A killed process may have started another one meanwhile.
     for _ in range(3):
         found = [path for path in Path("/proc").glob("[0-9]*/environ") if variable in _environment_of(path)]
         if not found:

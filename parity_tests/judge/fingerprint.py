@@ -68,11 +68,7 @@ class Fingerprint:
         return self.operand_bits >= _bits(arithmetic.operand) and self.accumulator_bits >= _bits(arithmetic.accumulator)
 
     def refine(self, promised: Arithmetic) -> Arithmetic:
-        """Return the promised arithmetic with subnormals treated as this device was seen to treat them.
-
-        Args:
-            promised: see `tolerance.declared_arithmetic`; operands and sums stay as precise as it says.
-        """
+        """Return the promised arithmetic with subnormals treated as this device was seen to treat them."""
         return replace(
             promised,
             flushes_subnormals=self.flushes_subnormals,
@@ -112,9 +108,7 @@ def _longest(holds: Callable[[int], bool], longest: int) -> int:
 def take_fingerprint(subject: Subject, dtype: str) -> Fingerprint:
     """Run the probes on a subject and return its fingerprint.
 
-    Args:
-        subject: an implementation that supports `dtype` with 16 features in and out.
-        dtype: storage dtype.
+    It must support `dtype` with 16 features in and out.
     """
     storage_bits = _bits(dtype)
 
@@ -141,7 +135,7 @@ def take_fingerprint(subject: Subject, dtype: str) -> Fingerprint:
     flushed = y({0: halves}, {0: tiny / halves * 2}) == 0.0
 
     def loses_partial_sums() -> bool:
-        # Sixteen products, each a sixteenth of the smallest normal: what keeps them sums them up to just that.
+        # Sixteen products, each a sixteenth of the smallest normal: without flushing they sum up to just that.
         whole = FORMATS[declared_arithmetic(PRECISION_OF_DTYPE[dtype]).accumulator].smallest_normal
         root = float(2.0 ** (np.log2(whole / _WIDTH) // 2))
         other = whole / _WIDTH / root
@@ -173,13 +167,7 @@ def _fusion_terms(dtype: str) -> tuple[float, float, float]:
 def fuses_bias(subject: Subject, case: Case, dtype: str, forward: bool = True) -> bool:
     """Return True if every element of y shows a fused bias, in the very shape and layout of a case.
 
-    Libraries choose a kernel by the shape: what the fingerprint's own shape shows need not hold for another.
-
-    Args:
-        subject: what is probed.
-        case: a shape that the subject supports, with a bias.
-        dtype: storage dtype.
-        forward: probe a call without gradients as well.
+    Libraries choose a kernel by the shape, so that the fingerprint's own shape says nothing about another.
     """
     factor, bias, remainder = _fusion_terms(dtype)
     target, n = numpy_dtype(dtype), case.num_partitions
@@ -202,13 +190,8 @@ def fuses_bias(subject: Subject, case: Case, dtype: str, forward: bool = True) -
 def observed_precision(outputs: Mapping[str, np.ndarray], reference: Reference, dtype: str) -> str:
     """Name the strictest precision class whose bounds the results keep, judged by the error alone.
 
-    Args:
-        outputs: the subject's tensors for random zero-mean inputs that the harness drew.
-        reference: the oracle's tensors for the same inputs.
-        dtype: storage dtype of the inputs.
-
-    Returns:
-        `fp64`, `ieee_fp32`, `tf32`, `bf16` or `fp16`; `lower` if no class of that storage dtype holds.
+    Return `fp64`, `ieee_fp32`, `tf32`, `bf16` or `fp16`, and `lower` if no class of the dtype holds. The results must
+    come from random zero-mean inputs.
     """
     classes = {
         "float64": [("fp64", declared_arithmetic("fp64")), ("ieee_fp32", Arithmetic("float64", "float32", "float32"))],
@@ -224,6 +207,8 @@ def observed_precision(outputs: Mapping[str, np.ndarray], reference: Reference, 
     return "lower"
 
 
+# --- entitlement ---
+
 _PROBE_CASE = Case("fingerprint", (1,), 3, 16, 16)
 # Of a wider result the probe sees a fused multiply-add, which is no more exact than the order of summation leaves open.
 _FUSION_MATTERS = ("bfloat16", "float16")
@@ -236,10 +221,6 @@ def fingerprint_of(subject: Subject, dtype: str) -> Fingerprint | None:
 
     It is not taken where the probe's shape is unsupported, nor in other modes: a compiled mode would compile some
     hundred probes, and a mode that casts declares its dtype.
-
-    Args:
-        subject: hashable, as dictionaries want their keys.
-        dtype: storage dtype.
     """
     if subject.mode != DEFAULT_MODES[subject.framework] or subject.unsupported_reason(_PROBE_CASE, dtype):
         return None
@@ -268,13 +249,13 @@ def entitlement(
     """Return the arithmetic that chooses the bound of a subject on these inputs.
 
     Args:
-        subject: what is judged.
+        subject: the one to judge.
         inputs: their dtype, shapes and layout count, their numbers do not.
         forward: a call without gradients is judged as well.
-        precision: asked for in place of the one that the storage dtype promises, see `modes.arithmetic_of`.
+        precision: asked for in place of the one that the storage dtype promises, see `arithmetic_of`.
         measured: the subject whose fingerprint counts; None for the subject itself. A mode other than the default has
             no fingerprint: pass the same implementation in the default mode, which treats subnormals alike.
-        representable: see `modes.arithmetic_of`.
+        representable: see `arithmetic_of`.
     """
     promised = arithmetic_of(subject.mode, inputs.dtype, representable, precision)
     source = subject if measured is None else measured

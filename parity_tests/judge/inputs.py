@@ -1,9 +1,11 @@
 """Describe and draw what a subject is judged with: cases, which are shapes, and seeded numbers."""
 
+import dataclasses
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -22,8 +24,8 @@ class Case:
         num_partitions: `n`.
         in_features: `i`, per partition.
         out_features: `o`, per partition.
-        bias: whether `b` is there.
-        layout: how x lies in memory: `contiguous`; `strided` (every second row of a larger buffer whose other rows
+        bias: True if there is a `b`.
+        layout: of x in memory: `contiguous`; `strided` (every second row of a larger buffer whose other rows
             are NaN); `transposed` (features before partitions, as in the time-series layout `[B, L, C]`).
     """
 
@@ -94,7 +96,7 @@ class Inputs:
         bias: `(n, o)` or None.
         cotangent: `(..., n, o)`: the random `dy` of the vector-Jacobian product.
         dtype: canonical name of the storage dtype.
-        layout: how a subject must lay x out in memory; the values are the same.
+        layout: in which a subject must lay out x in memory; the values are the same.
         zero_mean: True if the harness drew every array from zero-mean distributions (tier T3 needs it).
     """
 
@@ -105,6 +107,26 @@ class Inputs:
     dtype: str
     layout: Layout = "contiguous"
     zero_mean: bool = True
+
+    @property
+    def parameters(self) -> dict[str, np.ndarray]:
+        """The weight and, if there is one, the bias, by their canonical names."""
+        return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
+
+    def changed(self, change: Callable[[np.ndarray, int], np.ndarray], **fields: Any) -> Self:
+        """Return inputs with each array changed; `change` gets an array and the axis of its partitions."""
+        return dataclasses.replace(
+            self,
+            x=change(self.x, self.x.ndim - 2),
+            weight=change(self.weight, 0),
+            bias=None if self.bias is None else change(self.bias, 0),
+            cotangent=change(self.cotangent, self.cotangent.ndim - 2),
+            **fields,
+        )
+
+    def partitions(self, chosen: np.ndarray | range) -> Self:
+        """Return the inputs of some partitions, in the given order."""
+        return self.changed(lambda array, axis: np.take(array, np.asarray(chosen), axis))
 
 
 def _generator(case: Case, seed: int) -> np.random.Generator:
@@ -117,14 +139,6 @@ def draw_inputs(case: Case, dtype: str, seed: int = 0) -> Inputs:
 
     The draw is made in float64 and rounded once, so that the same case and seed give the same real numbers, up to that
     rounding, in every dtype. W is scaled by `1 / sqrt(i)` so that y is of order one at any size.
-
-    Args:
-        case: the shape.
-        dtype: `float64`, `float32`, `bfloat16` or `float16`.
-        seed: any non-negative integer.
-
-    Returns:
-        The inputs, as NumPy arrays of the storage dtype.
     """
     rng = _generator(case, seed)
     target = numpy_dtype(dtype)
@@ -148,12 +162,6 @@ def draw_lattice(case: Case, dtype: str, seed: int = 0, limit: int = 3) -> Input
 
     While the sums stay at or below the format's largest exact integer, every correct implementation, whatever its order
     of summation, returns the same bits as the oracle.
-
-    Args:
-        case: the shape.
-        dtype: a storage dtype.
-        seed: any non-negative integer.
-        limit: largest magnitude.
     """
     rng = _generator(case, seed + 1_000_003)
     target = numpy_dtype(dtype)

@@ -58,12 +58,6 @@ def reference(inputs: Inputs) -> dict[str, OracleTensor]:
     | dx | o | `|dy| |W|^T` |
     | dW | rows | `|x|^T |dy|` |
     | db | rows | `sum |dy|` |
-
-    Args:
-        inputs: arrays in a storage dtype.
-
-    Returns:
-        `y`, `dx`, `dweight` and, where there is a bias, `dbias`.
     """
     # A float64 subject needs a judge with more digits than it has itself.
     dtype = np.dtype(np.longdouble if inputs.dtype == "float64" else np.float64)

@@ -18,6 +18,15 @@ from parity_tests.judge.subjects import COUNTERPARTS, DEFAULT_MODES, Subject, as
 from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic
 from parity_tests.report.text import raised
 
+Included = Callable[[Subject, Case], bool]
+# One product over all features at once holds n * n blocks; beyond this many entries it takes some gigabytes for
+# each of the weight, its mask, their product and the gradients, and the zeros say nothing new about the arithmetic.
+_DENSE = ("masked", "masked_layer")
+_MOST_DENSE_ENTRIES = 2**27
+
+
+# --- one subject ---
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -82,20 +91,16 @@ def _worse(first: TensorResult, second: TensorResult) -> bool:
 
 
 def observed_class(judgement: Judgement, inputs: Inputs, truth: Reference, precision: str | None = None) -> str:
-    """Name the precision class that the error shows, see `observed_precision`; empty for a mode that casts.
-
-    Args:
-        judgement: of a subject on these inputs.
-        inputs: its inputs.
-        truth: the oracle's tensors for these inputs.
-        precision: asked for in place of that of the dtype.
-    """
+    """Name the precision class that the error shows, see `observed_precision`; empty for a mode that casts."""
     if judgement.arithmetic.gradients_in is not None:
         return ""
-    # No class of a dtype is stricter than its own: what keeps that bound need not be judged again.
+    # No class of a dtype is stricter than its own: within that bound, nothing is judged again.
     if precision is None and all(result.status == "ok" for result in judgement.results):
         return PRECISION_OF_DTYPE[inputs.dtype]
     return observed_precision(judgement.outputs, truth, inputs.dtype)
+
+
+# --- pairs of subjects ---
 
 
 def command_of(dtype: str, case: str, seed: int, device: str, precision: str | None, *subjects: Subject) -> str:
@@ -137,15 +142,7 @@ def pair_rows(
     case: Case,
     command: Callable[..., str],
 ) -> Iterator[ParityRow]:
-    """Compare every two subjects that belong together, within the sum of their bounds.
-
-    Args:
-        judged: the subjects that ran the case, with their results.
-        truth: the oracle's tensors.
-        dtype: storage dtype.
-        case: the shape.
-        command: returns the command that repeats the row of two subjects.
-    """
+    """Compare every two subjects that belong together, within the sum of their bounds."""
     # The same for many pairs, and dearer than a comparison.
     limits: dict[tuple[Arithmetic, Arithmetic], dict[str, np.ndarray]] = {}
     for first, first_judgement in judged:
@@ -176,30 +173,20 @@ def pair_rows(
                 yield row_from_result(result, **where)
 
 
-# One product over all features at once holds n * n blocks; beyond this many entries it takes some gigabytes for
-# each of the weight, its mask, their product and the gradients, and the zeros say nothing new about the arithmetic.
-_DENSE = ("masked", "masked_layer")
-_MOST_DENSE_ENTRIES = 2**27
+# --- cells ---
 
 
-class _Defaults:
-    """Find each implementation in its default mode, whose fingerprint tells how a device treats subnormals."""
+def _in_default_mode(subject: Subject, known: dict[str, dict[str, Subject]], device: str) -> Subject | None:
+    """Return the subject in its default mode: itself, one that was given, or one that is loaded.
 
-    def __init__(self, subjects: Sequence[Subject], device: str):
-        self._device = device
-        self._known: dict[str, dict[str, Subject]] = {}
-        for subject in subjects:
-            if subject.mode == DEFAULT_MODES[subject.framework]:
-                self._known.setdefault(subject.framework, {})[subject.implementation] = subject
-
-    def of(self, subject: Subject) -> Subject | None:
-        """Return the subject in its default mode: itself, one that was given, or one that is loaded."""
-        if subject.mode == DEFAULT_MODES[subject.framework]:
-            return subject
-        if subject.framework not in self._known:
-            loaded = load_subjects(subject.framework, self._device)
-            self._known[subject.framework] = {other.implementation: other for other in loaded}
-        return self._known[subject.framework].get(subject.implementation)
+    Its fingerprint tells how a device treats subnormals.
+    """
+    if subject.mode == DEFAULT_MODES[subject.framework]:
+        return subject
+    if subject.framework not in known:
+        loaded = load_subjects(subject.framework, device)
+        known[subject.framework] = {other.implementation: other for other in loaded}
+    return known[subject.framework].get(subject.implementation)
 
 
 def too_dense(subject: Subject, case: Case) -> str | None:
@@ -211,9 +198,6 @@ def too_dense(subject: Subject, case: Case) -> str | None:
         f"{subject.implementation} multiplies by one dense matrix (n * out, n * in) = {shape}, more than the "
         f"{_MOST_DENSE_ENTRIES} entries that are compared; its arithmetic is judged on the smaller cases."
     )
-
-
-Included = Callable[[Subject, Case], bool]
 
 
 def _every(subject: Subject, case: Case) -> bool:
@@ -253,7 +237,10 @@ def run_cells(
         precision: asked for in place of fp32's own, see `entitlement`.
         exact: run the checks that need no tolerance as well, see `exact_rows`.
     """
-    defaults = _Defaults(subjects, device)
+    defaults: dict[str, dict[str, Subject]] = {}
+    for subject in subjects:
+        if subject.mode == DEFAULT_MODES[subject.framework]:
+            defaults.setdefault(subject.framework, {})[subject.implementation] = subject
     for dtype in dtypes:
         for case in cases:
             chosen = [subject for subject in subjects if included(subject, case)]
@@ -279,7 +266,7 @@ def run_cells(
                 # Whatever one call raises must not cost the rows of all others.
                 try:
                     fingerprint = fingerprint_of(subject, dtype)
-                    measured = defaults.of(subject)
+                    measured = _in_default_mode(subject, defaults, device)
                     judgement = judge(subject, inputs, truth, precision=precision, measured=measured)
                     observed = observed_class(judgement, inputs, truth, precision)
                     exact_found = list(exact_rows(subject, case, inputs, where, seed)) if exact else []
@@ -289,8 +276,10 @@ def run_cells(
                 diagnosis = "; ".join(fingerprint.diagnosis()) if fingerprint else ""
                 judged.append((subject, judgement))
                 for result in judgement.results:
+                    if result.status == "mismatch":
+                        result = with_cause(result, judgement.outputs, inputs, judgement.arithmetic)
                     yield row_from_result(
-                        with_cause(result, judgement.outputs, inputs, judgement.arithmetic),
+                        result,
                         **where,
                         diagnosis=diagnosis,
                         arithmetic=judgement.arithmetic.describe(),

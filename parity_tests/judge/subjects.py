@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -19,7 +19,11 @@ from parity_tests.judge.dtypes import STORAGE_DTYPES, numpy_dtype
 from parity_tests.judge.inputs import CASE_SETS, Case, Inputs
 from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, declared_arithmetic
 
+FRAMEWORKS: tuple[str, ...] = ("torch", "jax")
 SHARDS = 8
+
+
+# --- modes ---
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class Mode:
 
     Attributes:
         name: short and unique.
-        frameworks: those that have it.
-        sentence: what it does.
+        frameworks: that have it.
+        sentence: one line for help and reports.
         cases: the set of cases that it runs under `--cases full` where it is not its framework's default; a mode that
             was asked for by name runs the set that was asked for.
         dtypes: storage dtypes for which it is another program than the default.
@@ -61,7 +65,7 @@ _TABLE = (
 )
 MODES: Mapping[str, Mode] = MappingProxyType({mode.name: mode for mode in _TABLE})
 DEFAULT_MODES: Mapping[str, str] = MappingProxyType({"torch": "eager", "jax": "jit"})
-# Which torch mode is compared with which JAX mode.
+# Modes of torch and JAX that are compared with each other.
 COUNTERPARTS: tuple[tuple[str, str], ...] = (
     ("eager", "jit"),
     ("compile", "jit"),
@@ -86,7 +90,7 @@ def arithmetic_of(mode: str, dtype: str, representable: bool = False, precision:
         mode: a name of `MODES`.
         dtype: storage dtype of the inputs.
         representable: the inputs come from `as_cast`, so that the cast rounds nothing.
-        precision: what a user asked for in place of fp32's own, `tf32`; other dtypes keep their promise.
+        precision: `tf32` in place of fp32's own; other dtypes keep their promise.
     """
     cast = MODES[mode].computes_in
     if cast is None:
@@ -104,17 +108,7 @@ def as_cast(mode: str, inputs: Inputs) -> Inputs | None:
     cast = MODES[mode].computes_in
     if cast is None:
         return None
-
-    def rounded(array: np.ndarray) -> np.ndarray:
-        return array.astype(numpy_dtype(cast)).astype(array.dtype)
-
-    return dataclasses.replace(
-        inputs,
-        x=rounded(inputs.x),
-        weight=rounded(inputs.weight),
-        bias=None if inputs.bias is None else rounded(inputs.bias),
-        cotangent=rounded(inputs.cotangent),
-    )
+    return inputs.changed(lambda array, axis: array.astype(numpy_dtype(cast)).astype(array.dtype))
 
 
 def covered(framework: str, mode: str, case: Case) -> bool:
@@ -136,19 +130,10 @@ def split_members(inputs: Inputs) -> Sequence[Inputs]:
     """Split inputs among the members of an ensemble: E layers with n/E partitions are one map with n."""
     n = len(inputs.weight)
     size = n // members_of(n)
-    return [
-        dataclasses.replace(
-            inputs,
-            x=inputs.x[..., start : start + size, :],
-            weight=inputs.weight[start : start + size],
-            bias=None if inputs.bias is None else inputs.bias[start : start + size],
-            cotangent=inputs.cotangent[..., start : start + size, :],
-        )
-        for start in range(0, n, size)
-    ]
+    return [inputs.partitions(range(start, start + size)) for start in range(0, n, size)]
 
 
-FRAMEWORKS: tuple[str, ...] = ("torch", "jax")
+# --- subjects ---
 
 
 class Subject(Protocol):
@@ -157,7 +142,7 @@ class Subject(Protocol):
     Attributes:
         framework: `torch` or `jax`.
         implementation: a name of the framework's table, or the name of a layer class's subject.
-        mode: a name of `modes.MODES`: how calls are run.
+        mode: the way in which calls are run, a name of `MODES`.
         isolates_partitions: True if a NaN in one partition leaves the others untouched.
     """
 
@@ -221,20 +206,16 @@ def load_subjects(
     Args:
         framework: `torch` or `jax`.
         device: `auto` (a GPU if there is one), `cpu` or `cuda`.
-        modes: of the framework, see `modes.modes_of`; none for its default.
+        modes: of the framework, see `modes_of`; none for its default.
         precision: `tf32` to let products of fp32 arrays round their operands to TF32; None for fp32's own.
 
     Raises:
         ValueError: for another framework, a device that is not there, or TF32 on a CPU.
         ImportError: if the framework is not installed.
     """
-    return _subjects_of(framework).subjects(device, modes, precision)
-
-
-def _subjects_of(framework: str) -> Any:
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework: expected one of {', '.join(FRAMEWORKS)}, got {framework!r}; choose one of these.")
-    return importlib.import_module(f"parity_tests.frameworks.{framework}.subjects")
+    return importlib.import_module(f"parity_tests.frameworks.{framework}.subjects").subjects(device, modes, precision)
 
 
 def release_programs() -> None:

@@ -38,7 +38,7 @@ _TRUNCATING_ROUNDOFF = 2.0**-23  # a chopping fp32 accumulator loses up to one u
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a product was computed.
+    """The arithmetic of a product.
 
     Attributes:
         output: format that the result is stored in.
@@ -130,8 +130,6 @@ def declared_arithmetic(precision: str) -> Arithmetic:
     Two choices stay open: the bias may be added after the product was rounded, and subnormals of formats other than
     fp16 may be flushed. Probes of the device close them, see `fingerprint.entitlement`.
 
-    Args:
-        precision: `fp64`, `ieee_fp32`, `tf32`, `bf16` or `fp16`.
 
     Raises:
         ValueError: for another name.
@@ -158,7 +156,7 @@ def bounds(tensor: OracleTensor, arithmetic: Arithmetic, tiers: Sequence[Tier]) 
 
     Args:
         tensor: the oracle's value with its magnitude S, number of terms K and addend.
-        arithmetic: what was used to compute the subject's value.
+        arithmetic: of the subject's value.
         tiers: `T1` (certain), `T2` or `T3` (with false-alarm rate `FALSE_ALARM_RATE`).
 
     Returns:

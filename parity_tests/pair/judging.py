@@ -14,7 +14,7 @@ from typing import Any
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S, GREETING_S, Channel, Interpreter, Message
 from parity_tests.interpreters.process import ProcessError, clipped
 from parity_tests.pair.report import PairReport, PairRow
-from parity_tests.report.console import Interruption
+from parity_tests.report.interruption import Interruption
 from parity_tests.report.text import located
 
 # What an interpreter that the child starts may take to greet, and the child to say that it did not.

@@ -9,7 +9,7 @@ from typing import Self
 from parity_tests.judge.records import ParityRow, Summary, environment, summarize, write_json
 from parity_tests.report.files import write_text
 from parity_tests.report.html import html_document
-from parity_tests.report.rows import junit_document
+from parity_tests.report.junit import junit_document
 from parity_tests.report.text import printable
 
 RUNGS: tuple[str, ...] = ("weights", "forward", "gradients", "state")

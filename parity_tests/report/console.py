@@ -1,94 +1,20 @@
-"""Print to a terminal on which every string is text, and end commands in order: full pipes, Ctrl-C, SIGTERM."""
+"""Print to a terminal on which every string is text: parity rows, and the end of a command that cannot write there."""
 
-import contextlib
 import io
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
-from typing import Any, TypeVar
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
+from parity_tests.judge.records import ParityRow, Summary
+from parity_tests.judge.tolerance import FALSE_ALARM_RATE, PRECISION_OF_DTYPE
 from parity_tests.report.files import OutputError
 from parity_tests.report.text import printable
-
-INTERRUPTED = 130
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_Item = TypeVar("_Item")
-
-
-class Interruption:
-    """Tell if the user asked for an end, and decide what a signal does now.
-
-    Attributes:
-        asked: True from the first signal on.
-    """
-
-    def __init__(self, *, polled: bool = False) -> None:
-        self.asked = False
-        self._polled = polled
-        self._settled = False
-        self._late = False
-
-    def check(self) -> None:
-        """Raise KeyboardInterrupt if the user asked for an end and the exception was lost.
-
-        Python's own is raised wherever the program happens to be; in a finaliser or a callback of a library it is
-        printed or dropped, or becomes another one, and the work would go on.
-        """
-        if self.asked and not self._settled:
-            raise KeyboardInterrupt
-
-    def settle(self) -> None:
-        """Begin the writing of files, which must be finished: from here on a signal is only remembered.
-
-        Call it where the work ends, within the `try` that expects KeyboardInterrupt. A signal that came after all the
-        work was done ends the program when the files are there.
-        """
-        self._settled = True
-
-    def until_asked(self, items: Iterable[_Item]) -> Iterator[_Item]:
-        """Yield items until the user asks for an end: for work that a signal does not end halfway through an item."""
-        for item in items:
-            if self.asked:
-                return
-            yield item
-
-    def finish(self) -> None:
-        """Raise KeyboardInterrupt if the first signal came after the work."""
-        if self._late:
-            raise KeyboardInterrupt
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """Answer a signal."""
-        first, self.asked = not self.asked, True
-        self._late |= first and self._settled
-        # In impatience a user sends a second one: it must not cost the files, but end what only polls.
-        if not self._settled and first != self._polled:
-            raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def interruptible(*, polled: bool = False) -> Iterator[Interruption]:
-    """Let the first Ctrl-C or SIGTERM end the work in order: KeyboardInterrupt is raised once, later ones are ignored.
-
-    Args:
-        polled: the first one is only remembered, for `until_asked`; a second one raises.
-    """
-    interruption = Interruption(polled=polled)
-    # Only the main thread may set a handler, and only it is interrupted.
-    own = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, interruption.handle) for number in _SIGNALS} if own else {}
-    try:
-        yield interruption
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    interruption.finish()
 
 
 class PlainConsole(Console):
@@ -120,13 +46,7 @@ class PlainConsole(Console):
 
 
 def run_application(application: Callable[..., Any], name: str, *, failed: int = 2) -> None:
-    """Run a command line; one that cannot write to its terminal or pipe ends with a sentence and no traceback.
-
-    Args:
-        application: of typer; ends with SystemExit.
-        name: as it is called, `python -m ...`.
-        failed: exit status if the terminal or pipe takes nothing.
-    """
+    """Run a command line; one that cannot write to its terminal or pipe ends with a sentence and no traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Where a terminal or a pipe cannot show a character, its escape is better than an exception.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -150,3 +70,89 @@ def _silence() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)
+
+
+# --- parity rows ---
+
+_RATE = f"{FALSE_ALARM_RATE:.0e}"
+# Subjects that are named beside the reason why they were skipped.
+_NAMED = 3
+_MISMATCH = Text("MISMATCH", "red")
+
+
+def _fraction(rows: Sequence[ParityRow], field: str) -> str:
+    values = [getattr(row, field) for row in rows if getattr(row, field) is not None]
+    return f"{max(values):.3f}" if values else "-"
+
+
+def _exact(rows: Sequence[ParityRow]) -> str:
+    """Return how many of the checks that need no tolerance hold."""
+    checks = [row.status == "ok" for row in rows if row.kind == "exact" and row.status != "skipped"]
+    return f"{sum(checks)}/{len(checks)}" if checks else "-"
+
+
+def _diagnosis(rows: Sequence[ParityRow]) -> str:
+    """Return the fingerprint's diagnosis, and every precision class observed in place of the dtype's own."""
+    said = [next((row.diagnosis for row in rows if row.diagnosis), "")]
+    other = {row.observed: None for row in rows if row.observed not in ("", PRECISION_OF_DTYPE.get(row.dtype))}
+    return "; ".join(filter(None, [*said, *(f"observed precision: {name}" for name in other)]))
+
+
+def print_report(console: PlainConsole, rows: Sequence[ParityRow], summary: Summary) -> None:
+    """Print the table, each failure with the command that reproduces it, and the skipped cells with their reasons."""
+    groups: dict[tuple[str, str, str, str], list[ParityRow]] = defaultdict(list)
+    for row in rows:
+        # 72 pairs a case would bury the subjects: pairs are one line a dtype and mode.
+        name = {"pair": "every torch-jax pair", "mode": "every implementation"}.get(row.kind, row.implementation)
+        groups[row.framework, name, row.mode, row.dtype].append(row)
+    title = f"parity: largest error over its bound, at most 1 (T1 certain; T2, T3 at a false-alarm rate of {_RATE})"
+    table = Table(title=title, title_justify="left")
+    for column in ("framework", "implementation", "mode", "dtype", "status"):
+        table.add_column(column)
+    for column in ("compared", "skipped", "T1", "T2", "T3", "exact"):
+        table.add_column(column, justify="right")
+    table.add_column("diagnosis")
+    for (framework, name, mode, dtype), members in groups.items():
+        compared = [row for row in members if row.status != "skipped"]
+        failed = sum(row.status == "mismatch" for row in members)
+        status = _MISMATCH if failed else Text("ok", "green") if compared else Text("skipped", "yellow")
+        table.add_row(
+            framework,
+            name,
+            mode,
+            dtype,
+            status,
+            str(len(compared)),
+            str(len(members) - len(compared)),
+            _fraction(compared, "bound_fraction"),
+            _fraction(compared, "bound_fraction_t2"),
+            _fraction(compared, "bound_fraction_t3"),
+            _exact(compared),
+            _diagnosis(compared),
+        )
+    console.print(table)
+    for row in rows:
+        if row.status == "mismatch":
+            place = " ".join(
+                part for part in (row.framework, row.implementation, row.mode, row.dtype, row.case) if part
+            )
+            console.print(_MISMATCH, f"{place}: {row.reason}")
+            if row.command:
+                # Not wrapped: a command that is cut into lines cannot be pasted.
+                console.print(f"  reproduce: {row.command}", soft_wrap=True)
+    skipped: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        if row.status == "skipped":
+            skipped[row.reason][f"{row.framework} {row.implementation} {row.dtype}"] += 1
+    for reason, who in skipped.items():
+        # One line a reason: a line a subject would bury the result.
+        more = f" and {len(who) - _NAMED} more" if len(who) > _NAMED else ""
+        names = ", ".join(list(who)[:_NAMED]) + more
+        console.print(f"skipped {who.total()} x {names}: {reason}", style="dim")
+    verdict = "all compared cells hold" if summary.ok else "FAILED"
+    if summary.compared == 0:
+        verdict = "FAILED: nothing was compared"
+    console.print(
+        f"{summary.compared} compared, {summary.passed} passed, {summary.failed} failed, {summary.skipped} skipped:",
+        Text(verdict, "green" if summary.ok else "red"),
+    )

@@ -106,7 +106,7 @@ def check_output(argument: str, path: Path | str | None) -> None:
     with _told(argument, path):
         found = _status(path)
         if found is not None and _standard_stream(found) is None and _is_stream(found):
-            # Not opened: whoever reads the other end of a pipe would see it end.
+            # Not opened: the reader of a pipe would see it end.
             _check_permitted(path)
         elif found is None or _standard_stream(found) is None:
             with contextlib.suppress(_Kept), _replacement(path) as file:
@@ -138,7 +138,7 @@ def check_apart(outputs: Mapping[str, Path | str | None]) -> None:
 
 
 class _Kept(Exception):
-    """End a trial: what was there stays."""
+    """End a trial and keep the old file."""
 
 
 @contextlib.contextmanager
@@ -292,7 +292,7 @@ class ScratchFolder:
                 break
             # Taken for an abandoned one in the moment before it was locked.
             _release([(self.name, lock, os.getpid())])
-        # No TemporaryDirectory, which warns if nobody calls `cleanup`: whoever held the object has let go of it.
+        # No TemporaryDirectory, which warns if `cleanup` is not called before the object is gone.
         self._held = [(self.name, lock, os.getpid())]
         weakref.finalize(self, _release, self._held).atexit = at_exit
 

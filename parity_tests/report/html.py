@@ -74,10 +74,7 @@ def legend() -> str:
 def heatmap(title: str, lines: Sequence[str], blocks: Sequence[Block]) -> str:
     """Draw named lines against one or more blocks of columns, side by side.
 
-    Args:
-        title: below which it stands; read out as well.
-        lines: names from top to bottom.
-        blocks: those without columns are left out.
+    Blocks without columns are left out.
     """
     blocks = [block for block in blocks if block.columns]
     side, gap = 17, 14
@@ -186,6 +183,8 @@ def draw_curves(curves: Curves) -> str:
 
 
 __all__ = ["Curves", "html_document"]
+
+# --- the page ---
 
 _COLUMNS = ("status", "kind", "framework", "implementation", "mode", "dtype", "case", "tensor")
 
@@ -303,7 +302,7 @@ def html_document(
         training: curves to draw.
         title: of the page.
         notes: sentences beside the skipped cells.
-        cells_left: how many cells an interrupted run did not come to.
+        cells_left: number of cells that an interrupted run did not come to.
         stopped: True if the run did not come to its end; the notes say why.
     """
     summary = summarize(rows)

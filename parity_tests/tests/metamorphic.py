@@ -18,16 +18,6 @@ from parity_tests.judge.tolerance import bound
 Check = Callable[[Subject, Inputs], list[str]]
 
 
-def _take(inputs: Inputs, order: np.ndarray) -> Inputs:
-    return dataclasses.replace(
-        inputs,
-        x=np.take(inputs.x, order, axis=-2),
-        weight=inputs.weight[order],
-        bias=None if inputs.bias is None else inputs.bias[order],
-        cotangent=np.take(inputs.cotangent, order, axis=-2),
-    )
-
-
 def _within(
     first: dict[str, np.ndarray], second: dict[str, np.ndarray], subject: Subject, inputs: Inputs, what: str
 ) -> list[str]:
@@ -48,7 +38,7 @@ def check_permutation(subject: Subject, inputs: Inputs) -> list[str]:
     # A reflection that keeps partition 0: it commutes neither with a shift of all partitions nor with their reversal,
     # so that code that confuses partitions in such a way does not permute along. Two can only be exchanged.
     order = np.roll(np.arange(n)[::-1], 1) if n > 2 else np.array([1, 0])
-    plain, permuted = subject.vjp(inputs), subject.vjp(_take(inputs, order))
+    plain, permuted = subject.vjp(inputs), subject.vjp(inputs.partitions(order))
     axes = {"y": -2, "dx": -2, "dweight": 0, "dbias": 0}
     back = {name: np.take(value, np.argsort(order), axis=axes[name]) for name, value in permuted.items()}
     return _within(plain, back, subject, inputs, "permutation of partitions")

@@ -16,8 +16,7 @@ def _torch() -> Subject:
 
     def _plain_linear(inputs, device):
         _, i, o = inputs.weight.shape
-        arrays = [inputs.weight] if inputs.bias is None else [inputs.weight, inputs.bias]
-        leaves = [to_torch(array, device).requires_grad_() for array in arrays]
+        leaves = [to_torch(array, device).requires_grad_() for array in inputs.parameters.values()]
         linear = torch.nn.Linear(i, o, bias=inputs.bias is not None, device=device, dtype=leaves[0].dtype)
 
         def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

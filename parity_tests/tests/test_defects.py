@@ -25,9 +25,9 @@ from parity_tests.judge.oracle import reference
 from parity_tests.judge.records import environment, summarize
 from parity_tests.judge.run import judge, run_cells, too_dense
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available, load_subjects
-from parity_tests.report.console import PlainConsole
+from parity_tests.report.console import PlainConsole, print_report
 from parity_tests.report.html import html_document
-from parity_tests.report.rows import junit_document, print_report
+from parity_tests.report.junit import junit_document
 
 HEALTHY = {
     f"{framework}-{subject.implementation}": subject

@@ -10,7 +10,7 @@ from parity_tests.judge.inputs import Case, draw_inputs
 from parity_tests.judge.records import summarize
 from parity_tests.judge.run import run_cells
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available, load_subjects
-from parity_tests.report.rows import print_report
+from parity_tests.report.console import print_report
 from parity_tests.tests.numpy_subject import NumpySubject
 
 INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framework)]

@@ -13,7 +13,7 @@ pytest.importorskip("einops", reason="einops is not installed here")
 from parity_tests.judge.records import ParityRow, environment
 from parity_tests.pair.report import PairReport, PairRow
 from parity_tests.report.html import Curves, html_document
-from parity_tests.report.rows import junit_document
+from parity_tests.report.junit import junit_document
 
 ROW = ParityRow(
     kind="oracle",

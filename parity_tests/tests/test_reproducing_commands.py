@@ -14,8 +14,7 @@ from parity_tests.judge.oracle import reference
 from parity_tests.judge.records import ParityRow, summarize
 from parity_tests.judge.run import run_cells
 from parity_tests.judge.subjects import DEFAULT_MODES, FRAMEWORKS, framework_available
-from parity_tests.report.console import PlainConsole
-from parity_tests.report.rows import print_report
+from parity_tests.report.console import PlainConsole, print_report
 from parity_tests.training.run import TRAINED, TRAININGS, TrainingRows
 
 CASE = Case("square", (4,), 3, 8, 8)

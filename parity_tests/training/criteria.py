@@ -87,10 +87,8 @@ def free_running(framework: str, own: np.ndarray, ensemble: np.ndarray) -> Crite
     t the quantile of Student's distribution with M - 1 degrees of freedom. The interval is one-sided: a run closer to
     the truth than runs with twice its rounding errors is no defect.
 
-    Args:
-        framework: for the report.
-        own: `(steps,)` distance of the fp32 run from its own float64 run.
-        ensemble: `(members, steps)` the same for runs with extra noise.
+    `own` is the `(steps,)` distance of the fp32 run from its own float64 run, `ensemble` the `(members, steps)`
+    distances of runs with extra noise.
     """
     tiny = np.finfo(np.float64).tiny
     statistic = float(np.log(np.maximum(own, tiny)).mean())
@@ -129,7 +127,7 @@ def not_vacuous(
 
 
 def moments_agree(double: Mapping[str, Trajectory], single: Mapping[str, Trajectory], spec: OptimizerSpec) -> Criterion:
-    """Judge criterion 6 for moments: those that the optimiser needs, on both sides, within the limit of criterion 1."""
+    """Judge criterion 6 for moments: both sides keep those of the optimiser, within the limit of criterion 1."""
     first, second = double.values()
     differing = sorted(first.moments.keys() ^ second.moments.keys())
     if differing:
@@ -221,14 +219,7 @@ def _worst_step(
 
 
 def resynchronised(side: TrainingSubject, task: TrainingTask, states: States, steps: Sequence[int]) -> Criterion:
-    """Judge criterion 3: at rounded float64 states, y, dx, dW and db of each layer keep the T1 bound.
-
-    Args:
-        side: computes the gradients, in fp32.
-        task: the model and its data.
-        states: of the float64 run.
-        steps: which of them are judged.
-    """
+    """Judge criterion 3: at rounded float64 states, y, dx, dW and db of each layer keep the T1 bound."""
     name = f"resynchronised ({side.framework})"
     worst, detail, judged = 0.0, "", 0
     for begin in range(0, len(steps), _CHUNK):
@@ -280,11 +271,7 @@ def _verdicts(
 def off_block(framework: str, masked: MaskedRun, double: Trajectory, single: Trajectory) -> Criterion:
     """Judge criterion 6 for the masked layer: zeros outside the blocks, and blocks that train as compact weights do.
 
-    Args:
-        framework: for the report.
-        masked: the run of the masked layers, in float64.
-        double: the same framework's run of the compact layers, in float64.
-        single: the same in fp32; their distance sets the limit, as in criterion 1.
+    As in criterion 1, the distance between the fp32 and the float64 run of the compact weights sets the limit.
     """
     name = f"off-block ({framework})"
     leaking = np.flatnonzero(masked.off_block != 0)  # NaN is not zero either
@@ -335,14 +322,6 @@ def training_parity(
     members: int = 12,
 ) -> TrainingReport:
     """Train a task on both sides and judge all six criteria.
-
-    Args:
-        sides: the two frameworks.
-        task: what is trained.
-        spec: the optimiser.
-        optimizer: its name for the report.
-        steps: K.
-        members: size of the noise ensemble.
 
     Raises:
         ValueError: unless there are two different frameworks and two members at least.

@@ -66,7 +66,7 @@ class LadderReport:
 
 
 def _round_trip(sides: Sequence[LadderSide], inputs: Inputs) -> Rung:
-    arrays = {"weight": inputs.weight} | ({} if inputs.bias is None else {"bias": inputs.bias})
+    arrays = inputs.parameters
     travelled: Arrays = arrays
     for side in (*sides, sides[0]):
         travelled = side.round_trip(travelled)
@@ -101,7 +101,7 @@ def _computation(sides: Sequence[LadderSide], inputs: Inputs) -> Iterator[Rung]:
 
 def _one_step(sides: Sequence[LadderSide], task: TrainingTask, spec: OptimizerSpec) -> Rung:
     trusted, other = (side.training for side in sides)
-    # Both sides are fed the same gradient: what differs after the step is the optimiser.
+    # Both sides are fed the same gradient, so that only the optimiser can make a difference.
     start = trusted.gradients(task, task.parameters, 0, "float64").gradients
     first = [trusted.replay(task.parameters, spec, [start], dtype).states for dtype in ("float64", "float32")]
     second = other.replay(task.parameters, spec, [start], "float64").states
@@ -128,14 +128,7 @@ def climb(
 ) -> LadderReport:
     """Climb until a rung fails.
 
-    Args:
-        sides: two frameworks; the first one's optimiser is trusted when a cause is sought.
-        inputs: for the lower rungs.
-        task: for the upper rungs.
-        spec: the optimiser.
-        optimizer: its name.
-        steps: K.
-        members: size of the noise ensemble of the top rung.
+    The first side's optimiser is trusted when a cause is sought.
 
     Raises:
         ValueError: unless there are two sides.

@@ -29,7 +29,7 @@ class OptimizerSpec:
         beta2: for `adam` and `adamw`; the averaging constant of `rmsprop`.
         epsilon: added to the root of the second moment, outside the root.
         weight_decay: coupled (added to the gradient) for all but `adamw`, decoupled for `adamw`.
-        decay_bias: whether biases decay too. Our bias is 2-D: the common rule "decay what has two or more dimensions"
+        decay_bias: True if biases decay too. Our bias is 2-D: the common rule "decay what has two or more dimensions"
             would decay it, so the choice is explicit.
         clip_norm: largest global norm of the gradient, or None.
         warmup_steps: the learning rate rises linearly over this many steps; its first value is `peak / warmup_steps`.

@@ -1,5 +1,6 @@
 """Turn ladders into rows and curves of a parity run, and choose what each set of cases trains."""
 
+import functools
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -18,17 +19,15 @@ from parity_tests.training.tasks import TASKS
 
 STEPS = 500
 CASE = Case("ladder", (64,), 3, 16, 16)
+# By the names of `run --train`.
+TRAININGS: dict[str, tuple[str, str]] = {
+    f"{task}:{optimizer}": (task, optimizer) for task in TASKS for optimizer in OPTIMIZERS
+}
 # Trained by each set of cases: nothing, one of each kind of optimiser, everything.
 TRAINED: dict[str, tuple[tuple[str, str], ...]] = {
     "smoke": (),
     "default": (("partitioned-mlp", "momentum"), ("nlinear", "adamw-clip-warmup-cosine")),
-    "full": tuple((task, optimizer) for task in TASKS for optimizer in OPTIMIZERS),
-}
-
-
-# As `run --train` names them.
-TRAININGS: dict[str, tuple[str, str]] = {
-    f"{task}:{optimizer}": (task, optimizer) for task in TASKS for optimizer in OPTIMIZERS
+    "full": tuple(TRAININGS.values()),
 }
 
 
@@ -41,66 +40,42 @@ class TrainingRows:
 
 
 def training_rows(task_name: str, optimizer: str, steps: int = STEPS, members: int = 12) -> TrainingRows:
-    """Climb the ladder with torch and JAX; return a row for each rung and for each criterion of the top rung.
-
-    Args:
-        task_name: a name of `TASKS`.
-        optimizer: a name of `OPTIMIZERS`.
-        steps: K.
-        members: size of the noise ensemble.
-    """
+    """Climb the ladder with torch and JAX; return a row for each rung and for each criterion of the top rung."""
     sides = [load_side(framework) for framework in FRAMEWORKS]
     report = climb(
         sides, draw_inputs(CASE, "float32"), TASKS[task_name](), OPTIMIZERS[optimizer], optimizer, steps, members
     )
-    where = _where(task_name, optimizer)
-    rows = [
-        ParityRow(
-            kind="ladder",
-            case=rung.name,
-            tensor="",
-            status="ok" if rung.ok else "mismatch",
-            reason="" if rung.ok else f"{rung.detail}; likely cause: {rung.cause}",
-            diagnosis=f"{rung.name}: {rung.detail}" if rung.ok and rung.detail else "",
-            **where,
-        )
-        for rung in report.rungs
-    ]
-    rows += [
-        ParityRow(kind="ladder", case=name, tensor="", status="skipped", reason="a lower rung failed", **where)
-        for name in RUNGS[len(report.rungs) :]
-    ]
-    if report.training is not None:
-        rows += [
-            ParityRow(
-                kind="training",
-                case=criterion.name,
-                tensor="",
-                status="ok" if criterion.ok else "mismatch",
-                reason="" if criterion.ok else criterion.detail,
-                diagnosis=criterion.detail if criterion.ok else "",
-                bound_fraction=criterion.fraction,
-                **where,
-            )
-            for criterion in report.training.criteria
-        ]
+    row = functools.partial(_row, task_name, optimizer)
+    rows = []
+    for rung in report.rungs:
+        if rung.ok:
+            rows.append(row("ladder", rung.name, "ok", diagnosis=f"{rung.name}: {rung.detail}" if rung.detail else ""))
+        else:
+            rows.append(row("ladder", rung.name, "mismatch", reason=f"{rung.detail}; likely cause: {rung.cause}"))
+    rows += [row("ladder", name, "skipped", reason="a lower rung failed") for name in RUNGS[len(report.rungs) :]]
+    for criterion in report.training.criteria if report.training is not None else ():
+        said = {"diagnosis": criterion.detail} if criterion.ok else {"reason": criterion.detail}
+        status = "ok" if criterion.ok else "mismatch"
+        rows.append(row("training", criterion.name, status, bound_fraction=criterion.fraction, **said))
     return TrainingRows(rows, report.training)
-
-
-def _where(task_name: str, optimizer: str) -> dict[str, Any]:
-    return {
-        "framework": "torch+jax",
-        "implementation": f"{task_name}: {optimizer}",
-        "dtype": "float32",
-        "command": f"python -m parity_tests run --train {task_name}:{optimizer}",
-    }
 
 
 def failed_training(task_name: str, optimizer: str, error: Exception) -> ParityRow:
     """Return the row of a ladder that ended in an exception, so that the other rows stay."""
-    where = _where(task_name, optimizer)
+    return _row(task_name, optimizer, "ladder", RUNGS[0], "mismatch", reason=raised("the training", error))
+
+
+def _row(task_name: str, optimizer: str, kind: Any, case: str, status: Any, **said: Any) -> ParityRow:
     return ParityRow(
-        kind="ladder", case=RUNGS[0], tensor="", status="mismatch", reason=raised("the training", error), **where
+        kind=kind,
+        framework="torch+jax",
+        implementation=f"{task_name}: {optimizer}",
+        dtype="float32",
+        case=case,
+        tensor="",
+        status=status,
+        command=f"python -m parity_tests run --train {task_name}:{optimizer}",
+        **said,
     )
 
 

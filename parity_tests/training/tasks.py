@@ -117,6 +117,9 @@ class TrainingSubject(Protocol):
         ...
 
 
+# --- tasks ---
+
+
 def _stored_in_float32(array: np.ndarray) -> np.ndarray:
     """Round to numbers that fp32 holds exactly, so that fp32 and float64 runs start from the same point."""
     return array.astype(np.float32).astype(np.float64)

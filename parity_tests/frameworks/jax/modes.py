@@ -71,10 +71,7 @@ def _mesh(device: Any, num_partitions: int) -> jax.sharding.Mesh:
 def placement(device: Any, num_partitions: int, axis: int) -> jax.sharding.NamedSharding:
     """Divide an array over the devices that the partitions are divided over.
 
-    Args:
-        device: one of the platform that is meant.
-        num_partitions: n.
-        axis: where the array has it.
+    `device` is one of the platform that is meant, `axis` the axis of the partitions.
     """
     return partition_sharding(_mesh(device, num_partitions), leading_axes=axis)
 
@@ -82,12 +79,7 @@ def placement(device: Any, num_partitions: int, axis: int) -> jax.sharding.Named
 def mode_reason(mode: str, table_name: str | None, device: Any, case: Case, dtype: str) -> str | None:
     """Return one sentence if an implementation cannot run in this mode here, else None.
 
-    Args:
-        mode: a mode of JAX.
-        table_name: name in the table of implementations, or None for a layer class.
-        device: where it would run.
-        case: the shape.
-        dtype: storage dtype.
+    A layer class has no name in the table.
     """
     if dtype not in MODES[mode].dtypes:
         return f"mode {mode}: expected {', '.join(MODES[mode].dtypes)}, got {dtype}; no other program runs there."

@@ -1,9 +1,8 @@
 """Run JAX subjects: the table's implementations through the public function, and the nnx and linen layers."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,13 +18,6 @@ from jax_impl.registry import IMPLEMENTATIONS, unsupported_reason
 from parity_tests.frameworks.jax.modes import EXECUTIONS, Function, mode_reason, placement
 from parity_tests.judge.inputs import Case, Inputs, Layout
 from parity_tests.judge.subjects import DEFAULT_MODES, MODES, check_precision
-
-
-@contextlib.contextmanager
-def _double_precision_if(needed: bool) -> Iterator[None]:
-    """Allow float64 arrays within a context: a global switch would change the dtypes of other code."""
-    with jax.enable_x64(needed):
-        yield
 
 
 @dataclass(frozen=True)
@@ -60,18 +52,20 @@ class JaxSubject:
         # JAX arrays are always dense; the transposed layout is a transposition that the function begins with.
         transposed = inputs.layout == "transposed"
         x = inputs.x.swapaxes(-1, -2) if transposed else inputs.x
-        parameters = [inputs.weight] if inputs.bias is None else [inputs.weight, inputs.bias]
-        return self._put(x, x.ndim - (1 if transposed else 2)), [self._put(array, 0) for array in parameters]
+        return self._put(x, x.ndim - (1 if transposed else 2)), [
+            self._put(array, 0) for array in inputs.parameters.values()
+        ]
 
     def forward(self, inputs: Inputs) -> np.ndarray:
         """Return y."""
-        with _double_precision_if(inputs.dtype == "float64"):
+        # A context: a global switch would change the dtypes of other code.
+        with jax.enable_x64(inputs.dtype == "float64"):
             x, parameters = self._arguments(inputs)
             return np.asarray(_forward(self.function, inputs.layout, self.mode)(x, *parameters))
 
     def vjp(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """Return y, dx, dweight and dbias."""
-        with _double_precision_if(inputs.dtype == "float64"):
+        with jax.enable_x64(inputs.dtype == "float64"):
             x, parameters = self._arguments(inputs)
             cotangent = self._put(inputs.cotangent, inputs.cotangent.ndim - 2)
             y, gradients = _vjp(self.function, inputs.layout, self.mode)(cotangent, x, *parameters)
@@ -155,7 +149,7 @@ def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Put canonical arrays into the layer and take them out again."""
     n, i, o = arrays["weight"].shape
     dtype = arrays["weight"].dtype
-    with _double_precision_if(dtype == np.float64):
+    with jax.enable_x64(dtype == np.float64):
         layer = PartitionedLinear(n, i, o, use_bias="bias" in arrays, param_dtype=dtype, rngs=nnx.Rngs(0))
         import_parameters(layer, dict(arrays))
         return export_parameters(layer)
@@ -182,7 +176,7 @@ def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | N
     """Return every JAX subject, in every mode that is asked for; in the default mode if none is."""
     target = resolve_device(device)
     check_precision(precision, has_tf32=target.platform == "gpu")
-    # HIGHEST: what is judged is the formulation, not the device's default of rounding fp32 operands to TF32. For TF32
+    # HIGHEST: the formulation is judged, not the device's default of rounding fp32 operands to TF32. For TF32
     # that default and no preset: convolutions take none.
     product = jax.lax.Precision.DEFAULT if precision == "tf32" else jax.lax.Precision.HIGHEST
     found = []
@@ -214,15 +208,7 @@ LAYERS = ("layer", "linen")
 
 
 def initial_weight(layer: str, init: str, sizes: tuple[int, int, int], dtype: str, seed: int) -> np.ndarray:
-    """Return the kernel `(n, in, out)` that a new layer drew.
-
-    Args:
-        layer: a name of `LAYERS`.
-        init: `torch` or `flax`.
-        sizes: n, in, out.
-        dtype: of the parameters.
-        seed: of the generator.
-    """
+    """Return the kernel `(n, in, out)` that a new layer drew."""
     n, i, o = sizes
     number = jnp.dtype(dtype)
     if layer == "layer":

@@ -42,12 +42,7 @@ def _scale_by_adagrad(epsilon: float) -> optax.GradientTransformation:
 
 
 def build_optax(spec: OptimizerSpec, steps: int) -> optax.GradientTransformation:
-    """Return the optax transformation of a spec, over a flat dict of arrays named `...weight` and `...bias`.
-
-    Args:
-        spec: what to build.
-        steps: how many steps the schedule must cover.
-    """
+    """Return the optax transformation of a spec, over a flat dict of arrays named `...weight` and `...bias`."""
     rates = spec.rates(steps)
 
     def rate(count):
@@ -93,7 +88,7 @@ def step_counts(state: Any) -> set[int]:
 
 
 Arrays = dict[str, jax.Array]
-# By layer: what is added to its input and to its output.
+# Added, by layer, to its input and to its output.
 Offsets = dict[str, tuple[jax.Array, jax.Array]]
 
 

@@ -57,7 +57,7 @@ def _mapped(prepare: Prepare) -> Prepare:
         def ensemble(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
             own = x.unflatten(-2, (len(members), x.shape[-2] // len(members))).movedim(-3, 0)
             with warnings.catch_warnings():
-                # What has no rule of its own is mapped by a loop: slower, and as much a result as any other.
+                # Operations without a rule of their own are mapped by a loop: slower, with the same result.
                 warnings.filterwarnings("ignore", ".*performance drop because we have not yet implemented", UserWarning)
                 y = torch.func.vmap(function)(own, *parameters)
             return y.movedim(0, -3).flatten(-3, -2)
@@ -88,10 +88,7 @@ WRAPPERS: Mapping[str, Callable[[Prepare], Prepare]] = MappingProxyType(
 def mode_reason(mode: str, table_name: str | None, dtype: str) -> str | None:
     """Return one sentence if an implementation cannot run in this mode and dtype, else None.
 
-    Args:
-        mode: a mode of torch.
-        table_name: name in the table of implementations, or None for a layer class.
-        dtype: storage dtype.
+    A layer class has no name in the table.
     """
     if dtype not in MODES[mode].dtypes:
         return f"mode {mode}: expected {', '.join(MODES[mode].dtypes)}, got {dtype}; no other program runs there."
@@ -105,11 +102,8 @@ def canonical_gradients(
 ) -> dict[str, np.ndarray]:
     """Bring parameter gradients to `(n, i, o)` and `(n, o)`, whatever the layer and the mode made of them.
 
-    Args:
-        gradients: `dx`, `dweight` and, with a bias, `dbias`, as the leaves have them.
-        inputs: what the subject was given.
-        dense: the weight is the masked layer's `(n*o, n*i)`, of which the diagonal blocks count.
-        mode: a mapped ensemble stacks its members' leaves.
+    `dense` means the masked layer's `(n*o, n*i)` weight, of which the diagonal blocks count. A mapped ensemble stacks
+    the leaves of its members.
     """
     n, i, o = inputs.weight.shape
     found = dict(gradients)

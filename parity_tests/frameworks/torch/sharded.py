@@ -61,9 +61,13 @@ class _Shards:
         self.size = size
         store = str(Path(_folder().name) / f"store-{uuid.uuid4().hex}")
         self._children: list[Interpreter] = []
-        for rank in range(size):
-            arguments, who = [str(rank), str(size), store], f"process {rank} of {size}"
-            self._children.append(Interpreter(_CHILD, arguments, who=who, timeout_s=_TIMEOUT_S))
+        try:
+            for rank in range(size):
+                arguments, who = [str(rank), str(size), store], f"process {rank} of {size}"
+                self._children.append(Interpreter(_CHILD, arguments, who=who, timeout_s=_TIMEOUT_S))
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, message: dict[str, Any], payload: bytes) -> dict[str, np.ndarray]:
         """Send a task to every process and return the answer of the first one.
@@ -81,6 +85,7 @@ class _Shards:
             close_shards()
             raise RuntimeError(f"shards: expected an answer, but {error}.") from None
         if "error" in answer:
+            close_shards()  # the other processes may still wait for the one that failed
             raise RuntimeError(f"shards: expected tensors, got the error {answer['error']}")
         return _unpacked(answer["payload"])
 
@@ -198,11 +203,12 @@ def serve(channel: Channel, alone: Mapping[str, Subject], rank: int, size: int, 
             meshes[shards] = DeviceMesh("cpu", torch.arange(shards))
         if rank >= shards:
             continue
-        arrays = {"bias": None} | _unpacked(task["payload"])
-        inputs = Inputs(**arrays, dtype=task["dtype"], layout=task["layout"])
+        found = _unpacked(task["payload"])
+        arrays = (found["x"], found["weight"], found.get("bias"), found["cotangent"])
+        inputs = Inputs(*arrays, task["dtype"], task["layout"])
         try:
-            found = _evaluate(meshes[shards], task["implementation"], inputs, task["gradients"], alone)
-            message, payload = {}, _packed(found)
+            results = _evaluate(meshes[shards], task["implementation"], inputs, task["gradients"], alone)
+            message, payload = {}, _packed(results)
         except Exception as error:
             message, payload = {"error": f"{type(error).__name__}: {error}"}, None
         if rank == 0:
@@ -230,10 +236,9 @@ def _whole(tensor: torch.Tensor, axis: int, size: int) -> np.ndarray:
 def _sharded(mesh: DeviceMesh, implementation: str, inputs: Inputs, gradients: bool) -> dict[str, np.ndarray]:
     """Run the whole layer on DTensors."""
     n, i, o = inputs.weight.shape
-    arrays = {"weight": inputs.weight} | ({} if inputs.bias is None else {"bias": inputs.bias})
     dtype = to_torch(inputs.weight[:0], _CPU).dtype
     layer = PartitionedLinear(n, i, o, bias=inputs.bias is not None, implementation=implementation, dtype=dtype)
-    import_parameters(layer, arrays)
+    import_parameters(layer, inputs.parameters)
     shard_partitions(layer, mesh)
     x = shard_inputs(lay_out(to_torch(inputs.x, _CPU), inputs.layout), mesh).requires_grad_(gradients)
     size = mesh.size()
@@ -251,14 +256,7 @@ def _by_itself(mesh: DeviceMesh, subject: Subject, inputs: Inputs, gradients: bo
     """Call the implementation with this process's own partitions, and gather the results."""
     size, rank = mesh.size(), mesh.get_rank()
     share = len(inputs.weight) // size
-    own = slice(rank * share, (rank + 1) * share)
-    mine = dataclasses.replace(
-        inputs,
-        x=inputs.x[..., own, :],
-        weight=inputs.weight[own],
-        bias=None if inputs.bias is None else inputs.bias[own],
-        cotangent=inputs.cotangent[..., own, :],
-    )
+    mine = inputs.partitions(range(rank * share, (rank + 1) * share))
     found = subject.vjp(mine) if gradients else {"y": subject.forward(mine)}
 
     def gathered(name: str, value: np.ndarray) -> np.ndarray:

@@ -79,8 +79,7 @@ class TorchSubject:
 
 
 def _leaves(inputs: Inputs, device: torch.device) -> list[torch.Tensor]:
-    arrays = [inputs.weight] if inputs.bias is None else [inputs.weight, inputs.bias]
-    return [to_torch(array, device).requires_grad_() for array in arrays]
+    return [to_torch(array, device).requires_grad_() for array in inputs.parameters.values()]
 
 
 def functional(name: str) -> Prepare:
@@ -97,17 +96,16 @@ def layer_call(layer_class: type[PartitionedLinear] | type[MaskedPartitionedLine
 
     def prepare(inputs: Inputs, device: torch.device) -> tuple[Function, list[torch.Tensor]]:
         n, i, o = inputs.weight.shape
-        arrays = {"weight": inputs.weight} | ({} if inputs.bias is None else {"bias": inputs.bias})
         dtype = to_torch(inputs.weight[:0], device).dtype
         layer = layer_class(n, i, o, bias=inputs.bias is not None, device=device, dtype=dtype)
-        import_parameters(layer, arrays)
+        import_parameters(layer, inputs.parameters)
         leaves: list[torch.Tensor] = [layer.weight, *([] if layer.bias is None else [layer.bias])]
 
         def call(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
             if parameters[0] is leaves[0]:
                 return layer(x)
             # An ensemble hands in its members' parameters, as torch.func would have a user do it.
-            return torch.func.functional_call(layer, dict(zip(arrays, parameters, strict=True)), (x,))
+            return torch.func.functional_call(layer, dict(zip(inputs.parameters, parameters, strict=True)), (x,))
 
         return call, leaves
 
@@ -186,12 +184,7 @@ LAYERS: dict[str, type[PartitionedLinear] | type[MaskedPartitionedLinear]] = {
 def initial_weight(layer: str, init: str, sizes: tuple[int, int, int], dtype: str, seed: int) -> np.ndarray:
     """Return the weight `(n, in, out)` that a new layer drew.
 
-    Args:
-        layer: a name of `LAYERS`.
-        init: `torch` or `flax`.
-        sizes: n, in, out.
-        dtype: of the parameters.
-        seed: of the generator, whose state is restored.
+    The generator's state is restored.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

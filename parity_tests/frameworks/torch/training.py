@@ -16,10 +16,7 @@ def build_torch(
 ) -> torch.optim.Optimizer:
     """Return the torch.optim optimiser of a spec, at the schedule's first rate.
 
-    Args:
-        spec: what to build; clipping is not part of a torch optimiser and is left to the caller.
-        parameters: leaves by name `...weight` or `...bias`; updated in place.
-        foreach: as torch has it; None for torch's own choice.
+    Clipping is left to the caller. The leaves, named `...weight` or `...bias`, are updated in place.
     """
     groups = [
         {"params": [leaf], "weight_decay": spec.weight_decay if spec.decays(name) else 0.0}
@@ -38,13 +35,7 @@ def build_torch(
 
 
 class TorchOptimizer:
-    """A torch optimiser over named parameters, stepped with given gradients.
-
-    Args:
-        spec: what to build.
-        parameters: leaves by name; updated in place.
-        steps: how many steps the schedule must cover.
-    """
+    """A torch optimiser over named parameters, stepped with given gradients."""
 
     def __init__(self, spec: OptimizerSpec, parameters: Mapping[str, torch.Tensor], steps: int) -> None:
         self._spec, self._parameters = spec, dict(parameters)
