@@ -35,14 +35,13 @@ def score(dtypes: tuple[str, ...] = ("float32", "bfloat16"), seed: int = 0, name
         name: only the defect of this name; empty for all.
     """
     table = importlib.import_module("parity_tests.frameworks.jax.defects")
-    planting = importlib.import_module("parity_tests.frameworks.jax.planting")
     for defect in table.DEFECTS:
         if name and defect.name != name:
             continue
         chosen = tuple(dtype for dtype in dtypes if dtype in defect.dtypes)
         if not chosen:
             continue
-        report = judge_pair(planting.planted(defect), seed, chosen)
+        report = judge_pair(table.planted(defect), seed, chosen)
         named = defect.cause in report.likely_cause
         for dtype in chosen:
             # Each dtype's verdict rests on its own rows and on the float64 leg, which is part of every check.

@@ -24,7 +24,7 @@ def _seeded_initialisation(parts: tuple[str, ...]) -> contextlib.AbstractContext
     """Seeds torch, whose modules initialise themselves from a global state; Flax takes keys from the factory."""
     if "torch" not in parts or not framework_available("torch"):
         return contextlib.nullcontext()
-    return importlib.import_module("parity_tests.frameworks.torch.random").seeded(0)
+    return importlib.import_module("parity_tests.frameworks.torch.pair").seeded(0)
 
 
 def names_in(spec: str) -> tuple[str, str]:

@@ -19,13 +19,17 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from parity_tests.frameworks.jax.accuracy import function_error
-from parity_tests.frameworks.jax.evaluation import (
+from parity_tests.frameworks.jax.operations import (
+    EXACT,
+    INLINED,
+    MULTIPLICATIONS,
+    PRODUCTS,
     SUMS,
     aval_of,
     contains_program,
     evaluated,
     evaluated_as_traced,
+    function_error,
     is_elementwise,
     is_inexact,
     squared,
@@ -37,7 +41,6 @@ from parity_tests.judge.dtypes import FORMATS
 from parity_tests.pair import casts
 from parity_tests.pair.calibration import MEMBERS, moved_constant
 from parity_tests.pair.casts import format_name, looks_rounded, parts
-from parity_tests.pair.operations import JAX_EXACT, JAX_INLINED, JAX_MULTIPLICATIONS, JAX_PRODUCTS
 
 _POOL_BITS = 16
 
@@ -153,7 +156,7 @@ class Interpreter:
     ) -> tuple[Sequence[Any], Sequence[Mark]]:
         """Results of one operation and their marks."""
         name, params = equation.primitive.name, equation.params
-        if name in JAX_INLINED:
+        if name in INLINED:
             inner = next(params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params)
             if isinstance(inner, ClosedJaxpr):
                 return self._jaxpr(inner.jaxpr, [self._const(const) for const in inner.consts], operands, marks)
@@ -161,7 +164,7 @@ class Interpreter:
         constant = all(mark.constant for mark in marks)
         units = [_unit(aval_of(variable).dtype) for variable in equation.outvars]
         held = min((mark.unit for mark in marks), default=0.0)
-        if name in JAX_EXACT or (name == "convert_element_type" and units[0] <= held < math.inf):
+        if name in EXACT or (name == "convert_element_type" and units[0] <= held < math.inf):
             # A choice among numbers of a format, or a cast to one that holds them, rounds nothing.
             units = [max(unit, held) for unit in units]
         if name in _CONTROL:
@@ -181,7 +184,7 @@ class Interpreter:
         if name == "bitcast_convert_type" or contains_program(params):
             return evaluated_as_traced(equation, operands)
         results = evaluated(equation, operands)
-        if name in JAX_MULTIPLICATIONS:
+        if name in MULTIPLICATIONS:
             zero = lax.shift_right_logical(jnp.asarray(self._member, jnp.uint64), np.uint64(63))
             return [_uncontracted(value, zero) for value in results]
         return results
@@ -190,7 +193,7 @@ class Interpreter:
         """Results that err; `held` is the roundoff of a format that holds all operands exactly."""
         name = equation.primitive.name
         results = self._exactly(equation, operands)
-        if name in JAX_EXACT and not (name in ("abs", "sign") and jnp.iscomplexobj(operands[0])):
+        if name in EXACT and not (name in ("abs", "sign") and jnp.iscomplexobj(operands[0])):
             return results
         if name == "reduce_precision" or not any(is_inexact(value) for value in results):
             return results
@@ -218,10 +221,10 @@ class Interpreter:
                 self._summed(value, square, terms, u_acc, str(aval_of(var).dtype))
                 for value, square, var in zip(results, squares, equation.outvars, strict=True)
             ]
-        if not is_elementwise(equation) and name not in JAX_PRODUCTS:
+        if not is_elementwise(equation) and name not in PRODUCTS:
             self.notes.add(f"jax {name} has no rounding model of its own")
         # A product of many factors is rounded once for each.
-        factor = math.sqrt(operands[0].size) if name in JAX_PRODUCTS else function_error(equation)
+        factor = math.sqrt(operands[0].size) if name in PRODUCTS else function_error(equation)
         return [
             self._round(value, str(aval_of(var).dtype), factor) if is_inexact(value) else value
             for value, var in zip(results, equation.outvars, strict=True)

@@ -11,8 +11,8 @@ import numpy as np
 from jax._src import dtypes
 from jax.extend.core import ClosedJaxpr
 
-from parity_tests.frameworks.jax.evaluation import wide_dtype
 from parity_tests.frameworks.jax.noise import Interpreter, normal_pool
+from parity_tests.frameworks.jax.operations import wide_dtype
 from parity_tests.judge.dtypes import FORMATS
 from parity_tests.judge.failures import first_line
 from parity_tests.pair.casts import as_stored, format_name

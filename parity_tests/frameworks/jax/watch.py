@@ -16,13 +16,13 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from parity_tests.frameworks.jax.evaluation import aval_of
 from parity_tests.frameworks.jax.noise import Interpreter, Mark
+from parity_tests.frameworks.jax.operations import EXACT, INLINED, aval_of, names
 from parity_tests.pair.branches import Branch, Branches, is_bound
-from parity_tests.pair.operations import JAX_EXACT, JAX_INLINED, names
 
 _JAX = str(Path(jax.__file__).resolve().parent)
-_HERE = Path(__file__).parent
+# Where this package calls a module: what asks beyond is no line of the user's.
+_CALLERS = tuple(str(Path(__file__).with_name(name)) for name in ("modules.py", "pair.py"))
 _LIBRARIES = ("site-packages", "dist-packages")
 # Folders of JAX that hold functions for users; the others are its machinery.
 _FUNCTIONS = ("numpy", "nn", "lax", "scipy", "random", "image", "ops")
@@ -93,7 +93,7 @@ def _origin(equation: JaxprEqn, outer: Origin) -> Origin:
                 functions.append(_bare(function))
                 files.append(file)
         else:
-            if Path(file).parent == _HERE:  # the module is a library's own
+            if file in _CALLERS:  # the module is a library's own
                 return tuple(functions), tuple(files), ""
             files.append(file)
             if not any(library in file for library in _LIBRARIES):
@@ -108,7 +108,7 @@ def _bare(name: str) -> str:
 def _inner(equation: JaxprEqn) -> list[Jaxpr]:
     values = [v for value in equation.params.values() for v in (value if isinstance(value, tuple | list) else [value])]
     found = [v.jaxpr if isinstance(v, ClosedJaxpr) else v for v in values if isinstance(v, ClosedJaxpr | Jaxpr)]
-    return found[:1] if equation.primitive.name in JAX_INLINED else found
+    return found[:1] if equation.primitive.name in INLINED else found
 
 
 def sites(closed: ClosedJaxpr) -> dict[tuple[int, ...], Site]:
@@ -125,7 +125,7 @@ def sites(closed: ClosedJaxpr) -> dict[tuple[int, ...], Site]:
             origin, here = _origin(equation, outer), (*path, id(jaxpr), index)
             found[here] = Site(equation, *origin, moved)
             for program in _inner(equation):
-                one_to_one = equation.primitive.name in JAX_INLINED and len(program.invars) == len(moved)
+                one_to_one = equation.primitive.name in INLINED and len(program.invars) == len(moved)
                 walk(program, here, origin, moved if one_to_one else [any(moved)] * len(program.invars))
             moving |= dict.fromkeys(equation.outvars, any(moved))
         return [not isinstance(atom, Literal) and moving[atom] for atom in jaxpr.outvars]
@@ -155,7 +155,7 @@ def wide_operations(found: Mapping[tuple[int, ...], Site], size: int) -> tuple[s
     places: dict[tuple[str, str], dict[str, None]] = {}
     for site in found.values():
         name = site.equation.primitive.name
-        if name in JAX_EXACT | JAX_INLINED or name == "convert_element_type" or _inner(site.equation):
+        if name in EXACT | INLINED or name == "convert_element_type" or _inner(site.equation):
             continue
         atoms = [*site.equation.outvars, *(a for a in site.equation.invars if aval_of(a).ndim)]
         dtypes = [aval_of(a).dtype for a in atoms]

@@ -17,18 +17,19 @@ from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from parity_tests.frameworks.torch.accuracy import function_error, kernel_errors
-from parity_tests.frameworks.torch.fingerprint import accumulator
-from parity_tests.judge.dtypes import FORMATS
-from parity_tests.pair.operations import (
-    TORCH_EXACT,
-    TORCH_FUNCTIONS,
-    TORCH_FUSED,
-    TORCH_RESAMPLING,
-    TORCH_SUMS,
-    TORCH_SUMS_WITH_ADDEND,
-    TORCH_TRANSFORMS,
+from parity_tests.frameworks.torch.operations import (
+    EXACT,
+    FUNCTIONS,
+    FUSED,
+    RESAMPLING,
+    SUMS,
+    SUMS_WITH_ADDEND,
+    TRANSFORMS,
+    accumulator,
+    function_error,
+    kernel_errors,
 )
+from parity_tests.judge.dtypes import FORMATS
 
 _WIDE = {
     torch.float16: torch.float64,
@@ -83,7 +84,7 @@ class DoublePrecision(TorchDispatchMode):
 
     Args:
         dtype: format that every operation errs as in; the insides of sums and fused operations err as their
-            accumulator does, see `torch_fingerprint`.
+            accumulator does, see `operations.accumulator`.
         member: number of the ensemble's run.
         amplitude: of the noise; 0 for the truth.
         device: of the tensors.
@@ -149,28 +150,28 @@ class DoublePrecision(TorchDispatchMode):
                 return decomposition_table[func](*args, **kwargs)
         if not noisy or _is_exact(name, args, kwargs) or _is_view(func):
             return func(*args, **kwargs)
-        if name in TORCH_SUMS_WITH_ADDEND:
+        if name in SUMS_WITH_ADDEND:
             with self:
                 return decomposition_table[func](*args, **kwargs)
         if name == "convolution" and args[2] is not None:
             with self:
                 product = func(*args[:2], None, *args[3:], **kwargs)
                 return product + args[2].reshape(1, -1, *[1] * (product.ndim - 2))
-        if name in TORCH_TRANSFORMS:
+        if name in TRANSFORMS:
             return self._transform(name, func, args, kwargs)
-        if name in TORCH_SUMS:
+        if name in SUMS:
             with self._accumulating(func, args, kwargs):
                 return self._sum(name, func, args, kwargs)
-        if name in ("mean", "var") or (name in TORCH_FUSED and func in decomposition_table):
+        if name in ("mean", "var") or (name in FUSED and func in decomposition_table):
             with self._accumulating(func, args, kwargs):
                 if name in ("mean", "var"):
                     return self._rounded(name, self._parts(_moment, (name, args, kwargs), {}))
                 return self._rounded(name, self._parts(decomposition_table[func], args, kwargs))
-        if func._can_decompose() and torch.Tag.pointwise not in func.tags and name not in TORCH_FUNCTIONS:
+        if func._can_decompose() and torch.Tag.pointwise not in func.tags and name not in FUNCTIONS:
             with self:
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
-        if name in TORCH_RESAMPLING:
+        if name in RESAMPLING:
             errors = kernel_errors(func, args, kwargs, self._format.name)
             return self._perturbed(
                 name, result, [torch.full_like(v, e) for v, e in zip(_inexact(result), errors, strict=True)]
@@ -318,7 +319,7 @@ def _is_exact(name: str, args: tuple, kwargs: dict) -> bool:
         return not args[0].is_complex()
     if name in ("scatter_reduce", "index_reduce"):
         return (args[4] if len(args) > 4 else kwargs.get("reduce")) in ("amax", "amin")
-    return name in TORCH_EXACT
+    return name in EXACT
 
 
 def _with_exact_scale(grad: Any, alpha: Any, scale: Any, input_scale: Any, *rest: Any) -> tuple:

@@ -1,7 +1,7 @@
 """The torch side of a pair: an `nn.Module` as it is, or a function `f(parameters, *inputs)`."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten_with_path
 
 from parity_tests.frameworks.torch.arrays import to_numpy, to_torch
-from parity_tests.frameworks.torch.hypotheses import Recorder
 from parity_tests.frameworks.torch.noise import DoublePrecision
-from parity_tests.frameworks.torch.random import seeded
 from parity_tests.frameworks.torch.subjects import resolve_device
-from parity_tests.frameworks.torch.truth import MovedConstants, machine_limits
+from parity_tests.frameworks.torch.truth import MovedConstants, Recorder, machine_limits
 from parity_tests.frameworks.torch.watch import BranchWatch, FormatWatch
 from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS, moved_constant
 from parity_tests.pair.casts import is_inexact, storage_format, widened
@@ -31,6 +29,19 @@ from parity_tests.pair.side import (
 from parity_tests.pair.state import named_state
 
 Function = Callable[..., Any]
+
+
+@contextlib.contextmanager
+def seeded(seed: int, devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Seeds torch, and restores the generators on leaving.
+
+    Args:
+        seed: non-negative.
+        devices: GPUs whose generators are restored beside the CPU's.
+    """
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextlib.contextmanager

@@ -13,9 +13,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from parity_tests.frameworks.torch.operations import EXACT, names
 from parity_tests.judge.dtypes import numpy_dtype
 from parity_tests.pair.branches import Branch, Branches, is_bound, softplus_parts
-from parity_tests.pair.operations import TORCH_EXACT, names
 
 # An operation as text, the operand whose extent is told, and its branches: what takes them, a mask, where they begin.
 Found = tuple[str, Any, list[tuple]]
@@ -26,7 +26,7 @@ _MACHINERY = tuple(
     f"{_LIBRARY}/{name}"
     for name in ("_dynamo/", "_compile.py", "_ops.py", "_tensor.py", "overrides.py", "utils/_python_dispatch.py")
 )
-_CALLER = str(Path(__file__).with_name("torch.py"))
+_CALLER = str(Path(__file__).with_name("pair.py"))
 # Their results do not depend on the values of their operands.
 _CREATORS = names("""
 zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty
@@ -352,7 +352,7 @@ class FormatWatch(TorchDispatchMode):
         """Runs one operation and looks at its formats."""
         result = func(*args, **(kwargs or {}))
         name = _bare(func)
-        if name in TORCH_EXACT or any(ret.alias_info and not ret.alias_info.is_write for ret in func._schema.returns):
+        if name in EXACT or any(ret.alias_info and not ret.alias_info.is_write for ret in func._schema.returns):
             return result
         # Beside an array, a single number leaves the format as it is; further results are for the gradient's sake.
         wide = [t for t in _tensors(result)[:1] if self._is_wide(t)]

@@ -1,4 +1,7 @@
-"""Single operations of traced JAX programs, evaluated on float64 operands whatever format they were traced in."""
+"""JAX's operations: how each of them rounds, how it is evaluated in float64, and how far its kernels err.
+
+Errors of elementary functions are measured on the device at hand, in units of u.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +13,54 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from parity_tests.pair.operations import JAX_ARITHMETIC
+from parity_tests.judge.dtypes import FORMATS, numpy_dtype
+from parity_tests.pair import casts
+from parity_tests.pair.casts import format_name
+
+_POINTS = 4099  # a vectorised body and a tail
+_errors: dict[tuple, float] = {}  # as measured, by operation and formats
+
+
+def names(text: str) -> frozenset[str]:
+    """Return the names in a text, separated by white space."""
+    return frozenset(text.split())
+
+
+# A copy, a choice or a rearrangement: nothing is rounded.
+EXACT = names("""
+reshape transpose broadcast_in_dim slice dynamic_slice dynamic_update_slice gather concatenate pad rev select_n max
+min neg abs sign squeeze expand_dims copy stop_gradient reduce_max reduce_min argmax argmin sort top_k clamp floor
+ceil round iota split select_and_gather_add reduce_window_max reduce_window_min is_finite optimization_barrier
+device_put cummax cummin reduce_and reduce_or reduce_xor real imag complex conj random_seed random_wrap random_unwrap
+random_bits random_fold_in random_split threefry2x32 shift_right_logical sharding_constraint scatter scatter-min
+scatter-max nextafter pvary
+""")
+# Calls, whose program is evaluated in place.
+INLINED = names("""
+pjit jit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
+custom_lin
+""")
+# Element by element, operands of size 1 stretched.
+ARITHMETIC = names("""
+add sub mul div add_any integer_pow square pow rem scatter-mul
+""")
+# Elementary functions, which are not always correctly rounded.
+FUNCTIONS = names("""
+exp exp2 expm1 log log1p tanh logistic erf erfc erf_inv sin cos tan asin acos atan sinh cosh asinh acosh atanh sqrt
+rsqrt cbrt pow atan2 div integer_pow lgamma digamma
+""")
+# Of complex numbers: real ones have an exact absolute value and sign, and a product of one rounding.
+COMPLEX_FUNCTIONS = FUNCTIONS | names("""
+abs sign square
+""")
+# What a processor may join with an addition.
+MULTIPLICATIONS = names("""
+mul square integer_pow
+""")
+# Products of many factors: one rounding each.
+PRODUCTS = names("""
+reduce_prod cumprod
+""")
 
 
 def aval_of(atom: Any) -> Any:
@@ -36,9 +86,7 @@ def widened(value: Any) -> jax.Array:
 def is_elementwise(equation: JaxprEqn) -> bool:
     """Whether all operands have the result's shape, or stretch to it."""
     shape = aval_of(equation.outvars[0]).shape
-    return equation.primitive.name in JAX_ARITHMETIC or all(
-        aval_of(atom).shape in (shape, ()) for atom in equation.invars
-    )
+    return equation.primitive.name in ARITHMETIC or all(aval_of(atom).shape in (shape, ()) for atom in equation.invars)
 
 
 _SCATTERS: dict[str, Callable[..., jax.Array]] = {
@@ -130,3 +178,56 @@ SUMS: dict[str, Callable[[JaxprEqn, Sequence[Any]], Any]] = {
     "ragged_dot": lambda equation, operands: operands[0].shape[-1],
     "ragged_dot_general": lambda equation, operands: operands[0].shape[-1],
 }
+
+
+def _grid(positive: bool, shift: int) -> np.ndarray:
+    rng = np.random.default_rng(7)
+    size = np.exp(rng.uniform(-9, 4, _POINTS))
+    return np.roll(size if positive else size * rng.choice([-1.0, 1.0], _POINTS), shift)
+
+
+def function_error(equation: JaxprEqn) -> float:
+    """Largest error of an elementary function, in the format of its result, in units of u; at least 1.
+
+    Of a complex result the modulus of the error counts, in units of sqrt(2) u of the modulus.
+
+    Args:
+        equation: of a traced program; other operations count as correctly rounded.
+    """
+    name = equation.primitive.name
+    dtypes = [str(getattr(atom.aval, "dtype", "")) for atom in (*equation.invars, equation.outvars[0])]
+    in_plane = any(dtype.startswith("complex") for dtype in dtypes)
+    dtype = format_name(dtypes[-1])
+    if name not in (COMPLEX_FUNCTIONS if in_plane else FUNCTIONS) or dtype not in FORMATS or dtype == "float64":
+        return 1.0
+    key = (name, str(equation.params), *dtypes)
+    if key not in _errors:
+        fmt, worst = FORMATS[dtype], 1.0
+
+        @jax.jit
+        def run(*points: jax.Array) -> jax.Array:
+            return equation.primitive.bind(*points, **equation.params)
+
+        for positive in (False, True):
+            points = []
+            for shift, kind in enumerate(dtypes[:-1]):
+                if not kind.startswith(("complex", "float", "bfloat")):  # an exponent
+                    points.append(np.resize(np.arange(-2 if kind.startswith("i") else 0, 7), _POINTS).astype(kind))
+                    continue
+                point = _grid(positive, shift).astype(numpy_dtype(dtype))
+                # A quarter turn of the points is a grid of its own for the imaginary part.
+                turned = np.roll(point, _POINTS // 4)
+                points.append(point + 1j * turned if kind.startswith("complex") else point)
+            # Concrete values even while a caller is being traced.
+            with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+                rounded = casts.widened(np.asarray(run(*map(jnp.asarray, points))))
+                exact = np.asarray(run(*(jnp.asarray(casts.widened(point)) for point in points)))
+            modulus = np.abs(exact)
+            usable = np.isfinite(exact) & (modulus < 2.0**15) & (modulus > 2.0**10 * fmt.smallest_normal)
+            usable &= np.isfinite(rounded)
+            if usable.any():
+                error = np.abs(rounded[usable] - exact[usable]) / modulus[usable]
+                unit = fmt.roundoff * (2**0.5 if np.iscomplexobj(exact) else 1.0)
+                worst = max(worst, float(error.max()) / unit)
+        _errors[key] = worst
+    return _errors[key]
