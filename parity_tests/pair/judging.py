@@ -7,7 +7,7 @@ report at the end. Whatever happens to the child, the parent has the rows so far
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,13 @@ from parity_tests.interpreters.child import Channel, Message
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S, GREETING_S, Interpreter
 from parity_tests.interpreters.process import ProcessError, clipped
 from parity_tests.judge.failures import located
-from parity_tests.pair.report import PairReport, PairRow
+from parity_tests.pair.report import PairReport, PairRow, Tell
 from parity_tests.report.interruption import Interruption
 
 # What an interpreter that the child starts may take to greet, and the child to say that it did not.
 _BESIDE_S = GREETING_S + 10.0
 _MOST_SENTENCE = 1000
 _SHOWN_LINES = 20
-Tell = Callable[[Any], None]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from parity_tests.judge.records import ParityRow, Summary, environment, summarize, write_json
 from parity_tests.report.files import write_text
@@ -12,6 +12,8 @@ from parity_tests.report.html import html_document
 from parity_tests.report.junit import junit_document
 from parity_tests.report.text import printable
 
+# A listener for the steps of a check, a text each, and for its rows.
+Tell = Callable[[Any], None]
 RUNGS: tuple[str, ...] = ("weights", "forward", "gradients", "state")
 CALIBRATED = (
     "every bound is calibrated by a rounding-noise ensemble around a float64 run; it is not derived from a formula, "

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -236,31 +236,3 @@ def _deviation(value: np.ndarray, centre: np.ndarray) -> np.ndarray:
         difference = np.abs(value - centre)
     # Beyond the square root of the largest number its square, and so the spread, would be infinite anyway.
     return np.where(same, 0.0, np.where(difference < 1e154, difference, np.inf))
-
-
-def make_side(framework: str, arguments: Mapping[str, Any], device: str) -> Side:
-    """Imports one framework and wraps its part of a pair.
-
-    Args:
-        framework: `torch` or `jax`.
-        arguments: `torch_module`, `torch_kwargs`, `torch_params`, or the same with `flax`.
-        device: `cpu`, `cuda` or `auto`.
-
-    Raises:
-        ValueError: for another framework, or without a module.
-        TypeError: for a module of another kind.
-    """
-    if framework == "torch":
-        from parity_tests.frameworks.torch.pair import TorchSide as Wrapper
-
-        prefix = "torch"
-    elif framework == "jax":
-        from parity_tests.frameworks.jax.pair import JaxSide as Wrapper
-
-        prefix = "flax"
-    else:
-        raise ValueError(f"framework: expected torch or jax, got {framework!r}; choose one of these.")
-    module = arguments.get(f"{prefix}_module")
-    if module is None:
-        raise ValueError(f"{prefix}_module: expected a module or a function, got None; pass one.")
-    return Wrapper(module, arguments.get(f"{prefix}_kwargs"), arguments.get(f"{prefix}_params"), device)

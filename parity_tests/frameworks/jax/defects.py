@@ -18,8 +18,8 @@ from parity_tests.frameworks.jax.modules import Function
 from parity_tests.frameworks.jax.pair import JaxSide
 from parity_tests.pair.examples import EXAMPLES
 from parity_tests.pair.legs import Pair
-from parity_tests.pair.loading import build
-from parity_tests.pair.side import Arrays, Side, make_side
+from parity_tests.pair.loading import build, make_side
+from parity_tests.pair.side import Arrays, Side
 
 Edit = Callable[[Arrays], Arrays]
 
