@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from parity_tests.judge.casts import as_stored, is_complex, is_inexact, parts
+from parity_tests.judge.comparison import UNDECIDED, within
 from parity_tests.judge.dtypes import FORMATS
-from parity_tests.pair.casts import as_stored, is_complex, is_inexact, parts
 from parity_tests.pair.judge import INFERENCE, KEYS, Evidence
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
 from parity_tests.pair.side import Arrays
 from parity_tests.pair.state import is_output, state_cause
-from parity_tests.pair.verdict import UNDECIDED, within
 
 _OTHER = {"torch": "flax", "jax": "torch"}
 _OWN = {"torch": "torch", "jax": "flax"}

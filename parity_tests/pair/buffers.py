@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from parity_tests.pair.casts import as_stored, is_inexact
+from parity_tests.judge.casts import as_stored, is_inexact
 from parity_tests.pair.draws import draw_like
 from parity_tests.pair.mapping import KEEP
 from parity_tests.pair.patterns import MappingError

@@ -29,9 +29,9 @@ import zlib
 import numpy as np
 from scipy import special, stats
 
+from parity_tests.judge.casts import from_parts, looks_rounded, parts
 from parity_tests.judge.dtypes import FORMATS
 from parity_tests.judge.tolerance import FALSE_ALARM_RATE
-from parity_tests.pair.casts import from_parts, looks_rounded, parts
 
 MEMBERS = 16
 # Runs with amplified noise find what linear scaling cannot: kinks (a relu's derivative) and vanishing first orders. An

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from parity_tests.judge.casts import exactly, is_complex, is_float, is_inexact, widened
 from parity_tests.judge.inputs import BIAS_SCALE, COTANGENT_SCALE, X_SCALE
-from parity_tests.pair.casts import exactly, is_complex, is_float, is_inexact, widened
 from parity_tests.pair.side import ParameterSpec
 
 InputSource = Sequence[Sequence[int] | np.ndarray] | Callable[[np.random.Generator], Sequence[np.ndarray]]

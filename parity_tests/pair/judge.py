@@ -3,21 +3,21 @@
 import dataclasses
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from parity_tests.judge.comparison import TensorResult
+from parity_tests.judge.casts import is_complex, is_inexact
+from parity_tests.judge.comparison import UNDECIDED, TensorResult, refused, same_bits, within
 from parity_tests.judge.failures import first_line
 from parity_tests.judge.records import row_from_result
 from parity_tests.pair.buffers import refuse_unmapped
 from parity_tests.pair.calibration import SEMANTIC_SCALE, calibrated_bound, constants_bound
-from parity_tests.pair.casts import is_complex, is_inexact
 from parity_tests.pair.legs import Pair, Values, running
 from parity_tests.pair.remarks import Remarks
 from parity_tests.pair.report import PairRow
 from parity_tests.pair.side import CANNOT_RUN, Ensemble
 from parity_tests.pair.state import PREFIX, is_output, updated
-from parity_tests.pair.verdict import UNDECIDED, refused, same_bits, undecided, within
 
 KEYS = ("torch", "jax")
 _BOTH = "torch+jax"
@@ -101,7 +101,7 @@ class Judge:
         if dtypes and all(self._missing.get(dtype) for dtype in dtypes):
             reasons = "; ".join(dict.fromkeys(reason for found in self._missing.values() for reason in found))
             reason = f"no dtype that was asked for ({', '.join(dtypes)}) could be compared on both sides: {reasons}"
-            yield self._row(undecided("y", reason), _BOTH, dtypes[0], "forward")
+            yield self._row(refused("y", reason, UNDECIDED), _BOTH, dtypes[0], "forward")
 
     def _weights(self, dtype: str) -> Iterator[PairRow]:
         values, mapping = self._pair.values(dtype, self._seed), self._pair.mapping
@@ -266,7 +266,7 @@ class Judge:
             f"the {_SHOWN[key]} side has no float64 truth, so that there is nothing to judge by: "
             f"{type(error).__name__}: {first_line(error)}"
         )
-        return self._row(undecided("y", reason), key, dtype, "forward")
+        return self._row(refused("y", reason, UNDECIDED), key, dtype, "forward")
 
     def _truths_and_bounds(self, key: str, values: Values) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         dtype, evidence = values.dtype, self.evidence
@@ -336,21 +336,21 @@ class Judge:
         self, result: TensorResult, key: str, dtype: str, rung: str, bound: str = "calibrated", *, mode: str = ""
     ) -> PairRow:
         names = {key: side.name for key, side in self._pair.sides.items()}
-        plain = row_from_result(
-            result,
-            kind="pair" if key == _BOTH else "oracle",
-            framework=key,
-            implementation=names.get(key, f"{names['torch']}+{names['jax']}"),
-            dtype=dtype,
-            case=f"{self._pair.name} seed {self._seed}",
-            mode=mode,
-        )
+        where: dict[str, Any] = {
+            "kind": "pair" if key == _BOTH else "oracle",
+            "framework": key,
+            "implementation": names.get(key, f"{names['torch']}+{names['jax']}"),
+            "dtype": dtype,
+            "case": f"{self._pair.name} seed {self._seed}",
+            "mode": mode,
+            "rung": rung,
+            "bound": bound,
+        }
         if result.status == UNDECIDED:
-            plain, bound = dataclasses.replace(plain, status="mismatch"), UNDECIDED
+            where |= {"status": "mismatch", "bound": UNDECIDED}
         if bound == "skipped":
-            plain = dataclasses.replace(plain, status="skipped", max_abs_error=None, bound_fraction=None)
-        fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
-        return self.remarks.added(PairRow(**fields, rung=rung, bound=bound))
+            where |= {"status": "skipped", "max_abs_error": None, "bound_fraction": None}
+        return self.remarks.added(row_from_result(result, PairRow, **where))
 
 
 def _is_informative(value: np.ndarray) -> bool:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from parity_tests.judge.casts import as_stored, format_name, is_inexact, roundoff
 from parity_tests.judge.dtypes import numpy_dtype
 from parity_tests.judge.failures import first_line
 from parity_tests.pair.buffers import LeftOut
-from parity_tests.pair.casts import as_stored, format_name, is_inexact, roundoff
 from parity_tests.pair.draws import (
     Draw,
     InputSource,

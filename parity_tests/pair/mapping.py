@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from parity_tests.judge.casts import as_stored, exactly, format_name, is_inexact, roundoff
 from parity_tests.judge.dtypes import numpy_dtype
-from parity_tests.pair.casts import as_stored, exactly, format_name, is_inexact, roundoff
 from parity_tests.pair.patterns import AxisPattern, MappingError
 from parity_tests.pair.side import Arrays, ParameterSpec
 

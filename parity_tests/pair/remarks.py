@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Iterable
 
+from parity_tests.judge.casts import as_stored, format_name, is_inexact
 from parity_tests.judge.dtypes import numpy_dtype
 from parity_tests.judge.failures import first_line
-from parity_tests.pair.casts import as_stored, format_name, is_inexact
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
 from parity_tests.pair.side import Arrays

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from parity_tests.pair.casts import from_parts, is_inexact, parts
+from parity_tests.judge.casts import from_parts, is_inexact, parts
 
 Arrays = Mapping[str, np.ndarray]
 # What a framework or a module raises where it cannot run in a format; a refusal of the judge's own is among them. Not

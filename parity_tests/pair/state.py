@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from parity_tests.pair.casts import is_float, is_inexact, widened
+from parity_tests.judge.casts import is_float, is_inexact, widened
 from parity_tests.pair.side import Arrays
 
 PREFIX = "state:"

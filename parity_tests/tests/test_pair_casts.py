@@ -12,12 +12,12 @@ pytest.importorskip("einops", reason="einops is not installed here")
 pytest.importorskip("scipy", reason="scipy is not installed here")
 
 import parity_tests.pair as package
+from parity_tests.judge.casts import as_stored, exactly, from_parts, looks_rounded, parts, widened
+from parity_tests.judge.comparison import UNDECIDED, same_bits, within
 from parity_tests.pair.calibration import MEMBERS, SEMANTIC_SCALE, calibrated_bound, constants_bound, moved_constant
-from parity_tests.pair.casts import as_stored, exactly, from_parts, looks_rounded, parts, widened
 from parity_tests.pair.draws import draw_like, draw_parameters
 from parity_tests.pair.mapping import ParameterMapping
 from parity_tests.pair.side import ParameterSpec, collect_ensemble
-from parity_tests.pair.verdict import UNDECIDED, same_bits, within
 
 INF, NAN = np.inf, np.nan
 

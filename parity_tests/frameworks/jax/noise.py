@@ -37,10 +37,10 @@ from parity_tests.frameworks.jax.operations import (
     wide_dtype,
     widened,
 )
+from parity_tests.judge import casts
+from parity_tests.judge.casts import format_name, looks_rounded, parts
 from parity_tests.judge.dtypes import FORMATS
-from parity_tests.pair import casts
 from parity_tests.pair.calibration import MEMBERS, moved_constant
-from parity_tests.pair.casts import format_name, looks_rounded, parts
 
 _POOL_BITS = 16
 

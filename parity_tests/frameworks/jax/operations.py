@@ -13,9 +13,9 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+from parity_tests.judge import casts
+from parity_tests.judge.casts import format_name
 from parity_tests.judge.dtypes import FORMATS, numpy_dtype
-from parity_tests.pair import casts
-from parity_tests.pair.casts import format_name
 
 _POINTS = 4099  # a vectorised body and a tail
 _errors: dict[tuple, float] = {}  # as measured, by operation and formats

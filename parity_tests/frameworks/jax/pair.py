@@ -13,10 +13,10 @@ from parity_tests.frameworks.jax.modules import FlatModule, Function, flatten_mo
 from parity_tests.frameworks.jax.noise import Interpreter, normal_pool
 from parity_tests.frameworks.jax.subjects import resolve_device
 from parity_tests.frameworks.jax.truth import COMPILE_QUICKLY, Truth, traced
+from parity_tests.judge.casts import is_inexact, storage_format, widened
 from parity_tests.judge.dtypes import numpy_dtype
 from parity_tests.pair.branches import Branches
 from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS, moved_constant
-from parity_tests.pair.casts import is_inexact, storage_format, widened
 from parity_tests.pair.side import (
     Arrays,
     Constants,

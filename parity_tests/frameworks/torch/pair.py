@@ -14,8 +14,8 @@ from parity_tests.frameworks.torch.noise import DoublePrecision
 from parity_tests.frameworks.torch.subjects import resolve_device
 from parity_tests.frameworks.torch.truth import MovedConstants, Recorder, machine_limits
 from parity_tests.frameworks.torch.watch import BranchWatch, FormatWatch
+from parity_tests.judge.casts import is_inexact, storage_format, widened
 from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS, moved_constant
-from parity_tests.pair.casts import is_inexact, storage_format, widened
 from parity_tests.pair.side import (
     Arrays,
     Constants,

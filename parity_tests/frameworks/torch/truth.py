@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from parity_tests.frameworks.torch.arrays import to_numpy, to_torch
 from parity_tests.frameworks.torch.noise import DoublePrecision
+from parity_tests.judge.casts import format_name, widened
 from parity_tests.pair.calibration import moved_constant
-from parity_tests.pair.casts import format_name, widened
 from parity_tests.pair.side import Variant
 
 _RMS_NORMS = (torch.rms_norm, torch.nn.functional.rms_norm)
