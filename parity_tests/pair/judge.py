@@ -50,6 +50,10 @@ class Evidence:
     results: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     random: tuple[str, ...] = ()
 
+    def limit(self, name: str) -> Any:
+        """Return how far the two sides may lie apart in float64."""
+        return self.bounds["torch"].get(name, 0.0) + self.bounds["jax"].get(name, 0.0)
+
 
 class Judge:
     """Judges one pair for one seed.
@@ -162,8 +166,7 @@ class Judge:
         yield from self._says_nothing(outputs["torch"], outputs["jax"])
         if self._semantic:
             for name, expected in outputs["torch"].items():
-                limit = bounds["torch"].get(name, 0.0) + bounds["jax"].get(name, 0.0)
-                result = within(name, outputs["jax"][name], expected, limit)
+                result = within(name, outputs["jax"][name], expected, self.evidence.limit(name))
                 yield self._row(result, _BOTH, "float64", self._rung(name), mode="truth")
         return True
 
