@@ -12,8 +12,7 @@ from parity_tests.judge.dtypes import FORMATS
 from parity_tests.pair.judge import INFERENCE, KEYS, Evidence
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
-from parity_tests.pair.side import Arrays
-from parity_tests.pair.state import PREFIX, is_output
+from parity_tests.pair.side import PREFIX, Arrays, is_output
 
 _OTHER = {"torch": "flax", "jax": "torch"}
 _OTHER_KEY = {"torch": "jax", "jax": "torch"}

@@ -153,7 +153,7 @@ def pairs(json_file: Path | None, readme: Path | None) -> int:
         0 if every pair that was made equal holds, 130 if interrupted: what was judged until then is written, and the
         readme stays as it is.
     """
-    from parity_tests.pair.examples.overview import Entry, overview, readme_block, with_block
+    from parity_tests.pair.overview import Entry, overview, readme_block, with_block
 
     check_writable("--json", json_file)
     if readme is not None and not readme.is_file():

@@ -25,13 +25,15 @@ methods, for variances moderated across elements.
 
 import math
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 from scipy import special, stats
 
-from parity_tests.judge.casts import from_parts, looks_rounded, parts
+from parity_tests.judge.casts import from_parts, is_inexact, looks_rounded, parts
 from parity_tests.judge.dtypes import FORMATS
 from parity_tests.judge.tolerance import FALSE_ALARM_RATE
+from parity_tests.pair.side import Arrays, Ensemble
 
 MEMBERS = 16
 # Runs with amplified noise find what linear scaling cannot: kinks (a relu's derivative) and vanishing first orders. An
@@ -144,3 +146,47 @@ def moved_constant(array: np.ndarray, member: int, name: str) -> np.ndarray:
     step = np.where(looks_rounded(distinct, name), moved, 0.0)[where].reshape(values.shape)
     with np.errstate(invalid="ignore"):
         return from_parts(np.where(np.isfinite(values), values * (1.0 + step), values), array)
+
+
+def collect_ensemble(
+    run: Callable[[int, float], Arrays], members: int = MEMBERS, kink_members: int = KINK_MEMBERS
+) -> Ensemble:
+    """Run an ensemble and keep its statistics of the real and complex tensors, of these part by part.
+
+    A deviation is infinite where a run is not finite and the centre is, or is not finite in another way.
+
+    Args:
+        run: one run, of a member's number and the noise's amplitude (0 for none).
+        members: runs with amplitude 1.
+        kink_members: runs with amplitude `KINK_AMPLITUDE`.
+    """
+    centre = {name: value for name, value in run(0, 0.0).items() if is_inexact(value)}
+    squares = {name: np.zeros(parts(value).shape) for name, value in centre.items()}
+    kinks = {name: np.zeros(parts(value).shape) for name, value in centre.items()}
+    for member in range(members + kink_members):
+        amplitude = 1.0 if member < members else KINK_AMPLITUDE
+        for name, value in run(member + 1, amplitude).items():
+            if name in centre and amplitude == 1.0:
+                squares[name] += _deviation(value, centre[name]) ** 2
+            elif name in centre:
+                np.maximum(kinks[name], _deviation(value, centre[name]), out=kinks[name])
+    spread = {name: from_parts(np.sqrt(total / members), centre[name]) for name, total in squares.items()}
+    return Ensemble(centre, spread, {name: from_parts(kink, centre[name]) for name, kink in kinks.items()}, members)
+
+
+def constants_spread(run: Callable[[int], Arrays]) -> dict[str, np.ndarray]:
+    """Return the root mean square of the deviations of `MEMBERS` runs with moved constants; of complex, by part.
+
+    Args:
+        run: of a member's number; 0 moves nothing.
+    """
+    return dict(collect_ensemble(lambda member, _: run(member), kink_members=0).spread)
+
+
+def _deviation(value: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    value, centre = parts(value), parts(centre)
+    same = (value == centre) | (np.isnan(value) & np.isnan(centre))
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = np.abs(value - centre)
+    # Beyond the square root of the largest number its square, and so the spread, would be infinite anyway.
+    return np.where(same, 0.0, np.where(difference < 1e154, difference, np.inf))

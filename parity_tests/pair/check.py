@@ -15,12 +15,13 @@ from parity_tests.causes.pair import likely_cause
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
 from parity_tests.judge.dtypes import numpy_dtype
 from parity_tests.judge.failures import first_line
-from parity_tests.pair.buffers import LeftOut
 from parity_tests.pair.draws import Draw, InputSource, Scale
+from parity_tests.pair.inspection import left_out
 from parity_tests.pair.judge import Judge
 from parity_tests.pair.legs import Pair
 from parity_tests.pair.loading import RemoteSide, build, load_factory, make_side
-from parity_tests.pair.mapping import SIDES, Rule
+from parity_tests.pair.mapping import Rule
+from parity_tests.pair.patterns import LeftOut
 from parity_tests.pair.report import PairReport, PairRow, Tell
 from parity_tests.pair.side import Side
 
@@ -206,7 +207,7 @@ def judge_pair(
     return PairReport(
         name=pair.name,
         rows=rows,
-        not_compared=tuple(_left_out(pair, judge, gradients, state)),
+        not_compared=tuple(left_out(pair, judge.untrained, gradients, state)),
         likely_cause=likely_cause(pair, judge.evidence, rows),
         notes=tuple(sorted({*judge.notes, *pair.notes, *judge.remarks.notes})),
         random=bool(judge.evidence.random),
@@ -222,30 +223,6 @@ def _explained(pair: Pair, row: PairRow) -> PairRow:
     return dataclasses.replace(
         row, reason=f"{row.reason}; {name} is {kind} on the torch side, and the flax side trains it"
     )
-
-
-def _left_out(pair: Pair, judge: Judge, gradients: bool, state: bool) -> Iterator[str]:
-    """Name the arrays and gradients that are not compared, and say which buffers a call updates."""
-    mapping, covers = pair.mapping, pair.left_out.covers
-    changed = {side: pair.changed(key) for key, side in (("torch", "torch"), ("jax", "flax"))}
-    names = {side: dict.fromkeys((*mapping.unmapped[side], *(() if state else changed[side]))) for side in SIDES}
-    for side, key in zip(SIDES, ("torch", "jax"), strict=True):
-        for name in names[side]:
-            kind = "frozen parameter" if pair.specs[key][name].frozen else "buffer"
-            updates = ", which a call updates" if name in changed[side] else ""
-            consent = ", left out by not_compared=" if name in mapping.unmapped[side] and covers(name) else ""
-            constant = ", a constant whose own values results depend on" if (side, name) in pair.tables else ""
-            yield f"{side} {kind} {name}{updates}{constant}{consent}"
-    yield from (f"{text} is held at zero" for text in mapping.held_at_zero)
-    yield from (f"{text} keeps its own values" for text in mapping.kept)
-    if gradients:
-        untrained = [name for name in mapping.torch_names if name in {*mapping.untrained, *judge.untrained}]
-        if untrained:
-            yield f"the gradients of {', '.join(untrained)}, which neither side trains"
-        trained = [name for name in mapping.trained if name not in untrained and covers(f"d_{name}")]
-        yield from (f"the gradient of {name}, left out by not_compared=" for name in trained)
-        positions = range(len(pair.shapes))
-        yield from (f"the gradient of input{k}, left out by not_compared=" for k in positions if covers(f"d_input{k}"))
 
 
 def merged(spec: str, given: Mapping[str, Any], tell: Tell = _ignore) -> dict[str, Any]:

@@ -11,13 +11,11 @@ from parity_tests.judge.casts import is_complex, is_inexact
 from parity_tests.judge.comparison import UNDECIDED, TensorResult, refused, same_bits, within
 from parity_tests.judge.failures import first_line
 from parity_tests.judge.records import row_from_result
-from parity_tests.pair.buffers import refuse_unmapped
 from parity_tests.pair.calibration import SEMANTIC_SCALE, calibrated_bound, constants_bound
+from parity_tests.pair.inspection import Remarks, refuse_unmapped
 from parity_tests.pair.legs import Pair, Values, running
-from parity_tests.pair.remarks import Remarks
 from parity_tests.pair.report import PairRow
-from parity_tests.pair.side import CANNOT_RUN, Ensemble
-from parity_tests.pair.state import PREFIX, is_output, updated
+from parity_tests.pair.side import CANNOT_RUN, PREFIX, Ensemble, is_output, updated
 
 KEYS = ("torch", "jax")
 _BOTH = "torch+jax"

@@ -10,7 +10,6 @@ import numpy as np
 from parity_tests.judge.casts import as_stored, format_name, is_inexact, roundoff
 from parity_tests.judge.dtypes import numpy_dtype
 from parity_tests.judge.failures import first_line
-from parity_tests.pair.buffers import LeftOut
 from parity_tests.pair.draws import (
     Draw,
     InputSource,
@@ -22,9 +21,18 @@ from parity_tests.pair.draws import (
     is_one_signed,
 )
 from parity_tests.pair.mapping import ParameterMapping, Rule
-from parity_tests.pair.patterns import AxisPattern, MappingError
-from parity_tests.pair.side import Arrays, Constants, Ensemble, ParameterSpec, Side
-from parity_tests.pair.state import PREFIX, is_output, state_of, updated
+from parity_tests.pair.patterns import AxisPattern, LeftOut, MappingError, both_layouts, permutation
+from parity_tests.pair.side import (
+    PREFIX,
+    Arrays,
+    Constants,
+    Ensemble,
+    ParameterSpec,
+    Side,
+    is_output,
+    state_of,
+    updated,
+)
 
 Tuple = tuple[np.ndarray, ...]
 _OWN_SENTENCE = re.compile(r"^(\w+: )?\w+(\[[^\]]*\])?: expected ")  # of a side, or of one in another interpreter
@@ -303,17 +311,17 @@ class Pair:
 
     def _input(self, position: int) -> AxisPattern | None:
         pattern = self.input_patterns.get(position)
-        return None if pattern is None else _permutation(pattern, self.shapes[position])
+        return None if pattern is None else permutation(pattern, self.shapes[position])
 
     def _output(self, name: str, shape: tuple[int, ...]) -> AxisPattern:
-        return _permutation(self.output_patterns[name], shape)
+        return permutation(self.output_patterns[name], shape)
 
     def _back(self, name: str, array: np.ndarray) -> np.ndarray:
         pattern = self.output_patterns.get(name)
         if pattern is None:
             return array
         left, _, right = pattern.partition("->")
-        return _permutation(f"{right} -> {left}", array.shape).forward(array)
+        return permutation(f"{right} -> {left}", array.shape).forward(array)
 
 
 @contextlib.contextmanager
@@ -335,32 +343,3 @@ def running(key: str, inputs: Tuple) -> Iterator[None]:
             f"{module}: expected a module that runs on its inputs ({shapes}), got {kind}{first_line(error)}; "
             f"check inputs=, {side}_kwargs={layout}."
         ) from error
-
-
-def both_layouts(inputs: Tuple, patterns: Mapping[int, str]) -> dict[str, Tuple]:
-    """Inputs by side, from the torch side's layout.
-
-    Args:
-        inputs: in the torch side's layout.
-        patterns: by position, where the flax side's layout differs.
-
-    Raises:
-        MappingError: if a pattern does not fit its input, or there is no such input.
-    """
-    for position in patterns:
-        if not isinstance(position, int) or not 0 <= position < len(inputs):
-            raise MappingError(f"input_patterns: expected positions below {len(inputs)}, got {position!r}.")
-    flax = (_permutation(patterns[k], x.shape).forward(x) if k in patterns else x for k, x in enumerate(inputs))
-    return {"torch": inputs, "jax": tuple(flax)}
-
-
-def _permutation(pattern: str, shape: tuple[int, ...]) -> AxisPattern:
-    """An axis pattern of inputs or outputs: a permutation, so that one shape decides the other."""
-    left, arrow, right = pattern.partition("->")
-    axes = left.split()
-    if not arrow or sorted(axes) != sorted(right.split()) or len(set(axes)) != len(axes) or "(" in pattern:
-        raise MappingError(f"pattern: expected a permutation such as 'b c h w -> b h w c', got {pattern!r}.")
-    if len(axes) != len(shape):
-        raise MappingError(f"pattern {pattern!r}: expected {len(axes)} axes, got shape {shape}.")
-    length = dict(zip(axes, shape, strict=True))
-    return AxisPattern(pattern, shape, tuple(length[axis] for axis in right.split()))

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from parity_tests.pair.draws import InputSource, draw_inputs
-from parity_tests.pair.legs import both_layouts
 from parity_tests.pair.loading import make_side
 from parity_tests.pair.mapping import KEEP, Rule
+from parity_tests.pair.patterns import both_layouts
 from parity_tests.pair.side import ParameterSpec
 
 _SAME_LEAF = (

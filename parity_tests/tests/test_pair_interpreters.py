@@ -99,7 +99,6 @@ import importlib, pkgutil, sys
 import parity_tests.pair as pair
 for module in pkgutil.iter_modules(pair.__path__, "parity_tests.pair."):
     importlib.import_module(module.name)
-import parity_tests.pair.examples, parity_tests.pair.examples.differences
 loaded = set(sys.modules) & {"torch", "jax", "flax", "optax", "torch_impl", "jax_impl"}
 assert not loaded, loaded
 """

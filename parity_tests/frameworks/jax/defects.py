@@ -5,7 +5,7 @@ a pair's parameters, and a pair is not trained.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from flax import nnx
 
 from parity_tests.frameworks.jax.modules import Function
 from parity_tests.frameworks.jax.pair import JaxSide
+from parity_tests.pair.check import judge_pair
 from parity_tests.pair.examples import EXAMPLES
 from parity_tests.pair.legs import Pair
 from parity_tests.pair.loading import build, make_side
@@ -315,3 +316,46 @@ DEFECTS: tuple[Defect, ...] = (
         cause="computes y with less precision than float32 promises",
     ),
 )
+
+
+@dataclass(frozen=True)
+class Killing:
+    """Hold the outcome for one defect in one dtype.
+
+    Attributes:
+        name: of the pair and the defect.
+        dtype: storage dtype judged in, beside the float64 leg.
+        killed: whether the report is not ok.
+        likely_cause: as the report has it.
+        cause_named: whether that contains the defect's `cause`.
+    """
+
+    name: str
+    dtype: str
+    killed: bool
+    likely_cause: str
+    cause_named: bool
+
+
+def score(dtypes: tuple[str, ...] = ("float32", "bfloat16"), seed: int = 0, name: str = "") -> Iterator[Killing]:
+    """Plant every defect and judge it; needs both frameworks. Each must be killed in every dtype in which it matters.
+
+    Args:
+        dtypes: storage dtypes.
+        seed: of all draws.
+        name: only the defect of this name; empty for all.
+    """
+    for defect in DEFECTS:
+        if name and defect.name != name:
+            continue
+        chosen = tuple(dtype for dtype in dtypes if dtype in defect.dtypes)
+        if not chosen:
+            continue
+        report = judge_pair(planted(defect), seed, chosen)
+        named = defect.cause in report.likely_cause
+        for dtype in chosen:
+            # Each dtype's verdict rests on its own rows and on the float64 leg, which is part of every check.
+            killed = any(row.status == "mismatch" and row.dtype in (dtype, "float64") for row in report.rows)
+            yield Killing(
+                f"{defect.example}: {defect.name}", dtype, killed or report.random, report.likely_cause, named
+            )

@@ -15,19 +15,17 @@ from parity_tests.frameworks.jax.subjects import resolve_device
 from parity_tests.frameworks.jax.truth import COMPILE_QUICKLY, Truth, traced
 from parity_tests.judge.casts import is_inexact, storage_format, widened
 from parity_tests.judge.dtypes import numpy_dtype
-from parity_tests.pair.branches import Branches
-from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS, moved_constant
+from parity_tests.pair.calibration import KINK_MEMBERS, MEMBERS, collect_ensemble, constants_spread, moved_constant
 from parity_tests.pair.side import (
     Arrays,
+    Branches,
     Constants,
     Ensemble,
     ParameterSpec,
     Variant,
-    collect_ensemble,
-    constants_spread,
     leaf_name,
+    named_state,
 )
-from parity_tests.pair.state import named_state
 
 Program = Callable[..., dict[str, Any]]
 
@@ -122,7 +120,7 @@ class JaxSide:
         if not (moving or truth.stored or truth.literals or computed):
             return Constants({})
         held = (*(f"buffer {name}" for name in moving), *sorted(truth.stored))
-        return Constants(constants_spread(member, MEMBERS), held, tuple(sorted(truth.literals)), MEMBERS)
+        return Constants(constants_spread(member), held, tuple(sorted(truth.literals)), MEMBERS)
 
     def ensemble(
         self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
@@ -142,7 +140,7 @@ class JaxSide:
                 index = np.int64(seed * (MEMBERS + KINK_MEMBERS) + number)
                 return dict(zip(names, map(np.asarray, run(leaves, index, np.float64(amplitude), pool)), strict=True))
 
-            result = collect_ensemble(member, MEMBERS, KINK_MEMBERS, KINK_AMPLITUDE)
+            result = collect_ensemble(member)
         return Ensemble(result.centre, result.spread, result.kinks, MEMBERS, tuple(sorted(notes)))
 
     def variants(self) -> tuple[Variant, ...]:

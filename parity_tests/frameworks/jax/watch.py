@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from parity_tests.frameworks.jax.noise import Interpreter, Mark
 from parity_tests.frameworks.jax.operations import EXACT, INLINED, aval_of, names
-from parity_tests.pair.branches import Branch, Branches, is_bound
+from parity_tests.pair.side import Branch, Branches, is_bound
 
 _JAX = str(Path(jax.__file__).resolve().parent)
 # Where this package calls a module: what asks beyond is no line of the user's.

@@ -15,18 +15,16 @@ from parity_tests.frameworks.torch.subjects import resolve_device
 from parity_tests.frameworks.torch.truth import MovedConstants, Recorder, machine_limits
 from parity_tests.frameworks.torch.watch import BranchWatch, FormatWatch
 from parity_tests.judge.casts import is_inexact, storage_format, widened
-from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS, moved_constant
+from parity_tests.pair.calibration import KINK_MEMBERS, MEMBERS, collect_ensemble, constants_spread, moved_constant
 from parity_tests.pair.side import (
     Arrays,
     Constants,
     Ensemble,
     ParameterSpec,
     Variant,
-    collect_ensemble,
-    constants_spread,
     leaf_name,
+    named_state,
 )
-from parity_tests.pair.state import named_state
 
 Function = Callable[..., Any]
 
@@ -180,7 +178,7 @@ class TorchSide:
             stored.update(modes[0].stored)
             return found
 
-        spread = constants_spread(run, MEMBERS)
+        spread = constants_spread(run)
         return Constants(spread, tuple(sorted(stored)), (), MEMBERS) if stored or computed else Constants({})
 
     def ensemble(
@@ -195,7 +193,7 @@ class TorchSide:
             notes.update(mode.notes)
             return outputs
 
-        result = collect_ensemble(run, MEMBERS, KINK_MEMBERS, KINK_AMPLITUDE)
+        result = collect_ensemble(run)
         return Ensemble(result.centre, result.spread, result.kinks, MEMBERS, tuple(sorted(notes)))
 
     def variants(self) -> tuple[Variant, ...]:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from parity_tests.frameworks.torch.operations import EXACT, names
 from parity_tests.judge.dtypes import numpy_dtype
-from parity_tests.pair.branches import Branch, Branches, is_bound, softplus_parts
+from parity_tests.pair.side import Branch, Branches, is_bound, softplus_parts
 
 # An operation as text, the operand whose extent is told, and its branches: what takes them, a mask, where they begin.
 Found = tuple[str, Any, list[tuple]]

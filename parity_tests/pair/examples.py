@@ -1,4 +1,4 @@
-"""Five pairs that are not ours, made equal; each is a factory for `--pair parity_tests.pair.examples:<name>`.
+"""Five pairs of the frameworks' own modules, made equal: factories for `--pair parity_tests.pair.examples:<name>`.
 
 `<name>_defaults` is the same pair as a careless port leaves it: parameters carried over, every other setting at the
 framework's own default.
