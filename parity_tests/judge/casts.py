@@ -15,38 +15,38 @@ _REAL_PART = {"complex64": "float32", "complex128": "float64"}
 
 
 def is_float(array: np.ndarray) -> bool:
-    """True for a floating-point array; bfloat16, which NumPy itself calls void, counts."""
+    """Tell whether an array is of floating point; bfloat16, which NumPy itself calls void, counts."""
     return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
 
 
 def is_complex(array: np.ndarray) -> bool:
-    """True for an array of complex numbers."""
+    """Tell whether an array holds complex numbers."""
     return array.dtype.kind == "c"
 
 
 def is_inexact(array: np.ndarray) -> bool:
-    """True for numbers that are rounded and have gradients, real or complex."""
+    """Tell whether an array holds numbers that are rounded and have gradients, real or complex."""
     return is_float(array) or is_complex(array)
 
 
 def format_name(dtype: object) -> str:
-    """Returns the name of a floating-point dtype, or of a complex dtype's parts."""
+    """Return the name of a floating-point dtype, or of a complex dtype's parts."""
     return _REAL_PART.get(str(dtype), str(dtype))
 
 
 def roundoff(array: np.ndarray) -> float:
-    """Unit roundoff of an array's format; 0 for integers and booleans."""
+    """Return the unit roundoff of an array's format; 0 for integers and booleans."""
     return FORMATS[format_name(array.dtype)].roundoff if is_inexact(array) else 0.0
 
 
 def storage_format(arrays: Sequence[np.ndarray]) -> np.dtype:
-    """The coarsest real format among arrays, or among the parts of complex ones; float64 if all are integers."""
+    """Return the coarsest real format among arrays, or among the parts of complex ones; float64 if all are integers."""
     coarsest = max(arrays, key=roundoff)
     return numpy_dtype(format_name(coarsest.dtype)) if is_inexact(coarsest) else np.dtype(np.float64)
 
 
 def as_stored(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Rounds real and complex numbers to the storage dtype; leaves integers and booleans.
+    """Round real and complex numbers to the storage dtype; leaves integers and booleans.
 
     There are no complex numbers of 16-bit parts: they stay `complex64`, as they do in models that are stored so.
     """
@@ -57,7 +57,7 @@ def as_stored(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def exactly(array: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
-    """Returns the array in another format, which must hold every value of it.
+    """Return the array in another format, which must hold every value of it.
 
     Args:
         array: of any format.
@@ -79,20 +79,20 @@ def exactly(array: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
 
 
 def widened(array: np.ndarray) -> np.ndarray:
-    """The same numbers in float64, or in complex128; integers and booleans as they are."""
+    """Return the same numbers in float64, or in complex128; integers and booleans as they are."""
     if not is_inexact(array):
         return array
     return exactly(array, np.dtype(np.complex128 if is_complex(array) else np.float64), "array")
 
 
 def parts(array: np.ndarray) -> np.ndarray:
-    """Real numbers as they are in float64; complex ones as pairs of real and imaginary part on a last axis."""
+    """Return real numbers in float64, complex ones as pairs of real and imaginary part on a last axis."""
     wide = widened(array)
     return np.stack([np.real(wide), np.imag(wide)], axis=-1) if is_complex(array) else wide
 
 
 def from_parts(values: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """The inverse of `parts`.
+    """Invert `parts`.
 
     Args:
         values: float64.
@@ -106,14 +106,14 @@ def from_parts(values: np.ndarray, like: np.ndarray) -> np.ndarray:
 
 
 def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """|first - second| of integers or booleans of any width, in float64: 0 only where they are equal."""
+    """Return |first - second| of integers or booleans of any width, in float64: 0 only where they are equal."""
     # As Python's integers, which have no size.
     difference = np.abs(first.astype(object) - second.astype(object)).astype(np.float64)
     return np.where(first == second, 0.0, difference)
 
 
 def looks_rounded(array: np.ndarray, name: str) -> np.ndarray:
-    """Tells the numbers that use the lower half of a format's significand, as a rounded one nearly always does.
+    """Tell which numbers use the lower half of a format's significand, as a rounded one nearly always does.
 
     A number such as 0.5, 3 or 1024 leaves the lower half at zero and was written exactly.
 

@@ -47,7 +47,7 @@ SEMANTIC_SCALE = FORMATS["float64"].roundoff / FORMATS["float32"].roundoff
 
 
 def _inverse_trigamma(y: float) -> float:
-    """The x > 0 with `trigamma(x) = y`, by Newton's method on `1 / trigamma`, which is convex."""
+    """Return the x > 0 with `trigamma(x) = y`, by Newton's method on `1 / trigamma`, which is convex."""
     x = 0.5 + 1.0 / y
     for _ in range(50):
         value = float(special.polygamma(1, x))
@@ -59,7 +59,7 @@ def _inverse_trigamma(y: float) -> float:
 
 
 def moderated_spread(spread: np.ndarray, members: int) -> tuple[np.ndarray, float]:
-    """Shrinks the elements' spreads towards the tensor's, so far as the tensor's elements are alike.
+    """Shrink the elements' spreads towards the tensor's, so far as the tensor's elements are alike.
 
     A spread estimated from few runs may be small by luck. With prior degrees of freedom d0 and prior variance s0^2
     fitted to all elements, `s~^2 = (d0 s0^2 + m s^2) / (d0 + m)` has `d0 + m` degrees of freedom.
@@ -85,14 +85,14 @@ def moderated_spread(spread: np.ndarray, members: int) -> tuple[np.ndarray, floa
 
 
 def confidence(elements: int, freedom: float) -> float:
-    """Student's t quantile that any of `elements` exceeds, either way, with probability `FALSE_ALARM_RATE`."""
+    """Return Student's t quantile that any of `elements` exceeds with probability `FALSE_ALARM_RATE`, two-sided."""
     return float(stats.t.isf(FALSE_ALARM_RATE / (2 * max(elements, 1)), freedom))
 
 
 def calibrated_bound(
     truth: np.ndarray, spread: np.ndarray, kinks: np.ndarray, members: int, dtype: str, scale: float = 1.0
 ) -> np.ndarray:
-    """Returns the bound on `|value - truth|`, element by element; of complex numbers, part by part.
+    """Return the bound on `|value - truth|`, element by element; of complex numbers, part by part.
 
     `B = max(t s~, kink) + u |z| + eta` where anything moved at all, else 0: t is the confidence, kink the largest
     deviation under amplified noise, u and eta the rounding and underflow of the output. 0 where the truth is not
@@ -118,7 +118,7 @@ def calibrated_bound(
 
 
 def constants_bound(spread: np.ndarray, members: int) -> np.ndarray:
-    """Returns how far a result may move because constants were rounded before it was computed; of complex, by part.
+    """Return how far constants rounded beforehand may move a result; of complex numbers, part by part.
 
     Args:
         spread: of the members that move them, see `Side.constants`.
@@ -130,7 +130,7 @@ def constants_bound(spread: np.ndarray, members: int) -> np.ndarray:
 
 
 def moved_constant(array: np.ndarray, member: int, name: str) -> np.ndarray:
-    """Moves the numbers of a constant by the roundoff of its format, each up or down, equal ones alike.
+    """Move the numbers of a constant by the roundoff of its format, each up or down, equal ones alike.
 
     Args:
         array: float64 or complex128, as it is stored; numbers that were not rounded stay.

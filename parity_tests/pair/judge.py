@@ -30,7 +30,7 @@ COMPLEX = (
 
 @dataclass
 class Evidence:
-    """What the judge computed on the semantic leg; the search for a cause starts from it.
+    """Values of the semantic leg, from which the search for a cause starts.
 
     Attributes:
         values: stored in float32.
@@ -54,7 +54,7 @@ class Evidence:
 
 
 class Judge:
-    """Judges one pair for one seed.
+    """Judge one pair for one seed.
 
     Args:
         pair: both sides, mapped.
@@ -80,7 +80,7 @@ class Judge:
         self._missing: dict[str, list[str]] = {}
 
     def rows(self, dtypes: Sequence[str]) -> Iterator[PairRow]:
-        """Yields every comparison, lowest rung first within a leg."""
+        """Yield every comparison, lowest rung first within a leg."""
         for dtype in dtypes:
             yield from self._weights(dtype)
         values = self._pair.values("float32", self._seed)
@@ -117,7 +117,7 @@ class Judge:
                 yield self._row(same_bits(name, through_flax[name], expected), "jax", dtype, "weights", "exact")
 
     def _semantic_leg(self, values: Values) -> Generator[PairRow, None, bool]:
-        """Both sides in float64 on the same float32 numbers; returns whether their outputs have the same shapes."""
+        """Compare both sides in float64 on the same float32 numbers; return whether their outputs have equal shapes."""
         shapes = {"torch": self._pair.forward("torch", values), "jax": self._pair.outline("jax", values)}
         shapes["torch"] = {name: array for name, array in shapes["torch"].items() if is_output(name)}
         if set(shapes["torch"]) != set(shapes["jax"]):
@@ -169,14 +169,14 @@ class Judge:
         return True
 
     def _trained_alone(self) -> Iterator[PairRow]:
-        """Fails what is kept as a constant on one side, without counterpart, and has a gradient there."""
+        """Fail arrays that are kept as constants on one side, without counterpart, and have a gradient there."""
         for key, side in (("torch", "torch"), ("jax", "flax")):
             for name in self._pair.trained_alone[key]:
                 reason = f"{name} is kept as it is, without counterpart, but the {side} side trains it; freeze it there"
                 yield self._row(refused(f"d_{name}", reason), _BOTH, "float64", "gradients", mode="truth")
 
     def _says_nothing(self, torch: Mapping[str, np.ndarray], jax: Mapping[str, np.ndarray]) -> Iterator[PairRow]:
-        """Fails a pair whose outputs are empty, zero or not finite on both sides: any two modules agree on that."""
+        """Fail a pair whose outputs are empty, zero or not finite on both sides: any two modules agree on that."""
         shown = [name for name in torch if _is_informative(torch[name]) or _is_informative(jax[name])]
         if not any(self._rung(name) == "forward" for name in shown):
             reason = (
@@ -193,7 +193,7 @@ class Judge:
             self.notes.add(f"not finite in places: {', '.join(partly)}")
 
     def _leg(self, dtype: str) -> Iterator[PairRow]:
-        """Both sides as they are, in one dtype, against their truths and against each other."""
+        """Compare both sides as they are, in one dtype, with their truths and with each other."""
         evidence = self.evidence
         values = evidence.values if dtype == "float32" else self._pair.values(dtype, self._seed)
         assert values is not None
@@ -245,7 +245,7 @@ class Judge:
                 yield self._row(within(name, results["jax"][name], expected, limit), _BOTH, dtype, self._rung(name))
 
     def _note_overflow(self, values: Values) -> None:
-        """What a leg's format cannot hold is infinite in it, on both sides and in both truths."""
+        """Note the arrays with numbers beyond a leg's format: they are infinite on both sides and in both truths."""
         assert self.evidence.values is not None
         inputs = {f"inputs[{k}]": array for k, array in enumerate(values.inputs["torch"])}
         wide = {f"inputs[{k}]": array for k, array in enumerate(self.evidence.values.inputs["torch"])}
@@ -257,7 +257,7 @@ class Judge:
             self.notes.add(f"{values.dtype} cannot hold all numbers of {', '.join(lost)}: they are infinite in it")
 
     def _cannot(self, error: Exception, key: str, dtype: str, rung: str) -> PairRow:
-        """The function runs in float64, as the semantic leg has shown: what fails is this format, here."""
+        """Skip a format that fails here: the function runs in float64, as the semantic leg has shown."""
         reason = f"{type(error).__name__}: {first_line(error)}"
         self._missing.setdefault(dtype, []).append(f"{key} {rung}: {reason}")
         return self._row(refused("", reason), key, dtype, rung, "skipped")
@@ -299,7 +299,7 @@ class Judge:
         }
 
     def _moved_by_constants(self, values: Values) -> dict[str, dict[str, np.ndarray]]:
-        """How far constants that were rounded before the call may move either side's results, by side and tensor.
+        """Return by side and tensor how far constants rounded before the call may move results.
 
         Where one side has stored what the other computes (a rotary table), the computation counts as float32's.
         """
@@ -323,7 +323,7 @@ class Judge:
         return "forward" if is_output(name) else "gradients" if name.startswith("d_") else "state"
 
     def _compared(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Without the buffers that no call updates, which the rung of the weights has, and what is left out."""
+        """Leave out the buffers that no call updates (the weights' rung has them), and what is not compared."""
         left_out = {f"d_{name}" for name in self.untrained}
         return {
             name: array

@@ -26,7 +26,7 @@ _SHOWN_LINES = 20
 
 @dataclass(frozen=True)
 class Judgement:
-    """What came of a check in a process of its own.
+    """The outcome of a check in a process of its own.
 
     Attributes:
         report: of what was compared; `stopped` says why it is not all.
@@ -45,7 +45,7 @@ def judge_apart(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     interruption: Interruption | None = None,
 ) -> Judgement:
-    """Judges a named pair in a process of its own, which is ended with all that it started.
+    """Judge a named pair in a process of its own, which is ended with all that it started.
 
     Args:
         spec: `package.module:factory`, importable from where this process imports.
@@ -80,7 +80,7 @@ def judge_apart(
 
 
 class _Heard:
-    """What the child has said so far."""
+    """The messages of the child so far."""
 
     def __init__(self, spec: str) -> None:
         self._spec = spec
@@ -89,7 +89,7 @@ class _Heard:
         self.report: PairReport | None = None
 
     def take(self, message: Message) -> None:
-        """Takes the next message."""
+        """Take the next message."""
         if "step" in message:
             self.step = message["step"]
         elif "row" in message:
@@ -100,7 +100,7 @@ class _Heard:
             self.report = _report(message["report"])
 
     def stopped(self, sentence: str) -> PairReport:
-        """Returns a report of what there is, which says why there is no more."""
+        """Return a report of the rows so far, with the reason for its early end."""
         return PairReport(self._spec, self._rows, stopped=sentence)
 
 
@@ -113,12 +113,12 @@ def _report(fields: Message) -> PairReport:
 
 
 def _with_tuples(fields: Message) -> Message:
-    """Gives the sequences of a record back their kind: JSON has one, and records hold tuples."""
+    """Turn lists, the one kind of sequence that JSON has, back into the tuples of records."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def main(channel: Channel) -> None:
-    """Judges the pair that the parent asks for, and tells it every step, every row and the outcome.
+    """Judge the pair that the parent asks for; send every step, every row and the outcome.
 
     Args:
         channel: to the parent.
@@ -135,7 +135,7 @@ def main(channel: Channel) -> None:
 
 
 def outcome(spec: str, arguments: Mapping[str, Any], tell: Tell) -> Message:
-    """Judges a named pair in this process.
+    """Judge a named pair in this process.
 
     Args:
         spec: `package.module:factory`.

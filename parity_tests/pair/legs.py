@@ -82,7 +82,7 @@ class Pair:
     left_out: LeftOut = field(default_factory=LeftOut)
 
     def __post_init__(self) -> None:
-        """Reads both sides and checks the rules."""
+        """Read both sides and checks the rules."""
         examples = self._both_inputs(draw_inputs(self.source, 0))
         self.specs: dict[str, dict[str, ParameterSpec]] = {}
         for key, side in self.sides.items():
@@ -105,7 +105,7 @@ class Pair:
         self._check_output_patterns()
 
     def _check_output_patterns(self) -> None:
-        """Refuses a pattern for an output that is not there: it would be applied to nothing."""
+        """Refuse a pattern for an output that is not there: it would be applied to nothing."""
         if not self.output_patterns:
             return
         values = self.values("float32", 0)
@@ -114,7 +114,7 @@ class Pair:
             raise MappingError(f"output_patterns: expected names among {', '.join(known)}, got {', '.join(unknown)}.")
 
     def values(self, dtype: str, seed: int) -> Values:
-        """Draws everything but the cotangents, rounded to the storage dtype."""
+        """Draw everything but the cotangents, rounded to the storage dtype."""
         if seed not in self._signed:
             self._signed[seed] = self._with_both_signs(seed)
         return self._values(dtype, seed, self._signed[seed])
@@ -134,7 +134,7 @@ class Pair:
         return Values(dtype, parameters, self._both_inputs(inputs), None)
 
     def _with_both_signs(self, seed: int) -> frozenset[str]:
-        """Names the one-signed parameters whose sign changes: all but those that leave no side finite.
+        """Name the one-signed parameters whose sign changes: all but those that leave no side finite.
 
         With a norm's scale that is positive throughout, its absolute value would be the same function. Where only one
         of the sides stays finite the functions differ, which shall be seen.
@@ -161,7 +161,7 @@ class Pair:
         return frozenset(names) - kept.keys()
 
     def _undefined(self, seed: int, signed: Sequence[str]) -> bool:
-        """Whether no side is finite where it was before these parameters changed their sign."""
+        """Tell whether no side stays finite where it was before these parameters changed their sign."""
         for key in self.sides:
             before, after = (self._outputs(key, seed, names) for names in (frozenset(), frozenset(signed)))
             if not any((np.isfinite(before[name]) & ~np.isfinite(after[name])).any() for name in before):
@@ -169,7 +169,7 @@ class Pair:
         return True
 
     def _matters(self, seed: int, name: str) -> bool:
-        """Whether a parameter that has changed its sign still changes the outputs of a side."""
+        """Tell whether a parameter that has changed its sign still changes the outputs of a side."""
         found = ((self._outputs(key, seed, frozenset([name]), larger) for larger in ("", name)) for key in self.sides)
         return any(any(first[n].tobytes() != second[n].tobytes() for n in first) for first, second in found)
 
@@ -180,7 +180,7 @@ class Pair:
         return {name: array for name, array in results.items() if is_output(name) and is_inexact(array)}
 
     def with_cotangents(self, values: Values, outputs: Mapping[str, Arrays], seed: int) -> Values:
-        """Adds random cotangents for the real and complex outputs, in a format that each side's output can hold.
+        """Add random cotangents for the real and complex outputs, in a format that each side's output can hold.
 
         They are zero where an output is not finite: no loss that is a number depends on it.
 
@@ -212,13 +212,13 @@ class Pair:
         return Values(values.dtype, values.parameters, values.inputs, {"torch": drawn, "jax": other})
 
     def outline(self, key: str, values: Values) -> dict[str, np.ndarray]:
-        """Zeros of the shapes of a side's outputs, in torch names."""
+        """Return zeros of the shapes of a side's outputs, in torch names."""
         with running(key, values.inputs[key]):
             found = self.sides[key].outline(values.parameters[key], values.inputs[key])
         return self.as_torch(key, {name: array for name, array in found.items() if is_output(name)})
 
     def truth(self, key: str, values: Values, variant: str = "") -> dict[str, np.ndarray]:
-        """A side's float64 truth, in torch names; notes in `updated` which of the side's buffers the call changed."""
+        """Return a side's float64 truth, in torch names; note in `updated` the buffers that the call changed."""
         cotangents = None if values.cotangents is None else values.cotangents[key]
         arrays = self.sides[key].truth(values.parameters[key], values.inputs[key], cotangents, variant)
         self.updated[key] = updated(arrays, values.parameters[key])
@@ -230,22 +230,22 @@ class Pair:
         return self.as_torch(key, arrays, values.parameters[key])
 
     def changed(self, key: str) -> tuple[str, ...]:
-        """Names, on its own side, of the buffers that the last truth has changed; none before there was one."""
+        """Return the names, on its own side, of the buffers that the last truth has changed."""
         return tuple(sorted(self.updated.get(key, ())))
 
     def forward(self, key: str, values: Values) -> dict[str, np.ndarray]:
-        """A side's outputs without gradients, in torch names."""
+        """Return a side's outputs without gradients, in torch names."""
         arrays = self.sides[key].forward(values.parameters[key], values.inputs[key])
         return self.as_torch(key, arrays, values.parameters[key])
 
     def vjp(self, key: str, values: Values) -> dict[str, np.ndarray]:
-        """A side's outputs and gradients, in torch names."""
+        """Return a side's outputs and gradients, in torch names."""
         assert values.cotangents is not None
         arrays = self.sides[key].vjp(values.parameters[key], values.inputs[key], values.cotangents[key])
         return self.as_torch(key, arrays, values.parameters[key])
 
     def ensemble(self, key: str, values: Values, dtype: str, seed: int) -> Ensemble:
-        """A side's rounding-noise ensemble, in torch names."""
+        """Return a side's rounding-noise ensemble, in torch names."""
         cotangents = None if values.cotangents is None else values.cotangents[key]
         found = self.sides[key].ensemble(values.parameters[key], values.inputs[key], cotangents, dtype, seed)
         still = {name: np.zeros(array.shape) for name, array in values.parameters[key].items()}
@@ -255,7 +255,7 @@ class Pair:
         return Ensemble(centre, spread, kinks, found.members, found.notes)
 
     def constants(self, key: str, values: Values, computed: bool) -> Constants:
-        """What a side's rounded constants may move, in torch names; see `Side.constants`."""
+        """Return how far a side's rounded constants may move results, in torch names; see `Side.constants`."""
         cotangents = None if values.cotangents is None else values.cotangents[key]
         constant = {*self.mapping.constants(key)}
         # A narrow format that a module has stored a buffer in has rounded it, whatever the leg widens it to.
@@ -271,7 +271,7 @@ class Pair:
         return Constants(spread, found.stored, found.literals, found.members)
 
     def as_torch(self, key: str, arrays: Arrays, given: Arrays | None = None) -> dict[str, np.ndarray]:
-        """Renames and rearranges a side's results; gradients and state of what has no counterpart are left out.
+        """Rename and rearrange a side's results, without gradients and state of arrays that have no counterpart.
 
         Args:
             key: the side.
@@ -294,7 +294,7 @@ class Pair:
         return result
 
     def _in_torch_names(self, prefix: str, key: str, names: Sequence[str], found: Arrays) -> dict[str, np.ndarray]:
-        """Arrays of one side under torch names; a gradient that a side does not have is zero."""
+        """Return arrays of one side under torch names; a gradient that a side lacks is zero."""
         if key == "jax":
             by_name = self.mapping.to_torch(found, names)
         else:
@@ -326,7 +326,7 @@ class Pair:
 
 @contextlib.contextmanager
 def running(key: str, inputs: Tuple) -> Iterator[None]:
-    """Says in one sentence that a module does not run at all, with what it said itself."""
+    """Raise one sentence with the module's own message if it does not run at all."""
     try:
         yield
     except (MappingError, ConnectionError):

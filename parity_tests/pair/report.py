@@ -1,4 +1,4 @@
-"""The outcome of a pair's check: rows, the first failing rung with a likely cause, and the files that show them."""
+"""The report of a pair's check: rows, the first failing rung with a likely cause, and the files that show them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ class PairRow(ParityRow):
 
 @dataclass(frozen=True)
 class PairReport:
-    """What was compared and how it came out.
+    """The rows of a check and its outcome.
 
     Attributes:
         name: of the pair.
@@ -60,28 +60,28 @@ class PairReport:
 
     @property
     def summary(self) -> Summary:
-        """Counts by status."""
+        """Count rows by status."""
         return summarize(self.rows)
 
     @property
     def ok(self) -> bool:
-        """True if something was compared, all of it holds, and the check came to its end."""
+        """Tell whether something was compared, all of it holds, and the check came to its end."""
         return self.summary.ok and not self.stopped
 
     @property
     def undecided(self) -> str:
-        """Why nothing can be said, where what fails has no truth or no bound to be judged by; else empty."""
+        """Return why nothing can be said, where every failing row has no truth or no bound; else an empty text."""
         failed = [row for row in self.rows if row.status == "mismatch"]
         return failed[0].reason if failed and all(row.bound == "undecided" for row in failed) else ""
 
     @property
     def first_failing_rung(self) -> str | None:
-        """The lowest rung with a mismatch, or None."""
+        """Return the lowest rung with a mismatch, or None."""
         failed = {row.rung for row in self.rows if row.status == "mismatch"}
         return next((rung for rung in RUNGS if rung in failed), None)
 
     def with_commands(self, command: Callable[[PairRow], str]) -> Self:
-        """Returns the same report, every row with what reproduces it.
+        """Return the same report, every row with its reproduction.
 
         Args:
             command: from a row to a command, or to a call.
@@ -90,11 +90,11 @@ class PairReport:
         return dataclasses.replace(self, rows=rows)
 
     def __str__(self) -> str:
-        """What `describe` says: the rows of a report fill pages."""
+        """Describe the report; its rows would fill pages."""
         return self.describe()
 
     def describe(self) -> str:
-        """Says in a few lines what holds and what does not."""
+        """Describe in a few lines what holds and what does not."""
         summary = self.summary
         verdict = "holds" if self.ok else "MISMATCH" if summary.failed else "FAILED: nothing was compared"
         if self.undecided:
@@ -123,7 +123,7 @@ class PairReport:
 
     @property
     def headline(self) -> str:
-        """The first failing rung and the likely cause; empty if nothing failed."""
+        """Return the first failing rung and the likely cause; empty if nothing failed."""
         rung = self.first_failing_rung
         if rung is None:
             return ""
@@ -132,7 +132,7 @@ class PairReport:
         return f"first failing rung: {rung}; likely cause: {self.likely_cause or 'none of those tried'}"
 
     def _largest(self) -> list[str]:
-        """One line a dtype and rung: what came closest to its bound, or went furthest beyond it."""
+        """Describe for each dtype and rung the tensor closest to its bound, or furthest beyond it."""
         groups: dict[tuple[str, str], list[PairRow]] = {}
         for row in self.rows:
             if row.status != "skipped":
@@ -153,12 +153,12 @@ class PairReport:
         return lines
 
     def assert_ok(self) -> None:
-        """Raises AssertionError, with the description, unless everything compared holds."""
+        """Raise AssertionError, with the description, unless everything compared holds."""
         if not self.ok:
             raise AssertionError(self.describe())
 
     def to_json(self, path: str | Path) -> None:
-        """Writes the harness' document, with the pair's own findings under `pair`."""
+        """Write the harness' document, with the pair's own findings under `pair`."""
         pair = {
             "name": self.name,
             "ok": self.ok,
@@ -173,11 +173,11 @@ class PairReport:
         write_json(path, self.rows, cells_left=1 if self.stopped else 0, stopped=self.stopped, pair=pair)
 
     def to_junit(self, path: str | Path) -> None:
-        """Writes JUnit XML, one case a row."""
+        """Write JUnit XML, one case a row."""
         write_text("--junit", path, junit_document(self.rows, stopped=self.stopped))
 
     def to_html(self, path: str | Path) -> None:
-        """Writes one self-contained page."""
+        """Write one self-contained page."""
         notes = [f"not compared: {what}" for what in self.not_compared]
         notes = [*filter(None, [self.stopped, self.headline]), *notes, *self.notes, CALIBRATED]
         page = html_document(self.rows, environment(), title=self.name, notes=notes, stopped=bool(self.stopped))

@@ -52,7 +52,7 @@ class ParameterSpec:
 
     @property
     def kind(self) -> str:
-        """What the array is, as messages say it."""
+        """Describe the array, for messages."""
         return "a parameter" if self.trainable else "a frozen parameter" if self.frozen else "a buffer"
 
 
@@ -77,7 +77,7 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class Constants:
-    """What a side takes from constants that were rounded before the call, and how far that may move its results.
+    """Constants that were rounded before a call, and the distance by which they may move a side's results.
 
     Attributes:
         spread: root mean square of the results' deviations when every such constant moves by its roundoff; empty where
@@ -120,23 +120,23 @@ class Side(Protocol):
     name: str
 
     def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
-        """Parameters and buffers by name; inputs are examples, for modules that infer shapes from them."""
+        """Return parameters and buffers by name; inputs are examples, for modules that infer shapes from them."""
         ...
 
     def outline(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
-        """Zeros of the outputs' shapes and dtypes."""
+        """Return zeros of the outputs' shapes and dtypes."""
         ...
 
     def round_trip(self, parameters: Arrays) -> dict[str, np.ndarray]:
-        """Puts arrays into the module and reads them back."""
+        """Put arrays into the module and reads them back."""
         ...
 
     def forward(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
-        """Runs the module as it is, without gradients, in the dtype of the arrays."""
+        """Run the module as it is, without gradients, in the dtype of the arrays."""
         ...
 
     def vjp(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays) -> dict[str, np.ndarray]:
-        """Runs the module as it is, in the dtype of the arrays: outputs and gradients."""
+        """Run the module as it is, in the dtype of the arrays: outputs and gradients."""
         ...
 
     def truth(
@@ -146,13 +146,13 @@ class Side(Protocol):
         cotangents: Arrays | None = None,
         variant: str = "",
     ) -> dict[str, np.ndarray]:
-        """The same function in float64 on the same stored values, casts to narrower formats left out."""
+        """Run the same function in float64 on the same stored values, without casts to narrower formats."""
         ...
 
     def ensemble(
         self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
     ) -> Ensemble:
-        """Float64 runs in which every operation errs as it may in `dtype`."""
+        """Run in float64 with every operation erring as it may in `dtype`."""
         ...
 
     def constants(
@@ -163,7 +163,7 @@ class Side(Protocol):
         buffers: Mapping[str, str],
         computed: bool,
     ) -> Constants:
-        """Truths with the side's rounded constants moved.
+        """Return truths with the side's rounded constants moved.
 
         Args:
             parameters: as for `truth`.
@@ -176,50 +176,50 @@ class Side(Protocol):
         ...
 
     def variants(self) -> tuple[Variant, ...]:
-        """Hypotheses about this side for the likely cause of a mismatch."""
+        """Return hypotheses about this side for the likely cause of a mismatch."""
         ...
 
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the verdicts must know about how this side was evaluated."""
+        """Return notes on the evaluation of this side, for a reader of the verdicts."""
         ...
 
     def is_random(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> bool:
-        """True if the outputs depend on a random state (dropout that is active)."""
+        """Tell whether the outputs depend on a random state (dropout that is active)."""
         ...
 
     def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
-        """Branches of clamps, selections and comparisons that no value takes in float64, see `ranges`."""
+        """Return branches of clamps, selections and comparisons that no value takes in float64, as sentences."""
         ...
 
     def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
-        """Operations of a call that work in a wider format than `dtype`, in which all arrays are stored."""
+        """Return the operations of a call in a wider format than `dtype`, in which all arrays are stored."""
         ...
 
 
 def leaf_name(path: tuple) -> str:
-    """Names a leaf of a framework's tree: `y` for a single array, else `y.0`, `y.hidden.1`, ..."""
+    """Name a leaf of a framework's tree: `y` for a single array, else `y.0`, `y.hidden.1`, ..."""
     # torch and jax call the parts of a key path alike: idx in a sequence, key in a mapping, name of an attribute.
     parts = (next(getattr(entry, kind) for kind in ("idx", "key", "name") if hasattr(entry, kind)) for entry in path)
     return ".".join(("y", *map(str, parts)))
 
 
 def named_state(buffers: Mapping[str, Array]) -> dict[str, Array]:
-    """Buffers under the names that a side returns them by."""
+    """Return buffers under the names that a side returns them by."""
     return {f"{PREFIX}{name}": value for name, value in buffers.items()}
 
 
 def is_output(name: str) -> bool:
-    """Whether a side's result is an output, and neither a gradient nor state."""
+    """Tell whether a side's result is an output, and neither a gradient nor state."""
     return not name.startswith(("d_", PREFIX))
 
 
 def state_of(arrays: Arrays) -> dict[str, np.ndarray]:
-    """The buffers among a side's results, by their own names."""
+    """Return the buffers among a side's results, by their own names."""
     return {name.removeprefix(PREFIX): array for name, array in arrays.items() if name.startswith(PREFIX)}
 
 
 def updated(arrays: Arrays, before: Arrays) -> frozenset[str]:
-    """Names of the buffers that a call has changed.
+    """Return the names of the buffers that a call has changed.
 
     Args:
         arrays: a side's results, in a format that holds the stored numbers exactly.
@@ -270,7 +270,7 @@ def softplus_parts(beta: float, threshold: float) -> float | None:
 
 
 class Branches:
-    """Collects over all calls of every operation which of its branches were taken."""
+    """The branches that every operation took, over all its calls."""
 
     def __init__(self) -> None:
         """Start with nothing seen."""

@@ -80,12 +80,12 @@ def _healthy(example: str) -> tuple[dict[str, Any], dict[str, Side]]:
 
 
 def healthy(example: str) -> Pair:
-    """The example's pair as it is; its sides are the ones that defects are planted in, and are compiled once."""
+    """Return the example's pair as it is; its sides are the ones that defects are planted in, and are compiled once."""
     return _pair(example, *_healthy(example))
 
 
 def planted(defect: Defect) -> Pair:
-    """The example's pair with the defect in its flax side."""
+    """Return the example's pair with the defect in its flax side."""
     arguments, sides = _healthy(defect.example)
     if defect.module is not None:
         spoiled: Any = JaxSide(defect.module()["flax_module"])
@@ -116,7 +116,7 @@ def _in_bfloat16(function: Function) -> Function:
 
 
 def _summed_in_bfloat16(function: Function) -> Function:
-    """Sums x W with a running sum that is rounded to bfloat16 after every product, then adds b."""
+    """Sum x W with a running sum that is rounded to bfloat16 after every product, then adds b."""
     del function
 
     def spoiled(arrays: dict[str, Any], x: jax.Array) -> jax.Array:
@@ -176,7 +176,7 @@ def _with_tf32_operands(function: Function) -> Function:
 
 
 def _truncated(results: Arrays) -> Arrays:
-    """Keeps the bits that a bfloat16 has and drops the rest without rounding; the last one of a bfloat16 itself."""
+    """Keep the bits that a bfloat16 has and drops the rest without rounding; the last one of a bfloat16 itself."""
     y = results["y"]
     mantissa, exponent = np.frexp(y.astype(np.float64))
     bits = 2.0 ** (7 if y.dtype.itemsize == 2 else 8)

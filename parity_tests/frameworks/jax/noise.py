@@ -47,14 +47,14 @@ _POOL_BITS = 16
 
 @functools.cache
 def normal_pool() -> np.ndarray:
-    """The standard normal numbers that all noise is looked up in."""
+    """Return the standard normal numbers that all noise is looked up in."""
     pool = np.random.default_rng(0xD1CE).standard_normal(1 << _POOL_BITS)
     # Of 24 bits, see `_shifted`.
     return ((pool - pool.mean()) / pool.std()).astype(np.float32).astype(np.float64)
 
 
 class Mark(NamedTuple):
-    """What is known of a value beside its numbers.
+    """Knowledge about a value beside its numbers.
 
     Attributes:
         constant: no number that parameters or inputs of fractions have changed is part of it.
@@ -66,7 +66,7 @@ class Mark(NamedTuple):
 
 
 class Interpreter:
-    """Evaluates a traced program; to be used inside `jit` with 64-bit types enabled.
+    """Evaluate a traced program; to be used inside `jit` with 64-bit types enabled.
 
     Args:
         dtype: no operation errs more coarsely than this format.
@@ -89,7 +89,7 @@ class Interpreter:
         self.literals: set[str] = set()
 
     def run(self, closed: ClosedJaxpr, arguments: Sequence[Any], fixed: Sequence[bool] | None = None) -> list[Any]:
-        """Evaluates; real and complex arguments and results are float64 and complex128.
+        """Evaluate; real and complex arguments and results are float64 and complex128.
 
         Args:
             closed: the program.
@@ -104,7 +104,7 @@ class Interpreter:
     def _jaxpr(
         self, jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], marks: Sequence[Mark]
     ) -> tuple[list[Any], list[Mark]]:
-        """Results and their marks."""
+        """Return results and their marks."""
         values: dict[Var, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
         marked = {variable: Mark(True, _unit(aval_of(variable).dtype)) for variable in jaxpr.constvars}
         marked.update(zip(jaxpr.invars, marks, strict=True))
@@ -138,7 +138,7 @@ class Interpreter:
         return self._moved(value, name)
 
     def _const(self, const: Any) -> jax.Array:
-        """An array that the program has captured."""
+        """Return an array that the program has captured."""
         name = format_name(getattr(const, "dtype", ""))
         if not self._constants or name == "float64" or not _was_rounded(const, name):
             return widened(const)
@@ -146,7 +146,7 @@ class Interpreter:
         return self._moved(const, name)
 
     def _moved(self, const: Any, name: str) -> jax.Array:
-        """The constant as it is for the member; 0 moves nothing."""
+        """Return the constant as it is for the member; 0 moves nothing."""
         array = casts.widened(np.asarray(const))
         moved = np.stack([moved_constant(array, member, name) for member in range(MEMBERS + 1)])
         return jnp.asarray(moved)[self._member]
@@ -154,7 +154,7 @@ class Interpreter:
     def _equation(
         self, equation: JaxprEqn, operands: list[Any], marks: list[Mark]
     ) -> tuple[Sequence[Any], Sequence[Mark]]:
-        """Results of one operation and their marks."""
+        """Return the results of one operation and their marks."""
         name, params = equation.primitive.name, equation.params
         if name in INLINED:
             inner = next(params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params)
@@ -190,7 +190,7 @@ class Interpreter:
         return results
 
     def _noisy(self, equation: JaxprEqn, operands: list[Any], held: float) -> Sequence[Any]:
-        """Results that err; `held` is the roundoff of a format that holds all operands exactly."""
+        """Return results that err; `held` is the roundoff of a format that holds all operands exactly."""
         name = equation.primitive.name
         results = self._exactly(equation, operands)
         if name in EXACT and not (name in ("abs", "sign") and jnp.iscomplexobj(operands[0])):
@@ -231,7 +231,7 @@ class Interpreter:
         ]
 
     def _roundoff(self, dtype: str) -> float:
-        """The format of the operation, no coarser than asked for, and no finer than float32.
+        """Return the format of the operation, no coarser than asked for, and no finer than float32.
 
         Noise of float64's size would drown in float64's own rounding: what was traced in float64 errs as float32 does,
         and the bound is scaled afterwards.
@@ -239,7 +239,7 @@ class Interpreter:
         return min(self._limit, max(_unit(dtype), FORMATS["float32"].roundoff))
 
     def _accumulator(self, name: str, equation: JaxprEqn) -> float:
-        """Products of 16-bit operands are accumulated in float32; other sums in the format they are written in."""
+        """Return the roundoff of a sum: float32's for products of 16-bit operands, else that of its written format."""
         if name in ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"):
             return self._roundoff("float32")
         return self._roundoff(str(aval_of(equation.invars[0]).dtype))
@@ -253,7 +253,7 @@ class Interpreter:
         return _noisy_rounding(value, u, _tiny(dtype), *self._source())
 
     def _source(self) -> tuple[Any, Any, np.uint64, Any]:
-        """Where the next operation's noise comes from."""
+        """Return the source of the next operation's noise."""
         self._operation += 1
         odd = (self._operation * 0x9E3779B97F4A7C15 | 1) & ((1 << 64) - 1)
         return self._amplitude, self._member, np.uint64(odd), self._pool
@@ -292,7 +292,7 @@ def _shifted(value: Any, deviation: Any, amplitude: Any, member: Any, odd: Any, 
 
 
 def _uncontracted(value: Any, zero: Any) -> Any:
-    """A product that no compiler adds to in one rounding; `zero` is one that it does not know.
+    """Keep a compiler from adding to a product in one rounding; `zero` is a zero that it does not know.
 
     A value is computed again where it is used again. With a fused addition at one place and none at the other, a
     maximum would not be among the numbers that it is the maximum of, and its gradient would go nowhere.
@@ -303,7 +303,7 @@ def _uncontracted(value: Any, zero: Any) -> Any:
 
 
 def _converted(dtype: Any, value: jax.Array) -> jax.Array:
-    """A cast as it is in float64: between formats it is left out; to integers, to a real part, to 8 bits it is not."""
+    """Cast as in float64: leave out casts between formats, keep those to integers, to a real part, to 8 bits."""
     if format_name(dtype) not in FORMATS:
         # A format of 8 bits is asked for because of its rounding.
         return widened(lax.convert_element_type(value, dtype))
@@ -313,19 +313,19 @@ def _converted(dtype: Any, value: jax.Array) -> jax.Array:
 
 
 def _unit(dtype: Any) -> float:
-    """Roundoff of a format; infinite for integers, booleans and what is no number: the other operands decide."""
+    """Return the roundoff of a format; infinite for integers and booleans: the other operands decide."""
     name = format_name(dtype)
     return FORMATS[name].roundoff if name in FORMATS else math.inf
 
 
 def _tiny(dtype: Any) -> float:
-    """Smallest normal number of a format."""
+    """Return the smallest normal number of a format."""
     name = format_name(dtype)
     return FORMATS[name].smallest_normal if name in FORMATS else 0.0
 
 
 def _literal_mark(literal: Literal) -> Mark:
-    """The unit of a number in code follows from the bits that it needs: 0.5 fits into every format."""
+    """Mark a number in code with the unit of the bits that it needs: 0.5 fits into every format."""
     dtype = aval_of(literal).dtype
     if format_name(dtype) not in FORMATS or aval_of(literal).ndim:
         return Mark(True, _unit(dtype))
@@ -336,12 +336,12 @@ def _literal_mark(literal: Literal) -> Mark:
 
 
 def _was_rounded(value: Any, name: str) -> bool:
-    """Whether a concrete array or number of a format holds what the format has rounded."""
+    """Tell whether a concrete array or number of a format holds what the format has rounded."""
     return name in FORMATS and bool(looks_rounded(parts(np.asarray(value)), name).any())
 
 
 def _as_integer(argument: Any, atom: Any) -> jax.Array:
-    """64-bit integers are read as 32 bits where the program was traced without 64-bit types."""
+    """Read 64-bit integers as 32 bits where the program was traced without 64-bit types."""
     wide = widened(argument)
     return wide.astype(aval_of(atom).dtype) if jnp.issubdtype(wide.dtype, jnp.integer) else wide
 
@@ -382,7 +382,7 @@ def _cond(self: Interpreter, params: dict[str, Any], operands: list[Any], marks:
 
 
 def _linear_solve(self: Interpreter, params: dict[str, Any], operands: list[Any], marks: list[Mark]) -> list[Any]:
-    """Solves as the program's own method does; what that is the transpose of is already in the program."""
+    """Solve as the program's own method does."""
     del marks
     lengths, solve = params["const_lengths"], params["jaxprs"].solve
     start = lengths.matvec + lengths.vecmat

@@ -64,27 +64,27 @@ reduce_prod cumprod
 
 
 def aval_of(atom: Any) -> Any:
-    """Shape and dtype of a variable of a traced program, which the abstract type does not declare."""
+    """Return shape and dtype of a variable of a traced program, which the abstract type does not declare."""
     return atom.aval
 
 
 def is_inexact(value: Any) -> bool:
-    """True for an array of numbers that are rounded, real or complex."""
+    """Tell whether an array holds numbers that are rounded, real or complex."""
     return jnp.issubdtype(value.dtype, jnp.inexact)
 
 
 def wide_dtype(dtype: Any) -> np.dtype:
-    """float64 or complex128, for a dtype of real or complex numbers."""
+    """Return float64 or complex128, for a dtype of real or complex numbers."""
     return np.dtype(np.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else np.float64)
 
 
 def widened(value: Any) -> jax.Array:
-    """The array in float64 or complex128, if it holds real or complex numbers."""
+    """Return the array in float64 or complex128, if it holds real or complex numbers."""
     return jnp.asarray(value, wide_dtype(value.dtype)) if is_inexact(value) else jnp.asarray(value)
 
 
 def is_elementwise(equation: JaxprEqn) -> bool:
-    """Whether all operands have the result's shape, or stretch to it."""
+    """Tell whether all operands have the result's shape, or stretch to it."""
     shape = aval_of(equation.outvars[0]).shape
     return equation.primitive.name in ARITHMETIC or all(aval_of(atom).shape in (shape, ()) for atom in equation.invars)
 
@@ -99,7 +99,7 @@ _SCATTERS: dict[str, Callable[..., jax.Array]] = {
 
 
 def evaluated(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    """Runs one operation on wide operands: parameters that name a narrow format name float64 instead."""
+    """Run one operation on wide operands: parameters that name a narrow format name float64 instead."""
     params = dict(equation.params)
     for key in ("preferred_element_type", "new_dtype", "dtype"):
         if params.get(key) is not None and jnp.issubdtype(params[key], jnp.inexact):
@@ -116,14 +116,14 @@ def evaluated(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
 
 
 def squared(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    """The operands of a sum with squares in the place of its terms: the sum of these is Q, see `calibration`."""
+    """Replace the terms of a sum by their squares, whose sum is Q, see `calibration`."""
     if equation.primitive.name == "select_and_scatter_add":  # the second operand only says where the terms go
         return [jnp.square(operands[0]), *operands[1:]]
     return [jnp.square(jnp.abs(value)) if is_inexact(value) else value for value in operands]
 
 
 def transformed_squares(equation: JaxprEqn, operand: Any) -> tuple[jax.Array, float]:
-    """Q and K of a Fourier transform, whose terms all have the modulus of its input."""
+    """Return Q and K of a Fourier transform, whose terms all have the modulus of its input."""
     kind, lengths = equation.params["fft_type"].name, equation.params["fft_lengths"]
     count = math.prod(lengths)
     axes = tuple(range(operand.ndim - len(lengths), operand.ndim))
@@ -134,12 +134,12 @@ def transformed_squares(equation: JaxprEqn, operand: Any) -> tuple[jax.Array, fl
 
 
 def contains_program(params: dict[str, Any]) -> bool:
-    """A higher-order operation that the interpreter does not know: a kernel, a custom call with its own program."""
+    """Tell whether an operation holds a program that the interpreter does not know (a kernel, a custom call)."""
     return any(isinstance(value, Jaxpr | ClosedJaxpr) for key, value in params.items() if key != "update_jaxpr")
 
 
 def evaluated_as_traced(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    """Runs one operation in the formats it was traced in."""
+    """Run one operation in the formats it was traced in."""
     narrow = [lax.convert_element_type(v, aval_of(a).dtype) for v, a in zip(operands, equation.invars, strict=True)]
     results = equation.primitive.bind(*narrow, **equation.params)
     return [widened(value) for value in (results if equation.primitive.multiple_results else [results])]
@@ -155,7 +155,7 @@ def _contracted(equation: JaxprEqn, operands: Sequence[Any]) -> float:
 
 
 def _convolved(equation: JaxprEqn, operands: Sequence[Any]) -> float:
-    """All elements of the kernel but its output features: an upper bound at the borders."""
+    """Count the elements of the kernel but its output features: an upper bound at the borders."""
     outputs = equation.params["dimension_numbers"].rhs_spec[0]
     return operands[1].size / operands[1].shape[outputs]
 
@@ -187,7 +187,7 @@ def _grid(positive: bool, shift: int) -> np.ndarray:
 
 
 def function_error(equation: JaxprEqn) -> float:
-    """Largest error of an elementary function, in the format of its result, in units of u; at least 1.
+    """Return the largest error of an elementary function, in the format of its result, in units of u; at least 1.
 
     Of a complex result the modulus of the error counts, in units of sqrt(2) u of the modulus.
 

@@ -59,26 +59,26 @@ class JaxSide:
         self._programs: dict[tuple, Any] = {}
 
     def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
-        """Variables of the module; inputs are examples for linen, which infers shapes from them."""
+        """Return variables of the module; inputs are examples for linen, which infers shapes from them."""
         return dict(self._flattened(inputs).specs)
 
     def outline(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
-        """Found by abstract evaluation."""
+        """Evaluate shapes abstractly."""
         with self._types(parameters, inputs):
             shapes = jax.eval_shape(self._program(inputs, False), dict(parameters), inputs, {})
         return {name: np.zeros(value.shape, value.dtype) for name, value in shapes.items()}
 
     def round_trip(self, parameters: Arrays) -> dict[str, np.ndarray]:
-        """Through device arrays."""
+        """Copy to device arrays and back."""
         with self._types(parameters, ()):
             return {name: np.asarray(jax.device_put(array, self._device)) for name, array in parameters.items()}
 
     def forward(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
-        """Jitted, without gradients."""
+        """Run jitted, without gradients."""
         return self._jitted("forward", parameters, inputs, None)
 
     def vjp(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays) -> dict[str, np.ndarray]:
-        """Jitted `jax.vjp`."""
+        """Run a jitted `jax.vjp`."""
         return self._jitted("vjp", parameters, inputs, cotangents)
 
     def truth(
@@ -88,7 +88,7 @@ class JaxSide:
         cotangents: Arrays | None = None,
         variant: str = "",
     ) -> dict[str, np.ndarray]:
-        """Traced in float64 and interpreted with every cast to a narrower format left out."""
+        """Trace in float64 and interpret without any cast to a narrower format."""
         if variant:
             raise ValueError(f"variant: expected none on the flax side, got {variant!r}.")
         leaves = jax.tree.leaves([_wide(dict(parameters)), _wide(inputs), _wide(cotangents or {})])
@@ -102,7 +102,7 @@ class JaxSide:
         buffers: Mapping[str, str],
         computed: bool,
     ) -> Constants:
-        """The truth with its rounded constants moved, and with the buffers moved that are constants."""
+        """Run the truth with its rounded constants and its constant buffers moved."""
         truth = self._truth(parameters, inputs, cotangents, buffers if computed else None)
         wide = {name: widened(parameters[name]) for name in buffers}
         moving = [
@@ -125,7 +125,7 @@ class JaxSide:
     def ensemble(
         self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
     ) -> Ensemble:
-        """Traced in the dtype, interpreted in float64 with noise."""
+        """Trace in the dtype, interpret in float64 with noise."""
         arguments = [dict(parameters), inputs, dict(cotangents or {})]
         key = ("ensemble", dtype, *_signature(arguments))
         if key not in self._programs:
@@ -144,15 +144,15 @@ class JaxSide:
         return Ensemble(result.centre, result.spread, result.kinks, MEMBERS, tuple(sorted(notes)))
 
     def variants(self) -> tuple[Variant, ...]:
-        """None: the torch side tries the hypotheses that concern constants."""
+        """Return none: the torch side tries the hypotheses that concern constants."""
         return ()
 
     def notes(self) -> tuple[str, ...]:
-        """Modules that cannot be traced in float64."""
+        """Return notes on modules that cannot be traced in float64."""
         return tuple(sorted(self._notes))
 
     def is_random(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> bool:
-        """Compares two random states of the module; a function has none that could be seen."""
+        """Compare two random states of the module; a function has none that could be seen."""
         flat = self._flattened(inputs)
         if flat.reseeded is None:
             return False
@@ -164,7 +164,7 @@ class JaxSide:
         return results[0] != results[1]
 
     def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
-        """Watches the program as traced in the arrays' dtype, evaluated in float64."""
+        """Watch the program as traced in the arrays' dtype, evaluated in float64."""
         arguments = [dict(parameters), inputs, {}]
         key = ("branches", *_signature(arguments))
         if key not in self._programs:
@@ -190,7 +190,7 @@ class JaxSide:
         return branches.sentences()
 
     def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
-        """Looks at the program as traced in the dtype; without 64-bit types nothing is wider than float32."""
+        """Look at the program as traced in the dtype; without 64-bit types nothing is wider than float32."""
         if dtype == "float32":
             return ()
         with self._types(parameters, inputs), jax.default_device(self._device):
@@ -199,7 +199,7 @@ class JaxSide:
 
     @contextlib.contextmanager
     def _types(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> Iterator[None]:
-        """64-bit types exactly where the numbers have them: with x64, a module's own constants would be float64."""
+        """Enable 64-bit types only where the numbers have them: a module's own constants would be float64 with them."""
         arrays = [*parameters.values(), *inputs]
         wide = any(array.dtype in (np.float64, np.complex128) for array in arrays)
         if not wide:
@@ -260,7 +260,7 @@ class JaxSide:
         cotangents: Arrays | None,
         constants: Mapping[str, str] | None,
     ) -> Truth:
-        """The truth's program; where constants are given, buffers that are such, what comes from constants errs."""
+        """Return the truth's program; with `constants` (buffers), results of constants alone err."""
         leg = storage_format([*parameters.values(), *inputs])
         arguments = [_wide(dict(parameters)), _wide(inputs), _wide(cotangents or {})]
         named = None if constants is None else tuple(sorted(constants))
@@ -279,7 +279,7 @@ class JaxSide:
         return self._programs[key]
 
     def _noisy(self, arguments: list[Any], with_gradients: bool, dtype: str) -> tuple[Any, list[str], set[str]]:
-        """Traces in the dtype of the arguments; returns an interpreter with noise, its results' names, notes."""
+        """Trace in the dtype of the arguments; returns an interpreter with noise, its results' names, notes."""
         program = self._program(arguments[1], with_gradients)
         closed, shapes = jax.make_jaxpr(program, return_shape=True)(*arguments)
         notes: set[str] = set()
@@ -303,7 +303,7 @@ def _signature(arguments: list[Any]) -> tuple:
 
 
 def _integers_fit(parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> None:
-    """Without x64, jax reads 64-bit integers modulo 2^32; that must not happen unnoticed."""
+    """Refuse integers beyond 32 bits, which jax without x64 would read modulo 2^32."""
     named = {**parameters, **{f"inputs[{position}]": array for position, array in enumerate(inputs)}}
     for name, array in named.items():
         narrow = {"i": np.dtype(np.int32), "u": np.dtype(np.uint32)}.get(array.dtype.kind)

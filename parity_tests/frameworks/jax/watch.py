@@ -1,4 +1,4 @@
-"""Which branches a traced JAX program takes, and which of its operations work in a wide format.
+"""Branches that a traced JAX program takes, and its operations in a wide format.
 
 Of JAX's own code only what a user writes down counts (`where`, `clip`, `relu6`): an index that is normalised, or
 a softmax that guards against infinities, has branches that concern nobody.
@@ -82,7 +82,7 @@ def _frames(equation: JaxprEqn) -> list[tuple[str, str, int]]:
 
 
 def _origin(equation: JaxprEqn, outer: Origin) -> Origin:
-    """Functions, files and place of an operation, which inherits them from its caller where JAX's own code asks."""
+    """Return functions, files and place of an operation, which inherits them where JAX's own code asks."""
     functions, files = [], []
     if equation.primitive.name in ("jit", "pjit") and (name := equation.params.get("name")):
         functions.append(_bare(name))
@@ -171,7 +171,7 @@ def wide_operations(found: Mapping[tuple[int, ...], Site], size: int) -> tuple[s
 
 
 class BranchWatch(Interpreter):
-    """Evaluates a program in float64 and reports the branches of some of its operations, from inside `jit`.
+    """Evaluate a program in float64 and reports the branches of some of its operations, from inside `jit`.
 
     Args:
         watched: from `branching`.
@@ -220,7 +220,7 @@ class BranchWatch(Interpreter):
 
 
 def _numbers(site: Site, operands: Sequence[Any]) -> Any:
-    """Which branches are taken, their bounds (NaN for none) and the extent of the operand, as one vector."""
+    """Return as one vector the branches taken, their bounds (NaN for none) and the extent of the operand."""
     name = site.equation.primitive.name
     if any(value.size == 0 or (jnp.iscomplexobj(value) and name not in ("select_n", "cond")) for value in operands):
         return None
@@ -301,7 +301,7 @@ _MASKS: dict[str, Callable[[Site, Sequence[Any]], tuple[list[Any], list[Any], An
 
 
 def report(branches: Branches, path: tuple[int, ...], site: Site, numbers: np.ndarray) -> None:
-    """Puts what `BranchWatch` reports into words.
+    """Put the numbers of `BranchWatch` into words.
 
     Args:
         branches: that are added to.

@@ -80,7 +80,7 @@ class _Noise:
 
 
 class DoublePrecision(TorchDispatchMode):
-    """Evaluates in float64: casts to narrower formats are left out, and constants created as such are float64.
+    """Evaluate in float64: casts to narrower formats are left out, and constants created as such are float64.
 
     Args:
         dtype: format that every operation errs as in; the insides of sums and fused operations err as their
@@ -110,7 +110,7 @@ class DoublePrecision(TorchDispatchMode):
         self.captured = False  # whether tensors of a narrow format came in from outside
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Runs one operation."""
+        """Run one operation."""
         args, kwargs = self._wide(func, args, dict(kwargs or {}))
         name = _name(func)
         if self._rewrite is not None:
@@ -118,7 +118,7 @@ class DoublePrecision(TorchDispatchMode):
         return self._run(name, func, args, kwargs, self._noise is not None)
 
     def _wide(self, func: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Arguments in float64: formats that an operation is asked for, and tensors that the code has captured."""
+        """Widen arguments to float64: formats asked for, and tensors that the code has captured."""
         if func is _VIEW_AS_DTYPE:
             raise NotImplementedError("the torch side reads the bits of a tensor as another format's (view(dtype))")
         declared = [argument.alias_info for argument in func._schema.arguments]
@@ -136,12 +136,12 @@ class DoublePrecision(TorchDispatchMode):
         return args, {key: each(value) for key, value in kwargs.items()}
 
     def _captured(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor from outside: everything that is made under this mode is float64."""
+        """Widen a tensor from outside: everything that is made under this mode is float64."""
         self.captured = True
         return tensor.to(_WIDE[tensor.dtype])
 
     def _run(self, name: str, func: Any, args: tuple, kwargs: dict, noisy: bool) -> Any:
-        """Runs an operation whose arguments are float64, with noise or without."""
+        """Run an operation whose arguments are float64, with noise or without."""
         if name == "elu_backward":
             args = _with_exact_scale(*args)
         if name == "hardsigmoid_backward" and not noisy:
@@ -183,7 +183,7 @@ class DoublePrecision(TorchDispatchMode):
 
     @contextlib.contextmanager
     def _accumulating(self, func: Any, args: tuple, kwargs: dict) -> Iterator[None]:
-        """Sets the accumulator of one operation; the parts of a fused one have the same."""
+        """Set the accumulator of one operation; the parts of a fused one have the same."""
         before = self._accumulator, self._measure
         if self._measure:
             name = self._format.name
@@ -202,7 +202,7 @@ class DoublePrecision(TorchDispatchMode):
             self._accumulator, self._measure = before
 
     def _parts(self, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """Runs a fused operation's parts under this mode, in the accumulator's format."""
+        """Run a fused operation's parts under this mode, in the accumulator's format."""
         outer, self._format = self._format, self._accumulator
         try:
             with self:
@@ -211,7 +211,7 @@ class DoublePrecision(TorchDispatchMode):
             self._format = outer
 
     def _units(self, value: torch.Tensor) -> tuple[float, float, float]:
-        """Roundoff of a result and of its accumulator, and the smallest normal number of its format.
+        """Return the roundoff of a result and of its accumulator, and the smallest normal number of its format.
 
         There are no complex numbers of 16-bit parts: they are computed in float32's.
         """
@@ -221,7 +221,7 @@ class DoublePrecision(TorchDispatchMode):
         return kept.roundoff, accumulator.roundoff, kept.smallest_normal
 
     def _sum(self, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Adds the error of recursive summation: of K terms, squares adding up to Q, in a random order."""
+        """Add the error of recursive summation: of K terms, squares adding up to Q, in a random order."""
 
         def mapped(change: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
             def each(leaf: Any) -> Any:
@@ -246,7 +246,7 @@ class DoublePrecision(TorchDispatchMode):
         return (summation + (u * modulus) ** 2).clamp_min(0).sqrt() + tiny * (square != 0)
 
     def _transform(self, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
-        """A Fourier transform errs no more than the plain sum that it stands for; all its terms have modulus |x|."""
+        """Let a Fourier transform err as the plain sum that it stands for, whose terms all have modulus |x|."""
         x, axes, normalization = args[:3]
         lengths = [x.shape[axis] for axis in axes]
         half = name == "_fft_c2r"  # of the spectrum: the other half is implied
@@ -259,7 +259,7 @@ class DoublePrecision(TorchDispatchMode):
         return self._perturbed(name, result, [self._summed(result, square.expand_as(result.abs()), count)])
 
     def _rounded(self, name: str, result: Any, factor: float = 1.0) -> Any:
-        """Rounds real and complex results to the format."""
+        """Round real and complex results to the format."""
 
         def deviation(value: torch.Tensor) -> torch.Tensor:
             u, _, tiny = self._units(value)
@@ -285,7 +285,7 @@ class DoublePrecision(TorchDispatchMode):
 
 
 def _moment(name: str, args: tuple, kwargs: dict) -> torch.Tensor:
-    """Mean or variance in terms of sums."""
+    """Return a mean or variance in terms of sums."""
     x = args[0]
     dims = args[1] if len(args) > 1 and args[1] is not None else kwargs.get("dim")
     dims = list(range(x.ndim)) if dims is None else [dims] if isinstance(dims, int) else list(dims)
@@ -314,7 +314,7 @@ def _is_view(func: Any) -> bool:
 
 
 def _is_exact(name: str, args: tuple, kwargs: dict) -> bool:
-    """Whether an operation copies, chooses or rearranges; of complex numbers absolute value and sign are rounded."""
+    """Tell whether an operation rounds nothing; of complex numbers absolute value and sign are rounded."""
     if name in ("abs", "sgn", "sign"):
         return not args[0].is_complex()
     if name in ("scatter_reduce", "index_reduce"):
@@ -323,7 +323,7 @@ def _is_exact(name: str, args: tuple, kwargs: dict) -> bool:
 
 
 def _with_exact_scale(grad: Any, alpha: Any, scale: Any, input_scale: Any, *rest: Any) -> tuple:
-    """The arguments of `elu_backward`: celu asks for 1 / alpha there, and torch computes it from a float32 alpha."""
+    """Correct the arguments of `elu_backward`: celu asks for 1 / alpha, which torch computes from a float32 alpha."""
     if scale == 1 and alpha and input_scale == 1.0 / float(np.float32(alpha)):
         input_scale = 1.0 / alpha
     return grad, alpha, scale, input_scale, *rest

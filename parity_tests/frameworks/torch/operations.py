@@ -104,7 +104,7 @@ def _grid(dtype: torch.dtype, device: torch.device, positive: bool) -> torch.Ten
 
 
 def function_error(func: Any, args: tuple, kwargs: dict, dtype: str) -> float:
-    """Largest error of an elementary function in units of u, at least 1; 1 for correctly rounded operations.
+    """Return the largest error of an elementary function in units of u, at least 1.
 
     Of a complex result the modulus of the error counts, in units of sqrt(2) u of the modulus.
 
@@ -148,7 +148,7 @@ def function_error(func: Any, args: tuple, kwargs: dict, dtype: str) -> float:
 
 
 def kernel_errors(func: Any, args: tuple, kwargs: dict, dtype: str) -> list[float]:
-    """Largest absolute errors of a kernel's results, on its arguments as they are in the format.
+    """Return the largest absolute errors of a kernel's results, on its arguments as they are in the format.
 
     Args:
         func: the operation.
@@ -184,7 +184,7 @@ def _kind(tensor: torch.Tensor) -> str:
 
 
 def accumulator(func: Any, args: tuple, kwargs: dict, dtype: str, noisy: Noisy) -> str:
-    """Returns `float32` where the kernel errs as a float32 accumulator explains, else `dtype`.
+    """Return `float32` where the kernel errs as a float32 accumulator explains, else `dtype`.
 
     The model's spread is an upper bound on the root mean square of the errors it describes (roundings are uniform, the
     model takes their largest size), so that errors above it come from a coarser accumulator.

@@ -33,7 +33,7 @@ Rewrite = Callable[[str, tuple, dict], tuple[tuple, dict]]
 
 
 class _Limits(TorchFunctionMode):
-    """Gives `rms_norm` the epsilon that it would choose for the leg's dtype: of float32 at least."""
+    """Give `rms_norm` the epsilon that it would choose for the leg's dtype: of float32 at least."""
 
     def __init__(self, epsilon: float) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class _Limits(TorchFunctionMode):
 
 @contextlib.contextmanager
 def machine_limits(leg: torch.dtype) -> Iterator[None]:
-    """Lets modules that ask for the limits of float64 (`torch.finfo(x.dtype).min`) see those of the leg's dtype.
+    """Let modules that ask for the limits of float64 (`torch.finfo(x.dtype).min`) see those of the leg's dtype.
 
     The truth is the leg's function without roundings, and an epsilon that follows the dtype belongs to the function.
 
@@ -76,7 +76,7 @@ def machine_limits(leg: torch.dtype) -> Iterator[None]:
 
 
 class MovedConstants(DoublePrecision):
-    """Evaluates in float64 with rounded constants moved, by `moved_constant`.
+    """Evaluate in float64 with rounded constants moved, by `moved_constant`.
 
     Args:
         member: number of the run; 0 moves nothing.
@@ -122,15 +122,15 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 class Recorder:
-    """Notes the epsilons and gelus that a run used, and rewrites them for a variant."""
+    """Note the epsilons and gelus that a run used, and rewrites them for a variant."""
 
     def __init__(self) -> None:
-        """Starts empty."""
+        """Start empty."""
         self._epsilons: set[float] = set()
         self._gelus: set[str] = set()
 
     def rewrite(self, variant: str) -> Rewrite:
-        """A rewriting of operations: the one that `variant` names, or one that only records."""
+        """Return the rewriting of operations that `variant` names, or one that only records."""
         kind, _, value = variant.partition("=")
 
         def apply(name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -153,7 +153,7 @@ class Recorder:
         return apply
 
     def variants(self) -> tuple[Variant, ...]:
-        """Everything that can be tried after a recorded run."""
+        """Return everything that can be tried after a recorded run."""
         used = ", ".join(f"{value:g}" for value in sorted(self._epsilons))
         found = [
             Variant(f"epsilon={value!r}", f"epsilon: the torch side uses {used}, the flax side behaves like {value:g}")

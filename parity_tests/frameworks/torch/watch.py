@@ -39,7 +39,7 @@ _ONE_KINK = names("leaky_relu elu celu selu _prelu_kernel rrelu_with_noise")
 
 
 def _frames() -> Iterator[FrameType]:
-    """The frames of torch and of the user, from the operation outwards to this package's own call of the module."""
+    """Yield the frames of torch and of the user, from the operation outwards to this package's call of the module."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename
@@ -51,7 +51,7 @@ def _frames() -> Iterator[FrameType]:
 
 
 def _line() -> str:
-    """The innermost line outside torch, as `port.py:12`; empty if the module is torch's own."""
+    """Return the innermost line outside torch, as `port.py:12`; empty if the module is torch's own."""
     for frame in _frames():
         path = frame.f_code.co_filename
         if not path.startswith((_LIBRARY, "<")):
@@ -64,13 +64,13 @@ def _tensors(*trees: Any) -> list[torch.Tensor]:
 
 
 def _bare(func: Any) -> str:
-    """The operation's name, in place or not."""
+    """Return the operation's name, in place or not."""
     name = func._schema.name.partition("::")[2]
     return name if name.startswith("__") else name.removesuffix("_")
 
 
 class BranchWatch(TorchDispatchMode):
-    """Records the branches of what depends on parameters or inputs; what is constant no draw could change.
+    """Record the branches of what depends on parameters or inputs; what is constant no draw could change.
 
     Args:
         modules: paths of modules by their id.
@@ -86,7 +86,7 @@ class BranchWatch(TorchDispatchMode):
 
     @contextlib.contextmanager
     def of(self, moving: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Watches what is done with these tensors."""
+        """Watch what is done with these tensors."""
         for tensor in moving:
             self._move(tensor)
         before = register_module_forward_pre_hook(
@@ -107,7 +107,7 @@ class BranchWatch(TorchDispatchMode):
             self._compared.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Looks at one operation before it runs."""
+        """Look at one operation before it runs."""
         kwargs = dict(kwargs or {})
         name, moving = _bare(func), any(map(self._moves, _tensors(args, kwargs)))
         decides = _tensors(args[_DECIDING[name]]) if name in _DECIDING else _tensors(args, kwargs)
@@ -144,7 +144,7 @@ class BranchWatch(TorchDispatchMode):
         return _address(tensor) in self._moving
 
     def _branches(self, name: str, func: Any, args: Sequence[Any], kwargs: dict) -> Found | None:
-        """The operation as text, the operand whose range is told, and its branches' names, masks, bounds."""
+        """Return the operation as text, the operand whose range is told, and its branches' names, masks, bounds."""
         if name in ("max", "min") and func._overloadname == "other":
             name = f"{name}imum"
         if name in ("maximum", "minimum", "fmax", "fmin"):
@@ -174,7 +174,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def _checks() -> bool:
-    """Whether torch's own Python code asks, as in the validation of arguments."""
+    """Tell whether torch's own Python code asks, as in the validation of arguments."""
     frame = next(_frames(), None)
     return frame is not None and frame.f_code.co_filename.startswith(_LIBRARY)
 
@@ -214,7 +214,7 @@ def _negative(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
 
 
 def _between(x: torch.Tensor, low: Any, high: Any) -> list[tuple]:
-    """Below, between and above the limits that there are; a limit may be an array."""
+    """Return branches below, between and above the limits that there are; a limit may be an array."""
     inside, conditions = torch.ones_like(x, dtype=torch.bool), []
     for limit, word, above in ((low, "below", False), (high, "above", True)):
         number = None if isinstance(limit, torch.Tensor) and limit.numel() != 1 else limit
@@ -337,7 +337,7 @@ _TABLE: dict[str, Callable[[str, Sequence[Any], dict], Found | None]] = {
 
 
 class FormatWatch(TorchDispatchMode):
-    """Records operations on wider formats than a module's arrays are stored in; copies, choices and casts do not count.
+    """Record operations on wider formats than a module's arrays are stored in; copies, choices and casts do not count.
 
     Args:
         dtype: that all arrays are stored in.
@@ -349,7 +349,7 @@ class FormatWatch(TorchDispatchMode):
         self._found: dict[tuple[str, str], dict[str, None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Runs one operation and looks at its formats."""
+        """Run one operation and looks at its formats."""
         result = func(*args, **(kwargs or {}))
         name = _bare(func)
         if name in EXACT or any(ret.alias_info and not ret.alias_info.is_write for ret in func._schema.returns):
@@ -366,7 +366,7 @@ class FormatWatch(TorchDispatchMode):
         return tensor.is_floating_point() and tensor.itemsize > self._size
 
     def found(self) -> tuple[str, ...]:
-        """Operations with their formats and lines."""
+        """Return operations with their formats and lines."""
         return tuple(
             f"{name} in {dtype}" + (f" ({', '.join(filter(None, places))})" if any(places) else "")
             for (name, dtype), places in self._found.items()
@@ -374,7 +374,7 @@ class FormatWatch(TorchDispatchMode):
 
 
 def _of_a_norm() -> bool:
-    """Whether torch's own code for a norm asks: its statistics are meant to be wider."""
+    """Tell whether torch's own code for a norm asks: its statistics are meant to be wider."""
     for frame in _frames():
         path = frame.f_code.co_filename
         if not path.startswith(_LIBRARY):
