@@ -12,11 +12,10 @@ from parity_tests.judge.dtypes import FORMATS
 from parity_tests.pair.judge import INFERENCE, KEYS, Evidence
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
-from parity_tests.pair.side import PREFIX, Arrays, is_output
+from parity_tests.pair.side import PREFIX, SHOWN, Arrays, is_output
 
 _OTHER = {"torch": "flax", "jax": "torch"}
 _OTHER_KEY = {"torch": "jax", "jax": "torch"}
-_OWN = {"torch": "torch", "jax": "flax"}
 _MOST_BLOCKS = 4  # gates of an LSTM
 _MOST_TRIED = 500  # runs of a module; a model of many equal layers has millions of pairs to exchange
 # What is true, and a run of the side that is named, changed so.
@@ -53,7 +52,7 @@ def _weights(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
 
 def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
     if evidence.random:
-        sides = " and ".join(_OWN[key] for key in evidence.random)
+        sides = " and ".join(SHOWN[key] for key in evidence.random)
         return f"the {sides} side draws random numbers: dropout is active; switch it off (eval mode, deterministic)"
     if not evidence.bounds:
         return _shapes(evidence)
@@ -91,7 +90,7 @@ def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str
         stopped = [name for name in names if not own[name].any() and other[name].any()]
         if stopped:
             shown = ", ".join(name.removeprefix("d_") for name in stopped)
-            return f"the gradient of {shown} is stopped on the {_OWN[key]} side"
+            return f"the gradient of {shown} is stopped on the {SHOWN[key]} side"
     return _scaled(evidence, names)
 
 
@@ -171,7 +170,7 @@ def _hypotheses(pair: Pair, evidence: Evidence) -> Iterator[Hypothesis]:
     for key, arrays in own.items():
         for name, array in arrays.items():
             if array.ndim >= 2 and array.shape[-1] == array.shape[-2]:
-                sentence = f"the kernel {name} is transposed: transposing it on the {_OWN[key]} side makes both agree"
+                sentence = f"the kernel {name} is transposed: transposing it on the {SHOWN[key]} side makes both agree"
                 yield sentence, changed(key, {name: array.swapaxes(-1, -2).copy()})
     # All variants of one kind at once: an epsilon usually has one value throughout a model.
     pair.sides["torch"].truth(values.parameters["torch"], values.inputs["torch"])
@@ -313,7 +312,7 @@ def _precision(evidence: Evidence, failed: Sequence[PairRow]) -> str:
     row = next((row for row in failed if row.framework in KEYS), None)
     if row is None or row.subject_value is None:
         return ""
-    side = _OWN[row.framework]
+    side = SHOWN[row.framework]
     if row.reason.startswith(INFERENCE):
         return f"{row.tensor} is another function on the {side} side where no gradient is asked for (a fast path)"
     if not np.isfinite(row.subject_value):

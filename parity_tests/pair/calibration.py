@@ -148,6 +148,11 @@ def moved_constant(array: np.ndarray, member: int, name: str) -> np.ndarray:
         return from_parts(np.where(np.isfinite(values), values * (1.0 + step), values), array)
 
 
+def was_rounded(array: np.ndarray, name: str) -> bool:
+    """Tell whether a constant, as for `moved_constant`, holds numbers that its format has rounded."""
+    return not np.array_equal(moved_constant(array, 1, name), array, equal_nan=True)
+
+
 def collect_ensemble(
     run: Callable[[int, float], Arrays], members: int = MEMBERS, kink_members: int = KINK_MEMBERS
 ) -> Ensemble:

@@ -17,7 +17,9 @@ _FEATURES, _HEADS, _HIDDEN = 16, 4, 8
 def _part(side: str, name: str, pair: dict[str, Any]) -> dict[str, Any]:
     if side == "pair":
         return {**pair, "name": name}
-    return getattr(importlib.import_module(f"parity_tests.frameworks.{side}.examples"), name)()
+    module = importlib.import_module(f"parity_tests.frameworks.{side}.examples")
+    # A side without a careless form is made equal by its defaults.
+    return getattr(module, name, getattr(module, name.removesuffix("_defaults")))()
 
 
 def linear(side: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ one another and show in the results, which are compared.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -20,9 +19,8 @@ from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.mapping import KEEP, SIDES
 from parity_tests.pair.patterns import MappingError
 from parity_tests.pair.report import PairRow
-from parity_tests.pair.side import PREFIX, Arrays
+from parity_tests.pair.side import PREFIX, SHOWN, Arrays
 
-_SIDE = {"torch": "torch", "jax": "flax"}
 _ONE_BY_ONE = 16  # arrays that are changed one by one; more of them are changed together where they have one last name
 _MOST_NAMES = 12  # that a refusal lists
 # What a side raises where it cannot be watched; it runs, as its results have shown.
@@ -90,19 +88,18 @@ def refuse_unmapped(pair: Pair, values: Values, state: bool) -> None:
     covers, unmapped = pair.left_out.covers, pair.mapping.unmapped
     names = {side: [name for name in unmapped[side] if not covers(name)] for side in unmapped}
     found: list[tuple[str, str]] = []
-    for key, side in _SIDE.items():
-        parameters, inputs = values.parameters[key], values.inputs[key]
-        cotangents = None if values.cotangents is None else values.cotangents[key]
+    for key, side in SHOWN.items():
 
-        def run(changed: Arrays, key: str = key, inputs: Any = inputs, cotangents: Any = cotangents) -> Arrays:
-            return pair.sides[key].truth({**values.parameters[key], **changed}, inputs, cotangents)
+        def run(changed: Arrays, key: str = key) -> Arrays:
+            parameters, inputs, cotangents = values.of(key)
+            return pair.sides[key].truth({**parameters, **changed}, inputs, cotangents)
 
-        found += [(side, name) for name in depended_on(run, parameters, names[side])]
+        found += [(side, name) for name in depended_on(run, values.parameters[key], names[side])]
     found, pair.tables = _without_tables(pair, found)
     if state:
         # One that a call updates on one side alone is listed; two may be meant as one, a counter on either side.
-        sizes = {side: {name: pair.specs[key][name].value.size for name in names[side]} for key, side in _SIDE.items()}
-        updated = {side: [name for name in names[side] if name in pair.updated[key]] for key, side in _SIDE.items()}
+        sizes = {side: {name: pair.specs[key][name].value.size for name in names[side]} for key, side in SHOWN.items()}
+        updated = {side: [name for name in names[side] if name in pair.updated[key]] for key, side in SHOWN.items()}
         for side, other in (("torch", "flax"), ("flax", "torch")):
             there = {sizes[other][name] for name in updated[other]}
             found += [(side, name) for name in updated[side] if sizes[side][name] in there]
@@ -112,7 +109,7 @@ def refuse_unmapped(pair: Pair, values: Values, state: bool) -> None:
 
 def _without_tables(pair: Pair, found: list[tuple[str, str]]) -> tuple[list, tuple]:
     """Split off the tables of one side; with arrays left on both sides, one may be meant as the other."""
-    keys = {side: key for key, side in _SIDE.items()}
+    keys = {side: key for key, side in SHOWN.items()}
     if len({side for side, _ in found}) > 1:
         return found, ()
     tables = tuple(
@@ -165,9 +162,9 @@ class Remarks:
             try:
                 found = side.unexercised(values.parameters[key], values.inputs[key])
             except _CANNOT as error:
-                self.notes[f"the branches of the {_SIDE[key]} side were not watched: {first_line(error)}"] = None
+                self.notes[f"the branches of the {SHOWN[key]} side were not watched: {first_line(error)}"] = None
                 continue
-            self._branches[key] = tuple(f"{_SIDE[key]}: {sentence}" for sentence in found)
+            self._branches[key] = tuple(f"{SHOWN[key]}: {sentence}" for sentence in found)
             self.notes |= dict.fromkeys(self._branches[key])
 
     def on_formats(self, key: str, values: Values, *results: Arrays) -> None:
@@ -190,17 +187,17 @@ class Remarks:
         self._returned[key, dtype] = formats
         for name in sorted(set(formats.values())):
             tensors = [tensor for tensor, returned in formats.items() if returned == name]
-            self.notes[f"{_SIDE[key]} returns {_listed(tensors)} in {name} where {dtype} is judged"] = None
+            self.notes[f"{SHOWN[key]} returns {_listed(tensors)} in {name} where {dtype} is judged"] = None
         if dtype == "float64":
             return
         side = self._pair.sides[key]
         try:
             found = side.wider_operations(values.parameters[key], values.inputs[key], dtype)
         except _CANNOT as error:
-            self.notes[f"the formats of the {_SIDE[key]} side were not watched: {first_line(error)}"] = None
+            self.notes[f"the formats of the {SHOWN[key]} side were not watched: {first_line(error)}"] = None
             return
         if found:
-            wider = f"{_SIDE[key]} computes in more than the {dtype} that is judged: {_listed(found)}"
+            wider = f"{SHOWN[key]} computes in more than the {dtype} that is judged: {_listed(found)}"
             self._wider[key, dtype] = wider
             self.notes[wider] = None
 
@@ -214,7 +211,7 @@ class Remarks:
                 said += self._branches.get(key, ())
                 said += filter(None, [self._wider.get((key, row.dtype))])
             if (returned := self._returned.get((key, row.dtype), {}).get(row.tensor)) and not row.mode:
-                said.append(f"{_SIDE[key]} returns {row.tensor} in {returned} where {row.dtype} is judged")
+                said.append(f"{SHOWN[key]} returns {row.tensor} in {returned} where {row.dtype} is judged")
         return dataclasses.replace(row, note="; ".join(said)) if said else row
 
 

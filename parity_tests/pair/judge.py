@@ -15,12 +15,11 @@ from parity_tests.pair.calibration import SEMANTIC_SCALE, calibrated_bound, cons
 from parity_tests.pair.inspection import Remarks, refuse_unmapped
 from parity_tests.pair.legs import Pair, Values, running
 from parity_tests.pair.report import PairRow
-from parity_tests.pair.side import CANNOT_RUN, PREFIX, Ensemble, is_output, updated
+from parity_tests.pair.side import CANNOT_RUN, PREFIX, SHOWN, Ensemble, is_output, updated
 
 KEYS = ("torch", "jax")
 _BOTH = "torch+jax"
 _MOST_SHOWN = 6
-_SHOWN = {"torch": "torch", "jax": "flax"}
 INFERENCE = "without gradients, as in inference: "
 COMPLEX = (
     "complex tensors are compared by real and imaginary part; their gradients are dL/dRe + i dL/dIm, PyTorch's "
@@ -170,7 +169,7 @@ class Judge:
 
     def _trained_alone(self) -> Iterator[PairRow]:
         """Fail arrays that are kept as constants on one side, without counterpart, and have a gradient there."""
-        for key, side in (("torch", "torch"), ("jax", "flax")):
+        for key, side in SHOWN.items():
             for name in self._pair.trained_alone[key]:
                 reason = f"{name} is kept as it is, without counterpart, but the {side} side trains it; freeze it there"
                 yield self._row(refused(f"d_{name}", reason), _BOTH, "float64", "gradients", mode="truth")
@@ -264,7 +263,7 @@ class Judge:
 
     def _without_truth(self, error: Exception, key: str, dtype: str) -> PairRow:
         reason = (
-            f"the {_SHOWN[key]} side has no float64 truth, so that there is nothing to judge by: "
+            f"the {SHOWN[key]} side has no float64 truth, so that there is nothing to judge by: "
             f"{type(error).__name__}: {first_line(error)}"
         )
         return self._row(refused("y", reason, UNDECIDED), key, dtype, "forward")
@@ -310,7 +309,7 @@ class Judge:
         for key in KEYS:
             if found[key].spread and (shown := (*found[key].stored, *found[key].literals)):
                 listed = ", ".join(shown[:_MOST_SHOWN]) + ", ..." * (len(shown) > _MOST_SHOWN)
-                self.notes.add(f"constants of the {_SHOWN[key]} side that count as rounded, in float64 too: {listed}")
+                self.notes.add(f"constants of the {SHOWN[key]} side that count as rounded, in float64 too: {listed}")
         return {
             key: {
                 name: constants_bound(spread, constants.members)

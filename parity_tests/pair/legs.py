@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -53,6 +53,10 @@ class Values:
     parameters: Mapping[str, Arrays]
     inputs: Mapping[str, Tuple]
     cotangents: Mapping[str, Arrays] | None
+
+    def of(self, key: str) -> tuple[Arrays, Tuple, Arrays | None]:
+        """Return the arguments of a side's methods: parameters, inputs and cotangents."""
+        return self.parameters[key], self.inputs[key], None if self.cotangents is None else self.cotangents[key]
 
 
 @dataclass
@@ -209,7 +213,7 @@ class Pair:
             name: self._output(name, array.shape).forward(array) if name in self.output_patterns else array
             for name, array in drawn.items()
         }
-        return Values(values.dtype, values.parameters, values.inputs, {"torch": drawn, "jax": other})
+        return replace(values, cotangents={"torch": drawn, "jax": other})
 
     def outline(self, key: str, values: Values) -> dict[str, np.ndarray]:
         """Return zeros of the shapes of a side's outputs, in torch names."""
@@ -219,8 +223,7 @@ class Pair:
 
     def truth(self, key: str, values: Values, variant: str = "") -> dict[str, np.ndarray]:
         """Return a side's float64 truth, in torch names; note in `updated` the buffers that the call changed."""
-        cotangents = None if values.cotangents is None else values.cotangents[key]
-        arrays = self.sides[key].truth(values.parameters[key], values.inputs[key], cotangents, variant)
+        arrays = self.sides[key].truth(*values.of(key), variant)
         self.updated[key] = updated(arrays, values.parameters[key])
         self.trained_alone[key] = tuple(
             block.name
@@ -240,23 +243,19 @@ class Pair:
 
     def vjp(self, key: str, values: Values) -> dict[str, np.ndarray]:
         """Return a side's outputs and gradients, in torch names."""
-        assert values.cotangents is not None
-        arrays = self.sides[key].vjp(values.parameters[key], values.inputs[key], values.cotangents[key])
+        parameters, inputs, cotangents = values.of(key)
+        assert cotangents is not None
+        arrays = self.sides[key].vjp(parameters, inputs, cotangents)
         return self.as_torch(key, arrays, values.parameters[key])
 
     def ensemble(self, key: str, values: Values, dtype: str, seed: int) -> Ensemble:
         """Return a side's rounding-noise ensemble, in torch names."""
-        cotangents = None if values.cotangents is None else values.cotangents[key]
-        found = self.sides[key].ensemble(values.parameters[key], values.inputs[key], cotangents, dtype, seed)
-        still = {name: np.zeros(array.shape) for name, array in values.parameters[key].items()}
-        centre, spread, kinks = (
-            self.as_torch(key, arrays, still) for arrays in (found.centre, found.spread, found.kinks)
-        )
-        return Ensemble(centre, spread, kinks, found.members, found.notes)
+        found = self.sides[key].ensemble(*values.of(key), dtype, seed)
+        fields = {name: self._spread(key, getattr(found, name), values) for name in ("centre", "spread", "kinks")}
+        return replace(found, **fields)
 
     def constants(self, key: str, values: Values, computed: bool) -> Constants:
         """Return how far a side's rounded constants may move results, in torch names; see `Side.constants`."""
-        cotangents = None if values.cotangents is None else values.cotangents[key]
         constant = {*self.mapping.constants(key)}
         # A narrow format that a module has stored a buffer in has rounded it, whatever the leg widens it to.
         buffers = {
@@ -265,10 +264,13 @@ class Pair:
             if name in constant and is_inexact(spec.value)
         }
         named = {name: format_name(dtype) for name, dtype in buffers.items()}
-        found = self.sides[key].constants(values.parameters[key], values.inputs[key], cotangents, named, computed)
+        found = self.sides[key].constants(*values.of(key), named, computed)
+        return replace(found, spread=self._spread(key, found.spread, values) if found.spread else {})
+
+    def _spread(self, key: str, arrays: Arrays, values: Values) -> dict[str, np.ndarray]:
+        """Return statistics of a side's results in torch names; what it returns none for did not move."""
         still = {name: np.zeros(array.shape) for name, array in values.parameters[key].items()}
-        spread = self.as_torch(key, found.spread, still) if found.spread else {}
-        return Constants(spread, found.stored, found.literals, found.members)
+        return self.as_torch(key, arrays, still)
 
     def as_torch(self, key: str, arrays: Arrays, given: Arrays | None = None) -> dict[str, np.ndarray]:
         """Rename and rearrange a side's results, without gradients and state of arrays that have no counterpart.

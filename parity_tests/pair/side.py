@@ -16,6 +16,7 @@ from parity_tests.judge.casts import is_inexact, widened
 from parity_tests.judge.dtypes import FORMATS
 
 Arrays = Mapping[str, np.ndarray]
+SHOWN = {"torch": "torch", "jax": "flax"}  # the sides as messages name them
 Array = TypeVar("Array")  # NumPy's, or of a framework
 PREFIX = "state:"  # of a buffer as it is after a call
 _MOST_PLACES = 4  # that one sentence lists

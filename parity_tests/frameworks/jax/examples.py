@@ -46,26 +46,6 @@ def gru_cell() -> dict[str, Any]:
     return {"flax_module": Cell(8)}
 
 
-def linear_defaults() -> dict[str, Any]:
-    """Make `nnx.Linear`."""
-    return linear()
-
-
-def conv_defaults() -> dict[str, Any]:
-    """Make `nnx.Conv`, padding `SAME`."""
-    return conv()
-
-
-def layer_norm_defaults() -> dict[str, Any]:
-    """Make `nnx.LayerNorm` with its own epsilon."""
-    return layer_norm()
-
-
-def attention_defaults() -> dict[str, Any]:
-    """Make `nnx.MultiHeadAttention`, batch first."""
-    return attention()
-
-
 class StateFirstCell(nn.Module):
     """Linen's `GRUCell` with its own order of arguments; it returns the new state twice, of which one is kept."""
 

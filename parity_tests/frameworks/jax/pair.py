@@ -15,7 +15,14 @@ from parity_tests.frameworks.jax.subjects import resolve_device
 from parity_tests.frameworks.jax.truth import COMPILE_QUICKLY, Truth, traced
 from parity_tests.judge.casts import is_inexact, storage_format, widened
 from parity_tests.judge.dtypes import numpy_dtype
-from parity_tests.pair.calibration import KINK_MEMBERS, MEMBERS, collect_ensemble, constants_spread, moved_constant
+from parity_tests.pair.calibration import (
+    KINK_MEMBERS,
+    MEMBERS,
+    collect_ensemble,
+    constants_spread,
+    moved_constant,
+    was_rounded,
+)
 from parity_tests.pair.side import (
     Arrays,
     Branches,
@@ -105,11 +112,7 @@ class JaxSide:
         """Run the truth with its rounded constants and its constant buffers moved."""
         truth = self._truth(parameters, inputs, cotangents, buffers if computed else None)
         wide = {name: widened(parameters[name]) for name in buffers}
-        moving = [
-            name
-            for name, array in wide.items()
-            if not np.array_equal(moved_constant(array, 1, buffers[name]), array, equal_nan=True)
-        ]
+        moving = [name for name, array in wide.items() if was_rounded(array, buffers[name])]
 
         def member(number: int) -> dict[str, np.ndarray]:
             moved = {name: moved_constant(wide[name], number, buffers[name]) for name in moving}

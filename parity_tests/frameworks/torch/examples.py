@@ -33,11 +33,6 @@ def gru_cell() -> dict[str, Any]:
     return {"torch_module": nn.GRUCell(4, 8)}
 
 
-def linear_defaults() -> dict[str, Any]:
-    """Make `nn.Linear`."""
-    return linear()
-
-
 def conv_defaults() -> dict[str, Any]:
     """Make `nn.Conv2d` without padding."""
     return {"torch_module": nn.Conv2d(3, 8, 3)}

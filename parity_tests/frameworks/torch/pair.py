@@ -15,7 +15,14 @@ from parity_tests.frameworks.torch.subjects import resolve_device
 from parity_tests.frameworks.torch.truth import MovedConstants, Recorder, machine_limits
 from parity_tests.frameworks.torch.watch import BranchWatch, FormatWatch
 from parity_tests.judge.casts import is_inexact, storage_format, widened
-from parity_tests.pair.calibration import KINK_MEMBERS, MEMBERS, collect_ensemble, constants_spread, moved_constant
+from parity_tests.pair.calibration import (
+    KINK_MEMBERS,
+    MEMBERS,
+    collect_ensemble,
+    constants_spread,
+    moved_constant,
+    was_rounded,
+)
 from parity_tests.pair.side import (
     Arrays,
     Constants,
@@ -156,11 +163,7 @@ class TorchSide:
     ) -> Constants:
         """Run with constant buffers and captured tensors moved."""
         wide = {name: widened(parameters[name]) for name in buffers}
-        moving = [
-            name
-            for name, array in wide.items()
-            if not np.array_equal(moved_constant(array, 1, buffers[name]), array, equal_nan=True)
-        ]
+        moving = [name for name, array in wide.items() if was_rounded(array, buffers[name])]
         if not (moving or self._captures or computed):
             return Constants({})
         whole = {name for name, array in parameters.items() if name in buffers or not is_inexact(array)}

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -13,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from parity_tests.frameworks.torch.arrays import to_numpy, to_torch
 from parity_tests.frameworks.torch.noise import DoublePrecision
 from parity_tests.judge.casts import format_name, widened
-from parity_tests.pair.calibration import moved_constant
+from parity_tests.pair.calibration import moved_constant, was_rounded
 from parity_tests.pair.side import Variant
 
 _RMS_NORMS = (torch.rms_norm, torch.nn.functional.rms_norm)
@@ -98,7 +97,7 @@ class MovedConstants(DoublePrecision):
     def _captured(self, tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in self._moved:
             array, name = widened(to_numpy(tensor)), format_name(str(tensor.dtype).removeprefix("torch."))
-            if not np.array_equal(moved_constant(array, 1, name), array, equal_nan=True):
+            if was_rounded(array, name):
                 self.stored.add(f"a tensor of {name} and shape {tuple(tensor.shape)}")
             moved = to_torch(moved_constant(array, self._member, name), self._device)
             self._moved[id(tensor)] = tensor, moved
