@@ -5,7 +5,6 @@ like. Only evidence that distinguishes counts: a wide bound alone (low-precision
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,6 @@ import numpy as np
 
 from parity_tests.causes import error_patterns
 from parity_tests.causes.error_patterns import Evidence
-from parity_tests.causes.search import search
 from parity_tests.judge.comparison import TensorResult
 from parity_tests.judge.inputs import Inputs
 from parity_tests.judge.oracle import Reference, reference
@@ -153,20 +151,17 @@ def _by_trying(whole: Evidence, different: np.ndarray, inputs: Inputs, truth: Re
         factors |= {"1/rows (a mean, not a sum)": 1 / rows}
     if found := error_patterns.not_finite(part) or error_patterns.all_zero(part):
         return found
-
-    def changed_by(change: Change) -> Evidence | None:
-        changed = change(inputs)
-        candidate = None if changed is None else _explained(whole, changed, inputs)
-        return None if candidate is None else candidate.partitions(different)
-
-    attempts: list[tuple[str, Callable[[], Evidence | None]]] = [
-        (hypothesis.sentence, functools.partial(changed_by, hypothesis.change)) for hypothesis in OPERANDS
-    ]
+    for hypothesis in OPERANDS:
+        changed = hypothesis.change(inputs)
+        if changed is None:
+            continue
+        candidate = _explained(whole, changed, inputs)
+        if candidate is not None and candidate.partitions(different).fits():
+            return hypothesis.sentence
     for sentence, righted in _whole_tensors(whole):
-        attempts.append((sentence, functools.partial(dataclasses.replace, whole, value=righted)))
-    return search(attempts, Evidence.fits) or error_patterns.scaled(
-        part, {name: factor for name, factor in factors.items() if factor != 1.0}
-    )
+        if dataclasses.replace(whole, value=righted).fits():
+            return sentence
+    return error_patterns.scaled(part, {name: factor for name, factor in factors.items() if factor != 1.0})
 
 
 def explain(

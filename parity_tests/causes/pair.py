@@ -1,14 +1,14 @@
 """Search for the likely cause of a pair's mismatch: try changes to one side that make both agree in float64."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from parity_tests.causes.search import search
-from parity_tests.judge.casts import as_stored, is_complex, is_float, is_inexact, parts, widened
+from parity_tests.causes.search import first_confirmed
 from parity_tests.judge.comparison import UNDECIDED, within
-from parity_tests.judge.dtypes import FORMATS
+from parity_tests.judge.dtypes import FORMATS, as_stored, is_complex, is_float, is_inexact, parts, widened
 from parity_tests.pair.judge import INFERENCE, KEYS, Evidence
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
@@ -23,13 +23,7 @@ Hypothesis = tuple[str, Callable[[], tuple[str, Arrays]]]
 
 
 def likely_cause(pair: Pair, evidence: Evidence, rows: Sequence[PairRow]) -> str:
-    """Return one sentence about the first failing rung, or an empty string.
-
-    Args:
-        pair: as judged.
-        evidence: of the judge.
-        rows: all of them.
-    """
+    """Return one sentence about the first failing rung, or an empty string."""
     failed = [row for row in rows if row.status == "mismatch" and row.bound != UNDECIDED]
     causes = {"weights": _weights, "forward": _forward, "gradients": _gradients, "state": _state}
     for rung, cause in causes.items():
@@ -44,7 +38,6 @@ def _in_truth(failed: Sequence[PairRow]) -> list[PairRow]:
 
 
 def _weights(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
-    del evidence
     if failed[0].tensor in pair.mapping.kept_by_both:
         return f"the values of {failed[0].tensor} that both sides keep are not the same"
     return f"{failed[0].tensor} does not keep its {failed[0].dtype} bits in the {failed[0].framework} module"
@@ -59,8 +52,8 @@ def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
     if not _in_truth(failed):
         return _precision(evidence, failed)
 
-    def agrees(changed: tuple[str, Arrays]) -> bool:
-        key, outputs = changed
+    def agrees(run: Callable[[], tuple[str, Arrays]]) -> bool:
+        key, outputs = run()
         return all(
             within(name, value, evidence.truths[_OTHER_KEY[key]][name], evidence.limit(name)).status == "ok"
             for name, value in outputs.items()
@@ -69,7 +62,8 @@ def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
 
     # A change that the side cannot even run is no difference from the other side.
     cannot = (IndexError, RuntimeError, TypeError, ValueError)
-    if found := search(_hypotheses(pair, evidence), agrees, _MOST_TRIED, cannot):
+    hypotheses = ((sentence, functools.partial(agrees, run)) for sentence, run in _hypotheses(pair, evidence))
+    if found := first_confirmed(hypotheses, _MOST_TRIED, cannot):
         return found
     return _scaled(evidence, [name for name in evidence.truths["torch"] if is_output(name)])
 
@@ -95,7 +89,6 @@ def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str
 
 
 def _state(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
-    del pair
     if not _in_truth(failed):
         return _precision(evidence, failed)
     return next(filter(None, (_of_buffer(row.tensor, evidence) for row in failed)), "")

@@ -2,31 +2,24 @@
 
 import itertools
 from collections.abc import Callable, Iterable
-from typing import TypeVar
-
-Result = TypeVar("Result")
 
 
-def search(
-    attempts: Iterable[tuple[str, Callable[[], Result | None]]],
-    agrees: Callable[[Result], bool],
+def first_confirmed(
+    hypotheses: Iterable[tuple[str, Callable[[], bool]]],
     most: int | None = None,
     passed_over: tuple[type[Exception], ...] = (),
 ) -> str:
-    """Return the sentence of the first mistake that reproduces what was observed; empty if none does.
+    """Return the sentence of the first hypothesis whose test holds; empty if none does.
 
     Args:
-        attempts: of each mistake the sentence, and a function that computes what it would give, or None where it is
-            ruled out.
-        agrees: whether such a result is what was observed.
-        most: number of attempts to stop after; None for all.
-        passed_over: what an attempt may raise where it does not apply.
+        hypotheses: sentences, each with a test whether that mistake gives what was observed.
+        most: number of hypotheses to stop after; None for all.
+        passed_over: exceptions that a test raises where its hypothesis does not apply.
     """
-    for sentence, attempt in itertools.islice(attempts, most):
+    for sentence, holds in itertools.islice(hypotheses, most):
         try:
-            result = attempt()
+            if holds():
+                return sentence
         except passed_over:
             continue
-        if result is not None and agrees(result):
-            return sentence
     return ""

@@ -145,10 +145,6 @@ def _reported(spec: str, judgement: Judgement, options: Options) -> int:
 def pairs(json_file: Path | None, readme: Path | None) -> int:
     """Judge the five example pairs, made equal and with every default, and prints what differs by default.
 
-    Args:
-        json_file: where the results go, or None.
-        readme: file whose table of the pairs is replaced, or None.
-
     Returns:
         0 if every pair that was made equal holds, 130 if interrupted: what was judged until then is written, and the
         readme stays as it is.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parity_tests.judge.casts import distances, exactly, is_complex, is_float, is_inexact, parts
+from parity_tests.judge.dtypes import distances, exactly, is_complex, is_float, is_inexact, parts
 from parity_tests.judge.oracle import OracleTensor, Reference
 from parity_tests.judge.tolerance import TIERS, Arithmetic, Tier, bound, bounds
 
@@ -233,15 +233,7 @@ def compare_tensor(
 def compare_with_limit(
     name: str, value: np.ndarray, expected: np.ndarray, limit: np.ndarray, partition_axis: int
 ) -> TensorResult:
-    """Judge one tensor by a limit for each element, for tensors without a derived bound, such as optimiser updates.
-
-    Args:
-        name: of the tensor.
-        value: what the subject returned.
-        expected: the truth, in float64 or wider.
-        limit: largest admissible error of each element.
-        partition_axis: axis of the partitions.
-    """
+    """Judge one tensor by a limit for each element, for tensors without a derived bound, such as optimiser updates."""
     if value.shape != expected.shape:
         return _shape_mismatch(name, value.shape, expected.shape)
     return _verdict(name, value.astype(expected.dtype), expected, {"T1": limit}, partition_axis)
@@ -278,12 +270,7 @@ def compare(
 
 
 def pair_limits(reference: Reference, arithmetics: tuple[Arithmetic, Arithmetic]) -> dict[str, np.ndarray]:
-    """Return how far two subjects may lie apart, by tensor: the sum of both T1 bounds.
-
-    Args:
-        reference: the oracle's tensors.
-        arithmetics: what either side is entitled to.
-    """
+    """Return how far two subjects may lie apart, by tensor: the sum of both T1 bounds."""
     first, second = arithmetics
     if first == second:
         return {name: 2 * bound(truth, first) for name, truth in reference.items()}
@@ -297,12 +284,6 @@ def compare_pair(
     limits: Mapping[str, np.ndarray],
 ) -> list[TensorResult]:
     """Judge two subjects against each other: `|t - j| <= B_t + B_j`.
-
-    Args:
-        first: tensors of one side.
-        second: tensors of the other.
-        reference: the oracle's tensors.
-        limits: from `pair_limits`.
 
     Raises:
         ValueError: if the two do not have the same tensors.

@@ -30,8 +30,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import special, stats
 
-from parity_tests.judge.casts import from_parts, is_inexact, looks_rounded, parts
-from parity_tests.judge.dtypes import FORMATS
+from parity_tests.judge.dtypes import FORMATS, from_parts, is_inexact, looks_rounded, parts
 from parity_tests.judge.tolerance import FALSE_ALARM_RATE
 from parity_tests.pair.side import Arrays, Ensemble
 
@@ -118,12 +117,7 @@ def calibrated_bound(
 
 
 def constants_bound(spread: np.ndarray, members: int) -> np.ndarray:
-    """Return how far constants rounded beforehand may move a result; of complex numbers, part by part.
-
-    Args:
-        spread: of the members that move them, see `Side.constants`.
-        members: behind `spread`.
-    """
+    """Return how far constants rounded beforehand may move a result; of complex numbers, part by part."""
     values = parts(spread)
     moderated, freedom = moderated_spread(values, members)
     return from_parts(confidence(values.size, freedom) * moderated, spread)
@@ -180,11 +174,7 @@ def collect_ensemble(
 
 
 def constants_spread(run: Callable[[int], Arrays]) -> dict[str, np.ndarray]:
-    """Return the root mean square of the deviations of `MEMBERS` runs with moved constants; of complex, by part.
-
-    Args:
-        run: of a member's number; 0 moves nothing.
-    """
+    """Return the root mean square of the deviations of `MEMBERS` runs with moved constants; of complex, by part."""
     return dict(collect_ensemble(lambda member, _: run(member), kink_members=0).spread)
 
 

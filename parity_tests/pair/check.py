@@ -154,10 +154,8 @@ DEFAULT_ARGUMENTS = {
 def run_pair(spec: str, tell: Tell = _ignore, **overrides: Any) -> PairReport:
     """Check the pair that `package.module:factory` describes, in this process.
 
-    Args:
-        spec: see `loading`.
-        tell: is called with each step, a text, and with every row once it is known.
-        overrides: arguments of `check_pair` that win over the factory's.
+    `tell` is called with each step, a text, and with every row once it is known; `overrides` are arguments of
+    `check_pair` that win over the factory's.
 
     Raises:
         ValueError: if the pair cannot be loaded or does not fit together; one sentence.
@@ -228,11 +226,6 @@ def _explained(pair: Pair, row: PairRow) -> PairRow:
 def merged(spec: str, given: Mapping[str, Any], tell: Tell = _ignore) -> dict[str, Any]:
     """Return the arguments of a named pair: defaults, then the factory's, then those given that are not the defaults.
 
-    Args:
-        spec: `package.module:factory`.
-        given: all arguments, as the caller passed them.
-        tell: see `run_pair`.
-
     Raises:
         ValueError: if the factory returns an unknown argument or cannot be loaded.
     """
@@ -274,11 +267,6 @@ class _Told:
 @contextlib.contextmanager
 def prepared(arguments: Mapping[str, Any], spec: str | None, tell: Tell = _ignore) -> Iterator[Pair]:
     """Make both sides and the mapping; end the other interpreters, if there are any, on leaving.
-
-    Args:
-        arguments: all of `check_pair`.
-        spec: the named pair, from which sides in another interpreter are built.
-        tell: see `run_pair`.
 
     Raises:
         ValueError: if something is missing.

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.judge.casts import exactly, is_complex, is_float, is_inexact, widened
+from parity_tests.judge.dtypes import exactly, is_complex, is_float, is_inexact, widened
 from parity_tests.judge.inputs import BIAS_SCALE, COTANGENT_SCALE, X_SCALE
 from parity_tests.pair.side import ParameterSpec
 

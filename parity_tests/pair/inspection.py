@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from parity_tests.judge.casts import as_stored, format_name, is_inexact
-from parity_tests.judge.dtypes import numpy_dtype
+from parity_tests.judge.dtypes import as_stored, format_name, is_inexact, numpy_dtype
 from parity_tests.judge.failures import first_line
 from parity_tests.pair.draws import draw_like
 from parity_tests.pair.legs import Pair, Values
@@ -76,11 +75,6 @@ def _same(first: np.ndarray, second: np.ndarray | None) -> bool:
 
 def refuse_unmapped(pair: Pair, values: Values, state: bool) -> None:
     """Refuse a pair with unmapped arrays that results depend on, or that a call updates on both sides.
-
-    Args:
-        pair: after a truth of both sides, which says what a call updates.
-        values: that it was computed of.
-        state: whether updated buffers are compared at all.
 
     Raises:
         MappingError: with what to do about them.
@@ -168,13 +162,7 @@ class Remarks:
             self.notes |= dict.fromkeys(self._branches[key])
 
     def on_formats(self, key: str, values: Values, *results: Arrays) -> None:
-        """Look at the formats in which a side returned and computed.
-
-        Args:
-            key: the side.
-            values: that it was given.
-            results: its results, of every way in which it was run.
-        """
+        """Look at the formats in which a side returned and computed."""
         dtype = values.dtype
         stored = numpy_dtype(dtype)
         formats = {
@@ -221,14 +209,7 @@ def _listed(names: Iterable[str], most: int = 5) -> str:
 
 
 def left_out(pair: Pair, never_trained: Sequence[str], gradients: bool, state: bool) -> Iterator[str]:
-    """Name the arrays and gradients that are not compared, and say which buffers a call updates.
-
-    Args:
-        pair: after it was judged.
-        never_trained: torch parameters whose gradient is zero on both sides, though one side could train them.
-        gradients: whether gradients were compared.
-        state: whether updated buffers were compared.
-    """
+    """Name the arrays and gradients that are not compared, and say which buffers a call updates."""
     mapping, covers = pair.mapping, pair.left_out.covers
     changed = {side: pair.changed(key) for key, side in (("torch", "torch"), ("jax", "flax"))}
     names = {side: dict.fromkeys((*mapping.unmapped[side], *(() if state else changed[side]))) for side in SIDES}

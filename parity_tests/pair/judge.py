@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.judge.casts import is_complex, is_inexact
 from parity_tests.judge.comparison import UNDECIDED, TensorResult, refused, same_bits, within
+from parity_tests.judge.dtypes import is_complex, is_inexact
 from parity_tests.judge.failures import first_line
 from parity_tests.judge.records import row_from_result
 from parity_tests.pair.calibration import SEMANTIC_SCALE, calibrated_bound, constants_bound
@@ -53,15 +53,7 @@ class Evidence:
 
 
 class Judge:
-    """Judge one pair for one seed.
-
-    Args:
-        pair: both sides, mapped.
-        seed: of parameters, inputs, cotangents and noise.
-        gradients: whether gradients are compared.
-        semantic: whether float64 is compared.
-        state: whether the buffers that a call updates are compared.
-    """
+    """Judge one pair for one seed."""
 
     def __init__(
         self, pair: Pair, seed: int, gradients: bool = True, semantic: bool = True, state: bool = True

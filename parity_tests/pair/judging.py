@@ -118,11 +118,7 @@ def _with_tuples(fields: Message) -> Message:
 
 
 def main(channel: Channel) -> None:
-    """Judge the pair that the parent asks for; send every step, every row and the outcome.
-
-    Args:
-        channel: to the parent.
-    """
+    """Judge the pair that the parent asks for; send every step, every row and the outcome."""
     asked = channel.receive()
     if asked is None:
         return
@@ -136,11 +132,6 @@ def main(channel: Channel) -> None:
 
 def outcome(spec: str, arguments: Mapping[str, Any], tell: Tell) -> Message:
     """Judge a named pair in this process.
-
-    Args:
-        spec: `package.module:factory`.
-        arguments: of `check_pair`.
-        tell: is called with every step, a text, and every row.
 
     Returns:
         The last message: `report` with its fields, or `refused` with one sentence.

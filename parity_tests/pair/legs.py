@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from parity_tests.judge.casts import as_stored, format_name, is_inexact, roundoff
-from parity_tests.judge.dtypes import numpy_dtype
+from parity_tests.judge.dtypes import as_stored, format_name, is_inexact, numpy_dtype, roundoff
 from parity_tests.judge.failures import first_line
 from parity_tests.pair.draws import (
     Draw,
@@ -187,11 +186,6 @@ class Pair:
         """Add random cotangents for the real and complex outputs, in a format that each side's output can hold.
 
         They are zero where an output is not finite: no loss that is a number depends on it.
-
-        Args:
-            values: without cotangents.
-            outputs: by side, in torch names, as the sides return them; zeros where only the dtypes are known.
-            seed: of the draw.
         """
         like: dict[str, np.ndarray] = {}
         for name, array in (item for found in outputs.values() for item in found.items() if is_output(item[0])):

@@ -151,11 +151,6 @@ def build(factory: Factory, parts: tuple[str, ...] = _PARTS) -> dict[str, Any]:
 def make_side(framework: str, arguments: Mapping[str, Any], device: str) -> Side:
     """Import one framework and wrap its part of a pair.
 
-    Args:
-        framework: `torch` or `jax`.
-        arguments: `torch_module`, `torch_kwargs`, `torch_params`, or the same with `flax`.
-        device: `cpu`, `cuda` or `auto`.
-
     Raises:
         ValueError: for another framework, or without a module.
         TypeError: for a module of another kind.
@@ -256,14 +251,7 @@ class RemoteSide:
 
 
 def main(channel: Channel, framework: str, spec: str, device: str) -> None:
-    """Build a side in this interpreter and answer requests until the connection ends.
-
-    Args:
-        channel: to the parent.
-        framework: `torch` or `jax`.
-        spec: `package.module:factory`.
-        device: `cpu`, `cuda` or `auto`.
-    """
+    """Build a side in this interpreter and answer requests until the connection ends."""
 
     def refuse(error: Exception) -> None:
         channel.send({"error": first_line(error), "kind": type(error).__name__})

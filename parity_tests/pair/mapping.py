@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.judge.casts import as_stored, exactly, format_name, is_inexact, roundoff
-from parity_tests.judge.dtypes import numpy_dtype
+from parity_tests.judge.dtypes import as_stored, exactly, format_name, is_inexact, numpy_dtype, roundoff
 from parity_tests.pair.patterns import AxisPattern, MappingError
 from parity_tests.pair.side import Arrays, ParameterSpec
 
@@ -299,12 +298,7 @@ class ParameterMapping:
         return {name: np.where(self.compared(name), array, array.dtype.type(0)) for name, array in arrays.items()}
 
     def both(self, drawn: Arrays, own: Mapping[str, Arrays]) -> dict[str, dict[str, np.ndarray]]:
-        """Return all arrays of both sides, `torch` and `jax`: drawn numbers, zeros and kept values in their places.
-
-        Args:
-            drawn: torch arrays.
-            own: the arrays that either side holds by itself, in the storage dtype.
-        """
+        """Return all arrays of both sides, `torch` and `jax`: drawn numbers, zeros and kept values in their places."""
         torch = dict(own["torch"]) | self.without_held(drawn)
         for link in self.links:
             if link.keep and link.torch is not None:
@@ -321,12 +315,7 @@ class ParameterMapping:
         return self._carried("torch", "flax", arrays, self.flax_names)
 
     def to_torch(self, arrays: Arrays, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """Return torch arrays with the numbers of flax arrays, likewise; blocks without counterpart are 0.
-
-        Args:
-            arrays: by flax path; what is missing, the gradient of a buffer, counts as zero.
-            names: the torch arrays wanted; default: all that are mapped.
-        """
+        """Return torch arrays with the numbers of flax arrays, likewise; blocks without counterpart are 0."""
         return self._carried("flax", "torch", arrays, self.torch_names if names is None else names)
 
     def _carried(self, source: str, target: str, arrays: Arrays, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -16,14 +16,7 @@ BEGIN, END = "<!-- pairs:begin -->", "<!-- pairs:end -->"
 
 @dataclass(frozen=True)
 class Difference:
-    """Hold one aspect in which freshly created modules of a pair may differ.
-
-    Attributes:
-        pair: name of the example.
-        aspect: the quantity that was measured.
-        torch: measured on torch's module.
-        flax: measured on Flax's module.
-    """
+    """Hold one aspect in which freshly created modules of a pair may differ."""
 
     pair: str
     aspect: str
@@ -47,14 +40,7 @@ def default_differences() -> list[Difference]:
 
 @dataclass(frozen=True)
 class Entry:
-    """Hold the outcome of one example pair.
-
-    Attributes:
-        name: of the pair.
-        matched: the report with matched settings, gradients included.
-        defaults: the report with each framework's defaults, outputs only.
-        differences: every aspect that was measured on modules as they are created by default.
-    """
+    """Hold the outcome of one example pair."""
 
     name: str
     matched: PairReport
@@ -107,12 +93,7 @@ def overview() -> Iterator[Entry]:
 
 
 def readme_block(outcomes: Mapping[str, PairReport], differences: Sequence[Difference]) -> str:
-    """Return the README's table of the five pairs, markers included.
-
-    Args:
-        outcomes: report with each framework's defaults, by pair.
-        differences: as measured.
-    """
+    """Return the README's table of the five pairs, markers included."""
     lines = [BEGIN, "", "| pair | the check, everything else at its default | differs by default (torch / Flax) |"]
     lines += ["|---|---|---|"]
     for name, report in outcomes.items():

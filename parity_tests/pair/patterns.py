@@ -116,10 +116,6 @@ def _text(groups: Sequence[tuple[str, ...]]) -> str:
 def both_layouts(inputs: tuple[np.ndarray, ...], patterns: Mapping[int, str]) -> dict[str, tuple[np.ndarray, ...]]:
     """Return the inputs of each side.
 
-    Args:
-        inputs: in the torch side's layout.
-        patterns: by position, where the flax side's layout differs.
-
     Raises:
         MappingError: if a pattern does not fit its input, or there is no such input.
     """
@@ -165,10 +161,6 @@ class LeftOut:
 
     def check(self, unmapped: Sequence[str], gradients: Sequence[str]) -> None:
         """Refuse a pattern that names nothing.
-
-        Args:
-            unmapped: arrays of either side that no rule maps.
-            gradients: names of gradients.
 
         Raises:
             MappingError: with the names that there are.

@@ -145,12 +145,7 @@ def _candidates(torch: Mapping[str, ParameterSpec], flax: Mapping[str, Parameter
 
 
 def propose_rules(torch: Mapping[str, ParameterSpec], flax: Mapping[str, ParameterSpec]) -> Proposal:
-    """Match arrays greedily by the likeness of their names among those whose shapes fit.
-
-    Args:
-        torch: arrays of the torch side.
-        flax: arrays of the flax side.
-    """
+    """Match arrays greedily by the likeness of their names among those whose shapes fit."""
     candidates = sorted(_candidates(torch, flax), key=lambda candidate: -candidate.score)
     chosen: dict[str, _Candidate] = {}
     used: set[str] = set()
@@ -219,16 +214,7 @@ def propose_mapping(
     """Propose `check_pair`'s `params` by shape and name; print it, correct it, pass it back.
 
     Nothing is applied: a shape that fits may still be the wrong order of gates, or a square kernel the wrong way round.
-
-    Args:
-        torch_module: as for `check_pair`, as are the following.
-        flax_module: likewise.
-        inputs: likewise; linen modules infer shapes from them.
-        torch_kwargs: likewise.
-        flax_kwargs: likewise.
-        torch_params: likewise.
-        flax_params: likewise.
-        input_patterns: likewise.
+    All arguments are those of `check_pair`; linen modules infer shapes from `inputs`.
 
     Returns:
         The rules, what is ambiguous about them, and what is left over; `str` of it can be pasted.

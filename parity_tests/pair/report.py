@@ -81,11 +81,7 @@ class PairReport:
         return next((rung for rung in RUNGS if rung in failed), None)
 
     def with_commands(self, command: Callable[[PairRow], str]) -> Self:
-        """Return the same report, every row with its reproduction.
-
-        Args:
-            command: from a row to a command, or to a call.
-        """
+        """Return the same report, every row with its reproduction."""
         rows = [dataclasses.replace(row, command=command(row)) for row in self.rows]
         return dataclasses.replace(self, rows=rows)
 

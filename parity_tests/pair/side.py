@@ -12,8 +12,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from parity_tests.judge.casts import is_inexact, widened
-from parity_tests.judge.dtypes import FORMATS
+from parity_tests.judge.dtypes import FORMATS, is_inexact, widened
 
 Arrays = Mapping[str, np.ndarray]
 SHOWN = {"torch": "torch", "jax": "flax"}  # the sides as messages name them
@@ -220,12 +219,7 @@ def state_of(arrays: Arrays) -> dict[str, np.ndarray]:
 
 
 def updated(arrays: Arrays, before: Arrays) -> frozenset[str]:
-    """Return the names of the buffers that a call has changed.
-
-    Args:
-        arrays: a side's results, in a format that holds the stored numbers exactly.
-        before: the arrays it was given.
-    """
+    """Return the names of the buffers that a call has changed."""
 
     def same(name: str, after: np.ndarray) -> bool:
         # A NaN that stayed one is not changed; integers and booleans have none.
@@ -280,16 +274,7 @@ class Branches:
     def see(
         self, call: object, operation: str, place: str, branches: Iterable[Branch], low: float, high: float
     ) -> None:
-        """Take note of one evaluation.
-
-        Args:
-            call: which call of an operation it is; several evaluations of one, as in a loop, are taken together.
-            operation: as the report shows it, with its bounds.
-            place: module path or line, may be empty.
-            branches: all that it has.
-            low: the smallest value that it was given; NaN for what has no size.
-            high: the largest.
-        """
+        """Take note of one evaluation."""
         seen = self._seen.setdefault(call, _Seen(operation, place, low, high))
         seen.low, seen.high = min(seen.low, low), max(seen.high, high)
         for branch in branches:

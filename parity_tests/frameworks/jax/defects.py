@@ -117,7 +117,6 @@ def _in_bfloat16(function: Function) -> Function:
 
 def _summed_in_bfloat16(function: Function) -> Function:
     """Sum x W with a running sum that is rounded to bfloat16 after every product, then adds b."""
-    del function
 
     def spoiled(arrays: dict[str, Any], x: jax.Array) -> jax.Array:
         def step(total: jax.Array, term: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
@@ -164,7 +163,6 @@ _added.defvjp(lambda product, bias: (product + bias, bias.shape), _added_backwar
 
 
 def _bias_gradient_in_bfloat16(function: Function) -> Function:
-    del function
     return lambda arrays, x: _added(x @ arrays["kernel"], arrays["bias"])
 
 
@@ -320,15 +318,7 @@ DEFECTS: tuple[Defect, ...] = (
 
 @dataclass(frozen=True)
 class Killing:
-    """Hold the outcome for one defect in one dtype.
-
-    Attributes:
-        name: of the pair and the defect.
-        dtype: storage dtype judged in, beside the float64 leg.
-        killed: whether the report is not ok.
-        likely_cause: as the report has it.
-        cause_named: whether that contains the defect's `cause`.
-    """
+    """Hold the outcome for one defect in one dtype."""
 
     name: str
     dtype: str
@@ -338,13 +328,7 @@ class Killing:
 
 
 def score(dtypes: tuple[str, ...] = ("float32", "bfloat16"), seed: int = 0, name: str = "") -> Iterator[Killing]:
-    """Plant every defect and judge it; needs both frameworks. Each must be killed in every dtype in which it matters.
-
-    Args:
-        dtypes: storage dtypes.
-        seed: of all draws.
-        name: only the defect of this name; empty for all.
-    """
+    """Plant every defect, or the one of this name, and judge it in each of these dtypes in which it matters."""
     for defect in DEFECTS:
         if name and defect.name != name:
             continue

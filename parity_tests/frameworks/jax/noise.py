@@ -37,9 +37,8 @@ from parity_tests.frameworks.jax.operations import (
     wide_dtype,
     widened,
 )
-from parity_tests.judge import casts
-from parity_tests.judge.casts import format_name, looks_rounded, parts
-from parity_tests.judge.dtypes import FORMATS
+from parity_tests.judge.dtypes import FORMATS, format_name, looks_rounded, parts
+from parity_tests.judge.dtypes import widened as wide_array
 from parity_tests.pair.calibration import MEMBERS, moved_constant
 
 _POOL_BITS = 16
@@ -89,13 +88,7 @@ class Interpreter:
         self.literals: set[str] = set()
 
     def run(self, closed: ClosedJaxpr, arguments: Sequence[Any], fixed: Sequence[bool] | None = None) -> list[Any]:
-        """Evaluate; real and complex arguments and results are float64 and complex128.
-
-        Args:
-            closed: the program.
-            arguments: its arguments.
-            fixed: which of them are constants: hold no number that parameters or inputs of fractions have changed.
-        """
+        """Evaluate; real and complex arguments and results are float64 and complex128."""
         typed = [_as_integer(argument, atom) for argument, atom in zip(arguments, closed.jaxpr.invars, strict=True)]
         flags = zip(closed.jaxpr.invars, fixed or [False] * len(arguments), strict=True)
         marks = [Mark(flag, _unit(aval_of(variable).dtype)) for variable, flag in flags]
@@ -147,7 +140,7 @@ class Interpreter:
 
     def _moved(self, const: Any, name: str) -> jax.Array:
         """Return the constant as it is for the member; 0 moves nothing."""
-        array = casts.widened(np.asarray(const))
+        array = wide_array(np.asarray(const))
         moved = np.stack([moved_constant(array, member, name) for member in range(MEMBERS + 1)])
         return jnp.asarray(moved)[self._member]
 
@@ -365,7 +358,6 @@ def _scan(self: Interpreter, params: dict[str, Any], operands: list[Any], marks:
 
 
 def _while(self: Interpreter, params: dict[str, Any], operands: list[Any], marks: list[Mark]) -> list[Any]:
-    del marks
     conditions, bodies = params["cond_nconsts"], params["body_nconsts"]
     fixed_condition, fixed_body = operands[:conditions], operands[conditions : conditions + bodies]
     return lax.while_loop(
@@ -383,7 +375,6 @@ def _cond(self: Interpreter, params: dict[str, Any], operands: list[Any], marks:
 
 def _linear_solve(self: Interpreter, params: dict[str, Any], operands: list[Any], marks: list[Mark]) -> list[Any]:
     """Solve as the program's own method does."""
-    del marks
     lengths, solve = params["const_lengths"], params["jaxprs"].solve
     start = lengths.matvec + lengths.vecmat
     vectors = operands[start + lengths.solve + lengths.transpose_solve :]

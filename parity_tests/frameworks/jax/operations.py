@@ -13,9 +13,8 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from parity_tests.judge import casts
-from parity_tests.judge.casts import format_name
-from parity_tests.judge.dtypes import FORMATS, numpy_dtype
+from parity_tests.judge.dtypes import FORMATS, format_name, numpy_dtype
+from parity_tests.judge.dtypes import widened as wide_array
 
 _POINTS = 4099  # a vectorised body and a tail
 _errors: dict[tuple, float] = {}  # as measured, by operation and formats
@@ -190,9 +189,6 @@ def function_error(equation: JaxprEqn) -> float:
     """Return the largest error of an elementary function, in the format of its result, in units of u; at least 1.
 
     Of a complex result the modulus of the error counts, in units of sqrt(2) u of the modulus.
-
-    Args:
-        equation: of a traced program; other operations count as correctly rounded.
     """
     name = equation.primitive.name
     dtypes = [str(getattr(atom.aval, "dtype", "")) for atom in (*equation.invars, equation.outvars[0])]
@@ -220,8 +216,8 @@ def function_error(equation: JaxprEqn) -> float:
                 points.append(point + 1j * turned if kind.startswith("complex") else point)
             # Concrete values even while a caller is being traced.
             with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-                rounded = casts.widened(np.asarray(run(*map(jnp.asarray, points))))
-                exact = np.asarray(run(*(jnp.asarray(casts.widened(point)) for point in points)))
+                rounded = wide_array(np.asarray(run(*map(jnp.asarray, points))))
+                exact = np.asarray(run(*(jnp.asarray(wide_array(point)) for point in points)))
             modulus = np.abs(exact)
             usable = np.isfinite(exact) & (modulus < 2.0**15) & (modulus > 2.0**10 * fmt.smallest_normal)
             usable &= np.isfinite(rounded)

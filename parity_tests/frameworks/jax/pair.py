@@ -13,8 +13,7 @@ from parity_tests.frameworks.jax.modules import FlatModule, Function, flatten_mo
 from parity_tests.frameworks.jax.noise import Interpreter, normal_pool
 from parity_tests.frameworks.jax.subjects import resolve_device
 from parity_tests.frameworks.jax.truth import COMPILE_QUICKLY, Truth, traced
-from parity_tests.judge.casts import is_inexact, storage_format, widened
-from parity_tests.judge.dtypes import numpy_dtype
+from parity_tests.judge.dtypes import is_inexact, numpy_dtype, storage_format, widened
 from parity_tests.pair.calibration import (
     KINK_MEMBERS,
     MEMBERS,

@@ -13,8 +13,7 @@ from jax.extend.core import ClosedJaxpr
 
 from parity_tests.frameworks.jax.noise import Interpreter, normal_pool
 from parity_tests.frameworks.jax.operations import wide_dtype
-from parity_tests.judge.casts import as_stored, format_name
-from parity_tests.judge.dtypes import FORMATS
+from parity_tests.judge.dtypes import FORMATS, as_stored, format_name
 from parity_tests.judge.failures import first_line
 
 # Interpreted programs are large and run a few dozen times: compiling them well would take longer than running them.

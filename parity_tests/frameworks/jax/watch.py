@@ -301,14 +301,7 @@ _MASKS: dict[str, Callable[[Site, Sequence[Any]], tuple[list[Any], list[Any], An
 
 
 def report(branches: Branches, path: tuple[int, ...], site: Site, numbers: np.ndarray) -> None:
-    """Put the numbers of `BranchWatch` into words.
-
-    Args:
-        branches: that are added to.
-        path: of the operation.
-        site: the operation.
-        numbers: as reported.
-    """
+    """Put the numbers of `BranchWatch` into words."""
     count = (len(numbers) - 2) // 2
     taken, bounds, (low, high) = numbers[:count] > 0, numbers[count : 2 * count], numbers[2 * count :]
     if not np.isfinite([low, high]).all():

@@ -107,12 +107,6 @@ def function_error(func: Any, args: tuple, kwargs: dict, dtype: str) -> float:
     """Return the largest error of an elementary function in units of u, at least 1.
 
     Of a complex result the modulus of the error counts, in units of sqrt(2) u of the modulus.
-
-    Args:
-        func: the operation.
-        args: its arguments; tensors are replaced by test points, numbers are kept.
-        kwargs: its keyword arguments.
-        dtype: format to measure in, against float64; complex numbers are measured in float32's parts.
     """
     name = func._schema.name.removeprefix("aten::")
     in_plane = name == "polar" or any(isinstance(leaf, torch.Tensor) and leaf.is_complex() for leaf in args)

@@ -14,7 +14,7 @@ from parity_tests.frameworks.torch.noise import DoublePrecision
 from parity_tests.frameworks.torch.subjects import resolve_device
 from parity_tests.frameworks.torch.truth import MovedConstants, Recorder, machine_limits
 from parity_tests.frameworks.torch.watch import BranchWatch, FormatWatch
-from parity_tests.judge.casts import is_inexact, storage_format, widened
+from parity_tests.judge.dtypes import is_inexact, storage_format, widened
 from parity_tests.pair.calibration import (
     KINK_MEMBERS,
     MEMBERS,
@@ -111,7 +111,6 @@ class TorchSide:
 
     def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
         """Return parameters, then buffers; a parameter with `requires_grad=False` is frozen."""
-        del inputs
         if self._module is None:
             assert self._initial is not None
             found = {name: _parameter_spec(name, value) for name, value in self._initial.items()}

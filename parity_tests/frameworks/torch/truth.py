@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from parity_tests.frameworks.torch.arrays import to_numpy, to_torch
 from parity_tests.frameworks.torch.noise import DoublePrecision
-from parity_tests.judge.casts import format_name, widened
+from parity_tests.judge.dtypes import format_name, widened
 from parity_tests.pair.calibration import moved_constant, was_rounded
 from parity_tests.pair.side import Variant
 
@@ -52,9 +52,6 @@ def machine_limits(leg: torch.dtype) -> Iterator[None]:
     """Let modules that ask for the limits of float64 (`torch.finfo(x.dtype).min`) see those of the leg's dtype.
 
     The truth is the leg's function without roundings, and an epsilon that follows the dtype belongs to the function.
-
-    Args:
-        leg: dtype of the values; nothing changes for float64.
     """
     if not leg.is_floating_point or leg == torch.float64:
         yield

@@ -70,11 +70,7 @@ def _bare(func: Any) -> str:
 
 
 class BranchWatch(TorchDispatchMode):
-    """Record the branches of what depends on parameters or inputs; what is constant no draw could change.
-
-    Args:
-        modules: paths of modules by their id.
-    """
+    """Record the branches of what depends on parameters or inputs; what is constant no draw could change."""
 
     def __init__(self, modules: Mapping[int, str]) -> None:
         super().__init__()
@@ -202,13 +198,11 @@ def _beside(x: torch.Tensor, bound: float) -> list[tuple]:
 
 
 def _signs(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
-    del kwargs
     x = args[0]
     return None if x.is_complex() else (name, x, [("a negative value", x < 0), ("a positive value", x > 0)])
 
 
 def _negative(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
-    del kwargs
     x = args[0]
     return None if x.is_complex() else (name, x, [("a negative value", x < 0)])
 
@@ -262,7 +256,6 @@ def _softplus(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
 
 
 def _condition(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
-    del kwargs
     mask = args[0] if name == "where" else args[1]
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         return None
@@ -270,7 +263,6 @@ def _condition(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
 
 
 def _masked_index(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
-    del kwargs
     masks = [index for index in args[1] if isinstance(index, torch.Tensor) and index.dtype == torch.bool]
     if not masks:
         return None
@@ -313,7 +305,6 @@ def _ignored(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
 
 
 def _not_a_number(name: str, args: Sequence[Any], kwargs: dict) -> Found:
-    del kwargs
     return name, args[0], [("a value that is not finite", ~torch.isfinite(args[0]))]
 
 
@@ -337,11 +328,7 @@ _TABLE: dict[str, Callable[[str, Sequence[Any], dict], Found | None]] = {
 
 
 class FormatWatch(TorchDispatchMode):
-    """Record operations on wider formats than a module's arrays are stored in; copies, choices and casts do not count.
-
-    Args:
-        dtype: that all arrays are stored in.
-    """
+    """Record operations on wider formats than `dtype`, that of all arrays; copies, choices and casts do not count."""
 
     def __init__(self, dtype: str) -> None:
         super().__init__()
