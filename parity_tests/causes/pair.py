@@ -18,7 +18,7 @@ _OTHER = {"torch": "flax", "jax": "torch"}
 _OTHER_KEY = {"torch": "jax", "jax": "torch"}
 _MOST_BLOCKS = 4  # gates of an LSTM
 _MOST_TRIED = 500  # runs of a module; a model of many equal layers has millions of pairs to exchange
-# What is true, and a run of the side that is named, changed so.
+# A sentence, and a run that returns a side's key and its outputs under that change.
 Hypothesis = tuple[str, Callable[[], tuple[str, Arrays]]]
 
 

@@ -22,7 +22,7 @@ from parity_tests.pair.side import PREFIX, SHOWN, Arrays
 
 _ONE_BY_ONE = 16  # arrays that are changed one by one; more of them are changed together where they have one last name
 _MOST_NAMES = 12  # that a refusal lists
-# What a side raises where it cannot be watched; it runs, as its results have shown.
+# Exceptions of a side that cannot be watched; it runs, as its results have shown.
 _CANNOT = (NotImplementedError, RuntimeError, TypeError, ValueError)
 
 

@@ -18,7 +18,7 @@ from parity_tests.judge.failures import located
 from parity_tests.pair.report import PairReport, PairRow, Tell
 from parity_tests.report.interruption import Interruption
 
-# What an interpreter that the child starts may take to greet, and the child to say that it did not.
+# Seconds in which an interpreter that the child starts must greet, or the child report that it did not.
 _BESIDE_S = GREETING_S + 10.0
 _MOST_SENTENCE = 1000
 _SHOWN_LINES = 20

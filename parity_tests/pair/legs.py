@@ -101,7 +101,7 @@ class Pair:
         checked_scale(self.scale, self.source, self.mapping.drawn)
         self.updated: dict[str, frozenset[str]] = {}
         self.trained_alone: dict[str, tuple[str, ...]] = {}
-        # Unmapped arrays whose own values show in what is compared, see `buffers`.
+        # Unmapped arrays whose own values show in what is compared, see `inspection`.
         self.tables: tuple[tuple[str, str], ...] = ()
         self.notes: set[str] = set()
         self._signed: dict[int, frozenset[str]] = {}
@@ -333,7 +333,7 @@ def running(key: str, inputs: Tuple) -> Iterator[None]:
         module, side = ("torch_module", "torch") if key == "torch" else ("flax_module", "flax")
         shapes = ", ".join(f"{array.dtype} {array.shape}" for array in inputs)
         layout = "" if key == "torch" else ", input_patterns= if its layout is another"
-        # What an interpreter of its own refuses names its kind already.
+        # A refusal by another interpreter names its kind already.
         kind = "" if type(error).__name__ == "RemoteError" else f"{type(error).__name__}: "
         raise ValueError(
             f"{module}: expected a module that runs on its inputs ({shapes}), got {kind}{first_line(error)}; "

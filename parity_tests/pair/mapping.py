@@ -161,7 +161,7 @@ class ParameterMapping:
             as it is by `"keep"` in the place of `"0"`; `"keep"` as the last entry of a rule with two names says
             that both sides keep their own values, which must be the same.
         torch: parameters and buffers of the torch side.
-        flax: those of the flax side.
+        flax: parameters and buffers of the flax side.
         left_out: which frozen parameters may be unmapped: `(side, name) -> bool`. A buffer always may be.
 
     Raises:

@@ -165,7 +165,7 @@ class PairReport:
             "notes": list(self.notes),
             "bound": CALIBRATED,
         }
-        # How many comparisons are left is known only at the end: one at least.
+        # The number of comparisons that are left is known only at the end: at least one.
         write_json(path, self.rows, cells_left=1 if self.stopped else 0, stopped=self.stopped, pair=pair)
 
     def to_junit(self, path: str | Path) -> None:

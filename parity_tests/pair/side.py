@@ -21,7 +21,7 @@ PREFIX = "state:"  # of a buffer as it is after a call
 _MOST_PLACES = 4  # that one sentence lists
 _LARGEST_BOUND = 2.0**127  # float32 holds nothing beyond: such a bound is none
 _WIDER = 2.0  # how far beyond a bound the values are to reach by the scale that is proposed
-# What a framework or a module raises where it cannot run in a format; a refusal of the judge's own is among them. Not
+# Exceptions of a framework or a module that cannot run in a format; refusals of the judge are among them. Not
 # an OSError: an interpreter that has died ends the check.
 CANNOT_RUN = (
     ArithmeticError,

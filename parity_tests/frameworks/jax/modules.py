@@ -59,7 +59,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _spec(value: Any, trainable: bool) -> ParameterSpec:
-    # What JAX itself makes of a Python number: 32 bits.
+    # A Python number has 32 bits, as in JAX.
     array = np.asarray(value if isinstance(value, jax.Array | np.ndarray | np.generic) else jnp.asarray(value))
     return ParameterSpec(array, trainable and not np.issubdtype(array.dtype, np.integer) and array.dtype != np.bool_)
 

@@ -52,7 +52,7 @@ rsqrt cbrt pow atan2 div integer_pow lgamma digamma
 COMPLEX_FUNCTIONS = FUNCTIONS | names("""
 abs sign square
 """)
-# What a processor may join with an addition.
+# A processor may join these with an addition.
 MULTIPLICATIONS = names("""
 mul square integer_pow
 """)

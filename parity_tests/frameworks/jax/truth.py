@@ -20,7 +20,7 @@ from parity_tests.judge.failures import first_line
 COMPILE_QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-# Part of the key of JAX's caches: what is traced under the changes below is found by nobody else.
+# Part of the key of JAX's caches: a program traced under the changes below is not found by other calls.
 _TRUTH = jax.make_user_context(default_value=None)
 # Random numbers of another format are other numbers.
 _RANDOM = ("jax._src.random", "jax._src.prng")

@@ -1,7 +1,7 @@
 """Branches that a traced JAX program takes, and its operations in a wide format.
 
 Of JAX's own code only what a user writes down counts (`where`, `clip`, `relu6`): an index that is normalised, or
-a softmax that guards against infinities, has branches that concern nobody.
+a softmax that guards against infinities, has branches that do not matter here.
 """
 
 import functools
@@ -21,7 +21,7 @@ from parity_tests.frameworks.jax.operations import EXACT, INLINED, aval_of, name
 from parity_tests.pair.side import Branch, Branches, is_bound
 
 _JAX = str(Path(jax.__file__).resolve().parent)
-# Where this package calls a module: what asks beyond is no line of the user's.
+# Files in which this package calls a module: lines further out are not the user's.
 _CALLERS = tuple(str(Path(__file__).with_name(name)) for name in ("modules.py", "pair.py"))
 _LIBRARIES = ("site-packages", "dist-packages")
 # Folders of JAX that hold functions for users; the others are its machinery.

@@ -131,7 +131,7 @@ class DoublePrecision(TorchDispatchMode):
                 return type(leaf)(map(each, leaf)) if any(isinstance(part, torch.Tensor) for part in leaf) else leaf
             return _WIDE.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
 
-        # What an operation writes to must stay the same tensor.
+        # An argument that an operation writes to must stay the same tensor.
         args = tuple(arg if k in written else each(arg) for k, arg in enumerate(args))
         return args, {key: each(value) for key, value in kwargs.items()}
 

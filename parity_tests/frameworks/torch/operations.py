@@ -63,7 +63,7 @@ _upsample_nearest_exact1d_backward _upsample_nearest_exact2d_backward _upsample_
 TRANSFORMS = names("""
 _fft_r2c _fft_c2r _fft_c2c
 """)
-# Whether the product is rounded before the addend comes differs between kernels: rounded is the worse case.
+# Kernels differ in whether they round the product before the addend comes: rounded is the worse case.
 SUMS_WITH_ADDEND = names("""
 addmm addmv addbmm baddbmm
 """)

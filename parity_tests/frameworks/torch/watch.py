@@ -33,7 +33,7 @@ zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_one
 """)
 _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _CONSUMERS = names("where masked_fill any all")  # of a comparison that they, or Python, take care of
-# Which argument decides what is taken; elsewhere all of them do.
+# The argument that decides which branch is taken; elsewhere all of them do.
 _DECIDING = {"where": 0, "masked_fill": 1, "index": 1, "index_put": 1}
 _ONE_KINK = names("leaky_relu elu celu selu _prelu_kernel rrelu_with_noise")
 
@@ -299,7 +299,7 @@ def _padding(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
 
 def _ignored(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
     index = args[4] if len(args) > 4 else kwargs.get("ignore_index", -100)
-    if index == -100:  # what nobody asked for
+    if index == -100:  # the default, which no user asked for
         return None
     return f"{name}(ignore_index={index})", None, [("this target", args[1] == index)]
 
