@@ -1,49 +1,43 @@
-"""Likely causes of a pair's mismatch, found by trying: which change to one side makes the two agree in float64?"""
+"""Search for the likely cause of a pair's mismatch: try changes to one side that make both agree in float64."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from parity_tests.judge.dtypes import FORMATS
-from parity_tests.pair.casts import as_stored, is_complex, is_inexact, parts
+from parity_tests.causes.search import first_confirmed
+from parity_tests.judge.comparison import UNDECIDED, within
+from parity_tests.judge.dtypes import FORMATS, as_stored, is_complex, is_float, is_inexact, parts, widened
 from parity_tests.pair.judge import INFERENCE, KEYS, Evidence
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import PairRow
-from parity_tests.pair.side import Arrays
-from parity_tests.pair.state import is_output, state_cause
-from parity_tests.pair.verdict import UNDECIDED, within
+from parity_tests.pair.side import PREFIX, SHOWN, Arrays, is_output
 
 _OTHER = {"torch": "flax", "jax": "torch"}
-_OWN = {"torch": "torch", "jax": "flax"}
+_OTHER_KEY = {"torch": "jax", "jax": "torch"}
 _MOST_BLOCKS = 4  # gates of an LSTM
 _MOST_TRIED = 500  # runs of a module; a model of many equal layers has millions of pairs to exchange
-Hypothesis = tuple[str, Callable[[], Arrays], str]
+# A sentence, and a run that returns a side's key and its outputs under that change.
+Hypothesis = tuple[str, Callable[[], tuple[str, Arrays]]]
 
 
 def likely_cause(pair: Pair, evidence: Evidence, rows: Sequence[PairRow]) -> str:
-    """Returns one sentence about the first failing rung, or an empty string.
-
-    Args:
-        pair: as judged.
-        evidence: of the judge.
-        rows: all of them.
-    """
+    """Return one sentence about the first failing rung, or an empty string."""
     failed = [row for row in rows if row.status == "mismatch" and row.bound != UNDECIDED]
-    searches = {"weights": _weights, "forward": _forward, "gradients": _gradients, "state": _state}
-    for rung, search in searches.items():
+    causes = {"weights": _weights, "forward": _forward, "gradients": _gradients, "state": _state}
+    for rung, cause in causes.items():
         if found := [row for row in failed if row.rung == rung]:
-            return search(pair, evidence, found)
+            return cause(pair, evidence, found)
     return ""
 
 
 def _in_truth(failed: Sequence[PairRow]) -> list[PairRow]:
-    """Those in which the two functions differ; without any, what differs is how one side computes its own."""
+    """Return the rows in which the two functions differ; without any, one side computes its own function badly."""
     return [row for row in failed if row.mode == "truth"]
 
 
 def _weights(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
-    del evidence
     if failed[0].tensor in pair.mapping.kept_by_both:
         return f"the values of {failed[0].tensor} that both sides keep are not the same"
     return f"{failed[0].tensor} does not keep its {failed[0].dtype} bits in the {failed[0].framework} module"
@@ -51,19 +45,26 @@ def _weights(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
 
 def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
     if evidence.random:
-        sides = " and ".join(_OWN[key] for key in evidence.random)
+        sides = " and ".join(SHOWN[key] for key in evidence.random)
         return f"the {sides} side draws random numbers: dropout is active; switch it off (eval mode, deterministic)"
     if not evidence.bounds:
         return _shapes(evidence)
     if not _in_truth(failed):
         return _precision(evidence, failed)
-    for sentence, run, key in itertools.islice(_hypotheses(pair, evidence), _MOST_TRIED):
-        try:
-            outputs = run()
-        except (IndexError, RuntimeError, TypeError, ValueError):
-            continue  # a change that the side cannot even run is not what the other side does
-        if _agree(evidence, outputs, key):
-            return sentence
+
+    def agrees(run: Callable[[], tuple[str, Arrays]]) -> bool:
+        key, outputs = run()
+        return all(
+            within(name, value, evidence.truths[_OTHER_KEY[key]][name], evidence.limit(name)).status == "ok"
+            for name, value in outputs.items()
+            if is_output(name)
+        )
+
+    # A change that the side cannot even run is no difference from the other side.
+    cannot = (IndexError, RuntimeError, TypeError, ValueError)
+    hypotheses = ((sentence, functools.partial(agrees, run)) for sentence, run in _hypotheses(pair, evidence))
+    if found := first_confirmed(hypotheses, _MOST_TRIED, cannot):
+        return found
     return _scaled(evidence, [row.tensor for row in _in_truth(failed)])
 
 
@@ -79,26 +80,50 @@ def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str
         names = ", ".join(frozen)
         return f"{names}: frozen on the torch side (requires_grad=False, or a buffer), trained on the flax side"
     for key in KEYS:
-        stopped = [
-            name for name in names if not evidence.truths[key][name].any() and evidence.truths[_other(key)][name].any()
-        ]
+        own, other = evidence.truths[key], evidence.truths[_OTHER_KEY[key]]
+        stopped = [name for name in names if not own[name].any() and other[name].any()]
         if stopped:
             shown = ", ".join(name.removeprefix("d_") for name in stopped)
-            return f"the gradient of {shown} is stopped on the {_OWN[key]} side"
+            return f"the gradient of {shown} is stopped on the {SHOWN[key]} side"
     return _scaled(evidence, names)
 
 
 def _state(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
     if not _in_truth(failed):
         return _precision(evidence, failed)
+    return next(filter(None, (_of_buffer(row.tensor, evidence) for row in failed)), "")
+
+
+def _of_buffer(row: str, evidence: Evidence) -> str:
+    """Say how a buffer that a call updates comes out differently, or nothing.
+
+    With `s' = (1 - m) s + m v` and another m, or v times a factor, on one side: `s'_flax = a s'_torch + b s`, where
+    `a + b = 1` if only m differs.
+    """
     assert evidence.values is not None
-    before = evidence.values.parameters["torch"]
-    found = (state_cause(row.tensor, before, evidence.truths, evidence.bounds) for row in failed)
-    return next(filter(None, found), "")
-
-
-def _other(key: str) -> str:
-    return "jax" if key == "torch" else "torch"
+    name = row.removeprefix(PREFIX)
+    old = widened(evidence.values.parameters["torch"][name])
+    torch, jax = evidence.truths["torch"][row], evidence.truths["jax"][row]
+    for side, after in (("torch", torch), ("flax", jax)):
+        if (after == old).all():
+            return f"a call updates {name}, but not on the {side} side"
+    if old.size < 3 or not is_float(torch):
+        return ""
+    columns = np.stack([torch.ravel(), old.ravel()], axis=1)
+    (a, b), _, rank, _ = np.linalg.lstsq(columns, jax.ravel(), rcond=None)
+    # The fit errs where the values do: tight enough to tell a momentum from a factor, not a proof.
+    slack = 16 * float(np.max(evidence.limit(row))) + 1e-9 * float(np.abs(jax).max())
+    if rank < 2 or not np.abs(columns @ [a, b] - jax.ravel()).max() <= slack:
+        return ""
+    if abs(a + b - 1) < 1e-6:
+        return (
+            f"momentum: a call moves {name} {a:.6g} times as far on the flax side (torch's momentum is the weight of "
+            "the new value, Flax's that of the old one)"
+        )
+    return (
+        f"the value that a call adds to {name} is {a:.6g} times as large on the flax side, if the momentum is the same "
+        "(torch's BatchNorm keeps a variance divided by n - 1, Flax's one divided by n)"
+    )
 
 
 def _shapes(evidence: Evidence) -> str:
@@ -121,36 +146,29 @@ def _shapes(evidence: Evidence) -> str:
     return ""
 
 
-def _agree(evidence: Evidence, outputs: Arrays, key: str) -> bool:
-    """Whether side `key`, changed, returns what the other side returned."""
-    expected = evidence.truths[_other(key)]
-    outputs = {name: value for name, value in outputs.items() if is_output(name)}
-    limits = {name: evidence.bounds["torch"].get(name, 0.0) + evidence.bounds["jax"].get(name, 0.0) for name in outputs}
-    return all(within(name, value, expected[name], limits[name]).status == "ok" for name, value in outputs.items())
-
-
 def _hypotheses(pair: Pair, evidence: Evidence) -> Iterator[Hypothesis]:
-    """Everything worth trying, cheap and common first."""
+    """Yield everything worth trying, cheap and common first."""
     assert evidence.values is not None
     values = Values(evidence.values.dtype, evidence.values.parameters, evidence.values.inputs, None)
 
-    def changed(key: str, parameters: Arrays) -> Callable[[], Arrays]:
-        def run() -> Arrays:
+    def changed(key: str, parameters: Arrays) -> Callable[[], tuple[str, Arrays]]:
+        def run() -> tuple[str, Arrays]:
             both = {**values.parameters, key: {**values.parameters[key], **parameters}}
-            return pair.truth(key, Values(values.dtype, both, values.inputs, None))
+            return key, pair.truth(key, Values(values.dtype, both, values.inputs, None))
 
         return run
 
-    own = {key: {name: values.parameters[key][name] for name in _mapped(pair, key)} for key in KEYS}
+    mapped = {"torch": pair.mapping.torch_names, "jax": pair.mapping.flax_names}
+    own = {key: {name: values.parameters[key][name] for name in mapped[key]} for key in KEYS}
     for key, arrays in own.items():
         for name, array in arrays.items():
             if array.ndim >= 2 and array.shape[-1] == array.shape[-2]:
-                sentence = f"the kernel {name} is transposed: transposing it on the {_OWN[key]} side makes both agree"
-                yield sentence, changed(key, {name: array.swapaxes(-1, -2).copy()}), key
+                sentence = f"the kernel {name} is transposed: transposing it on the {SHOWN[key]} side makes both agree"
+                yield sentence, changed(key, {name: array.swapaxes(-1, -2).copy()})
     # All variants of one kind at once: an epsilon usually has one value throughout a model.
     pair.sides["torch"].truth(values.parameters["torch"], values.inputs["torch"])
     for variant in pair.sides["torch"].variants():
-        yield variant.sentence, lambda name=variant.name: pair.truth("torch", values, name), "torch"
+        yield variant.sentence, lambda name=variant.name: ("torch", pair.truth("torch", values, name))
     yield from _calls(pair, values)
     yield from _held_at_zero(pair, values, changed)
     for name, array in own["torch"].items():
@@ -161,24 +179,26 @@ def _hypotheses(pair: Pair, evidence: Evidence) -> Iterator[Hypothesis]:
                 f"the kernel {name} is flipped: reversing its window (axes {axes} on the torch side) makes both agree "
                 "(Flax's ConvTranspose flips it unless transpose_kernel=True)"
             )
-            yield sentence, changed("torch", {name: np.flip(array, window).copy()}), "torch"
+            yield sentence, changed("torch", {name: np.flip(array, window).copy()})
     for key, arrays in own.items():
         for name, array in arrays.items():
             sentence = f"{name} has no effect on the {_OTHER[key]} side (a missing bias, a weight that is not used)"
-            yield sentence, changed(key, {name: np.zeros_like(array)}), key
+            yield sentence, changed(key, {name: np.zeros_like(array)})
             sentence = f"{name} takes effect twice on the {_OTHER[key]} side"
-            yield sentence, changed(key, {name: array + array}), key
+            yield sentence, changed(key, {name: array + array})
     for key, arrays in own.items():
         for first, second, exchanged in _exchanges(arrays):
-            yield f"{first} and {second} are exchanged between the two sides", changed(key, exchanged), key
+            yield f"{first} and {second} are exchanged between the two sides", changed(key, exchanged)
     for order, names, arrays in _block_orders(own["torch"]):
         shown = ", ".join(map(str, order))
         sentence = f"the blocks (gates, or query, key and value) of {names} come in the order {shown} on the flax side"
-        yield sentence, changed("torch", arrays), "torch"
+        yield sentence, changed("torch", arrays)
 
 
-def _held_at_zero(pair: Pair, values: Values, changed: Callable[..., Callable[[], Arrays]]) -> Iterator[Hypothesis]:
-    """Blocks without counterpart with the values that they have by themselves."""
+def _held_at_zero(
+    pair: Pair, values: Values, changed: Callable[..., Callable[[], tuple[str, Arrays]]]
+) -> Iterator[Hypothesis]:
+    """Give blocks without counterpart the values that they have by themselves."""
     for link in pair.mapping.links:
         key, block = ("torch", link.torch) if link.flax is None else ("jax", link.flax)
         if link.pattern is not None or link.keep or block is None:
@@ -189,36 +209,32 @@ def _held_at_zero(pair: Pair, values: Values, changed: Callable[..., Callable[[]
             sentence = (
                 f"{link.text} holds at zero what the {_OTHER[key]} side has: with its own values ('keep') both agree"
             )
-            yield sentence, changed(key, {block.name: array}), key
+            yield sentence, changed(key, {block.name: array})
 
 
 def _calls(pair: Pair, values: Values) -> Iterator[Hypothesis]:
-    """Other ways to call the torch side: inputs in another order, batches on another axis."""
+    """Call the torch side in other ways: inputs in another order, batches on another axis."""
 
-    def called(inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        return pair.truth("torch", Values(values.dtype, values.parameters, {"torch": tuple(inputs)}, None))
+    def called(inputs: Sequence[np.ndarray]) -> tuple[str, Arrays]:
+        return "torch", pair.truth("torch", Values(values.dtype, values.parameters, {"torch": tuple(inputs)}, None))
 
-    def second_axis_first() -> dict[str, np.ndarray]:
-        outputs = called([array.swapaxes(0, 1).copy() for array in own])
-        return {name: array.swapaxes(0, 1) if array.ndim > 1 else array for name, array in outputs.items()}
+    def second_axis_first() -> tuple[str, Arrays]:
+        key, outputs = called([array.swapaxes(0, 1).copy() for array in own])
+        return key, {name: array.swapaxes(0, 1) if array.ndim > 1 else array for name, array in outputs.items()}
 
     own = values.inputs["torch"]
     for a, b in itertools.combinations(range(len(own)), 2):
         if (own[a].shape, own[a].dtype) == (own[b].shape, own[b].dtype):
             order = [*own]
             order[a], order[b] = own[b], own[a]
-            yield f"inputs {a} and {b} are exchanged between the two sides", lambda order=order: called(order), "torch"
+            yield f"inputs {a} and {b} are exchanged between the two sides", lambda order=order: called(order)
     if all(array.ndim > 1 for array in own):
         sentence = "the batch is the first axis on one side and the second on the other (torch: batch_first)"
-        yield sentence, second_axis_first, "torch"
-
-
-def _mapped(pair: Pair, key: str) -> tuple[str, ...]:
-    return pair.mapping.torch_names if key == "torch" else pair.mapping.flax_names
+        yield sentence, second_axis_first
 
 
 def _exchanges(arrays: Arrays) -> Iterator[tuple[str, str, Arrays]]:
-    """Exchanges two submodules with the same parameters, or two parameters of the same shape."""
+    """Exchange two submodules with the same parameters, or two parameters of the same shape."""
     groups: dict[str, dict[str, str]] = {}
     for name in arrays:
         prefix, _, leaf = name.rpartition(".")
@@ -238,7 +254,7 @@ def _exchanges(arrays: Arrays) -> Iterator[tuple[str, str, Arrays]]:
 
 
 def _block_orders(arrays: Arrays) -> Iterator[tuple[tuple[int, ...], str, Arrays]]:
-    """Permutes equal blocks along the first axis, in all parameters whose first axis is the same."""
+    """Permute equal blocks along the first axis, in all parameters whose first axis is the same."""
     by_length: dict[int, list[str]] = {}
     for name, array in arrays.items():
         if array.ndim:
@@ -254,13 +270,13 @@ def _block_orders(arrays: Arrays) -> Iterator[tuple[tuple[int, ...], str, Arrays
 
 
 def _scaled(evidence: Evidence, names: Sequence[str]) -> str:
-    """A constant factor, a conjugate, other places that are not finite, or a difference of float32's size."""
+    """Find a constant factor, a conjugate, other places that are not finite, or a difference of float32's size."""
     found = []
     for name in names:
         first, second = evidence.truths["torch"][name].ravel(), evidence.truths["jax"][name].ravel()
         if not is_inexact(first) or not first.any():
             continue
-        limit = parts(evidence.bounds["torch"][name] + evidence.bounds["jax"][name]).reshape(parts(first).shape)
+        limit = parts(np.asarray(evidence.limit(name))).reshape(parts(first).shape)
         if is_complex(first) and (np.abs(parts(second.conj()) - parts(first)) <= limit).all():
             return f"{name}: the flax side is the complex conjugate (another sign of a Fourier transform, or of i)"
         first, second, limit = parts(first).ravel(), parts(second).ravel(), limit.ravel()
@@ -290,7 +306,7 @@ def _scaled(evidence: Evidence, names: Sequence[str]) -> str:
 
 
 def _scales_gradients(evidence: Evidence, factor: float) -> bool:
-    """Whether every gradient on the flax side is this many times the torch side's."""
+    """Return True if every gradient on the flax side is this many times the torch side's."""
     names = [name for name, value in evidence.truths["torch"].items() if name.startswith("d_") and is_inexact(value)]
     several = False
     for name in names:
@@ -303,11 +319,11 @@ def _scales_gradients(evidence: Evidence, factor: float) -> bool:
 
 
 def _precision(evidence: Evidence, failed: Sequence[PairRow]) -> str:
-    """Both functions agree in float64: one side computes in less than it was asked for."""
+    """Name the side that computes in less than it was asked for, where both functions agree in float64."""
     row = next((row for row in failed if row.framework in KEYS), None)
     if row is None or row.subject_value is None:
         return ""
-    side = _OWN[row.framework]
+    side = SHOWN[row.framework]
     if row.reason.startswith(INFERENCE):
         return f"{row.tensor} is another function on the {side} side where no gradient is asked for (a fast path)"
     if not np.isfinite(row.subject_value):

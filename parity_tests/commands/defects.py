@@ -1,6 +1,7 @@
 """Run `python -m parity_tests defects`: plant defects in correct code and count how many the judge kills."""
 
 import dataclasses
+import importlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,9 +78,7 @@ def _pair_defects(frameworks: Sequence[str]) -> Iterator[Score]:
     if len(frameworks) < 2:
         console.print("skipped the defects of user pairs: they need both frameworks")
         return
-    from parity_tests.defects.pair import score
-
-    for killing in score():
+    for killing in importlib.import_module("parity_tests.frameworks.jax.defects").score():
         yield Score(f"pair {killing.dtype}", killing.name, killing.killed, killing.likely_cause)
 
 

@@ -50,7 +50,7 @@ def _refuse_options_of_cells(options: Options) -> None:
 
 
 def _check_installed(spec: str, pythons: Mapping[str, str]) -> None:
-    """Refuses, before a process is started, what it would need and not find."""
+    """Refuse a pair, before a process is started, for packages that it would lack."""
     packages = {framework: framework_available(framework) for framework in FRAMEWORKS if framework not in pythons}
     lacking = [framework for framework, there in packages.items() if not there]
     if not all(package_available(package) for package in ("einops", "scipy")):
@@ -65,7 +65,7 @@ def _check_installed(spec: str, pythons: Mapping[str, str]) -> None:
 
 
 def _interpreters(pythons: Mapping[str, str | None]) -> dict[str, str]:
-    """The paths of those that were named, whatever folder the pair's own code goes to."""
+    """Return absolute paths of the named interpreters, since the pair's own code may change its folder."""
     found = {}
     for framework, python in pythons.items():
         if python is None:
@@ -84,7 +84,7 @@ def run_user_pair(
     jax_python: str | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> int:
-    """Judges the pair that `package.module:factory` returns, in a process of its own; prints and writes the report.
+    """Judge the pair that `package.module:factory` returns, in a process of its own; prints and writes the report.
 
     Args:
         spec: `package.module:factory`.
@@ -118,7 +118,7 @@ def run_user_pair(
 
 
 def _reported(spec: str, judgement: Judgement, options: Options) -> int:
-    """Prints and writes what there is; returns the exit status."""
+    """Print and write the report; return the exit status."""
     report = judgement.report
     if report.rows or not report.stopped:
         for line in report.describe().splitlines():
@@ -143,17 +143,13 @@ def _reported(spec: str, judgement: Judgement, options: Options) -> int:
 
 
 def pairs(json_file: Path | None, readme: Path | None) -> int:
-    """Judges the five example pairs, made equal and with every default, and prints what differs by default.
-
-    Args:
-        json_file: where the results go, or None.
-        readme: file whose table of the pairs is replaced, or None.
+    """Judge the five example pairs, made equal and with every default, and prints what differs by default.
 
     Returns:
         0 if every pair that was made equal holds, 130 if interrupted: what was judged until then is written, and the
         readme stays as it is.
     """
-    from parity_tests.pair.examples.overview import Entry, overview, readme_block, with_block
+    from parity_tests.pair.overview import Entry, overview, readme_block, with_block
 
     check_writable("--json", json_file)
     if readme is not None and not readme.is_file():

@@ -1,12 +1,16 @@
-"""Error over bound: the comparison of a subject with the oracle, and of two subjects with each other."""
+"""Judge arrays by error over bound: a subject against the oracle, two subjects or two sides against each other."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from parity_tests.judge.dtypes import distances, exactly, is_complex, is_float, is_inexact, parts
 from parity_tests.judge.oracle import OracleTensor, Reference
 from parity_tests.judge.tolerance import TIERS, Arithmetic, Tier, bound, bounds
+
+UNDECIDED = "undecided"
+_PARTS = ("real part", "imaginary part")
 
 
 @dataclass(frozen=True)
@@ -14,15 +18,15 @@ class TensorResult:
     """The verdict on one tensor.
 
     Attributes:
-        tensor: `y`, `dx`, `dweight` or `dbias`.
-        status: `ok` or `mismatch`.
+        tensor: `y`, `dx`, `dweight` or `dbias`; of a user's pair `y`, `y.<path>`, `d_<parameter>`, `state:<buffer>`.
+        status: `ok` or `mismatch`; `undecided` where there is no bound or no truth to judge by.
         reason: one sentence for a mismatch, else empty.
         max_abs_error: largest absolute error.
         median_abs_error: median absolute error.
-        bound_fraction: largest error over the T1 bound; above 1 is certainly a defect.
+        bound_fraction: largest error over the T1 bound, or the calibrated one; above 1 is certainly a defect.
         bound_fraction_t2: the same for T2, or None where its assumption does not hold.
         bound_fraction_t3: the same for T3, or None.
-        worst_index: index of the element with the largest fraction of T1, or None for an empty tensor.
+        worst_index: index of the element with the largest fraction, or None for an empty tensor.
         partition: the partition that element belongs to.
         subject_value: what the subject returned there.
         expected_value: what the oracle (or the other subject) has there.
@@ -31,22 +35,27 @@ class TensorResult:
 
     tensor: str
     status: str
-    reason: str
-    max_abs_error: float
-    median_abs_error: float
-    bound_fraction: float
-    bound_fraction_t2: float | None
-    bound_fraction_t3: float | None
-    worst_index: tuple[int, ...] | None
-    partition: int | None
-    subject_value: float | None
-    expected_value: float | None
+    reason: str = ""
+    max_abs_error: float = 0.0
+    median_abs_error: float = 0.0
+    bound_fraction: float = 0.0
+    bound_fraction_t2: float | None = None
+    bound_fraction_t3: float | None = None
+    worst_index: tuple[int, ...] | None = None
+    partition: int | None = None
+    subject_value: float | None = None
+    expected_value: float | None = None
     partition_fractions: tuple[float, ...] | None = None
 
 
+def refused(tensor: str, reason: str, status: str = "mismatch") -> TensorResult:
+    """Return a mismatch that is no matter of size (a shape, a dtype, other bits), or an undecided verdict."""
+    return TensorResult(tensor, status, reason, np.inf, np.inf, np.inf)
+
+
 def _errors(value: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """|value - expected|; infinite where exactly one is not finite or both are but differ. NaN equals NaN here."""
-    with np.errstate(invalid="ignore"):
+    """Return |value - expected|; infinite where one is not finite and the other is not the same; NaN equals NaN."""
+    with np.errstate(invalid="ignore", over="ignore"):
         difference = np.abs(value - expected)
     if np.isfinite(difference).all():
         return difference
@@ -64,17 +73,62 @@ def _fractions(errors: np.ndarray, limits: np.ndarray) -> np.ndarray:
     return np.where(errors == 0, 0.0, np.where(np.isnan(fractions), np.inf, fractions))
 
 
-def _mismatch(tensor: str, reason: str) -> TensorResult:
-    return TensorResult(tensor, "mismatch", reason, np.inf, np.inf, np.inf, None, None, None, None, None, None)
+def _index(array: np.ndarray) -> tuple[int, ...]:
+    """Return where the largest element is."""
+    return tuple(int(k) for k in np.unravel_index(int(array.argmax()), array.shape))
 
 
-def _shape_mismatch(tensor: str, received: tuple[int, ...], expected: tuple[int, ...]) -> TensorResult:
-    return _mismatch(tensor, f"{tensor} has shape {received}, expected {expected}")
+def _verdict(
+    name: str,
+    value: np.ndarray,
+    expected: np.ndarray,
+    limits: Mapping[Tier | None, np.ndarray],
+    axis: int | None = None,
+    by_part: bool = False,
+    by_partition: bool = False,
+) -> TensorResult:
+    """Judge real numbers by bounds.
 
-
-def missing_tensors(outputs: Mapping[str, np.ndarray], reference: Reference) -> list[TensorResult]:
-    """A mismatch for every tensor of the oracle that a vector-Jacobian product did not return."""
-    return [_mismatch(name, f"{name} is missing") for name in reference if name not in outputs]
+    Args:
+        name: of the tensor.
+        value: what was computed.
+        expected: in the same format and shape.
+        limits: largest admissible errors by tier, T1 first; by None for a calibrated bound.
+        axis: of the partitions; None for a user's pair, which has none.
+        by_part: whether the last axis holds the real and the imaginary part.
+        by_partition: whether to add the largest fraction of each partition.
+    """
+    if value.size == 0:
+        return TensorResult(name, "ok")
+    errors = _errors(value, expected)
+    fractions = {tier: _fractions(errors, limit) for tier, limit in limits.items()}
+    first = fractions[next(iter(limits))]
+    worst = {tier: float(found.max()) for tier, found in fractions.items()}
+    broken = [tier for tier in limits if worst[tier] > 1]
+    index, reason = _index(fractions[broken[0]] if broken else first), ""
+    if broken:
+        place = f"the {_PARTS[index[-1]]} of {name}{list(index[:-1])}" if by_part else f"{name}{list(index)}"
+        partition = "" if axis is None else f" (partition {index[axis]})"
+        bound_name = f"the {broken[0]} bound" if broken[0] else "the bound"
+        gap = f"{worst[broken[0]]:.3g} times {bound_name}"
+        if axis is None and not np.isfinite(errors[index]):
+            gap = "what is not finite has to be equal on both sides"
+        reason = f"{place}{partition} is {float(value[index])!r}, expected {float(expected[index])!r}: {gap}"
+    return TensorResult(
+        tensor=name,
+        status="mismatch" if broken else "ok",
+        reason=reason,
+        max_abs_error=float(errors.max()),
+        median_abs_error=float(np.median(errors)),
+        bound_fraction=float(first.max()),
+        bound_fraction_t2=worst.get("T2"),
+        bound_fraction_t3=worst.get("T3"),
+        worst_index=index[:-1] if by_part else index,
+        partition=None if axis is None else index[axis],
+        subject_value=float(value[index]),
+        expected_value=float(expected[index]),
+        partition_fractions=_by_partition(first, axis) if by_partition and axis is not None else None,
+    )
 
 
 def _by_partition(fractions: np.ndarray, axis: int) -> tuple[float, ...]:
@@ -82,50 +136,77 @@ def _by_partition(fractions: np.ndarray, axis: int) -> tuple[float, ...]:
     return tuple(float(f"{value:.3g}") for value in fractions.max(axis=others))
 
 
-def _result(
-    name: str,
-    value: np.ndarray,
-    expected: np.ndarray,
-    axis: int,
-    limits: Mapping[Tier, np.ndarray],
-    by_partition: bool = False,
-) -> TensorResult:
-    value = value.astype(expected.dtype)
+def _shape_mismatch(tensor: str, received: tuple[int, ...], expected: tuple[int, ...]) -> TensorResult:
+    return refused(tensor, f"{tensor} has shape {received}, expected {expected}")
+
+
+def within(name: str, value: np.ndarray, expected: np.ndarray, limit: np.ndarray | float) -> TensorResult:
+    """Judge real and complex numbers by a calibrated bound, complex ones part by part; others by equality.
+
+    What is not finite on one side has to be equal on the other. A bound that is not finite decides nothing.
+
+    Args:
+        name: of the tensor.
+        value: what was computed.
+        expected: the truth, or the other side's value.
+        limit: element by element, complex (a bound for each part) for complex numbers; without meaning for integers.
+    """
     if value.shape != expected.shape:
         return _shape_mismatch(name, value.shape, expected.shape)
-    if value.size == 0:
-        return TensorResult(name, "ok", "", 0.0, 0.0, 0.0, None, None, None, None, None, None)
-    errors = _errors(value, expected)
-    by_tier = {tier: _fractions(errors, limit) for tier, limit in limits.items()}
-    worst = {tier: float(fractions.max()) for tier, fractions in by_tier.items()}
-    index = tuple(int(k) for k in np.unravel_index(int(by_tier["T1"].argmax()), expected.shape))
-    broken = next((tier for tier in TIERS if worst.get(tier, 0.0) > 1), None)
-    reason = ""
-    if broken is not None:
-        index = tuple(int(k) for k in np.unravel_index(int(by_tier[broken].argmax()), expected.shape))
-        reason = (
-            f"{name}{list(index)} (partition {index[axis]}) is {float(value[index])!r}, expected "
-            f"{float(expected[index])!r}: {worst[broken]:.3g} times the {broken} bound"
-        )
+    if (is_float(value), is_complex(value)) != (is_float(expected), is_complex(expected)):
+        return refused(name, f"{name} has dtype {value.dtype}, expected {expected.dtype}")
+    if value.size and not is_inexact(value):
+        return _equal(name, value, expected)
+    divided = is_complex(value)
+    limit = np.broadcast_to(limit, value.shape)
+    limit = parts(exactly(limit, np.dtype(np.complex128), "limit") if divided else limit)
+    value, expected = parts(value), parts(expected)
+    open_ = ~np.isfinite(limit) & np.isfinite(value) & np.isfinite(expected)
+    result = _verdict(name, value, expected, {None: np.where(open_, np.inf, limit)}, by_part=divided)
+    if result.status != "ok" or not open_.any():
+        return result
+    first = [int(k) for k in np.argwhere(open_)[0]]
+    reason = (
+        f"{name}{first[:-1] if divided else first} cannot be judged: rounding alone decides whether a value behind it "
+        "is finite, so that there is no bound; give inputs, or draws of the parameters, away from there"
+    )
+    return refused(name, reason, UNDECIDED)
+
+
+def _equal(name: str, value: np.ndarray, expected: np.ndarray) -> TensorResult:
+    """Compare integers and booleans as such: float64 does not tell all 64-bit integers apart."""
+    errors = distances(value, expected)
+    index = _index(errors)
+    wrong = bool(errors.any())
     return TensorResult(
         tensor=name,
-        status="ok" if broken is None else "mismatch",
-        reason=reason,
+        status="mismatch" if wrong else "ok",
+        reason=f"{name}{list(index)} is {value[index]}, expected {expected[index]}" if wrong else "",
         max_abs_error=float(errors.max()),
         median_abs_error=float(np.median(errors)),
-        bound_fraction=worst["T1"],
-        bound_fraction_t2=worst.get("T2"),
-        bound_fraction_t3=worst.get("T3"),
+        bound_fraction=np.inf if wrong else 0.0,
         worst_index=index,
-        partition=index[axis],
         subject_value=float(value[index]),
         expected_value=float(expected[index]),
-        partition_fractions=_by_partition(by_tier["T1"], axis) if by_partition else None,
     )
 
 
+def same_bits(name: str, value: np.ndarray, expected: np.ndarray) -> TensorResult:
+    """Judge bit for bit: signed zeros and NaN payloads count."""
+    result = within(name, value, expected, 0.0)
+    if result.status == "ok" and (value.dtype != expected.dtype or value.tobytes() != expected.tobytes()):
+        reason = f"{name} has other bits ({value.dtype}) than what was put in ({expected.dtype})"
+        return refused(name, reason)
+    return result
+
+
+def missing_tensors(outputs: Mapping[str, np.ndarray], reference: Reference) -> list[TensorResult]:
+    """Return a mismatch for every tensor of the oracle that a vector-Jacobian product did not return."""
+    return [refused(name, f"{name} is missing") for name in reference if name not in outputs]
+
+
 def applicable_tiers(arithmetic: Arithmetic, zero_mean: bool) -> tuple[Tier, ...]:
-    """The tiers whose assumptions hold: T2 needs roundings of zero mean, T3 zero-mean data as well."""
+    """Return the tiers whose assumptions hold: T2 needs roundings of zero mean, T3 zero-mean data as well."""
     if arithmetic.truncates:
         return ("T1",)
     return TIERS if zero_mean else ("T1", "T2")
@@ -134,39 +215,34 @@ def applicable_tiers(arithmetic: Arithmetic, zero_mean: bool) -> tuple[Tier, ...
 def compare_tensor(
     name: str, value: np.ndarray, truth: OracleTensor, arithmetic: Arithmetic, zero_mean: bool = True
 ) -> TensorResult:
-    """Judges one tensor of a subject against the oracle, in every tier whose assumptions hold.
+    """Judge one tensor of a subject against the oracle, in every tier whose assumptions hold.
 
     The dtype must be the one that the arithmetic promises: a result in another dtype is another function.
     """
     expected = arithmetic.dtype_of(name)
     if value.dtype.name != expected:
-        return _mismatch(name, f"{name} has dtype {value.dtype.name}, expected {expected}")
+        return refused(name, f"{name} has dtype {value.dtype.name}, expected {expected}")
     if value.shape != truth.value.shape:
         return _shape_mismatch(name, value.shape, truth.value.shape)
     tiers = applicable_tiers(arithmetic, zero_mean)
     limits = bounds(truth, arithmetic, tiers)
-    return _result(name, value, truth.value, truth.partition_axis, limits, by_partition=True)
+    value = value.astype(truth.value.dtype)
+    return _verdict(name, value, truth.value, {**limits}, truth.partition_axis, by_partition=True)
 
 
 def compare_with_limit(
     name: str, value: np.ndarray, expected: np.ndarray, limit: np.ndarray, partition_axis: int
 ) -> TensorResult:
-    """Judges one tensor against a value with a limit of its own for each element, for what no product's bound covers.
-
-    Args:
-        name: of the tensor.
-        value: what the subject returned.
-        expected: the truth, in float64 or wider.
-        limit: largest admissible error of each element.
-        partition_axis: axis of the partitions.
-    """
-    return _result(name, value, expected, partition_axis, {"T1": limit})
+    """Judge one tensor by a limit for each element, for tensors without a derived bound, such as optimiser updates."""
+    if value.shape != expected.shape:
+        return _shape_mismatch(name, value.shape, expected.shape)
+    return _verdict(name, value.astype(expected.dtype), expected, {"T1": limit}, partition_axis)
 
 
 def compare(
     outputs: Mapping[str, np.ndarray], reference: Reference, arithmetic: Arithmetic, zero_mean: bool = True
 ) -> list[TensorResult]:
-    """Judges a subject's tensors against the oracle.
+    """Judge a subject's tensors against the oracle.
 
     Args:
         outputs: any of `y`, `dx`, `dweight`, `dbias`, as NumPy arrays.
@@ -194,12 +270,7 @@ def compare(
 
 
 def pair_limits(reference: Reference, arithmetics: tuple[Arithmetic, Arithmetic]) -> dict[str, np.ndarray]:
-    """Returns how far two subjects may lie apart, by tensor: the sum of both T1 bounds.
-
-    Args:
-        reference: the oracle's tensors.
-        arithmetics: what either side is entitled to.
-    """
+    """Return how far two subjects may lie apart, by tensor: the sum of both T1 bounds."""
     first, second = arithmetics
     if first == second:
         return {name: 2 * bound(truth, first) for name, truth in reference.items()}
@@ -212,13 +283,7 @@ def compare_pair(
     reference: Reference,
     limits: Mapping[str, np.ndarray],
 ) -> list[TensorResult]:
-    """Judges two subjects against each other: `|t - j| <= B_t + B_j`.
-
-    Args:
-        first: tensors of one side.
-        second: tensors of the other.
-        reference: the oracle's tensors.
-        limits: from `pair_limits`.
+    """Judge two subjects against each other: `|t - j| <= B_t + B_j`.
 
     Raises:
         ValueError: if the two do not have the same tensors.
@@ -234,6 +299,6 @@ def compare_pair(
         if value.shape != truth.value.shape or second[name].shape != truth.value.shape:
             results.append(_shape_mismatch(name, value.shape, second[name].shape))
             continue
-        expected = second[name].astype(truth.value.dtype)
-        results.append(_result(name, value, expected, truth.partition_axis, {"T1": limits[name]}))
+        pair = value.astype(truth.value.dtype), second[name].astype(truth.value.dtype)
+        results.append(_verdict(name, *pair, {"T1": limits[name]}, truth.partition_axis))
     return results

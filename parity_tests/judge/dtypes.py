@@ -1,5 +1,6 @@
-"""Name the storage dtypes, and give the constants of their arithmetic."""
+"""Name the storage dtypes, give the constants of their arithmetic, and cast between them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -63,3 +64,108 @@ def numpy_dtype(name: str) -> np.dtype:
     if name not in _NUMPY:
         raise ValueError(f"dtype: expected one of {', '.join(_NUMPY)}, got {name!r}; choose one of these.")
     return _NUMPY[name]
+
+
+# Changes of arrays from one format to another. Each keeps every value or raises (`widened`, `exactly`), or it is the
+# rounding to the storage dtype that is meant (`as_stored`). There is no third kind in the judge: a cast that drops an
+# imaginary part, high bits of an integer or digits of a number makes two different arrays equal.
+_REAL_PART = {"complex64": "float32", "complex128": "float64"}
+
+
+def is_float(array: np.ndarray) -> bool:
+    """Tell whether an array is of floating point; bfloat16, which NumPy itself calls void, counts."""
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+
+
+def is_complex(array: np.ndarray) -> bool:
+    """Tell whether an array holds complex numbers."""
+    return array.dtype.kind == "c"
+
+
+def is_inexact(array: np.ndarray) -> bool:
+    """Tell whether an array holds numbers that are rounded and have gradients, real or complex."""
+    return is_float(array) or is_complex(array)
+
+
+def format_name(dtype: object) -> str:
+    """Return the name of a floating-point dtype, or of a complex dtype's parts."""
+    return _REAL_PART.get(str(dtype), str(dtype))
+
+
+def roundoff(array: np.ndarray) -> float:
+    """Return the unit roundoff of an array's format; 0 for integers and booleans."""
+    return FORMATS[format_name(array.dtype)].roundoff if is_inexact(array) else 0.0
+
+
+def storage_format(arrays: Sequence[np.ndarray]) -> np.dtype:
+    """Return the coarsest real format among arrays, or among the parts of complex ones; float64 if all are integers."""
+    coarsest = max(arrays, key=roundoff)
+    return numpy_dtype(format_name(coarsest.dtype)) if is_inexact(coarsest) else np.dtype(np.float64)
+
+
+def as_stored(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Round real and complex numbers to the storage dtype; leaves integers and booleans.
+
+    There are no complex numbers of 16-bit parts: they stay `complex64`, as they do in models that are stored so.
+    """
+    if is_complex(array):
+        return array.astype(np.complex128 if dtype == np.float64 else np.complex64)
+    with np.errstate(over="ignore"):  # to infinity, which the judge notes
+        return array.astype(dtype) if is_float(array) else array
+
+
+def exactly(array: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
+    """Return the array in another format, which must hold every value of it.
+
+    Raises:
+        ValueError: if a value would change.
+    """
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore", invalid="ignore"):
+        # Of a complex number a real format can hold the real part at most.
+        cast = (np.real(array) if dtype.kind != "c" else array).astype(dtype)
+        back = (np.real(cast) if not is_complex(array) else cast).astype(array.dtype)
+    if not np.array_equal(back, array, equal_nan=is_inexact(array)):
+        raise ValueError(f"{what}: expected values that {dtype} holds, got others in {array.dtype}; round them.")
+    return cast
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """Return the same numbers in float64, or in complex128; integers and booleans as they are."""
+    if not is_inexact(array):
+        return array
+    return exactly(array, np.dtype(np.complex128 if is_complex(array) else np.float64), "array")
+
+
+def parts(array: np.ndarray) -> np.ndarray:
+    """Return real numbers in float64, complex ones as pairs of real and imaginary part on a last axis."""
+    wide = widened(array)
+    return np.stack([np.real(wide), np.imag(wide)], axis=-1) if is_complex(array) else wide
+
+
+def from_parts(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Invert `parts`."""
+    if not is_complex(like):
+        return values
+    result = np.empty(values.shape[:-1], np.complex128)
+    result.real, result.imag = values[..., 0], values[..., 1]  # not a + 1j b: that makes a NaN of an infinite part
+    return result
+
+
+def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return |first - second| of integers or booleans of any width, in float64: 0 only where they are equal."""
+    # As Python's integers, which have no size.
+    difference = np.abs(first.astype(object) - second.astype(object)).astype(np.float64)
+    return np.where(first == second, 0.0, difference)
+
+
+def looks_rounded(array: np.ndarray, name: str) -> np.ndarray:
+    """Tell which numbers use the lower half of a format's significand, as a rounded one nearly always does.
+
+    A number such as 0.5, 3 or 1024 leaves the lower half at zero and was written exactly.
+    """
+    bits = -int(np.log2(FORMATS[name].roundoff))
+    significand, _ = np.frexp(np.where(np.isfinite(array), array, 0.0))
+    scaled = significand * 2.0 ** (bits // 2)
+    return np.trunc(scaled) != scaled

@@ -1,4 +1,4 @@
-"""Parity records: one row a cell, and the document that `--json` writes."""
+"""Parity records: one row a comparison, and the document that `--json` writes."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from parity_tests.judge.comparison import TensorResult
 from parity_tests.judge.tolerance import FALSE_ALARM_RATE
@@ -19,7 +19,7 @@ _PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "flax", "optax")
 
 @dataclass(frozen=True)
 class ParityRow:
-    """One cell: a subject against the oracle, or a pair of subjects against each other.
+    """Record one comparison: a subject against the oracle, or a pair of subjects against each other.
 
     Attributes:
         kind: `oracle`, `pair` (torch against jax), `mode` (a mode against its subject's default mode), `exact`
@@ -70,19 +70,30 @@ class ParityRow:
     note: str = ""
 
 
+Row = TypeVar("Row", bound=ParityRow)
 _RESULT_FIELDS = {field.name for field in dataclasses.fields(TensorResult)} & {
     field.name for field in dataclasses.fields(ParityRow)
 }
 
 
-def row_from_result(result: TensorResult, **where: Any) -> ParityRow:
-    """Makes a row from a tensor's verdict and the place (kind, framework, implementation, dtype, case, ...)."""
-    return ParityRow(**{name: getattr(result, name) for name in _RESULT_FIELDS}, **where)
+def row_from_result(
+    result: TensorResult,
+    row_type: type[Row] = ParityRow,  # pyright: ignore[reportArgumentType]
+    **where: Any,
+) -> Row:
+    """Make a row from a tensor's verdict.
+
+    Args:
+        result: the verdict.
+        row_type: the kind of row.
+        where: its other fields (kind, framework, implementation, dtype, case, ...), or others than the verdict has.
+    """
+    return row_type(**{name: getattr(result, name) for name in _RESULT_FIELDS} | where)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts over rows; a run in which nothing was compared has failed."""
+    """Hold counts over rows; a run in which nothing was compared has failed."""
 
     compared: int
     passed: int
@@ -91,18 +102,18 @@ class Summary:
 
     @property
     def ok(self) -> bool:
-        """True if something was compared and all of it holds."""
+        """Tell whether something was compared and all of it holds."""
         return self.compared > 0 and self.failed == 0
 
 
 def summarize(rows: Sequence[ParityRow]) -> Summary:
-    """Counts rows by status."""
+    """Count rows by status."""
     count = {status: sum(row.status == status for row in rows) for status in ("ok", "mismatch", "skipped")}
     return Summary(count["ok"] + count["mismatch"], count["ok"], count["mismatch"], count["skipped"])
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to repeat and to weigh the run; asking for it imports no framework.
+    """Return what a reader needs to repeat and to weigh the run; no framework is imported for it.
 
     Returns:
         `python`, `machine`, `packages` by name (None for one that is not installed) and `false_alarm_rate`, at
@@ -123,7 +134,7 @@ def environment() -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinity: it is written as the string that Python's float() reads back."""
+    """Write infinities, which JSON lacks, as the strings that Python's float() reads back."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -136,7 +147,7 @@ def _plain(value: Any) -> Any:
 def write_json(
     path: Path | str, rows: Sequence[ParityRow], cells_left: int = 0, stopped: str = "", **more: Any
 ) -> None:
-    """Writes `schema_version, environment, summary, cells_left, stopped, rows`, and what else is given.
+    """Write `schema_version, environment, summary, cells_left, stopped, rows`, and what else is given.
 
     Args:
         path: where to.

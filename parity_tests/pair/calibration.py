@@ -25,13 +25,14 @@ methods, for variances moderated across elements.
 
 import math
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 from scipy import special, stats
 
-from parity_tests.judge.dtypes import FORMATS
+from parity_tests.judge.dtypes import FORMATS, from_parts, is_inexact, looks_rounded, parts
 from parity_tests.judge.tolerance import FALSE_ALARM_RATE
-from parity_tests.pair.casts import from_parts, looks_rounded, parts
+from parity_tests.pair.side import Arrays, Ensemble
 
 MEMBERS = 16
 # Runs with amplified noise find what linear scaling cannot: kinks (a relu's derivative) and vanishing first orders. An
@@ -45,7 +46,7 @@ SEMANTIC_SCALE = FORMATS["float64"].roundoff / FORMATS["float32"].roundoff
 
 
 def _inverse_trigamma(y: float) -> float:
-    """The x > 0 with `trigamma(x) = y`, by Newton's method on `1 / trigamma`, which is convex."""
+    """Return the x > 0 with `trigamma(x) = y`, by Newton's method on `1 / trigamma`, which is convex."""
     x = 0.5 + 1.0 / y
     for _ in range(50):
         value = float(special.polygamma(1, x))
@@ -57,7 +58,7 @@ def _inverse_trigamma(y: float) -> float:
 
 
 def moderated_spread(spread: np.ndarray, members: int) -> tuple[np.ndarray, float]:
-    """Shrinks the elements' spreads towards the tensor's, so far as the tensor's elements are alike.
+    """Shrink the elements' spreads towards the tensor's, so far as the tensor's elements are alike.
 
     A spread estimated from few runs may be small by luck. With prior degrees of freedom d0 and prior variance s0^2
     fitted to all elements, `s~^2 = (d0 s0^2 + m s^2) / (d0 + m)` has `d0 + m` degrees of freedom.
@@ -83,14 +84,14 @@ def moderated_spread(spread: np.ndarray, members: int) -> tuple[np.ndarray, floa
 
 
 def confidence(elements: int, freedom: float) -> float:
-    """Student's t quantile that any of `elements` exceeds, either way, with probability `FALSE_ALARM_RATE`."""
+    """Return Student's t quantile that any of `elements` exceeds with probability `FALSE_ALARM_RATE`, two-sided."""
     return float(stats.t.isf(FALSE_ALARM_RATE / (2 * max(elements, 1)), freedom))
 
 
 def calibrated_bound(
     truth: np.ndarray, spread: np.ndarray, kinks: np.ndarray, members: int, dtype: str, scale: float = 1.0
 ) -> np.ndarray:
-    """Returns the bound on `|value - truth|`, element by element; of complex numbers, part by part.
+    """Return the bound on `|value - truth|`, element by element; of complex numbers, part by part.
 
     `B = max(t s~, kink) + u |z| + eta` where anything moved at all, else 0: t is the confidence, kink the largest
     deviation under amplified noise, u and eta the rounding and underflow of the output. 0 where the truth is not
@@ -116,19 +117,14 @@ def calibrated_bound(
 
 
 def constants_bound(spread: np.ndarray, members: int) -> np.ndarray:
-    """Returns how far a result may move because constants were rounded before it was computed; of complex, by part.
-
-    Args:
-        spread: of the members that move them, see `Side.constants`.
-        members: behind `spread`.
-    """
+    """Return how far constants rounded beforehand may move a result; of complex numbers, part by part."""
     values = parts(spread)
     moderated, freedom = moderated_spread(values, members)
     return from_parts(confidence(values.size, freedom) * moderated, spread)
 
 
 def moved_constant(array: np.ndarray, member: int, name: str) -> np.ndarray:
-    """Moves the numbers of a constant by the roundoff of its format, each up or down, equal ones alike.
+    """Move the numbers of a constant by the roundoff of its format, each up or down, equal ones alike.
 
     Args:
         array: float64 or complex128, as it is stored; numbers that were not rounded stay.
@@ -144,3 +140,48 @@ def moved_constant(array: np.ndarray, member: int, name: str) -> np.ndarray:
     step = np.where(looks_rounded(distinct, name), moved, 0.0)[where].reshape(values.shape)
     with np.errstate(invalid="ignore"):
         return from_parts(np.where(np.isfinite(values), values * (1.0 + step), values), array)
+
+
+def was_rounded(array: np.ndarray, name: str) -> bool:
+    """Tell whether a constant, as for `moved_constant`, holds numbers that its format has rounded."""
+    return not np.array_equal(moved_constant(array, 1, name), array, equal_nan=True)
+
+
+def collect_ensemble(
+    run: Callable[[int, float], Arrays], members: int = MEMBERS, kink_members: int = KINK_MEMBERS
+) -> Ensemble:
+    """Run an ensemble and keep its statistics of the real and complex tensors, of these part by part.
+
+    A deviation is infinite where a run is not finite and the centre is, or is not finite in another way.
+
+    Args:
+        run: one run, of a member's number and the noise's amplitude (0 for none).
+        members: runs with amplitude 1.
+        kink_members: runs with amplitude `KINK_AMPLITUDE`.
+    """
+    centre = {name: value for name, value in run(0, 0.0).items() if is_inexact(value)}
+    squares = {name: np.zeros(parts(value).shape) for name, value in centre.items()}
+    kinks = {name: np.zeros(parts(value).shape) for name, value in centre.items()}
+    for member in range(members + kink_members):
+        amplitude = 1.0 if member < members else KINK_AMPLITUDE
+        for name, value in run(member + 1, amplitude).items():
+            if name in centre and amplitude == 1.0:
+                squares[name] += _deviation(value, centre[name]) ** 2
+            elif name in centre:
+                np.maximum(kinks[name], _deviation(value, centre[name]), out=kinks[name])
+    spread = {name: from_parts(np.sqrt(total / members), centre[name]) for name, total in squares.items()}
+    return Ensemble(centre, spread, {name: from_parts(kink, centre[name]) for name, kink in kinks.items()}, members)
+
+
+def constants_spread(run: Callable[[int], Arrays]) -> dict[str, np.ndarray]:
+    """Return the root mean square of the deviations of `MEMBERS` runs with moved constants; of complex, by part."""
+    return dict(collect_ensemble(lambda member, _: run(member), kink_members=0).spread)
+
+
+def _deviation(value: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    value, centre = parts(value), parts(centre)
+    same = (value == centre) | (np.isnan(value) & np.isnan(centre))
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = np.abs(value - centre)
+    # Beyond the square root of the largest number its square, and so the spread, would be infinite anyway.
+    return np.where(same, 0.0, np.where(difference < 1e154, difference, np.inf))

@@ -1,8 +1,12 @@
-"""`check_pair`: are a torch module and a Flax module the same function, gradients included, up to rounding?"""
+"""`check_pair`: from its arguments to both sides, to the judge, and to a report whose rows say what reproduces them."""
 
+import contextlib
 import dataclasses
+import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,80 +14,49 @@ import numpy as np
 from parity_tests.causes.pair import likely_cause
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
 from parity_tests.judge.dtypes import numpy_dtype
-from parity_tests.pair.assembly import Tell, merged, prepared, tell_nobody
 from parity_tests.pair.draws import Draw, InputSource, Scale
+from parity_tests.pair.inspection import left_out
 from parity_tests.pair.judge import Judge
 from parity_tests.pair.legs import Pair
-from parity_tests.pair.mapping import SIDES, Rule
-from parity_tests.pair.report import PairReport, PairRow
-from parity_tests.pair.reproduction import reproduction
+from parity_tests.pair.loading import RemoteSide, build, load_factory, make_side
+from parity_tests.pair.mapping import Rule
+from parity_tests.pair.patterns import LeftOut
+from parity_tests.pair.report import PairReport, PairRow, Tell
+from parity_tests.pair.side import Side
 from parity_tests.report.text import first_line
 
-
-def judge_pair(
-    pair: Pair,
-    seed: int = 0,
-    dtypes: Sequence[str] = ("float32",),
-    gradients: bool = True,
-    semantic: bool = True,
-    state: bool = True,
-    tell: Tell = tell_nobody,
-) -> PairReport:
-    """Judges a pair whose sides are there already; see `check_pair` for the arguments; `tell` is told every row."""
-    if not dtypes:
-        raise ValueError("dtypes: expected at least one, got none; nothing would be compared.")
-    for dtype in dtypes:
-        numpy_dtype(dtype)
-    judge = Judge(pair, seed, gradients, semantic, state)
-    rows = []
-    for row in judge.rows(dtypes):
-        rows.append(_explained(pair, row))
-        tell(rows[-1])
-    if any(row.status == "mismatch" for row in rows):
-        tell("looking for the cause")
-    return PairReport(
-        name=pair.name,
-        rows=rows,
-        not_compared=tuple(_left_out(pair, judge, gradients, state)),
-        likely_cause=likely_cause(pair, judge.evidence, rows),
-        notes=tuple(sorted({*judge.notes, *pair.notes, *judge.remarks.notes})),
-        random=bool(judge.evidence.random),
-    )
+_BETWEEN = "drawing and comparing values"
+_STEPS = {
+    "parameters": "reading the parameters of",
+    "outline": "tracing",
+    "round_trip": "putting parameters into",
+    "forward": "running",
+    "vjp": "differentiating",
+    "truth": "running, in float64,",
+    "ensemble": "running, with rounding noise,",
+    "constants": "moving the constants of",
+    "is_random": "looking for random numbers in",
+    "unexercised": "watching the branches of",
+    "wider_operations": "looking at the formats of",
+}
+_REQUIRED = {"torch_module": "torch", "flax_module": "jax", "params": None, "inputs": None}
+_KINDS = {
+    "params": (Sequence, "a sequence of rules or a proposal"),
+    "dtypes": (Sequence, "a tuple of dtypes"),
+    "name": (str, "a string"),
+    **dict.fromkeys(("torch_kwargs", "flax_kwargs"), (Mapping, "a dict of keyword arguments")),
+    **dict.fromkeys(("torch_params", "draws", "output_patterns"), (Mapping, "a dict by name")),
+    "input_patterns": (Mapping, "a dict by position"),
+}
+# Arguments for which the command line has an option, or which change no row that the command shows.
+_OF_COMMAND = {"seed", "dtypes", "device", "torch_python", "jax_python", "timeout_s", "semantic", "state", "name"}
+# Arguments that a call must repeat in writing, beside the seed and the dtype.
+_SCALARS = ("gradients", "semantic", "state", "scale", "not_compared", "device", "torch_python", "jax_python")
+_SCALARS += ("timeout_s",)
 
 
-def _explained(pair: Pair, row: PairRow) -> PairRow:
-    """Adds to a gradient's mismatch that the parameter is frozen on one side, which is all there is to say about it."""
-    name = row.tensor.removeprefix("d_")
-    if row.status != "mismatch" or row.rung != "gradients" or name not in pair.mapping.half_trained:
-        return row
-    kind = pair.specs["torch"][name].kind
-    return dataclasses.replace(
-        row, reason=f"{row.reason}; {name} is {kind} on the torch side, and the flax side trains it"
-    )
-
-
-def _left_out(pair: Pair, judge: Judge, gradients: bool, state: bool) -> Iterator[str]:
-    """Names what is not compared, and says which buffers a call updates."""
-    mapping, covers = pair.mapping, pair.left_out.covers
-    changed = {side: pair.changed(key) for key, side in (("torch", "torch"), ("jax", "flax"))}
-    names = {side: dict.fromkeys((*mapping.unmapped[side], *(() if state else changed[side]))) for side in SIDES}
-    for side, key in zip(SIDES, ("torch", "jax"), strict=True):
-        for name in names[side]:
-            kind = "frozen parameter" if pair.specs[key][name].frozen else "buffer"
-            updates = ", which a call updates" if name in changed[side] else ""
-            consent = ", left out by not_compared=" if name in mapping.unmapped[side] and covers(name) else ""
-            constant = ", a constant whose own values results depend on" if (side, name) in pair.tables else ""
-            yield f"{side} {kind} {name}{updates}{constant}{consent}"
-    yield from (f"{text} is held at zero" for text in mapping.held_at_zero)
-    yield from (f"{text} keeps its own values" for text in mapping.kept)
-    if gradients:
-        untrained = [name for name in mapping.torch_names if name in {*mapping.untrained, *judge.untrained}]
-        if untrained:
-            yield f"the gradients of {', '.join(untrained)}, which neither side trains"
-        trained = [name for name in mapping.trained if name not in untrained and covers(f"d_{name}")]
-        yield from (f"the gradient of {name}, left out by not_compared=" for name in trained)
-        positions = range(len(pair.shapes))
-        yield from (f"the gradient of input{k}, left out by not_compared=" for k in positions if covers(f"d_input{k}"))
+def _ignore(found: Any) -> None:
+    """Take the place of a listener."""
 
 
 def check_pair(
@@ -113,7 +86,7 @@ def check_pair(
     jax_python: str | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> PairReport:
-    """Checks that a torch module and a Flax module compute the same function.
+    """Check that a torch module and a Flax module compute the same function, gradients included, up to rounding.
 
     The modules, and a named pair's factory, run in this process, and what they do to it is done: one that ends or hangs
     it ends or hangs the caller. The command `python -m parity_tests run --pair` gives them a process of their own.
@@ -170,28 +143,7 @@ def check_pair(
         TypeError: for modules or inputs of another kind.
     """
     given = dict(locals())
-    return _checked(given.pop("pair"), given, tell_nobody)
-
-
-def _checked(spec: str | None, given: Mapping[str, Any], tell: Tell) -> PairReport:
-    """Checks a pair; `tell` is called with what happens next, and with every row once it is known."""
-    arguments = dict(given) if spec is None else merged(spec, given, DEFAULT_ARGUMENTS, tell)
-    command = reproduction(spec, given, arguments, DEFAULT_ARGUMENTS)
-
-    def tell_with_command(found: Any) -> None:
-        tell(dataclasses.replace(found, command=command(found)) if isinstance(found, PairRow) else found)
-
-    with prepared(arguments, spec, tell) as sides_and_rules:
-        report = judge_pair(
-            sides_and_rules,
-            seed=arguments["seed"],
-            dtypes=arguments["dtypes"],
-            gradients=arguments["gradients"],
-            semantic=arguments["semantic"],
-            state=arguments["state"],
-            tell=tell_with_command,
-        )
-    return report.with_commands(command)
+    return _checked(given.pop("pair"), given, _ignore)
 
 
 DEFAULT_ARGUMENTS = {
@@ -199,13 +151,11 @@ DEFAULT_ARGUMENTS = {
 }
 
 
-def run_pair(spec: str, tell: Tell = tell_nobody, **overrides: Any) -> PairReport:
-    """Checks the pair that `package.module:factory` describes, in this process.
+def run_pair(spec: str, tell: Tell = _ignore, **overrides: Any) -> PairReport:
+    """Check the pair that `package.module:factory` describes, in this process.
 
-    Args:
-        spec: see `loading`.
-        tell: is called with what happens next, a text, and with every row once it is known.
-        overrides: arguments of `check_pair` that win over the factory's.
+    `tell` is called with each step, a text, and with every row once it is known; `overrides` are arguments of
+    `check_pair` that win over the factory's.
 
     Raises:
         ValueError: if the pair cannot be loaded or does not fit together; one sentence.
@@ -216,3 +166,195 @@ def run_pair(spec: str, tell: Tell = tell_nobody, **overrides: Any) -> PairRepor
         return _checked(spec, DEFAULT_ARGUMENTS | overrides, tell)
     except (ImportError, TypeError) as error:
         raise ValueError(f"pair: {spec} cannot be checked: {first_line(error)}") from error
+
+
+def _checked(spec: str | None, given: Mapping[str, Any], tell: Tell) -> PairReport:
+    arguments = dict(given) if spec is None else merged(spec, given, tell)
+    command = reproduction(spec, given, arguments)
+
+    def tell_with_command(found: Any) -> None:
+        tell(dataclasses.replace(found, command=command(found)) if isinstance(found, PairRow) else found)
+
+    options = ("seed", "dtypes", "gradients", "semantic", "state")
+    with prepared(arguments, spec, tell) as pair:
+        report = judge_pair(pair, **{name: arguments[name] for name in options}, tell=tell_with_command)
+    return report.with_commands(command)
+
+
+def judge_pair(
+    pair: Pair,
+    seed: int = 0,
+    dtypes: Sequence[str] = ("float32",),
+    gradients: bool = True,
+    semantic: bool = True,
+    state: bool = True,
+    tell: Tell = _ignore,
+) -> PairReport:
+    """Judge a pair whose sides are made already; see `check_pair` for the arguments and `run_pair` for `tell`."""
+    if not dtypes:
+        raise ValueError("dtypes: expected at least one, got none; nothing would be compared.")
+    for dtype in dtypes:
+        numpy_dtype(dtype)
+    judge = Judge(pair, seed, gradients, semantic, state)
+    rows = []
+    for row in judge.rows(dtypes):
+        rows.append(_explained(pair, row))
+        tell(rows[-1])
+    if any(row.status == "mismatch" for row in rows):
+        tell("looking for the cause")
+    return PairReport(
+        name=pair.name,
+        rows=rows,
+        not_compared=tuple(left_out(pair, judge.untrained, gradients, state)),
+        likely_cause=likely_cause(pair, judge.evidence, rows),
+        notes=tuple(sorted({*judge.notes, *pair.notes, *judge.remarks.notes})),
+        random=bool(judge.evidence.random),
+    )
+
+
+def _explained(pair: Pair, row: PairRow) -> PairRow:
+    """Add to a gradient's mismatch that one side keeps the parameter frozen, where it does."""
+    name = row.tensor.removeprefix("d_")
+    if row.status != "mismatch" or row.rung != "gradients" or name not in pair.mapping.half_trained:
+        return row
+    kind = pair.specs["torch"][name].kind
+    return dataclasses.replace(
+        row, reason=f"{row.reason}; {name} is {kind} on the torch side, and the flax side trains it"
+    )
+
+
+def merged(spec: str, given: Mapping[str, Any], tell: Tell = _ignore) -> dict[str, Any]:
+    """Return the arguments of a named pair: defaults, then the factory's, then those given that are not the defaults.
+
+    Raises:
+        ValueError: if the factory returns an unknown argument or cannot be loaded.
+    """
+    chosen = {name: value for name, value in given.items() if value is not DEFAULT_ARGUMENTS[name]}
+    pythons = {"torch": chosen.get("torch_python"), "jax": chosen.get("jax_python")}
+    parts = (*(side for side, python in pythons.items() if python is None), "pair")
+    tell(f"importing {spec}")
+    factory = load_factory(spec, parts)
+    tell(f"calling {spec}")
+    built = build(factory, parts)
+    if unknown := sorted(map(str, set(built) - set(DEFAULT_ARGUMENTS))):
+        raise ValueError(
+            f"pair: expected {spec} to return arguments among {', '.join(DEFAULT_ARGUMENTS)}, got {', '.join(unknown)}."
+        )
+    return {**DEFAULT_ARGUMENTS, **built, **chosen}
+
+
+class _Told:
+    """Announce every call of a side before it is made."""
+
+    def __init__(self, side: Side, tell: Tell) -> None:
+        self._side, self._tell = side, tell
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._side, name)
+        if not callable(value):
+            return value
+
+        @functools.wraps(value)
+        def told(*arguments: Any, **named: Any) -> Any:
+            self._tell(f"{_STEPS.get(name, f'asking for {name} of')} the {self._side.framework} side")
+            result = value(*arguments, **named)
+            self._tell(_BETWEEN)
+            return result
+
+        return told
+
+
+@contextlib.contextmanager
+def prepared(arguments: Mapping[str, Any], spec: str | None, tell: Tell = _ignore) -> Iterator[Pair]:
+    """Make both sides and the mapping; end the other interpreters, if there are any, on leaving.
+
+    Raises:
+        ValueError: if something is missing.
+    """
+    pythons = {"torch": arguments["torch_python"], "jax": arguments["jax_python"]}
+    if spec is None and any(pythons.values()):
+        raise ValueError(
+            "torch_python, jax_python: expected pair='package.module:factory' beside an interpreter, got None; "
+            "only what can be named can be built in another process."
+        )
+    for name, side in _REQUIRED.items():
+        if arguments[name] is None and (side is None or pythons[side] is None):
+            raise ValueError(f"{name}: expected a value, got None; pass it, or a pair whose factory returns it.")
+    _check_kinds(arguments)
+    with contextlib.ExitStack() as stack:
+        sides: dict[str, Any] = {}
+        for key, python in pythons.items():
+            tell(f"making the {key} side")
+            if python is None or spec is None:
+                sides[key] = make_side(key, arguments, arguments["device"])
+            else:
+                remote = RemoteSide(key, spec, python, arguments["device"], arguments["timeout_s"])
+                sides[key] = stack.enter_context(remote)
+            if tell is not _ignore:
+                sides[key] = _Told(sides[key], tell)
+        tell(_BETWEEN)
+        yield Pair(
+            name=arguments["name"] or spec or f"{sides['torch'].name}-{sides['jax'].name}",
+            sides=sides,
+            # A proposal goes in as it is.
+            rules=getattr(arguments["params"], "rules", arguments["params"]),
+            source=arguments["inputs"],
+            input_patterns=arguments["input_patterns"] or {},
+            output_patterns=arguments["output_patterns"] or {},
+            draws=arguments["draws"] or {},
+            scale=arguments["scale"],
+            left_out=LeftOut(arguments["not_compared"] or ()),
+        )
+
+
+def _check_kinds(arguments: Mapping[str, Any]) -> None:
+    """Refuse values of another kind, which would fail somewhere below."""
+    for name, (kind, expected) in _KINDS.items():
+        value = getattr(arguments[name], "rules", arguments[name]) if name == "params" else arguments[name]
+        if value is not None and (not isinstance(value, kind) or (isinstance(value, str) and name != "name")):
+            hint = f"; for one dtype pass ({value!r},)" if name == "dtypes" else ""
+            raise ValueError(f"{name}: expected {expected}, got {value!r:.80}{hint}.")
+    seed = arguments["seed"]
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed: expected a non-negative integer, got {seed!r}.")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(arguments["device"])):
+        raise ValueError(f"device: expected cpu, cuda or auto, got {arguments['device']!r}; choose one of these.")
+
+
+def reproduction(spec: str | None, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Callable[[PairRow], str]:
+    """Return a function from a row to its reproduction: a command, or the call with that row's seed and dtype.
+
+    Everything that a check draws follows from the seed and from names, in every process and whatever other dtypes are
+    judged beside it: the same seed and one dtype repeat the row to the bit. A pair of objects has no name that another
+    process could find: there the call has `...` for the modules, rules and inputs that the caller holds.
+
+    Args:
+        spec: `package.module:factory`, or None for objects.
+        given: all other arguments, as the caller passed them.
+        arguments: the same with a factory's own arguments filled in.
+    """
+    changed = {name for name, value in given.items() if value is not DEFAULT_ARGUMENTS[name]}
+    if spec is not None and changed <= _OF_COMMAND:
+        return lambda row: _command(spec, arguments, row.dtype)
+    scalars = {name: arguments[name] for name in _SCALARS if arguments[name] != DEFAULT_ARGUMENTS[name]}
+    options = "".join(f", {name}={value!r}" for name, value in scalars.items())
+    objects = changed - _OF_COMMAND - set(_SCALARS)
+    held = "".join([*([] if spec is None else [f"pair={spec!r}, "]), *(["..., "] if objects else [])])
+
+    def call(row: PairRow) -> str:
+        seed_and_dtype = f"seed={arguments['seed']}, dtypes=({row.dtype!r},)"
+        return f"check_pair({held}{seed_and_dtype}{options})" + (f"  # {row.tensor}" if row.tensor else "")
+
+    return call
+
+
+def _command(spec: str, arguments: Mapping[str, Any], dtype: str) -> str:
+    """Return the command that repeats a named pair's check in one dtype."""
+    words = ["python", "-m", "parity_tests", "run", "--pair", spec, "--seed", str(arguments["seed"])]
+    words += ["--device", arguments["device"]]
+    for option in ("torch_python", "jax_python"):
+        if arguments[option] is not None:
+            words += [f"--{option.replace('_', '-')}", arguments[option]]
+    if arguments["timeout_s"] != DEFAULT_TIMEOUT_S:
+        words += ["--timeout-s", f"{arguments['timeout_s']:g}"]
+    return shlex.join([*words, "--dtype", dtype])

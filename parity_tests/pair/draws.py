@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from parity_tests.judge.dtypes import exactly, is_complex, is_float, is_inexact, widened
 from parity_tests.judge.inputs import BIAS_SCALE, COTANGENT_SCALE, X_SCALE
-from parity_tests.pair.casts import exactly, is_complex, is_float, is_inexact, widened
 from parity_tests.pair.side import ParameterSpec
 
 InputSource = Sequence[Sequence[int] | np.ndarray] | Callable[[np.random.Generator], Sequence[np.ndarray]]
@@ -29,7 +29,7 @@ def is_one_signed(value: np.ndarray) -> bool:
 
 
 def draw_like(value: np.ndarray, rng: np.random.Generator, signed: bool = False) -> np.ndarray:
-    """Draws an array of the scale of `value`, in float64 or complex128.
+    """Draw an array of the scale of `value`, in float64 or complex128.
 
     A zero array (a bias as initialised) becomes normal with the harness' bias scale, because at zero a lost bias is
     invisible; a positive or negative one keeps its signs, or with `signed` takes both (a single number the other
@@ -54,14 +54,14 @@ def draw_like(value: np.ndarray, rng: np.random.Generator, signed: bool = False)
 
 
 def _normal_like(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws normal numbers of variance 1, complex ones where the array is."""
+    """Draw normal numbers of variance 1, complex ones where the array is."""
     if not is_complex(array):
         return rng.standard_normal(array.shape)
     return (rng.standard_normal(array.shape) + 1j * rng.standard_normal(array.shape)) / np.sqrt(2)
 
 
 def _of_kind(array: np.ndarray, like: np.ndarray, what: str) -> np.ndarray:
-    """The numbers that a user's function has drawn, wide, for an array of this kind.
+    """Return the numbers that a user's function has drawn, widened, for an array of this kind.
 
     Raises:
         ValueError: if the array cannot hold them: complex numbers for a real one, 0.5 for an integer.
@@ -78,7 +78,7 @@ def draw_parameters(
     scale: Scale | None = None,
     signed: Collection[str] = (),
 ) -> dict[str, np.ndarray]:
-    """Draws every floating-point array of a module in float64; others stay as they are.
+    """Draw every floating-point array of a module in float64; others stay as they are.
 
     Args:
         specs: arrays by name.
@@ -151,7 +151,7 @@ def checked_scale(scale: Scale | None, source: InputSource, names: Collection[st
 
 
 def draw_inputs(source: InputSource, seed: int, scale: Scale | None = None) -> tuple[np.ndarray, ...]:
-    """Draws the positional inputs.
+    """Draw the positional inputs.
 
     Args:
         source: a sequence whose entries are shapes (drawn normal, float64) or arrays (taken as they are); or a function
@@ -192,7 +192,7 @@ def draw_inputs(source: InputSource, seed: int, scale: Scale | None = None) -> t
 
 
 def _outlined(value: Any) -> str:
-    """A value in one line: an array of any framework by its kind, dtype and shape."""
+    """Describe a value in one line, an array of any framework by its kind, dtype and shape."""
     if hasattr(value, "__array__") and hasattr(value, "shape"):
         return f"{type(value).__name__} of {getattr(value, 'dtype', 'no dtype')} and shape {tuple(value.shape)}"
     return type(value).__name__ if isinstance(value, Mapping) else repr(value)
@@ -209,7 +209,7 @@ def _is_shape(entry: object) -> bool:
 
 
 def draw_cotangents(outputs: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """Draws a normal cotangent, in float64 or complex128, for every real or complex output."""
+    """Draw a normal cotangent, in float64 or complex128, for every real or complex output."""
     return {
         name: COTANGENT_SCALE * _normal_like(value, _generator(seed, f"cotangent {name}"))
         for name, value in outputs.items()

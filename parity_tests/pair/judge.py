@@ -3,26 +3,23 @@
 import dataclasses
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from parity_tests.judge.comparison import TensorResult
+from parity_tests.judge.comparison import UNDECIDED, TensorResult, refused, same_bits, within
+from parity_tests.judge.dtypes import is_complex, is_inexact
 from parity_tests.judge.records import row_from_result
-from parity_tests.pair.buffers import refuse_unmapped
 from parity_tests.pair.calibration import SEMANTIC_SCALE, calibrated_bound, constants_bound
-from parity_tests.pair.casts import is_complex, is_inexact
+from parity_tests.pair.inspection import Remarks, refuse_unmapped
 from parity_tests.pair.legs import Pair, Values, running
-from parity_tests.pair.remarks import Remarks
 from parity_tests.pair.report import PairRow
-from parity_tests.pair.side import CANNOT_RUN, Ensemble
-from parity_tests.pair.state import PREFIX, is_output, updated
-from parity_tests.pair.verdict import UNDECIDED, refused, same_bits, undecided, within
+from parity_tests.pair.side import CANNOT_RUN, PREFIX, SHOWN, Ensemble, is_output, updated
 from parity_tests.report.text import first_line
 
 KEYS = ("torch", "jax")
 _BOTH = "torch+jax"
 _MOST_SHOWN = 6
-_SHOWN = {"torch": "torch", "jax": "flax"}
 INFERENCE = "without gradients, as in inference: "
 COMPLEX = (
     "complex tensors are compared by real and imaginary part; their gradients are dL/dRe + i dL/dIm, PyTorch's "
@@ -32,7 +29,7 @@ COMPLEX = (
 
 @dataclass
 class Evidence:
-    """What the judge computed on the semantic leg; the search for a cause starts from it.
+    """Values of the semantic leg, from which the search for a cause starts.
 
     Attributes:
         values: stored in float32.
@@ -50,17 +47,13 @@ class Evidence:
     results: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     random: tuple[str, ...] = ()
 
+    def limit(self, name: str) -> Any:
+        """Return how far the two sides may lie apart in float64."""
+        return self.bounds["torch"].get(name, 0.0) + self.bounds["jax"].get(name, 0.0)
+
 
 class Judge:
-    """Judges one pair for one seed.
-
-    Args:
-        pair: both sides, mapped.
-        seed: of parameters, inputs, cotangents and noise.
-        gradients: whether gradients are compared.
-        semantic: whether float64 is compared.
-        state: whether the buffers that a call updates are compared.
-    """
+    """Judge one pair for one seed."""
 
     def __init__(
         self, pair: Pair, seed: int, gradients: bool = True, semantic: bool = True, state: bool = True
@@ -78,7 +71,7 @@ class Judge:
         self._missing: dict[str, list[str]] = {}
 
     def rows(self, dtypes: Sequence[str]) -> Iterator[PairRow]:
-        """Yields every comparison, lowest rung first within a leg."""
+        """Yield every comparison, lowest rung first within a leg."""
         for dtype in dtypes:
             yield from self._weights(dtype)
         values = self._pair.values("float32", self._seed)
@@ -101,7 +94,7 @@ class Judge:
         if dtypes and all(self._missing.get(dtype) for dtype in dtypes):
             reasons = "; ".join(dict.fromkeys(reason for found in self._missing.values() for reason in found))
             reason = f"no dtype that was asked for ({', '.join(dtypes)}) could be compared on both sides: {reasons}"
-            yield self._row(undecided("y", reason), _BOTH, dtypes[0], "forward")
+            yield self._row(refused("y", reason, UNDECIDED), _BOTH, dtypes[0], "forward")
 
     def _weights(self, dtype: str) -> Iterator[PairRow]:
         values, mapping = self._pair.values(dtype, self._seed), self._pair.mapping
@@ -115,7 +108,7 @@ class Judge:
                 yield self._row(same_bits(name, through_flax[name], expected), "jax", dtype, "weights", "exact")
 
     def _semantic_leg(self, values: Values) -> Generator[PairRow, None, bool]:
-        """Both sides in float64 on the same float32 numbers; returns whether their outputs have the same shapes."""
+        """Compare both sides in float64 on the same float32 numbers; return whether their outputs have equal shapes."""
         shapes = {"torch": self._pair.forward("torch", values), "jax": self._pair.outline("jax", values)}
         shapes["torch"] = {name: array for name, array in shapes["torch"].items() if is_output(name)}
         if set(shapes["torch"]) != set(shapes["jax"]):
@@ -162,20 +155,19 @@ class Judge:
         yield from self._says_nothing(outputs["torch"], outputs["jax"])
         if self._semantic:
             for name, expected in outputs["torch"].items():
-                limit = bounds["torch"].get(name, 0.0) + bounds["jax"].get(name, 0.0)
-                result = within(name, outputs["jax"][name], expected, limit)
+                result = within(name, outputs["jax"][name], expected, self.evidence.limit(name))
                 yield self._row(result, _BOTH, "float64", self._rung(name), mode="truth")
         return True
 
     def _trained_alone(self) -> Iterator[PairRow]:
-        """Fails what is kept as a constant on one side, without counterpart, and has a gradient there."""
-        for key, side in (("torch", "torch"), ("jax", "flax")):
+        """Fail arrays that are kept as constants on one side, without counterpart, and have a gradient there."""
+        for key, side in SHOWN.items():
             for name in self._pair.trained_alone[key]:
                 reason = f"{name} is kept as it is, without counterpart, but the {side} side trains it; freeze it there"
                 yield self._row(refused(f"d_{name}", reason), _BOTH, "float64", "gradients", mode="truth")
 
     def _says_nothing(self, torch: Mapping[str, np.ndarray], jax: Mapping[str, np.ndarray]) -> Iterator[PairRow]:
-        """Fails a pair whose outputs are empty, zero or not finite on both sides: any two modules agree on that."""
+        """Fail a pair whose outputs are empty, zero or not finite on both sides: any two modules agree on that."""
         shown = [name for name in torch if _is_informative(torch[name]) or _is_informative(jax[name])]
         if not any(self._rung(name) == "forward" for name in shown):
             reason = (
@@ -192,7 +184,7 @@ class Judge:
             self.notes.add(f"not finite in places: {', '.join(partly)}")
 
     def _leg(self, dtype: str) -> Iterator[PairRow]:
-        """Both sides as they are, in one dtype, against their truths and against each other."""
+        """Compare both sides as they are, in one dtype, with their truths and with each other."""
         evidence = self.evidence
         values = evidence.values if dtype == "float32" else self._pair.values(dtype, self._seed)
         assert values is not None
@@ -244,7 +236,7 @@ class Judge:
                 yield self._row(within(name, results["jax"][name], expected, limit), _BOTH, dtype, self._rung(name))
 
     def _note_overflow(self, values: Values) -> None:
-        """What a leg's format cannot hold is infinite in it, on both sides and in both truths."""
+        """Note the arrays with numbers beyond a leg's format: they are infinite on both sides and in both truths."""
         assert self.evidence.values is not None
         inputs = {f"inputs[{k}]": array for k, array in enumerate(values.inputs["torch"])}
         wide = {f"inputs[{k}]": array for k, array in enumerate(self.evidence.values.inputs["torch"])}
@@ -256,17 +248,17 @@ class Judge:
             self.notes.add(f"{values.dtype} cannot hold all numbers of {', '.join(lost)}: they are infinite in it")
 
     def _cannot(self, error: Exception, key: str, dtype: str, rung: str) -> PairRow:
-        """The function runs in float64, as the semantic leg has shown: what fails is this format, here."""
+        """Skip a format that fails here: the function runs in float64, as the semantic leg has shown."""
         reason = f"{type(error).__name__}: {first_line(error)}"
         self._missing.setdefault(dtype, []).append(f"{key} {rung}: {reason}")
         return self._row(refused("", reason), key, dtype, rung, "skipped")
 
     def _without_truth(self, error: Exception, key: str, dtype: str) -> PairRow:
         reason = (
-            f"the {_SHOWN[key]} side has no float64 truth, so that there is nothing to judge by: "
+            f"the {SHOWN[key]} side has no float64 truth, so that there is nothing to judge by: "
             f"{type(error).__name__}: {first_line(error)}"
         )
-        return self._row(undecided("y", reason), key, dtype, "forward")
+        return self._row(refused("y", reason, UNDECIDED), key, dtype, "forward")
 
     def _truths_and_bounds(self, key: str, values: Values) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         dtype, evidence = values.dtype, self.evidence
@@ -298,7 +290,7 @@ class Judge:
         }
 
     def _moved_by_constants(self, values: Values) -> dict[str, dict[str, np.ndarray]]:
-        """How far constants that were rounded before the call may move either side's results, by side and tensor.
+        """Return by side and tensor how far constants rounded before the call may move results.
 
         Where one side has stored what the other computes (a rotary table), the computation counts as float32's.
         """
@@ -309,7 +301,7 @@ class Judge:
         for key in KEYS:
             if found[key].spread and (shown := (*found[key].stored, *found[key].literals)):
                 listed = ", ".join(shown[:_MOST_SHOWN]) + ", ..." * (len(shown) > _MOST_SHOWN)
-                self.notes.add(f"constants of the {_SHOWN[key]} side that count as rounded, in float64 too: {listed}")
+                self.notes.add(f"constants of the {SHOWN[key]} side that count as rounded, in float64 too: {listed}")
         return {
             key: {
                 name: constants_bound(spread, constants.members)
@@ -322,7 +314,7 @@ class Judge:
         return "forward" if is_output(name) else "gradients" if name.startswith("d_") else "state"
 
     def _compared(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Without the buffers that no call updates, which the rung of the weights has, and what is left out."""
+        """Leave out the buffers that no call updates (the weights' rung has them), and what is not compared."""
         left_out = {f"d_{name}" for name in self.untrained}
         return {
             name: array
@@ -336,21 +328,21 @@ class Judge:
         self, result: TensorResult, key: str, dtype: str, rung: str, bound: str = "calibrated", *, mode: str = ""
     ) -> PairRow:
         names = {key: side.name for key, side in self._pair.sides.items()}
-        plain = row_from_result(
-            result,
-            kind="pair" if key == _BOTH else "oracle",
-            framework=key,
-            implementation=names.get(key, f"{names['torch']}+{names['jax']}"),
-            dtype=dtype,
-            case=f"{self._pair.name} seed {self._seed}",
-            mode=mode,
-        )
+        where: dict[str, Any] = {
+            "kind": "pair" if key == _BOTH else "oracle",
+            "framework": key,
+            "implementation": names.get(key, f"{names['torch']}+{names['jax']}"),
+            "dtype": dtype,
+            "case": f"{self._pair.name} seed {self._seed}",
+            "mode": mode,
+            "rung": rung,
+            "bound": bound,
+        }
         if result.status == UNDECIDED:
-            plain, bound = dataclasses.replace(plain, status="mismatch"), UNDECIDED
+            where |= {"status": "mismatch", "bound": UNDECIDED}
         if bound == "skipped":
-            plain = dataclasses.replace(plain, status="skipped", max_abs_error=None, bound_fraction=None)
-        fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
-        return self.remarks.added(PairRow(**fields, rung=rung, bound=bound))
+            where |= {"status": "skipped", "max_abs_error": None, "bound_fraction": None}
+        return self.remarks.added(row_from_result(result, PairRow, **where))
 
 
 def _is_informative(value: np.ndarray) -> bool:

@@ -7,26 +7,25 @@ report at the end. Whatever happens to the child, the parent has the rows so far
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S, GREETING_S, Channel, Interpreter, Message
 from parity_tests.interpreters.process import ProcessError, clipped
-from parity_tests.pair.report import PairReport, PairRow
+from parity_tests.pair.report import PairReport, PairRow, Tell
 from parity_tests.report.interruption import Interruption
 from parity_tests.report.text import located
 
-# What an interpreter that the child starts may take to greet, and the child to say that it did not.
+# Seconds in which an interpreter that the child starts must greet, or the child report that it did not.
 _BESIDE_S = GREETING_S + 10.0
 _MOST_SENTENCE = 1000
 _SHOWN_LINES = 20
-Tell = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What came of a check in a process of its own.
+    """The outcome of a check in a process of its own.
 
     Attributes:
         report: of what was compared; `stopped` says why it is not all.
@@ -45,7 +44,7 @@ def judge_apart(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     interruption: Interruption | None = None,
 ) -> Judgement:
-    """Judges a named pair in a process of its own, which is ended with all that it started.
+    """Judge a named pair in a process of its own, which is ended with all that it started.
 
     Args:
         spec: `package.module:factory`, importable from where this process imports.
@@ -80,7 +79,7 @@ def judge_apart(
 
 
 class _Heard:
-    """What the child has said so far."""
+    """The messages of the child so far."""
 
     def __init__(self, spec: str) -> None:
         self._spec = spec
@@ -89,7 +88,7 @@ class _Heard:
         self.report: PairReport | None = None
 
     def take(self, message: Message) -> None:
-        """Takes the next message."""
+        """Take the next message."""
         if "step" in message:
             self.step = message["step"]
         elif "row" in message:
@@ -100,7 +99,7 @@ class _Heard:
             self.report = _report(message["report"])
 
     def stopped(self, sentence: str) -> PairReport:
-        """Returns a report of what there is, which says why there is no more."""
+        """Return a report of the rows so far, with the reason for its early end."""
         return PairReport(self._spec, self._rows, stopped=sentence)
 
 
@@ -113,16 +112,12 @@ def _report(fields: Message) -> PairReport:
 
 
 def _with_tuples(fields: Message) -> Message:
-    """Gives the sequences of a record back their kind: JSON has one, and records hold tuples."""
+    """Turn lists, the one kind of sequence that JSON has, back into the tuples of records."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def main(channel: Channel) -> None:
-    """Judges the pair that the parent asks for, and tells it every step, every row and the outcome.
-
-    Args:
-        channel: to the parent.
-    """
+    """Judge the pair that the parent asks for; send every step, every row and the outcome."""
     asked = channel.receive()
     if asked is None:
         return
@@ -135,12 +130,7 @@ def main(channel: Channel) -> None:
 
 
 def outcome(spec: str, arguments: Mapping[str, Any], tell: Tell) -> Message:
-    """Judges a named pair in this process.
-
-    Args:
-        spec: `package.module:factory`.
-        arguments: of `check_pair`.
-        tell: is called with every step, a text, and every row.
+    """Judge a named pair in this process.
 
     Returns:
         The last message: `report` with its fields, or `refused` with one sentence.

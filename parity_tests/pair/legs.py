@@ -3,13 +3,11 @@
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from parity_tests.judge.dtypes import numpy_dtype
-from parity_tests.pair.buffers import LeftOut
-from parity_tests.pair.casts import as_stored, format_name, is_inexact, roundoff
+from parity_tests.judge.dtypes import as_stored, format_name, is_inexact, numpy_dtype, roundoff
 from parity_tests.pair.draws import (
     Draw,
     InputSource,
@@ -21,9 +19,18 @@ from parity_tests.pair.draws import (
     is_one_signed,
 )
 from parity_tests.pair.mapping import ParameterMapping, Rule
-from parity_tests.pair.patterns import AxisPattern, MappingError
-from parity_tests.pair.side import Arrays, Constants, Ensemble, ParameterSpec, Side
-from parity_tests.pair.state import PREFIX, is_output, state_of, updated
+from parity_tests.pair.patterns import AxisPattern, LeftOut, MappingError, both_layouts, permutation
+from parity_tests.pair.side import (
+    PREFIX,
+    Arrays,
+    Constants,
+    Ensemble,
+    ParameterSpec,
+    Side,
+    is_output,
+    state_of,
+    updated,
+)
 from parity_tests.report.text import first_line
 
 Tuple = tuple[np.ndarray, ...]
@@ -45,6 +52,10 @@ class Values:
     parameters: Mapping[str, Arrays]
     inputs: Mapping[str, Tuple]
     cotangents: Mapping[str, Arrays] | None
+
+    def of(self, key: str) -> tuple[Arrays, Tuple, Arrays | None]:
+        """Return the arguments of a side's methods: parameters, inputs and cotangents."""
+        return self.parameters[key], self.inputs[key], None if self.cotangents is None else self.cotangents[key]
 
 
 @dataclass
@@ -74,7 +85,7 @@ class Pair:
     left_out: LeftOut = field(default_factory=LeftOut)
 
     def __post_init__(self) -> None:
-        """Reads both sides and checks the rules."""
+        """Read both sides and checks the rules."""
         examples = self._both_inputs(draw_inputs(self.source, 0))
         self.specs: dict[str, dict[str, ParameterSpec]] = {}
         for key, side in self.sides.items():
@@ -90,14 +101,14 @@ class Pair:
         checked_scale(self.scale, self.source, self.mapping.drawn)
         self.updated: dict[str, frozenset[str]] = {}
         self.trained_alone: dict[str, tuple[str, ...]] = {}
-        # Unmapped arrays whose own values show in what is compared, see `buffers`.
+        # Unmapped arrays whose own values show in what is compared, see `inspection`.
         self.tables: tuple[tuple[str, str], ...] = ()
         self.notes: set[str] = set()
         self._signed: dict[int, frozenset[str]] = {}
         self._check_output_patterns()
 
     def _check_output_patterns(self) -> None:
-        """Refuses a pattern for an output that is not there: it would be applied to nothing."""
+        """Refuse a pattern for an output that is not there: it would be applied to nothing."""
         if not self.output_patterns:
             return
         values = self.values("float32", 0)
@@ -106,7 +117,7 @@ class Pair:
             raise MappingError(f"output_patterns: expected names among {', '.join(known)}, got {', '.join(unknown)}.")
 
     def values(self, dtype: str, seed: int) -> Values:
-        """Draws everything but the cotangents, rounded to the storage dtype."""
+        """Draw everything but the cotangents, rounded to the storage dtype."""
         if seed not in self._signed:
             self._signed[seed] = self._with_both_signs(seed)
         return self._values(dtype, seed, self._signed[seed])
@@ -126,7 +137,7 @@ class Pair:
         return Values(dtype, parameters, self._both_inputs(inputs), None)
 
     def _with_both_signs(self, seed: int) -> frozenset[str]:
-        """Names the one-signed parameters whose sign changes: all but those that leave no side finite.
+        """Name the one-signed parameters whose sign changes: all but those that leave no side finite.
 
         With a norm's scale that is positive throughout, its absolute value would be the same function. Where only one
         of the sides stays finite the functions differ, which shall be seen.
@@ -153,7 +164,7 @@ class Pair:
         return frozenset(names) - kept.keys()
 
     def _undefined(self, seed: int, signed: Sequence[str]) -> bool:
-        """Whether no side is finite where it was before these parameters changed their sign."""
+        """Tell whether no side stays finite where it was before these parameters changed their sign."""
         for key in self.sides:
             before, after = (self._outputs(key, seed, names) for names in (frozenset(), frozenset(signed)))
             if not any((np.isfinite(before[name]) & ~np.isfinite(after[name])).any() for name in before):
@@ -161,7 +172,7 @@ class Pair:
         return True
 
     def _matters(self, seed: int, name: str) -> bool:
-        """Whether a parameter that has changed its sign still changes the outputs of a side."""
+        """Tell whether a parameter that has changed its sign still changes the outputs of a side."""
         found = ((self._outputs(key, seed, frozenset([name]), larger) for larger in ("", name)) for key in self.sides)
         return any(any(first[n].tobytes() != second[n].tobytes() for n in first) for first, second in found)
 
@@ -172,14 +183,9 @@ class Pair:
         return {name: array for name, array in results.items() if is_output(name) and is_inexact(array)}
 
     def with_cotangents(self, values: Values, outputs: Mapping[str, Arrays], seed: int) -> Values:
-        """Adds random cotangents for the real and complex outputs, in a format that each side's output can hold.
+        """Add random cotangents for the real and complex outputs, in a format that each side's output can hold.
 
         They are zero where an output is not finite: no loss that is a number depends on it.
-
-        Args:
-            values: without cotangents.
-            outputs: by side, in torch names, as the sides return them; zeros where only the dtypes are known.
-            seed: of the draw.
         """
         like: dict[str, np.ndarray] = {}
         for name, array in (item for found in outputs.values() for item in found.items() if is_output(item[0])):
@@ -201,18 +207,17 @@ class Pair:
             name: self._output(name, array.shape).forward(array) if name in self.output_patterns else array
             for name, array in drawn.items()
         }
-        return Values(values.dtype, values.parameters, values.inputs, {"torch": drawn, "jax": other})
+        return replace(values, cotangents={"torch": drawn, "jax": other})
 
     def outline(self, key: str, values: Values) -> dict[str, np.ndarray]:
-        """Zeros of the shapes of a side's outputs, in torch names."""
+        """Return zeros of the shapes of a side's outputs, in torch names."""
         with running(key, values.inputs[key]):
             found = self.sides[key].outline(values.parameters[key], values.inputs[key])
         return self.as_torch(key, {name: array for name, array in found.items() if is_output(name)})
 
     def truth(self, key: str, values: Values, variant: str = "") -> dict[str, np.ndarray]:
-        """A side's float64 truth, in torch names; notes in `updated` which of the side's buffers the call changed."""
-        cotangents = None if values.cotangents is None else values.cotangents[key]
-        arrays = self.sides[key].truth(values.parameters[key], values.inputs[key], cotangents, variant)
+        """Return a side's float64 truth, in torch names; note in `updated` the buffers that the call changed."""
+        arrays = self.sides[key].truth(*values.of(key), variant)
         self.updated[key] = updated(arrays, values.parameters[key])
         self.trained_alone[key] = tuple(
             block.name
@@ -222,33 +227,29 @@ class Pair:
         return self.as_torch(key, arrays, values.parameters[key])
 
     def changed(self, key: str) -> tuple[str, ...]:
-        """Names, on its own side, of the buffers that the last truth has changed; none before there was one."""
+        """Return the names, on its own side, of the buffers that the last truth has changed."""
         return tuple(sorted(self.updated.get(key, ())))
 
     def forward(self, key: str, values: Values) -> dict[str, np.ndarray]:
-        """A side's outputs without gradients, in torch names."""
+        """Return a side's outputs without gradients, in torch names."""
         arrays = self.sides[key].forward(values.parameters[key], values.inputs[key])
         return self.as_torch(key, arrays, values.parameters[key])
 
     def vjp(self, key: str, values: Values) -> dict[str, np.ndarray]:
-        """A side's outputs and gradients, in torch names."""
-        assert values.cotangents is not None
-        arrays = self.sides[key].vjp(values.parameters[key], values.inputs[key], values.cotangents[key])
+        """Return a side's outputs and gradients, in torch names."""
+        parameters, inputs, cotangents = values.of(key)
+        assert cotangents is not None
+        arrays = self.sides[key].vjp(parameters, inputs, cotangents)
         return self.as_torch(key, arrays, values.parameters[key])
 
     def ensemble(self, key: str, values: Values, dtype: str, seed: int) -> Ensemble:
-        """A side's rounding-noise ensemble, in torch names."""
-        cotangents = None if values.cotangents is None else values.cotangents[key]
-        found = self.sides[key].ensemble(values.parameters[key], values.inputs[key], cotangents, dtype, seed)
-        still = {name: np.zeros(array.shape) for name, array in values.parameters[key].items()}
-        centre, spread, kinks = (
-            self.as_torch(key, arrays, still) for arrays in (found.centre, found.spread, found.kinks)
-        )
-        return Ensemble(centre, spread, kinks, found.members, found.notes)
+        """Return a side's rounding-noise ensemble, in torch names."""
+        found = self.sides[key].ensemble(*values.of(key), dtype, seed)
+        fields = {name: self._spread(key, getattr(found, name), values) for name in ("centre", "spread", "kinks")}
+        return replace(found, **fields)
 
     def constants(self, key: str, values: Values, computed: bool) -> Constants:
-        """What a side's rounded constants may move, in torch names; see `Side.constants`."""
-        cotangents = None if values.cotangents is None else values.cotangents[key]
+        """Return how far a side's rounded constants may move results, in torch names; see `Side.constants`."""
         constant = {*self.mapping.constants(key)}
         # A narrow format that a module has stored a buffer in has rounded it, whatever the leg widens it to.
         buffers = {
@@ -257,13 +258,16 @@ class Pair:
             if name in constant and is_inexact(spec.value)
         }
         named = {name: format_name(dtype) for name, dtype in buffers.items()}
-        found = self.sides[key].constants(values.parameters[key], values.inputs[key], cotangents, named, computed)
+        found = self.sides[key].constants(*values.of(key), named, computed)
+        return replace(found, spread=self._spread(key, found.spread, values) if found.spread else {})
+
+    def _spread(self, key: str, arrays: Arrays, values: Values) -> dict[str, np.ndarray]:
+        """Return statistics of a side's results in torch names; what it returns none for did not move."""
         still = {name: np.zeros(array.shape) for name, array in values.parameters[key].items()}
-        spread = self.as_torch(key, found.spread, still) if found.spread else {}
-        return Constants(spread, found.stored, found.literals, found.members)
+        return self.as_torch(key, arrays, still)
 
     def as_torch(self, key: str, arrays: Arrays, given: Arrays | None = None) -> dict[str, np.ndarray]:
-        """Renames and rearranges a side's results; gradients and state of what has no counterpart are left out.
+        """Rename and rearrange a side's results, without gradients and state of arrays that have no counterpart.
 
         Args:
             key: the side.
@@ -286,7 +290,7 @@ class Pair:
         return result
 
     def _in_torch_names(self, prefix: str, key: str, names: Sequence[str], found: Arrays) -> dict[str, np.ndarray]:
-        """Arrays of one side under torch names; a gradient that a side does not have is zero."""
+        """Return arrays of one side under torch names; a gradient that a side lacks is zero."""
         if key == "jax":
             by_name = self.mapping.to_torch(found, names)
         else:
@@ -303,22 +307,22 @@ class Pair:
 
     def _input(self, position: int) -> AxisPattern | None:
         pattern = self.input_patterns.get(position)
-        return None if pattern is None else _permutation(pattern, self.shapes[position])
+        return None if pattern is None else permutation(pattern, self.shapes[position])
 
     def _output(self, name: str, shape: tuple[int, ...]) -> AxisPattern:
-        return _permutation(self.output_patterns[name], shape)
+        return permutation(self.output_patterns[name], shape)
 
     def _back(self, name: str, array: np.ndarray) -> np.ndarray:
         pattern = self.output_patterns.get(name)
         if pattern is None:
             return array
         left, _, right = pattern.partition("->")
-        return _permutation(f"{right} -> {left}", array.shape).forward(array)
+        return permutation(f"{right} -> {left}", array.shape).forward(array)
 
 
 @contextlib.contextmanager
 def running(key: str, inputs: Tuple) -> Iterator[None]:
-    """Says in one sentence that a module does not run at all, with what it said itself."""
+    """Raise one sentence with the module's own message if it does not run at all."""
     try:
         yield
     except (MappingError, ConnectionError):
@@ -329,38 +333,9 @@ def running(key: str, inputs: Tuple) -> Iterator[None]:
         module, side = ("torch_module", "torch") if key == "torch" else ("flax_module", "flax")
         shapes = ", ".join(f"{array.dtype} {array.shape}" for array in inputs)
         layout = "" if key == "torch" else ", input_patterns= if its layout is another"
-        # What an interpreter of its own refuses names its kind already.
+        # A refusal by another interpreter names its kind already.
         kind = "" if type(error).__name__ == "RemoteError" else f"{type(error).__name__}: "
         raise ValueError(
             f"{module}: expected a module that runs on its inputs ({shapes}), got {kind}{first_line(error)}; "
             f"check inputs=, {side}_kwargs={layout}."
         ) from error
-
-
-def both_layouts(inputs: Tuple, patterns: Mapping[int, str]) -> dict[str, Tuple]:
-    """Inputs by side, from the torch side's layout.
-
-    Args:
-        inputs: in the torch side's layout.
-        patterns: by position, where the flax side's layout differs.
-
-    Raises:
-        MappingError: if a pattern does not fit its input, or there is no such input.
-    """
-    for position in patterns:
-        if not isinstance(position, int) or not 0 <= position < len(inputs):
-            raise MappingError(f"input_patterns: expected positions below {len(inputs)}, got {position!r}.")
-    flax = (_permutation(patterns[k], x.shape).forward(x) if k in patterns else x for k, x in enumerate(inputs))
-    return {"torch": inputs, "jax": tuple(flax)}
-
-
-def _permutation(pattern: str, shape: tuple[int, ...]) -> AxisPattern:
-    """An axis pattern of inputs or outputs: a permutation, so that one shape decides the other."""
-    left, arrow, right = pattern.partition("->")
-    axes = left.split()
-    if not arrow or sorted(axes) != sorted(right.split()) or len(set(axes)) != len(axes) or "(" in pattern:
-        raise MappingError(f"pattern: expected a permutation such as 'b c h w -> b h w c', got {pattern!r}.")
-    if len(axes) != len(shape):
-        raise MappingError(f"pattern {pattern!r}: expected {len(axes)} axes, got shape {shape}.")
-    length = dict(zip(axes, shape, strict=True))
-    return AxisPattern(pattern, shape, tuple(length[axis] for axis in right.split()))

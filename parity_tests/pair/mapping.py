@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.judge.dtypes import numpy_dtype
-from parity_tests.pair.casts import as_stored, exactly, format_name, is_inexact, roundoff
+from parity_tests.judge.dtypes import as_stored, exactly, format_name, is_inexact, numpy_dtype, roundoff
 from parity_tests.pair.patterns import AxisPattern, MappingError
 from parity_tests.pair.side import Arrays, ParameterSpec
 
@@ -51,7 +50,7 @@ class Link:
 
 
 def _spelled(name: str, side: str, specs: Specs) -> str:
-    """The name of an array, as the framework spells it or with dots for slashes."""
+    """Return the name of an array, as the framework spells it or with dots for slashes."""
     if name in specs:
         return name
     alike = [known for known in specs if known.replace("/", ".") == name.replace("/", ".")]
@@ -144,7 +143,7 @@ def _coverage(specs: Specs, blocks: Sequence[Block]) -> dict[str, np.ndarray]:
 
 
 def _elements(counts: np.ndarray, wanted: np.ndarray) -> str:
-    """Says which part of an array is meant: the whole, or the box around the elements."""
+    """Say which part of an array is meant: the whole, or the box around the elements."""
     if wanted.all():
         return ""
     where = np.argwhere(wanted)
@@ -162,7 +161,7 @@ class ParameterMapping:
             as it is by `"keep"` in the place of `"0"`; `"keep"` as the last entry of a rule with two names says
             that both sides keep their own values, which must be the same.
         torch: parameters and buffers of the torch side.
-        flax: those of the flax side.
+        flax: parameters and buffers of the flax side.
         left_out: which frozen parameters may be unmapped: `(side, name) -> bool`. A buffer always may be.
 
     Raises:
@@ -187,7 +186,7 @@ class ParameterMapping:
         self._check_coverage(counts, left_out or (lambda side, name: False))
 
     def _check_coverage(self, counts: Mapping[str, Mapping[str, np.ndarray]], left_out: Any) -> None:
-        """Refuses elements that are used twice, and parameters and partly mapped buffers with elements left over."""
+        """Refuse elements that are used twice, and parameters and partly mapped buffers with elements left over."""
         unused: dict[str, list[str]] = {}
         for side, by_name in counts.items():
             specs = self._specs[side]
@@ -214,28 +213,28 @@ class ParameterMapping:
 
     @property
     def held_at_zero(self) -> tuple[str, ...]:
-        """The rules whose block has no counterpart and is at zero."""
+        """Return the rules whose block has no counterpart and is at zero."""
         return tuple(link.text for link in self.links if link.pattern is None and not link.keep)
 
     @property
     def kept_by_both(self) -> frozenset[str]:
-        """The torch arrays of which both sides keep their own values."""
+        """Return the torch arrays of which both sides keep their own values."""
         return frozenset(link.torch.name for link in self.links if link.keep and link.torch and link.flax)
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The rules that leave values as they are."""
+        """Return the rules that leave values as they are."""
         return tuple(link.text for link in self.links if link.keep)
 
     def kept_alone(self, side: str) -> Iterator[Block]:
-        """The blocks of one side that stay as they are and have no counterpart."""
+        """Return the blocks of one side that stay as they are and have no counterpart."""
         for link in self.links:
             block = link.torch if side == "torch" else link.flax
             if link.keep and link.pattern is None and block is not None:
                 yield block
 
     def constants(self, side: str) -> tuple[str, ...]:
-        """The arrays of one side that are its own affair: unmapped, or kept as a whole without counterpart."""
+        """Return the arrays of one side without counterpart: unmapped, or kept as a whole."""
         side = "torch" if side == "torch" else "flax"
         blocks = [(link, getattr(link, side)) for link in self.links]
         others = {block.name for link, block in blocks if block and not (link.keep and link.pattern is None)}
@@ -244,16 +243,16 @@ class ParameterMapping:
 
     @property
     def drawn(self) -> tuple[str, ...]:
-        """The torch arrays that are mapped and do not stay as they are."""
+        """Return the torch arrays that are mapped and do not stay as they are."""
         return tuple(name for name in self.torch_names if not all(link.keep for link in self._links(name)))
 
     def _flax_of(self, name: str) -> list[ParameterSpec]:
-        """The flax arrays that hold a torch array's elements."""
+        """Return the flax arrays that hold a torch array's elements."""
         return [self._specs["flax"][link.flax.name] for link in self._links(name) if link.flax is not None]
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """The torch arrays that are mapped and trained on either side."""
+        """Return the torch arrays that are mapped and trained on either side."""
         torch = self._specs["torch"]
         return tuple(
             name
@@ -263,18 +262,18 @@ class ParameterMapping:
 
     @property
     def half_trained(self) -> tuple[str, ...]:
-        """The torch arrays that are frozen, or buffers, and mapped to parameters of the flax side."""
+        """Return the torch arrays that are frozen, or buffers, and mapped to parameters of the flax side."""
         return tuple(name for name in self.trained if not self._specs["torch"][name].trainable)
 
     @property
     def untrained(self) -> tuple[str, ...]:
-        """The frozen torch parameters that are mapped to what is no parameter of the flax side either."""
+        """Return the frozen torch parameters that are mapped to what is no parameter of the flax side either."""
         trained, torch = set(self.trained), self._specs["torch"]
         return tuple(n for n in self.torch_names if torch[n].frozen and n not in trained and self._flax_of(n))
 
     @property
     def stateful(self) -> tuple[str, ...]:
-        """The torch arrays that are mapped, and are buffers on either side."""
+        """Return the torch arrays that are mapped, and are buffers on either side."""
         torch = self._specs["torch"]
         return tuple(
             name
@@ -287,7 +286,7 @@ class ParameterMapping:
         return [link for link in self.links if link.torch is not None and link.torch.name == name]
 
     def compared(self, name: str) -> np.ndarray:
-        """Which elements of a torch array have a counterpart, as booleans of its shape."""
+        """Return a mask of the elements of a torch array that have a counterpart."""
         mask = np.ones(self._specs["torch"][name].value.shape, bool)
         for link in self._links(name):
             if link.flax is None and link.torch is not None:
@@ -295,16 +294,11 @@ class ParameterMapping:
         return mask
 
     def without_held(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        """The same torch arrays, with the blocks that have no counterpart at zero."""
+        """Return the same torch arrays, with the blocks that have no counterpart at zero."""
         return {name: np.where(self.compared(name), array, array.dtype.type(0)) for name, array in arrays.items()}
 
     def both(self, drawn: Arrays, own: Mapping[str, Arrays]) -> dict[str, dict[str, np.ndarray]]:
-        """All arrays of both sides, `torch` and `jax`: the numbers drawn, zeros and what is kept in their places.
-
-        Args:
-            drawn: torch arrays.
-            own: the arrays that either side holds by itself, in the storage dtype.
-        """
+        """Return all arrays of both sides, `torch` and `jax`: drawn numbers, zeros and kept values in their places."""
         torch = dict(own["torch"]) | self.without_held(drawn)
         for link in self.links:
             if link.keep and link.torch is not None:
@@ -317,16 +311,11 @@ class ParameterMapping:
         return {"torch": torch, "jax": dict(own["jax"]) | flax}
 
     def to_flax(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        """Flax arrays with the numbers of torch arrays, in their formats; integers in the flax array's own."""
+        """Return flax arrays with the numbers and formats of torch arrays; integers in the flax array's own format."""
         return self._carried("torch", "flax", arrays, self.flax_names)
 
     def to_torch(self, arrays: Arrays, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """Torch arrays with the numbers of flax arrays, likewise; blocks without counterpart are 0.
-
-        Args:
-            arrays: by flax path; what is missing, the gradient of a buffer, counts as zero.
-            names: the torch arrays wanted; default: all that are mapped.
-        """
+        """Return torch arrays with the numbers of flax arrays, likewise; blocks without counterpart are 0."""
         return self._carried("flax", "torch", arrays, self.torch_names if names is None else names)
 
     def _carried(self, source: str, target: str, arrays: Arrays, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -1,14 +1,17 @@
-"""Axis patterns between two layouts of one array: `"(h d) i -> i h d"`, with the lengths solved from both shapes."""
+"""Axis patterns between two layouts of an array, `"(h d) i -> i h d"`, and name patterns of what is left out."""
 
+import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 
 import einops
 import numpy as np
 
+_GRADIENT = "d_"
+
 
 class MappingError(ValueError):
-    """A parameter mapping that is not a bijection between the two sides, or does not fit their shapes and types."""
+    """Refuse a parameter mapping that is no bijection between the sides, or does not fit their shapes and types."""
 
 
 def _groups(side: str, pattern: str) -> list[tuple[str, ...]]:
@@ -21,7 +24,7 @@ def _groups(side: str, pattern: str) -> list[tuple[str, ...]]:
 
 
 def _solve(groups: Sequence[tuple[str, ...]], shape: Sequence[int], known: dict[str, int]) -> bool:
-    """Fills in the lengths that one side decides; True if something new was learnt. None of it is checked here."""
+    """Fill in the lengths that one side decides, unchecked; return whether something new was learnt."""
     learnt = False
     for group, size in zip(groups, shape, strict=True):
         unknown = [axis for axis in group if axis not in known and not axis.isdigit()]
@@ -39,7 +42,7 @@ def _lengths_of(groups: Sequence[tuple[str, ...]], known: Mapping[str, int]) -> 
 
 
 class AxisPattern:
-    """A permutation, grouping and splitting of axes that maps one shape to another, and back.
+    """Permute, group and split the axes of one shape into another, and back; lengths are solved from both shapes.
 
     Args:
         pattern: einops style, `"o i -> i o"`; empty for the same shape.
@@ -98,13 +101,80 @@ class AxisPattern:
             ) from None
 
     def forward(self, array: np.ndarray) -> np.ndarray:
-        """From the left layout to the right one; of an array without axes also the NumPy scalar that it gives."""
+        """Rearrange the left layout to the right one; of an array without axes also a NumPy scalar."""
         return np.array(einops.rearrange(np.asarray(array), self.pattern, **self._lengths)) if self.pattern else array
 
     def backward(self, array: np.ndarray) -> np.ndarray:
-        """From the right layout to the left one."""
+        """Rearrange the right layout to the left one."""
         return np.array(einops.rearrange(np.asarray(array), self._reverse, **self._lengths)) if self.pattern else array
 
 
 def _text(groups: Sequence[tuple[str, ...]]) -> str:
     return " ".join(group[0] if len(group) == 1 else f"({' '.join(group)})" for group in groups)
+
+
+def both_layouts(inputs: tuple[np.ndarray, ...], patterns: Mapping[int, str]) -> dict[str, tuple[np.ndarray, ...]]:
+    """Return the inputs of each side.
+
+    Raises:
+        MappingError: if a pattern does not fit its input, or there is no such input.
+    """
+    for position in patterns:
+        if not isinstance(position, int) or not 0 <= position < len(inputs):
+            raise MappingError(f"input_patterns: expected positions below {len(inputs)}, got {position!r}.")
+    flax = (permutation(patterns[k], x.shape).forward(x) if k in patterns else x for k, x in enumerate(inputs))
+    return {"torch": inputs, "jax": tuple(flax)}
+
+
+def permutation(pattern: str, shape: tuple[int, ...]) -> AxisPattern:
+    """Return an axis pattern of inputs or outputs: a permutation, so that one shape decides the other."""
+    left, arrow, right = pattern.partition("->")
+    axes = left.split()
+    if not arrow or sorted(axes) != sorted(right.split()) or len(set(axes)) != len(axes) or "(" in pattern:
+        raise MappingError(f"pattern: expected a permutation such as 'b c h w -> b h w c', got {pattern!r}.")
+    if len(axes) != len(shape):
+        raise MappingError(f"pattern {pattern!r}: expected {len(axes)} axes, got shape {shape}.")
+    length = dict(zip(axes, shape, strict=True))
+    return AxisPattern(pattern, shape, tuple(length[axis] for axis in right.split()))
+
+
+class LeftOut:
+    """Hold what `not_compared=` names: unmapped arrays of either side, and gradients (`d_<torch name>`).
+
+    Args:
+        patterns: names, in which `*` and `?` stand for any characters.
+
+    Raises:
+        TypeError: for anything but a sequence of strings.
+    """
+
+    def __init__(self, patterns: Sequence[str] = ()) -> None:
+        if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(
+                f"not_compared: expected a tuple of names or patterns, got {patterns!r}; for one pass ('running_*',)."
+            )
+        self._patterns = tuple(patterns)
+
+    def covers(self, name: str) -> bool:
+        """Return whether a pattern matches; a gradient only by a pattern that itself begins with `d_`."""
+        return any(_matches(name, pattern) for pattern in self._patterns)
+
+    def check(self, unmapped: Sequence[str], gradients: Sequence[str]) -> None:
+        """Refuse a pattern that names nothing.
+
+        Raises:
+            MappingError: with the names that there are.
+        """
+        for pattern in self._patterns:
+            if not any(_matches(name, pattern) for name in (*unmapped, *gradients)):
+                known = ", ".join(dict.fromkeys(unmapped)) or "none"
+                raise MappingError(
+                    f"not_compared: expected names or patterns of buffers and frozen parameters that no rule maps "
+                    f"({known}), or of gradients such as {next(iter(gradients), 'd_weight')}, got {pattern!r}."
+                )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if name.startswith(_GRADIENT) and not pattern.startswith(_GRADIENT):
+        return False
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)

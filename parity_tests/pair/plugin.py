@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def parity_pair(request: pytest.FixtureRequest) -> "Callable[..., PairReport]":
-    """Returns a function of `check_pair`'s arguments that fails the test unless the report is ok, and returns it.
+    """Return a function of `check_pair`'s arguments that fails the test unless the report is ok, and returns it.
 
     The modules run in the test's own process. The test itself is what reproduces a row: it makes the modules.
     Parameters are drawn around the scale of the initial ones, so that a test which seeds torch (`torch.manual_seed`)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from parity_tests.pair.draws import InputSource, draw_inputs
-from parity_tests.pair.legs import both_layouts
+from parity_tests.pair.loading import make_side
 from parity_tests.pair.mapping import KEEP, Rule
-from parity_tests.pair.side import ParameterSpec, make_side
+from parity_tests.pair.patterns import both_layouts
+from parity_tests.pair.side import ParameterSpec
 
 _SAME_LEAF = (
     {"weight", "kernel", "scale", "embedding", "w"},
@@ -40,7 +41,7 @@ class Proposal:
     left: tuple[str, ...]
 
     def __str__(self) -> str:
-        """The rules as Python, with the doubts as comments."""
+        """Return the rules as Python, with the doubts as comments."""
         lines = ["params = ["]
         lines += [f"    {rule!r}," for rule in self.rules]
         lines += ["]"]
@@ -67,12 +68,12 @@ def _leaf(name: str) -> str:
 
 
 def _is_called(leaf: str, kind: str) -> bool:
-    """Whether a name such as `weight_ih` or `in_proj_bias` is of a kind; single letters are whole names."""
+    """Tell whether a name such as `weight_ih` or `in_proj_bias` is of a kind; single letters are whole names."""
     return kind in leaf if len(kind) > 1 else kind == leaf
 
 
 def _fit(torch: ParameterSpec, flax: ParameterSpec) -> bool:
-    """Whether the one may be the other: a frozen parameter may be a buffer elsewhere."""
+    """Tell whether the one may be the other: a frozen parameter may be a buffer elsewhere."""
     numbers = [spec.value.dtype.kind in "iub" for spec in (torch, flax)]
     return numbers[0] == numbers[1] and (torch.frozen or torch.trainable == flax.trainable)
 
@@ -86,7 +87,7 @@ def _likeness(torch: str, flax: str) -> float:
 
 
 def _patterns(source: tuple[int, ...], target: tuple[int, ...], flax: str) -> list[str]:
-    """Patterns that take one shape to the other, the conventional one first."""
+    """Return patterns that take one shape to the other, the conventional one first."""
     found: list[tuple[bool, str]] = []
     axes = list(range(len(target)))
     # Flax kernels begin with the window, then the inputs, and end with the outputs; torch weights begin with the
@@ -108,7 +109,7 @@ def _patterns(source: tuple[int, ...], target: tuple[int, ...], flax: str) -> li
 
 
 def _grouped(sizes: Sequence[int], source: Sequence[int]) -> Iterator[list[list[int]]]:
-    """Splits `sizes` into consecutive runs whose products are `source`."""
+    """Split `sizes` into consecutive runs whose products are `source`."""
     if not source:
         if not sizes:
             yield []
@@ -144,12 +145,7 @@ def _candidates(torch: Mapping[str, ParameterSpec], flax: Mapping[str, Parameter
 
 
 def propose_rules(torch: Mapping[str, ParameterSpec], flax: Mapping[str, ParameterSpec]) -> Proposal:
-    """Matches arrays greedily by the likeness of their names among those whose shapes fit.
-
-    Args:
-        torch: arrays of the torch side.
-        flax: arrays of the flax side.
-    """
+    """Match arrays greedily by the likeness of their names among those whose shapes fit."""
     candidates = sorted(_candidates(torch, flax), key=lambda candidate: -candidate.score)
     chosen: dict[str, _Candidate] = {}
     used: set[str] = set()
@@ -185,7 +181,7 @@ def propose_rules(torch: Mapping[str, ParameterSpec], flax: Mapping[str, Paramet
 
 
 def _in_order(paths: tuple[str, ...]) -> tuple[str, ...]:
-    """Flax paths in the order in which torch stores such blocks, if their names are known ("query", or "hz")."""
+    """Order flax paths as torch stores such blocks, if their names are known ("query", or "hz")."""
     owners = [path.split(".")[-2] if "." in path else path for path in paths]
     for blocks in _BLOCKS:
         places = [next((k for k, block in enumerate(blocks) if owner.endswith(block)), None) for owner in owners]
@@ -215,19 +211,10 @@ def propose_mapping(
     flax_params: Mapping[str, Any] | None = None,
     input_patterns: Mapping[int, str] | None = None,
 ) -> Proposal:
-    """Proposes `check_pair`'s `params` by shape and name; print it, correct it, pass it back.
+    """Propose `check_pair`'s `params` by shape and name; print it, correct it, pass it back.
 
     Nothing is applied: a shape that fits may still be the wrong order of gates, or a square kernel the wrong way round.
-
-    Args:
-        torch_module: as for `check_pair`, as are the following.
-        flax_module: likewise.
-        inputs: likewise; linen modules infer shapes from them.
-        torch_kwargs: likewise.
-        flax_kwargs: likewise.
-        torch_params: likewise.
-        flax_params: likewise.
-        input_patterns: likewise.
+    All arguments are those of `check_pair`; linen modules infer shapes from `inputs`.
 
     Returns:
         The rules, what is ambiguous about them, and what is left over; `str` of it can be pasted.

@@ -1,10 +1,10 @@
-"""The outcome of a pair's check: rows, the first failing rung with a likely cause, and the files that show them."""
+"""The report of a pair's check: rows, the first failing rung with a likely cause, and the files that show them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from parity_tests.judge.records import ParityRow, Summary, environment, summarize, write_json
 from parity_tests.report.files import write_text
@@ -12,6 +12,8 @@ from parity_tests.report.html import html_document
 from parity_tests.report.junit import junit_document
 from parity_tests.report.text import printable
 
+# A listener for the steps of a check, a text each, and for its rows.
+Tell = Callable[[Any], None]
 RUNGS: tuple[str, ...] = ("weights", "forward", "gradients", "state")
 CALIBRATED = (
     "every bound is calibrated by a rounding-noise ensemble around a float64 run; it is not derived from a formula, "
@@ -36,7 +38,7 @@ class PairRow(ParityRow):
 
 @dataclass(frozen=True)
 class PairReport:
-    """What was compared and how it came out.
+    """The rows of a check and its outcome.
 
     Attributes:
         name: of the pair.
@@ -58,41 +60,37 @@ class PairReport:
 
     @property
     def summary(self) -> Summary:
-        """Counts by status."""
+        """Count rows by status."""
         return summarize(self.rows)
 
     @property
     def ok(self) -> bool:
-        """True if something was compared, all of it holds, and the check came to its end."""
+        """Tell whether something was compared, all of it holds, and the check came to its end."""
         return self.summary.ok and not self.stopped
 
     @property
     def undecided(self) -> str:
-        """Why nothing can be said, where what fails has no truth or no bound to be judged by; else empty."""
+        """Return why nothing can be said, where every failing row has no truth or no bound; else an empty text."""
         failed = [row for row in self.rows if row.status == "mismatch"]
         return failed[0].reason if failed and all(row.bound == "undecided" for row in failed) else ""
 
     @property
     def first_failing_rung(self) -> str | None:
-        """The lowest rung with a mismatch, or None."""
+        """Return the lowest rung with a mismatch, or None."""
         failed = {row.rung for row in self.rows if row.status == "mismatch"}
         return next((rung for rung in RUNGS if rung in failed), None)
 
     def with_commands(self, command: Callable[[PairRow], str]) -> Self:
-        """Returns the same report, every row with what reproduces it.
-
-        Args:
-            command: from a row to a command, or to a call.
-        """
+        """Return the same report, every row with its reproduction."""
         rows = [dataclasses.replace(row, command=command(row)) for row in self.rows]
         return dataclasses.replace(self, rows=rows)
 
     def __str__(self) -> str:
-        """What `describe` says: the rows of a report fill pages."""
+        """Describe the report; its rows would fill pages."""
         return self.describe()
 
     def describe(self) -> str:
-        """Says in a few lines what holds and what does not."""
+        """Describe in a few lines what holds and what does not."""
         summary = self.summary
         verdict = "holds" if self.ok else "MISMATCH" if summary.failed else "FAILED: nothing was compared"
         if self.undecided:
@@ -121,7 +119,7 @@ class PairReport:
 
     @property
     def headline(self) -> str:
-        """The first failing rung and the likely cause; empty if nothing failed."""
+        """Return the first failing rung and the likely cause; empty if nothing failed."""
         rung = self.first_failing_rung
         if rung is None:
             return ""
@@ -130,7 +128,7 @@ class PairReport:
         return f"first failing rung: {rung}; likely cause: {self.likely_cause or 'none of those tried'}"
 
     def _largest(self) -> list[str]:
-        """One line a dtype and rung: what came closest to its bound, or went furthest beyond it."""
+        """Describe for each dtype and rung the tensor closest to its bound, or furthest beyond it."""
         groups: dict[tuple[str, str], list[PairRow]] = {}
         for row in self.rows:
             if row.status != "skipped":
@@ -151,12 +149,12 @@ class PairReport:
         return lines
 
     def assert_ok(self) -> None:
-        """Raises AssertionError, with the description, unless everything compared holds."""
+        """Raise AssertionError, with the description, unless everything compared holds."""
         if not self.ok:
             raise AssertionError(self.describe())
 
     def to_json(self, path: str | Path) -> None:
-        """Writes the harness' document, with the pair's own findings under `pair`."""
+        """Write the harness' document, with the pair's own findings under `pair`."""
         pair = {
             "name": self.name,
             "ok": self.ok,
@@ -167,15 +165,15 @@ class PairReport:
             "notes": list(self.notes),
             "bound": CALIBRATED,
         }
-        # How many comparisons are left is known only at the end: one at least.
+        # The number of comparisons that are left is known only at the end: at least one.
         write_json(path, self.rows, cells_left=1 if self.stopped else 0, stopped=self.stopped, pair=pair)
 
     def to_junit(self, path: str | Path) -> None:
-        """Writes JUnit XML, one case a row."""
+        """Write JUnit XML, one case a row."""
         write_text("--junit", path, junit_document(self.rows, stopped=self.stopped))
 
     def to_html(self, path: str | Path) -> None:
-        """Writes one self-contained page."""
+        """Write one self-contained page."""
         notes = [f"not compared: {what}" for what in self.not_compared]
         notes = [*filter(None, [self.stopped, self.headline]), *notes, *self.notes, CALIBRATED]
         page = html_document(self.rows, environment(), title=self.name, notes=notes, stopped=bool(self.stopped))

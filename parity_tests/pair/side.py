@@ -1,15 +1,27 @@
-"""What one side of a pair must offer: NumPy in, NumPy out, whatever the framework and the kind of module."""
+"""The two sides of a pair: NumPy in, NumPy out, whatever the framework and the kind of module.
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+A side returns every buffer (running statistics, caches, counters) as it is after a call, beside its outputs: two
+modules with equal outputs and gradients may still part after one training step. Each framework watches one run of its
+own for branches that no value took, and reports them to `Branches`: two functions that part only there look equal.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from parity_tests.pair.casts import from_parts, is_inexact, parts
+from parity_tests.judge.dtypes import FORMATS, is_inexact, widened
 
 Arrays = Mapping[str, np.ndarray]
-# What a framework or a module raises where it cannot run in a format; a refusal of the judge's own is among them. Not
+SHOWN = {"torch": "torch", "jax": "flax"}  # the sides as messages name them
+Array = TypeVar("Array")  # NumPy's, or of a framework
+PREFIX = "state:"  # of a buffer as it is after a call
+_MOST_PLACES = 4  # that one sentence lists
+_LARGEST_BOUND = 2.0**127  # float32 holds nothing beyond: such a bound is none
+_WIDER = 2.0  # how far beyond a bound the values are to reach by the scale that is proposed
+# Exceptions of a framework or a module that cannot run in a format; refusals of the judge are among them. Not
 # an OSError: an interpreter that has died ends the check.
 CANNOT_RUN = (
     ArithmeticError,
@@ -40,7 +52,7 @@ class ParameterSpec:
 
     @property
     def kind(self) -> str:
-        """What the array is, as messages say it."""
+        """Describe the array, for messages."""
         return "a parameter" if self.trainable else "a frozen parameter" if self.frozen else "a buffer"
 
 
@@ -65,7 +77,7 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class Constants:
-    """What a side takes from constants that were rounded before the call, and how far that may move its results.
+    """Constants that were rounded before a call, and the distance by which they may move a side's results.
 
     Attributes:
         spread: root mean square of the results' deviations when every such constant moves by its roundoff; empty where
@@ -108,23 +120,23 @@ class Side(Protocol):
     name: str
 
     def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
-        """Parameters and buffers by name; inputs are examples, for modules that infer shapes from them."""
+        """Return parameters and buffers by name; inputs are examples, for modules that infer shapes from them."""
         ...
 
     def outline(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
-        """Zeros of the outputs' shapes and dtypes."""
+        """Return zeros of the outputs' shapes and dtypes."""
         ...
 
     def round_trip(self, parameters: Arrays) -> dict[str, np.ndarray]:
-        """Puts arrays into the module and reads them back."""
+        """Put arrays into the module and reads them back."""
         ...
 
     def forward(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
-        """Runs the module as it is, without gradients, in the dtype of the arrays."""
+        """Run the module as it is, without gradients, in the dtype of the arrays."""
         ...
 
     def vjp(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays) -> dict[str, np.ndarray]:
-        """Runs the module as it is, in the dtype of the arrays: outputs and gradients."""
+        """Run the module as it is, in the dtype of the arrays: outputs and gradients."""
         ...
 
     def truth(
@@ -134,13 +146,13 @@ class Side(Protocol):
         cotangents: Arrays | None = None,
         variant: str = "",
     ) -> dict[str, np.ndarray]:
-        """The same function in float64 on the same stored values, casts to narrower formats left out."""
+        """Run the same function in float64 on the same stored values, without casts to narrower formats."""
         ...
 
     def ensemble(
         self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
     ) -> Ensemble:
-        """Float64 runs in which every operation errs as it may in `dtype`."""
+        """Run in float64 with every operation erring as it may in `dtype`."""
         ...
 
     def constants(
@@ -151,7 +163,7 @@ class Side(Protocol):
         buffers: Mapping[str, str],
         computed: bool,
     ) -> Constants:
-        """Truths with the side's rounded constants moved.
+        """Return truths with the side's rounded constants moved.
 
         Args:
             parameters: as for `truth`.
@@ -164,103 +176,141 @@ class Side(Protocol):
         ...
 
     def variants(self) -> tuple[Variant, ...]:
-        """Hypotheses about this side for the likely cause of a mismatch."""
+        """Return hypotheses about this side for the likely cause of a mismatch."""
         ...
 
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the verdicts must know about how this side was evaluated."""
+        """Return notes on the evaluation of this side, for a reader of the verdicts."""
         ...
 
     def is_random(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> bool:
-        """True if the outputs depend on a random state (dropout that is active)."""
+        """Tell whether the outputs depend on a random state (dropout that is active)."""
         ...
 
     def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
-        """Branches of clamps, selections and comparisons that no value takes in float64, see `ranges`."""
+        """Return branches of clamps, selections and comparisons that no value takes in float64, as sentences."""
         ...
 
     def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
-        """Operations of a call that work in a wider format than `dtype`, in which all arrays are stored."""
+        """Return the operations of a call in a wider format than `dtype`, in which all arrays are stored."""
         ...
 
 
 def leaf_name(path: tuple) -> str:
-    """Names a leaf of a framework's tree: `y` for a single array, else `y.0`, `y.hidden.1`, ..."""
+    """Name a leaf of a framework's tree: `y` for a single array, else `y.0`, `y.hidden.1`, ..."""
     # torch and jax call the parts of a key path alike: idx in a sequence, key in a mapping, name of an attribute.
     parts = (next(getattr(entry, kind) for kind in ("idx", "key", "name") if hasattr(entry, kind)) for entry in path)
     return ".".join(("y", *map(str, parts)))
 
 
-def collect_ensemble(
-    run: Callable[[int, float], Arrays], members: int, kink_members: int, kink_amplitude: float
-) -> Ensemble:
-    """Runs an ensemble and keeps its statistics of the real and complex tensors, of these part by part.
+def named_state(buffers: Mapping[str, Array]) -> dict[str, Array]:
+    """Return buffers under the names that a side returns them by."""
+    return {f"{PREFIX}{name}": value for name, value in buffers.items()}
 
-    A deviation is infinite where a run is not finite and the centre is, or is not finite in another way.
 
-    Args:
-        run: one run, of a member's number and the noise's amplitude (0 for none).
-        members: runs with amplitude 1.
-        kink_members: runs with `kink_amplitude`.
-        kink_amplitude: see `calibration`.
+def is_output(name: str) -> bool:
+    """Tell whether a side's result is an output, and neither a gradient nor state."""
+    return not name.startswith(("d_", PREFIX))
+
+
+def state_of(arrays: Arrays) -> dict[str, np.ndarray]:
+    """Return the buffers among a side's results, by their own names."""
+    return {name.removeprefix(PREFIX): array for name, array in arrays.items() if name.startswith(PREFIX)}
+
+
+def updated(arrays: Arrays, before: Arrays) -> frozenset[str]:
+    """Return the names of the buffers that a call has changed."""
+
+    def same(name: str, after: np.ndarray) -> bool:
+        # A NaN that stayed one is not changed; integers and booleans have none.
+        return np.array_equal(widened(after), widened(before[name]), equal_nan=is_inexact(after))
+
+    return frozenset(name for name, after in state_of(arrays).items() if not same(name, after))
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch of an operation.
+
+    Attributes:
+        what: that takes it, as "a value above 20".
+        taken: whether anything did.
+        bound: where it begins, or None where it is no matter of size.
+        above: whether it lies above its bound.
     """
-    centre = {name: value for name, value in run(0, 0.0).items() if is_inexact(value)}
-    squares = {name: np.zeros(parts(value).shape) for name, value in centre.items()}
-    kinks = {name: np.zeros(parts(value).shape) for name, value in centre.items()}
-    for member in range(members + kink_members):
-        amplitude = 1.0 if member < members else kink_amplitude
-        for name, value in run(member + 1, amplitude).items():
-            if name in centre and amplitude == 1.0:
-                squares[name] += _deviation(value, centre[name]) ** 2
-            elif name in centre:
-                np.maximum(kinks[name], _deviation(value, centre[name]), out=kinks[name])
-    spread = {name: from_parts(np.sqrt(total / members), centre[name]) for name, total in squares.items()}
-    return Ensemble(centre, spread, {name: from_parts(kink, centre[name]) for name, kink in kinks.items()}, members)
+
+    what: str
+    taken: bool
+    bound: float | None = None
+    above: bool = True
 
 
-def constants_spread(run: Callable[[int], Arrays], members: int) -> dict[str, np.ndarray]:
-    """Root mean square of the deviations of runs with moved constants; part by part for complex numbers.
-
-    Args:
-        run: of a member's number; 0 moves nothing.
-        members: runs.
-    """
-    found = collect_ensemble(lambda member, _: run(member), members, 0, 0.0)
-    return dict(found.spread)
+@dataclass
+class _Seen:
+    operation: str
+    place: str
+    low: float
+    high: float
+    branches: dict[str, Branch] = field(default_factory=dict)
 
 
-def _deviation(value: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    value, centre = parts(value), parts(centre)
-    same = (value == centre) | (np.isnan(value) & np.isnan(centre))
-    with np.errstate(invalid="ignore", over="ignore"):
-        difference = np.abs(value - centre)
-    # Beyond the square root of the largest number its square, and so the spread, would be infinite anyway.
-    return np.where(same, 0.0, np.where(difference < 1e154, difference, np.inf))
+def is_bound(value: float | None) -> bool:
+    """Return whether a clamp's limit is one that float32 values can reach."""
+    return value is not None and abs(value) < _LARGEST_BOUND
 
 
-def make_side(framework: str, arguments: Mapping[str, Any], device: str) -> Side:
-    """Imports one framework and wraps its part of a pair.
+def softplus_parts(beta: float, threshold: float) -> float | None:
+    """Return where torch's softplus becomes linear, or None where float32 could not tell it from the smooth one."""
+    return threshold / beta if math.exp(-threshold) > FORMATS["float32"].roundoff else None
 
-    Args:
-        framework: `torch` or `jax`.
-        arguments: `torch_module`, `torch_kwargs`, `torch_params`, or the same with `flax`.
-        device: `cpu`, `cuda` or `auto`.
 
-    Raises:
-        ValueError: for another framework, or without a module.
-        TypeError: for a module of another kind.
-    """
-    if framework == "torch":
-        from parity_tests.frameworks.torch.pair import TorchSide as Wrapper
+class Branches:
+    """The branches that every operation took, over all its calls."""
 
-        prefix = "torch"
-    elif framework == "jax":
-        from parity_tests.frameworks.jax.pair import JaxSide as Wrapper
+    def __init__(self) -> None:
+        """Start with nothing seen."""
+        self._seen: dict[object, _Seen] = {}
 
-        prefix = "flax"
-    else:
-        raise ValueError(f"framework: expected torch or jax, got {framework!r}; choose one of these.")
-    module = arguments.get(f"{prefix}_module")
-    if module is None:
-        raise ValueError(f"{prefix}_module: expected a module or a function, got None; pass one.")
-    return Wrapper(module, arguments.get(f"{prefix}_kwargs"), arguments.get(f"{prefix}_params"), device)
+    def see(
+        self, call: object, operation: str, place: str, branches: Iterable[Branch], low: float, high: float
+    ) -> None:
+        """Take note of one evaluation."""
+        seen = self._seen.setdefault(call, _Seen(operation, place, low, high))
+        seen.low, seen.high = min(seen.low, low), max(seen.high, high)
+        for branch in branches:
+            known = seen.branches.get(branch.what)
+            if known is None or branch.taken:
+                seen.branches[branch.what] = branch
+
+    def forget(self, call: object) -> None:
+        """Leave out a call that another one reports, as the comparison behind a selection."""
+        self._seen.pop(call, None)
+
+    def sentences(self) -> tuple[str, ...]:
+        """Return a sentence for every branch that was never taken, equal ones of several places as one."""
+        groups: dict[tuple[str, str], list[_Seen]] = {}
+        for seen in self._seen.values():
+            for branch in seen.branches.values():
+                if not branch.taken:
+                    groups.setdefault((seen.operation, branch.what), []).append(seen)
+        return tuple(_sentence(operation, what, group) for (operation, what), group in groups.items())
+
+
+def _sentence(operation: str, what: str, group: Sequence[_Seen]) -> str:
+    places = list(dict.fromkeys(seen.place for seen in group if seen.place))
+    more = f" and {len(places) - _MOST_PLACES} more" * (len(places) > _MOST_PLACES)
+    where = f" in {', '.join(places[:_MOST_PLACES])}{more}" if places else ""
+    low, high = min(seen.low for seen in group), max(seen.high for seen in group)
+    values = "" if math.isnan(low) or math.isnan(high) else f" (its values went from {low:.3g} to {high:.3g})"
+    return f"{operation}{where} never met {what}{values}; {_advice(group[0].branches[what], low, high)}"
+
+
+def _advice(branch: Branch, low: float, high: float) -> str:
+    reached = high if branch.above else low
+    if branch.bound and math.isfinite(reached) and reached * branch.bound > 0:
+        # Beyond a large bound by wider draws, below a small one by narrower ones.
+        outwards = (branch.bound > 0) == branch.above
+        factor = branch.bound / reached * (_WIDER if outwards else 1 / _WIDER)
+        text = f"{float(f'{factor:.2g}'):g}"
+        return f"draws {text} times as large may reach it (scale=)"
+    return "inputs= or draws= that reach it would show whether the sides agree there"

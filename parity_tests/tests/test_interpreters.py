@@ -284,7 +284,7 @@ def test_a_start_up_file_may_print_and_a_wrapper_may_stay(tmp_path, child):
 def test_what_a_python_lacks_is_named(tmp_path):
     bare = program(tmp_path, f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     with (
-        Interpreter("parity_tests.pair.worker", who="the child", python=bare) as running,
+        Interpreter("parity_tests.pair.loading", who="the child", python=bare) as running,
         pytest.raises(ProcessError, match=r"the child raised ModuleNotFoundError: No module named '\w+'"),
     ):
         running.receive()

@@ -19,7 +19,7 @@ from parity_tests.__main__ import app
 from parity_tests.commands import defects, findings, pair, run
 from parity_tests.report import files
 from parity_tests.judge.records import ParityRow
-from parity_tests.pair.examples import overview
+from parity_tests.pair import overview
 
 number, lost, commands = int(sys.argv[1]), sys.argv[2] == "lost", json.loads(sys.argv[3])
 real_output = files.output

@@ -20,7 +20,8 @@ from parity_tests.pair.calibration import (
     moderated_spread,
 )
 from parity_tests.pair.draws import draw_inputs, draw_like, draw_parameters
-from parity_tests.pair.side import ParameterSpec, make_side
+from parity_tests.pair.loading import make_side
+from parity_tests.pair.side import ParameterSpec
 
 
 def estimated(deviation, members, rng):

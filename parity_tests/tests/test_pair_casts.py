@@ -12,23 +12,29 @@ pytest.importorskip("einops", reason="einops is not installed here")
 pytest.importorskip("scipy", reason="scipy is not installed here")
 
 import parity_tests.pair as package
-from parity_tests.pair.calibration import MEMBERS, SEMANTIC_SCALE, calibrated_bound, constants_bound, moved_constant
-from parity_tests.pair.casts import as_stored, exactly, from_parts, looks_rounded, parts, widened
+from parity_tests.judge.comparison import UNDECIDED, same_bits, within
+from parity_tests.judge.dtypes import as_stored, exactly, from_parts, looks_rounded, parts, widened
+from parity_tests.pair.calibration import (
+    MEMBERS,
+    SEMANTIC_SCALE,
+    calibrated_bound,
+    collect_ensemble,
+    constants_bound,
+    moved_constant,
+)
 from parity_tests.pair.draws import draw_like, draw_parameters
 from parity_tests.pair.mapping import ParameterMapping
-from parity_tests.pair.side import ParameterSpec, collect_ensemble
-from parity_tests.pair.verdict import UNDECIDED, same_bits, within
+from parity_tests.pair.side import ParameterSpec
 
 INF, NAN = np.inf, np.nan
 
 
 def test_only_one_file_of_the_judge_casts():
-    """Elsewhere a cast is a call of `casts`, which keeps every value, raises, or rounds because that is meant."""
+    """Elsewhere a cast is a call of `dtypes`, which keeps every value, raises, or rounds because that is meant."""
     folder = Path(package.__file__).parent
     offenders = [
         f"{path.name}:{node.lineno}"
         for path in sorted(folder.glob("*.py"))
-        if path.name != "casts.py"
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "astype"
     ]
@@ -109,7 +115,7 @@ def test_an_ensemble_with_infinities_has_bounds_where_its_members_agree():
         # The last number is one whose finiteness the noise decides.
         return {"y": np.asarray([1 + noise, -INF, NAN, INF if member == 3 else 2 + noise])}
 
-    found = collect_ensemble(run, MEMBERS, MEMBERS, 8.0)
+    found = collect_ensemble(run)
     assert np.isfinite(found.spread["y"][:3]).all()
     limit = calibrated_bound(found.centre["y"], found.spread["y"], found.kinks["y"], MEMBERS, "float32")
     assert 0 < limit[0] < 1e-4

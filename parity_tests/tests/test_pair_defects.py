@@ -6,9 +6,7 @@ pytest.importorskip("einops", reason="einops is not installed here")
 pytest.importorskip("torch", reason="torch is not installed here")
 pytest.importorskip("flax", reason="flax is not installed here")
 
-from parity_tests.defects.pair import score
-from parity_tests.frameworks.jax.defects import DEFECTS
-from parity_tests.frameworks.jax.planting import healthy
+from parity_tests.frameworks.jax.defects import DEFECTS, healthy, score
 from parity_tests.pair.check import judge_pair
 from parity_tests.pair.examples import EXAMPLES
 

@@ -1,5 +1,7 @@
 """Two interpreters, each with one framework only, and neutral code that imports none."""
 
+import dataclasses
+import json
 import stat
 import sys
 import textwrap
@@ -12,8 +14,8 @@ pytest.importorskip("scipy", reason="scipy is not installed here")
 
 from parity_tests.judge.dtypes import numpy_dtype
 from parity_tests.judge.subjects import framework_available
-from parity_tests.pair.exchange import packed, unpacked
-from parity_tests.pair.remote import RemoteSide
+from parity_tests.pair.loading import RemoteSide, _packed, _unpacked
+from parity_tests.pair.side import Constants
 from parity_tests.tests.test_architecture import JAX_BAN, TORCH_BAN, run_isolated
 
 both = pytest.mark.skipif(
@@ -51,11 +53,10 @@ def test_sides_in_their_own_interpreters_give_the_verdict_of_one(interpreters):
     code = f"""
 import dataclasses, sys
 from parity_tests.pair import run_pair
-from parity_tests.pair.assembly import merged, prepared
-from parity_tests.pair.check import DEFAULT_ARGUMENTS, judge_pair
+from parity_tests.pair.check import DEFAULT_ARGUMENTS, judge_pair, merged, prepared
 spec = "parity_tests.pair.examples:linear"
 pythons = {{"torch_python": {interpreters["torch"]!r}, "jax_python": {interpreters["jax"]!r}}}
-with prepared(merged(spec, DEFAULT_ARGUMENTS | pythons, DEFAULT_ARGUMENTS), spec) as pair:
+with prepared(merged(spec, DEFAULT_ARGUMENTS | pythons), spec) as pair:
     report = judge_pair(pair, dtypes=("float32", "bfloat16"))
     report.assert_ok()
     assert {{row.dtype for row in report.rows}} == {{"float64", "float32", "bfloat16"}}
@@ -98,7 +99,6 @@ import importlib, pkgutil, sys
 import parity_tests.pair as pair
 for module in pkgutil.iter_modules(pair.__path__, "parity_tests.pair."):
     importlib.import_module(module.name)
-import parity_tests.pair.examples, parity_tests.pair.examples.differences
 loaded = set(sys.modules) & {"torch", "jax", "flax", "optax", "torch_impl", "jax_impl"}
 assert not loaded, loaded
 """
@@ -115,17 +115,19 @@ def test_exchange_is_bit_exact(dtype):
     width = np.dtype(f"u{min(target.itemsize, 8)}")
     columns = 3 * max(target.itemsize // 8, 1)
     bits = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else np.iinfo(width).max, (5, columns), width)
-    groups = {
-        "parameters": {"a.b": bits.view(target), "scalar": bits.view(target)[0, 0]},
-        "inputs": {"0": bits[:0].view(target)},
-    }
-    read = unpacked(packed(groups))
-    for group, arrays in groups.items():
-        for name, array in arrays.items():
-            assert (read[group][name].dtype, read[group][name].shape) == (array.dtype, array.shape)
-            assert read[group][name].tobytes() == array.tobytes()
+    arrays = {"a.b": bits.view(target), "scalar": bits.view(target)[0, 0]}
+    value = (arrays, (bits[:0].view(target), None), Constants(dict(arrays), ("a text",), members=3), {})
+    message, payload = _packed(value)
+    read = _unpacked(json.loads(json.dumps(message)) | {"payload": payload})
+    assert (read[1][1], read[3]) == (None, {})
+    assert dataclasses.replace(read[2], spread=arrays) == value[2]
+    for found, sent in ((read[0], arrays), (read[2].spread, arrays), ({"a": read[1][0]}, {"a": value[1][0]})):
+        assert list(found) == list(sent)
+        for name, array in sent.items():
+            assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
+            assert found[name].tobytes() == array.tobytes()
 
 
 def test_exchange_refuses_other_dtypes():
-    with pytest.raises(ValueError, match="expected an array of numbers or booleans, got <U1"):
-        packed({"a": {"b": np.array(["1", "2"])}})
+    with pytest.raises(ValueError, match="b: expected an array of numbers or booleans, got <U1"):
+        _packed({"a": {"b": np.array(["1", "2"])}})

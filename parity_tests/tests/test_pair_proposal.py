@@ -38,7 +38,7 @@ def effect(rules, torch, flax):
 @both
 @pytest.mark.parametrize("name", ["linear", "conv", "layer_norm", "attention"])
 def test_proposal_for_an_example_is_its_mapping(name):
-    from parity_tests.pair.side import make_side
+    from parity_tests.pair.loading import make_side
 
     factory = EXAMPLES[name]
     arguments = factory("torch") | factory("jax") | factory("pair")

@@ -4,6 +4,9 @@ Of the method's list, initialisers, optimisers and blocks of a masked layer have
 a pair's parameters, and a pair is not trained.
 """
 
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,8 +15,96 @@ import numpy as np
 from flax import nnx
 
 from parity_tests.frameworks.jax.modules import Function
-from parity_tests.frameworks.jax.planting import Defect, Edit
-from parity_tests.pair.side import Arrays
+from parity_tests.frameworks.jax.pair import JaxSide
+from parity_tests.pair.check import judge_pair
+from parity_tests.pair.examples import EXAMPLES
+from parity_tests.pair.legs import Pair
+from parity_tests.pair.loading import build, make_side
+from parity_tests.pair.side import Arrays, Side
+
+Edit = Callable[[Arrays], Arrays]
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One way to be wrong, by exactly one of four means.
+
+    Attributes:
+        name: what was planted.
+        example: the pair whose flax side is spoiled.
+        parameters: what the flax side does to its parameters before it uses them.
+        results: what it does to its outputs and gradients.
+        function: spoils the flat JAX function.
+        module: builds another flax side in place of the example's.
+        dtypes: storage dtypes in which the defect changes the function; elsewhere it is equivalent to correct code.
+        cause: a part of the likely cause that the report must name; empty where no hypothesis covers the defect.
+    """
+
+    name: str
+    example: str
+    parameters: Edit | None = None
+    results: Edit | None = None
+    function: Callable[[Function], Function] | None = None
+    module: Callable[[], dict[str, Any]] | None = None
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    cause: str = ""
+
+
+class _Spoiled:
+    """A correct side with wrong parameters or wrong results; compiled once, however many defects it is given."""
+
+    def __init__(self, side: Side, parameters: Edit | None, results: Edit | None) -> None:
+        self._side, self.framework, self.name = side, side.framework, side.name
+        self._parameters, self._results = parameters or _unchanged, results or _unchanged
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._side, name)
+        if name not in ("forward", "vjp", "truth", "ensemble"):
+            return method
+
+        def call(parameters: Arrays, *arguments: Any) -> Any:
+            found = method({**parameters, **self._parameters(parameters)}, *arguments)
+            return found if name == "ensemble" else {**found, **self._results(found)}
+
+        return call
+
+
+def _unchanged(arrays: Arrays) -> Arrays:
+    return arrays
+
+
+@functools.cache
+def _healthy(example: str) -> tuple[dict[str, Any], dict[str, Side]]:
+    arguments = build(EXAMPLES[example])
+    return arguments, {framework: make_side(framework, arguments, "cpu") for framework in ("torch", "jax")}
+
+
+def healthy(example: str) -> Pair:
+    """Return the example's pair as it is; its sides are the ones that defects are planted in, and are compiled once."""
+    return _pair(example, *_healthy(example))
+
+
+def planted(defect: Defect) -> Pair:
+    """Return the example's pair with the defect in its flax side."""
+    arguments, sides = _healthy(defect.example)
+    if defect.module is not None:
+        spoiled: Any = JaxSide(defect.module()["flax_module"])
+    elif defect.function is not None:
+        spoiled = JaxSide(arguments["flax_module"], change=defect.function)
+    else:
+        spoiled = _Spoiled(sides["jax"], defect.parameters, defect.results)
+    return _pair(f"{defect.example} with {defect.name}", arguments, {"torch": sides["torch"], "jax": spoiled})
+
+
+def _pair(name: str, arguments: dict[str, Any], sides: dict[str, Any]) -> Pair:
+    return Pair(
+        name=name,
+        sides=sides,
+        rules=arguments["params"],
+        source=arguments["inputs"],
+        input_patterns=arguments.get("input_patterns", {}),
+        output_patterns=arguments.get("output_patterns", {}),
+    )
 
 
 def _in_bfloat16(function: Function) -> Function:
@@ -25,8 +116,7 @@ def _in_bfloat16(function: Function) -> Function:
 
 
 def _summed_in_bfloat16(function: Function) -> Function:
-    """Sums x W with a running sum that is rounded to bfloat16 after every product, then adds b."""
-    del function
+    """Sum x W with a running sum that is rounded to bfloat16 after every product, then adds b."""
 
     def spoiled(arrays: dict[str, Any], x: jax.Array) -> jax.Array:
         def step(total: jax.Array, term: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
@@ -73,7 +163,6 @@ _added.defvjp(lambda product, bias: (product + bias, bias.shape), _added_backwar
 
 
 def _bias_gradient_in_bfloat16(function: Function) -> Function:
-    del function
     return lambda arrays, x: _added(x @ arrays["kernel"], arrays["bias"])
 
 
@@ -85,7 +174,7 @@ def _with_tf32_operands(function: Function) -> Function:
 
 
 def _truncated(results: Arrays) -> Arrays:
-    """Keeps the bits that a bfloat16 has and drops the rest without rounding; the last one of a bfloat16 itself."""
+    """Keep the bits that a bfloat16 has and drops the rest without rounding; the last one of a bfloat16 itself."""
     y = results["y"]
     mantissa, exponent = np.frexp(y.astype(np.float64))
     bits = 2.0 ** (7 if y.dtype.itemsize == 2 else 8)
@@ -225,3 +314,32 @@ DEFECTS: tuple[Defect, ...] = (
         cause="computes y with less precision than float32 promises",
     ),
 )
+
+
+@dataclass(frozen=True)
+class Killing:
+    """Hold the outcome for one defect in one dtype."""
+
+    name: str
+    dtype: str
+    killed: bool
+    likely_cause: str
+    cause_named: bool
+
+
+def score(dtypes: tuple[str, ...] = ("float32", "bfloat16"), seed: int = 0, name: str = "") -> Iterator[Killing]:
+    """Plant every defect, or the one of this name, and judge it in each of these dtypes in which it matters."""
+    for defect in DEFECTS:
+        if name and defect.name != name:
+            continue
+        chosen = tuple(dtype for dtype in dtypes if dtype in defect.dtypes)
+        if not chosen:
+            continue
+        report = judge_pair(planted(defect), seed, chosen)
+        named = defect.cause in report.likely_cause
+        for dtype in chosen:
+            # Each dtype's verdict rests on its own rows and on the float64 leg, which is part of every check.
+            killed = any(row.status == "mismatch" and row.dtype in (dtype, "float64") for row in report.rows)
+            yield Killing(
+                f"{defect.example}: {defect.name}", dtype, killed or report.random, report.likely_cause, named
+            )

@@ -11,22 +11,22 @@ from flax import nnx
 
 
 def linear() -> dict[str, Any]:
-    """`nnx.Linear`."""
+    """Make `nnx.Linear`."""
     return {"flax_module": nnx.Linear(24, 16, rngs=nnx.Rngs(0))}
 
 
 def conv() -> dict[str, Any]:
-    """`nnx.Conv`, channels last, padding `SAME` by default."""
+    """Make `nnx.Conv`, channels last, padding `SAME` by default."""
     return {"flax_module": nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0))}
 
 
 def layer_norm() -> dict[str, Any]:
-    """`nnx.LayerNorm` with its default epsilon."""
+    """Make `nnx.LayerNorm` with its default epsilon."""
     return {"flax_module": nnx.LayerNorm(16, rngs=nnx.Rngs(0))}
 
 
 def attention() -> dict[str, Any]:
-    """`nnx.MultiHeadAttention` without a decoding cache."""
+    """Make `nnx.MultiHeadAttention` without a decoding cache."""
     return {"flax_module": nnx.MultiHeadAttention(4, 16, decode=False, rngs=nnx.Rngs(0))}
 
 
@@ -37,33 +37,13 @@ class Cell(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, hidden: jax.Array) -> jax.Array:
-        """(..., i), (..., h) -> (..., h)."""
+        """Map (..., i), (..., h) to (..., h)."""
         return nn.GRUCell(self.features)(hidden, x)[0]
 
 
 def gru_cell() -> dict[str, Any]:
-    """Linen's `GRUCell`: that of nnx has no bias on the recurrent side, so that it cannot express torch's."""
+    """Make Linen's `GRUCell`: that of nnx has no bias on the recurrent side, so that it cannot express torch's."""
     return {"flax_module": Cell(8)}
-
-
-def linear_defaults() -> dict[str, Any]:
-    """`nnx.Linear`."""
-    return linear()
-
-
-def conv_defaults() -> dict[str, Any]:
-    """`nnx.Conv`, padding `SAME`."""
-    return conv()
-
-
-def layer_norm_defaults() -> dict[str, Any]:
-    """`nnx.LayerNorm` with its own epsilon."""
-    return layer_norm()
-
-
-def attention_defaults() -> dict[str, Any]:
-    """`nnx.MultiHeadAttention`, batch first."""
-    return attention()
 
 
 class StateFirstCell(nn.Module):
@@ -73,17 +53,17 @@ class StateFirstCell(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, x: jax.Array) -> jax.Array:
-        """(..., h), (..., i) -> (..., h)."""
+        """Map (..., h), (..., i) to (..., h)."""
         return nn.GRUCell(self.features)(hidden, x)[0]
 
 
 def gru_cell_defaults() -> dict[str, Any]:
-    """Linen's `GRUCell`, called with the state, then the input."""
+    """Make Linen's `GRUCell`, called with the state, then the input."""
     return {"flax_module": StateFirstCell(8)}
 
 
 def measure_defaults() -> dict[tuple[str, str], str]:
-    """Facts about modules as they are created by default, by pair and aspect; the torch side measures the same."""
+    """Measure modules as they are created by default, by pair and aspect; the torch side measures the same."""
     rngs = nnx.Rngs(0)
     dense = nnx.Linear(400, 300, rngs=rngs)
     plain_conv = nnx.Conv(16, 200, (3, 3), rngs=rngs)

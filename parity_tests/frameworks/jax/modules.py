@@ -33,7 +33,7 @@ class FlatModule:
     reseeded: Function | None
 
     def function(self, arrays: Mapping[str, Any], *inputs: Any) -> Any:
-        """The outputs alone."""
+        """Return the outputs alone."""
         return self.stateful(arrays, *inputs)[0]
 
 
@@ -42,7 +42,7 @@ def _dotted(path: tuple) -> str:
 
 
 def _named(paths: Iterable[tuple], argument: str) -> dict[str, Any]:
-    """Paths by dotted name; two arrays of one name would be taken for each other."""
+    """Return paths by dotted name; two arrays of one name would be taken for each other."""
     found: dict[str, Any] = {}
     for path in paths:
         name = _dotted(path)
@@ -59,7 +59,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _spec(value: Any, trainable: bool) -> ParameterSpec:
-    # What JAX itself makes of a Python number: 32 bits.
+    # A Python number has 32 bits, as in JAX.
     array = np.asarray(value if isinstance(value, jax.Array | np.ndarray | np.generic) else jnp.asarray(value))
     return ParameterSpec(array, trainable and not np.issubdtype(array.dtype, np.integer) and array.dtype != np.bool_)
 
@@ -135,12 +135,12 @@ def _linen(
 
 
 def _part(entry: Any) -> str:
-    """One step of a path through a pytree."""
+    """Spell one step of a path through a pytree."""
     return str(next(getattr(entry, kind) for kind in ("key", "idx", "name") if hasattr(entry, kind)))
 
 
 def _pytree(call: Callable[..., Any], tree: Any, is_parameter: Callable[[Any], bool]) -> FlatModule:
-    """A function of any pytree, whose arrays are named by their paths; its other leaves stay what they are.
+    """Return a function of any pytree, whose arrays are named by their paths; its other leaves stay what they are.
 
     Args:
         call: `(tree, *inputs) -> outputs`.
@@ -188,7 +188,7 @@ def _is_tree_with_arrays(module: Any) -> bool:
 def flatten_module(
     module: Any, kwargs: Mapping[str, Any], initial: Mapping[str, Any] | None, inputs: tuple[np.ndarray, ...]
 ) -> FlatModule:
-    """Brings any supported module into the one form.
+    """Bring any supported module into the one form.
 
     Args:
         module: a linen module, an nnx module, a callable pytree with arrays (an Equinox module), or
@@ -224,5 +224,5 @@ def flatten_module(
 
 
 def _is_initial(leaf: Any) -> bool:
-    """Arrays and floating-point numbers are parameters; an integer or a text is a setting."""
+    """Tell whether a leaf is a parameter (an array, a fraction) and not a setting (an integer, a text)."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | float)

@@ -19,13 +19,17 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from parity_tests.frameworks.jax.accuracy import function_error
-from parity_tests.frameworks.jax.evaluation import (
+from parity_tests.frameworks.jax.operations import (
+    EXACT,
+    INLINED,
+    MULTIPLICATIONS,
+    PRODUCTS,
     SUMS,
     aval_of,
     contains_program,
     evaluated,
     evaluated_as_traced,
+    function_error,
     is_elementwise,
     is_inexact,
     squared,
@@ -33,25 +37,23 @@ from parity_tests.frameworks.jax.evaluation import (
     wide_dtype,
     widened,
 )
-from parity_tests.judge.dtypes import FORMATS
-from parity_tests.pair import casts
+from parity_tests.judge.dtypes import FORMATS, format_name, looks_rounded, parts
+from parity_tests.judge.dtypes import widened as wide_array
 from parity_tests.pair.calibration import MEMBERS, moved_constant
-from parity_tests.pair.casts import format_name, looks_rounded, parts
-from parity_tests.pair.operations import JAX_EXACT, JAX_INLINED, JAX_MULTIPLICATIONS, JAX_PRODUCTS
 
 _POOL_BITS = 16
 
 
 @functools.cache
 def normal_pool() -> np.ndarray:
-    """The standard normal numbers that all noise is looked up in."""
+    """Return the standard normal numbers that all noise is looked up in."""
     pool = np.random.default_rng(0xD1CE).standard_normal(1 << _POOL_BITS)
     # Of 24 bits, see `_shifted`.
     return ((pool - pool.mean()) / pool.std()).astype(np.float32).astype(np.float64)
 
 
 class Mark(NamedTuple):
-    """What is known of a value beside its numbers.
+    """Knowledge about a value beside its numbers.
 
     Attributes:
         constant: no number that parameters or inputs of fractions have changed is part of it.
@@ -63,7 +65,7 @@ class Mark(NamedTuple):
 
 
 class Interpreter:
-    """Evaluates a traced program; to be used inside `jit` with 64-bit types enabled.
+    """Evaluate a traced program; to be used inside `jit` with 64-bit types enabled.
 
     Args:
         dtype: no operation errs more coarsely than this format.
@@ -86,13 +88,7 @@ class Interpreter:
         self.literals: set[str] = set()
 
     def run(self, closed: ClosedJaxpr, arguments: Sequence[Any], fixed: Sequence[bool] | None = None) -> list[Any]:
-        """Evaluates; real and complex arguments and results are float64 and complex128.
-
-        Args:
-            closed: the program.
-            arguments: its arguments.
-            fixed: which of them are constants: hold no number that parameters or inputs of fractions have changed.
-        """
+        """Evaluate; real and complex arguments and results are float64 and complex128."""
         typed = [_as_integer(argument, atom) for argument, atom in zip(arguments, closed.jaxpr.invars, strict=True)]
         flags = zip(closed.jaxpr.invars, fixed or [False] * len(arguments), strict=True)
         marks = [Mark(flag, _unit(aval_of(variable).dtype)) for variable, flag in flags]
@@ -101,7 +97,7 @@ class Interpreter:
     def _jaxpr(
         self, jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], marks: Sequence[Mark]
     ) -> tuple[list[Any], list[Mark]]:
-        """Results and their marks."""
+        """Return results and their marks."""
         values: dict[Var, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
         marked = {variable: Mark(True, _unit(aval_of(variable).dtype)) for variable in jaxpr.constvars}
         marked.update(zip(jaxpr.invars, marks, strict=True))
@@ -135,7 +131,7 @@ class Interpreter:
         return self._moved(value, name)
 
     def _const(self, const: Any) -> jax.Array:
-        """An array that the program has captured."""
+        """Return an array that the program has captured."""
         name = format_name(getattr(const, "dtype", ""))
         if not self._constants or name == "float64" or not _was_rounded(const, name):
             return widened(const)
@@ -143,17 +139,17 @@ class Interpreter:
         return self._moved(const, name)
 
     def _moved(self, const: Any, name: str) -> jax.Array:
-        """The constant as it is for the member; 0 moves nothing."""
-        array = casts.widened(np.asarray(const))
+        """Return the constant as it is for the member; 0 moves nothing."""
+        array = wide_array(np.asarray(const))
         moved = np.stack([moved_constant(array, member, name) for member in range(MEMBERS + 1)])
         return jnp.asarray(moved)[self._member]
 
     def _equation(
         self, equation: JaxprEqn, operands: list[Any], marks: list[Mark]
     ) -> tuple[Sequence[Any], Sequence[Mark]]:
-        """Results of one operation and their marks."""
+        """Return the results of one operation and their marks."""
         name, params = equation.primitive.name, equation.params
-        if name in JAX_INLINED:
+        if name in INLINED:
             inner = next(params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params)
             if isinstance(inner, ClosedJaxpr):
                 return self._jaxpr(inner.jaxpr, [self._const(const) for const in inner.consts], operands, marks)
@@ -161,7 +157,7 @@ class Interpreter:
         constant = all(mark.constant for mark in marks)
         units = [_unit(aval_of(variable).dtype) for variable in equation.outvars]
         held = min((mark.unit for mark in marks), default=0.0)
-        if name in JAX_EXACT or (name == "convert_element_type" and units[0] <= held < math.inf):
+        if name in EXACT or (name == "convert_element_type" and units[0] <= held < math.inf):
             # A choice among numbers of a format, or a cast to one that holds them, rounds nothing.
             units = [max(unit, held) for unit in units]
         if name in _CONTROL:
@@ -181,16 +177,16 @@ class Interpreter:
         if name == "bitcast_convert_type" or contains_program(params):
             return evaluated_as_traced(equation, operands)
         results = evaluated(equation, operands)
-        if name in JAX_MULTIPLICATIONS:
+        if name in MULTIPLICATIONS:
             zero = lax.shift_right_logical(jnp.asarray(self._member, jnp.uint64), np.uint64(63))
             return [_uncontracted(value, zero) for value in results]
         return results
 
     def _noisy(self, equation: JaxprEqn, operands: list[Any], held: float) -> Sequence[Any]:
-        """Results that err; `held` is the roundoff of a format that holds all operands exactly."""
+        """Return results that err; `held` is the roundoff of a format that holds all operands exactly."""
         name = equation.primitive.name
         results = self._exactly(equation, operands)
-        if name in JAX_EXACT and not (name in ("abs", "sign") and jnp.iscomplexobj(operands[0])):
+        if name in EXACT and not (name in ("abs", "sign") and jnp.iscomplexobj(operands[0])):
             return results
         if name == "reduce_precision" or not any(is_inexact(value) for value in results):
             return results
@@ -218,17 +214,17 @@ class Interpreter:
                 self._summed(value, square, terms, u_acc, str(aval_of(var).dtype))
                 for value, square, var in zip(results, squares, equation.outvars, strict=True)
             ]
-        if not is_elementwise(equation) and name not in JAX_PRODUCTS:
+        if not is_elementwise(equation) and name not in PRODUCTS:
             self.notes.add(f"jax {name} has no rounding model of its own")
         # A product of many factors is rounded once for each.
-        factor = math.sqrt(operands[0].size) if name in JAX_PRODUCTS else function_error(equation)
+        factor = math.sqrt(operands[0].size) if name in PRODUCTS else function_error(equation)
         return [
             self._round(value, str(aval_of(var).dtype), factor) if is_inexact(value) else value
             for value, var in zip(results, equation.outvars, strict=True)
         ]
 
     def _roundoff(self, dtype: str) -> float:
-        """The format of the operation, no coarser than asked for, and no finer than float32.
+        """Return the format of the operation, no coarser than asked for, and no finer than float32.
 
         Noise of float64's size would drown in float64's own rounding: what was traced in float64 errs as float32 does,
         and the bound is scaled afterwards.
@@ -236,12 +232,12 @@ class Interpreter:
         return min(self._limit.roundoff, max(_unit(dtype), FORMATS["float32"].roundoff))
 
     def _tiny(self, dtype: str) -> float:
-        """Smallest normal number of the operation's format, no larger than that of the format asked for."""
+        """Return the smallest normal number of the operation's format, at most that of the format asked for."""
         name = format_name(dtype)
         return min(self._limit.smallest_normal, FORMATS[name].smallest_normal) if name in FORMATS else 0.0
 
     def _accumulator(self, name: str, equation: JaxprEqn) -> float:
-        """Products of 16-bit operands are accumulated in float32; other sums in the format they are written in."""
+        """Return the roundoff of a sum: float32's for products of 16-bit operands, else that of its written format."""
         if name in ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"):
             return self._roundoff("float32")
         return self._roundoff(str(aval_of(equation.invars[0]).dtype))
@@ -255,7 +251,7 @@ class Interpreter:
         return _noisy_rounding(value, u, self._tiny(dtype), *self._source())
 
     def _source(self) -> tuple[Any, Any, np.uint64, Any]:
-        """Where the next operation's noise comes from."""
+        """Return the source of the next operation's noise."""
         self._operation += 1
         odd = (self._operation * 0x9E3779B97F4A7C15 | 1) & ((1 << 64) - 1)
         return self._amplitude, self._member, np.uint64(odd), self._pool
@@ -294,7 +290,7 @@ def _shifted(value: Any, deviation: Any, amplitude: Any, member: Any, odd: Any, 
 
 
 def _uncontracted(value: Any, zero: Any) -> Any:
-    """A product that no compiler adds to in one rounding; `zero` is one that it does not know.
+    """Keep a compiler from adding to a product in one rounding; `zero` is a zero that it does not know.
 
     A value is computed again where it is used again. With a fused addition at one place and none at the other, a
     maximum would not be among the numbers that it is the maximum of, and its gradient would go nowhere.
@@ -305,7 +301,7 @@ def _uncontracted(value: Any, zero: Any) -> Any:
 
 
 def _converted(dtype: Any, value: jax.Array) -> jax.Array:
-    """A cast as it is in float64: between formats it is left out; to integers, to a real part, to 8 bits it is not."""
+    """Cast as in float64: leave out casts between formats, keep those to integers, to a real part, to 8 bits."""
     if format_name(dtype) not in FORMATS:
         # A format of 8 bits is asked for because of its rounding.
         return widened(lax.convert_element_type(value, dtype))
@@ -315,13 +311,13 @@ def _converted(dtype: Any, value: jax.Array) -> jax.Array:
 
 
 def _unit(dtype: Any) -> float:
-    """Roundoff of a format; infinite for integers, booleans and what is no number: the other operands decide."""
+    """Return the roundoff of a format; infinite for integers and booleans: the other operands decide."""
     name = format_name(dtype)
     return FORMATS[name].roundoff if name in FORMATS else math.inf
 
 
 def _literal_mark(literal: Literal) -> Mark:
-    """The unit of a number in code follows from the bits that it needs: 0.5 fits into every format."""
+    """Mark a number in code with the unit of the bits that it needs: 0.5 fits into every format."""
     dtype = aval_of(literal).dtype
     if format_name(dtype) not in FORMATS or aval_of(literal).ndim:
         return Mark(True, _unit(dtype))
@@ -332,12 +328,12 @@ def _literal_mark(literal: Literal) -> Mark:
 
 
 def _was_rounded(value: Any, name: str) -> bool:
-    """Whether a concrete array or number of a format holds what the format has rounded."""
+    """Tell whether a concrete array or number of a format holds what the format has rounded."""
     return name in FORMATS and bool(looks_rounded(parts(np.asarray(value)), name).any())
 
 
 def _as_integer(argument: Any, atom: Any) -> jax.Array:
-    """64-bit integers are read as 32 bits where the program was traced without 64-bit types."""
+    """Read 64-bit integers as 32 bits where the program was traced without 64-bit types."""
     wide = widened(argument)
     return wide.astype(aval_of(atom).dtype) if jnp.issubdtype(wide.dtype, jnp.integer) else wide
 
@@ -361,7 +357,6 @@ def _scan(self: Interpreter, params: dict[str, Any], operands: list[Any], marks:
 
 
 def _while(self: Interpreter, params: dict[str, Any], operands: list[Any], marks: list[Mark]) -> list[Any]:
-    del marks
     conditions, bodies = params["cond_nconsts"], params["body_nconsts"]
     fixed_condition, fixed_body = operands[:conditions], operands[conditions : conditions + bodies]
     return lax.while_loop(
@@ -378,8 +373,7 @@ def _cond(self: Interpreter, params: dict[str, Any], operands: list[Any], marks:
 
 
 def _linear_solve(self: Interpreter, params: dict[str, Any], operands: list[Any], marks: list[Mark]) -> list[Any]:
-    """Solves as the program's own method does; what that is the transpose of is already in the program."""
-    del marks
+    """Solve as the program's own method does."""
     lengths, solve = params["const_lengths"], params["jaxprs"].solve
     start = lengths.matvec + lengths.vecmat
     vectors = operands[start + lengths.solve + lengths.transpose_solve :]

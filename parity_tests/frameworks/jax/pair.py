@@ -13,21 +13,25 @@ from parity_tests.frameworks.jax.modules import FlatModule, Function, flatten_mo
 from parity_tests.frameworks.jax.noise import Interpreter, normal_pool
 from parity_tests.frameworks.jax.subjects import resolve_device
 from parity_tests.frameworks.jax.truth import COMPILE_QUICKLY, Truth, traced
-from parity_tests.judge.dtypes import numpy_dtype
-from parity_tests.pair.branches import Branches
-from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS, moved_constant
-from parity_tests.pair.casts import is_inexact, storage_format, widened
+from parity_tests.judge.dtypes import is_inexact, numpy_dtype, storage_format, widened
+from parity_tests.pair.calibration import (
+    KINK_MEMBERS,
+    MEMBERS,
+    collect_ensemble,
+    constants_spread,
+    moved_constant,
+    was_rounded,
+)
 from parity_tests.pair.side import (
     Arrays,
+    Branches,
     Constants,
     Ensemble,
     ParameterSpec,
     Variant,
-    collect_ensemble,
-    constants_spread,
     leaf_name,
+    named_state,
 )
-from parity_tests.pair.state import named_state
 
 Program = Callable[..., dict[str, Any]]
 
@@ -61,26 +65,26 @@ class JaxSide:
         self._programs: dict[tuple, Any] = {}
 
     def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
-        """Variables of the module; inputs are examples for linen, which infers shapes from them."""
+        """Return variables of the module; inputs are examples for linen, which infers shapes from them."""
         return dict(self._flattened(inputs).specs)
 
     def outline(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
-        """Found by abstract evaluation."""
+        """Evaluate shapes abstractly."""
         with self._types(parameters, inputs):
             shapes = jax.eval_shape(self._program(inputs, False), dict(parameters), inputs, {})
         return {name: np.zeros(value.shape, value.dtype) for name, value in shapes.items()}
 
     def round_trip(self, parameters: Arrays) -> dict[str, np.ndarray]:
-        """Through device arrays."""
+        """Copy to device arrays and back."""
         with self._types(parameters, ()):
             return {name: np.asarray(jax.device_put(array, self._device)) for name, array in parameters.items()}
 
     def forward(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
-        """Jitted, without gradients."""
+        """Run jitted, without gradients."""
         return self._jitted("forward", parameters, inputs, None)
 
     def vjp(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays) -> dict[str, np.ndarray]:
-        """Jitted `jax.vjp`."""
+        """Run a jitted `jax.vjp`."""
         return self._jitted("vjp", parameters, inputs, cotangents)
 
     def truth(
@@ -90,7 +94,7 @@ class JaxSide:
         cotangents: Arrays | None = None,
         variant: str = "",
     ) -> dict[str, np.ndarray]:
-        """Traced in float64 and interpreted with every cast to a narrower format left out."""
+        """Trace in float64 and interpret without any cast to a narrower format."""
         if variant:
             raise ValueError(f"variant: expected none on the flax side, got {variant!r}.")
         leaves = jax.tree.leaves([_wide(dict(parameters)), _wide(inputs), _wide(cotangents or {})])
@@ -104,14 +108,10 @@ class JaxSide:
         buffers: Mapping[str, str],
         computed: bool,
     ) -> Constants:
-        """The truth with its rounded constants moved, and with the buffers moved that are constants."""
+        """Run the truth with its rounded constants and its constant buffers moved."""
         truth = self._truth(parameters, inputs, cotangents, buffers if computed else None)
         wide = {name: widened(parameters[name]) for name in buffers}
-        moving = [
-            name
-            for name, array in wide.items()
-            if not np.array_equal(moved_constant(array, 1, buffers[name]), array, equal_nan=True)
-        ]
+        moving = [name for name, array in wide.items() if was_rounded(array, buffers[name])]
 
         def member(number: int) -> dict[str, np.ndarray]:
             moved = {name: moved_constant(wide[name], number, buffers[name]) for name in moving}
@@ -122,12 +122,12 @@ class JaxSide:
         if not (moving or truth.stored or truth.literals or computed):
             return Constants({})
         held = (*(f"buffer {name}" for name in moving), *sorted(truth.stored))
-        return Constants(constants_spread(member, MEMBERS), held, tuple(sorted(truth.literals)), MEMBERS)
+        return Constants(constants_spread(member), held, tuple(sorted(truth.literals)), MEMBERS)
 
     def ensemble(
         self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
     ) -> Ensemble:
-        """Traced in the dtype, interpreted in float64 with noise."""
+        """Trace in the dtype, interpret in float64 with noise."""
         arguments = [dict(parameters), inputs, dict(cotangents or {})]
         key = ("ensemble", dtype, *_signature(arguments))
         if key not in self._programs:
@@ -142,19 +142,19 @@ class JaxSide:
                 index = np.int64(seed * (MEMBERS + KINK_MEMBERS) + number)
                 return dict(zip(names, map(np.asarray, run(leaves, index, np.float64(amplitude), pool)), strict=True))
 
-            result = collect_ensemble(member, MEMBERS, KINK_MEMBERS, KINK_AMPLITUDE)
+            result = collect_ensemble(member)
         return Ensemble(result.centre, result.spread, result.kinks, MEMBERS, tuple(sorted(notes)))
 
     def variants(self) -> tuple[Variant, ...]:
-        """None: the torch side tries the hypotheses that concern constants."""
+        """Return none: the torch side tries the hypotheses that concern constants."""
         return ()
 
     def notes(self) -> tuple[str, ...]:
-        """Modules that cannot be traced in float64."""
+        """Return notes on modules that cannot be traced in float64."""
         return tuple(sorted(self._notes))
 
     def is_random(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> bool:
-        """Compares two random states of the module; a function has none that could be seen."""
+        """Compare two random states of the module; a function has none that could be seen."""
         flat = self._flattened(inputs)
         if flat.reseeded is None:
             return False
@@ -166,7 +166,7 @@ class JaxSide:
         return results[0] != results[1]
 
     def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
-        """Watches the program as traced in the arrays' dtype, evaluated in float64."""
+        """Watch the program as traced in the arrays' dtype, evaluated in float64."""
         arguments = [dict(parameters), inputs, {}]
         key = ("branches", *_signature(arguments))
         if key not in self._programs:
@@ -192,7 +192,7 @@ class JaxSide:
         return branches.sentences()
 
     def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
-        """Looks at the program as traced in the dtype; without 64-bit types nothing is wider than float32."""
+        """Look at the program as traced in the dtype; without 64-bit types nothing is wider than float32."""
         if dtype == "float32":
             return ()
         with self._types(parameters, inputs), jax.default_device(self._device):
@@ -201,7 +201,7 @@ class JaxSide:
 
     @contextlib.contextmanager
     def _types(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> Iterator[None]:
-        """64-bit types exactly where the numbers have them: with x64, a module's own constants would be float64."""
+        """Enable 64-bit types only where the numbers have them: a module's own constants would be float64 with them."""
         arrays = [*parameters.values(), *inputs]
         wide = any(array.dtype in (np.float64, np.complex128) for array in arrays)
         if not wide:
@@ -262,7 +262,7 @@ class JaxSide:
         cotangents: Arrays | None,
         constants: Mapping[str, str] | None,
     ) -> Truth:
-        """The truth's program; where constants are given, buffers that are such, what comes from constants errs."""
+        """Return the truth's program; with `constants` (buffers), results of constants alone err."""
         leg = storage_format([*parameters.values(), *inputs])
         arguments = [_wide(dict(parameters)), _wide(inputs), _wide(cotangents or {})]
         named = None if constants is None else tuple(sorted(constants))
@@ -281,7 +281,7 @@ class JaxSide:
         return self._programs[key]
 
     def _noisy(self, arguments: list[Any], with_gradients: bool, dtype: str) -> tuple[Any, list[str], set[str]]:
-        """Traces in the dtype of the arguments; returns an interpreter with noise, its results' names, notes."""
+        """Trace in the dtype of the arguments; returns an interpreter with noise, its results' names, notes."""
         program = self._program(arguments[1], with_gradients)
         closed, shapes = jax.make_jaxpr(program, return_shape=True)(*arguments)
         notes: set[str] = set()
@@ -305,7 +305,7 @@ def _signature(arguments: list[Any]) -> tuple:
 
 
 def _integers_fit(parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> None:
-    """Without x64, jax reads 64-bit integers modulo 2^32; that must not happen unnoticed."""
+    """Refuse integers beyond 32 bits, which jax without x64 would read modulo 2^32."""
     named = {**parameters, **{f"inputs[{position}]": array for position, array in enumerate(inputs)}}
     for name, array in named.items():
         narrow = {"i": np.dtype(np.int32), "u": np.dtype(np.uint32)}.get(array.dtype.kind)

@@ -11,17 +11,16 @@ import numpy as np
 from jax._src import dtypes
 from jax.extend.core import ClosedJaxpr
 
-from parity_tests.frameworks.jax.evaluation import wide_dtype
 from parity_tests.frameworks.jax.noise import Interpreter, normal_pool
-from parity_tests.judge.dtypes import FORMATS
-from parity_tests.pair.casts import as_stored, format_name
+from parity_tests.frameworks.jax.operations import wide_dtype
+from parity_tests.judge.dtypes import FORMATS, as_stored, format_name
 from parity_tests.report.text import first_line
 
 # Interpreted programs are large and run a few dozen times: compiling them well would take longer than running them.
 COMPILE_QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-# Part of the key of JAX's caches: what is traced under the changes below is found by nobody else.
+# Part of the key of JAX's caches: a program traced under the changes below is not found by other calls.
 _TRUTH = jax.make_user_context(default_value=None)
 # Random numbers of another format are other numbers.
 _RANDOM = ("jax._src.random", "jax._src.prng")
@@ -29,7 +28,7 @@ _RANDOM = ("jax._src.random", "jax._src.prng")
 
 @contextlib.contextmanager
 def _machine_limits(leg: Any) -> Iterator[None]:
-    """Lets modules that ask for the limits of float64 (`jnp.finfo(x.dtype).eps`) see those of the leg's dtype.
+    """Let modules that ask for the limits of float64 (`jnp.finfo(x.dtype).eps`) see those of the leg's dtype.
 
     The truth is the leg's function without roundings, and an epsilon that follows the dtype belongs to the function.
     JAX's own algorithms, which choose their accuracy by these limits, are left alone.
@@ -50,7 +49,7 @@ def _machine_limits(leg: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _wide_formats() -> Iterator[None]:
-    """Lets a module that asks for a narrow format (`dtype=jnp.float32`, `jnp.zeros(n, jnp.float32)`) get float64.
+    """Let a module that asks for a narrow format (`dtype=jnp.float32`, `jnp.zeros(n, jnp.float32)`) get float64.
 
     So its loops may start from zeros of its own, and tracing rounds no constant in its code. All of JAX's functions
     have a dtype of the user's checked in one place, which is not public: where it has moved, formats stay as they are.
@@ -78,7 +77,7 @@ def _wide_formats() -> Iterator[None]:
 
 
 def traced(program: Callable[..., Any], arguments: Sequence[Any], leg: Any) -> tuple[ClosedJaxpr, list[str], str]:
-    """Traces a program with float64 arguments; 64-bit types are to be enabled.
+    """Trace a program with float64 arguments; 64-bit types are to be enabled.
 
     Tried in turn, because not every module can be traced in each way: with every format that it asks for widened; with
     these as they are, which rounds the constants beside them; in float32 throughout, which rounds all constants. The
@@ -136,7 +135,7 @@ class Truth:
         self._compiled = jax.jit(self._evaluate, compiler_options=COMPILE_QUICKLY)
 
     def run(self, leaves: Sequence[np.ndarray], member: int) -> dict[str, np.ndarray]:
-        """Evaluates on arguments in float64; member 0 moves no constant."""
+        """Evaluate on arguments in float64; member 0 moves no constant."""
         with jax.enable_x64(True), jax.default_device(self._device):
             noise = (np.float64(member > 0), jnp.asarray(normal_pool())) if self._computed else ()
             results = self._compiled(leaves, np.int64(member), *noise)

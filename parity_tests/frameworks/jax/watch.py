@@ -1,7 +1,7 @@
-"""Which branches a traced JAX program takes, and which of its operations work in a wide format.
+"""Branches that a traced JAX program takes, and its operations in a wide format.
 
 Of JAX's own code only what a user writes down counts (`where`, `clip`, `relu6`): an index that is normalised, or
-a softmax that guards against infinities, has branches that concern nobody.
+a softmax that guards against infinities, has branches that do not matter here.
 """
 
 import functools
@@ -16,13 +16,13 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from parity_tests.frameworks.jax.evaluation import aval_of
 from parity_tests.frameworks.jax.noise import Interpreter, Mark
-from parity_tests.pair.branches import Branch, Branches, is_bound
-from parity_tests.pair.operations import JAX_EXACT, JAX_INLINED, names
+from parity_tests.frameworks.jax.operations import EXACT, INLINED, aval_of, names
+from parity_tests.pair.side import Branch, Branches, is_bound
 
 _JAX = str(Path(jax.__file__).resolve().parent)
-_HERE = Path(__file__).parent
+# Files in which this package calls a module: lines further out are not the user's.
+_CALLERS = tuple(str(Path(__file__).with_name(name)) for name in ("modules.py", "pair.py"))
 _LIBRARIES = ("site-packages", "dist-packages")
 # Folders of JAX that hold functions for users; the others are its machinery.
 _FUNCTIONS = ("numpy", "nn", "lax", "scipy", "random", "image", "ops")
@@ -82,7 +82,7 @@ def _frames(equation: JaxprEqn) -> list[tuple[str, str, int]]:
 
 
 def _origin(equation: JaxprEqn, outer: Origin) -> Origin:
-    """Functions, files and place of an operation, which inherits them from its caller where JAX's own code asks."""
+    """Return functions, files and place of an operation, which inherits them where JAX's own code asks."""
     functions, files = [], []
     if equation.primitive.name in ("jit", "pjit") and (name := equation.params.get("name")):
         functions.append(_bare(name))
@@ -93,7 +93,7 @@ def _origin(equation: JaxprEqn, outer: Origin) -> Origin:
                 functions.append(_bare(function))
                 files.append(file)
         else:
-            if Path(file).parent == _HERE:  # the module is a library's own
+            if file in _CALLERS:  # the module is a library's own
                 return tuple(functions), tuple(files), ""
             files.append(file)
             if not any(library in file for library in _LIBRARIES):
@@ -108,7 +108,7 @@ def _bare(name: str) -> str:
 def _inner(equation: JaxprEqn) -> list[Jaxpr]:
     values = [v for value in equation.params.values() for v in (value if isinstance(value, tuple | list) else [value])]
     found = [v.jaxpr if isinstance(v, ClosedJaxpr) else v for v in values if isinstance(v, ClosedJaxpr | Jaxpr)]
-    return found[:1] if equation.primitive.name in JAX_INLINED else found
+    return found[:1] if equation.primitive.name in INLINED else found
 
 
 def sites(closed: ClosedJaxpr) -> dict[tuple[int, ...], Site]:
@@ -125,7 +125,7 @@ def sites(closed: ClosedJaxpr) -> dict[tuple[int, ...], Site]:
             origin, here = _origin(equation, outer), (*path, id(jaxpr), index)
             found[here] = Site(equation, *origin, moved)
             for program in _inner(equation):
-                one_to_one = equation.primitive.name in JAX_INLINED and len(program.invars) == len(moved)
+                one_to_one = equation.primitive.name in INLINED and len(program.invars) == len(moved)
                 walk(program, here, origin, moved if one_to_one else [any(moved)] * len(program.invars))
             moving |= dict.fromkeys(equation.outvars, any(moved))
         return [not isinstance(atom, Literal) and moving[atom] for atom in jaxpr.outvars]
@@ -155,7 +155,7 @@ def wide_operations(found: Mapping[tuple[int, ...], Site], size: int) -> tuple[s
     places: dict[tuple[str, str], dict[str, None]] = {}
     for site in found.values():
         name = site.equation.primitive.name
-        if name in JAX_EXACT | JAX_INLINED or name == "convert_element_type" or _inner(site.equation):
+        if name in EXACT | INLINED or name == "convert_element_type" or _inner(site.equation):
             continue
         atoms = [*site.equation.outvars, *(a for a in site.equation.invars if aval_of(a).ndim)]
         dtypes = [aval_of(a).dtype for a in atoms]
@@ -171,7 +171,7 @@ def wide_operations(found: Mapping[tuple[int, ...], Site], size: int) -> tuple[s
 
 
 class BranchWatch(Interpreter):
-    """Evaluates a program in float64 and reports the branches of some of its operations, from inside `jit`.
+    """Evaluate a program in float64 and reports the branches of some of its operations, from inside `jit`.
 
     Args:
         watched: from `branching`.
@@ -220,7 +220,7 @@ class BranchWatch(Interpreter):
 
 
 def _numbers(site: Site, operands: Sequence[Any]) -> Any:
-    """Which branches are taken, their bounds (NaN for none) and the extent of the operand, as one vector."""
+    """Return as one vector the branches taken, their bounds (NaN for none) and the extent of the operand."""
     name = site.equation.primitive.name
     if any(value.size == 0 or (jnp.iscomplexobj(value) and name not in ("select_n", "cond")) for value in operands):
         return None
@@ -301,14 +301,7 @@ _MASKS: dict[str, Callable[[Site, Sequence[Any]], tuple[list[Any], list[Any], An
 
 
 def report(branches: Branches, path: tuple[int, ...], site: Site, numbers: np.ndarray) -> None:
-    """Puts what `BranchWatch` reports into words.
-
-    Args:
-        branches: that are added to.
-        path: of the operation.
-        site: the operation.
-        numbers: as reported.
-    """
+    """Put the numbers of `BranchWatch` into words."""
     count = (len(numbers) - 2) // 2
     taken, bounds, (low, high) = numbers[:count] > 0, numbers[count : 2 * count], numbers[2 * count :]
     if not np.isfinite([low, high]).all():

@@ -8,59 +8,54 @@ from torch import nn
 
 
 def linear() -> dict[str, Any]:
-    """`nn.Linear`."""
+    """Make `nn.Linear`."""
     return {"torch_module": nn.Linear(24, 16)}
 
 
 def conv() -> dict[str, Any]:
-    """`nn.Conv2d` with the padding that Flax calls `SAME`."""
+    """Make `nn.Conv2d` with the padding that Flax calls `SAME`."""
     return {"torch_module": nn.Conv2d(3, 8, 3, padding=1)}
 
 
 def layer_norm() -> dict[str, Any]:
-    """`nn.LayerNorm` with Flax's epsilon."""
+    """Make `nn.LayerNorm` with Flax's epsilon."""
     return {"torch_module": nn.LayerNorm(16, eps=1e-6)}
 
 
 def attention() -> dict[str, Any]:
-    """`nn.MultiheadAttention`, batch first; the averaged attention weights are not asked for."""
+    """Make `nn.MultiheadAttention`, batch first; the averaged attention weights are not asked for."""
     module = nn.MultiheadAttention(16, 4, batch_first=True)
     return {"torch_module": module, "torch_kwargs": {"need_weights": False}}
 
 
 def gru_cell() -> dict[str, Any]:
-    """`nn.GRUCell`."""
+    """Make `nn.GRUCell`."""
     return {"torch_module": nn.GRUCell(4, 8)}
 
 
-def linear_defaults() -> dict[str, Any]:
-    """`nn.Linear`."""
-    return linear()
-
-
 def conv_defaults() -> dict[str, Any]:
-    """`nn.Conv2d` without padding."""
+    """Make `nn.Conv2d` without padding."""
     return {"torch_module": nn.Conv2d(3, 8, 3)}
 
 
 def layer_norm_defaults() -> dict[str, Any]:
-    """`nn.LayerNorm` with its own epsilon."""
+    """Make `nn.LayerNorm` with its own epsilon."""
     return {"torch_module": nn.LayerNorm(16)}
 
 
 def attention_defaults() -> dict[str, Any]:
-    """`nn.MultiheadAttention`, batch second."""
+    """Make `nn.MultiheadAttention`, batch second."""
     return {"torch_module": nn.MultiheadAttention(16, 4), "torch_kwargs": {"need_weights": False}}
 
 
 def gru_cell_defaults() -> dict[str, Any]:
-    """`nn.GRUCell`, called with the input, then the state."""
+    """Make `nn.GRUCell`, called with the input, then the state."""
     return {"torch_module": nn.GRUCell(8, 8)}
 
 
 @torch.no_grad()
 def measure_defaults() -> dict[tuple[str, str], str]:
-    """Facts about modules as they are created by default, by pair and aspect; the JAX side measures the same."""
+    """Measure modules as they are created by default, by pair and aspect; the JAX side measures the same."""
     torch.manual_seed(0)
     dense, plain_conv, attention = nn.Linear(400, 300), nn.Conv2d(16, 200, 3), nn.MultiheadAttention(256, 4)
     small = torch.tensor([[1e-3, -1e-3]], dtype=torch.float64)

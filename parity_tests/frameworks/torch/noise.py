@@ -17,18 +17,19 @@ from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from parity_tests.frameworks.torch.accuracy import function_error, kernel_errors
-from parity_tests.frameworks.torch.fingerprint import accumulator
-from parity_tests.judge.dtypes import FORMATS
-from parity_tests.pair.operations import (
-    TORCH_EXACT,
-    TORCH_FUNCTIONS,
-    TORCH_FUSED,
-    TORCH_RESAMPLING,
-    TORCH_SUMS,
-    TORCH_SUMS_WITH_ADDEND,
-    TORCH_TRANSFORMS,
+from parity_tests.frameworks.torch.operations import (
+    EXACT,
+    FUNCTIONS,
+    FUSED,
+    RESAMPLING,
+    SUMS,
+    SUMS_WITH_ADDEND,
+    TRANSFORMS,
+    accumulator,
+    function_error,
+    kernel_errors,
 )
+from parity_tests.judge.dtypes import FORMATS
 
 _WIDE = {
     torch.float16: torch.float64,
@@ -79,11 +80,11 @@ class _Noise:
 
 
 class DoublePrecision(TorchDispatchMode):
-    """Evaluates in float64: casts to narrower formats are left out, and constants created as such are float64.
+    """Evaluate in float64: casts to narrower formats are left out, and constants created as such are float64.
 
     Args:
         dtype: format that every operation errs as in; the insides of sums and fused operations err as their
-            accumulator does, see `torch_fingerprint`.
+            accumulator does, see `operations.accumulator`.
         member: number of the ensemble's run.
         amplitude: of the noise; 0 for the truth.
         device: of the tensors.
@@ -109,7 +110,7 @@ class DoublePrecision(TorchDispatchMode):
         self.captured = False  # whether tensors of a narrow format came in from outside
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Runs one operation."""
+        """Run one operation."""
         args, kwargs = self._wide(func, args, dict(kwargs or {}))
         name = _name(func)
         if self._rewrite is not None:
@@ -117,7 +118,7 @@ class DoublePrecision(TorchDispatchMode):
         return self._run(name, func, args, kwargs, self._noise is not None)
 
     def _wide(self, func: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Arguments in float64: formats that an operation is asked for, and tensors that the code has captured."""
+        """Widen arguments to float64: formats asked for, and tensors that the code has captured."""
         if func is _VIEW_AS_DTYPE:
             raise NotImplementedError("the torch side reads the bits of a tensor as another format's (view(dtype))")
         declared = [argument.alias_info for argument in func._schema.arguments]
@@ -130,17 +131,17 @@ class DoublePrecision(TorchDispatchMode):
                 return type(leaf)(map(each, leaf)) if any(isinstance(part, torch.Tensor) for part in leaf) else leaf
             return _WIDE.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
 
-        # What an operation writes to must stay the same tensor.
+        # An argument that an operation writes to must stay the same tensor.
         args = tuple(arg if k in written else each(arg) for k, arg in enumerate(args))
         return args, {key: each(value) for key, value in kwargs.items()}
 
     def _captured(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor from outside: everything that is made under this mode is float64."""
+        """Widen a tensor from outside: everything that is made under this mode is float64."""
         self.captured = True
         return tensor.to(_WIDE[tensor.dtype])
 
     def _run(self, name: str, func: Any, args: tuple, kwargs: dict, noisy: bool) -> Any:
-        """Runs an operation whose arguments are float64, with noise or without."""
+        """Run an operation whose arguments are float64, with noise or without."""
         if name == "elu_backward":
             args = _with_exact_scale(*args)
         if name == "hardsigmoid_backward" and not noisy:
@@ -149,28 +150,28 @@ class DoublePrecision(TorchDispatchMode):
                 return decomposition_table[func](*args, **kwargs)
         if not noisy or _is_exact(name, args, kwargs) or _is_view(func):
             return func(*args, **kwargs)
-        if name in TORCH_SUMS_WITH_ADDEND:
+        if name in SUMS_WITH_ADDEND:
             with self:
                 return decomposition_table[func](*args, **kwargs)
         if name == "convolution" and args[2] is not None:
             with self:
                 product = func(*args[:2], None, *args[3:], **kwargs)
                 return product + args[2].reshape(1, -1, *[1] * (product.ndim - 2))
-        if name in TORCH_TRANSFORMS:
+        if name in TRANSFORMS:
             return self._transform(name, func, args, kwargs)
-        if name in TORCH_SUMS:
+        if name in SUMS:
             with self._accumulating(func, args, kwargs):
                 return self._sum(name, func, args, kwargs)
-        if name in ("mean", "var") or (name in TORCH_FUSED and func in decomposition_table):
+        if name in ("mean", "var") or (name in FUSED and func in decomposition_table):
             with self._accumulating(func, args, kwargs):
                 if name in ("mean", "var"):
                     return self._rounded(name, self._parts(_moment, (name, args, kwargs), {}))
                 return self._rounded(name, self._parts(decomposition_table[func], args, kwargs))
-        if func._can_decompose() and torch.Tag.pointwise not in func.tags and name not in TORCH_FUNCTIONS:
+        if func._can_decompose() and torch.Tag.pointwise not in func.tags and name not in FUNCTIONS:
             with self:
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
-        if name in TORCH_RESAMPLING:
+        if name in RESAMPLING:
             errors = kernel_errors(func, args, kwargs, self._format.name)
             return self._perturbed(
                 name, result, [torch.full_like(v, e) for v, e in zip(_inexact(result), errors, strict=True)]
@@ -182,7 +183,7 @@ class DoublePrecision(TorchDispatchMode):
 
     @contextlib.contextmanager
     def _accumulating(self, func: Any, args: tuple, kwargs: dict) -> Iterator[None]:
-        """Sets the accumulator of one operation; the parts of a fused one have the same."""
+        """Set the accumulator of one operation; the parts of a fused one have the same."""
         before = self._accumulator, self._measure
         if self._measure:
             name = self._format.name
@@ -201,7 +202,7 @@ class DoublePrecision(TorchDispatchMode):
             self._accumulator, self._measure = before
 
     def _parts(self, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """Runs a fused operation's parts under this mode, in the accumulator's format."""
+        """Run a fused operation's parts under this mode, in the accumulator's format."""
         outer, self._format = self._format, self._accumulator
         try:
             with self:
@@ -210,7 +211,7 @@ class DoublePrecision(TorchDispatchMode):
             self._format = outer
 
     def _units(self, value: torch.Tensor) -> tuple[float, float, float]:
-        """Roundoff of a result and of its accumulator, and the smallest normal number of its format.
+        """Return the roundoff of a result and of its accumulator, and the smallest normal number of its format.
 
         There are no complex numbers of 16-bit parts: they are computed in float32's.
         """
@@ -220,7 +221,7 @@ class DoublePrecision(TorchDispatchMode):
         return kept.roundoff, accumulator.roundoff, kept.smallest_normal
 
     def _sum(self, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Adds the error of recursive summation: of K terms, squares adding up to Q, in a random order."""
+        """Add the error of recursive summation: of K terms, squares adding up to Q, in a random order."""
 
         def mapped(change: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
             def each(leaf: Any) -> Any:
@@ -245,7 +246,7 @@ class DoublePrecision(TorchDispatchMode):
         return (summation + (u * modulus) ** 2).clamp_min(0).sqrt() + tiny * (square != 0)
 
     def _transform(self, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
-        """A Fourier transform errs no more than the plain sum that it stands for; all its terms have modulus |x|."""
+        """Let a Fourier transform err as the plain sum that it stands for, whose terms all have modulus |x|."""
         x, axes, normalization = args[:3]
         lengths = [x.shape[axis] for axis in axes]
         half = name == "_fft_c2r"  # of the spectrum: the other half is implied
@@ -258,7 +259,7 @@ class DoublePrecision(TorchDispatchMode):
         return self._perturbed(name, result, [self._summed(result, square.expand_as(result.abs()), count)])
 
     def _rounded(self, name: str, result: Any, factor: float = 1.0) -> Any:
-        """Rounds real and complex results to the format."""
+        """Round real and complex results to the format."""
 
         def deviation(value: torch.Tensor) -> torch.Tensor:
             u, _, tiny = self._units(value)
@@ -284,7 +285,7 @@ class DoublePrecision(TorchDispatchMode):
 
 
 def _moment(name: str, args: tuple, kwargs: dict) -> torch.Tensor:
-    """Mean or variance in terms of sums."""
+    """Return a mean or variance in terms of sums."""
     x = args[0]
     dims = args[1] if len(args) > 1 and args[1] is not None else kwargs.get("dim")
     dims = list(range(x.ndim)) if dims is None else [dims] if isinstance(dims, int) else list(dims)
@@ -313,16 +314,16 @@ def _is_view(func: Any) -> bool:
 
 
 def _is_exact(name: str, args: tuple, kwargs: dict) -> bool:
-    """Whether an operation copies, chooses or rearranges; of complex numbers absolute value and sign are rounded."""
+    """Tell whether an operation rounds nothing; of complex numbers absolute value and sign are rounded."""
     if name in ("abs", "sgn", "sign"):
         return not args[0].is_complex()
     if name in ("scatter_reduce", "index_reduce"):
         return (args[4] if len(args) > 4 else kwargs.get("reduce")) in ("amax", "amin")
-    return name in TORCH_EXACT
+    return name in EXACT
 
 
 def _with_exact_scale(grad: Any, alpha: Any, scale: Any, input_scale: Any, *rest: Any) -> tuple:
-    """The arguments of `elu_backward`: celu asks for 1 / alpha there, and torch computes it from a float32 alpha."""
+    """Correct the arguments of `elu_backward`: celu asks for 1 / alpha, which torch computes from a float32 alpha."""
     if scale == 1 and alpha and input_scale == 1.0 / float(np.float32(alpha)):
         input_scale = 1.0 / alpha
     return grad, alpha, scale, input_scale, *rest

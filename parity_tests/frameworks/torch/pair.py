@@ -1,7 +1,7 @@
 """The torch side of a pair: an `nn.Module` as it is, or a function `f(parameters, *inputs)`."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,33 +9,49 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten_with_path
 
-from parity_tests.frameworks.torch.hypotheses import Recorder
 from parity_tests.frameworks.torch.modes import to_numpy, to_torch
 from parity_tests.frameworks.torch.noise import DoublePrecision
-from parity_tests.frameworks.torch.random import seeded
 from parity_tests.frameworks.torch.subjects import resolve_device
-from parity_tests.frameworks.torch.truth import MovedConstants, machine_limits
+from parity_tests.frameworks.torch.truth import MovedConstants, Recorder, machine_limits
 from parity_tests.frameworks.torch.watch import BranchWatch, FormatWatch
-from parity_tests.pair.calibration import KINK_AMPLITUDE, KINK_MEMBERS, MEMBERS, moved_constant
-from parity_tests.pair.casts import is_inexact, storage_format, widened
+from parity_tests.judge.dtypes import is_inexact, storage_format, widened
+from parity_tests.pair.calibration import (
+    KINK_MEMBERS,
+    MEMBERS,
+    collect_ensemble,
+    constants_spread,
+    moved_constant,
+    was_rounded,
+)
 from parity_tests.pair.side import (
     Arrays,
     Constants,
     Ensemble,
     ParameterSpec,
     Variant,
-    collect_ensemble,
-    constants_spread,
     leaf_name,
+    named_state,
 )
-from parity_tests.pair.state import named_state
 
 Function = Callable[..., Any]
 
 
 @contextlib.contextmanager
+def seeded(seed: int, devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Seed torch, and restores the generators on leaving.
+
+    Args:
+        seed: non-negative.
+        devices: GPUs whose generators are restored beside the CPU's.
+    """
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
 def _double_default() -> Iterator[None]:
-    """Constants that a module creates on the way (`torch.tensor(0.1)`) are float64 too."""
+    """Let constants that a module creates on the way (`torch.tensor(0.1)`) be float64 too."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -94,8 +110,7 @@ class TorchSide:
         return torch.func.functional_call(self._module, tensors, inputs, self._kwargs)
 
     def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
-        """Parameters, then buffers; a parameter with `requires_grad=False` is frozen."""
-        del inputs
+        """Return parameters, then buffers; a parameter with `requires_grad=False` is frozen."""
         if self._module is None:
             assert self._initial is not None
             found = {name: _parameter_spec(name, value) for name, value in self._initial.items()}
@@ -105,22 +120,22 @@ class TorchSide:
         return found
 
     def outline(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
-        """Found by running."""
+        """Run the module for its shapes."""
         return {name: np.zeros_like(value) for name, value in self.forward(parameters, inputs).items()}
 
     def round_trip(self, parameters: Arrays) -> dict[str, np.ndarray]:
-        """Through tensors on the device."""
+        """Copy to tensors on the device and back."""
         return {name: to_numpy(tensor) for name, tensor in self._tensors(parameters).items()}
 
     def forward(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
-        """Without gradients, which may take other paths (fast paths for inference)."""
+        """Run without gradients, which may take other paths (fast paths for inference)."""
         with torch.no_grad(), self._seeded(0):
             tensors = self._tensors(parameters)
             outputs = self.function(tensors, *self._inputs(inputs))
             return self._results(tensors, _leaves(outputs))
 
     def vjp(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays) -> dict[str, np.ndarray]:
-        """Through autograd, as it is."""
+        """Run through autograd."""
         with self._seeded(0):
             return self._run(self._tensors(parameters), self._inputs(inputs), cotangents)
 
@@ -131,7 +146,7 @@ class TorchSide:
         cotangents: Arrays | None = None,
         variant: str = "",
     ) -> dict[str, np.ndarray]:
-        """In float64; a variant rewrites operations on the way."""
+        """Run in float64; a variant rewrites operations on the way."""
         mode = DoublePrecision(rewrite=self._recorder.rewrite(variant))
         found = self._double(parameters, inputs, cotangents, lambda tensors: mode)
         self._captures = mode.captured
@@ -145,13 +160,9 @@ class TorchSide:
         buffers: Mapping[str, str],
         computed: bool,
     ) -> Constants:
-        """Runs with the buffers moved that are constants, and with tensors moved that the code has captured."""
+        """Run with constant buffers and captured tensors moved."""
         wide = {name: widened(parameters[name]) for name in buffers}
-        moving = [
-            name
-            for name, array in wide.items()
-            if not np.array_equal(moved_constant(array, 1, buffers[name]), array, equal_nan=True)
-        ]
+        moving = [name for name, array in wide.items() if was_rounded(array, buffers[name])]
         if not (moving or self._captures or computed):
             return Constants({})
         whole = {name for name, array in parameters.items() if name in buffers or not is_inexact(array)}
@@ -169,13 +180,13 @@ class TorchSide:
             stored.update(modes[0].stored)
             return found
 
-        spread = constants_spread(run, MEMBERS)
+        spread = constants_spread(run)
         return Constants(spread, tuple(sorted(stored)), (), MEMBERS) if stored or computed else Constants({})
 
     def ensemble(
         self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
     ) -> Ensemble:
-        """Runs under the dispatch mode, one after the other."""
+        """Run under the dispatch mode, one after the other."""
         notes: set[str] = set()
 
         def run(member: int, amplitude: float) -> dict[str, np.ndarray]:
@@ -184,19 +195,19 @@ class TorchSide:
             notes.update(mode.notes)
             return outputs
 
-        result = collect_ensemble(run, MEMBERS, KINK_MEMBERS, KINK_AMPLITUDE)
+        result = collect_ensemble(run)
         return Ensemble(result.centre, result.spread, result.kinks, MEMBERS, tuple(sorted(notes)))
 
     def variants(self) -> tuple[Variant, ...]:
-        """Other epsilons and the other gelu, where the last truth used one."""
+        """Return other epsilons and the other gelu, where the last truth used one."""
         return self._recorder.variants()
 
     def notes(self) -> tuple[str, ...]:
-        """None."""
+        """Return none."""
         return ()
 
     def is_random(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> bool:
-        """Compares two seeds of torch's generator."""
+        """Compare two seeds of torch's generator."""
         results = []
         for seed in (0, 1):
             with torch.no_grad(), self._seeded(seed):
@@ -205,14 +216,14 @@ class TorchSide:
         return results[0] != results[1]
 
     def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
-        """Watches a float64 run."""
+        """Watch a float64 run."""
         names = {} if self._module is None else {id(child): name for name, child in self._module.named_modules()}
         watch = BranchWatch(names)
         self._double(parameters, inputs, None, lambda tensors: DoublePrecision(), watch=watch)
         return watch.branches.sentences()
 
     def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
-        """Watches a run without gradients."""
+        """Watch a run without gradients."""
         watch = FormatWatch(dtype)
         with torch.no_grad(), self._seeded(0), watch:
             self.function(self._tensors(parameters), *self._inputs(inputs))
@@ -244,7 +255,7 @@ class TorchSide:
         leg: Arrays | None = None,
         watch: BranchWatch | None = None,
     ) -> dict[str, np.ndarray]:
-        """Runs under a mode, made for the parameters and integer inputs; `leg` has the parameters' own dtypes."""
+        """Run under a mode, made for the parameters and integer inputs; `leg` has the parameters' own dtypes."""
         tensors = self._tensors({name: widened(array) for name, array in parameters.items()})
         arguments = self._inputs(tuple(map(widened, inputs)))
         integers = {f"inputs[{k}]": tensor for k, tensor in enumerate(arguments) if not is_inexact(inputs[k])}
@@ -298,7 +309,7 @@ def _parameter_spec(name: str, value: Any) -> ParameterSpec:
 
 
 def _leaves(outputs: Any) -> dict[str, torch.Tensor]:
-    """Arrays of the output by name; None and numbers are left out."""
+    """Return arrays of the output by name, without None and numbers."""
     found, _ = tree_flatten_with_path(outputs)
     tensors = [(path, leaf) for path, leaf in found if isinstance(leaf, torch.Tensor)]
     if len(tensors) == 1:

@@ -13,9 +13,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from parity_tests.frameworks.torch.operations import EXACT, names
 from parity_tests.judge.dtypes import numpy_dtype
-from parity_tests.pair.branches import Branch, Branches, is_bound, softplus_parts
-from parity_tests.pair.operations import TORCH_EXACT, names
+from parity_tests.pair.side import Branch, Branches, is_bound, softplus_parts
 
 # An operation as text, the operand whose extent is told, and its branches: what takes them, a mask, where they begin.
 Found = tuple[str, Any, list[tuple]]
@@ -26,20 +26,20 @@ _MACHINERY = tuple(
     f"{_LIBRARY}/{name}"
     for name in ("_dynamo/", "_compile.py", "_ops.py", "_tensor.py", "overrides.py", "utils/_python_dispatch.py")
 )
-_CALLER = str(Path(__file__).with_name("torch.py"))
+_CALLER = str(Path(__file__).with_name("pair.py"))
 # Their results do not depend on the values of their operands.
 _CREATORS = names("""
 zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty
 """)
 _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _CONSUMERS = names("where masked_fill any all")  # of a comparison that they, or Python, take care of
-# Which argument decides what is taken; elsewhere all of them do.
+# The argument that decides which branch is taken; elsewhere all of them do.
 _DECIDING = {"where": 0, "masked_fill": 1, "index": 1, "index_put": 1}
 _ONE_KINK = names("leaky_relu elu celu selu _prelu_kernel rrelu_with_noise")
 
 
 def _frames() -> Iterator[FrameType]:
-    """The frames of torch and of the user, from the operation outwards to this package's own call of the module."""
+    """Yield the frames of torch and of the user, from the operation outwards to this package's call of the module."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename
@@ -51,7 +51,7 @@ def _frames() -> Iterator[FrameType]:
 
 
 def _line() -> str:
-    """The innermost line outside torch, as `port.py:12`; empty if the module is torch's own."""
+    """Return the innermost line outside torch, as `port.py:12`; empty if the module is torch's own."""
     for frame in _frames():
         path = frame.f_code.co_filename
         if not path.startswith((_LIBRARY, "<")):
@@ -64,17 +64,13 @@ def _tensors(*trees: Any) -> list[torch.Tensor]:
 
 
 def _bare(func: Any) -> str:
-    """The operation's name, in place or not."""
+    """Return the operation's name, in place or not."""
     name = func._schema.name.partition("::")[2]
     return name if name.startswith("__") else name.removesuffix("_")
 
 
 class BranchWatch(TorchDispatchMode):
-    """Records the branches of what depends on parameters or inputs; what is constant no draw could change.
-
-    Args:
-        modules: paths of modules by their id.
-    """
+    """Record the branches of what depends on parameters or inputs; what is constant no draw could change."""
 
     def __init__(self, modules: Mapping[int, str]) -> None:
         super().__init__()
@@ -86,7 +82,7 @@ class BranchWatch(TorchDispatchMode):
 
     @contextlib.contextmanager
     def of(self, moving: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Watches what is done with these tensors."""
+        """Watch what is done with these tensors."""
         for tensor in moving:
             self._move(tensor)
         before = register_module_forward_pre_hook(
@@ -107,7 +103,7 @@ class BranchWatch(TorchDispatchMode):
             self._compared.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Looks at one operation before it runs."""
+        """Look at one operation before it runs."""
         kwargs = dict(kwargs or {})
         name, moving = _bare(func), any(map(self._moves, _tensors(args, kwargs)))
         decides = _tensors(args[_DECIDING[name]]) if name in _DECIDING else _tensors(args, kwargs)
@@ -144,7 +140,7 @@ class BranchWatch(TorchDispatchMode):
         return _address(tensor) in self._moving
 
     def _branches(self, name: str, func: Any, args: Sequence[Any], kwargs: dict) -> Found | None:
-        """The operation as text, the operand whose range is told, and its branches' names, masks, bounds."""
+        """Return the operation as text, the operand whose range is told, and its branches' names, masks, bounds."""
         if name in ("max", "min") and func._overloadname == "other":
             name = f"{name}imum"
         if name in ("maximum", "minimum", "fmax", "fmin"):
@@ -174,7 +170,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def _checks() -> bool:
-    """Whether torch's own Python code asks, as in the validation of arguments."""
+    """Tell whether torch's own Python code asks, as in the validation of arguments."""
     frame = next(_frames(), None)
     return frame is not None and frame.f_code.co_filename.startswith(_LIBRARY)
 
@@ -202,19 +198,17 @@ def _beside(x: torch.Tensor, bound: float) -> list[tuple]:
 
 
 def _signs(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
-    del kwargs
     x = args[0]
     return None if x.is_complex() else (name, x, [("a negative value", x < 0), ("a positive value", x > 0)])
 
 
 def _negative(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
-    del kwargs
     x = args[0]
     return None if x.is_complex() else (name, x, [("a negative value", x < 0)])
 
 
 def _between(x: torch.Tensor, low: Any, high: Any) -> list[tuple]:
-    """Below, between and above the limits that there are; a limit may be an array."""
+    """Return branches below, between and above the limits that there are; a limit may be an array."""
     inside, conditions = torch.ones_like(x, dtype=torch.bool), []
     for limit, word, above in ((low, "below", False), (high, "above", True)):
         number = None if isinstance(limit, torch.Tensor) and limit.numel() != 1 else limit
@@ -262,7 +256,6 @@ def _softplus(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
 
 
 def _condition(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
-    del kwargs
     mask = args[0] if name == "where" else args[1]
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         return None
@@ -270,7 +263,6 @@ def _condition(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
 
 
 def _masked_index(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
-    del kwargs
     masks = [index for index in args[1] if isinstance(index, torch.Tensor) and index.dtype == torch.bool]
     if not masks:
         return None
@@ -307,13 +299,12 @@ def _padding(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
 
 def _ignored(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
     index = args[4] if len(args) > 4 else kwargs.get("ignore_index", -100)
-    if index == -100:  # what nobody asked for
+    if index == -100:  # the default, which no user asked for
         return None
     return f"{name}(ignore_index={index})", None, [("this target", args[1] == index)]
 
 
 def _not_a_number(name: str, args: Sequence[Any], kwargs: dict) -> Found:
-    del kwargs
     return name, args[0], [("a value that is not finite", ~torch.isfinite(args[0]))]
 
 
@@ -337,11 +328,7 @@ _TABLE: dict[str, Callable[[str, Sequence[Any], dict], Found | None]] = {
 
 
 class FormatWatch(TorchDispatchMode):
-    """Records operations on wider formats than a module's arrays are stored in; copies, choices and casts do not count.
-
-    Args:
-        dtype: that all arrays are stored in.
-    """
+    """Record operations on wider formats than `dtype`, that of all arrays; copies, choices and casts do not count."""
 
     def __init__(self, dtype: str) -> None:
         super().__init__()
@@ -349,10 +336,10 @@ class FormatWatch(TorchDispatchMode):
         self._found: dict[tuple[str, str], dict[str, None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Runs one operation and looks at its formats."""
+        """Run one operation and looks at its formats."""
         result = func(*args, **(kwargs or {}))
         name = _bare(func)
-        if name in TORCH_EXACT or any(ret.alias_info and not ret.alias_info.is_write for ret in func._schema.returns):
+        if name in EXACT or any(ret.alias_info and not ret.alias_info.is_write for ret in func._schema.returns):
             return result
         # Beside an array, a single number leaves the format as it is; further results are for the gradient's sake.
         wide = [t for t in _tensors(result)[:1] if self._is_wide(t)]
@@ -366,7 +353,7 @@ class FormatWatch(TorchDispatchMode):
         return tensor.is_floating_point() and tensor.itemsize > self._size
 
     def found(self) -> tuple[str, ...]:
-        """Operations with their formats and lines."""
+        """Return operations with their formats and lines."""
         return tuple(
             f"{name} in {dtype}" + (f" ({', '.join(filter(None, places))})" if any(places) else "")
             for (name, dtype), places in self._found.items()
@@ -374,7 +361,7 @@ class FormatWatch(TorchDispatchMode):
 
 
 def _of_a_norm() -> bool:
-    """Whether torch's own code for a norm asks: its statistics are meant to be wider."""
+    """Tell whether torch's own code for a norm asks: its statistics are meant to be wider."""
     for frame in _frames():
         path = frame.f_code.co_filename
         if not path.startswith(_LIBRARY):

@@ -1,4 +1,4 @@
-"""Five pairs that are not ours, made equal; each is a factory for `--pair parity_tests.pair.examples:<name>`.
+"""Five pairs of the frameworks' own modules, made equal: factories for `--pair parity_tests.pair.examples:<name>`.
 
 `<name>_defaults` is the same pair as a careless port leaves it: parameters carried over, every other setting at the
 framework's own default.
@@ -17,17 +17,19 @@ _FEATURES, _HEADS, _HIDDEN = 16, 4, 8
 def _part(side: str, name: str, pair: dict[str, Any]) -> dict[str, Any]:
     if side == "pair":
         return {**pair, "name": name}
-    return getattr(importlib.import_module(f"parity_tests.frameworks.{side}.examples"), name)()
+    module = importlib.import_module(f"parity_tests.frameworks.{side}.examples")
+    # A side without a careless form is made equal by its defaults.
+    return getattr(module, name, getattr(module, name.removesuffix("_defaults")))()
 
 
 def linear(side: str) -> dict[str, Any]:
-    """`nn.Linear(24, 16)` and `nnx.Linear`: torch stores the kernel transposed."""
+    """Make `nn.Linear(24, 16)` and `nnx.Linear`: torch stores the kernel transposed."""
     rules = [("weight", "kernel", "o i -> i o"), ("bias", "bias", "")]
     return _part(side, "linear", {"params": rules, "inputs": ((6, 5, 24),)})
 
 
 def conv(side: str) -> dict[str, Any]:
-    """`nn.Conv2d(3, 8, 3, padding=1)` and `nnx.Conv`: channels first against channels last, kernel likewise."""
+    """Make `nn.Conv2d(3, 8, 3, padding=1)` and `nnx.Conv`: channels first against channels last, kernel likewise."""
     rules = [("weight", "kernel", "o i kh kw -> kh kw i o"), ("bias", "bias", "")]
     pair = {
         "params": rules,
@@ -39,13 +41,13 @@ def conv(side: str) -> dict[str, Any]:
 
 
 def layer_norm(side: str) -> dict[str, Any]:
-    """`nn.LayerNorm(16, eps=1e-6)` and `nnx.LayerNorm`: torch's own default of epsilon is 1e-5."""
+    """Make `nn.LayerNorm(16, eps=1e-6)` and `nnx.LayerNorm`: torch's own default of epsilon is 1e-5."""
     rules = [("weight", "scale", ""), ("bias", "bias", "")]
     return _part(side, "layer_norm", {"params": rules, "inputs": ((9, 16),)})
 
 
 def attention(side: str) -> dict[str, Any]:
-    """`nn.MultiheadAttention` and `nnx.MultiHeadAttention`: one fused input projection against three."""
+    """Make `nn.MultiheadAttention` and `nnx.MultiHeadAttention`: one fused input projection against three."""
     rules = []
     for k, name in enumerate(("query", "key", "value")):
         rows = f"[{_FEATURES * k}:{_FEATURES * (k + 1)}]"
@@ -59,7 +61,7 @@ def attention(side: str) -> dict[str, Any]:
 
 
 def gru_cell(side: str) -> dict[str, Any]:
-    """`nn.GRUCell(4, 8)` and linen's `GRUCell`: fused gates in the order r, z, n; torch has biases that add up."""
+    """Make `nn.GRUCell(4, 8)` and linen's `GRUCell`: fused gates in the order r, z, n; torch has biases that add up."""
     rules: list[tuple] = []
     for k, gate in enumerate("rzn"):
         rows = f"[{_HIDDEN * k}:{_HIDDEN * (k + 1)}]"
@@ -74,27 +76,27 @@ def gru_cell(side: str) -> dict[str, Any]:
 
 
 def linear_defaults(side: str) -> dict[str, Any]:
-    """Nothing to match but the kernel's layout, which the rules do."""
+    """Match nothing but the kernel's layout, by the rules."""
     return _part(side, "linear_defaults", linear("pair"))
 
 
 def conv_defaults(side: str) -> dict[str, Any]:
-    """Padding: none against `SAME`."""
+    """Leave the padding: none against `SAME`."""
     return _part(side, "conv_defaults", conv("pair"))
 
 
 def layer_norm_defaults(side: str) -> dict[str, Any]:
-    """Epsilon: 1e-5 against 1e-6."""
+    """Leave the epsilon: 1e-5 against 1e-6."""
     return _part(side, "layer_norm_defaults", layer_norm("pair"))
 
 
 def attention_defaults(side: str) -> dict[str, Any]:
-    """Batch axis: the second against the first. Equal lengths, as in self-attention, let both sides run."""
+    """Leave the batch axis: the second against the first. Equal lengths, as in self-attention, let both run."""
     return _part(side, "attention_defaults", attention("pair") | {"inputs": ((3, 5, _FEATURES),) * 3})
 
 
 def gru_cell_defaults(side: str) -> dict[str, Any]:
-    """Order of the arguments: input and state against state and input. Equal sizes let both sides run."""
+    """Leave the order of the arguments: input, state against state, input. Equal sizes let both run."""
     return _part(side, "gru_cell_defaults", gru_cell("pair") | {"inputs": ((3, _HIDDEN), (3, _HIDDEN))})
 
 

@@ -1,12 +1,12 @@
-"""The five example pairs in one view: made equal, with every default, and what differs by default."""
+"""The five example pairs in one view: made equal, with every default, and the differences by default, as measured."""
 
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from parity_tests.pair.check import run_pair
 from parity_tests.pair.examples import EXAMPLES
-from parity_tests.pair.examples.differences import Difference, default_differences
 from parity_tests.pair.report import PairReport
 from parity_tests.report.text import markdown_text, printable
 
@@ -15,15 +15,32 @@ BEGIN, END = "<!-- pairs:begin -->", "<!-- pairs:end -->"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One example pair.
+class Difference:
+    """Hold one aspect in which freshly created modules of a pair may differ."""
 
-    Attributes:
-        name: of the pair.
-        matched: the report with matched settings, gradients included.
-        defaults: the report with each framework's defaults, outputs only.
-        differences: every aspect that was measured on modules as they are created by default.
-    """
+    pair: str
+    aspect: str
+    torch: str
+    flax: str
+
+    @property
+    def differs(self) -> bool:
+        """Tell whether the two measurements read differently."""
+        return self.torch != self.flax
+
+
+def default_differences() -> list[Difference]:
+    """Measure every aspect on both sides; needs both frameworks."""
+    sides = [
+        importlib.import_module(f"parity_tests.frameworks.{side}.examples").measure_defaults()
+        for side in ("torch", "jax")
+    ]
+    return [Difference(key[0], key[1], sides[0][key], sides[1][key]) for key in sides[0]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Hold the outcome of one example pair."""
 
     name: str
     matched: PairReport
@@ -31,7 +48,7 @@ class Entry:
     differences: tuple[Difference, ...]
 
     def describe(self) -> str:
-        """A few lines for a terminal."""
+        """Describe the pair in a few lines for a terminal."""
         worst = max(row.bound_fraction or 0.0 for row in self.matched.rows)
         verdict = f"holds, largest error {worst:.2g} of its bound" if self.matched.ok else self.matched.headline
         lines = [self.name, f"  made equal:   {verdict}", f"  by default:   {outcome(self.defaults)}"]
@@ -41,7 +58,7 @@ class Entry:
         return "\n".join(map(printable, lines))
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the entry as JSON has it."""
         return {
             "name": self.name,
             "matched_ok": self.matched.ok,
@@ -54,17 +71,17 @@ class Entry:
 
 
 def outcome(report: PairReport) -> str:
-    """A report in half a sentence."""
+    """Describe a report in half a sentence."""
     return "holds" if report.ok else f"MISMATCH: {report.likely_cause or report.headline}"
 
 
 def by_default(name: str) -> PairReport:
-    """Judges the outputs of an example with every setting but the parameters at its default."""
+    """Judge the outputs of an example with every setting but the parameters at its default."""
     return run_pair(f"{_HERE}:{name}_defaults", gradients=False)
 
 
 def overview() -> Iterator[Entry]:
-    """Judges and measures every example; needs both frameworks."""
+    """Judge and measure every example; needs both frameworks."""
     differences = default_differences()
     for name in EXAMPLES:
         yield Entry(
@@ -76,12 +93,7 @@ def overview() -> Iterator[Entry]:
 
 
 def readme_block(outcomes: Mapping[str, PairReport], differences: Sequence[Difference]) -> str:
-    """The README's table of the five pairs, markers included.
-
-    Args:
-        outcomes: report with each framework's defaults, by pair.
-        differences: as measured.
-    """
+    """Return the README's table of the five pairs, markers included."""
     lines = [BEGIN, "", "| pair | the check, everything else at its default | differs by default (torch / Flax) |"]
     lines += ["|---|---|---|"]
     for name, report in outcomes.items():
@@ -91,7 +103,7 @@ def readme_block(outcomes: Mapping[str, PairReport], differences: Sequence[Diffe
 
 
 def with_block(text: str, block: str) -> str:
-    """The README's text with its table replaced.
+    """Return the README's text with its table replaced.
 
     Raises:
         ValueError: if the markers are not there exactly once, in order.
