@@ -22,7 +22,7 @@ BENCH_ARGS ?=
 # Two files at a time; the tests of one file stay together, because they share what they computed.
 PARALLEL ?= -n 2 --dist loadfile
 
-# What FAST=1 runs. Left out: modes and shapes beyond those of the layers' own tests, drawn calls, sharding, whole
+# FAST=1 leaves out: modes and shapes beyond those of the layers' own tests, drawn calls, sharding, whole
 # trainings, other interpreters, families of pairs, hostile input, kills and interruptions, and the newer JAX.
 FAST_TESTS ?= $(addprefix parity_tests/tests/test_,$(addsuffix .py,architecture readme torch_layer torch_functional \
 	torch_masked_layer torch_parameters jax_layer jax_linen jax_parameters parameter_exchange tolerance causes \
@@ -106,7 +106,7 @@ test:
 endif
 
 test-fast: $(VENV)/.installed
-	@sed -n '/^# What FAST=1 runs/,/^FAST_TESTS/{/^#/s/^# //p}' $(firstword $(MAKEFILE_LIST))
+	@sed -n '/^# FAST=1 leaves out/,/^FAST_TESTS/{/^#/s/^# //p}' $(firstword $(MAKEFILE_LIST))
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not compile and not slow" $(FAST_TESTS)
 
 ifeq ($(PYTHON_NEWEST),)
