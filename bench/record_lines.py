@@ -6,6 +6,7 @@ from operator import itemgetter
 from sys import intern
 from typing import Any, get_type_hints
 
+from bench.past_names import implementation_that_ran
 from bench.records import FIELD_NAMES, SAMPLES, SCHEMA_VERSION, Record, RecordError, filled
 from bench.strict_json import LARGEST, moderate, parse, plain, shown
 
@@ -34,6 +35,7 @@ _DEFAULTS: Mapping[str, Any] = {
     for item in fields(Record)
     if item.name not in _REQUIRED
 }
+_IMPLEMENTATION = FIELD_NAMES.index("implementation")
 _ROW = itemgetter(*FIELD_NAMES)
 _SEEN_KINDS: set[tuple[type, ...]] = set()
 # The reciprocal of the largest: a ceiling of 1e-320 would make every share of it infinite.
@@ -80,6 +82,7 @@ def parse_line(line: bytes | str) -> Record:
             raise RecordError(f"{name}: expected 0 or {_RANGE}, got {shown(value)}")
     if zero := [name for name in _POSITIVE if merged[name] == 0]:
         raise RecordError(f"{zero[0]}: expected more than 0")
+    row[_IMPLEMENTATION] = implementation_that_ran(merged)
     for k in _TEXTS:
         # The same few names again and again.
         row[k] = intern(row[k])
