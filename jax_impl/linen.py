@@ -65,10 +65,6 @@ class PartitionedLinear(nn.Module):
         bias_init: The same for the bias, with the shape (out,) and two names.
         promote_dtype: Function (x, kernel, bias, dtype=...) -> the three in one dtype.
 
-    Raises:
-        TypeError: When called, if an attribute has a wrong type or dtype.
-        ValueError: When called, if `features` is not positive or too large, or a name unknown.
-
     Source: a list of `flax.linen.Dense` applied one by one and stacked, whose function it computes.
     """
 
@@ -86,19 +82,11 @@ class PartitionedLinear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Inputs) -> Outputs:
-        """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
-
-        Args:
-            x: Inputs, shape (..., n, in). They and the parameters are promoted to `dtype`, or to their common one, as
-                Flax's own layers do: integers become floating, and float64 becomes float32 while x64 is off. (The
-                pure function `partitioned_linear` refuses both.)
-
-        Returns:
-            Outputs, shape (..., n, out).
+        """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o], as the nnx layer does.
 
         Raises:
-            TypeError: If `x` is no array, or the dtype of the computation is not a supported one.
-            ValueError: If its shape or device does not fit, a parameter is missing or has another shape, or
+            TypeError: If an attribute or `x` has a wrong type, or the computation a dtype that is not supported.
+            ValueError: If an attribute is wrong, a shape or device does not fit, a parameter is missing, or
                 `promote_dtype` fails.
             UnsupportedImplementationError: If the named implementation cannot run this call.
         """
