@@ -48,21 +48,13 @@ class PartitionedLinear(nn.Module):
     Parameters are "kernel" (n, in, out) and "bias" (n, out), in the collection "params". Dtypes are those of
     `flax.linen.Dense`: input and parameters are promoted to `dtype`, or to their common dtype.
 
-    Attributes:
+    Attributes: those of the nnx layer of the same names, and
+
         features: out, features of one partition, not their total.
-        use_bias: Whether to add a bias.
-        implementation: "auto", or a name from `implementation_names()`.
         initializer: The nnx layer's `init` (linen gives that name to a method): "flax" for a truncated
             normal of std 1/sqrt(in) and a zero bias, as n `linen.Dense` have it; "torch" for U(-1/sqrt(in), 1/sqrt(in))
             in kernel and bias.
-        dtype: Dtype of the computation; None to infer it from input and parameters.
-        param_dtype: Dtype of the parameters: float64, float32, bfloat16 or float16.
-        precision: Precision of the product, as in `jax.lax.dot_general`.
-        preferred_element_type: Dtype of the output; None for that of the computation.
-        kernel_init: A Flax initialiser (key, shape, dtype) instead of `initializer`; called once per partition with
-            its own key and the shape (in, out), so that it sees the fan-in of one partition. It runs under `jax.vmap`.
-            The names of `linen.with_partitioning` describe all three axes.
-        bias_init: The same for the bias, with the shape (out,) and two names.
+        kernel_init, bias_init: The names of `linen.with_partitioning` describe all three axes, or both.
         promote_dtype: Function (x, kernel, bias, dtype=...) -> the three in one dtype.
 
     Source: a list of `flax.linen.Dense` applied one by one and stacked, whose function it computes.

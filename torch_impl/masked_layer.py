@@ -39,19 +39,7 @@ class MaskedPartitionedLinear(nn.Module):
         bias: Parameter of shape (n*out), or None.
         mask: Non-persistent bool buffer of shape (n*out, n*in), True in the diagonal blocks.
 
-    Args:
-        num_partitions: n, the number of maps.
-        in_features: in, features of one partition, not their total.
-        out_features: out, features of one partition, not their total.
-        bias: Whether to add a bias.
-        init: As for `PartitionedLinear`; it sees the blocks only.
-        device: Where the parameters lie.
-        dtype: float64, float32, bfloat16 or float16; None for PyTorch's default.
-
-    Raises:
-        TypeError: If an argument has a wrong type or dtype.
-        ValueError: If a size is not positive or too large, a name unknown, or the device not there.
-        MemoryError: If there is no room for the parameters.
+    Arguments and errors are those of `PartitionedLinear`; `init` sees the blocks only.
 
     Source: the article that masks one large `nn.Linear` in place of a loop over many small ones.
     """
