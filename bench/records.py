@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from sys import intern
 from typing import Any, get_type_hints
 
+from bench.past_names import implementation_that_ran
 from bench.strict_json import LARGEST, moderate, parse, plain, shown
 
 SCHEMA_VERSION = 1
@@ -218,6 +219,7 @@ def parse_line(line: bytes | str) -> Record:
         raise RecordError("parity, conditions: expected objects in them")
     if not all(type(count) is int and moderate(count) for count in values["kernels"].values()):
         raise RecordError("kernels: expected a number of executions for each name")
+    values["implementation"] = implementation_that_ran(values)
     return Record(**values)
 
 

@@ -86,15 +86,6 @@ def over_explicit_axes(run: Callable[..., Array], x: Array, kernel: Array, bias:
     placements. Here XLA chooses inside, as it does for axes of type `Auto`, and only the result's division is fixed: as
     the operands', leading axes as those of `x`, the partition axis as that of the first operand that divides it, the
     features as those of `kernel` or else of `bias`. No mesh axis divides two of them: the first one keeps it.
-
-    Args:
-        run: The function (x, kernel, bias) -> y.
-        x: Inputs, shape (*b, n, i).
-        kernel: One matrix per partition, shape (n, i, o).
-        bias: One vector per partition, shape (n, o); or None.
-
-    Returns:
-        y, shape (*b, n, o).
     """
     shardings = [jax.typeof(operand).sharding for operand in (x, kernel, bias) if operand is not None]
     meshes = [sharding.mesh for sharding in shardings if not sharding.mesh.empty]
@@ -118,15 +109,9 @@ def over_explicit_axes(run: Callable[..., Array], x: Array, kernel: Array, bias:
 
 
 def device_type(*arrays: Array) -> str:
-    """Name the type of the device that a call on these arrays runs on, in the registry's terms.
+    """Name the type of the device that a call on these arrays runs on: "cpu", "cuda", or JAX's name of another one.
 
     A traced array has no device; where all are traced, this is JAX's default device.
-
-    Args:
-        arrays: Concrete or traced arrays.
-
-    Returns:
-        "cpu", "cuda", or JAX's name of another platform.
     """
     for array in arrays:
         if not isinstance(array, Tracer):

@@ -65,40 +65,23 @@ INITIALIZERS = MappingProxyType({"torch": (torch_uniform, torch_uniform), "flax"
 
 
 def check_initializer(init: Any, kernel_init: Any, bias_init: Any, *, argument: str = "init") -> None:
-    """Refuse what `kernel_initializer` and `bias_initializer` cannot use.
-
-    Raises:
-        TypeError: If `init` is no name, or one of the others no function.
-        ValueError: If `init` is an unknown name.
-    """
+    """Refuse what `partition_initializers` cannot use, by a TypeError, or an unknown name by a ValueError."""
     check_name(argument, init, INITIALIZERS)
     for name, function in (("kernel_init", kernel_init), ("bias_init", bias_init)):
         if function is not None:
             check_callable(name, function, "(key, shape, dtype)")
 
 
-def kernel_initializer(init: str, kernel_init: Initializer | None, in_features: int) -> Initializer:
-    """Return the initialiser of a whole kernel: (key, (n, in, out), dtype) -> values.
+def partition_initializers(
+    init: str, kernel_init: Initializer | None, bias_init: Initializer | None, in_features: int
+) -> tuple[Initializer, Initializer]:
+    """Return the initialisers of a whole kernel and a whole bias: (key, (n, ...), dtype) -> values.
 
-    Args:
-        init: "torch" or "flax".
-        kernel_init: An initialiser of one partition's (in, out) matrix, which overrides `init`; or None.
-        in_features: in, features of one partition.
+    Where they are not None, `kernel_init` and `bias_init` take the place of what `init` names.
     """
-    one = INITIALIZERS[init][0](in_features) if kernel_init is None else kernel_init
-    return per_partition("kernel_init", one)
-
-
-def bias_initializer(init: str, bias_init: Initializer | None, in_features: int) -> Initializer:
-    """Return the initialiser of a whole bias: (key, (n, out), dtype) -> values.
-
-    Args:
-        init: "torch" or "flax".
-        bias_init: An initialiser of one partition's (out,) vector, which overrides `init`; or None.
-        in_features: in, features of one partition.
-    """
-    one = INITIALIZERS[init][1](in_features) if bias_init is None else bias_init
-    return per_partition("bias_init", one)
+    named = (make(in_features) for make in INITIALIZERS[init])
+    of_kernel, of_bias = (one if own is None else own for one, own in zip(named, (kernel_init, bias_init), strict=True))
+    return per_partition("kernel_init", of_kernel), per_partition("bias_init", of_bias)
 
 
 def per_partition(argument: str, initializer: Initializer) -> Initializer:
@@ -107,14 +90,9 @@ def per_partition(argument: str, initializer: Initializer) -> Initializer:
     Boxes of metadata (`nnx.with_partitioning`, `linen.with_partitioning` and the like) end up around the stacked
     values, so they must describe the stacked array: three names for a kernel, two for a bias.
 
-    Args:
-        argument: What to call the initialiser in messages.
-        initializer: (key, shape of one partition, dtype) -> values; it must be traceable by `jax.vmap`.
-
-    Returns:
-        (key, (n, *shape), dtype) -> values of all partitions. It raises ValueError if the initialiser fails or one
-        partition's values have another shape, TypeError if they are no array of the dtype that was asked for, and
-        MemoryError if there is no room for all of them.
+    It must be traceable by `jax.vmap`. What is returned raises ValueError if it fails or one partition's values have
+    another shape, TypeError if they are no array of the dtype that was asked for, and MemoryError if there is no room
+    for all of them; messages call the initialiser `argument`.
     """
 
     def stacked(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Any:

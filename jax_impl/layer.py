@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from jax_impl.array_types import Inputs, Outputs, said, shown
 from jax_impl.functional import partitioned_linear
-from jax_impl.initializers import Initializer, bias_initializer, check_initializer, kernel_initializer
+from jax_impl.initializers import Initializer, check_initializer, partition_initializers
 from jax_impl.validation import (
     as_array,
     check_callable,
@@ -105,12 +105,10 @@ class PartitionedLinear(nnx.Module):
         check_stream("rngs", rngs, "params")
         check_instance("kernel_metadata", kernel_metadata, Mapping, "pass a dict")
         check_instance("bias_metadata", bias_metadata, Mapping, "pass a dict")
-        kernel_shape = (num_partitions, in_features, out_features)
-        draw_kernel = kernel_initializer(init, kernel_init, in_features)
-        values = draw_kernel(_key(rngs), kernel_shape, param_dtype)
+        draw_kernel, draw_bias = partition_initializers(init, kernel_init, bias_init, in_features)
+        values = draw_kernel(_key(rngs), (num_partitions, in_features, out_features), param_dtype)
         self.kernel = _param("kernel_metadata", values, kernel_metadata)
         if use_bias:
-            draw_bias = bias_initializer(init, bias_init, in_features)
             values = draw_bias(_key(rngs), (num_partitions, out_features), param_dtype)
             self.bias = _param("bias_metadata", values, bias_metadata)
         else:

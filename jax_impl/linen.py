@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from jax_impl.array_types import Inputs, Outputs, kind_of, shown
 from jax_impl.functional import partitioned_linear
-from jax_impl.initializers import Initializer, bias_initializer, check_initializer, kernel_initializer
+from jax_impl.initializers import Initializer, check_initializer, partition_initializers
 from jax_impl.parameters import from_canonical, read_arrays, to_canonical, write_arrays
 from jax_impl.validation import (
     as_array,
@@ -48,26 +48,14 @@ class PartitionedLinear(nn.Module):
     Parameters are "kernel" (n, in, out) and "bias" (n, out), in the collection "params". Dtypes are those of
     `flax.linen.Dense`: input and parameters are promoted to `dtype`, or to their common dtype.
 
-    Attributes:
+    Attributes: those of the nnx layer of the same names, and
+
         features: out, features of one partition, not their total.
-        use_bias: Whether to add a bias.
-        implementation: "auto", or a name from `implementation_names()`.
         initializer: The nnx layer's `init` (linen gives that name to a method): "flax" for a truncated
             normal of std 1/sqrt(in) and a zero bias, as n `linen.Dense` have it; "torch" for U(-1/sqrt(in), 1/sqrt(in))
             in kernel and bias.
-        dtype: Dtype of the computation; None to infer it from input and parameters.
-        param_dtype: Dtype of the parameters: float64, float32, bfloat16 or float16.
-        precision: Precision of the product, as in `jax.lax.dot_general`.
-        preferred_element_type: Dtype of the output; None for that of the computation.
-        kernel_init: A Flax initialiser (key, shape, dtype) instead of `initializer`; called once per partition with
-            its own key and the shape (in, out), so that it sees the fan-in of one partition. It runs under `jax.vmap`.
-            The names of `linen.with_partitioning` describe all three axes.
-        bias_init: The same for the bias, with the shape (out,) and two names.
+        kernel_init, bias_init: The names of `linen.with_partitioning` describe all three axes, or both.
         promote_dtype: Function (x, kernel, bias, dtype=...) -> the three in one dtype.
-
-    Raises:
-        TypeError: When called, if an attribute has a wrong type or dtype.
-        ValueError: When called, if `features` is not positive or too large, or a name unknown.
 
     Source: a list of `flax.linen.Dense` applied one by one and stacked, whose function it computes.
     """
@@ -86,19 +74,11 @@ class PartitionedLinear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Inputs) -> Outputs:
-        """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
-
-        Args:
-            x: Inputs, shape (..., n, in). They and the parameters are promoted to `dtype`, or to their common one, as
-                Flax's own layers do: integers become floating, and float64 becomes float32 while x64 is off. (The
-                pure function `partitioned_linear` refuses both.)
-
-        Returns:
-            Outputs, shape (..., n, out).
+        """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o], as the nnx layer does.
 
         Raises:
-            TypeError: If `x` is no array, or the dtype of the computation is not a supported one.
-            ValueError: If its shape or device does not fit, a parameter is missing or has another shape, or
+            TypeError: If an attribute or `x` has a wrong type, or the computation a dtype that is not supported.
+            ValueError: If an attribute is wrong, a shape or device does not fit, a parameter is missing, or
                 `promote_dtype` fails.
             UnsupportedImplementationError: If the named implementation cannot run this call.
         """
@@ -121,7 +101,7 @@ class PartitionedLinear(nn.Module):
             # The sizes of what was initialised: a later input that differs is refused in this package's words.
             num_partitions, in_features = stored.shape[:2]
         check_sizes(num_partitions=num_partitions, in_features=in_features, features=self.features)
-        draw_kernel = kernel_initializer(self.initializer, self.kernel_init, in_features)
+        draw_kernel, draw_bias = partition_initializers(self.initializer, self.kernel_init, self.bias_init, in_features)
         kernel_shape = (num_partitions, in_features, self.features)
         kernel = self.param("kernel", draw_kernel, kernel_shape, self.param_dtype)
         bias = None
@@ -132,7 +112,6 @@ class PartitionedLinear(nn.Module):
                     f"`params['bias']`: expected shape (n, out) = {(num_partitions, self.features)}, got "
                     f"{stored.shape}; pass what init returned."
                 )
-            draw_bias = bias_initializer(self.initializer, self.bias_init, in_features)
             bias = self.param("bias", draw_bias, (num_partitions, self.features), self.param_dtype)
         x, kernel, bias = promoted(
             lambda: self.promote_dtype(array, kernel, bias, dtype=self.dtype), array, kernel=kernel, bias=bias
@@ -164,17 +143,10 @@ class PartitionedLinear(nn.Module):
 
 
 def export_parameters(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Copy a linen layer's parameters into canonical arrays.
+    """Copy a linen layer's parameters into canonical arrays, as `jax_impl.export_parameters` does with an nnx layer's.
 
     Args:
         params: The layer's own {"kernel": ..., "bias": ...}, or {"params": {...}} as its `init` returns it.
-
-    Returns:
-        "weight" (n, in, out) and, if any, "bias" (n, out), in the parameters' dtype (bfloat16 is that of `ml_dtypes`).
-
-    Raises:
-        TypeError: If `params` is no mapping, or an array has a dtype that no layer has.
-        ValueError: If it holds other names than those, no values, or shapes that are no layer's.
     """
     return to_canonical(_canonical(_own(params)))
 
@@ -183,16 +155,11 @@ def import_parameters(params: Mapping[str, Any], arrays: Mapping[str, np.ndarray
     """Return a linen layer's parameters with the values of canonical arrays; `params` itself is unchanged.
 
     Args:
-        params: The layer's own {"kernel": ..., "bias": ...}, or {"params": {...}}; shapes, dtypes, placement, boxes of
-            metadata and other collections are kept.
-        arrays: "weight" (n, in, out) and, if the layer has one, "bias" (n, out), in the parameters' dtype.
+        params: As for `export_parameters`; shapes, dtypes, placement, boxes of metadata and other collections are kept.
+        arrays: As for `jax_impl.import_parameters`.
 
     Returns:
         A new mapping of the same structure.
-
-    Raises:
-        TypeError: If `params` is no mapping, or an array is no NumPy array or has another dtype.
-        ValueError: If `params` holds other names, or an array is missing, extra or mis-shaped.
     """
     own = _own(params)
     values = from_canonical(_canonical(own), arrays)
@@ -202,34 +169,14 @@ def import_parameters(params: Mapping[str, Any], arrays: Mapping[str, np.ndarray
 
 
 def save_parameters(params: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a linen layer's parameters to a safetensors file, which appears whole or not at all.
-
-    Args:
-        params: As for `export_parameters`.
-        path: Where to; a regular file is replaced and keeps its mode, and a link is followed.
-
-    Raises:
-        TypeError: If `params` is no mapping.
-        ValueError: If it holds other names than a layer's, or no values.
-        OSError: If the file cannot be written.
-    """
+    """Write a linen layer's parameters to a file, as `jax_impl.save_parameters` does with an nnx layer's."""
     write_arrays(export_parameters(params), path)
 
 
 def load_parameters(params: Mapping[str, Any], path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """Return a linen layer's parameters with the values of a file written by `save_parameters` of either framework.
 
-    Args:
-        params: As for `import_parameters`.
-        path: The file.
-
-    Returns:
-        A new mapping of the same structure.
-
-    Raises:
-        TypeError: If `params` is no mapping, or a dtype differs.
-        ValueError: If the file is foreign or of another version, or an array is missing, extra or mis-shaped.
-        OSError: If the file cannot be read.
+    `params` itself is unchanged. Raises as `jax_impl.load_parameters` does.
     """
     return import_parameters(params, read_arrays(path, _canonical(_own(params))))
 

@@ -124,15 +124,9 @@ def to_canonical(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def from_canonical(parameters: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Array]:
-    """Copy canonical arrays to JAX arrays that can take the place of `parameters`.
+    """Copy canonical arrays to JAX arrays that can take the place of `parameters`, in shape, dtype and placement.
 
-    Args:
-        parameters: Canonical name -> present array, whose shape, dtype and placement are kept.
-        arrays: Canonical name -> NumPy array.
-
-    Raises:
-        TypeError: If an array is no NumPy array, is masked or has another dtype.
-        ValueError: If an array is missing, extra or mis-shaped, or is float64 while x64 is off.
+    Raises as `check_arrays` does, and a ValueError for float64 while x64 is off.
     """
     check_parameters(parameters)
     expected = {name: (value.shape, np.dtype(value.dtype)) for name, value in parameters.items()}
@@ -145,29 +139,13 @@ def from_canonical(parameters: Mapping[str, Any], arrays: Mapping[str, np.ndarra
 
 
 def write_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
-    """Write canonical arrays to a safetensors file, which appears whole or not at all.
-
-    Raises:
-        TypeError: If `path` is no path.
-        ValueError: If no file can have that name.
-        OSError: If the file cannot be written.
-    """
+    """Write canonical arrays to a safetensors file, which appears whole or not at all."""
     target = as_path(path)
     write_file(target, safetensors.numpy.save(dict(arrays), {"format": FORMAT, "format_version": FORMAT_VERSION}))
 
 
 def read_arrays(path: str | os.PathLike[str], like: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Read the arrays of a file written by `write_arrays`.
-
-    Args:
-        path: The file.
-        like: Canonical name -> array of the layer that it is for, whose size bounds that of the file.
-
-    Raises:
-        TypeError: If `path` is no path, or an array has a dtype that no layer has.
-        ValueError: If the file is foreign or of another version.
-        OSError: If the file cannot be read.
-    """
+    """Read the arrays of a file of `write_arrays`, for a layer with arrays `like`, whose size bounds the file's."""
     path = as_path(path)
     check_parameters(like)
     # Twice and more what a file for this layer has: what else is wrong with such a file is said by name.

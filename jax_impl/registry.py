@@ -101,16 +101,7 @@ def get_implementation(name: str) -> Implementation:
 def unsupported_reason(name: str, *, dtype: str, device: str) -> str | None:
     """Say in one sentence why a named implementation cannot run a call, or return None when it can.
 
-    Args:
-        name: An implementation's name.
-        dtype: Canonical dtype name of the operands, such as "float32".
-        device: Device type, such as "cpu" or "cuda".
-
-    Returns:
-        The reason, or None.
-
-    Raises:
-        ValueError: If `name` is unknown.
+    `dtype` and `device` are canonical names such as "float32" and "cpu".
     """
     entry = get_implementation(name)
     if dtype not in entry.dtypes:

@@ -132,16 +132,8 @@ def check_stream(argument: str, rngs: Any, stream: str) -> None:
 def as_array(argument: str, value: Any) -> Array | np.ndarray:
     """Return an array, or the one that a holder such as `nnx.Param` gives by `__jax_array__`.
 
-    Raises:
-        TypeError: If there is none, it is masked, or its elements are nothing that JAX computes with.
-        ValueError: If it was deleted, as a donated array is.
+    Refuse others, and elements that JAX does not compute with, by a TypeError; deleted arrays by a ValueError.
     """
-    if (
-        isinstance(value, Array)
-        and value.dtype in DTYPE_NAMES
-        and (isinstance(value, Tracer) or not value.is_deleted())
-    ):
-        return value
     array = value
     if not isinstance(value, Array | np.ndarray):
         if isinstance(value, type) or not hasattr(value, "__jax_array__"):
@@ -216,16 +208,9 @@ def promoted(promote: Callable[[], Any], x: Array | np.ndarray, **parameters: An
 
 
 def check_operands(x: Any, kernel: Any, bias: Any) -> tuple[Array, Array, Array | None]:
-    """Refuse operands of y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] that do not fit together.
+    """Return operands as JAX arrays; refuse wrong types and dtypes by a TypeError, what does not fit by a ValueError.
 
     No axis is broadcast: a partition axis of size 1 does not stand for n partitions. No dtype is promoted.
-
-    Returns:
-        The operands as JAX arrays.
-
-    Raises:
-        TypeError: If one is no array, has no supported floating dtype, or the dtypes differ.
-        ValueError: If ranks, shapes or devices do not fit, or one is float64 while x64 is off.
     """
     x, kernel = _as_operand("x", x), _as_operand("kernel", kernel)
     if kernel.ndim != 3 or 0 in kernel.shape:

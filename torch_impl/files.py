@@ -20,8 +20,6 @@ from torch_impl.array_types import kind_of
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["as_path", "read_file", "write_file"]
-
 _KINDS = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
 # Where the system has them: never wait for the other end of a pipe.
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -29,12 +27,7 @@ _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.partial")
 
 
 def as_path(path: Any) -> Path:
-    """Return a file's name as a `Path`.
-
-    Raises:
-        TypeError: If it is no name of a file.
-        ValueError: If no file can have that name: it is empty, or holds a NUL.
-    """
+    """Return a file's name as a `Path`; refuse what is none by a TypeError, and what no file has by a ValueError."""
     try:
         name = os.fspath(path)
     except Exception:  # whatever the object's own method raises, it is no path
@@ -53,12 +46,8 @@ def as_path(path: Any) -> Path:
 def read_file(path: Path, most_bytes: int) -> bytes:
     """Return what a file holds, read once and from one opening of it.
 
-    Args:
-        path: A regular file, or a link to one.
-        most_bytes: The most that it may sensibly hold.
-
     Raises:
-        ValueError: If it holds more than that.
+        ValueError: If it holds more than `most_bytes`.
         OSError: If it cannot be read, is no regular file, or changes while it is read.
     """
     try:
@@ -88,12 +77,8 @@ def read_file(path: Path, most_bytes: int) -> bytes:
 def write_file(path: Path, content: bytes) -> None:
     """Write a file, which appears whole or not at all; an old one keeps its mode, and a link is followed.
 
-    Args:
-        path: Where to: nothing, a regular file that may be written, or a link to either.
-        content: What it shall hold.
-
     Raises:
-        OSError: If it cannot be written; what was there is unchanged.
+        OSError: If it cannot be written, or is no regular file; what was there is unchanged.
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():

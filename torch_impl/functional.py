@@ -66,15 +66,6 @@ def partitioned_linear(x: Inputs, weight: Weight, bias: Bias | None = None, *, i
 def on_dtensors(entry: Implementation, x: Any, weight: Any, bias: Any) -> Outputs:
     """Run an implementation on DTensors, on whole operands in every process if DTensor cannot divide it rightly.
 
-    Args:
-        entry: The implementation.
-        x: Inputs, shape (*b, n, i).
-        weight: One matrix per partition, shape (n, i, o).
-        bias: One vector per partition, shape (n, o); or None.
-
-    Returns:
-        A DTensor of shape (*b, n, o).
-
     Raises:
         TypeError: If one operand is a DTensor and another is not.
         ValueError: If their meshes differ.
@@ -111,14 +102,6 @@ def autocast_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[T
 
     Done here, once, because autocast knows only some of the kernels that the implementations call: left to itself
     it would compute `grouped_matmul` in fp32 and every other one in bf16.
-
-    Args:
-        x: Inputs, any shape.
-        weight: Weight, any shape; its device decides.
-        bias: Bias, any shape; or None.
-
-    Returns:
-        The three operands.
     """
     dtype = torch.get_autocast_dtype(weight.device.type)
     return _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch_impl.array_types import Inputs, Outputs
 from torch_impl.functional import partitioned_linear
 from torch_impl.initializers import Init, check_initializer, empty_parameter, initialize_
-from torch_impl.linears import linears_from_partitions, partitions_from_linears
+from torch_impl.linears import layer_from_linears, linears_from_partitions
 from torch_impl.parameters import check_writable
 from torch_impl.validation import (
     check_bias_switch,
@@ -135,25 +135,9 @@ class PartitionedLinear(nn.Module):
                 differ, of a bias beside its weight too.
             ValueError: If there is none, or sizes, bias, device or `requires_grad` differ, or two share a parameter.
         """
-        partitions = partitions_from_linears(linears)
-        weight = partitions["weight"]
-        num_partitions, in_features, out_features = weight.shape
         check_initializer(init)
-        # By way of the meta device, so that no random numbers are drawn for values that are overwritten.
-        layer = cls(
-            num_partitions,
-            in_features,
-            out_features,
-            "bias" in partitions,
-            implementation=implementation,
-            device="meta",
-            dtype=weight.dtype,
-        ).to_empty(device=weight.device)
+        layer = layer_from_linears(cls, linears, implementation=implementation)
         layer.init = init
-        for name, view in layer.partition_views().items():
-            with torch.no_grad():
-                view.copy_(partitions[name])
-            layer.get_parameter(name).requires_grad_(linears[0].get_parameter(name).requires_grad)
         return layer
 
     def to_linears(self) -> nn.ModuleList:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,20 +10,37 @@ from torch import Tensor, nn
 from torch_impl.array_types import kind_of, shown
 from torch_impl.validation import check_device, check_storage, check_tensor, is_plain
 
+LayerT = TypeVar("LayerT", bound=nn.Module)
 
-def partitions_from_linears(linears: Sequence[nn.Linear] | nn.ModuleList) -> dict[str, Tensor]:
-    """Stack n linears, W[n, i, o] = linears[n].weight[o, i], bit for bit.
+
+def layer_from_linears(kind: type[LayerT], linears: Sequence[nn.Linear] | nn.ModuleList, **options: Any) -> LayerT:
+    """Build a layer with copies of n linears, W[n, i, o] = linears[n].weight[o, i], bit for bit.
 
     Args:
-        linears: n `nn.Linear` of equal sizes, dtype, device, bias and `requires_grad`.
-
-    Returns:
-        Copies: "weight" (n, in, out) and, if the linears have one, "bias" (n, out), without gradient.
+        kind: A class of layer with `partition_views`; other weights than those of the linears become zero.
+        linears: n `nn.Linear` of equal sizes, dtype, device, bias and `requires_grad`, which are those of the layer.
+        **options: Of the constructor.
 
     Raises:
         TypeError: If an element is no plain `nn.Linear`, or the dtypes differ or are not supported.
         ValueError: If there is none, or sizes, bias, device or `requires_grad` differ, or two share a parameter.
     """
+    partitions = partitions_from_linears(linears)
+    weight = partitions["weight"]
+    options |= {"bias": "bias" in partitions, "dtype": weight.dtype}
+    # By way of the meta device, so that no random numbers are drawn for values that are overwritten.
+    layer: Any = kind(*weight.shape, device="meta", **options).to_empty(device=weight.device)
+    with torch.no_grad():
+        layer.weight.zero_()
+        for name, view in layer.partition_views().items():
+            view.copy_(partitions[name])
+    for name in partitions:
+        layer.get_parameter(name).requires_grad_(linears[0].get_parameter(name).requires_grad)
+    return layer
+
+
+def partitions_from_linears(linears: Sequence[nn.Linear] | nn.ModuleList) -> dict[str, Tensor]:
+    """Stack copies of n linears: "weight" (n, in, out) and, if any, "bias"; raises as `layer_from_linears` does."""
     if not isinstance(linears, Sequence | nn.ModuleList):
         raise TypeError(
             f"`linears`: expected a sequence of nn.Linear, got {kind_of(linears)}; pass a list or ModuleList."
@@ -46,12 +63,7 @@ def partitions_from_linears(linears: Sequence[nn.Linear] | nn.ModuleList) -> dic
 def linears_from_partitions(partitions: Mapping[str, Tensor], like: nn.Module) -> nn.ModuleList:
     """Split canonical tensors into n linears, linears[n].weight[o, i] = W[n, i, o], bit for bit.
 
-    Args:
-        partitions: "weight" (n, in, out) and, if any, "bias" (n, out).
-        like: A module whose parameters "weight" and "bias" give `requires_grad`.
-
-    Returns:
-        n `nn.Linear` holding copies, in the dtype and on the device of the weight.
+    The linears hold copies; `requires_grad` is that of the parameters "weight" and "bias" of `like`.
 
     Raises:
         TypeError: If `like` has hooks, parametrisations or parameters besides the two, or the bias another dtype.
@@ -174,11 +186,7 @@ def _traits(k: int, linear: Any) -> dict[str, Any]:
 
 
 def _computes_as_built(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Say whether a module computes what its class does with the parameters that it holds.
-
-    A parametrised, normalised or pruned module computes its weight, a hook or an own forward changes result or
-    gradient: a copy of the parameters would silently drop that.
-    """
+    """Say whether a module computes what its class does with the parameters that it holds, so that copies suffice."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     if any(hooks) or not {"forward", "__call__"}.isdisjoint(vars(module)):
         return False

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torch_impl.functional import autocast_is_on, autocast_operands
 from torch_impl.initializers import Init, check_initializer, empty_parameter, initialize_
-from torch_impl.linears import linears_from_partitions, partitions_from_linears
+from torch_impl.linears import layer_from_linears, linears_from_partitions
 from torch_impl.parameters import check_writable
 from torch_impl.validation import (
     check_bias_switch,
@@ -39,19 +39,7 @@ class MaskedPartitionedLinear(nn.Module):
         bias: Parameter of shape (n*out), or None.
         mask: Non-persistent bool buffer of shape (n*out, n*in), True in the diagonal blocks.
 
-    Args:
-        num_partitions: n, the number of maps.
-        in_features: in, features of one partition, not their total.
-        out_features: out, features of one partition, not their total.
-        bias: Whether to add a bias.
-        init: As for `PartitionedLinear`; it sees the blocks only.
-        device: Where the parameters lie.
-        dtype: float64, float32, bfloat16 or float16; None for PyTorch's default.
-
-    Raises:
-        TypeError: If an argument has a wrong type or dtype.
-        ValueError: If a size is not positive or too large, a name unknown, or the device not there.
-        MemoryError: If there is no room for the parameters.
+    Arguments and errors are those of `PartitionedLinear`; `init` sees the blocks only.
 
     Source: the article that masks one large `nn.Linear` in place of a loop over many small ones.
     """
@@ -146,51 +134,14 @@ class MaskedPartitionedLinear(nn.Module):
 
     @classmethod
     def from_linears(cls, linears: Sequence[nn.Linear] | nn.ModuleList, *, init: Init = "torch") -> Self:
-        """Build the layer that computes what n linears do, copying their weights bit for bit into the blocks.
-
-        Dtype, device and `requires_grad` are those of the linears; the parameters are copies, not shared.
-
-        Args:
-            linears: n `nn.Linear` of equal sizes, dtype, device, bias and `requires_grad`.
-            init: As for the constructor; used by a later `reset_parameters` only.
-
-        Returns:
-            The layer.
-
-        Raises:
-            TypeError: If an element is no plain `nn.Linear` (it has hooks or parametrisations, say), or the dtypes
-                differ, of a bias beside its weight too.
-            ValueError: If there is none, or sizes, bias, device or `requires_grad` differ, or two share a parameter.
-        """
-        partitions = partitions_from_linears(linears)
-        weight = partitions["weight"]
-        num_partitions, in_features, out_features = weight.shape
+        """Build the layer that computes what n linears do, as `PartitionedLinear.from_linears` does."""
         check_initializer(init)
-        # By way of the meta device, so that no random numbers are drawn for values that are overwritten.
-        layer = cls(
-            num_partitions,
-            in_features,
-            out_features,
-            "bias" in partitions,
-            device="meta",
-            dtype=weight.dtype,
-        ).to_empty(device=weight.device)
+        layer = layer_from_linears(cls, linears)
         layer.init = init
-        with torch.no_grad():
-            layer.weight.zero_()
-        for name, view in layer.partition_views().items():
-            with torch.no_grad():
-                view.copy_(partitions[name])
-            layer.get_parameter(name).requires_grad_(linears[0].get_parameter(name).requires_grad)
         return layer
 
     def to_linears(self) -> nn.ModuleList:
-        """Return n `nn.Linear` with bitwise copies of the blocks, and the same dtype, device and `requires_grad`.
-
-        Raises:
-            TypeError: If the layer has hooks, parametrisations or further parameters, or the bias another dtype.
-            ValueError: If a parameter has another shape than the layer's own, or is sharded.
-        """
+        """Return n `nn.Linear` with bitwise copies of the blocks, as `PartitionedLinear.to_linears` does."""
         return linears_from_partitions(self.partition_views(), like=self)
 
     def partition_views(self) -> dict[str, Tensor]:
@@ -217,8 +168,7 @@ class MaskedPartitionedLinear(nn.Module):
         shape = (self.num_partitions, self.out_features, self.in_features)
         return torch.block_diag(*torch.ones(shape, dtype=torch.bool, device=self.weight.device))
 
-    # The mask is in no state_dict, so whatever leaves it without values (to_empty after the meta device,
-    # load_state_dict with assign=True) must bring them back; otherwise the layer would compute with garbage.
+    # In no state_dict, the mask must be made anew after to_empty and load_state_dict with assign=True.
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self.mask = self._block_mask()

@@ -48,7 +48,7 @@ _FILE_DTYPES = {
 
 
 class PartitionedModule(Protocol):
-    """A layer whose parameters can be seen in canonical layout."""
+    """A `PartitionedLinear` or `MaskedPartitionedLinear`: its parameters can be seen in canonical layout."""
 
     def partition_views(self) -> dict[str, Tensor]:
         """Return views of the parameters: "weight" (n, in, out) and, if any, "bias" (n, out)."""

@@ -106,18 +106,7 @@ def get_implementation(name: str) -> Implementation:
 def unsupported_reason(name: str, *, dtype: str, device: str, in_features: int, out_features: int) -> str | None:
     """Say in one sentence why a named implementation cannot run a call, or return None when it can.
 
-    Args:
-        name: An implementation's name.
-        dtype: Canonical dtype name of the operands, such as "float32".
-        device: Device type, such as "cpu", "cuda" or "meta".
-        in_features: i, per partition.
-        out_features: o, per partition.
-
-    Returns:
-        The reason, or None.
-
-    Raises:
-        ValueError: If `name` is unknown.
+    `dtype` and `device` are canonical names such as "float32" and "cpu"; sizes are those of one partition.
     """
     entry = get_implementation(name)
     unrestricted = entry.missing is None and entry.stride_bytes == 1 and entry.traced_dtypes is entry.dtypes

@@ -27,9 +27,7 @@ _MOST_NAMES = 8  # in a message
 def check_sizes(*, dense: bool = False, **sizes: Any) -> None:
     """Refuse what is no int (bool included) by a TypeError, and what is not positive or too large by a ValueError.
 
-    Args:
-        dense: Whether the weight has a block for every pair of partitions.
-        **sizes: num_partitions, in_features and out_features.
+    A dense weight has a block for every pair of partitions.
     """
     for argument, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
@@ -84,13 +82,9 @@ def check_implementation_name(name: Any) -> None:
 
 
 def check_operands(x: Any, weight: Any, bias: Any) -> None:
-    """Refuse operands of y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] that do not fit together.
+    """Refuse operands of wrong types or dtypes by a TypeError, of shapes or devices that do not fit by a ValueError.
 
     No axis is broadcast: a partition axis of size 1 does not stand for n partitions.
-
-    Raises:
-        TypeError: If one is no tensor or has no supported floating dtype.
-        ValueError: If ranks, shapes or devices do not fit.
     """
     failure = None
     try:
@@ -247,12 +241,7 @@ def check_same_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def check_masked_operands(
     x: Any, weight: Any, bias: Any, *, num_partitions: int, in_features: int, out_features: int
 ) -> None:
-    """Refuse operands of the masked dense layer: inputs are (..., n, in) or (..., n*in), nothing is broadcast.
-
-    Raises:
-        TypeError: If one is no tensor of a supported floating dtype.
-        ValueError: If shapes or devices do not fit.
-    """
+    """Refuse operands of the masked dense layer as `check_operands` does; inputs are (..., n, in) or (..., n*in)."""
     all_in, all_out = num_partitions * in_features, num_partitions * out_features
     with contextlib.suppress(Exception):  # nested and uninitialised tensors have no shape
         if _masked_operands_fit(x, weight, bias, all_in, (num_partitions, in_features), all_out):

@@ -18,7 +18,10 @@ ONE_SIDED = {
         "masked_layer.py": "the source article's layer: a dense parameter, a torch idea",
         "linears.py": "lists of nn.Linear, in and out: a torch pattern",
     },
-    "jax_impl": {"linen.py": "Flax has two module systems; torch has one"},
+    "jax_impl": {
+        "linen.py": "Flax has two module systems; torch has one",
+        "implementations/in_turn.py": "a loop inside the compiled program; without a compiler it is `loop`",
+    },
 }
 # Functions that the two trees share as copies, since neither may import the other: by file, each with its name.
 TWINS = {

@@ -46,7 +46,8 @@ every_writer = pytest.mark.parametrize("write", writers().values(), ids=writers(
 
 
 def test_the_trees_have_the_same_file():
-    assert (ROOT / "torch_impl/files.py").read_text() == (ROOT / "jax_impl/files.py").read_text()
+    text = (ROOT / "torch_impl/files.py").read_text()
+    assert text.replace("from torch_impl.", "from jax_impl.") == (ROOT / "jax_impl/files.py").read_text()
 
 
 # --- reading ---
