@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.strict_json import parse, plain, shown
+from bench.records import parse, plain, shown
 
 ENVIRONMENTS = "environment.json"
 # A thousand times as large as any that was written.

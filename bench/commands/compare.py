@@ -29,8 +29,8 @@ from bench.environments import device_name
 from bench.report.export import flat, interval_json, write_csv
 from bench.report.text import ratio
 from bench.store import Archive
+from bench.study.cells import Identity
 from bench.study.comparison import Change, Comparison, Measured, Overall, compare, measured_cells
-from bench.study.pairing import Identity
 from bench.study.process_spread import seen_spreads
 from bench.study.statistics import FASTER, SAME, SLOWER, UNRESOLVED
 from parity_tests.report.console import PlainConsole

@@ -10,7 +10,7 @@ differently, and no statistic on the samples can see a factor that all rows of o
 - how long a fixed loop takes on those processors before a round and in its middle, over the shortest time that it ever
   took there.
 
-The figures go into the records; `bench.study.disturbance` says what they mean. Read from Linux's /proc; elsewhere
+The figures go into the records; `bench.study.cells` says what they mean. Read from Linux's /proc; elsewhere
 nothing is reported.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.study.disturbance import WINDOW_S, disturbed_window, taken_by_others
+from bench.study.cells import WINDOW_S, disturbed_window, taken_by_others
 
 _PROC = Path("/proc")
 _LOOP_DATA = bytes(2**17)

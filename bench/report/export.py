@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.records import SCHEMA_VERSION, finite
-from bench.study.ranking import Ranking, Row
+from bench.study.ranking import Efficiency, Ranking, Row, efficiencies
 from bench.study.results import Results
-from bench.study.roofline import Efficiency, efficiencies
 from bench.study.statistics import Interval
 from bench.study.verdicts import FrameworkRatio
 from parity_tests.report.files import OutputError, output, write_text

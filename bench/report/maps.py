@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from bench.report.frameworks import HEADING, Matrix, matrices, verdict_text
 from bench.report.pictures import ChartError
-from bench.study.pairing import identity
+from bench.report.tables import HEADING, Matrix, matrices, verdict_text
+from bench.study.cells import identity
 from bench.study.ranking import Ranking
 from bench.study.results import Results
 from bench.study.statistics import FASTER, SLOWER

@@ -12,10 +12,9 @@ from typing import Any
 from bench.environments import device_name
 from bench.plan.competitors import YARDSTICK
 from bench.report.text import titles, told_apart
-from bench.study.pairing import identity
-from bench.study.ranking import Ranking
+from bench.study.cells import identity
+from bench.study.ranking import Ranking, efficiencies
 from bench.study.results import Results
-from bench.study.roofline import efficiencies
 from parity_tests.report.files import output
 from parity_tests.report.text import printable, printable_tree
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from bench.plan.competitors import DEFAULT_MODE, IMPLEMENTATION
 from bench.records import Record
-from bench.study.pairing import Identity, by_label, identity, intervals, log_latencies
+from bench.study.cells import Identity, by_label, identity, intervals, log_latencies
 from bench.study.process_spread import NOTHING_SEEN, ProcessSpread
 from bench.study.ranking import Ranking, rank_cells
 from bench.study.statistics import Interval

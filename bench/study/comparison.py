@@ -17,7 +17,7 @@ import numpy as np
 from bench.environments import StoreError
 from bench.plan.competitors import YARDSTICK
 from bench.records import Record
-from bench.study.pairing import Identity, Spread, by_label, identity, log_latencies, paired, spreads_of
+from bench.study.cells import Identity, Spread, by_label, identity, log_latencies, paired, spreads_of
 from bench.study.process_spread import Prior, ProcessSpread, Scatter, apart_from_others, pooled, usual
 from bench.study.ranking import Ranking, Row, rank_cells
 from bench.study.statistics import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bench.plan.cells import STORAGE_DTYPES
 from bench.plan.competitors import IMPLEMENTATION
 from bench.records import Record
-from bench.study.pairing import by_label, intervals, log_latencies
+from bench.study.cells import by_label, intervals, log_latencies
 from bench.study.process_spread import NOTHING_SEEN, ProcessSpread
 from bench.study.ranking import Ranking, rank_cells
 from bench.study.statistics import SLOWER, Interval, verdict

@@ -17,8 +17,8 @@ from bench.plan.workloads import LAYOUTS, Workload
 from bench.record_files import records_file, scan
 from bench.records import SKIPPED, STOPS, Record, RecordError
 from bench.store import Archive
+from bench.study.cells import short_blocks
 from bench.study.clocks import Timing, clock_bits, disagreements, is_timestamp, timing, unchecked
-from bench.study.disturbance import short_blocks
 from bench.study.ranking import rank_cells
 
 # From strict to coarse: arithmetic that was asked for may turn out stricter, never coarser.

@@ -10,8 +10,8 @@ from bench.report.pictures import ChartError
 from bench.report.tables import efficiency_table
 from bench.report.text import rate
 from bench.store import Store
+from bench.study.ranking import efficiencies
 from bench.study.results import read_results
-from bench.study.roofline import efficiencies
 from bench.tests.in_memory import rankings, report, results_of, summary
 from bench.tests.synthetic import FINGERPRINT, cell_records
 
