@@ -29,7 +29,7 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one competitor did in one cell, in one process. Times are in seconds, memory is in bytes.
+    """The measurement of one competitor in one cell, in one process. Times are in seconds, memory is in bytes.
 
     Fields that came later have a default, so that records of earlier runs can still be read; None and empty values
     stand for what was not measured or does not apply.
@@ -131,7 +131,7 @@ class Record:
         return f"{self.framework} {self.implementation} ({self.mode})"
 
     def without_samples(self) -> "Record":
-        """Return the record without what only statistics need, so that the report of a large sweep fits into memory.
+        """Return the record without its samples, so that the report of a large sweep fits into memory.
 
         Such a record is no valid line.
         """

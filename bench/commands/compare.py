@@ -1,4 +1,4 @@
-"""`bench compare`: two runs, and what changed between them."""
+"""`bench compare`: compare two runs."""
 
 import math
 from collections.abc import Mapping
@@ -91,7 +91,7 @@ def compare_runs(
 
 
 def _devices(archive: Archive, cells: Mapping[Identity, Measured]) -> set[str]:
-    """Return what measured, in words: two runs are comparable only if these agree."""
+    """Return the devices that measured: two runs are comparable only if these agree."""
     return {device_name(archive.environments[cell.ranking.first.environment_id]) for cell in cells.values()}
 
 

@@ -162,7 +162,7 @@ def roofline_chart(results: Results) -> Any:
 
     listed = points(results.found)
     if not listed:
-        raise ChartError("--roofline: nobody was timed, so there is no rate to draw; run the benchmark first.")
+        raise ChartError("--roofline: no competitor was timed, so there is no rate to draw; run the benchmark first.")
     low, high = min(point["intensity"] for point in listed) / 2, max(point["intensity"] for point in listed) * 2
     lines = roofs(results.found, low, high)
     x = alt.X("intensity:Q", scale=alt.Scale(type="log"), title="useful operations per compulsory byte")

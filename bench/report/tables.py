@@ -279,7 +279,7 @@ def framework_table(matrix: Matrix) -> Table:
 def show_rankings(console: PlainConsole, found: Sequence[Ranking], *, efficiency: bool = False) -> None:
     """Print all rankings, each with reasons and remarks; one line each if there are very many."""
     if len(found) > _MOST_TABLES:
-        # Laying out a table takes longer than ranking a cell, and nobody scrolls through thousands.
+        # Laying out a table takes longer than ranking a cell, and thousands are too long to read.
         for ranking, title in zip(found, titles(found), strict=True):
             console.out(f"{title}: {winner_line(ranking)}")
             for line in remarks(ranking):

@@ -201,7 +201,7 @@ def disturbed_window(window: Mapping[str, Any], cpus: int) -> bool:
 
 
 def taken_by_others(found: Mapping[str, Any], cpus: int) -> str:
-    """Return what others took, in words."""
+    """Describe the processor time that others took."""
     said = f"other processes take {found['other_cpus']:.2f} of {cpus} processors"
     return said + (f" and the hypervisor {found['steal_cpus']:.2f}" if found["steal_cpus"] >= 0.005 else "")
 

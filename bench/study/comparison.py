@@ -1,4 +1,4 @@
-"""Compare two runs, A before and B after: what became faster or slower, beyond what a repetition would show anyway.
+"""Compare two runs, A before and B after, and name changes beyond those that a repetition would show.
 
 A competitor's ratio of speeds, B over A, is the difference of the trimmed mean log latencies. Rounds of two runs cannot
 be paired, so its interval adds up three kinds of noise: the scatter of processes (or of rounds where a run has one
@@ -137,12 +137,12 @@ class Comparison:
 
     @property
     def regressions(self) -> list[Change]:
-        """Return what became slower beyond the noise in a cell, or lost its right answer there."""
+        """Return the competitors that became slower beyond the noise in a cell, or lost their right answer there."""
         return [change for change in self.changes if change.ranked and change.verdict in (SLOWER, LOST)]
 
     @property
     def overall_regressions(self) -> list[Overall]:
-        """Return what became slower beyond the noise in all cells together."""
+        """Return the competitors that became slower beyond the noise in all cells together."""
         return [one for one in self.overall if one.ranked and one.verdict == SLOWER]
 
 

@@ -165,8 +165,8 @@ def _rank_cell(records: Sequence[Record], seen: ProcessSpread) -> Ranking:
     ranked = [row for row in rows if row.record.kind != YARDSTICK]
     competitors = {row.record.label: rounds[row.record.label] for row in ranked}
     first = leaders(competitors, floor, confidence=level, seen=seen)
-    # Where few rounds let the correction for many competitors reject nobody, whoever is SLOWER than the baseline still
-    # does not tie with the fastest. Nobody becomes a winner by that.
+    # With few rounds the correction for many competitors may reject none; a competitor that is SLOWER than the baseline
+    # still does not tie with the fastest. None becomes a winner by that.
     slower = {row.record.label for row in ranked if row.verdict == SLOWER}
     near = tuple(label for label in first if label not in slower)
     first = near if len(near) > 1 else first
@@ -264,8 +264,7 @@ class Efficiency:
     peak_fraction: float | None  # the same by the data sheet
     waste_factor: int  # how many times the useful products are carried out
     payback_calls: float | None  # calls after which compiling has paid; infinite if it never does
-    # Label of what the compiled call is held against: eager calls of the same implementation, and where none were
-    # timed, as in JAX, those of the baseline.
+    # Label of the eager calls that compiling is compared with: of the same implementation, else of the baseline.
     payback_against: str | None
     enqueue_s: float | None  # host seconds until a call returns
     waited_s: float | None  # median seconds of a single call that is waited for

@@ -85,7 +85,7 @@ def _half_width(interval: Interval) -> float:
 def control_known(control: Sequence[float] | np.ndarray) -> bool:
     """Return True if the A/A control's half-width is below 3%, so that time may end the run.
 
-    Decided by the width alone: it says nothing about who is ahead, and needs no correction.
+    The width alone decides: it does not depend on which competitor is ahead, and needs no correction.
 
     Args:
         control: per-round log ratios of the baseline and its second run.

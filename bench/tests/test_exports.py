@@ -136,7 +136,7 @@ def test_the_winner_map_has_a_square_for_each_cell(run, call, tmp_path):
         (128, 16, "=3"),
     ]
     assert [point["outcome"] for point in points] == ["winner"] * 3 + ["tie"]
-    with pytest.raises(ChartError, match="nobody was timed"):
+    with pytest.raises(ChartError, match="no competitor was timed"):
         winner_map(results_of([], {}))
     pytest.importorskip("vl_convert", reason="charts need the report extra")
     assert call("report", run, "--winner-map", tmp_path / "w.svg").exit_code == 0
