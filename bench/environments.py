@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.strict_json import parse, plain, shown
+from bench.records import parse, plain, shown
 
 ENVIRONMENTS = "environment.json"
 # A thousand times as large as any that was written.
@@ -43,7 +43,7 @@ def read_environments(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def device_name(fingerprint: Mapping[str, Any]) -> str:
-    """Describe what measured: only figures with the same description are ever put beside one another."""
+    """Describe the device: only figures with the same description are ever put beside one another."""
     gpus = [str(gpu).split(",")[0].strip() for gpu in fingerprint.get("gpus") or ()]
     on = f"{fingerprint['device']}: {' + '.join(gpus)}" if gpus else str(fingerprint["device"])
     return f"{on} with {fingerprint['cpu_model']}, {len(fingerprint['affinity'])} processors"
@@ -82,7 +82,7 @@ _LEVELS = 8
 
 
 def _parts(value: Any, path: Sequence[str], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Iterate over what lies under a path of a fingerprint, each with its place in words; None for what is absent."""
+    """Yield the values under a path of a fingerprint, each with its place in words; None for what is absent."""
     if not path:
         yield place, value
     elif value is None:
@@ -111,7 +111,7 @@ def _wrong(fingerprint: object) -> str | None:
 
 
 def unusable(names: Iterable[str], environments: Mapping[str, Any], where: str) -> dict[str, str]:
-    """Find environments that nobody knows, or that lack what every report prints.
+    """Find environments that are missing, or that lack fields that every report prints.
 
     Args:
         names: ids that records name.
@@ -134,7 +134,7 @@ def unusable(names: Iterable[str], environments: Mapping[str, Any], where: str) 
 
 
 def check_environments(used: Iterable[str], environments: Mapping[str, Any], where: str) -> None:
-    """Refuse records whose environment nobody knows: two machines could be compared as if they were one.
+    """Refuse records of a missing environment: two machines could be compared as if they were one.
 
     Raises:
         StoreError: if an environment id has no fingerprint, or one that lacks what every report prints.

@@ -1,4 +1,4 @@
-"""`bench compare`: two runs, and what changed between them."""
+"""`bench compare`: compare two runs."""
 
 import math
 from collections.abc import Mapping
@@ -29,8 +29,8 @@ from bench.environments import device_name
 from bench.report.export import flat, interval_json, write_csv
 from bench.report.text import ratio
 from bench.store import Archive
+from bench.study.cells import Identity
 from bench.study.comparison import Change, Comparison, Measured, Overall, compare, measured_cells
-from bench.study.pairing import Identity
 from bench.study.process_spread import seen_spreads
 from bench.study.statistics import FASTER, SAME, SLOWER, UNRESOLVED
 from parity_tests.report.console import PlainConsole
@@ -90,7 +90,7 @@ def compare_runs(
 
 
 def _devices(archive: Archive, cells: Mapping[Identity, Measured]) -> set[str]:
-    """Return what measured, in words: two runs are comparable only if these agree."""
+    """Return the devices that measured: two runs are comparable only if these agree."""
     return {device_name(archive.environments[cell.ranking.first.environment_id]) for cell in cells.values()}
 
 

@@ -82,7 +82,7 @@ def _show_catalogue(found: dict[str, Any]) -> None:
 
 
 def _rows(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the catalogue as lines of one table: what kind of thing, its name, and what else is known of it."""
+    """Return the catalogue as lines of one table: kind of thing, name, and further columns."""
     rows = [{"what": "workload", **workload} for workload in found["workloads"]]
     rows += [{"what": "preset", **preset} for preset in found["presets"]]
     for framework, kinds in found["competitors"].items():
@@ -139,7 +139,7 @@ def doctor(
     json_file: JsonFile = None,
     csv_file: CsvFile = None,
 ) -> int:
-    """Check what a measurement depends on: frameworks, CUDA packages, threads, precision switches, load.
+    """Check the conditions of a measurement: frameworks, CUDA packages, threads, precision switches, load.
 
     Exit status: 1 if no framework can be measured, whatever else it finds.
     """

@@ -1,4 +1,4 @@
-"""`bench report` and `bench claims`: what the records of earlier runs show."""
+"""`bench report` and `bench claims`: show the records of earlier runs, and judge the article's claims by them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -89,7 +89,7 @@ def report(
             # A page shows all of a run or is left as it is.
             raise damage.error()
         if results.stopped:
-            # What cannot say that it is cut short stays as it was.
+            # Files that cannot say that they are cut short stay as they were.
             outputs, readme = {option: outputs[option] for option in ("--markdown", "--json")}, None
         elif not results.found:
             raise UsageError(f"--where: no cell meets {' and '.join(where or ())}; loosen the conditions.")
@@ -119,7 +119,7 @@ def claims(
     json_file: JsonFile = None,
     csv_file: CsvFile = None,
 ) -> int:
-    """Judge the source article's ten claims by measurements: what holds, what does not, and why.
+    """Judge the source article's ten claims by measurements, with the reason for each verdict.
 
     The preset seed has all that they are about. The exit status is 0 whatever the verdicts are.
     """

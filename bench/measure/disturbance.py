@@ -9,8 +9,8 @@ statistic on the samples can see a factor that all rows of one framework share. 
   other processes or to thread pools that spin;
 - the time of a fixed loop on those processors before a round and in its middle, over the shortest ever seen there.
 
-The figures go into the records; `bench.study.disturbance` judges them. Linux's /proc is read; elsewhere nothing is
-reported.
+The figures go into the records; `bench.study.cells` says what they mean. Read from Linux's /proc; elsewhere
+nothing is reported.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.study.disturbance import WINDOW_S, disturbed_window, taken_by_others
+from bench.study.cells import WINDOW_S, disturbed_window, taken_by_others
 
 _PROC = Path("/proc")
 _LOOP_DATA = bytes(2**17)

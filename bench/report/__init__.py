@@ -1,1 +1,1 @@
-"""What is shown: tables, Markdown, JSON, charts. Reads records, never measures."""
+"""Show results as tables, Markdown, JSON, CSV and pictures; nothing is derived here."""

@@ -9,10 +9,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from bench.records import SCHEMA_VERSION, finite
-from bench.study.ranking import Ranking, Row
+from bench.records import SCHEMA_VERSION, Record, finite
+from bench.study.ranking import Efficiency, Ranking, Row, efficiencies
 from bench.study.results import Results
-from bench.study.roofline import Efficiency, efficiencies
 from bench.study.statistics import Interval
 from bench.study.verdicts import FrameworkRatio
 from parity_tests.report.files import OutputError, output, write_text
@@ -91,30 +90,21 @@ def _efficiency(efficiency: Efficiency) -> dict[str, Any]:
     }
 
 
+def _fields(record: Record, *names: str) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in names}
+
+
 def _row(row: Row, efficiency: Efficiency, short_blocks: int) -> dict[str, Any]:
     record = row.record
     return {
         "rank": row.rank,
         "leads": row.leads,
-        "framework": record.framework,
-        "implementation": record.implementation,
-        "kind": record.kind,
-        "mode": record.mode,
-        "status": record.status,
-        "skipped": record.skipped,
-        "reason": record.reason,
+        **_fields(record, "framework", "implementation", "kind", "mode", "status", "skipped", "reason"),
         "latency_s": row.latency_s,
         "ratio_to_baseline": interval_json(row.interval),
         "verdict": row.verdict or None,
-        "precision": record.precision,
-        "observed_precision": record.observed_precision,
-        "bound_fraction": record.bound_fraction,
-        "compile_s": record.compile_s,
-        "compile_warm_s": record.compile_warm_s,
-        "peak_memory_bytes": record.peak_memory_bytes,
-        "memory_method": record.memory_method,
-        "device_busy_s": record.device_busy_s,
-        "energy_j": record.energy_j,
+        **_fields(record, "precision", "observed_precision", "bound_fraction", "compile_s", "compile_warm_s"),
+        **_fields(record, "peak_memory_bytes", "memory_method", "device_busy_s", "energy_j"),
         "outlier_blocks": row.outliers,
         "short_blocks": short_blocks,
         **_efficiency(efficiency),
@@ -144,7 +134,7 @@ def _ranking(ranking: Ranking) -> dict[str, Any]:
     short: Counter[str] = Counter()
     for account in ranking.short_blocks:
         short[account.label] += 0 if account.control else account.short
-    return {name: getattr(ranking.first, name) for name in SHARED} | {
+    return _fields(ranking.first, *SHARED) | {
         "baseline": ranking.baseline,
         "resolution": _share(ranking.resolution),
         "noise_floor": _share(ranking.floor),
@@ -194,7 +184,7 @@ def write_frameworks(path: Path, results: Results) -> None:
         OutputError: if there is none, or it cannot be written.
     """
     rows = [
-        {name: getattr(ranking.first, name) for name in SHARED} | {"launch": kind} | flat(_frameworks(found) or {})
+        _fields(ranking.first, *SHARED) | {"launch": kind} | flat(_frameworks(found) or {})
         for ranking in results.found
         for kind, found in ranking.framework_ratios.items()
         if found.interval is not None

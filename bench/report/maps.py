@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from bench.report.frameworks import HEADING, Matrix, matrices, verdict_text
 from bench.report.pictures import ChartError
-from bench.study.pairing import identity
+from bench.report.tables import HEADING, Matrix, matrices, verdict_text
+from bench.study.cells import identity
 from bench.study.ranking import Ranking
 from bench.study.results import Results
 from bench.study.statistics import FASTER, SLOWER
@@ -18,7 +18,7 @@ MOST_PANELS = 60
 _FULL = 4.0
 _DARK = 0.8 * math.log2(_FULL)
 _HEIGHT, _WIDTH = 22, 180
-# More rows than this make a picture that nobody scrolls through.
+# A picture of more rows is too long to read.
 MOST_ROWS = 300
 _NOTE = (
     "the faster framework of each cell, the fastest competitor of each, with JAX's mode / PyTorch's mode",
@@ -60,7 +60,9 @@ def winner_map(results: Results) -> Any:
     points = squares(results.found)
     panels = list(dict.fromkeys(point["panel"] for point in points))
     if not points:
-        raise ChartError("--winner-map: nobody was timed, so there is no winner to draw; run the benchmark first.")
+        raise ChartError(
+            "--winner-map: no competitor was timed, so there is no winner to draw; run the benchmark first."
+        )
     if len(panels) > MOST_PANELS:
         raise ChartError(
             f"--winner-map: expected at most {MOST_PANELS} combinations of sizes and conditions, got {len(panels)}; "
@@ -130,7 +132,7 @@ def framework_map(results: Results) -> Any:
     limit = math.log2(_FULL)
     colour = alt.Color(
         "shade:Q",
-        # Told apart by the colour-blind as well; white where nobody is faster.
+        # Told apart by the colour-blind as well; white where neither is faster.
         scale=alt.Scale(scheme="purpleorange", domain=[limit, -limit]),
         legend=alt.Legend(
             title="faster",

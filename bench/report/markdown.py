@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from bench.environments import device_name, releases
-from bench.report.frameworks import HEADING, LEGEND, framework_line, matrices
-from bench.report.tables import efficiency_table, framework_table, markdown, ranking_table
+from bench.report.tables import (
+    HEADING,
+    LEGEND,
+    efficiency_table,
+    framework_line,
+    framework_table,
+    markdown,
+    matrices,
+    ranking_table,
+)
 from bench.report.text import baseline_line, reasons, remarks, resolution_line, summary_line, winner_line
-from bench.study.pairing import identity
+from bench.study.cells import identity
 from bench.study.ranking import BASELINE, Ranking, Row
 from bench.study.results import Results
 from parity_tests.report.files import read_text, write_text

@@ -12,10 +12,9 @@ from typing import Any
 from bench.environments import device_name
 from bench.plan.competitors import YARDSTICK
 from bench.report.text import titles, told_apart
-from bench.study.pairing import identity
-from bench.study.ranking import Ranking
+from bench.study.cells import identity
+from bench.study.ranking import Ranking, efficiencies
 from bench.study.results import Results
-from bench.study.roofline import efficiencies
 from parity_tests.report.files import output
 from parity_tests.report.text import printable, printable_tree
 
@@ -163,7 +162,7 @@ def roofline_chart(results: Results) -> Any:
 
     listed = points(results.found)
     if not listed:
-        raise ChartError("--roofline: nobody was timed, so there is no rate to draw; run the benchmark first.")
+        raise ChartError("--roofline: no competitor was timed, so there is no rate to draw; run the benchmark first.")
     low, high = min(point["intensity"] for point in listed) / 2, max(point["intensity"] for point in listed) * 2
     lines = roofs(results.found, low, high)
     x = alt.X("intensity:Q", scale=alt.Scale(type="log"), title="useful operations per compulsory byte")

@@ -7,8 +7,7 @@ from statistics import median
 
 from bench.records import Record
 from bench.study.ranking import Ranking, Row
-from bench.study.statistics import COARSE, UNKNOWN, Interval
-from bench.study.stopping import RESOLUTION
+from bench.study.statistics import COARSE, RESOLUTION, UNKNOWN, Interval
 
 # A log ratio of some 1000%: the digits of anything larger mean nothing.
 _LARGEST_SHOWN = 2.4

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from bench.plan.competitors import DEFAULT_MODE, IMPLEMENTATION
 from bench.records import Record
-from bench.study.pairing import Identity, by_label, identity, intervals, log_latencies
+from bench.study.cells import Identity, by_label, identity, intervals, log_latencies
 from bench.study.process_spread import NOTHING_SEEN, ProcessSpread
 from bench.study.ranking import Ranking, rank_cells
 from bench.study.statistics import Interval
@@ -184,33 +184,29 @@ def _missing(records: Sequence[Record], name: str) -> str:
     return "" if failed is None else f"{name}: {failed.reason}"
 
 
-def _speed(cell: _Cell, framework: str, part: Part) -> Finding:
-    loop, case = cell.of(framework, LOOP), cell.of(framework, part.case)
-    reason = _missing(loop, LOOP) or _missing(case, part.case)
-    if not reason and cell.ranking.disturbed:
-        reason = "others used the machine while the two were timed"
-    if reason:
-        return Finding(cell.where, framework, part, None, "", reason, absent=not (loop and case))
-    found = intervals(log_latencies(loop), {part.case: log_latencies(case)}, cell.ranking.confidence)
-    if part.case not in found:
-        return Finding(cell.where, framework, part, None, "", "the two share no process")
-    # Shown as it was measured, judged with what another process may differ by.
-    judged = judge(part, found[part.case].across_processes(cell.seen.reach(1)))
-    return Finding(cell.where, framework, part, found[part.case], judged)
+def _speed(cell: _Cell, loop: Sequence[Record], case: Sequence[Record]) -> Interval | str:
+    if cell.ranking.disturbed:
+        return "others used the machine while the two were timed"
+    found = intervals(log_latencies(loop), {"case": log_latencies(case)}, cell.ranking.confidence)
+    return found.get("case", "the two share no process")
 
 
-def _memory(cell: _Cell, framework: str, part: Part) -> Finding:
-    loop, case = cell.of(framework, LOOP), cell.of(framework, part.case)
-    reason = _missing(loop, LOOP) or _missing(case, part.case)
-    bytes_ = [record.peak_memory_bytes for record in (*loop[:1], *case[:1])]
-    if reason or not all(bytes_):
-        return Finding(
-            cell.where, framework, part, None, "", reason or "the memory was not measured", absent=not (loop and case)
-        )
-    ratio = (bytes_[1] or 0) / (bytes_[0] or 1)
+def _memory(loop: Sequence[Record], case: Sequence[Record]) -> Interval | str:
+    before, after = loop[0].peak_memory_bytes, case[0].peak_memory_bytes
+    if not before or not after:
+        return "the memory was not measured"
     # One deterministic reading: the interval has no width.
-    interval = Interval(ratio, ratio, ratio, 1)
-    return Finding(cell.where, framework, part, interval, judge(part, interval))
+    return Interval(after / before, after / before, after / before, 1)
+
+
+def _finding(cell: _Cell, framework: str, part: Part, subject: str) -> Finding:
+    loop, case = cell.of(framework, LOOP), cell.of(framework, part.case)
+    found = _missing(loop, LOOP) or _missing(case, part.case)
+    found = found or (_memory(loop, case) if subject == MEMORY else _speed(cell, loop, case))
+    if isinstance(found, str):
+        return Finding(cell.where, framework, part, None, "", found, absent=not (loop and case))
+    # Shown as it was measured, judged with the ratio by which another process may differ.
+    return Finding(cell.where, framework, part, found, judge(part, found.across_processes(cell.seen.reach(1))))
 
 
 def _best(cell: _Cell) -> Best | None:
@@ -283,9 +279,11 @@ def claim_results(
     results = []
     for claim in CLAIMS:
         mine = [cell for cell in cells if cell.where.workload in claim.workloads]
-        measure = _memory if claim.subject == MEMORY else _speed
         findings = [
-            measure(cell, framework, part) for cell in mine for framework in DEFAULT_MODE for part in claim.parts
+            _finding(cell, framework, part, claim.subject)
+            for cell in mine
+            for framework in DEFAULT_MODE
+            for part in claim.parts
         ]
         best = [found for cell in mine if (found := _best(cell)) is not None]
         results.append(ClaimResult(claim, tuple(findings), tuple(best), *_conclude(claim, findings, mine)))

@@ -1,4 +1,4 @@
-"""Compare two runs, A before and B after: what became faster or slower, beyond what a repetition would show anyway.
+"""Compare two runs, A before and B after, and name changes beyond those that a repetition would show.
 
 A competitor's ratio of speeds, B over A, is the difference of the trimmed mean log latencies. Rounds of two runs cannot
 be paired, so its interval adds up three kinds of noise: the scatter of processes (or of rounds where a run has one
@@ -17,7 +17,7 @@ import numpy as np
 from bench.environments import StoreError
 from bench.plan.competitors import YARDSTICK
 from bench.records import Record
-from bench.study.pairing import Identity, Spread, by_label, identity, log_latencies, paired, spreads_of
+from bench.study.cells import Identity, Spread, by_label, identity, log_latencies, paired, spreads_of
 from bench.study.process_spread import Prior, ProcessSpread, Scatter, apart_from_others, pooled, usual
 from bench.study.ranking import Ranking, Row, rank_cells
 from bench.study.statistics import (
@@ -137,12 +137,12 @@ class Comparison:
 
     @property
     def regressions(self) -> list[Change]:
-        """Return what became slower beyond the noise in a cell, or lost its right answer there."""
+        """Return the competitors that became slower beyond the noise in a cell, or lost their right answer there."""
         return [change for change in self.changes if change.ranked and change.verdict in (SLOWER, LOST)]
 
     @property
     def overall_regressions(self) -> list[Overall]:
-        """Return what became slower beyond the noise in all cells together."""
+        """Return the competitors that became slower beyond the noise in all cells together."""
         return [one for one in self.overall if one.ranked and one.verdict == SLOWER]
 
 

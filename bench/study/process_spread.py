@@ -19,8 +19,7 @@ from bench.environments import device_name
 from bench.plan.competitors import YARDSTICK
 from bench.records import Record
 from bench.store import Archive, read_cells
-from bench.study.disturbance import is_disturbed
-from bench.study.pairing import Rounds, Spread, by_label, log_latencies, paired, spreads_of
+from bench.study.cells import Rounds, Spread, by_label, is_disturbed, log_latencies, paired, spreads_of
 from bench.study.statistics import CONFIDENCE, student_t_quantile
 
 # With fewer competitors, the scatter of their variances is a guess.

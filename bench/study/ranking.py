@@ -1,4 +1,4 @@
-"""Rank the competitors of each cell by their speed over the baseline, with intervals and verdicts."""
+"""Rank the competitors of each cell by their speed over the baseline, with intervals, verdicts and efficiencies."""
 
 import math
 from collections import defaultdict
@@ -6,13 +6,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from bench.plan.competitors import CALLS, GRAPHS, YARDSTICK, launch
+from bench.plan.competitors import CALLS, EAGER, GRAPHS, YARDSTICK, launch
 from bench.records import Record
-from bench.study.disturbance import DISTURBED, ShortBlocks, disturbance_line, is_disturbed, short_blocks
-from bench.study.pairing import Rounds, by_label, identity, log_latencies, paired
+from bench.study.cells import (
+    DISTURBED,
+    Rounds,
+    ShortBlocks,
+    by_label,
+    disturbance_line,
+    identity,
+    is_disturbed,
+    log_latencies,
+    paired,
+    short_blocks,
+)
 from bench.study.process_spread import NOTHING_SEEN, ProcessSpread
-from bench.study.statistics import CONFIDENCE, JUDGED, SLOWER, Interval, tukey_outliers
-from bench.study.stopping import confidence
+from bench.study.statistics import CONFIDENCE, JUDGED, SLOWER, Interval, confidence, tukey_outliers
 from bench.study.verdicts import CONTROL, FrameworkRatio, framework_ratio, leaders, measure
 
 BASELINE = "baseline"
@@ -156,8 +165,8 @@ def _rank_cell(records: Sequence[Record], seen: ProcessSpread) -> Ranking:
     ranked = [row for row in rows if row.record.kind != YARDSTICK]
     competitors = {row.record.label: rounds[row.record.label] for row in ranked}
     first = leaders(competitors, floor, confidence=level, seen=seen)
-    # Where few rounds let the correction for many competitors reject nobody, whoever is SLOWER than the baseline still
-    # does not tie with the fastest. Nobody becomes a winner by that.
+    # With few rounds the correction for many competitors may reject none; a competitor that is SLOWER than the baseline
+    # still does not tie with the fastest. None becomes a winner by that.
     slower = {row.record.label for row in ranked if row.verdict == SLOWER}
     near = tuple(label for label in first if label not in slower)
     first = near if len(near) > 1 else first
@@ -243,3 +252,64 @@ def tally(records: Iterable[Record]) -> dict[str, int]:
         if not record.control:
             counts["skipped" if record.skipped else record.status] += 1
     return dict(counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """Derived figures of one competitor in one cell; None where a part of them was not measured."""
+
+    flops_per_s: float | None  # useful operations a second: a dense form earns nothing for its zeros
+    bytes_per_s: float | None  # compulsory bytes a second
+    ceiling_fraction: float | None  # least possible time by the rates measured in the same session, over the time taken
+    peak_fraction: float | None  # the same by the data sheet
+    waste_factor: int  # how many times the useful products are carried out
+    payback_calls: float | None  # calls after which compiling has paid; infinite if it never does
+    # Label of the eager calls that compiling is compared with: of the same implementation, else of the baseline.
+    payback_against: str | None
+    enqueue_s: float | None  # host seconds until a call returns
+    waited_s: float | None  # median seconds of a single call that is waited for
+    kernels_per_call: int | None  # executions on the device in one call
+
+
+def least_s(record: Record, flops_per_s: float | None, bytes_per_s: float | None) -> float | None:
+    """Return the least seconds of a call, by its operations or by its bytes, whichever takes longer."""
+    bounds = [
+        amount / rate
+        for amount, rate in ((record.useful_flops, flops_per_s), (record.compulsory_bytes, bytes_per_s))
+        if rate
+    ]
+    return max(bounds) if bounds else None
+
+
+def _payback(record: Record, latency_s: float | None, eager: Row | None) -> tuple[float | None, str | None]:
+    if record.mode == EAGER or record.compile_s is None or latency_s is None or eager is None:
+        return None, None
+    saved = (eager.latency_s or 0.0) - latency_s
+    return record.compile_s / saved if saved > 0 else math.inf, eager.record.label
+
+
+def efficiencies(ranking: Ranking) -> dict[str, Efficiency]:
+    """Return label to figures, for every row of a ranking."""
+    eager = {row.record.label: row for row in ranking.rows if row.record.mode == EAGER and row.latency_s is not None}
+    same = {(row.record.framework, row.record.implementation): row for row in eager.values()}
+    # A failed baseline has no speed.
+    baseline = eager.get(ranking.baseline or "")
+    found = {}
+    for row in ranking.rows:
+        r, taken = row.record, row.latency_s
+        ceiling = least_s(r, r.ceiling_flops_per_s, r.ceiling_bytes_per_s)
+        peak = least_s(r, r.peak_flops_per_s, r.peak_bytes_per_s)
+        payback, against = _payback(r, taken, same.get((r.framework, r.implementation), baseline))
+        found[r.label] = Efficiency(
+            flops_per_s=r.useful_flops / taken if taken else None,
+            bytes_per_s=r.compulsory_bytes / taken if taken else None,
+            ceiling_fraction=ceiling / taken if ceiling and taken else None,
+            peak_fraction=peak / taken if peak and taken else None,
+            waste_factor=r.waste_factor,
+            payback_calls=payback,
+            payback_against=against,
+            enqueue_s=r.enqueue_s,
+            waited_s=row.waited_s,
+            kernels_per_call=sum(r.kernels.values()) if r.kernels else None,
+        )
+    return found

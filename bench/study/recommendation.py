@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bench.plan.cells import STORAGE_DTYPES
 from bench.plan.competitors import IMPLEMENTATION
 from bench.records import Record
-from bench.study.pairing import by_label, intervals, log_latencies
+from bench.study.cells import by_label, intervals, log_latencies
 from bench.study.process_spread import NOTHING_SEEN, ProcessSpread
 from bench.study.ranking import Ranking, rank_cells
 from bench.study.statistics import SLOWER, Interval, verdict
@@ -61,7 +61,7 @@ def _neighbour(shape: Shape, group: Sequence[Record], seen: Mapping[str, Process
     ranking = rank_cells([group], seen)[0]
     known = seen.get(group[0].environment_id, NOTHING_SEEN)
     by_competitor = by_label(group)
-    # In the order of the ranking, the fastest first; whoever has a rank has no record that failed.
+    # In the order of the ranking, the fastest first; a competitor with a rank has no record that failed.
     ours = [row.record for row in ranking.rows if row.rank is not None and row.record.kind == IMPLEMENTATION]
     competitors = {
         record.label: log_latencies(by_competitor[record.label])
@@ -101,7 +101,7 @@ def nearest(
             timed = {record.label: record for record in group if record.kind == IMPLEMENTATION and record.latency_s}
             frameworks = {record.framework for record in timed.values()}
             kept.append((distance(shape, group[0]), -len(frameworks), -len(timed), k, group))
-            # A few more than are shown, since in some nobody of ours may have been timed.
+            # A few more than are shown, since in some none of ours may have been timed.
             kept = sorted(kept, key=lambda item: item[:4])[: 4 * SHOWN]
     found = (_neighbour(shape, group, seen or {}) for *_, group in kept)
     return [neighbour for neighbour in found if neighbour is not None][:SHOWN]

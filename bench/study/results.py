@@ -125,7 +125,7 @@ def _in_parts(cells: Sequence[CellPlaces], rank: Callable[..., _Ranked], stop: C
                         return
                     watch.start()
             finally:
-                # After an interruption nobody waits for what has not begun.
+                # After an interruption, tasks that have not begun are dropped.
                 pool.shutdown(wait=False, cancel_futures=True)
     except BrokenProcessPool:
         # Ended by the system for want of memory, by the watch, or not startable from the calling script: the same work,

@@ -8,7 +8,7 @@ percentile bootstrap over processes, then rounds, widened for few units.
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
@@ -257,3 +257,47 @@ def tukey_outliers(samples: Sequence[float]) -> int:
     low, high = quantile(0.25), quantile(0.75)
     margin = 1.5 * (high - low)
     return bisect_left(values, low - margin) + len(values) - bisect_right(values, high + margin)
+
+
+# Chance of error of all looks together, and of the report of a run that none of them stopped.
+_LOOKS, CAP_ERROR = 0.01, 1 - CONFIDENCE - 0.01
+RESOLVED_REASON, PRECISE_REASON = "resolved", "precise"
+# Half-width of the A/A control's interval that a run aims at, however clear the other verdicts are.
+RESOLUTION = math.log(1.03)
+FIRST_LOOK = 10
+
+
+# Looking again and again and stopping at the first good moment finds differences where there are none. So the rounds
+# at which a run may look are fixed (10, 14, 20, 28, 40, ...), and the k-th look is allowed an error of `0.01 / (k (k +
+# 1))`. These sum to 0.01 over any number of looks; the other 0.04 are left for a run that a cap ends. By the union
+# bound the intervals cover at the stated rate, whatever the dependence between looks.
+def looks() -> Iterator[int]:
+    """Yield the numbers of rounds at which a run may stop: each is the double of the one before the last."""
+    one, two = FIRST_LOOK, 14
+    while True:
+        yield one
+        one, two = two, 2 * one
+
+
+def is_look(rounds: int) -> bool:
+    """Return True if a run may stop after so many rounds."""
+    return next(look for look in looks() if look >= rounds) == rounds
+
+
+def look_confidence(rounds: int) -> float:
+    """Return the confidence of the intervals at the look after so many rounds."""
+    earlier = next(k for k, look in enumerate(looks()) if look >= rounds)
+    return 1 - _LOOKS / ((earlier + 1) * (earlier + 2))
+
+
+def confidence(rounds: int, stopped: str) -> float:
+    """Return the confidence that makes the intervals of a finished run hold at 95%.
+
+    Args:
+        rounds: of one process.
+        stopped: the record's reason; without one, or where a cap left room for one look only, nothing was chosen by
+            looking and the full 5% is there.
+    """
+    if stopped in (RESOLVED_REASON, PRECISE_REASON):
+        return look_confidence(rounds)
+    return 1 - CAP_ERROR if stopped and rounds > FIRST_LOOK else CONFIDENCE

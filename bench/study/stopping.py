@@ -1,23 +1,26 @@
 """Decide when enough rounds were run, and which competitors need no more of them.
 
-Looking again and again and stopping at the first good moment finds differences where there are none. So the rounds at
-which a run may look are fixed (10, 14, 20, 28, 40, ...), and the k-th look is allowed an error of `0.01 / (k (k + 1))`.
-These sum to 0.01 over any number of looks; the other 0.04 are left for a run that a cap ends. By the union bound the
-intervals cover at the stated rate, whatever the dependence between looks. The report of a run uses the level of its
-last look or of the cap (`confidence`). Over several processes it does not: see `ranking`.
+A run is not over before its A/A control is known to 3%: a cell in which all others are far behind would otherwise stop
+without having found out what it can resolve, and time goes where the noise is.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import numpy as np
 
-from bench.study.pairing import Block
+from bench.study.cells import Block
 from bench.study.statistics import (
-    CONFIDENCE,
+    CAP_ERROR,
+    FIRST_LOOK,
+    PRECISE_REASON,
+    RESOLUTION,
+    RESOLVED_REASON,
     UNRESOLVED,
     Interval,
+    is_look,
+    look_confidence,
     middle_rounds,
     pseudo_values,
     ratio_intervals,
@@ -68,49 +71,11 @@ def far_behind(log_latencies: Mapping[str, Sequence[float] | np.ndarray], baseli
     ]
 
 
-LEAST_ROUNDS = 10
 # Of the length that the cell's blocks are sized for: half a second on a GPU, where a block lasts 20 ms.
 LEAST_MEASURED_BLOCKS = 25
 PRECISE = math.log(1.01)
-# Half-width of the A/A control's interval that a run aims at, however clear the other verdicts are.
-RESOLUTION = math.log(1.03)
 # The round that follows the decision may widen the interval again.
 _MARGIN = 0.93
-# Chance of error of all looks together, and of the report of a run that none of them stopped.
-_LOOKS, _CAP = 0.01, 1 - CONFIDENCE - 0.01
-RESOLVED_REASON, PRECISE_REASON = "resolved", "precise"
-
-
-def looks() -> Iterator[int]:
-    """Yield the numbers of rounds at which a run may stop: each is the double of the one before the last."""
-    one, two = LEAST_ROUNDS, 14
-    while True:
-        yield one
-        one, two = two, 2 * one
-
-
-def is_look(rounds: int) -> bool:
-    """Return True if a run may stop after so many rounds."""
-    return next(look for look in looks() if look >= rounds) == rounds
-
-
-def look_confidence(rounds: int) -> float:
-    """Return the confidence of the intervals at the look after so many rounds."""
-    earlier = next(k for k, look in enumerate(looks()) if look >= rounds)
-    return 1 - _LOOKS / ((earlier + 1) * (earlier + 2))
-
-
-def confidence(rounds: int, stopped: str) -> float:
-    """Return the confidence that makes the intervals of a finished run hold at 95%.
-
-    Args:
-        rounds: of one process.
-        stopped: the record's reason; without one, or where a cap left room for one look only, nothing was chosen by
-            looking and the full 5% is there.
-    """
-    if stopped in (RESOLVED_REASON, PRECISE_REASON):
-        return look_confidence(rounds)
-    return 1 - _CAP if stopped and rounds > LEAST_ROUNDS else CONFIDENCE
 
 
 def _half_width(interval: Interval) -> float:
@@ -120,15 +85,15 @@ def _half_width(interval: Interval) -> float:
 def control_known(control: Sequence[float] | np.ndarray) -> bool:
     """Return True if the A/A control's half-width is below 3%, so that time may end the run.
 
-    Decided by the width alone: it says nothing about who is ahead, and needs no correction.
+    The width alone decides: it does not depend on which competitor is ahead, and needs no correction.
 
     Args:
         control: per-round log ratios of the baseline and its second run.
     """
     rounds = len(control)
-    if rounds < LEAST_ROUNDS:
+    if rounds < FIRST_LOOK:
         return False
-    (aa,) = ratio_intervals(np.asarray(control, float)[None], (rounds,), confidence=1 - _CAP)
+    (aa,) = ratio_intervals(np.asarray(control, float)[None], (rounds,), confidence=1 - CAP_ERROR)
     return _half_width(aa) < _MARGIN * RESOLUTION
 
 
@@ -151,7 +116,7 @@ def stop_reason(
         or None to go on; always None before 10 rounds and the time of 25 blocks, and between looks.
     """
     rounds = min([len(control), *(len(values) for values in log_ratios.values())])
-    if rounds < LEAST_ROUNDS or measured_blocks < LEAST_MEASURED_BLOCKS or not is_look(rounds):
+    if rounds < FIRST_LOOK or measured_blocks < LEAST_MEASURED_BLOCKS or not is_look(rounds):
         return None
     matrix = np.array([np.asarray(values, float)[:rounds] for values in (control, *log_ratios.values())])
     block = Block((CONTROL, *log_ratios), matrix, (rounds,), (0,))

@@ -25,11 +25,10 @@ from bench.plan.costs import OVER_THE_CEILING, compulsory_bytes, useful_flops, u
 from bench.plan.presets import STEPPED_OPTIMIZERS
 from bench.plan.workloads import LAYOUTS, UnknownWorkloadError, Workload, workload
 from bench.record_files import records_file, scan
-from bench.records import SKIPPED, STOPS, Record, RecordError
+from bench.records import SKIPPED, STOPS, Record, RecordError, shown
 from bench.store import Archive
-from bench.strict_json import shown
+from bench.study.cells import short_blocks
 from bench.study.clocks import Timing, clock_bits, disagreements, is_timestamp, timing, unchecked
-from bench.study.disturbance import short_blocks
 from bench.study.ranking import rank_cells
 
 # From strict to coarse: arithmetic that was asked for may turn out stricter, never coarser.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.study.pairing import Block, Rounds, Spread, intervals, paired, spreads_of
+from bench.study.cells import Block, Rounds, Spread, intervals, paired, spreads_of
 from bench.study.process_spread import ProcessSpread, Scatter, usual
 from bench.study.statistics import (
     COARSE,

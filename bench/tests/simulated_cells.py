@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 
-from bench.study.pairing import Rounds, paired
+from bench.study.cells import Rounds, paired
 from bench.study.process_spread import NOTHING_SEEN, ProcessSpread, deviations
 from bench.study.statistics import CONFIDENCE, FASTER, SAME, SLOWER, UNRESOLVED, resolution
 from bench.study.verdicts import CONTROL, Measured, framework_ratio, leaders, measure

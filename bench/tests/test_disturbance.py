@@ -14,7 +14,7 @@ import pytest
 from bench.measure import disturbance
 from bench.measure.disturbance import BusyError, Gate, Usage, Watch, _Process, stretch, usage
 from bench.measure.machine import allowed_cpus
-from bench.study.disturbance import DISTURBED, disturbed_window, is_disturbed
+from bench.study.cells import DISTURBED, disturbed_window, is_disturbed
 from bench.study.statistics import FASTER, SAME, SLOWER
 from bench.tests.in_memory import rankings, report, results_of, summary
 from bench.tests.synthetic import FINGERPRINT

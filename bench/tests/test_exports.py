@@ -10,8 +10,8 @@ from bench.report.pictures import ChartError
 from bench.report.tables import efficiency_table
 from bench.report.text import rate
 from bench.store import Store
+from bench.study.ranking import efficiencies
 from bench.study.results import read_results
-from bench.study.roofline import efficiencies
 from bench.tests.in_memory import rankings, report, results_of, summary
 from bench.tests.synthetic import FINGERPRINT, cell_records
 
@@ -136,7 +136,7 @@ def test_the_winner_map_has_a_square_for_each_cell(run, call, tmp_path):
         (128, 16, "=3"),
     ]
     assert [point["outcome"] for point in points] == ["winner"] * 3 + ["tie"]
-    with pytest.raises(ChartError, match="nobody was timed"):
+    with pytest.raises(ChartError, match="no competitor was timed"):
         winner_map(results_of([], {}))
     pytest.importorskip("vl_convert", reason="charts need the report extra")
     assert call("report", run, "--winner-map", tmp_path / "w.svg").exit_code == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.study.pairing import Block
+from bench.study.cells import Block
 from bench.study.process_spread import NOTHING_SEEN
 from bench.study.statistics import FASTER, SAME, SLOWER, UNKNOWN, UNRESOLVED, Interval, verdict
 from bench.study.verdicts import CONTROL, measure

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from bench.plan.competitors import CALLS, GRAPHS, launch
-from bench.report.frameworks import matrices, verdict_text
 from bench.report.maps import framework_map, framework_squares, shade
 from bench.report.markdown import results_block
 from bench.report.pictures import ChartError, save_picture
-from bench.report.tables import framework_table
+from bench.report.tables import framework_table, matrices, verdict_text
 from bench.store import Store
 from bench.study.statistics import FASTER, SAME, SLOWER, UNRESOLVED
 from bench.study.verdicts import framework_ratio

@@ -11,8 +11,7 @@ from bench.report.text import baseline_line, resolution_line
 from bench.store import Store
 from bench.study.claims import HOLDS, IN_PART, claim_results
 from bench.study.process_spread import GUESS, ProcessSpread, spreads_by_machine
-from bench.study.statistics import FASTER, SAME, SLOWER, UNRESOLVED
-from bench.study.stopping import look_confidence
+from bench.study.statistics import FASTER, SAME, SLOWER, UNRESOLVED, look_confidence
 from bench.tests.in_memory import rankings, results_of
 from bench.tests.synthetic import FINGERPRINT
 

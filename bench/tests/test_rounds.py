@@ -9,9 +9,9 @@ from bench.measure.machine import Monitor, NvmlMonitor, thermally_throttled
 from bench.measure.rounds import Entry, Rounds, hopeless
 from bench.plan.competitors import Competitor
 from bench.plan.presets import PRESETS
-from bench.study.pairing import intervals
-from bench.study.statistics import round_log_latency, verdict
-from bench.study.stopping import confidence, far_behind
+from bench.study.cells import intervals
+from bench.study.statistics import confidence, round_log_latency, verdict
+from bench.study.stopping import far_behind
 from bench.study.verdicts import leaders
 from bench.tests.fake_nvml import FakeNvml
 from bench.tests.in_memory import ratio_interval

@@ -7,8 +7,8 @@ import pytest
 from scipy import special
 
 from bench.study import comparison, process_spread
+from bench.study.cells import Identity, Spread
 from bench.study.comparison import LEAST_OTHERS, Difference, overall, robust_scale
-from bench.study.pairing import Identity, Spread
 from bench.study.process_spread import Prior, apart_from_others, pooled, usual
 
 LABELS = [f"torch {k}" for k in range(12)]

@@ -9,7 +9,7 @@ from bench.plan.presets import BLOCK_S
 from bench.report.export import write_table
 from bench.report.tables import show_rankings
 from bench.store import Store
-from bench.study.disturbance import short_blocks
+from bench.study.cells import short_blocks
 from bench.tests.in_memory import rankings, report, results_of, summary
 from bench.tests.synthetic import FINGERPRINT, cell_records
 

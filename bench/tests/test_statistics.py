@@ -140,11 +140,6 @@ def test_a_single_round_resolves_nothing():
     assert resolution(interval) == math.inf
 
 
-def test_no_round_is_refused():
-    with pytest.raises(ValueError, match="at least one round"):
-        ratio_interval([np.array([])])
-
-
 def test_report_is_reproducible():
     rounds = np.random.default_rng(4).standard_normal(10)
     assert ratio_interval([rounds]) == ratio_interval([rounds])

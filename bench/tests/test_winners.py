@@ -10,12 +10,16 @@ from bench.study.statistics import (
     SAME,
     SLOWER,
     UNRESOLVED,
+    confidence,
+    is_look,
+    look_confidence,
+    looks,
     ratio_intervals,
     resolution,
     student_t_two_sided,
     verdict,
 )
-from bench.study.stopping import confidence, is_look, look_confidence, looks, stop_reason
+from bench.study.stopping import stop_reason
 from bench.study.verdicts import holm, leaders
 from bench.tests.in_memory import ratio_interval, trimmed_mean
 
