@@ -174,14 +174,6 @@ def check_modes(request: Request, device: str, frameworks: Sequence[str], notes:
 def chosen_competitors(catalogues: Sequence[Catalogue], request: Request, cell: Cell) -> tuple[Competitor, ...]:
     """List who takes part in a cell.
 
-    Args:
-        catalogues: the competitors of each worker.
-        request: the selection.
-        cell: where they meet.
-
-    Returns:
-        The competitors, in their order.
-
     Raises:
         SelectionError: if none is left, or a name that was asked for is unknown.
     """
