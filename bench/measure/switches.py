@@ -98,20 +98,20 @@ THREADS: tuple[str, ...] = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 RECORDED: tuple[str, ...] = (*THREADS, "JAX_CPU_ENABLE_ASYNC_DISPATCH", "JAX_PLATFORMS", *TOLD)
 
 
-def _set(switches: Mapping[str, Switch], environment: Mapping[str, str], framework: str | None) -> dict[str, str]:
+def _set(switches: Mapping[str, Switch], environment: Mapping[str, str], framework: str) -> dict[str, str]:
     return {
         name: environment[name]
         for name, switch in switches.items()
         if name in environment
-        and (framework is None or framework in switch.frameworks)
+        and framework in switch.frameworks
         and not (switch.off_is_harmless and environment[name].strip().lower() in _OFF)
         and environment[name] != ""
     }
 
 
-def unset_for(framework: str | None, environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the switches that are set and that a worker does not get, with their values; of any worker for None."""
-    return _set(UNSET, os.environ if environment is None else environment, framework)
+def unset_for(framework: str) -> dict[str, str]:
+    """Return the switches that are set and that a framework's worker does not get, with their values."""
+    return _set(UNSET, os.environ, framework)
 
 
 def without_unset(environment: Mapping[str, str]) -> dict[str, str]:
