@@ -6,6 +6,10 @@ from typing import Annotated
 
 try:
     import typer
+
+    from bench.commands.arguments import CsvFile, Directories, JaxPython, JsonFile, TorchPython, cells_where, picture
+    from bench.commands.run import RunOptions, run_command, takes
+    from parity_tests.report.console import run_application
 except ModuleNotFoundError as missing:
     # Run by an interpreter into which nothing was installed.
     print(
@@ -17,18 +21,6 @@ except ModuleNotFoundError as missing:
 except KeyboardInterrupt:
     sys.exit(130)
 
-from bench.commands.arguments import (
-    CsvFile,
-    Directories,
-    JaxPython,
-    JsonFile,
-    RunOptions,
-    TorchPython,
-    cells_where,
-    picture,
-    takes,
-)
-from parity_tests.report.console import run_application
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -41,8 +33,6 @@ def run(options: RunOptions) -> None:
     Exit status: 0 if every timed result was right; 1 after a mismatch or a crash, or if nothing could be timed;
     2 for wrong usage.
     """
-    from bench.commands.run import run_command
-
     raise typer.Exit(run_command(options))
 
 

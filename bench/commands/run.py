@@ -1,15 +1,20 @@
 """`bench run`: check the options, measure, write the report and show it."""
 
+import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, get_origin, get_type_hints
 
+import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
 from bench.archive import Damage
-from bench.commands.arguments import RunOptions
+from bench.commands.arguments import CsvFile, JaxPython, JsonFile, TorchPython
 from bench.commands.usage import (
     FAILED,
     INTERRUPTED,
@@ -25,7 +30,7 @@ from bench.commands.usage import (
 )
 from bench.environments import StoreError, check_environments, read_environments
 from bench.measure.disturbance import BusyError
-from bench.measure.request import EngineError, Request, SelectionError, SweepNotes
+from bench.measure.request import EngineError, Request, SelectionError, SweepNotes, option
 from bench.measure.sweep import Progress, run_sweep
 from bench.measure.workers import RequestError
 from bench.plan.presets import left_out
@@ -40,6 +45,49 @@ from bench.study.results import Results, read_results
 from parity_tests.report.console import PlainConsole
 from parity_tests.report.interruption import Interruption, interruptible
 from parity_tests.report.text import printable
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Request):
+    """The options of `bench run`: those of a request, and those of the command itself."""
+
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory for the records and the report.")]
+    torch_python: TorchPython = None
+    jax_python: JaxPython = None
+    engine: str = option("local", "local, or dask: workers that own a device each.", choices=("local", "dask"))
+    scheduler: str | None = option(None, "Of the dask scheduler, with --engine dask.", metavar="ADDRESS")
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the records in DIR; repeats nothing.")] = False
+    json_file: JsonFile = None
+    csv_file: CsvFile = None
+
+
+def takes(options: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+    """Return a decorator that lets typer make a command of a function of one object of options.
+
+    Args:
+        options: a dataclass; its fields are the command's options, the required ones first.
+    """
+    hints = get_type_hints(options, include_extras=True)
+    many = {name for name, hint in hints.items() if hint == tuple[str, ...]}
+
+    def parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
+        hint, default = hints[field.name], None if field.name in many else field.default
+        if get_origin(hint) is not Annotated:
+            hint = Annotated[list[str] | None if field.name in many else hint, typer.Option(**field.metadata["typer"])]
+        default = inspect.Parameter.empty if default is dataclasses.MISSING else default
+        return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+    def decorate(function: Callable[[Any], None]) -> Callable[..., None]:
+        def command(**given: Any) -> None:
+            function(options(**{name: tuple(value or ()) if name in many else value for name, value in given.items()}))
+
+        parameters = sorted(map(parameter, dataclasses.fields(options)), key=lambda one: one.default is not one.empty)
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
 
 Engine = Callable[[Request, Store, SweepNotes, Callable[[Progress], None]], None]
 
