@@ -5,11 +5,12 @@ import sys
 try:
     import typer
 
-    from bench.commands.arguments import RunOptions, ending, takes
+    from bench.commands.arguments import ending
     from bench.commands.compare import compare_runs
     from bench.commands.inspect import compress, doctor, list_all, validate
     from bench.commands.recommend import recommend
     from bench.commands.report import claims, report
+    from bench.commands.run import RunOptions, run_command, takes
     from parity_tests.report.console import run_application
 except ModuleNotFoundError as missing:
     # Run by an interpreter into which nothing was installed.
@@ -25,20 +26,8 @@ except KeyboardInterrupt:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 
-@app.command()
-@takes(RunOptions)
-def run(options: RunOptions) -> None:
-    """Measure a preset and show the ranking of every workload and direction.
-
-    Exit status: 0 if every timed result was right; 1 after a mismatch or a crash, or if nothing could be timed;
-    2 for wrong usage.
-    """
-    from bench.commands.run import run_command
-
-    raise typer.Exit(run_command(options))
-
-
 for name, command in {
+    "run": takes(RunOptions)(run_command),
     "report": report,
     "claims": claims,
     "compare": compare_runs,

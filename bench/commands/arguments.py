@@ -3,22 +3,18 @@
 Wrong usage is one sentence on stderr and exit status 2, never a traceback.
 """
 
-import dataclasses
-import inspect
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
 from bench.environments import ENVIRONMENTS, StoreError
-from bench.measure.request import Request, option
 from bench.record_files import COMPRESSED, RECORDS, run_directory
 from bench.records import Record
 from bench.report.export import SHARED
@@ -64,6 +60,8 @@ Directory = Annotated[Path, _run("DIR", "Directory of a run, or a name such as h
 Directories = Annotated[list[Path], _run("DIR...", "Directories of runs, or names such as h200.")]
 EarlierRun = Annotated[Path, _run("A", "Directory of the earlier run.")]
 LaterRun = Annotated[Path, _run("B", "Directory of the later run.")]
+TorchPython = Annotated[str | None, typer.Option(metavar="P", help="Interpreter with torch; default: this one.")]
+JaxPython = Annotated[str | None, typer.Option(metavar="P", help="Interpreter with jax and flax; default: this one.")]
 
 
 def _cells_where(run: str) -> Any:
@@ -75,55 +73,6 @@ def _cells_where(run: str) -> Any:
 Where = Annotated[list[str] | None, _cells_where("")]
 WhereA = Annotated[list[str] | None, _cells_where("A: ")]
 WhereB = Annotated[list[str] | None, _cells_where("B: ")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions(Request):
-    """The options of `bench run`: those of a request, and those of the command itself."""
-
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory for the records and the report.")]
-    engine: str = option("local", "local, or dask: workers that own a device each.", choices=("local", "dask"))
-    scheduler: str | None = option(None, "Of the dask scheduler, with --engine dask.", metavar="ADDRESS")
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the records in DIR; repeats nothing.")] = False
-    json_file: JsonFile = None
-    csv_file: CsvFile = None
-
-
-def typer_option(options: type, name: str) -> Any:
-    """Return the option of the command line that a field of a class of options declares."""
-    return typer.Option(**options.__dataclass_fields__[name].metadata["typer"])
-
-
-TorchPython = Annotated[str | None, typer_option(Request, "torch_python")]
-JaxPython = Annotated[str | None, typer_option(Request, "jax_python")]
-
-
-def takes(options: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
-    """Return a decorator that lets typer make a command of a function of one object of options.
-
-    Args:
-        options: a dataclass; its fields are the command's options, the required ones first.
-    """
-    hints = get_type_hints(options, include_extras=True)
-    many = {name for name, hint in hints.items() if hint == tuple[str, ...]}
-
-    def parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
-        hint, default = hints[field.name], None if field.name in many else field.default
-        if get_origin(hint) is not Annotated:
-            hint = Annotated[list[str] | None if field.name in many else hint, typer_option(options, field.name)]
-        default = inspect.Parameter.empty if default is dataclasses.MISSING else default
-        return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
-
-    def decorate(function: Callable[[Any], None]) -> Callable[..., None]:
-        def command(**given: Any) -> None:
-            function(options(**{name: tuple(value or ()) if name in many else value for name, value in given.items()}))
-
-        parameters = sorted(map(parameter, dataclasses.fields(options)), key=lambda one: one.default is not one.empty)
-        command.__name__, command.__doc__ = function.__name__, function.__doc__
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return command
-
-    return decorate
 
 
 class UsageError(ValueError):

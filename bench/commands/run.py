@@ -1,10 +1,15 @@
 """`bench run`: check the options, measure, write the report and show it."""
 
+import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, get_origin, get_type_hints
 
+import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
@@ -13,7 +18,10 @@ from bench.commands.arguments import (
     INTERRUPTED,
     OK,
     USAGE,
-    RunOptions,
+    CsvFile,
+    JaxPython,
+    JsonFile,
+    TorchPython,
     UsageError,
     check_choices,
     check_interpreters,
@@ -24,7 +32,7 @@ from bench.commands.arguments import (
 )
 from bench.environments import StoreError, check_environments, read_environments
 from bench.measure.disturbance import BusyError
-from bench.measure.request import EngineError, Request, SelectionError, SweepNotes
+from bench.measure.request import EngineError, Request, SelectionError, SweepNotes, option
 from bench.measure.sweep import Progress, run_sweep
 from bench.measure.workers import RequestError
 from bench.plan.presets import left_out
@@ -41,6 +49,52 @@ from parity_tests.report.interruption import Interruption, interruptible
 from parity_tests.report.text import printable
 
 _INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Request):
+    """The options of `bench run`: those of a request, and those of the command itself."""
+
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory for the records and the report.")]
+    torch_python: TorchPython = None
+    jax_python: JaxPython = None
+    engine: str = option("local", "local, or dask: workers that own a device each.", choices=("local", "dask"))
+    scheduler: str | None = option(None, "Of the dask scheduler, with --engine dask.", metavar="ADDRESS")
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the records in DIR; repeats nothing.")] = False
+    json_file: JsonFile = None
+    csv_file: CsvFile = None
+
+
+def takes(options: type) -> Callable[[Callable[[Any], int]], Callable[..., int]]:
+    """Return a decorator that lets typer make a command of a function of one object of options.
+
+    Args:
+        options: a dataclass; its fields are the command's options, the required ones first.
+    """
+    hints = get_type_hints(options, include_extras=True)
+    many = {name for name, hint in hints.items() if hint == tuple[str, ...]}
+
+    def parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
+        hint, default = hints[field.name], None if field.name in many else field.default
+        if get_origin(hint) is not Annotated:
+            hint = Annotated[list[str] | None if field.name in many else hint, typer.Option(**field.metadata["typer"])]
+        default = inspect.Parameter.empty if default is dataclasses.MISSING else default
+        return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+    def decorate(function: Callable[[Any], int]) -> Callable[..., int]:
+        def command(**given: Any) -> int:
+            return function(
+                options(**{name: tuple(value or ()) if name in many else value for name, value in given.items()})
+            )
+
+        parameters = sorted(map(parameter, dataclasses.fields(options)), key=lambda one: one.default is not one.empty)
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
 Engine = Callable[[Request, Store, SweepNotes, Callable[[Progress], None]], None]
 
 
@@ -121,7 +175,11 @@ def _measure(engine: Engine, request: Request, store: Store, notes: SweepNotes, 
 
 
 def run_command(options: RunOptions) -> int:
-    """Run `bench run` and return its exit status."""
+    """Measure a preset and show the ranking of every workload and direction.
+
+    Exit status: 0 if every timed result was right; 1 after a mismatch or a crash, or if nothing could be timed;
+    2 for wrong usage.
+    """
     notes = SweepNotes()
     results, failed, damage = None, None, Damage()
     # Until the files are there: a second Ctrl-C, in impatience, must not cost them.

@@ -67,16 +67,9 @@ def time_calls(call: Call, wait: Callable[[Any], None], calls: int) -> tuple[flo
 def time_block(
     call: Call, wait: Callable[[Any], None], size: BlockSize, *, after_other: bool = False
 ) -> tuple[float, Any]:
-    """Time one block after its refill.
+    """Time one block after its refill; return seconds, and the result of the last call.
 
-    Args:
-        call: the timed call.
-        wait: returns when a result is computed.
-        size: of the block.
-        after_other: true if another framework's process computed on the same processors until just now.
-
-    Returns:
-        Seconds, and the result of the last call.
+    After another framework's process computed on the same processors, its threads are given time to stop spinning.
     """
     if after_other:
         time.sleep(_PAUSE_S if size.refill else _PAUSE_BEFORE_LONG_S)
@@ -86,18 +79,10 @@ def time_block(
 
 
 def find_size(call: Call, wait: Callable[[Any], None], block_s: float) -> tuple[BlockSize, float]:
-    """Find how many calls fill a block.
+    """Find how many calls fill a block; return the size, and the seconds that such a block took.
 
     A size is accepted by the shortest of three blocks, the last after a pause: a process that stops or slows for some
     milliseconds would otherwise leave blocks that are far too short.
-
-    Args:
-        call: the timed call.
-        wait: returns when a result is computed.
-        block_s: seconds that a block lasts at least.
-
-    Returns:
-        The size, and the seconds that such a block took.
     """
     size = BlockSize(1, 1)
     while True:
@@ -117,17 +102,7 @@ def find_size(call: Call, wait: Callable[[Any], None], block_s: float) -> tuple[
 
 
 def warm_up(call: Call, wait: Callable[[Any], None], block_s: float, max_blocks: int) -> tuple[BlockSize, list[float]]:
-    """Find how many calls fill a block, then runs blocks until they no longer get faster.
-
-    Args:
-        call: the timed call.
-        wait: returns when a result is computed.
-        block_s: seconds that a block lasts at least.
-        max_blocks: how many run at most, the one that told the size included.
-
-    Returns:
-        The size, and the seconds of each block of it.
-    """
+    """Find how many calls fill a block, then run blocks until they no longer get faster; return size and seconds."""
     sizings = 0
     while True:
         size, elapsed = find_size(call, wait, block_s)
@@ -176,13 +151,7 @@ class SingleCalls:
 
 
 def measure_single_calls(call: Call, wait: Wait, *, budget_s: float) -> SingleCalls:
-    """Time single calls, as many as fit into the budget but at least three, and then the enqueueing of some more.
-
-    Args:
-        call: a call that was warmed up.
-        wait: returns when a result is computed.
-        budget_s: seconds for each of the two.
-    """
+    """Time single calls, as many as fit into the budget but at least three, and then the enqueueing of some more."""
     wait(call())
     durations: list[float] = []
     while len(durations) < _FEWEST_SINGLE_CALLS or (len(durations) < _MOST_SINGLE_CALLS and sum(durations) < budget_s):
@@ -210,14 +179,7 @@ def _enqueueing(call: Call, wait: Wait, count: int) -> float:
 
 
 def run_for(call: Call, wait: Wait, *, seconds: float, calls_at_a_time: int) -> int:
-    """Run calls for some time and returns how many there were.
-
-    Args:
-        call: a call that was warmed up.
-        wait: returns when a result is computed.
-        seconds: that must have passed before the last wait.
-        calls_at_a_time: calls that are started before one is waited for.
-    """
+    """Run calls for at least so many seconds, some at a time before one is waited for; return how many there were."""
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         result = None

@@ -264,14 +264,7 @@ def measured_ceilings(replies: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 def flops_limit(
     cell: Cell, ceilings: Mapping[str, float], device_name: str, observed: str | None = None
 ) -> float | None:
-    """Return operations a second that the device cannot exceed, by its data sheet, its kind or a measured ceiling.
-
-    Args:
-        cell: the conditions.
-        ceilings: the result of `measured_ceilings`.
-        device_name: of the GPU.
-        observed: the precision class of the results.
-    """
+    """Return operations a second that the device cannot exceed, by its data sheet, its kind or a measured ceiling."""
     limit = peak_rates(device_name, cell.precision, observed).get("flops_per_s")
     if limit is None and cell.device == "cpu":
         return cpu_flops_limit(cell.precision)

@@ -100,12 +100,7 @@ def _process(pid: int) -> _Process:
 
 
 def usage(pids: Mapping[str, int], cpus: Sequence[int]) -> Usage | None:
-    """Read the accounts; None where the system has none.
-
-    Args:
-        pids: framework to the process id of its worker.
-        cpus: the processors that the workers may use.
-    """
+    """Read the accounts; None where the system has none."""
     taken = _processor_seconds(cpus)
     if taken is None:
         return None
@@ -150,9 +145,7 @@ def _loop_s() -> float:
 def stretch(cpus: Sequence[int], turn: int = 0) -> float | None:
     """Return how many times as long as the shortest a fixed loop takes on the processors, the worst of them.
 
-    Args:
-        cpus: the processors; at most a few of them are asked in one call.
-        turn: which, where there are more.
+    A call asks a few processors at most; `turn` decides which.
     """
     if not cpus or not hasattr(os, "sched_setaffinity"):
         return None
@@ -175,12 +168,7 @@ def stretch(cpus: Sequence[int], turn: int = 0) -> float | None:
 
 
 class Watch:
-    """Watches the machine during the rounds of one cell.
-
-    Args:
-        pids: returns framework to the process id of its worker.
-        cpus: the processors that the workers may use.
-    """
+    """Watches the machine during the rounds of one cell: the processors, less the use of our own processes."""
 
     def __init__(self, pids: Callable[[], Mapping[str, int]], cpus: Sequence[int]):
         self._pids, self._cpus = pids, tuple(cpus)

@@ -88,12 +88,6 @@ def fingerprint(
 ) -> dict[str, Any]:
     """Collect the facts that a measurement depends on, and nothing that changes from minute to minute.
 
-    Args:
-        workers: per framework, its reply to `hello`.
-        device: `cpu` or `cuda`.
-        division: `stock` or `matched`.
-        cpus: the processors that the workers may use.
-
     Returns:
         A JSON object; `digest` of it is the environment's id.
     """
@@ -130,12 +124,7 @@ def _framework(hello: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def warnings_for(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str]) -> list[str]:
-    """Return one sentence for each thing that a user should mend or know.
-
-    Args:
-        hello: per framework, its worker's reply.
-        missing: per framework that is not installed, why.
-    """
+    """Return one sentence for each thing that a user should mend or know."""
     said = [f"{framework} cannot take part: {reason}." for framework, reason in missing.items()]
     for framework, reply in hello.items():
         packages: Mapping[str, list[str]] = reply["cuda_packages"]
@@ -157,12 +146,7 @@ def warnings_for(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, s
 
 
 def gpu_warnings(conditions: Mapping[str, Any], own: int) -> list[str]:
-    """Return one sentence for each thing about a GPU that would spoil a measurement.
-
-    Args:
-        conditions: what its monitor reads, before anything runs on it.
-        own: number of workers that may have touched the GPU already.
-    """
+    """Return one sentence for each thing about a GPU that would spoil a measurement; `own` workers may use it."""
     said = []
     others = conditions.get("processes", 0) - own
     if others > 0:
@@ -174,12 +158,7 @@ def gpu_warnings(conditions: Mapping[str, Any], own: int) -> list[str]:
 
 
 def diagnose(hello: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str]) -> dict[str, Any]:
-    """Return everything that `bench doctor` shows, as a JSON object.
-
-    Args:
-        hello: per framework, its worker's reply.
-        missing: per framework that is not installed, why.
-    """
+    """Return everything that `bench doctor` shows, as a JSON object."""
     environments = [reply["environment"] for reply in hello.values()]
     with_gpu = sum("cuda" in reply["devices"] for reply in hello.values())
     uuid = next((found["device_uuid"] for found in environments if "device_uuid" in found), None)

@@ -167,12 +167,7 @@ class Monitor:
 
 @dataclass
 class NvmlMonitor(Monitor):
-    """An NVIDIA GPU.
-
-    Args:
-        nvml: the module `pynvml`.
-        handle: its handle of the GPU.
-    """
+    """An NVIDIA GPU."""
 
     nvml: Any
     handle: Any
@@ -231,12 +226,7 @@ def thermally_throttled(conditions: Mapping[str, Any]) -> bool:
 
 
 def monitor_for(device: str, uuid: str | None) -> Monitor:
-    """Return the monitor of a device.
-
-    Args:
-        device: `cpu` or `cuda`.
-        uuid: of the GPU, as torch reports it; the first one if not known.
-    """
+    """Return the monitor of a device; of the first GPU if its UUID is not known."""
     if device != "cuda":
         return Monitor()
     try:

@@ -73,8 +73,9 @@ class Request:
     )
     replicates: int | None = option(None, "Sets of fresh processes.", min=1)
     seed: int = option(0, "Of the inputs and of the order.", min=0)
-    torch_python: str | None = option(None, "Interpreter with torch; default: this one.", metavar="P")
-    jax_python: str | None = option(None, "Interpreter with jax and flax; default: this one.", metavar="P")
+    # Interpreters; None is the running one.
+    torch_python: str | None = None
+    jax_python: str | None = None
     when_busy: str = option(
         "warn",
         "warn, wait (at most 60 s a cell) or refuse: what a cell does while others use the machine.",
@@ -173,14 +174,6 @@ def check_modes(request: Request, device: str, frameworks: Sequence[str], notes:
 
 def chosen_competitors(catalogues: Sequence[Catalogue], request: Request, cell: Cell) -> tuple[Competitor, ...]:
     """List who takes part in a cell.
-
-    Args:
-        catalogues: the competitors of each worker.
-        request: the selection.
-        cell: where they meet.
-
-    Returns:
-        The competitors, in their order.
 
     Raises:
         SelectionError: if none is left, or a name that was asked for is unknown.

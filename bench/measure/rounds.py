@@ -176,12 +176,6 @@ def rehearse(entry: Entry, block: Block, size: Callable[[Entry], None], block_s:
 
     Its size was found within some ten milliseconds. Where the host was slow just then, all its blocks would be short;
     by now the others have found theirs, and such a time is over.
-
-    Args:
-        entry: the competitor, sized; its `warm_up` gets the block.
-        block: runs one block of it.
-        size: finds the size again.
-        block_s: length that blocks are sized for, in seconds.
     """
     if not could_be_short(entry.warm_up, block_s):
         return

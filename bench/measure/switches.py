@@ -145,25 +145,20 @@ def _others(environment: Mapping[str, str]) -> dict[str, Switch]:
     }
 
 
-def _set(switches: Mapping[str, Switch], environment: Mapping[str, str], framework: str | None) -> dict[str, str]:
+def _set(switches: Mapping[str, Switch], environment: Mapping[str, str], framework: str) -> dict[str, str]:
     return {
         name: environment[name]
         for name, switch in switches.items()
         if name in environment
-        and (framework is None or framework in switch.frameworks)
+        and framework in switch.frameworks
         and not (switch.off_is_harmless and environment[name].strip().lower() in _OFF)
         and environment[name] != ""
     }
 
 
-def unset_for(framework: str | None, environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the switches that are set and that a worker does not get, with their values.
-
-    Args:
-        framework: whose worker; None for any.
-        environment: the variables; those of this process if not given.
-    """
-    return _set(UNSET, os.environ if environment is None else environment, framework)
+def unset_for(framework: str) -> dict[str, str]:
+    """Return the switches that are set and that a framework's worker does not get, with their values."""
+    return _set(UNSET, os.environ, framework)
 
 
 def without_unset(environment: Mapping[str, str]) -> dict[str, str]:
@@ -179,10 +174,7 @@ def recorded(environment: Mapping[str, str]) -> dict[str, str | None]:
 def sentences(frameworks: Sequence[str], cpus: int, environment: Mapping[str, str] | None = None) -> list[str]:
     """Return one sentence for each switch that is set and changes, or would change, the work of the workers.
 
-    Args:
-        frameworks: those that take part.
-        cpus: the number of processors that the workers may use; 0 where that is not known.
-        environment: the variables; those of this process if not given.
+    No processors (`cpus=0`) means that their number is not known.
     """
     environment = os.environ if environment is None else environment
     said = {}
@@ -211,11 +203,7 @@ PACKAGES: Mapping[str, str] = MappingProxyType(
 
 
 def missing_competitors(names: Iterable[str]) -> dict[str, str]:
-    """Return competitor to the reason why it cannot be run in this interpreter; empty where every package is installed.
-
-    Args:
-        names: the competitors that a framework knows.
-    """
+    """Return competitor to the reason why it cannot be run in this interpreter: a package is missing."""
     return {
         name: f"{package} is not installed; install the extra `competitors`"
         for name in names
@@ -228,11 +216,7 @@ _CUDA_SUFFIXES: Mapping[str, tuple[str, ...]] = {"12": ("-cu12", "-cuda12-plugin
 
 
 def cuda_packages(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return CUDA major version to the installed packages that are built for it.
-
-    Args:
-        names: names of installed distributions.
-    """
+    """Return CUDA major version to the installed packages that are built for it."""
     found: dict[str, list[str]] = {}
     for name in sorted({name.lower().replace("_", "-") for name in names}):
         for major, suffixes in _CUDA_SUFFIXES.items():

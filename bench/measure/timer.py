@@ -82,12 +82,23 @@ class Unsupported(Exception):
     """A request that the framework or the device cannot run; the message is the reason."""
 
 
-def in_turn(calls: Sequence[Call]) -> Call:
+def alternating(calls: Sequence[Call]) -> Call:
     """Return one call that runs the given ones in turn, one at a time: each set of buffers has its own."""
     if len(calls) == 1:
         return calls[0]
     turn = cycle(calls)
     return lambda: next(turn)()
+
+
+def restart_of(calls: Sequence[Any]) -> Callable[[], None] | None:
+    """Return a function that restarts every training step among the calls, or None if there is none."""
+    steps = [call for call in calls if hasattr(call, "restart")]
+
+    def restart() -> None:
+        for step in steps:
+            step.restart()
+
+    return restart if steps else None
 
 
 class Timer(ABC):

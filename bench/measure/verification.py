@@ -51,13 +51,6 @@ def first_step(
     Every first update is a monotone function f of the gradient g, so that an error of at most B in g shows as at most
     `max(f(g + B) - f(g), f(g) - f(g - B))`: no tolerance is chosen, even where an optimiser hides the gradient's scale.
 
-    Args:
-        spec: the optimiser.
-        name: `weight` or `bias`, which decides about weight decay.
-        before: the parameter.
-        gradient: the oracle's gradient.
-        arithmetic: of the gradient.
-
     Raises:
         ValueError: if the optimiser clips.
     """
@@ -126,11 +119,7 @@ def inputs_digest(inputs: Inputs) -> str:
 
 
 class Oracle:
-    """The truth about one set of inputs, a few partitions at a time.
-
-    Args:
-        inputs: those of the competitors.
-    """
+    """The truth about one set of inputs, a few partitions at a time."""
 
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
@@ -178,13 +167,7 @@ class Oracle:
 
 
 class Verifier:
-    """Judges results; shared by all competitors that were fed with the same inputs in the same direction.
-
-    Args:
-        oracle: the truth.
-        direction: `forward`, `forward_backward` or `train_step`.
-        optimizer: of `train_step`, by its name in the neutral specification.
-    """
+    """Judges results; shared by all competitors that were fed with the same inputs in the same direction."""
 
     def __init__(self, oracle: Oracle, direction: str, optimizer: str | None = None):
         self._oracle, self._optimizer = oracle, optimizer
@@ -227,14 +210,9 @@ class Verifier:
         return compare_with_limit(name, value, right, limit, partition_axis=0)
 
     def judge(self, outputs: Mapping[str, np.ndarray], promised: str) -> Judgement:
-        """Compare results with the oracle.
+        """Compare results with the oracle under the bound of the promised precision class.
 
-        Args:
-            outputs: the competitor's tensors, in the storage dtype.
-            promised: precision class whose bound must hold.
-
-        Returns:
-            The judgement; results that lack a tensor, or have one of another shape, are a mismatch.
+        Results that lack a tensor, or have one of another shape, are a mismatch.
         """
         if set(outputs) != set(self._expected):
             return Judgement("mismatch", f"returned {sorted(outputs)}, expected {sorted(self._expected)}", None, None)

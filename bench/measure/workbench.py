@@ -293,12 +293,7 @@ class Dispatcher:
 
 
 def main(channel: Channel, framework: str) -> None:
-    """Answer requests until the coordinator closes the connection.
-
-    Args:
-        channel: the connection.
-        framework: `torch` or `jax`.
-    """
+    """Answer requests until the coordinator closes the connection."""
     cpus = os.environ.get(CPUS_VARIABLE)
     # Before the framework is imported, since it sizes its thread pools by what it may use then.
     if cpus and hasattr(os, "sched_setaffinity"):

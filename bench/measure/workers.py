@@ -30,12 +30,7 @@ _KERNEL_COUNTERS = Path("/proc/vmstat")
 
 
 class RequestError(Exception):
-    """A request that ended with a status other than ok.
-
-    Args:
-        status: `unsupported`, `mismatch`, `oom`, `timeout`, `crash` or `missing`.
-        reason: one sentence.
-    """
+    """A request that ended with a status other than ok."""
 
     def __init__(self, status: str, reason: str):
         super().__init__(reason)
@@ -193,14 +188,7 @@ Starter = Callable[[str], WorkerProcess]
 
 
 def starter(pythons: Mapping[str, str], *, device: str, division: str, cpus: Sequence[int]) -> Starter:
-    """Return a function that starts the worker of a framework.
-
-    Args:
-        pythons: framework to interpreter; the running one where a framework is not named.
-        device: `auto`, `cpu` or `cuda`.
-        division: decides the environment variables.
-        cpus: the processors that the workers may use.
-    """
+    """Return a function that starts the worker of a framework."""
 
     def start(framework: str) -> WorkerProcess:
         environment = worker_environment(framework, device=device, division=division, cpus=cpus)
@@ -211,10 +199,6 @@ def starter(pythons: Mapping[str, str], *, device: str, division: str, cpus: Seq
 
 class WorkerPool:
     """Starts the workers together and keeps one per framework.
-
-    Args:
-        start: starts the worker of a framework.
-        frameworks: which to start.
 
     Attributes:
         hello: per framework that is there, its worker's report on itself.
@@ -312,9 +296,6 @@ class KeptPool:
 
     A device has one owner, so that one pool at a time is enough; idle workers hold memory of the device, and therefore
     end.
-
-    Args:
-        keep_s: seconds after which idle workers end.
     """
 
     def __init__(self, keep_s: float = KEEP_S):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 EAGER, COMPILE, JIT = "eager", "compile", "jit"
 REDUCE_OVERHEAD, MAX_AUTOTUNE, CUDA_GRAPH = "compile-reduce-overhead", "compile-max-autotune", "cuda-graph"
@@ -80,7 +81,7 @@ def competitors_for(
     catalogues: Sequence[Catalogue],
     *,
     compiled: Sequence[str] = (),
-    modes: Mapping[str, Sequence[str]] | None = None,
+    modes: Mapping[str, Sequence[str]] = MappingProxyType({}),
     only: Sequence[str] = (),
     without: Sequence[str] = (),
     only_modes: Sequence[str] = (),
@@ -90,7 +91,7 @@ def competitors_for(
     Args:
         catalogues: one for each framework that takes part.
         compiled: names that run in the further modes as well.
-        modes: framework to its further modes; `compile` for torch if not given.
+        modes: framework to its further modes.
         only: names to keep; empty keeps all but `without`.
         without: names that take part only if `only` holds them.
         only_modes: modes to keep, in which every competitor then runs; empty keeps `compiled` to the further ones.
@@ -98,7 +99,6 @@ def competitors_for(
     Returns:
         Competitors, framework by framework, each in its default mode first.
     """
-    further = {"torch": (COMPILE,)} if modes is None else modes
     found: list[Competitor] = []
     for catalogue in catalogues:
         kinds = {
@@ -110,7 +110,7 @@ def competitors_for(
             Competitor(catalogue.framework, name, other, kinds[name])
             for name in (kinds if only_modes else compiled)
             if name in kinds
-            for other in further.get(catalogue.framework, ())
+            for other in modes.get(catalogue.framework, ())
         )
     return tuple(competitor for competitor in found if not only_modes or competitor.mode in only_modes)
 

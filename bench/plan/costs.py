@@ -81,12 +81,7 @@ def least_product_flops(cell: Cell) -> int:
 
 
 def buffer_sets(cell: Cell, cache_bytes: int) -> int:
-    """Return the number of sets of x, W, b and dy: one if warm, else enough to fill the last cache four times.
-
-    Args:
-        cell: the cell.
-        cache_bytes: size of the last cache.
-    """
+    """Return the number of sets of x, W, b and dy: one if warm, else enough to fill the last cache four times."""
     if cell.cache == "warm":
         return 1
     w = cell.workload
@@ -124,17 +119,7 @@ def working_bytes(competitor: Competitor, cell: Cell) -> int:
 
 
 def planned_skip(competitor: Competitor, cell: Cell, limits: Limits, free_bytes: int) -> str | None:
-    """Return why a competitor is not worth starting, or None.
-
-    Args:
-        competitor: who.
-        cell: where.
-        limits: caps of the preset.
-        free_bytes: memory that is free on the device.
-
-    Returns:
-        One sentence with the estimate and the cap.
-    """
+    """Return why a competitor is not worth starting: one sentence with the estimate and the cap, or None."""
     flops = executed_flops(competitor, cell)
     if flops > limits.executed_flops:
         return f"{flops:.2g} operations a call, over the preset's cap of {limits.executed_flops:.2g}"

@@ -197,13 +197,6 @@ def left_out(preset: Preset) -> tuple[str, ...]:
 def plan_cells(preset: Preset, device: str) -> tuple[Cell, ...]:
     """List the cells: division by division, since a division needs its own processes; directions innermost.
 
-    Args:
-        preset: the selection.
-        device: `cpu` or `cuda`.
-
-    Returns:
-        The cells in the order in which they are measured, without repeats.
-
     Raises:
         UnknownWorkloadError: for a name that no workload has.
     """

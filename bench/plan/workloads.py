@@ -117,17 +117,7 @@ def sweep(
     in_features: Sequence[int] = (),
     out_features: Sequence[int] = (),
 ) -> tuple[Workload, ...]:
-    """Return every combination of the given sizes; an axis that is not given stays at the article's base.
-
-    Args:
-        batch: values of `b`.
-        num_partitions: values of `n`.
-        in_features: values of `i`.
-        out_features: values of `o`.
-
-    Returns:
-        The workloads, the last axis fastest, without repeats.
-    """
+    """Return every combination of the given sizes; an axis that is not given stays at the article's base."""
     axes = (batch, num_partitions, in_features, out_features)
     values = [tuple(axis) or (base,) for axis, base in zip(axes, _BASE.values(), strict=True)]
     return tuple(dict.fromkeys(sweep_workload(*sizes) for sizes in product(*values)))
@@ -272,10 +262,7 @@ class UnknownWorkloadError(ValueError):
 
 
 def workload(name: str) -> Workload:
-    """Return the workload that a name means.
-
-    Args:
-        name: a name of the catalogue, or `sweep-b<B>-n<n>-i<in>-o<out>`.
+    """Return the workload that a name of the catalogue, or `sweep-b<B>-n<n>-i<in>-o<out>`, means.
 
     Raises:
         UnknownWorkloadError: with the names that look alike.

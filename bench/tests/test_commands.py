@@ -6,7 +6,7 @@ import pytest
 from typer.main import get_command
 
 from bench.__main__ import app
-from bench.commands.arguments import RunOptions
+from bench.commands.run import RunOptions
 from bench.measure.request import Request
 from bench.measure.workers import WorkerPool
 from bench.store import Store, read_environments, read_records

@@ -146,7 +146,7 @@ def test_tf32_is_no_stock_precision():
 
 
 def test_competitors_come_from_the_catalogues():
-    found = competitors_for([TORCH, JAX], compiled=["matmul"])
+    found = competitors_for([TORCH, JAX], compiled=["matmul"], modes={"torch": ("compile",)})
     assert [c.label for c in found] == [
         "torch loop (eager)",
         "torch matmul (eager)",

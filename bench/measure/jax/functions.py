@@ -146,10 +146,6 @@ YARDSTICKS: Mapping[str, Callable[[], Callable[..., jax.Array]]] = MappingProxyT
 def resolve(name: str, precision: Any) -> Function:
     """Return the function that a competitor's name means.
 
-    Args:
-        name: a name of the registry, of `STOCK` or of `YARDSTICKS`.
-        precision: what JAX calls the precision of a product; None for the framework's default.
-
     Raises:
         ValueError: for a name that is none.
     """

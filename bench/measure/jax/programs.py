@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from bench.measure.jax.functions import Function, resolve
 from bench.measure.jax.xla import kept_in, repeated_product_flops
-from bench.measure.timer import CacheFolder, Call, Prepared, Task, Unsupported, in_turn
+from bench.measure.timer import CacheFolder, Prepared, Task, Unsupported, alternating, restart_of
 from bench.plan.competitors import JIT, JIT_GRAPH
 from bench.plan.workloads import AXES
 from jax_impl import UnsupportedImplementationError
@@ -146,15 +146,15 @@ def build(
     function = _in_layout(resolve(task.implementation, precision), task.layout)
     # Given to jit and not to the compilation: calling a compiled program takes some 8% longer than calling jit.
     compiler = dict(options) or None
-    steps: list[_Step] = []
     uncompiled = _Uncompiled()
     if task.direction == "train_step":
         jitted, init = _step_program(function, task, uncompiled, donate=donate, options=compiler)
-        steps = [_Step(jitted, init, arguments) for arguments in buffers]
-        given = steps[0].arguments()
+        calls: list[Any] = [_Step(jitted, init, arguments) for arguments in buffers]
+        given = calls[0].arguments()
     else:
         program, taken = _program(function, task, uncompiled)
         jitted, given = jax.jit(program, compiler_options=compiler), buffers[0][:taken]
+        calls = [partial(jitted, *arguments[:taken]) for arguments in buffers]
     cache = CacheFolder()
 
     def timed_compilation() -> tuple[float, Any]:
@@ -172,19 +172,14 @@ def build(
     except UnsupportedImplementationError as error:
         raise Unsupported(str(error)) from error
 
-    def restart() -> None:
-        for step in steps:
-            step.restart()
-
-    calls: list[Call] = list(steps) or [partial(jitted, *arguments[: len(given)]) for arguments in buffers]
     analysis = compiled.memory_analysis()
     return Prepared(
-        in_turn(calls),
+        alternating(calls),
         compile_s,
         None if analysis is None else analysis.output_size_in_bytes + analysis.temp_size_in_bytes,
         program_flops=_flops(compiled),
         compile_again=again,
-        restart=restart if steps else None,
+        restart=restart_of(calls),
         text=compiled.as_text,
         uncompiled_calls=lambda: uncompiled.calls,
     )

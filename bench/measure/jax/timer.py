@@ -49,16 +49,7 @@ def _device_events(folder: Path) -> list[tuple[str, float, float]]:
 
 
 def traced(prepared: Prepared, call: Call, device: str) -> Trace:
-    """Run a call under JAX's profiler on a GPU; on a CPU reads the compiled program instead.
-
-    Args:
-        prepared: the competitor, for its program.
-        call: runs it once and waits.
-        device: `cpu` or `cuda`.
-
-    Returns:
-        On a GPU the kernels with the union of their intervals; on a CPU the instructions of the program.
-    """
+    """Run a call under JAX's profiler on a GPU; on a CPU reads the compiled program instead."""
     if device == "cpu":
         text = None if prepared.text is None else prepared.text()
         return Trace({} if text is None else dict(instructions(text)), None)

@@ -84,9 +84,6 @@ def _dot_flops(line: str, shapes: Mapping[str, list[int]]) -> int:
 def repeated_product_flops(text: str) -> int:
     """Count the operations of the products in loops beyond the first pass of each loop.
 
-    Args:
-        text: a compiled program, as `jax.stages.Compiled.as_text` gives it.
-
     Returns:
         What is to be added to `cost_analysis()["flops"]`; 0 without a loop. A loop whose number of passes the
         compiler does not know counts as one pass.

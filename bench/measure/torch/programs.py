@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bench.measure.timer import CacheFolder, Call, Prepared, Task, Unsupported, in_turn
+from bench.measure.timer import CacheFolder, Call, Prepared, Task, Unsupported, alternating, restart_of
 from bench.measure.torch.functions import Function, resolve
 from bench.plan.competitors import COMPILE, CUDA_GRAPH, EAGER, MAX_AUTOTUNE, REDUCE_OVERHEAD
 from bench.plan.workloads import AXES
@@ -185,21 +185,16 @@ def build(
     else:
         raise Unsupported(f"torch has no mode {task.mode!r}")
     calls = [_bound(function, task, arguments, settle=settle) for arguments in buffers]
-    steps = [call for call in calls if isinstance(call, _Step)]
     if task.mode == CUDA_GRAPH:
-        if steps:
+        if task.direction == "train_step":
             raise Unsupported("an optimiser that counts its steps on the host cannot be replayed as a CUDA graph")
         start = time.perf_counter()
         graphs = [_graphed(call) for call in calls]
         compile_s = time.perf_counter() - start
-        return Prepared(in_turn([replay for replay, _ in graphs]), compile_s, graphs[0][1])
-
-    def restart() -> None:
-        for step in steps:
-            step.restart()
+        return Prepared(alternating([replay for replay, _ in graphs]), compile_s, graphs[0][1])
 
     if task.mode not in COMPILE_MODES:
-        return Prepared(in_turn(calls), restart=restart if steps else None)
+        return Prepared(alternating(calls), restart=restart_of(calls))
     compile_s, flops, compile_again = _compiled(lambda: wait(calls[0]()))
     x, weight = buffers[0][:2]
     only_factors = x.numel() == weight.numel() == weight.shape[0]
@@ -207,11 +202,11 @@ def build(
     if only_factors or counted_flops(_bound(plain, task, buffers[0], settle=settle)) is None:
         flops = None
     return Prepared(
-        in_turn(calls),
+        alternating(calls),
         compile_s,
         program_flops=flops,
         compile_again=compile_again,
-        restart=restart if steps else None,
+        restart=restart_of(calls),
         uncompiled_calls=uncompiled_calls,
     )
 

@@ -39,15 +39,7 @@ def _outermost(events: Sequence[object]) -> Counter[str]:
 
 
 def traced(call: Call, device: str) -> Trace:
-    """Run a call under torch's profiler.
-
-    Args:
-        call: a call that was warmed up.
-        device: `cpu` or `cuda`.
-
-    Returns:
-        On a GPU the kernels, copies and fills with the union of their intervals; on a CPU the operations.
-    """
+    """Run a call under torch's profiler."""
     if device == "cpu":
         with profile(activities=[ProfilerActivity.CPU]) as found:
             call()
