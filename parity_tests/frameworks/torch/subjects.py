@@ -204,8 +204,8 @@ PLANTS = ("off-block leak after a step", "off-block weights unmasked after a ste
 def masked_training(sizes: tuple[int, int, int], dtype: str, steps: int, defect: str = "") -> dict[str, np.ndarray]:
     """Train the masked layer with AdamW and return the matrices that show weights outside its blocks.
 
-    They are dense `(n * out, n * in)`: the map `before`, the parameter's first `gradient`, the map `after`. The defect is
-    a name of `PLANTS`, none for the healthy layer.
+    They are dense `(n * out, n * in)`: the map `before`, the parameter's first `gradient`, the map `after`. The defect
+    is a name of `PLANTS`, none for the healthy layer.
     """
     if defect and defect not in PLANTS:
         raise ValueError(f"defect: expected one of {', '.join(PLANTS)}, got {defect!r}; choose one of these.")
