@@ -60,7 +60,7 @@ def run_application(application: Callable[..., Any], name: str) -> None:
         try:
             sys.stdout.flush()
         except OSError:
-            # Said already, or nobody reads any more.
+            # Said already, or there is no reader left.
             _silence()
         raise
 
