@@ -57,9 +57,9 @@ class Evidence:
         # Not "error > limit": NaN lies outside every bound.
         return ~np.logical_and.reduce([error <= limit for limit in limits.values()])
 
-    def fits(self, tiers: Sequence[Tier] = ()) -> bool:
+    def fits(self) -> bool:
         """Return True if the value is right for this truth."""
-        return not self.outside(tiers).any()
+        return not self.outside().any()
 
     def partitions(self, chosen: np.ndarray) -> "Evidence":
         """Return the same for some partitions only."""

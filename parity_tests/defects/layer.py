@@ -189,18 +189,18 @@ def has_masked_layer(framework: str) -> bool:
     return hasattr(_room(framework), "masked_training")
 
 
-def observe_initial(defect: InitialDefect, framework: str, layer: str, init: str, dtype: str, seed: int = 0) -> Killing:
+def observe_initial(defect: InitialDefect, framework: str, layer: str, init: str, dtype: str) -> Killing:
     """Plant a defect in the draws of a layer's initialiser and judge it."""
-    drawn = _room(framework).initial_weight(layer, init, (NUM_PARTITIONS, IN_FEATURES, OUT_FEATURES), dtype, seed)
+    drawn = _room(framework).initial_weight(layer, init, (NUM_PARTITIONS, IN_FEATURES, OUT_FEATURES), dtype)
     expected = DISTRIBUTIONS[init](IN_FEATURES)
     cause = initialization_cause(defect.spoil(drawn), expected)
     return Killing(bool(cause) and not initialization_cause(drawn, expected), cause)
 
 
-def observe_off_block(defect: OffBlockDefect, framework: str, dtype: str, seed: int = 0) -> Killing:
+def observe_off_block(defect: OffBlockDefect, framework: str, dtype: str) -> Killing:
     """Plant a defect in the masked layer, train it for `STEPS` steps and look outside the blocks."""
     n, sizes = 3, (3, 4, 5)
     room = _room(framework)
-    cause = off_block_cause(room.masked_training(sizes, dtype, STEPS, seed, defect.name), n)
-    healthy = off_block_cause(room.masked_training(sizes, dtype, STEPS, seed), n)
+    cause = off_block_cause(room.masked_training(sizes, dtype, STEPS, defect.name), n)
+    healthy = off_block_cause(room.masked_training(sizes, dtype, STEPS), n)
     return Killing(bool(cause) and not healthy, cause)

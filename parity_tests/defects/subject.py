@@ -93,14 +93,14 @@ def plant(defect: Defect, subject: Subject) -> SpoiledSubject:
 
 
 @functools.cache
-def _problem(dtype: str, seed: int) -> tuple[Inputs, Reference]:
-    inputs = draw_inputs(CASE, dtype, seed)
+def _problem(dtype: str) -> tuple[Inputs, Reference]:
+    inputs = draw_inputs(CASE, dtype)
     return inputs, reference(inputs)
 
 
-def _verdict(candidate: Subject, dtype: str, seed: int, isolation: bool, measured: Subject) -> Killing:
+def _verdict(candidate: Subject, dtype: str, isolation: bool, measured: Subject) -> Killing:
     """Return the verdict on a subject, within the bound of the subject that was measured."""
-    inputs, truth = _problem(dtype, seed)
+    inputs, truth = _problem(dtype)
     if isolation:
         swallowed = check_isolation(candidate, inputs, partition=1, poison=float("nan")).swallowed
         return Killing(bool(swallowed), f"NaN does not reach {', '.join(swallowed)}" if swallowed else "")
@@ -113,11 +113,11 @@ def _verdict(candidate: Subject, dtype: str, seed: int, isolation: bool, measure
 _healthy = functools.cache(_verdict)
 
 
-def observe(defect: Defect, subject: Subject, dtype: str, seed: int = 0) -> Killing:
+def observe(defect: Defect, subject: Subject, dtype: str) -> Killing:
     """Plant a defect, judge it, and judge the healthy subject by the same check."""
-    spoiled = _verdict(plant(defect, subject), dtype, seed, defect.isolation, subject)
+    spoiled = _verdict(plant(defect, subject), dtype, defect.isolation, subject)
     # Rejecting a subject that was broken before says nothing about the defect.
-    healthy = not _healthy(subject, dtype, seed, defect.isolation, subject).killed
+    healthy = not _healthy(subject, dtype, defect.isolation, subject).killed
     return Killing(spoiled.killed and healthy, spoiled.cause)
 
 

@@ -95,7 +95,7 @@ def spec_of(defect: TrainingDefect) -> OptimizerSpec:
     return OPTIMIZERS[defect.optimizer]
 
 
-def observe_training(defect: TrainingDefect, dtype: str = "float32", steps: int = 60, members: int = 2) -> Killing:
+def observe_training(defect: TrainingDefect, dtype: str = "float32", steps: int = 60) -> Killing:
     """Plant a defect in the JAX side; it is killed only if its cause is named as well.
 
     In float32 the whole ladder is climbed. In 16 bits a model is trained with wider parameters: the gradients that it
@@ -105,7 +105,7 @@ def observe_training(defect: TrainingDefect, dtype: str = "float32", steps: int 
     spoiled = dataclasses.replace(healthy, training=plant(defect, healthy.training))
     task, spec = TASKS["partitioned-mlp"](), spec_of(defect)
     if dtype == "float32":
-        report = climb([trusted, spoiled], draw_inputs(CASE, dtype), task, spec, defect.optimizer, steps, members)
+        report = climb([trusted, spoiled], draw_inputs(CASE, dtype), task, spec, defect.optimizer, steps, members=2)
         cause = report.first_failure.cause if report.first_failure else ""
         return Killing(defect.cause in cause, cause)
     cause = replayed_cause(trusted.training, spoiled.training, task, spec, steps, dtype)

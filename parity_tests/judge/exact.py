@@ -14,8 +14,8 @@ from parity_tests.judge.records import ParityRow
 from parity_tests.judge.subjects import MODES, Subject
 
 
-def lattice_limit(case: Case, dtype: str, largest: int = 3) -> int:
-    """Return largest integer magnitude whose sums stay exact in `dtype` for this case, at most `largest`.
+def lattice_limit(case: Case, dtype: str) -> int:
+    """Return the largest integer magnitude, at most 3, whose sums stay exact in `dtype` for this case.
 
     A sum of K products of integers up to m has magnitude at most K m^2, plus m for the bias.
 
@@ -24,7 +24,7 @@ def lattice_limit(case: Case, dtype: str, largest: int = 3) -> int:
     """
     terms = max(case.in_features, case.out_features, case.rows)
     exact = FORMATS[dtype].largest_integer
-    for limit in range(largest, 0, -1):
+    for limit in (3, 2, 1):
         if terms * limit * limit + limit <= exact:
             return limit
     raise ValueError(f"case {case.name}: expected at most {exact - 1} terms for exact sums in {dtype}, got {terms}.")

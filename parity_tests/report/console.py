@@ -45,7 +45,7 @@ class PlainConsole(Console):
         return super().render_str(printable(text), **options)
 
 
-def run_application(application: Callable[..., Any], name: str, *, failed: int = 2) -> None:
+def run_application(application: Callable[..., Any], name: str) -> None:
     """Run a command line; one that cannot write to its terminal or pipe ends with a sentence and no traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Where a terminal or a pipe cannot show a character, its escape is better than an exception.
@@ -55,12 +55,12 @@ def run_application(application: Callable[..., Any], name: str, *, failed: int =
     except OutputError as error:
         _silence()
         print(f"{name.split()[-1]}: {error}", file=sys.stderr)
-        sys.exit(failed)
+        sys.exit(2)
     except SystemExit:
         try:
             sys.stdout.flush()
         except OSError:
-            # Said already, or nobody reads any more.
+            # Said already, or there is no reader left.
             _silence()
         raise
 

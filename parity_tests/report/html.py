@@ -6,7 +6,7 @@ Nothing is fetched: styles, script and SVG drawings are in the page. Everything 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from string import Template
 from typing import Any
 
@@ -17,25 +17,23 @@ from parity_tests.report.text import html_text
 ABOVE = "#b0142a"
 _UNKNOWN = "#f2f2f2"
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 560, 230, 70, 40
+_COLOURS = ("#b4441f", "#1f6fb4", "#3b8a3e", "#7a3bb4", "#8a7a1f")
 _WIDEST = 640  # of a block of columns, in pixels: more columns are drawn narrower
 
 
 @dataclass(frozen=True)
 class Curves:
-    """One drawing of training trajectories over steps.
+    """One drawing of training trajectories over steps, on a logarithmic axis without values at or below 0.
 
     Attributes:
         title: above the drawing.
         lines: values by name, one a step.
         band: lowest and highest value a step that rounding noise explains, or None.
-        logarithmic: True for a logarithmic vertical axis, without values at or below 0.
     """
 
     title: str
     lines: Mapping[str, Sequence[float]]
     band: tuple[Sequence[float], Sequence[float]] | None = None
-    logarithmic: bool = True
-    colours: Sequence[str] = field(default=("#b4441f", "#1f6fb4", "#3b8a3e", "#7a3bb4", "#8a7a1f"))
 
 
 @dataclass(frozen=True)
@@ -112,32 +110,25 @@ def heatmap(title: str, lines: Sequence[str], blocks: Sequence[Block]) -> str:
     return f"<figure><figcaption>{html_text(title)}</figcaption>{drawing}</figure>"
 
 
-def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
-    """Choose round numbers between two heights, which are logarithms on a logarithmic axis."""
-    if logarithmic:
-        powers = range(math.floor(low), math.ceil(high) + 1)
-        for factors in ((1,), (1, 3), (1, 2, 5)):
-            found = [math.log10(factor) + power for power in powers for factor in factors]
-            found = [tick for tick in found if low <= tick <= high]
-            if len(found) >= 3:
-                break
-    else:
-        step = 10 ** math.floor(math.log10((high - low) or 1.0))
-        found = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+def _ticks(low: float, high: float) -> list[float]:
+    """Choose round numbers between two heights, which are logarithms."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    for factors in ((1,), (1, 3), (1, 2, 5)):
+        found = [math.log10(factor) + power for power in powers for factor in factors]
+        found = [tick for tick in found if low <= tick <= high]
+        if len(found) >= 3:
+            break
     return found if len(found) >= 2 else [low, high]
+
+
+def _usable(value: float) -> bool:
+    return math.isfinite(value) and value > 0
 
 
 def draw_curves(curves: Curves) -> str:
     """Draw the lines over steps with ticks, a legend, and the band that noise explains."""
-
-    def height(value: float) -> float:
-        return math.log10(value) if curves.logarithmic else value
-
-    def usable(value: float) -> bool:
-        return math.isfinite(value) and (value > 0 or not curves.logarithmic)
-
     series = [*curves.lines.values(), *(curves.band or ())]
-    heights = [height(value) for line in series for value in line if usable(value)]
+    heights = [math.log10(value) for line in series for value in line if _usable(value)]
     if not heights:
         return f"<figure><figcaption>{html_text(curves.title)}</figcaption><p>nothing finite to draw</p></figure>"
     low, high, steps = min(heights), max(heights), max(map(len, series))
@@ -150,13 +141,13 @@ def draw_curves(curves: Curves) -> str:
 
     def path(line: Sequence[float], order: int = 1) -> list[str]:
         points = list(enumerate(line))[::order]
-        return [f"{across(step):.1f},{down(height(value)):.1f}" for step, value in points if usable(value)]
+        return [f"{across(step):.1f},{down(math.log10(value)):.1f}" for step, value in points if _usable(value)]
 
     parts = []
-    for tick in _ticks(low, high, curves.logarithmic):
+    for tick in _ticks(low, high):
         y = down(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - 10}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        name = number(10**tick if curves.logarithmic else tick)
+        name = number(10**tick)
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
     parts += [
         f'<text x="{across(step):.1f}" y="{_HEIGHT - 24}" text-anchor="middle">{step + 1}</text>'
@@ -168,7 +159,7 @@ def draw_curves(curves: Curves) -> str:
         parts.append(f'<polygon class="band" points="{outline}"><title>explained by rounding noise</title></polygon>')
         names.append(("runs with rounding noise", "#777"))
     for k, (name, line) in enumerate(curves.lines.items()):
-        shade = curves.colours[k % len(curves.colours)]
+        shade = _COLOURS[k % len(_COLOURS)]
         # Equal runs lie on each other: the later ones are dashed, so that the first still shows.
         dash = ' stroke-dasharray="6 5"' if k else ""
         points = " ".join(path(line))

@@ -125,16 +125,10 @@ def _stored_in_float32(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32).astype(np.float64)
 
 
-def partitioned_mlp(
-    seed: int = 0,
-    num_partitions: int = 4,
-    sizes: tuple[int, int, int] = (12, 16, 8),
-    batch: int = 32,
-    batches: int = 16,
-) -> TrainingTask:
+def partitioned_mlp() -> TrainingTask:
     """Return a two-layer partitioned MLP that learns a random teacher of the same shape, with noise."""
-    rng = np.random.default_rng(seed)
-    n, (i, hidden, o) = num_partitions, sizes
+    rng = np.random.default_rng(0)
+    n, i, hidden, o, batch, batches = 4, 12, 16, 8, 32, 16
 
     def layer(inputs: int, outputs: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
         weight = scale * rng.standard_normal((n, inputs, outputs)) / math.sqrt(inputs)
@@ -158,11 +152,10 @@ def partitioned_mlp(
     )
 
 
-def nlinear_series(
-    seed: int = 0, channels: int = 7, lookback: int = 48, horizon: int = 12, batch: int = 16, batches: int = 16
-) -> TrainingTask:
+def nlinear_series() -> TrainingTask:
     """Return NLinear-I on a synthetic multivariate series: a trend, two seasons and noise in each channel."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
+    channels, lookback, horizon, batch, batches = 7, 48, 12, 16, 16
     length = lookback + horizon + batch * batches
     time = np.arange(length)[:, None]
     daily, weekly = 2 * np.pi * time / 24, 2 * np.pi * time / 168

@@ -25,6 +25,7 @@ from parity_tests.frameworks.torch.modes import lay_out, to_numpy, to_torch
 from parity_tests.interpreters.interpreter import Channel, Interpreter
 from parity_tests.interpreters.process import ProcessError
 from parity_tests.judge.inputs import Case, Inputs
+from parity_tests.judge.oracle import TENSORS
 from parity_tests.judge.subjects import Subject, shards_of
 from parity_tests.report.files import ScratchFolder
 from torch_impl import PartitionedLinear, import_parameters
@@ -87,7 +88,9 @@ class _Shards:
         if "error" in answer:
             close_shards()  # the other processes may still wait for the one that failed
             raise RuntimeError(f"shards: expected tensors, got the error {answer['error']}")
-        return _unpacked(answer["payload"])
+        found = _unpacked(answer["payload"])
+        # In the order of every other subject, which the file format does not keep.
+        return {name: found[name] for name in TENSORS if name in found}
 
     def close(self) -> None:
         for child in self._children:

@@ -181,13 +181,13 @@ LAYERS: dict[str, type[PartitionedLinear] | type[MaskedPartitionedLinear]] = {
 }
 
 
-def initial_weight(layer: str, init: str, sizes: tuple[int, int, int], dtype: str, seed: int) -> np.ndarray:
+def initial_weight(layer: str, init: str, sizes: tuple[int, int, int], dtype: str) -> np.ndarray:
     """Return the weight `(n, in, out)` that a new layer drew.
 
     The generator's state is restored.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         return to_numpy(LAYERS[layer](*sizes, init=init, dtype=getattr(torch, dtype)).partition_views()["weight"])
 
 
@@ -200,24 +200,15 @@ def _drop_mask(layer: MaskedPartitionedLinear) -> None:
 PLANTS = ("off-block leak after a step", "off-block weights unmasked after a step")
 
 
-def masked_training(
-    sizes: tuple[int, int, int], dtype: str, steps: int, seed: int, defect: str = ""
-) -> dict[str, np.ndarray]:
+def masked_training(sizes: tuple[int, int, int], dtype: str, steps: int, defect: str = "") -> dict[str, np.ndarray]:
     """Train the masked layer with AdamW and return the matrices that show weights outside its blocks.
 
-    Args:
-        sizes: n, in, out.
-        dtype: of the parameter.
-        steps: of the optimiser.
-        seed: of data and parameters.
-        defect: a name of `PLANTS`; none for the healthy layer.
-
-    Returns:
-        Dense `(n * out, n * in)` matrices: the map `before`, the parameter's first `gradient`, the map `after`.
+    They are dense `(n * out, n * in)`: the map `before`, the parameter's first `gradient`, the map `after`. The defect
+    is a name of `PLANTS`, none for the healthy layer.
     """
     if defect and defect not in PLANTS:
         raise ValueError(f"defect: expected one of {', '.join(PLANTS)}, got {defect!r}; choose one of these.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     number = getattr(torch, dtype)
     # No bias: a leak would vanish in its rounding. Weights everywhere, since any may be there after a step.
     layer = MaskedPartitionedLinear(*sizes, bias=False, dtype=number)
