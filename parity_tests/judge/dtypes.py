@@ -56,7 +56,7 @@ _NUMPY = {
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """Returns the NumPy dtype of a storage dtype (bfloat16 through ml_dtypes).
+    """Return the NumPy dtype of a storage dtype (bfloat16 through ml_dtypes).
 
     Raises:
         ValueError: if `name` is not a storage dtype.
