@@ -91,10 +91,7 @@ class Pair:
         for key, side in self.sides.items():
             with running(key, examples[key]):
                 self.specs[key] = side.parameters(examples[key])
-        covers = self.left_out.covers
-        self.mapping = ParameterMapping(
-            self.rules, self.specs["torch"], self.specs["jax"], lambda _, name: covers(name)
-        )
+        self.mapping = ParameterMapping(self.rules, self.specs["torch"], self.specs["jax"], self.left_out.covers)
         gradients = [*self.mapping.trained, *(f"input{k}" for k in range(len(examples["torch"])))]
         unmapped = [name for names in self.mapping.unmapped.values() for name in names]
         self.left_out.check(unmapped, [f"d_{name}" for name in gradients])

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,13 +162,26 @@ class ParameterMapping:
             that both sides keep their own values, which must be the same.
         torch: parameters and buffers of the torch side.
         flax: parameters and buffers of the flax side.
-        left_out: which frozen parameters may be unmapped: `(side, name) -> bool`. A buffer always may be.
+        left_out: whether a frozen parameter of this name may be unmapped; a buffer always may be.
+
+    Attributes:
+        torch_names: torch arrays that are mapped, as `flax_names` on the other side, and `unmapped` by side.
+        drawn: those that do not stay as they are.
+        trained: those that are trained on either side.
+        half_trained: those that are frozen, or buffers, and mapped to parameters of the flax side.
+        untrained: frozen torch parameters that are mapped to what is no parameter of the flax side either.
+        stateful: those that are buffers on either side.
+        kept_by_both: those of which both sides keep their own values.
+        kept: rules that leave values as they are.
+        held_at_zero: rules whose block has no counterpart and is at zero.
 
     Raises:
         MappingError: for an unknown, unused, duplicate, mis-shaped or mistyped entry.
     """
 
-    def __init__(self, rules: Sequence[Rule], torch: Specs, flax: Specs, left_out: Any = None) -> None:
+    def __init__(
+        self, rules: Sequence[Rule], torch: Specs, flax: Specs, left_out: Callable[[str], bool] = lambda name: False
+    ) -> None:
         self.links = tuple(_link(rule, torch, flax) for rule in rules)
         self._specs = {"torch": torch, "flax": flax}
         blocks = {
@@ -183,9 +196,24 @@ class ParameterMapping:
             side: tuple(name for name, count in counts[side].items() if count.size and not count.any())
             for side in SIDES
         }
-        self._check_coverage(counts, left_out or (lambda side, name: False))
+        self._check_coverage(counts, left_out)
+        self.held_at_zero = tuple(link.text for link in self.links if link.pattern is None and not link.keep)
+        self.kept = tuple(link.text for link in self.links if link.keep)
+        self.kept_by_both = frozenset(link.torch.name for link in self.links if link.keep and link.torch and link.flax)
+        self.drawn = tuple(name for name in self.torch_names if not all(link.keep for link in self._links(name)))
+        # The flax arrays that hold a torch array's elements.
+        other = {n: [flax[link.flax.name] for link in self._links(n) if link.flax] for n in self.torch_names}
+        shared = [name for name in self.torch_names if other[name]]
+        self.trained = tuple(n for n in shared if torch[n].trainable or any(spec.trainable for spec in other[n]))
+        self.half_trained = tuple(name for name in self.trained if not torch[name].trainable)
+        self.untrained = tuple(name for name in shared if torch[name].frozen and name not in self.trained)
+        self.stateful = tuple(
+            name
+            for name in shared
+            if not (torch[name].trainable or torch[name].frozen) or any(not spec.trainable for spec in other[name])
+        )
 
-    def _check_coverage(self, counts: Mapping[str, Mapping[str, np.ndarray]], left_out: Any) -> None:
+    def _check_coverage(self, counts: Mapping[str, Mapping[str, np.ndarray]], left_out: Callable[[str], bool]) -> None:
         """Refuse elements that are used twice, and parameters and partly mapped buffers with elements left over."""
         unused: dict[str, list[str]] = {}
         for side, by_name in counts.items():
@@ -194,7 +222,7 @@ class ParameterMapping:
                 f"{name}{_elements(count, count == 0)} {specs[name].value.shape}"
                 for name, count in by_name.items()
                 if not count.all()
-                and (count.any() or specs[name].trainable or (specs[name].frozen and not left_out(side, name)))
+                and (count.any() or specs[name].trainable or (specs[name].frozen and not left_out(name)))
             ]
         left = (
             f"left on the torch side: {', '.join(unused['torch']) or 'nothing'}; "
@@ -211,21 +239,6 @@ class ParameterMapping:
             )
             raise MappingError(f"params: expected every parameter to be mapped; {left}{kept}.")
 
-    @property
-    def held_at_zero(self) -> tuple[str, ...]:
-        """Return the rules whose block has no counterpart and is at zero."""
-        return tuple(link.text for link in self.links if link.pattern is None and not link.keep)
-
-    @property
-    def kept_by_both(self) -> frozenset[str]:
-        """Return the torch arrays of which both sides keep their own values."""
-        return frozenset(link.torch.name for link in self.links if link.keep and link.torch and link.flax)
-
-    @property
-    def kept(self) -> tuple[str, ...]:
-        """Return the rules that leave values as they are."""
-        return tuple(link.text for link in self.links if link.keep)
-
     def kept_alone(self, side: str) -> Iterator[Block]:
         """Return the blocks of one side that stay as they are and have no counterpart."""
         for link in self.links:
@@ -240,47 +253,6 @@ class ParameterMapping:
         others = {block.name for link, block in blocks if block and not (link.keep and link.pattern is None)}
         names = self.torch_names if side == "torch" else self.flax_names
         return (*self.unmapped[side], *(name for name in names if name not in others))
-
-    @property
-    def drawn(self) -> tuple[str, ...]:
-        """Return the torch arrays that are mapped and do not stay as they are."""
-        return tuple(name for name in self.torch_names if not all(link.keep for link in self._links(name)))
-
-    def _flax_of(self, name: str) -> list[ParameterSpec]:
-        """Return the flax arrays that hold a torch array's elements."""
-        return [self._specs["flax"][link.flax.name] for link in self._links(name) if link.flax is not None]
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """Return the torch arrays that are mapped and trained on either side."""
-        torch = self._specs["torch"]
-        return tuple(
-            name
-            for name in self.torch_names
-            if (flax := self._flax_of(name)) and (torch[name].trainable or any(spec.trainable for spec in flax))
-        )
-
-    @property
-    def half_trained(self) -> tuple[str, ...]:
-        """Return the torch arrays that are frozen, or buffers, and mapped to parameters of the flax side."""
-        return tuple(name for name in self.trained if not self._specs["torch"][name].trainable)
-
-    @property
-    def untrained(self) -> tuple[str, ...]:
-        """Return the frozen torch parameters that are mapped to what is no parameter of the flax side either."""
-        trained, torch = set(self.trained), self._specs["torch"]
-        return tuple(n for n in self.torch_names if torch[n].frozen and n not in trained and self._flax_of(n))
-
-    @property
-    def stateful(self) -> tuple[str, ...]:
-        """Return the torch arrays that are mapped, and are buffers on either side."""
-        torch = self._specs["torch"]
-        return tuple(
-            name
-            for name in self.torch_names
-            if (flax := self._flax_of(name))
-            and (not (torch[name].trainable or torch[name].frozen) or any(not spec.trainable for spec in flax))
-        )
 
     def _links(self, name: str) -> list[Link]:
         return [link for link in self.links if link.torch is not None and link.torch.name == name]
