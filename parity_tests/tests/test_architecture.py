@@ -34,31 +34,21 @@ TWINS = {
     "validation.py": ("_names",),
 }
 LONGEST, SHORTEST = 400, 40
-MOST_FILES = 264
+MOST_FILES = 189
 # Files below the shortest length, each with the name by which a reader looks for it. Packages, their entries and the
 # implementations of the table need no reason.
 SHORT = {
+    "bench/past_names.py": "names in records of earlier commits",
     "parity_tests/causes/search.py": "the one search for causes",
-    "parity_tests/frameworks/torch/random.py": "torch's random state",
-    "parity_tests/pair/examples/differences.py": "what stock modules do differently",
+    "parity_tests/judge/precisions.py": "the one vocabulary of precisions",
     "parity_tests/pair/plugin.py": "the pytest plugin",
-    "bench/commands/arguments.py": "options of several commands",
-    "bench/commands/conditions.py": "conditions of a run",
-    "bench/engines/base.py": "the interface of engines",
-    "bench/measure/compile_caches.py": "caches of compiled programs",
-    "bench/measure/cuda_packages.py": "versions of CUDA packages",
-    "bench/measure/intervals.py": "busy time",
-    "bench/measure/layouts.py": "memory layouts",
-    "bench/measure/packages.py": "versions of packages",
-    "bench/measure/torch/compile_cache.py": "torch's cache",
-    "bench/plan/workloads.py": "workloads",
+    "torch_impl/selection.py": "what auto means, the twin of JAX's room",
 }
 # Files that only one framework's folder of the judge has.
 OF_ONE_FRAMEWORK = {
     "sharded.py": "processes; JAX divides over devices of one process",
     "defects.py": "defects of user pairs are planted in the Flax side",
     "modules.py": "Flax has module systems, JAX has functions",
-    **dict.fromkeys(("fingerprint.py", "hypotheses.py", "random.py", "evaluation.py", "planting.py"), "of pairs"),
 }
 ALLOWED = {
     "torch_impl": {"torch_impl"},
