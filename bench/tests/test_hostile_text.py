@@ -72,6 +72,7 @@ def hostile_records(make_record, kept):
         blocks = tuple((factor * np.exp(0.01 * rng.standard_normal(20))).tolist())
         fields = spoiled | name("framework", framework) | name("implementation", implementation) | name("mode", mode)
         fields |= {"block_latency_s": blocks, "latency_s": float(np.median(blocks)) / 10} | more
+        fields |= {"useful_flops": 2_000_000, "compulsory_bytes": 100_000}
         return make_record(key=f"{HOSTILE} {key}", **fields)
 
     failed = {"status": "crash", "reason": f"{HOSTILE} reason", "latency_s": None, "block_latency_s": ()}

@@ -28,7 +28,7 @@ _STREAMS = {"stdout", "stderr", "stdin"}
 
 # By file and function, each with what ends the wait.
 ALLOWED = {
-    ("bench/study/archive_ranking.py", "_in_parts"): "a watch kills processes that are waited for too long",
+    ("bench/study/results.py", "_in_parts"): "a watch kills processes that are waited for too long",
 }
 
 
