@@ -101,6 +101,7 @@ class ChildProcess:
         self._pipes = [pipe for pipe in (self._process.stdin, self._process.stdout, self._process.stderr) if pipe]
         self._input, self._output, self._errors = (pipe.fileno() for pipe in self._pipes)
         self._pending, self._unread, self._printed = bytearray(), bytearray(), bytearray()
+        self._arrived: list[bytes] = []
         self.printed_bytes = 0
         self._searched = 0
         self._exited = self._closed = self._reaped = False
@@ -166,6 +167,12 @@ class ChildProcess:
         """
         return self._taken(timeout_s, self._take_line, most_bytes)
 
+    def await_line(self, timeout_s: float) -> None:
+        """Wait until a line is there, or until none will come; nothing is taken, so that Ctrl-C loses nothing here."""
+        deadline = time.monotonic() + timeout_s
+        while not (self._has_line() or self._closed or self._exited) and self._wait(deadline):
+            pass
+
     def read_bytes(self, count: int, timeout_s: float) -> bytes:
         """Wait for as many bytes as a line announced; see `read_line`."""
         return self._taken(timeout_s, lambda: self._take_bytes(count), count)
@@ -190,7 +197,13 @@ class ChildProcess:
         self._drain()
         return list(iter(self._take_line, None))
 
+    def _gather(self) -> None:
+        while self._arrived:
+            self._unread += self._arrived[0]
+            del self._arrived[0]
+
     def _take_bytes(self, count: int) -> bytes | None:
+        self._gather()
         if len(self._unread) < count:
             return None
         data = bytes(self._unread[:count])
@@ -198,11 +211,16 @@ class ChildProcess:
         self._searched = 0
         return data
 
-    def _take_line(self) -> bytes | None:
+    def _has_line(self) -> bool:
+        self._gather()
         end = self._unread.find(b"\n", self._searched)
-        if end < 0:
-            self._searched = len(self._unread)
+        self._searched = len(self._unread) if end < 0 else end
+        return end >= 0
+
+    def _take_line(self) -> bytes | None:
+        if not self._has_line():
             return None
+        end = self._unread.index(b"\n", self._searched)
         line = bytes(self._unread[:end])
         del self._unread[: end + 1]
         self._searched = 0
@@ -227,11 +245,18 @@ class ChildProcess:
             self._selector.unregister(self._end)
 
     def _read_answers(self) -> bool:
-        data = self._read(self._output)
-        self._unread += data
-        if not data and self._output not in self._selector.get_map():
-            self._closed = True
-        return bool(data)
+        # Ctrl-C may raise between any two steps of Python, and bytes that were read must not be lost to it: one step
+        # reads and keeps them.
+        try:
+            self._arrived.extend(map(os.read, (self._output,), (_CHUNK_BYTES,)))
+        except BlockingIOError:
+            return False
+        if self._arrived[-1]:
+            return True
+        if self._output in self._selector.get_map():
+            self._selector.unregister(self._output)
+        self._closed = True
+        return False
 
     def _read_printed(self) -> bool:
         data = self._read(self._errors)

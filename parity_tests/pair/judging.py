@@ -59,11 +59,17 @@ def judge_apart(
             # The child waits for others by the same limit, and then says which of them it was.
             interpreter.timeout_s = timeout_s + (_BESIDE_S if beside else 0.0)
             asked = {"spec": spec, "path": list(map(str, sys.path)), "arguments": {**arguments, "timeout_s": timeout_s}}
-            interpreter.send(asked)
             try:
+                interpreter.send(asked)
                 while heard.report is None:
                     interruption.check()
-                    heard.take(interpreter.receive())
+                    interpreter.child.await_line(interpreter.timeout_s)
+                    # A message in hand is kept before a signal ends the work.
+                    interruption.held = True
+                    try:
+                        heard.take(interpreter.receive())
+                    finally:
+                        interruption.held = False
             except KeyboardInterrupt:
                 for message in interpreter.messages_left():
                     heard.take(message)

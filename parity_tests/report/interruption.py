@@ -17,10 +17,11 @@ class Interruption:
 
     Attributes:
         asked: True from the first signal on.
+        held: set while something is in hand that must not be lost: a signal is then only remembered, for `check`.
     """
 
     def __init__(self, *, polled: bool = False) -> None:
-        self.asked = False
+        self.asked = self.held = False
         self._polled = polled
         self._settled = False
         self._late = False
@@ -59,7 +60,7 @@ class Interruption:
         first, self.asked = not self.asked, True
         self._late |= first and self._settled
         # In impatience a user sends a second one: it must not cost the files, but end what only polls.
-        if not self._settled and first != self._polled:
+        if not (self._settled or self.held) and first != self._polled:
             raise KeyboardInterrupt
 
 
