@@ -214,3 +214,17 @@ def test_partitions_that_are_taken_in_turn_are_not_doubted():
     found = bench.probe(REQUEST | {"budget_s": 0.001})
     assert "while" in found["kernels"]
     assert found["doubt"] == ""
+
+
+@pytest.mark.parametrize(("implementation", "counted"), [("in_turn", False), ("matmul", True)])
+def test_products_with_a_vector_in_a_loop_leave_a_program_without_a_count(implementation, counted):
+    jax = pytest.importorskip("jax")
+    from bench.measure.jax.programs import _flops
+    from jax_impl import partitioned_linear
+
+    def loss(x, weight):
+        return partitioned_linear(x, weight, implementation=implementation).sum()
+
+    shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((1, 4, 8), (4, 8, 8))]
+    compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()
+    assert (_flops(compiled) is not None) is counted
