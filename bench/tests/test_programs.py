@@ -216,15 +216,19 @@ def test_partitions_that_are_taken_in_turn_are_not_doubted():
     assert found["doubt"] == ""
 
 
-@pytest.mark.parametrize(("implementation", "counted"), [("in_turn", False), ("matmul", True)])
-def test_products_with_a_vector_in_a_loop_leave_a_program_without_a_count(implementation, counted):
+def test_products_with_a_vector_count_in_every_pass_of_a_loop():
     jax = pytest.importorskip("jax")
     from bench.measure.jax.programs import _flops
     from jax_impl import partitioned_linear
 
-    def loss(x, weight):
-        return partitioned_linear(x, weight, implementation=implementation).sum()
+    def flops(implementation, n):
+        def loss(x, weight):
+            return (partitioned_linear(x, weight, implementation=implementation) ** 2).sum()
 
-    shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((1, 4, 8), (4, 8, 8))]
-    compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()
-    assert (_flops(compiled) is not None) is counted
+        shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((1, n, 8), (n, 8, 8))]
+        return _flops(jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile())
+
+    # Two operations for each weight forward and for the gradient of x, one for the gradient of the weight.
+    products = 5 * 64 * 8 * 8
+    assert flops("matmul", 64) >= products
+    assert products <= flops("in_turn", 64) < 1.2 * products

@@ -1,6 +1,5 @@
 """From a task to a JAX callable."""
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -186,15 +185,7 @@ def build(
     )
 
 
-_MULTIPLIES = re.compile(r"= (?:f|bf)\d+\[[^=]* multiply\(")
-
-
 def _flops(compiled: Any) -> int | None:
     analysis = compiled.cost_analysis()
     found = analysis.get("flops") if isinstance(analysis, Mapping) else None
-    text = compiled.as_text()
-    # XLA counts a loop once, and only products in it are counted again: one with a vector, which XLA turns into a
-    # multiplication of elements, would be missing from the account.
-    if not found or found <= 0 or (" while(" in text and _MULTIPLIES.search(text)):
-        return None
-    return int(found) + repeated_product_flops(text)
+    return int(found) + repeated_product_flops(compiled.as_text()) if found and found > 0 else None

@@ -49,6 +49,7 @@ def _configure(values: Mapping[str, Any]) -> None:
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _SHAPE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]")
 _DOT = re.compile(r" dot\(([^)]*)\).*lhs_contracting_dims=\{([\d,]*)\}")
+_MULTIPLY = re.compile(r" = (?:f|bf)\d+\[[\d,]*\]\S* multiply\(")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
 _BRANCH = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
@@ -73,8 +74,13 @@ def _computations(text: str) -> tuple[Mapping[str, list[str]], str]:
 
 
 def _dot_flops(line: str, shapes: Mapping[str, list[int]]) -> int:
-    """Return the operations of a product: two for each element of the result and each term of its sum."""
+    """Return the operations of a product: two for each element of the result and each term of its sum.
+
+    XLA turns one with a vector into a multiplication of elements, which is one operation for each, and a sum.
+    """
     dot, result = _DOT.search(line), _SHAPE.match(line)
+    if result and _MULTIPLY.search(line):
+        return math.prod(_numbers(result[2]))
     if not (dot and result):
         return 0
     left = shapes[_OPERAND.findall(dot[1])[0]]
