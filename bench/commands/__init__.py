@@ -1,1 +1,0 @@
-"""The bodies of the commands: usage checks, calls into the other rooms, printing, exit statuses."""

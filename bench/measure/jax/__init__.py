@@ -1,1 +1,0 @@
-"""The stopwatch's JAX half, imported only in that framework's worker."""

@@ -1,1 +1,0 @@
-"""Show results as tables, Markdown, JSON, CSV and pictures; nothing is derived here."""

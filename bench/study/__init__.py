@@ -1,1 +1,0 @@
-"""Pure functions over records: statistics and rankings. Measures nothing, imports no framework."""
