@@ -3,7 +3,14 @@
 try:
     from jax_impl.functional import partitioned_linear
     from jax_impl.layer import PartitionedLinear
-    from jax_impl.parameters import export_parameters, import_parameters, load_parameters, save_parameters
+    from jax_impl.parameters import (
+        export_linears,
+        export_parameters,
+        import_parameters,
+        load_linears,
+        load_parameters,
+        save_parameters,
+    )
     from jax_impl.registry import UnsupportedImplementationError, implementation_names
 except ModuleNotFoundError as missing:
     if missing.name not in ("jax", "jaxlib", "flax"):
@@ -17,9 +24,11 @@ except ModuleNotFoundError as missing:
 __all__ = [
     "PartitionedLinear",
     "UnsupportedImplementationError",
+    "export_linears",
     "export_parameters",
     "implementation_names",
     "import_parameters",
+    "load_linears",
     "load_parameters",
     "partitioned_linear",
     "save_parameters",

@@ -17,9 +17,10 @@ from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import Inputs, Outputs, kind_of, shown
+from jax_impl.checkpoints import linears_from_arrays
 from jax_impl.functional import partitioned_linear
 from jax_impl.initializers import Initializer, check_initializer, partition_initializers
-from jax_impl.parameters import from_canonical, read_arrays, to_canonical, write_arrays
+from jax_impl.parameters import from_canonical, read_arrays, read_linears, to_canonical, write_arrays
 from jax_impl.validation import (
     as_array,
     check_callable,
@@ -142,27 +143,31 @@ class PartitionedLinear(nn.Module):
         return None
 
 
-def export_parameters(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def export_parameters(params: Mapping[str, Any], *, axes: Mapping[str, str] | None = None) -> dict[str, np.ndarray]:
     """Copy a linen layer's parameters into canonical arrays, as `jax_impl.export_parameters` does with an nnx layer's.
 
     Args:
         params: The layer's own {"kernel": ..., "bias": ...}, or {"params": {...}} as its `init` returns it.
+        axes: As for `jax_impl.import_parameters`.
     """
-    return to_canonical(_canonical(_own(params)))
+    return to_canonical(_canonical(_own(params)), axes)
 
 
-def import_parameters(params: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+def import_parameters(
+    params: Mapping[str, Any], arrays: Mapping[str, Any], *, axes: Mapping[str, str] | None = None
+) -> Mapping[str, Any]:
     """Return a linen layer's parameters with the values of canonical arrays; `params` itself is unchanged.
 
     Args:
         params: As for `export_parameters`; shapes, dtypes, placement, boxes of metadata and other collections are kept.
         arrays: As for `jax_impl.import_parameters`.
+        axes: The same.
 
     Returns:
         A new mapping of the same structure.
     """
     own = _own(params)
-    values = from_canonical(_canonical(own), arrays)
+    values = from_canonical(_canonical(own), arrays, axes)
     renewed = meta.replace_boxed(dict(own), {_LINEN_NAMES[name]: value for name, value in values.items()})
     result = {**params, "params": renewed} if "params" in params else renewed
     return freeze(result) if isinstance(params, FrozenDict) else result
@@ -179,6 +184,21 @@ def load_parameters(params: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     `params` itself is unchanged. Raises as `jax_impl.load_parameters` does.
     """
     return import_parameters(params, read_arrays(path, _canonical(_own(params))))
+
+
+def export_linears(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+    """Copy a linen layer's parameters into the state_dict of n linears, as `jax_impl.export_linears` does."""
+    return dict(linears_from_arrays(export_parameters(params), prefix))
+
+
+def load_linears(
+    params: Mapping[str, Any], state_dict: Mapping[Any, Any] | str | os.PathLike[str], prefix: str = ""
+) -> Mapping[str, Any]:
+    """Return a linen layer's parameters with the values of n linears, as `jax_impl.load_linears` takes them.
+
+    `params` itself is unchanged. In linen's own parameters lists are named `heads_0`: their prefix is "heads_".
+    """
+    return import_parameters(params, read_linears(state_dict, prefix, _canonical(_own(params))))
 
 
 def _own(params: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -7,21 +7,25 @@ share is public here; the functions for linen's parameter dicts are in `jax_impl
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
 from jax import Array
+from jax.core import Tracer
 
-from jax_impl.array_types import said
+from jax_impl.array_types import kind_of, said
+from jax_impl.checkpoints import arrays_from_linears, from_axes, linears_from_arrays, linears_in, to_axes
 from jax_impl.files import as_path, read_file, write_file
 from jax_impl.layer import PartitionedLinear
-from jax_impl.validation import check_arrays, check_dtype, check_instance, check_parameters
+from jax_impl.validation import as_array, check_arrays, check_dtype, check_instance, check_parameters
 
 FORMAT = "partitioned_linear"
 FORMAT_VERSION = "1"
@@ -39,11 +43,12 @@ _FILE_DTYPES = {
 }
 
 
-def export_parameters(layer: PartitionedLinear) -> dict[str, np.ndarray]:
+def export_parameters(layer: PartitionedLinear, *, axes: Mapping[str, str] | None = None) -> dict[str, np.ndarray]:
     """Copy an nnx layer's parameters into canonical arrays.
 
     Args:
         layer: The layer; its parameters may be sharded over local devices.
+        axes: Other axes than the canonical ones, as `import_parameters` takes them.
 
     Returns:
         "weight" (n, in, out) and, if any, "bias" (n, out), in the parameters' dtype (bfloat16 is that of `ml_dtypes`).
@@ -53,24 +58,30 @@ def export_parameters(layer: PartitionedLinear) -> dict[str, np.ndarray]:
         ValueError: If the parameters hold no values here (abstract, traced, deleted, or partly on other hosts), or have
             other shapes than the layer's own.
     """
-    return to_canonical(_parameters(layer))
+    return to_canonical(_parameters(layer), axes)
 
 
-def import_parameters(layer: PartitionedLinear, arrays: Mapping[str, np.ndarray]) -> None:
+def import_parameters(
+    layer: PartitionedLinear, arrays: Mapping[str, Any], *, axes: Mapping[str, str] | None = None
+) -> None:
     """Copy canonical arrays into an nnx layer, all of them or none; each stays on its parameter's devices.
 
     Args:
         layer: The layer.
         arrays: "weight" (n, in, out) and, if the layer has one, "bias" (n, out), in the parameters' dtype.
+        axes: For weights that another layer has laid out, the axes of each array, outermost first: {"weight": "n o i",
+            "bias": "(n o)"}, say. Parentheses hold axes that are one in the array, 1 is an axis of size one. Nothing is
+            guessed from sizes: an array without a pattern has the canonical axes. With `axes`, arrays of JAX are taken
+            too.
 
     Raises:
         TypeError: If `layer` is no nnx `PartitionedLinear`, or an array is no NumPy array, is masked or has another
             dtype; the layer is unchanged.
-        ValueError: If an array is missing, extra or mis-shaped, or the layer cannot be written to here (inside a
-            transform, say); the layer is unchanged.
+        ValueError: If an array is missing, extra or mis-shaped, `axes` has no pattern that fits, or the layer cannot be
+            written to here (inside a transform, say); the layer is unchanged.
     """
     before = _parameters(layer)
-    values = from_canonical(before, arrays)
+    values = from_canonical(before, arrays, axes)
     variables = {"weight": layer.kernel} if layer.bias is None else {"weight": layer.kernel, "bias": layer.bias}
     written = []
     try:
@@ -117,21 +128,101 @@ def load_parameters(layer: PartitionedLinear, path: str | os.PathLike[str]) -> N
     import_parameters(layer, read_arrays(path, _parameters(layer)))
 
 
-def to_canonical(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def load_linears(
+    layer: PartitionedLinear, state_dict: Mapping[Any, Any] | str | os.PathLike[str], prefix: str = ""
+) -> None:
+    """Copy the parameters of n linears into an nnx layer, kernel[n, i, o] = weight of n [o, i]: all, or nothing.
+
+    Args:
+        layer: A layer of as many maps, and of their sizes and dtype.
+        state_dict: Holds `<prefix>0.weight` (out, in), `<prefix>0.bias` (out,), `<prefix>1.weight` and so on, as an
+            `nn.ModuleList` of PyTorch names them, in NumPy or JAX arrays; or the name of a safetensors file. All keys
+            may begin with the `module.` of DistributedDataParallel or the `_orig_mod.` of torch.compile. Mappings in
+            mappings, as Flax's parameters are, have keys that are joined by dots; a `kernel` is (in, out).
+        prefix: Where the list is in its model, such as "heads."; keys that do not start with it are ignored. A `*`
+            stands for the number where it is not last, as in "heads.*.0.".
+
+    Raises:
+        TypeError: If `layer` is no nnx `PartitionedLinear`, `state_dict` neither a mapping of strings nor a path, or a
+            value no array of the layer's dtype; the layer is unchanged.
+        ValueError: If no key fits, a number is skipped, a key is something else, number, shapes or biases are not the
+            layer's, or the file is no checkpoint; the layer is unchanged.
+        OSError: If the file cannot be read.
+    """
+    import_parameters(layer, read_linears(state_dict, prefix, _parameters(layer)))
+
+
+def export_linears(layer: PartitionedLinear, prefix: str = "") -> dict[str, np.ndarray]:
+    """Copy an nnx layer's parameters into the state_dict of n linears, as `load_linears` takes it.
+
+    Args:
+        layer: The layer.
+        prefix: What the keys begin with, such as "heads.".
+
+    Returns:
+        `<prefix>0.weight` (out, in), `<prefix>0.bias` (out,), `<prefix>1.weight` and so on.
+
+    Raises:
+        TypeError: If `layer` is no nnx `PartitionedLinear`, or `prefix` no str.
+        ValueError: As `export_parameters`.
+    """
+    return dict(linears_from_arrays(export_parameters(layer), prefix))
+
+
+def read_linears(state_dict: Any, prefix: Any, like: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return canonical arrays of linears in a mapping or a file, for a layer with arrays `like`."""
+    check_parameters(like)
+    if not isinstance(state_dict, Mapping | str | os.PathLike):
+        raise TypeError(
+            f"`state_dict`: expected a mapping or the name of a file, got {kind_of(state_dict)}; pass a state_dict."
+        )
+    if not isinstance(state_dict, Mapping):
+        path = as_path(state_dict)
+        state_dict = _deserialized(read_file(path), path)
+    elif any(isinstance(value, Mapping) for value in state_dict.values()):
+        state_dict = dict(_flat(state_dict))
+    linears = [{name: _as_array(value) for name, value in linear.items()} for linear in linears_in(state_dict, prefix)]
+    return arrays_from_linears(linears, prefix, _expected(like))
+
+
+def _flat(tree: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        value = value.get_value() if isinstance(value, nnx.Variable) else value
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        elif key == "kernel" and getattr(value, "ndim", 0) == 2:
+            yield f"{path}weight", _as_array(value).T
+        else:
+            yield f"{path}{key}", value
+
+
+def _as_array(value: Any) -> Any:
+    """Return a JAX array's values as those of NumPy; leave others for later checks to refuse."""
+    if not isinstance(value, Array) or isinstance(value, Tracer) or jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        return value
+    return np.asarray(as_array("state_dict", value))
+
+
+def _expected(parameters: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    return {name: (value.shape, np.dtype(value.dtype)) for name, value in parameters.items()}
+
+
+def to_canonical(parameters: Mapping[str, Any], axes: Mapping[str, str] | None = None) -> dict[str, np.ndarray]:
     """Copy arrays under canonical names to NumPy; raises as `check_parameters` does."""
     check_parameters(parameters)
-    return {name: np.array(value) for name, value in parameters.items()}
+    return to_axes({name: np.array(value) for name, value in parameters.items()}, axes)
 
 
-def from_canonical(parameters: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Array]:
+def from_canonical(
+    parameters: Mapping[str, Any], arrays: Mapping[str, Any], axes: Mapping[str, str] | None = None
+) -> dict[str, Array]:
     """Copy canonical arrays to JAX arrays that can take the place of `parameters`, in shape, dtype and placement.
 
     Raises as `check_arrays` does, and a ValueError for float64 while x64 is off.
     """
     check_parameters(parameters)
-    expected = {name: (value.shape, np.dtype(value.dtype)) for name, value in parameters.items()}
-    placed = {}
-    for name, array in check_arrays(arrays, expected).items():
+    expected, placed = _expected(parameters), {}
+    for name, array in check_arrays(from_axes(arrays, axes, expected, _as_array), expected).items():
         check_dtype(f"arrays[{name!r}]", array.dtype)
         # A copy of its own: on a CPU, JAX may keep using the memory it is given.
         placed[name] = jax.device_put(np.array(array, order="C"), getattr(parameters[name], "sharding", None))
@@ -150,12 +241,7 @@ def read_arrays(path: str | os.PathLike[str], like: Mapping[str, Any]) -> dict[s
     check_parameters(like)
     # Twice and more what a file for this layer has: what else is wrong with such a file is said by name.
     content = read_file(path, _MOST_HEADER_BYTES + 8 * sum(value.size for value in like.values()))
-    try:
-        entries = dict(safetensors.deserialize(content))
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"`path`: expected a safetensors file, got {path.name} ({error}); pass another file."
-        ) from error
+    entries = _deserialized(content, path)
     # Where the format has them: a length, then as much JSON. What was deserialised is sound.
     metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
     if metadata.get("format") != FORMAT:
@@ -169,14 +255,27 @@ def read_arrays(path: str | os.PathLike[str], like: Mapping[str, Any]) -> dict[s
             f"{path.name}; write it with a matching version of this package."
         )
     for name, entry in entries.items():
-        if entry["dtype"] not in _FILE_DTYPES:
+        if not isinstance(entry, np.ndarray):
             raise TypeError(
                 f"`path`: expected {name!r} in one of {', '.join(_FILE_DTYPES)}, got {entry['dtype']} in {path.name}; "
                 f"the layer is unchanged."
             )
+    return entries
+
+
+def _deserialized(content: bytes, path: Path) -> dict[str, Any]:
+    """Return a file's arrays, and what the file says of those whose dtype no layer has."""
+    try:
+        entries = safetensors.deserialize(content)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"`path`: expected a safetensors file, got {path.name} ({error}); pass another file."
+        ) from error
     return {
         name: np.frombuffer(entry["data"], _FILE_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        for name, entry in entries.items()
+        if entry["dtype"] in _FILE_DTYPES
+        else entry
+        for name, entry in entries
     }
 
 

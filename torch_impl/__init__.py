@@ -4,7 +4,16 @@ try:
     from torch_impl.functional import partitioned_linear
     from torch_impl.layer import PartitionedLinear
     from torch_impl.masked_layer import MaskedPartitionedLinear
-    from torch_impl.parameters import export_parameters, import_parameters, load_parameters, save_parameters
+    from torch_impl.parameters import (
+        convert_state_dict,
+        export_linears,
+        export_parameters,
+        import_parameters,
+        load_linears,
+        load_parameters,
+        save_parameters,
+        state_dict_from_linears,
+    )
     from torch_impl.registry import UnsupportedImplementationError, implementation_names
 except ModuleNotFoundError as missing:
     if missing.name != "torch":
@@ -19,10 +28,14 @@ __all__ = [
     "MaskedPartitionedLinear",
     "PartitionedLinear",
     "UnsupportedImplementationError",
+    "convert_state_dict",
+    "export_linears",
     "export_parameters",
     "implementation_names",
     "import_parameters",
+    "load_linears",
     "load_parameters",
     "partitioned_linear",
     "save_parameters",
+    "state_dict_from_linears",
 ]

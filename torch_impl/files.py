@@ -7,6 +7,7 @@ unfinished file that nobody has locked is abandoned, and the next save to the sa
 
 import contextlib
 import errno
+import math
 import os
 import re
 import secrets
@@ -43,7 +44,7 @@ def as_path(path: Any) -> Path:
     return Path(name)
 
 
-def read_file(path: Path, most_bytes: int) -> bytes:
+def read_file(path: Path, most_bytes: float = math.inf) -> bytes:
     """Return what a file holds, read once and from one opening of it.
 
     Raises:

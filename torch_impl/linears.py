@@ -1,13 +1,13 @@
 """Lists of `nn.Linear`, in and out: the pattern that this package replaces, with the checks of such lists."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from torch_impl.array_types import kind_of, shown
+from torch_impl.array_types import kind_of
+from torch_impl.checkpoints import key_of, linears_in
 from torch_impl.validation import check_device, check_storage, check_tensor, is_plain
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
@@ -42,9 +42,10 @@ def layer_from_linears(kind: type[LayerT], linears: Sequence[nn.Linear] | nn.Mod
 def partitions_from_linears(linears: Sequence[nn.Linear] | nn.ModuleList) -> dict[str, Tensor]:
     """Stack copies of n linears: "weight" (n, in, out) and, if any, "bias"; raises as `layer_from_linears` does."""
     if not isinstance(linears, Sequence | nn.ModuleList):
-        raise TypeError(
-            f"`linears`: expected a sequence of nn.Linear, got {kind_of(linears)}; pass a list or ModuleList."
-        )
+        advice = "its order is yours to say, pass list(linears.values())" if hasattr(linears, "values") else None
+        applied = "one after the other is another function, pass list(linears) if you mean the maps beside one another"
+        advice = applied if isinstance(linears, nn.Sequential) else advice or "pass a list or ModuleList"
+        raise TypeError(f"`linears`: expected a sequence of nn.Linear, got {kind_of(linears)}; {advice}.")
     if len(linears) == 0:
         raise ValueError("`linears`: expected at least one nn.Linear, got none; pass n of them.")
     traits = [_traits(k, linear) for k, linear in enumerate(linears)]
@@ -98,7 +99,8 @@ def state_dict_from_linears(state_dict: Mapping[str, Tensor], prefix: str = "") 
 
     Args:
         state_dict: Holds `<prefix>0.weight` (out, in), `<prefix>0.bias` (out,), `<prefix>1.weight` and so on.
-        prefix: Such as "heads."; keys that do not start with it are ignored.
+        prefix: Such as "heads."; keys that do not start with it are ignored, and the `module.` or `_orig_mod.` that
+            DistributedDataParallel or torch.compile puts before all keys is passed over.
 
     Returns:
         Copies: "weight" (n, in, out) and, if there are biases, "bias" (n, out).
@@ -107,42 +109,12 @@ def state_dict_from_linears(state_dict: Mapping[str, Tensor], prefix: str = "") 
         TypeError: If `state_dict` is no mapping of strings, a value no floating tensor, or the dtypes differ.
         ValueError: If no key fits, a number is skipped, a key is something else, or shapes, biases or devices differ.
     """
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"`state_dict`: expected a mapping, got {kind_of(state_dict)}; pass a state_dict.")
-    if not isinstance(prefix, str):
-        raise TypeError(f"`prefix`: expected a str, got {kind_of(prefix)}; pass one such as 'heads.'.")
-    linears: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in state_dict.items():
-        if not isinstance(key, str):
-            raise TypeError(
-                f"`state_dict`: expected keys that are strings, got {shown(key)} of type "
-                f"{type(key).__name__}; pass the state_dict of an nn.ModuleList."
-            )
-        if not key.startswith(prefix):
-            continue
-        # Nine digits: no list is longer, and Python refuses to read numbers of thousands of them.
-        match = re.fullmatch(r"(0|[1-9][0-9]{0,8})\.(weight|bias)", key.removeprefix(prefix))
-        if match is None:
-            raise ValueError(
-                f"`state_dict`: expected keys {prefix}<k>.weight and {prefix}<k>.bias only, got {shown(key)}; pass the "
-                f"prefix of the list."
-            )
-        linears.setdefault(int(match[1]), {})[match[2]] = tensor
-    if not linears or sorted(linears) != list(range(len(linears))):
-        raise ValueError(
-            f"`state_dict`: expected linears 0 to n - 1 under the prefix {shown(prefix)}, got "
-            f"{shown(sorted(linears))}; pass a complete state_dict."
-        )
-    for k in range(len(linears)):
-        if "weight" not in linears[k] or set(linears[k]) != set(linears[0]):
-            raise ValueError(
-                f"`state_dict`: expected a weight in every linear and a bias in all or none, got {sorted(linears[k])} "
-                f"for {prefix}{k}; pass a complete state_dict."
-            )
+    linears = linears_in(state_dict, prefix)
+    for k, linear in enumerate(linears):
         # The weight first, which the others are compared with.
-        for name in sorted(linears[k], reverse=True):
-            _check_entry(f"{prefix}{k}.{name}", name, linears[k][name], linears[0]["weight"])
-    return _stacked([linears[k] for k in range(len(linears))])
+        for name in sorted(linear, reverse=True):
+            _check_entry(key_of(prefix, k, name), name, linear[name], linears[0]["weight"])
+    return _stacked(linears)
 
 
 def _stacked(linears: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -236,7 +208,7 @@ def _check_placed_beside(argument: str, bias: Tensor, weight: Tensor) -> None:
 
 
 def _check_entry(key: str, name: str, tensor: Any, weight: Tensor) -> None:
-    argument = f"state_dict[{shown(key)}]"
+    argument = f"state_dict[{key!r}]"
     _check_plain(argument, tensor)
     symbols, shape = ("(out, in)", tuple(weight.shape)) if name == "weight" else ("(out,)", tuple(weight.shape[:1]))
     if weight.ndim != 2 or 0 in weight.shape:

@@ -4,11 +4,14 @@ The canonical form is {"weight": (n, in, out), "bias": (n, out)}, without "bias"
 in and out copies bit for bit: NaN payloads, signed zeros and subnormals included.
 """
 
+import copy
+import io
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -17,16 +20,27 @@ import safetensors.numpy
 import torch
 from torch import Tensor, nn
 
-from torch_impl.array_types import kind_of, said
+from torch_impl.array_types import kind_of, said, shown
+from torch_impl.checkpoints import (
+    arrays_from_linears,
+    from_axes,
+    linears_from_arrays,
+    linears_in,
+    to_axes,
+    without_wrappers,
+)
 from torch_impl.files import as_path, read_file, write_file
 from torch_impl.linears import state_dict_from_linears
 from torch_impl.registry import DTYPE_NAMES
-from torch_impl.validation import check_arrays, check_materialised, is_plain
+from torch_impl.validation import check_arrays, check_materialised, check_storage, check_tensor, is_plain
 
 __all__ = [
     "check_writable",
+    "convert_state_dict",
+    "export_linears",
     "export_parameters",
     "import_parameters",
+    "load_linears",
     "load_parameters",
     "save_parameters",
     "state_dict_from_linears",
@@ -55,11 +69,12 @@ class PartitionedModule(Protocol):
         ...
 
 
-def export_parameters(layer: PartitionedModule) -> dict[str, np.ndarray]:
+def export_parameters(layer: PartitionedModule, *, axes: Mapping[str, str] | None = None) -> dict[str, np.ndarray]:
     """Copy a layer's parameters into canonical arrays.
 
     Args:
         layer: A `PartitionedLinear` or `MaskedPartitionedLinear`.
+        axes: Other axes than the canonical ones, as `import_parameters` takes them.
 
     Returns:
         "weight" (n, in, out) and, if any, "bias" (n, out), in the layer's dtype (bfloat16 is that of `ml_dtypes`).
@@ -70,10 +85,12 @@ def export_parameters(layer: PartitionedModule) -> dict[str, np.ndarray]:
             than the layer's own.
     """
     views = _views(layer)
-    return {name: _exported(name, view) for name, view in views.items()}
+    return to_axes({name: _exported(name, view) for name, view in views.items()}, axes)
 
 
-def import_parameters(layer: PartitionedModule, arrays: Mapping[str, np.ndarray]) -> None:
+def import_parameters(
+    layer: PartitionedModule, arrays: Mapping[str, Any], *, axes: Mapping[str, str] | None = None
+) -> None:
     """Copy canonical arrays into a layer: all of them, or none.
 
     In a `MaskedPartitionedLinear` the off-block weights, which have no effect, stay as they are.
@@ -81,16 +98,20 @@ def import_parameters(layer: PartitionedModule, arrays: Mapping[str, np.ndarray]
     Args:
         layer: A `PartitionedLinear` or `MaskedPartitionedLinear`.
         arrays: "weight" (n, in, out) and, if the layer has one, "bias" (n, out), in the layer's dtype.
+        axes: For weights that another layer has laid out, the axes of each array, outermost first: {"weight": "n o i",
+            "bias": "(n o)"}, say. Parentheses hold axes that are one in the array, 1 is an axis of size one. Nothing is
+            guessed from sizes: an array without a pattern has the canonical axes. With `axes`, tensors are taken too.
 
     Raises:
         TypeError: If `layer` is neither of the two, or an array is no NumPy array, is masked or has another dtype; the
             layer is unchanged.
         ValueError: If an array is missing, extra or mis-shaped, or a parameter cannot be written to as a whole (it is
-            parametrised, pruned, or shares memory); the layer is unchanged.
+            parametrised, pruned, or shares memory), or `axes` has no pattern that fits; the layer is unchanged.
     """
     views = _views(layer)
     check_writable(views)
-    found = check_arrays(arrays, {name: (tuple(view.shape), _NUMPY_DTYPES[view.dtype]) for name, view in views.items()})
+    expected = _expected(views)
+    found = check_arrays(from_axes(arrays, axes, expected, _as_array), expected)
     tensors = {name: to_tensor(np.array(found[name], order="C"), view.device) for name, view in views.items()}
     with torch.no_grad():
         for name, view in views.items():
@@ -128,6 +149,109 @@ def load_parameters(layer: PartitionedModule, path: str | os.PathLike[str]) -> N
         OSError: If the file cannot be read.
     """
     import_parameters(layer, _read_arrays(as_path(path), _views(layer)))
+
+
+def load_linears(
+    layer: PartitionedModule, state_dict: Mapping[str, Any] | str | os.PathLike[str], prefix: str = ""
+) -> None:
+    """Copy the state_dict of n linears into a layer, W[n, i, o] = weight of n [o, i], bit for bit: all, or nothing.
+
+    Args:
+        layer: A `PartitionedLinear` or `MaskedPartitionedLinear` of as many maps, and of their sizes and dtype.
+        state_dict: Holds `<prefix>0.weight` (out, in), `<prefix>0.bias` (out,), `<prefix>1.weight` and so on, as
+            tensors or NumPy arrays; or the name of a safetensors file, or of one of torch.save, which is opened with
+            weights_only. All keys may begin with the `module.` of DistributedDataParallel or the `_orig_mod.` of
+            torch.compile.
+        prefix: Where the list is in its model, such as "heads."; keys that do not start with it are ignored. A `*`
+            stands for the number where it is not last, as in "heads.*.0.".
+
+    Raises:
+        TypeError: If `layer` is neither of the two, `state_dict` neither a mapping of strings nor a path, or a value no
+            array of the layer's dtype; the layer is unchanged.
+        ValueError: If no key fits, a number is skipped, a key is something else, number, shapes or biases are not the
+            layer's, or the file is no checkpoint; the layer is unchanged.
+        OSError: If the file cannot be read.
+    """
+    views = _views(layer)
+    found = state_dict if isinstance(state_dict, Mapping) else _read_checkpoint(state_dict)
+    linears = [{name: _as_array(value) for name, value in linear.items()} for linear in linears_in(found, prefix)]
+    import_parameters(layer, arrays_from_linears(linears, prefix, _expected(views)))
+
+
+def export_linears(layer: PartitionedModule, prefix: str = "") -> dict[str, Tensor]:
+    """Copy a layer's parameters into the state_dict of n linears, as `load_linears` takes it.
+
+    Args:
+        layer: A `PartitionedLinear` or `MaskedPartitionedLinear`.
+        prefix: What the keys begin with, such as "heads.".
+
+    Returns:
+        `<prefix>0.weight` (out, in), `<prefix>0.bias` (out,), `<prefix>1.weight` and so on, on the layer's device.
+
+    Raises:
+        TypeError: If `layer` is neither of the two, or `prefix` no str.
+        ValueError: If the parameters hold no values here, or have other shapes than the layer's own.
+    """
+    views = _views(layer)
+    arrays = {name: _exported(name, view) for name, view in views.items()}
+    device = views["weight"].device
+    return {key: to_tensor(array, device) for key, array in linears_from_arrays(arrays, prefix)}
+
+
+def convert_state_dict(model: nn.Module, state_dict: Mapping[str, Any], *, to: str = "partitions") -> dict[str, Any]:
+    """Turn the state_dict of a whole model with lists of linears into that of the model with layers in their places.
+
+    `model.load_state_dict(convert_state_dict(model, old))` then loads it, and `to="linears"` leads back. No layer
+    changes its keys for that: what distributed checkpointing reads and writes stays whole.
+
+    Args:
+        model: The model with a `PartitionedLinear` where each list was.
+        state_dict: The checkpoint; it is unchanged. The `module.` of DistributedDataParallel and the `_orig_mod.` of
+            torch.compile are taken from its keys where all have them and the model's do not.
+        to: "partitions" for the layers' keys, "linears" for those of lists. Entries in that form already are kept.
+
+    Returns:
+        The converted mapping, of the same values but for the layers' entries, which are copies.
+
+    Raises:
+        TypeError: If `model` is no module or `state_dict` no mapping of strings, or as `state_dict_from_linears`.
+        ValueError: If `to` is another name, or as `state_dict_from_linears`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model`: expected an nn.Module, got {kind_of(model)}; pass the model itself.")
+    if not isinstance(to, str) or to not in ("partitions", "linears"):
+        raise ValueError(f"`to`: expected one of 'partitions', 'linears', got {shown(to)}; choose one of these.")
+    if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
+        raise TypeError(f"`state_dict`: expected a mapping of strings, got {kind_of(state_dict)}; pass a state_dict.")
+    # Whatever the model has besides its layers is a key of both.
+    own = "|".join(re.escape(name.partition(".")[0]) for name in model.state_dict()) or "(?!)"
+    bare = without_wrappers(list(state_dict), rf"({own}|[0-9]+)(\.|$)")
+    # Copied, an OrderedDict keeps the versions of its modules.
+    result: Any = copy.copy(state_dict) if bare == list(state_dict) and isinstance(state_dict, dict) else {}
+    result |= dict(zip(bare, state_dict.values(), strict=True))
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if not hasattr(module, "partition_views") or getattr(module, "weight", torch.empty(0)).ndim != 3:
+            continue
+        if to == "partitions":
+            numbered = [key for key in result if re.match(re.escape(prefix) + r"[0-9]+\.", key)]
+            stacked = state_dict_from_linears({key: result[key] for key in numbered}, prefix) if numbered else {}
+            found = {f"{prefix}{key}": value for key, value in stacked.items()}
+        else:
+            numbered = [key for key in (f"{prefix}weight", f"{prefix}bias") if key in result]
+            for key in numbered:
+                check_tensor(f"state_dict[{shown(key)}]", result[key])
+            found = {
+                f"{prefix}{k}.{key.removeprefix(prefix)}": (part.mT if part.ndim == 2 else part).clone(
+                    memory_format=torch.contiguous_format
+                )
+                for key in numbered
+                for k, part in enumerate(result[key])
+            }
+        for key in numbered:
+            del result[key]
+        result |= found
+    return result
 
 
 def check_writable(views: Mapping[str, Tensor]) -> None:
@@ -197,15 +321,58 @@ def _exported(name: str, tensor: Tensor) -> np.ndarray:
         ) from error
 
 
-def _read_arrays(path: Path, like: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    # Twice and more what a file for this layer has: what else is wrong with such a file is said by name.
-    content = read_file(path, _MOST_HEADER_BYTES + 8 * sum(view.numel() for view in like.values()))
+def _expected(views: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    return {name: (tuple(view.shape), _NUMPY_DTYPES[view.dtype]) for name, view in views.items()}
+
+
+def _as_array(value: Any) -> Any:
+    """Return a tensor's values as an array; leave others for later checks to refuse."""
+    if isinstance(value, Tensor) and is_plain(value) and value.layout is torch.strided and value.dtype in DTYPE_NAMES:
+        check_storage("state_dict", value)
+        return value if value.is_meta else _exported("state_dict", value)
+    return value
+
+
+def _deserialized(content: bytes, path: Path) -> dict[str, Any]:
+    """Return a file's arrays, and what the file says of those whose dtype no layer has."""
     try:
-        entries = dict(safetensors.deserialize(content))
+        entries = safetensors.deserialize(content)
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"`path`: expected a safetensors file, got {path.name} ({error}); pass another file."
         ) from error
+    return {
+        name: np.frombuffer(entry["data"], _FILE_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        if entry["dtype"] in _FILE_DTYPES
+        else entry
+        for name, entry in entries
+    }
+
+
+def _read_checkpoint(path: Any) -> Any:
+    """Read a whole checkpoint, of safetensors or of torch.save, by what it begins with."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"`state_dict`: expected a mapping or the name of a file, got {kind_of(path)}; pass a state_dict."
+        )
+    path = as_path(path)
+    content = read_file(path)
+    # Where safetensors has its JSON.
+    if content[8:9] == b"{":
+        return _deserialized(content, path)
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"`path`: expected a file of safetensors, or of torch.save that weights_only opens, got {path.name} "
+            f"({said(error)}); save its state_dict alone."
+        ) from error
+
+
+def _read_arrays(path: Path, like: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    # Twice and more what a file for this layer has: what else is wrong with such a file is said by name.
+    content = read_file(path, _MOST_HEADER_BYTES + 8 * sum(view.numel() for view in like.values()))
+    entries = _deserialized(content, path)
     # Where the format has them: a length, then as much JSON. What was deserialised is sound.
     metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
     if metadata.get("format") != FORMAT:
@@ -219,12 +386,9 @@ def _read_arrays(path: Path, like: Mapping[str, Tensor]) -> dict[str, np.ndarray
             f"{path.name}; write it with a matching version of this package."
         )
     for name, entry in entries.items():
-        if entry["dtype"] not in _FILE_DTYPES:
+        if not isinstance(entry, np.ndarray):
             raise TypeError(
                 f"`path`: expected {name!r} in one of {', '.join(_FILE_DTYPES)}, got {entry['dtype']} in {path.name}; "
                 f"the layer is unchanged."
             )
-    return {
-        name: np.frombuffer(entry["data"], _FILE_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        for name, entry in entries.items()
-    }
+    return entries

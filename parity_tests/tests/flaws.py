@@ -135,29 +135,31 @@ class FailingMapping(dict[str, np.ndarray]):
         raise OSError("the archive is damaged")
 
 
+_CHANGES: dict[str, tuple[Callable[[np.ndarray], Any], bool | None]] = {
+    "list": (lambda array: array.tolist(), True),
+    "none": (lambda array: None, True),
+    "masked": (lambda array: np.ma.masked_array(array, mask=array > 0), True),
+    "masked nowhere": (lambda array: np.ma.masked_array(array), True),
+    "other byte order": (lambda array: array.astype(">f4"), True),
+    "objects": (lambda array: array.astype(object), True),
+    "records": (lambda array: np.zeros(array.shape, [("a", "f4"), ("b", "f4")]), True),
+    "texts": (lambda array: np.full(array.shape, "a"), True),
+    "dates": (lambda array: np.zeros(array.shape, "M8[s]"), True),
+    "integers": (lambda array: array.astype(np.int32), True),
+    "complex": (lambda array: array.astype(np.complex64), True),
+    "another float": (lambda array: array.astype(np.float64 if array.dtype != np.float64 else np.float32), True),
+    "strided": (lambda array: np.repeat(array, 2, -1)[..., ::2], False),
+    "reversed": (lambda array: array[::-1], False),
+    "columns first": (np.asfortranarray, False),
+    "expanded": (lambda array: np.broadcast_to(array[:1], array.shape), False),
+}
+
+
 def _each_array() -> dict[str, Flaw]:
     """Make the flaws, and the unusual but valid forms, of one canonical array beside another."""
-    changes: dict[str, tuple[Callable[[np.ndarray], Any], bool | None]] = {
-        "list": (lambda array: array.tolist(), True),
-        "none": (lambda array: None, True),
-        "masked": (lambda array: np.ma.masked_array(array, mask=array > 0), True),
-        "masked nowhere": (lambda array: np.ma.masked_array(array), True),
-        "other byte order": (lambda array: array.astype(">f4"), True),
-        "objects": (lambda array: array.astype(object), True),
-        "records": (lambda array: np.zeros(array.shape, [("a", "f4"), ("b", "f4")]), True),
-        "texts": (lambda array: np.full(array.shape, "a"), True),
-        "dates": (lambda array: np.zeros(array.shape, "M8[s]"), True),
-        "integers": (lambda array: array.astype(np.int32), True),
-        "complex": (lambda array: array.astype(np.complex64), True),
-        "another float": (lambda array: array.astype(np.float64 if array.dtype != np.float64 else np.float32), True),
-        "strided": (lambda array: np.repeat(array, 2, -1)[..., ::2], False),
-        "reversed": (lambda array: array[::-1], False),
-        "columns first": (np.asfortranarray, False),
-        "expanded": (lambda array: np.broadcast_to(array[:1], array.shape), False),
-    }
     flaws = {}
     for name in ("weight", "bias"):
-        for kind, (change, refused) in changes.items():
+        for kind, (change, refused) in _CHANGES.items():
             flaws[f"{name} {kind}"] = Flaw(
                 lambda arrays, _, name=name, change=change: (
                     {**arrays, name: change(arrays[name])} if name in arrays else {**arrays, "extra": 0}
@@ -188,3 +190,51 @@ NO_ARRAYS = (
         "unreadable": Flaw(lambda arrays, _: FailingMapping(arrays)),
     }
 )
+
+
+def _renamed(old: str, new: Any) -> Flaw:
+    return Flaw(lambda state, _: {(new if key == old else key): array for key, array in state.items()})
+
+
+# The state_dict of a list of linears, as NumPy arrays.
+NO_LINEAR_ARRAYS = (
+    flaws_of(ANYTHING, names=("path",))
+    | {
+        f"weight {kind}": Flaw(
+            lambda state, _, change=change: {**state, "0.weight": change(state["0.weight"])},
+            refused,
+        )
+        for kind, (change, refused) in _CHANGES.items()
+    }
+    | {
+        "leading zero": _renamed("0.weight", "00.weight"),
+        "gap": _renamed("0.weight", "7.weight"),
+        "number as key": _renamed("0.weight", 0),
+        "foreign key": Flaw(lambda state, _: {**state, "norm.weight": state["0.weight"]}),
+        "number of 5,000 digits": Flaw(lambda state, _: {**state, "9" * 5000 + ".weight": state["0.weight"]}),
+        "weight missing": Flaw(lambda state, _: {key: array for key, array in state.items() if key != "0.weight"}),
+        "one more": Flaw(lambda state, call: {**state, f"{call.case.num_partitions}.weight": state["0.weight"]}),
+        "exchanged": Flaw(
+            lambda state, _: {**state, "0.weight": state["0.weight"].T},
+            lambda _, call: True if call.case.in_features != call.case.out_features else None,
+        ),
+        "unreadable": Flaw(lambda state, _: FailingMapping(state)),
+        "in another order": Flaw(lambda state, _: dict(reversed(state.items())), False),
+        "of a compiled model": Flaw(
+            lambda state, _: {f"_orig_mod.{key}": array for key, array in state.items()}, False
+        ),
+        "distributed": Flaw(
+            lambda state, _: {"module.step": np.ones(1)} | {f"module.{key}": array for key, array in state.items()},
+        ),
+    }
+)
+NO_AXES = flaws_of(
+    {kind: value for kind, value in ANYTHING.items() if kind not in ("none", "dict")}
+    | {"foreign name": {"kernel": "n i o"}, "axis missing": {"weight": "n i"}, "axis twice": {"weight": "n i o o"}}
+    | {"letter": {"weight": "n i x"}, "open": {"weight": "(n i o"}, "no pattern": {"weight": 3}, "number": {0: "n i o"}}
+    | {"nothing": {"weight": ""}, "nested": {"weight": "((n i) o)"}, "lines": {"weight": np.zeros((30, 30))}}
+) | {
+    "canonical": Flaw(lambda _, __: {"weight": "n i o"}, False),
+    "no names": Flaw(lambda _, __: {}, False),
+    "exchanged": Flaw(lambda _, __: {"weight": "n o i"}, lambda _, call: None, ("arrays",)),
+}

@@ -32,8 +32,10 @@ from parity_tests.tests.flaws import (
     ANYTHING,
     BIAS_SHAPES,
     NO_ARRAYS,
+    NO_AXES,
     NO_BIAS,
     NO_FILE,
+    NO_LINEAR_ARRAYS,
     NO_NAME,
     NO_OPERAND,
     NO_PATH,
@@ -431,7 +433,7 @@ def layer_states(called):
 
         return spoil
 
-    names = ("layer", "kernel", "bias", "x", "arrays")
+    names = ("layer", "kernel", "bias", "x", "arrays", "state_dict")
     return {
         kind: Flaw(
             spoiling(kind, change),
@@ -462,7 +464,7 @@ def param_states(called):
 
         return verdict
 
-    names = ("layer", "kernel", "bias", "x", "arrays", "params")
+    names = ("layer", "kernel", "bias", "x", "arrays", "params", "state_dict")
     return {
         kind: Flaw(spoiling(kind, change), decide(kind, in_call if called else in_copy), names)
         for kind, (change, in_call, in_copy) in CHANGES.items()
@@ -494,7 +496,7 @@ NO_PARAMS = (
         "bias of one partition": Flaw(
             lambda params, _: params | {"bias": params["kernel"][:1, 0]},
             lambda _, call: call.case.num_partitions > 1,
-            ("layer", "arrays"),
+            ("layer", "arrays", "state_dict"),
         ),
         "whole variables": Flaw(lambda params, _: {"params": params, "stats": {"count": 3}}, False),
         "frozen": Flaw(lambda params, _: freeze(params), False),
@@ -638,19 +640,64 @@ def init_linen(call, spoil):
 def import_nnx(call, spoil):
     layer, arrays = layer_of(call), arrays_of(call.inputs)
     jax_impl.import_parameters(layer, {name: np.zeros_like(array) for name, array in arrays.items()})
-    layer, arrays = spoil("layer", layer), spoil("arrays", arrays)
+    layer, arrays, axes = spoil("layer", layer), spoil("arrays", arrays), spoil("axes", None)
     return Attempt(
-        lambda: jax_impl.import_parameters(layer, arrays),
-        lambda _: bits_fault(jax_impl.export_parameters(layer), {k: np.asarray(v) for k, v in arrays.items()}),
+        lambda: jax_impl.import_parameters(layer, arrays, axes=axes),
+        lambda _: bits_fault(
+            jax_impl.export_parameters(layer, axes=axes), {k: np.asarray(v) for k, v in arrays.items()}
+        ),
         lambda: state_of(layer),
+    )
+
+
+def linear_arrays(inputs):
+    weights = {f"{k}.weight": np.ascontiguousarray(matrix.T) for k, matrix in enumerate(inputs.weight)}
+    return weights | ({} if inputs.bias is None else {f"{k}.bias": vector for k, vector in enumerate(inputs.bias)})
+
+
+def load_list(call, spoil):
+    layer, arrays = layer_of(call), linear_arrays(call.inputs)
+    jax_impl.import_parameters(layer, {name: np.zeros_like(array) for name, array in arrays_of(call.inputs).items()})
+    layer, state, prefix = spoil("layer", layer), spoil("state_dict", arrays), spoil("prefix", "")
+
+    def fault(_):
+        given = {key.removeprefix("_orig_mod."): np.asarray(array) for key, array in state.items()}
+        exported = jax_impl.export_linears(layer)
+        return bits_fault({key: exported[key] for key in given}, given)
+
+    return Attempt(lambda: jax_impl.load_linears(layer, state, prefix), fault, lambda: state_of(layer))
+
+
+def export_list(call, spoil):
+    layer, prefix = spoil("layer", layer_of(call)), spoil("prefix", "")
+
+    def fault(found):
+        arrays = jax_impl.export_parameters(layer)
+        expected = {f"{k}.{name}": array[k].T for k in range(len(arrays["weight"])) for name, array in arrays.items()}
+        return bits_fault(found, expected)
+
+    return Attempt(lambda: jax_impl.export_linears(layer, prefix), fault, lambda: state_of(layer))
+
+
+def load_list_linen(call, spoil):
+    params, state = spoil("params", params_of(call.inputs)), spoil("state_dict", linear_arrays(call.inputs))
+
+    def fault(new):
+        given = {key.removeprefix("_orig_mod."): np.asarray(array) for key, array in state.items()}
+        exported = linen.export_linears(new)
+        return bits_fault({key: exported[key] for key in given}, given)
+
+    return Attempt(
+        lambda: linen.load_linears(params, state), fault, lambda: [bits(value) for value in jax.tree.leaves(params)]
     )
 
 
 def import_linen(call, spoil):
     params, arrays = spoil("params", params_of(call.inputs)), spoil("arrays", arrays_of(call.inputs))
+    axes = spoil("axes", None)
     return Attempt(
-        lambda: linen.import_parameters(params, arrays),
-        lambda new: bits_fault(linen.export_parameters(new), {k: np.asarray(v) for k, v in arrays.items()}),
+        lambda: linen.import_parameters(params, arrays, axes=axes),
+        lambda new: bits_fault(linen.export_parameters(new, axes=axes), {k: np.asarray(v) for k, v in arrays.items()}),
         lambda: [bits(value) for value in jax.tree.leaves(params)],
     )
 
@@ -796,7 +843,19 @@ def entries(folder):
             {"features": SIZE, "initializer": NO_INIT, "x": FIRST_X | other_numbers(promoted=True)} | OPTIONS,
             implementations=NAMES,
         ),
-        "import_parameters": Entry(import_nnx, {"arrays": NO_ARRAYS, "layer": NO_LAYER | layer_states(called=False)}),
+        "import_parameters": Entry(
+            import_nnx, {"arrays": NO_ARRAYS, "axes": NO_AXES, "layer": NO_LAYER | layer_states(called=False)}
+        ),
+        "load_linears": Entry(
+            load_list,
+            {"state_dict": NO_LINEAR_ARRAYS, "layer": NO_LAYER | layer_states(called=False)}
+            | {"prefix": flaws_of(ANYTHING, names=("state_dict",))},
+        ),
+        "export_linears": Entry(
+            export_list,
+            {"layer": NO_LAYER | layer_states(called=False)} | {"prefix": flaws_of({**ANYTHING, "text": 3})},
+        ),
+        "linen.load_linears": Entry(load_list_linen, {"state_dict": NO_LINEAR_ARRAYS, "params": NO_PARAMS}),
         "export_parameters": Entry(export_nnx, {"layer": NO_LAYER | layer_states(called=False)}),
         "save_parameters": Entry(
             saving(folder, True), {"path": NO_PATH, "layer": NO_LAYER | layer_states(called=False)}
@@ -805,7 +864,7 @@ def entries(folder):
             loading(folder, True), {"path": NO_FILE, "layer": NO_LAYER | layer_states(called=False)}
         ),
         "shard_partitions": Entry(shard, {"layer": NO_LAYER, "mesh": NO_MESH, "axis_name": flaws_of(ANYTHING)}),
-        "linen.import_parameters": Entry(import_linen, {"arrays": NO_ARRAYS, "params": NO_PARAMS}),
+        "linen.import_parameters": Entry(import_linen, {"arrays": NO_ARRAYS, "axes": NO_AXES, "params": NO_PARAMS}),
         "linen.export_parameters": Entry(export_linen, {"params": NO_PARAMS}),
         "linen.save_parameters": Entry(saving(folder, False), {"path": NO_PATH, "params": NO_PARAMS}),
         "linen.load_parameters": Entry(loading(folder, False), {"path": NO_FILE, "params": NO_PARAMS}),

@@ -601,12 +601,12 @@ PARAMETERS = {
     "state-bias-missing": (
         lambda: state_dict_from_linears(without("1.bias")),
         ValueError,
-        r"a bias in all or none, got \['weight'\] for 1;",
+        r"a bias in all or none, got \['weight'\] for linear 1;",
     ),
     "state-weight-missing": (
         lambda: state_dict_from_linears(without("0.weight")),
         ValueError,
-        r"expected a weight in every linear .*, got \['bias'\] for 0;",
+        r"expected a weight in every linear .*, got \['bias'\] for linear 0;",
     ),
     "state-shape": (
         lambda: state_dict_from_linears({**STATE, "1.weight": torch.zeros(5, 3)}),

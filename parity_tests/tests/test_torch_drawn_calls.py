@@ -31,8 +31,10 @@ from parity_tests.tests.flaws import (
     ANYTHING,
     BIAS_SHAPES,
     NO_ARRAYS,
+    NO_AXES,
     NO_BIAS,
     NO_FILE,
+    NO_LINEAR_ARRAYS,
     NO_NAME,
     NO_OPERAND,
     NO_PATH,
@@ -396,7 +398,7 @@ def states(asked):
 
         return decide
 
-    names = ("layer", "x", "weight", "bias", "arrays")
+    names = ("layer", "x", "weight", "bias", "arrays", "state_dict")
     return {
         kind: Flaw(make(change), verdict(kind, verdicts[asked]), names, relative=kind == "meta")
         for kind, (change, verdicts) in STATES.items()
@@ -556,10 +558,12 @@ def reset(call, spoil):
 def import_arrays(call, spoil):
     layer, arrays = layer_of(call, masked=call.number % 2 == 1), arrays_of(call.inputs)
     torch_impl.import_parameters(layer, {name: np.zeros_like(array) for name, array in arrays.items()})
-    layer, arrays = spoil("layer", layer), spoil("arrays", arrays)
+    layer, arrays, axes = spoil("layer", layer), spoil("arrays", arrays), spoil("axes", None)
     return Attempt(
-        lambda: torch_impl.import_parameters(layer, arrays),
-        lambda _: bits_fault(torch_impl.export_parameters(layer), {k: np.asarray(v) for k, v in arrays.items()}),
+        lambda: torch_impl.import_parameters(layer, arrays, axes=axes),
+        lambda _: bits_fault(
+            torch_impl.export_parameters(layer, axes=axes), {k: np.asarray(v) for k, v in arrays.items()}
+        ),
         lambda: state_of(layer),
     )
 
@@ -873,6 +877,52 @@ def convert_state(call, spoil):
     return Attempt(lambda: state_dict_from_linears(state, prefix), fault)
 
 
+def linear_arrays(inputs):
+    weights = {f"{k}.weight": np.ascontiguousarray(matrix.T) for k, matrix in enumerate(inputs.weight)}
+    return weights | ({} if inputs.bias is None else {f"{k}.bias": vector for k, vector in enumerate(inputs.bias)})
+
+
+def load_list(call, spoil):
+    layer = layer_of(call, masked=call.number % 2 == 1)
+    arrays = linear_arrays(call.inputs)
+    layer.reset_parameters()
+    layer, state, prefix = spoil("layer", layer), spoil("state_dict", arrays), spoil("prefix", "")
+
+    def fault(_):
+        given = {key.removeprefix("_orig_mod."): np.asarray(array) for key, array in state.items()}
+        exported = {key: to_numpy(tensor) for key, tensor in torch_impl.export_linears(layer).items()}
+        return bits_fault({key: exported[key] for key in given}, given)
+
+    return Attempt(lambda: torch_impl.load_linears(layer, state, prefix), fault, lambda: state_of(layer))
+
+
+def export_list(call, spoil):
+    layer, prefix = spoil("layer", layer_of(call, masked=call.number % 2 == 1)), spoil("prefix", "")
+
+    def fault(found):
+        return bits_fault({key: to_numpy(tensor) for key, tensor in found.items()}, linear_arrays_of(layer))
+
+    return Attempt(lambda: torch_impl.export_linears(layer, prefix), fault, lambda: state_of(layer))
+
+
+def linear_arrays_of(layer):
+    views = {name: to_numpy(view) for name, view in layer.partition_views().items()}
+    return {f"{k}.{name}": array[k].T for k in range(len(views["weight"])) for name, array in views.items()}
+
+
+def convert_whole(call, spoil):
+    model, to = nn.Sequential(layer_of(call)), spoil("to", "partitions")
+    state = {f"0.{key}": to_torch(array, CPU) for key, array in linear_arrays(call.inputs).items()}
+    model, state = spoil("model", model), spoil("state_dict", state)
+
+    def fault(found):
+        if to == "linears":
+            return "" if found.keys() == state.keys() else "expected the same keys"
+        return bits_fault({key[2:]: to_numpy(value) for key, value in found.items()}, arrays_of(call.inputs))
+
+    return Attempt(lambda: torch_impl.convert_state_dict(model, state, to=to), fault, lambda: state_of(model))
+
+
 # Placement.
 
 
@@ -928,7 +978,23 @@ def entries(folder):
             ("eager", "no gradients"),
         ),
         "reset_parameters": Entry(reset, {"init": NO_INIT, "layer": states("reset")}),
-        "import_parameters": Entry(import_arrays, {"arrays": NO_ARRAYS, "layer": NO_LAYER | states("import")}),
+        "import_parameters": Entry(
+            import_arrays, {"arrays": NO_ARRAYS, "axes": NO_AXES, "layer": NO_LAYER | states("import")}
+        ),
+        "load_linears": Entry(
+            load_list,
+            {"state_dict": NO_LINEAR_ARRAYS, "layer": NO_LAYER | states("import")}
+            | {"prefix": flaws_of(ANYTHING, names=("state_dict",))},
+        ),
+        "export_linears": Entry(
+            export_list,
+            {"layer": NO_LAYER | states("export")} | {"prefix": flaws_of({**ANYTHING, "text": 3})},
+        ),
+        "convert_state_dict": Entry(
+            convert_whole,
+            {"model": flaws_of(ANYTHING), "state_dict": flaws_of({k: v for k, v in ANYTHING.items() if k != "dict"})}
+            | {"to": flaws_of(ANYTHING) | flaws_of({"back": "linears"}, False)},
+        ),
         "export_parameters": Entry(export_arrays, {"layer": NO_LAYER | states("export")}),
         "save_parameters": Entry(saving(folder), {"path": NO_PATH, "layer": NO_LAYER | states("export")}),
         "load_parameters": Entry(loading(folder), {"path": NO_FILE, "layer": NO_LAYER | states("import")}),

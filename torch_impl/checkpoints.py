@@ -1,0 +1,208 @@
+"""Other forms of the parameters, in NumPy alone: lists of linears under numbered keys, and weights of other axes."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from torch_impl.array_types import kind_of, said, shown
+
+# What DistributedDataParallel and torch.compile put before every key of a model.
+WRAPPERS = ("module.", "_orig_mod.")
+_CANONICAL = {"weight": "nio", "bias": "no"}
+
+
+def without_wrappers(keys: Sequence[str], wanted: str) -> list[str]:
+    """Take what wrappers put before all keys away, until a key matches the pattern `wanted`, where that can be."""
+    bare, matches = list(keys), re.compile(wanted).match
+    while bare and not any(map(matches, bare)):
+        wrapper = next((name for name in WRAPPERS if all(key.startswith(name) for key in bare)), None)
+        if wrapper is None:
+            return list(keys)
+        bare = [key.removeprefix(wrapper) for key in bare]
+    return bare
+
+
+def key_of(prefix: str, k: Any, name: str, *, whole: bool = False) -> str:
+    """Return the key of the k-th linear's weight or bias; for messages, with a prefix that is shown, not whole."""
+    before, _, after = (prefix if whole else shown(prefix)[1:-1]).partition("*")
+    return f"{before}{k}{after or '.'}{name}"
+
+
+def linears_in(state_dict: Any, prefix: Any) -> list[dict[str, Any]]:
+    """Return what a mapping holds of the linears 0 to n - 1, in numeric order, each by "weight" and "bias".
+
+    Args:
+        state_dict: Holds `<prefix>0.weight`, `<prefix>0.bias`, `<prefix>1.weight` and so on. All its keys may begin
+            with the `module.` of DistributedDataParallel or the `_orig_mod.` of torch.compile.
+        prefix: Such as "heads."; keys that do not start with it are ignored. A `*` stands for the number where it is
+            not last: "heads.*.0." for the first layers of a list of `nn.Sequential`, whose other keys are ignored.
+
+    Raises:
+        TypeError: If `state_dict` is no mapping of strings, or `prefix` no str.
+        ValueError: If no key fits, a number is skipped, a key is something else, or a weight or bias is missing.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"`state_dict`: expected a mapping, got {kind_of(state_dict)}; pass a state_dict.")
+    if not isinstance(prefix, str):
+        raise TypeError(f"`prefix`: expected a str, got {kind_of(prefix)}; pass one such as 'heads.'.")
+    keys = list(state_dict)
+    for key in keys:
+        if not isinstance(key, str):
+            raise TypeError(
+                f"`state_dict`: expected keys that are strings, got {shown(key)} of type "
+                f"{type(key).__name__}; pass the state_dict of an nn.ModuleList."
+            )
+    before, star, after = prefix.partition("*")
+    # Nine digits: no list is longer, and Python refuses to read numbers of thousands of them.
+    pattern = re.compile(f"{re.escape(before)}(0|[1-9][0-9]{{0,8}}){re.escape(after or '.')}(weight|bias)")
+    linears: dict[int, dict[str, Any]] = {}
+    for key, bare in zip(keys, without_wrappers(keys, re.escape(before) + r"\.?[0-9]+\."), strict=True):
+        match = pattern.fullmatch(bare)
+        if match is None and (star or not bare.startswith(prefix)):
+            continue
+        if match is None:
+            dotted = prefix and not prefix.endswith(".") and bare.startswith(f"{prefix}.")
+            advice = f"pass the prefix {shown(prefix + '.')}" if dotted else "pass the prefix of the list"
+            wanted = " and ".join(key_of(prefix, "<k>", name) for name in _CANONICAL)
+            raise ValueError(f"`state_dict`: expected keys {wanted} only, got {shown(key)}; {advice}.")
+        try:
+            linears.setdefault(int(match[1]), {})[match[2]] = state_dict[key]
+        except Exception as error:
+            raise ValueError(
+                f"`state_dict[{shown(key)}]`: expected an array, got an error from the mapping ({said(error)}); pass a "
+                f"complete state_dict."
+            ) from error
+    if not linears or sorted(linears) != list(range(len(linears))):
+        nested = next((key for key in ("state_dict", "model") if isinstance(state_dict.get(key), Mapping)), None)
+        advice = "pass a complete state_dict" if linears or nested is None else f"pass its entry {nested!r}"
+        raise ValueError(
+            f"`state_dict`: expected linears 0 to n - 1 under the prefix {shown(prefix)}, got "
+            f"{shown(sorted(linears))}; {advice}."
+        )
+    for k in range(len(linears)):
+        if "weight" not in linears[k] or set(linears[k]) != set(linears[0]):
+            raise ValueError(
+                f"`state_dict`: expected a weight in every linear and a bias in all or none, got {sorted(linears[k])} "
+                f"for linear {k}; pass a complete state_dict."
+            )
+    return [linears[k] for k in range(len(linears))]
+
+
+def arrays_from_linears(
+    linears: Sequence[Mapping[str, Any]], prefix: str, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]
+) -> dict[str, np.ndarray]:
+    """Stack the arrays of linears to canonical ones of name -> (shape, dtype), W[n, i, o] = weight of n [o, i].
+
+    Raises:
+        TypeError: If one is no NumPy array, is masked, or has another dtype.
+        ValueError: If their number, biases or shapes are others.
+    """
+    n, i, o = expected["weight"][0]
+    if len(linears) != n or set(linears[0]) != set(expected):
+        raise ValueError(
+            f"`state_dict`: expected {n} linears {'with' if 'bias' in expected else 'without'} biases, got "
+            f"{len(linears)} {'with' if 'bias' in linears[0] else 'without'}; the layer is unchanged."
+        )
+    for k, linear in enumerate(linears):
+        for name, array in linear.items():
+            argument = f"state_dict[{key_of(prefix, k, name)!r}]"
+            if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+                raise TypeError(
+                    f"`{argument}`: expected an array of floats without a mask, got {kind_of(array)}; the layer is "
+                    f"unchanged."
+                )
+            symbols, shape = ("(out, in)", (o, i)) if name == "weight" else ("(out,)", (o,))
+            if array.shape != shape:
+                raise ValueError(
+                    f"`{argument}`: expected shape {symbols} = {shape}, got {array.shape}; the layer is unchanged."
+                )
+            if array.dtype != expected[name][1]:
+                got = array.dtype.name if array.dtype.isnative else array.dtype.str
+                raise TypeError(
+                    f"`{argument}`: expected dtype {expected[name][1].name}, got {got}; the layer is unchanged."
+                )
+    return {name: np.stack([linear[name].T for linear in linears]) for name in expected}
+
+
+def linears_from_arrays(arrays: Mapping[str, np.ndarray], prefix: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Give copies of canonical arrays as those of linears, each under its key: `<prefix>0.weight` (out, in) first."""
+    if not isinstance(prefix, str):
+        raise TypeError(f"`prefix`: expected a str, got {kind_of(prefix)}; pass one such as 'heads.'.")
+    for k in range(len(arrays["weight"])):
+        for name, array in arrays.items():
+            yield key_of(prefix, k, name, whole=True), np.array(array[k].T, order="C")
+
+
+def from_axes(
+    arrays: Any, axes: Any, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]], as_array: Callable[[Any], Any]
+) -> Any:
+    """Return arrays of the declared axes with canonical ones; what is no array is left for later checks to refuse.
+
+    Where axes are declared, arrays of the framework are taken as well, which `as_array` turns into those of NumPy.
+
+    Raises:
+        TypeError: If `axes` is no mapping of names to patterns.
+        ValueError: If a pattern is none, or an array has not the shape that it says.
+    """
+    patterns = _checked_patterns(axes, expected)
+    if axes is None or not isinstance(arrays, Mapping) or set(arrays) != set(expected):
+        return arrays
+    found = {name: as_array(array) for name, array in arrays.items()}
+    for name, groups in patterns.items():
+        array, shape, sizes = found[name], expected[name][0], _sizes(name, expected)
+        if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+            continue
+        foreign = tuple(math.prod(sizes[letter] for letter in group) for group in groups)
+        if array.shape != foreign:
+            raise ValueError(
+                f"`arrays[{name!r}]`: expected axes {shown(axes[name])} of shape {foreign}, got {array.shape}; the "
+                f"layer is unchanged."
+            )
+        letters = "".join(groups).replace("1", "")
+        order = [letters.index(letter) for letter in _CANONICAL[name]]
+        found[name] = array.reshape([sizes[letter] for letter in letters]).transpose(order).reshape(shape)
+    return found
+
+
+def to_axes(arrays: dict[str, np.ndarray], axes: Any) -> dict[str, np.ndarray]:
+    """Return canonical arrays with the declared axes; raises as `from_axes` does."""
+    expected = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    for name, groups in _checked_patterns(axes, expected).items():
+        sizes, letters = _sizes(name, expected), "".join(groups).replace("1", "")
+        moved = arrays[name].transpose([_CANONICAL[name].index(letter) for letter in letters])
+        shape = [math.prod(sizes[letter] for letter in group) for group in groups]
+        arrays[name] = np.ascontiguousarray(moved).reshape(shape)
+    return arrays
+
+
+def _sizes(name: str, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, int]:
+    return dict(zip(_CANONICAL[name], expected[name][0], strict=True)) | {"1": 1}
+
+
+def _checked_patterns(axes: Any, expected: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the groups of letters of each pattern: "(n o) 1 i" is ["no", "1", "i"]."""
+    if axes is None:
+        return {}
+    if not isinstance(axes, Mapping):
+        raise TypeError(f"`axes`: expected a mapping of names to patterns, got {kind_of(axes)}; pass a dict.")
+    patterns = {}
+    for name, pattern in axes.items():
+        if name not in expected:
+            raise ValueError(
+                f"`axes`: expected names among {', '.join(map(repr, expected))}, got {shown(name)}; name the layer's "
+                f"own parameters."
+            )
+        letters = _CANONICAL[name]
+        groups = re.findall(r"\(([^()]*)\)|(\S)", pattern) if isinstance(pattern, str) else []
+        found = ["".join(pair).replace(" ", "") for pair in groups]
+        whole = isinstance(pattern, str) and re.fullmatch(r"(\s*(\([nio1 ]+\)|[nio1]))+\s*", pattern)
+        if not whole or sorted("".join(found).replace("1", "")) != sorted(letters):
+            raise ValueError(
+                f"`axes[{name!r}]`: expected a pattern with each of the axes {', '.join(letters)} once, such as "
+                f"'n o i' or '(n o) i' for a weight, got {shown(pattern)}; write the axes as the array has them."
+            )
+        patterns[name] = found
+    return patterns
