@@ -83,6 +83,7 @@ def run_user_pair(
     torch_python: str | None = None,
     jax_python: str | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    dtypes_equal: bool = False,
 ) -> int:
     """Judge the pair that `package.module:factory` returns, in a process of its own; prints and writes the report.
 
@@ -92,6 +93,7 @@ def run_user_pair(
         torch_python: interpreter for the torch side, or None for this one.
         jax_python: the same for the flax side.
         timeout_s: seconds that one step may take.
+        dtypes_equal: whether outputs must have one dtype on both sides.
 
     Returns:
         0 if all compared holds, 1 for a mismatch or if nothing was compared, 2 if the pair could not be judged to its
@@ -111,6 +113,7 @@ def run_user_pair(
     _check_installed(spec, pythons)
     arguments: dict[str, Any] = {"device": options.device, "seed": options.seed}
     arguments |= {"dtypes": list(options.dtypes)} if options.dtypes else {}
+    arguments |= {"dtypes_equal": True} if dtypes_equal else {}
     arguments |= {f"{framework}_python": python for framework, python in pythons.items()}
     with interruptible() as interruption:
         judgement = judge_apart(spec, arguments, timeout_s, interruption)

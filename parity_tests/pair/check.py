@@ -14,9 +14,11 @@ import numpy as np
 from parity_tests.causes.pair import likely_cause
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
 from parity_tests.judge.dtypes import numpy_dtype
+from parity_tests.pair.calls import Layouts
 from parity_tests.pair.draws import Draw, InputSource, Scale
 from parity_tests.pair.inspection import left_out
 from parity_tests.pair.judge import Judge
+from parity_tests.pair.layouts import Outputs
 from parity_tests.pair.legs import Pair
 from parity_tests.pair.loading import RemoteSide, build, load_factory, make_side
 from parity_tests.pair.mapping import Rule
@@ -27,6 +29,7 @@ from parity_tests.report.text import first_line
 
 _BETWEEN = "drawing and comparing values"
 _STEPS = {
+    "arrange": "arranging the inputs of",
     "parameters": "reading the parameters of",
     "outline": "tracing",
     "round_trip": "putting parameters into",
@@ -45,14 +48,15 @@ _KINDS = {
     "dtypes": (Sequence, "a tuple of dtypes"),
     "name": (str, "a string"),
     **dict.fromkeys(("torch_kwargs", "flax_kwargs"), (Mapping, "a dict of keyword arguments")),
-    **dict.fromkeys(("torch_params", "draws", "output_patterns"), (Mapping, "a dict by name")),
-    "input_patterns": (Mapping, "a dict by position"),
+    **dict.fromkeys(("torch_params", "draws"), (Mapping, "a dict by name")),
+    **dict.fromkeys(("input_patterns", "output_patterns"), (Mapping, "a dict by position or name")),
 }
 # Arguments for which the command line has an option, or which change no row that the command shows.
 _OF_COMMAND = {"seed", "dtypes", "device", "torch_python", "jax_python", "timeout_s", "semantic", "state", "name"}
+_OF_COMMAND |= {"dtypes_equal"}
 # Arguments that a call must repeat in writing, beside the seed and the dtype.
 _SCALARS = ("gradients", "semantic", "state", "scale", "not_compared", "device", "torch_python", "jax_python")
-_SCALARS += ("timeout_s",)
+_SCALARS += ("timeout_s", "dtypes_equal", "outputs")
 
 
 def _ignore(found: Any) -> None:
@@ -70,12 +74,16 @@ def check_pair(
     gradients: bool = True,
     semantic: bool = True,
     state: bool = True,
+    dtypes_equal: bool = False,
     torch_kwargs: Mapping[str, Any] | None = None,
     flax_kwargs: Mapping[str, Any] | None = None,
     torch_params: Mapping[str, np.ndarray] | None = None,
     flax_params: Mapping[str, Any] | None = None,
-    input_patterns: Mapping[int, str] | None = None,
-    output_patterns: Mapping[str, str] | None = None,
+    torch_call: Callable[..., Any] | None = None,
+    flax_call: Callable[..., Any] | None = None,
+    input_patterns: Layouts | None = None,
+    output_patterns: Layouts | None = None,
+    outputs: Outputs | None = None,
     draws: Mapping[str, Draw] | None = None,
     scale: Scale | None = None,
     not_compared: Sequence[str] = (),
@@ -104,21 +112,30 @@ def check_pair(
         flax_module: a linen module, an nnx module, a callable pytree (an Equinox module), or `f(params, *inputs)`.
         params: `(torch name, flax path, axis pattern)` for every parameter, see `mapping.ParameterMapping`;
             `propose_mapping` writes a first version, which is taken as it is.
-        inputs: one entry an argument, a shape or an array, in the torch side's layout; or a function of a NumPy
-            generator that returns the arrays.
+        inputs: one entry an argument, in the torch side's layout: a shape, an array, or a dict, list, tuple or
+            dataclass of these; numbers, texts and None go in as they are. A dict has arguments by name, positional ones
+            by number: `{0: (5, 16), "mask": mask}`. Or a function of a NumPy generator that returns the arrays.
         seed: of all that is drawn.
         dtypes: storage dtypes to judge in: `float64`, `float32`, `bfloat16`, `float16`.
         gradients: whether gradients are compared.
         semantic: False leaves the float64 comparison out, for a pair that is meant to differ by a rounded constant.
         state: whether mapped buffers that a call updates (running statistics, caches) are compared as they are after
             it; False for a pair that is not to be trained on, or to part there. Others are listed as not compared.
+        dtypes_equal: True to fail an output that the two sides return in different dtypes (a bfloat16 port that returns
+            float32), which is a note otherwise.
         torch_kwargs: keyword arguments of the torch call.
         flax_kwargs: keyword arguments of the flax call (`rngs` and `mutable` as in linen's `apply`).
         torch_params: initial parameters, for a torch function.
         flax_params: initial parameters, for a JAX function (any pytree: dicts, lists, dataclasses, Equinox modules; its
             arrays are named by their paths, `layers.0.w`) or for a linen module.
-        input_patterns: by position, where the layouts differ: `{0: "b c h w -> b h w c"}`.
-        output_patterns: by output name (`y`, or `y.0`, ...), likewise.
+        torch_call: `(call, *inputs) -> outputs`, where the torch side takes other names, another order or nesting:
+            `lambda call, x, mask: call(x, attention_mask=mask)["logits"]`.
+        flax_call: the same for the flax side.
+        input_patterns: by position or name, where the layouts differ: `{0: "b c h w -> b h w c"}`, or with lengths
+            `{"mask": ("b (h w) -> b h w", {"h": 4})}`.
+        output_patterns: by position or name of an output (`0`, `"logits"`; `"y"` where there is one), likewise.
+        outputs: the outputs that are compared, by names or pairs `(torch name, flax name)`: `[("0", "logits")]`;
+            None for all, which then have the same names on both sides.
         draws: by torch name, `(rng, shape) -> array` for parameters with constraints of their own.
         scale: what is drawn is multiplied by: one number for all inputs given as shapes, or numbers by input position
             and torch parameter name, `{0: 10.0}`. Notes of a report say which clamps and selections never took a
@@ -175,7 +192,7 @@ def _checked(spec: str | None, given: Mapping[str, Any], tell: Tell) -> PairRepo
     def tell_with_command(found: Any) -> None:
         tell(dataclasses.replace(found, command=command(found)) if isinstance(found, PairRow) else found)
 
-    options = ("seed", "dtypes", "gradients", "semantic", "state")
+    options = ("seed", "dtypes", "gradients", "semantic", "state", "dtypes_equal")
     with prepared(arguments, spec, tell) as pair:
         report = judge_pair(pair, **{name: arguments[name] for name in options}, tell=tell_with_command)
     return report.with_commands(command)
@@ -188,6 +205,7 @@ def judge_pair(
     gradients: bool = True,
     semantic: bool = True,
     state: bool = True,
+    dtypes_equal: bool = False,
     tell: Tell = _ignore,
 ) -> PairReport:
     """Judge a pair whose sides are made already; see `check_pair` for the arguments and `run_pair` for `tell`."""
@@ -195,7 +213,7 @@ def judge_pair(
         raise ValueError("dtypes: expected at least one, got none; nothing would be compared.")
     for dtype in dtypes:
         numpy_dtype(dtype)
-    judge = Judge(pair, seed, gradients, semantic, state)
+    judge = Judge(pair, seed, gradients, semantic, state, dtypes_equal)
     rows = []
     for row in judge.rows(dtypes):
         rows.append(_explained(pair, row))
@@ -301,6 +319,7 @@ def prepared(arguments: Mapping[str, Any], spec: str | None, tell: Tell = _ignor
             source=arguments["inputs"],
             input_patterns=arguments["input_patterns"] or {},
             output_patterns=arguments["output_patterns"] or {},
+            outputs=arguments["outputs"],
             draws=arguments["draws"] or {},
             scale=arguments["scale"],
             left_out=LeftOut(arguments["not_compared"] or ()),
@@ -357,4 +376,5 @@ def _command(spec: str, arguments: Mapping[str, Any], dtype: str) -> str:
             words += [f"--{option.replace('_', '-')}", arguments[option]]
     if arguments["timeout_s"] != DEFAULT_TIMEOUT_S:
         words += ["--timeout-s", f"{arguments['timeout_s']:g}"]
+    words += ["--dtypes-equal"] if arguments["dtypes_equal"] else []
     return shlex.join([*words, "--dtype", dtype])

@@ -2,15 +2,19 @@
 
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from parity_tests.judge.dtypes import exactly, is_complex, is_float, is_inexact, widened
 from parity_tests.judge.inputs import BIAS_SCALE, COTANGENT_SCALE, X_SCALE
+from parity_tests.pair.calls import Layout, outlined, taken_apart
 from parity_tests.pair.side import ParameterSpec
 
-InputSource = Sequence[Sequence[int] | np.ndarray] | Callable[[np.random.Generator], Sequence[np.ndarray]]
+# Shapes, arrays and containers of them, one an argument; by name in a mapping.
+Arguments = Sequence[Any] | Mapping[int | str, Any]
+InputSource = Arguments | Callable[[np.random.Generator], Arguments]
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 Scale = float | Mapping[int | str, float]
 # E-folds by which the elements of a one-signed array move: one that keeps its sign (a variance), and one that is drawn
@@ -120,13 +124,13 @@ def _drawn_by(draw: Draw, what: str, rng: np.random.Generator, like: np.ndarray)
     return _of_kind(array, like, what)
 
 
-def checked_scale(scale: Scale | None, source: InputSource, names: Collection[str]) -> Scale | None:
+def checked_scale(scale: Scale | None, inputs: "Inputs", names: Collection[str]) -> Scale | None:
     """Refuse factors that are none, or of what is not drawn.
 
     Args:
-        scale: a factor of all inputs that are drawn from shapes, or factors by input position and by the torch name of
-            a parameter.
-        source: of the inputs.
+        scale: a factor of all inputs that are drawn from shapes, or factors by input (position or name) and by the
+            torch name of a parameter.
+        inputs: as drawn.
         names: of the parameters that are drawn.
 
     Raises:
@@ -134,78 +138,100 @@ def checked_scale(scale: Scale | None, source: InputSource, names: Collection[st
     """
     if scale is None:
         return None
-    drawn = () if callable(source) else tuple(k for k, entry in enumerate(source) if _is_shape(entry))
+    drawn = [inputs.layout.names[k] for k in sorted(inputs.drawn)]
     factors = scale if isinstance(scale, Mapping) else dict.fromkeys(drawn, scale)
     for key, factor in factors.items():
         if isinstance(factor, bool) or not isinstance(factor, int | float | np.number) or not 0 < factor < np.inf:
             raise ValueError(f"scale: expected a positive number, got {factor!r} for {key!r}; 10.0 draws wider values.")
-        if key not in drawn and key not in names:
-            positions = ", ".join(map(str, drawn)) or "none"
+        if inputs.layout.index(key) not in inputs.drawn and key not in names:
             raise ValueError(
-                f"scale: expected positions of inputs that are drawn from shapes ({positions}) or parameters among "
-                f"{', '.join(names)}, got {key!r}; scale given arrays yourself."
+                f"scale: expected inputs that are drawn from shapes ({', '.join(drawn) or 'none'}), by position or "
+                f"name, or parameters among {', '.join(names)}, got {key!r}; scale given arrays yourself."
             )
     if not factors:
         raise ValueError(f"scale: expected inputs that are drawn from shapes, got arrays and {scale!r}; scale them.")
     return scale
 
 
-def draw_inputs(source: InputSource, seed: int, scale: Scale | None = None) -> tuple[np.ndarray, ...]:
-    """Draw the positional inputs.
+@dataclass(frozen=True)
+class Inputs:
+    """The arrays of a call.
+
+    Attributes:
+        arrays: in order.
+        layout: how they become arguments.
+        drawn: positions of those that were drawn from shapes.
+    """
+
+    arrays: tuple[np.ndarray, ...]
+    layout: Layout
+    drawn: frozenset[int]
+
+
+def draw_inputs(source: InputSource, seed: int, scale: Scale | None = None) -> Inputs:
+    """Draw the inputs.
 
     Args:
-        source: a sequence whose entries are shapes (drawn normal, float64) or arrays (taken as they are); or a function
-            of a NumPy generator that returns arrays of any dtype.
+        source: one entry an argument, or a dict with entries by name, and by number for positional ones. An entry is a
+            shape (drawn normal, float64), an array, or a dict, list, tuple or dataclass of these; numbers, texts and
+            None are passed as they are. Or a function of a NumPy generator that returns the arrays, of any dtype.
         seed: non-negative.
         scale: what is drawn from shapes is multiplied by, see `checked_scale`.
 
     Raises:
-        TypeError: if there is one array in place of a tuple, or an entry is neither a shape nor an array.
+        TypeError: if there is one array in place of a tuple, or an entry is none of these.
         ValueError: if there are no inputs.
     """
     rng = _generator(seed, "inputs")
     entries = source(rng) if callable(source) else source
-    if isinstance(entries, Mapping | str) or hasattr(entries, "__array__") or not isinstance(entries, Iterable):
-        # An array is a sequence as well: its rows would be taken for arguments.
+    integers = not callable(source) and _is_shape(entries) and len(entries) > 0
+    if isinstance(entries, str) or hasattr(entries, "__array__") or integers or not isinstance(entries, Iterable):
+        # An array is a sequence as well: its rows would be taken for arguments. So are the sizes of a shape.
         raise TypeError(
             f"inputs: expected a tuple with one entry per argument{' from the function' * callable(source)}, got "
-            f"{_outlined(entries)}; for one argument {'return (array,)' if callable(source) else 'pass (array,)'}."
+            f"{outlined(entries)}; for one argument {_for_one(callable(source), integers)}."
         )
-    arrays = []
-    for position, entry in enumerate(entries):
+    shapes: list[str] = []
+
+    def leaf(entry: Any, name: str) -> np.ndarray | None:
         if isinstance(entry, np.ndarray | np.generic):
-            arrays.append(np.asarray(entry))
-        elif callable(source) or not _is_shape(entry):
-            raise TypeError(
-                f"inputs[{position}]: expected a shape such as (8, 64) or a NumPy array, got {_outlined(entry)}; "
-                "inputs is a tuple with one entry per argument, for one argument ((8, 64),)."
-            )
-        else:
-            factor = 1.0 if scale is None else scale.get(position, 1.0) if isinstance(scale, Mapping) else scale
-            arrays.append(factor * X_SCALE * rng.standard_normal(_sizes(tuple(entry), position)))
+            array = np.asarray(entry)
+            if not is_inexact(array) and array.dtype.kind not in "iub":
+                raise TypeError(
+                    f"inputs[{name.removeprefix('input')}]: expected numbers or booleans, got {array.dtype}."
+                )
+            return array
+        if callable(source) or not _is_shape(entry):
+            return None
+        shapes.append(name)
+        return X_SCALE * rng.standard_normal(_sizes(tuple(entry), name))
+
+    layout, arrays = taken_apart(entries, leaf)
+    drawn = {layout.names.index(name) for name in shapes}
     if not arrays:
         raise ValueError("inputs: expected at least one, got none; nothing would be compared.")
-    for position, array in enumerate(arrays):
-        if not is_inexact(array) and array.dtype.kind not in "iub":
-            raise TypeError(f"inputs[{position}]: expected numbers or booleans, got {array.dtype}.")
-    return tuple(arrays)
+    by_key = scale if isinstance(scale, Mapping) else {layout.names[k]: scale or 1.0 for k in drawn}
+    factors = {layout.index(key): factor for key, factor in by_key.items()}
+    scaled = (factors.get(k, 1.0) * array if k in drawn else array for k, array in enumerate(arrays))
+    return Inputs(tuple(scaled), layout, frozenset(drawn))
 
 
-def _outlined(value: Any) -> str:
-    """Describe a value in one line, an array of any framework by its kind, dtype and shape."""
-    if hasattr(value, "__array__") and hasattr(value, "shape"):
-        return f"{type(value).__name__} of {getattr(value, 'dtype', 'no dtype')} and shape {tuple(value.shape)}"
-    return type(value).__name__ if isinstance(value, Mapping) else repr(value)
+def _for_one(function: bool, integers: bool) -> str:
+    if integers:
+        return "pass ((8, 64),)"
+    return "return (array,)" if function else "pass (array,)"
 
 
-def _sizes(shape: tuple[int, ...], position: int) -> tuple[int, ...]:
+def _sizes(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
     if any(size < 0 for size in shape):
-        raise ValueError(f"inputs[{position}]: expected sizes of at least 0, got {shape}.")
+        raise ValueError(f"inputs[{name.removeprefix('input')}]: expected sizes of at least 0, got {shape}.")
     return shape
 
 
 def _is_shape(entry: object) -> bool:
-    return isinstance(entry, tuple | list) and all(isinstance(size, int | np.integer) for size in entry)
+    if not isinstance(entry, tuple | list) or hasattr(entry, "_fields"):
+        return False
+    return all(isinstance(size, int | np.integer) and not isinstance(size, bool) for size in entry)
 
 
 def draw_cotangents(outputs: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:

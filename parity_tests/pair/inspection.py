@@ -228,5 +228,5 @@ def left_out(pair: Pair, never_trained: Sequence[str], gradients: bool, state: b
             yield f"the gradients of {', '.join(untrained)}, which neither side trains"
         trained = [name for name in mapping.trained if name not in untrained and covers(f"d_{name}")]
         yield from (f"the gradient of {name}, left out by not_compared=" for name in trained)
-        positions = range(len(pair.shapes))
-        yield from (f"the gradient of input{k}, left out by not_compared=" for k in positions if covers(f"d_input{k}"))
+        inputs = [name for name in pair.layout.names if covers(f"d_{name}")]
+        yield from (f"the gradient of {name}, left out by not_compared=" for name in inputs)

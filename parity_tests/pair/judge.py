@@ -56,10 +56,17 @@ class Judge:
     """Judge one pair for one seed."""
 
     def __init__(
-        self, pair: Pair, seed: int, gradients: bool = True, semantic: bool = True, state: bool = True
+        self,
+        pair: Pair,
+        seed: int,
+        gradients: bool = True,
+        semantic: bool = True,
+        state: bool = True,
+        dtypes_equal: bool = False,
     ) -> None:
         self._pair, self._seed = pair, seed
         self._gradients, self._semantic, self._state = gradients, semantic, state
+        self._dtypes_equal = dtypes_equal
         # Buffers that are compared, by their rows' names: known when the first calls have returned.
         self._updated: frozenset[str] = frozenset()
         # Gradients that neither side has, though one of them could: known likewise.
@@ -77,12 +84,16 @@ class Judge:
         values = self._pair.values("float32", self._seed)
         random = []
         for key in KEYS:
-            with running(key, values.inputs[key]):
+            with running(key, values.inputs[key], self._pair.layout.names):
                 if self._pair.sides[key].is_random(values.parameters[key], values.inputs[key]):
                     random.append(key)
         self.evidence.random = tuple(random)
         for key in random:
-            reason = "the output depends on a random state: dropout is active, or the module draws numbers"
+            side, evaluate = ("torch", "module.eval()") if key == "torch" else ("flax", "deterministic=True")
+            reason = (
+                "the output depends on a random state: dropout is active, or the module draws numbers; evaluate it "
+                f"({evaluate}), or feed the mask or the noise to both sides as an input (inputs=, {side}_call=)"
+            )
             yield self._row(refused("y", reason), key, "float32", "forward")
         if random:
             return
@@ -113,8 +124,9 @@ class Judge:
         shapes["torch"] = {name: array for name, array in shapes["torch"].items() if is_output(name)}
         if set(shapes["torch"]) != set(shapes["jax"]):
             raise ValueError(
-                f"outputs: expected the same names on both sides, got {', '.join(sorted(shapes['torch']))} from torch "
-                f"and {', '.join(sorted(shapes['jax']))} from flax; wrap one side so that both return the same tree."
+                f"outputs: expected the same names on both sides, got {', '.join(shapes['torch']) or 'none'} from "
+                f"torch and {', '.join(shapes['jax']) or 'none'} from flax; say which correspond by outputs=, such as "
+                f"{_correspondence(list(shapes['torch']), list(shapes['jax']))}."
             )
         self.evidence.values, self.evidence.truths = values, shapes
         compared = [within(name, shapes["jax"][name], np.zeros_like(y), 0.0) for name, y in shapes["torch"].items()]
@@ -206,6 +218,8 @@ class Judge:
                 yield self._cannot(error, key, dtype, "gradients")
         if dtype == "float32":
             evidence.results = results
+        if self._dtypes_equal and len(alone) == len(KEYS):
+            yield from self._other_formats(dtype, alone)
         bounds: dict[str, dict[str, np.ndarray]] = {}
         for key in results:
             self.remarks.on_formats(key, values, {**alone[key], **results[key]}, alone[key])
@@ -235,11 +249,22 @@ class Judge:
                 limit = sum(found.get(name, 0.0) for key in KEYS for found in (bounds[key], moved[key]))
                 yield self._row(within(name, results["jax"][name], expected, limit), _BOTH, dtype, self._rung(name))
 
+    def _other_formats(self, dtype: str, outputs: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[PairRow]:
+        """Fail outputs whose dtype is another on the other side; without 64-bit types JAX's integers have 32 bits."""
+        for name, array in outputs["torch"].items():
+            first, second = (str(found.dtype) for found in (array, outputs["jax"][name]))
+            if is_output(name) and first.replace("int64", "int32") != second.replace("int64", "int32"):
+                reason = f"{name} is {first} on the torch side and {second} on the flax side where {dtype} is judged"
+                yield self._row(
+                    refused(name, f"{reason}; dtypes_equal asks for one dtype"), _BOTH, dtype, "forward", "exact"
+                )
+
     def _note_overflow(self, values: Values) -> None:
         """Note the arrays with numbers beyond a leg's format: they are infinite on both sides and in both truths."""
         assert self.evidence.values is not None
-        inputs = {f"inputs[{k}]": array for k, array in enumerate(values.inputs["torch"])}
-        wide = {f"inputs[{k}]": array for k, array in enumerate(self.evidence.values.inputs["torch"])}
+        names = self._pair.layout.names
+        inputs = dict(zip(names, values.inputs["torch"], strict=True))
+        wide = dict(zip(names, self.evidence.values.inputs["torch"], strict=True))
         inputs, wide = {**values.parameters["torch"], **inputs}, {**self.evidence.values.parameters["torch"], **wide}
         lost = [
             name for name, a in inputs.items() if is_inexact(a) and (np.isfinite(wide[name]) > np.isfinite(a)).any()
@@ -347,6 +372,15 @@ class Judge:
 
 def _is_informative(value: np.ndarray) -> bool:
     return bool((np.isfinite(value) & (value != 0)).any())
+
+
+def _correspondence(torch: Sequence[str], flax: Sequence[str]) -> str:
+    """Return an example of `outputs=`: equal names first, else the first of either side."""
+    common = [name for name in torch if name in flax]
+    first = [(name.removeprefix("y."),) * 2 for name in common] or [
+        (torch[0].removeprefix("y."), flax[0].removeprefix("y.")) if torch and flax else ("0", "logits")
+    ]
+    return repr(first)
 
 
 def _badness(result: TensorResult) -> tuple[int, float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from parity_tests.judge.dtypes import as_stored, format_name, is_inexact, numpy_dtype, roundoff
+from parity_tests.pair.calls import Layouts
 from parity_tests.pair.draws import (
     Draw,
     InputSource,
@@ -18,8 +19,9 @@ from parity_tests.pair.draws import (
     draw_parameters,
     is_one_signed,
 )
+from parity_tests.pair.layouts import Correspondence, Outputs, both_layouts, rearrangement
 from parity_tests.pair.mapping import ParameterMapping, Rule
-from parity_tests.pair.patterns import AxisPattern, LeftOut, MappingError, both_layouts, permutation
+from parity_tests.pair.patterns import LeftOut, MappingError
 from parity_tests.pair.side import (
     PREFIX,
     Arrays,
@@ -67,8 +69,9 @@ class Pair:
         sides: `torch` and `jax`.
         rules: of the parameters, see `ParameterMapping`.
         source: of the inputs, in the torch side's layout.
-        input_patterns: by position, torch layout to flax layout; empty for the same.
-        output_patterns: by output name, torch layout to flax layout.
+        input_patterns: by position or name, torch layout to flax layout; empty for the same.
+        output_patterns: by position or name of an output, torch layout to flax layout.
+        outputs: those that correspond, see `calls.checked_outputs`; None for all, by equal names.
         draws: of parameters that `draw_like` would draw wrongly.
         scale: of inputs and parameters, see `draws.checked_scale`.
         left_out: what the user consents to leave uncompared.
@@ -78,40 +81,42 @@ class Pair:
     sides: Mapping[str, Side]
     rules: Sequence[Rule]
     source: InputSource
-    input_patterns: Mapping[int, str] = field(default_factory=dict)
-    output_patterns: Mapping[str, str] = field(default_factory=dict)
+    input_patterns: Layouts = field(default_factory=dict)
+    output_patterns: Layouts = field(default_factory=dict)
+    outputs: Outputs | None = None
     draws: Mapping[str, Draw] = field(default_factory=dict)
     scale: Scale | None = None
     left_out: LeftOut = field(default_factory=LeftOut)
 
     def __post_init__(self) -> None:
         """Read both sides and checks the rules."""
-        examples = self._both_inputs(draw_inputs(self.source, 0))
+        drawn = draw_inputs(self.source, 0)
+        self.layout, self._correspondence = drawn.layout, Correspondence(self.outputs, self.output_patterns)
+        examples = self._both_inputs(drawn.arrays)
+        for key, side in self.sides.items():
+            side.arrange(self.layout, self._correspondence.chosen(key))
         self.specs: dict[str, dict[str, ParameterSpec]] = {}
         for key, side in self.sides.items():
-            with running(key, examples[key]):
+            with running(key, examples[key], self.layout.names):
                 self.specs[key] = side.parameters(examples[key])
+            if both := sorted(set(self.layout.names) & set(self.specs[key])):
+                raise ValueError(
+                    f"inputs: expected names beside those of parameters, got {both[0]} for both; rename it."
+                )
         self.mapping = ParameterMapping(self.rules, self.specs["torch"], self.specs["jax"], self.left_out.covers)
-        gradients = [*self.mapping.trained, *(f"input{k}" for k in range(len(examples["torch"])))]
+        gradients = [*self.mapping.trained, *self.layout.names]
         unmapped = [name for names in self.mapping.unmapped.values() for name in names]
         self.left_out.check(unmapped, [f"d_{name}" for name in gradients])
-        checked_scale(self.scale, self.source, self.mapping.drawn)
+        checked_scale(self.scale, drawn, self.mapping.drawn)
         self.updated: dict[str, frozenset[str]] = {}
         self.trained_alone: dict[str, tuple[str, ...]] = {}
         # Unmapped arrays whose own values show in what is compared, see `inspection`.
         self.tables: tuple[tuple[str, str], ...] = ()
         self.notes: set[str] = set()
         self._signed: dict[int, frozenset[str]] = {}
-        self._check_output_patterns()
-
-    def _check_output_patterns(self) -> None:
-        """Refuse a pattern for an output that is not there: it would be applied to nothing."""
-        if not self.output_patterns:
-            return
-        values = self.values("float32", 0)
-        known = sorted(self.outline("torch", values))
-        if unknown := sorted(set(self.output_patterns) - set(known)):
-            raise MappingError(f"output_patterns: expected names among {', '.join(known)}, got {', '.join(unknown)}.")
+        if self.output_patterns:
+            found = self.outline("torch", self.values("float32", 0))
+            self._correspondence.read({name: array.shape for name, array in found.items()})
 
     def values(self, dtype: str, seed: int) -> Values:
         """Draw everything but the cotangents, rounded to the storage dtype."""
@@ -129,7 +134,13 @@ class Pair:
             key: {name: as_stored(spec.value, target) for name, spec in specs.items()}
             for key, specs in self.specs.items()
         }
-        inputs = tuple(as_stored(array, target) for array in draw_inputs(self.source, seed, self.scale))
+        found = draw_inputs(self.source, seed, self.scale)
+        if found.layout.names != self.layout.names:
+            raise ValueError(
+                f"inputs: expected the same arrays for every seed, got {', '.join(self.layout.names)} and "
+                f"{', '.join(found.layout.names)}; draw numbers, not the structure."
+            )
+        inputs = tuple(as_stored(array, target) for array in found.arrays)
         parameters = self.mapping.both({name: as_stored(array, target) for name, array in drawn.items()}, own)
         return Values(dtype, parameters, self._both_inputs(inputs), None)
 
@@ -175,15 +186,19 @@ class Pair:
 
     def _outputs(self, key: str, seed: int, signed: frozenset[str], larger: str = "") -> dict[str, np.ndarray]:
         values = self._values("float32", seed, signed, larger)
-        with running(key, values.inputs[key]):
+        with running(key, values.inputs[key], self.layout.names):
             results = self.sides[key].forward(values.parameters[key], values.inputs[key])
         return {name: array for name, array in results.items() if is_output(name) and is_inexact(array)}
 
     def with_cotangents(self, values: Values, outputs: Mapping[str, Arrays], seed: int) -> Values:
         """Add random cotangents for the real and complex outputs, in a format that each side's output can hold.
 
-        They are zero where an output is not finite: no loss that is a number depends on it.
+        They are zero where an output is not finite, since no loss that is a number depends on it, and for numbers of
+        Python, which have no gradient.
         """
+        numbers = {
+            self._correspondence.torch_name(key, name) for key, side in self.sides.items() for name in side.numbers()
+        }
         like: dict[str, np.ndarray] = {}
         for name, array in (item for found in outputs.values() for item in found.items() if is_output(item[0])):
             if is_inexact(array) and (name not in like or roundoff(array) > roundoff(like[name])):
@@ -198,17 +213,15 @@ class Pair:
             for name in drawn
         }
         drawn = {
-            name: np.where(finite[name], as_stored(array, target), array.dtype.type(0)) for name, array in drawn.items()
-        }
-        other = {
-            name: self._output(name, array.shape).forward(array) if name in self.output_patterns else array
+            name: np.where(finite[name] & (name not in numbers), as_stored(array, target), array.dtype.type(0))
             for name, array in drawn.items()
         }
-        return replace(values, cotangents={"torch": drawn, "jax": other})
+        self.notes |= {f"{name} is a number of Python's, which has no gradient" for name in numbers if name in drawn}
+        return replace(values, cotangents={"torch": drawn, "jax": self._correspondence.to_flax(drawn)})
 
     def outline(self, key: str, values: Values) -> dict[str, np.ndarray]:
         """Return zeros of the shapes of a side's outputs, in torch names."""
-        with running(key, values.inputs[key]):
+        with running(key, values.inputs[key], self.layout.names):
             found = self.sides[key].outline(values.parameters[key], values.inputs[key])
         return self.as_torch(key, {name: array for name, array in found.items() if is_output(name)})
 
@@ -273,17 +286,17 @@ class Pair:
                 the results carry no state.
         """
         gradients = {name.removeprefix("d_"): array for name, array in arrays.items() if name.startswith("d_")}
-        result = {name: array for name, array in arrays.items() if is_output(name)}
-        if key == "jax":
-            result = {name: self._back(name, array) for name, array in result.items()}
+        outputs = {name: array for name, array in arrays.items() if is_output(name)}
+        result = self._correspondence.to_torch(key, outputs)
         trained = self.mapping.trained if gradients else ()
         result |= self._in_torch_names("d_", key, trained, gradients)
         if given is not None:
             result |= self._in_torch_names(PREFIX, key, self.mapping.stateful, {**given, **state_of(arrays)})
-        for name, array in gradients.items():
-            if name.startswith("input") and name.removeprefix("input").isdigit():
-                pattern = self._input(int(name.removeprefix("input"))) if key == "jax" else None
-                result[f"d_{name}"] = array if pattern is None else pattern.backward(array)
+        patterns = self.layout.resolved(self.input_patterns) if key == "jax" else {}
+        for k, name in enumerate(self.layout.names):
+            if name in gradients:
+                axes = rearrangement(patterns[k], self.shapes[k], "input_patterns") if k in patterns else None
+                result[f"d_{name}"] = gradients[name] if axes is None else axes.backward(gradients[name])
         return result
 
     def _in_torch_names(self, prefix: str, key: str, names: Sequence[str], found: Arrays) -> dict[str, np.ndarray]:
@@ -300,25 +313,11 @@ class Pair:
 
     def _both_inputs(self, inputs: Tuple) -> dict[str, Tuple]:
         self.shapes = [array.shape for array in inputs]
-        return both_layouts(inputs, self.input_patterns)
-
-    def _input(self, position: int) -> AxisPattern | None:
-        pattern = self.input_patterns.get(position)
-        return None if pattern is None else permutation(pattern, self.shapes[position])
-
-    def _output(self, name: str, shape: tuple[int, ...]) -> AxisPattern:
-        return permutation(self.output_patterns[name], shape)
-
-    def _back(self, name: str, array: np.ndarray) -> np.ndarray:
-        pattern = self.output_patterns.get(name)
-        if pattern is None:
-            return array
-        left, _, right = pattern.partition("->")
-        return permutation(f"{right} -> {left}", array.shape).forward(array)
+        return both_layouts(self.layout, inputs, self.input_patterns)
 
 
 @contextlib.contextmanager
-def running(key: str, inputs: Tuple) -> Iterator[None]:
+def running(key: str, inputs: Tuple, names: Sequence[str]) -> Iterator[None]:
     """Raise one sentence with the module's own message if it does not run at all."""
     try:
         yield
@@ -328,11 +327,15 @@ def running(key: str, inputs: Tuple) -> Iterator[None]:
         if _OWN_SENTENCE.match(str(error)):
             raise
         module, side = ("torch_module", "torch") if key == "torch" else ("flax_module", "flax")
-        shapes = ", ".join(f"{array.dtype} {array.shape}" for array in inputs)
+        by_position = [f"input{k}" for k in range(len(inputs))] == list(names)
+        shapes = ", ".join(
+            f"{'' if by_position else name + ' '}{array.dtype} {array.shape}"
+            for name, array in zip(names, inputs, strict=True)
+        )
         layout = "" if key == "torch" else ", input_patterns= if its layout is another"
         # A refusal by another interpreter names its kind already.
         kind = "" if type(error).__name__ == "RemoteError" else f"{type(error).__name__}: "
         raise ValueError(
             f"{module}: expected a module that runs on its inputs ({shapes}), got {kind}{first_line(error)}; "
-            f"check inputs=, {side}_kwargs={layout}."
+            f"check inputs=, {side}_kwargs=, {side}_call={layout}."
         ) from error

@@ -26,6 +26,7 @@ from parity_tests.interpreters.process import ProcessError
 from parity_tests.judge.dtypes import numpy_dtype
 from parity_tests.judge.records import environment
 from parity_tests.judge.subjects import framework_available
+from parity_tests.pair.calls import Layout
 from parity_tests.pair.side import CANNOT_RUN, Constants, Ensemble, ParameterSpec, Side, Variant
 from parity_tests.report.text import first_line, located
 
@@ -35,7 +36,7 @@ _PARTS = ("torch", "jax", "pair")
 _WRAPPERS = {"torch": ("torch", "TorchSide"), "jax": ("flax", "JaxSide")}
 _LACKS = re.compile(r"No module named '(torch|jax|jaxlib|flax|numpy|ml_dtypes|safetensors|einops|scipy)\b")
 _METHODS = {name for name, value in vars(Side).items() if callable(value) and not name.startswith("_")}
-_RECORDS = {record.__name__: record for record in (ParameterSpec, Ensemble, Constants, Variant)}
+_RECORDS = {record.__name__: record for record in (ParameterSpec, Ensemble, Constants, Variant, Layout)}
 _DTYPES = {
     **{f"F{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
     **{f"I{8 * size}": np.dtype(f"i{size}") for size in (1, 2, 4, 8)},
@@ -161,7 +162,7 @@ def make_side(framework: str, arguments: Mapping[str, Any], device: str) -> Side
     if module is None:
         raise ValueError(f"{prefix}_module: expected a module or a function, got None; pass one.")
     wrap = getattr(importlib.import_module(f"parity_tests.frameworks.{framework}.pair"), wrapper)
-    return wrap(module, arguments.get(f"{prefix}_kwargs"), arguments.get(f"{prefix}_params"), device)
+    return wrap(module, *(arguments.get(f"{prefix}_{name}") for name in ("kwargs", "params", "call")), device)
 
 
 class RemoteError(RuntimeError):
@@ -294,7 +295,14 @@ def _packed(value: Any) -> tuple[dict[str, Any], bytes]:
         if type(value) in _RECORDS.values():
             fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
             return {"record": type(value).__name__, "fields": plain(fields)}
-        return {"tuple": [plain(entry, name) for entry in value]} if isinstance(value, tuple) else value
+        if isinstance(value, tuple) and type(value) is tuple:
+            return {"tuple": [plain(entry, name) for entry in value]}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise ValueError(
+            "inputs: expected arrays, numbers, texts, dicts, lists and tuples beside another interpreter, got "
+            f"{type(value).__name__}; make it there, by torch_call= or flax_call=."
+        )
 
     return {"value": plain(value)}, safetensors.numpy.save(arrays)
 

@@ -113,31 +113,6 @@ def _text(groups: Sequence[tuple[str, ...]]) -> str:
     return " ".join(group[0] if len(group) == 1 else f"({' '.join(group)})" for group in groups)
 
 
-def both_layouts(inputs: tuple[np.ndarray, ...], patterns: Mapping[int, str]) -> dict[str, tuple[np.ndarray, ...]]:
-    """Return the inputs of each side.
-
-    Raises:
-        MappingError: if a pattern does not fit its input, or there is no such input.
-    """
-    for position in patterns:
-        if not isinstance(position, int) or not 0 <= position < len(inputs):
-            raise MappingError(f"input_patterns: expected positions below {len(inputs)}, got {position!r}.")
-    flax = (permutation(patterns[k], x.shape).forward(x) if k in patterns else x for k, x in enumerate(inputs))
-    return {"torch": inputs, "jax": tuple(flax)}
-
-
-def permutation(pattern: str, shape: tuple[int, ...]) -> AxisPattern:
-    """Return an axis pattern of inputs or outputs: a permutation, so that one shape decides the other."""
-    left, arrow, right = pattern.partition("->")
-    axes = left.split()
-    if not arrow or sorted(axes) != sorted(right.split()) or len(set(axes)) != len(axes) or "(" in pattern:
-        raise MappingError(f"pattern: expected a permutation such as 'b c h w -> b h w c', got {pattern!r}.")
-    if len(axes) != len(shape):
-        raise MappingError(f"pattern {pattern!r}: expected {len(axes)} axes, got shape {shape}.")
-    length = dict(zip(axes, shape, strict=True))
-    return AxisPattern(pattern, shape, tuple(length[axis] for axis in right.split()))
-
-
 class LeftOut:
     """Hold what `not_compared=` names: unmapped arrays of either side, and gradients (`d_<torch name>`).
 

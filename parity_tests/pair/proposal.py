@@ -3,14 +3,15 @@
 import difflib
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from parity_tests.pair.calls import Layouts
 from parity_tests.pair.draws import InputSource, draw_inputs
+from parity_tests.pair.layouts import both_layouts
 from parity_tests.pair.loading import make_side
 from parity_tests.pair.mapping import KEEP, Rule
-from parity_tests.pair.patterns import both_layouts
 from parity_tests.pair.side import ParameterSpec
 
 _SAME_LEAF = (
@@ -209,7 +210,9 @@ def propose_mapping(
     flax_kwargs: Mapping[str, Any] | None = None,
     torch_params: Mapping[str, Any] | None = None,
     flax_params: Mapping[str, Any] | None = None,
-    input_patterns: Mapping[int, str] | None = None,
+    torch_call: Callable[..., Any] | None = None,
+    flax_call: Callable[..., Any] | None = None,
+    input_patterns: Layouts | None = None,
 ) -> Proposal:
     """Propose `check_pair`'s `params` by shape and name; print it, correct it, pass it back.
 
@@ -226,8 +229,13 @@ def propose_mapping(
         "flax_module": flax_module,
         "flax_kwargs": flax_kwargs,
         "flax_params": flax_params,
+        "torch_call": torch_call,
+        "flax_call": flax_call,
     }
     sides = {framework: make_side(framework, arguments, "cpu") for framework in ("torch", "jax")}
-    examples = both_layouts(draw_inputs(inputs, 0), input_patterns or {})
+    drawn = draw_inputs(inputs, 0)
+    examples = both_layouts(drawn.layout, drawn.arrays, input_patterns or {})
+    for side in sides.values():
+        side.arrange(drawn.layout, None)
     torch, flax = (sides[key].parameters(examples[key]) for key in ("torch", "jax"))
     return propose_rules(torch, flax)

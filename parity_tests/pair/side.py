@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from parity_tests.judge.dtypes import FORMATS, is_inexact, widened
+from parity_tests.pair.calls import Layout
 
 Arrays = Mapping[str, np.ndarray]
 SHOWN = {"torch": "torch", "jax": "flax"}  # the sides as messages name them
@@ -109,7 +110,7 @@ class Variant:
 class Side(Protocol):
     """A module or function of one framework.
 
-    Outputs are named `y` (one array) or `y.<path>`; gradients `d_<parameter>` and `d_input<k>`, for every
+    Outputs are named `y` (one array) or `y.<path>`; gradients `d_<parameter>` and `d_<input>`, for every
     trainable parameter and every input of real or complex numbers; buffers, as they are after the call,
     `state:<buffer>`. `cotangents` has one array per real or complex output; without it no gradients are returned.
     The gradient for a complex number z is torch's, `dL/dRe(z) + i dL/dIm(z)`, and so are cotangents; JAX's own are
@@ -118,6 +119,10 @@ class Side(Protocol):
 
     framework: str
     name: str
+
+    def arrange(self, layout: Layout, outputs: tuple[str, ...] | None) -> None:
+        """Say, before anything else is asked, how inputs become arguments and which outputs are wanted."""
+        ...
 
     def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
         """Return parameters and buffers by name; inputs are examples, for modules that infer shapes from them."""
@@ -187,6 +192,10 @@ class Side(Protocol):
         """Tell whether the outputs depend on a random state (dropout that is active)."""
         ...
 
+    def numbers(self) -> tuple[str, ...]:
+        """Return the outputs that the last call has returned as numbers of Python, which have no gradient."""
+        ...
+
     def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
         """Return branches of clamps, selections and comparisons that no value takes in float64, as sentences."""
         ...
@@ -194,13 +203,6 @@ class Side(Protocol):
     def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
         """Return the operations of a call in a wider format than `dtype`, in which all arrays are stored."""
         ...
-
-
-def leaf_name(path: tuple) -> str:
-    """Name a leaf of a framework's tree: `y` for a single array, else `y.0`, `y.hidden.1`, ..."""
-    # torch and jax call the parts of a key path alike: idx in a sequence, key in a mapping, name of an attribute.
-    parts = (next(getattr(entry, kind) for kind in ("idx", "key", "name") if hasattr(entry, kind)) for entry in path)
-    return ".".join(("y", *map(str, parts)))
 
 
 def named_state(buffers: Mapping[str, Array]) -> dict[str, Array]:

@@ -1,5 +1,7 @@
 """Flax linen modules, nnx modules and plain functions in one form: a function of a flat dict of arrays and inputs."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
@@ -13,6 +15,7 @@ from flax import nnx
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from parity_tests.pair.calls import Call
 from parity_tests.pair.side import ParameterSpec
 
 Function = Callable[..., Any]
@@ -64,7 +67,7 @@ def _spec(value: Any, trainable: bool) -> ParameterSpec:
     return ParameterSpec(array, trainable and not np.issubdtype(array.dtype, np.integer) and array.dtype != np.bool_)
 
 
-def _nnx(module: nnx.Module, kwargs: Mapping[str, Any]) -> FlatModule:
+def _nnx(module: nnx.Module, made: Call) -> FlatModule:
     graph, state = nnx.split(module)
     variables = dict(nnx.to_flat_state(state))
     # An array that is no variable is a constant of the module, as one that the call computes.
@@ -85,7 +88,7 @@ def _nnx(module: nnx.Module, kwargs: Mapping[str, Any]) -> FlatModule:
         fresh = {path: v.replace(v.get_value()) if isinstance(v, nnx.Variable) else v for path, v in base.items()}
         fresh |= {path: base[path].replace(arrays[name]) for name, path in names.items()}
         merged = nnx.merge(graph, nnx.from_flat_state(fresh))
-        outputs = merged(*inputs, **kwargs)
+        outputs = made(merged, inputs)
         after = dict(nnx.to_flat_state(nnx.state(merged)))
         return outputs, {name: after[path].get_value() for name, path in names.items() if not specs[name].trainable}
 
@@ -103,14 +106,22 @@ def _nnx(module: nnx.Module, kwargs: Mapping[str, Any]) -> FlatModule:
 
 
 def _linen(
-    module: nn.Module, kwargs: Mapping[str, Any], initial: Mapping[str, Any] | None, inputs: tuple[np.ndarray, ...]
+    module: nn.Module, made: Call, initial: Mapping[str, Any] | None, inputs: tuple[np.ndarray, ...]
 ) -> FlatModule:
-    kwargs = dict(kwargs)
+    kwargs = dict(made.kwargs)
     rngs = dict(kwargs.pop("rngs", None) or {})
     mutable = kwargs.pop("mutable", False)
+    made = dataclasses.replace(made, kwargs=kwargs)
     arguments = [jnp.asarray(array.astype(np.float32) if array.dtype == np.float64 else array) for array in inputs]
     if initial is None:
-        initial = module.init({"params": jax.random.key(0), **rngs}, *arguments, **kwargs)
+        initial = {}
+
+        def first(*given: Any, **named: Any) -> Any:
+            outputs, found = module.init_with_output({"params": jax.random.key(0), **rngs}, *given, **named)
+            initial.update(found)
+            return outputs
+
+        made(first, arguments)
     elif "params" not in initial:
         initial = {"params": initial}
     flat = flatten_dict(meta.unbox(dict(initial)))
@@ -120,9 +131,17 @@ def _linen(
 
     def call(arrays: Mapping[str, Any], inputs: tuple, keys: Mapping[str, Any]) -> Any:
         tree = unflatten_dict({path: arrays[name] for name, path in names.items()})
-        result = module.apply(tree, *inputs, rngs=dict(keys) or None, mutable=mutable, **kwargs)
-        # With mutable collections apply returns their updates as well.
-        outputs, updates = result if mutable else (result, {})
+        updates: dict[str, Any] = {}
+
+        def run(*given: Any, **named: Any) -> Any:
+            result = module.apply({**tree, **updates}, *given, rngs=dict(keys) or None, mutable=mutable, **named)
+            if not mutable:
+                return result
+            # With mutable collections apply returns their updates as well.
+            updates.update(result[1])
+            return result[0]
+
+        outputs = made(run, inputs)
         after = {_dotted(path): value for path, value in flatten_dict(meta.unbox(updates)).items()}
         return outputs, {name: after.get(name, arrays[name]) for name in names if not specs[name].trainable}
 
@@ -134,7 +153,7 @@ def _linen(
     )
 
 
-def _part(entry: Any) -> str:
+def step(entry: Any) -> str:
     """Spell one step of a path through a pytree."""
     return str(next(getattr(entry, kind) for kind in ("key", "idx", "name") if hasattr(entry, kind)))
 
@@ -143,7 +162,7 @@ def _pytree(call: Callable[..., Any], tree: Any, is_parameter: Callable[[Any], b
     """Return a function of any pytree, whose arrays are named by their paths; its other leaves stay what they are.
 
     Args:
-        call: `(tree, *inputs) -> outputs`.
+        call: `(tree, inputs) -> outputs`.
         tree: dicts, lists, tuples, dataclasses, Equinox modules, ... with initial values.
         is_parameter: of a leaf.
     """
@@ -151,7 +170,7 @@ def _pytree(call: Callable[..., Any], tree: Any, is_parameter: Callable[[Any], b
     leaves = [leaf for _, leaf in found]
     # A Flax variable is a node of its own, with one leaf: its path is the name.
     paths = [
-        tuple(_part(e) for k, e in enumerate(path) if k < len(path) - 1 or not _is_value_of_a_variable(tree, path))
+        tuple(step(e) for k, e in enumerate(path) if k < len(path) - 1 or not _is_value_of_a_variable(tree, path))
         for path, _ in found
     ]
     places = {path: k for k, path in enumerate(paths) if is_parameter(leaves[k])}
@@ -164,7 +183,7 @@ def _pytree(call: Callable[..., Any], tree: Any, is_parameter: Callable[[Any], b
         filled = [*leaves]
         for name, k in names.items():
             filled[k] = arrays[name]
-        return call(jax.tree.unflatten(structure, filled), *inputs), {}
+        return call(jax.tree.unflatten(structure, filled), inputs), {}
 
     return FlatModule(specs, stateful, None)
 
@@ -186,14 +205,14 @@ def _is_tree_with_arrays(module: Any) -> bool:
 
 
 def flatten_module(
-    module: Any, kwargs: Mapping[str, Any], initial: Mapping[str, Any] | None, inputs: tuple[np.ndarray, ...]
+    module: Any, made: Call, initial: Mapping[str, Any] | None, inputs: tuple[np.ndarray, ...]
 ) -> FlatModule:
     """Bring any supported module into the one form.
 
     Args:
         module: a linen module, an nnx module, a callable pytree with arrays (an Equinox module), or
             `f(parameters, *inputs)` of any pytree.
-        kwargs: keyword arguments of every call; for linen `rngs` and `mutable` mean what they mean to `apply`.
+        made: how it is called; for linen `rngs` and `mutable` among the keyword arguments are those of `apply`.
         initial: initial parameters of a function, or variables of a linen module; None for another module.
         inputs: examples, from which linen infers shapes.
 
@@ -206,21 +225,19 @@ def flatten_module(
             "instance."
         )
     if isinstance(module, nn.Module):
-        return _linen(module, kwargs, initial, inputs)
+        return _linen(module, made, initial, inputs)
     if not callable(module):
         raise TypeError(f"flax_module: expected a linen or nnx module or a function, got {module!r}; create one.")
     held = isinstance(module, nnx.Module) or (not isinstance(module, FunctionType) and _is_tree_with_arrays(module))
     if held and initial is not None:
         raise TypeError("flax_params: expected None beside a module, which holds its own, got a value; leave it out.")
     if isinstance(module, nnx.Module):
-        return _nnx(module, kwargs)
+        return _nnx(module, made)
     if held:
-        return _pytree(
-            lambda tree, *inputs: tree(*inputs, **kwargs), module, lambda leaf: isinstance(leaf, jax.Array | np.ndarray)
-        )
+        return _pytree(made, module, lambda leaf: isinstance(leaf, jax.Array | np.ndarray))
     if initial is None:
         raise TypeError("flax_params: expected a dict of initial arrays for a function, got None; pass one.")
-    return _pytree(lambda tree, *inputs: module(tree, *inputs, **kwargs), initial, _is_initial)
+    return _pytree(lambda tree, inputs: made(functools.partial(module, tree), inputs), initial, _is_initial)
 
 
 def _is_initial(leaf: Any) -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from parity_tests.frameworks.jax import watch as jax_watch
-from parity_tests.frameworks.jax.modules import FlatModule, Function, flatten_module
+from parity_tests.frameworks.jax.modules import FlatModule, Function, flatten_module, step
 from parity_tests.frameworks.jax.noise import Interpreter, normal_pool
 from parity_tests.frameworks.jax.subjects import resolve_device
 from parity_tests.frameworks.jax.truth import COMPILE_QUICKLY, Truth, traced
@@ -22,16 +22,8 @@ from parity_tests.pair.calibration import (
     moved_constant,
     was_rounded,
 )
-from parity_tests.pair.side import (
-    Arrays,
-    Branches,
-    Constants,
-    Ensemble,
-    ParameterSpec,
-    Variant,
-    leaf_name,
-    named_state,
-)
+from parity_tests.pair.calls import Call, Layout, checked_adapter, named_outputs, no_array
+from parity_tests.pair.side import Arrays, Branches, Constants, Ensemble, ParameterSpec, Variant, named_state
 
 Program = Callable[..., dict[str, Any]]
 
@@ -43,6 +35,7 @@ class JaxSide:
         module: a linen module, an nnx module, a callable pytree, or a function of a pytree of arrays and the inputs.
         kwargs: keyword arguments of every call.
         initial: initial parameters of a function, variables of a linen module; None for another module.
+        adapter: `(call, *inputs) -> outputs`, see `calls.Call`.
         device: `cpu`, `cuda` or `auto`.
         change: spoils the flat function, to plant a defect.
     """
@@ -54,15 +47,23 @@ class JaxSide:
         module: Any,
         kwargs: Mapping[str, Any] | None = None,
         initial: Any = None,
+        adapter: Callable[..., Any] | None = None,
         device: str = "cpu",
         change: Callable[[Function], Function] | None = None,
     ) -> None:
         self.name = getattr(module, "__name__", type(module).__name__)
-        self._module, self._kwargs, self._initial, self._change = module, dict(kwargs or {}), initial, change
-        self._device = resolve_device(device)
+        self._module, self._initial, self._change = module, initial, change
+        self._call = Call(dict(kwargs or {}), checked_adapter(adapter, "flax"))
+        self._device, self._chosen = resolve_device(device), None
         self._notes: set[str] = set()
         self._flat: FlatModule | None = None
         self._programs: dict[tuple, Any] = {}
+
+    def arrange(self, layout: Layout, outputs: tuple[str, ...] | None) -> None:
+        """Keep both for every call; what was traced before is void."""
+        self._call, self._chosen = self._call.arranged(layout, "flax"), outputs
+        self._flat = None
+        self._programs.clear()
 
     def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
         """Return variables of the module; inputs are examples for linen, which infers shapes from them."""
@@ -161,9 +162,13 @@ class JaxSide:
         results = []
         with self._types(parameters, inputs), jax.default_device(self._device):
             for function in (flat.stateful, flat.reseeded):
-                outputs, _ = jax.jit(function)(dict(parameters), *inputs)
-                results.append([np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(outputs)])
+                outputs = jax.jit(lambda *given, f=function: self._leaves(f(*given)[0]))(dict(parameters), *inputs)
+                results.append([np.asarray(leaf).tobytes() for leaf in outputs.values()])
         return results[0] != results[1]
+
+    def numbers(self) -> tuple[str, ...]:
+        """Return none: in a traced program they are constants."""
+        return ()
 
     def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
         """Watch the program as traced in the arrays' dtype, evaluated in float64."""
@@ -211,8 +216,17 @@ class JaxSide:
 
     def _flattened(self, inputs: tuple[np.ndarray, ...]) -> FlatModule:
         if self._flat is None:
-            self._flat = flatten_module(self._module, self._kwargs, self._initial, inputs)
+            self._flat = flatten_module(self._module, self._call, self._initial, inputs)
         return self._flat
+
+    def _leaves(self, outputs: Any) -> dict[str, Any]:
+        """Return the arrays and numbers of an output by name."""
+        found = named_outputs(outputs, self._chosen, _entries, "flax")
+        for name, leaf in found.items():
+            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+                raise no_array(name, leaf, "flax")
+            found[name] = jnp.asarray(leaf)
+        return found
 
     def _program(self, inputs: tuple[np.ndarray, ...], with_gradients: bool) -> Program:
         flat = self._flattened(inputs)
@@ -221,7 +235,7 @@ class JaxSide:
 
         def outputs(parameters: dict[str, Any], inputs: tuple[Any, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
             found, state = (changed(parameters, *inputs), {}) if changed else flat.stateful(parameters, *inputs)
-            leaves = _leaves(found)
+            leaves = self._leaves(found)
             floats = {name: leaf for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
             others = {name: leaf for name, leaf in leaves.items() if name not in floats}
             return floats, others | named_state(state)
@@ -231,12 +245,13 @@ class JaxSide:
                 floats, others = outputs(parameters, inputs)
                 return floats | others
             moving = {f"d_{name}": parameters[name] for name in parameters if name in trained}
-            moving |= {f"d_input{k}": x for k, x in enumerate(inputs)}
+            moving |= {f"d_{name}": x for name, x in zip(self._call.names(inputs), inputs, strict=True)}
             moving = {name: value for name, value in moving.items() if jnp.issubdtype(value.dtype, jnp.inexact)}
 
             def of_moving(moving: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
                 held = {name: moving.get(f"d_{name}", value) for name, value in parameters.items()}
-                return outputs(held, tuple(moving.get(f"d_input{k}", x) for k, x in enumerate(inputs)))
+                named = zip(self._call.names(inputs), inputs, strict=True)
+                return outputs(held, tuple(moving.get(f"d_{name}", x) for name, x in named))
 
             floats, pullback, others = jax.vjp(of_moving, moving, has_aux=True)
             # JAX's cotangents and gradients of complex numbers are the conjugates of torch's.
@@ -313,8 +328,7 @@ def _integers_fit(parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> None:
             raise ValueError(f"{name}: expected integers that fit in 32 bits, got {array.min()} to {array.max()}.")
 
 
-def _leaves(outputs: Any) -> dict[str, Any]:
-    found, _ = jax.tree_util.tree_flatten_with_path(outputs)
-    if len(found) == 1:
-        return {"y": jnp.asarray(found[0][1])}
-    return {leaf_name(path): jnp.asarray(leaf) for path, leaf in found}
+def _entries(tree: Any) -> list[tuple[Any, Any]] | None:
+    """Return the children of a class that is registered with JAX."""
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)
+    return None if len(found) == 1 and found[0][1] is tree else [(step(path[0]), child) for path, child in found]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten_with_path
+from torch.utils._pytree import tree_leaves
 
 from parity_tests.frameworks.torch.modes import to_numpy, to_torch
 from parity_tests.frameworks.torch.noise import DoublePrecision
@@ -23,15 +23,8 @@ from parity_tests.pair.calibration import (
     moved_constant,
     was_rounded,
 )
-from parity_tests.pair.side import (
-    Arrays,
-    Constants,
-    Ensemble,
-    ParameterSpec,
-    Variant,
-    leaf_name,
-    named_state,
-)
+from parity_tests.pair.calls import Call, Layout, checked_adapter, named_outputs, no_array
+from parity_tests.pair.side import Arrays, Constants, Ensemble, ParameterSpec, Variant, named_state
 
 Function = Callable[..., Any]
 
@@ -60,6 +53,33 @@ def _double_default() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextlib.contextmanager
+def _holding(module: torch.jit.ScriptModule, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Let a scripted or traced module hold other tensors; what a call puts in their places is in the dict after it."""
+    modules = dict(module.named_modules())
+    places = {name: (modules[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in tensors}
+    before = {name: getattr(*place) for name, place in places.items()}
+    try:
+        for name, (owner, leaf) in places.items():
+            setattr(owner, leaf, tensors[name])
+        yield
+        tensors.update({name: getattr(*place) for name, place in places.items()})
+    finally:
+        for name, (owner, leaf) in places.items():
+            setattr(owner, leaf, before[name])
+
+
+class _Held(torch.nn.Module):
+    """Do some work inside a `functional_call`: a backward pass may run a module again (checkpointing)."""
+
+    def __init__(self, module: torch.nn.Module, work: Callable[[], Any]) -> None:
+        super().__init__()
+        self.module, self._work = module, work
+
+    def forward(self) -> Any:
+        return self._work()
+
+
 class TorchSide:
     """One torch module or function; see `side.Side`.
 
@@ -67,6 +87,7 @@ class TorchSide:
         module: an `nn.Module` (its training mode is left as it is), or a function of a dict of tensors and inputs.
         kwargs: keyword arguments of every call.
         initial: initial parameters of a function; None for a module.
+        adapter: `(call, *inputs) -> outputs`, see `calls.Call`.
         device: `cpu`, `cuda` or `auto`.
 
     Raises:
@@ -81,6 +102,7 @@ class TorchSide:
         module: torch.nn.Module | Function,
         kwargs: Mapping[str, Any] | None = None,
         initial: Mapping[str, np.ndarray] | None = None,
+        adapter: Callable[..., Any] | None = None,
         device: str = "cpu",
     ) -> None:
         if isinstance(module, type):
@@ -95,19 +117,31 @@ class TorchSide:
             wanted = told if initial is not None else ("a dict of initial arrays for a function", "None; pass one")
             raise TypeError(f"torch_params: expected {wanted[0]}, got {wanted[1]}.")
         self.name = getattr(module, "__name__", type(module).__name__)
-        self._kwargs, self._initial, self._device = dict(kwargs or {}), initial, resolve_device(device)
-        if isinstance(module, torch.nn.Module):
-            self._module: torch.nn.Module | None = module
-            self.function: Function = self._call_module
-        else:
-            self._module, self.function = None, lambda tensors, *inputs: module(tensors, *inputs, **self._kwargs)
+        self._call, self._initial = Call(dict(kwargs or {}), checked_adapter(adapter, "torch")), initial
+        self._device, self._chosen = resolve_device(device), None
+        self._module = module if isinstance(module, torch.nn.Module) else None
+        self._function = module
         self._recorder = Recorder()
         self._trained = {name for name, spec in self.parameters(()).items() if spec.trainable}
+        self._numbers: tuple[str, ...] = ()
         self._captures = False  # whether the last truth used tensors that are no parameters, buffers or inputs
 
-    def _call_module(self, tensors: dict[str, torch.Tensor], *inputs: torch.Tensor) -> Any:
-        assert self._module is not None
-        return torch.func.functional_call(self._module, tensors, inputs, self._kwargs)
+    def function(self, tensors: dict[str, torch.Tensor], *inputs: torch.Tensor) -> Any:
+        """Run the module on parameters and the arrays of its inputs."""
+
+        def run(*arguments: Any, **named: Any) -> Any:
+            if self._module is None:
+                return self._function(tensors, *arguments, **named)
+            if isinstance(self._module, torch.jit.ScriptModule):
+                with _holding(self._module, tensors):
+                    return self._module(*arguments, **named)
+            return torch.func.functional_call(self._module, tensors, arguments, named)
+
+        return self._call(run, inputs)
+
+    def arrange(self, layout: Layout, outputs: tuple[str, ...] | None) -> None:
+        """Keep both for every call."""
+        self._call, self._chosen = self._call.arranged(layout, "torch"), outputs
 
     def parameters(self, inputs: tuple[np.ndarray, ...]) -> dict[str, ParameterSpec]:
         """Return parameters, then buffers; a parameter with `requires_grad=False` is frozen."""
@@ -132,7 +166,7 @@ class TorchSide:
         with torch.no_grad(), self._seeded(0):
             tensors = self._tensors(parameters)
             outputs = self.function(tensors, *self._inputs(inputs))
-            return self._results(tensors, _leaves(outputs))
+            return self._results(tensors, self._leaves(outputs, tensors))
 
     def vjp(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays) -> dict[str, np.ndarray]:
         """Run through autograd."""
@@ -211,9 +245,14 @@ class TorchSide:
         results = []
         for seed in (0, 1):
             with torch.no_grad(), self._seeded(seed):
-                outputs = self.function(self._tensors(parameters), *self._inputs(inputs))
-                results.append({name: to_numpy(leaf).tobytes() for name, leaf in _leaves(outputs).items()})
+                tensors = self._tensors(parameters)
+                outputs = self.function(tensors, *self._inputs(inputs))
+                results.append({name: to_numpy(y).tobytes() for name, y in self._leaves(outputs, tensors).items()})
         return results[0] != results[1]
+
+    def numbers(self) -> tuple[str, ...]:
+        """Return what the last call has returned as `item()` does."""
+        return self._numbers
 
     def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
         """Watch a float64 run."""
@@ -237,6 +276,22 @@ class TorchSide:
 
     def _inputs(self, inputs: tuple[np.ndarray, ...]) -> list[torch.Tensor]:
         return [to_torch(array, self._device) for array in inputs]
+
+    def _leaves(self, outputs: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the arrays and numbers of an output by name."""
+        found = named_outputs(outputs, self._chosen, _entries, "torch")
+        self._numbers = tuple(name for name, leaf in found.items() if isinstance(leaf, float | complex))
+        wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors.values())
+        for name, leaf in found.items():
+            if name in self._numbers:
+                # Stored in the format of the parameters, which is one rounding, as of a product.
+                with _double_default() if wide else contextlib.nullcontext():
+                    found[name] = torch.as_tensor(leaf, device=self._device) * 1.0
+            elif isinstance(leaf, np.ndarray | np.generic | bool | int):
+                found[name] = torch.as_tensor(leaf, device=self._device)
+            elif not isinstance(leaf, torch.Tensor):
+                raise no_array(name, leaf, "torch")
+        return found
 
     def _buffers(self) -> set[str]:
         return set() if self._module is None else {name for name, _ in self._module.named_buffers()}
@@ -274,14 +329,23 @@ class TorchSide:
     def _run(
         self, tensors: dict[str, torch.Tensor], inputs: list[torch.Tensor], cotangents: Arrays | None
     ) -> dict[str, np.ndarray]:
+        """Return outputs and gradients; the module holds the tensors until the backward pass has ended."""
+        if self._module is None or isinstance(self._module, torch.jit.ScriptModule):
+            return self._differentiated(tensors, inputs, cotangents)
+        held = _Held(self._module, lambda: self._differentiated(tensors, inputs, cotangents))
+        return torch.func.functional_call(held, {f"module.{name}": tensor for name, tensor in tensors.items()}, ())
+
+    def _differentiated(
+        self, tensors: dict[str, torch.Tensor], inputs: list[torch.Tensor], cotangents: Arrays | None
+    ) -> dict[str, np.ndarray]:
         sources = {f"d_{name}": tensor for name, tensor in tensors.items() if name in self._trained}
-        sources |= {f"d_input{k}": tensor for k, tensor in enumerate(inputs)}
+        sources |= {f"d_{name}": tensor for name, tensor in zip(self._call.names(inputs), inputs, strict=True)}
         inexact = {
             name: tensor for name, tensor in sources.items() if tensor.is_floating_point() or tensor.is_complex()
         }
         sources = {name: tensor.requires_grad_() for name, tensor in inexact.items()}
         # Copies, because a leaf that requires a gradient must not be changed in place, as the first operation may do.
-        leaves = _leaves(self.function(tensors, *(tensor.clone() for tensor in inputs)))
+        leaves = self._leaves(self.function(tensors, *(tensor.clone() for tensor in inputs)), tensors)
         result = self._results(tensors, leaves)
         if cotangents is None:
             return result
@@ -308,10 +372,9 @@ def _parameter_spec(name: str, value: Any) -> ParameterSpec:
     return ParameterSpec(array, array.dtype.kind not in "iub", frozen=array.dtype.kind in "iub")
 
 
-def _leaves(outputs: Any) -> dict[str, torch.Tensor]:
-    """Return arrays of the output by name, without None and numbers."""
-    found, _ = tree_flatten_with_path(outputs)
-    tensors = [(path, leaf) for path, leaf in found if isinstance(leaf, torch.Tensor)]
-    if len(tensors) == 1:
-        return {"y": tensors[0][1]}
-    return {leaf_name(path): leaf for path, leaf in tensors}
+def _entries(tree: Any) -> list[tuple[Any, Any]] | None:
+    """Return the children of a class that is registered with torch, by number."""
+    if isinstance(tree, torch.Tensor):
+        return None
+    children = tree_leaves(tree, is_leaf=lambda node: node is not tree)
+    return None if len(children) == 1 and children[0] is tree else list(enumerate(children))
