@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.judge.dtypes import exactly, is_complex, is_float, is_inexact, widened
+from parity_tests.judge.dtypes import FORMATS, exactly, format_name, is_complex, is_float, is_inexact, roundoff, widened
 from parity_tests.judge.inputs import BIAS_SCALE, COTANGENT_SCALE, X_SCALE
 from parity_tests.pair.calls import Layout, outlined, taken_apart
+from parity_tests.pair.rules import Link
 from parity_tests.pair.side import ParameterSpec
 
 # Shapes, arrays and containers of them, one an argument; by name in a mapping.
@@ -122,6 +123,68 @@ def _drawn_by(draw: Draw, what: str, rng: np.random.Generator, like: np.ndarray)
     if array.dtype.kind not in "biufcV" or array.shape != like.shape:
         raise ValueError(f"{what}: expected numbers of shape {like.shape}, got {array.dtype} of shape {array.shape}.")
     return _of_kind(array, like, what)
+
+
+def _on_a_grid(values: Sequence[np.ndarray], constant: float, like: np.ndarray) -> list[np.ndarray]:
+    """Round terms so that their sum, with a constant of few binary digits, is exact in the format of an array.
+
+    All terms of an element become multiples of one power of two, which is coarse enough for the sum.
+
+    Args:
+        values: real or complex terms of one shape, in float64.
+        constant: that is added.
+        like: of the format.
+    """
+    if is_complex(np.asarray(sum(values))):
+        real, imaginary = ([part(value) for value in values] for part in (np.real, np.imag))
+        halves = _on_a_grid(real, constant, like), _on_a_grid(imaginary, 0.0, like)
+        return [first + 1j * second for first, second in zip(*halves, strict=True)]
+    bits = -np.log2(FORMATS[format_name(like.dtype)].roundoff)
+    terms = len(values) + bool(constant)
+    if constant:  # a larger term would have a grid too coarse for the constant
+        most = abs(constant) * 2.0 ** (bits - 6) / terms
+        values = [np.clip(value, -most, most) for value in values]
+    largest = terms * np.maximum.reduce([*map(np.abs, values), np.full_like(values[0], abs(constant))])
+    step = 2.0 ** (np.ceil(np.log2(np.where(largest > 0, largest, 1.0))) - bits)
+    return [np.round(value / step) * step for value in values]
+
+
+def made_exact(torch: dict[str, np.ndarray], links: Sequence[Link]) -> dict[str, list[np.ndarray]]:
+    """Round numbers so that a rule's expression is exact in their format: both sides are given the same.
+
+    Args:
+        torch: arrays by name; those of the expression are replaced.
+        links: of one rule, in the order of the expression.
+
+    Returns:
+        The flax blocks, by rule, where flax has the expression.
+    """
+    blocks = [link.torch for link in links if link.torch is not None]
+    blocks = blocks if links[0].expression == "torch" else blocks[:1]
+    factors = [link.factor for link in links]
+    names = [block.name for block in blocks]
+    finest = min((torch[name] for name in names), key=roundoff)
+    for name in names:
+        torch[name] = np.array(torch[name])
+    values = [widened(torch[block.name][block.ranges]) for block in blocks]
+    if links[0].expression == "torch":
+        values = [factor * value for factor, value in zip(factors, values, strict=True)]
+        values = _on_a_grid(values, links[0].offset, finest)
+        values = [value / factor for factor, value in zip(factors, values, strict=True)]
+        terms = {}
+    else:
+        # Other terms of flax's sum: the same numbers in another order, half as large.
+        rolled = [np.roll(values[0].ravel(), k).reshape(values[0].shape) / 2 for k in range(1, len(links))]
+        whole, *others = _on_a_grid([*values, *rolled], links[0].offset, finest)
+        values = [whole]
+        first = whole - links[0].offset - sum(others, np.zeros(()))
+        pattern = links[0].pattern
+        assert pattern is not None
+        parts = zip(factors, [first, *others], strict=True)
+        terms = {links[0].text: [pattern.forward(part / factor + 0.0) for factor, part in parts]}
+    for block, value in zip(blocks, values, strict=True):
+        torch[block.name][block.ranges] = exactly(np.asarray(value + 0.0), torch[block.name].dtype, links[0].text)
+    return terms
 
 
 def checked_scale(scale: Scale | None, inputs: "Inputs", names: Collection[str]) -> Scale | None:

@@ -110,7 +110,7 @@ class Judge:
     def _weights(self, dtype: str) -> Iterator[PairRow]:
         values, mapping = self._pair.values(dtype, self._seed), self._pair.mapping
         returned = {key: self._pair.sides[key].round_trip(values.parameters[key]) for key in KEYS}
-        through_flax = mapping.to_torch(returned["jax"])
+        through_flax = mapping.to_torch(returned["jax"], beside=values.parameters["torch"])
         for name in mapping.torch_names:
             expected = values.parameters["torch"][name]
             yield self._row(same_bits(name, returned["torch"][name], expected), "torch", dtype, "weights", "exact")

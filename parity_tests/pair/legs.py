@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from parity_tests.judge.dtypes import as_stored, format_name, is_inexact, numpy_dtype, roundoff
+from parity_tests.judge.dtypes import as_stored, format_name, from_parts, is_inexact, numpy_dtype, parts, roundoff
 from parity_tests.pair.calls import Layouts
 from parity_tests.pair.draws import (
     Draw,
@@ -23,13 +23,13 @@ from parity_tests.pair.layouts import Correspondence, Outputs, both_layouts, rea
 from parity_tests.pair.mapping import ParameterMapping, Rule
 from parity_tests.pair.patterns import LeftOut, MappingError
 from parity_tests.pair.side import (
-    PREFIX,
     Arrays,
     Constants,
     Ensemble,
     ParameterSpec,
     Side,
     is_output,
+    named_state,
     state_of,
     updated,
 )
@@ -112,7 +112,7 @@ class Pair:
         self.trained_alone: dict[str, tuple[str, ...]] = {}
         # Unmapped arrays whose own values show in what is compared, see `inspection`.
         self.tables: tuple[tuple[str, str], ...] = ()
-        self.notes: set[str] = set()
+        self.notes = set(self.mapping.notes)
         self._signed: dict[int, frozenset[str]] = {}
         if self.output_patterns:
             found = self.outline("torch", self.values("float32", 0))
@@ -255,8 +255,11 @@ class Pair:
     def ensemble(self, key: str, values: Values, dtype: str, seed: int) -> Ensemble:
         """Return a side's rounding-noise ensemble, in torch names."""
         found = self.sides[key].ensemble(*values.of(key), dtype, seed)
-        fields = {name: self._spread(key, getattr(found, name), values) for name in ("centre", "spread", "kinks")}
-        return replace(found, **fields)
+        centre = self.as_torch(
+            key, found.centre, {name: np.zeros(a.shape) for name, a in values.parameters[key].items()}
+        )
+        spread, kinks = (self._spread(key, arrays, values) for arrays in (found.spread, found.kinks))
+        return replace(found, centre=centre, spread=spread, kinks=kinks)
 
     def constants(self, key: str, values: Values, computed: bool) -> Constants:
         """Return how far a side's rounded constants may move results, in torch names; see `Side.constants`."""
@@ -274,7 +277,9 @@ class Pair:
     def _spread(self, key: str, arrays: Arrays, values: Values) -> dict[str, np.ndarray]:
         """Return statistics of a side's results in torch names; what it returns none for did not move."""
         still = {name: np.zeros(array.shape) for name, array in values.parameters[key].items()}
-        return self.as_torch(key, arrays, still)
+        # A rule may change signs; spreads of numbers that are added up add up at most.
+        found = self.as_torch(key, arrays, still)
+        return {name: from_parts(np.asarray(np.abs(parts(array))), array) for name, array in found.items()}
 
     def as_torch(self, key: str, arrays: Arrays, given: Arrays | None = None) -> dict[str, np.ndarray]:
         """Rename and rearrange a side's results, without gradients and state of arrays that have no counterpart.
@@ -288,10 +293,11 @@ class Pair:
         gradients = {name.removeprefix("d_"): array for name, array in arrays.items() if name.startswith("d_")}
         outputs = {name: array for name, array in arrays.items() if is_output(name)}
         result = self._correspondence.to_torch(key, outputs)
-        trained = self.mapping.trained if gradients else ()
-        result |= self._in_torch_names("d_", key, trained, gradients)
+        if gradients:
+            named = self.mapping.gradients("torch" if key == "torch" else "flax", gradients)
+            result |= {f"d_{name}": array for name, array in named.items()}
         if given is not None:
-            result |= self._in_torch_names(PREFIX, key, self.mapping.stateful, {**given, **state_of(arrays)})
+            result |= self._state(key, {**given, **state_of(arrays)})
         patterns = self.layout.resolved(self.input_patterns) if key == "jax" else {}
         for k, name in enumerate(self.layout.names):
             if name in gradients:
@@ -299,17 +305,12 @@ class Pair:
                 result[f"d_{name}"] = gradients[name] if axes is None else axes.backward(gradients[name])
         return result
 
-    def _in_torch_names(self, prefix: str, key: str, names: Sequence[str], found: Arrays) -> dict[str, np.ndarray]:
-        """Return arrays of one side under torch names; a gradient that a side lacks is zero."""
-        if key == "jax":
-            by_name = self.mapping.to_torch(found, names)
-        else:
-            dtype = next((array.dtype for array in found.values() if is_inexact(array)), np.dtype(np.float64))
-            zeros = {
-                name: np.zeros(self.specs["torch"][name].value.shape, dtype) for name in names if name not in found
-            }
-            by_name = self.mapping.without_held({name: (zeros if name in zeros else found)[name] for name in names})
-        return {f"{prefix}{name}": array for name, array in by_name.items()}
+    def _state(self, key: str, found: Arrays) -> dict[str, np.ndarray]:
+        """Return the buffers of one side under torch names."""
+        names = self.mapping.stateful
+        if key == "torch":
+            return named_state(self.mapping.without_held({name: found[name] for name in names}))
+        return named_state(self.mapping.to_torch(found, names))
 
     def _both_inputs(self, inputs: Tuple) -> dict[str, Tuple]:
         self.shapes = [array.shape for array in inputs]

@@ -2,12 +2,14 @@
 
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import einops
 import numpy as np
 
 _GRADIENT = "d_"
+_FLIP = re.compile(r"\bflip\(\s*(\w+)\s*\)")
 
 
 class MappingError(ValueError):
@@ -42,10 +44,12 @@ def _lengths_of(groups: Sequence[tuple[str, ...]], known: Mapping[str, int]) -> 
 
 
 class AxisPattern:
-    """Permute, group and split the axes of one shape into another, and back; lengths are solved from both shapes.
+    """Permute, group, split and reverse the axes of one shape into another, and back.
+
+    Lengths are solved from both shapes.
 
     Args:
-        pattern: einops style, `"o i -> i o"`; empty for the same shape.
+        pattern: einops style, `"o i -> i o"`; `flip(h)` reverses the axis h, on either side; empty for the same shape.
         source: shape on the left.
         target: shape on the right.
         lengths: of axes that the shapes do not decide.
@@ -59,6 +63,7 @@ class AxisPattern:
     ) -> None:
         self.pattern = pattern.strip()
         self._lengths: dict[str, int] = {}
+        self._flipped: tuple[int, ...] = ()
         if not self.pattern:
             if source != target:
                 raise MappingError(
@@ -66,7 +71,9 @@ class AxisPattern:
                     "add one such as 'o i -> i o'."
                 )
             return
-        halves = self.pattern.split("->")
+        # Twice reversed, on the left and on the right, is not reversed.
+        reversals = Counter(_FLIP.findall(self.pattern))
+        halves = _FLIP.sub(r"\1", self.pattern).split("->")
         if len(halves) != 2:
             raise MappingError(f"pattern: expected one '->', got {pattern!r}; write for example 'o i -> i o'.")
         left, right = (_groups(half, pattern) for half in halves)
@@ -91,9 +98,12 @@ class AxisPattern:
                     f"got {shape}."
                 )
         self._lengths = {axis: known[axis] for axis in axes}
-        self._reverse = f"{halves[1].strip()} -> {halves[0].strip()}"
+        # By way of a layout in which every axis stands by itself.
+        names = [axis for group in left for axis in group if not axis.isdigit()]
+        self._flipped = tuple(k for k, axis in enumerate(names) if reversals[axis] % 2)
+        self._left, self._right, self._apart = halves[0].strip(), halves[1].strip(), " ".join(names)
         try:
-            einops.rearrange(np.empty(source, np.int8), self.pattern, **self._lengths)
+            einops.rearrange(np.empty(source, np.int8), f"{self._left} -> {self._right}", **self._lengths)
         except einops.EinopsError as error:
             sentence = str(error).strip().splitlines()[-1].strip()
             raise MappingError(
@@ -102,11 +112,39 @@ class AxisPattern:
 
     def forward(self, array: np.ndarray) -> np.ndarray:
         """Rearrange the left layout to the right one; of an array without axes also a NumPy scalar."""
-        return np.array(einops.rearrange(np.asarray(array), self.pattern, **self._lengths)) if self.pattern else array
+        return self._rearranged(array, self._left, self._right) if self.pattern else array
 
     def backward(self, array: np.ndarray) -> np.ndarray:
         """Rearrange the right layout to the left one."""
-        return np.array(einops.rearrange(np.asarray(array), self._reverse, **self._lengths)) if self.pattern else array
+        return self._rearranged(array, self._right, self._left) if self.pattern else array
+
+    def _rearranged(self, array: np.ndarray, source: str, target: str) -> np.ndarray:
+        array = np.asarray(array)
+        if self._flipped:
+            array = np.flip(einops.rearrange(array, f"{source} -> {self._apart}", **self._lengths), self._flipped)
+            source = self._apart
+        return np.array(einops.rearrange(array, f"{source} -> {target}", **self._lengths))
+
+
+def right_shape(pattern: str, source: tuple[int, ...], lengths: Mapping[str, int] | None = None) -> tuple[int, ...]:
+    """Return the shape on the right of a pattern, where the left one decides it; see `AxisPattern`.
+
+    Raises:
+        MappingError: if it does not, or the pattern does not fit.
+    """
+    if not pattern.strip():
+        return source
+    halves = _FLIP.sub(r"\1", pattern).split("->")
+    left, right = (_groups(half, pattern) for half in (halves[0], halves[-1]))
+    known = dict(lengths or {})
+    while len(left) == len(source) and _solve(left, source, known):
+        pass
+    if missing := sorted({axis for group in right for axis in group if not axis.isdigit()} - set(known)):
+        raise MappingError(
+            f"pattern {pattern!r}: expected lengths that the shape {source} decides, got none for "
+            f"{', '.join(missing)}; give them as a fourth entry such as {{{missing[0]!r}: 4}}, or pass like=."
+        )
+    return _lengths_of(right, known)
 
 
 def _text(groups: Sequence[tuple[str, ...]]) -> str:
