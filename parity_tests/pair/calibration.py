@@ -25,7 +25,8 @@ methods, for variances moderated across elements.
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import special, stats
@@ -41,8 +42,22 @@ MEMBERS = 16
 # deviation is about 8 * 2.4 spreads, no more than twice what the confidence grants anyway.
 KINK_AMPLITUDE = 8.0
 KINK_MEMBERS = 16
+# Of a batch of members that are run together.
+BATCH_BYTES = 1 << 28
 # The semantic leg: float64 rounds 2^-29 times as coarsely as float32.
 SEMANTIC_SCALE = FORMATS["float64"].roundoff / FORMATS["float32"].roundoff
+
+
+class Member(NamedTuple):
+    """One run of an ensemble.
+
+    Attributes:
+        number: what its noise is drawn from.
+        amplitude: of the noise; 0 for none.
+    """
+
+    number: int
+    amplitude: float
 
 
 def _inverse_trigamma(y: float) -> float:
@@ -148,24 +163,31 @@ def was_rounded(array: np.ndarray, name: str) -> bool:
 
 
 def collect_ensemble(
-    run: Callable[[int, float], Arrays], members: int = MEMBERS, kink_members: int = KINK_MEMBERS
+    run: Callable[[Sequence[Member]], Iterable[Arrays]],
+    seed: int = 0,
+    members: int = MEMBERS,
+    kink_members: int = KINK_MEMBERS,
 ) -> Ensemble:
     """Run an ensemble and keep its statistics of the real and complex tensors, of these part by part.
 
     A deviation is infinite where a run is not finite and the centre is, or is not finite in another way.
 
     Args:
-        run: one run, of a member's number and the noise's amplitude (0 for none).
+        run: returns the results of several members in turn.
+        seed: of the noise.
         members: runs with amplitude 1.
         kink_members: runs with amplitude `KINK_AMPLITUDE`.
     """
-    centre = {name: value for name, value in run(0, 0.0).items() if is_inexact(value)}
+    first = seed * (members + kink_members)
+    amplitudes = [0.0, *[1.0] * members, *[KINK_AMPLITUDE] * kink_members]
+    drawn = [Member(first + k, amplitude) for k, amplitude in enumerate(amplitudes)]
+    found = iter(run(drawn))
+    centre = {name: value.copy() for name, value in next(found).items() if is_inexact(value)}
     squares = {name: np.zeros(parts(value).shape) for name, value in centre.items()}
     kinks = {name: np.zeros(parts(value).shape) for name, value in centre.items()}
-    for member in range(members + kink_members):
-        amplitude = 1.0 if member < members else KINK_AMPLITUDE
-        for name, value in run(member + 1, amplitude).items():
-            if name in centre and amplitude == 1.0:
+    for member, arrays in zip(drawn[1:], found, strict=True):
+        for name, value in arrays.items():
+            if name in centre and member.amplitude == 1.0:
                 squares[name] += _deviation(value, centre[name]) ** 2
             elif name in centre:
                 np.maximum(kinks[name], _deviation(value, centre[name]), out=kinks[name])
@@ -175,7 +197,7 @@ def collect_ensemble(
 
 def constants_spread(run: Callable[[int], Arrays]) -> dict[str, np.ndarray]:
     """Return the root mean square of the deviations of `MEMBERS` runs with moved constants; of complex, by part."""
-    return dict(collect_ensemble(lambda member, _: run(member), kink_members=0).spread)
+    return dict(collect_ensemble(lambda members: (run(member.number) for member in members), kink_members=0).spread)
 
 
 def _deviation(value: np.ndarray, centre: np.ndarray) -> np.ndarray:

@@ -110,10 +110,11 @@ def test_a_bound_that_is_not_finite_decides_nothing(limit):
 
 
 def test_an_ensemble_with_infinities_has_bounds_where_its_members_agree():
-    def run(member, amplitude):
-        noise = amplitude * 1e-7 * (-1) ** member
-        # The last number is one whose finiteness the noise decides.
-        return {"y": np.asarray([1 + noise, -INF, NAN, INF if member == 3 else 2 + noise])}
+    def run(members):
+        for number, amplitude in members:
+            noise = amplitude * 1e-7 * (-1) ** number
+            # The last number is one whose finiteness the noise decides.
+            yield {"y": np.asarray([1 + noise, -INF, NAN, INF if number == 3 else 2 + noise])}
 
     found = collect_ensemble(run)
     assert np.isfinite(found.spread["y"][:3]).all()

@@ -41,6 +41,8 @@ from parity_tests.judge.dtypes import FORMATS, format_name, looks_rounded, parts
 from parity_tests.judge.dtypes import widened as wide_array
 from parity_tests.pair.calibration import MEMBERS, moved_constant
 
+# Interpreted programs are large and run a few dozen times: compiling them well would take longer than running them.
+COMPILE_QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 _POOL_BITS = 16
 
 
@@ -50,6 +52,17 @@ def normal_pool() -> np.ndarray:
     pool = np.random.default_rng(0xD1CE).standard_normal(1 << _POOL_BITS)
     # Of 24 bits, see `_shifted`.
     return ((pool - pool.mean()) / pool.std()).astype(np.float32).astype(np.float64)
+
+
+def spent_variables(jaxpr: Jaxpr) -> list[list[Var]]:
+    """Return for each operation the variables that no later one reads, nor the program returns."""
+    spent: list[list[Var]] = []
+    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+    for equation in reversed(jaxpr.eqns):
+        read = {atom: None for atom in (*equation.invars, *equation.outvars) if not isinstance(atom, Literal)}
+        spent.append([atom for atom in read if atom not in needed])
+        needed.update(read)
+    return spent[::-1]
 
 
 class Mark(NamedTuple):
@@ -65,7 +78,7 @@ class Mark(NamedTuple):
 
 
 class Interpreter:
-    """Evaluate a traced program; to be used inside `jit` with 64-bit types enabled.
+    """Evaluate a traced program, with 64-bit types enabled.
 
     Args:
         dtype: no operation errs more coarsely than this format.
@@ -74,13 +87,21 @@ class Interpreter:
         pool: traced, `normal_pool`: as a constant every operation would carry its own copy.
         constants: only rounded constants move, by `moved_constant` of the member; with noise also what is computed
             from constants alone.
+        compiled: None inside `jit`. Otherwise operations run one by one, those of equal shapes by one compiled program;
+            loops and branches are compiled whole and kept here.
     """
 
     def __init__(
-        self, dtype: str = "float64", member: Any = 0, amplitude: Any = None, pool: Any = None, constants: bool = False
+        self,
+        dtype: str = "float64",
+        member: Any = 0,
+        amplitude: Any = None,
+        pool: Any = None,
+        constants: bool = False,
+        compiled: dict[tuple, Any] | None = None,
     ) -> None:
         self._limit, self._member, self._amplitude, self._pool = FORMATS[dtype], member, amplitude, pool
-        self._constants = constants
+        self._constants, self._compiled = constants, compiled
         self._operation = 0
         self.notes: set[str] = set()
         # Constants that a narrow format has rounded, as they are shown: arrays, and numbers in code.
@@ -108,11 +129,13 @@ class Interpreter:
         def mark(atom: Any) -> Mark:
             return _literal_mark(atom) if isinstance(atom, Literal) else marked[atom]
 
-        for equation in jaxpr.eqns:
+        for equation, spent in zip(jaxpr.eqns, spent_variables(jaxpr), strict=True):
             operands = [read(atom) for atom in equation.invars]
             results, found = self._equation(equation, operands, [mark(atom) for atom in equation.invars])
             values.update(zip(equation.outvars, results, strict=True))
             marked.update(zip(equation.outvars, found, strict=True))
+            for variable in spent:  # frees the memory of what is needed no more
+                del values[variable]
         return [read(atom) for atom in jaxpr.outvars], [mark(atom) for atom in jaxpr.outvars]
 
     def _literal(self, literal: Literal) -> jax.Array:
@@ -161,12 +184,35 @@ class Interpreter:
             # A choice among numbers of a format, or a cast to one that holds them, rounds nothing.
             units = [max(unit, held) for unit in units]
         if name in _CONTROL:
-            results = _CONTROL[name](self, params, operands, marks)
+            results = self._controlled(equation, operands, marks)
         elif self._amplitude is None or (self._constants and not constant):
             results = self._exactly(equation, operands)
         else:
             results = self._noisy(equation, operands, held)
         return results, [Mark(constant, unit) for unit in units]
+
+    def _controlled(self, equation: JaxprEqn, operands: list[Any], marks: list[Mark]) -> Sequence[Any]:
+        """Run a loop or a branch, as one compiled program where others are not."""
+        control = _CONTROL[equation.primitive.name]
+        if self._compiled is None:
+            return control(self, equation.params, operands, marks)
+        key = (id(equation), self._operation, *marks)
+        if key not in self._compiled:
+            start, ends = self._operation, []
+
+            def run(operands: list[Any], *source: Any) -> list[Any]:
+                inner = Interpreter(self._limit.name, *source)
+                inner._operation = start
+                results = control(inner, equation.params, operands, marks)
+                self.notes |= inner.notes
+                ends.append(inner._operation)
+                return results
+
+            self._compiled[key] = jax.jit(run, compiler_options=COMPILE_QUICKLY), ends
+        program, ends = self._compiled[key]
+        results = program(operands, self._member, self._amplitude, self._pool)
+        self._operation = ends[0]
+        return results
 
     def _exactly(self, equation: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
         name, params = equation.primitive.name, equation.params
@@ -177,7 +223,7 @@ class Interpreter:
         if name == "bitcast_convert_type" or contains_program(params):
             return evaluated_as_traced(equation, operands)
         results = evaluated(equation, operands)
-        if name in MULTIPLICATIONS:
+        if name in MULTIPLICATIONS and self._compiled is None:
             zero = lax.shift_right_logical(jnp.asarray(self._member, jnp.uint64), np.uint64(63))
             return [_uncontracted(value, zero) for value in results]
         return results

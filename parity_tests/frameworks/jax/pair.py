@@ -1,7 +1,9 @@
 """The flax side of a pair: a linen or nnx module as it is, or a function `f(parameters, *inputs)`; jitted."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from parity_tests.frameworks.jax import watch as jax_watch
+from parity_tests.frameworks.jax.ensemble import NoisyProgram
 from parity_tests.frameworks.jax.modules import FlatModule, Function, flatten_module, step
-from parity_tests.frameworks.jax.noise import Interpreter, normal_pool
+from parity_tests.frameworks.jax.noise import COMPILE_QUICKLY
 from parity_tests.frameworks.jax.subjects import resolve_device
-from parity_tests.frameworks.jax.truth import COMPILE_QUICKLY, Truth, traced
+from parity_tests.frameworks.jax.truth import Truth, traced
 from parity_tests.judge.dtypes import is_inexact, numpy_dtype, storage_format, widened
 from parity_tests.pair.calibration import (
-    KINK_MEMBERS,
     MEMBERS,
     collect_ensemble,
     constants_spread,
@@ -133,18 +135,13 @@ class JaxSide:
         key = ("ensemble", dtype, *_signature(arguments))
         if key not in self._programs:
             with self._types(parameters, inputs), jax.default_device(self._device):
-                self._programs[key] = self._noisy(arguments, cotangents is not None, dtype)
-        run, names, notes = self._programs[key]
-        with jax.enable_x64(True), jax.default_device(self._device):
-            leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(_wide(arguments))]
-            pool = jnp.asarray(normal_pool())
-
-            def member(number: int, amplitude: float) -> dict[str, np.ndarray]:
-                index = np.int64(seed * (MEMBERS + KINK_MEMBERS) + number)
-                return dict(zip(names, map(np.asarray, run(leaves, index, np.float64(amplitude), pool)), strict=True))
-
-            result = collect_ensemble(member)
-        return Ensemble(result.centre, result.spread, result.kinks, MEMBERS, tuple(sorted(notes)))
+                program = self._program(inputs, cotangents is not None)
+                closed, shapes = jax.make_jaxpr(program, return_shape=True)(*arguments)
+            # sorted: the order in which a dict is flattened
+            self._programs[key] = NoisyProgram(closed, sorted(shapes), dtype, self._device)
+        program, leaves = self._programs[key], jax.tree.leaves(_wide(arguments))
+        result = collect_ensemble(functools.partial(program.run, leaves), seed)
+        return replace(result, notes=tuple(sorted(program.notes)))
 
     def variants(self) -> tuple[Variant, ...]:
         """Return none: the torch side tries the hypotheses that concern constants."""
@@ -294,20 +291,6 @@ class JaxSide:
             fixed += [[not is_inexact(array) for array in inputs], dict.fromkeys(cotangents or {}, False)]
             self._programs[key] = Truth(closed, names, jax.tree.leaves(fixed), named is not None, self._device)
         return self._programs[key]
-
-    def _noisy(self, arguments: list[Any], with_gradients: bool, dtype: str) -> tuple[Any, list[str], set[str]]:
-        """Trace in the dtype of the arguments; returns an interpreter with noise, its results' names, notes."""
-        program = self._program(arguments[1], with_gradients)
-        closed, shapes = jax.make_jaxpr(program, return_shape=True)(*arguments)
-        notes: set[str] = set()
-
-        def run(leaves: list[Any], member: Any, amplitude: Any, pool: Any) -> list[Any]:
-            interpreter = Interpreter(dtype, member, amplitude, pool)
-            results = interpreter.run(closed, leaves)
-            notes.update(interpreter.notes)
-            return results
-
-        return jax.jit(run, compiler_options=COMPILE_QUICKLY), sorted(shapes), notes
 
 
 def _wide(tree: Any) -> Any:

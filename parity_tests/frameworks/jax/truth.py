@@ -11,14 +11,10 @@ import numpy as np
 from jax._src import dtypes
 from jax.extend.core import ClosedJaxpr
 
-from parity_tests.frameworks.jax.noise import Interpreter, normal_pool
+from parity_tests.frameworks.jax.noise import COMPILE_QUICKLY, Interpreter, normal_pool
 from parity_tests.frameworks.jax.operations import wide_dtype
 from parity_tests.judge.dtypes import FORMATS, as_stored, format_name
 from parity_tests.report.text import first_line
-
-# Interpreted programs are large and run a few dozen times: compiling them well would take longer than running them.
-COMPILE_QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 # Part of the key of JAX's caches: a program traced under the changes below is not found by other calls.
 _TRUTH = jax.make_user_context(default_value=None)

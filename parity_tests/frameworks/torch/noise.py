@@ -6,7 +6,6 @@ A few kernels hold a constant of float32 in float64 too; the truth goes round th
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +16,7 @@ from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from parity_tests.frameworks.torch.ensemble import INEXACT, Deviations, Noise, first_state, mapped, name_of, perform
 from parity_tests.frameworks.torch.operations import (
     EXACT,
     FUNCTIONS,
@@ -38,45 +38,14 @@ _WIDE = {
     torch.complex32: torch.complex128,
     torch.complex64: torch.complex128,
 }
-_INEXACT = (torch.float64, torch.complex128)
-
 _VIEW_AS_DTYPE = torch.ops.aten.view.dtype
 
-_POOL_BITS = 16
 _ACCUMULATOR = {"float64": "float64", "float32": "float32", "bfloat16": "float32", "float16": "float32"}
 
 
-@functools.cache
-def _pool(device: torch.device) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0xD1CE)
-    pool = torch.randn(1 << _POOL_BITS, dtype=torch.float64, generator=generator)
-    return ((pool - pool.mean()) / pool.std()).to(device)
-
-
-class _Noise:
-    """Standard normal numbers, looked up by the bits of the value that is rounded."""
-
-    def __init__(self, device: torch.device, member: int, amplitude: float) -> None:
-        self._pool = _pool(device)
-        self._state = (2 * member + 1) * 0x9E3779B97F4A7C15
-        self._amplitude = amplitude
-
-    def perturb(self, value: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-        # Multiplicative hashing: the highest bits of value * odd number depend on all bits of the value. A new odd
-        # number for each operation; |value|, because rounding to nearest is odd.
-        self._state = (self._state * 0xD1342543DE82EF95 + 0x2545F4914F6CDD1D) & ((1 << 64) - 1)
-        if value.is_complex():
-            # Both parts err, by the deviation that belongs to the modulus.
-            pairs = torch.view_as_real(value.resolve_conj())
-            return torch.view_as_complex(self._moved(pairs, deviation.unsqueeze(-1)).contiguous())
-        return self._moved(value, deviation)
-
-    def _moved(self, value: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
-        odd = self._state | 1
-        bits = value.abs().contiguous().view(torch.int64) * (odd - (1 << 64) if odd >= 1 << 63 else odd)
-        xi = self._pool[(bits >> (64 - _POOL_BITS)) & ((1 << _POOL_BITS) - 1)]
-        # Infinities and NaN are not rounded: -inf is what a mask puts in the place of a score.
-        return torch.where(torch.isfinite(value), value + self._amplitude * deviation * xi, value)
+def _as_it_is(result: Any) -> Any:
+    """Return what the parts of a fused operation have made."""
+    return result
 
 
 class DoublePrecision(TorchDispatchMode):
@@ -90,6 +59,7 @@ class DoublePrecision(TorchDispatchMode):
         device: of the tensors.
         rewrite: changes an operation's arguments before it runs, to try a hypothesis.
         measure: False takes float32 accumulators for granted; else those of 16-bit kernels are measured.
+        record: called with every operation that runs, its arguments, its deviations, and a function that runs it.
     """
 
     def __init__(
@@ -100,19 +70,20 @@ class DoublePrecision(TorchDispatchMode):
         device: torch.device | None = None,
         rewrite: Callable[[str, tuple, dict], tuple[tuple, dict]] | None = None,
         measure: bool = True,
+        record: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
         self._format, self._accumulator = FORMATS[dtype], FORMATS[_ACCUMULATOR[dtype]]
         self._device = device or torch.device("cpu")
-        self._noise = _Noise(self._device, member, amplitude) if amplitude else None
-        self._rewrite, self._measure = rewrite, measure
+        self._noise = Noise(self._device, first_state(member), amplitude) if amplitude else None
+        self._rewrite, self._measure, self._record = rewrite, measure, record
         self.notes: set[str] = set()
         self.captured = False  # whether tensors of a narrow format came in from outside
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run one operation."""
         args, kwargs = self._wide(func, args, dict(kwargs or {}))
-        name = _name(func)
+        name = name_of(func)
         if self._rewrite is not None:
             args, kwargs = self._rewrite(name, args, kwargs)
         return self._run(name, func, args, kwargs, self._noise is not None)
@@ -140,6 +111,12 @@ class DoublePrecision(TorchDispatchMode):
         self.captured = True
         return tensor.to(_WIDE[tensor.dtype])
 
+    def _perform(self, func: Any, args: tuple, kwargs: dict, deviations: Deviations | None = None) -> Any:
+        def run() -> Any:
+            return perform(func, args, kwargs, self._noise, deviations)
+
+        return run() if self._record is None else self._record(func, args, kwargs, deviations, run)
+
     def _run(self, name: str, func: Any, args: tuple, kwargs: dict, noisy: bool) -> Any:
         """Run an operation whose arguments are float64, with noise or without."""
         if name == "elu_backward":
@@ -149,7 +126,7 @@ class DoublePrecision(TorchDispatchMode):
             with self:
                 return decomposition_table[func](*args, **kwargs)
         if not noisy or _is_exact(name, args, kwargs) or _is_view(func):
-            return func(*args, **kwargs)
+            return self._perform(func, args, kwargs)
         if name in SUMS_WITH_ADDEND:
             with self:
                 return decomposition_table[func](*args, **kwargs)
@@ -158,28 +135,33 @@ class DoublePrecision(TorchDispatchMode):
                 product = func(*args[:2], None, *args[3:], **kwargs)
                 return product + args[2].reshape(1, -1, *[1] * (product.ndim - 2))
         if name in TRANSFORMS:
-            return self._transform(name, func, args, kwargs)
+            return self._perform(func, args, kwargs, self._transformed(name, args))
         if name in SUMS:
             with self._accumulating(func, args, kwargs):
-                return self._sum(name, func, args, kwargs)
+                return self._perform(func, args, kwargs, self._summed(func))
         if name in ("mean", "var") or (name in FUSED and func in decomposition_table):
             with self._accumulating(func, args, kwargs):
                 if name in ("mean", "var"):
-                    return self._rounded(name, self._parts(_moment, (name, args, kwargs), {}))
-                return self._rounded(name, self._parts(decomposition_table[func], args, kwargs))
+                    result = self._parts(_moment, (name, args, kwargs), {})
+                else:
+                    result = self._parts(decomposition_table[func], args, kwargs)
+                return self._perform(_as_it_is, (result,), {}, self._rounded())
         if func._can_decompose() and torch.Tag.pointwise not in func.tags and name not in FUNCTIONS:
             with self:
                 return func.decompose(*args, **kwargs)
-        result = func(*args, **kwargs)
         if name in RESAMPLING:
             errors = kernel_errors(func, args, kwargs, self._format.name)
-            return self._perturbed(
-                name, result, [torch.full_like(v, e) for v, e in zip(_inexact(result), errors, strict=True)]
-            )
+
+            def measured(args: tuple, kwargs: dict, result: Any) -> list[torch.Tensor]:
+                return [torch.full_like(v, e) for v, e in zip(_inexact(result), errors, strict=True)]
+
+            return self._perform(func, args, kwargs, measured)
+        factor = function_error(func, args, kwargs, self._format.name)
+        result = self._perform(func, args, kwargs, self._rounded(factor))
         # The pieces of decomposed operations ("prims::div") do not carry the tag.
         if torch.Tag.pointwise not in func.tags and func.namespace != "prims" and _inexact(result):
             self.notes.add(f"torch {name} has no rounding model of its own")
-        return self._rounded(name, result, function_error(func, args, kwargs, self._format.name))
+        return result
 
     @contextlib.contextmanager
     def _accumulating(self, func: Any, args: tuple, kwargs: dict) -> Iterator[None]:
@@ -195,7 +177,7 @@ class DoublePrecision(TorchDispatchMode):
             self._accumulator = FORMATS[accumulator(func, args, kwargs, name, noisy)]
             self._measure = False
             if self._accumulator.roundoff > FORMATS["float32"].roundoff:
-                self.notes.add(f"torch {_name(func)} accumulates in {self._accumulator.name} here, as measured")
+                self.notes.add(f"torch {name_of(func)} accumulates in {self._accumulator.name} here, as measured")
         try:
             yield
         finally:
@@ -210,43 +192,47 @@ class DoublePrecision(TorchDispatchMode):
         finally:
             self._format = outer
 
-    def _units(self, value: torch.Tensor) -> tuple[float, float, float]:
-        """Return the roundoff of a result and of its accumulator, and the smallest normal number of its format.
+    def _units(self) -> Callable[[torch.Tensor], tuple[float, float, float]]:
+        """Return a function from a result to the roundoff of its format and its accumulator's, and the smallest normal.
 
         There are no complex numbers of 16-bit parts: they are computed in float32's.
         """
         kept, accumulator = self._format, self._accumulator
-        if value.is_complex() and kept.roundoff > FORMATS["float32"].roundoff:
-            kept = accumulator = FORMATS["float32"]
-        return kept.roundoff, accumulator.roundoff, kept.smallest_normal
 
-    def _sum(self, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Add the error of recursive summation: of K terms, squares adding up to Q, in a random order."""
+        def of(value: torch.Tensor) -> tuple[float, float, float]:
+            if value.is_complex() and kept.roundoff > FORMATS["float32"].roundoff:
+                return FORMATS["float32"].roundoff, FORMATS["float32"].roundoff, kept.smallest_normal
+            return kept.roundoff, accumulator.roundoff, kept.smallest_normal
 
-        def mapped(change: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
-            def each(leaf: Any) -> Any:
-                return change(leaf) if isinstance(leaf, torch.Tensor) and leaf.dtype in _INEXACT else leaf
+        return of
 
-            return [leaf.abs() for leaf in _inexact(func(*tree_map(each, args), **kwargs))]
+    def _summed(self, func: Any) -> Deviations:
+        """Return the error of recursive summation: of K terms, squares adding up to Q, in a random order."""
+        units = self._units()
 
-        # The operation itself, on squares and on ones, gives Q and K: padding, strides and masks included.
-        squares = mapped(lambda leaf: torch.square(leaf.abs()))
-        terms = mapped(lambda leaf: torch.ones_like(leaf.abs()))
-        result = func(*args, **kwargs)
-        deviations = [
-            self._summed(value, square, count)
-            for value, square, count in zip(_inexact(result), squares, terms, strict=True)
-        ]
-        return self._perturbed(name, result, deviations)
+        def of(args: tuple, kwargs: dict, result: Any) -> list[torch.Tensor]:
+            def applied(change: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+                def each(leaf: Any) -> Any:
+                    if isinstance(leaf, tuple | list):
+                        return type(leaf)(map(each, leaf))
+                    return change(leaf) if isinstance(leaf, torch.Tensor) and leaf.dtype in INEXACT else leaf
 
-    def _summed(self, value: torch.Tensor, square: torch.Tensor, count: Any) -> torch.Tensor:
-        u, u_acc, tiny = self._units(value)
-        modulus = value.abs()
-        summation = u_acc**2 * (count * modulus**2 / 3 + count * square / 6 + square)
-        return (summation + (u * modulus) ** 2).clamp_min(0).sqrt() + tiny * (square != 0)
+                found = mapped(func)(*map(each, args), **{key: each(value) for key, value in kwargs.items()})
+                return [leaf.abs() for leaf in _inexact(found)]
 
-    def _transform(self, name: str, func: Any, args: tuple, kwargs: dict) -> Any:
+            # The operation itself, on squares and on ones, gives Q and K: padding, strides and masks included.
+            squares = applied(lambda leaf: torch.square(leaf.abs()))
+            terms = applied(lambda leaf: torch.ones_like(leaf.abs()))
+            return [
+                _sum_deviation(value, square, count, units(value))
+                for value, square, count in zip(_inexact(result), squares, terms, strict=True)
+            ]
+
+        return of
+
+    def _transformed(self, name: str, args: tuple) -> Deviations:
         """Let a Fourier transform err as the plain sum that it stands for, whose terms all have modulus |x|."""
+        units = self._units()
         x, axes, normalization = args[:3]
         lengths = [x.shape[axis] for axis in axes]
         half = name == "_fft_c2r"  # of the spectrum: the other half is implied
@@ -254,34 +240,33 @@ class DoublePrecision(TorchDispatchMode):
             lengths[-1] = args[3]
         count = math.prod(lengths)
         scale = (1.0, count**-0.5, 1.0 / count)[int(normalization)]
-        square = (2.0 if half else 1.0) * scale**2 * x.abs().square().sum(axes, keepdim=True)
-        result = func(*args, **kwargs)
-        return self._perturbed(name, result, [self._summed(result, square.expand_as(result.abs()), count)])
 
-    def _rounded(self, name: str, result: Any, factor: float = 1.0) -> Any:
+        def of(args: tuple, kwargs: dict, result: Any) -> list[torch.Tensor]:
+            square = (2.0 if half else 1.0) * scale**2 * args[0].abs().square().sum(axes, keepdim=True)
+            return [_sum_deviation(result, square.expand_as(result.abs()), count, units(result))]
+
+        return of
+
+    def _rounded(self, factor: float = 1.0) -> Deviations:
         """Round real and complex results to the format."""
+        units = self._units()
 
         def deviation(value: torch.Tensor) -> torch.Tensor:
-            u, _, tiny = self._units(value)
+            u, _, tiny = units(value)
             # A part of a complex product is a sum of two products, which may cancel: it errs as its modulus does.
             u *= math.sqrt(2.0) if value.is_complex() else 1.0
             return factor * u * value.abs() + tiny * (value != 0)
 
-        return self._perturbed(name, result, [deviation(value) for value in _inexact(result)])
+        return lambda args, kwargs, result: list(map(deviation, _inexact(result)))
 
-    def _perturbed(self, name: str, result: Any, deviations: list[torch.Tensor]) -> Any:
-        assert self._noise is not None
-        left = iter(deviations)
-        in_place = name.endswith("_")
 
-        def each(leaf: Any) -> Any:
-            if not (isinstance(leaf, torch.Tensor) and leaf.dtype in _INEXACT):
-                return leaf
-            assert self._noise is not None
-            noisy = self._noise.perturb(leaf, next(left))
-            return leaf.copy_(noisy) if in_place else noisy
-
-        return tree_map(each, result)
+def _sum_deviation(
+    value: torch.Tensor, square: torch.Tensor, count: Any, units: tuple[float, float, float]
+) -> torch.Tensor:
+    u, u_acc, tiny = units
+    modulus = value.abs()
+    summation = u_acc**2 * (count * modulus**2 / 3 + count * square / 6 + square)
+    return (summation + (u * modulus) ** 2).clamp_min(0).sqrt() + tiny * (square != 0)
 
 
 def _moment(name: str, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -302,11 +287,7 @@ def _moment(name: str, args: tuple, kwargs: dict) -> torch.Tensor:
 
 def _inexact(result: Any) -> list[torch.Tensor]:
     leaves = result if isinstance(result, tuple | list) else (result,)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dtype in _INEXACT]
-
-
-def _name(func: Any) -> str:
-    return func._schema.name.partition("::")[2]
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dtype in INEXACT]
 
 
 def _is_view(func: Any) -> bool:

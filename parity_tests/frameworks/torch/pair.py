@@ -1,7 +1,9 @@
 """The torch side of a pair: an `nn.Module` as it is, or a function `f(parameters, *inputs)`."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
+from parity_tests.frameworks.torch.ensemble import Record, run_members
 from parity_tests.frameworks.torch.modes import to_numpy, to_torch
 from parity_tests.frameworks.torch.noise import DoublePrecision
 from parity_tests.frameworks.torch.subjects import resolve_device
@@ -16,8 +19,8 @@ from parity_tests.frameworks.torch.truth import MovedConstants, Recorder, machin
 from parity_tests.frameworks.torch.watch import BranchWatch, FormatWatch
 from parity_tests.judge.dtypes import is_inexact, storage_format, widened
 from parity_tests.pair.calibration import (
-    KINK_MEMBERS,
     MEMBERS,
+    Member,
     collect_ensemble,
     constants_spread,
     moved_constant,
@@ -220,17 +223,17 @@ class TorchSide:
     def ensemble(
         self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None, dtype: str, seed: int
     ) -> Ensemble:
-        """Run under the dispatch mode, one after the other."""
+        """Run under the dispatch mode, all but the first members together where they can be."""
         notes: set[str] = set()
 
-        def run(member: int, amplitude: float) -> dict[str, np.ndarray]:
-            mode = DoublePrecision(dtype, seed * (MEMBERS + KINK_MEMBERS) + member, amplitude, self._device)
+        def run(member: Member, record: Record | None) -> dict[str, np.ndarray]:
+            mode = DoublePrecision(dtype, member.number, member.amplitude, self._device, record=record)
             outputs = self._double(parameters, inputs, cotangents, lambda tensors: mode)
             notes.update(mode.notes)
             return outputs
 
-        result = collect_ensemble(run)
-        return Ensemble(result.centre, result.spread, result.kinks, MEMBERS, tuple(sorted(notes)))
+        result = collect_ensemble(functools.partial(run_members, run), seed)
+        return replace(result, notes=tuple(sorted(notes)))
 
     def variants(self) -> tuple[Variant, ...]:
         """Return other epsilons and the other gelu, where the last truth used one."""
