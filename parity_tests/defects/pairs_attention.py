@@ -76,7 +76,12 @@ PAIRS = (
             Bug(
                 "head_order",
                 "head",
-                pair={"params": [(*rule[:2], rule[2].replace("(h d) i ->", "(d h) i ->")) if len(rule) > 2 else rule for rule in _CROSS]},
+                pair={
+                    "params": [
+                        (*rule[:2], rule[2].replace("(h d) i ->", "(d h) i ->")) if len(rule) > 2 else rule
+                        for rule in _CROSS
+                    ]
+                },
             ),
         ),
     ),

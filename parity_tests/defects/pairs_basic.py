@@ -33,9 +33,7 @@ def _graph(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
 
 def _experts() -> list[tuple[Any, ...]]:
     return [
-        rule
-        for k in range(4)
-        for rule in (*dense(f"experts.{k}.0", f"up.{k}"), *dense(f"experts.{k}.2", f"down.{k}"))
+        rule for k in range(4) for rule in (*dense(f"experts.{k}.0", f"up.{k}"), *dense(f"experts.{k}.2", f"down.{k}"))
     ]
 
 
@@ -215,7 +213,11 @@ PAIRS = (
         (
             bug("rolled", "order|roll|exchanged", roll=1),
             bug("one_bias_missing", r"(layers\.1\.bias|layers\.bias\[1).* has no effect", bias=False),
-            Bug("transposed_kernels", "transpos", pair={"params": [(*rule[:2], "o i -> 1 o i") if "weight" in rule[0] else rule for rule in _PARTITIONS]}),
+            Bug(
+                "transposed_kernels",
+                "transpos",
+                pair={"params": [(*rule[:2], "o i -> 1 o i") if "weight" in rule[0] else rule for rule in _PARTITIONS]},
+            ),
             bug("missing_activation", "activation|relu", activation="none"),
         ),
     ),

@@ -218,7 +218,11 @@ PAIRS = (
     Ported(
         "mixer_block",
         _ROOM,
-        [*norm("norm1"), *norm("norm2"), *(r for n in ("tokens1", "tokens2", "channels1", "channels2") for r in dense(n))],
+        [
+            *norm("norm1"),
+            *norm("norm2"),
+            *(r for n in ("tokens1", "tokens2", "channels1", "channels2") for r in dense(n)),
+        ],
         ((2, 5, 6),),
         (
             bug("epsilon_of_one", "epsilon.*1e-0?6", "norm2", epsilon=1e-6),

@@ -22,7 +22,9 @@ def merged(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-2], -1)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, causal: int | None = 0, power: float = -0.5, axis: int = -1) -> Any:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: int | None = 0, power: float = -0.5, axis: int = -1
+) -> Any:
     """Attend with a mask of -inf, `causal` positions ahead being seen (None: all)."""
     scores = q @ k.swapaxes(-1, -2) * q.shape[-1] ** power
     if causal is not None:

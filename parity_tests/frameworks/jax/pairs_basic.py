@@ -72,9 +72,7 @@ def mlp(activation: str = "gelu", bias: bool = True) -> Half:
     return half(call, hidden=dense(6, 11), out=dense(11, 5))
 
 
-def residual_mlp(
-    residual: float = 1.0, after: bool = False, epsilon: float = 1e-5, activation: str = "silu"
-) -> Half:
+def residual_mlp(residual: float = 1.0, after: bool = False, epsilon: float = 1e-5, activation: str = "silu") -> Half:
     """Make x + W2 silu(W1 norm(x))."""
 
     def call(m: Any, x: jax.Array) -> jax.Array:
@@ -195,9 +193,7 @@ def film(exchanged: bool = False, shift: float = 1.0, activation: str = "relu") 
     return half(call, film=dense(5, 2 * 7), norm=layer(7))
 
 
-def hypernetwork(
-    spelling: str = "boi,bti->bto", scale: float = 0.5, activation: str = "tanh"
-) -> Half:
+def hypernetwork(spelling: str = "boi,bti->bto", scale: float = 0.5, activation: str = "tanh") -> Half:
     """Make a network that makes the weights of a square layer."""
 
     def call(m: Any, x: jax.Array, z: jax.Array) -> jax.Array:
@@ -218,9 +214,7 @@ def partitioned(roll: int = 0, bias: bool = True, activation: str = "relu") -> H
     return half(call, layers=PartitionedLinear(3, 5, 5, rngs=nnx.Rngs(0)))
 
 
-def mixture_of_experts(
-    normalised: bool = True, count: int = 2, shift: int = 0, activation: str = "relu"
-) -> Half:
+def mixture_of_experts(normalised: bool = True, count: int = 2, shift: int = 0, activation: str = "relu") -> Half:
     """Route each token to two of four experts; `normalised` over the chosen ones, or over all."""
 
     def call(m: Any, x: jax.Array) -> jax.Array:
@@ -275,9 +269,7 @@ def tied_embedding(scale: float = 6**0.5, stopped: bool = False, activation: str
     return half(call, embed=nnx.Embed(11, 6, rngs=nnx.Rngs(0)), fc=dense(6, 6))
 
 
-def time_embedding(
-    base: float = 10000.0, last: int = 4, sine_first: bool = False, activation: str = "silu"
-) -> Half:
+def time_embedding(base: float = 10000.0, last: int = 4, sine_first: bool = False, activation: str = "silu") -> Half:
     """Make the time embedding of a diffusion model; some divide the exponent by one less."""
 
     def call(m: Any, t: jax.Array) -> jax.Array:
@@ -355,7 +347,11 @@ def vector_quantiser(beta: float = 0.25, straight: bool = True, exchanged: bool 
 
 def deep_sets(pool: str = "sum", activation: str = "relu") -> Half:
     """Sum over a set between two networks."""
-    return half(lambda m, x: m.rho(getattr(jnp, pool)(ACTIVATIONS[activation](m.phi(x)), axis=1)), phi=dense(5, 7), rho=dense(7, 4))
+    return half(
+        lambda m, x: m.rho(getattr(jnp, pool)(ACTIVATIONS[activation](m.phi(x)), axis=1)),
+        phi=dense(5, 7),
+        rho=dense(7, 4),
+    )
 
 
 def graph_convolution(reversed_edges: bool = False, loops: bool = True, power: float = -0.5) -> Half:

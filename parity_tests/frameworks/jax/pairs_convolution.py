@@ -62,9 +62,7 @@ def separable_conv(tiled: bool = False, dilation: int = 1, activation: str = "si
             y = y.reshape(*y.shape[:-1], 3, 2).swapaxes(-1, -2).reshape(y.shape)
         return m.point(ACTIVATIONS[activation](y))
 
-    depth = conv(
-        *(3, 6, (3, 3)), padding=((dilation, dilation),) * 2, feature_group_count=3, kernel_dilation=dilation
-    )
+    depth = conv(*(3, 6, (3, 3)), padding=((dilation, dilation),) * 2, feature_group_count=3, kernel_dilation=dilation)
     return half(call, depth=depth, point=conv(6, 4, (1, 1)))
 
 
@@ -83,9 +81,7 @@ def shuffle_block(groups: int = 2, shuffled: bool = True, activation: str = "rel
 
 def conv_transpose(kernel: bool = True, start: int = 1, activation: str = "tanh") -> Half:
     """Make a stock one, cropped by hand; without `kernel`, Flax's default, it reads the window the other way round."""
-    up = nnx.ConvTranspose(
-        *(3, 5, (3, 4)), strides=(2, 2), padding="VALID", transpose_kernel=kernel, rngs=nnx.Rngs(0)
-    )
+    up = nnx.ConvTranspose(*(3, 5, (3, 4)), strides=(2, 2), padding="VALID", transpose_kernel=kernel, rngs=nnx.Rngs(0))
 
     def call(m: Any, x: jax.Array) -> jax.Array:
         y = m.up(x)
@@ -101,7 +97,7 @@ def max_pool(average: bool = False, padding: Any = _ONE, zero: bool = False) -> 
         y = m.conv(x)
         if zero:
             y = jnp.pad(y, ((0, 0), *_ONE, (0, 0)))
-        pool = nnx.avg_pool if average else nnx.max_pool
+        pool: Any = nnx.avg_pool if average else nnx.max_pool
         return pool(y, (3, 3), (2, 2), ((0, 0), (0, 0)) if zero else padding)
 
     return half(call, conv=conv(3, 4, (1, 1)))
@@ -139,9 +135,7 @@ def resnet_block(
     )
 
 
-def convnext_block(
-    epsilon: float = 1e-6, activation: str = "gelu", scaled: bool = True, residual: float = 1.0
-) -> Half:
+def convnext_block(epsilon: float = 1e-6, activation: str = "gelu", scaled: bool = True, residual: float = 1.0) -> Half:
     """Make the block with its layer scale."""
 
     def call(m: Any, x: jax.Array) -> jax.Array:

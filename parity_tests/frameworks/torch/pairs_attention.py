@@ -33,7 +33,9 @@ def causal_attention() -> Half:
 
 def cross_attention() -> Half:
     """Make the stock one, of one sequence to another."""
-    return half(lambda m, x, y: m.attn(x, y, y, need_weights=False)[0], attn=nn.MultiheadAttention(6, 2, batch_first=True))
+    return half(
+        lambda m, x, y: m.attn(x, y, y, need_weights=False)[0], attn=nn.MultiheadAttention(6, 2, batch_first=True)
+    )
 
 
 def grouped_query_attention() -> Half:

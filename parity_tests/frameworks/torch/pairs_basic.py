@@ -52,7 +52,10 @@ def mlp() -> Half:
 def residual_mlp() -> Half:
     """Make x + W2 silu(W1 norm(x))."""
     return half(
-        lambda m, x: x + m.down(F.silu(m.up(m.norm(x)))), norm=nn.LayerNorm(6), up=nn.Linear(6, 11), down=nn.Linear(11, 6)
+        lambda m, x: x + m.down(F.silu(m.up(m.norm(x)))),
+        norm=nn.LayerNorm(6),
+        up=nn.Linear(6, 11),
+        down=nn.Linear(11, 6),
     )
 
 
@@ -246,9 +249,7 @@ def vector_quantiser() -> Half:
 
 def deep_sets() -> Half:
     """Sum over a set between two networks."""
-    return half(
-        lambda m, x: m.rho(F.relu(m.phi(x)).sum(1)), phi=nn.Linear(5, 7), rho=nn.Linear(7, 4)
-    )
+    return half(lambda m, x: m.rho(F.relu(m.phi(x)).sum(1)), phi=nn.Linear(5, 7), rho=nn.Linear(7, 4))
 
 
 def graph_convolution() -> Half:

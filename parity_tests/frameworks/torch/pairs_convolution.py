@@ -32,7 +32,9 @@ def conv3d() -> Half:
 def separable_conv() -> Half:
     """Make a depthwise convolution with two filters a channel, then a pointwise one."""
     return half(
-        lambda m, x: m.point(F.silu(m.depth(x))), depth=nn.Conv2d(3, 6, 3, padding=1, groups=3), point=nn.Conv2d(6, 4, 1)
+        lambda m, x: m.point(F.silu(m.depth(x))),
+        depth=nn.Conv2d(3, 6, 3, padding=1, groups=3),
+        point=nn.Conv2d(6, 4, 1),
     )
 
 
