@@ -118,14 +118,35 @@ def pairs(
 def defects(
     framework: Annotated[list[str] | None, typer.Option(help=choices_help(FRAMEWORKS))] = None,
     implementation: Annotated[str, typer.Option(help="The healthy subject that is spoiled.")] = "matmul",
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Judge ported pairs instead, faithful ones and those with bugs.")
+    ] = False,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --pairs: seeds (default: 3); more than 3 for eight quick pairs only."),
+    ] = None,
+    pair: Annotated[list[str] | None, typer.Option(help="With --pairs: only this one; repeat for several.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With --pairs: go on from what the --json file holds.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the score to this file.")] = None,
 ) -> None:
     """Plant defects in copies of correct code and count how many the judge kills.
 
-    Exit status: 0 all killed, 1 a survivor (or nothing planted), 2 wrong usage.
+    Exit status: 0 all killed, 1 a survivor (or nothing planted), 2 wrong usage. With --pairs: 0 if every faithful port
+    holds, every bug is found, no cause is named wrongly and 85% are named, else 1.
     """
     from parity_tests.commands.defects import defects
+    from parity_tests.commands.usage import refuse
 
+    if pairs:
+        if framework:
+            raise refuse("--framework: expected none beside --pairs, which need both; leave it out.")
+        from parity_tests.commands.pair_defects import pair_defects
+
+        raise typer.Exit(pair_defects(seeds or 3, pair or [], json_file, resume))
+    if seeds or pair or resume:
+        raise refuse("--seeds, --pair, --resume: expected --pairs beside them, got none; add it.")
     raise typer.Exit(defects(framework or [], implementation, json_file))
 
 
