@@ -145,7 +145,8 @@ def _settling(shape: Shape, near: Near, said: Answer) -> tuple[str, float | None
     first = said.neighbours[0].ranking.first
     words = ["python", "-m", "bench", "run", "--preset", _SETTLING.name]
     words += ["--workload", sweep_workload(*shape.sizes).name, "--direction", shape.direction]
-    words += ["--precision", short_name(first.precision), "--division", first.division, "--device", first.device]
+    words += ["--precision", short_name(first.precision), "--device", first.device]
+    words += ["--division", first.division] if first.division in DIVISIONS else []
     words += ["--optimizer", first.optimizer] if first.optimizer in STEPPED_OPTIMIZERS else []
     words += ["--framework", shape.framework] if shape.framework else []
     words += ["--out", f"runs/{sweep_workload(*shape.sizes).name}"]

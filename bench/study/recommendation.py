@@ -148,7 +148,7 @@ def near_cells(shape: Shape, archive: Archive) -> Near:
     heads = [group[0].without_samples() for group in read_cells(CellPlaces(p.positions[:1], 1) for p in places)]
     found = [k for k, head in enumerate(heads) if matches(shape, head)]
     counted = Counter(heads[k].division for k in found)
-    division = next((name for name in ("matched", *DIVISIONS) if name in counted), None)
+    division = next((name for name in ("matched", *DIVISIONS, *counted) if name in counted), None)
     found = [k for k in found if heads[k].division == division]
     nearest = sorted(found, key=lambda k: distance(shape, heads[k]))[:_MOST_CELLS]
     others = tuple(name for name in counted if name != division)

@@ -34,7 +34,7 @@ TWINS = {
     "validation.py": ("_names",),
 }
 LONGEST, SHORTEST = 400, 40
-# The last ones: a cost model and what is pasted, for `bench recommend`; findings and their reading, for `bench findings`.
+# The last: a cost model and the code to paste (`bench recommend`), findings and the command that shows them.
 MOST_FILES = 186
 # Files below the shortest length, each with the name by which a reader looks for it. Packages, their entries and the
 # implementations of the table need no reason.
