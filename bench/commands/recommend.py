@@ -27,7 +27,7 @@ from bench.plan.workloads import sweep_workload
 from bench.records import finite
 from bench.report.export import interval_json, write_csv
 from bench.report.snippets import code_to_paste
-from bench.report.text import MORE_PROCESSES, ratio, seconds, share
+from bench.report.text import MORE_PROCESSES, ratio, seconds, share, source_line
 from bench.store import Archive, read_cells
 from bench.study.cost_model import FAR, LEAST_SHAPES, MOST_HIGH, MOST_MEDIAN, Trial, cell_of
 from bench.study.process_spread import seen_spreads
@@ -110,7 +110,9 @@ def recommend(
             write_json("--json", json_file, _json(shape, said, near))
         if csv_file is not None:
             write_csv("--csv", csv_file, _rows(said.neighbours))
-    _show(PlainConsole(soft_wrap=True), shape, said, near, machines)
+    used = {neighbour.ranking.first.environment_id for neighbour in said.neighbours}
+    source = source_line({name: found for name, found in archive.environments.items() if name in used})
+    _show(PlainConsole(soft_wrap=True), shape, said, near, machines, source)
     return tell_damage(damage.sentences, FAILED if said.basis == NOTHING else OK)
 
 
@@ -246,7 +248,7 @@ def _stock_ties(said: Answer, kinds: Mapping[str, str]) -> list[str]:
     return [label for label in said.tied if kinds.get(label) == STOCK]
 
 
-def _show(console: PlainConsole, shape: Shape, said: Answer, near: Near, machines: Sequence[str]) -> None:
+def _show(console: PlainConsole, shape: Shape, said: Answer, near: Near, machines: Sequence[str], source: str) -> None:
     first = said.neighbours[0]
     command, taken = _settling(shape, near, said)
     if said.recommended is None:
@@ -257,7 +259,7 @@ def _show(console: PlainConsole, shape: Shape, said: Answer, near: Near, machine
         )
     else:
         _recommended(console, shape, said, near)
-    console.print(f"Machine: {first.machine or first.ranking.first.device}.")
+    console.print(f"Machine: {first.machine or first.ranking.first.device}. {source}")
     if machines[1:]:
         console.print(f"Also measured, and not part of this answer: {'; '.join(machines[1:])}.")
     if code := _code(shape, said):
