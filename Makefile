@@ -60,7 +60,8 @@ GPU_OPTIONS ?= $(foreach d,stock matched tuned,--division $(d)) $(foreach p,ieee
 GPU_REPLICATES ?= 1
 
 # Where the published records lie and where their pictures go (the tests draw them elsewhere), and the page. Directories
-# with a block of results on the page, with one of claims, with a map, and with a chart.
+# with a block of results on the page, with one of claims, with a map, with a chart, with headlines on the front page, and
+# with findings alone.
 RESULTS ?= bench/results
 DRAWN ?= $(RESULTS)
 PAGE ?= $(RESULTS)/README.md
@@ -68,6 +69,9 @@ SHOWN ?= h200 cpu-epyc-2core cpu-xeon-2core
 SHOWN_CLAIMS ?= h200
 MAPPED ?= cpu-epyc-2core cpu-xeon-2core
 CHARTED ?= h200
+FRONT ?= README.md
+HEADLINED ?= h200
+TOLD ?= cpu-xeon-amx-2core
 # A picture of every cell would be too long to read: the article's first setting, both directions.
 CHART_OPTIONS ?= $(foreach c,workload=article-base division=matched precision=ieee_fp32 direction=f*,--where '$(c)')
 BENCH = $(VENV)/bin/python -m bench
@@ -78,6 +82,8 @@ define show
 	@mkdir -p $(DRAWN)/$(1)
 	$(BENCH) report $(RESULTS)/$(1) --readme $(PAGE) $(if $(filter $(1),$(MAPPED)),--framework-map $(DRAWN)/$(1)/frameworks.svg)
 	$(if $(filter $(1),$(CHARTED)),$(BENCH) report $(RESULTS)/$(1) --chart $(DRAWN)/$(1)/throughput.svg $(CHART_OPTIONS))
+	$(BENCH) findings $(RESULTS)/$(1) --readme $(PAGE)
+	$(if $(filter $(1),$(HEADLINED)),$(BENCH) findings $(RESULTS)/$(1) --readme $(FRONT))
 	$(if $(filter $(1),$(SHOWN_CLAIMS)),$(BENCH) claims $(RESULTS)/$(1) --readme $(PAGE))
 
 endef
@@ -135,6 +141,7 @@ gpu: $(if $(filter $(VENV)/bin/python,$(GPU_PYTHON)),$(VENV)/.installed)
 publish:
 	$(if $(NEW),$(BENCH) compress $(NEW))
 	$(foreach directory,$(SHOWN),$(call show,$(directory)))
+	$(foreach directory,$(TOLD),$(BENCH) findings $(RESULTS)/$(directory) --readme $(PAGE))
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and was not found (set PYTHON)"; exit 1; }

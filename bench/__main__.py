@@ -1,4 +1,7 @@
-"""Command line: `python -m bench run | report | claims | compare | recommend | validate | compress | list | doctor`."""
+"""Command line: `python -m bench COMMAND`.
+
+Commands: `run`, `report`, `claims`, `compare`, `findings`, `recommend`, `validate`, `compress`, `list` and `doctor`.
+"""
 
 import sys
 
@@ -7,6 +10,7 @@ try:
 
     from bench.commands.arguments import ending
     from bench.commands.compare import compare_runs
+    from bench.commands.findings import findings_command
     from bench.commands.inspect import compress, doctor, list_all, validate
     from bench.commands.recommend import recommend
     from bench.commands.report import claims, report
@@ -31,6 +35,7 @@ for name, command in {
     "report": report,
     "claims": claims,
     "compare": compare_runs,
+    "findings": findings_command,
     "recommend": recommend,
     "validate": validate,
     "compress": compress,

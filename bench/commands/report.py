@@ -11,6 +11,7 @@ import typer
 from bench.commands.arguments import (
     FAILED,
     OK,
+    USAGE,
     Chart,
     CsvFile,
     Directories,
@@ -36,14 +37,15 @@ from bench.report.export import write_csv, write_frameworks, write_summary, writ
 from bench.report.maps import framework_map as draw_framework_map
 from bench.report.maps import winner_map as draw_winner_map
 from bench.report.markdown import CLAIMS, RESULTS, environment_lines, results_block, update_page, write_report
-from bench.report.pictures import ratio_chart, roofline_chart, save_picture
+from bench.report.pictures import ChartError, ratio_chart, roofline_chart, save_picture
+from bench.report.screen import screen_lines
 from bench.report.tables import show_frameworks, show_rankings, terminal, wide_console
 from bench.report.text import ratio, resolution_line, summary_line
 from bench.store import Archive
 from bench.study.claims import ClaimResult, claim_results
 from bench.study.process_spread import seen_spreads
 from bench.study.results import Results, read_results
-from parity_tests.report.files import write_json, write_text
+from parity_tests.report.files import OutputError, write_json, write_text
 from parity_tests.report.interruption import interruptible
 
 _Writer = Callable[[str, Path, Results], None]
@@ -65,10 +67,17 @@ def report(
         bool, typer.Option("--check", help="With --readme: change nothing, exit 1 if it is stale.")
     ] = False,
     efficiency: Annotated[
-        bool, typer.Option("--efficiency", help="Show rates, shares of the ceilings and compile pay-back too.")
+        bool, typer.Option("--efficiency", help="With --all: rates, shares of the ceilings and compile pay-back too.")
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Print every ranking with its reasons and remarks, not a screen.")
     ] = False,
 ) -> int:
-    """Show the records of earlier runs, without measuring anything."""
+    """Show the records of earlier runs, without measuring anything: on one screen, or all of it.
+
+    Exit status: 0 if everything that was asked for was written; 1 if --check finds a stale page; 2 for wrong usage, and
+    if an output could not be drawn or written. The others are written all the same.
+    """
     outputs: dict[str, tuple[Path | None, _Writer]] = {
         "--chart": (chart, partial(save_picture, ratio_chart)),
         "--winner-map": (winner_map, partial(save_picture, draw_winner_map)),
@@ -99,17 +108,29 @@ def report(
                 tell(f"the results in {readme} are stale; run this without --check.")
             if check:
                 return OK if fresh else FAILED
-        written = [path for path in (*(path for path, _ in outputs.values()), readme) if path is not None]
+        written, failed = [readme] if readme is not None else [], []
         for option, (path, write) in outputs.items():
-            if path is not None:
+            if path is None:
+                continue
+            try:
                 write(option, path, results)
+                written.append(path)
+            except (ChartError, OutputError) as error:
+                # One that cannot be drawn is no reason to go without the others.
+                failed.append(error)
     console = wide_console()
-    show_rankings(console, results.found, efficiency=efficiency)
-    show_frameworks(console, results)
-    console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}")
+    if everything or efficiency:
+        show_rankings(console, results.found, efficiency=efficiency)
+        show_frameworks(console, results)
+        console.print(f"Outcomes: {summary_line(results.outcomes)}. {resolution_line(results.found)}")
+    else:
+        for line in screen_lines(results, list(map(str, directories)), where or ()):
+            console.print(line, soft_wrap=True)
     if written:
         console.print(f"Written: {', '.join(map(str, written))}.", soft_wrap=True)
-    return cut_short(results.stopped, tell_damage(damage.sentences, OK))
+    for error in failed:
+        tell(error)
+    return cut_short(results.stopped, tell_damage(damage.sentences, USAGE if failed else OK))
 
 
 def claims(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from bench.plan.workloads import Workload
+from parity_tests.judge.precisions import short_name
 
 DIRECTIONS: tuple[str, ...] = ("forward", "forward_backward", "train_step")
 # Results of each direction, by the names of the parity harness; a step returns the new parameters.
@@ -58,4 +59,6 @@ class Cell:
         """One line for a heading."""
         what = self.direction if self.optimizer is None else f"{self.direction} ({self.optimizer})"
         cold = ", cold" if self.cache == "cold" else ""
-        return f"{self.workload.name} ({self.workload.shape}), {what}, {self.precision}, {self.division}{cold}"
+        return (
+            f"{self.workload.name} ({self.workload.shape}), {what}, {short_name(self.precision)}, {self.division}{cold}"
+        )

@@ -7,12 +7,18 @@ from bench.report.export import interval_json
 from bench.report.tables import Table, markdown
 from bench.report.text import ratio
 from bench.study.claims import MEMORY, NOT_HERE, ClaimResult, Finding
+from parity_tests.judge.precisions import short_name
 from parity_tests.report.text import markdown_line, markdown_text
+
+
+def _why(result: ClaimResult) -> str:
+    """Return the reason for a verdict, with the precisions as every command spells them."""
+    return " ".join(map(short_name, result.why.split(" ")))
 
 
 def overview(results: Sequence[ClaimResult]) -> Table:
     """Return one line for each claim: its verdict, and why."""
-    rows = [(str(one.claim.number), one.claim.setting, one.claim.statement, one.verdict, one.why) for one in results]
+    rows = [(str(one.claim.number), one.claim.setting, one.claim.statement, one.verdict, _why(one)) for one in results]
     widths = {"#": 2, "setting": 28, "claim": 28, "verdict": 19, "why": 75}
     return Table("The article's claims", tuple(widths), rows, widths=widths)
 
@@ -41,7 +47,7 @@ def account(results: Sequence[ClaimResult], places: Sequence[str]) -> str:
     lines += markdown(overview(results))
     for result in results:
         lines += ["", f"## Claim {result.claim.number}: {markdown_text(result.claim.statement)}", ""]
-        lines += [markdown_line(f"Setting: {result.claim.setting}. {result.verdict.capitalize()}. {result.why}"), ""]
+        lines += [markdown_line(f"Setting: {result.claim.setting}. {result.verdict.capitalize()}. {_why(result)}"), ""]
         if result.findings:
             lines += markdown(measured(result))
         if result.best:

@@ -1,9 +1,11 @@
 """Write reports as Markdown, and the blocks of a page that commands fill from records.
 
-A block lies between `<!-- results:begin -->` and `<!-- results:end -->` (`claims` for those of `bench claims`). A page
+A block lies between `<!-- results:begin -->` and `<!-- results:end -->` (`claims` for those of `bench claims`,
+`findings` or `headlines` for those of `bench findings`). A page
 that shows several directories gives each a name, that of the directory: `<!-- results:begin h200 -->`.
 """
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,13 @@ from bench.report.tables import (
 )
 from bench.report.text import baseline_line, reasons, remarks, resolution_line, summary_line, winner_line
 from bench.study.cells import identity
+from bench.study.findings import EVERYWHERE, Finding
 from bench.study.ranking import BASELINE, Ranking, Row
 from bench.study.results import Results
 from parity_tests.report.files import read_text, write_text
 from parity_tests.report.text import html_text, markdown_code, markdown_line, markdown_text
 
-RESULTS, CLAIMS = "results", "claims"
+RESULTS, CLAIMS, FINDINGS, HEADLINES = "results", "claims", "findings", "headlines"
 # Enough to show the winner, the runner-up and the usual alternatives; the full ranking is in the run's report.
 _SHOWN = 5
 # Of a ranking, each with its heading on the page.
@@ -182,6 +185,50 @@ def results_block(results: Results) -> str:
             count = f"{len(rows)} of {len(ranking.rows)} competitors are shown."
             lines += [markdown_line(f"{baseline_line(ranking)} {count}"), "", "</details>", ""]
     return "\n".join(lines)
+
+
+def findings_block(found: Sequence[Finding], name: str, *, headlines: bool = False) -> str:
+    """Return the block of findings for a page, without its markers: those of the matched division, the firmest first.
+
+    Args:
+        found: all findings of a run.
+        name: of its directory.
+        headlines: only those of the frameworks and modes in the article's settings that hold everywhere, and no query.
+    """
+    if headlines:
+        chosen = [one for one in found if one.headline]
+    else:
+        matched = [one for one in found if one.where["division"] == "matched"]
+        # Of what does not hold everywhere, a page shows the frameworks and modes alone.
+        firm = [one for one in matched if one.holds == EVERYWHERE or one.question.headline]
+        chosen = sorted(firm, key=lambda one: one.holds != EVERYWHERE)
+    lines = [f"- {markdown_line(one.sentence)}" for one in chosen] or ["- No sentence about speeds holds here."]
+    if not headlines:
+        rest = len(found) - len(chosen)
+        more = f", and of {rest} more" if rest else ""
+        command = markdown_code(f"python -m bench findings bench/results/{name}")
+        lines += ["", f"The query behind each{more}: {command}."]
+    return "\n".join(["", *(wrapped for line in lines for wrapped in _wrapped(line)), ""])
+
+
+def _wrapped(line: str) -> list[str]:
+    """Break a line of a page at its words."""
+    return textwrap.wrap(
+        line,
+        120,
+        subsequent_indent="  " if line.startswith("- ") else "",
+        break_long_words=False,
+        break_on_hyphens=False,
+    ) or [""]
+
+
+def has_block(path: Path, what: str, name: str) -> bool:
+    """Return True if a page has the beginning of a block."""
+    try:
+        text = read_text(path)
+    except (OSError, UnicodeDecodeError):
+        return False
+    return markers(what, name)[0] in text or markers(what)[0] in text
 
 
 def markers(what: str, name: str = "") -> tuple[str, str]:

@@ -15,6 +15,7 @@ from bench.report.text import titles, told_apart
 from bench.study.cells import identity
 from bench.study.ranking import Ranking, efficiencies
 from bench.study.results import Results
+from parity_tests.judge.precisions import short_name
 from parity_tests.report.files import output
 from parity_tests.report.text import printable, printable_tree
 
@@ -107,7 +108,7 @@ def ratio_chart(results: Results) -> Any:
 
 def _roofline_panel(ranking: Ranking) -> str:
     r = ranking.first
-    return f"{r.precision}, {r.device}, {r.environment_id[:6]}"
+    return f"{short_name(r.precision)}, {r.device}, {r.environment_id[:6]}"
 
 
 def points(found: Sequence[Ranking]) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ from bench.study.ranking import Ranking, Row, efficiencies
 from bench.study.results import Results
 from bench.study.statistics import FASTER, SAME, SLOWER
 from bench.study.verdicts import FrameworkRatio
+from parity_tests.judge.precisions import short_name
 from parity_tests.report.console import PlainConsole
 from parity_tests.report.text import markdown_text, printable
 
@@ -225,7 +226,7 @@ def ranking_table(ranking: Ranking, title: str = "", rows: Sequence[Row] | None 
             seconds(row.latency_s),
             ratio(row.interval),
             row.verdict or outcome(row.record),
-            f"{row.record.precision} / {row.record.observed_precision or '-'}",
+            f"{short_name(row.record.precision)} / {short_name(row.record.observed_precision or '-')}",
             parity(row.record),
             seconds(row.record.compile_s),
             byte_count(row.record.peak_memory_bytes),

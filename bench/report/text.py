@@ -4,7 +4,9 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
+from typing import Any
 
+from bench.environments import device_name
 from bench.records import Record
 from bench.study.ranking import Ranking, Row
 from bench.study.statistics import COARSE, RESOLUTION, UNKNOWN, Interval
@@ -177,6 +179,19 @@ def remarks(ranking: Ranking) -> list[str]:
     """Return remarks that a reader of a cell's figures should know."""
     found = [f"Remark: {found.sentence}." for found in ranking.short_blocks]
     return found if ranking.disturbance is None else [*found, ranking.disturbance]
+
+
+def source_line(environments: Mapping[str, Mapping[str, Any]]) -> str:
+    """Name the machines and the code that were measured; code that was not committed is said to be so."""
+    devices = "; ".join(dict.fromkeys(device_name(found) for found in environments.values()))
+    dirty, commits = 0, []
+    for found in environments.values():
+        git = found.get("git") or {}
+        dirty += bool(git.get("dirty"))
+        commits += [str(git["commit"])[:12]] if git.get("commit") else []
+    source = f"commit {', '.join(dict.fromkeys(commits))}" if commits else "code outside a git checkout"
+    changed = f", with changes that were not committed in {dirty} of {len(environments)} environments" if dirty else ""
+    return f"Measured on {devices}; {source}{changed}."
 
 
 def summary_line(counts: Mapping[str, int]) -> str:

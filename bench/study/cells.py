@@ -24,6 +24,7 @@ from bench.study.statistics import (
     ratio_intervals,
     round_log_latency,
 )
+from parity_tests.judge.precisions import short_name
 
 
 class Identity(NamedTuple):
@@ -57,7 +58,7 @@ class Identity(NamedTuple):
     @property
     def how(self) -> str:
         """Return precision and division, and the cache where it is cold."""
-        return f"{self.precision}, {self.division}" + ("" if self.cache == "warm" else f", {self.cache}")
+        return f"{short_name(self.precision)}, {self.division}" + ("" if self.cache == "warm" else f", {self.cache}")
 
     @property
     def title(self) -> str:

@@ -208,9 +208,7 @@ def test_the_command_writes_the_same_in_every_form(seed_records, tmp_path, call)
     assert first["measured_ratio"]["low"] < 12.5 < first["measured_ratio"]["high"]
     text = files["markdown"].read_text()
     assert "## Claim 10: masking costs much more memory" in text
-    assert (
-        "| article-base (B=128, n=32, 32->32), forward, ieee_fp32, matched, cpu | torch | dense about 12.5x |" in text
-    )
+    assert "| article-base (B=128, n=32, 32->32), forward, fp32, matched, cpu | torch | dense about 12.5x |" in text
     with files["csv"].open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == sum(len(claim["measured"]) for claim in written)

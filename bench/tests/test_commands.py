@@ -21,7 +21,7 @@ def test_run_writes_records_report_and_json_and_resumes(tmp_path, call):
     wanted = ("--implementation", "matmul", "--implementation", "fast", "--json", tmp_path / "f.json")
     first = call("run", *TINY, *wanted, "--out", out)
     assert first.exit_code == 0, first.output
-    assert "article-batch-1 (B=1, n=32, 32->32), forward_backward, ieee_fp32, matched, cpu" in first.output
+    assert "article-batch-1 (B=1, n=32, 32->32), forward_backward, fp32, matched, cpu" in first.output
     records = read_records(out)
     assert len(records) == 2 * (2 * 2 + 1)
     assert len({record.key for record in records}) == len(records)

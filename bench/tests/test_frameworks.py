@@ -124,7 +124,7 @@ def test_a_side_that_has_no_graph_is_missing_and_is_not_filled_with_plain_calls(
     both = on_a_gpu(cell, make_record, jax_graph=True, seed=1, direction="forward_backward")
     results = results_of([*on_a_gpu(cell, make_record, jax_graph=False), *both], ENVIRONMENTS)
     (matrix,) = matrices(results)
-    assert matrix.columns == ["ieee_fp32, matched", "ieee_fp32, matched, graphs"]
+    assert matrix.columns == ["fp32, matched", "fp32, matched, graphs"]
     shown = {row.split("), ")[1]: texts for row, *texts in framework_table(matrix).rows}
     assert shown["forward"][1] == "torch only (cuda-graph)"
     assert re.fullmatch(r"JAX [\d.]+x \(jit / eager\)", shown["forward"][0])
@@ -178,18 +178,18 @@ def test_a_matrix_has_a_column_for_each_precision_and_division(cell):
     ]
     results = results_of(records, ENVIRONMENTS)
     (matrix,) = matrices(results)
-    assert matrix.columns == ["ieee_fp32, matched", "ieee_fp32, tuned", "bf16, matched, cold"]
+    assert matrix.columns == ["fp32, matched", "fp32, tuned", "bf16, matched, cold"]
     assert [row.split("), ")[1] for row in matrix.rows] == ["forward", "forward_backward", "train_step (adamw)"]
     text = report(results)
     assert "## PyTorch against JAX" in text
-    assert "| workload | ieee_fp32, matched | ieee_fp32, tuned | bf16, matched, cold |" in text
+    assert "| workload | fp32, matched | fp32, tuned | bf16, matched, cold |" in text
     (row,) = [line for line in text.splitlines() if line.startswith("|") and "), forward |" in line]
     assert [part.split()[0] for part in row.split("|")[2:5]] == ["JAX", "same", "JAX"]
     assert text.count("JAX over PyTorch, the fastest of each: ") == 5
     # The README folds the rankings of the first workload and conditions, and counts the others.
     block = results_block(results)
     assert block.count("<details>") == 3
-    assert "Of 5 rankings, the 3 of article-base in ieee_fp32, matched;" in block
+    assert "Of 5 rankings, the 3 of article-base in fp32, matched;" in block
     assert "division tuned" in block
 
 
@@ -201,9 +201,9 @@ def test_workloads_without_a_condition_in_common_have_tables_of_their_own(cell):
     apart = [*conditions(0, "a"), *conditions(1, "b", **tuned), *conditions(2, "c")]
     first, second = matrices(results_of(apart, ENVIRONMENTS))
     assert [row.split(" (")[0] for row in first.rows] == ["a", "c"]
-    assert (first.columns, first.environments) == (["ieee_fp32, matched"], ["e0"])
+    assert (first.columns, first.environments) == (["fp32, matched"], ["e0"])
     assert [row.split(" (")[0] for row in second.rows] == ["b"]
-    assert (second.columns, second.environments) == (["ieee_fp32, tuned"], ["e1"])
+    assert (second.columns, second.environments) == (["fp32, tuned"], ["e1"])
     # A fourth workload that was measured in both conditions joins them, in the order in which they were measured.
     (joined,) = matrices(results_of([*apart, *conditions(3, "d"), *conditions(4, "d", **tuned)], ENVIRONMENTS))
     assert [row.split(" (")[0] for row in joined.rows] == ["a", "b", "c", "d"]
@@ -212,7 +212,7 @@ def test_workloads_without_a_condition_in_common_have_tables_of_their_own(cell):
 def test_a_page_shows_the_rankings_of_one_workload_and_the_frameworks_in_all(cell):
     block = results_block(results_of([*cell(2.0), *cell(0.5, seed=1, workload="article-n8")], ENVIRONMENTS))
     assert block.count("<details>") == 1
-    assert "Of 2 rankings, that of article-base in ieee_fp32, matched;" in block
+    assert "Of 2 rankings, that of article-base in fp32, matched;" in block
     assert "| article-n8 (" in block
     assert "Of 1 rankings" not in results_block(results_of(cell(2.0), ENVIRONMENTS))
 

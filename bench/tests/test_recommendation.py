@@ -5,7 +5,7 @@ import pytest
 
 from bench.records import parse_line
 from bench.store import Store
-from bench.study.recommendation import Shape, distance, nearest
+from bench.study.recommendation import Shape, distance, neighbours
 from bench.tests.synthetic import FINGERPRINT, cell_records, write_sweep
 
 ASK = ("--num-partitions", 32, "--in-features", 32, "--out-features", 32)
@@ -34,17 +34,17 @@ def test_the_distance_counts_doublings(make_record):
 
 
 def test_the_nearest_cell_comes_first_whatever_the_order(groups):
-    found = nearest(Shape(600, 32, 32, 32), groups[::-1])
+    found = neighbours(Shape(600, 32, 32, 32), groups[::-1])
     assert [neighbour.ranking.first.batch for neighbour in found] == [512, 4096, 64]
     assert found[0].leaders == ("torch form-0 (eager)",)
     assert found[0].speeds["torch loop (eager)"].ratio == pytest.approx(0.8, rel=0.02)
 
 
 def test_only_the_conditions_that_were_asked_for_count(groups):
-    assert nearest(Shape(64, 32, 32, 32, dtype="bfloat16"), groups) == []
-    assert nearest(Shape(64, 32, 32, 32, direction="forward_backward"), groups) == []
-    assert nearest(Shape(64, 32, 32, 32, device="cuda"), groups) == []
-    (first, *_) = nearest(Shape(64, 32, 32, 32, framework="jax"), groups)
+    assert neighbours(Shape(64, 32, 32, 32, dtype="bfloat16"), groups) == []
+    assert neighbours(Shape(64, 32, 32, 32, direction="forward_backward"), groups) == []
+    assert neighbours(Shape(64, 32, 32, 32, device="cuda"), groups) == []
+    (first, *_) = neighbours(Shape(64, 32, 32, 32, framework="jax"), groups)
     assert first.leaders == ("jax matmul (jit)",)
 
 
@@ -55,28 +55,40 @@ def test_of_cells_of_one_size_the_one_in_which_most_took_part_comes_first(make_r
 
     alone = [record for record in cells(0, 5) if record.framework == "torch"]
     both, tf32 = cells(1, 4, division="tuned"), cells(2, 6, precision="tf32")
-    found = nearest(Shape(64, 32, 32, 32), [alone, both, tf32])
+    found = neighbours(Shape(64, 32, 32, 32), [alone, both, tf32])
     assert [neighbour.ranking.cell for neighbour in found] == [both[0].cell, alone[0].cell]
-    (other,) = nearest(Shape(64, 32, 32, 32, precision="tf32"), [alone, both, tf32])
+    (other,) = neighbours(Shape(64, 32, 32, 32, precision="tf32"), [alone, both, tf32])
     assert other.ranking.cell == tf32[0].cell
     store = Store(tmp_path / "run", resume=False)
     store.add_environment("e0", FINGERPRINT)
     store.append([parse_line(json.dumps(json.loads(r.to_line()) | {"cell_size": len(alone)})) for r in alone])
     # In the second cell form-0, which leads in the first, did not take part.
     store.append(cells(1, 3, division="tuned"))
+    # One division is answered: the matched one, unless another is asked for.
     done = call("recommend", *ASK, "--batch", 64, tmp_path / "run")
-    assert "disagree, so the answer depends on what took part, or on the division." in done.output
+    assert "Also measured: tuned; see --division." in done.output
+    assert "Recommended: torch form-0 (eager)" in done.output
+    tuned = call("recommend", *ASK, "--batch", 64, "--division", "tuned", tmp_path / "run")
+    assert "Recommended: torch form-0" not in tuned.output
 
 
-def test_what_users_write_instead_is_no_implementation_of_ours(make_record):
-    group = [
+def as_stock(records, implementation):
+    return [
         parse_line(json.dumps(json.loads(record.to_line()) | {"kind": "stock"}))
-        if record.implementation == "form-0"
+        if record.implementation == implementation
         else record
-        for record in cell_records(make_record, 0, (64, 32, 32, 32), competitors=6)
+        for record in records
     ]
-    (found,) = nearest(Shape(64, 32, 32, 32), [group])
-    assert "torch form-0 (eager)" not in found.speeds
+
+
+def test_what_users_write_instead_takes_part_and_comes_behind_ours_in_a_tie(make_record):
+    group = as_stock(cell_records(make_record, 0, (64, 32, 32, 32), competitors=6), "form-0")
+    (found,) = neighbours(Shape(64, 32, 32, 32), [group])
+    assert found.leaders == ("torch form-0 (eager)",)
+    tie = as_stock(cell_records(make_record, 0, (64, 32, 32, 32), competitors=3), "matmul")
+    (found,) = neighbours(Shape(64, 32, 32, 32), [tie])
+    assert found.leaders[0] == "torch loop (eager)"
+    assert set(found.leaders) == {"torch loop (eager)", "torch matmul (eager)", "jax matmul (jit)"}
 
 
 def test_an_exact_measurement_is_recommended(run, call, tmp_path):
@@ -125,10 +137,15 @@ def test_a_far_measurement_is_a_hint_and_a_very_far_one_no_answer(run, call, tmp
         (("--direction", "sideways"), "--direction: expected one of forward"),
         (("--device", "tpu"), "--device: expected one of cpu, cuda"),
         (("--precision", "fp8"), "--precision: expected one of fp32, tf32, bf16, fp16, fp64, got 'fp8'"),
-        (("--precision", "bf16"), "--precision: bf16 is of bfloat16, got --dtype float32; give both alike"),
-        (("--precision", "tf32"), "nothing was measured undisturbed with dtype float32, precision tf32, forward"),
+        (("--division", "best"), "--division: expected one of stock, matched, tuned, got 'best'"),
+        (
+            ("--precision", "bf16", "--dtype", "fp32"),
+            "--precision: bf16 is stored in bf16, got --dtype fp32; give both",
+        ),
+        (("--precision", "tf32"), "nothing was measured undisturbed with dtype fp32, precision tf32, forward"),
+        (("--precision", "bf16"), "nothing was measured undisturbed with dtype bf16, precision bf16, forward"),
         (("--framework", "keras"), "--framework: expected one of torch, jax"),
-        (("--dtype", "float64"), "nothing was measured undisturbed with dtype float64"),
+        (("--dtype", "float64"), "nothing was measured undisturbed with dtype fp64"),
         (("--json", "/nowhere/f.json"), "cannot be written"),
     ],
 )

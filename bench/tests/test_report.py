@@ -115,7 +115,7 @@ def test_replicates_are_pooled_and_a_failure_in_one_shows(make_record):
 def test_without_a_right_answer_no_speed_is_shown(cell):
     text = report(results_of(cell, ENVIRONMENT), ["A note."])
     (line,) = [line for line in text.splitlines() if line.startswith("| - | torch loop")]
-    assert line == "| - | torch loop (eager) | - | - | mismatch | ieee_fp32 / ieee_fp32 | mismatch | - | 4 KiB |"
+    assert line == "| - | torch loop (eager) | - | - | mismatch | fp32 / fp32 | mismatch | - | 4 KiB |"
     assert "- torch loop (eager): mismatch, y is \\| wrong" in text
     assert "- torch masked (eager): skipped: big" in text
 

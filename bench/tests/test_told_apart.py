@@ -55,9 +55,9 @@ def test_the_first_name_that_is_nobody_elses():
 def test_headings_name_the_environment_or_the_cell_only_where_they_must(found):
     headings = titles(found)
     assert len(set(headings)) == len(found)
-    plain = "sweep-b64-n8-i32-o32 (B=64, n=8, 32->32), forward, ieee_fp32, matched, cpu"
+    plain = "sweep-b64-n8-i32-o32 (B=64, n=8, 32->32), forward, fp32, matched, cpu"
     assert headings[1:4] == [plain.replace("matched", "tuned"), plain.replace(", cpu", ", cold, cpu"),
-                             plain.replace("ieee_fp32", "tf32")]  # fmt: skip
+                             plain.replace("fp32", "tf32")]  # fmt: skip
     assert headings[6] == f"{plain}, environment e1"
     assert [headings[0], headings[7]] == [f"{plain}, environment e0, cell {found[k].cell}" for k in (0, 7)]
 
