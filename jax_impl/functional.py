@@ -1,10 +1,11 @@
 """The operation as a function: validate, select, run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
@@ -13,15 +14,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
+from jax_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes, find_axes, static_indices
 from jax_impl.registry import DTYPE_NAMES, UnsupportedImplementationError, get_implementation, unsupported_reason
 from jax_impl.selection import run_auto
 from jax_impl.validation import (
+    as_array,
+    as_operand,
     check_algorithm,
+    check_bias,
     check_implementation_name,
+    check_kernel,
     check_operands,
     check_precision,
     check_preferred_element_type,
     explain_failure,
+    name_of,
 )
 
 
@@ -33,6 +40,9 @@ def partitioned_linear(
     implementation: str = "auto",
     precision: PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
+    in_axis: int = IN_AXIS,
+    partition_axis: int | None = PARTITION_AXIS,
+    partitions: Sequence[int] | Array | None = None,
 ) -> Outputs:
     """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
 
@@ -47,6 +57,14 @@ def partitioned_linear(
         precision: Precision of the product, as in `jax.lax.dot_general`; None for the device's default, which rounds
             fp32 operands to TF32 on recent GPUs.
         preferred_element_type: Dtype of the result, at least as wide as the operands'; None for that of the operands.
+        in_axis: The axis of x with the features, which those of y take.
+        partition_axis: The axis of x with the partitions, which keep it in y. The same axis as `in_axis` for flat
+            features: (..., n*in) -> (..., n*out). None for an input that all partitions share, which is one dense
+            product: (..., in) -> (..., n, out).
+        partitions: Indices of the partitions to compute, m of them, in any order; None for all. An x of m partitions
+            holds theirs, in this order; an x of all n partitions is indexed as the parameters are. y has m, and
+            the other partitions' gradients are exactly zero. An index that is given twice is computed twice, and the
+            gradients are added. Traced indices are not checked: out of range they give NaN, and no gradients.
 
     Returns:
         Outputs, shape (..., n, out).
@@ -59,27 +77,100 @@ def partitioned_linear(
 
     Source: the operation is that of an ensemble of `flax.nnx.Linear`, one per partition.
     """
-    x, kernel, bias = check_operands(x, kernel, bias)
+    options = (implementation, precision, preferred_element_type)
+    # Identity is the cheapest question that no value can fail; another int of the same value is only slower.
+    if in_axis is not IN_AXIS or partition_axis is not PARTITION_AXIS or partitions is not None:
+        return _rearranged(x, kernel, bias, options, in_axis, partition_axis, partitions)
+    return _product(x, kernel, bias, *options)
+
+
+def _product(
+    x: Any,
+    kernel: Any,
+    bias: Any,
+    implementation: str,
+    precision: PrecisionLike,
+    preferred_element_type: DTypeLike | None,
+    *,
+    shared: bool = False,
+) -> Array:
+    x, kernel, bias = check_operands(x, kernel, bias, shared=shared)
     check_implementation_name(implementation)
     check_precision(precision)
     check_preferred_element_type(preferred_element_type, kernel.dtype)
     # "auto" runs wherever `matmul` does.
     name = "matmul" if implementation == "auto" else implementation
-    reason = unsupported_reason(name, dtype=DTYPE_NAMES[kernel.dtype], device=device_type(x, kernel))
+    reason = unsupported_reason(name, dtype=DTYPE_NAMES[kernel.dtype], device=device_type(x, kernel), shared=shared)
     if reason is not None:
         raise UnsupportedImplementationError(reason)
     check_algorithm(precision, name)
     run = run_auto if implementation == "auto" else get_implementation(name).run
+    run = cast(Callable[..., Array], get_implementation(name).run_shared) if shared else run
     dtype = kernel.dtype if preferred_element_type is None else np.dtype(preferred_element_type)
     run = partial(run, precision=precision, dtype=dtype)
     try:
-        return over_explicit_axes(run, x, kernel, bias)
+        return over_explicit_axes(run, x, kernel, bias, shared=shared)
     except Exception as error:
         explain_failure(error, name, precision, kernel)
         raise
 
 
-def over_explicit_axes(run: Callable[..., Array], x: Array, kernel: Array, bias: Array | None) -> Array:
+def _rearranged(
+    x: Any, kernel: Any, bias: Any, options: tuple[Any, ...], in_axis: Any, partition_axis: Any, partitions: Any
+) -> Array:
+    """Compute partitions of an input of any layout, which XLA copies where its product needs that."""
+    check_axes(in_axis, partition_axis)
+    x, kernel = as_operand("x", x), check_kernel(kernel)
+    n, i, _ = kernel.shape
+    indices = None if partitions is None else _as_indices(partitions, n)
+    chosen = n if indices is None else len(indices)
+    place, feature_axis = find_axes(x.shape, n, i, chosen=chosen, in_axis=in_axis, partition_axis=partition_axis)
+    if indices is not None:
+        bias = check_bias(bias, kernel)
+        kernel, bias = _taken(kernel, indices, 0), None if bias is None else _taken(bias, indices, 0)
+    if place is None:
+        return _product(jnp.moveaxis(x, feature_axis, -1), kernel, bias, *options, shared=True)
+    flat = place == feature_axis
+    if flat:
+        x = x.reshape(*x.shape[:place], x.shape[place] // i, i, *x.shape[place + 1 :])
+        feature_axis += 1
+    x = jnp.moveaxis(x, (place, feature_axis), (-2, -1))
+    if indices is not None and x.shape[-2] != chosen:
+        x = _taken(x, indices, x.ndim - 2)
+    y = jnp.moveaxis(_product(x, kernel, bias, *options), (-2, -1), (place, feature_axis))
+    return y.reshape(*y.shape[:place], y.shape[place] * y.shape[place + 1], *y.shape[place + 2 :]) if flat else y
+
+
+def _as_indices(partitions: Any, num_partitions: int) -> Array:
+    if isinstance(partitions, Array | np.ndarray):
+        partitions = as_array("partitions", partitions)
+        if not jnp.issubdtype(partitions.dtype, jnp.integer) or partitions.ndim != 1 or len(partitions) == 0:
+            raise TypeError(
+                f"`partitions`: expected integers in one axis, got {name_of(partitions.dtype)} of shape "
+                f"{partitions.shape}; pass at least one index, such as jnp.flatnonzero(mask)."
+            )
+        if isinstance(partitions, Tracer):
+            return partitions
+        # In a transform the elements of an array of JAX are traced, though they are known.
+        partitions = np.asarray(partitions)
+    return jnp.asarray(static_indices(partitions, num_partitions), np.int32)
+
+
+def _taken(array: Array, indices: Array, axis: int) -> Array:
+    places = (slice(None),) * axis + (indices,)
+    sharding = jax.typeof(array).sharding
+    if sharding.mesh.explicit_axes:
+        # Whatever device has a partition that was chosen, each one gets it.
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:axis], None, *sharding.spec[axis + 1 :]))
+    else:
+        sharding = None
+    options = {"mode": "fill", "fill_value": np.nan, "wrap_negative_indices": False, "out_sharding": sharding}
+    return array.at[places].get(**options)
+
+
+def over_explicit_axes(
+    run: Callable[..., Array], x: Array, kernel: Array, bias: Array | None, *, shared: bool = False
+) -> Array:
     """Run an implementation on operands that may be divided over mesh axes of type `Explicit`.
 
     Over such axes JAX wants to be told how every intermediate value is divided, and refuses most formulations of most
@@ -94,8 +185,8 @@ def over_explicit_axes(run: Callable[..., Array], x: Array, kernel: Array, bias:
         return run(x, kernel, bias)
     by_x, by_kernel = (tuple(sharding.spec) for sharding in shardings[:2])
     by_bias = (None, None) if bias is None else tuple(shardings[2].spec)
-    candidates = [(names,) for names in by_x[:-2]]
-    candidates += [(by_x[-2], by_kernel[0], by_bias[0]), (by_kernel[2], by_bias[1])]
+    candidates = [(names,) for names in (by_x[:-1] if shared else by_x[:-2])]
+    candidates += [(None if shared else by_x[-2], by_kernel[0], by_bias[0]), (by_kernel[2], by_bias[1])]
     taken: list[str] = []
     division = []
     for choices in candidates:

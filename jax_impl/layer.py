@@ -1,18 +1,20 @@
 """The layer for Flax nnx."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
+from jax import Array
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import Inputs, Outputs, said, shown
 from jax_impl.functional import partitioned_linear
 from jax_impl.initializers import Initializer, check_initializer, partition_initializers
+from jax_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes
 from jax_impl.validation import (
     as_array,
     check_callable,
@@ -33,7 +35,8 @@ class PartitionedLinear(nnx.Module):
     locally connected linear, and, in Keras and Flax, EinsumDense.
 
     Shape:
-        Input (..., n, in), any number of leading axes, none included; output (..., n, out).
+        Input (..., n, in), any number of leading axes, none included; output (..., n, out). Other layouts by `in_axis`
+        and `partition_axis`.
 
     Dtypes are those of `flax.nnx.Linear`: input and parameters are promoted to `dtype`, or to their common dtype, and
     the output has that dtype, or `preferred_element_type`.
@@ -62,6 +65,9 @@ class PartitionedLinear(nnx.Module):
         rngs: Random streams; "params" is drawn from once for the kernel and once for the bias.
         kernel_metadata: Metadata of the kernel's `nnx.Param`, for sharding say; it describes all three axes.
         bias_metadata: Metadata of the bias's `nnx.Param`; it describes both axes.
+        in_axis: The axis of x with the features, which those of y take.
+        partition_axis: The axis of x and y with the partitions; the same as `in_axis` for flat features (..., n*in);
+            None for an input (..., in) that all partitions share.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
@@ -73,6 +79,9 @@ class PartitionedLinear(nnx.Module):
 
     kernel: nnx.Param[Any]
     bias: nnx.Param[Any] | None
+    # Of layers that were pickled without them.
+    in_axis: int = IN_AXIS
+    partition_axis: int | None = PARTITION_AXIS
 
     def __init__(
         self,
@@ -93,6 +102,8 @@ class PartitionedLinear(nnx.Module):
         rngs: nnx.Rngs,
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        in_axis: int = IN_AXIS,
+        partition_axis: int | None = PARTITION_AXIS,
     ) -> None:
         check_sizes(num_partitions=num_partitions, in_features=in_features, out_features=out_features)
         check_instance("use_bias", use_bias, bool, "pass True or False")
@@ -105,6 +116,7 @@ class PartitionedLinear(nnx.Module):
         check_stream("rngs", rngs, "params")
         check_instance("kernel_metadata", kernel_metadata, Mapping, "pass a dict")
         check_instance("bias_metadata", bias_metadata, Mapping, "pass a dict")
+        check_axes(in_axis, partition_axis)
         draw_kernel, draw_bias = partition_initializers(init, kernel_init, bias_init, in_features)
         values = draw_kernel(_key(rngs), (num_partitions, in_features, out_features), param_dtype)
         self.kernel = _param("kernel_metadata", values, kernel_metadata)
@@ -124,14 +136,17 @@ class PartitionedLinear(nnx.Module):
         self.precision = precision
         self.preferred_element_type = preferred_element_type
         self.promote_dtype = promote_dtype
+        self.in_axis, self.partition_axis = in_axis, partition_axis
 
-    def __call__(self, x: Inputs) -> Outputs:
+    def __call__(self, x: Inputs, partitions: Sequence[int] | Array | None = None) -> Outputs:
         """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
 
         Args:
             x: Inputs, shape (..., n, in). They and the parameters are promoted to `dtype`, or to their common one, as
                 Flax's own layers do: integers become floating, and float64 becomes float32 while x64 is off. (The
                 pure function `partitioned_linear` refuses both.)
+            partitions: Indices of the m partitions to compute and train, in any order, traced or not; None for all. x
+                holds either these m, in this order, or all n. Gradients are exactly zero elsewhere.
 
         Returns:
             Outputs, shape (..., n, out).
@@ -155,6 +170,9 @@ class PartitionedLinear(nnx.Module):
             implementation=self.implementation,
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
+            in_axis=self.in_axis,
+            partition_axis=self.partition_axis,
+            partitions=partitions,
         )
 
 

@@ -4,7 +4,7 @@ The twin of `jax_impl.layer`: the same function, implementations and initial val
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax_impl.array_types import Inputs, Outputs, kind_of, shown
 from jax_impl.checkpoints import linears_from_arrays
 from jax_impl.functional import partitioned_linear
 from jax_impl.initializers import Initializer, check_initializer, partition_initializers
+from jax_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes, infer_sizes
 from jax_impl.parameters import from_canonical, read_arrays, read_linears, to_canonical, write_arrays
 from jax_impl.validation import (
     as_array,
@@ -27,7 +28,6 @@ from jax_impl.validation import (
     check_dtypes,
     check_implementation_name,
     check_instance,
-    check_partition_axes,
     check_precision,
     check_sizes,
     promoted,
@@ -44,7 +44,7 @@ class PartitionedLinear(nn.Module):
 
     Shape:
         Input (..., n, in), any number of leading axes, none included; output (..., n, out). n and in are inferred from
-        the first input.
+        the first input. Other layouts by `in_axis` and `partition_axis`.
 
     Parameters are "kernel" (n, in, out) and "bias" (n, out), in the collection "params". Dtypes are those of
     `flax.linen.Dense`: input and parameters are promoted to `dtype`, or to their common dtype.
@@ -57,6 +57,7 @@ class PartitionedLinear(nn.Module):
             in kernel and bias.
         kernel_init, bias_init: The names of `linen.with_partitioning` describe all three axes, or both.
         promote_dtype: Function (x, kernel, bias, dtype=...) -> the three in one dtype.
+        num_partitions: n, where the input has no partition axis that says it: flat, shared, or of some partitions.
 
     Source: a list of `flax.linen.Dense` applied one by one and stacked, whose function it computes.
     """
@@ -72,9 +73,12 @@ class PartitionedLinear(nn.Module):
     kernel_init: Initializer | None = None
     bias_init: Initializer | None = None
     promote_dtype: Callable[..., Any] = dtypes.promote_dtype
+    in_axis: int = IN_AXIS
+    partition_axis: int | None = PARTITION_AXIS
+    num_partitions: int | None = None
 
     @nn.compact
-    def __call__(self, x: Inputs) -> Outputs:
+    def __call__(self, x: Inputs, partitions: Sequence[int] | Array | None = None) -> Outputs:
         """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o], as the nnx layer does.
 
         Raises:
@@ -90,8 +94,10 @@ class PartitionedLinear(nn.Module):
         check_dtypes(self.dtype, self.param_dtype, self.preferred_element_type)
         check_precision(self.precision)
         check_callable("promote_dtype", self.promote_dtype, "(x, kernel, bias, dtype=...)")
-        array = check_partition_axes(x)
-        num_partitions, in_features = array.shape[-2:]
+        check_axes(self.in_axis, self.partition_axis)
+        if self.num_partitions is not None:
+            check_sizes(num_partitions=self.num_partitions)
+        array = as_array("x", x)
         stored = self._stored("kernel")
         if stored is not None:
             if stored.ndim != 3 or 0 in stored.shape or stored.shape[2] != self.features:
@@ -101,6 +107,9 @@ class PartitionedLinear(nn.Module):
                 )
             # The sizes of what was initialised: a later input that differs is refused in this package's words.
             num_partitions, in_features = stored.shape[:2]
+        else:
+            sizes = infer_sizes(array.shape, self.num_partitions, self.in_axis, self.partition_axis)
+            num_partitions, in_features = sizes
         check_sizes(num_partitions=num_partitions, in_features=in_features, features=self.features)
         draw_kernel, draw_bias = partition_initializers(self.initializer, self.kernel_init, self.bias_init, in_features)
         kernel_shape = (num_partitions, in_features, self.features)
@@ -124,6 +133,9 @@ class PartitionedLinear(nn.Module):
             implementation=self.implementation,
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
+            in_axis=self.in_axis,
+            partition_axis=self.partition_axis,
+            partitions=partitions,
         )
 
     def _stored(self, name: str) -> Any:

@@ -9,13 +9,13 @@ import numpy as np
 from jax import Array
 
 from jax_impl.array_types import UnsupportedImplementationError as UnsupportedImplementationError
-from jax_impl.implementations.einsum import partitioned_linear_einsum
+from jax_impl.implementations.einsum import partitioned_linear_einsum, shared_linear_einsum
 from jax_impl.implementations.grouped_conv import partitioned_linear_grouped_conv
 from jax_impl.implementations.grouped_matmul import partitioned_linear_grouped_matmul
 from jax_impl.implementations.in_turn import partitioned_linear_in_turn
 from jax_impl.implementations.loop import partitioned_linear_loop
 from jax_impl.implementations.masked import partitioned_linear_masked
-from jax_impl.implementations.matmul import partitioned_linear_matmul
+from jax_impl.implementations.matmul import partitioned_linear_matmul, shared_linear_matmul
 from jax_impl.implementations.vmap import partitioned_linear_vmap
 
 ITEM_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2})
@@ -35,6 +35,8 @@ class Implementation:
     Attributes:
         name: The name it is asked for by.
         run: The function (x, weight, bias, precision, dtype of y) -> y.
+        run_shared: The same for x of shape (..., in), which all partitions share, as one dense product; None where it
+            has none.
         dtypes: Canonical dtype names it accepts.
         devices: Device types it accepts, of "cpu" and "cuda" (JAX calls the latter "gpu").
         double_backward: The reverse-mode derivative of the reverse-mode derivative exists and is right.
@@ -45,6 +47,7 @@ class Implementation:
 
     name: str
     run: Callable[..., Array]
+    run_shared: Callable[..., Array] | None = None
     dtypes: frozenset[str] = _EVERY_DTYPE
     devices: frozenset[str] = _EVERY_DEVICE
     double_backward: bool = True
@@ -56,9 +59,9 @@ class Implementation:
 _TABLE = (
     Implementation("loop", partitioned_linear_loop),
     Implementation("masked", partitioned_linear_masked, isolates_partitions=False),
-    Implementation("einsum", partitioned_linear_einsum),
+    Implementation("einsum", partitioned_linear_einsum, shared_linear_einsum),
     Implementation("vmap", partitioned_linear_vmap),
-    Implementation("matmul", partitioned_linear_matmul),
+    Implementation("matmul", partitioned_linear_matmul, shared_linear_matmul),
     Implementation(
         "grouped_conv",
         partitioned_linear_grouped_conv,
@@ -98,17 +101,25 @@ def get_implementation(name: str) -> Implementation:
     return entry
 
 
-def unsupported_reason(name: str, *, dtype: str, device: str) -> str | None:
+def unsupported_reason(name: str, *, dtype: str, device: str, shared: bool = False) -> str | None:
     """Say in one sentence why a named implementation cannot run a call, or return None when it can.
 
-    `dtype` and `device` are canonical names such as "float32" and "cpu".
+    `dtype` and `device` are canonical names such as "float32" and "cpu"; `shared` is for an input that all partitions
+    share.
     """
     entry = get_implementation(name)
+    if shared and entry.run_shared is None:
+        return _shared_reason(name)
     if dtype not in entry.dtypes:
         return f"`implementation`: {name!r} supports {_listed(entry.dtypes)}, got {dtype}; choose another one."
     if device not in entry.devices:
         return f"`implementation`: {name!r} supports devices {_listed(entry.devices)}, got {device}; move the operands."
     return None
+
+
+def _shared_reason(name: str) -> str:
+    dense = ", ".join(repr(entry.name) for entry in _TABLE if entry.run_shared is not None)
+    return f"`implementation`: expected one with a product for a shared input, {dense}, got {name!r}; choose one."
 
 
 def _listed(names: frozenset[str]) -> str:

@@ -15,6 +15,7 @@ from jax import Array
 from jax.core import Tracer
 
 from jax_impl.array_types import kind_of, said, shown
+from jax_impl.layouts import layout_advice
 from jax_impl.registry import DTYPE_NAMES, IMPLEMENTATIONS, UnsupportedImplementationError
 
 _FLOATS = ", ".join(DTYPE_NAMES.values())
@@ -175,16 +176,6 @@ def name_of(dtype: Any) -> str:
     return str(dtype) if not isinstance(dtype, np.dtype) else dtype.name if dtype.isnative else dtype.str
 
 
-def check_partition_axes(x: Any) -> Array | np.ndarray:
-    """Return an input from which a layer can infer n and in; refuse others by a TypeError or a ValueError."""
-    array = as_array("x", x)
-    if array.ndim < 2 or 0 in array.shape[-2:]:
-        raise ValueError(
-            f"`x`: expected shape (..., n, in) with positive n and in, got {array.shape}; split the features first."
-        )
-    return array
-
-
 def promoted(promote: Callable[[], Any], x: Array | np.ndarray, **parameters: Any) -> tuple[Any, Any, Any]:
     """Return what `promote` makes of `x` and `parameters`; say by a TypeError or a ValueError why it fails."""
     try:
@@ -207,37 +198,51 @@ def promoted(promote: Callable[[], Any], x: Array | np.ndarray, **parameters: An
     return x_promoted, kernel, bias
 
 
-def check_operands(x: Any, kernel: Any, bias: Any) -> tuple[Array, Array, Array | None]:
+def check_operands(x: Any, kernel: Any, bias: Any, *, shared: bool = False) -> tuple[Array, Array, Array | None]:
     """Return operands as JAX arrays; refuse wrong types and dtypes by a TypeError, what does not fit by a ValueError.
 
-    No axis is broadcast: a partition axis of size 1 does not stand for n partitions. No dtype is promoted.
+    No axis is broadcast: a partition axis of size 1 does not stand for n partitions. No dtype is promoted. An x that
+    all partitions share has no partition axis.
     """
-    x, kernel = _as_operand("x", x), _as_operand("kernel", kernel)
+    x, kernel = as_operand("x", x), check_kernel(kernel)
+    num_partitions, in_features, _ = kernel.shape
+    if not shared and (x.ndim < 2 or x.shape[-2:] != (num_partitions, in_features)):
+        raise ValueError(
+            f"`x`: expected shape (..., n, in) = (..., {num_partitions}, {in_features}), got {x.shape}; "
+            f"{layout_advice(x.shape, num_partitions, in_features)}."
+        )
+    _check_beside_kernel("x", x, kernel)
+    return x, kernel, check_bias(bias, kernel)
+
+
+def check_kernel(kernel: Any) -> Array:
+    """Return a kernel as a JAX array; refuse it as `check_operands` does."""
+    kernel = as_operand("kernel", kernel)
     if kernel.ndim != 3 or 0 in kernel.shape:
         raise ValueError(
             f"`kernel`: expected shape (n, in, out) with positive sizes, got {kernel.shape}; pass one matrix per "
             f"partition."
         )
-    num_partitions, in_features, out_features = kernel.shape
-    if x.ndim < 2 or x.shape[-2:] != (num_partitions, in_features):
-        raise ValueError(
-            f"`x`: expected shape (..., n, in) = (..., {num_partitions}, {in_features}), got {x.shape}; "
-            f"{_advice(x, num_partitions, in_features)}."
-        )
-    _check_beside_kernel("x", x, kernel)
+    return kernel
+
+
+def check_bias(bias: Any, kernel: Array) -> Array | None:
+    """Return a bias as a JAX array; refuse it as `check_operands` does."""
+    num_partitions, _, out_features = kernel.shape
     if bias is None:
-        return x, kernel, None
-    bias = _as_operand("bias", bias)
+        return None
+    bias = as_operand("bias", bias)
     if bias.shape != (num_partitions, out_features):
         raise ValueError(
             f"`bias`: expected shape (n, out) = ({num_partitions}, {out_features}), got {bias.shape}; pass one "
             f"vector per partition."
         )
     _check_beside_kernel("bias", bias, kernel)
-    return x, kernel, bias
+    return bias
 
 
-def _as_operand(argument: str, value: Any) -> Array:
+def as_operand(argument: str, value: Any) -> Array:
+    """Return an operand as a JAX array; refuse wrong types and dtypes by a TypeError."""
     array = as_array(argument, value)
     if array.dtype not in DTYPE_NAMES:
         raise _wrong_dtype(argument, array)
@@ -358,18 +363,6 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
                 f"`{argument}`: expected dtype {dtype.name}, got {name_of(array.dtype)}; the layer is unchanged."
             )
     return found
-
-
-def _advice(x: Array, num_partitions: int, in_features: int) -> str:
-    if x.ndim >= 1 and x.shape[-1] == num_partitions * in_features:
-        return f"split its last axis with x.reshape(*x.shape[:-1], {num_partitions}, {in_features})"
-    if x.ndim >= 2 and x.shape[-2] == 1:
-        return f"a shared input is not broadcast, use jnp.broadcast_to(x, (..., {num_partitions}, {in_features}))"
-    if x.ndim >= 2 and x.shape[-1] == num_partitions and x.shape[-2] == in_features:
-        return "swap its last two axes with x.mT"
-    if x.ndim >= 2 and x.shape[-2] == num_partitions:
-        return "give sizes per partition, never totals: its last axis holds the features of one partition"
-    return "move the partition axis next to last and the features last"
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -1,11 +1,15 @@
 """The operation as a function: validate, select, run."""
 
-from typing import Any
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from torch_impl.array_types import Bias, Inputs, Outputs, Weight, kind_of
+from torch_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes, check_indices, find_axes, static_indices
 from torch_impl.registry import (
     DTYPE_NAMES,
     Implementation,
@@ -14,10 +18,26 @@ from torch_impl.registry import (
     unsupported_reason,
 )
 from torch_impl.selection import AUTO
-from torch_impl.validation import check_implementation_name, check_operands, check_same_dtype, explain_failure
+from torch_impl.validation import (
+    check_implementation_name,
+    check_operands,
+    check_same_dtype,
+    check_tensors,
+    explain_failure,
+    is_plain,
+)
 
 
-def partitioned_linear(x: Inputs, weight: Weight, bias: Bias | None = None, *, implementation: str = "auto") -> Outputs:
+def partitioned_linear(
+    x: Inputs,
+    weight: Weight,
+    bias: Bias | None = None,
+    *,
+    implementation: str = "auto",
+    in_axis: int = IN_AXIS,
+    partition_axis: int | None = PARTITION_AXIS,
+    partitions: Sequence[int] | Tensor | None = None,
+) -> Outputs:
     """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
 
     Under `torch.autocast` the operands are cast to the autocast dtype first, as `torch.nn.functional.linear` does;
@@ -28,6 +48,14 @@ def partitioned_linear(x: Inputs, weight: Weight, bias: Bias | None = None, *, i
         weight: One matrix per partition, shape (n, in, out).
         bias: One vector per partition, shape (n, out); or None.
         implementation: "auto", or a name from `implementation_names()`. A named implementation runs or raises.
+        in_axis: The axis of x with the features, which those of y take.
+        partition_axis: The axis of x with the partitions, which keep it in y. The same axis as `in_axis` for flat
+            features: (..., n*in) -> (..., n*out). None for an input that all partitions share, which is one dense
+            product: (..., in) -> (..., n, out).
+        partitions: Indices of the partitions to compute, m of them, in any order; None for all. An x of m partitions
+            holds theirs, in this order; an x of all n partitions is indexed as the parameters are. y has m, and
+            the other partitions' gradients are exactly zero. An index that is given twice is computed twice, and the
+            gradients are added.
 
     Returns:
         Outputs, shape (..., n, out), in the dtype of the operands. The strides are the implementation's: flatten
@@ -40,6 +68,9 @@ def partitioned_linear(x: Inputs, weight: Weight, bias: Bias | None = None, *, i
 
     Source: the operation is that of an ensemble of `torch.nn.Linear`, one per partition.
     """
+    # Identity is the cheapest question that no value can fail; another int of the same value is only slower.
+    if in_axis is not IN_AXIS or partition_axis is not PARTITION_AXIS or partitions is not None:
+        return _rearranged(x, weight, bias, implementation, in_axis, partition_axis, partitions)
     check_operands(x, weight, bias)
     device = weight.device.type
     if autocast_is_on(device):
@@ -58,6 +89,69 @@ def partitioned_linear(x: Inputs, weight: Weight, bias: Bias | None = None, *, i
         return on_dtensors(entry, x, weight, bias)
     try:
         return entry.run(x, weight, bias)
+    except RuntimeError as error:
+        explain_failure(error, name, x, weight, bias)
+        raise
+
+
+def _rearranged(
+    x: Any, weight: Any, bias: Any, implementation: str, in_axis: Any, partition_axis: Any, partitions: Any
+) -> Tensor:
+    """Compute partitions of an input of any layout: by views, but for the copies that its kernel needs of them."""
+    check_axes(in_axis, partition_axis)
+    check_tensors(x, weight, bias)
+    n, i, _ = weight.shape
+    indices = None if partitions is None else _as_indices(partitions, n, weight.device)
+    chosen = n if indices is None else len(indices)
+    place, feature_axis = find_axes(x.shape, n, i, chosen=chosen, in_axis=in_axis, partition_axis=partition_axis)
+    if indices is not None:
+        weight, bias = weight.index_select(0, indices), None if bias is None else bias.index_select(0, indices)
+    if place is None:
+        return _shared(x.movedim(feature_axis, -1), weight, bias, implementation)
+    flat = place == feature_axis
+    if flat:
+        x, feature_axis = x.unflatten(place, (-1, i)), place + 1
+    x = x.movedim((place, feature_axis), (-2, -1))
+    if indices is not None and x.shape[-2] != chosen:
+        x = x.index_select(-2, indices)
+    y = partitioned_linear(x, weight, bias, implementation=implementation)
+    y = y.movedim((-2, -1), (place, feature_axis))
+    return y.flatten(place, feature_axis) if flat else y
+
+
+def _as_indices(partitions: Any, num_partitions: int, device: torch.device) -> Tensor:
+    if not isinstance(partitions, Tensor):
+        return torch.tensor(static_indices(partitions, num_partitions), device=device)
+    whole = not (partitions.is_floating_point() or partitions.is_complex() or partitions.dtype == torch.bool)
+    if not whole or partitions.ndim != 1 or len(partitions) == 0:
+        raise TypeError(
+            f"`partitions`: expected integers in one axis, got {str(partitions.dtype).removeprefix('torch.')} of shape "
+            f"{tuple(partitions.shape)}; pass at least one index, such as mask.nonzero().flatten()."
+        )
+    if is_plain(partitions) and partitions.device.type == "cpu" and not torch.compiler.is_compiling():
+        with contextlib.suppress(RuntimeError):  # inside a transform such as torch.vmap
+            check_indices(partitions.tolist(), num_partitions)
+    return partitions.to(device, torch.int64)
+
+
+def _shared(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str) -> Tensor:
+    check_operands(x.unsqueeze(-2).expand(*x.shape[:-1], *weight.shape[:2]), weight, bias)
+    device = weight.device.type
+    if autocast_is_on(device):
+        x, weight, bias = autocast_operands(x, weight, bias)
+    check_same_dtype(x, weight, bias)
+    check_implementation_name(implementation)
+    name = AUTO if implementation == "auto" else implementation
+    sizes = {"in_features": weight.shape[1], "out_features": weight.shape[2]}
+    reason = unsupported_reason(name, dtype=DTYPE_NAMES[weight.dtype], device=device, shared=True, **sizes)
+    if reason is not None:
+        raise UnsupportedImplementationError(reason)
+    entry = get_implementation(name)
+    run = cast(Callable[..., Tensor], entry.run_shared)
+    if hasattr(weight, "placements") or hasattr(x, "placements") or hasattr(bias, "placements"):
+        return on_dtensors(dataclasses.replace(entry, run=run, divides=False), x, weight, bias)
+    try:
+        return run(x, weight, bias)
     except RuntimeError as error:
         explain_failure(error, name, x, weight, bias)
         raise

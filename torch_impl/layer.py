@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch_impl.array_types import Inputs, Outputs
 from torch_impl.functional import partitioned_linear
 from torch_impl.initializers import Init, check_initializer, empty_parameter, initialize_
+from torch_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes
 from torch_impl.linears import layer_from_linears, linears_from_partitions
 from torch_impl.parameters import check_writable
 from torch_impl.validation import (
@@ -28,7 +29,8 @@ class PartitionedLinear(nn.Module):
     locally connected linear, and, in Keras and Flax, EinsumDense.
 
     Shape:
-        Input (..., n, in), any number of leading axes, none included; output (..., n, out), in the input's dtype.
+        Input (..., n, in), any number of leading axes, none included; output (..., n, out), in the input's dtype. Other
+        layouts by `in_axis` and `partition_axis`.
 
     Attributes:
         weight: Parameter of shape (n, in, out).
@@ -46,6 +48,9 @@ class PartitionedLinear(nn.Module):
             (out, in) weight in place; or a pair of such functions for weight and bias.
         device: Where the parameters lie.
         dtype: float64, float32, bfloat16 or float16; None for PyTorch's default.
+        in_axis: The axis of x with the features, which those of y take.
+        partition_axis: The axis of x and y with the partitions; the same as `in_axis` for flat features (..., n*in);
+            None for an input (..., in) that all partitions share.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
@@ -59,6 +64,9 @@ class PartitionedLinear(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    # Of layers that were pickled without them.
+    in_axis: int = IN_AXIS
+    partition_axis: int | None = PARTITION_AXIS
 
     def __init__(
         self,
@@ -71,6 +79,8 @@ class PartitionedLinear(nn.Module):
         init: Init = "torch",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        in_axis: int = IN_AXIS,
+        partition_axis: int | None = PARTITION_AXIS,
     ) -> None:
         super().__init__()
         check_sizes(num_partitions=num_partitions, in_features=in_features, out_features=out_features)
@@ -79,11 +89,13 @@ class PartitionedLinear(nn.Module):
         check_initializer(init)
         check_dtype(dtype)
         check_placement(device)
+        check_axes(in_axis, partition_axis)
         self.num_partitions = num_partitions
         self.in_features = in_features
         self.out_features = out_features
         self.implementation = implementation
         self.init = init
+        self.in_axis, self.partition_axis = in_axis, partition_axis
         shape = (num_partitions, in_features, out_features)
         self.weight = empty_parameter(shape, device, dtype)
         if bias:
@@ -98,11 +110,13 @@ class PartitionedLinear(nn.Module):
         check_writable(views)
         initialize_(self.init, views["weight"].mT, views.get("bias"))
 
-    def forward(self, x: Inputs) -> Outputs:
+    def forward(self, x: Inputs, partitions: Sequence[int] | Tensor | None = None) -> Outputs:
         """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
 
         Args:
             x: Inputs, shape (..., n, in), dtype and device of the parameters (any dtype under `torch.autocast`).
+            partitions: Indices of the m partitions to compute and train, in any order; None for all. x holds either
+                these m, in this order, or all n. Gradients are exactly zero elsewhere.
 
         Returns:
             Outputs, shape (..., n, out); flatten them with `reshape`, not `view`.
@@ -112,11 +126,25 @@ class PartitionedLinear(nn.Module):
             ValueError: If its shape or device does not fit.
             UnsupportedImplementationError: If the named implementation cannot run this call.
         """
-        return partitioned_linear(x, self.weight, self.bias, implementation=self.implementation)
+        return partitioned_linear(
+            x,
+            self.weight,
+            self.bias,
+            implementation=self.implementation,
+            in_axis=self.in_axis,
+            partition_axis=self.partition_axis,
+            partitions=partitions,
+        )
 
     @classmethod
     def from_linears(
-        cls, linears: Sequence[nn.Linear] | nn.ModuleList, *, implementation: str = "auto", init: Init = "torch"
+        cls,
+        linears: Sequence[nn.Linear] | nn.ModuleList,
+        *,
+        implementation: str = "auto",
+        init: Init = "torch",
+        in_axis: int = IN_AXIS,
+        partition_axis: int | None = PARTITION_AXIS,
     ) -> Self:
         """Build the layer that computes what n linears do, copying their weights bit for bit.
 
@@ -126,6 +154,8 @@ class PartitionedLinear(nn.Module):
             linears: n `nn.Linear` of equal sizes, dtype, device, bias and `requires_grad`.
             implementation: As for the constructor.
             init: As for the constructor; used by a later `reset_parameters` only.
+            in_axis: As for the constructor.
+            partition_axis: As for the constructor.
 
         Returns:
             The layer.
@@ -136,7 +166,8 @@ class PartitionedLinear(nn.Module):
             ValueError: If there is none, or sizes, bias, device or `requires_grad` differ, or two share a parameter.
         """
         check_initializer(init)
-        layer = layer_from_linears(cls, linears, implementation=implementation)
+        axes = {"in_axis": in_axis, "partition_axis": partition_axis}
+        layer = layer_from_linears(cls, linears, implementation=implementation, **axes)
         layer.init = init
         return layer
 
@@ -160,8 +191,10 @@ class PartitionedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the sizes and choices shown in the module's repr."""
+        axes = (self.in_axis, self.partition_axis)
+        layout = "" if axes == (IN_AXIS, PARTITION_AXIS) else f", in_axis={axes[0]}, partition_axis={axes[1]}"
         return (
             f"num_partitions={self.num_partitions}, in_features={self.in_features}, "
             f"out_features={self.out_features}, bias={self.bias is not None}, "
-            f"implementation={self.implementation!r}, init={self.init!r}"
+            f"implementation={self.implementation!r}, init={self.init!r}{layout}"
         )

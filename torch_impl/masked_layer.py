@@ -32,7 +32,9 @@ class MaskedPartitionedLinear(nn.Module):
     the multiplications of `PartitionedLinear`. NaN in the input of one partition reaches every partition.
 
     Shape:
-        Input (..., n, in), output (..., n, out); or flat, input (..., n*in), output (..., n*out).
+        Input (..., n, in), output (..., n, out); or flat, input (..., n*in), output (..., n*out). A dense
+        product wants features and partitions in its last axes, so others are moved there first; and it has no
+        `partitions`, since it computes all of them at once.
 
     Attributes:
         weight: Parameter of shape (n*out, n*in); its off-block weights start as exact zeros.

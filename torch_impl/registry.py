@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_impl.array_types import UnsupportedImplementationError as UnsupportedImplementationError
-from torch_impl.implementations.einsum import partitioned_linear_einsum
+from torch_impl.implementations.einsum import partitioned_linear_einsum, shared_linear_einsum
 from torch_impl.implementations.grouped_conv import partitioned_linear_grouped_conv
 from torch_impl.implementations.grouped_matmul import ROW_ALIGNMENT_BYTES, partitioned_linear_grouped_matmul
 from torch_impl.implementations.loop import partitioned_linear_loop
 from torch_impl.implementations.masked import partitioned_linear_masked
-from torch_impl.implementations.matmul import partitioned_linear_matmul
+from torch_impl.implementations.matmul import partitioned_linear_matmul, shared_linear_matmul
 from torch_impl.implementations.vmap import partitioned_linear_vmap
 
 ITEM_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2})
@@ -34,6 +34,8 @@ class Implementation:
     Attributes:
         name: The name it is asked for by.
         run: The function (x, weight, bias) -> y.
+        run_shared: The same for x of shape (..., in), which all partitions share, as one dense product; None where it
+            has none.
         dtypes: Canonical dtype names it accepts.
         devices: Device types it accepts, of "cpu" and "cuda".
         double_backward: Second derivatives exist and are right.
@@ -48,6 +50,7 @@ class Implementation:
 
     name: str
     run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    run_shared: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
     dtypes: frozenset[str] = _EVERY_DTYPE
     devices: frozenset[str] = _EVERY_DEVICE
     double_backward: bool = True
@@ -63,9 +66,9 @@ _TABLE = (
     # DTensor refuses to take partitions apart along a sharded axis.
     Implementation("loop", partitioned_linear_loop, divides=False),
     Implementation("masked", partitioned_linear_masked, isolates_partitions=False),
-    Implementation("einsum", partitioned_linear_einsum, shards_partitions=True),
+    Implementation("einsum", partitioned_linear_einsum, shared_linear_einsum, shards_partitions=True),
     Implementation("vmap", partitioned_linear_vmap),
-    Implementation("matmul", partitioned_linear_matmul, shards_partitions=True),
+    Implementation("matmul", partitioned_linear_matmul, shared_linear_matmul, shards_partitions=True),
     # DTensor convolves what features a process has in as many groups as there are in all: wrong values where that fits
     # (torch 2.13).
     Implementation("grouped_conv", partitioned_linear_grouped_conv, divides=False),
@@ -103,12 +106,17 @@ def get_implementation(name: str) -> Implementation:
     return entry
 
 
-def unsupported_reason(name: str, *, dtype: str, device: str, in_features: int, out_features: int) -> str | None:
+def unsupported_reason(
+    name: str, *, dtype: str, device: str, in_features: int, out_features: int, shared: bool = False
+) -> str | None:
     """Say in one sentence why a named implementation cannot run a call, or return None when it can.
 
-    `dtype` and `device` are canonical names such as "float32" and "cpu"; sizes are those of one partition.
+    `dtype` and `device` are canonical names such as "float32" and "cpu"; sizes are those of one partition; `shared` is
+    for an input that all partitions share.
     """
     entry = get_implementation(name)
+    if shared and entry.run_shared is None:
+        return _shared_reason(name)
     unrestricted = entry.missing is None and entry.stride_bytes == 1 and entry.traced_dtypes is entry.dtypes
     if unrestricted and dtype in entry.dtypes and device in entry.devices:
         # Most calls end here; this runs at every one, before kernels that take a few microseconds.
@@ -134,6 +142,11 @@ def unsupported_reason(name: str, *, dtype: str, device: str, in_features: int, 
                     f"{symbol}={size} in {dtype}, {size * item} bytes; choose another one."
                 )
     return None
+
+
+def _shared_reason(name: str) -> str:
+    dense = ", ".join(repr(entry.name) for entry in _TABLE if entry.run_shared is not None)
+    return f"`implementation`: expected one with a product for a shared input, {dense}, got {name!r}; choose one."
 
 
 def _listed(names: frozenset[str]) -> str:

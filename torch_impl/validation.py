@@ -15,6 +15,7 @@ from torch import Tensor, nn, strided
 from torch.nn.parameter import is_lazy
 
 from torch_impl.array_types import kind_of, said, shown
+from torch_impl.layouts import layout_advice
 from torch_impl.registry import DTYPE_NAMES, IMPLEMENTATIONS, UnsupportedImplementationError
 
 _FLOATS = ", ".join(DTYPE_NAMES.values())
@@ -122,20 +123,44 @@ def _operands_fit(x: Any, weight: Any, bias: Any) -> bool:
 
 
 def _explain_operands(x: Any, weight: Any, bias: Any) -> None:
+    check_weight(weight)
+    num_partitions, in_features, _ = weight.shape
+    check_tensor("x", x)
+    if x.ndim < 2 or x.shape[-2] != num_partitions or x.shape[-1] != in_features:
+        raise ValueError(
+            f"`x`: expected shape (..., n, in) = (..., {num_partitions}, {in_features}), got {_shape(x)}; "
+            f"{layout_advice(x.shape, num_partitions, in_features)}."
+        )
+    check_device("x", x, weight)
+    check_bias(bias, weight)
+
+
+def check_tensors(x: Any, weight: Any, bias: Any) -> None:
+    """Refuse operands as `check_operands` does, but for their sizes beside one another, and for devices."""
+    with contextlib.suppress(Exception):  # nested and uninitialised tensors have no shape
+        n, _, o = weight.shape
+        tensors = (x, weight) if bias is None else (x, weight, bias)
+        plain = all(tensor.dtype in DTYPE_NAMES and tensor.layout is strided for tensor in tensors)
+        if plain and 0 not in weight.shape and x.ndim > 0 and (bias is None or bias.shape == (n, o)):
+            return
+    check_weight(weight)
+    check_tensor("x", x)
+    check_bias(bias, weight)
+
+
+def check_weight(weight: Any) -> None:
+    """Refuse a weight as `check_operands` does."""
     check_tensor("weight", weight)
     if weight.ndim != 3 or 0 in weight.shape:
         raise ValueError(
             f"`weight`: expected shape (n, in, out) with positive sizes, got {_shape(weight)}; pass one matrix per "
             f"partition."
         )
-    num_partitions, in_features, out_features = weight.shape
-    check_tensor("x", x)
-    if x.ndim < 2 or x.shape[-2] != num_partitions or x.shape[-1] != in_features:
-        raise ValueError(
-            f"`x`: expected shape (..., n, in) = (..., {num_partitions}, {in_features}), got {_shape(x)}; "
-            f"{_advice(x, num_partitions, in_features)}."
-        )
-    check_device("x", x, weight)
+
+
+def check_bias(bias: Any, weight: Tensor) -> None:
+    """Refuse a bias as `check_operands` does."""
+    num_partitions, _, out_features = weight.shape
     if bias is None:
         return
     check_tensor("bias", bias)
@@ -342,18 +367,6 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
             got = array.dtype.name if array.dtype.isnative else array.dtype.str
             raise TypeError(f"`{argument}`: expected dtype {dtype.name}, got {got}; the layer is unchanged.")
     return found
-
-
-def _advice(x: Tensor, num_partitions: int, in_features: int) -> str:
-    if x.ndim >= 1 and x.shape[-1] == num_partitions * in_features:
-        return f"split its last axis with x.unflatten(-1, ({num_partitions}, {in_features}))"
-    if x.ndim >= 2 and x.shape[-2] == 1:
-        return f"a shared input is not broadcast, use x.expand(..., {num_partitions}, {in_features})"
-    if x.ndim >= 2 and x.shape[-1] == num_partitions and x.shape[-2] == in_features:
-        return "swap its last two axes with x.mT"
-    if x.ndim >= 2 and x.shape[-2] == num_partitions:
-        return "give sizes per partition, never totals: its last axis holds the features of one partition"
-    return "move the partition axis next to last and the features last"
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.lax import PrecisionLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
@@ -27,3 +28,19 @@ def partitioned_linear_einsum(
         equation = "...ni,nio->...no"
         product = jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=wide)
     return add_bias(product, bias, dtype)
+
+
+def shared_linear_einsum(
+    x: Array, weight: Weight, bias: Bias | None, precision: PrecisionLike, dtype: np.dtype
+) -> Outputs:
+    """Compute y[..., n, o] = sum_i x[..., i] * W[n, i, o] + b[n, o] with `jax.numpy.einsum`.
+
+    Rows and columns of the equation have one axis each, as in `jax_impl.implementations.matmul`.
+    """
+    num_partitions, in_features, out_features = weight.shape
+    rows, columns = math.prod(x.shape[:-1]), num_partitions * out_features
+    dense = jnp.swapaxes(weight, 0, 1).reshape(in_features, columns)
+    wide = product_dtype(dtype, rows, in_features, columns)
+    flat = x.reshape(rows, in_features)
+    product = jnp.einsum("ri,ic->rc", flat, dense, precision=precision, preferred_element_type=wide)
+    return add_bias(product.reshape(*x.shape[:-1], num_partitions, out_features), bias, dtype)

@@ -1,5 +1,6 @@
 """One batched product whose batch axis is the partition axis."""
 
+import math
 from typing import Any
 
 import jax
@@ -74,3 +75,23 @@ def partitioned_linear_matmul(
     multiply = _product_for_few_rows if _has_few_rows(rows, weight) else _product
     product = multiply(rows, weight, precision, product_dtype(dtype, rows.shape[1], *weight.shape[1:]))
     return batch_major(add_bias(product, None if bias is None else bias[:, None], dtype), x.shape[:-2])
+
+
+def shared_linear_matmul(
+    x: Array, weight: Weight, bias: Bias | None, precision: PrecisionLike, dtype: np.dtype
+) -> Outputs:
+    """Compute y[..., n, o] = sum_i x[..., i] * W[n, i, o] + b[n, o] as one product with a matrix of n*o columns.
+
+    The columns are one axis and not two, so that the gradients are plain products too: XLA on a CPU may add 16-bit
+    terms over several axes in their own dtype.
+    """
+    num_partitions, in_features, out_features = weight.shape
+    rows, columns = math.prod(x.shape[:-1]), num_partitions * out_features
+    product = lax.dot_general(
+        x.reshape(rows, in_features),
+        jnp.swapaxes(weight, 0, 1).reshape(in_features, columns),
+        (((1,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=product_dtype(dtype, rows, in_features, columns),
+    )
+    return add_bias(product.reshape(*x.shape[:-1], num_partitions, out_features), bias, dtype)

@@ -238,3 +238,27 @@ NO_AXES = flaws_of(
     "no names": Flaw(lambda _, __: {}, False),
     "exchanged": Flaw(lambda _, __: {"weight": "n o i"}, lambda _, call: None, ("arrays",)),
 }
+
+# Axes of a call beside an x of the usual shape: another one must not fit by luck unnoticed.
+NO_IN_AXIS = flaws_of(ANYTHING | {"truth": True, "numpy": np.int64(-1)}) | flaws_of({"last": -1}, False)
+NO_PARTITION_AXIS = flaws_of({kind: value for kind, value in ANYTHING.items() if kind != "none"} | {"truth": False}) | {
+    "out of range": Flaw(lambda _, __: 99, names=("x",)),
+    "2**70": Flaw(lambda _, __: 2**70, names=("x",)),
+    "flat": Flaw(
+        lambda _, __: -1,
+        # With one partition flat features are those of one.
+        lambda _, call: None if call.case.num_partitions == 1 or call.case.in_features == 1 else True,
+        ("x",),
+    ),
+    "next to last": Flaw(lambda _, __: -2, False),
+}
+NO_PARTITIONS = flaws_of(
+    {kind: value for kind, value in ANYTHING.items() if kind != "none"}
+    | {"zero": 0, "slice": slice(2), "set": {0}, "truths": [True], "negative": [-1], "large": [2**70], "floats": [0.0]}
+    | {"array of floats": np.zeros(1), "no axes": np.array(0), "two axes": np.zeros((1, 1), int), "texts": ["0"]}
+    | {"mask": np.ones(1, bool), "many": [10**6], "nothing": np.zeros(0, int)}
+) | {
+    "one more": Flaw(lambda _, call: [call.case.num_partitions]),
+    "all": Flaw(lambda _, call: range(call.case.num_partitions), False),
+    "array of all": Flaw(lambda _, call: np.arange(call.case.num_partitions), False),
+}

@@ -34,7 +34,8 @@ TWINS = {
         *("as_path", "read_file", "write_file", "_check_regular"),
         *("_replace", "_new_file", "_remove_abandoned", "_locked"),
     ),
-    "registry.py": ("implementation_names", "get_implementation", "_listed"),
+    "layouts.py": ("check_axes", "find_axes", "layout_advice", "static_indices", "check_indices"),
+    "registry.py": ("_shared_reason", "implementation_names", "get_implementation", "_listed"),
     "validation.py": ("_names",),
     "parameters.py": ("_deserialized",),
 }

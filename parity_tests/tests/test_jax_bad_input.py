@@ -97,10 +97,11 @@ CASES = [
         "x-flat",
         call(X.reshape(2, 12)),
         ValueError,
-        "got (2, 12); split its last axis with x.reshape(*x.shape[:-1], 3, 4).",
+        "got (2, 12); for flat features (..., n*in) pass partition_axis=-1, the axis of in_axis.",
     ),
-    ("x-one-partition", call(X[:, :1]), ValueError, "got (2, 1, 4); a shared input is not broadcast, use jnp.broad"),
-    ("x-wrong-n", call(X[:, :2]), ValueError, "got (2, 2, 4); move the partition axis next to last and the features"),
+    ("x-one-partition", call(X[:, :1]), ValueError, "got (2, 1, 4); an axis of size one is not broadcast, drop it"),
+    ("x-does-not-divide", call(np.ones((2, 13), np.float32)), ValueError, "(2, 13); its last axis is no multiple of n"),
+    ("x-wrong-n", call(X[:, :2]), ValueError, "got (2, 2, 4); pass n = 3 partitions on axis -2"),
     (
         "x-wrong-in",
         call(X[..., :3]),
@@ -108,8 +109,13 @@ CASES = [
         "expected shape (..., n, in) = (..., 3, 4), got (2, 3, 3); give sizes per partition, never",
     ),
     ("x-one-feature", call(X[..., :1]), ValueError, "expected shape (..., n, in) = (..., 3, 4), got (2, 3, 1);"),
-    ("x-swapped", call(X.swapaxes(1, 2)), ValueError, "got (2, 4, 3); swap its last two axes with x.mT."),
-    ("x-partitions-first", call(np.ones((N, 2, IN), np.float32)), ValueError, "got (3, 2, 4); move the partition axis"),
+    ("x-swapped", call(X.swapaxes(1, 2)), ValueError, "got (2, 4, 3); for features before partitions pass in_axis=-2"),
+    (
+        "x-partitions-first",
+        call(np.ones((N, 2, IN), np.float32)),
+        ValueError,
+        "got (3, 2, 4); for partitions on another axis",
+    ),
     # Shapes of kernel and bias.
     ("kernel-matrix", call(kernel=KERNEL[0]), ValueError, "`kernel`: expected shape (n, in, out) with positive sizes,"),
     (

@@ -35,9 +35,12 @@ from parity_tests.tests.flaws import (
     NO_AXES,
     NO_BIAS,
     NO_FILE,
+    NO_IN_AXIS,
     NO_LINEAR_ARRAYS,
     NO_NAME,
     NO_OPERAND,
+    NO_PARTITION_AXIS,
+    NO_PARTITIONS,
     NO_PATH,
     NO_SIZE,
     NO_SWITCH,
@@ -283,6 +286,9 @@ def call_function(call, spoil):
         "implementation": spoil("implementation", call.implementation),
         "precision": spoil("precision", "highest"),
         "preferred_element_type": spoil("preferred_element_type", None),
+        "in_axis": spoil("in_axis", -1),
+        "partition_axis": spoil("partition_axis", -2),
+        "partitions": spoil("partitions", None),
     }
     x, kernel, bias = operands(inputs)
     x, kernel, bias = spoil("x", x), spoil("kernel", kernel), None if bias is None else spoil("bias", bias)
@@ -353,9 +359,9 @@ def call_layer(call, spoil):
     layer = layer_of(
         call, implementation=call.implementation, promote_dtype=spoil("promote_dtype", nnx.nn.dtypes.promote_dtype)
     )
-    x, layer = spoil("x", x), spoil("layer", layer)
+    x, layer, partitions = spoil("x", x), spoil("layer", layer), spoil("partitions", None)
     return Attempt(
-        lambda: WAYS[call.way](layer, x),
+        lambda: WAYS[call.way](lambda x: layer(x, partitions), x),
         lambda y: output_fault(y, x, layer.kernel[...], None if layer.bias is None else layer.bias[...]),
         lambda: state_of(layer),
         unsupported(call),
@@ -375,6 +381,9 @@ def apply_linen(call, spoil):
         implementation=call.implementation,
         precision="highest",
         promote_dtype=spoil("promote_dtype", linen.dtypes.promote_dtype),
+        in_axis=spoil("in_axis", -1),
+        partition_axis=spoil("partition_axis", -2),
+        num_partitions=spoil("num_partitions", None),
     )
     x, params = spoil("x", jnp.asarray(inputs.x)), spoil("params", params_of(inputs))
     return Attempt(
@@ -809,13 +818,17 @@ def entries(folder):
                 "implementation": NO_NAME,
                 "precision": PRECISION,
                 "preferred_element_type": NO_DTYPE | NARROWER | WIDER,
+                "in_axis": NO_IN_AXIS,
+                "partition_axis": NO_PARTITION_AXIS,
+                "partitions": NO_PARTITIONS,
             },
             (*WAYS, "gradients"),
             NAMES,
         ),
         "layer": Entry(
             call_layer,
-            {"x": X | other_numbers(promoted=True), "layer": layer_states(called=True), "promote_dtype": promotion},
+            {"x": X | other_numbers(promoted=True), "layer": layer_states(called=True), "promote_dtype": promotion}
+            | {"partitions": NO_PARTITIONS},
             tuple(WAYS),
             NAMES,
         ),
@@ -826,6 +839,9 @@ def entries(folder):
                 "params": NO_PARAMS_IN_CALL,
                 "features": NO_SIZE,
                 "promote_dtype": linen_promotions,
+                "in_axis": NO_IN_AXIS,
+                "partition_axis": NO_PARTITION_AXIS,
+                "num_partitions": {kind: flaw for kind, flaw in NO_SIZE.items() if kind != "none"},
             },
             tuple(WAYS),
             NAMES,

@@ -97,7 +97,11 @@ FUNCTION = {
         r"^`bias`: expected the dtype of `weight`, float32, got float16;",
     ),
     "x-scalar": (call(x=torch.tensor(1.0)), ValueError, r"^`x`: expected shape \(\.\.\., n, in\) = .*, got \(\);"),
-    "x-vector": (call(x=X[0, 0]), ValueError, r"= \(\.\.\., 4, 8\), got \(8,\); move the partition axis next to last"),
+    "x-vector": (
+        call(x=X[0, 0]),
+        ValueError,
+        r"= \(\.\.\., 4, 8\), got \(8,\); pass n = 4 partitions on axis -2, or partition_axis=None",
+    ),
     "x-wrong-n": (
         call(x=torch.zeros(5, 3, 8)),
         ValueError,
@@ -111,15 +115,21 @@ FUNCTION = {
     "x-size-1-partition-axis": (
         call(x=torch.zeros(5, 1, 8)),
         ValueError,
-        r"got \(5, 1, 8\); a shared input is not broadcast, use x\.expand\(\.\.\., 4, 8\)\.$",
+        r"got \(5, 1, 8\); an axis of size one is not broadcast, drop it and pass partition_axis=None",
     ),
     "x-size-1-in": (call(x=torch.zeros(5, 4, 1)), ValueError, r"= \(\.\.\., 4, 8\), got \(5, 4, 1\);"),
-    "x-axes-swapped": (call(x=X.mT), ValueError, r"got \(5, 8, 4\); swap its last two axes with x\.mT\.$"),
+    "x-axes-swapped": (
+        call(x=X.mT),
+        ValueError,
+        r"got \(5, 8, 4\); for features before partitions pass in_axis=-2 and partition_axis=-1",
+    ),
     "x-flat": (
         call(x=X.flatten(-2)),
         ValueError,
-        r"got \(5, 32\); split its last axis with x\.unflatten\(-1, \(4, 8\)\)\.$",
+        r"got \(5, 32\); for flat features \(\.\.\., n\*in\) pass partition_axis=-1",
     ),
+    "x-does-not-divide": (call(x=torch.zeros(5, 33)), ValueError, r"\(5, 33\); its last axis is no multiple of n = 4"),
+    "x-partition-major": (call(x=torch.zeros(4, 5, 8)), ValueError, r"\(4, 5, 8\); .* pass partition_axis=0"),
     "weight-2d": (
         call(weight=W[0]),
         ValueError,

@@ -101,3 +101,29 @@ def test_export_with_a_dynamic_batch(name, strict):
     for batch in (2, 4, 33):
         x = lattice(batch, 3, 8)
         assert torch.equal(program.module()(x), layer(x))
+
+
+ARGUMENTS = {
+    "flat": ({"partition_axis": -1}, (24,), None),
+    "features before partitions": ({"in_axis": -2, "partition_axis": -1}, (8, 3), None),
+    "shared": ({"partition_axis": None}, (8,), None),
+    "partitions": ({}, (3, 8), [2, 0]),
+    "partitions of a tensor": ({}, (2, 8), torch.tensor([2, 0])),
+    "shared, partitions of a tensor": ({"partition_axis": None}, (8,), torch.tensor([2, 0])),
+}
+
+
+@pytest.mark.parametrize("how", ["compile", "export"])
+@pytest.mark.parametrize(("options", "shape", "partitions"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_layouts_and_subsets_are_compiled_and_exported(options, shape, partitions, how):
+    layer = on_lattice(PartitionedLinear(3, 8, 16, **options))
+    arguments = () if partitions is None else (partitions,)
+    if how == "compile":
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    else:
+        shapes = ({0: torch.export.Dim("batch")}, *([None] * 2 if type(given) is list else None for given in arguments))
+        program = torch.export.export(layer, (lattice(4, *shape), *arguments), dynamic_shapes=shapes)
+        compiled = program.module()
+    for batch in (5, 12):
+        x = lattice(batch, *shape)
+        assert torch.equal(compiled(x, *arguments), layer(x, *arguments))

@@ -34,9 +34,12 @@ from parity_tests.tests.flaws import (
     NO_AXES,
     NO_BIAS,
     NO_FILE,
+    NO_IN_AXIS,
     NO_LINEAR_ARRAYS,
     NO_NAME,
     NO_OPERAND,
+    NO_PARTITION_AXIS,
+    NO_PARTITIONS,
     NO_PATH,
     NO_SIZE,
     NO_SWITCH,
@@ -221,12 +224,17 @@ WAYS = {
 
 def call_function(call, spoil):
     inputs = call.inputs
-    implementation = spoil("implementation", call.implementation)
+    options = {
+        "implementation": spoil("implementation", call.implementation),
+        "in_axis": spoil("in_axis", -1),
+        "partition_axis": spoil("partition_axis", -2),
+        "partitions": spoil("partitions", None),
+    }
     x, weight, bias = operands(inputs)
     x, weight, bias = spoil("x", x), spoil("weight", weight), None if bias is None else spoil("bias", bias)
 
     def function(x, weight, bias=None):
-        return partitioned_linear(x, weight, bias, implementation=implementation)
+        return partitioned_linear(x, weight, bias, **options)
 
     if call.way == "gradients":
         cotangent = to_torch(inputs.cotangent, CPU)
@@ -263,9 +271,10 @@ def call_layer(masked):
         if masked and call.number % 2 and "x" not in dict(call.flaws):
             x = x.flatten(-2)
         x, layer = spoil("x", x), spoil("layer", layer)
+        partitions = () if masked else (spoil("partitions", None),)
 
         def run():
-            return WAYS[call.way](lambda x, *_: layer(x), x, None, None)
+            return WAYS[call.way](lambda x, *_: layer(x, *partitions), x, None, None)
 
         def fault(y):
             views = layer.partition_views()
@@ -502,6 +511,12 @@ NO_DEVICE = (
 )
 
 
+# Before there is an x, any number may be one of an axis.
+ANY_PARTITION_AXIS = {
+    kind: dataclasses.replace(flaw, refused=False) if flaw.names else flaw for kind, flaw in NO_PARTITION_AXIS.items()
+}
+
+
 def construct(masked):
     def prepare(call, spoil):
         case = call.case
@@ -514,6 +529,8 @@ def construct(masked):
         options = {"dtype": spoil("dtype", getattr(torch, call.dtype)), "device": spoil("device", "cpu"), "init": init}
         if not masked:
             options["implementation"] = spoil("implementation", call.implementation)
+            options["in_axis"] = spoil("in_axis", -1)
+            options["partition_axis"] = spoil("partition_axis", -2)
 
         def fault(layer):
             weight = layer.partition_views()["weight"]
@@ -965,13 +982,23 @@ def entries(folder):
     return {
         "partitioned_linear": Entry(
             call_function,
-            {"x": X, "weight": WEIGHT, "bias": BIAS, "implementation": NO_NAME},
+            {"x": X, "weight": WEIGHT, "bias": BIAS, "implementation": NO_NAME}
+            | {"in_axis": NO_IN_AXIS, "partition_axis": NO_PARTITION_AXIS, "partitions": NO_PARTITIONS},
             (*WAYS, "gradients"),
             NAMES,
         ),
-        "PartitionedLinear": Entry(construct(False), CONSTRUCTOR | {"implementation": NO_NAME}, implementations=NAMES),
+        "PartitionedLinear": Entry(
+            construct(False),
+            CONSTRUCTOR | {"implementation": NO_NAME, "in_axis": NO_IN_AXIS, "partition_axis": ANY_PARTITION_AXIS},
+            implementations=NAMES,
+        ),
         "MaskedPartitionedLinear": Entry(construct(True), CONSTRUCTOR),
-        "layer": Entry(call_layer(False), {"x": X | KEPT_BY_AUTOGRAD, "layer": states("forward")}, tuple(WAYS), NAMES),
+        "layer": Entry(
+            call_layer(False),
+            {"x": X | KEPT_BY_AUTOGRAD, "layer": states("forward"), "partitions": NO_PARTITIONS},
+            tuple(WAYS),
+            NAMES,
+        ),
         "masked layer": Entry(
             call_layer(True),
             {"x": FLAT_X | KEPT_BY_AUTOGRAD, "layer": states("forward")},
