@@ -39,7 +39,7 @@ def pair_defects(seeds: int, names: Sequence[str], json_file: Path | None, resum
     if len(chosen_frameworks(())) < 2:
         raise refuse("--pairs: expected both frameworks, got one; install the extra pair.")
     check_writable("--json", json_file)
-    results = _taken_over(json_file, plan) if resume else []
+    results = _taken_over(json_file) if resume else []
     done = {(r.pair, r.bug, r.seed) for r in results}
     left = {what: [seed for seed in range_ if (*what, seed) not in done] for what, range_ in plan.items()}
     if resume:
@@ -77,17 +77,16 @@ def pair_defects(seeds: int, names: Sequence[str], json_file: Path | None, resum
     return ended(HOLDS if ported.is_met(counts) else FAILED, stopped, failed)
 
 
-def _taken_over(json_file: Path | None, plan: Mapping[tuple[str, str], range]) -> list[ported.Judged]:
-    """Read the results that are part of the plan."""
+def _taken_over(json_file: Path | None) -> list[ported.Judged]:
+    """Read all results of the file, also those of pairs that are not asked for now."""
     if json_file is None:
         raise refuse("--resume: expected --json beside it, got none; name the file of the run that was interrupted.")
     if not json_file.exists():
         return []
     try:
-        results = ported.results_of(json.loads(read_text(json_file)))
+        return ported.results_of(json.loads(read_text(json_file)))
     except ValueError as error:
         raise refuse(f"--resume: {json_file}: {error}") from None
-    return [r for r in results if r.seed in plan.get((r.pair, r.bug), ())]
 
 
 def _show(results: Sequence[ported.Judged]) -> None:
