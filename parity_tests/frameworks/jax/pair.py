@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from parity_tests.frameworks.jax import watch as jax_watch
-from parity_tests.frameworks.jax.modules import FlatModule, Function, flatten_module
 from parity_tests.frameworks.jax.ensemble import NoisyProgram
+from parity_tests.frameworks.jax.modules import FlatModule, Function, flatten_module
 from parity_tests.frameworks.jax.noise import COMPILE_QUICKLY
 from parity_tests.frameworks.jax.subjects import resolve_device
 from parity_tests.frameworks.jax.truth import Truth, traced

@@ -21,6 +21,8 @@ from parity_tests.pair.side import CANNOT_RUN
 
 INEXACT = (torch.float64, torch.complex128)
 _POOL_BITS = 16
+
+
 @functools.cache
 def _pool(device: torch.device) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0xD1CE)
@@ -154,7 +156,7 @@ class Record:
         """Run and record one operation."""
         if self._refusal:
             return run()
-        read = tree_map(self._read, (args, kwargs))
+        read: Any = tree_map(self._read, (args, kwargs))
         self._before_writing(func, args)
         result = run()
         leaves = tree_leaves(result)
@@ -171,7 +173,7 @@ class Record:
             self._refuse("more memory than several members shall take")
         if not self._refusal:
             numbers = [self._number(leaf) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-            self._steps.append(_Step(func, *read, deviations, numbers))
+            self._steps.append(_Step(func, read[0], read[1], deviations, numbers))
         return result
 
     def _refuse(self, reason: str) -> None:
