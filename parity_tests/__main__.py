@@ -53,6 +53,9 @@ def run(
         float,
         typer.Option(help="With --pair: seconds that one step may take, such as an import or one call of a side."),
     ] = DEFAULT_TIMEOUT_S,
+    effort: Annotated[
+        str, typer.Option(help="With --pair: full, or quick for a look without notes on branches and without causes.")
+    ] = "full",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
     junit_file: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML, one case a row.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page.")] = None,
@@ -87,12 +90,14 @@ def run(
             raise refuse("--torch-python, --jax-python: expected --pair beside an interpreter, got none; name a pair.")
         if timeout_s != DEFAULT_TIMEOUT_S:
             raise refuse("--timeout-s: expected --pair beside a time limit, got none; name a pair.")
+        if effort != "full":
+            raise refuse("--effort: expected --pair beside an effort, got none; name a pair.")
         raise typer.Exit(run(options))
     from parity_tests.commands.pair import run_user_pair
 
     if options.precision is not None:
         raise refuse(f"--precision: expected none beside --pair, got {asked}; a pair's modules say how they compute.")
-    raise typer.Exit(run_user_pair(pair, options, torch_python, jax_python, timeout_s))
+    raise typer.Exit(run_user_pair(pair, options, torch_python, jax_python, timeout_s, effort))
 
 
 @app.command()

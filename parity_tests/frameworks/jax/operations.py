@@ -134,7 +134,8 @@ def squared(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     """Replace the terms of a sum by their squares, whose sum is Q, see `calibration`."""
     if equation.primitive.name == "select_and_scatter_add":  # the second operand only says where the terms go
         return [jnp.square(operands[0]), *operands[1:]]
-    return [jnp.square(jnp.abs(value)) if is_inexact(value) else value for value in operands]
+    moduli = [jnp.abs(value) if jnp.iscomplexobj(value) else value for value in operands]
+    return [jnp.square(value) if is_inexact(value) else value for value in moduli]
 
 
 def transformed_squares(equation: JaxprEqn, operand: Any) -> tuple[jax.Array, float]:

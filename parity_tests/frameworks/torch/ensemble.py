@@ -6,6 +6,7 @@ at once, mapped over their noise. What cannot be mapped (a branch that Python ta
 batching rule that writes in place) and what is large runs one member after the other.
 """
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -237,19 +238,12 @@ class Record:
         batch = BATCH_BYTES // max(1, self._prepare(set(outputs.values())))
         if self._refusal or batch < 2:
             raise Unmapped(self._refusal or "more memory than several members shall take")
-        before = torch.get_default_dtype()
         for start in range(0, len(members), batch):
             chosen = members[start : start + batch]
-            states = torch.tensor([first_state(member.number) for member in chosen])
-            amplitudes = torch.tensor([member.amplitude for member in chosen], dtype=torch.float64)
-            torch.set_default_dtype(torch.float64)
-            try:
-                # Operations without a batching rule run one after the other, with a warning.
-                with torch.no_grad(), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    found = torch.vmap(functools.partial(self._run, list(outputs.values())))(states, amplitudes)
-            finally:
-                torch.set_default_dtype(before)
+            with _as_recorded():
+                states = torch.tensor([first_state(member.number) for member in chosen])
+                amplitudes = torch.tensor([member.amplitude for member in chosen])
+                found = torch.vmap(functools.partial(self._run, list(outputs.values())))(states, amplitudes)
             arrays = [tensor.resolve_conj().resolve_neg().numpy() for tensor in found]
             for k in range(len(chosen)):
                 yield {name: array[k] for name, array in zip(outputs, arrays, strict=True)}
@@ -306,6 +300,22 @@ class Record:
             for number in step.spent:
                 del values[number]
         return [values[number] for number in outputs]
+
+
+@contextlib.contextmanager
+def _as_recorded() -> Iterator[None]:
+    """Let new tensors be float64, and one thread do the work: many small operations keep others waiting only."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    try:
+        # Operations without a batching rule run one after the other, with a warning.
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
 
 
 def _storage(tensor: torch.Tensor) -> int:
