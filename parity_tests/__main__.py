@@ -56,6 +56,9 @@ def run(
     dtypes_equal: Annotated[
         bool, typer.Option("--dtypes-equal", help="With --pair: outputs must have one dtype on both sides.")
     ] = False,
+    effort: Annotated[
+        str, typer.Option(help="With --pair: full, or quick for a look without notes on branches and without causes.")
+    ] = "full",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
     junit_file: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML, one case a row.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page.")] = None,
@@ -92,12 +95,14 @@ def run(
             raise refuse("--timeout-s: expected --pair beside a time limit, got none; name a pair.")
         if dtypes_equal:
             raise refuse("--dtypes-equal: expected --pair beside it, got none; name a pair.")
+        if effort != "full":
+            raise refuse("--effort: expected --pair beside an effort, got none; name a pair.")
         raise typer.Exit(run(options))
     from parity_tests.commands.pair import run_user_pair
 
     if options.precision is not None:
         raise refuse(f"--precision: expected none beside --pair, got {asked}; a pair's modules say how they compute.")
-    raise typer.Exit(run_user_pair(pair, options, torch_python, jax_python, timeout_s, dtypes_equal))
+    raise typer.Exit(run_user_pair(pair, options, torch_python, jax_python, timeout_s, effort, dtypes_equal))
 
 
 @app.command()

@@ -19,6 +19,7 @@ from parity_tests.commands.usage import (
     console,
     ended,
     errors,
+    progress_bar,
     refuse,
     write_outputs,
 )
@@ -27,8 +28,10 @@ from parity_tests.judge.dtypes import STORAGE_DTYPES
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available, package_available
 from parity_tests.pair.judging import Judgement, judge_apart
 from parity_tests.pair.loading import names_in
+from parity_tests.pair.report import EFFORTS
 from parity_tests.report.files import read_text, write_json, write_text
 from parity_tests.report.interruption import interruptible
+from parity_tests.report.text import printable
 
 _LONGEST_S = 7 * 24 * 3600.0
 
@@ -83,6 +86,7 @@ def run_user_pair(
     torch_python: str | None = None,
     jax_python: str | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    effort: str = "full",
     dtypes_equal: bool = False,
 ) -> int:
     """Judge the pair that `package.module:factory` returns, in a process of its own; prints and writes the report.
@@ -93,6 +97,7 @@ def run_user_pair(
         torch_python: interpreter for the torch side, or None for this one.
         jax_python: the same for the flax side.
         timeout_s: seconds that one step may take.
+        effort: `full` or `quick`, see `check_pair`.
         dtypes_equal: whether outputs must have one dtype on both sides.
 
     Returns:
@@ -103,6 +108,7 @@ def run_user_pair(
     _refuse_options_of_cells(options)
     choose("--dtype", options.dtypes, STORAGE_DTYPES)
     choose("--device", [options.device], DEVICES)
+    choose("--effort", [effort], EFFORTS)
     if not 0 < timeout_s <= _LONGEST_S:
         raise refuse(f"--timeout-s: expected seconds above 0 and up to {_LONGEST_S:g} (a week), got {timeout_s:g}.")
     try:
@@ -112,11 +118,18 @@ def run_user_pair(
     pythons = _interpreters({"torch": torch_python, "jax": jax_python})
     _check_installed(spec, pythons)
     arguments: dict[str, Any] = {"device": options.device, "seed": options.seed}
+    arguments |= {"effort": effort} if effort != "full" else {}
     arguments |= {"dtypes": list(options.dtypes)} if options.dtypes else {}
     arguments |= {"dtypes_equal": True} if dtypes_equal else {}
     arguments |= {f"{framework}_python": python for framework, python in pythons.items()}
     with interruptible() as interruption:
-        judgement = judge_apart(spec, arguments, timeout_s, interruption)
+        with progress_bar() as progress:
+            task = progress.add_task("", total=None)
+
+            def show(step: str) -> None:
+                progress.update(task, description=printable(step))
+
+            judgement = judge_apart(spec, arguments, timeout_s, interruption, show)
         return _reported(spec, judgement, options)
 
 

@@ -23,7 +23,7 @@ from parity_tests.pair.legs import Pair
 from parity_tests.pair.loading import RemoteSide, build, load_factory, make_side
 from parity_tests.pair.mapping import Rule
 from parity_tests.pair.patterns import LeftOut
-from parity_tests.pair.report import PairReport, PairRow, Tell
+from parity_tests.pair.report import EFFORTS, PairReport, PairRow, Tell
 from parity_tests.pair.side import Side
 from parity_tests.report.text import first_line
 
@@ -53,10 +53,10 @@ _KINDS = {
 }
 # Arguments for which the command line has an option, or which change no row that the command shows.
 _OF_COMMAND = {"seed", "dtypes", "device", "torch_python", "jax_python", "timeout_s", "semantic", "state", "name"}
-_OF_COMMAND |= {"dtypes_equal"}
+_OF_COMMAND |= {"dtypes_equal", "effort"}
 # Arguments that a call must repeat in writing, beside the seed and the dtype.
 _SCALARS = ("gradients", "semantic", "state", "scale", "not_compared", "device", "torch_python", "jax_python")
-_SCALARS += ("timeout_s", "dtypes_equal", "outputs")
+_SCALARS += ("timeout_s", "effort", "dtypes_equal", "outputs")
 
 
 def _ignore(found: Any) -> None:
@@ -75,6 +75,7 @@ def check_pair(
     semantic: bool = True,
     state: bool = True,
     dtypes_equal: bool = False,
+    effort: str = "full",
     torch_kwargs: Mapping[str, Any] | None = None,
     flax_kwargs: Mapping[str, Any] | None = None,
     torch_params: Mapping[str, np.ndarray] | None = None,
@@ -123,6 +124,8 @@ def check_pair(
             it; False for a pair that is not to be trained on, or to part there. Others are listed as not compared.
         dtypes_equal: True to fail an output that the two sides return in different dtypes (a bfloat16 port that returns
             float32), which is a note otherwise.
+        effort: `full`, or `quick` for a look that compares the same values by the same bounds, but watches no branches
+            and formats and tries no causes.
         torch_kwargs: keyword arguments of the torch call.
         flax_kwargs: keyword arguments of the flax call (`rngs` and `mutable` as in linen's `apply`).
         torch_params: initial parameters, for a torch function.
@@ -192,7 +195,7 @@ def _checked(spec: str | None, given: Mapping[str, Any], tell: Tell) -> PairRepo
     def tell_with_command(found: Any) -> None:
         tell(dataclasses.replace(found, command=command(found)) if isinstance(found, PairRow) else found)
 
-    options = ("seed", "dtypes", "gradients", "semantic", "state", "dtypes_equal")
+    options = ("seed", "dtypes", "gradients", "semantic", "state", "dtypes_equal", "effort")
     with prepared(arguments, spec, tell) as pair:
         report = judge_pair(pair, **{name: arguments[name] for name in options}, tell=tell_with_command)
     return report.with_commands(command)
@@ -206,6 +209,7 @@ def judge_pair(
     semantic: bool = True,
     state: bool = True,
     dtypes_equal: bool = False,
+    effort: str = "full",
     tell: Tell = _ignore,
 ) -> PairReport:
     """Judge a pair whose sides are made already; see `check_pair` for the arguments and `run_pair` for `tell`."""
@@ -213,18 +217,20 @@ def judge_pair(
         raise ValueError("dtypes: expected at least one, got none; nothing would be compared.")
     for dtype in dtypes:
         numpy_dtype(dtype)
-    judge = Judge(pair, seed, gradients, semantic, state, dtypes_equal)
+    judge = Judge(pair, seed, gradients, semantic, state, dtypes_equal, effort)
     rows = []
     for row in judge.rows(dtypes):
         rows.append(_explained(pair, row))
         tell(rows[-1])
-    if any(row.status == "mismatch" for row in rows):
+    wanted = effort == "full"
+    if wanted and any(row.status == "mismatch" for row in rows):
+        pair.announce("cause", 0)
         tell("looking for the cause")
     return PairReport(
         name=pair.name,
         rows=rows,
         not_compared=tuple(left_out(pair, judge.untrained, gradients, state)),
-        likely_cause=likely_cause(pair, judge.evidence, rows),
+        likely_cause=likely_cause(pair, judge.evidence, rows) if wanted else "",
         notes=tuple(sorted({*judge.notes, *pair.notes, *judge.remarks.notes})),
         random=bool(judge.evidence.random),
     )
@@ -261,11 +267,32 @@ def merged(spec: str, given: Mapping[str, Any], tell: Tell = _ignore) -> dict[st
     return {**DEFAULT_ARGUMENTS, **built, **chosen}
 
 
+class _Progress:
+    """Tell every step, with the leg that it belongs to."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell, self._leg, self._calls, self._done = tell, "", 0, 0
+
+    def start(self, leg: str, calls: int) -> None:
+        """Begin a leg that will make about so many calls."""
+        self._leg, self._calls, self._done = leg, calls, 0
+
+    def call(self, text: str) -> None:
+        """Tell of one call of a side."""
+        self._done += 1
+        counted = f" ({self._leg}, {self._done} of {max(self._done, self._calls)})" if self._leg else ""
+        self._tell(text + counted)
+
+    def between(self) -> None:
+        """Tell of what is done beside the sides."""
+        self._tell(_BETWEEN + (f" ({self._leg})" if self._leg else ""))
+
+
 class _Told:
     """Announce every call of a side before it is made."""
 
-    def __init__(self, side: Side, tell: Tell) -> None:
-        self._side, self._tell = side, tell
+    def __init__(self, side: Side, progress: _Progress) -> None:
+        self._side, self._progress = side, progress
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._side, name)
@@ -274,9 +301,11 @@ class _Told:
 
         @functools.wraps(value)
         def told(*arguments: Any, **named: Any) -> Any:
-            self._tell(f"{_STEPS.get(name, f'asking for {name} of')} the {self._side.framework} side")
+            if name not in _STEPS:
+                return value(*arguments, **named)
+            self._progress.call(f"{_STEPS[name]} the {self._side.framework} side")
             result = value(*arguments, **named)
-            self._tell(_BETWEEN)
+            self._progress.between()
             return result
 
         return told
@@ -301,6 +330,7 @@ def prepared(arguments: Mapping[str, Any], spec: str | None, tell: Tell = _ignor
     _check_kinds(arguments)
     with contextlib.ExitStack() as stack:
         sides: dict[str, Any] = {}
+        progress = _Progress(tell)
         for key, python in pythons.items():
             tell(f"making the {key} side")
             if python is None or spec is None:
@@ -309,7 +339,7 @@ def prepared(arguments: Mapping[str, Any], spec: str | None, tell: Tell = _ignor
                 remote = RemoteSide(key, spec, python, arguments["device"], arguments["timeout_s"])
                 sides[key] = stack.enter_context(remote)
             if tell is not _ignore:
-                sides[key] = _Told(sides[key], tell)
+                sides[key] = _Told(sides[key], progress)
         tell(_BETWEEN)
         yield Pair(
             name=arguments["name"] or spec or f"{sides['torch'].name}-{sides['jax'].name}",
@@ -323,6 +353,7 @@ def prepared(arguments: Mapping[str, Any], spec: str | None, tell: Tell = _ignor
             draws=arguments["draws"] or {},
             scale=arguments["scale"],
             left_out=LeftOut(arguments["not_compared"] or ()),
+            announce=progress.start,
         )
 
 
@@ -336,6 +367,8 @@ def _check_kinds(arguments: Mapping[str, Any]) -> None:
     seed = arguments["seed"]
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed: expected a non-negative integer, got {seed!r}.")
+    if arguments["effort"] not in EFFORTS:
+        raise ValueError(f"effort: expected one of {', '.join(EFFORTS)}, got {arguments['effort']!r}; choose one.")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(arguments["device"])):
         raise ValueError(f"device: expected cpu, cuda or auto, got {arguments['device']!r}; choose one of these.")
 
@@ -377,4 +410,6 @@ def _command(spec: str, arguments: Mapping[str, Any], dtype: str) -> str:
     if arguments["timeout_s"] != DEFAULT_TIMEOUT_S:
         words += ["--timeout-s", f"{arguments['timeout_s']:g}"]
     words += ["--dtypes-equal"] if arguments["dtypes_equal"] else []
+    if arguments["effort"] != "full":
+        words += ["--effort", arguments["effort"]]
     return shlex.join([*words, "--dtype", dtype])

@@ -161,8 +161,8 @@ class Remarks:
             self._branches[key] = tuple(f"{SHOWN[key]}: {sentence}" for sentence in found)
             self.notes |= dict.fromkeys(self._branches[key])
 
-    def on_formats(self, key: str, values: Values, *results: Arrays) -> None:
-        """Look at the formats in which a side returned and computed."""
+    def on_formats(self, key: str, values: Values, *results: Arrays, watched: bool = True) -> None:
+        """Look at the formats in which a side returned and, if watched, computed."""
         dtype = values.dtype
         stored = numpy_dtype(dtype)
         formats = {
@@ -178,7 +178,7 @@ class Remarks:
         for name in sorted(set(formats.values())):
             tensors = [tensor for tensor, returned in formats.items() if returned == name]
             self.notes[f"{SHOWN[key]} returns {_listed(tensors)} in {name} where {dtype} is judged"] = None
-        if dtype == "float64":
+        if dtype == "float64" or not watched:
             return
         side = self._pair.sides[key]
         try:

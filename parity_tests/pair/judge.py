@@ -21,6 +21,10 @@ KEYS = ("torch", "jax")
 _BOTH = "torch+jax"
 _MOST_SHOWN = 6
 INFERENCE = "without gradients, as in inference: "
+QUICK = (
+    "a quick look: it did not watch which branches of clamps and selections no value took, nor which operations work "
+    "in a wider format, and tried no cause; values, bounds and comparisons are those of the full check"
+)
 COMPLEX = (
     "complex tensors are compared by real and imaginary part; their gradients are dL/dRe + i dL/dIm, PyTorch's "
     "convention, to which JAX's are conjugated"
@@ -63,22 +67,24 @@ class Judge:
         semantic: bool = True,
         state: bool = True,
         dtypes_equal: bool = False,
+        effort: str = "full",
     ) -> None:
         self._pair, self._seed = pair, seed
         self._gradients, self._semantic, self._state = gradients, semantic, state
-        self._dtypes_equal = dtypes_equal
+        self._dtypes_equal, self._watched = dtypes_equal, effort == "full"
         # Buffers that are compared, by their rows' names: known when the first calls have returned.
         self._updated: frozenset[str] = frozenset()
         # Gradients that neither side has, though one of them could: known likewise.
         self.untrained: tuple[str, ...] = ()
         self.remarks = Remarks(pair)
         self.evidence = Evidence()
-        self.notes: set[str] = set()
+        self.notes: set[str] = set() if self._watched else {QUICK}
         # Why a dtype was not compared whole on both sides, by dtype.
         self._missing: dict[str, list[str]] = {}
 
     def rows(self, dtypes: Sequence[str]) -> Iterator[PairRow]:
         """Yield every comparison, lowest rung first within a leg."""
+        self._pair.announce("weights", 4 + 2 * len(dtypes))
         for dtype in dtypes:
             yield from self._weights(dtype)
         values = self._pair.values("float32", self._seed)
@@ -120,6 +126,7 @@ class Judge:
 
     def _semantic_leg(self, values: Values) -> Generator[PairRow, None, bool]:
         """Compare both sides in float64 on the same float32 numbers; return whether their outputs have equal shapes."""
+        self._pair.announce("semantic leg in float64", 8 + 2 * self._watched)
         shapes = {"torch": self._pair.forward("torch", values), "jax": self._pair.outline("jax", values)}
         shapes["torch"] = {name: array for name, array in shapes["torch"].items() if is_output(name)}
         if set(shapes["torch"]) != set(shapes["jax"]):
@@ -162,7 +169,8 @@ class Judge:
         bounds = {key: self._bounds(outputs[key], ensembles[key], "float32", SEMANTIC_SCALE) for key in KEYS}
         bounds = {key: {name: b + moved[key].get(name, 0.0) for name, b in bounds[key].items()} for key in KEYS}
         self.evidence = Evidence(values, outputs, bounds, ensembles)
-        self.remarks.on_branches(values)
+        if self._watched:
+            self.remarks.on_branches(values)
         yield from self._trained_alone()
         yield from self._says_nothing(outputs["torch"], outputs["jax"])
         if self._semantic:
@@ -197,6 +205,8 @@ class Judge:
 
     def _leg(self, dtype: str) -> Iterator[PairRow]:
         """Compare both sides as they are, in one dtype, with their truths and with each other."""
+        calls = 2 + 2 * self._gradients + (self._watched and dtype != "float64") + 2 * (dtype != "float32")
+        self._pair.announce(f"{dtype} leg", 2 * calls)
         evidence = self.evidence
         values = evidence.values if dtype == "float32" else self._pair.values(dtype, self._seed)
         assert values is not None
@@ -222,7 +232,7 @@ class Judge:
             yield from self._other_formats(dtype, alone)
         bounds: dict[str, dict[str, np.ndarray]] = {}
         for key in results:
-            self.remarks.on_formats(key, values, {**alone[key], **results[key]}, alone[key])
+            self.remarks.on_formats(key, values, {**alone[key], **results[key]}, alone[key], watched=self._watched)
             try:
                 truths, bounds[key] = self._truths_and_bounds(key, values)
             except CANNOT_RUN as error:

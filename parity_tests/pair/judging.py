@@ -7,7 +7,7 @@ report at the end. Whatever happens to the child, the parent has the rows so far
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ def judge_apart(
     arguments: Mapping[str, Any],
     timeout_s: float = DEFAULT_TIMEOUT_S,
     interruption: Interruption | None = None,
+    tell: Callable[[str], None] = lambda step: None,
 ) -> Judgement:
     """Judge a named pair in a process of its own, which is ended with all that it started.
 
@@ -51,8 +52,9 @@ def judge_apart(
         arguments: of `check_pair`, those that JSON can carry.
         timeout_s: seconds that one step may take: importing the pair, a call of one side, ...
         interruption: of the caller; settled when the judgement is there.
+        tell: called with each step.
     """
-    heard, interruption = _Heard(spec), interruption or Interruption()
+    heard, interruption = _Heard(spec, tell), interruption or Interruption()
     beside = any(arguments.get(name) for name in ("torch_python", "jax_python"))
     try:
         with Interpreter(__name__, who="its process", timeout_s=timeout_s) as interpreter:
@@ -87,8 +89,8 @@ def judge_apart(
 class _Heard:
     """The messages of the child so far."""
 
-    def __init__(self, spec: str) -> None:
-        self._spec = spec
+    def __init__(self, spec: str, tell: Callable[[str], None]) -> None:
+        self._spec, self._tell = spec, tell
         self._rows: list[PairRow] = []
         self.step = "starting"
         self.report: PairReport | None = None
@@ -97,6 +99,7 @@ class _Heard:
         """Take the next message."""
         if "step" in message:
             self.step = message["step"]
+            self._tell(self.step)
         elif "row" in message:
             self._rows.append(_row(message["row"]))
         elif "refused" in message:

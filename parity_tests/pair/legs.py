@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -75,6 +75,7 @@ class Pair:
         draws: of parameters that `draw_like` would draw wrongly.
         scale: of inputs and parameters, see `draws.checked_scale`.
         left_out: what the user consents to leave uncompared.
+        announce: called when a leg begins, with its name and how many calls of the sides it will make.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Pair:
     draws: Mapping[str, Draw] = field(default_factory=dict)
     scale: Scale | None = None
     left_out: LeftOut = field(default_factory=LeftOut)
+    announce: Callable[[str, int], None] = lambda leg, calls: None
 
     def __post_init__(self) -> None:
         """Read both sides and checks the rules."""

@@ -14,6 +14,7 @@ from parity_tests.report.text import printable
 
 # A listener for the steps of a check, a text each, and for its rows.
 Tell = Callable[[Any], None]
+EFFORTS: tuple[str, ...] = ("full", "quick")
 RUNGS: tuple[str, ...] = ("weights", "forward", "gradients", "state")
 CALIBRATED = (
     "every bound is calibrated by a rounding-noise ensemble around a float64 run; it is not derived from a formula, "

@@ -10,7 +10,7 @@ in its code, arrays that it has captured. Without noise the interpreter can move
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from parity_tests.frameworks.jax.operations import (
+    CONTROL,
     EXACT,
     INLINED,
     MULTIPLICATIONS,
@@ -30,8 +31,10 @@ from parity_tests.frameworks.jax.operations import (
     evaluated,
     evaluated_as_traced,
     function_error,
+    inlined,
     is_elementwise,
     is_inexact,
+    spent_variables,
     squared,
     transformed_squares,
     wide_dtype,
@@ -52,17 +55,6 @@ def normal_pool() -> np.ndarray:
     pool = np.random.default_rng(0xD1CE).standard_normal(1 << _POOL_BITS)
     # Of 24 bits, see `_shifted`.
     return ((pool - pool.mean()) / pool.std()).astype(np.float32).astype(np.float64)
-
-
-def spent_variables(jaxpr: Jaxpr) -> list[list[Var]]:
-    """Return for each operation the variables that no later one reads, nor the program returns."""
-    spent: list[list[Var]] = []
-    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
-    for equation in reversed(jaxpr.eqns):
-        read = {atom: None for atom in (*equation.invars, *equation.outvars) if not isinstance(atom, Literal)}
-        spent.append([atom for atom in read if atom not in needed])
-        needed.update(read)
-    return spent[::-1]
 
 
 class Mark(NamedTuple):
@@ -171,9 +163,9 @@ class Interpreter:
         self, equation: JaxprEqn, operands: list[Any], marks: list[Mark]
     ) -> tuple[Sequence[Any], Sequence[Mark]]:
         """Return the results of one operation and their marks."""
-        name, params = equation.primitive.name, equation.params
+        name = equation.primitive.name
         if name in INLINED:
-            inner = next(params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params)
+            inner = inlined(equation)
             if isinstance(inner, ClosedJaxpr):
                 return self._jaxpr(inner.jaxpr, [self._const(const) for const in inner.consts], operands, marks)
             return self._jaxpr(inner, [], operands, marks)
@@ -183,7 +175,7 @@ class Interpreter:
         if name in EXACT or (name == "convert_element_type" and units[0] <= held < math.inf):
             # A choice among numbers of a format, or a cast to one that holds them, rounds nothing.
             units = [max(unit, held) for unit in units]
-        if name in _CONTROL:
+        if name in CONTROL:
             results = self._controlled(equation, operands, marks)
         elif self._amplitude is None or (self._constants and not constant):
             results = self._exactly(equation, operands)
@@ -193,9 +185,9 @@ class Interpreter:
 
     def _controlled(self, equation: JaxprEqn, operands: list[Any], marks: list[Mark]) -> Sequence[Any]:
         """Run a loop or a branch, as one compiled program where others are not."""
-        control = _CONTROL[equation.primitive.name]
+        control = CONTROL[equation.primitive.name]
         if self._compiled is None:
-            return control(self, equation.params, operands, marks)
+            return control(self.run, equation.params, operands, marks)
         key = (id(equation), self._operation, *marks)
         if key not in self._compiled:
             start, ends = self._operation, []
@@ -203,7 +195,7 @@ class Interpreter:
             def run(operands: list[Any], *source: Any) -> list[Any]:
                 inner = Interpreter(self._limit.name, *source)
                 inner._operation = start
-                results = control(inner, equation.params, operands, marks)
+                results = control(inner.run, equation.params, operands, marks)
                 self.notes |= inner.notes
                 ends.append(inner._operation)
                 return results
@@ -382,53 +374,3 @@ def _as_integer(argument: Any, atom: Any) -> jax.Array:
     """Read 64-bit integers as 32 bits where the program was traced without 64-bit types."""
     wide = widened(argument)
     return wide.astype(aval_of(atom).dtype) if jnp.issubdtype(wide.dtype, jnp.integer) else wide
-
-
-def _scan(self: Interpreter, params: dict[str, Any], operands: list[Any], marks: list[Mark]) -> list[Any]:
-    if "ft_in" in params:  # since JAX 0.11: trees of constants, carries and slices
-        consts, carries, _ = map(len, params["ft_in"].unpack())
-    else:
-        consts, carries = params["num_consts"], params["num_carry"]
-    closed = params["jaxpr"]
-    fixed = operands[:consts]
-    flags = [mark.constant and k < consts for k, mark in enumerate(marks)]
-
-    def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-        results = self.run(closed, [*fixed, *carry, *x], flags)
-        return results[:carries], results[carries:]
-
-    start = operands[consts : consts + carries]
-    carry, ys = lax.scan(body, start, operands[consts + carries :], length=params["length"], reverse=params["reverse"])
-    return [*carry, *ys]
-
-
-def _while(self: Interpreter, params: dict[str, Any], operands: list[Any], marks: list[Mark]) -> list[Any]:
-    conditions, bodies = params["cond_nconsts"], params["body_nconsts"]
-    fixed_condition, fixed_body = operands[:conditions], operands[conditions : conditions + bodies]
-    return lax.while_loop(
-        lambda carry: self.run(params["cond_jaxpr"], [*fixed_condition, *carry])[0],
-        lambda carry: self.run(params["body_jaxpr"], [*fixed_body, *carry]),
-        operands[conditions + bodies :],
-    )
-
-
-def _cond(self: Interpreter, params: dict[str, Any], operands: list[Any], marks: list[Mark]) -> list[Any]:
-    flags = [mark.constant for mark in marks[1:]]
-    branches = [lambda *values, closed=closed: self.run(closed, values, flags) for closed in params["branches"]]
-    return lax.switch(operands[0], branches, *operands[1:])
-
-
-def _linear_solve(self: Interpreter, params: dict[str, Any], operands: list[Any], marks: list[Mark]) -> list[Any]:
-    """Solve as the program's own method does."""
-    lengths, solve = params["const_lengths"], params["jaxprs"].solve
-    start = lengths.matvec + lengths.vecmat
-    vectors = operands[start + lengths.solve + lengths.transpose_solve :]
-    return self.run(solve, [*operands[start : start + lengths.solve], *vectors])
-
-
-_CONTROL: dict[str, Callable[[Interpreter, dict[str, Any], list[Any], list[Mark]], list[Any]]] = {
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
-    "custom_linear_solve": _linear_solve,
-}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from parity_tests.judge.dtypes import FORMATS, format_name, numpy_dtype
 from parity_tests.judge.dtypes import widened as wide_array
@@ -88,6 +88,22 @@ def is_elementwise(equation: JaxprEqn) -> bool:
     return equation.primitive.name in ARITHMETIC or all(aval_of(atom).shape in (shape, ()) for atom in equation.invars)
 
 
+def inlined(equation: JaxprEqn) -> Any:
+    """Return the program of a call."""
+    return next(equation.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in equation.params)
+
+
+def spent_variables(jaxpr: Jaxpr) -> list[list[Var]]:
+    """Return for each operation the variables that no later one reads, nor the program returns."""
+    spent: list[list[Var]] = []
+    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+    for equation in reversed(jaxpr.eqns):
+        read = {atom: None for atom in (*equation.invars, *equation.outvars) if not isinstance(atom, Literal)}
+        spent.append([atom for atom in read if atom not in needed])
+        needed.update(read)
+    return spent[::-1]
+
+
 _SCATTERS: dict[str, Callable[..., jax.Array]] = {
     "scatter": lax.scatter,
     "scatter-add": lax.scatter_add,
@@ -118,7 +134,8 @@ def squared(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     """Replace the terms of a sum by their squares, whose sum is Q, see `calibration`."""
     if equation.primitive.name == "select_and_scatter_add":  # the second operand only says where the terms go
         return [jnp.square(operands[0]), *operands[1:]]
-    return [jnp.square(jnp.abs(value)) if is_inexact(value) else value for value in operands]
+    moduli = [jnp.abs(value) if jnp.iscomplexobj(value) else value for value in operands]
+    return [jnp.square(value) if is_inexact(value) else value for value in moduli]
 
 
 def transformed_squares(equation: JaxprEqn, operand: Any) -> tuple[jax.Array, float]:
@@ -227,3 +244,57 @@ def function_error(equation: JaxprEqn) -> float:
                 worst = max(worst, float(error.max()) / unit)
         _errors[key] = worst
     return _errors[key]
+
+
+# Evaluates an inner program on wide operands; flags say which of them are constant.
+Run = Callable[..., list[Any]]
+
+
+def _scan(run: Run, params: dict[str, Any], operands: list[Any], marks: list[Any]) -> list[Any]:
+    if "ft_in" in params:  # since JAX 0.11: trees of constants, carries and slices
+        consts, carries, _ = map(len, params["ft_in"].unpack())
+    else:
+        consts, carries = params["num_consts"], params["num_carry"]
+    closed = params["jaxpr"]
+    fixed = operands[:consts]
+    flags = [mark.constant and k < consts for k, mark in enumerate(marks)]
+
+    def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        results = run(closed, [*fixed, *carry, *x], flags)
+        return results[:carries], results[carries:]
+
+    start = operands[consts : consts + carries]
+    carry, ys = lax.scan(body, start, operands[consts + carries :], length=params["length"], reverse=params["reverse"])
+    return [*carry, *ys]
+
+
+def _while(run: Run, params: dict[str, Any], operands: list[Any], marks: list[Any]) -> list[Any]:
+    conditions, bodies = params["cond_nconsts"], params["body_nconsts"]
+    fixed_condition, fixed_body = operands[:conditions], operands[conditions : conditions + bodies]
+    return lax.while_loop(
+        lambda carry: run(params["cond_jaxpr"], [*fixed_condition, *carry])[0],
+        lambda carry: run(params["body_jaxpr"], [*fixed_body, *carry]),
+        operands[conditions + bodies :],
+    )
+
+
+def _cond(run: Run, params: dict[str, Any], operands: list[Any], marks: list[Any]) -> list[Any]:
+    flags = [mark.constant for mark in marks[1:]]
+    branches = [lambda *values, closed=closed: run(closed, values, flags) for closed in params["branches"]]
+    return lax.switch(operands[0], branches, *operands[1:])
+
+
+def _linear_solve(run: Run, params: dict[str, Any], operands: list[Any], marks: list[Any]) -> list[Any]:
+    """Solve as the program's own method does."""
+    lengths, solve = params["const_lengths"], params["jaxprs"].solve
+    start = lengths.matvec + lengths.vecmat
+    vectors = operands[start + lengths.solve + lengths.transpose_solve :]
+    return run(solve, [*operands[start : start + lengths.solve], *vectors])
+
+
+CONTROL: dict[str, Callable[[Run, dict[str, Any], list[Any], list[Any]], list[Any]]] = {
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "custom_linear_solve": _linear_solve,
+}

@@ -6,6 +6,7 @@ at once, mapped over their noise. What cannot be mapped (a branch that Python ta
 batching rule that writes in place) and what is large runs one member after the other.
 """
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from parity_tests.pair.side import CANNOT_RUN
 
 INEXACT = (torch.float64, torch.complex128)
 _POOL_BITS = 16
+
+
 @functools.cache
 def _pool(device: torch.device) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0xD1CE)
@@ -154,7 +157,7 @@ class Record:
         """Run and record one operation."""
         if self._refusal:
             return run()
-        read = tree_map(self._read, (args, kwargs))
+        read: Any = tree_map(self._read, (args, kwargs))
         self._before_writing(func, args)
         result = run()
         leaves = tree_leaves(result)
@@ -171,7 +174,7 @@ class Record:
             self._refuse("more memory than several members shall take")
         if not self._refusal:
             numbers = [self._number(leaf) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-            self._steps.append(_Step(func, *read, deviations, numbers))
+            self._steps.append(_Step(func, read[0], read[1], deviations, numbers))
         return result
 
     def _refuse(self, reason: str) -> None:
@@ -235,19 +238,12 @@ class Record:
         batch = BATCH_BYTES // max(1, self._prepare(set(outputs.values())))
         if self._refusal or batch < 2:
             raise Unmapped(self._refusal or "more memory than several members shall take")
-        before = torch.get_default_dtype()
         for start in range(0, len(members), batch):
             chosen = members[start : start + batch]
-            states = torch.tensor([first_state(member.number) for member in chosen])
-            amplitudes = torch.tensor([member.amplitude for member in chosen], dtype=torch.float64)
-            torch.set_default_dtype(torch.float64)
-            try:
-                # Operations without a batching rule run one after the other, with a warning.
-                with torch.no_grad(), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    found = torch.vmap(functools.partial(self._run, list(outputs.values())))(states, amplitudes)
-            finally:
-                torch.set_default_dtype(before)
+            with _as_recorded():
+                states = torch.tensor([first_state(member.number) for member in chosen])
+                amplitudes = torch.tensor([member.amplitude for member in chosen])
+                found = torch.vmap(functools.partial(self._run, list(outputs.values())))(states, amplitudes)
             arrays = [tensor.resolve_conj().resolve_neg().numpy() for tensor in found]
             for k in range(len(chosen)):
                 yield {name: array[k] for name, array in zip(outputs, arrays, strict=True)}
@@ -304,6 +300,22 @@ class Record:
             for number in step.spent:
                 del values[number]
         return [values[number] for number in outputs]
+
+
+@contextlib.contextmanager
+def _as_recorded() -> Iterator[None]:
+    """Let new tensors be float64, and one thread do the work: many small operations keep others waiting only."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    try:
+        # Operations without a batching rule run one after the other, with a warning.
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
 
 
 def _storage(tensor: torch.Tensor) -> int:

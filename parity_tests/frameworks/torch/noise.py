@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from parity_tests.frameworks.torch.ensemble import INEXACT, Deviations, Noise, first_state, mapped, name_of, perform
 from parity_tests.frameworks.torch.operations import (
