@@ -195,6 +195,10 @@ class Side(Protocol):
         """Return the operations of a call in a wider format than `dtype`, in which all arrays are stored."""
         ...
 
+    def first_uses(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
+        """Return the names of the arrays that a call uses, in the order of their first use by an operation."""
+        ...
+
 
 def leaf_name(path: tuple) -> str:
     """Name a leaf of a framework's tree: `y` for a single array, else `y.0`, `y.hidden.1`, ..."""
