@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.judge.dtypes import is_inexact, numpy_dtype
+from parity_tests.judge.dtypes import exactly, is_inexact, numpy_dtype
 from parity_tests.pair.mapping import ParameterMapping
 from parity_tests.pair.patterns import LeftOut, MappingError, right_shape
 from parity_tests.pair.rules import ENTRY, KEEP, SIDES, TIED, Rule, parsed_ranges, plain, terms_of
@@ -137,6 +137,8 @@ def _spec(shape: tuple[int, ...], dtype: np.dtype) -> ParameterSpec:
 
 
 def _made(mapping: ParameterMapping, to: str, name: str, stored: Mapping[str, Any], wanted: Any) -> np.ndarray:
+    if wanted is not None and _is_kept(mapping, to, name):
+        return np.array(wanted[name][()])
     result = mapping.carried(to, name, stored, rounded=True)
     for link in mapping.links:
         here, there = (link.torch, link.flax) if to == "torch" else (link.flax, link.torch)
@@ -145,7 +147,7 @@ def _made(mapping: ParameterMapping, to: str, name: str, stored: Mapping[str, An
         if there is None and link.keep:
             if wanted is None:
                 raise MappingError(f"params: expected like= with the values that {link.text} keeps, got None; pass it.")
-            result[here.ranges] = wanted[name][here.ranges].astype(result.dtype)
+            result[here.ranges] = exactly(wanted[name][here.ranges], result.dtype, link.text)
         if link.tied == to and there is not None and link.pattern is not None:
             box = stored[there.name][there.ranges]
             box = link.pattern.forward(box) if to == "flax" else link.pattern.backward(box)
