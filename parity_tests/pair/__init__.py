@@ -5,17 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parity_tests.pair.check import check_pair, run_pair
+    from parity_tests.pair.conversion import convert
     from parity_tests.pair.patterns import MappingError
     from parity_tests.pair.proposal import Proposal, propose_mapping
     from parity_tests.pair.report import PairReport
 
-__all__ = ["MappingError", "PairReport", "Proposal", "check_pair", "propose_mapping", "run_pair"]
+__all__ = ["MappingError", "PairReport", "Proposal", "check_pair", "convert", "propose_mapping", "run_pair"]
 
 _HOMES = {
     "MappingError": "patterns",
     "PairReport": "report",
     "Proposal": "proposal",
     "check_pair": "check",
+    "convert": "conversion",
     "propose_mapping": "proposal",
     "run_pair": "check",
 }

@@ -42,6 +42,7 @@ _STEPS = {
     "unexercised": "watching the branches of",
     "wider_operations": "looking at the formats of",
 }
+_VALUES = ("drawn", "given")
 _REQUIRED = {"torch_module": "torch", "flax_module": "jax", "params": None, "inputs": None}
 _KINDS = {
     "params": (Sequence, "a sequence of rules or a proposal"),
@@ -55,7 +56,7 @@ _KINDS = {
 _OF_COMMAND = {"seed", "dtypes", "device", "torch_python", "jax_python", "timeout_s", "semantic", "state", "name"}
 _OF_COMMAND |= {"dtypes_equal", "effort"}
 # Arguments that a call must repeat in writing, beside the seed and the dtype.
-_SCALARS = ("gradients", "semantic", "state", "scale", "not_compared", "device", "torch_python", "jax_python")
+_SCALARS = ("gradients", "semantic", "state", "values", "scale", "not_compared", "device", "torch_python", "jax_python")
 _SCALARS += ("timeout_s", "effort", "dtypes_equal", "outputs")
 
 
@@ -76,6 +77,7 @@ def check_pair(
     state: bool = True,
     dtypes_equal: bool = False,
     effort: str = "full",
+    values: str = "drawn",
     torch_kwargs: Mapping[str, Any] | None = None,
     flax_kwargs: Mapping[str, Any] | None = None,
     torch_params: Mapping[str, np.ndarray] | None = None,
@@ -126,6 +128,8 @@ def check_pair(
             float32), which is a note otherwise.
         effort: `full`, or `quick` for a look that compares the same values by the same bounds, but watches no branches
             and formats and tries no causes.
+        values: `"given"` judges the pair a second time on the torch module's own values, mapped through the rules to
+            the flax side (a trained checkpoint, say): a function may differ only where drawn ones do not come.
         torch_kwargs: keyword arguments of the torch call.
         flax_kwargs: keyword arguments of the flax call (`rngs` and `mutable` as in linen's `apply`).
         torch_params: initial parameters, for a torch function.
@@ -195,7 +199,7 @@ def _checked(spec: str | None, given: Mapping[str, Any], tell: Tell) -> PairRepo
     def tell_with_command(found: Any) -> None:
         tell(dataclasses.replace(found, command=command(found)) if isinstance(found, PairRow) else found)
 
-    options = ("seed", "dtypes", "gradients", "semantic", "state", "dtypes_equal", "effort")
+    options = ("seed", "dtypes", "gradients", "semantic", "state", "dtypes_equal", "effort", "values")
     with prepared(arguments, spec, tell) as pair:
         report = judge_pair(pair, **{name: arguments[name] for name in options}, tell=tell_with_command)
     return report.with_commands(command)
@@ -210,6 +214,7 @@ def judge_pair(
     state: bool = True,
     dtypes_equal: bool = False,
     effort: str = "full",
+    values: str = "drawn",
     tell: Tell = _ignore,
 ) -> PairReport:
     """Judge a pair whose sides are made already; see `check_pair` for the arguments and `run_pair` for `tell`."""
@@ -217,21 +222,29 @@ def judge_pair(
         raise ValueError("dtypes: expected at least one, got none; nothing would be compared.")
     for dtype in dtypes:
         numpy_dtype(dtype)
-    judge = Judge(pair, seed, gradients, semantic, state, dtypes_equal, effort)
-    rows = []
-    for row in judge.rows(dtypes):
-        rows.append(_explained(pair, row))
-        tell(rows[-1])
+    if values not in _VALUES:
+        raise ValueError(f"values: expected {' or '.join(map(repr, _VALUES))}, got {values!r}; choose one of these.")
+    rows: list[PairRow] = []
+    judges: list[tuple[Pair, Judge, list[PairRow]]] = []
+    for subject in (pair, pair.with_given_values())[: 1 + (values == "given")]:
+        judges.append((subject, Judge(subject, seed, gradients, semantic, state, dtypes_equal, effort), []))
+        for row in judges[-1][1].rows(dtypes):
+            judges[-1][2].append(_explained(subject, row))
+            tell(judges[-1][2][-1])
+        rows += judges[-1][2]
+    failed = [found for found in judges if any(row.status == "mismatch" for row in found[2])]
     wanted = effort == "full"
-    if wanted and any(row.status == "mismatch" for row in rows):
+    if failed and wanted:
         pair.announce("cause", 0)
         tell("looking for the cause")
+    subject, judge, found = (failed or judges)[0]
+    notes = {note for subject, judge, _ in judges for note in (*judge.notes, *subject.notes, *judge.remarks.notes)}
     return PairReport(
         name=pair.name,
         rows=rows,
-        not_compared=tuple(left_out(pair, judge.untrained, gradients, state)),
-        likely_cause=likely_cause(pair, judge.evidence, rows) if wanted else "",
-        notes=tuple(sorted({*judge.notes, *pair.notes, *judge.remarks.notes})),
+        not_compared=tuple(left_out(pair, judges[0][1].untrained, gradients, state)),
+        likely_cause=likely_cause(subject, judge.evidence, found) if wanted else "",
+        notes=tuple(sorted(notes)),
         random=bool(judge.evidence.random),
     )
 

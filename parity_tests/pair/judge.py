@@ -194,7 +194,10 @@ class Judge:
                 "every output is empty, zero or not finite on both sides, as that of any other pair could be; give "
                 "inputs, or draws of the parameters, for which the function has values"
             )
-            yield self._row(refused("y", reason), _BOTH, "float64", "forward")
+            if self._pair.given:  # a module may begin at zero; the drawn values are what shows its function
+                self.notes.add(f"with the torch side's own values {reason}")
+            else:
+                yield self._row(refused("y", reason), _BOTH, "float64", "forward")
             return
         silent = [name for name in torch if name not in shown]
         if silent:

@@ -1,13 +1,24 @@
 """A pair on one set of numbers: what each side was given, and everything that came back in the torch side's names."""
 
 import contextlib
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 
-from parity_tests.judge.dtypes import as_stored, format_name, from_parts, is_inexact, numpy_dtype, parts, roundoff
+from parity_tests.judge.dtypes import (
+    as_stored,
+    format_name,
+    from_parts,
+    is_inexact,
+    numpy_dtype,
+    parts,
+    roundoff,
+    widened,
+)
 from parity_tests.pair.calls import Layouts
 from parity_tests.pair.draws import (
     Draw,
@@ -76,6 +87,7 @@ class Pair:
         scale: of inputs and parameters, see `draws.checked_scale`.
         left_out: what the user consents to leave uncompared.
         announce: called when a leg begins, with its name and how many calls of the sides it will make.
+        given: whether parameters have the torch module's own values in place of drawn ones.
     """
 
     name: str
@@ -89,6 +101,7 @@ class Pair:
     scale: Scale | None = None
     left_out: LeftOut = field(default_factory=LeftOut)
     announce: Callable[[str, int], None] = lambda leg, calls: None
+    given: bool = False
 
     def __post_init__(self) -> None:
         """Read both sides and checks the rules."""
@@ -120,16 +133,25 @@ class Pair:
             found = self.outline("torch", self.values("float32", 0))
             self._correspondence.read({name: array.shape for name, array in found.items()})
 
+    def with_given_values(self) -> Self:
+        """Return the same pair on the values that the torch module has, mapped through the rules; inputs stay drawn."""
+        pair = copy.copy(self)
+        pair.given, pair.name = True, f"{self.name}, the torch side's own values,"
+        pair.updated, pair.trained_alone, pair._signed, pair.notes = {}, {}, {}, set(self.mapping.notes)
+        return pair
+
     def values(self, dtype: str, seed: int) -> Values:
         """Draw everything but the cotangents, rounded to the storage dtype."""
         if seed not in self._signed:
-            self._signed[seed] = self._with_both_signs(seed)
+            self._signed[seed] = frozenset() if self.given else self._with_both_signs(seed)
         return self._values(dtype, seed, self._signed[seed])
 
     def _values(self, dtype: str, seed: int, signed: frozenset[str], larger: str = "") -> Values:
         target = numpy_dtype(dtype)
         mapped = {name: self.specs["torch"][name] for name in self.mapping.drawn}
         drawn = draw_parameters(mapped, seed, self.draws, self.scale, signed)
+        if self.given:
+            drawn = {name: widened(spec.value) for name, spec in mapped.items()}
         if larger:
             drawn[larger] = 1.25 * drawn[larger]
         own = {

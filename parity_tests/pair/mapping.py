@@ -270,6 +270,23 @@ class ParameterMapping:
         names = self.torch_names if names is None else names
         return {name: self.carried("torch", name, arrays, beside) for name in names}
 
+    def _links_into(self, target: str, name: str) -> list[tuple[Link, Block | None, Block]]:
+        """Return links with the block on the other side, or nothing, and the block in one array of this side."""
+        return [
+            (link, getattr(link, _OTHER[target]), here)
+            for link in self.links
+            if (here := getattr(link, target)) is not None and here.name == name and link.tied != target
+        ]
+
+    def format_of(self, target: str, name: str, arrays: Mapping[str, Any]) -> np.dtype:
+        """Return the format in which `carried` returns an array: the finest of its numbers, an integer array's own."""
+        value = self._specs[target][name].value
+        sources = [there.name for _, there, _ in self._links_into(target, name) if there and there.name in arrays]
+        # Beside no number at all, a block that is held at zero has the format of what it stands with.
+        formats = [arrays[there] for there in sources] or [a for a in arrays.values() if is_inexact(a)] or [value]
+        parts = numpy_dtype(format_name(min(formats, key=roundoff).dtype)) if is_inexact(value) else value.dtype
+        return as_stored(np.zeros((), value.dtype), parts).dtype
+
     def carried(
         self, target: str, name: str, arrays: Mapping[str, Any], beside: Arrays | None = None, rounded: bool = False
     ) -> np.ndarray:
@@ -283,19 +300,8 @@ class ParameterMapping:
             rounded: whether the result of an expression may be rounded, as in a trained checkpoint.
         """
         source = _OTHER[target]
-        # From the block on the other side, or from nothing, to the block on this one.
-        links = [
-            (link, getattr(link, source), here)
-            for link in self.links
-            if (here := getattr(link, target)) is not None and here.name == name and link.tied != target
-        ]
-        sources = [there.name for _, there, _ in links if there is not None and there.name in arrays]
-        value = self._specs[target][name].value
-        # Beside no number at all, a block that is held at zero has the format of what it stands with.
-        formats = [arrays[there] for there in sources] or [a for a in arrays.values() if is_inexact(a)] or [value]
-        finest = min(formats, key=roundoff)
-        dtype = numpy_dtype(format_name(finest.dtype)) if is_inexact(value) else value.dtype
-        result = as_stored(np.zeros(value.shape, value.dtype), dtype)
+        links = self._links_into(target, name)
+        result = np.zeros(self._specs[target][name].value.shape, self.format_of(target, name, arrays))
         sums: dict[str, tuple[Block, np.ndarray]] = {}
         for link, there, here in links:
             if there is None or there.name not in arrays or link.pattern is None:

@@ -1,204 +1,295 @@
-"""A first version of a parameter mapping, by shape and name, for a person to confirm: it is never applied by itself."""
+"""A first version of a parameter mapping, by shape, name and order of execution, for a person to confirm."""
 
-import difflib
-import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from parity_tests.judge.dtypes import as_stored, storage_format
 from parity_tests.pair.calls import Layouts
+from parity_tests.pair.candidates import Candidate, Unit, candidates, leaf, same_leaf, units
 from parity_tests.pair.draws import InputSource, draw_inputs
 from parity_tests.pair.layouts import both_layouts
 from parity_tests.pair.loading import make_side
-from parity_tests.pair.mapping import KEEP, Rule
-from parity_tests.pair.side import ParameterSpec
+from parity_tests.pair.rules import KEEP, ZERO, Rule
+from parity_tests.pair.side import CANNOT_RUN, ParameterSpec
 
-_SAME_LEAF = (
-    {"weight", "kernel", "scale", "embedding", "w"},
-    {"bias", "b"},
-    {"running_mean", "mean"},
-    {"running_var", "var"},
-)
-_KERNELS = ("kernel", "w")  # inputs first; Equinox's "weight" is laid out as torch's
-_SYNONYMS = {"q": "query", "k": "key", "v": "value", "proj": "", "norm": "layernorm", "fc": "dense", "linear": "dense"}
-_AXES = "abcdefg"
-# In the order in which torch stores them one after the other.
-_BLOCKS = (("query", "key", "value"), ("r", "z", "n"), ("i", "f", "g", "o"))
+Orders = Mapping[str, Sequence[str]]
+_DECIDE = "decide by the order in which both modules use them, or try modules of distinct sizes"
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Rules to look at, correct and pass to `check_pair`.
+    """Rules to look at, correct and pass to `check_pair`, as they are or as they are printed.
 
     Attributes:
         rules: complete if nothing is left.
         ambiguities: sentences about choices that shapes and names do not decide.
         left: parameters for which no counterpart was found, by side.
+        by_execution: those of the rules that only the order of execution decided.
     """
 
     rules: tuple[Rule, ...]
     ambiguities: tuple[str, ...]
     left: tuple[str, ...]
+    by_execution: tuple[Rule, ...] = ()
 
     def __str__(self) -> str:
         """Return the rules as Python, with the doubts as comments."""
         lines = ["params = ["]
-        lines += [f"    {rule!r}," for rule in self.rules]
+        lines += [f"    {rule!r},{'  # by order of execution' * (rule in self.by_execution)}" for rule in self.rules]
         lines += ["]"]
         lines += [f"# ambiguous: {sentence}" for sentence in self.ambiguities]
         lines += [f"# left over: {what}" for what in self.left]
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    score: float
-    torch: str
-    flax: tuple[str, ...]
-    patterns: tuple[str, ...]
+class _Choice:
+    """Candidates that were chosen, and what can be said about them."""
 
+    def __init__(self, orders: Orders) -> None:
+        self._ranks = {side: {name: k for k, name in enumerate(names)} for side, names in orders.items()}
+        self.chosen: list[Candidate] = []
+        self.by_execution: set[int] = set()
+        self.used: set[str] = set()
+        self.doubts: list[str] = []
+        self._owners: dict[str, tuple[str, bool]] = {}
 
-def _words(name: str) -> str:
-    parts = re.split(r"[._\d]+", name.lower())
-    return " ".join(filter(None, (_SYNONYMS.get(part, part) for part in parts[:-1])))
+    def _follows(self, candidate: Candidate) -> bool:
+        owner = self._owners.get(_owner_of(candidate.torch[0]), (None, False))[0]
+        same = all(same_leaf(t.entry, f.entry) for t, f in zip(candidate.torch, candidate.flax, strict=True))
+        return same and owner == _owner_of(candidate.flax[0])
 
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _is_called(leaf: str, kind: str) -> bool:
-    """Tell whether a name such as `weight_ih` or `in_proj_bias` is of a kind; single letters are whole names."""
-    return kind in leaf if len(kind) > 1 else kind == leaf
-
-
-def _fit(torch: ParameterSpec, flax: ParameterSpec) -> bool:
-    """Tell whether the one may be the other: a frozen parameter may be a buffer elsewhere."""
-    numbers = [spec.value.dtype.kind in "iub" for spec in (torch, flax)]
-    return numbers[0] == numbers[1] and (torch.frozen or torch.trainable == flax.trainable)
-
-
-def _likeness(torch: str, flax: str) -> float:
-    first, second = _leaf(torch), _leaf(flax)
-    same = any(any(_is_called(first, kind) for kind in kinds) and second in kinds for kinds in _SAME_LEAF)
-    letters = difflib.SequenceMatcher(None, _words(torch), _words(flax)).ratio()
-    numbers = re.findall(r"\d+", torch) == re.findall(r"\d+", flax)
-    return 2.0 * same + letters + 0.5 * numbers
-
-
-def _patterns(source: tuple[int, ...], target: tuple[int, ...], flax: str) -> list[str]:
-    """Return patterns that take one shape to the other, the conventional one first."""
-    found: list[tuple[bool, str]] = []
-    axes = list(range(len(target)))
-    # Flax kernels begin with the window, then the inputs, and end with the outputs; torch weights begin with the
-    # outputs, then the inputs: a rotation, or with a window of its own this order.
-    usual = [axes[-1:] + axes[-2:-1] + axes[:-2], *(axes[k:] + axes[:k] for k in range(1, len(axes)))]
-    if len(source) == len(target) > 2:
-        usual = usual[:1]
-    for permutation in itertools.permutations(range(len(target))):
-        # The torch axes, in order, made of runs of the permuted flax axes.
-        for groups in _grouped([target[k] for k in permutation], source):
-            names = iter(permutation)
-            members = [[_AXES[next(names)] for _ in group] for group in groups]
-            left = " ".join(axes[0] if len(axes) == 1 else f"({' '.join(axes)})" for axes in members)
-            unusual = _leaf(flax) in _KERNELS and list(permutation) not in usual
-            found.append((unusual, f"{left} -> {' '.join(_AXES[: len(target)])}"))
-    found.sort(key=lambda entry: entry[0])
-    same = f"{' '.join(_AXES[: len(target)])} -> {' '.join(_AXES[: len(target)])}"
-    return ["" if pattern == same else pattern for _, pattern in found]
-
-
-def _grouped(sizes: Sequence[int], source: Sequence[int]) -> Iterator[list[list[int]]]:
-    """Split `sizes` into consecutive runs whose products are `source`."""
-    if not source:
-        if not sizes:
-            yield []
-        return
-    product = 1
-    for count in range(1, len(sizes) - len(source) + 2):
-        product *= sizes[count - 1]
-        if product == source[0]:
-            for rest in _grouped(sizes[count:], source[1:]):
-                yield [list(sizes[:count]), *rest]
-
-
-def _candidates(torch: Mapping[str, ParameterSpec], flax: Mapping[str, ParameterSpec]) -> Iterator[_Candidate]:
-    for name, spec in torch.items():
-        shape = spec.value.shape
-        for path, other in flax.items():
-            if _fit(spec, other) and (patterns := _patterns(shape, other.value.shape, path)):
-                yield _Candidate(_likeness(name, path), name, (path,), tuple(patterns))
-        # One torch array that holds several flax arrays of one shape, one after the other along its first axis.
-        families: dict[tuple, list[str]] = {}
-        for path, other in flax.items():
-            if _fit(spec, other):
-                families.setdefault((_leaf(path), other.value.shape), []).append(path)
-        for (_, part), paths in families.items():
-            for count in range(2, min(len(paths), 4) + 1):
-                if not shape or shape[0] % count:
-                    continue
-                patterns = _patterns((shape[0] // count, *shape[1:]), part, paths[0])
-                for combination in itertools.combinations(paths, count) if patterns else ():
-                    chosen = _in_order(combination)
-                    score = sum(_likeness(name, path) for path in chosen) / count
-                    yield _Candidate(score, name, chosen, tuple(patterns))
-
-
-def propose_rules(torch: Mapping[str, ParameterSpec], flax: Mapping[str, ParameterSpec]) -> Proposal:
-    """Match arrays greedily by the likeness of their names among those whose shapes fit."""
-    candidates = sorted(_candidates(torch, flax), key=lambda candidate: -candidate.score)
-    chosen: dict[str, _Candidate] = {}
-    used: set[str] = set()
-    doubts = []
-    for candidate in candidates:
-        if candidate.torch in chosen or used & set(candidate.flax):
-            continue
-        chosen[candidate.torch] = candidate
-        rivals = [
-            other.flax
-            for other in candidates
-            if other.torch == candidate.torch
-            and other.flax != candidate.flax
-            and other.score == candidate.score
-            and not used & set(other.flax)
-        ]
-        used |= set(candidate.flax)
-        if rivals:
-            others = "; ".join(" + ".join(paths) for paths in rivals[:4])
-            doubts.append(f"{candidate.torch} fits {' + '.join(candidate.flax)} no better than {others}")
-        if len(candidate.flax) > 1:
-            doubts.append(f"the order of {', '.join(candidate.flax)} in {candidate.torch} is a guess")
+    def take(self, candidate: Candidate, by_execution: bool = False) -> None:
+        self.chosen.append(candidate)
+        self.used |= _members(candidate)
+        if by_execution:
+            self.by_execution.add(id(candidate))
+        if not candidate.fused:
+            self._owners[_owner_of(candidate.torch[0])] = _owner_of(candidate.flax[0]), by_execution
+        names = ", ".join(unit.entry for unit in (candidate.flax if candidate.fused == "torch" else candidate.torch))
+        if candidate.fused:
+            whole = (candidate.torch if candidate.fused == "torch" else candidate.flax)[0].entry
+            self.doubts.append(f"the order of {names} in {whole} is a guess; check_pair finds a wrong one")
         if len(candidate.patterns) > 1:
             shown = ", ".join(repr(pattern) for pattern in candidate.patterns[1:4])
-            doubts.append(f"{candidate.torch}: the shapes also allow the axis pattern {shown}")
-    rules = [rule for name in torch if name in chosen for rule in _rules(chosen[name], torch[name].value.shape)]
-    kept = [name for name, spec in torch.items() if spec.frozen and name not in chosen]
-    rules += [(name, None, KEEP) for name in kept]
-    doubts += [f"{name} is frozen and has no counterpart: kept, if the flax side computes it" for name in kept]
-    left = [f"torch {n} {spec.value.shape}" for n, spec in torch.items() if n not in chosen and n not in kept]
-    left += [f"flax {path} {spec.value.shape}" for path, spec in flax.items() if path not in used]
-    return Proposal(tuple(rules), tuple(doubts), tuple(left))
+            self.doubts.append(
+                f"{candidate.entries[0][0]}: the shapes also allow the axis pattern {shown}; the one above is usual"
+            )
+
+    def choose(self, found: Sequence[Candidate]) -> None:
+        """Take what names decide, then what is alone, then what the order of execution decides, then the likeliest."""
+        found = [candidate for candidate in found if candidate.certain or not self._is_in_another_order(candidate)]
+        for certain in (True, False):
+            while True:
+                open_ = [c for c in found if not self.used & _members(c) and (c.certain or not certain)]
+                if not open_:
+                    break
+                open_ = _of_one_kind(open_)
+                alone = [c for c in open_ if _rivals(c, open_) == []]
+                if following := [c for c in open_ if not c.fused and self._follows(c)]:
+                    # A bias goes where the weight of its layer went.
+                    owner = self._owners[_owner_of(following[0].torch[0])]
+                    self.take(following[0], owner[1])
+                elif alone:
+                    self.take(max(alone, key=lambda candidate: candidate.score))
+                else:
+                    self._decide(open_)
+
+    def _decide(self, found: list[Candidate]) -> None:
+        """Take one of several that fit equally well."""
+        first = max(found, key=lambda candidate: (len(candidate.torch[0].shape), candidate.score))
+        if first.fused:
+            self.take(first)
+            return
+        group = _component(first, [c for c in found if not c.fused])
+        ranks = {
+            side: {unit: self._rank(side, unit) for c in group for unit in getattr(c, side)}
+            for side in ("torch", "flax")
+        }
+        shown = [", ".join(sorted(unit.entry for unit in ranks[side])) for side in ("torch", "flax")]
+        if any(rank is None for by_unit in ranks.values() for rank in by_unit.values()):
+            rivals = "; ".join(c.flax[0].entry for c in _rivals(first, group)[:4])
+            self.doubts.append(
+                f"{first.torch[0].entry} fits {first.flax[0].entry} no better than {rivals}: equal shapes, and "
+                f"the order of execution is not known; {_DECIDE}"
+            )
+            self.take(first)
+            return
+        if len(ranks["torch"]) != len(ranks["flax"]):
+            self.doubts.append(f"{shown[0]} and {shown[1]} have equal shapes and are not equally many; {_DECIDE}")
+        else:
+            self.doubts.append(
+                f"{shown[0]} and {shown[1]} have equal shapes: mapped in the order of their first use in a call; "
+                "check_pair shows whether it is right"
+            )
+        by_use = {side: sorted(found, key=lambda unit: found[unit] or 0) for side, found in ranks.items()}
+        for unit in by_use["torch"]:
+            fitting = [c for c in group if c.torch == (unit,) and not self.used & _members(c)]
+            if fitting:
+                self.take(min(fitting, key=lambda c: by_use["flax"].index(c.flax[0])), by_execution=True)
+
+    def _is_in_another_order(self, candidate: Candidate) -> bool:
+        """Tell whether the two sides use the layers of a template in different orders."""
+        orders = []
+        for side, unit in (("torch", candidate.torch[0]), ("flax", candidate.flax[0])):
+            ranks = [self._ranks.get(side, {}).get(name) for name in unit.members]
+            if len(ranks) == 1 or None in ranks:
+                return False
+            orders.append(sorted(range(len(ranks)), key=lambda k: ranks[k] or 0))
+        return orders[0] != orders[1]
+
+    def _rank(self, side: str, unit: Unit) -> int | None:
+        found = [self._ranks.get(side, {}).get(name) for name in unit.members]
+        return None if None in found else min(rank for rank in found if rank is not None)
 
 
-def _in_order(paths: tuple[str, ...]) -> tuple[str, ...]:
-    """Order flax paths as torch stores such blocks, if their names are known ("query", or "hz")."""
-    owners = [path.split(".")[-2] if "." in path else path for path in paths]
-    for blocks in _BLOCKS:
-        places = [next((k for k, block in enumerate(blocks) if owner.endswith(block)), None) for owner in owners]
-        if None not in places and len(set(places)) == len(places):
-            return tuple(path for _, path in sorted(zip(places, paths, strict=True)))
-    return paths
+def _members(candidate: Candidate) -> set[str]:
+    sides = {"torch": candidate.torch, "flax": candidate.flax}
+    return {f"{side} {name}" for side, found in sides.items() for unit in found for name in unit.members}
 
 
-def _rules(candidate: _Candidate, shape: tuple[int, ...]) -> list[Rule]:
-    pattern = candidate.patterns[0]
-    if len(candidate.flax) == 1:
-        return [(candidate.torch, candidate.flax[0], pattern)]
-    length = shape[0] // len(candidate.flax)
-    return [
-        (f"{candidate.torch}[{length * k}:{length * (k + 1)}]", path, pattern) for k, path in enumerate(candidate.flax)
+def _owner_of(unit: Unit) -> str:
+    """Return what the weight and the bias of one layer have in common: `fc1.`, `lstm._ih_l0`."""
+    owner, dot, last = unit.entry.replace("/", ".").rpartition(".")
+    return owner + dot + re.sub(r"weight|bias|kernel|scale|embedding", "", last)
+
+
+def _rivals(candidate: Candidate, found: Sequence[Candidate]) -> list[Candidate]:
+    members = _members(candidate)
+    return [other for other in found if other is not candidate and members & _members(other)]
+
+
+def _of_one_kind(found: list[Candidate]) -> list[Candidate]:
+    """Leave a kernel out for a bias where a unit has a bias to be mapped to."""
+
+    def alike(candidate: Candidate) -> bool:
+        return all(same_leaf(t.entry, f.entry) for t in candidate.torch for f in candidate.flax)
+
+    kept = {member for candidate in found if alike(candidate) for member in _members(candidate)}
+    return [candidate for candidate in found if alike(candidate) or not kept & _members(candidate)]
+
+
+def _component(first: Candidate, found: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates that are connected to one by arrays that they share."""
+    members, group = _members(first), [first]
+    while more := [c for c in found if c not in group and members & _members(c)]:
+        group += more
+        members |= {name for candidate in more for name in _members(candidate)}
+    return group
+
+
+def propose_rules(
+    torch: Mapping[str, ParameterSpec], flax: Mapping[str, ParameterSpec], orders: Orders | None = None
+) -> Proposal:
+    """Match arrays by shape and name, those that are left by the order of execution.
+
+    Args:
+        torch: arrays by name.
+        flax: arrays by path.
+        orders: names by side (`torch`, `flax`), in the order of their first use in a call.
+    """
+    choice = _Choice(orders or {})
+    sums = _second_biases(torch)
+    rest = {name: spec for name, spec in torch.items() if name not in sums.values()}
+    for joined in (units, _apart):
+        open_ = (
+            {name: spec for name, spec in specs.items() if f"{side} {name}" not in choice.used}
+            for side, specs in (("torch", rest), ("flax", flax))
+        )
+        choice.choose(list(candidates(*map(joined, open_))))
+    places = {name: k for k, name in enumerate(torch)}
+    chosen = sorted(choice.chosen, key=lambda candidate: places[candidate.torch[0].members[0]])
+    rules: list[Rule] = []
+    by_execution: list[Rule] = []
+    for candidate in chosen:
+        found = [(left, right, candidate.patterns[0]) for left, right in candidate.entries]
+        found = [
+            rule for left, right, pattern in found for rule in _with_second_bias(left, right, pattern, torch, sums)
+        ]
+        by_execution += found if id(candidate) in choice.by_execution else []
+        rules += found
+    used, doubts = set(choice.used), list(choice.doubts)
+    for first, second in sums.items():
+        if f"torch {first}" in used:
+            rules += _rest_of_second_bias(second, rules, torch, flax, used)
+    # A counter, which the other framework has not, and what is frozen.
+    kept = [
+        name
+        for name, spec in torch.items()
+        if f"torch {name}" not in used and (spec.frozen or leaf(name) == "num_batches_tracked")
     ]
+    rules += [(name, None, KEEP) for name in kept]
+    doubts += [
+        f"{n} is frozen and has no counterpart: kept, if the flax side computes it" for n in kept if torch[n].frozen
+    ]
+    used |= {f"torch {name}" for name in kept}
+    left = [
+        f"{side} {name} {spec.value.shape}"
+        for side, specs in (("torch", torch), ("flax", flax))
+        for name, spec in specs.items()
+        if f"{side} {name}" not in used
+    ]
+    return Proposal(tuple(rules), tuple(dict.fromkeys(doubts)), tuple(left), tuple(by_execution))
+
+
+def _apart(specs: Mapping[str, ParameterSpec]) -> list[Unit]:
+    return [Unit(name, (name,), spec.value.shape, spec) for name, spec in specs.items()]
+
+
+def _second_biases(torch: Mapping[str, ParameterSpec]) -> dict[str, str]:
+    """Return the second bias of each recurrent cell by the first: torch adds them up, Flax has one."""
+    pairs = {name: re.sub(r"bias_ih(?=\w*$)", "bias_hh", name) for name in torch if re.search(r"bias_ih\w*$", name)}
+    return {first: second for first, second in pairs.items() if second in torch}
+
+
+def _gates(bias: str, torch: Mapping[str, ParameterSpec]) -> tuple[int, int]:
+    """Return the number of gates of a recurrent cell, and the hidden units."""
+    hidden = torch[bias.replace("bias_", "weight_")].value.shape[1]
+    return torch[bias].value.shape[0] // hidden, hidden
+
+
+def _with_second_bias(
+    left: str, right: str, pattern: str, torch: Mapping[str, ParameterSpec], sums: Mapping[str, str]
+) -> Iterator[Rule]:
+    """Yield the rule of a first bias, with the second one added where the cell adds them."""
+    name = left.partition("[")[0]
+    if name not in sums:
+        yield left, right, pattern
+        return
+    second = sums[name]
+    gates, hidden = _gates(second, torch)
+    summed = 2 * hidden if gates == 3 else gates * hidden  # a GRU's third is multiplied before it is added
+    if left == name and gates == 3:
+        yield f"{name}[0:{summed}] + {second}[0:{summed}]", f"{right}[0:{summed}]", pattern
+        yield f"{name}[{summed}:{3 * hidden}]", f"{right}[{summed}:{3 * hidden}]", pattern
+        return
+    box = left[len(name) :]
+    start = int(box[1:].partition(":")[0]) if box else 0
+    yield f"{left} + {second}{box}" if start < summed else left, right, pattern
+
+
+def _rest_of_second_bias(
+    second: str,
+    rules: Sequence[Rule],
+    torch: Mapping[str, ParameterSpec],
+    flax: Mapping[str, ParameterSpec],
+    used: set[str],
+) -> Iterator[Rule]:
+    """Yield the rule of the part of a second bias that is not added to the first one."""
+    used.add(f"torch {second}")
+    gates, hidden = _gates(second, torch)
+    if gates != 3:
+        return
+    box = f"{second}[{2 * hidden}:{3 * hidden}]"
+    weights = [rule for rule in rules if str(rule[0]).startswith(second.replace("bias_", "weight_"))]
+    owners = {str(rule[1]).partition("[")[0].rpartition(".")[0] for rule in weights[-1:]}
+    for path, spec in flax.items():
+        if f"flax {path}" not in used and spec.value.shape == (hidden,) and path.rpartition(".")[0] in owners:
+            used.add(f"flax {path}")
+            yield box, path, ""
+            return
+    yield box, None, ZERO
 
 
 def propose_mapping(
@@ -214,10 +305,12 @@ def propose_mapping(
     flax_call: Callable[..., Any] | None = None,
     input_patterns: Layouts | None = None,
 ) -> Proposal:
-    """Propose `check_pair`'s `params` by shape and name; print it, correct it, pass it back.
+    """Propose `check_pair`'s `params` by shape, name and order of execution; print it, correct it, pass it back.
 
     Nothing is applied: a shape that fits may still be the wrong order of gates, or a square kernel the wrong way round.
-    All arguments are those of `check_pair`; linen modules infer shapes from `inputs`.
+    Where arrays of equal shape have no names in common, both modules are traced on `inputs`, and arrays are mapped in
+    the order of their first use; such rules are marked. All arguments are those of `check_pair`; linen modules infer
+    shapes from `inputs`.
 
     Returns:
         The rules, what is ambiguous about them, and what is left over; `str` of it can be pasted.
@@ -237,5 +330,14 @@ def propose_mapping(
     examples = both_layouts(drawn.layout, drawn.arrays, input_patterns or {})
     for side in sides.values():
         side.arrange(drawn.layout, None)
-    torch, flax = (sides[key].parameters(examples[key]) for key in ("torch", "jax"))
-    return propose_rules(torch, flax)
+    specs = {key: sides[key].parameters(examples[key]) for key in sides}
+    orders: dict[str, Sequence[str]] = {}
+    for key, side in (("torch", "torch"), ("jax", "flax")):
+        # Drawn inputs are float64; modules are traced in their own format.
+        arrays = {name: spec.value for name, spec in specs[key].items()}
+        stored = tuple(as_stored(array, storage_format([*arrays.values()])) for array in examples[key])
+        try:
+            orders[side] = sides[key].first_uses(arrays, stored)
+        except CANNOT_RUN:  # a module that does not run on these inputs: names and shapes are left
+            continue
+    return propose_rules(specs["torch"], specs["jax"], orders)

@@ -188,8 +188,12 @@ def _block(entry: object, side: str, specs: Specs) -> Block:
     return Block(name, tuple(boxes), (*shape, *full[len(boxes) :]))
 
 
-def _terms(entry: object, side: str, specs: Specs) -> tuple[list[tuple[float, Block]], float]:
-    """Return factors and blocks, and the constant, of `1 + scale`, `bias_ih + bias_hh`, `-bias`, or of one name."""
+def terms_of(entry: object, side: str, specs: Specs) -> tuple[list[tuple[float, Block]], float]:
+    """Return factors and blocks, and the constant, of `1 + scale`, `bias_ih + bias_hh`, `-bias`, or of one name.
+
+    Raises:
+        MappingError: if there is no such array, or no such block of it.
+    """
     words = (
         re.split(r"\s+([+-])\s+", entry.strip()) if isinstance(entry, str) and not _spelled(entry, specs) else [entry]
     )
@@ -262,8 +266,8 @@ def links_of(rule: Rule, torch: Specs, flax: Specs) -> list[Link]:
         return [Link(held_torch, None if flax_entry is None else _block(flax_entry, "flax", flax), None, text, keep)]
     if not isinstance(pattern, str):
         raise MappingError(f"params: expected an axis pattern such as 'o i -> i o', got {pattern!r} in {text}.")
-    left, torch_offset = _terms(torch_entry, "torch", torch)
-    right, flax_offset = _terms(flax_entry, "flax", flax)
+    left, torch_offset = terms_of(torch_entry, "torch", torch)
+    right, flax_offset = terms_of(flax_entry, "flax", flax)
     plainly = [
         terms == [(1.0, terms[0][1])] and not offset for terms, offset in ((left, torch_offset), (right, flax_offset))
     ]

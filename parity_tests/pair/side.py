@@ -204,6 +204,10 @@ class Side(Protocol):
         """Return the operations of a call in a wider format than `dtype`, in which all arrays are stored."""
         ...
 
+    def first_uses(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
+        """Return the names of the arrays that a call uses, in the order of their first use by an operation."""
+        ...
+
 
 def named_state(buffers: Mapping[str, Array]) -> dict[str, Array]:
     """Return buffers under the names that a side returns them by."""

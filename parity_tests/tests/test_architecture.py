@@ -54,6 +54,7 @@ SHORT = {
 OF_ONE_FRAMEWORK = {
     "sharded.py": "processes; JAX divides over devices of one process",
     "defects.py": "defects of user pairs are planted in the Flax side",
+    "checkpoints.py": "orbax is JAX's; torch's side has state dicts and safetensors files",
     "modules.py": "Flax has module systems, JAX has functions",
 }
 ALLOWED = {

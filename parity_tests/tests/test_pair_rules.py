@@ -345,3 +345,37 @@ def test_gradients_of_a_tie_are_added_up_on_the_untied_side(tied, stopped):
     )
     assert {row.tensor for row in report.rows if row.status == "mismatch"} == ({"d_embed.weight"} if stopped else set())
     assert any("added up" in note for note in report.notes)
+
+
+@both
+def test_given_values_are_judged_beside_drawn_ones():
+    import jax.numpy as jnp
+    import torch
+
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Parameter(torch.full((D,), 3.0)), torch.nn.Parameter(torch.full((D,), 0.1))
+
+        def forward(self, x):
+            return x * self.a + self.b
+
+    def port(params, x):
+        # Another function at one value alone, which no draw meets.
+        return x * params["a"] + params["b"] + jnp.where((params["a"] == 3).all(), float(params["wrong"]), 0.0)
+
+    def report(wrong=0, params=(("a", "a"), ("b", "b")), **options):
+        initial = {"a": np.ones(D, np.float32), "b": np.ones(D, np.float32), "wrong": wrong}
+        pair = {"torch_module": Scaled(), "flax_module": port, "flax_params": initial, "inputs": ((3, D),)}
+        return check_pair(**pair, params=params, gradients=False, **options)
+
+    drawn, right, wrong = report(1), report(values="given"), report(1, values="given")
+    assert drawn.ok
+    assert right.ok
+    failed = [row for row in wrong.rows if row.status == "mismatch"]
+    assert failed
+    assert all("own values" in row.case for row in failed)
+    assert "values='given'" in failed[0].command
+    assert len(right.rows) == 2 * len(drawn.rows)
+    with pytest.raises(ValueError, match="values: expected 'drawn' or 'given', got 'trained'"):
+        report(values="trained")

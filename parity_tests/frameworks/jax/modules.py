@@ -188,6 +188,40 @@ def _pytree(call: Callable[..., Any], tree: Any, is_parameter: Callable[[Any], b
     return FlatModule(specs, stateful, None)
 
 
+def named_arrays(tree: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Any]]:
+    """Return the arrays of a module or pytree by name, and a function that returns the same tree with others.
+
+    Names are those of `flatten_module`. Of an nnx module the function returns a state, for `nnx.update`; arrays that it
+    is not given stay as they are.
+    """
+    if isinstance(tree, nnx.Module):
+        variables = {
+            path: variable
+            for path, variable in nnx.to_flat_state(nnx.state(tree))
+            if isinstance(variable, nnx.Variable) and not isinstance(variable, nnx.RngState)
+        }
+        paths = _named(variables, "like")
+
+        def state(arrays: Mapping[str, Any]) -> Any:
+            return nnx.from_flat_state({paths[name]: variables[paths[name]].replace(a) for name, a in arrays.items()})
+
+        return {name: variables[path].get_value() for name, path in paths.items()}, state
+    found, structure = jax.tree_util.tree_flatten_with_path(meta.unbox(tree))
+    linen = isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping)
+    steps = [tuple(map(step, path)) for path, _ in found]
+    places = {path[1:] if linen and path[0] == "params" else path: k for k, path in enumerate(steps)}
+    places = {path: k for path, k in places.items() if hasattr(found[k][1], "shape")}
+    names = {name: places[path] for name, path in _named(places, "source").items()}
+
+    def filled(arrays: Mapping[str, Any]) -> Any:
+        leaves = [leaf for _, leaf in found]
+        for name, array in arrays.items():
+            leaves[names[name]] = array
+        return jax.tree.unflatten(structure, leaves)
+
+    return {name: found[k][1] for name, k in names.items()}, filled
+
+
 def _is_value_of_a_variable(tree: Any, path: tuple) -> bool:
     if getattr(path[-1], "name", "") not in ("value", "raw_value"):
         return False

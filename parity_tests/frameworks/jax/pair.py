@@ -201,6 +201,12 @@ class JaxSide:
             closed = jax.make_jaxpr(self._program(inputs, False))(dict(parameters), inputs, {})
         return jax_watch.wide_operations(jax_watch.sites(closed), numpy_dtype(dtype).itemsize)
 
+    def first_uses(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
+        """Look at the traced program."""
+        with self._types(parameters, inputs), jax.default_device(self._device):
+            closed = jax.make_jaxpr(self._program(inputs, False))(dict(parameters), inputs, {})
+        return jax_watch.first_uses(closed, sorted(parameters))
+
     @contextlib.contextmanager
     def _types(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> Iterator[None]:
         """Enable 64-bit types only where the numbers have them: a module's own constants would be float64 with them."""

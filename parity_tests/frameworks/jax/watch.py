@@ -344,3 +344,32 @@ def _words(site: Site, count: int) -> Iterator[str]:
     if name == "round":
         return iter(("a tie (a number and a half)",))
     return iter(("a negative value", "a positive value")[:count])
+
+
+_VIEWS = frozenset(
+    ("transpose", "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "convert_element_type", "copy")
+)
+
+
+def first_uses(closed: ClosedJaxpr, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of a program's first arguments in the order in which operations use them, those of inner too."""
+    order: dict[str, None] = {}
+
+    def walk(jaxpr: Jaxpr, known: dict[Var, str]) -> None:
+        for equation in jaxpr.eqns:
+            used = [None if isinstance(atom, Literal) else known.get(atom) for atom in equation.invars]
+            if not any(used):
+                continue
+            if equation.primitive.name in _VIEWS and used[0]:
+                known[equation.outvars[0]] = used[0]
+                continue
+            for program in _inner(equation):
+                # Operands come last, behind the index of a `cond` or the constants of another program.
+                count = min(len(program.invars), len(used))
+                inner = zip(program.invars[-count:], used[-count:], strict=True) if count else ()
+                walk(program, {variable: name for variable, name in inner if name})
+            if not _inner(equation):
+                order.update(dict.fromkeys(filter(None, used)))
+
+    walk(closed.jaxpr, dict(zip(closed.jaxpr.invars, names, strict=False)))
+    return tuple(order)

@@ -26,6 +26,11 @@ def to_torch(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return to_tensor(np.array(array, order="C", copy=True), device)
 
 
+def on_host(array: np.ndarray) -> torch.Tensor:
+    """Copy an array to a tensor on the CPU, bit for bit."""
+    return to_torch(array, torch.device("cpu"))
+
+
 def lay_out(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Return the same values in another memory layout."""
     if layout == "transposed":

@@ -16,7 +16,7 @@ from parity_tests.frameworks.torch.modes import to_numpy, to_torch
 from parity_tests.frameworks.torch.noise import DoublePrecision
 from parity_tests.frameworks.torch.subjects import resolve_device
 from parity_tests.frameworks.torch.truth import MovedConstants, Recorder, machine_limits
-from parity_tests.frameworks.torch.watch import BranchWatch, FormatWatch
+from parity_tests.frameworks.torch.watch import BranchWatch, FirstUses, FormatWatch
 from parity_tests.judge.dtypes import is_inexact, storage_format, widened
 from parity_tests.pair.calibration import (
     MEMBERS,
@@ -270,6 +270,14 @@ class TorchSide:
         with torch.no_grad(), self._seeded(0), watch:
             self.function(self._tensors(parameters), *self._inputs(inputs))
         return watch.found()
+
+    def first_uses(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
+        """Watch a run without gradients."""
+        tensors = self._tensors(parameters)
+        watch = FirstUses(tensors)
+        with torch.no_grad(), self._seeded(0), sdpa_kernel(SDPBackend.MATH), watch:
+            self.function(tensors, *self._inputs(inputs))
+        return tuple(watch.order)
 
     def _seeded(self, seed: int) -> contextlib.AbstractContextManager[None]:
         return seeded(seed, [self._device] if self._device.type == "cuda" else [])

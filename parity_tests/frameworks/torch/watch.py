@@ -369,3 +369,19 @@ def _of_a_norm() -> bool:
         if "norm" in Path(path).name or "norm" in frame.f_code.co_name:
             return True
     return False
+
+
+class FirstUses(TorchDispatchMode):
+    """Record the order in which operations use parameters; a view of one is no use of it."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._names = {_address(tensor): name for name, tensor in tensors.items()}
+        self.order: dict[str, None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Note what one operation uses."""
+        if not func.is_view:
+            found = (self._names.get(_address(tensor)) for tensor in _tensors(args, kwargs or {}))
+            self.order |= dict.fromkeys(filter(None, found))
+        return func(*args, **(kwargs or {}))
