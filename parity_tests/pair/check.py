@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.causes.pair import likely_cause
+from parity_tests.causes.pair import diagnosis
+from parity_tests.causes.place import Findings
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
 from parity_tests.judge.dtypes import numpy_dtype
 from parity_tests.pair.draws import Draw, InputSource, Scale
@@ -200,13 +201,16 @@ def judge_pair(
     for row in judge.rows(dtypes):
         rows.append(_explained(pair, row))
         tell(rows[-1])
-    if any(row.status == "mismatch" for row in rows):
-        tell("looking for the cause")
+    failed = any(row.status == "mismatch" for row in rows)
+    found = diagnosis(pair, judge.evidence, rows, tell) if failed else Findings()
     return PairReport(
         name=pair.name,
         rows=rows,
         not_compared=tuple(left_out(pair, judge.untrained, gradients, state)),
-        likely_cause=likely_cause(pair, judge.evidence, rows),
+        likely_cause=found.cause,
+        places=found.places,
+        unmatched=found.unmatched,
+        ladder=found.ladder,
         notes=tuple(sorted({*judge.notes, *pair.notes, *judge.remarks.notes})),
         random=bool(judge.evidence.random),
     )

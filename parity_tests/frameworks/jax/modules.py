@@ -13,6 +13,7 @@ from flax import nnx
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from parity_tests.frameworks.jax.recorder import named_calls
 from parity_tests.pair.side import ParameterSpec
 
 Function = Callable[..., Any]
@@ -85,7 +86,8 @@ def _nnx(module: nnx.Module, kwargs: Mapping[str, Any]) -> FlatModule:
         fresh = {path: v.replace(v.get_value()) if isinstance(v, nnx.Variable) else v for path, v in base.items()}
         fresh |= {path: base[path].replace(arrays[name]) for name, path in names.items()}
         merged = nnx.merge(graph, nnx.from_flat_state(fresh))
-        outputs = merged(*inputs, **kwargs)
+        with named_calls(merged):
+            outputs = merged(*inputs, **kwargs)
         after = dict(nnx.to_flat_state(nnx.state(merged)))
         return outputs, {name: after[path].get_value() for name, path in names.items() if not specs[name].trainable}
 
