@@ -285,6 +285,10 @@ def _place(search: Search, segment: Segment, healed: str) -> Place:
     for key, trace, steps in (("torch", search.torch, segment.torch), ("flax", search.flax, segment.flax)):
         first = _first(trace, steps)
         names[key] = _name(trace, first, key), trace.steps[first].line, _operations(trace, steps)
+    backward = _is_backward(search, segment)
+    if backward and (other := _mapped(search, search.torch.steps[segment.torch[0]].module)):
+        # Where one side has no backward pass at all, its first operation stands elsewhere.
+        names["flax"] = other, *names["flax"][1:]
     return Place(
         names["torch"][0],
         names["flax"][0],
@@ -294,7 +298,7 @@ def _place(search: Search, segment: Segment, healed: str) -> Place:
         names["flax"][1],
         _after(search, segment),
         healed,
-        backward=not all(map(is_output, search.failed)) and _is_backward(search, segment),
+        backward=backward,
     )
 
 
@@ -305,9 +309,22 @@ def _first(trace: Trace, steps: Sequence[int]) -> int:
 
 def _is_backward(search: Search, segment: Segment) -> bool:
     """Tell whether the first operation comes after all outputs are known."""
+    if all(map(is_output, search.failed)):
+        return False
     outputs = [value for name, value in search.torch.results.items() if is_output(name)]
     known = _producers(search.torch, outputs)
     return bool(known) and segment.torch[0] > max(known)
+
+
+def _mapped(search: Search, module: str) -> str:
+    """Name the Flax module with the parameters of a torch module; empty if there is none, or several."""
+    links = [link for link in search.pair.mapping.links if link.torch is not None and link.flax is not None]
+    found = {
+        link.flax.name.rpartition(".")[0]
+        for link in links
+        if link.torch and link.flax and module and link.torch.name.rpartition(".")[0] == module
+    }
+    return shown(found.pop()) if len(found) == 1 else ""
 
 
 def _name(trace: Trace, step: int, key: str) -> str:
@@ -328,19 +345,14 @@ def _after(search: Search, segment: Segment) -> tuple[str, str]:
     found = []
     for key, trace, steps in (("torch", search.torch, segment.torch), ("flax", search.flax, segment.flax)):
         producers = trace.producers()
-        read = [producers[v] for v in trace.steps[_first(trace, steps)].reads if v in producers]
-        read = [step for step in read if not _only_parameters(trace, step)]
+        read = [v for v in trace.steps[_first(trace, steps)].reads if not trace.parameter(v)]
+        read = [producers[v] for v in read if v in producers]
         last = max(read, default=None)
         while last is not None and trace.steps[last].operation in VIEWS and trace.steps[last].reads:
             last = producers.get(trace.steps[last].reads[0])
         name = "" if last is None else trace.steps[last].module
         found.append(shown(name) if key == "flax" else name)
     return found[0], found[1]
-
-
-def _only_parameters(trace: Trace, step: int) -> bool:
-    values = set(trace.sources.values())
-    return all(value in values for value in trace.steps[step].reads)
 
 
 def ladder(search: Search, places: Sequence[Place]) -> tuple[tuple[str, str, str], ...]:

@@ -207,5 +207,7 @@ class PairReport:
         notes = [f"not compared: {what}" for what in self.not_compared]
         told = [f"place: {place}{f'; cause: {place.cause}' if place.cause else ''}" for place in self.places]
         notes = [*filter(None, [self.stopped, self.headline]), *told, *notes, *self.notes, CALIBRATED]
-        page = html_document(self.rows, environment(), title=self.name, notes=notes, stopped=bool(self.stopped))
+        page = html_document(
+            self.rows, environment(), title=self.name, notes=notes, stopped=bool(self.stopped), ladder=self.ladder
+        )
         write_text("--html", path, page)

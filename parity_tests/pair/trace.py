@@ -180,8 +180,8 @@ class Place:
         shown = [", ".join(_shortened(found)) for found in (self.torch_operations, self.flax_operations)]
         operations = f"; operations there: {shown[0] or 'none'} / {shown[1] or 'none'}"
         before = " / ".join(f"`{name or 'the top module'}`" for name in self.after)
-        after = f", after {before}, where values still agree," if any(self.after) else ""
-        return f"in {' / '.join(names)}{after}{' in the backward pass' * self.backward}: {proof}{operations}"
+        after = f", after {before} (values still agree there)" if any(self.after) else ""
+        return f"in {' / '.join(names)}{' in the backward pass' * self.backward}{after}: {proof}{operations}"
 
 
 def _shortened(operations: Sequence[str], most: int = 8) -> list[str]:

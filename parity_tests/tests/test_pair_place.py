@@ -1,6 +1,7 @@
 """Where two models part: the place in both models' names, proven by healing, whatever kind of model it is."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -145,7 +146,10 @@ def test_one_wrong_epsilon_among_twenty_layers_is_found_in_both_names(tmp_path):
     assert states["layers.13.norm"] == "place"
     assert states["layers.14.norm"] == "differs"
     report.to_html(tmp_path / "r.html")
-    assert "layers[13].norm" in (tmp_path / "r.html").read_text()
+    page = (tmp_path / "r.html").read_text()
+    boxes = re.findall(r"<g><title>(\w+)</title>.*?>([^<>]+)</text>.*?>([^<>]+)</text></g>", page)
+    assert ("place", "layers.13.norm", "layers[13].norm") in boxes
+    assert [state for state, *_ in boxes].count("place") == 1
 
 
 def test_two_faults_are_two_places_each_with_its_cause():
@@ -170,6 +174,49 @@ def test_linen():
     (place,) = report.places
     assert (place.torch, place.flax) == ("layers.2.norm", "layers_2.norm")
     assert report.likely_cause.startswith("epsilon:")
+
+
+STACKED = {
+    "norm.weight": ("norm.scale", "w -> 1 w"),
+    "norm.bias": ("norm.bias", "w -> 1 w"),
+    **{f"{name}.weight": (f"{name}.kernel", "o i -> 1 i o") for name in ("wide", "out")},
+    **{f"{name}.bias": (f"{name}.bias", "w -> 1 w") for name in ("wide", "out")},
+}
+
+
+def test_layers_stacked_for_a_scan_are_told_apart():
+    depth, odd = 3, Deep(3)
+    odd.layers[1].norm.eps = 1e-3
+    params = [("head.weight", "head.kernel", "o i -> i o"), ("head.bias", "head.bias")]
+    for k in range(depth):
+        params += [(f"layers.{k}.{a}", f"layers.{b}[{k}:{k + 1}]", axes) for a, (b, axes) in STACKED.items()]
+    report = judged(depth, Stacked(depth), params, torch_module=odd)
+    (place,) = report.places
+    assert (place.torch, place.flax, place.healed) == ("layers.1.norm", "layers[1].norm", "all")
+    assert report.likely_cause == "epsilon: the torch side uses 0.001, the flax side behaves like 1e-05"
+
+
+@jax.custom_vjp
+def halved(x):
+    return jax.nn.gelu(x, approximate=False)
+
+
+halved.defvjp(
+    lambda x: (halved(x), x),
+    lambda x, g: (0.5 * jax.vjp(lambda x: jax.nn.gelu(x, approximate=False), x)[1](g)[0],),
+)
+
+
+def test_the_backward_pass_has_places_too():
+    report = judged(3, NnxDeep(3, {1: {"act": halved}}), gradients=True)
+    assert report.first_failing_rung == "gradients"
+    place = report.places[0]
+    assert place.backward
+    # Behind the derivative of gelu, where the other half is lost.
+    assert place.torch == "layers.1.wide"
+    assert place.flax == "layers[1].wide"
+    assert place.after[0] == "layers.1.act"
+    assert "in the backward pass" in report.place
 
 
 def ported(parameters, x, wrong):

@@ -25,6 +25,7 @@ from parity_tests.judge.dtypes import from_parts, parts
 from parity_tests.pair.trace import FEATURES, LARGEST, MEMBERS, MOST_ELEMENTS, Step, Trace, limits
 
 _SCOPE = "module:"
+_TURN = "#"  # stands, in a path, for the turn of a scan over stacked modules
 _RECORDING: contextvars.ContextVar[bool] = contextvars.ContextVar("recording", default=False)
 _WRAPPED = re.compile(r"\b\w+\(")  # jvp(...), transpose(...)
 _MOST_STEPS = 20_000  # of an unrolled program; longer scans stay single operations
@@ -58,7 +59,7 @@ def named_calls(module: nnx.Module) -> Iterator[None]:
                 # A transformation such as nnx.scan has made it anew, from the module of its kind.
                 base = kinds.get(type(self), type(self).__name__)
                 for path, part in nnx.iter_modules(self):
-                    paths.setdefault(id(part), ".".join((base, *map(str, path))))
+                    paths.setdefault(id(part), ".".join((base + _TURN, *map(str, path))))
                 known.append(self)
             if not (path := paths[id(self)]):
                 return call(self, *args, **kwargs)
@@ -83,9 +84,14 @@ def _module(stack: str) -> str:
     """Return a module's dotted path from a name stack such as `transpose(jvp(Net))/layers_3/norm`."""
     parts = _WRAPPED.sub("", stack).replace(")", "").split("/")
     scopes = [part.removeprefix(_SCOPE) for part in parts if part.startswith(_SCOPE)]
+    turns = [part for part in parts if part.startswith("[")]
     if scopes:
-        return scopes[-1]
-    return ".".join(part for part in parts[1:] if part)
+        return scopes[-1].replace(_TURN, f".{turns[-1]}" if turns else "")
+    path = [part for part in parts[1:] if part]
+    for k in range(len(path) - 1):
+        if path[k].startswith("["):  # linen names the stacked module inside the scan
+            path[k : k + 2] = path[k + 1], path[k]
+    return ".".join(path)
 
 
 def _fingerprint(value: Any) -> list[float]:
