@@ -2,33 +2,58 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from parity_tests.causes.place import Findings, explained
 from parity_tests.causes.search import first_confirmed
 from parity_tests.judge.comparison import UNDECIDED, within
 from parity_tests.judge.dtypes import FORMATS, as_stored, is_complex, is_float, is_inexact, parts, widened
 from parity_tests.pair.judge import INFERENCE, KEYS, Evidence
 from parity_tests.pair.legs import Pair, Values
-from parity_tests.pair.report import PairRow
-from parity_tests.pair.side import PREFIX, SHOWN, Arrays, is_output
+from parity_tests.pair.report import RUNGS, PairRow
+from parity_tests.pair.side import CANNOT_RUN, PREFIX, SHOWN, Arrays, is_output
 
 _OTHER = {"torch": "flax", "jax": "torch"}
 _OTHER_KEY = {"torch": "jax", "jax": "torch"}
 _MOST_BLOCKS = 4  # gates of an LSTM
+_MOST_NEAR = 100  # at a place
 _MOST_TRIED = 500  # runs of a module; a model of many equal layers has millions of pairs to exchange
 # A sentence, and a run that returns a side's key and its outputs under that change.
 Hypothesis = tuple[str, Callable[[], tuple[str, Arrays]]]
 
 
-def likely_cause(pair: Pair, evidence: Evidence, rows: Sequence[PairRow]) -> str:
-    """Return one sentence about the first failing rung, or an empty string."""
-    failed = [row for row in rows if row.status == "mismatch" and row.bound != UNDECIDED]
+def diagnosis(pair: Pair, evidence: Evidence, rows: Sequence[PairRow], tell: Callable[[str], None]) -> Findings:
+    """Return the places of the first failing rung, and a sentence about its cause: the one at its place comes first."""
+    rung = next((rung for rung in RUNGS if any(row.rung == rung for row in _failed(rows))), "")
+    names = [row.tensor for row in _in_truth(_failed(rows)) if row.rung == rung]
+    tell("looking for the cause")
+    known = likely_cause(pair, evidence, rows) if rung == "gradients" else ""
+
+    def general(near: Collection[str]) -> str:
+        return known or likely_cause(pair, evidence, rows, near)
+
+    if rung not in ("forward", "gradients") or not names or not evidence.bounds or evidence.random:
+        return Findings(general(set()))
+    tell("looking for the place")
+    try:
+        return explained(pair, evidence, names, general)
+    except CANNOT_RUN:  # a module that does not run one operation at a time
+        return Findings(general(set()))
+
+
+def _failed(rows: Sequence[PairRow]) -> list[PairRow]:
+    return [row for row in rows if row.status == "mismatch" and row.bound != UNDECIDED]
+
+
+def likely_cause(pair: Pair, evidence: Evidence, rows: Sequence[PairRow], near: Collection[str] = frozenset()) -> str:
+    """Return one sentence about the first failing rung, or an empty string; `near` names parameters to try first."""
+    failed = _failed(rows)
     causes = {"weights": _weights, "forward": _forward, "gradients": _gradients, "state": _state}
     for rung, cause in causes.items():
         if found := [row for row in failed if row.rung == rung]:
-            return cause(pair, evidence, found)
+            return cause(pair, evidence, found, near)
     return ""
 
 
@@ -37,13 +62,13 @@ def _in_truth(failed: Sequence[PairRow]) -> list[PairRow]:
     return [row for row in failed if row.mode == "truth"]
 
 
-def _weights(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
+def _weights(pair: Pair, evidence: Evidence, failed: Sequence[PairRow], near: Collection[str]) -> str:
     if failed[0].tensor in pair.mapping.kept_by_both:
         return f"the values of {failed[0].tensor} that both sides keep are not the same"
     return f"{failed[0].tensor} does not keep its {failed[0].dtype} bits in the {failed[0].framework} module"
 
 
-def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
+def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow], near: Collection[str]) -> str:
     if evidence.random:
         sides = " and ".join(SHOWN[key] for key in evidence.random)
         return f"the {sides} side draws random numbers: dropout is active; switch it off (eval mode, deterministic)"
@@ -62,13 +87,13 @@ def _forward(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
 
     # A change that the side cannot even run is no difference from the other side.
     cannot = (IndexError, RuntimeError, TypeError, ValueError)
-    hypotheses = ((sentence, functools.partial(agrees, run)) for sentence, run in _hypotheses(pair, evidence))
+    hypotheses = ((sentence, functools.partial(agrees, run)) for sentence, run in _hypotheses(pair, evidence, near))
     if found := first_confirmed(hypotheses, _MOST_TRIED, cannot):
         return found
     return _scaled(evidence, [row.tensor for row in _in_truth(failed)])
 
 
-def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
+def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow], near: Collection[str]) -> str:
     if not _in_truth(failed):
         return _precision(evidence, failed)
     alone = [name for names in pair.trained_alone.values() for name in names]
@@ -88,7 +113,7 @@ def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str
     return _scaled(evidence, names)
 
 
-def _state(pair: Pair, evidence: Evidence, failed: Sequence[PairRow]) -> str:
+def _state(pair: Pair, evidence: Evidence, failed: Sequence[PairRow], near: Collection[str]) -> str:
     if not _in_truth(failed):
         return _precision(evidence, failed)
     return next(filter(None, (_of_buffer(row.tensor, evidence) for row in failed)), "")
@@ -146,8 +171,16 @@ def _shapes(evidence: Evidence) -> str:
     return ""
 
 
-def _hypotheses(pair: Pair, evidence: Evidence) -> Iterator[Hypothesis]:
-    """Yield everything worth trying, cheap and common first."""
+def _hypotheses(pair: Pair, evidence: Evidence, near: Collection[str]) -> Iterator[Hypothesis]:
+    """Yield everything worth trying, what concerns a place first."""
+    there = {link.flax.name for link in pair.mapping.links if link.torch and link.flax and link.torch.name in near}
+    if near:
+        yield from itertools.islice(_changes(pair, evidence, {"torch": near, "jax": there}), _MOST_NEAR)
+    yield from _changes(pair, evidence, None)
+
+
+def _changes(pair: Pair, evidence: Evidence, only: Mapping[str, Collection[str]] | None) -> Iterator[Hypothesis]:
+    """Yield changes of all parameters, or only of some; cheap and common ones first."""
     assert evidence.values is not None
     values = Values(evidence.values.dtype, evidence.values.parameters, evidence.values.inputs, None)
 
@@ -159,18 +192,22 @@ def _hypotheses(pair: Pair, evidence: Evidence) -> Iterator[Hypothesis]:
         return run
 
     mapped = {"torch": pair.mapping.torch_names, "jax": pair.mapping.flax_names}
-    own = {key: {name: values.parameters[key][name] for name in mapped[key]} for key in KEYS}
+    own = {
+        key: {name: values.parameters[key][name] for name in mapped[key] if only is None or name in only[key]}
+        for key in KEYS
+    }
     for key, arrays in own.items():
         for name, array in arrays.items():
             if array.ndim >= 2 and array.shape[-1] == array.shape[-2]:
                 sentence = f"the kernel {name} is transposed: transposing it on the {SHOWN[key]} side makes both agree"
                 yield sentence, changed(key, {name: array.swapaxes(-1, -2).copy()})
-    # All variants of one kind at once: an epsilon usually has one value throughout a model.
-    pair.sides["torch"].truth(values.parameters["torch"], values.inputs["torch"])
-    for variant in pair.sides["torch"].variants():
-        yield variant.sentence, lambda name=variant.name: ("torch", pair.truth("torch", values, name))
-    yield from _calls(pair, values)
-    yield from _held_at_zero(pair, values, changed)
+    if only is None:
+        # All variants of one kind at once: an epsilon usually has one value throughout a model.
+        pair.sides["torch"].truth(values.parameters["torch"], values.inputs["torch"])
+        for variant in pair.sides["torch"].variants():
+            yield variant.sentence, lambda name=variant.name: ("torch", pair.truth("torch", values, name))
+        yield from _calls(pair, values)
+        yield from _held_at_zero(pair, values, changed)
     for name, array in own["torch"].items():
         window = tuple(range(2, array.ndim))
         if window and any(array.shape[axis] > 1 for axis in window):

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.causes.pair import likely_cause
+from parity_tests.causes.pair import diagnosis
+from parity_tests.causes.place import Findings
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
 from parity_tests.judge.dtypes import numpy_dtype
 from parity_tests.pair.calls import Layouts
@@ -233,17 +234,21 @@ def judge_pair(
             tell(judges[-1][2][-1])
         rows += judges[-1][2]
     failed = [found for found in judges if any(row.status == "mismatch" for row in found[2])]
-    wanted = effort == "full"
-    if failed and wanted:
+    found = Findings()
+    if failed and effort == "full":
         pair.announce("cause", 0)
-        tell("looking for the cause")
-    subject, judge, found = (failed or judges)[0]
+        subject, judge, own_rows = failed[0]
+        found = diagnosis(subject, judge.evidence, own_rows, tell)
+    subject, judge, _ = (failed or judges)[0]
     notes = {note for subject, judge, _ in judges for note in (*judge.notes, *subject.notes, *judge.remarks.notes)}
     return PairReport(
         name=pair.name,
         rows=rows,
         not_compared=tuple(left_out(pair, judges[0][1].untrained, gradients, state)),
-        likely_cause=likely_cause(subject, judge.evidence, found) if wanted else "",
+        likely_cause=found.cause,
+        places=found.places,
+        unmatched=found.unmatched,
+        ladder=found.ladder,
         notes=tuple(sorted(notes)),
         random=bool(judge.evidence.random),
     )

@@ -14,6 +14,7 @@ from typing import Any
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S, GREETING_S, Channel, Interpreter, Message
 from parity_tests.interpreters.process import ProcessError, clipped
 from parity_tests.pair.report import PairReport, PairRow, Tell
+from parity_tests.pair.trace import Place
 from parity_tests.report.interruption import Interruption
 from parity_tests.report.text import located
 
@@ -117,7 +118,10 @@ def _row(fields: Message) -> PairRow:
 
 
 def _report(fields: Message) -> PairReport:
-    return PairReport(**{**_with_tuples(fields), "rows": [_row(row) for row in fields["rows"]]})
+    places = tuple(Place(**_with_tuples(place)) for place in fields.get("places", ()))
+    ladder = tuple(map(tuple, fields.get("ladder", ())))
+    rows = [_row(row) for row in fields["rows"]]
+    return PairReport(**{**_with_tuples(fields), "rows": rows, "places": places, "ladder": ladder})
 
 
 def _with_tuples(fields: Message) -> Message:

@@ -28,6 +28,7 @@ from parity_tests.judge.records import environment
 from parity_tests.judge.subjects import framework_available
 from parity_tests.pair.calls import Layout
 from parity_tests.pair.side import CANNOT_RUN, Constants, Ensemble, ParameterSpec, Side, Variant
+from parity_tests.pair.trace import Change, Step, Trace
 from parity_tests.report.text import first_line, located
 
 Factory = Callable[..., Any]
@@ -36,7 +37,9 @@ _PARTS = ("torch", "jax", "pair")
 _WRAPPERS = {"torch": ("torch", "TorchSide"), "jax": ("flax", "JaxSide")}
 _LACKS = re.compile(r"No module named '(torch|jax|jaxlib|flax|numpy|ml_dtypes|safetensors|einops|scipy)\b")
 _METHODS = {name for name, value in vars(Side).items() if callable(value) and not name.startswith("_")}
-_RECORDS = {record.__name__: record for record in (ParameterSpec, Ensemble, Constants, Variant, Layout)}
+_RECORDS = {
+    record.__name__: record for record in (ParameterSpec, Ensemble, Constants, Variant, Layout, Step, Change, Trace)
+}
 _DTYPES = {
     **{f"F{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
     **{f"I{8 * size}": np.dtype(f"i{size}") for size in (1, 2, 4, 8)},

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from parity_tests.judge.records import ParityRow, Summary, environment, summarize, write_json
+from parity_tests.pair.trace import Place
 from parity_tests.report.files import write_text
 from parity_tests.report.html import html_document
 from parity_tests.report.junit import junit_document
@@ -15,6 +16,7 @@ from parity_tests.report.text import printable
 # A listener for the steps of a check, a text each, and for its rows.
 Tell = Callable[[Any], None]
 EFFORTS: tuple[str, ...] = ("full", "quick")
+_MOST_UNMATCHED = 12  # modules that the text lists
 RUNGS: tuple[str, ...] = ("weights", "forward", "gradients", "state")
 CALIBRATED = (
     "every bound is calibrated by a rounding-noise ensemble around a float64 run; it is not derived from a formula, "
@@ -46,6 +48,9 @@ class PairReport:
         rows: one per leg, subject and tensor.
         not_compared: buffers without counterpart, with a word where a call updates them, and blocks held at zero.
         likely_cause: one sentence, empty if all holds or no hypothesis fits.
+        places: where the models part, in order of execution; empty if all holds or it is not known.
+        unmatched: modules of either side none of whose values the other side has.
+        ladder: the torch modules in order of execution with their Flax names, each with `agrees`, `differs` or `place`.
         random: True if a side draws random numbers, which ends the check before any dtype.
         stopped: why the check did not come to its end, one sentence; empty if it did.
         notes: what a reader must know: operations with a generic rounding model or a coarse accumulator, ...
@@ -58,6 +63,14 @@ class PairReport:
     notes: tuple[str, ...] = ()
     random: bool = False
     stopped: str = ""
+    places: tuple[Place, ...] = ()
+    unmatched: tuple[str, ...] = ()
+    ladder: tuple[tuple[str, str, str], ...] = ()
+
+    @property
+    def place(self) -> str:
+        """Return where the models part first, in one sentence; empty if that is not known."""
+        return str(self.places[0]) if self.places else ""
 
     @property
     def summary(self) -> Summary:
@@ -106,6 +119,7 @@ class PairReport:
         rung = self.first_failing_rung
         if rung is not None:
             lines.append(self.headline)
+        lines += self._where()
         lines += self._largest()
         failures = [row for row in self.rows if row.status == "mismatch" and row.rung == rung]
         lines += [f"  {row.framework} {row.dtype} {row.case}: {row.reason}" for row in failures[:10]]
@@ -127,6 +141,18 @@ class PairReport:
         if self.undecided:
             return f"undecided in rung {rung}: {self.undecided}"
         return f"first failing rung: {rung}; likely cause: {self.likely_cause or 'none of those tried'}"
+
+    def _where(self) -> list[str]:
+        lines = []
+        for place in self.places:
+            cause = place.cause if place.cause not in ("", self.likely_cause) else ""
+            if not place.cause and len(self.places) > 1:
+                cause = "none of the causes tried"
+            lines.append(f"  place: {place}{f'; cause: {cause}' if cause else ''}")
+        if self.places and self.unmatched:
+            more = f" and {len(self.unmatched) - _MOST_UNMATCHED} more" * (len(self.unmatched) > _MOST_UNMATCHED)
+            lines.append(f"  without counterpart: {', '.join(self.unmatched[:_MOST_UNMATCHED])}{more}")
+        return lines
 
     def _largest(self) -> list[str]:
         """Describe for each dtype and rung the tensor closest to its bound, or furthest beyond it."""
@@ -162,6 +188,10 @@ class PairReport:
             "stopped": self.stopped,
             "first_failing_rung": self.first_failing_rung,
             "likely_cause": self.likely_cause,
+            "place": self.place,
+            "places": [dataclasses.asdict(place) for place in self.places],
+            "unmatched": list(self.unmatched),
+            "ladder": [list(entry) for entry in self.ladder],
             "not_compared": list(self.not_compared),
             "notes": list(self.notes),
             "bound": CALIBRATED,
@@ -176,6 +206,9 @@ class PairReport:
     def to_html(self, path: str | Path) -> None:
         """Write one self-contained page."""
         notes = [f"not compared: {what}" for what in self.not_compared]
-        notes = [*filter(None, [self.stopped, self.headline]), *notes, *self.notes, CALIBRATED]
-        page = html_document(self.rows, environment(), title=self.name, notes=notes, stopped=bool(self.stopped))
+        told = [f"place: {place}{f'; cause: {place.cause}' if place.cause else ''}" for place in self.places]
+        notes = [*filter(None, [self.stopped, self.headline]), *told, *notes, *self.notes, CALIBRATED]
+        page = html_document(
+            self.rows, environment(), title=self.name, notes=notes, stopped=bool(self.stopped), ladder=self.ladder
+        )
         write_text("--html", path, page)

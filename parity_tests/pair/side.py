@@ -8,7 +8,7 @@ own for branches that no value took, and reports them to `Branches`: two functio
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -182,6 +182,29 @@ class Side(Protocol):
 
     def variants(self) -> tuple[Variant, ...]:
         """Return hypotheses about this side for the likely cause of a mismatch."""
+        ...
+
+    def record(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None = None,
+        changes: tuple[Any, ...] = (),
+        wanted: tuple[int, ...] | None = None,
+        asked: tuple[int, ...] = (),
+        noisy: bool = True,
+    ) -> Any:
+        """Run as for `truth` and return the operations and values of the run, a `trace.Trace`.
+
+        Args:
+            parameters: as for `truth`.
+            inputs: as for `truth`.
+            cotangents: as for `truth`; with them the backward pass is recorded too.
+            changes: `trace.Change`s that are made on the way, on the torch side.
+            wanted: numbers of the values to keep; None for all, as long as they are few.
+            asked: numbers of the operations whose alternatives are told.
+            noisy: whether limits are wanted, from a few more runs with noise.
+        """
         ...
 
     def notes(self) -> tuple[str, ...]:

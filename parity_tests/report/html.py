@@ -259,6 +259,29 @@ def _training(rows: Sequence[ParityRow]) -> str:
     return heatmap("each criterion's fraction of its limit", list(grid.values), [grid.block()]) if grid.values else ""
 
 
+def ladder_picture(ladder: Sequence[tuple[str, str, str]]) -> str:
+    """Draw a model as a column of boxes, one a module with its name on both sides, in order of execution.
+
+    Args:
+        ladder: names and state: `agrees`, `differs`, or `place` where the two sides part.
+    """
+    if not ladder:
+        return ""
+    fills = {"agrees": "#dff0df", "differs": "#fde7ea", "place": ABOVE}
+    half = 40 + max(round(7.2 * len(name)) for entry in ladder for name in entry[:2])
+    parts = []
+    for k, (first, second, state) in enumerate(ladder):
+        y, ink = 24 * k, ' style="fill:#fff;font-weight:700"' if state == "place" else ""
+        box = f'<rect class="cell" x="0" y="{y}" width="{2 * half}" height="20" rx="3" fill="{fills[state]}"/>'
+        names = [(half - 12, "end", first), (half + 12, "start", second)]
+        text = [f'<text x="{x}" y="{y + 14}" text-anchor="{at}"{ink}>{html_text(name)}</text>' for x, at, name in names]
+        parts.append(f"<g><title>{state}</title>{box}{''.join(text)}</g>")
+    size = f'width="{2 * half}" height="{24 * len(ladder)}"'
+    caption = "modules in order, torch | flax: green agrees, red is where they part, pink comes after it or within"
+    drawing = f'<svg {size} role="img" aria-label="modules">{"".join(parts)}</svg>'
+    return f"<figure><figcaption>{caption}</figcaption>{drawing}</figure>"
+
+
 def _section(title: str, *drawings: str) -> str:
     inside = "".join(drawings)
     return f"<h2>{html_text(title)}</h2><div class='figures'>{inside}</div>" if inside else ""
@@ -284,6 +307,7 @@ def html_document(
     notes: Sequence[str] = (),
     cells_left: int = 0,
     stopped: bool = False,
+    ladder: Sequence[tuple[str, str, str]] = (),
 ) -> str:
     """Return the page.
 
@@ -295,6 +319,7 @@ def html_document(
         notes: sentences beside the skipped cells.
         cells_left: number of cells that an interrupted run did not come to.
         stopped: True if the run did not come to its end; the notes say why.
+        ladder: of a pair that does not hold, see `ladder_picture`.
     """
     summary = summarize(rows)
     verdict = (
@@ -320,7 +345,9 @@ def html_document(
         environment=html_text(f"{versions}; Python {environment.get('python')}, {environment.get('machine')}"),
         skipped="".join(f"<p>{html_text(note)}</p>" for note in notes) + _skipped(rows),
         legend=legend() if subjects or against else "",
-        heatmap=_section("largest error over its bound", subjects) + _section("against each other", against),
+        heatmap=_section("where they part", ladder_picture(ladder))
+        + _section("largest error over its bound", subjects)
+        + _section("against each other", against),
         training=_section("training", _training(by_kind["trained"]), *map(draw_curves, training)),
         table=_table(rows),
     )

@@ -52,6 +52,7 @@ SHORT = {
 }
 # Files that only one framework's folder of the judge has.
 OF_ONE_FRAMEWORK = {
+    "alternatives.py": "what single operations may have been meant to do is tried on the torch side",
     "sharded.py": "processes; JAX divides over devices of one process",
     "defects.py": "defects of user pairs are planted in the Flax side",
     "checkpoints.py": "orbax is JAX's; torch's side has state dicts and safetensors files",

@@ -15,6 +15,7 @@ from flax import nnx
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from parity_tests.frameworks.jax.recorder import named_calls
 from parity_tests.pair.calls import Call
 from parity_tests.pair.side import ParameterSpec
 
@@ -88,7 +89,8 @@ def _nnx(module: nnx.Module, made: Call) -> FlatModule:
         fresh = {path: v.replace(v.get_value()) if isinstance(v, nnx.Variable) else v for path, v in base.items()}
         fresh |= {path: base[path].replace(arrays[name]) for name, path in names.items()}
         merged = nnx.merge(graph, nnx.from_flat_state(fresh))
-        outputs = made(merged, inputs)
+        with named_calls(merged):
+            outputs = made(merged, inputs)
         after = dict(nnx.to_flat_state(nnx.state(merged)))
         return outputs, {name: after[path].get_value() for name, path in names.items() if not specs[name].trainable}
 

@@ -14,6 +14,7 @@ from parity_tests.frameworks.jax import watch as jax_watch
 from parity_tests.frameworks.jax.ensemble import NoisyProgram
 from parity_tests.frameworks.jax.modules import FlatModule, Function, flatten_module, step
 from parity_tests.frameworks.jax.noise import COMPILE_QUICKLY
+from parity_tests.frameworks.jax.recorder import record, recording
 from parity_tests.frameworks.jax.subjects import resolve_device
 from parity_tests.frameworks.jax.truth import Truth, traced
 from parity_tests.judge.dtypes import is_inexact, numpy_dtype, storage_format, widened
@@ -26,6 +27,7 @@ from parity_tests.pair.calibration import (
 )
 from parity_tests.pair.calls import Call, Layout, checked_adapter, named_outputs, no_array
 from parity_tests.pair.side import Arrays, Branches, Constants, Ensemble, ParameterSpec, Variant, named_state
+from parity_tests.pair.trace import Change, Trace
 
 Program = Callable[..., dict[str, Any]]
 
@@ -146,6 +148,29 @@ class JaxSide:
     def variants(self) -> tuple[Variant, ...]:
         """Return none: the torch side tries the hypotheses that concern constants."""
         return ()
+
+    def record(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None = None,
+        changes: tuple[Change, ...] = (),
+        wanted: tuple[int, ...] | None = None,
+        asked: tuple[int, ...] = (),
+        noisy: bool = True,
+    ) -> Trace:
+        """Trace in float64 and interpret, taking note of every value; nothing is changed on this side."""
+        if changes:
+            raise ValueError(f"changes: expected none on the flax side, got {len(changes)}.")
+        arguments = [_wide(dict(parameters)), _wide(inputs), _wide(cotangents or {})]
+        leg = storage_format([*parameters.values(), *inputs])
+        with jax.enable_x64(True), jax.default_device(self._device):
+            with recording():
+                closed, names, _ = traced(self._program(inputs, cotangents is not None), arguments, leg, "recorded")
+            sources = [f"parameter:{name}" for name in sorted(parameters)]
+            sources += [f"input:{k}" for k in range(len(inputs))]
+            sources += [f"cotangent:{name}" for name in sorted(cotangents or {})]
+            return record(closed, names, sources, jax.tree.leaves(arguments), wanted, noisy)
 
     def notes(self) -> tuple[str, ...]:
         """Return notes on modules that cannot be traced in float64."""

@@ -72,7 +72,9 @@ def _wide_formats() -> Iterator[None]:
             dtypes.check_and_canonicalize_user_dtype = original
 
 
-def traced(program: Callable[..., Any], arguments: Sequence[Any], leg: Any) -> tuple[ClosedJaxpr, list[str], str]:
+def traced(
+    program: Callable[..., Any], arguments: Sequence[Any], leg: Any, purpose: str = ""
+) -> tuple[ClosedJaxpr, list[str], str]:
     """Trace a program with float64 arguments; 64-bit types are to be enabled.
 
     Tried in turn, because not every module can be traced in each way: with every format that it asks for widened; with
@@ -83,13 +85,14 @@ def traced(program: Callable[..., Any], arguments: Sequence[Any], leg: Any) -> t
         program: to be traced.
         arguments: wide.
         leg: dtype that the values are stored in.
+        purpose: programs of one purpose are traced apart from those of another.
 
     Returns:
         The program, the names of its results, and why it was traced in float32, or nothing.
     """
-    with _TRUTH(str(leg)), _machine_limits(leg):
+    with _TRUTH(f"{leg} {purpose}"), _machine_limits(leg):
         try:
-            with _TRUTH(f"{leg} widened"), _wide_formats():
+            with _TRUTH(f"{leg} {purpose} widened"), _wide_formats():
                 closed, shapes = jax.make_jaxpr(program, return_shape=True)(*arguments)
             return closed, sorted(shapes), ""  # sorted: the order in which a dict is flattened
         except Exception:  # whatever a module raises that cannot work so; it may be its own, raised again below

@@ -23,6 +23,7 @@ from parity_tests.pair.side import Branch, Branches, is_bound
 _JAX = str(Path(jax.__file__).resolve().parent)
 # Files in which this package calls a module: lines further out are not the user's.
 _CALLERS = tuple(str(Path(__file__).with_name(name)) for name in ("modules.py", "pair.py"))
+_RECORDER = str(Path(__file__).with_name("recorder.py"))  # stands between a module and its caller
 _LIBRARIES = ("site-packages", "dist-packages")
 # Folders of JAX that hold functions for users; the others are its machinery.
 _FUNCTIONS = ("numpy", "nn", "lax", "scipy", "random", "image", "ops")
@@ -81,14 +82,20 @@ def _frames(equation: JaxprEqn) -> list[tuple[str, str, int]]:
     ]
 
 
-def _origin(equation: JaxprEqn, outer: Origin) -> Origin:
+@functools.cache
+def _is_of_jax(file: str) -> bool:
+    return file.startswith(_JAX) or Path(file).resolve().as_posix().startswith(_JAX)
+
+
+def origin_of(equation: JaxprEqn, outer: Origin) -> Origin:
     """Return functions, files and place of an operation, which inherits them where JAX's own code asks."""
     functions, files = [], []
     if equation.primitive.name in ("jit", "pjit") and (name := equation.params.get("name")):
         functions.append(_bare(name))
     for file, function, line in _frames(equation):
-        inside = file.startswith(_JAX) or Path(file).resolve().as_posix().startswith(_JAX)
-        if inside:
+        if file == _RECORDER:
+            continue
+        if _is_of_jax(file):
             if any(f"{folder}/" in file.rpartition("_src/")[2] for folder in _FUNCTIONS):
                 functions.append(_bare(function))
                 files.append(file)
@@ -122,7 +129,7 @@ def sites(closed: ClosedJaxpr) -> dict[tuple[int, ...], Site]:
         moving: dict[Var, bool] = dict.fromkeys(jaxpr.constvars, False) | dict(zip(jaxpr.invars, flags, strict=True))
         for index, equation in enumerate(jaxpr.eqns):
             moved = tuple(not isinstance(atom, Literal) and moving[atom] for atom in equation.invars)
-            origin, here = _origin(equation, outer), (*path, id(jaxpr), index)
+            origin, here = origin_of(equation, outer), (*path, id(jaxpr), index)
             found[here] = Site(equation, *origin, moved)
             for program in _inner(equation):
                 one_to_one = equation.primitive.name in INLINED and len(program.invars) == len(moved)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from parity_tests.frameworks.torch.ensemble import Record, run_members
 from parity_tests.frameworks.torch.modes import to_numpy, to_torch
 from parity_tests.frameworks.torch.noise import DoublePrecision
+from parity_tests.frameworks.torch.recorder import record
 from parity_tests.frameworks.torch.subjects import resolve_device
 from parity_tests.frameworks.torch.truth import MovedConstants, Recorder, machine_limits
 from parity_tests.frameworks.torch.watch import BranchWatch, FirstUses, FormatWatch
@@ -28,6 +29,7 @@ from parity_tests.pair.calibration import (
 )
 from parity_tests.pair.calls import Call, Layout, checked_adapter, named_outputs, no_array
 from parity_tests.pair.side import Arrays, Constants, Ensemble, ParameterSpec, Variant, named_state
+from parity_tests.pair.trace import Change, Trace
 
 Function = Callable[..., Any]
 
@@ -238,6 +240,32 @@ class TorchSide:
     def variants(self) -> tuple[Variant, ...]:
         """Return other epsilons and the other gelu, where the last truth used one."""
         return self._recorder.variants()
+
+    def record(
+        self,
+        parameters: Arrays,
+        inputs: tuple[np.ndarray, ...],
+        cotangents: Arrays | None = None,
+        changes: tuple[Change, ...] = (),
+        wanted: tuple[int, ...] | None = None,
+        asked: tuple[int, ...] = (),
+        noisy: bool = True,
+    ) -> Trace:
+        """Run in float64, taking note of every value; `changes` are made on the way."""
+        names = {} if self._module is None else {id(child): name for name, child in self._module.named_modules()}
+        given = {f"parameter:{name}": array for name, array in parameters.items()}
+        given |= {f"input:{k}": array for k, array in enumerate(inputs)}
+        given |= {f"cotangent:{name}": array for name, array in (cotangents or {}).items()}
+        return record(
+            lambda mode: self._double(parameters, inputs, cotangents, mode),
+            names,
+            given,
+            changes,
+            wanted,
+            asked,
+            noisy,
+            self._device,
+        )
 
     def notes(self) -> tuple[str, ...]:
         """Return none."""

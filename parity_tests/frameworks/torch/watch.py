@@ -50,7 +50,7 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _line() -> str:
+def user_line() -> str:
     """Return the innermost line outside torch, as `port.py:12`; empty if the module is torch's own."""
     for frame in _frames():
         path = frame.f_code.co_filename
@@ -130,7 +130,7 @@ class BranchWatch(TorchDispatchMode):
         return result
 
     def _place(self) -> str:
-        path, line = self._path[-1], _line()
+        path, line = self._path[-1], user_line()
         return f"{path} ({line})" if path and line else path or line
 
     def _move(self, tensor: torch.Tensor) -> None:
@@ -345,7 +345,7 @@ class FormatWatch(TorchDispatchMode):
         wide = [t for t in _tensors(result)[:1] if self._is_wide(t)]
         wide += [t for t in _tensors(args) if t.ndim and self._is_wide(t)]
         if wide and not _of_a_norm():
-            place = _line()
+            place = user_line()
             self._found.setdefault((name, str(wide[0].dtype).removeprefix("torch.")), {})[place] = None
         return result
 

@@ -1,0 +1,388 @@
+"""What a single operation of a torch run may have been meant to do, as the other side does it: hypotheses by operation.
+
+Each is a name, a sentence that is true if the other side behaves so, and a function that returns other results. In a
+sentence `{weight}` stands for the parameter's name.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from parity_tests.frameworks.torch.operations import names
+
+Offer = tuple[str, str, Callable[[], Any]]
+EPSILONS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-12, 0.0)
+_LARGEST_EPSILON = 1e-2  # a constant that is added and is at most this can be meant as an epsilon
+# Where the epsilon stands, and weight and bias, among the arguments of a norm.
+NORMS = {
+    "native_layer_norm": (4, 2, 3),
+    "_fused_rms_norm": (3, 2, None),
+    "native_group_norm": (7, 1, 2),
+    "native_batch_norm": (7, 1, 2),
+    "_native_batch_norm_legit": (7, 1, 2),
+    "_native_batch_norm_legit_no_training": (6, 1, 2),
+}
+_GELU_NAME = {"none": "the exact gelu (erf)", "tanh": "the tanh approximation of gelu"}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu with tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "elu": F.elu,
+    "leaky_relu": F.leaky_relu,
+    "hardswish": F.hardswish,
+    "relu6": F.relu6,
+}
+_UNARY = names("""
+relu gelu silu tanh sigmoid softplus elu leaky_relu hardtanh hardswish hardsigmoid mish celu selu exp log log1p sqrt
+abs square clamp clamp_min clamp_max erf sin cos softshrink hardshrink threshold log_sigmoid_forward
+""")
+_LOGARITHMS = {"log": torch.log, "log2": torch.log2, "log10": torch.log10, "log1p": torch.log1p}
+_LINEAR = {"addmm": 1, "mm": 0, "bmm": 0, "baddbmm": 1, "convolution": 0, "mv": 1, "addmv": 2, "embedding": None}
+_REDUCTIONS = ("none", "mean", "sum")
+_MOST_DILATION = 4
+
+
+def offers(operation: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    """Yield the hypotheses about one operation, the specific ones first.
+
+    Args:
+        operation: bare name, in place or not.
+        args: as they were before.
+        kwargs: likewise.
+        result: of the operation as it is.
+    """
+    name = operation.removesuffix("_")
+    for kind in (_norm, _added, _gelu, _window, _pool, _mask, _moment, _logarithm, _loss, _embedding, _softmax):
+        yield from kind(name, args, kwargs, result)
+    yield from _activation(name, args, kwargs, result)
+    yield from _sum_of_two(name, args, kwargs, result)
+    yield from _scaled(name, args, kwargs, result)
+
+
+def _again(name: str, args: Sequence[Any], kwargs: dict | None = None) -> Any:
+    return getattr(torch.ops.aten, name)(*args, **(kwargs or {}))
+
+
+def _put(args: Sequence[Any], position: int, value: Any) -> list[Any]:
+    return [value if k == position else arg for k, arg in enumerate(args)]
+
+
+def _norm(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    if name not in NORMS:
+        return
+    position, weight, bias = NORMS[name]
+    # Running statistics are updated in place: a second run must not do that again.
+    args = tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
+    used = args[position]
+    for value in EPSILONS:
+        if value != used:
+            sentence = f"epsilon: the torch side uses {used:g}, the flax side behaves like {value:g}"
+            yield f"epsilon={value!r}", sentence, lambda value=value: _again(name, _put(args, position, value))
+    if "batch_norm" in name and args[3] is not None:
+        if name.endswith("no_training") or not args[5]:
+            before, after = "running statistics (eval mode)", "statistics of the batch (train mode)"
+            training = True
+        else:
+            before, after, training = "statistics of the batch (train mode)", "running statistics (eval mode)", False
+        statistics = (*args[:5], training, args[position - 1], used)
+        sentence = f"mode: the torch side normalises by {before}, the flax side by {after}"
+        yield "other mode", sentence, lambda: _again("native_batch_norm", statistics)
+    for what, where in (("weight", weight), ("bias", bias)):
+        if where is not None and args[where] is not None:
+            sentence = f"the {what} of this norm has no effect on the flax side"
+            yield f"without {what}", sentence, lambda where=where: _again(name, _put(args, where, None))
+    yield "no norm", "this norm is missing on the flax side", lambda: args[0]
+
+
+def _added(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    if name == "add" and len(args) > 1 and isinstance(args[1], float) and 0 < args[1] <= _LARGEST_EPSILON:
+        for value in EPSILONS:
+            if value != args[1]:
+                sentence = f"epsilon: the torch side uses {args[1]:g}, the flax side behaves like {value:g}"
+                yield f"epsilon={value!r}", sentence, lambda value=value: args[0] + value
+
+
+def _gelu(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    if name == "gelu":
+        form = kwargs.get("approximate", "none")
+        other = "tanh" if form == "none" else "none"
+        sentence = f"gelu: the torch side uses {_GELU_NAME[form]}, the flax side behaves like {_GELU_NAME[other]}"
+        yield "other gelu", sentence, lambda: F.gelu(args[0], approximate=other)
+
+
+def _spatial(x: torch.Tensor, count: int) -> tuple[int, ...]:
+    return tuple(x.shape[x.ndim - count :])
+
+
+def _same(size: int, window: int, stride: int, dilation: int = 1) -> tuple[int, int]:
+    """Return what padding="SAME" adds before and after."""
+    total = max((math.ceil(size / stride) - 1) * stride + (window - 1) * dilation + 1 - size, 0)
+    return total // 2, total - total // 2
+
+
+def _padded(x: torch.Tensor, pads: Sequence[tuple[int, int]], value: float = 0.0) -> torch.Tensor:
+    flat = [amount for pad in reversed(pads) for amount in pad]
+    return F.pad(x, flat, value=value)
+
+
+def _window(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    if name != "convolution":
+        return
+    x, w, bias, stride, padding, dilation, transposed, output_padding, groups = args
+    axes = tuple(range(2, w.ndim))
+    if any(w.shape[axis] > 1 for axis in axes):
+        listed = ", ".join(map(str, axes))
+        sentence = (
+            f"the kernel {{weight}} is flipped: reversing its window (axes {listed} on the torch side) makes both agree"
+            + " (Flax's ConvTranspose flips it unless transpose_kernel=True)" * transposed
+        )
+        yield "flipped", sentence, lambda: _again(name, _put(args, 1, w.flip(axes)))
+    if transposed:
+        return
+    sizes, windows = _spatial(x, len(axes)), w.shape[2:]
+    stride, padding, dilation = (_each(value, len(axes)) for value in (stride, padding, dilation))
+
+    def convolved(pads: Sequence[tuple[int, int]], dilations: Sequence[int]) -> Any:
+        return _again(
+            name, (_padded(x, pads), w, bias, stride, [0] * len(axes), dilations, False, output_padding, groups)
+        )
+
+    def length(size: int, window: int, step: int, pad: tuple[int, int], spread: int) -> int:
+        return (size + sum(pad) - (window - 1) * spread - 1) // step + 1
+
+    own = [(pad, pad) for pad in padding]
+    for spread in range(1, _MOST_DILATION + 1):
+        spreads = [spread] * len(axes)
+        same = [_same(*one) for one in zip(sizes, windows, stride, spreads, strict=True)]
+        shifted = [(low + 1, high - 1) for low, high in own if high]
+        lower = [(low - 1, high + 1) for low, high in own if low]
+        reversed_same = [(high, low) for low, high in same]
+        for title, pads in (("own", own), ("SAME", same), ("SAME, the other way round", reversed_same)):
+            yield from _convolution(title, pads, spread, dilation, own, args, result, length, convolved, sizes, windows)
+        for pads in (shifted, lower):
+            if len(pads) == len(axes) and spread == dilation[0]:
+                title = f"{pads[0][0]} before and {pads[0][1]} after"
+                yield from _convolution(
+                    title, pads, spread, dilation, own, args, result, length, convolved, sizes, windows
+                )
+
+
+def _convolution(
+    title: str,
+    pads: Sequence[tuple[int, int]],
+    spread: int,
+    dilation: Sequence[int],
+    own: Sequence[tuple[int, int]],
+    args: tuple,
+    result: torch.Tensor,
+    length: Callable[..., int],
+    convolved: Callable[..., Any],
+    sizes: Sequence[int],
+    windows: Sequence[int],
+) -> Iterator[Offer]:
+    """Yield one convolution with other padding or dilation, if its result has the same shape."""
+    spreads, stride = [spread] * len(sizes), _each(args[3], len(sizes))
+    lengths = [length(*one) for one in zip(sizes, windows, stride, pads, spreads, strict=True)]
+    if (list(pads) == list(own) and spreads == list(dilation)) or lengths != list(_spatial(result, len(sizes))):
+        return
+    if spreads != list(dilation):
+        sentence = f"dilation: the torch side uses {dilation[0]}, the flax side behaves like {spread}"
+    else:
+        sentence = (
+            f"padding: the torch side pads {_pads(own)}, the flax side behaves like {_pads(pads)}"
+            f"{' (SAME)' if title.startswith('SAME') else ''}"
+        )
+    yield f"convolution {spread} {pads}", sentence, lambda: convolved(pads, spreads)
+
+
+def _pads(pads: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{low} before and {high} after" for low, high in dict.fromkeys(pads))
+
+
+def _pool(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    average = name.startswith("avg_pool") and name.endswith("d")
+    if not average and not (name.startswith("max_pool") and name.endswith("with_indices")):
+        return
+    defaults = ([], 0, False, True, None) if average else ([], 0)
+    given, dims = [*args, *defaults[len(args) - 2 :]], 3 if "3d" in name else 2
+    kernel, stride, padding = (_each(value, dims) for value in (given[1], given[2] or given[1], given[3]))
+    if average:
+        words = ("leaves the padding out of", "counts the padding in")
+        own, other = words[given[5]], words[not given[5]]
+        sentence = f"count_include_pad: the torch side {own} its averages, the flax side {other} them"
+        yield "other count", sentence, lambda: _again(name, _put(given, 5, not given[5]))
+    same = [_same(*one) for one in zip(_spatial(args[0], dims), kernel, stride, strict=True)]
+    own_pads = [(pad, pad) for pad in padding]
+    if same != own_pads:
+        padded = _padded(args[0], same, 0.0 if average else -math.inf), kernel, stride, [0] * dims
+        sentence = f"padding: the torch side pads {_pads(own_pads)}, the flax side {_pads(same)} (SAME)"
+        yield "SAME", sentence, lambda: _first(_again(name, padded))
+
+
+def _first(result: Any) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    """Return one number for each axis."""
+    several = [*value] if isinstance(value, list | tuple) else [value]
+    return several * dims if len(several) == 1 else several
+
+
+def _shifted(mask: torch.Tensor, axis: int, by: int) -> torch.Tensor:
+    """Move a mask along an axis; what comes in is what stood at the border."""
+    size = mask.shape[axis]
+    index = (torch.arange(size, device=mask.device) - by).clamp(0, size - 1)
+    return mask.index_select(axis, index)
+
+
+def _mask(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    places = {"masked_fill": 1, "where": 0, "add": 1}
+    if name not in places or len(args) <= places[name] or not isinstance(args[places[name]], torch.Tensor):
+        return
+    where, mask = places[name], args[places[name]]
+    if (name == "add" and not bool(torch.isinf(mask).any() | (mask <= -1e4).any())) or (
+        name != "add" and mask.dtype != torch.bool
+    ):
+        return
+    for axis, by in itertools.product((-1, -2), (1, -1)):
+        if mask.ndim >= -axis and mask.shape[axis] > 1:
+            sentence = (
+                "mask: the flax side behaves like the torch side with its mask moved by one position (off by one)"
+            )
+            moved = _shifted(mask, axis, by)
+            yield (
+                f"mask moved {axis} {by}",
+                sentence,
+                lambda moved=moved: _again(name, _put(args, where, moved), kwargs),
+            )
+    if name != "add":
+        sentence = "mask: the flax side behaves like the torch side with the opposite mask"
+        yield "opposite mask", sentence, lambda: _again(name, _put(args, where, ~mask), kwargs)
+    sentence = "mask: the flax side behaves like the torch side without its mask"
+    unmasked = args[0] if name != "where" else args[2]
+    yield "no mask", sentence, lambda: unmasked.broadcast_to(result.shape).clone()
+
+
+def _moment(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    if name in ("mean", "sum"):
+        count = args[0].numel() / max(result.numel(), 1)
+        other, factor = ("a sum", count) if name == "mean" else ("a mean", 1 / max(count, 1))
+        own = "mean" if name == "mean" else "sum"
+        yield (
+            "other reduction",
+            f"reduction: the torch side takes a {own}, the flax side {other}",
+            lambda: result * factor,
+        )
+    if name in ("var", "std", "var_mean", "std_mean"):
+        first = result[0] if isinstance(result, tuple) else result
+        count = args[0].numel() / max(first.numel(), 1)
+        correction = kwargs.get("correction", args[2] if len(args) > 2 and not isinstance(args[2], bool) else 1)
+        correction = 1 if correction is None else float(correction)
+        other = 0.0 if correction else 1.0
+        if count > 1:
+            factor = (count - correction) / (count - other)
+            factor = factor if name.startswith("var") else math.sqrt(factor)
+            words = ("n", "n - 1")[:: 1 if other else -1]
+            sentence = f"variance: the torch side divides by {words[0]}, the flax side by {words[1]}"
+            yield "other correction", sentence, lambda: first * factor
+
+
+def _logarithm(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    for other, function in _LOGARITHMS.items() if name in _LOGARITHMS else ():
+        if other != name:
+            yield other, f"logarithm: the torch side takes {name}, the flax side {other}", lambda f=function: f(args[0])
+
+
+def _loss(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    position = {"nll_loss_forward": 3, "mse_loss": 2, "smooth_l1_loss": 2, "huber_loss": 2}.get(name)
+    if position is None:
+        return
+    used = args[position] if len(args) > position else kwargs.get("reduction", 1)
+    for other in (1, 2) if used else ():
+        if other != used:
+            sentence = f"reduction: the torch side takes a {_REDUCTIONS[used]}, the flax side a {_REDUCTIONS[other]}"
+            other_args = _put(args, position, other) if len(args) > position else [*args, other]
+            yield "other reduction", sentence, lambda other_args=other_args: _again(name, other_args)
+    if name == "nll_loss_forward":
+        for smoothing in (0.1, 0.2, 0.05, 0.01, 0.15, 0.3):
+            smooth = -args[0].mean(-1)
+            smooth = smooth.mean() if used == 1 else smooth.sum() if used == 2 else smooth
+            sentence = f"label smoothing: the torch side has none, the flax side behaves like {smoothing:g}"
+            mixed = (1 - smoothing) * result[0] + smoothing * smooth
+            yield f"smoothing {smoothing}", sentence, lambda mixed=mixed: mixed
+
+
+def _embedding(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    if name == "embedding_dense_backward" and args[3] >= 0:
+        sentence = f"padding_idx: the torch side leaves row {args[3]} out of the gradient, the flax side does not"
+        yield "no padding_idx", sentence, lambda: _again(name, _put(args, 3, -1))
+    if name == "embedding":
+        count = int(args[0].shape[0])
+        for row in dict.fromkeys((0, count - 1, 1)):
+            sentence = f"padding_idx: the flax side returns zeros for index {row}, the torch side does not"
+            yield f"zeros for {row}", sentence, lambda row=row: result * (args[1] != row)[..., None]
+
+
+def _softmax(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    if name in ("_softmax", "_log_softmax", "_safe_softmax"):
+        own = args[1] % args[0].ndim
+        for axis in range(args[0].ndim):
+            if axis != own:
+                sentence = f"softmax: the torch side takes it over axis {own}, the flax side over axis {axis}"
+                yield f"axis {axis}", sentence, lambda axis=axis: _again(name, _put(args, 1, axis), kwargs)
+
+
+def _activation(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    if name in _UNARY and isinstance(result, torch.Tensor):
+        sentence = f"activation: {name} is missing on the flax side"
+        yield "missing", sentence, lambda: args[0].clone()
+        for other, function in ACTIVATIONS.items():
+            if other != name and name in ACTIVATIONS:
+                sentence = f"activation: the torch side has {name}, the flax side {other}"
+                yield f"activation {other}", sentence, lambda f=function: f(args[0])
+    position = _LINEAR.get(name)
+    if position is not None:
+        for other, function in ACTIVATIONS.items():
+            sentence = (
+                f"activation: the flax side has {other} before this operation, which is missing on the torch side"
+            )
+            yield (
+                f"{other} before",
+                sentence,
+                lambda f=function: _again(name, _put(args, position, f(args[position])), kwargs),
+            )
+
+
+def _sum_of_two(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    if name != "add" or len(args) < 2 or not isinstance(args[1], torch.Tensor):
+        return
+    for position, which in enumerate(("first", "second")):
+        if args[1 - position].shape == result.shape:
+            sentence = f"residual: the flax side lacks the {which} term of this sum (a skipped connection, a bias)"
+            yield f"without {which}", sentence, lambda position=position: args[1 - position].clone()
+
+
+def _scaled(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    if name in ("mul", "div") and len(args) > 1 and isinstance(result, torch.Tensor):
+        other = args[1]
+        if not isinstance(other, torch.Tensor) or other.numel() == 1:
+            sentence = (
+                f"scale: the flax side lacks this {'factor' if name == 'mul' else 'division'} of {float(other):.6g}"
+            )
+            yield "no factor", sentence, lambda: args[0].broadcast_to(result.shape).clone()
+
+
+def norms_of(norms: Mapping[int, tuple[str, tuple]], name: str, result: Any) -> Iterator[Offer]:
+    """Yield, for a sum, the norms of earlier operations by their numbers, to be taken of it."""
+    for number, (norm, args) in norms.items() if name.removesuffix("_") == "add" else ():
+        if isinstance(result, torch.Tensor) and result.shape == args[0].shape:
+            yield f"norm {number}", "", lambda norm=norm, args=args: _again(norm, _put(args, 0, result))[0]
