@@ -66,6 +66,12 @@ class Candidate:
     certain: bool
     fused: str = ""
 
+    @functools.cached_property
+    def members(self) -> frozenset[str]:
+        """Return the arrays that this takes, with their sides."""
+        sides = {"torch": self.torch, "flax": self.flax}
+        return frozenset(f"{side} {name}" for side, found in sides.items() for unit in found for name in unit.members)
+
 
 def units(specs: Mapping[str, ParameterSpec]) -> list[Unit]:
     """Join the arrays that differ in the first number of their names only, where the numbers are evenly spaced."""
@@ -90,6 +96,7 @@ def units(specs: Mapping[str, ParameterSpec]) -> list[Unit]:
     return list(dict.fromkeys((alone | joined).values()))
 
 
+@functools.cache
 def words(name: str) -> tuple[str, ...]:
     """Return the meaningful words of a name before the last one, numbers and templates among them."""
     parts = [part for part in re.split(r"[._/\[\]]+", re.sub(r"\{[^}]*\}", ".#.", name.lower())) if part]

@@ -1,6 +1,7 @@
 """A first version of a parameter mapping, by shape, name and order of execution, for a person to confirm."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ class _Choice:
 
     def take(self, candidate: Candidate, by_execution: bool = False) -> None:
         self.chosen.append(candidate)
-        self.used |= _members(candidate)
+        self.used |= candidate.members
         if by_execution:
             self.by_execution.add(id(candidate))
         if not candidate.fused:
@@ -82,52 +83,50 @@ class _Choice:
         found = [candidate for candidate in found if candidate.certain or not self._is_in_another_order(candidate)]
         for certain in (True, False):
             while True:
-                open_ = [c for c in found if not self.used & _members(c) and (c.certain or not certain)]
+                open_ = [c for c in found if not self.used & c.members and (c.certain or not certain)]
                 if not open_:
                     break
                 open_ = _of_one_kind(open_)
-                alone = [c for c in open_ if _rivals(c, open_) == []]
-                if following := [c for c in open_ if not c.fused and self._follows(c)]:
-                    # A bias goes where the weight of its layer went.
-                    owner = self._owners[_owner_of(following[0].torch[0])]
-                    self.take(following[0], owner[1])
-                elif alone:
-                    self.take(max(alone, key=lambda candidate: candidate.score))
-                else:
+                shared = Counter(member for candidate in open_ for member in candidate.members)
+                alone = [c for c in open_ if all(shared[member] == 1 for member in c.members)]
+                # A bias goes where the weight of its layer went.
+                following = [c for c in open_ if not c.fused and self._follows(c)]
+                for candidate in following or alone:
+                    if not self.used & candidate.members:
+                        owner = self._owners.get(_owner_of(candidate.torch[0]), ("", False))
+                        self.take(candidate, bool(following) and owner[1])
+                if not following and not alone:
                     self._decide(open_)
 
     def _decide(self, found: list[Candidate]) -> None:
         """Take one of several that fit equally well."""
         first = max(found, key=lambda candidate: (len(candidate.torch[0].shape), candidate.score))
-        if first.fused:
-            self.take(first)
-            return
-        group = _component(first, [c for c in found if not c.fused])
+        group = _component(first, [c for c in found if c.fused == first.fused])
         ranks = {
-            side: {unit: self._rank(side, unit) for c in group for unit in getattr(c, side)}
+            side: {one: self._rank(side, one) for c in group for one in [getattr(c, side)]}
             for side in ("torch", "flax")
         }
-        shown = [", ".join(sorted(unit.entry for unit in ranks[side])) for side in ("torch", "flax")]
+        names = {side: sorted({unit.entry for one in ranks[side] for unit in one}) for side in ranks}
+        shown = " and ".join(", ".join(found) for found in names.values())
         if any(rank is None for by_unit in ranks.values() for rank in by_unit.values()):
-            rivals = "; ".join(c.flax[0].entry for c in _rivals(first, group)[:4])
+            rivals = "; ".join(_entries(c.flax) for c in group if c is not first and c.members & first.members)
             self.doubts.append(
-                f"{first.torch[0].entry} fits {first.flax[0].entry} no better than {rivals}: equal shapes, and "
+                f"{_entries(first.torch)} fits {_entries(first.flax)} no better than {rivals}: equal shapes, and "
                 f"the order of execution is not known; {_DECIDE}"
             )
             self.take(first)
             return
-        if len(ranks["torch"]) != len(ranks["flax"]):
-            self.doubts.append(f"{shown[0]} and {shown[1]} have equal shapes and are not equally many; {_DECIDE}")
+        if not first.fused and len(names["torch"]) != len(names["flax"]):
+            self.doubts.append(f"{shown} have equal shapes and are not equally many; {_DECIDE}")
         else:
             self.doubts.append(
-                f"{shown[0]} and {shown[1]} have equal shapes: mapped in the order of their first use in a call; "
-                "check_pair shows whether it is right"
+                f"{shown} have equal shapes: mapped in the order of their first use in a call; check_pair shows "
+                "whether it is right"
             )
-        by_use = {side: sorted(found, key=lambda unit: found[unit] or 0) for side, found in ranks.items()}
-        for unit in by_use["torch"]:
-            fitting = [c for c in group if c.torch == (unit,) and not self.used & _members(c)]
+        for taken in sorted(ranks["torch"], key=lambda found: ranks["torch"][found] or ()):
+            fitting = [c for c in group if c.torch == taken and not self.used & c.members]
             if fitting:
-                self.take(min(fitting, key=lambda c: by_use["flax"].index(c.flax[0])), by_execution=True)
+                self.take(min(fitting, key=lambda c: ranks["flax"][c.flax] or ()), by_execution=True)
 
     def _is_in_another_order(self, candidate: Candidate) -> bool:
         """Tell whether the two sides use the layers of a template in different orders."""
@@ -139,14 +138,13 @@ class _Choice:
             orders.append(sorted(range(len(ranks)), key=lambda k: ranks[k] or 0))
         return orders[0] != orders[1]
 
-    def _rank(self, side: str, unit: Unit) -> int | None:
-        found = [self._ranks.get(side, {}).get(name) for name in unit.members]
-        return None if None in found else min(rank for rank in found if rank is not None)
+    def _rank(self, side: str, chosen: Sequence[Unit]) -> tuple[int, ...] | None:
+        found = [self._ranks.get(side, {}).get(name) for unit in chosen for name in unit.members]
+        return None if None in found else tuple(sorted(rank for rank in found if rank is not None))
 
 
-def _members(candidate: Candidate) -> set[str]:
-    sides = {"torch": candidate.torch, "flax": candidate.flax}
-    return {f"{side} {name}" for side, found in sides.items() for unit in found for name in unit.members}
+def _entries(chosen: Sequence[Unit]) -> str:
+    return " + ".join(unit.entry for unit in chosen)
 
 
 def _owner_of(unit: Unit) -> str:
@@ -155,28 +153,29 @@ def _owner_of(unit: Unit) -> str:
     return owner + dot + re.sub(r"weight|bias|kernel|scale|embedding", "", last)
 
 
-def _rivals(candidate: Candidate, found: Sequence[Candidate]) -> list[Candidate]:
-    members = _members(candidate)
-    return [other for other in found if other is not candidate and members & _members(other)]
-
-
 def _of_one_kind(found: list[Candidate]) -> list[Candidate]:
     """Leave a kernel out for a bias where a unit has a bias to be mapped to."""
 
     def alike(candidate: Candidate) -> bool:
         return all(same_leaf(t.entry, f.entry) for t in candidate.torch for f in candidate.flax)
 
-    kept = {member for candidate in found if alike(candidate) for member in _members(candidate)}
-    return [candidate for candidate in found if alike(candidate) or not kept & _members(candidate)]
+    kept = {member for candidate in found if alike(candidate) for member in candidate.members}
+    return [candidate for candidate in found if alike(candidate) or not kept & candidate.members]
 
 
 def _component(first: Candidate, found: Sequence[Candidate]) -> list[Candidate]:
     """Return the candidates that are connected to one by arrays that they share."""
-    members, group = _members(first), [first]
-    while more := [c for c in found if c not in group and members & _members(c)]:
-        group += more
-        members |= {name for candidate in more for name in _members(candidate)}
-    return group
+    by_member: dict[str, list[Candidate]] = {}
+    for candidate in found:
+        for member in candidate.members:
+            by_member.setdefault(member, []).append(candidate)
+    group, waiting = {id(first): first}, [first]
+    while waiting:
+        for member in waiting.pop().members & by_member.keys():
+            more = {id(candidate): candidate for candidate in by_member.pop(member)}
+            waiting += [candidate for key, candidate in more.items() if key not in group]
+            group |= more
+    return list(group.values())
 
 
 def propose_rules(

@@ -107,6 +107,11 @@ def _joined(found: Sequence[list[dict[str, int]]], variables: set[str], rule: Ru
     """Return the numbers on which both sides agree; each side must have them all."""
     first, second = found[0] if found else [{}], found[-1] if found else [{}]
     shared = sorted(set(first[0]) & set(second[0]))
+    if first[0] and second[0] and not shared:
+        raise MappingError(
+            f"params: expected one name for the numbers on both sides of {tuple(rule)!r}, got "
+            f"{', '.join(sorted(first[0]))} and {', '.join(sorted(second[0]))}; nothing says which belong together."
+        )
     keys = [
         list(dict.fromkeys(tuple(numbers[name] for name in shared) for numbers in side)) for side in (first, second)
     ]

@@ -170,6 +170,12 @@ def test_equal_shapes_are_decided_by_the_order_of_execution_or_said_to_be_open()
     _, proposal = found(torch, flax)
     assert proposal.by_execution == ()
     assert any("the order of execution is not known" in sentence for sentence in proposal.ambiguities)
+    # So are fused arrays.
+    torch = specs(**{f"{name}__in_proj_weight": (12, 4) for name in ("first", "second")})
+    flax = specs(**{f"{name}__{part}__kernel": (4, 4) for name in "ab" for part in ("query", "key", "value")})
+    orders = {"torch": list(torch), "flax": [*list(flax)[3:], *list(flax)[:3]]}
+    assert found(torch, flax, orders)[0]["first.in_proj_weight[0:4]"][0] == "b.query.kernel"
+    assert any("is not known" in sentence for sentence in found(torch, flax)[1].ambiguities)
     # Layers that the two sides number otherwise are no template.
     torch, flax = ({f"{name}_{k}.w": specs(w=(4,))["w"] for k in range(3)} for name in ("t", "f"))
     assert found(torch, flax)[0] == {"t_{k}.w": ("f_{k}.w", "")}

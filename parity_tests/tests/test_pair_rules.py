@@ -100,6 +100,7 @@ def test_templates_count_names_steps_and_several_variables():
         (("layer.{k}.weight", "layers.kernel[{k}]"), specs(layers__kernel=(3, 4, 5)), "named like 'layer.{k}.weight'"),
         (("layers.0.weight", "layers.kernel[{k}:{k+1}]"), specs(layers__kernel=(3, 4, 5)), "only in ranges of"),
         (("layers.{k}.weight", "layers.kernel[{k}]"), specs(layers__kernel=(3, 4, 5)), "expected equal shapes"),
+        (("layers.{k}.weight", "layers.kernel[{j}]"), specs(layers__kernel=(3, 4, 5)), "expected one name for"),
     ],
 )
 def test_holes_and_unequal_counts_are_refused_in_one_sentence(rule, flax, message):
