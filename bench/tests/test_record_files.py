@@ -44,7 +44,7 @@ def streams(path):
 
 @pytest.mark.parametrize(
     "command",
-    [("report", "--all"), ("claims",), ("findings",), ("recommend", *SHAPE), ("validate",), ("compare", "SAME")],
+    [("report", "--all"), ("claims",), ("recommend", *SHAPE), ("validate",), ("compare", "SAME")],
     ids=lambda command: command[0],
 )
 def test_every_command_says_the_same_of_both(plain, packed, call, command, tmp_path):
