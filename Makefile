@@ -4,6 +4,7 @@
 # make lint      check formatting, lint rules and types
 # make gpu       run the whole comparison on an NVIDIA GPU, records under OUT (to publish: OUT=bench/results/<device>);
 #                with frameworks that are installed already: make gpu GPU_PYTHON=python3
+# make device    measure this machine, GPU or CPU, to publish it: NAME=<device>, a folder of bench/results
 # make publish   compress the records of new runs in bench/results, and draw their page and the pictures anew
 # make setup     make the virtual environments that the other targets use
 # make clean     remove them, and the records of make compare
@@ -71,7 +72,7 @@ MAPPED ?= cpu-epyc-2core cpu-xeon-2core
 CHARTED ?= h200
 FRONT ?= README.md
 HEADLINED ?= h200
-TOLD ?= cpu-xeon-amx-2core
+TOLD ?= $(if $(SHOWN),cpu-xeon-amx-2core)
 # A picture of every cell would be too long to read: the article's first setting, both directions.
 CHART_OPTIONS ?= $(foreach c,workload=article-base division=matched precision=ieee_fp32 direction=f*,--where '$(c)')
 BENCH = $(VENV)/bin/python -m bench
@@ -88,7 +89,7 @@ define show
 
 endef
 
-.PHONY: help compare setup test test-fast test-newest lint gpu publish clean
+.PHONY: help compare setup test test-fast test-newest lint gpu device seed publish clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' $(firstword $(MAKEFILE_LIST))
@@ -137,6 +138,15 @@ gpu: $(if $(filter $(VENV)/bin/python,$(GPU_PYTHON)),$(VENV)/.installed)
 	PYTHONPATH=. $(GPU_PYTHON) -m parity_tests run --device cuda --cases default --json $(OUT)/parity.json
 	PYTHONPATH=. $(GPU_PYTHON) -m bench run --device cuda --preset $(GPU_PRESET) $(GPU_OPTIONS) --replicates $(GPU_REPLICATES) --resume --out $(OUT)
 	PYTHONPATH=. $(GPU_PYTHON) -m bench claims $(OUT) --json $(OUT)/claims.json --markdown $(OUT)/claims.md
+
+device: OUT = $(RESULTS)/$(NAME)
+device: GPU_REPLICATES = 5
+device: $(if $(NAME),$(if $(CUDA_MAJOR),gpu,seed))
+	@test -n "$(NAME)" || { echo "make device: NAME is missing; name the device, such as NAME=rtx-4090"; exit 2; }
+	@echo "To check it: $(BENCH) validate $(OUT); how to send it: CONTRIBUTING.md"
+
+seed: $(VENV)/.installed
+	$(BENCH) run --preset seed --resume --out $(OUT)
 
 publish:
 	$(if $(NEW),$(BENCH) compress $(NEW))

@@ -24,7 +24,15 @@ def screen_lines(results: Results, directories: Sequence[str], where: Sequence[s
         directories: as they were given, for the commands that ask further.
         where: the conditions that were given.
     """
-    lines = [*_answer(results), "", "Who wins where (a tie is a tie: none is shown to be faster):"]
+    if not results.found:
+        # Stopped before the first cell.
+        return [results.stopped or "No cell was read.", f"Outcomes: {summary_line(results.outcomes)}."]
+    lines = [
+        *filter(None, [results.stopped]),
+        *_answer(results),
+        "",
+        "Who wins where (a tie is a tie: none is shown to be faster):",
+    ]
     lines += _some(_winners(results.found), "cells or groups of them")
     if between := _frameworks(results.found):
         lines += ["", "PyTorch against JAX, the fastest of each (graphs against graphs):", *_some(between, "groups")]

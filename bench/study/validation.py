@@ -293,6 +293,9 @@ def violations(directory: Path, count: Count) -> Iterator[str]:
     try:
         environments = read_environments(directory)
         wrong = unusable(used, environments, str(directory))
+        for name in sorted(used.keys() & environments.keys() - wrong.keys()):
+            if (environments[name].get("git") or {}).get("dirty"):
+                count.remarks.append(f"{directory}: environment {name[:80]} was of changes that were not committed")
         yield from wrong.values()
         for name in used.keys() - wrong.keys():
             yield from (f"{path}: {said}" for said in _elsewhere(name, used[name], environments[name]))

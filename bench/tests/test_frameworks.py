@@ -250,7 +250,7 @@ def test_the_comparison_is_in_json_csv_and_on_the_terminal(cell, tmp_path, call)
     store.append(records[:5])
     store.append(records[5:])
     table, picture = tmp_path / "f.csv", tmp_path / "f.svg"
-    done = call("report", tmp_path / "run", "--frameworks-csv", table, "--framework-map", picture)
+    done = call("report", tmp_path / "run", "--all", "--frameworks-csv", table, "--framework-map", picture)
     assert done.exit_code == 0, done.output
     assert "PyTorch against JAX" in done.output
     assert "torch 2.0" in done.output

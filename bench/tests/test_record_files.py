@@ -44,7 +44,7 @@ def streams(path):
 
 @pytest.mark.parametrize(
     "command",
-    [("report",), ("claims",), ("recommend", *SHAPE), ("validate",), ("compare", "SAME")],
+    [("report", "--all"), ("claims",), ("recommend", *SHAPE), ("validate",), ("compare", "SAME")],
     ids=lambda command: command[0],
 )
 def test_every_command_says_the_same_of_both(plain, packed, call, command, tmp_path):
@@ -96,7 +96,7 @@ def test_a_file_that_xz_made_is_read(plain, call, tmp_path):
     shutil.copytree(plain, tmp_path / "run")
     (tmp_path / "run" / RECORDS).unlink()
     (tmp_path / "run" / COMPRESSED).write_bytes(lzma.compress((plain / RECORDS).read_bytes()))
-    assert call("report", tmp_path / "run").stdout == call("report", plain).stdout
+    assert call("report", tmp_path / "run", "--all").stdout == call("report", plain, "--all").stdout
     assert len(streams(tmp_path / "run" / COMPRESSED)) == 1
 
 
@@ -170,7 +170,7 @@ def test_the_command_compresses_once(plain, tmp_path, call):
     done = call("compress", tmp_path / "run")
     assert done.exit_code == 0, done.output
     assert "MB became" in done.stdout
-    assert call("report", tmp_path / "run").stdout == call("report", plain).stdout
+    assert call("report", tmp_path / "run", "--all").stdout == call("report", plain, "--all").stdout
     assert "is compressed already; nothing was changed" in call("compress", tmp_path / "run").stderr
     assert "holds no records.jsonl" in call("compress", tmp_path).stderr
 
@@ -210,8 +210,8 @@ def test_zeros_between_streams_are_what_the_format_allows(packed, tmp_path, call
     whole = path.read_bytes()
     for padded in (whole + bytes(8), whole + bytes(4) + lzma.compress(b"")):
         path.write_bytes(padded)
-        done = call("report", tmp_path / "run")
+        done = call("report", tmp_path / "run", "--all")
         assert (done.exit_code, done.stderr) == (0, "")
-        assert done.stdout == call("report", packed).stdout
+        assert done.stdout == call("report", packed, "--all").stdout
     path.write_bytes(whole + bytes(3))
     assert call("report", tmp_path / "run").exit_code == 2

@@ -2,7 +2,9 @@ import json
 
 import pytest
 
+from bench.report.screen import screen_lines
 from bench.store import Store
+from bench.study.results import Results
 from bench.tests.synthetic import FINGERPRINT, write_sweep
 
 
@@ -81,3 +83,7 @@ def test_a_map_of_too_many_sizes_leaves_the_chart_of_the_frameworks(run, call, t
     assert done.exit_code == 2
     assert "--winner-map: expected at most 1 combinations" in done.stderr
     assert "<svg" in (tmp_path / "f.svg").read_text()
+
+
+def test_a_report_that_was_stopped_before_its_first_cell_says_so():
+    assert screen_lines(Results((), {}, {}, "interrupted: 0 cells were read"), ["run"])[0].startswith("interrupted")

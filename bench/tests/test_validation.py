@@ -175,3 +175,17 @@ def test_a_directory_without_records_is_wrong_usage(call, tmp_path):
     done = call("validate", tmp_path)
     assert done.exit_code == 2
     assert "holds no records.jsonl" in done.stderr
+
+
+@pytest.mark.parametrize("dirty", [True, False])
+def test_changes_that_were_not_committed_are_remarked_on(lines, run_of, call, dirty, tmp_path):
+    directory = run_of(lines)
+    environments = json.loads((directory / "environment.json").read_text())
+    for found in environments.values():
+        found["git"] = {"commit": "0123456789abcdef", "dirty": dirty}
+    (directory / "environment.json").write_text(json.dumps(environments))
+    done = call("validate", directory, "--json", tmp_path / "v.json")
+    assert done.exit_code == 0
+    assert ("changes that were not committed" in done.output) is dirty
+    remarks = json.loads((tmp_path / "v.json").read_text())["remarks"]
+    assert any("not committed" in remark for remark in remarks) is dirty

@@ -127,7 +127,9 @@ def test_the_first_page_fits_a_screen_and_names_no_hashes():
     lines = re.sub(r"\]\([^)]*\)", "]", README).splitlines()
     assert [line for line in lines if len(line) > WIDTH and not line.startswith("![")] == []
     assert [word for word in re.findall(r"\b[0-9a-f]{7,40}\b", README) if not word.isdigit()] == []
-    assert "<!--" not in README, "what is generated has pages of its own"
+    # What is generated has pages of its own, but for sentences about speeds, which nobody may write by hand.
+    generated = re.findall(r"<!-- (\w+):", README)
+    assert set(generated) <= {"headlines"}, generated
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
