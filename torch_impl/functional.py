@@ -102,6 +102,11 @@ def _rearranged(
     check_tensors(x, weight, bias)
     n, i, _ = weight.shape
     indices = None if partitions is None else _as_indices(partitions, n, weight.device)
+    if indices is not None and (hasattr(weight, "placements") or hasattr(x, "placements")):
+        raise ValueError(
+            f"`partitions`: expected None for operands that are sharded over devices, got {len(indices)} indices; "
+            f"choose from the output, or gather the layer."
+        )
     chosen = n if indices is None else len(indices)
     place, feature_axis = find_axes(x.shape, n, i, chosen=chosen, in_axis=in_axis, partition_axis=partition_axis)
     if indices is not None:

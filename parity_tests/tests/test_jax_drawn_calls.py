@@ -23,6 +23,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 import jax_impl
 from jax_impl import PartitionedLinear, implementation_names, linen, partitioned_linear
+from jax_impl.optimizers import weight_decay_mask
+from jax_impl.partitions import for_each_partition_
 from jax_impl.registry import IMPLEMENTATIONS, unsupported_reason
 from jax_impl.sharding import partition_sharding, shard_partitions
 from parity_tests.judge.dtypes import numpy_dtype
@@ -781,6 +783,33 @@ def loading(folder, nnx_layer):
     return prepare
 
 
+# Optimisers and functions of one partition.
+
+
+def for_each(call, spoil):
+    layer, function = spoil("layer", layer_of(call)), spoil("function", jnp.ones_like)
+    return Attempt(
+        lambda: for_each_partition_(layer, function, name=spoil("name", "kernel")),
+        lambda found: "" if found is layer and (layer.kernel[...] == 1).all() else "expected ones",
+        lambda: state_of(layer),
+    )
+
+
+def mask(call, spoil):
+    layers, params = spoil("layers", [""]), params_of(call.inputs)
+
+    def fault(found):
+        expected = {"kernel": True} | ({"bias": not layers} if "bias" in params else {})
+        return "" if found == expected else f"expected {expected}"
+
+    return Attempt(lambda: weight_decay_mask(layers)(params), fault)
+
+
+NO_PATHS = flaws_of(
+    {kind: value for kind, value in ANYTHING.items() if kind not in ("empty list", "dict")}
+    | {"linear": jnp.ones(3), "one path": "heads", "elsewhere": ["heads"], "numbers": [1, 2]}
+) | flaws_of({"no path": [], "tuple": ("",)}, False)
+
 # Placement.
 
 NO_MESH = flaws_of(ANYTHING | {"abstract": AbstractMesh((1,), ("n",)), "devices": jax.devices()})
@@ -880,6 +909,12 @@ def entries(folder):
             loading(folder, True), {"path": NO_FILE, "layer": NO_LAYER | layer_states(called=False)}
         ),
         "shard_partitions": Entry(shard, {"layer": NO_LAYER, "mesh": NO_MESH, "axis_name": flaws_of(ANYTHING)}),
+        "for_each_partition_": Entry(
+            for_each,
+            {"layer": NO_LAYER | layer_states(called=False), "name": flaws_of(ANYTHING)}
+            | {"function": flaws_of(ANYTHING | {"another shape": jnp.sum, "another dtype": jnp.isnan, "list": list})},
+        ),
+        "weight_decay_mask": Entry(mask, {"layers": NO_PATHS}),
         "linen.import_parameters": Entry(import_linen, {"arrays": NO_ARRAYS, "axes": NO_AXES, "params": NO_PARAMS}),
         "linen.export_parameters": Entry(export_linen, {"params": NO_PARAMS}),
         "linen.save_parameters": Entry(saving(folder, False), {"path": NO_PATH, "params": NO_PARAMS}),

@@ -49,7 +49,9 @@ from parity_tests.tests.flaws import (
     wrong_shapes,
 )
 from torch_impl import MaskedPartitionedLinear, PartitionedLinear, implementation_names, partitioned_linear
+from torch_impl.optimizers import weight_decay_groups
 from torch_impl.parameters import state_dict_from_linears
+from torch_impl.partitions import for_each_partition_
 from torch_impl.registry import unsupported_reason
 from torch_impl.sharding import shard_inputs, shard_partitions
 
@@ -940,6 +942,39 @@ def convert_whole(call, spoil):
     return Attempt(lambda: torch_impl.convert_state_dict(model, state, to=to), fault, lambda: state_of(model))
 
 
+# Optimisers and utilities.
+
+
+def for_each(call, spoil):
+    layer, function = spoil("layer", layer_of(call)), spoil("function", lambda linear: nn.init.ones_(linear.weight))
+    return Attempt(
+        lambda: for_each_partition_(layer, function),
+        lambda found: "" if found is layer and (layer.weight.is_meta or (layer.weight == 1).all()) else "expected ones",
+        lambda: state_of(layer),
+    )
+
+
+def group(call, spoil):
+    layer, decay = spoil("module", layer_of(call)), spoil("weight_decay", 0.1)
+
+    def fault(groups):
+        own = [[layer.weight], [] if layer.bias is None else [layer.bias]]
+        same = all([*map(id, found["params"])] == [*map(id, mine)] for found, mine in zip(groups, own, strict=True))
+        return "" if same else "expected the weight and the bias"
+
+    return Attempt(lambda: weight_decay_groups(layer, decay), fault)
+
+
+# Of linears that are only read, or written back as well.
+EACH_STATE = {
+    kind: dataclasses.replace(flaw, refused=None)
+    if kind in ("weight expanded", "bias in the weight", "inference")
+    else flaw
+    for kind, flaw in states("linears").items()
+}
+# A function of anything may be called with a linear, and says then what it misses.
+NO_FUNCTION = flaws_of(ANYTHING | {"fails": fail, "method": torch.nn.init.orthogonal_, "constructor": nn.Linear})
+
 # Placement.
 
 
@@ -1016,6 +1051,17 @@ def entries(folder):
         "export_linears": Entry(
             export_list,
             {"layer": NO_LAYER | states("export")} | {"prefix": flaws_of({**ANYTHING, "text": 3})},
+        ),
+        "for_each_partition_": Entry(for_each, {"layer": NO_LAYER | EACH_STATE, "function": NO_FUNCTION}),
+        "weight_decay_groups": Entry(
+            group,
+            {"module": flaws_of(ANYTHING)}
+            | {
+                "weight_decay": flaws_of(
+                    {kind: value for kind, value in ANYTHING.items() if kind != "number"}
+                    | {"truth": True, "negative": -0.1, "not a number": math.nan, "tensor": torch.ones(1)}
+                )
+            },
         ),
         "convert_state_dict": Entry(
             convert_whole,

@@ -9,6 +9,8 @@ if not framework_available("torch"):
     pytest.skip("the torch tree needs torch", allow_module_level=True)
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity_tests.frameworks.torch.modes import to_numpy, to_torch
@@ -22,6 +24,7 @@ from torch_impl import (
     partitioned_linear,
 )
 from torch_impl.registry import DTYPE_NAMES, unsupported_reason
+from torch_impl.sharding import shard_partitions
 
 CPU = torch.device("cpu")
 NAMES = ("auto", *implementation_names())
@@ -199,3 +202,22 @@ REFUSED = {
 def test_what_does_not_fit_is_refused(options, error, message):
     with pytest.raises(error, match=message):
         partitioned_linear(X, W, B, **options)
+
+
+def test_layouts_of_sharded_layers():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh, x = init_device_mesh("cpu", (1,)), torch.randn(6, 3, 4)
+        for options, value in (
+            ({"partition_axis": 0}, x.transpose(0, 1)),
+            ({"in_axis": -2, "partition_axis": -1}, x.mT),
+            ({"partition_axis": None}, x[:, 0]),
+        ):
+            layer = PartitionedLinear(3, 4, 5, **options)
+            expected = layer(value)
+            y = shard_partitions(layer, mesh)(distribute_tensor(value, mesh, [Replicate()]))
+            torch.testing.assert_close(y.full_tensor(), expected)
+        with pytest.raises(ValueError, match="`partitions`: expected None for operands that are sharded"):
+            layer(distribute_tensor(value, mesh, [Replicate()]), partitions=[1])
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,168 @@
+"""Optimisers and functions that read shapes, on the JAX layers: K steps are those of n separate linears."""
+
+import numpy as np
+import pytest
+
+from parity_tests.judge.subjects import framework_available
+
+if not framework_available("jax"):
+    pytest.skip("the JAX tree needs jax and flax", allow_module_level=True)
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jax_impl import PartitionedLinear
+from jax_impl.optimizers import muon_dimension_numbers, per_partition, weight_decay_mask
+from jax_impl.partitions import for_each_partition_
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+N, IN, OUT, ROWS, STEPS = 4, 6, 5, 8, 3
+# In fp64 the two differ by rounding, which a few steps do not bring up to the precision of fp32.
+SAME = float(np.finfo(np.float32).eps)
+PATHS = ["heads"]
+
+
+def matrices(params):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def train(optimizer, function, params, x, target):
+    @jax.jit
+    def step(params, state):
+        gradients = jax.grad(lambda params: jnp.sum((function(params, x) - target) ** 2))(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for _ in range(STEPS):
+        params, state = step(params, state)
+    return params
+
+
+def distance(separate, whole, sizes=(N, IN, OUT)):
+    """How far the stacked parameters are from separate ones after K steps, as a part of their largest change."""
+    n, i, o = sizes
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        params = {"kernel": jnp.array(rng.standard_normal((n, i, o))), "bias": jnp.array(rng.standard_normal((n, o)))}
+        x, target = jnp.array(rng.standard_normal((ROWS, n, i))), jnp.array(rng.standard_normal((ROWS, n, o)))
+        alone = [
+            train(
+                separate,
+                lambda own, x: x @ own["kernel"] + own["bias"],
+                {name: value[k] for name, value in params.items()},
+                x[:, k],
+                target[:, k],
+            )
+            for k in range(n)
+        ]
+        together = train(
+            whole,
+            lambda tree, x: jnp.einsum("bni,nio->bno", x, tree["heads"]["kernel"]) + tree["heads"]["bias"],
+            {"heads": params},
+            x,
+            target,
+        )["heads"]
+        return max(
+            float(jnp.abs(stacked - together[name]).max() / jnp.abs(stacked - params[name]).max())
+            for name in params
+            for stacked in [jnp.stack([own[name] for own in alone])]
+        )
+
+
+OPTIMIZERS = {
+    "Adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=4),
+    "Muon": optax.contrib.muon(1e-2, weight_decay=0.1),
+    "LAMB": optax.lamb(1e-2),
+    "a schedule": optax.lars(optax.linear_schedule(1e-2, 1e-3, 3)),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_steps_are_those_of_separate_linears(optimizer):
+    assert distance(optimizer, per_partition(optimizer, PATHS)) < SAME
+
+
+def test_muon_is_told_by_dimension_numbers():
+    told = optax.contrib.muon(1e-2, weight_decay=0.1, muon_weight_dimension_numbers=muon_dimension_numbers(PATHS))
+    assert distance(OPTIMIZERS["Muon"], told) < SAME
+
+
+def test_weight_decay_leaves_stacked_biases_alone():
+    separate, masked = (optax.adamw(1e-2, weight_decay=0.1, mask=mask) for mask in (matrices, weight_decay_mask(PATHS)))
+    assert distance(separate, masked) < SAME
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Muon"])
+def test_the_stacked_parameters_make_other_steps(name):
+    """The control of the tests above: without the helpers they differ by far more than by rounding."""
+    assert distance(OPTIMIZERS[name], OPTIMIZERS[name]) > 1000 * SAME
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        self.body = nnx.Linear(IN, IN, rngs=nnx.Rngs(0))
+        self.heads = PartitionedLinear(N, IN, OUT, rngs=nnx.Rngs(1))
+
+
+def test_an_nnx_model_says_itself_where_its_layers_are():
+    model = Model()
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert weight_decay_mask(model)(params) == {
+        "body": {"kernel": True, "bias": False},
+        "heads": {"kernel": True, "bias": False},
+    }
+    numbers = muon_dimension_numbers(model)(params)
+    assert numbers["heads"] == {"kernel": optax.contrib.MuonDimensionNumbers(1, 2), "bias": None}
+    assert numbers["body"] == {"kernel": optax.contrib.MuonDimensionNumbers(), "bias": None}
+    optimizer = nnx.Optimizer(model, per_partition(optax.adafactor(1e-2), model), wrt=nnx.Param)
+    before = model.heads.kernel[...]
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda model: model.heads(model.body(jnp.ones((3, N, IN)))).sum())(model))
+
+    step(model, optimizer)
+    assert (model.heads.kernel[...] != before).all()
+
+
+def test_paths_of_linen_and_of_the_layer_itself():
+    params = {"kernel": jnp.ones((N, IN, OUT)), "bias": jnp.ones((N, OUT))}
+    assert weight_decay_mask([""])(params) == {"kernel": True, "bias": False}
+    assert weight_decay_mask(["params.heads"])({"params": {"heads": params}})["params"]["heads"]["bias"] is False
+    assert weight_decay_mask([])({"heads": params})["heads"]["bias"] is True
+
+
+def test_each_partition_is_seen_alone():
+    layer = PartitionedLinear(N, IN, OUT, rngs=nnx.Rngs(0))
+    expected = jnp.stack([matrix / jnp.linalg.norm(matrix, 2) for matrix in layer.kernel[...]])
+    assert for_each_partition_(layer, lambda matrix: matrix / jnp.linalg.norm(matrix, 2)) is layer
+    np.testing.assert_allclose(layer.kernel[...], expected, rtol=1e-5)
+    for_each_partition_(layer, lambda vector: vector + 1, name="bias")
+    assert (layer.bias[...] == 1).all()
+
+
+LAYER = PartitionedLinear(N, IN, OUT, rngs=nnx.Rngs(0))
+REFUSED = {
+    "other path": (lambda: per_partition(optax.adam(1), ["body"]).init({"heads": {}}), ValueError, "got 'body', where"),
+    "one path": (lambda: weight_decay_mask("heads"), TypeError, "`layers`: expected an nnx model, or paths"),
+    "no paths": (lambda: muon_dimension_numbers(3), TypeError, "`layers`: expected an nnx model, or paths"),
+    "no optimiser": (lambda: per_partition(1e-3, PATHS), TypeError, "`transformation`: expected an optax"),
+    "no layer": (lambda: for_each_partition_(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jnp.abs), TypeError, "got a Linear"),
+    "no function": (lambda: for_each_partition_(LAYER, "abs"), TypeError, "`function`: expected a function"),
+    "another name": (lambda: for_each_partition_(LAYER, jnp.abs, name="scale"), ValueError, "'kernel', 'bias'"),
+    "another shape": (lambda: for_each_partition_(LAYER, jnp.ravel), ValueError, r"shape \(6, 5\), got \(30,\)"),
+    "another dtype": (lambda: for_each_partition_(LAYER, lambda w: w > 0), TypeError, "float32, got bool"),
+    "nothing": (lambda: for_each_partition_(LAYER, lambda w: None), TypeError, "`function`: expected a jax.Array"),
+    "raises": (lambda: for_each_partition_(LAYER, lambda w: 1 / 0), ValueError, "division by zero"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_bad_arguments_are_refused(call, error, message):
+    before = LAYER.kernel[...]
+    with pytest.raises(error, match=message):
+        call()
+    assert (LAYER.kernel[...] == before).all()
