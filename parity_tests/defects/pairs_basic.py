@@ -83,7 +83,7 @@ PAIRS = (
         ((4, 3, 6),),
         (
             bug("missing_residual", "residual|skip", residual=0.0),
-            bug("residual_halved", r"residual|skip|0\.5 times", residual=0.5),
+            bug("residual_halved", r"0\.5 times", residual=0.5),
             bug("post_norm", "post-norm|after the norm|norm.*after|pre-norm", after=True),
             bug("epsilon", "epsilon.*1e-0?6", "norm", epsilon=1e-6),
             bug("gelu_for_silu", "gelu", activation="gelu"),
@@ -179,7 +179,7 @@ PAIRS = (
         ((4, 6),),
         (
             bug("other_axis", "ax[ie]s", axis=0),
-            bug("missing_gain", "original0 has no effect|gain|missing", gain=False),
+            bug("missing_gain", "original0 has no effect|scale|factor", gain=False),
             bug("epsilon", "epsilon", epsilon=1e-3),
         ),
     ),
@@ -190,7 +190,7 @@ PAIRS = (
         ((3, 4, 7), (3, 5)),
         (
             bug("halves_exchanged", "order 1, 0|exchanged", exchanged=True),
-            bug("without_one", "1 \\+|plus (1|one)|residual", shift=0.0),
+            bug("without_one", "1 \\+|plus (1|one)|term of this sum", shift=0.0),
             bug("missing_activation", "activation|relu", activation="none"),
         ),
     ),
@@ -228,8 +228,8 @@ PAIRS = (
         ((5, 6),),
         (
             bug("softmax_over_all", "softmax|normalis", normalised=False),
-            bug("one_expert", "top|number of", count=1),
-            bug("experts_rolled", "order|roll|exchanged|expert", shift=1),
+            bug("one_expert", r"\btop|number of", count=1),
+            bug("experts_rolled", "order|roll|exchanged", shift=1),
             bug("gelu_for_relu", "gelu", activation="gelu"),
         ),
     ),
@@ -288,7 +288,7 @@ PAIRS = (
             bug("smoothing", "smoothing", smoothing=0.2),
             bug("smoothing_over_others", "smoothing", others=True),
             bug("sum_for_mean", "sum|7 times", mean=False),
-            bug("ignored_counted", "ignore_index|mean|0.875 times", left_out=False),
+            bug("ignored_counted", r"ignore_index|0\.875 times", left_out=False),
         ),
     ),
     Ported(
@@ -298,7 +298,7 @@ PAIRS = (
         _targets,
         (
             bug("gamma", "gamma|power", gamma=1.0),
-            bug("alpha_exchanged", "alpha|class|weight", alpha=0.75),
+            bug("alpha_exchanged", r"alpha|class weight|0\.[27]5", alpha=0.75),
             bug("sum_for_mean", "sum|24 times", reduction="sum"),
         ),
     ),
@@ -319,9 +319,9 @@ PAIRS = (
         [*dense("encoder"), *dense("decoder")],
         ((6, 7), (6, 3)),
         (
-            bug("variance_for_deviation", "half|0.5|scale|square", power=1.0),
+            bug("variance_for_deviation", r"half|0\.5|scale|square", power=1.0),
             bug("missing_half", "2 times", factor=-1.0),
-            bug("mean_for_sum", "mean|sum|0.333333 times", summed=False),
+            bug("mean_for_sum", r"mean|sum|0\.333333 times", summed=False),
         ),
     ),
     Ported(

@@ -136,7 +136,7 @@ PAIRS = (
         (
             bug("epsilon", "epsilon.*1e-0?5", "norm", epsilon=1e-5),
             bug("gelu_form", "tanh approximation", activation="gelu_tanh"),
-            bug("missing_layer_scale", "gamma has no effect|gamma|scale", scaled=False),
+            bug("missing_layer_scale", "gamma has no effect|scale|factor", scaled=False),
             bug("missing_residual", "residual|skip", residual=0.0),
         ),
         images(),
@@ -160,7 +160,7 @@ PAIRS = (
         [*conv("reduce"), *conv("expand")],
         ((2, 6, 4, 3),),
         (
-            bug("hard_sigmoid", "hard|sigmoid", gate="hard_sigmoid"),
+            bug("hard_sigmoid", "hard", gate="hard_sigmoid"),
             bug("sum_for_mean", "mean|sum", pool="sum"),
             bug("silu_for_relu", "silu", activation="silu"),
         ),
@@ -228,7 +228,7 @@ PAIRS = (
             bug("epsilon_of_one", "epsilon.*1e-0?6", "norm2", epsilon=1e-6),
             bug("gelu_form", "tanh approximation", "channels", activation="gelu_tanh"),
             bug("missing_residual", "residual|skip", residual=0.0),
-            bug("norm_shared", "norm2.* no effect|exchanged|norm1", shared=True),
+            bug("norm_shared", "norm2.*(no effect|not used)|norm1.*(twice|norm2)|exchanged", shared=True),
         ),
     ),
 )

@@ -42,8 +42,8 @@ PAIRS = (
         _gates("cell"),
         ((3, 4), (3, 5), (3, 5)),
         (
-            bug("gate_order", "order 0, 2, 1, 3|order", order="igfo"),
-            bug("forget_bias", "forget|bias", forget=1.0),
+            bug("gate_order", r"order \d|gates|exchanged", order="igfo"),
+            bug("forget_bias", "forget", forget=1.0),
             bug("missing_last_activation", "activation|tanh", last="none"),
         ),
     ),
@@ -53,9 +53,13 @@ PAIRS = (
         [*_LAYERS, *_recurrent("l1", "second")],
         ((2, 5, 4),),
         (
-            Bug("gate_order", "order", pair={"params": [*_LAYERS, *_recurrent("l1", "second", (0, 2, 1, 3))]}),
+            Bug(
+                "gate_order",
+                r"order \d|gates|exchanged",
+                pair={"params": [*_LAYERS, *_recurrent("l1", "second", (0, 2, 1, 3))]},
+            ),
             bug("epsilon", "epsilon.*1e-0?6", "norm", epsilon=1e-6),
-            bug("time_reversed", "revers|flip|time", "second", reverse=True),
+            bug("time_reversed", r"revers|flip|\btime\b", "second", reverse=True),
             bug("hard_gates", "hard|sigmoid", "second", gate="hard_sigmoid"),
             bug("first_state", "state|carry", "second", carry=1.0),
         ),
@@ -66,9 +70,9 @@ PAIRS = (
         [*_recurrent("l0", "forward"), *_recurrent("l0_reverse", "backward")],
         ((2, 4, 4),),
         (
-            bug("left_reversed", "revers|flip|time", keep_order=False),
+            bug("left_reversed", r"revers|flip|\btime\b", keep_order=False),
             bug("directions_exchanged", "exchanged|order", exchanged=True),
-            bug("both_forward", "revers|flip|time|direction", reverse=False),
+            bug("both_forward", r"revers|flip|\btime\b|direction", reverse=False),
         ),
     ),
     Ported(
@@ -78,7 +82,7 @@ PAIRS = (
         ((2, 5, 4),),
         (
             bug("reset_first", "reset", reset_first=True),
-            bug("gate_order", "order 1, 0, 2|order", order="zrn"),
+            bug("gate_order", r"order \d|gates|exchanged", order="zrn"),
             bug("update_inverted", "update|1 - z|invert|sign", keep=False),
         ),
     ),
@@ -90,7 +94,7 @@ PAIRS = (
         (
             bug("euler", None, method="euler"),
             bug("bilinear", None, method="bilinear"),
-            bug("missing_skip", "d has no effect", skip=0.0),
+            bug("missing_skip", "d has no effect|term of this sum", skip=0.0),
             bug("gelu_form", "tanh approximation", activation="gelu_tanh"),
         ),
     ),
@@ -113,7 +117,7 @@ PAIRS = (
         (
             bug("one_mode_less", r"weight.* has no effect|mode", modes=2),
             bug("conjugate", "conjugate", conjugate=True),
-            bug("normalisation", r"norm|scale|0\.333333 times", norm="ortho"),
+            bug("normalisation", r"normalis|scale|0\.333333 times", norm="ortho"),
             bug("missing_skip", r"skip|residual|no effect", skip=0.0),
         ),
     ),
@@ -145,7 +149,7 @@ PAIRS = (
         [*dense("fc1"), *dense("fc2"), *dense("backcast", bias=False), *dense("forecast", bias=False)],
         ((3, 8),),
         (
-            bug("backcast_added", "sign", sign=1.0),
+            bug("backcast_added", "sign|-1 times", sign=1.0),
             bug("times_end_at_one", None, last=1),
             bug("missing_activation", "activation|relu", activation="none"),
         ),
@@ -158,7 +162,7 @@ PAIRS = (
         (
             bug("weights", None, weights=(1, 1, 1, 1)),
             bug("whole_step", None, half_step=0.1),
-            bug("small_angle", "sin", sine=False),
+            bug("small_angle", r"\bsine?\b", sine=False),
         ),
     ),
     Ported(
@@ -178,7 +182,7 @@ PAIRS = (
         [*dense("hidden"), *dense("out")],
         ((4, 3), (4, 3)),
         (
-            bug("softplus_not_shifted", "log|shift|softplus", shift=0.0),
+            bug("softplus_not_shifted", "shift|term of this sum", shift=0.0),
             bug("missing_cut_off", "mask|cut", cut=False),
             bug("width", None, width=1.0),
         ),
