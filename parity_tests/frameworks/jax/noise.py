@@ -20,9 +20,11 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from parity_tests.frameworks.jax.operations import (
+    BACKWARD_STABLE,
     CONTROL,
     EXACT,
     INLINED,
+    ITERATIVE,
     MULTIPLICATIONS,
     PRODUCTS,
     SUMS,
@@ -223,6 +225,8 @@ class Interpreter:
     def _noisy(self, equation: JaxprEqn, operands: list[Any], held: float) -> Sequence[Any]:
         """Return results that err; `held` is the roundoff of a format that holds all operands exactly."""
         name = equation.primitive.name
+        if name in BACKWARD_STABLE:
+            operands = [self._off(name, value) if is_inexact(value) and value.ndim else value for value in operands]
         results = self._exactly(equation, operands)
         if name in EXACT and not (name in ("abs", "sign") and jnp.iscomplexobj(operands[0])):
             return results
@@ -252,7 +256,7 @@ class Interpreter:
                 self._summed(value, square, terms, u_acc, str(aval_of(var).dtype))
                 for value, square, var in zip(results, squares, equation.outvars, strict=True)
             ]
-        if not is_elementwise(equation) and name not in PRODUCTS:
+        if not is_elementwise(equation) and name not in PRODUCTS | BACKWARD_STABLE:
             self.notes.add(f"jax {name} has no rounding model of its own")
         # A product of many factors is rounded once for each.
         factor = math.sqrt(operands[0].size) if name in PRODUCTS else function_error(equation)
@@ -287,6 +291,16 @@ class Interpreter:
         # A part of a complex product is a sum of two products, which may cancel: it errs as its modulus does.
         u = factor * self._roundoff(dtype) * (math.sqrt(2.0) if jnp.iscomplexobj(value) else 1.0)
         return _noisy_rounding(value, u, self._tiny(dtype), *self._source())
+
+    def _off(self, name: str, matrix: jax.Array) -> jax.Array:
+        """Let a matrix of n columns be off, in total by u root(n) |A|, of Frobenius: that of sums over a row.
+
+        Iterative algorithms pass through the matrix several times; of them the classic bound counts, u n |A|.
+        """
+        u = self._roundoff("float32")  # there are no 16-bit kernels
+        total = jnp.sum(jnp.square(jnp.abs(matrix)), (-2, -1)[-matrix.ndim :], keepdims=True)
+        deviation = u * jnp.sqrt(total / (1 if name in ITERATIVE else max(1, matrix.shape[-1])))
+        return _perturbed(matrix, jnp.broadcast_to(deviation, matrix.shape), *self._source())
 
     def _source(self) -> tuple[Any, Any, np.uint64, Any]:
         """Return the source of the next operation's noise."""

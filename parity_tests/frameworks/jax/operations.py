@@ -56,6 +56,14 @@ abs sign square
 MULTIPLICATIONS = names("""
 mul square integer_pow
 """)
+# Algorithms of linear algebra, whose results are right for a matrix that is off by roundings; iterative ones by more.
+BACKWARD_STABLE = names("""
+lu cholesky eigh eig svd qr geqrf geqp3 householder_product triangular_solve schur hessenberg tridiagonal
+tridiagonal_solve
+""")
+ITERATIVE = names("""
+eigh eig svd schur
+""")
 # Products of many factors: one rounding each.
 PRODUCTS = names("""
 reduce_prod cumprod

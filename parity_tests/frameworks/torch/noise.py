@@ -17,9 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity_tests.frameworks.torch.ensemble import INEXACT, Deviations, Noise, first_state, mapped, name_of, perform
 from parity_tests.frameworks.torch.operations import (
+    BACKWARD_STABLE,
     EXACT,
     FUNCTIONS,
     FUSED,
+    ITERATIVE,
+    PRODUCTS,
     RESAMPLING,
     SUMS,
     SUMS_WITH_ADDEND,
@@ -155,6 +158,16 @@ class DoublePrecision(TorchDispatchMode):
                 return [torch.full_like(v, e) for v, e in zip(_inexact(result), errors, strict=True)]
 
             return self._perform(func, args, kwargs, measured)
+        if name == "logcumsumexp":
+            # The sum's relative error is an absolute one of its logarithm.
+            return self._perform(func, args, kwargs, self._rounded(absolute=math.sqrt(args[0].shape[args[1]])))
+        if name in BACKWARD_STABLE:
+            wrong = [
+                self._perform(_as_it_is, (leaf,), {}, self._off(name)) if _inexact(leaf) else leaf for leaf in args
+            ]
+            return self._perform(func, tuple(wrong), kwargs, self._rounded())
+        if name in PRODUCTS:
+            return self._perform(func, args, kwargs, self._rounded(math.sqrt(args[0].numel())))
         factor = function_error(func, args, kwargs, self._format.name)
         result = self._perform(func, args, kwargs, self._rounded(factor))
         # The pieces of decomposed operations ("prims::div") do not carry the tag.
@@ -246,7 +259,22 @@ class DoublePrecision(TorchDispatchMode):
 
         return of
 
-    def _rounded(self, factor: float = 1.0) -> Deviations:
+    def _off(self, name: str) -> Deviations:
+        """Let a matrix of n columns be off, in total by u root(n) |A|, of Frobenius: that of sums over a row.
+
+        Iterative algorithms pass through the matrix several times; of them the classic bound counts, u n |A|.
+        """
+        units = self._units()
+
+        def of(args: tuple, kwargs: dict, matrix: torch.Tensor) -> list[torch.Tensor]:
+            axes = (-2, -1)[-matrix.ndim :]
+            norm = matrix.abs().square().sum(axes, keepdim=True).sqrt()
+            root = 1.0 if name in ITERATIVE else math.sqrt(max(1, matrix.shape[-1]))
+            return [(units(matrix)[0] / root * norm).expand(matrix.shape)]
+
+        return of
+
+    def _rounded(self, factor: float = 1.0, absolute: float = 0.0) -> Deviations:
         """Round real and complex results to the format."""
         units = self._units()
 
@@ -254,7 +282,7 @@ class DoublePrecision(TorchDispatchMode):
             u, _, tiny = units(value)
             # A part of a complex product is a sum of two products, which may cancel: it errs as its modulus does.
             u *= math.sqrt(2.0) if value.is_complex() else 1.0
-            return factor * u * value.abs() + tiny * (value != 0)
+            return u * (factor * value.abs() + absolute) + tiny * (value != 0)
 
         return lambda args, kwargs, result: list(map(deviation, _inexact(result)))
 

@@ -43,7 +43,7 @@ transpose_ t_ squeeze_ unsqueeze_ unsafe_split unsafe_chunk broadcast_in_dim con
 reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d _local_scalar_dense
 _reshape_copy _unsafe_view _to_copy diagonal_backward eq ne lt le gt ge logical_not logical_and scatter cummax cummin
 median nanmedian kthvalue mode eye diag_embed new_empty_strided pixel_shuffle pixel_unshuffle im2col index_fill
-softshrink_backward hardshrink_backward upsample_nearest1d upsample_nearest2d upsample_nearest3d
+index_copy softshrink_backward hardshrink_backward upsample_nearest1d upsample_nearest2d upsample_nearest3d
 _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
 """)
 # Sums of products or of terms: linear in each tensor argument. Windows of a pool may overlap, so that their backward
@@ -58,6 +58,7 @@ fractional_max_pool3d_backward unfold_backward reflection_pad1d_backward reflect
 reflection_pad3d_backward replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward
 upsample_nearest1d_backward upsample_nearest2d_backward upsample_nearest3d_backward
 _upsample_nearest_exact1d_backward _upsample_nearest_exact2d_backward _upsample_nearest_exact3d_backward
+_embedding_bag _embedding_bag_forward_only _embedding_bag_backward _embedding_bag_dense_backward
 """)
 # Fourier transforms: sums whose terms all have the modulus of their input.
 TRANSFORMS = names("""
@@ -76,7 +77,21 @@ logsumexp native_layer_norm native_layer_norm_backward native_group_norm native_
 native_batch_norm_backward _native_batch_norm_legit _native_batch_norm_legit_no_training _fused_rms_norm
 _fused_rms_norm_backward addcmul addcdiv lerp var_mean std_mean std mse_loss mse_loss_backward smooth_l1_loss
 binary_cross_entropy binary_cross_entropy_with_logits nll_loss_forward nll_loss_backward glu glu_backward rsub
-native_dropout native_dropout_backward linalg_vector_norm hardtanh_backward norm
+native_dropout native_dropout_backward linalg_vector_norm hardtanh_backward norm huber_loss huber_loss_backward
+_prelu_kernel _prelu_kernel_backward polar linalg_cross _weight_norm_interface _weight_norm_interface_backward
+""")
+# Products of many factors: one rounding each.
+PRODUCTS = names("""
+prod cumprod
+""")
+# Algorithms of linear algebra, whose results are right for a matrix that is off by roundings; iterative ones by more.
+BACKWARD_STABLE = names("""
+_linalg_solve_ex linalg_lu_solve linalg_lu_factor_ex linalg_lu linalg_solve_triangular triangular_solve linalg_inv_ex
+_linalg_det _linalg_slogdet linalg_matrix_exp linalg_cholesky_ex cholesky_solve cholesky_inverse _linalg_eigh
+_linalg_eigvals linalg_eig _linalg_svd linalg_qr geqrf linalg_householder_product ormqr linalg_pinv linalg_lstsq
+""")
+ITERATIVE = names("""
+_linalg_eigh _linalg_eigvals linalg_eig _linalg_svd linalg_pinv linalg_lstsq linalg_matrix_exp
 """)
 # Resampling: the weights come from coordinates that the kernel computes in its own format.
 RESAMPLING = names("""
