@@ -10,6 +10,7 @@ from typing import Any
 from parity_tests.pair.calls import Layouts
 from parity_tests.pair.draws import InputSource, draw_inputs
 from parity_tests.pair.layouts import both_layouts
+from parity_tests.pair.legs import running
 from parity_tests.pair.loading import make_side
 from parity_tests.pair.mapping import KEEP, Rule
 from parity_tests.pair.side import ParameterSpec
@@ -237,5 +238,9 @@ def propose_mapping(
     examples = both_layouts(drawn.layout, drawn.arrays, input_patterns or {})
     for side in sides.values():
         side.arrange(drawn.layout, None)
-    torch, flax = (sides[key].parameters(examples[key]) for key in ("torch", "jax"))
+    found = {}
+    for key, side in sides.items():
+        with running(key, examples[key], drawn.layout.names):
+            found[key] = side.parameters(examples[key])
+    torch, flax = found["torch"], found["jax"]
     return propose_rules(torch, flax)

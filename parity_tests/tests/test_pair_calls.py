@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import warnings
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -295,6 +296,36 @@ def test_noise_and_masks_are_inputs_like_others():
     assert not drawn.ok
     assert "module.eval()" in drawn.describe()
     assert "feed the mask or the noise to both sides as an input" in drawn.describe()
+
+
+def test_no_cast_on_the_way_drops_a_part_of_a_value():
+    """Complex numbers, 64-bit integers and booleans in trees, with every warning about a cast an error."""
+
+    def call(framework, conjugate=False):
+        conj = {"torch": torch.conj, "jax": jnp.conj}[framework] if conjugate else (lambda z: z)
+
+        def run(dense, batch, ids):
+            wave = batch["z"] * dense(batch["x"])
+            return {"wave": conj(wave), "rest": (abs(wave), ids * 2 - ids, batch["on"], 0.1 + 0.2j)}
+
+        return run
+
+    rng = np.random.default_rng(0)
+    wave = (rng.standard_normal((3, 5)) + 1j * rng.standard_normal((3, 5))).astype(np.complex64)
+    inputs = ({"x": (3, 6), "z": wave, "on": MASK}, np.asarray([2**31 - 1, -5]))
+    names = {"y.wave", "y.rest.0", "y.rest.1", "y.rest.2", "y.rest.3"}
+    layouts = {"input_patterns": {"0.z": "b o -> b o"}, "output_patterns": {"wave": "b o -> b o"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = judged(call("torch"), call("jax"), inputs=inputs, dtypes=("float32", "bfloat16", "float64"), **layouts)
+        report.assert_ok()
+        assert names | {"d_input0.z", "d_input0.x"} <= tensors(report)
+        assert not judged(call("torch"), call("jax", True), inputs=inputs, gradients=False).ok
+        with pytest.raises(ValueError, match=r"inputs\[1\]: expected integers that fit in 32 bits"):
+            judged(call("torch"), call("jax"), inputs=(inputs[0], np.asarray([2**40, -5])), gradients=False)
+        # The warning that is an error here is one that a cast raises.
+        with pytest.raises(ValueError, match="ComplexWarning"):
+            judged(call("torch"), lambda *a: call("jax")(*a)["wave"].astype(jnp.float32), inputs=inputs)
 
 
 def test_positions_and_flags_are_judged_as_they_are():

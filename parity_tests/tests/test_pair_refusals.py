@@ -1,5 +1,7 @@
 """check_pair: what cannot be compared, or would show nothing, is refused, skipped or failed, with one sentence."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ pytest.importorskip("einops", reason="einops is not installed here")
 pytest.importorskip("torch", reason="torch is not installed here")
 pytest.importorskip("flax", reason="flax is not installed here")
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import torch
@@ -156,6 +159,50 @@ def test_a_dtype_that_a_framework_refuses_is_skipped_with_its_reason():
         ),
         ({"params": "weight"}, ValueError, "params: expected a sequence of rules or a proposal, got 'weight'"),
         ({"dtypes": "float32"}, ValueError, r"dtypes: .* got 'float32'; for one dtype pass \('float32',\)"),
+        ({"seed": True}, ValueError, "seed: expected a non-negative integer, got True"),
+        ({"dtypes": (np.float32,)}, ValueError, "dtypes: expected names such as 'bfloat16', got <class"),
+        ({"gradients": "no"}, ValueError, "gradients: expected True or False, got 'no'"),
+        ({"timeout_s": -1}, ValueError, "timeout_s: expected a number of seconds above 0, got -1"),
+        ({"pair": 3}, ValueError, "pair: expected package.module:factory, got 3"),
+        ({"not_compared": 3}, TypeError, "not_compared: expected a tuple of names or patterns, got 3"),
+        ({"torch_kwargs": {1: 2}}, ValueError, "torch_kwargs: expected a dict of keyword arguments, got {1: 2}"),
+        (
+            {"flax_module": functools.partial(nnx.Linear, 12, 7)},
+            TypeError,
+            "flax_module: expected .*, got the class Linear; create an instance, with its sizes",
+        ),
+        ({"flax_module": torch.nn.ReLU()}, TypeError, "got the torch module ReLU; pass it as torch_module"),
+        ({"torch_module": nn.Dense(7)}, TypeError, "got the flax module Dense; pass it as flax_module"),
+        (
+            {"torch_module": lambda p, x: x, "torch_params": {1: np.ones(3)}},
+            TypeError,
+            "torch_params: expected names as keys, got 1",
+        ),
+        (
+            {"flax_module": lambda p, x: x, "flax_params": "a"},
+            TypeError,
+            "flax_params: expected arrays, in a dict .* 'a'",
+        ),
+        (
+            {"flax_module": nn.Dense(7), "flax_params": "a"},
+            TypeError,
+            "flax_params: expected a dict of variables .* 'a'",
+        ),
+        (
+            {"inputs": lambda rng: 1 // 0},
+            ValueError,
+            "inputs: expected a function .*, got one that raised ZeroDivisionError",
+        ),
+        ({"inputs": {(3, 12)}}, TypeError, "inputs: expected a tuple with one entry per argument, got {"),
+        ({"draws": {"weight": lambda rng, shape: 1 // 0}}, ValueError, r"draws\['weight'\]: .*, got integer division"),
+        *(
+            (
+                {"params": [("weight", "kernel", "(a b) i -> i (b a)", lengths), LINEAR[1]]},
+                MappingError,
+                f"expected positive integers for axes in it, got .* for '{axis}'",
+            )
+            for lengths, axis in (({"a": "5"}, "a"), ({"a": 7.0}, "a"), ({"a": 0}, "a"), ({"z": 7}, "z"))
+        ),
         ({"seed": -1}, ValueError, "seed: expected a non-negative integer, got -1"),
         ({"device": "gpu"}, ValueError, "device: expected cpu, cuda or auto, got 'gpu'"),
         ({"draws": {"weight": 3}}, ValueError, r"draws\['weight'\]: expected a function \(rng, shape\) -> array"),
