@@ -105,8 +105,8 @@ class Layout:
         found = {self.index(key): pattern for key, pattern in patterns.items()}
         if unknown := [key for key in patterns if self.index(key) is None]:
             raise MappingError(
-                f"input_patterns: expected positions or names of inputs ({', '.join(self.names)}), got {unknown[0]!r}; "
-                "choose among these."
+                f"input_patterns: expected positions below {len(self.positional)}, got {unknown[0]!r}; choose one, or "
+                f"a name among {', '.join(self.names)}."
             )
         if len(found) < len(patterns):
             raise MappingError(f"input_patterns: expected one pattern an input, got {', '.join(map(repr, patterns))}.")

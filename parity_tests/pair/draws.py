@@ -141,14 +141,15 @@ def checked_scale(scale: Scale | None, inputs: "Inputs", names: Collection[str])
     if scale is None:
         return None
     drawn = [inputs.layout.names[k] for k in sorted(inputs.drawn)]
+    places = map(position, drawn)
     factors = scale if isinstance(scale, Mapping) else dict.fromkeys(drawn, scale)
     for key, factor in factors.items():
         if isinstance(factor, bool) or not isinstance(factor, int | float | np.number) or not 0 < factor < np.inf:
             raise ValueError(f"scale: expected a positive number, got {factor!r} for {key!r}; 10.0 draws wider values.")
         if inputs.layout.index(key) not in inputs.drawn and key not in names:
             raise ValueError(
-                f"scale: expected inputs that are drawn from shapes ({', '.join(drawn) or 'none'}), by position or "
-                f"name, or parameters among {', '.join(names)}, got {key!r}; scale given arrays yourself."
+                f"scale: expected positions of inputs that are drawn from shapes ({', '.join(places) or 'none'}) or "
+                f"parameters among {', '.join(names)}, got {key!r}; scale given arrays yourself."
             )
     if not factors:
         raise ValueError(f"scale: expected inputs that are drawn from shapes, got arrays and {scale!r}; scale them.")
@@ -186,12 +187,16 @@ def draw_inputs(source: InputSource, seed: int, scale: Scale | None = None) -> I
     """
     rng = _generator(seed, "inputs")
     entries = _called(source, rng) if callable(source) else source
-    integers = not callable(source) and _is_shape(entries) and len(entries) > 0
-    if isinstance(entries, str) or hasattr(entries, "__array__") or integers or not isinstance(entries, Kinds):
+    if not callable(source) and _is_shape(entries) and len(entries) > 0:
+        raise TypeError(
+            f"inputs[0]: expected a shape such as (8, 64) or a NumPy array, got {entries[0]!r}; inputs is a tuple with "
+            "one entry per argument, for one argument ((8, 64),)."
+        )
+    if isinstance(entries, str) or hasattr(entries, "__array__") or not isinstance(entries, Kinds):
         # An array is a sequence as well: its rows would be taken for arguments. So are the sizes of a shape.
         raise TypeError(
             f"inputs: expected a tuple with one entry per argument{' from the function' * callable(source)}, got "
-            f"{outlined(entries)}; for one argument {_for_one(callable(source), integers)}."
+            f"{outlined(entries)}; for one argument {'return' if callable(source) else 'pass'} (array,)."
         )
     shapes: list[str] = []
 
@@ -227,12 +232,6 @@ def _called(source: Callable[[np.random.Generator], Arguments], rng: np.random.G
             "inputs: expected a function of a NumPy generator that returns the arrays, got one that raised "
             f"{located(error)}."
         ) from error
-
-
-def _for_one(function: bool, integers: bool) -> str:
-    if integers:
-        return "pass ((8, 64),)"
-    return "return (array,)" if function else "pass (array,)"
 
 
 def _sizes(shape: tuple[int, ...], name: str) -> tuple[int, ...]:

@@ -19,8 +19,6 @@ from parity_tests.report.text import located
 
 # Seconds in which an interpreter that the child starts must greet, or the child report that it did not.
 _BESIDE_S = GREETING_S + 10.0
-# Steps in which the child waits for no other interpreter.
-_ALONE = ("importing", "calling")
 _MOST_SENTENCE = 1000
 _SHOWN_LINES = 20
 
@@ -64,7 +62,7 @@ def judge_apart(
                 while heard.report is None:
                     interruption.check()
                     # The child waits for others by the same limit, and then says which of them it was.
-                    alone = not beside or heard.step.startswith(_ALONE)
+                    alone = not beside or heard.step in (f"importing {spec}", f"calling {spec}")
                     interpreter.timeout_s = timeout_s + (0.0 if alone else _BESIDE_S)
                     interpreter.child.await_line(interpreter.timeout_s)
                     # A message in hand is kept before a signal ends the work.

@@ -47,8 +47,8 @@ class Correspondence:
             name = output_named(key, list(shapes))
             if name is None or name in self._patterns:
                 raise MappingError(
-                    f"output_patterns: expected positions or names of outputs, each once ({', '.join(shapes)}), got "
-                    f"{key!r}; choose among these."
+                    f"output_patterns: expected names among {', '.join(shapes)}, got {key}; choose one of them, or a "
+                    "position, once."
                 )
             self._patterns[name] = read_pattern(pattern, f"output_patterns[{key!r}]", shapes[name])
 

@@ -266,9 +266,7 @@ def test_options_name_inputs_by_position_or_name():
     np.testing.assert_array_equal(draw_inputs(source, 0, 4.0).arrays[2], 4.0 * plain.arrays[2])
     assert checked_scale({"input0.x": 4.0, "input.mask": 2.0, "w": 3.0}, plain, ["w"])
     for wrong in ("0.ids", "x", 0, 1):  # an array that is given, no name, a dict, no position
-        with pytest.raises(
-            ValueError, match=r"scale: expected inputs .* \(input0\.x, input\.mask\), by position or name"
-        ):
+        with pytest.raises(ValueError, match=r"scale: expected positions of inputs .* \(0\.x, 'mask'\) or"):
             checked_scale({wrong: 4.0}, plain, ["w"])
     found = plain.layout.filled(plain.arrays)
     assert found[0][0].keys() == {"x", "ids"}
@@ -444,7 +442,11 @@ def test_one_dtype_can_be_demanded():
             ValueError,
             "outputs: expected every output once, got y of torch twice",
         ),
-        ({"output_patterns": {1: "b o -> o b"}}, MappingError, r"output_patterns: expected positions .* \(y\), got 1"),
+        (
+            {"output_patterns": {1: "b o -> o b"}},
+            MappingError,
+            "output_patterns: expected names among y, got 1; .* position",
+        ),
         ({"output_patterns": {0: "b -> b"}}, MappingError, r"output_patterns\[0\]: expected 2 axes .* got 'b -> b'"),
         ({"output_patterns": {0: 3}}, MappingError, r"output_patterns\[0\]: expected an axis pattern .* got 3"),
         ({"input_patterns": {0: "(a b) i -> a b i"}}, MappingError, r"input_patterns: expected a permutation .* sizes"),

@@ -106,9 +106,10 @@ def test_an_early_end_is_no_success_and_keeps_what_was_compared(run, statuses, s
 
 
 def test_a_factory_that_hangs_beside_another_interpreter_has_no_longer_than_alone(run):
-    result, _, _, _ = run([], "time.sleep(600)", "--timeout-s", "1", "--jax-python", sys.executable)
+    deed = "channel.send({'step': 'calling some:pair'}); time.sleep(600)"
+    result, _, _, _ = run([], deed, "--timeout-s", "1", "--jax-python", sys.executable)
     assert result.exit_code == 2, result.output
-    assert "gave no answer within 1 s while calling the factory; it printed last: two" in result.stderr
+    assert "gave no answer within 1 s while calling some:pair; it printed last: two" in result.stderr
 
 
 @pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])

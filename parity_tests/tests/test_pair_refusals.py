@@ -103,7 +103,7 @@ def test_a_dtype_that_only_one_side_runs_is_not_what_was_asked_for():
 
 
 def test_a_pattern_for_an_output_that_is_not_there_is_refused():
-    with pytest.raises(MappingError, match=r"output_patterns: expected positions or names .* \(y\), got 'z'"):
+    with pytest.raises(MappingError, match=r"output_patterns: expected names among y, got z"):
         check_pair(**linear_pair(output_patterns={"z": "b o -> o b"}))
 
 
@@ -138,7 +138,7 @@ def test_a_dtype_that_a_framework_refuses_is_skipped_with_its_reason():
             {"torch_kwargs": {"foo": 1}},
             ValueError,
             r"torch_module: expected a module that runs on its inputs \(float32 \(3, 12\)\), got TypeError: .*'foo'; "
-            r"check inputs=, torch_kwargs=, torch_call=\.",
+            r"check inputs=, torch_kwargs=\.",
         ),
         (
             {"inputs": ((3, 11),)},
@@ -207,7 +207,7 @@ def test_a_dtype_that_a_framework_refuses_is_skipped_with_its_reason():
         ({"device": "gpu"}, ValueError, "device: expected cpu, cuda or auto, got 'gpu'"),
         ({"draws": {"weight": 3}}, ValueError, r"draws\['weight'\]: expected a function \(rng, shape\) -> array"),
         ({"scale": 0}, ValueError, "scale: expected a positive number, got 0"),
-        ({"scale": {1: 3.0}}, ValueError, r"scale: expected inputs .* \(input0\), by .* or parameters .* got 1"),
+        ({"scale": {1: 3.0}}, ValueError, r"scale: expected positions of inputs .* \(0\) or parameters .* got 1"),
         (
             {"scale": 3.0, "inputs": (np.ones((3, 12), np.float32),)},
             ValueError,
@@ -218,11 +218,7 @@ def test_a_dtype_that_a_framework_refuses_is_skipped_with_its_reason():
         ({"torch_module": 3}, TypeError, "torch_module: expected an nn.Module or a function, got int"),
         ({"torch_module": lambda p, x: x}, TypeError, "torch_params: expected a dict of initial arrays"),
         ({"flax_module": lambda p, x: x}, TypeError, "flax_params: expected a dict of initial arrays"),
-        (
-            {"inputs": (3, 12)},
-            TypeError,
-            r"inputs: expected a tuple .* got \(3, 12\); for one argument pass \(\(8, 64\),\)",
-        ),
+        ({"inputs": (3, 12)}, TypeError, r"inputs\[0\]: expected a shape such as \(8, 64\) or a NumPy array, got 3"),
         ({"inputs": ("x",)}, ValueError, "inputs: expected at least one, got none"),
         (
             {"inputs": lambda rng: rng.standard_normal((3, 12))},
@@ -244,8 +240,8 @@ def test_a_dtype_that_a_framework_refuses_is_skipped_with_its_reason():
         ({"dtypes": ()}, ValueError, "dtypes: expected at least one"),
         ({"dtypes": ("float8",)}, ValueError, "dtype: expected one of float64"),
         ({"draws": {"wait": np.random.Generator.standard_normal}}, ValueError, "draws: expected names among weight"),
-        ({"input_patterns": {1: "b i -> i b"}}, MappingError, r"input_patterns: .* names of inputs \(input0\), got 1"),
-        ({"input_patterns": {"x": "b i -> i b"}}, MappingError, r"input_patterns: .* \(input0\), got 'x'"),
+        ({"input_patterns": {1: "b i -> i b"}}, MappingError, "input_patterns: expected positions below 1, got 1"),
+        ({"input_patterns": {"x": "b i -> i b"}}, MappingError, "input_patterns: expected positions below 1, got 'x'"),
         ({"input_patterns": {0: "b i -> b"}}, MappingError, "expected a permutation such as"),
         ({"torch_python": "python"}, ValueError, "expected pair='package.module:factory' beside an interpreter"),
     ],
