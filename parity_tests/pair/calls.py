@@ -8,7 +8,7 @@ inputs become arrays named `input0`, `input0.mask` or (by keyword) `input.mask`,
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -55,6 +55,10 @@ def _filled(node: tuple, arrays: Sequence[Any]) -> Any:
         return [value for _, value in values] if kind == "list" else tuple(value for _, value in values)
     example = node[2]
     made: Any = type(example)
+    if isinstance(example, MutableMapping):  # a defaultdict, which its items alone do not make
+        like = copy.copy(example)
+        like.update(values)
+        return like
     if isinstance(example, Mapping):
         return made(dict(values))
     if isinstance(example, tuple):

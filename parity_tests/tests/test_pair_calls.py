@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,7 +88,7 @@ def where(framework):
     [
         ({"x": (3, 6), "mask": MASK}, None, "d_input.x"),
         ({0: (3, 6), "mask": MASK}, None, "d_input0"),
-        (({"x": (3, 6), "mask": MASK},), lambda b: (b["x"], b["mask"]), "d_input0.x"),
+        ((defaultdict(list, {"x": (3, 6), "mask": MASK}),), lambda b: (b["x"], b["mask"]), "d_input0.x"),
         (([{"x": [(3, 6)]}, MASK],), lambda b: (b[0]["x"][0], b[1]), "d_input0.0.x.0"),
         ((Batch((3, 6), MASK),), lambda b: (b.x * b.factor, b.mask), "d_input0.x"),
         ((Fields((3, 6), MASK), None, 0.5), lambda b, none, n: (b.x * (1 if none else n), b.mask), "d_input0.x"),
