@@ -8,7 +8,7 @@ inputs become arrays named `input0`, `input0.mask` or (by keyword) `input.mask`,
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -55,6 +55,10 @@ def _filled(node: tuple, arrays: Sequence[Any]) -> Any:
         return [value for _, value in values] if kind == "list" else tuple(value for _, value in values)
     example = node[2]
     made: Any = type(example)
+    if isinstance(example, MutableMapping):  # a defaultdict, which its items alone do not make
+        like = copy.copy(example)
+        like.update(values)
+        return like
     if isinstance(example, Mapping):
         return made(dict(values))
     if isinstance(example, tuple):
@@ -100,11 +104,13 @@ class Layout:
         Raises:
             MappingError: for a key that names no array.
         """
+        if not isinstance(patterns, Mapping):
+            raise MappingError(f"input_patterns: expected a dict by position or name, got {patterns!r:.80}.")
         found = {self.index(key): pattern for key, pattern in patterns.items()}
         if unknown := [key for key in patterns if self.index(key) is None]:
             raise MappingError(
-                f"input_patterns: expected positions or names of inputs ({', '.join(self.names)}), got {unknown[0]!r}; "
-                "choose among these."
+                f"input_patterns: expected positions below {len(self.positional)}, got {unknown[0]!r}; choose one, or "
+                f"a name among {', '.join(self.names)}."
             )
         if len(found) < len(patterns):
             raise MappingError(f"input_patterns: expected one pattern an input, got {', '.join(map(repr, patterns))}.")
@@ -140,7 +146,7 @@ def taken_apart(entries: Any, leaf: Callable[[Any, str], Any]) -> tuple[Layout, 
         if entry is None or isinstance(entry, _SETTINGS):
             return "value", entry
         raise TypeError(
-            f"inputs[{_position(name)}]: expected a shape such as (8, 64) or a NumPy array, or a dict, list, tuple or "
+            f"inputs[{position(name)}]: expected a shape such as (8, 64) or a NumPy array, or a dict, list, tuple or "
             f"dataclass of these, a number, a text or None, got {outlined(entry)}; inputs is a tuple with one entry "
             "per argument, for one argument ((8, 64),)."
         )
@@ -159,7 +165,7 @@ def taken_apart(entries: Any, leaf: Callable[[Any, str], Any]) -> tuple[Layout, 
     return Layout(tuple(names), positional, keywords), leaves
 
 
-def _position(name: str) -> str:
+def position(name: str) -> str:
     """Spell an input's name as an index: `0`, `0.mask`, `'mask'`."""
     rest = name.removeprefix(INPUT)
     return repr(rest[1:]) if rest.startswith(".") else rest
@@ -207,13 +213,39 @@ class Call:
         return dataclasses.replace(self, layout=layout)
 
 
-def checked_adapter(adapter: Any, prefix: str) -> Any:
-    """Return a side's adapter; refuse what cannot be called."""
+def checked_call(kwargs: Mapping[str, Any] | None, adapter: Any, prefix: str) -> Call:
+    """Return how a side is called, by its keyword arguments and its adapter.
+
+    Raises:
+        ValueError: for keyword arguments that are none.
+        TypeError: for an adapter that cannot be called.
+    """
+    if not isinstance(kwargs or {}, Mapping) or not all(isinstance(name, str) for name in kwargs or {}):
+        raise ValueError(f"{prefix}_kwargs: expected a dict of keyword arguments, got {kwargs!r:.80}.")
     if adapter is not None and (not callable(adapter) or isinstance(adapter, type)):
         raise TypeError(
             f"{prefix}_call: expected a function such as lambda call, x, mask: call(x, mask=mask), got {adapter!r:.80}."
         )
-    return adapter
+    return Call(dict(kwargs or {}), adapter)
+
+
+def refuse_module(module: Any, prefix: str, expected: str) -> None:
+    """Refuse a class in place of an instance, and a module of the other framework.
+
+    Raises:
+        TypeError: in one sentence.
+    """
+    made = module.func if isinstance(module, functools.partial) else module
+    if isinstance(made, type):
+        raise TypeError(
+            f"{prefix}_module: expected {expected}, got the class {made.__name__}; create an instance, with its sizes."
+        )
+    other, package = ("torch", "torch") if prefix == "flax" else ("flax", "flax")
+    if any(kind.__module__.partition(".")[0] == package for kind in type(module).__mro__):
+        raise TypeError(
+            f"{prefix}_module: expected {expected}, got the {other} module {type(module).__name__}; pass it as "
+            f"{other}_module."
+        )
 
 
 def named_outputs(

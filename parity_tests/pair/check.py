@@ -49,6 +49,8 @@ _KINDS = {
     "params": (Sequence, "a sequence of rules or a proposal"),
     "dtypes": (Sequence, "a tuple of dtypes"),
     "name": (str, "a string"),
+    **dict.fromkeys(("gradients", "semantic", "state", "dtypes_equal"), (bool | np.bool_, "True or False")),
+    "timeout_s": (int | float, "a number of seconds"),
     **dict.fromkeys(("torch_kwargs", "flax_kwargs"), (Mapping, "a dict of keyword arguments")),
     **dict.fromkeys(("torch_params", "draws"), (Mapping, "a dict by name")),
     **dict.fromkeys(("input_patterns", "output_patterns"), (Mapping, "a dict by position or name")),
@@ -194,6 +196,8 @@ def run_pair(spec: str, tell: Tell = _ignore, **overrides: Any) -> PairReport:
 
 
 def _checked(spec: str | None, given: Mapping[str, Any], tell: Tell) -> PairReport:
+    if spec is not None and not isinstance(spec, str):
+        raise ValueError(f"pair: expected package.module:factory, got {spec!r:.80}; name a function of a module.")
     arguments = dict(given) if spec is None else merged(spec, given, tell)
     command = reproduction(spec, given, arguments)
 
@@ -382,8 +386,12 @@ def _check_kinds(arguments: Mapping[str, Any]) -> None:
         if value is not None and (not isinstance(value, kind) or (isinstance(value, str) and name != "name")):
             hint = f"; for one dtype pass ({value!r},)" if name == "dtypes" else ""
             raise ValueError(f"{name}: expected {expected}, got {value!r:.80}{hint}.")
+    if unknown := [dtype for dtype in arguments["dtypes"] or () if not isinstance(dtype, str)]:
+        raise ValueError(f"dtypes: expected names such as 'bfloat16', got {unknown[0]!r:.80}; choose by name.")
+    if not arguments["timeout_s"] > 0:
+        raise ValueError(f"timeout_s: expected a number of seconds above 0, got {arguments['timeout_s']!r}.")
     seed = arguments["seed"]
-    if not isinstance(seed, int | np.integer) or seed < 0:
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed: expected a non-negative integer, got {seed!r}.")
     if arguments["effort"] not in EFFORTS:
         raise ValueError(f"effort: expected one of {', '.join(EFFORTS)}, got {arguments['effort']!r}; choose one.")

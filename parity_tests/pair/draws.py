@@ -1,7 +1,7 @@
 """Seeded parameters, inputs and cotangents for a pair: random, of different magnitudes, never at an initial value."""
 
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +9,15 @@ import numpy as np
 
 from parity_tests.judge.dtypes import FORMATS, exactly, format_name, is_complex, is_float, is_inexact, roundoff, widened
 from parity_tests.judge.inputs import BIAS_SCALE, COTANGENT_SCALE, X_SCALE
-from parity_tests.pair.calls import Layout, outlined, taken_apart
+from parity_tests.pair.calls import Layout, outlined, position, taken_apart
 from parity_tests.pair.rules import Link
 from parity_tests.pair.side import ParameterSpec
+from parity_tests.report.text import first_line, located
 
 # Shapes, arrays and containers of them, one an argument; by name in a mapping.
 Arguments = Sequence[Any] | Mapping[int | str, Any]
 InputSource = Arguments | Callable[[np.random.Generator], Arguments]
+Kinds = Sequence | Mapping
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 Scale = float | Mapping[int | str, float]
 # E-folds by which the elements of a one-signed array move: one that keeps its sign (a variance), and one that is drawn
@@ -115,9 +117,9 @@ def draw_parameters(
 def _drawn_by(draw: Draw, what: str, rng: np.random.Generator, like: np.ndarray) -> np.ndarray:
     try:
         array = np.asarray(draw(rng, like.shape))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # a user's function may raise anything
         raise ValueError(
-            f"{what}: expected a function (rng, shape) -> array of numbers, got {error}; write one such as "
+            f"{what}: expected a function (rng, shape) -> array of numbers, got {first_line(error)}; write one such as "
             "lambda rng, shape: rng.random(shape)."
         ) from error
     if array.dtype.kind not in "biufcV" or array.shape != like.shape:
@@ -202,14 +204,15 @@ def checked_scale(scale: Scale | None, inputs: "Inputs", names: Collection[str])
     if scale is None:
         return None
     drawn = [inputs.layout.names[k] for k in sorted(inputs.drawn)]
+    places = map(position, drawn)
     factors = scale if isinstance(scale, Mapping) else dict.fromkeys(drawn, scale)
     for key, factor in factors.items():
         if isinstance(factor, bool) or not isinstance(factor, int | float | np.number) or not 0 < factor < np.inf:
             raise ValueError(f"scale: expected a positive number, got {factor!r} for {key!r}; 10.0 draws wider values.")
         if inputs.layout.index(key) not in inputs.drawn and key not in names:
             raise ValueError(
-                f"scale: expected inputs that are drawn from shapes ({', '.join(drawn) or 'none'}), by position or "
-                f"name, or parameters among {', '.join(names)}, got {key!r}; scale given arrays yourself."
+                f"scale: expected positions of inputs that are drawn from shapes ({', '.join(places) or 'none'}) or "
+                f"parameters among {', '.join(names)}, got {key!r}; scale given arrays yourself."
             )
     if not factors:
         raise ValueError(f"scale: expected inputs that are drawn from shapes, got arrays and {scale!r}; scale them.")
@@ -246,13 +249,17 @@ def draw_inputs(source: InputSource, seed: int, scale: Scale | None = None) -> I
         ValueError: if there are no inputs.
     """
     rng = _generator(seed, "inputs")
-    entries = source(rng) if callable(source) else source
-    integers = not callable(source) and _is_shape(entries) and len(entries) > 0
-    if isinstance(entries, str) or hasattr(entries, "__array__") or integers or not isinstance(entries, Iterable):
+    entries = _called(source, rng) if callable(source) else source
+    if not callable(source) and _is_shape(entries) and len(entries) > 0:
+        raise TypeError(
+            f"inputs[0]: expected a shape such as (8, 64) or a NumPy array, got {entries[0]!r}; inputs is a tuple with "
+            "one entry per argument, for one argument ((8, 64),)."
+        )
+    if isinstance(entries, str) or hasattr(entries, "__array__") or not isinstance(entries, Kinds):
         # An array is a sequence as well: its rows would be taken for arguments. So are the sizes of a shape.
         raise TypeError(
             f"inputs: expected a tuple with one entry per argument{' from the function' * callable(source)}, got "
-            f"{outlined(entries)}; for one argument {_for_one(callable(source), integers)}."
+            f"{outlined(entries)}; for one argument {'return' if callable(source) else 'pass'} (array,)."
         )
     shapes: list[str] = []
 
@@ -260,9 +267,7 @@ def draw_inputs(source: InputSource, seed: int, scale: Scale | None = None) -> I
         if isinstance(entry, np.ndarray | np.generic):
             array = np.asarray(entry)
             if not is_inexact(array) and array.dtype.kind not in "iub":
-                raise TypeError(
-                    f"inputs[{name.removeprefix('input')}]: expected numbers or booleans, got {array.dtype}."
-                )
+                raise TypeError(f"inputs[{position(name)}]: expected numbers or booleans, got {array.dtype}.")
             return array
         if callable(source) or not _is_shape(entry):
             return None
@@ -272,22 +277,29 @@ def draw_inputs(source: InputSource, seed: int, scale: Scale | None = None) -> I
     layout, arrays = taken_apart(entries, leaf)
     drawn = {layout.names.index(name) for name in shapes}
     if not arrays:
-        raise ValueError("inputs: expected at least one, got none; nothing would be compared.")
+        raise ValueError(
+            "inputs: expected at least one, got none (a shape is a tuple of integers, an array is NumPy's); nothing "
+            "would be compared."
+        )
     by_key = scale if isinstance(scale, Mapping) else {layout.names[k]: scale or 1.0 for k in drawn}
     factors = {layout.index(key): factor for key, factor in by_key.items()}
     scaled = (factors.get(k, 1.0) * array if k in drawn else array for k, array in enumerate(arrays))
     return Inputs(tuple(scaled), layout, frozenset(drawn))
 
 
-def _for_one(function: bool, integers: bool) -> str:
-    if integers:
-        return "pass ((8, 64),)"
-    return "return (array,)" if function else "pass (array,)"
+def _called(source: Callable[[np.random.Generator], Arguments], rng: np.random.Generator) -> Arguments:
+    try:
+        return source(rng)
+    except Exception as error:  # a user's function may raise anything
+        raise ValueError(
+            "inputs: expected a function of a NumPy generator that returns the arrays, got one that raised "
+            f"{located(error)}."
+        ) from error
 
 
 def _sizes(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
     if any(size < 0 for size in shape):
-        raise ValueError(f"inputs[{name.removeprefix('input')}]: expected sizes of at least 0, got {shape}.")
+        raise ValueError(f"inputs[{position(name)}]: expected sizes of at least 0, got {shape}.")
     return shape
 
 

@@ -95,7 +95,9 @@ class Judge:
                     random.append(key)
         self.evidence.random = tuple(random)
         for key in random:
-            side, evaluate = ("torch", "module.eval()") if key == "torch" else ("flax", "deterministic=True")
+            side, evaluate = (
+                ("torch", "module.eval()") if key == "torch" else ("flax", "module.eval(), deterministic=True")
+            )
             reason = (
                 "the output depends on a random state: dropout is active, or the module draws numbers; evaluate it "
                 f"({evaluate}), or feed the mask or the noise to both sides as an input (inputs=, {side}_call=)"

@@ -59,13 +59,14 @@ def judge_apart(
     beside = any(arguments.get(name) for name in ("torch_python", "jax_python"))
     try:
         with Interpreter(__name__, who="its process", timeout_s=timeout_s) as interpreter:
-            # The child waits for others by the same limit, and then says which of them it was.
-            interpreter.timeout_s = timeout_s + (_BESIDE_S if beside else 0.0)
             asked = {"spec": spec, "path": list(map(str, sys.path)), "arguments": {**arguments, "timeout_s": timeout_s}}
             try:
                 interpreter.send(asked)
                 while heard.report is None:
                     interruption.check()
+                    # The child waits for others by the same limit, and then says which of them it was.
+                    alone = not beside or heard.step in (f"importing {spec}", f"calling {spec}")
+                    interpreter.timeout_s = timeout_s + (0.0 if alone else _BESIDE_S)
                     interpreter.child.await_line(interpreter.timeout_s)
                     # A message in hand is kept before a signal ends the work.
                     interruption.held = True

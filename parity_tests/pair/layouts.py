@@ -47,8 +47,8 @@ class Correspondence:
             name = output_named(key, list(shapes))
             if name is None or name in self._patterns:
                 raise MappingError(
-                    f"output_patterns: expected positions or names of outputs, each once ({', '.join(shapes)}), got "
-                    f"{key!r}; choose among these."
+                    f"output_patterns: expected names among {', '.join(shapes)}, got {key}; choose one of them, or a "
+                    "position, once."
                 )
             self._patterns[name] = read_pattern(pattern, f"output_patterns[{key!r}]", shapes[name])
 
@@ -80,16 +80,18 @@ class Correspondence:
         (pattern, lengths), option = self._patterns[name], f"output_patterns[{name!r}]"
         try:
             self._axes[name] = AxisPattern(pattern, self._shapes[name], array.shape, lengths)
-        except MappingError:
+        except (MappingError, TypeError) as error:
             # Another size is a mismatch: its own layout still says in which axis, where that decides the other one.
-            left, _, right = pattern.partition("->")
-            back = read_pattern((f"{right.strip()} -> {left.strip()}", lengths), option, array.shape)
+            left, _, right = (half.strip() for half in pattern.partition("->"))
             try:
-                return rearrangement(back, array.shape, option).forward(array)
+                return rearrangement((f"{right} -> {left}", lengths), array.shape, option).forward(array)
             except MappingError:
-                if array.shape == self._shapes[name]:
-                    raise
-                return array
+                if array.shape != self._shapes[name] and len(_axes(right)) == array.ndim:
+                    return array
+            raise MappingError(
+                f"{option}: expected a pattern from the torch side's shape {self._shapes[name]} to the flax side's "
+                f"{array.shape}, got {pattern!r} ({error})."
+            ) from None
         return self._axes[name].backward(array)
 
 
@@ -150,10 +152,14 @@ def read_pattern(pattern: Any, option: str, shape: tuple[int, ...]) -> tuple[str
             f"{option}: expected an axis pattern such as 'b c h w -> b h w c', or one with lengths such as "
             f"('b (h w) c -> b h w c', {{'h': 4}}), got {pattern!r:.80}."
         )
-    axes = re.findall(r"\([^()]*\)|[^\s()]+", text.partition("->")[0])
-    if len(axes) != len(shape):
+    if len(_axes(text.partition("->")[0])) != len(shape):
         raise MappingError(f"{option}: expected {len(shape)} axes on the left for shape {shape}, got {text!r}.")
     return text, lengths
+
+
+def _axes(half: str) -> list[str]:
+    """Return the axes and groups of one half of a pattern."""
+    return re.findall(r"\([^()]*\)|[^\s()]+", half)
 
 
 def rearrangement(pattern: Any, shape: tuple[int, ...], option: str) -> AxisPattern:

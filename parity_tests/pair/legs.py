@@ -362,5 +362,5 @@ def running(key: str, inputs: Tuple, names: Sequence[str]) -> Iterator[None]:
         kind = "" if type(error).__name__ == "RemoteError" else f"{type(error).__name__}: "
         raise ValueError(
             f"{module}: expected a module that runs on its inputs ({shapes}), got {kind}{first_line(error)}; "
-            f"check inputs=, {side}_kwargs=, {side}_call={layout}."
+            f"check inputs=, {side}_kwargs={layout}."
         ) from error

@@ -3,7 +3,7 @@
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import einops
 import numpy as np
@@ -83,9 +83,14 @@ class AxisPattern:
                     f"pattern {pattern!r}: expected {len(groups)} axes in '{_text(groups)}', got shape {shape}."
                 )
         known = dict(lengths or {})
+        axes = {axis for group in (*left, *right) for axis in group if not axis.isdigit()}
+        for axis, length in known.items():
+            if axis not in axes or isinstance(length, bool) or not isinstance(length, int | np.integer) or length < 1:
+                raise MappingError(
+                    f"pattern {pattern!r}: expected positive integers for axes in it, got {length!r} for {axis!r}."
+                )
         while _solve(left, source, known) or _solve(right, target, known):
             pass
-        axes = {axis for group in (*left, *right) for axis in group if not axis.isdigit()}
         if missing := sorted(axes - set(known)):
             raise MappingError(
                 f"pattern {pattern!r}: expected lengths that the shapes {source} and {target} decide, got none for "
@@ -162,7 +167,8 @@ class LeftOut:
     """
 
     def __init__(self, patterns: Sequence[str] = ()) -> None:
-        if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        known = isinstance(patterns, Iterable) and not isinstance(patterns, str)
+        if not known or not all(isinstance(pattern, str) for pattern in patterns):
             raise TypeError(
                 f"not_compared: expected a tuple of names or patterns, got {patterns!r}; for one pass ('running_*',)."
             )

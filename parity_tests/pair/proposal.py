@@ -11,6 +11,7 @@ from parity_tests.pair.calls import Layouts
 from parity_tests.pair.candidates import Candidate, Unit, candidates, leaf, same_leaf, units
 from parity_tests.pair.draws import InputSource, draw_inputs
 from parity_tests.pair.layouts import both_layouts
+from parity_tests.pair.legs import running
 from parity_tests.pair.loading import make_side
 from parity_tests.pair.rules import KEEP, ZERO, Rule
 from parity_tests.pair.side import CANNOT_RUN, ParameterSpec
@@ -329,7 +330,10 @@ def propose_mapping(
     examples = both_layouts(drawn.layout, drawn.arrays, input_patterns or {})
     for side in sides.values():
         side.arrange(drawn.layout, None)
-    specs = {key: sides[key].parameters(examples[key]) for key in sides}
+    specs: dict[str, dict[str, ParameterSpec]] = {}
+    for key, side in sides.items():
+        with running(key, examples[key], drawn.layout.names):
+            specs[key] = side.parameters(examples[key])
     orders: dict[str, Sequence[str]] = {}
     for key, side in (("torch", "torch"), ("jax", "flax")):
         # Drawn inputs are float64; modules are traced in their own format.

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
-from collections import OrderedDict
+import json
+import warnings
+from collections import OrderedDict, defaultdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +23,8 @@ from flax import nnx
 from torch.utils.checkpoint import checkpoint
 
 from parity_tests.pair import MappingError, check_pair, propose_mapping
+from parity_tests.pair.draws import checked_scale, draw_inputs
+from parity_tests.pair.loading import _packed, _unpacked
 
 RULES = [("dense.weight", "dense.kernel", "o i -> i o"), ("dense.bias", "dense.bias")]
 MASK = np.random.default_rng(0).random((3, 5)) > 0.5
@@ -84,7 +88,7 @@ def where(framework):
     [
         ({"x": (3, 6), "mask": MASK}, None, "d_input.x"),
         ({0: (3, 6), "mask": MASK}, None, "d_input0"),
-        (({"x": (3, 6), "mask": MASK},), lambda b: (b["x"], b["mask"]), "d_input0.x"),
+        ((defaultdict(list, {"x": (3, 6), "mask": MASK}),), lambda b: (b["x"], b["mask"]), "d_input0.x"),
         (([{"x": [(3, 6)]}, MASK],), lambda b: (b[0]["x"][0], b[1]), "d_input0.0.x.0"),
         ((Batch((3, 6), MASK),), lambda b: (b.x * b.factor, b.mask), "d_input0.x"),
         ((Fields((3, 6), MASK), None, 0.5), lambda b, none, n: (b.x * (1 if none else n), b.mask), "d_input0.x"),
@@ -253,6 +257,27 @@ def test_outputs_correspond_as_declared():
     judged(lambda dense, x: (dense(x), 1), lambda dense, x: dense(x), outputs=[("0", "y")], gradients=False).assert_ok()
 
 
+def test_options_name_inputs_by_position_or_name():
+    source = {0: {"x": (3, 6), "ids": np.arange(3)}, "mask": (2, 2)}
+    plain, wide = draw_inputs(source, 0), draw_inputs(source, 0, {"0.x": 4.0, "mask": 2.0})
+    assert plain.layout.names == ("input0.x", "input0.ids", "input.mask")
+    np.testing.assert_array_equal(wide.arrays[0], 4.0 * plain.arrays[0])
+    np.testing.assert_array_equal(wide.arrays[2], 2.0 * plain.arrays[2])
+    np.testing.assert_array_equal(draw_inputs(source, 0, 4.0).arrays[2], 4.0 * plain.arrays[2])
+    assert checked_scale({"input0.x": 4.0, "input.mask": 2.0, "w": 3.0}, plain, ["w"])
+    for wrong in ("0.ids", "x", 0, 1):  # an array that is given, no name, a dict, no position
+        with pytest.raises(ValueError, match=r"scale: expected positions of inputs .* \(0\.x, 'mask'\) or"):
+            checked_scale({wrong: 4.0}, plain, ["w"])
+    found = plain.layout.filled(plain.arrays)
+    assert found[0][0].keys() == {"x", "ids"}
+    assert found[1]["mask"] is plain.arrays[2]
+    left_out = judged(
+        lambda dense, x: dense(x), lambda dense, x: dense(x), inputs={"x": (3, 6)}, not_compared=["d_input.x"]
+    )
+    left_out.assert_ok()
+    assert left_out.not_compared == ("the gradient of input.x, left out by not_compared=",)
+
+
 def test_layouts_may_group_and_split_axes_by_position_or_name():
     inputs = {"x": (3, 2, 6), "mask": MASK}
 
@@ -295,6 +320,36 @@ def test_noise_and_masks_are_inputs_like_others():
     assert not drawn.ok
     assert "module.eval()" in drawn.describe()
     assert "feed the mask or the noise to both sides as an input" in drawn.describe()
+
+
+def test_no_cast_on_the_way_drops_a_part_of_a_value():
+    """Complex numbers, 64-bit integers and booleans in trees, with every warning about a cast an error."""
+
+    def call(framework, conjugate=False):
+        conj = {"torch": torch.conj, "jax": jnp.conj}[framework] if conjugate else (lambda z: z)
+
+        def run(dense, batch, ids):
+            wave = batch["z"] * dense(batch["x"])
+            return {"wave": conj(wave), "rest": (abs(wave), ids * 2 - ids, batch["on"], 0.1 + 0.2j)}
+
+        return run
+
+    rng = np.random.default_rng(0)
+    wave = (rng.standard_normal((3, 5)) + 1j * rng.standard_normal((3, 5))).astype(np.complex64)
+    inputs = ({"x": (3, 6), "z": wave, "on": MASK}, np.asarray([2**31 - 1, -5]))
+    names = {"y.wave", "y.rest.0", "y.rest.1", "y.rest.2", "y.rest.3"}
+    layouts = {"input_patterns": {"0.z": "b o -> b o"}, "output_patterns": {"wave": "b o -> b o"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = judged(call("torch"), call("jax"), inputs=inputs, dtypes=("bfloat16",), **layouts)
+        report.assert_ok()
+        assert names | {"d_input0.z", "d_input0.x"} <= tensors(report)
+        assert not judged(call("torch"), call("jax", True), inputs=inputs, gradients=False).ok
+        with pytest.raises(ValueError, match=r"inputs\[1\]: expected integers that fit in 32 bits"):
+            judged(call("torch"), call("jax"), inputs=(inputs[0], np.asarray([2**40, -5])), gradients=False)
+        # The warning that is an error here is one that a cast raises.
+        with pytest.raises(ValueError, match=r"\bCasting\b.* complex"):
+            judged(call("torch"), lambda *a: call("jax")(*a)["wave"].astype(jnp.float32), inputs=inputs)
 
 
 def test_positions_and_flags_are_judged_as_they_are():
@@ -387,7 +442,11 @@ def test_one_dtype_can_be_demanded():
             ValueError,
             "outputs: expected every output once, got y of torch twice",
         ),
-        ({"output_patterns": {1: "b o -> o b"}}, MappingError, r"output_patterns: expected positions .* \(y\), got 1"),
+        (
+            {"output_patterns": {1: "b o -> o b"}},
+            MappingError,
+            "output_patterns: expected names among y, got 1; .* position",
+        ),
         ({"output_patterns": {0: "b -> b"}}, MappingError, r"output_patterns\[0\]: expected 2 axes .* got 'b -> b'"),
         ({"output_patterns": {0: 3}}, MappingError, r"output_patterns\[0\]: expected an axis pattern .* got 3"),
         ({"input_patterns": {0: "(a b) i -> a b i"}}, MappingError, r"input_patterns: expected a permutation .* sizes"),
@@ -398,6 +457,22 @@ def test_calls_that_cannot_be_made_get_one_sentence(changes, error, message):
     with pytest.raises(error, match=message) as caught:
         judged(lambda dense, x: dense(x), lambda dense, x: dense(x), **changes)
     assert "\n" not in str(caught.value)
+
+
+def test_a_layout_goes_to_another_interpreter_and_comes_out_the_same():
+    source = {0: {"x": [(3, 6)], 1: None}, "rest": ((2,), 0.5, "text", True)}
+    layout = draw_inputs(source, 0).layout
+
+    def sent(value):
+        message, payload = _packed(value)
+        return _unpacked({**json.loads(json.dumps(message)), "payload": payload})
+
+    assert sent((layout, ("y.0", "y.1"))) == (layout, ("y.0", "y.1"))
+    own = draw_inputs((Batch((3, 6), MASK),), 0).layout
+    with pytest.raises(
+        ValueError, match=r"inputs: expected .* beside another interpreter, got Batch; .* by torch_call="
+    ):
+        sent((own, None))
 
 
 def test_an_output_that_is_no_array_is_refused_on_either_side():

@@ -40,6 +40,10 @@ def half():
 def failing(p, x):
     return {"logits": p["missing"]}
 
+def in_single_precision(p, x):
+    return (x @ p["kernel"] + p["bias"]).astype(np.float32)
+
+wide = functools.partial(linear, flax_module=in_single_precision, flax_params=ZEROS, gradients=False)
 lost_bias = functools.partial(linear, flax_module=without_bias, flax_params=ZEROS)
 left_out = functools.partial(linear, params=RULES[:1])
 twice = functools.partial(linear, params=[*RULES, ("bias", "bias")])
@@ -232,6 +236,16 @@ def test_options_that_do_not_fit_a_pair_are_refused(options, sentence):
     result = command("--pair", "parity_tests.pair.examples:linear", *options)
     assert result.exit_code == 2, result.output
     assert sentence in result.stderr
+
+
+def test_one_dtype_can_be_demanded(user_code):
+    result = command("--pair", "user_pairs:wide", "--device", "cpu", "--dtype", "bfloat16", "--dtypes-equal")
+    assert result.exit_code == 1, result.output
+    assert "y is bfloat16 on the torch side and float32 on the flax side" in result.output
+    assert "--device cpu --dtypes-equal --dtype bfloat16" in result.output
+    refused = command("--dtypes-equal")
+    assert refused.exit_code == 2
+    assert "--dtypes-equal: expected --pair beside it" in refused.stderr
 
 
 def test_an_interpreter_without_a_pair_is_refused():

@@ -1,6 +1,7 @@
 """`run --pair` and the process that judges: early ends, hangs, floods and interruptions never pass and lose no row."""
 
 import json
+import sys
 import textwrap
 from xml.etree import ElementTree
 
@@ -102,6 +103,13 @@ def test_an_early_end_is_no_success_and_keeps_what_was_compared(run, statuses, s
     assert (junit.get("tests"), junit.get("errors")) == (str(len(statuses) + 1), "1")
     assert "STOPPED before its end" in page
     assert ("STOPPED" in result.stdout) is bool(statuses)
+
+
+def test_a_factory_that_hangs_beside_another_interpreter_has_no_longer_than_alone(run):
+    deed = "channel.send({'step': 'calling some:pair'}); time.sleep(600)"
+    result, _, _, _ = run([], deed, "--timeout-s", "1", "--jax-python", sys.executable)
+    assert result.exit_code == 2, result.output
+    assert "gave no answer within 1 s while calling some:pair; it printed last: two" in result.stderr
 
 
 @pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])

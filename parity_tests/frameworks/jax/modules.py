@@ -16,7 +16,7 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from parity_tests.frameworks.jax.recorder import named_calls
-from parity_tests.pair.calls import Call
+from parity_tests.pair.calls import Call, refuse_module
 from parity_tests.pair.side import ParameterSpec
 
 Function = Callable[..., Any]
@@ -124,6 +124,8 @@ def _linen(
             return outputs
 
         made(first, arguments)
+    elif not isinstance(initial, Mapping):
+        raise TypeError(f"flax_params: expected a dict of variables for a linen module, got {initial!r:.80}.")
     elif "params" not in initial:
         initial = {"params": initial}
     flat = flatten_dict(meta.unbox(dict(initial)))
@@ -176,6 +178,8 @@ def _pytree(call: Callable[..., Any], tree: Any, is_parameter: Callable[[Any], b
         for path, _ in found
     ]
     places = {path: k for k, path in enumerate(paths) if is_parameter(leaves[k])}
+    if not places and leaves == [tree]:
+        raise TypeError(f"flax_params: expected arrays, in a dict or another pytree, got {tree!r:.80}; pass arrays.")
     if len(places) < sum(map(is_parameter, leaves)):
         raise ValueError("flax_params: expected a path of its own for every array, got two that are spelled alike.")
     names = {name: places[path] for name, path in _named(places, "flax_params").items()}
@@ -255,11 +259,7 @@ def flatten_module(
     Raises:
         TypeError: for anything else, or a function without initial parameters.
     """
-    if isinstance(module, type):
-        raise TypeError(
-            f"flax_module: expected a linen or nnx module or a function, got the class {module.__name__}; create an "
-            "instance."
-        )
+    refuse_module(module, "flax", "a linen or nnx module or a function")
     if isinstance(module, nn.Module):
         return _linen(module, made, initial, inputs)
     if not callable(module):

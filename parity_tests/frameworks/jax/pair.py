@@ -25,7 +25,7 @@ from parity_tests.pair.calibration import (
     moved_constant,
     was_rounded,
 )
-from parity_tests.pair.calls import Call, Layout, checked_adapter, named_outputs, no_array
+from parity_tests.pair.calls import Layout, checked_call, named_outputs, no_array, position
 from parity_tests.pair.side import Arrays, Branches, Constants, Ensemble, ParameterSpec, Variant, named_state
 from parity_tests.pair.trace import Change, Trace
 
@@ -57,7 +57,7 @@ class JaxSide:
     ) -> None:
         self.name = getattr(module, "__name__", type(module).__name__)
         self._module, self._initial, self._change = module, initial, change
-        self._call = Call(dict(kwargs or {}), checked_adapter(adapter, "flax"))
+        self._call = checked_call(kwargs, adapter, "flax")
         self._device, self._chosen = resolve_device(device), None
         self._notes: set[str] = set()
         self._flat: FlatModule | None = None
@@ -238,7 +238,8 @@ class JaxSide:
         arrays = [*parameters.values(), *inputs]
         wide = any(array.dtype in (np.float64, np.complex128) for array in arrays)
         if not wide:
-            _integers_fit(parameters, inputs)
+            positions = [f"inputs[{position(name)}]" for name in self._call.names(inputs)]
+            _integers_fit({**parameters, **dict(zip(positions, inputs, strict=bool(inputs)))})
         with jax.enable_x64(wide):
             yield
 
@@ -333,9 +334,8 @@ def _signature(arguments: list[Any]) -> tuple:
     return structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
 
 
-def _integers_fit(parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> None:
+def _integers_fit(named: Arrays) -> None:
     """Refuse integers beyond 32 bits, which jax without x64 would read modulo 2^32."""
-    named = {**parameters, **{f"inputs[{position}]": array for position, array in enumerate(inputs)}}
     for name, array in named.items():
         narrow = {"i": np.dtype(np.int32), "u": np.dtype(np.uint32)}.get(array.dtype.kind)
         if narrow is not None and array.dtype.itemsize == 8 and not np.array_equal(array.astype(narrow), array):

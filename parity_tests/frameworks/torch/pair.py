@@ -27,7 +27,7 @@ from parity_tests.pair.calibration import (
     moved_constant,
     was_rounded,
 )
-from parity_tests.pair.calls import Call, Layout, checked_adapter, named_outputs, no_array
+from parity_tests.pair.calls import Layout, checked_call, named_outputs, no_array, refuse_module
 from parity_tests.pair.side import Arrays, Constants, Ensemble, ParameterSpec, Variant, named_state
 from parity_tests.pair.trace import Change, Trace
 
@@ -110,11 +110,7 @@ class TorchSide:
         adapter: Callable[..., Any] | None = None,
         device: str = "cpu",
     ) -> None:
-        if isinstance(module, type):
-            raise TypeError(
-                f"torch_module: expected an nn.Module or a function, got the class {module.__name__}; create an "
-                "instance."
-            )
+        refuse_module(module, "torch", "an nn.Module or a function")
         if not isinstance(module, torch.nn.Module) and not callable(module):
             raise TypeError(f"torch_module: expected an nn.Module or a function, got {type(module).__name__}.")
         if isinstance(module, torch.nn.Module) != (initial is None):
@@ -122,7 +118,7 @@ class TorchSide:
             wanted = told if initial is not None else ("a dict of initial arrays for a function", "None; pass one")
             raise TypeError(f"torch_params: expected {wanted[0]}, got {wanted[1]}.")
         self.name = getattr(module, "__name__", type(module).__name__)
-        self._call, self._initial = Call(dict(kwargs or {}), checked_adapter(adapter, "torch")), initial
+        self._call, self._initial = checked_call(kwargs, adapter, "torch"), initial
         self._device, self._chosen = resolve_device(device), None
         self._module = module if isinstance(module, torch.nn.Module) else None
         self._function = module
@@ -152,6 +148,8 @@ class TorchSide:
         """Return parameters, then buffers; a parameter with `requires_grad=False` is frozen."""
         if self._module is None:
             assert self._initial is not None
+            if unnamed := [name for name in self._initial if not isinstance(name, str)]:
+                raise TypeError(f"torch_params: expected names as keys, got {unnamed[0]!r}; write it as a string.")
             found = {name: _parameter_spec(name, value) for name, value in self._initial.items()}
         else:
             found = {name: _parameter_spec(name, value) for name, value in self._module.named_parameters()}
