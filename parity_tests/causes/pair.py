@@ -7,17 +7,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import numpy as np
 
 from parity_tests.causes.place import Findings, explained
-from parity_tests.causes.search import first_confirmed
+from parity_tests.causes.search import block_orders, exchanges, first_confirmed, head_orders
 from parity_tests.judge.comparison import UNDECIDED, within
 from parity_tests.judge.dtypes import FORMATS, as_stored, is_complex, is_float, is_inexact, parts, widened
 from parity_tests.pair.judge import INFERENCE, KEYS, Evidence
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.report import RUNGS, PairRow
 from parity_tests.pair.side import CANNOT_RUN, PREFIX, SHOWN, Arrays, is_output
+from parity_tests.pair.trace import Place, shown
 
 _OTHER = {"torch": "flax", "jax": "torch"}
 _OTHER_KEY = {"torch": "jax", "jax": "torch"}
-_MOST_BLOCKS = 4  # gates of an LSTM
 _MOST_NEAR = 100  # at a place
 _MOST_TRIED = 500  # runs of a module; a model of many equal layers has millions of pairs to exchange
 # A sentence, and a run that returns a side's key and its outputs under that change.
@@ -34,13 +34,24 @@ def diagnosis(pair: Pair, evidence: Evidence, rows: Sequence[PairRow], tell: Cal
     def general(near: Collection[str]) -> str:
         return known or likely_cause(pair, evidence, rows, near)
 
+    if rung == "state" and names:
+        return Findings(general(()), tuple(_place_of_buffer(pair, name) for name in names[:1]))
     if rung not in ("forward", "gradients") or not names or not evidence.bounds or evidence.random:
-        return Findings(general(set()))
+        return Findings(general(()))
     tell("looking for the place")
     try:
         return explained(pair, evidence, names, general)
     except CANNOT_RUN:  # a module that does not run one operation at a time
-        return Findings(general(set()))
+        return Findings(general(()))
+
+
+def _place_of_buffer(pair: Pair, row: str) -> Place:
+    """Name the modules that hold a buffer."""
+    name = row.removeprefix(PREFIX)
+    flax = next(
+        (link.flax.name for link in pair.mapping.links if link.torch and link.flax and link.torch.name == name), ""
+    )
+    return Place(name.rpartition(".")[0], shown(flax.rpartition(".")[0]))
 
 
 def _failed(rows: Sequence[PairRow]) -> list[PairRow]:
@@ -224,9 +235,11 @@ def _changes(pair: Pair, evidence: Evidence, only: Mapping[str, Collection[str]]
             sentence = f"{name} takes effect twice on the {_OTHER[key]} side"
             yield sentence, changed(key, {name: array + array})
     for key, arrays in own.items():
-        for first, second, exchanged in _exchanges(arrays):
+        for first, second, exchanged in exchanges(arrays):
             yield f"{first} and {second} are exchanged between the two sides", changed(key, exchanged)
-    for order, names, arrays in _block_orders(own["torch"]):
+    if only is not None:
+        yield from ((sentence, changed("torch", arrays)) for sentence, arrays in head_orders(own["torch"]))
+    for order, names, arrays in block_orders(own["torch"]):
         shown = ", ".join(map(str, order))
         sentence = f"the blocks (gates, or query, key and value) of {names} come in the order {shown} on the flax side"
         yield sentence, changed("torch", arrays)
@@ -268,42 +281,6 @@ def _calls(pair: Pair, values: Values) -> Iterator[Hypothesis]:
     if all(array.ndim > 1 for array in own):
         sentence = "the batch is the first axis on one side and the second on the other (torch: batch_first)"
         yield sentence, second_axis_first
-
-
-def _exchanges(arrays: Arrays) -> Iterator[tuple[str, str, Arrays]]:
-    """Exchange two submodules with the same parameters, or two parameters of the same shape."""
-    groups: dict[str, dict[str, str]] = {}
-    for name in arrays:
-        prefix, _, leaf = name.rpartition(".")
-        groups.setdefault(prefix, {})[leaf] = name
-    signature = {
-        prefix: tuple(sorted((leaf, arrays[name].shape) for leaf, name in leaves.items()))
-        for prefix, leaves in groups.items()
-    }
-    for first, second in itertools.combinations(groups, 2):
-        if signature[first] == signature[second]:
-            pairs = [(groups[first][leaf], groups[second][leaf]) for leaf in groups[first]]
-            swapped = {a: arrays[b] for a, b in pairs} | {b: arrays[a] for a, b in pairs}
-            yield first or "the top module", second or "the top module", swapped
-    for a, b in itertools.combinations(arrays, 2):
-        if arrays[a].shape == arrays[b].shape:
-            yield a, b, {a: arrays[b], b: arrays[a]}
-
-
-def _block_orders(arrays: Arrays) -> Iterator[tuple[tuple[int, ...], str, Arrays]]:
-    """Permute equal blocks along the first axis, in all parameters whose first axis is the same."""
-    by_length: dict[int, list[str]] = {}
-    for name, array in arrays.items():
-        if array.ndim:
-            by_length.setdefault(array.shape[0], []).append(name)
-    for length, names in by_length.items():
-        for count in range(2, _MOST_BLOCKS + 1):
-            if length % count or length == count:
-                continue
-            for order in itertools.islice(itertools.permutations(range(count)), 1, None):
-                blocks = {name: np.split(arrays[name], count) for name in names}
-                changed = {name: np.concatenate([blocks[name][k] for k in order]) for name in names}
-                yield order, ", ".join(names), changed
 
 
 def _scaled(evidence: Evidence, names: Sequence[str]) -> str:

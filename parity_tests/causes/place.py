@@ -20,6 +20,7 @@ from parity_tests.pair.localisation import (
     arrangements,
     first_segment,
     ladder,
+    matched,
     record_both,
     unmatched,
 )
@@ -27,11 +28,12 @@ from parity_tests.pair.side import CANNOT_RUN
 from parity_tests.pair.trace import ARGUMENT, VIEWS, Change, Place, Trace, parameters_of
 
 _MOST_PLACES = 6
-_MOST_TRIED = 160
+_MOST_TRIED = 240
 _MOST_STEPS = 24  # of a segment whose alternatives are tried
 _MOST_TERMS = 12
 _NORMS = ("native_layer_norm", "_fused_rms_norm")
-Hypothesis = tuple[str, Sequence[Change]]
+# A sentence, changes, and the operations whose results must be among Flax's values where not all results agree.
+Hypothesis = tuple[str, Sequence[Change], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -51,35 +53,53 @@ class Findings:
     ladder: tuple[tuple[str, str, str], ...] = ()
 
 
+def _feeding(trace: Trace, steps: Sequence[int]) -> list[int]:
+    """Return the operations whose results some others read, rearranged or as they are."""
+    producers, found = trace.producers(), []
+    for value in (value for step in steps for value in trace.steps[step].reads):
+        step = producers.get(value)
+        while step is not None and trace.steps[step].operation in VIEWS and trace.steps[step].reads:
+            step = producers.get(trace.steps[step].reads[0])
+        if step is not None:
+            found.append(step)
+    return list(dict.fromkeys(found))
+
+
 def cause_at(search: Search, segment: Segment) -> str:
     """Return a sentence that was proven at this place, or an empty one."""
-    for sentence, changes in itertools.islice(_hypotheses(search, segment), _MOST_TRIED):
+    for sentence, changes, shown_by in itertools.islice(_hypotheses(search, segment), _MOST_TRIED):
         try:
             trace = search.rerun(changes)
         except CANNOT_RUN:
             continue
-        if proven(search, segment, trace):
+        if proven(search, segment, trace, shown_by):
             return sentence
     return ""
 
 
-def proven(search: Search, segment: Segment, trace: Trace) -> bool:
+def proven(search: Search, segment: Segment, trace: Trace, shown_by: Sequence[int] = ()) -> bool:
     """Tell whether a changed run has Flax's results, or its value at the end of a segment that others follow."""
-    if segment.place.healed == "here" and segment.end is not None:
-        return search.equal(trace, *segment.end)
-    return search.agrees(trace)
+    if search.agrees(trace):
+        return True
+    if segment.place.healed != "here" or segment.end is None or trace.features.shape != search.torch.features.shape:
+        return False
+    known = matched(dataclasses.replace(trace, limits=search.torch.limits), search.flax) if shown_by else {}
+    return search.equal(trace, *segment.end) and all(
+        value in known for step in shown_by for value in search.torch.steps[step].writes[:1]
+    )
 
 
 def _hypotheses(search: Search, segment: Segment) -> Iterator[Hypothesis]:
     steps = [step for step in segment.torch if search.torch.steps[step].operation not in VIEWS][:_MOST_STEPS]
     asked = [*steps, *_readers_of_masks(search, steps)]
+    yield from _moved_norm(search, steps, segment)
     offered = search.rerun((), asked=asked).alternatives
     for step, title, sentence in offered:
         weight = next(iter(parameters_of(search.torch, [step])), "")
-        yield sentence.replace("{weight}", weight), [Change(step, title)]
+        yield sentence.replace("{weight}", weight), [Change(step, title)], ()
     yield from _arranged(search, steps)
     yield from _in_proportion(search, segment)
-    yield from _moved_norm(search, steps, segment)
+    yield from _weighted(search, segment)
     yield from _terms(search, steps)
 
 
@@ -110,7 +130,7 @@ def _arranged(search: Search, steps: Sequence[int]) -> Iterator[Hypothesis]:
                         f"order: {module} reads the same numbers in another order on the flax side (channels first "
                         "against last before a flatten, heads merged or split in another order)"
                     )
-                    yield sentence, [Change(step, ARGUMENT, position, each)]
+                    yield sentence, [Change(step, ARGUMENT, position, each)], ()
 
 
 def _in_proportion(search: Search, segment: Segment) -> Iterator[Hypothesis]:
@@ -146,7 +166,28 @@ def _in_proportion(search: Search, segment: Segment) -> Iterator[Hypothesis]:
                             else f"scale: the result of {search.torch.steps[step].operation} is"
                         )
                         sentence = f"{what} {sign * factor:.6g} times as large on the flax side"
-                        yield sentence, [Change(step, "", output, sign * factor * array)]
+                        yield sentence, [Change(step, "", output, sign * factor * array)], ()
+
+
+def _weighted(search: Search, segment: Segment) -> Iterator[Hypothesis]:
+    """Weigh the two terms of the sum at the end of a segment otherwise."""
+    heals = segment.heals
+    if heals is None or heals.value is None:
+        return
+    step = search.torch.steps[heals.step]
+    terms = [search.array("torch", number) for number in step.reads]
+    if step.operation not in ("add", "sub") or len(terms) != 2 or any(t is None or is_complex(t) for t in terms):
+        return
+    columns = np.stack([np.broadcast_to(t, heals.value.shape).ravel() for t in terms if t is not None], axis=1)
+    weights = np.linalg.lstsq(columns, heals.value.ravel(), rcond=None)[0]
+    own = np.array([1.0, 1.0 if step.operation == "add" else -1.0])
+    for k, which in enumerate(("first", "second")):
+        # The fit errs where values do: a factor of few digits is meant exactly.
+        factor = float(f"{weights[k] / own[k]:.9g}")
+        if abs(weights[1 - k] - own[1 - k]) < FORMATS["float32"].roundoff < abs(factor - 1):
+            value = (own[k] * factor * columns[:, k] + own[1 - k] * columns[:, 1 - k]).reshape(heals.value.shape)
+            sentence = f"scale: the {which} term of this sum is {factor:.6g} times as large on the flax side"
+            yield sentence, [Change(heals.step, "", heals.output, value)], ()
 
 
 def _softmax_follows(search: Search, number: int, depth: int = 6) -> bool:
@@ -174,7 +215,7 @@ def _moved_norm(search: Search, steps: Sequence[int], segment: Segment) -> Itera
                     f"order: {module} comes before its layer on the torch side (pre-norm), after the sum on the flax "
                     "side (post-norm)"
                 )
-                yield sentence, [Change(step, "no norm"), Change(later, f"norm {step}")]
+                yield sentence, [Change(step, "no norm"), Change(later, f"norm {step}")], [later]
                 break
     for step in range(min(steps, default=0), len(trace.steps)):
         if trace.steps[step].operation not in _NORMS:
@@ -196,7 +237,7 @@ def _moved_norm(search: Search, steps: Sequence[int], segment: Segment) -> Itera
                 changes += [
                     Change(k, ARGUMENT, trace.steps[k].reads.index(value), array) for k in dict.fromkeys(readers)
                 ]
-                yield sentence, changes
+                yield sentence, changes, [before, step]
         break
 
 
@@ -246,10 +287,12 @@ def _terms(search: Search, steps: Sequence[int]) -> Iterator[Hypothesis]:
                     f"residual: the flax side adds the value of {module or 'an input'} to what "
                     f"{trace.steps[step].module or 'this operation'} reads, which the torch side does not (a skip)"
                 )
-                yield sentence, [Change(step, ARGUMENT, position, own + other)]
+                yield sentence, [Change(step, ARGUMENT, position, own + other)], ()
 
 
-def explained(pair: Pair, evidence: Evidence, failed: Sequence[str], general: Callable[[set[str]], str]) -> Findings:
+def explained(
+    pair: Pair, evidence: Evidence, failed: Sequence[str], general: Callable[[Sequence[str]], str]
+) -> Findings:
     """Look for the places where two models part, and for the cause at each of them.
 
     Args:
@@ -267,7 +310,7 @@ def explained(pair: Pair, evidence: Evidence, failed: Sequence[str], general: Ca
         sentence = cause_at(search, segment)
         if not found and (not sentence or segment.place.healed != "all"):
             # One change throughout a side explains several places better than one for each.
-            cause = general(set(parameters_of(search.torch, segment.torch)))
+            cause = general(parameters_of(search.torch, [*segment.torch, *_feeding(search.torch, segment.torch)]))
         found.append(dataclasses.replace(segment.place, cause=sentence))
         if cause or segment.heals is None:
             break

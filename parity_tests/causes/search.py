@@ -1,7 +1,14 @@
-"""Search for the likely cause of a mismatch: try known mistakes in turn, the common ones first."""
+"""Search for the likely cause of a mismatch: try known mistakes in turn, the common ones first; those of parameters."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from parity_tests.pair.side import Arrays
+
+_MOST_BLOCKS = 4  # gates of an LSTM
+_MOST_HEADS = 16
 
 
 def first_confirmed(
@@ -23,3 +30,57 @@ def first_confirmed(
         except passed_over:
             continue
     return ""
+
+
+def exchanges(arrays: Arrays) -> Iterator[tuple[str, str, Arrays]]:
+    """Exchange two submodules with the same parameters, or two parameters of the same shape."""
+    groups: dict[str, dict[str, str]] = {}
+    for name in arrays:
+        prefix, _, leaf = name.rpartition(".")
+        groups.setdefault(prefix, {})[leaf] = name
+    signature = {
+        prefix: tuple(sorted((leaf, arrays[name].shape) for leaf, name in leaves.items()))
+        for prefix, leaves in groups.items()
+    }
+    for first, second in itertools.combinations(groups, 2):
+        if signature[first] == signature[second]:
+            pairs = [(groups[first][leaf], groups[second][leaf]) for leaf in groups[first]]
+            swapped = {a: arrays[b] for a, b in pairs} | {b: arrays[a] for a, b in pairs}
+            yield first or "the top module", second or "the top module", swapped
+    for a, b in itertools.combinations(arrays, 2):
+        if arrays[a].shape == arrays[b].shape:
+            yield a, b, {a: arrays[b], b: arrays[a]}
+
+
+def block_orders(arrays: Arrays) -> Iterator[tuple[tuple[int, ...], str, Arrays]]:
+    """Permute equal blocks along the first axis, in all parameters whose first axis is the same."""
+    by_length: dict[int, list[str]] = {}
+    for name, array in arrays.items():
+        if array.ndim:
+            by_length.setdefault(array.shape[0], []).append(name)
+    for length, names in by_length.items():
+        for count in range(2, _MOST_BLOCKS + 1):
+            if length % count or length == count:
+                continue
+            for order in itertools.islice(itertools.permutations(range(count)), 1, None):
+                blocks = {name: np.split(arrays[name], count) for name in names}
+                changed = {name: np.concatenate([blocks[name][k] for k in order]) for name in names}
+                yield order, ", ".join(names), changed
+
+
+def head_orders(arrays: Arrays) -> Iterator[tuple[str, Arrays]]:
+    """Split the outputs of projections into heads the other way round: features first."""
+    projections = {name: array for name, array in arrays.items() if array.ndim and array.shape[0] > 1}
+    for width in dict.fromkeys(array.shape[0] for array in projections.values()):
+        names = [name for name, array in projections.items() if array.shape[0] == width]
+        for blocks, heads in itertools.product((1, 3, 2), range(2, _MOST_HEADS + 1)):
+            if width % (blocks * heads) or width == blocks * heads:
+                continue
+            changed = {}
+            for name in names:
+                split = arrays[name].reshape(blocks, width // (blocks * heads), heads, *arrays[name].shape[1:])
+                changed[name] = split.swapaxes(1, 2).reshape(arrays[name].shape)
+            sentence = (
+                f"head order: the flax side splits what {', '.join(names)} make into features times {heads} heads"
+            )
+            yield f"{sentence}, the torch side into heads times features", changed

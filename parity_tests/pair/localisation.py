@@ -288,7 +288,7 @@ def _place(search: Search, segment: Segment, healed: str) -> Place:
     backward = _is_backward(search, segment)
     if backward and (other := _mapped(search, search.torch.steps[segment.torch[0]].module)):
         # Where one side has no backward pass at all, its first operation stands elsewhere.
-        names["flax"] = other, *names["flax"][1:]
+        names["flax"] = other, names["flax"][1], names["flax"][2]
     return Place(
         names["torch"][0],
         names["flax"][0],

@@ -45,7 +45,6 @@ MOST_FILES = 190
 # implementations of the table need no reason.
 SHORT = {
     "bench/past_names.py": "names in records of earlier commits",
-    "parity_tests/causes/search.py": "the one search for causes",
     "parity_tests/judge/precisions.py": "the one vocabulary of precisions",
     "parity_tests/pair/plugin.py": "the pytest plugin",
     "torch_impl/selection.py": "what auto means, the twin of JAX's room",
@@ -53,6 +52,7 @@ SHORT = {
 # Files that only one framework's folder of the judge has.
 OF_ONE_FRAMEWORK = {
     "alternatives.py": "what single operations may have been meant to do is tried on the torch side",
+    "norm_alternatives.py": "likewise, of norms",
     "sharded.py": "processes; JAX divides over devices of one process",
     "defects.py": "defects of user pairs are planted in the Flax side",
     "checkpoints.py": "orbax is JAX's; torch's side has state dicts and safetensors files",

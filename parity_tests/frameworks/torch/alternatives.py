@@ -6,26 +6,16 @@ sentence `{weight}` stands for the parameter's name.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from parity_tests.frameworks.torch.norm_alternatives import EPSILONS, Offer, again, norm_offers, put
 from parity_tests.frameworks.torch.operations import names
 
-Offer = tuple[str, str, Callable[[], Any]]
-EPSILONS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-12, 0.0)
 _LARGEST_EPSILON = 1e-2  # a constant that is added and is at most this can be meant as an epsilon
-# Where the epsilon stands, and weight and bias, among the arguments of a norm.
-NORMS = {
-    "native_layer_norm": (4, 2, 3),
-    "_fused_rms_norm": (3, 2, None),
-    "native_group_norm": (7, 1, 2),
-    "native_batch_norm": (7, 1, 2),
-    "_native_batch_norm_legit": (7, 1, 2),
-    "_native_batch_norm_legit_no_training": (6, 1, 2),
-}
 _GELU_NAME = {"none": "the exact gelu (erf)", "tanh": "the tanh approximation of gelu"}
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu,
@@ -60,46 +50,24 @@ def offers(operation: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
         result: of the operation as it is.
     """
     name = operation.removesuffix("_")
-    for kind in (_norm, _added, _gelu, _window, _pool, _mask, _moment, _logarithm, _loss, _embedding, _softmax):
+    for kind in (
+        norm_offers,
+        _added,
+        _constant,
+        _gelu,
+        _window,
+        _pool,
+        _mask,
+        _moment,
+        _logarithm,
+        _loss,
+        _embedding,
+        _softmax,
+    ):
         yield from kind(name, args, kwargs, result)
     yield from _activation(name, args, kwargs, result)
     yield from _sum_of_two(name, args, kwargs, result)
     yield from _scaled(name, args, kwargs, result)
-
-
-def _again(name: str, args: Sequence[Any], kwargs: dict | None = None) -> Any:
-    return getattr(torch.ops.aten, name)(*args, **(kwargs or {}))
-
-
-def _put(args: Sequence[Any], position: int, value: Any) -> list[Any]:
-    return [value if k == position else arg for k, arg in enumerate(args)]
-
-
-def _norm(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
-    if name not in NORMS:
-        return
-    position, weight, bias = NORMS[name]
-    # Running statistics are updated in place: a second run must not do that again.
-    args = tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
-    used = args[position]
-    for value in EPSILONS:
-        if value != used:
-            sentence = f"epsilon: the torch side uses {used:g}, the flax side behaves like {value:g}"
-            yield f"epsilon={value!r}", sentence, lambda value=value: _again(name, _put(args, position, value))
-    if "batch_norm" in name and args[3] is not None:
-        if name.endswith("no_training") or not args[5]:
-            before, after = "running statistics (eval mode)", "statistics of the batch (train mode)"
-            training = True
-        else:
-            before, after, training = "statistics of the batch (train mode)", "running statistics (eval mode)", False
-        statistics = (*args[:5], training, args[position - 1], used)
-        sentence = f"mode: the torch side normalises by {before}, the flax side by {after}"
-        yield "other mode", sentence, lambda: _again("native_batch_norm", statistics)
-    for what, where in (("weight", weight), ("bias", bias)):
-        if where is not None and args[where] is not None:
-            sentence = f"the {what} of this norm has no effect on the flax side"
-            yield f"without {what}", sentence, lambda where=where: _again(name, _put(args, where, None))
-    yield "no norm", "this norm is missing on the flax side", lambda: args[0]
 
 
 def _added(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
@@ -108,6 +76,17 @@ def _added(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]
             if value != args[1]:
                 sentence = f"epsilon: the torch side uses {args[1]:g}, the flax side behaves like {value:g}"
                 yield f"epsilon={value!r}", sentence, lambda value=value: args[0] + value
+
+
+def _constant(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    """Leave an added number out, or add one to a factor."""
+    if name in ("add", "sub") and len(args) > 1 and isinstance(args[1], int | float):
+        sentence = f"constant: the flax side lacks the {args[1]:g} that the torch side {name}s here"
+        yield "without constant", sentence, lambda: args[0].clone()
+    if name == "mul" and len(args) > 1 and isinstance(args[1], torch.Tensor) and args[1].ndim:
+        for position, which in enumerate(("first", "second")):
+            sentence = f"constant: the flax side multiplies by 1 + the {which} factor, the torch side by the factor"
+            yield f"1 + {which}", sentence, lambda position=position: args[0] * args[1] + args[1 - position]
 
 
 def _gelu(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
@@ -144,14 +123,14 @@ def _window(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer
             f"the kernel {{weight}} is flipped: reversing its window (axes {listed} on the torch side) makes both agree"
             + " (Flax's ConvTranspose flips it unless transpose_kernel=True)" * transposed
         )
-        yield "flipped", sentence, lambda: _again(name, _put(args, 1, w.flip(axes)))
+        yield "flipped", sentence, lambda: again(name, put(args, 1, w.flip(axes)))
     if transposed:
         return
     sizes, windows = _spatial(x, len(axes)), w.shape[2:]
     stride, padding, dilation = (_each(value, len(axes)) for value in (stride, padding, dilation))
 
     def convolved(pads: Sequence[tuple[int, int]], dilations: Sequence[int]) -> Any:
-        return _again(
+        return again(
             name, (_padded(x, pads), w, bias, stride, [0] * len(axes), dilations, False, output_padding, groups)
         )
 
@@ -218,13 +197,13 @@ def _pool(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
         words = ("leaves the padding out of", "counts the padding in")
         own, other = words[given[5]], words[not given[5]]
         sentence = f"count_include_pad: the torch side {own} its averages, the flax side {other} them"
-        yield "other count", sentence, lambda: _again(name, _put(given, 5, not given[5]))
+        yield "other count", sentence, lambda: again(name, put(given, 5, not given[5]))
     same = [_same(*one) for one in zip(_spatial(args[0], dims), kernel, stride, strict=True)]
     own_pads = [(pad, pad) for pad in padding]
     if same != own_pads:
         padded = _padded(args[0], same, 0.0 if average else -math.inf), kernel, stride, [0] * dims
         sentence = f"padding: the torch side pads {_pads(own_pads)}, the flax side {_pads(same)} (SAME)"
-        yield "SAME", sentence, lambda: _first(_again(name, padded))
+        yield "SAME", sentence, lambda: _first(again(name, padded))
 
 
 def _first(result: Any) -> torch.Tensor:
@@ -262,11 +241,11 @@ def _mask(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
             yield (
                 f"mask moved {axis} {by}",
                 sentence,
-                lambda moved=moved: _again(name, _put(args, where, moved), kwargs),
+                lambda moved=moved: again(name, put(args, where, moved), kwargs),
             )
     if name != "add":
         sentence = "mask: the flax side behaves like the torch side with the opposite mask"
-        yield "opposite mask", sentence, lambda: _again(name, _put(args, where, ~mask), kwargs)
+        yield "opposite mask", sentence, lambda: again(name, put(args, where, ~mask), kwargs)
     sentence = "mask: the flax side behaves like the torch side without its mask"
     unmasked = args[0] if name != "where" else args[2]
     yield "no mask", sentence, lambda: unmasked.broadcast_to(result.shape).clone()
@@ -310,8 +289,8 @@ def _loss(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
     for other in (1, 2) if used else ():
         if other != used:
             sentence = f"reduction: the torch side takes a {_REDUCTIONS[used]}, the flax side a {_REDUCTIONS[other]}"
-            other_args = _put(args, position, other) if len(args) > position else [*args, other]
-            yield "other reduction", sentence, lambda other_args=other_args: _again(name, other_args)
+            other_args = put(args, position, other) if len(args) > position else [*args, other]
+            yield "other reduction", sentence, lambda other_args=other_args: again(name, other_args)
     if name == "nll_loss_forward":
         for smoothing in (0.1, 0.2, 0.05, 0.01, 0.15, 0.3):
             smooth = -args[0].mean(-1)
@@ -324,7 +303,7 @@ def _loss(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
 def _embedding(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
     if name == "embedding_dense_backward" and args[3] >= 0:
         sentence = f"padding_idx: the torch side leaves row {args[3]} out of the gradient, the flax side does not"
-        yield "no padding_idx", sentence, lambda: _again(name, _put(args, 3, -1))
+        yield "no padding_idx", sentence, lambda: again(name, put(args, 3, -1))
     if name == "embedding":
         count = int(args[0].shape[0])
         for row in dict.fromkeys((0, count - 1, 1)):
@@ -338,7 +317,7 @@ def _softmax(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offe
         for axis in range(args[0].ndim):
             if axis != own:
                 sentence = f"softmax: the torch side takes it over axis {own}, the flax side over axis {axis}"
-                yield f"axis {axis}", sentence, lambda axis=axis: _again(name, _put(args, 1, axis), kwargs)
+                yield f"axis {axis}", sentence, lambda axis=axis: again(name, put(args, 1, axis), kwargs)
 
 
 def _activation(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
@@ -358,7 +337,7 @@ def _activation(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
             yield (
                 f"{other} before",
                 sentence,
-                lambda f=function: _again(name, _put(args, position, f(args[position])), kwargs),
+                lambda f=function: again(name, put(args, position, f(args[position])), kwargs),
             )
 
 
@@ -379,10 +358,3 @@ def _scaled(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer
                 f"scale: the flax side lacks this {'factor' if name == 'mul' else 'division'} of {float(other):.6g}"
             )
             yield "no factor", sentence, lambda: args[0].broadcast_to(result.shape).clone()
-
-
-def norms_of(norms: Mapping[int, tuple[str, tuple]], name: str, result: Any) -> Iterator[Offer]:
-    """Yield, for a sum, the norms of earlier operations by their numbers, to be taken of it."""
-    for number, (norm, args) in norms.items() if name.removesuffix("_") == "add" else ():
-        if isinstance(result, torch.Tensor) and result.shape == args[0].shape:
-            yield f"norm {number}", "", lambda norm=norm, args=args: _again(norm, _put(args, 0, result))[0]

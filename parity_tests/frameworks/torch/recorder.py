@@ -14,9 +14,10 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
-from parity_tests.frameworks.torch.alternatives import NORMS, norms_of, offers
+from parity_tests.frameworks.torch.alternatives import offers
 from parity_tests.frameworks.torch.modes import to_numpy, to_torch
 from parity_tests.frameworks.torch.noise import DoublePrecision
+from parity_tests.frameworks.torch.norm_alternatives import NORMS, norms_of
 from parity_tests.frameworks.torch.watch import user_line
 from parity_tests.judge.dtypes import is_inexact, widened
 from parity_tests.pair.side import Arrays
@@ -305,12 +306,15 @@ def _written(func: Any, args: tuple) -> list[torch.Tensor]:
 
 
 def _copied(func: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Keep the arguments as they are before an operation that works in place."""
+    """Keep the arguments as they are before an operation that works in place, or updates running statistics."""
     declared = func._schema.arguments
     written = {k for k, argument in enumerate(declared) if _is_written(argument)}
-    return tuple(
-        arg.clone() if k in written and isinstance(arg, torch.Tensor) else arg for k, arg in enumerate(args)
-    ), kwargs
+    everything = "batch_norm" in func.name()
+    copies = [
+        arg.clone() if isinstance(arg, torch.Tensor) and (everything or k in written) else arg
+        for k, arg in enumerate(args)
+    ]
+    return tuple(copies), kwargs
 
 
 def _filled(result: Any, found: Any) -> Any:
