@@ -11,6 +11,7 @@ try:
         load_parameters,
         save_parameters,
     )
+    from jax_impl.partitions import for_each_partition_
     from jax_impl.registry import UnsupportedImplementationError, implementation_names
 except ModuleNotFoundError as missing:
     if missing.name not in ("jax", "jaxlib", "flax"):
@@ -26,6 +27,7 @@ __all__ = [
     "UnsupportedImplementationError",
     "export_linears",
     "export_parameters",
+    "for_each_partition_",
     "implementation_names",
     "import_parameters",
     "load_linears",

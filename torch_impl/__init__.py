@@ -14,6 +14,7 @@ try:
         save_parameters,
         state_dict_from_linears,
     )
+    from torch_impl.partitions import for_each_partition_
     from torch_impl.registry import UnsupportedImplementationError, implementation_names
 except ModuleNotFoundError as missing:
     if missing.name != "torch":
@@ -31,6 +32,7 @@ __all__ = [
     "convert_state_dict",
     "export_linears",
     "export_parameters",
+    "for_each_partition_",
     "implementation_names",
     "import_parameters",
     "load_linears",

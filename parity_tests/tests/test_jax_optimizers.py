@@ -28,17 +28,22 @@ def matrices(params):
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-def train(optimizer, function, params, x, target):
+def training(optimizer, function):
+    """K steps of an optimiser, compiled once for all separate linears."""
+
     @jax.jit
-    def step(params, state):
+    def step(params, state, x, target):
         gradients = jax.grad(lambda params: jnp.sum((function(params, x) - target) ** 2))(params)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    state = optimizer.init(params)
-    for _ in range(STEPS):
-        params, state = step(params, state)
-    return params
+    def train(params, x, target):
+        state = optimizer.init(params)
+        for _ in range(STEPS):
+            params, state = step(params, state, x, target)
+        return params
+
+    return train
 
 
 def distance(separate, whole, sizes=(N, IN, OUT)):
@@ -48,23 +53,12 @@ def distance(separate, whole, sizes=(N, IN, OUT)):
     with jax.enable_x64(True):
         params = {"kernel": jnp.array(rng.standard_normal((n, i, o))), "bias": jnp.array(rng.standard_normal((n, o)))}
         x, target = jnp.array(rng.standard_normal((ROWS, n, i))), jnp.array(rng.standard_normal((ROWS, n, o)))
-        alone = [
-            train(
-                separate,
-                lambda own, x: x @ own["kernel"] + own["bias"],
-                {name: value[k] for name, value in params.items()},
-                x[:, k],
-                target[:, k],
-            )
-            for k in range(n)
-        ]
-        together = train(
-            whole,
-            lambda tree, x: jnp.einsum("bni,nio->bno", x, tree["heads"]["kernel"]) + tree["heads"]["bias"],
-            {"heads": params},
-            x,
-            target,
-        )["heads"]
+        train = training(separate, lambda own, x: x @ own["kernel"] + own["bias"])
+        alone = [train(jax.tree.map(lambda value, k=k: value[k], params), x[:, k], target[:, k]) for k in range(n)]
+        train = training(
+            whole, lambda tree, x: jnp.einsum("bni,nio->bno", x, tree["heads"]["kernel"]) + tree["heads"]["bias"]
+        )
+        together = train({"heads": params}, x, target)["heads"]
         return max(
             float(jnp.abs(stacked - together[name]).max() / jnp.abs(stacked - params[name]).max())
             for name in params
