@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import inspect
 import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from parity_tests.pair.legs import Pair
 from parity_tests.pair.loading import RemoteSide, build, load_factory, make_side
 from parity_tests.pair.mapping import Rule
 from parity_tests.pair.patterns import LeftOut
-from parity_tests.pair.report import EFFORTS, PairReport, PairRow, Tell
+from parity_tests.pair.report import EFFORTS, PairReport, PairRow, Tell, reproduction
 from parity_tests.pair.side import Side
 from parity_tests.report.text import first_line
 
@@ -55,12 +54,6 @@ _KINDS = {
     **dict.fromkeys(("torch_params", "draws"), (Mapping, "a dict by name")),
     **dict.fromkeys(("input_patterns", "output_patterns"), (Mapping, "a dict by position or name")),
 }
-# Arguments for which the command line has an option, or which change no row that the command shows.
-_OF_COMMAND = {"seed", "dtypes", "device", "torch_python", "jax_python", "timeout_s", "semantic", "state", "name"}
-_OF_COMMAND |= {"dtypes_equal", "effort"}
-# Arguments that a call must repeat in writing, beside the seed and the dtype.
-_SCALARS = ("gradients", "semantic", "state", "values", "scale", "not_compared", "device", "torch_python", "jax_python")
-_SCALARS += ("timeout_s", "effort", "dtypes_equal", "outputs")
 
 
 def _ignore(found: Any) -> None:
@@ -199,7 +192,7 @@ def _checked(spec: str | None, given: Mapping[str, Any], tell: Tell) -> PairRepo
     if spec is not None and not isinstance(spec, str):
         raise ValueError(f"pair: expected package.module:factory, got {spec!r:.80}; name a function of a module.")
     arguments = dict(given) if spec is None else merged(spec, given, tell)
-    command = reproduction(spec, given, arguments)
+    command = reproduction(spec, given, arguments, DEFAULT_ARGUMENTS)
 
     def tell_with_command(found: Any) -> None:
         tell(dataclasses.replace(found, command=command(found)) if isinstance(found, PairRow) else found)
@@ -397,45 +390,3 @@ def _check_kinds(arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"effort: expected one of {', '.join(EFFORTS)}, got {arguments['effort']!r}; choose one.")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(arguments["device"])):
         raise ValueError(f"device: expected cpu, cuda or auto, got {arguments['device']!r}; choose one of these.")
-
-
-def reproduction(spec: str | None, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Callable[[PairRow], str]:
-    """Return a function from a row to its reproduction: a command, or the call with that row's seed and dtype.
-
-    Everything that a check draws follows from the seed and from names, in every process and whatever other dtypes are
-    judged beside it: the same seed and one dtype repeat the row to the bit. A pair of objects has no name that another
-    process could find: there the call has `...` for the modules, rules and inputs that the caller holds.
-
-    Args:
-        spec: `package.module:factory`, or None for objects.
-        given: all other arguments, as the caller passed them.
-        arguments: the same with a factory's own arguments filled in.
-    """
-    changed = {name for name, value in given.items() if value is not DEFAULT_ARGUMENTS[name]}
-    if spec is not None and changed <= _OF_COMMAND:
-        return lambda row: _command(spec, arguments, row.dtype)
-    scalars = {name: arguments[name] for name in _SCALARS if arguments[name] != DEFAULT_ARGUMENTS[name]}
-    options = "".join(f", {name}={value!r}" for name, value in scalars.items())
-    objects = changed - _OF_COMMAND - set(_SCALARS)
-    held = "".join([*([] if spec is None else [f"pair={spec!r}, "]), *(["..., "] if objects else [])])
-
-    def call(row: PairRow) -> str:
-        seed_and_dtype = f"seed={arguments['seed']}, dtypes=({row.dtype!r},)"
-        return f"check_pair({held}{seed_and_dtype}{options})" + (f"  # {row.tensor}" if row.tensor else "")
-
-    return call
-
-
-def _command(spec: str, arguments: Mapping[str, Any], dtype: str) -> str:
-    """Return the command that repeats a named pair's check in one dtype."""
-    words = ["python", "-m", "parity_tests", "run", "--pair", spec, "--seed", str(arguments["seed"])]
-    words += ["--device", arguments["device"]]
-    for option in ("torch_python", "jax_python"):
-        if arguments[option] is not None:
-            words += [f"--{option.replace('_', '-')}", arguments[option]]
-    if arguments["timeout_s"] != DEFAULT_TIMEOUT_S:
-        words += ["--timeout-s", f"{arguments['timeout_s']:g}"]
-    words += ["--dtypes-equal"] if arguments["dtypes_equal"] else []
-    if arguments["effort"] != "full":
-        words += ["--effort", arguments["effort"]]
-    return shlex.join([*words, "--dtype", dtype])

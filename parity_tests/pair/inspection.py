@@ -25,6 +25,15 @@ _MOST_NAMES = 12  # that a refusal lists
 # Exceptions of a side that cannot be watched; it runs, as its results have shown.
 _CANNOT = (NotImplementedError, RuntimeError, TypeError, ValueError)
 
+QUICK = (
+    "a quick look: it did not watch which branches of clamps and selections no value took, nor which operations work "
+    "in a wider format, and tried no cause; values, bounds and comparisons are those of the full check"
+)
+COMPLEX = (
+    "complex tensors are compared by real and imaginary part; their gradients are dL/dRe + i dL/dIm, PyTorch's "
+    "convention, to which JAX's are conjugated"
+)
+
 
 def depended_on(run: Callable[[Arrays], Arrays], own: Arrays, names: Sequence[str]) -> tuple[str, ...]:
     """Return the arrays of one side on which its results depend, found by changing them.

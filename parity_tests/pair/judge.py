@@ -11,7 +11,7 @@ from parity_tests.judge.comparison import UNDECIDED, TensorResult, refused, same
 from parity_tests.judge.dtypes import is_complex, is_inexact
 from parity_tests.judge.records import row_from_result
 from parity_tests.pair.calibration import SEMANTIC_SCALE, calibrated_bound, constants_bound
-from parity_tests.pair.inspection import Remarks, refuse_unmapped
+from parity_tests.pair.inspection import COMPLEX, QUICK, Remarks, refuse_unmapped
 from parity_tests.pair.legs import Pair, Values, running
 from parity_tests.pair.report import PairRow
 from parity_tests.pair.side import CANNOT_RUN, PREFIX, SHOWN, Ensemble, is_output, updated
@@ -21,14 +21,6 @@ KEYS = ("torch", "jax")
 _BOTH = "torch+jax"
 _MOST_SHOWN = 6
 INFERENCE = "without gradients, as in inference: "
-QUICK = (
-    "a quick look: it did not watch which branches of clamps and selections no value took, nor which operations work "
-    "in a wider format, and tried no cause; values, bounds and comparisons are those of the full check"
-)
-COMPLEX = (
-    "complex tensors are compared by real and imaginary part; their gradients are dL/dRe + i dL/dIm, PyTorch's "
-    "convention, to which JAX's are conjugated"
-)
 
 
 @dataclass

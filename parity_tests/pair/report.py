@@ -1,11 +1,13 @@
 """The report of a pair's check: rows, the first failing rung with a likely cause, and the files that show them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
 from parity_tests.judge.records import ParityRow, Summary, environment, summarize, write_json
 from parity_tests.pair.trace import Place
 from parity_tests.report.files import write_text
@@ -16,6 +18,12 @@ from parity_tests.report.text import printable
 # A listener for the steps of a check, a text each, and for its rows.
 Tell = Callable[[Any], None]
 EFFORTS: tuple[str, ...] = ("full", "quick")
+# Arguments for which the command line has an option, or which change no row that the command shows.
+_OF_COMMAND = {"seed", "dtypes", "device", "torch_python", "jax_python", "timeout_s", "semantic", "state", "name"}
+_OF_COMMAND |= {"dtypes_equal", "effort"}
+# Arguments that a call must repeat in writing, beside the seed and the dtype.
+_SCALARS = ("gradients", "semantic", "state", "values", "scale", "not_compared", "device", "torch_python", "jax_python")
+_SCALARS += ("timeout_s", "effort", "dtypes_equal", "outputs")
 _MOST_UNMATCHED = 12  # modules that the text lists
 RUNGS: tuple[str, ...] = ("weights", "forward", "gradients", "state")
 CALIBRATED = (
@@ -212,3 +220,48 @@ class PairReport:
             self.rows, environment(), title=self.name, notes=notes, stopped=bool(self.stopped), ladder=self.ladder
         )
         write_text("--html", path, page)
+
+
+def reproduction(
+    spec: str | None, given: Mapping[str, Any], arguments: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> Callable[[PairRow], str]:
+    """Return a function from a row to its reproduction: a command, or the call with that row's seed and dtype.
+
+    Everything that a check draws follows from the seed and from names, in every process and whatever other dtypes are
+    judged beside it: the same seed and one dtype repeat the row to the bit. A pair of objects has no name that another
+    process could find: there the call has `...` for the modules, rules and inputs that the caller holds.
+
+    Args:
+        spec: `package.module:factory`, or None for objects.
+        given: all other arguments, as the caller passed them.
+        arguments: the same with a factory's own arguments filled in.
+        defaults: of `check_pair`.
+    """
+    changed = {name for name, value in given.items() if value is not defaults[name]}
+    if spec is not None and changed <= _OF_COMMAND:
+        return lambda row: _command(spec, arguments, row.dtype)
+    scalars = {name: arguments[name] for name in _SCALARS if arguments[name] != defaults[name]}
+    options = "".join(f", {name}={value!r}" for name, value in scalars.items())
+    objects = changed - _OF_COMMAND - set(_SCALARS)
+    held = "".join([*([] if spec is None else [f"pair={spec!r}, "]), *(["..., "] if objects else [])])
+
+    def call(row: PairRow) -> str:
+        seed_and_dtype = f"seed={arguments['seed']}, dtypes=({row.dtype!r},)"
+        return f"check_pair({held}{seed_and_dtype}{options})" + (f"  # {row.tensor}" if row.tensor else "")
+
+    return call
+
+
+def _command(spec: str, arguments: Mapping[str, Any], dtype: str) -> str:
+    """Return the command that repeats a named pair's check in one dtype."""
+    words = ["python", "-m", "parity_tests", "run", "--pair", spec, "--seed", str(arguments["seed"])]
+    words += ["--device", arguments["device"]]
+    for option in ("torch_python", "jax_python"):
+        if arguments[option] is not None:
+            words += [f"--{option.replace('_', '-')}", arguments[option]]
+    if arguments["timeout_s"] != DEFAULT_TIMEOUT_S:
+        words += ["--timeout-s", f"{arguments['timeout_s']:g}"]
+    words += ["--dtypes-equal"] if arguments["dtypes_equal"] else []
+    if arguments["effort"] != "full":
+        words += ["--effort", arguments["effort"]]
+    return shlex.join([*words, "--dtype", dtype])

@@ -14,15 +14,15 @@ from typer.testing import CliRunner
 
 from parity_tests.__main__ import app
 from parity_tests.pair import check_pair, run_pair
-from parity_tests.pair.check import DEFAULT_ARGUMENTS, reproduction
-from parity_tests.pair.report import PairRow
+from parity_tests.pair.check import DEFAULT_ARGUMENTS
+from parity_tests.pair.report import PairRow, reproduction
 
 ROW = PairRow("oracle", "torch", "Linear", "bfloat16", "mine seed 3", "y", "mismatch", rung="forward", bound="exact")
 
 
 def written(spec=None, **given):
     arguments = DEFAULT_ARGUMENTS | given
-    return reproduction(spec, arguments, arguments)(ROW)
+    return reproduction(spec, arguments, arguments, DEFAULT_ARGUMENTS)(ROW)
 
 
 def test_the_call_of_a_failing_row_repeats_it_to_the_bit():
@@ -66,4 +66,4 @@ def test_what_no_command_can_express_is_a_call():
     outputs = written("mine.pairs:mlp", gradients=False)
     assert outputs == "check_pair(pair='mine.pairs:mlp', seed=0, dtypes=('bfloat16',), gradients=False)  # y"
     of_no_tensor = dataclasses.replace(ROW, tensor="")
-    assert "#" not in reproduction(None, DEFAULT_ARGUMENTS, DEFAULT_ARGUMENTS)(of_no_tensor)
+    assert "#" not in reproduction(None, *[DEFAULT_ARGUMENTS] * 3)(of_no_tensor)
