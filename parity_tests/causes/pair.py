@@ -1,5 +1,6 @@
 """Search for the likely cause of a pair's mismatch: try changes to one side that make both agree in float64."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -40,7 +41,8 @@ def diagnosis(pair: Pair, evidence: Evidence, rows: Sequence[PairRow], tell: Cal
         return Findings(general(()))
     tell("looking for the place")
     try:
-        return explained(pair, evidence, names, general)
+        found = explained(pair, evidence, names, general)
+        return dataclasses.replace(found, cause=known or found.cause)
     except CANNOT_RUN:  # a module that does not run one operation at a time
         return Findings(general(()))
 

@@ -54,15 +54,19 @@ class Findings:
 
 
 def _feeding(trace: Trace, steps: Sequence[int]) -> list[int]:
-    """Return the operations whose results some others read, rearranged or as they are."""
-    producers, found = trace.producers(), []
-    for value in (value for step in steps for value in trace.steps[step].reads):
-        step = producers.get(value)
-        while step is not None and trace.steps[step].operation in VIEWS and trace.steps[step].reads:
-            step = producers.get(trace.steps[step].reads[0])
-        if step is not None:
+    """Return the last operations with parameters before some others."""
+    producers, found, seen = trace.producers(), [], set(steps)
+    left = [producers[value] for step in steps for value in trace.steps[step].reads if value in producers]
+    while left:
+        step = left.pop(0)
+        if step in seen:
+            continue
+        seen.add(step)
+        if trace.steps[step].operation not in VIEWS and parameters_of(trace, [step]):
             found.append(step)
-    return list(dict.fromkeys(found))
+        else:
+            left += [producers[value] for value in trace.steps[step].reads if value in producers]
+    return found
 
 
 def cause_at(search: Search, segment: Segment) -> str:
@@ -315,5 +319,7 @@ def explained(
         if cause or segment.heals is None:
             break
         search = search.healed(segment.heals)
+    if not found:
+        cause = general(())
     cause = cause or "; ".join(dict.fromkeys(place.cause for place in found if place.cause))
     return Findings(cause, tuple(found), unmatched(search), ladder(first, found))

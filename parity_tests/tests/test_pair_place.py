@@ -88,7 +88,7 @@ class Stacked(nnx.Module):
     """Layers stacked into one, which a scan applies."""
 
     def __init__(self, depth):
-        self.layers = nnx.vmap(NnxBlock, in_axes=0)(nnx.Rngs(0).fork(split=depth))
+        self.layers = nnx.vmap(NnxBlock, in_axes=0)(nnx.Rngs(0).split(depth))
         self.head = nnx.Linear(WIDTH, 3, rngs=nnx.Rngs(0))
 
     def __call__(self, x):

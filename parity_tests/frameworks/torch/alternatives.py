@@ -328,6 +328,9 @@ def _activation(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
             if other != name and name in ACTIVATIONS:
                 sentence = f"activation: the torch side has {name}, the flax side {other}"
                 yield f"activation {other}", sentence, lambda f=function: f(args[0])
+        for shift in (1.0, -1.0):
+            sentence = f"constant: the flax side adds {shift:g} before {name}, the torch side does not"
+            yield f"{shift:g} before", sentence, lambda shift=shift: again(name, put(args, 0, args[0] + shift), kwargs)
     position = _LINEAR.get(name)
     if position is not None:
         for other, function in ACTIVATIONS.items():
