@@ -244,8 +244,8 @@ class Pair:
     def ensemble(self, key: str, values: Values, dtype: str, seed: int) -> Ensemble:
         """Return a side's rounding-noise ensemble, in torch names."""
         found = self.sides[key].ensemble(*values.of(key), dtype, seed)
-        fields = {name: self._spread(key, getattr(found, name), values) for name in ("centre", "spread", "kinks")}
-        return replace(found, **fields)
+        fields = {name: self._spread(key, getattr(found, name), values) for name in ("spread", "kinks")}
+        return replace(found, centre={}, **fields)  # the centre is another copy of every gradient
 
     def constants(self, key: str, values: Values, computed: bool) -> Constants:
         """Return how far a side's rounded constants may move results, in torch names; see `Side.constants`."""
