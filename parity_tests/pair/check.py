@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,25 +22,10 @@ from parity_tests.pair.legs import Pair
 from parity_tests.pair.loading import RemoteSide, build, load_factory, make_side
 from parity_tests.pair.mapping import Rule
 from parity_tests.pair.patterns import LeftOut
+from parity_tests.pair.progress import Progress, Told
 from parity_tests.pair.report import EFFORTS, PairReport, PairRow, Tell, reproduction
-from parity_tests.pair.side import Side
 from parity_tests.report.text import first_line
 
-_BETWEEN = "drawing and comparing values"
-_STEPS = {
-    "arrange": "arranging the inputs of",
-    "parameters": "reading the parameters of",
-    "outline": "tracing",
-    "round_trip": "putting parameters into",
-    "forward": "running",
-    "vjp": "differentiating",
-    "truth": "running, in float64,",
-    "ensemble": "running, with rounding noise,",
-    "constants": "moving the constants of",
-    "is_random": "looking for random numbers in",
-    "unexercised": "watching the branches of",
-    "wider_operations": "looking at the formats of",
-}
 _VALUES = ("drawn", "given")
 _REQUIRED = {"torch_module": "torch", "flax_module": "jax", "params": None, "inputs": None}
 _KINDS = {
@@ -282,50 +266,6 @@ def merged(spec: str, given: Mapping[str, Any], tell: Tell = _ignore) -> dict[st
     return {**DEFAULT_ARGUMENTS, **built, **chosen}
 
 
-class _Progress:
-    """Tell every step, with the leg that it belongs to."""
-
-    def __init__(self, tell: Tell) -> None:
-        self._tell, self._leg, self._calls, self._done = tell, "", 0, 0
-
-    def start(self, leg: str, calls: int) -> None:
-        """Begin a leg that will make about so many calls."""
-        self._leg, self._calls, self._done = leg, calls, 0
-
-    def call(self, text: str) -> None:
-        """Tell of one call of a side."""
-        self._done += 1
-        counted = f" ({self._leg}, {self._done} of {max(self._done, self._calls)})" if self._leg else ""
-        self._tell(text + counted)
-
-    def between(self) -> None:
-        """Tell of what is done beside the sides."""
-        self._tell(_BETWEEN + (f" ({self._leg})" if self._leg else ""))
-
-
-class _Told:
-    """Announce every call of a side before it is made."""
-
-    def __init__(self, side: Side, progress: _Progress) -> None:
-        self._side, self._progress = side, progress
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._side, name)
-        if not callable(value):
-            return value
-
-        @functools.wraps(value)
-        def told(*arguments: Any, **named: Any) -> Any:
-            if name not in _STEPS:
-                return value(*arguments, **named)
-            self._progress.call(f"{_STEPS[name]} the {self._side.framework} side")
-            result = value(*arguments, **named)
-            self._progress.between()
-            return result
-
-        return told
-
-
 @contextlib.contextmanager
 def prepared(arguments: Mapping[str, Any], spec: str | None, tell: Tell = _ignore) -> Iterator[Pair]:
     """Make both sides and the mapping; end the other interpreters, if there are any, on leaving.
@@ -345,7 +285,7 @@ def prepared(arguments: Mapping[str, Any], spec: str | None, tell: Tell = _ignor
     _check_kinds(arguments)
     with contextlib.ExitStack() as stack:
         sides: dict[str, Any] = {}
-        progress = _Progress(tell)
+        progress = Progress(tell)
         for key, python in pythons.items():
             tell(f"making the {key} side")
             if python is None or spec is None:
@@ -354,8 +294,8 @@ def prepared(arguments: Mapping[str, Any], spec: str | None, tell: Tell = _ignor
                 remote = RemoteSide(key, spec, python, arguments["device"], arguments["timeout_s"])
                 sides[key] = stack.enter_context(remote)
             if tell is not _ignore:
-                sides[key] = _Told(sides[key], progress)
-        tell(_BETWEEN)
+                sides[key] = Told(sides[key], progress)
+        progress.between()
         yield Pair(
             name=arguments["name"] or spec or f"{sides['torch'].name}-{sides['jax'].name}",
             sides=sides,

@@ -279,11 +279,8 @@ class Pair:
     def ensemble(self, key: str, values: Values, dtype: str, seed: int) -> Ensemble:
         """Return a side's rounding-noise ensemble, in torch names."""
         found = self.sides[key].ensemble(*values.of(key), dtype, seed)
-        centre = self.as_torch(
-            key, found.centre, {name: np.zeros(a.shape) for name, a in values.parameters[key].items()}
-        )
-        spread, kinks = (self._spread(key, arrays, values) for arrays in (found.spread, found.kinks))
-        return replace(found, centre=centre, spread=spread, kinks=kinks)
+        fields = {name: self._spread(key, getattr(found, name), values) for name in ("spread", "kinks")}
+        return replace(found, centre={}, **fields)  # the centre is another copy of every gradient
 
     def constants(self, key: str, values: Values, computed: bool) -> Constants:
         """Return how far a side's rounded constants may move results, in torch names; see `Side.constants`."""

@@ -435,7 +435,7 @@ def check(name, flax_side, dtypes, **changed):
     )
 
 
-@pytest.mark.parametrize(("name", "faithful"), itertools.product(TABLE, (True, False)))
+@pytest.mark.parametrize(("name", "faithful"), list(itertools.product(TABLE, (True, False))))
 def test_operation(name, faithful, request):
     if name not in ALWAYS and not request.config.getoption("--pair-families"):
         pytest.skip("a sample of the operations runs without --pair-families")

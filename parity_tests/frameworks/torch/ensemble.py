@@ -310,12 +310,12 @@ def _as_recorded() -> Iterator[None]:
     torch.set_num_threads(1)
     try:
         # Operations without a batching rule run one after the other, which matters to nobody here.
-        torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+        torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # pyright: ignore[reportAttributeAccessIssue]
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # pyright: ignore[reportAttributeAccessIssue]
         torch.set_default_dtype(dtype)
         torch.set_num_threads(threads)
 
