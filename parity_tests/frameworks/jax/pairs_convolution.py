@@ -155,11 +155,11 @@ def convnext_block(epsilon: float = 1e-6, activation: str = "gelu", scaled: bool
 def inverted_residual(
     activation: str = "relu6", last: str = "none", residual: float = 1.0, epsilon: float = 1e-5
 ) -> Half:
-    """Make MobileNet's block, in inference mode; `epsilon` is that of its first norm."""
+    """Make MobileNet's block, in inference mode; `activation` and `epsilon` are the first."""
 
     def call(m: Any, x: jax.Array) -> jax.Array:
-        y = jax.nn.relu6(m.bn1(m.expand(x)))
-        y = m.bn3(m.project(ACTIVATIONS[activation](m.bn2(m.depth(y)))))
+        y = ACTIVATIONS[activation](m.bn1(m.expand(x)))
+        y = m.bn3(m.project(jax.nn.relu6(m.bn2(m.depth(y)))))
         return residual * x + ACTIVATIONS[last](y)
 
     return half(
