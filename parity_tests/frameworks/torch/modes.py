@@ -1,11 +1,13 @@
-"""Copy arrays to PyTorch and back bit for bit, and run calls in each of its modes.
+"""Copy arrays to PyTorch and back bit for bit, let modules hold others, and run calls in each of its modes.
 
 The mode `sharded`, which takes processes, has a file of its own.
 """
 
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,3 +126,31 @@ def canonical_gradients(
     if "dbias" in found:
         found["dbias"] = found["dbias"].reshape(n, o)
     return found
+
+
+@contextlib.contextmanager
+def holding(module: torch.jit.ScriptModule, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Let a scripted or traced module hold other tensors; what a call puts in their places is in the dict after it."""
+    modules = dict(module.named_modules())
+    places = {name: (modules[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in tensors}
+    before = {name: getattr(*place) for name, place in places.items()}
+    try:
+        for name, (owner, leaf) in places.items():
+            setattr(owner, leaf, tensors[name])
+        yield
+        tensors.update({name: getattr(*place) for name, place in places.items()})
+    finally:
+        for name, (owner, leaf) in places.items():
+            setattr(owner, leaf, before[name])
+
+
+class Held(torch.nn.Module):
+    """Do some work inside a `functional_call`: a backward pass may run a module again (checkpointing)."""
+
+    def __init__(self, module: torch.nn.Module, work: Callable[[], Any]) -> None:
+        super().__init__()
+        self.module, self._work = module, work
+
+    def forward(self) -> Any:
+        """Do it."""
+        return self._work()

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from parity_tests.frameworks.torch.ensemble import Record, run_members
-from parity_tests.frameworks.torch.modes import to_numpy, to_torch
+from parity_tests.frameworks.torch.modes import Held, holding, to_numpy, to_torch
 from parity_tests.frameworks.torch.noise import DoublePrecision
 from parity_tests.frameworks.torch.recorder import record
 from parity_tests.frameworks.torch.subjects import resolve_device
@@ -56,33 +56,6 @@ def _double_default() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def _holding(module: torch.jit.ScriptModule, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Let a scripted or traced module hold other tensors; what a call puts in their places is in the dict after it."""
-    modules = dict(module.named_modules())
-    places = {name: (modules[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in tensors}
-    before = {name: getattr(*place) for name, place in places.items()}
-    try:
-        for name, (owner, leaf) in places.items():
-            setattr(owner, leaf, tensors[name])
-        yield
-        tensors.update({name: getattr(*place) for name, place in places.items()})
-    finally:
-        for name, (owner, leaf) in places.items():
-            setattr(owner, leaf, before[name])
-
-
-class _Held(torch.nn.Module):
-    """Do some work inside a `functional_call`: a backward pass may run a module again (checkpointing)."""
-
-    def __init__(self, module: torch.nn.Module, work: Callable[[], Any]) -> None:
-        super().__init__()
-        self.module, self._work = module, work
-
-    def forward(self) -> Any:
-        return self._work()
 
 
 class TorchSide:
@@ -134,7 +107,7 @@ class TorchSide:
             if self._module is None:
                 return self._function(tensors, *arguments, **named)
             if isinstance(self._module, torch.jit.ScriptModule):
-                with _holding(self._module, tensors):
+                with holding(self._module, tensors):
                     return self._module(*arguments, **named)
             return torch.func.functional_call(self._module, tensors, arguments, named)
 
@@ -369,7 +342,7 @@ class TorchSide:
         """Return outputs and gradients; the module holds the tensors until the backward pass has ended."""
         if self._module is None or isinstance(self._module, torch.jit.ScriptModule):
             return self._differentiated(tensors, inputs, cotangents)
-        held = _Held(self._module, lambda: self._differentiated(tensors, inputs, cotangents))
+        held = Held(self._module, lambda: self._differentiated(tensors, inputs, cotangents))
         return torch.func.functional_call(held, {f"module.{name}": tensor for name, tensor in tensors.items()}, ())
 
     def _differentiated(
