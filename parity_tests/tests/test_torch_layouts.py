@@ -78,7 +78,9 @@ def test_a_fault_of_a_layout_is_noticed():
 @pytest.mark.parametrize("whole", [True, False], ids=["whole x", "x of the chosen"])
 @pytest.mark.parametrize("function", [gradients, layer_gradients], ids=["function", "layer"])
 @pytest.mark.parametrize(
-    "given", [list, tuple, np.array, torch.tensor, lambda c: torch.tensor(c, dtype=torch.int32)], ids=str
+    "given",
+    [list, tuple, np.array, torch.tensor, lambda c: torch.tensor(c, dtype=torch.int32)],
+    ids=["list", "tuple", "NumPy", "tensor", "int32 tensor"],
 )
 def test_a_subset_is_computed_and_trained_alone(given, function, whole):
     for dtype in DTYPE_NAMES.values():
