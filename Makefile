@@ -21,7 +21,9 @@ PRESET ?= smoke
 # make compare PRESET=seed BENCH_ARGS="--replicates 1"
 BENCH_ARGS ?=
 # Two files at a time; the tests of one file stay together, because they share what they computed.
-PARALLEL ?= -n 2 --dist loadfile
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
+# The longest files come first, so that no worker is left with one of them at the end.
+SUITE ?= $(addprefix parity_tests/tests/test_,training.py readme.py pair_defects.py) bench parity_tests
 
 # FAST=1 leaves out: modes and shapes beyond those of the layers' own tests, drawn calls, sharding, whole
 # trainings, other interpreters, families of pairs, hostile input, kills and interruptions, and the newer JAX.
@@ -107,7 +109,7 @@ test: test-fast
 else
 test:
 	@$(MAKE) --no-print-directory -j2 setup
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not compile"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not compile" $(SUITE)
 	$(VENV)/bin/python -m pytest -q -m compile --no-shape-checks
 	@$(MAKE) --no-print-directory test-newest
 endif

@@ -282,7 +282,7 @@ pair(
     lambda p, x, m: jax.nn.softmax(x @ p["q"] + m, -1),
     QUERY,
     lambda rng: (rng.standard_normal((3, D)), np.where(np.arange(D) < 2, 0.0, -1e9)),
-    says="float16 cannot hold all numbers of inputs[1]: they are infinite in it",
+    says="float16 cannot hold all numbers of input1: they are infinite in it",
     dtypes=("float16",),
     gradients=False,
 )
@@ -930,7 +930,7 @@ pair(
     QUERY,
     ((4, D),),
     False,
-    "y: the flax side is 16 times the torch side",
+    "the torch side takes a mean, the flax side a sum",
 )
 modules(
     "a slope with one axis and without",

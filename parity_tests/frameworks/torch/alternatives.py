@@ -357,7 +357,6 @@ def _scaled(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer
     if name in ("mul", "div") and len(args) > 1 and isinstance(result, torch.Tensor):
         other = args[1]
         if not isinstance(other, torch.Tensor) or other.numel() == 1:
-            sentence = (
-                f"scale: the flax side lacks this {'factor' if name == 'mul' else 'division'} of {float(other):.6g}"
-            )
+            value = torch.as_tensor(other).detach().item()
+            sentence = f"scale: the flax side lacks this {'factor' if name == 'mul' else 'division'} of {value:.6g}"
             yield "no factor", sentence, lambda: args[0].broadcast_to(result.shape).clone()
