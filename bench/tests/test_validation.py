@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ def run_of(tmp_path):
 
 @pytest.mark.parametrize("directory", PUBLISHED, ids=lambda path: path.name)
 def test_the_published_records_are_valid(directory, call):
+    if directory.name in ("cpu-epyc-2core", "cpu-xeon-2core") and "EVERY_TEST" not in os.environ:
+        pytest.skip("the two largest runs: with EVERY_TEST=1, before records are published")
     done = call("validate", directory)
     assert done.exit_code == 0, done.output
 

@@ -1,6 +1,7 @@
 """Time and memory of a check: members of an ensemble run together, a quick look, lines of progress."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -139,6 +140,7 @@ def test_repeated_layers_are_known_as_such():
     assert jax_ensemble.repeats(program(8))
 
 
+@pytest.mark.skipif("EVERY_TEST" not in os.environ, reason="ten seconds: run with EVERY_TEST=1")
 def test_batches_that_fit_into_memory_give_the_same_members(monkeypatch):
     found = []
     for limit in (1 << 28, 1 << 12):

@@ -28,7 +28,6 @@ from parity_tests.pair.loading import load_factory
 SUBSET = {
     "linear": {"transposed_kernel", "missing_bias", "bias_twice", "narrow_product"},
     "strided_conv": {"flipped_kernel", "missing_bias"},
-    "nlinear": set(),
 }
 
 
