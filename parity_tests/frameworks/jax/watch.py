@@ -18,11 +18,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from parity_tests.frameworks.jax.noise import Interpreter, Mark
 from parity_tests.frameworks.jax.operations import EXACT, INLINED, aval_of, names
+from parity_tests.pair import calls
 from parity_tests.pair.side import Branch, Branches, is_bound
 
 _JAX = str(Path(jax.__file__).resolve().parent)
 # Files in which this package calls a module: lines further out are not the user's.
 _CALLERS = tuple(str(Path(__file__).with_name(name)) for name in ("modules.py", "pair.py"))
+_CALLERS += (calls.__file__,)
 _RECORDER = str(Path(__file__).with_name("recorder.py"))  # stands between a module and its caller
 _LIBRARIES = ("site-packages", "dist-packages")
 # Folders of JAX that hold functions for users; the others are its machinery.

@@ -15,18 +15,21 @@ from torch.utils._pytree import tree_leaves
 
 from parity_tests.frameworks.torch.operations import EXACT, names
 from parity_tests.judge.dtypes import numpy_dtype
+from parity_tests.pair import calls
 from parity_tests.pair.side import Branch, Branches, is_bound, softplus_parts
+from torch_impl import parameters
 
 # An operation as text, the operand whose extent is told, and its branches: what takes them, a mask, where they begin.
 Found = tuple[str, Any, list[tuple]]
 _LIBRARY = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
+_COPIES = parameters.__file__  # of arrays, to torch and back
 # Of torch, what stands between a line of Python and the mode.
 _MACHINERY = tuple(
     f"{_LIBRARY}/{name}"
     for name in ("_dynamo/", "_compile.py", "_ops.py", "_tensor.py", "overrides.py", "utils/_python_dispatch.py")
 )
-_CALLER = str(Path(__file__).with_name("pair.py"))
+_CALLERS = (str(Path(__file__).with_name("pair.py")), calls.__file__)
 # Their results do not depend on the values of their operands.
 _CREATORS = names("""
 zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty
@@ -43,9 +46,9 @@ def _frames() -> Iterator[FrameType]:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename
-        if path == _CALLER:
+        if path in _CALLERS:
             return
-        if not path.startswith((_HERE, *_MACHINERY)):
+        if not path.startswith((_HERE, _COPIES, *_MACHINERY)):
             yield frame
         frame = frame.f_back
 
