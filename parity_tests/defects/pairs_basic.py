@@ -107,7 +107,7 @@ PAIRS = (
         ((6, 10),),
         (
             bug("epsilon", "epsilon.*1e-0?6", epsilon=1e-6),
-            bug("epsilon_outside", "epsilon.*(outside|after|added to) the (square )?root", outside=True),
+            bug("epsilon_outside", "epsilon.*(outside|after|added to|adds it to) the (square )?root", outside=True),
             bug("sample_variance", "n - 1", ddof=1),
             bug("not_centred", "mean|centred", centred=False),
         ),
