@@ -30,7 +30,7 @@ BLOCK = (B, S, D)
 
 @dataclass(frozen=True)
 class Family:
-    """A pair: `arguments` of `check_pair`, whether it holds, words of the report if not, whether it runs always."""
+    """A pair: `arguments` of `check_pair`, whether it holds, words of the report if not, whether a sample has it."""
 
     name: str
     arguments: dict[str, Any]
@@ -956,10 +956,15 @@ def test_rearranging_arrays_is_exact():
     assert not any("rounding model" in note for note in report.notes), report.notes
 
 
+def sample():
+    """Half of the faithful ports that are marked, and all such pairs with a bug."""
+    always = [family for family in FAMILIES if family.always]
+    return [family for family in always if family.holds][::2] + [family for family in always if not family.holds]
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name.replace(" ", "-"))
 def test_family(family, request):
-    always = [found.name for found in FAMILIES if found.always]
-    if family.name not in always[::2] and not request.config.getoption("--pair-families"):
+    if family.name not in {found.name for found in sample()} and not request.config.getoption("--pair-families"):
         pytest.skip("a sample of the families runs without --pair-families")
     report = check_pair(**family.arguments)
     assert report.ok == family.holds, report
@@ -971,5 +976,5 @@ def test_family(family, request):
 
 
 def test_families_of_both_kinds_run_always():
-    always = [family for family in FAMILIES if family.always][::2]
-    assert min(sum(f.holds for f in always), sum(not f.holds for f in always)) >= 8
+    found = sample()
+    assert min(sum(f.holds for f in found), sum(not f.holds for f in found)) >= 10

@@ -73,8 +73,10 @@ def test_mlp_trains_alike(optimizer):
     }
 
 
-@pytest.mark.parametrize("optimizer", ["momentum"])
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw-clip-warmup-cosine"])
 def test_forecaster_trains_alike(optimizer):
+    if optimizer != "momentum" and "EVERY_TEST" not in os.environ:
+        pytest.skip("ten seconds: run with EVERY_TEST=1")
     report = training_parity(sides(), nlinear_series(), OPTIMIZERS[optimizer], optimizer, STEPS, members=6)
     assert failures(report) == []
 
