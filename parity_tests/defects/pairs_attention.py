@@ -114,7 +114,7 @@ PAIRS = (
         _linears("qkv", "out"),
         ((2, 5, 8),),
         (
-            bug("sign", "sign|order", sign=-1.0),  # a distance with its sign turned is the transposed one
+            bug("sign", "sign", sign=-1.0),
             bug("slopes_from_zero", r"slope|scale.*[24]|[24] times", first=0),
             bug("not_causal", "mask|causal", causal=False),
         ),
