@@ -1,8 +1,8 @@
 """Partitions of unequal sizes: where each one lies in flat inputs and outputs and in packed parameters; numbers alone.
 
-Inputs (..., in_0 + in_1 + ...) and outputs (..., out_0 + out_1 + ...) hold partition after partition, as does the packed
-bias, which has the layout of an output. The packed weight holds every W_k (in_k, out_k) row by row, those of partitions
-of one size beside each other, so that each such bucket is a stacked weight (m, in, out) without a copy.
+Inputs (..., in_0 + in_1 + ...) and outputs (..., out_0 + out_1 + ...) hold partition after partition, as does the
+packed bias, which has the layout of an output. The packed weight holds every W_k (in_k, out_k) row by row, those of
+partitions of one size beside each other, so that each such bucket is a stacked weight (m, in, out) without a copy.
 """
 
 import functools
@@ -123,7 +123,7 @@ def _each_size(argument: str, given: Any, num_partitions: int) -> tuple[int, ...
             size = -1
         if isinstance(value, bool) or (size == -1 and not isinstance(value, int)):
             raise TypeError(
-                f"`{argument}`: expected a positive int for each partition, got {shown(value)} of type "
+                f"`{argument}`: expected a positive int for each partition, got {shown(value)}, "
                 f"{kind_of(value)}; pass ints."
             )
         if size <= 0:
