@@ -9,7 +9,7 @@ if not framework_available("torch"):
 
 import torch
 
-from torch_impl import MaskedPartitionedLinear, PartitionedLinear
+from torch_impl import MaskedPartitionedLinear, PartitionedLinear, implementation_names, partitioned_linear
 
 pytestmark = [
     pytest.mark.compile,
@@ -127,3 +127,25 @@ def test_layouts_and_subsets_are_compiled_and_exported(options, shape, partition
     for batch in (5, 12):
         x = lattice(batch, *shape)
         assert torch.equal(compiled(x, *arguments), layer(x, *arguments))
+
+
+@pytest.mark.parametrize("name", implementation_names(unequal=True))
+def test_unequal_sizes_are_compiled_and_exported(name):
+    layer = on_lattice(PartitionedLinear(4, (1, 4, 4, 2), (3, 5, 5, 2), implementation=name))
+
+    def call(x):
+        sizes = {"in_features": (1, 4, 4, 2), "out_features": [3, 5, 5, 2], "implementation": name}
+        return layer(x, partitions=[2, 0]), partitioned_linear(x, layer.weight, layer.bias, **sizes)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    called = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(layer, (lattice(4, 11),), dynamic_shapes=shapes).module()
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for batch in (5, 7, 12):
+            x = lattice(batch, 11).requires_grad_()
+            for found, expected in zip(results(compiled, layer, x), results(layer, layer, x), strict=True):
+                assert torch.equal(found, expected)
+            assert torch.equal(program(x), layer(x))
+            for found, expected in zip(called(x), call(x), strict=True):
+                assert torch.equal(found, expected)
