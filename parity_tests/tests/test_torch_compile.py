@@ -1,5 +1,7 @@
 """The torch layers under torch.compile and torch.export, with a batch size that changes from call to call."""
 
+import os
+
 import pytest
 
 from parity_tests.judge.subjects import framework_available
@@ -131,21 +133,21 @@ def test_layouts_and_subsets_are_compiled_and_exported(options, shape, partition
 
 @pytest.mark.parametrize("name", implementation_names(unequal=True))
 def test_unequal_sizes_are_compiled_and_exported(name):
-    layer = on_lattice(PartitionedLinear(4, (1, 4, 4, 2), (3, 5, 5, 2), implementation=name))
+    if name != "bucketed_matmul" and "EVERY_TEST" not in os.environ:
+        pytest.skip("ten seconds each: run with EVERY_TEST=1")
+    sizes = {"in_features": (1, 4, 4), "out_features": [3, 5, 5], "implementation": name}
+    layer = on_lattice(PartitionedLinear(3, **sizes))
 
     def call(x):
-        sizes = {"in_features": (1, 4, 4, 2), "out_features": [3, 5, 5, 2], "implementation": name}
-        return layer(x, partitions=[2, 0]), partitioned_linear(x, layer.weight, layer.bias, **sizes)
+        y = partitioned_linear(x, layer.weight, layer.bias, **sizes, partitions=[2, 0])
+        return torch.cat([layer(x), y], -1)
 
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    called = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
     shapes = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(layer, (lattice(4, 11),), dynamic_shapes=shapes).module()
-    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
-        for batch in (5, 7, 12):
-            x = lattice(batch, 11).requires_grad_()
-            for found, expected in zip(results(compiled, layer, x), results(layer, layer, x), strict=True):
+    program = torch.export.export(layer, (lattice(4, 9),), dynamic_shapes=shapes).module()
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for batch in (5, 12):
+            x = lattice(batch, 9).requires_grad_()
+            for found, expected in zip(results(compiled, layer, x), results(call, layer, x), strict=True):
                 assert torch.equal(found, expected)
             assert torch.equal(program(x), layer(x))
-            for found, expected in zip(called(x), call(x), strict=True):
-                assert torch.equal(found, expected)

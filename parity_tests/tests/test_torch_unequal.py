@@ -13,12 +13,28 @@ if not framework_available("torch"):
     pytest.skip("the torch tree needs torch", allow_module_level=True)
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
-from torch_impl import PartitionedLinear, UnsupportedImplementationError, implementation_names, partitioned_linear
+from torch_impl import (
+    PartitionedLinear,
+    UnsupportedImplementationError,
+    convert_state_dict,
+    export_linears,
+    export_parameters,
+    for_each_partition_,
+    implementation_names,
+    import_parameters,
+    load_linears,
+    load_parameters,
+    partitioned_linear,
+    save_parameters,
+    state_dict_from_linears,
+)
 from torch_impl.checkpoints import of_partition
+from torch_impl.optimizers import named_partition_parameters, weight_decay_groups
 from torch_impl.packing import check_packing, packing_of
-from torch_impl.registry import UNEQUAL_IMPLEMENTATIONS
+from torch_impl.registry import DTYPE_NAMES, UNEQUAL_IMPLEMENTATIONS
 from torch_impl.selection import auto_of_unequal
 
 NAMES = implementation_names(unequal=True)
@@ -224,3 +240,109 @@ def test_every_partition_is_initialised_by_its_own_fan_in():
     with pytest.raises(ValueError, match=r"`weight_init`: .* shape \(300, 400\)"):
         layer.reset_parameters()
     assert torch.equal(layer.weight, weight)
+
+
+INS, OUTS = (1, 4, 9, 4, 2), (3, 5, 1, 5, 2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPE_NAMES, ids=str)
+def test_lists_and_files_keep_every_bit(dtype, bias, tmp_path):
+    linears = nn.ModuleList(linears_of(INS, OUTS, bias=bias, dtype=dtype))
+    state = linears.state_dict()
+    layer = PartitionedLinear.from_linears(linears)
+    assert (layer.in_features, layer.out_features) == (INS, OUTS)
+    back = layer.to_linears().state_dict()
+    assert list(back) == list(state)
+    assert all(torch.equal(back[key], value) for key, value in state.items())
+    named = nn.ModuleDict(zip("edcba", linears, strict=True)).state_dict()
+    save_parameters(layer, tmp_path / "layer.safetensors")
+    for load in (
+        lambda fresh: load_linears(fresh, state),
+        lambda fresh: load_linears(fresh, {f"module.heads.{key}": value for key, value in state.items()}, "heads."),
+        lambda fresh: load_linears(fresh, named, keys=list("edcba")),
+        lambda fresh: load_parameters(fresh, tmp_path / "layer.safetensors"),
+        lambda fresh: import_parameters(fresh, export_parameters(layer)),
+        lambda fresh: fresh.load_state_dict(state_dict_from_linears(state, unequal=True)),
+    ):
+        fresh = PartitionedLinear(5, INS, OUTS, bias, dtype=dtype)
+        assert not torch.equal(fresh.weight, layer.weight)
+        load(fresh)
+        assert all(torch.equal(own, view) for own, view in zip(fresh.parameters(), layer.parameters(), strict=True))
+    for keys, expected_state in ((None, state), (list("edcba"), named)):
+        exported = export_linears(layer, keys=keys)
+        assert list(exported) == list(expected_state)
+        assert all(torch.equal(exported[key], value) for key, value in expected_state.items())
+
+
+@pytest.mark.parametrize("names", [None, list("edcba")], ids=["ModuleList", "ModuleDict"])
+def test_a_model_with_unequal_heads_loads_its_old_checkpoint_whole(names):
+    heads = linears_of(INS, OUTS)
+    heads = nn.ModuleList(heads) if names is None else nn.ModuleDict(zip(names, heads, strict=True))
+    old = nn.ModuleDict({"body": nn.Linear(2, 2), "heads": heads})
+    layer = PartitionedLinear(5, INS, OUTS, dtype=torch.float64)
+    new = nn.ModuleDict({"body": nn.Linear(2, 2), "heads": layer})
+    keys = None if names is None else {"heads": names}
+    new.load_state_dict(convert_state_dict(new, old.state_dict(), keys=keys))
+    x = torch.randn(3, sum(INS), dtype=torch.float64)
+    torch.testing.assert_close(layer(x), expected(list(heads.children()), x))
+    back = convert_state_dict(new, new.state_dict(), to="linears", keys=keys)
+    assert back.keys() == old.state_dict().keys()
+    assert all(torch.equal(back[key], value) for key, value in old.state_dict().items())
+
+
+def test_files_say_their_sizes_and_are_refused_by_other_layers(tmp_path):
+    path = tmp_path / "layer.safetensors"
+    equal, unequal = PartitionedLinear(2, 3, 4), PartitionedLinear(2, (3, 3), 4)
+    save_parameters(equal, path)
+    with safe_open(path, "np") as file:
+        assert file.metadata() == {"format": "partitioned_linear", "format_version": "1"}
+    load_parameters(equal, path)
+    weight = unequal.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"expected format version '2', got '1' .*one size"):
+        load_parameters(unequal, path)
+    assert torch.equal(unequal.weight, weight)
+    save_parameters(unequal, path)
+    with safe_open(path, "np") as file:
+        sizes = {"in_features": "[3, 3]", "out_features": "[4, 4]"}
+        assert file.metadata() == {"format": "partitioned_linear", "format_version": "2"} | sizes
+    with pytest.raises(ValueError, match=r"expected format version '1', got '2' .*'in_features': '\[3, 3\]'"):
+        load_parameters(equal, path)
+    with pytest.raises(ValueError, match=r"expected out_features = \[2, 6\], got '\[4, 4\]'"):
+        load_parameters(PartitionedLinear(2, (3, 3), (2, 6)), path)
+
+
+def test_optimisers_see_matrices_and_vectors_of_their_own_sizes():
+    linears = linears_of(INS, OUTS)
+    layer = layer_like(linears)
+    x = torch.randn(8, sum(INS), dtype=torch.float64)
+    parameters = named_partition_parameters(nn.ModuleDict({"heads": layer}))
+    separate = dict(nn.ModuleDict({"heads": nn.ModuleList(linears)}).named_parameters())
+    assert {name: one.shape for name, one in parameters.items()} == {name: one.shape for name, one in separate.items()}
+    pairs = [torch.optim.Adafactor(list(ones), lr=0.1) for ones in (parameters.values(), separate.values())]
+    for _ in range(3):
+        for optimizer, y in zip(pairs, (layer(x), expected(linears, x)), strict=True):
+            optimizer.zero_grad()
+            y.square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(layer(x), expected(linears, x))
+    decayed, other = weight_decay_groups(layer, 0.1)
+    assert ([*decayed["params"]], [*other["params"]]) == ([layer.weight], [layer.bias])
+
+
+def test_utilities_are_called_for_each_partition():
+    layer = PartitionedLinear(5, INS, OUTS)
+    for_each_partition_(layer, lambda linear: nn.init.constant_(linear.weight, linear.in_features))
+    assert [part.unique().tolist() for part in layer.partition_weights()] == [[size] for size in INS]
+    with pytest.raises(ValueError, match=r"`function`: .* a parametrization of the weight; parametrise layer.to_lin"):
+        for_each_partition_(layer, nn.utils.parametrizations.spectral_norm)
+    for_each_partition_(layer, lambda linear: nn.utils.prune.l1_unstructured(linear, "weight", amount=1))
+    assert [int((part == 0).sum()) for part in layer.partition_weights()] == [1] * 5
+    assert layer(torch.ones(3, sum(INS))).shape == (3, sum(OUTS))
+
+
+def test_packed_parameters_are_not_divided_over_devices():
+    from torch_impl.sharding import shard_partitions
+
+    with pytest.raises(ValueError, match=r"`layer`: expected partitions of one size, got in_features=\(1, 2\)"):
+        shard_partitions(PartitionedLinear(2, (1, 2), 3), None)
