@@ -51,8 +51,8 @@ class PartitionedLinear(nn.Module):
         in_1 + ...), output (..., out_0 + out_1 + ...), as in the nnx layer.
 
     Parameters are "kernel" (n, in, out) and "bias" (n, out), in the collection "params"; where sizes are sequences,
-    each is packed in one axis. Dtypes are those of `flax.linen.Dense`: input and parameters are promoted to `dtype`, or to
-    their common dtype.
+    each is packed in one axis. Dtypes are those of `flax.linen.Dense`: input and parameters are promoted to `dtype`, or
+    to their common dtype.
 
     Attributes: those of the nnx layer of the same names, and
 

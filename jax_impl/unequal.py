@@ -1,5 +1,6 @@
 """Partitions of unequal sizes in the function and the layers: check a call, and give views of packed parameters."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from jax_impl.implementations.unequal import joined, split_weight
 from jax_impl.layouts import PARTITION_AXIS, static_indices
 from jax_impl.packing import Packing, check_packing, has_unequal_sizes, packing_of
 from jax_impl.validation import MOST_ELEMENTS, as_operand, check_beside_kernel
+
+known_packing = functools.lru_cache(maxsize=256)(packing_of)
+"""The same as `packing_of`, which is asked for in every call of a layer."""
 
 
 def packing_of_call(in_features: Any, out_features: Any) -> Packing:
