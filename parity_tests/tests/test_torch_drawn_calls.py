@@ -732,7 +732,6 @@ LAST_LINEAR = {
     "complex": (lambda linear: linear.to(torch.complex64), True),
     "another float": (lambda linear: linear.to(another_float(linear.weight).dtype), None),
     "elsewhere": (lambda linear: linear.to("meta"), None),
-    "a feature more": (with_weight(lambda weight: torch.cat([weight, weight[:, :1]], 1)), None),
     "frozen": (lambda linear: linear.requires_grad_(False), None),
     "weight frozen": (touched(lambda linear: linear.weight.requires_grad_(False)), None),
     "weight expanded": (with_weight(lambda weight: weight[:1, :1].expand(weight.shape)), False),
@@ -785,6 +784,11 @@ NO_LINEARS = (
             replaced_last(with_bias(lambda bias: bias[:1])),
             lambda _, call: True if call.case.out_features > 1 else None,
         ),
+        # A layer of unequal sizes, which the masked one cannot be.
+        "a feature more": Flaw(
+            replaced_last(with_weight(lambda weight: torch.cat([weight, weight[:, :1]], 1))),
+            lambda linears, call: call.number % 2 == 1 and len(linears) > 1,
+        ),
         "generator": Flaw(lambda linears, _: (linear for linear in linears)),
         "bias in one": Flaw(
             replaced_last(touched(lambda linear: linear.register_parameter("bias", None))),
@@ -818,7 +822,15 @@ def from_linears(call, spoil):
             return "" if linears[0].weight.is_meta else "expected values"
         if layer.weight.requires_grad != linears[0].weight.requires_grad:
             return "expected the same requires_grad"
-        return bits_fault(torch_impl.export_parameters(layer), stacked(linears))
+        back, given = (
+            {
+                f"{k}.{name}": to_numpy(value)
+                for k, linear in enumerate(each)
+                for name, value in linear.named_parameters()
+            }
+            for each in (layer.to_linears(), linears)
+        )
+        return bits_fault(back, given)
 
     return Attempt(lambda: kind.from_linears(linears), fault)
 
