@@ -234,5 +234,3 @@ def test_symbolic_tracing_keeps_the_call_whole():
     assert [node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"] == ["partitioned_linear"]
     x = torch.randn(2, 3, 4)
     assert torch.equal(traced(x), model(x))
-    with pytest.warns(DeprecationWarning, match="deprecated"):
-        assert torch.equal(torch.jit.trace(layer, x)(x + 1), layer(x + 1))
