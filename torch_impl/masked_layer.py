@@ -66,11 +66,12 @@ class MaskedPartitionedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if has_unequal_sizes(in_features, out_features):
-            raise TypeError(
-                f"`in_features`: expected one int for all partitions here, as for out_features, got "
-                f"{shown(in_features)} and {shown(out_features)}; use PartitionedLinear with implementation='masked'."
-            )
+        for argument, size in (("in_features", in_features), ("out_features", out_features)):
+            if has_unequal_sizes(size, None):
+                raise TypeError(
+                    f"`{argument}`: expected one int for all partitions, got {shown(size)}; for unequal sizes use "
+                    f"PartitionedLinear with implementation='masked'."
+                )
         check_sizes(dense=True, num_partitions=num_partitions, in_features=in_features, out_features=out_features)
         check_bias_switch(bias)
         check_initializer(init)
