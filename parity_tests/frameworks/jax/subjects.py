@@ -17,7 +17,7 @@ from jax_impl.linen import PartitionedLinear as LinenPartitionedLinear
 from jax_impl.registry import IMPLEMENTATIONS, unsupported_reason
 from parity_tests.frameworks.jax.modes import EXECUTIONS, Function, mode_reason, placement
 from parity_tests.judge.inputs import Case, Inputs, Layout
-from parity_tests.judge.subjects import DEFAULT_MODES, MODES, check_precision
+from parity_tests.judge.subjects import DEFAULT_MODES, EQUAL, MODES, check_precision
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,12 @@ def resolve_device(device: str) -> Any:
         ) from None
 
 
-def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | None = None) -> list[JaxSubject]:
+def subjects(
+    device: str = "auto", modes: Sequence[str] = (), precision: str | None = None, sizes: str = EQUAL
+) -> list[JaxSubject]:
     """Return every JAX subject, in every mode that is asked for; in the default mode if none is."""
+    if sizes != EQUAL:
+        return []
     target = resolve_device(device)
     check_precision(precision, has_tf32=target.platform == "gpu")
     # HIGHEST: the formulation is judged, not the device's default of rounding fp32 operands to TF32. For TF32

@@ -22,7 +22,7 @@ from parity_tests.frameworks.torch.sharded import ShardedTorchSubject, serve
 from parity_tests.frameworks.torch.training import TorchOptimizer
 from parity_tests.interpreters.interpreter import Channel
 from parity_tests.judge.inputs import Case, Inputs
-from parity_tests.judge.subjects import DEFAULT_MODES, MODES, Subject, check_precision
+from parity_tests.judge.subjects import DEFAULT_MODES, EQUAL, MODES, Subject, check_precision
 from parity_tests.training.optimizers import OPTIMIZERS
 from torch_impl import (
     MaskedPartitionedLinear,
@@ -56,8 +56,8 @@ class TorchSubject:
             self.table_name,
             dtype=MODES[self.mode].computes_in or dtype,
             device=self.device.type,
-            in_features=case.in_features,
-            out_features=case.out_features,
+            in_features=case.largest[0],
+            out_features=case.largest[1],
         )
 
     def forward(self, inputs: Inputs) -> np.ndarray:
@@ -146,12 +146,16 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | None = None) -> list[Subject]:
+def subjects(
+    device: str = "auto", modes: Sequence[str] = (), precision: str | None = None, sizes: str = EQUAL
+) -> list[Subject]:
     """Return every PyTorch subject, in every mode that is asked for; in the default mode if none is.
 
     On a GPU, set PyTorch's switches for fp32 products and convolutions: the formulation is judged, not the default of
     rounding the operands of convolutions to TF32.
     """
+    if sizes != EQUAL:
+        return []
     target = resolve_device(device)
     check_precision(precision, has_tf32=target.type == "cuda")
     if target.type == "cuda":
