@@ -239,8 +239,9 @@ class WorkerPool:
         found = []
         for hello in self.hello.values():
             values = hello["catalogue"]
-            lists = {name: tuple(values[name]) for name in ("implementations", "stock", "yardsticks")}
-            found.append(Catalogue(values["framework"], **lists, missing=dict(values["missing"])))
+            others = {"framework": values["framework"], "missing": dict(values["missing"])}
+            lists = {item.name: tuple(values.get(item.name, ())) for item in fields(Catalogue)}
+            found.append(Catalogue(**{**lists, **others}))
         return tuple(found)
 
     def first_report(self, name: str) -> str | None:

@@ -14,6 +14,7 @@ import numpy as np
 from bench.environments import device_name
 from bench.plan.cells import DIVISIONS, STORAGE_DTYPES
 from bench.plan.competitors import IMPLEMENTATION, Competitor
+from bench.plan.workloads import SHARED
 from bench.records import Record
 from bench.store import Archive, CellPlaces, read_cells
 from bench.study.cells import Rounds, by_label, intervals, log_latencies, spreads_of
@@ -129,6 +130,9 @@ def matches(shape: Shape, record: Record) -> bool:
     own = next(precision for precision, dtype in STORAGE_DTYPES.items() if dtype == shape.dtype)
     asked = (shape.dtype, shape.precision or own, shape.direction)
     there = shape.device in (None, record.device) and shape.division in (None, record.division)
+    # Another function: one input for all partitions, or sizes that differ between them.
+    if record.layout == SHARED or not (isinstance(record.in_features, int) and isinstance(record.out_features, int)):
+        return False
     return there and asked == (record.dtype, record.precision, record.direction)
 
 
