@@ -5,7 +5,8 @@ Initialisers have Flax's form, (key, shape, dtype) -> values, and see the shape 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import said, shown
+from jax_impl.packing import Bucket, Packing
 from jax_impl.validation import as_array, check_callable, check_name, name_of
 
 _LARGE_BYTES = 2**30
@@ -79,9 +81,38 @@ def partition_initializers(
 
     Where they are not None, `kernel_init` and `bias_init` take the place of what `init` names.
     """
-    named = (make(in_features) for make in INITIALIZERS[init])
-    of_kernel, of_bias = (one if own is None else own for one, own in zip(named, (kernel_init, bias_init), strict=True))
+    of_kernel, of_bias = _of_one_partition(init, kernel_init, bias_init, in_features)
     return per_partition("kernel_init", of_kernel), per_partition("bias_init", of_bias)
+
+
+def packed_initializers(
+    init: str, kernel_init: Initializer | None, bias_init: Initializer | None, packing: Packing
+) -> tuple[Initializer, Initializer]:
+    """Return the initialisers of a packed kernel and a packed bias, as `partition_initializers` of stacked ones.
+
+    Each partition has the key that it would have among partitions of equal sizes, and its own shape and fan-in.
+    """
+
+    def kernel(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        return _packed("kernel_init", [init_of(bucket)[0] for bucket in packing.buckets], packing, key, shape, dtype)
+
+    def bias(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        return _packed("bias_init", [init_of(bucket)[1] for bucket in packing.buckets], packing, key, shape, dtype)
+
+    def init_of(bucket: Bucket) -> tuple[Initializer, Initializer]:
+        return _of_one_partition(init, kernel_init, bias_init, bucket.in_features)
+
+    return kernel, bias
+
+
+def _of_one_partition(
+    init: str, kernel_init: Initializer | None, bias_init: Initializer | None, in_features: int
+) -> tuple[Initializer, Initializer]:
+    of_kernel, of_bias = INITIALIZERS[init]
+    return (
+        of_kernel(in_features) if kernel_init is None else kernel_init,
+        of_bias(in_features) if bias_init is None else bias_init,
+    )
 
 
 def per_partition(argument: str, initializer: Initializer) -> Initializer:
@@ -96,46 +127,98 @@ def per_partition(argument: str, initializer: Initializer) -> Initializer:
     """
 
     def stacked(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-        boxes = []
-
-        def one(partition_key: Array) -> Any:
-            try:
-                drawn = initializer(partition_key, shape[1:], dtype)
-            except jax.errors.JaxRuntimeError:
-                raise
-            except Exception as error:
-                raise ValueError(
-                    f"`{argument}`: expected a function that draws one partition's values of shape {shape[1:]}, got an "
-                    f"error from it ({said(error)}); pass a function for this shape."
-                ) from error
-            if isinstance(drawn, nnx.VariableMetadata):
-                # Unlike linen's boxes this one is no pytree: it is opened inside vmap and closed again outside.
-                boxes.append(drawn)
-                drawn = drawn.raw_value
-            values = meta.unbox(drawn)
-            values = _checked(argument, values, shape[1:], dtype)
-            return meta.replace_boxed(drawn, values) if isinstance(drawn, meta.AxisMetadata) else values
-
-        try:
-            keys = jax.random.split(key, shape[0])
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"`rngs`: expected one random key for all partitions, got {shown(key)} ({said(error)}); pass one seed."
-            ) from error
-        try:
-            values = jax.vmap(one)(keys)
-            for array in jax.tree.leaves(values):
-                if not isinstance(array, Tracer) and array.nbytes >= _LARGE_BYTES:
-                    # JAX returns before it has the memory, and fails wherever the values are used.
-                    array.block_until_ready()
-        except jax.errors.JaxRuntimeError as error:
-            raise MemoryError(
-                f"`{argument}`: expected sizes that fit into memory, got values of shape {shape} ({said(error)}); use "
-                f"smaller ones."
-            ) from error
-        return dataclasses.replace(boxes[0], raw_value=values) if boxes else values
+        keys = _keys(key, shape[0])
+        with _room_for(argument, shape):
+            values, close = _drawn(argument, initializer, keys, shape[1:], dtype)
+        return close(values)
 
     return stacked
+
+
+def _packed(
+    argument: str,
+    initializers: Sequence[Initializer],
+    packing: Packing,
+    key: Array,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+) -> Any:
+    """Draw packed values with the initialiser of each bucket; boxes of metadata end up around the packed array."""
+    of_kernel, keys, drawn, close = (
+        argument == "kernel_init",
+        _keys(key, packing.num_partitions),
+        [],
+        lambda values: values,
+    )
+    with _room_for(argument, shape):
+        for bucket, initializer in zip(packing.buckets, initializers, strict=True):
+            size = (bucket.in_features, bucket.out_features) if of_kernel else (bucket.out_features,)
+            values, close = _drawn(argument, initializer, keys[np.array(bucket.members)], size, dtype)
+            drawn.append(values.ravel())
+        values = jnp.concatenate(drawn)
+        if not of_kernel:  # by bucket, and wanted in the layout of an output
+            places, start = {}, 0
+            for bucket in packing.buckets:
+                for k in bucket.members:
+                    places[k] = np.arange(start, start := start + bucket.out_features)
+            values = values[np.concatenate([places[k] for k in range(packing.num_partitions)])]
+    return close(values)
+
+
+def _keys(key: Array, num_partitions: int) -> Array:
+    try:
+        return jax.random.split(key, num_partitions)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`rngs`: expected one random key for all partitions, got {shown(key)} ({said(error)}); pass one seed."
+        ) from error
+
+
+@contextmanager
+def _room_for(argument: str, shape: tuple[int, ...]) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        raise MemoryError(
+            f"`{argument}`: expected sizes that fit into memory, got values of shape {shape} ({said(error)}); use "
+            f"smaller ones."
+        ) from error
+
+
+def _drawn(
+    argument: str, initializer: Initializer, keys: Array, shape: tuple[int, ...], dtype: DTypeLike
+) -> tuple[Array, Callable[[Array], Any]]:
+    """Draw values of one shape with each key; return them with a function that puts them, or others, into their box."""
+    boxes = []
+
+    def one(partition_key: Array) -> Any:
+        try:
+            drawn = initializer(partition_key, shape, dtype)
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"`{argument}`: expected a function that draws one partition's values of shape {shape}, got an error "
+                f"from it ({said(error)}); pass a function for this shape."
+            ) from error
+        if isinstance(drawn, nnx.VariableMetadata):
+            # Unlike linen's boxes this one is no pytree: it is opened inside vmap and closed again outside.
+            boxes.append(drawn)
+            drawn = drawn.raw_value
+        values = _checked(argument, meta.unbox(drawn), shape, dtype)
+        return meta.replace_boxed(drawn, values) if isinstance(drawn, meta.AxisMetadata) else values
+
+    drawn = jax.vmap(one)(keys)
+    values: Array = meta.unbox(drawn)
+    if not isinstance(values, Tracer) and values.nbytes >= _LARGE_BYTES:
+        # JAX returns before it has the memory, and fails wherever the values are used.
+        values.block_until_ready()
+
+    def close(values: Array) -> Any:
+        inner = meta.replace_boxed(drawn, values) if isinstance(drawn, meta.AxisMetadata) else values
+        return dataclasses.replace(boxes[0], raw_value=inner) if boxes else inner
+
+    return values, close
 
 
 def _checked(argument: str, drawn: Any, shape: tuple[int, ...], dtype: DTypeLike) -> Array:

@@ -5,7 +5,6 @@ packed bias, which has the layout of an output. The packed weight holds every W_
 partitions of one size beside each other, so that each such bucket is a stacked weight (m, in, out) without a copy.
 """
 
-import functools
 import itertools
 import operator
 from collections.abc import Sequence
@@ -23,12 +22,14 @@ class Bucket:
         in_features: in of each.
         out_features: out of each.
         members: Their numbers, ascending.
+        runs: The same as ranges of neighbours, (first, stop) of each.
         start: Where their weights begin in the packed weight: W_k of the j-th member at start + j * in * out.
     """
 
     in_features: int
     out_features: int
     members: tuple[int, ...]
+    runs: tuple[tuple[int, int], ...]
     start: int
 
     @property
@@ -64,8 +65,12 @@ class Packing:
         """The number n of partitions."""
         return len(self.in_features)
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The partitions in the order of their weights, bucket after bucket."""
+        return tuple(k for bucket in self.buckets for k in bucket.members)
 
-@functools.lru_cache(maxsize=256)
+
 def packing_of(in_features: tuple[int, ...], out_features: tuple[int, ...]) -> Packing:
     """Lay out partitions of these sizes."""
     members: dict[tuple[int, int], list[int]] = {}
@@ -73,7 +78,9 @@ def packing_of(in_features: tuple[int, ...], out_features: tuple[int, ...]) -> P
         members.setdefault(size, []).append(k)
     buckets, weight_offsets, start = [], [0] * len(in_features), 0
     for (i, o), found in members.items():
-        bucket = Bucket(i, o, tuple(found), start)
+        own = set(found)
+        firsts, stops = [k for k in found if k - 1 not in own], [k + 1 for k in found if k + 1 not in own]
+        bucket = Bucket(i, o, tuple(found), tuple(zip(firsts, stops, strict=True)), start)
         buckets.append(bucket)
         for j, k in enumerate(found):
             weight_offsets[k] = start + j * i * o
@@ -91,7 +98,9 @@ def packing_of(in_features: tuple[int, ...], out_features: tuple[int, ...]) -> P
 
 def has_unequal_sizes(in_features: Any, out_features: Any) -> bool:
     """Whether sizes are given per partition, by one sequence or two: the sizes in them may still be equal."""
-    return any(isinstance(sizes, Sequence) and not isinstance(sizes, str) for sizes in (in_features, out_features))
+    return any(
+        isinstance(sizes, Sequence) and not isinstance(sizes, str | bytes) for sizes in (in_features, out_features)
+    )
 
 
 def check_packing(num_partitions: int, in_features: Any, out_features: Any, most_elements: int) -> Packing:
@@ -106,8 +115,9 @@ def check_packing(num_partitions: int, in_features: Any, out_features: Any, most
     ]
     packing = packing_of(*sizes)
     if packing.weight_size >= most_elements:
+        largest = "in_features" if max(sizes[0]) >= max(sizes[1]) else "out_features"
         raise ValueError(
-            f"`in_features`: expected sizes whose packed weight has fewer than {most_elements} elements, got "
+            f"`{largest}`: expected sizes whose packed weight has fewer than {most_elements} elements, got "
             f"{packing.weight_size}; give smaller sizes."
         )
     return packing
