@@ -177,6 +177,13 @@ def sizes_of(subject: Subject) -> str:
     return getattr(subject, "sizes", EQUAL)
 
 
+def sizes_reason(mode: str, sizes: str) -> str | None:
+    """Return one sentence if a mode divides partitions, which takes those of one size, else None."""
+    if sizes == EQUAL or mode not in ("vmap", "sharded"):
+        return None
+    return f"mode {mode}: expected partitions of one size, which it divides, got unequal ones; it has no such call."
+
+
 def takes(subject: Subject, case: Case) -> bool:
     """Return True if the subject is one for the sizes of a case, equal or unequal: the same name is two subjects."""
     return sizes_of(subject) == (EQUAL if case.sizes is None else UNEQUAL)

@@ -1,6 +1,8 @@
 """The judge on partitions of unequal sizes: its oracle, its bounds, its checks and what it says about a mistake."""
 
 import dataclasses
+import importlib
+import os
 
 import numpy as np
 import pytest
@@ -9,12 +11,13 @@ from parity_tests.causes.layer import explain
 from parity_tests.defects.subject import observe
 from parity_tests.defects.unequal import UNEQUAL_DEFECTS
 from parity_tests.judge.comparison import compare, compare_pair, pair_limits
+from parity_tests.judge.dtypes import STORAGE_DTYPES
 from parity_tests.judge.exact import check_isolation, check_lattice, check_wide_lattice
 from parity_tests.judge.inputs import DEFAULT, UNEQUAL_DEFAULT, UNEQUAL_FULL, Case, draw_inputs
 from parity_tests.judge.oracle import reference
 from parity_tests.judge.run import count_cells, judge, run_cells
 from parity_tests.judge.sizes import Sizes
-from parity_tests.judge.subjects import UNEQUAL
+from parity_tests.judge.subjects import FRAMEWORKS, UNEQUAL, framework_available, load_subjects
 from parity_tests.judge.tolerance import bounds, declared_arithmetic
 from parity_tests.tests.numpy_subject import NumpySubject
 
@@ -128,6 +131,35 @@ def test_every_planted_defect_is_found_and_named(defect, dtype):
     seen = observe(defect, UnequalSubject(), dtype)
     assert seen.killed, seen.cause
     assert defect.cause in seen.cause
+
+
+INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framework)]
+EVERY = os.environ.get("EVERY_TEST") == "1"
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES if EVERY else ["bfloat16"])
+@pytest.mark.parametrize("framework", INSTALLED)
+def test_every_implementation_and_layer_holds_forward_gradients_and_isolation(framework, dtype):
+    subjects = load_subjects(framework, "cpu", sizes=UNEQUAL)
+    names = importlib.import_module(f"{framework}_impl.registry").implementation_names(unequal=True)
+    assert {subject.implementation for subject in subjects} - {"layer", "linen"} == set(names)
+    rows = list(run_cells(subjects, [dtype], UNEQUAL_DEFAULT if EVERY else [INTERLEAVED], exact=True))
+    assert [row.reason for row in rows if row.status != "ok"] == []
+    seen = {(row.implementation, row.tensor) for row in rows}
+    for subject in subjects:
+        assert {(subject.implementation, name) for name in ("y", "dx", "dweight", "dbias", "isolation")} <= seen
+    # A dense product is declared to let NaN through: the check that finds it is the one that holds the others.
+    (dense,) = [subject for subject in subjects if not subject.isolates_partitions]
+    assert dense.implementation == "masked"
+
+
+@pytest.mark.parametrize("framework", INSTALLED)
+def test_modes_that_divide_partitions_say_why_unequal_ones_do_not_run(framework):
+    subjects = load_subjects(framework, "cpu", ["vmap", "sharded"], sizes=UNEQUAL)
+    reasons = [subject.unsupported_reason(INTERLEAVED, "float32") or "" for subject in subjects]
+    assert len(reasons) > 4
+    assert all("expected partitions of one size" in reason for reason in reasons)
 
 
 def test_a_healthy_subject_has_no_cause():
