@@ -97,8 +97,8 @@ class Record:
     kernels: Mapping[str, int] = field(default_factory=dict)  # name to executions in one call; from the same pass
     compile_warm_s: float | None = None  # the same compilation again, with the cache that the first one filled
     program_flops: int | None = None  # of the compiled or traced program, by the framework's own account
-    # Bytes that one call writes in operations that only copy: contiguous copies, transpositions, concatenations, padding;
-    # of torch where no compiler hides them, of JAX in the compiled program.
+    # Written in one call by operations that only copy (contiguous copies, transpositions, concatenations, padding): of
+    # torch where no compiler hides them, of JAX in the compiled program.
     copied_bytes: int | None = None
     energy_j: float | None = None  # joules of one call: all that the device took in a second or more of such calls
     ceiling_flops_per_s: float | None = None  # of a large product in the same session and precision
@@ -315,7 +315,8 @@ def parse_line(line: bytes | str) -> Record:
             values[name] = tuple(value) if isinstance(value, list) else value
     expected = schema_version_of(values["in_features"], values["out_features"])
     if version != expected:
-        raise RecordError(f"schema_version: expected {expected} for such in_features and out_features, got {version}")
+        sizes = "one size for all partitions" if expected == SCHEMA_VERSION else "one size for each partition"
+        raise RecordError(f"schema_version: expected {expected}, got {version}, of a record with {sizes}")
     if zero := [name for name in _POSITIVE if values[name] == 0]:
         raise RecordError(f"{zero[0]}: expected more than 0")
     if len(values["block_latency_s"]) % 2:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from statistics import NormalDist, median
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from bench.study.cost_model import (
     FAR,
     CostModel,
     Sample,
+    Sizes,
     Trial,
     cell_of,
     chosen,
@@ -99,7 +100,8 @@ class Neighbour:
         # Relative to the leader, since ratios are paired by round.
         base = self.times[self.leaders[0]].seconds
         seconds = {label: base / speed.ratio for label, speed in self.speeds.items() if speed.ratio > 0}
-        sizes = (first.batch, first.num_partitions, first.in_features, first.out_features)
+        # Of one size for all partitions, see `matches`.
+        sizes = cast(Sizes, (first.batch, first.num_partitions, first.in_features, first.out_features))
         return Sample(sizes, seconds, self.competitors(), cell_of(first))
 
 

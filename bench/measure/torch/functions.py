@@ -126,8 +126,6 @@ MISSING: Mapping[str, str] = MappingProxyType(missing_competitors(_KNOWN))
 STOCK: Mapping[str, Callable[[], Function]] = MappingProxyType(
     {name: build for name, build in _KNOWN.items() if name not in MISSING}
 )
-# Their parameters are lists, see `listed`.
-UNEQUAL_STOCK: Mapping[str, Callable[[], Function]] = MappingProxyType({"stock:nn.Linear": linears})
 YARDSTICKS: Mapping[str, Callable[[], Function]] = MappingProxyType({"dense": lambda: _dense})
 
 
@@ -141,7 +139,7 @@ def linears() -> Function:
     def build(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[list[int], list[nn.Module]]:
         modules = []
         for weight, bias in zip(weights, biases, strict=True):
-            module = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+            module: Any = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
             del module.weight, module.bias
             module.weight, module.bias = weight, bias
             modules.append(module)
@@ -166,6 +164,10 @@ def listed(arguments: tuple[Tensor, ...], sizes: Sizes) -> tuple[Any, ...]:
     pairs = zip(sizes.places("weight"), sizes.in_features, sizes.out_features, strict=True)
     weights = tuple(weight[place].view(i, o).T.contiguous() for place, i, o in pairs)
     return x, weights, tuple(bias[place].clone() for place in sizes.places("bias")), cotangent
+
+
+# Their parameters are lists, see `listed`.
+UNEQUAL_STOCK: Mapping[str, Callable[[], Function]] = MappingProxyType({"stock:nn.Linear": linears})
 
 
 def _expanded(function: Function) -> Function:
