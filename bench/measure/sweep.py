@@ -21,7 +21,7 @@ from bench.plan.cells import DEVICES, Cell
 from bench.plan.competitors import Competitor
 from bench.plan.costs import compulsory_bytes, peak_rates, useful_flops, waste_factor
 from bench.plan.presets import BLOCK_S, Preset, plan_cells
-from bench.records import HARNESS_VERSION, SCHEMA_VERSION, Record, digest
+from bench.records import HARNESS_VERSION, Record, digest, schema_version_of
 
 
 class RecordStore(Protocol):
@@ -251,6 +251,7 @@ def _record(entry: Entry, shared: dict[str, Any], outcome: CellOutcome, cell: Ce
         kernels=entry.probe.get("kernels", {}),
         compile_warm_s=entry.probe.get("compile_warm_s"),
         program_flops=entry.probe.get("program_flops"),
+        copied_bytes=entry.probe.get("copied_bytes"),
         disturbance=outcome.disturbance,
         disturbance_windows=tuple(outcome.disturbance_windows) if entry.baseline and not entry.control else (),
         prepared_call_s=entry.call_s or None,
@@ -277,7 +278,7 @@ def records_of(
     """Return the records of a cell, one for each competitor and one for the control."""
     workload = cell.workload
     shared = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": schema_version_of(workload.in_features, workload.out_features),
         "cell": cell_key,
         "cell_size": len(outcome.entries),
         "workload": workload.name,
