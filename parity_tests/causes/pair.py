@@ -123,7 +123,7 @@ def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow], near: 
         if stopped:
             shown = ", ".join(name.removeprefix("d_") for name in stopped)
             return f"the gradient of {shown} is stopped on the {SHOWN[key]} side"
-    return _scaled(evidence, names)
+    return _scaled(evidence, names, every=True)
 
 
 def _state(pair: Pair, evidence: Evidence, failed: Sequence[PairRow], near: Collection[str]) -> str:
@@ -285,8 +285,14 @@ def _calls(pair: Pair, values: Values) -> Iterator[Hypothesis]:
         yield sentence, second_axis_first
 
 
-def _scaled(evidence: Evidence, names: Sequence[str]) -> str:
-    """Find a constant factor, a conjugate, other places that are not finite, or a difference of float32's size."""
+def _scaled(evidence: Evidence, names: Sequence[str], every: bool = False) -> str:
+    """Find a constant factor, a conjugate, other places that are not finite, or a difference of float32's size.
+
+    Args:
+        evidence: of the semantic leg.
+        names: of what differs.
+        every: whether a factor has to explain all that differs.
+    """
     found = []
     for name in names:
         first, second = evidence.truths["torch"][name].ravel(), evidence.truths["jax"][name].ravel()
@@ -315,7 +321,7 @@ def _scaled(evidence: Evidence, names: Sequence[str]) -> str:
                 f"{name} differs by less than float32's roundoff: one side rounds a constant or a table to float32, or "
                 "has a small term that the other lacks (an epsilon such as 1e-12, a threshold)"
             )
-    if found:
+    if found and (len(found) == len(names) or not every):
         name, factor = found[0]
         return f"{', '.join(n for n, _ in found)}: the flax side is {factor:.6g} times the torch side"
     return ""

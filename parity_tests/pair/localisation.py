@@ -271,7 +271,11 @@ def _healed(
             if (trace.features.shape == search.torch.features.shape)
             else set()
         )
-        gained -= {number, *search.matches}
+        # Copies and views of the value that was put in agree with it in any case.
+        copies = {
+            k for k in gained if (np.abs(trace.features[k] - trace.features[number]) <= search.torch.limits[k]).all()
+        }
+        gained -= {number, *search.matches, *copies}
         found = step, (number, value), change, everything
         if everything or gained & using:
             return found

@@ -113,6 +113,8 @@ def _other_moments(name: str, args: tuple, epsilon: float | None) -> Iterator[Of
         own = _Moments((2,), (x.shape[0], groups, -1), epsilon)
     else:
         own = _Moments((0, *range(2, x.ndim)), tuple(x.shape), epsilon)
+        # An instance norm is a batch norm of one image that has the channels of all.
+        groups = x.shape[1] if len(x) == 1 else 0
     if name not in ("native_layer_norm", "_fused_rms_norm"):
         by_channel = (-1, *[1] * (x.ndim - 2))
         weight, bias = (None if array is None else array.reshape(by_channel) for array in (weight, bias))
@@ -140,7 +142,7 @@ def _other_moments(name: str, args: tuple, epsilon: float | None) -> Iterator[Of
     channels = x.shape[1] if x.ndim > 1 else 1
     for count in (n for n in range(1, channels + 1) if groups and channels % n == 0 and n != groups):
         sentence = f"groups: the torch side normalises {groups} groups, the flax side behaves like {count}"
-        yield f"groups {count}", sentence, other(shape=(x.shape[0], count, -1))
+        yield f"groups {count}", sentence, other(shape=(x.shape[0], count, -1), axes=(2,))
     if groups > 1 and channels // groups > 1:
         shape = (x.shape[0], channels // groups, groups, *x.shape[2:])
         axes = (2, *range(3, len(shape)))
