@@ -214,6 +214,11 @@ def _changes(pair: Pair, evidence: Evidence, only: Mapping[str, Collection[str]]
             if array.ndim >= 2 and array.shape[-1] == array.shape[-2]:
                 sentence = f"the kernel {name} is transposed: transposing it on the {SHOWN[key]} side makes both agree"
                 yield sentence, changed(key, {name: array.swapaxes(-1, -2).copy()})
+    for name, array in own["torch"].items():
+        for first, second in itertools.combinations(range(array.ndim), 2):
+            if 1 < array.shape[first] == array.shape[second] and second - first < array.ndim - 1 > 1:
+                sentence = f"axes {first} and {second} of {name} are exchanged (transposed) between the two sides"
+                yield sentence, changed("torch", {name: array.swapaxes(first, second).copy()})
     if only is None:
         # All variants of one kind at once: an epsilon usually has one value throughout a model.
         pair.sides["torch"].truth(values.parameters["torch"], values.inputs["torch"])

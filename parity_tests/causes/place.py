@@ -65,16 +65,16 @@ def _feeding(trace: Trace, steps: Sequence[int]) -> list[int]:
     return found
 
 
-def cause_at(search: Search, segment: Segment) -> str:
-    """Return a sentence that was proven at this place, or an empty one."""
+def cause_at(search: Search, segment: Segment) -> tuple[str, bool]:
+    """Return a sentence that was proven at this place, or an empty one, and whether it explains all results."""
     for sentence, changes, shown_by in itertools.islice(_hypotheses(search, segment), _MOST_TRIED):
         try:
             trace = search.rerun(changes)
         except CANNOT_RUN:
             continue
         if proven(search, segment, trace, shown_by):
-            return sentence
-    return ""
+            return sentence, search.agrees(trace)
+    return "", False
 
 
 def proven(search: Search, segment: Segment, trace: Trace, shown_by: Sequence[int] = ()) -> bool:
@@ -90,7 +90,9 @@ def proven(search: Search, segment: Segment, trace: Trace, shown_by: Sequence[in
 
 
 def _hypotheses(search: Search, segment: Segment) -> Iterator[Hypothesis]:
-    steps = [step for step in segment.torch if search.torch.steps[step].operation not in VIEWS][:_MOST_STEPS]
+    steps = [step for step in segment.behind or segment.torch if search.torch.steps[step].operation not in VIEWS][
+        :_MOST_STEPS
+    ]
     asked = [*steps, *_readers_of_masks(search, steps)]
     yield from _moved_norm(search, steps, segment)
     offered = search.rerun((), asked=asked).alternatives
@@ -107,12 +109,12 @@ def _hypotheses(search: Search, segment: Segment) -> Iterator[Hypothesis]:
 
 def _together(search: Search, offered: Sequence[tuple[int, str, str]]) -> Iterator[Hypothesis]:
     """Change all operations of a segment in the same way, such as the gates of a cell."""
-    groups: dict[tuple[str, str, str], list[int]] = {}
+    groups: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for step, title, sentence in offered:
-        groups.setdefault((search.torch.steps[step].operation, title, sentence), []).append(step)
-    for (_, title, sentence), steps in groups.items():
-        if len(steps) > 1 and "{weight}" not in sentence:
-            yield sentence, [Change(step, title) for step in steps], ()
+        groups.setdefault((search.torch.steps[step].operation, title), []).append((step, sentence))
+    for (_, title), found in groups.items():
+        if len(found) > 1 and "{weight}" not in found[0][1]:
+            yield found[0][1], [Change(step, title) for step, _ in found], ()
 
 
 def _readers_of_masks(search: Search, steps: Sequence[int]) -> list[int]:
@@ -204,12 +206,12 @@ def explained(
     first = search
     cause = ""
     while search.failed and len(found) < _MOST_PLACES and (segment := first_segment(search)) is not None:
-        sentence = cause_at(search, segment)
-        if not found and (not sentence or segment.place.healed != "all"):
+        sentence, everything = cause_at(search, segment)
+        if not found and not everything:
             # One change throughout a side explains several places better than one for each.
             cause = general(parameters_of(search.torch, [*segment.torch, *_feeding(search.torch, segment.torch)]))
         found.append(dataclasses.replace(segment.place, cause=sentence))
-        if cause or segment.heals is None:
+        if cause or everything or segment.heals is None:
             break
         search = search.healed(segment.heals)
     if not found:

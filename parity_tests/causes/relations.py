@@ -13,6 +13,8 @@ from parity_tests.pair.localisation import Search, Segment, arrangements
 from parity_tests.pair.trace import ARGUMENT, CONSTANT, LARGEST, VIEWS, Change, Trace
 
 _MOST_TERMS = 12
+_MOST_READ = 4  # values that are tried in another order
+_MOST_ROLLED = 8  # elements of an axis that is rolled
 _MOST_FORMULAS = 60  # values of the flax side that a formula is looked for
 # A sentence, changes, and the operations whose results must be among Flax's values where not all results agree.
 Hypothesis = tuple[str, Sequence[Change], Sequence[int]]
@@ -117,37 +119,61 @@ def _is_round(number: float) -> bool:
 
 def related(search: Search, segment: Segment, steps: Sequence[int]) -> Iterator[Hypothesis]:
     """Yield hypotheses that put other numbers in; `steps` are the operations of a segment that are no views."""
-    yield from _arranged(search, steps)
+    yield from _arranged(search, segment)
     yield from _weighted(search, segment)
     yield from _by_formula(search, segment)
 
 
 def remote(search: Search, segment: Segment, steps: Sequence[int]) -> Iterator[Hypothesis]:
     """Yield those that say less of a cause, to be tried when all others failed."""
+    yield from _turned(search, segment)
     yield from _tables(search, steps)
     yield from _terms(search, steps, segment.place.backward)
     yield from _centred(search, steps)
 
 
-def _arranged(search: Search, steps: Sequence[int]) -> Iterator[Hypothesis]:
+def _arranged(search: Search, segment: Segment) -> Iterator[Hypothesis]:
     """Let the first operations read the numbers that Flax has in the place of theirs: in another order, or masked."""
-    for step in steps[:2]:
-        for position, number in enumerate(search.torch.steps[step].reads):
-            if search.torch.parameter(number):
-                continue
-            own = search.array("torch", number)
-            if own is None or own.size < 2:
-                continue
-            seen = {own.tobytes()}
-            for other in search.matches.get(number, [])[:4]:
-                array = search.array("jax", other)
-                for each in () if array is None else arrangements(array, own.shape):
-                    if each.tobytes() in seen:
-                        continue
-                    seen.add(each.tobytes())
-                    sentence = _rearranged(search, step, number, own, each)
-                    if sentence:
-                        yield sentence, [Change(step, ARGUMENT, position, each)], ()
+    for number, readers, own in _read(search, segment):
+        seen = {own.tobytes()}
+        for array in (search.array("jax", other) for other in search.matches[number][:4]):
+            for each in () if array is None else arrangements(array, own.shape):
+                if each.tobytes() in seen:
+                    continue
+                seen.add(each.tobytes())
+                if sentence := _rearranged(search, readers[0][0], number, own, each):
+                    yield from ((sentence, changes, ()) for changes in _given(readers, each))
+
+
+def _read(search: Search, segment: Segment) -> Iterator[tuple[int, list[tuple[int, int]], np.ndarray]]:
+    """Yield the first values that both sides have and a segment reads, with all that read them from there on."""
+    numbers = dict.fromkeys(number for step in segment.torch for number in search.torch.steps[step].reads)
+    usual = [n for n in numbers if n in search.matches and search.torch.sizes[n] > 1 and not search.torch.parameter(n)]
+    later = range(segment.torch[0], len(search.torch.steps))
+    for number in usual[:_MOST_READ]:
+        own = search.array("torch", number)
+        reads = ((step, search.torch.steps[step].reads) for step in later)
+        if own is not None:
+            yield number, [(step, found.index(number)) for step, found in reads if number in found], own
+
+
+def _given(readers: Sequence[tuple[int, int]], value: np.ndarray) -> Iterator[list[Change]]:
+    """Yield the changes that give a value to the first of some operations, and to all of them."""
+    for some in (readers[:1], readers)[: len(readers)]:
+        yield [Change(step, ARGUMENT, position, value) for step, position in some]
+
+
+def _turned(search: Search, segment: Segment) -> Iterator[Hypothesis]:
+    """Reverse, roll or transpose what the first operations read, as an index does that Flax computes."""
+    for _, readers, own in _read(search, segment):
+        turned = [np.flip(own, axis) for axis, size in enumerate(own.shape) if size > 1]
+        turned += [np.roll(own, by, k) for k, n in enumerate(own.shape) if n <= _MOST_ROLLED for by in range(1, n)]
+        turned += [own.swapaxes(a, b) for b in range(own.ndim) for a in range(b) if own.shape[a] == own.shape[b] > 1]
+        module = search.torch.steps[readers[0][0]].module or "this operation"
+        for each in map(np.ascontiguousarray, turned):
+            words = order_of(own, each)
+            sentence = f"order: {module} reads the same numbers {words} on the flax side"
+            yield from ((sentence, changes, ()) for changes in _given(readers, each) if words)
 
 
 def _rearranged(search: Search, step: int, number: int, own: np.ndarray, each: np.ndarray) -> str:
@@ -160,6 +186,11 @@ def _rearranged(search: Search, step: int, number: int, own: np.ndarray, each: n
     if not same_numbers(own, each):
         return ""
     words = order_of(own, each)
+    total = own + each
+    if np.ptp(total) <= 1e-9 * np.abs(total).max() and total.any():
+        return f"constant: {module} reads {total.flat[0]:.6g} minus the numbers on the flax side (inverted)"
+    if not words and len(np.unique(own)) < 4:
+        return ""
     if "transposed" in words and _softmax_follows(search, number):
         return "order: the scores are transposed on the flax side (query and key are exchanged)"
     known = " (channels first against last before a flatten, heads merged or split in another order)"

@@ -190,7 +190,7 @@ PAIRS = (
         ((3, 4, 7), (3, 5)),
         (
             bug("halves_exchanged", "order 1, 0|exchanged", exchanged=True),
-            bug("without_one", "1 \\+|plus (1|one)|term of this sum", shift=0.0),
+            bug("without_one", "1 \\+|plus (1|one)|term of this sum|lacks the 1", shift=0.0),
             bug("missing_activation", "activation|relu", activation="none"),
         ),
     ),
@@ -274,7 +274,7 @@ PAIRS = (
         lambda rng: (rng.uniform(0, 50, 5),),
         (
             bug("sine_first", "order 1, 0|exchanged|order", sine_first=True),
-            bug("exponent", "exponent", last=3),
+            bug("exponent", r"exponent|1\.33333 times", last=3),
             bug("base", "base|log", base=1000.0),
             bug("relu_for_silu", "relu", activation="relu"),
         ),

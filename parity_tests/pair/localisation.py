@@ -36,6 +36,7 @@ class Segment:
         end: numbers of the values, on the torch and the flax side, with which everything that follows agrees, if known.
         heals: the change that puts Flax's value in.
         place: in words.
+        behind: numbers of all operations of torch that the results hang on, where no end was found.
     """
 
     torch: tuple[int, ...]
@@ -43,6 +44,7 @@ class Segment:
     place: Place
     end: tuple[int, int] | None = None
     heals: Change | None = None
+    behind: tuple[int, ...] = ()
 
 
 @dataclass
@@ -184,6 +186,7 @@ def first_segment(search: Search) -> Segment | None:
         segment.place = _place(search, segment, "all" if everything else "here")
     else:
         segment.place = _place(search, segment, "")
+        segment.behind = tuple(sorted(torch))
     return segment
 
 

@@ -43,6 +43,7 @@ _BASES = (10000.0, 1000.0, 100.0, 500000.0, 1000000.0, 100000.0, 2.0, 10.0, math
 _EXPONENTS = (1.0, 2.0, 0.5, 3.0, 1.5, 4.0, -0.5, -1.0, -2.0)
 _LOGARITHMS = {"log": torch.log, "log2": torch.log2, "log10": torch.log10, "log1p": torch.log1p}
 _LINEAR = {"addmm": 1, "mm": 0, "bmm": 0, "baddbmm": 1, "convolution": 0, "mv": 1, "addmv": 2, "embedding": None}
+_MOST_ROWS = 12
 _REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -234,6 +235,10 @@ def _embedding(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Of
     if name == "embedding_dense_backward" and args[3] >= 0:
         sentence = f"padding_idx: the torch side leaves row {args[3]} out of the gradient, the flax side does not"
         yield "no padding_idx", sentence, lambda: again(name, put(args, 3, -1))
+        for row in range(min(args[2], _MOST_ROWS)):
+            sentence = f"padding_idx: the torch side leaves row {args[3]} out of the gradient, the flax side row {row}"
+            if row != args[3]:
+                yield f"padding_idx {row}", sentence, lambda row=row: again(name, put(args, 3, row))
     if name == "embedding":
         count = int(args[0].shape[0])
         for row in dict.fromkeys((0, count - 1, 1)):

@@ -33,6 +33,8 @@ def put(args: Sequence[Any], position: int, value: Any) -> list[Any]:
 
 def norm_offers(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
     """Yield the hypotheses about a norm, for `alternatives.offers`."""
+    if name == "_weight_norm_interface":
+        yield from _weight_norm(*args)
     if name not in NORMS:
         return
     position, weight, bias = NORMS[name]
@@ -58,6 +60,21 @@ def norm_offers(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
             yield f"without {what}", sentence, lambda where=where: again(name, put(args, where, None))
     yield from _other_moments(name, args, used)
     yield "no norm", "this norm is missing on the flax side", lambda: args[0]
+
+
+def _weight_norm(v: torch.Tensor, gain: torch.Tensor, axis: int = 0) -> Iterator[Offer]:
+    def divided(kept: int, epsilon: float = 0.0) -> torch.Tensor:
+        axes = [k for k in range(v.ndim) if k != kept]
+        return v / (v.square().sum(axes, keepdim=True) + epsilon).sqrt()
+
+    for other in (k for k in range(v.ndim) if k != axis):
+        sentence = f"axes: the torch side takes a length for each index of axis {axis}, the flax side of axis {other}"
+        yield f"lengths of {other}", sentence, lambda other=other: divided(other) * gain
+    yield "no gain", "factor: the gain of this weight norm has no effect on the flax side", lambda: divided(axis)
+    yield "no length", "factor: the flax side does not divide by the length of the weight", lambda: v * gain
+    for value in EPSILONS[:-1]:
+        sentence = f"epsilon: the torch side has none in this weight norm, the flax side behaves like {value:g}"
+        yield f"epsilon={value!r}", sentence, lambda value=value: divided(axis, value) * gain
 
 
 @dataclass(frozen=True)

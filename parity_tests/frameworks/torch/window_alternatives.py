@@ -20,8 +20,23 @@ _MOST_DILATION = 4
 def window_offers(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
     """Yield the hypotheses about an operation that slides a window, for `alternatives.offers`."""
     yield from _window(name, args, kwargs, result)
+    yield from _pad(name, *args)
     yield from _pool(name, args, kwargs, result)
     yield from _resized(name, args, kwargs, result)
+
+
+def _pad(name: str, *args: Any) -> Iterator[Offer]:
+    """Divide what is padded otherwise among both ends of an axis."""
+    if name != "constant_pad_nd":
+        return
+    x, pads = args[0], list(args[1])
+    value = args[2] if len(args) > 2 else 0.0
+    for k in range(0, len(pads), 2):
+        for low in (n for n in range(sum(pads[k : k + 2]) + 1) if n != pads[k]):
+            own, other = pads[k : k + 2], [low, sum(pads[k : k + 2]) - low]
+            sentence = f"padding: the torch side pads {_pads([tuple(own)])}, the flax side {_pads([tuple(other)])}"
+            moved = [*pads[:k], *other, *pads[k + 2 :]]
+            yield f"share {low / sum(own):g} of axis {k}", sentence, lambda moved=moved: F.pad(x, moved, value=value)
 
 
 def _spatial(x: torch.Tensor, count: int) -> tuple[int, ...]:
@@ -72,7 +87,12 @@ def _window(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer
         shifted = [(low + 1, high - 1) for low, high in own if high]
         lower = [(low - 1, high + 1) for low, high in own if low]
         reversed_same = [(high, low) for low, high in same]
-        for title, pads in (("own", own), ("SAME", same), ("SAME, the other way round", reversed_same)):
+        wider = [(spread - own_spread) * (n - 1) for n, own_spread in zip(windows, dilation, strict=True)]
+        before = [(low + more, high) for (low, high), more in zip(own, wider, strict=True)]
+        after = [(low, high + more) for (low, high), more in zip(own, wider, strict=True)]
+        several = [("own", own), ("SAME", same), ("SAME, the other way round", reversed_same)]
+        # What is padded by an operation of its own goes with the dilation.
+        for title, pads in [*several, ("before", before), ("after", after)]:
             yield from _convolution(title, pads, spread, dilation, own, args, result, length, convolved, sizes, windows)
         for pads in (shifted, lower):
             if len(pads) == len(axes) and spread == dilation[0]:
