@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from parity_tests.causes.place import Findings, explained
+from parity_tests.causes.place import Findings, explained, place_of_shapes
 from parity_tests.causes.search import block_orders, exchanges, first_confirmed, head_orders
 from parity_tests.judge.comparison import UNDECIDED, within
 from parity_tests.judge.dtypes import FORMATS, as_stored, is_complex, is_float, is_inexact, parts, widened
@@ -37,6 +37,12 @@ def diagnosis(pair: Pair, evidence: Evidence, rows: Sequence[PairRow], tell: Cal
 
     if rung == "state" and names:
         return Findings(general(()), tuple(_place_of_buffer(pair, name) for name in names[:1]))
+    if rung == "forward" and evidence.values is not None and not evidence.bounds and not evidence.random:
+        names = [row.tensor for row in _failed(rows) if row.rung == rung]
+        try:
+            return Findings(general(()), place_of_shapes(pair, evidence, names))
+        except CANNOT_RUN:
+            return Findings(general(()))
     if rung not in ("forward", "gradients") or not names or not evidence.bounds or evidence.random:
         return Findings(general(()))
     tell("looking for the place")

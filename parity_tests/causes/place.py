@@ -189,6 +189,12 @@ def _normed(search: Search, step: int, value: int) -> np.ndarray | None:
     return result
 
 
+def place_of_shapes(pair: Pair, evidence: Evidence, failed: Sequence[str]) -> tuple[Place, ...]:
+    """Return the first place after which two models part whose results have different shapes: none can be put in."""
+    segment = first_segment(record_both(pair, evidence, failed), healing=False)
+    return () if segment is None else (segment.place,)
+
+
 def explained(
     pair: Pair, evidence: Evidence, failed: Sequence[str], general: Callable[[Sequence[str]], str]
 ) -> Findings:

@@ -77,26 +77,26 @@ def formulas(own: np.ndarray, other: np.ndarray) -> Iterator[tuple[str, np.ndarr
     def fits(values: np.ndarray) -> bool:
         return bool((np.abs(np.sort(values) - second) <= _ALIKE * max(scale, np.abs(values).max())).all())
 
-    def told(constants: tuple[float, ...], needed: int) -> bool:
-        return distinct >= needed or (distinct >= needed - len(constants) + 1 and all(map(_is_round, constants)))
+    def told(constant: float, needed: int) -> bool:
+        return distinct >= needed or _is_round(constant)
 
     for sign in (1.0, -1.0):
         factor = sign * float(np.sqrt((second**2).sum() / (first**2).sum())) if first.any() else 0.0
         factor = _written(factor)
-        if abs(factor - 1) > FORMATS["float32"].roundoff and factor and fits(factor * first) and told((factor,), 2):
+        if abs(factor - 1) > FORMATS["float32"].roundoff and factor and fits(factor * first) and told(factor, 2):
             yield f"{factor:.6g} times as large", factor * own
     offset = _written(float(np.median(second - first)))
-    if abs(offset) > FORMATS["float32"].roundoff * scale and fits(first + offset) and told((offset,), 3):
+    if abs(offset) > FORMATS["float32"].roundoff * scale and fits(first + offset) and told(offset, 3):
         yield f"{abs(offset):.6g} {'more' if offset > 0 else 'less'} (a shift by a constant)", own + offset
     complement = _written(float(np.median(second + first[::-1])))
-    if complement and fits(complement - first) and told((complement,), 3):
+    if complement and fits(complement - first) and told(complement, 3):
         yield f"{complement:.6g} minus it (inverted)", complement - own
     if first[0] > 0 and second[0] > 0:
         logs, others = np.log(first), np.log(second)
         for order in (1, -1) if logs.any() else ():
             power = _written(float(logs @ others[::order] / (logs @ logs)))
             # An array of ones is any power of itself.
-            if abs(power - 1) > FORMATS["float32"].roundoff and fits(first**power) and told((power,), 3):
+            if abs(power - 1) > FORMATS["float32"].roundoff and fits(first**power) and told(power, 3):
                 yield f"it to the power {power:.6g} (another exponent, or base of a power)", own**power
     for order in (1, -1) if distinct >= 4 else ():
         factor, offset = map(_written, np.polyfit(first, second[::order], 1).tolist())

@@ -161,8 +161,8 @@ def record_both(pair: Pair, evidence: Evidence, failed: Sequence[str]) -> Search
     return Search(pair, values, evidence, tuple(failed), traces["torch"], traces["jax"])
 
 
-def first_segment(search: Search) -> Segment | None:
-    """Return the first place where the two runs part, its end proven by healing if that is possible."""
+def first_segment(search: Search, healing: bool = True) -> Segment | None:
+    """Return the first place where the two runs part, its end proven by healing if that is possible, and asked for."""
     starts = {
         "torch": [search.torch.results[name] for name in _own(search, "torch") if name in search.torch.results],
         "jax": [search.flax.results[name] for name in _own(search, "jax") if name in search.flax.results],
@@ -177,8 +177,8 @@ def first_segment(search: Search) -> Segment | None:
     if not torch or not flax:
         return None
     segment = Segment((min(torch),), (min(flax),), Place("", ""))
-    if healing := _healed(search, sorted(torch), sorted(flax)):
-        step, end, change, everything = healing
+    if found := _healed(search, sorted(torch), sorted(flax)) if healing else None:
+        step, end, change, everything = found
         producer = search.flax.producers()[end[1]]
         own = walked(search.torch, [end[0]], set(search.matches))
         other = walked(search.flax, [end[1]], known_flax) or {producer}

@@ -300,7 +300,14 @@ def _scaled(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer
             value = torch.as_tensor(other).detach().item()
             sentence = f"scale: the flax side lacks this {'factor' if name == 'mul' else 'division'} of {value:.6g}"
             yield "no factor", sentence, lambda: args[0].broadcast_to(result.shape).clone()
-        elif args[0].shape == result.shape:
-            what = "multiplication (a weight, a normalisation)" if name == "mul" else "division (not normalised there)"
-            sentence = f"factor: the flax side lacks this {what}, by values of shape {tuple(other.shape)}"
-            yield "no factor", sentence, lambda: args[0].clone()
+            return
+        # A product has no first factor: either may be the one that is missing.
+        for position in (0, 1) if name == "mul" and isinstance(args[0], torch.Tensor) else (0,):
+            if args[position].shape == result.shape:
+                what = (
+                    "multiplication (a weight, a normalisation)" if name == "mul" else "division (not normalised there)"
+                )
+                sentence = (
+                    f"factor: the flax side lacks this {what}, by values of shape {tuple(args[1 - position].shape)}"
+                )
+                yield f"only {position}", sentence, lambda position=position: args[position].clone()

@@ -34,7 +34,8 @@ def _pad(name: str, *args: Any) -> Iterator[Offer]:
     for k in range(0, len(pads), 2):
         for low in (n for n in range(sum(pads[k : k + 2]) + 1) if n != pads[k]):
             own, other = pads[k : k + 2], [low, sum(pads[k : k + 2]) - low]
-            sentence = f"padding: the torch side pads {_pads([tuple(own)])}, the flax side {_pads([tuple(other)])}"
+            words = [f"{before} before and {after} after" for before, after in (own, other)]
+            sentence = f"padding: the torch side pads {words[0]}, the flax side {words[1]}"
             moved = [*pads[:k], *other, *pads[k + 2 :]]
             yield f"share {low / sum(own):g} of axis {k}", sentence, lambda moved=moved: F.pad(x, moved, value=value)
 
