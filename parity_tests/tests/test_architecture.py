@@ -57,6 +57,7 @@ SHORT = {
 OF_ONE_FRAMEWORK = {
     "alternatives.py": "what single operations may have been meant to do is tried on the torch side",
     "norm_alternatives.py": "likewise, of norms",
+    "window_alternatives.py": "likewise, of convolutions and pools",
     "sharded.py": "processes; JAX divides over devices of one process",
     "defects.py": "defects of user pairs are planted in the Flax side",
     "checkpoints.py": "orbax is JAX's; torch's side has state dicts and safetensors files",
