@@ -3,6 +3,7 @@
 The script of the page and the library that draws files show the same rows by the same descriptions.
 """
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -140,7 +141,8 @@ def _competitor(ranking: Ranking, row: Row, found: Efficiency, best: set[str | N
     if speed is not None and interval is not None and interval.ratio > 0:
         # The interval is of the ratio to the baseline, and drawn at the competitor's own speed.
         ends = [speed * end / interval.ratio for end in (interval.low, interval.high)]
-    pays = "" if found.payback_calls is None else f"pays: {calls(found.payback_calls)}"
+    after = found.payback_calls
+    pays = "" if after is None else "never pays" if math.isinf(after) else f"pays after {calls(after)}"
     values = {
         "flops_per_s": speed,
         "speed_low": ends[0],
