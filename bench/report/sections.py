@@ -256,7 +256,7 @@ _SPEED = (
 )
 _ROOFLINE = (
     "What the machine can do at most, by its bytes (slope) and its operations (flat): measured in the same session, "
-    "and by the data sheet where it is known. The leaders are named."
+    "and by the data sheet where it is known. The leaders are named. What stays in a cache may lie above the slope."
 )
 _TIME = (
     "Where the host's mark lies right of the device's, calls are what costs and not the work; a recorded graph or a "
