@@ -104,6 +104,7 @@ compare: $(VENV)/.installed
 	@mkdir -p $(OUT)
 	$(VENV)/bin/python -m parity_tests run --cases smoke --json $(OUT)/parity.json
 	$(RUN)
+	$(VENV)/bin/python -m bench report $(OUT) --html $(OUT)/page.html
 
 # Both environments at once: most of the time goes into downloads.
 setup: $(VENV)/.installed $(if $(PYTHON_NEWEST),$(VENV_NEWEST)/.installed)

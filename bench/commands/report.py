@@ -57,7 +57,7 @@ from bench.report.sections import PageContent, sections
 from bench.report.tables import show_frameworks, show_rankings, terminal, wide_console
 from bench.report.text import ratio, resolution_line, summary_line
 from bench.store import Archive, Damage
-from bench.study.claims import ClaimResult, claim_results
+from bench.study.claims import CLAIMED_WORKLOADS, ClaimResult, claim_results
 from bench.study.findings import findings
 from bench.study.process_spread import seen_spreads
 from bench.study.results import Results, read_results
@@ -169,12 +169,15 @@ def report(
 
 
 def _page(results: Results, directories: Sequence[Path], where: Sequence[str], damage: Sequence[str]) -> PageContent:
-    """Return the content of a page: findings and claims are derived from the same cells again."""
+    """Return the content of a page; findings and claims need the samples, which are read again."""
     archive = Archive(directories, selection("--where", where), Damage())
     seen = seen_spreads(archive)
     words = ["python", "-m", "bench", "report", *map(str, directories)]
     given = shlex.join([*words, *(word for condition in where for word in ("--where", condition))])
-    found, judged = findings(archive.cells(), seen), claim_results(archive.cells(), seen)
+    ranked = {(one.first.environment_id, one.cell): one for one in results.found}
+    found = findings(archive.cells(), seen, ranked=ranked)
+    there = any(one.first.workload in CLAIMED_WORKLOADS for one in results.found)
+    judged = claim_results(archive.cells() if there else (), seen, ranked)
     parts, shown = sections(results, found, judged, directories, given)
     names = ", ".join(directory.resolve().name for directory in directories)
     return PageContent(f"Benchmark of {names}", parts, shown, [*filter(None, [results.stopped]), *damage])

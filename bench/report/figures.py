@@ -23,7 +23,7 @@ from parity_tests.report.text import printable
 FILTERS: tuple[str, ...] = ("framework", "implementation", "mode", "precision", "direction", "division", "workload")
 # Cells of different values of these are never in one panel.
 PANEL: tuple[str, ...] = ("direction", "optimizer", "precision", "division", "cache", "machine")
-LEADS, BEST, BEHIND = "leads", "best of its framework", "behind"
+LEADS, BEST, BEHIND, _NO_SPEED = "leads", "best of its framework", "behind", "no speed"
 # A page of more competitors takes too long to load: those behind the best of their framework are left out.
 MOST_ROWS = 60_000
 _MOST_CHARACTERS = 90  # of a kernel's name; some are whole templates
@@ -65,11 +65,13 @@ class Figures:
     chosen: dict[str, str]  # filter to its value at first; the others show everything
     left_out: int  # number of competitors behind others, in a page that would be too large
 
-    def having(self, picture: Picture) -> list[dict[str, Any]]:
-        """Return the rows that have what a picture shows, with the columns of their cells."""
+    def having(self, picture: Picture) -> Iterator[dict[str, Any]]:
+        """Yield the rows that have what a picture shows, with the columns of their cells."""
         needed = (picture.x.column, *((picture.y.column,) if picture.y else ()))
-        found = ({**self.cells[row["cell"]], **row} for row in self.rows)
-        return [row for row in found if all(row[name] is not None for name in needed)]
+        for row in self.rows:
+            cell = self.cells[row["cell"]]
+            if all(row.get(name, cell.get(name)) is not None for name in needed):
+                yield {**cell, **row}
 
     def shown(self, picture: Picture) -> list[dict[str, Any]]:
         """Return those rows that it shows at first."""
@@ -170,7 +172,7 @@ def _competitor(ranking: Ranking, row: Row, found: Efficiency, best: set[str | N
         "kind": r.kind,
         "status": outcome(r),
         "reason": r.reason,
-        "place": YARDSTICK if r.kind == YARDSTICK else place if row.rank else "no speed",
+        "place": YARDSTICK if r.kind == YARDSTICK else place if row.rank else _NO_SPEED,
         "rank": row.rank,
         "verdict": row.verdict or None,
         **{name: _digits(value) for name, value in values.items()},
@@ -237,9 +239,9 @@ def figures(results: Results) -> Figures:
     machines = machine_names(results)
     cells = [cell_figures(one, machines.get(one.first.environment_id, "unknown machine")) for one in results.found]
     _place_in_matrix(cells)
-    rows, everything = list(_competitors(results)), sum(len(ranking.rows) for ranking in results.found)
-    if everything > MOST_ROWS:
-        rows = [row for row in rows if row["place"] in (LEADS, BEST)]
+    everything = sum(len(ranking.rows) for ranking in results.found)
+    kept = (LEADS, BEST) if everything > MOST_ROWS else (LEADS, BEST, BEHIND, YARDSTICK, _NO_SPEED)
+    rows = [row for row in _competitors(results) if row["place"] in kept]
     return Figures(cells, rows, _chosen(cells), everything - len(rows))
 
 

@@ -125,6 +125,7 @@ def _next(results: Results, directories: Sequence[str], where: Sequence[str]) ->
     sizes |= {"out-features": first.out_features, "batch": first.batch}
     shape = " ".join(f"--{name} {size}" for name, size in sizes.items())
     lines = [f"  python -m bench report {words}{conditions} --all      # every ranking, with reasons and remarks"]
+    lines += [f"  python -m bench report {words}{conditions} --html page.html      # as one page for a browser"]
     lines += [f"  python -m bench recommend {words} {shape}"]
     lines += [f"  python -m bench findings {words}      # what holds in every cell"] if len(directories) == 1 else []
     lines += [f"Outcomes: {summary_line(results.outcomes)}."]

@@ -204,7 +204,7 @@ def _environment(results: Results, command: str) -> Section:
 
 def _drawn(name: str, title: str, pictures: Sequence[Picture], shown: Figures, command: str, *said: str) -> Section:
     """Return a section of pictures; without a figure it says so."""
-    there = [picture for picture in pictures if shown.having(picture)]
+    there = [picture for picture in pictures if any(True for _ in shown.having(picture))]
     sentences = said if there else ("These records hold no such figure.",)
     return Section(name, title, sentences, pictures=there, command=command)
 
