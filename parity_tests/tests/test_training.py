@@ -19,11 +19,10 @@ from parity_tests.frameworks.jax import subjects as jax_subjects
 from parity_tests.frameworks.jax.training import JaxTraining
 from parity_tests.frameworks.torch import subjects as torch_subjects
 from parity_tests.frameworks.torch.training import TorchTraining
-from parity_tests.training import run as training_run
+from parity_tests.training import ladder
 from parity_tests.training.criteria import free_running, off_block, training_parity
-from parity_tests.training.ladder import RUNGS, LadderSide, climb
+from parity_tests.training.ladder import RUNGS, LadderSide, climb, load_side
 from parity_tests.training.optimizers import OPTIMIZERS, OptimizerSpec
-from parity_tests.training.run import load_side
 from parity_tests.training.tasks import nlinear_series, partitioned_mlp
 from torch_impl import MaskedPartitionedLinear
 
