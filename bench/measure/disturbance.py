@@ -51,19 +51,12 @@ class _Process:
 
 @dataclass(frozen=True)
 class Usage:
-    """A moment in the system's accounts.
+    """A moment in the system's accounts."""
 
-    Attributes:
-        at_s: monotonic clock.
-        busy_s: of all the processors together, spent on processes.
-        steal_s: of all the processors together, taken by the hypervisor.
-        own: name to the process's account; this process has the empty name.
-    """
-
-    at_s: float
-    busy_s: float
-    steal_s: float
-    own: Mapping[str, _Process]
+    at_s: float  # monotonic clock
+    busy_s: float  # of all the processors together, spent on processes
+    steal_s: float  # of all the processors together, taken by the hypervisor
+    own: Mapping[str, _Process]  # name to the process's account; this process has the empty name
 
 
 def _processor_seconds(cpus: Sequence[int]) -> tuple[float, float] | None:

@@ -108,25 +108,17 @@ def add_control(entries: list[Entry]) -> None:
 
 @dataclass(frozen=True)
 class CellOutcome:
-    """The outcome of a cell.
+    """The outcome of a cell."""
 
-    Attributes:
-        entries: all competitors, the control last.
-        inputs_digest: hash of the inputs, or None if no worker drew any.
-        switches: per framework, its precision switches.
-        ceilings: rates of a large product and a large copy, the higher of the frameworks'.
-        stopped: why no more rounds were run.
-        disturbance: the share of the machine that others took during the rounds.
-        disturbance_windows: the same in pieces.
-    """
-
-    entries: tuple[Entry, ...]
-    inputs_digest: str | None
-    switches: dict[str, dict[str, Any]]
+    entries: tuple[Entry, ...]  # all competitors, the control last
+    inputs_digest: str | None  # hash of the inputs, or None if no worker drew any
+    switches: dict[str, dict[str, Any]]  # per framework, its precision switches
+    # Rates of a large product and a large copy, the higher of the frameworks'
     ceilings: Mapping[str, float] = field(default_factory=dict)
-    stopped: str = ""
+    stopped: str = ""  # why no more rounds were run
+    # The share of the machine that others took during the rounds
     disturbance: Mapping[str, Any] = field(default_factory=dict)
-    disturbance_windows: Sequence[Mapping[str, Any]] = ()
+    disturbance_windows: Sequence[Mapping[str, Any]] = ()  # the same in pieces
 
 
 ROUNDS, TIME = "rounds", "time"

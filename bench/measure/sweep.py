@@ -42,17 +42,11 @@ class RecordStore(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """The state of a run.
+    """The state of a run."""
 
-    Attributes:
-        done: cells that are finished, those of an earlier run included.
-        total: all cells.
-        text: the present step.
-    """
-
-    done: int
-    total: int
-    text: str
+    done: int  # cells that are finished, those of an earlier run included
+    total: int  # all cells
+    text: str  # the present step
 
 
 # Lends workers for the cells of a division; the caller's with statement gives them back.
