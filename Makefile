@@ -21,10 +21,11 @@ PRESET ?= smoke
 # make compare PRESET=seed BENCH_ARGS="--replicates 1"
 BENCH_ARGS ?=
 # Two files at a time; the tests of one file stay together, because they share what they computed.
-# EVERY_TEST=1 in the environment adds what takes minutes: every optimiser, planted defect and kill, the drawn pages.
+# EVERY_TEST=1 in the environment adds what takes minutes: every optimiser, planted defect, kill and signal, every dtype
+# of every case and implementation of JAX, and the drawn pages.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 # The longest files come first, so that no worker is left with one of them at the end.
-SUITE ?= $(addprefix parity_tests/tests/test_,training.py readme.py pair_defects.py) bench parity_tests
+SUITE ?= $(addprefix parity_tests/tests/test_,parity.py metamorphic.py jax_implementations.py pair_families.py pair_defects.py) bench parity_tests
 # To collect the tests of all other files takes longer than most of these run.
 COMPILED ?= $(shell grep -rl --include='test_*.py' 'pytest.mark.compile' bench/tests parity_tests/tests)
 # What depends on the releases of JAX and Flax. Shapes and dtypes of every implementation are judged there by the command.

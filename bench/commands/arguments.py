@@ -26,6 +26,9 @@ from parity_tests.report.console import PlainConsole
 from parity_tests.report.files import OutputError, check_apart, check_output
 from parity_tests.report.interruption import INTERRUPTED
 
+__all__ = ["FAILED", "INTERRUPTED", "OK", "USAGE", "UsageError", "check_choices", "check_interpreters"]
+__all__ += ["check_outputs", "complain", "cut_short", "ending", "reading", "selection", "tell", "tell_damage"]
+
 OK, FAILED, USAGE = 0, 1, 2
 _ERRORS = PlainConsole(stderr=True, soft_wrap=True)
 # Sentences about one damaged file; further ones are found when these are mended.

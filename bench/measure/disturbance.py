@@ -161,7 +161,7 @@ def stretch(cpus: Sequence[int], turn: int = 0) -> float | None:
 
 
 class Watch:
-    """Watches the machine during the rounds of one cell: the processors, less the use of our own processes."""
+    """Watches processors during the rounds of one cell, less the use of our own processes; of none it tells nothing."""
 
     def __init__(self, pids: Callable[[], Mapping[str, int]], cpus: Sequence[int]):
         self._pids, self._cpus = pids, tuple(cpus)
@@ -197,6 +197,8 @@ class Watch:
         self._since, self._stretches, self._rounds = after, [], 0
 
     def _calibrate(self) -> None:
+        if not self._cpus:
+            return
         time.sleep(_SETTLE_S)
         found = stretch(self._cpus, len(self._stretches))
         if found is not None:

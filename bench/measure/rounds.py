@@ -205,7 +205,7 @@ class Rounds:
         block_s: float,
         watch: Watch | None = None,
     ):
-        self._watch = watch
+        self._watch = watch or Watch(dict, ())
         self._entries, self._preset, self._block = entries, preset, block
         self._block_s = block_s
         self._monitor, self._report = monitor, report
@@ -225,11 +225,9 @@ class Rounds:
                     stop = TIME
             last = stop is not None or number == preset.rounds
             started = time.monotonic()
-            if self._watch is not None:
-                self._watch.round_begins()
+            self._watch.round_begins()
             self._round(last=last)
-            if self._watch is not None:
-                self._watch.round_ends(last=last or not any(entry.timed for entry in self._entries))
+            self._watch.round_ends(last=last or not any(entry.timed for entry in self._entries))
             spent += time.monotonic() - started
             if last:
                 return stop or ROUNDS
@@ -242,7 +240,7 @@ class Rounds:
         shuffled = [entry for entry in self._entries if entry.timed]
         self._order.shuffle(shuffled)
         for reverse in (False, True):
-            if reverse and self._watch is not None:
+            if reverse:
                 self._watch.round_turns()
             for entry in reversed(shuffled) if reverse else shuffled:
                 if entry.going:

@@ -15,47 +15,67 @@ from bench.plan.cells import RESULTS
 from bench.plan.competitors import Catalogue
 from bench.plan.workloads import AXES
 from parity_tests.judge.inputs import Inputs
+from parity_tests.report.files import ScratchFolder
 
 Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Task:
-    """The computation that is asked of a competitor."""
+    """The computation that is asked of a competitor.
 
-    implementation: str  # a name of the tree's registry, of what users write instead, or of a yardstick
-    mode: str  # how it is compiled and launched
-    direction: str  # `forward`, `forward_backward` or `train_step`
-    layout: str = "contiguous"  # how x and dy lie in memory, and in the matched and tuned divisions y and dx as well
-    optimizer: str | None = None  # of `train_step`, by its name in the neutral specification
+    Attributes:
+        implementation: a name of the tree's registry, of what users write instead, or of a yardstick.
+        mode: how it is compiled and launched.
+        direction: `forward`, `forward_backward` or `train_step`.
+        layout: how x and dy lie in memory, and in the matched and tuned divisions y and dx as well.
+        optimizer: of `train_step`, by its name in the neutral specification.
+    """
+
+    implementation: str
+    mode: str
+    direction: str
+    layout: str = "contiguous"
+    optimizer: str | None = None
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A competitor that is ready to be called."""
+    """A competitor that is ready to be called.
 
-    call: Call  # returns all results of the direction, possibly before they are computed
-    compile_s: float | None = None  # seconds for tracing, lowering and compilation; None where nothing is compiled
-    # Outputs and temporaries by the compiler's account, or the memory that a CUDA graph took while it was recorded; or
-    # None
+    Attributes:
+        call: returns all results of the direction, possibly before they are computed.
+        compile_s: seconds for tracing, lowering and compilation; None where nothing is compiled.
+        static_memory_bytes: outputs and temporaries by the compiler's account, or the memory that a CUDA graph took
+            while it was recorded; or None.
+        program_flops: operations of one call by the framework's account of the program that runs, or None.
+        compile_again: compiles the same program anew, with a filled cache on disk; returns seconds.
+        restart: brings parameters and optimiser back to their first state; None where a call changes nothing.
+        text: the compiled program as text, or None.
+        uncompiled_calls: counts the calls in which Python ran a function that should be compiled; None without one.
+    """
+
+    call: Call
+    compile_s: float | None = None
     static_memory_bytes: int | None = None
-    # Operations of one call by the framework's account of the program that runs, or None
     program_flops: int | None = None
-    # Compiles the same program anew, with a filled cache on disk; returns seconds
     compile_again: Callable[[], float] | None = None
-    # Brings parameters and optimiser back to their first state; None where a call changes nothing
     restart: Callable[[], None] | None = None
-    text: Callable[[], str | None] | None = None  # the compiled program as text, or None
-    # Counts the calls in which Python ran a function that should be compiled; None without one
+    text: Callable[[], str | None] | None = None
     uncompiled_calls: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The executions on the device during one call."""
+    """The executions on the device during one call.
 
-    kernels: Mapping[str, int]  # name to executions; on a CPU the framework's own operations
-    device_busy_s: float | None  # time in which at least one of them ran; None on a CPU, where host and device are one
+    Attributes:
+        kernels: name to executions; on a CPU the framework's own operations.
+        device_busy_s: time in which at least one of them ran; None on a CPU, where host and device are one.
+    """
+
+    kernels: Mapping[str, int]
+    device_busy_s: float | None
 
 
 class Unsupported(Exception):
@@ -210,6 +230,18 @@ def swapped(array: np.ndarray, layout: str) -> np.ndarray:
     """Return the array from its layout in memory to (b, n, features), or back: a swap of axes undoes itself."""
     axes = AXES[layout]
     return array if axes is None else np.ascontiguousarray(np.swapaxes(array, *axes))
+
+
+class CacheFolder:
+    """A new, empty folder for the compile cache of one program; it is removed with this object.
+
+    A cold compilation then meets an empty cache, whatever ran before and whatever the user keeps; a warm one meets the
+    results of the cold one.
+    """
+
+    def __init__(self) -> None:
+        self._folder = ScratchFolder("cache")
+        self.path = self._folder.name
 
 
 def busy_s(intervals: Iterable[tuple[float, float]]) -> float:

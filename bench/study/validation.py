@@ -192,7 +192,9 @@ def _rates(record: Record, cell: Cell | None) -> Iterator[str]:
         limit, rate = getattr(record, name), amount / (record.latency_s or math.inf)
         # A warm cache may deliver bytes faster than the memory can.
         if limit and rate > factor * limit and ("bytes" not in name or record.cache == "cold"):
-            yield f"latency_s: {rate:.3g} {what} a second are over {factor:g} times {name} = {limit:.3g}"
+            said = f"{rate:.3g} {what} a second are over {factor:g} times what was measured in the same cell,"
+            said = f"{what} / latency_s = {rate:.3g} a second is above" if factor == _RATE_SLACK else said
+            yield f"latency_s: {said} {name} = {limit:.3g}"
 
 
 def _cell_violations(records: list[Record]) -> Iterator[str]:

@@ -61,6 +61,7 @@ def _become(arguments, cwd, environment, streams, timeout):
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = ["", *environment["PYTHONPATH"].split(os.pathsep)]
+    warnings.filterwarnings("error", category=DeprecationWarning, module="__main__")
     kind, what, *rest = arguments
     sys.argv = [kind, *rest]
     if kind == "-m":
@@ -76,7 +77,6 @@ def _serve():
     for name in PRELOADED:
         with suppress(ImportError):
             import_module(name)
-    warnings.filterwarnings("error", category=DeprecationWarning, module="__main__")
     for line in sys.stdin:
         child = os.fork()
         if not child:

@@ -12,12 +12,11 @@ from jax.core import Tracer
 
 from bench.measure.jax.functions import Function, resolve
 from bench.measure.jax.xla import kept_in, repeated_product_flops
-from bench.measure.timer import Prepared, Task, Unsupported, alternating, restart_of
+from bench.measure.timer import CacheFolder, Prepared, Task, Unsupported, alternating, restart_of
 from bench.plan.competitors import JIT, JIT_GRAPH
 from bench.plan.workloads import AXES
 from jax_impl import UnsupportedImplementationError
 from parity_tests.frameworks.jax.training import build_optax
-from parity_tests.report.files import ScratchFolder
 from parity_tests.training.optimizers import OPTIMIZERS
 
 # The learning-rate table of an optimiser is finite; JAX clamps an index past its end, so that the last rate stays.
@@ -156,11 +155,10 @@ def build(
         program, taken = _program(function, task, uncompiled)
         jitted, given = jax.jit(program, compiler_options=compiler), buffers[0][:taken]
         calls = [partial(jitted, *arguments[:taken]) for arguments in buffers]
-    # A cold compilation meets an empty cache, whatever ran before; a warm one the results of the cold one.
-    cache = ScratchFolder("cache")
+    cache = CacheFolder()
 
     def timed_compilation() -> tuple[float, Any]:
-        with kept_in(cache.name):
+        with kept_in(cache.path):
             start = time.perf_counter()
             compiled = jitted.lower(*given).compile()
             return time.perf_counter() - start, compiled

@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bench.measure.timer import Call, Prepared, Task, Unsupported, alternating, restart_of
+from bench.measure.timer import CacheFolder, Call, Prepared, Task, Unsupported, alternating, restart_of
 from bench.measure.torch.functions import Function, resolve
 from bench.plan.competitors import COMPILE, CUDA_GRAPH, EAGER, MAX_AUTOTUNE, REDUCE_OVERHEAD
 from bench.plan.workloads import AXES
 from parity_tests.frameworks.torch.training import build_torch
-from parity_tests.report.files import ScratchFolder
 from parity_tests.training.optimizers import OPTIMIZERS
 
 # Mode to torch.compile's own name for it.
@@ -221,12 +220,11 @@ def _compiled(first_call: Callable[[], None]) -> tuple[float, int | None, Callab
     # Inductor takes seconds to import, and most workers never compile.
     from bench.measure.torch.inductor import kept_in, products_seen
 
-    # A cold compilation meets an empty cache, whatever ran before; a warm one the results of the cold one.
-    cache = ScratchFolder("cache")
+    cache = CacheFolder()
 
     def timed() -> tuple[float, int | None]:
         # What is seen belongs to what Inductor looks up: both compilations need the same.
-        with kept_in(cache.name), products_seen() as seen:
+        with kept_in(cache.path), products_seen() as seen:
             start = time.perf_counter()
             first_call()
             return time.perf_counter() - start, seen.flops
