@@ -72,6 +72,12 @@ def check_initializer(init: Any, kernel_init: Any, bias_init: Any, *, argument: 
     for name, function in (("kernel_init", kernel_init), ("bias_init", bias_init)):
         if function is not None:
             check_callable(name, function, "(key, shape, dtype)")
+            if batch_axis := _batch_axis(function):
+                raise ValueError(
+                    f"`{name}`: expected an initialiser of one partition, (in, out), got one with "
+                    f"batch_axis={shown(batch_axis)}, which takes an axis of the one map for an axis of maps; "
+                    f"leave batch_axis out."
+                )
 
 
 def partition_initializers(
@@ -226,6 +232,19 @@ def _checked(argument: str, drawn: Any, shape: tuple[int, ...], dtype: DTypeLike
         )
     # Without this a weak type would stay, whose values JAX rounds to the dtype of whatever they meet.
     return lax.convert_element_type(values, dtype)
+
+
+def _batch_axis(initializer: Any) -> tuple[Any, ...]:
+    """Return the batch axes of an initialiser by `jax.nn.initializers.variance_scaling`, boxed or not, or ()."""
+    names = getattr(getattr(initializer, "__code__", None), "co_freevars", ())
+    cells = getattr(initializer, "__closure__", None) or ()
+    # A cell may be empty while its function is being made.
+    held = dict(zip(names, (getattr(cell, "cell_contents", None) for cell in cells), strict=True))
+    if {"batch_axis", "in_axis", "out_axis"} <= held.keys():
+        axes = held["batch_axis"]
+        return (axes,) if isinstance(axes, int) else tuple(axes or ())
+    boxed = held.get("initializer", held.get("fn", getattr(initializer, "__wrapped__", None)))
+    return _batch_axis(boxed) if callable(boxed) and boxed is not initializer else ()
 
 
 def _root(in_features: Any) -> Any:
