@@ -239,7 +239,7 @@ def _batch_axis(initializer: Any) -> tuple[Any, ...]:
     names = getattr(getattr(initializer, "__code__", None), "co_freevars", ())
     cells = getattr(initializer, "__closure__", None) or ()
     # A cell may be empty while its function is being made.
-    held = dict(zip(names, (getattr(cell, "cell_contents", None) for cell in cells), strict=True))
+    held: dict[str, Any] = dict(zip(names, (getattr(cell, "cell_contents", None) for cell in cells), strict=True))
     if {"batch_axis", "in_axis", "out_axis"} <= held.keys():
         axes = held["batch_axis"]
         return (axes,) if isinstance(axes, int) else tuple(axes or ())
