@@ -27,7 +27,8 @@ ONE_SIDED = {
 TWINS = {
     "array_types.py": ("UnsupportedImplementationError", "kind_of", "shown", "said", "_on_one_line"),
     "checkpoints.py": (
-        *("without_wrappers", "key_of", "linears_in", "arrays_from_linears", "linears_from_arrays"),
+        *("without_wrappers", "key_of", "linears_in", "check_keys", "arrays_from_linears"),
+        *("of_partition", "linears_from_arrays"),
         *("from_axes", "to_axes", "_sizes", "_checked_patterns"),
     ),
     "files.py": (
@@ -41,7 +42,7 @@ TWINS = {
     ),
     "registry.py": ("_shared_reason", "implementation_names", "get_implementation", "_listed"),
     "validation.py": ("_names",),
-    "parameters.py": ("_deserialized",),
+    "parameters.py": ("_check_version", "_deserialized"),
 }
 LONGEST, SHORTEST = 400, 40
 MOST_FILES = 247
