@@ -5,7 +5,7 @@ Initialisers have Flax's form, (key, shape, dtype) -> values, and see the shape 
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -20,7 +20,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jax_impl.array_types import said, shown
-from jax_impl.packing import Bucket, Packing
+from jax_impl.packing import Packing
 from jax_impl.validation import as_array, check_callable, check_name, name_of
 
 _LARGE_BYTES = 2**30
@@ -32,9 +32,9 @@ TRUNCATED_STD = 0.87962566103423978
 """Standard deviation of a standard normal truncated at -2 and +2."""
 
 
-def torch_uniform(in_features: int) -> Initializer:
+def torch_uniform(in_features: Any) -> Initializer:
     """Draw from U(-1/sqrt(in), 1/sqrt(in)), as `torch.nn.Linear` does for its weight and its bias."""
-    bound = 1.0 / math.sqrt(in_features)
+    bound = 1.0 / _root(in_features)
 
     def draw(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return jax.random.uniform(key, shape, _drawn_in(dtype), -bound, bound).astype(dtype)
@@ -42,13 +42,13 @@ def torch_uniform(in_features: int) -> Initializer:
     return draw
 
 
-def flax_truncated_normal(in_features: int) -> Initializer:
+def flax_truncated_normal(in_features: Any) -> Initializer:
     """Draw from a normal truncated at two of its standard deviations, of resulting std 1/sqrt(in).
 
     This is the default of `flax.nnx.Linear`, `lecun_normal`, with the fan-in of one partition. Drawn in at least fp32
     and rounded once, since random bits are few and the inverse error function coarse in bf16 and fp16.
     """
-    sigma = 1.0 / (math.sqrt(in_features) * TRUNCATED_STD)
+    sigma = 1.0 / (_root(in_features) * TRUNCATED_STD)
 
     def draw(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return (jax.random.truncated_normal(key, -2.0, 2.0, shape, _drawn_in(dtype)) * sigma).astype(dtype)
@@ -56,14 +56,14 @@ def flax_truncated_normal(in_features: int) -> Initializer:
     return draw
 
 
-def zeros(in_features: int) -> Initializer:
+def zeros(in_features: Any) -> Initializer:
     """Fill with zeros, as `flax.nnx.Linear` does for its bias."""
     del in_features
     return lambda key, shape, dtype: jnp.zeros(shape, dtype)
 
 
 INITIALIZERS = MappingProxyType({"torch": (torch_uniform, torch_uniform), "flax": (flax_truncated_normal, zeros)})
-"""Name -> (kernel initialiser, bias initialiser), each made from in_features."""
+"""Name -> (kernel initialiser, bias initialiser), each made from in_features, or an array of one for each element."""
 
 
 def check_initializer(init: Any, kernel_init: Any, bias_init: Any, *, argument: str = "init") -> None:
@@ -72,6 +72,12 @@ def check_initializer(init: Any, kernel_init: Any, bias_init: Any, *, argument: 
     for name, function in (("kernel_init", kernel_init), ("bias_init", bias_init)):
         if function is not None:
             check_callable(name, function, "(key, shape, dtype)")
+            if batch_axis := _batch_axis(function):
+                raise ValueError(
+                    f"`{name}`: expected an initialiser of one partition, (in, out), got one with "
+                    f"batch_axis={shown(batch_axis)}, which takes an axis of the one map for an axis of maps; "
+                    f"leave batch_axis out."
+                )
 
 
 def partition_initializers(
@@ -81,7 +87,8 @@ def partition_initializers(
 
     Where they are not None, `kernel_init` and `bias_init` take the place of what `init` names.
     """
-    of_kernel, of_bias = _of_one_partition(init, kernel_init, bias_init, in_features)
+    named = (make(in_features) for make in INITIALIZERS[init])
+    of_kernel, of_bias = (one if own is None else own for one, own in zip(named, (kernel_init, bias_init), strict=True))
     return per_partition("kernel_init", of_kernel), per_partition("bias_init", of_bias)
 
 
@@ -90,28 +97,27 @@ def packed_initializers(
 ) -> tuple[Initializer, Initializer]:
     """Return the initialisers of a packed kernel and a packed bias, as `partition_initializers` of stacked ones.
 
-    Each partition has the key that it would have among partitions of equal sizes, and its own shape and fan-in.
+    What `init` names is drawn in one piece, each element with the fan-in of its partition: a piece for each size would
+    be a program for each size, where the caller does not jit.
     """
+    ins, outs, order = np.array(packing.in_features), np.array(packing.out_features), list(packing.order)
+    fan_ins = ((ins[order], (ins * outs)[order]), (ins, outs))
 
-    def kernel(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-        return _packed("kernel_init", [init_of(bucket)[0] for bucket in packing.buckets], packing, key, shape, dtype)
+    def named(which: int) -> Initializer:
+        def draw(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+            def in_one_piece(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+                sizes, repeats = fan_ins[which]
+                fan_in = jnp.repeat(jnp.asarray(sizes, _drawn_in(dtype)), repeats, total_repeat_length=shape[0])
+                return INITIALIZERS[init][which](fan_in)(key, shape, dtype)
 
-    def bias(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-        return _packed("bias_init", [init_of(bucket)[1] for bucket in packing.buckets], packing, key, shape, dtype)
+            whole = per_partition(("kernel_init", "bias_init")[which], in_one_piece)(key, (1, *shape), dtype)
+            return whole[0]
 
-    def init_of(bucket: Bucket) -> tuple[Initializer, Initializer]:
-        return _of_one_partition(init, kernel_init, bias_init, bucket.in_features)
+        return draw
 
-    return kernel, bias
-
-
-def _of_one_partition(
-    init: str, kernel_init: Initializer | None, bias_init: Initializer | None, in_features: int
-) -> tuple[Initializer, Initializer]:
-    of_kernel, of_bias = INITIALIZERS[init]
     return (
-        of_kernel(in_features) if kernel_init is None else kernel_init,
-        of_bias(in_features) if bias_init is None else bias_init,
+        named(0) if kernel_init is None else _packed("kernel_init", kernel_init, packing),
+        named(1) if bias_init is None else _packed("bias_init", bias_init, packing),
     )
 
 
@@ -135,34 +141,25 @@ def per_partition(argument: str, initializer: Initializer) -> Initializer:
     return stacked
 
 
-def _packed(
-    argument: str,
-    initializers: Sequence[Initializer],
-    packing: Packing,
-    key: Array,
-    shape: tuple[int, ...],
-    dtype: DTypeLike,
-) -> Any:
-    """Draw packed values with the initialiser of each bucket; boxes of metadata end up around the packed array."""
-    of_kernel, keys, drawn, close = (
-        argument == "kernel_init",
-        _keys(key, packing.num_partitions),
-        [],
-        lambda values: values,
-    )
-    with _room_for(argument, shape):
-        for bucket, initializer in zip(packing.buckets, initializers, strict=True):
-            size = (bucket.in_features, bucket.out_features) if of_kernel else (bucket.out_features,)
-            values, close = _drawn(argument, initializer, keys[np.array(bucket.members)], size, dtype)
-            drawn.append(values.ravel())
-        values = jnp.concatenate(drawn)
-        if not of_kernel:  # by bucket, and wanted in the layout of an output
-            places, start = {}, 0
+def _packed(argument: str, initializer: Initializer, packing: Packing) -> Initializer:
+    """Turn an initialiser of one partition into one of packed values; boxes of metadata end up around these."""
+
+    def packed(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        keys, pieces, close = _keys(key, packing.num_partitions), [], lambda values: values
+        of_kernel = argument == "kernel_init"
+        with _room_for(argument, shape):
             for bucket in packing.buckets:
-                for k in bucket.members:
-                    places[k] = np.arange(start, start := start + bucket.out_features)
-            values = values[np.concatenate([places[k] for k in range(packing.num_partitions)])]
-    return close(values)
+                size = (bucket.in_features, bucket.out_features) if of_kernel else (bucket.out_features,)
+                values, close = _drawn(argument, initializer, keys[np.array(bucket.members)], size, dtype)
+                pieces.append(values.ravel())
+            values = jnp.concatenate(pieces)
+            if not of_kernel:  # drawn bucket after bucket, and wanted in the layout of an output
+                starts = np.concatenate([[0], np.cumsum([packing.out_features[k] for k in packing.order])])
+                places = {k: np.arange(*starts[at : at + 2]) for at, k in enumerate(packing.order)}
+                values = values[np.concatenate([places[k] for k in range(packing.num_partitions)])]
+        return close(values)
+
+    return packed
 
 
 def _keys(key: Array, num_partitions: int) -> Array:
@@ -235,6 +232,23 @@ def _checked(argument: str, drawn: Any, shape: tuple[int, ...], dtype: DTypeLike
         )
     # Without this a weak type would stay, whose values JAX rounds to the dtype of whatever they meet.
     return lax.convert_element_type(values, dtype)
+
+
+def _batch_axis(initializer: Any) -> tuple[Any, ...]:
+    """Return the batch axes of an initialiser by `jax.nn.initializers.variance_scaling`, boxed or not, or ()."""
+    names = getattr(getattr(initializer, "__code__", None), "co_freevars", ())
+    cells = getattr(initializer, "__closure__", None) or ()
+    # A cell may be empty while its function is being made.
+    held = dict(zip(names, (getattr(cell, "cell_contents", None) for cell in cells), strict=True))
+    if {"batch_axis", "in_axis", "out_axis"} <= held.keys():
+        axes = held["batch_axis"]
+        return (axes,) if isinstance(axes, int) else tuple(axes or ())
+    boxed = held.get("initializer", held.get("fn", getattr(initializer, "__wrapped__", None)))
+    return _batch_axis(boxed) if callable(boxed) and boxed is not initializer else ()
+
+
+def _root(in_features: Any) -> Any:
+    return math.sqrt(in_features) if isinstance(in_features, int) else jnp.sqrt(in_features)
 
 
 def _drawn_in(dtype: DTypeLike) -> Any:

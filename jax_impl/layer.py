@@ -15,8 +15,8 @@ from jax_impl.array_types import Inputs, Outputs, said, shown
 from jax_impl.functional import partitioned_linear
 from jax_impl.initializers import Initializer, check_initializer, packed_initializers, partition_initializers
 from jax_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes
-from jax_impl.packing import Packing, check_packing, has_unequal_sizes, packing_of
-from jax_impl.unequal import check_unequal_axes, partition_biases, partition_weights
+from jax_impl.packing import Packing, check_packing, has_unequal_sizes
+from jax_impl.unequal import check_unequal_axes, known_packing, partition_biases, partition_weights
 from jax_impl.validation import (
     MOST_ELEMENTS,
     as_array,
@@ -163,7 +163,7 @@ class PartitionedLinear(nnx.Module):
         """Where partitions of unequal sizes are in inputs, outputs and packed parameters; None for an equal layer."""
         if isinstance(self.in_features, int) or isinstance(self.out_features, int):
             return None
-        return packing_of(self.in_features, self.out_features)
+        return known_packing(self.in_features, self.out_features)
 
     def partition_weights(self) -> list[Array]:
         """Return every partition's matrix (in_k, out_k), cut from the kernel."""

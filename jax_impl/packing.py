@@ -5,7 +5,6 @@ packed bias, which has the layout of an output. The packed weight holds every W_
 partitions of one size beside each other, so that each such bucket is a stacked weight (m, in, out) without a copy.
 """
 
-import functools
 import itertools
 import operator
 from collections.abc import Sequence
@@ -72,7 +71,6 @@ class Packing:
         return tuple(k for bucket in self.buckets for k in bucket.members)
 
 
-@functools.lru_cache(maxsize=256)
 def packing_of(in_features: tuple[int, ...], out_features: tuple[int, ...]) -> Packing:
     """Lay out partitions of these sizes."""
     members: dict[tuple[int, int], list[int]] = {}
@@ -130,7 +128,7 @@ def check_packing(
         largest = names[max(packing.in_features) < max(packing.out_features)]
         raise ValueError(
             f"`{largest}`: expected sizes whose packed weight has fewer than {most_elements} elements, got "
-            f"{packing.weight_size}; give smaller sizes."
+            f"{shown(packing.weight_size)}; give smaller sizes."
         )
     return packing
 

@@ -25,6 +25,9 @@ from torch_impl.validation import (
     check_sizes,
 )
 
+# Symbolic tracing keeps the call whole: it has no values that could be validated.
+torch.fx.wrap("partitioned_linear")
+
 
 class PartitionedLinear(nn.Module):
     """n independent linear maps on n groups of features: y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].

@@ -103,35 +103,46 @@ def has_unequal_sizes(in_features: Any, out_features: Any) -> bool:
     )
 
 
-def check_packing(num_partitions: int, in_features: Any, out_features: Any, most_elements: int) -> Packing:
+def check_packing(
+    num_partitions: int,
+    in_features: Any,
+    out_features: Any,
+    most_elements: int,
+    names: tuple[str, str] = ("in_features", "out_features"),
+) -> Packing:
     """Return the layout of sizes of which one is a sequence, and the other an int for all or a sequence too.
 
     Refuse what is no int by a TypeError; another number of sizes, one that is not positive, or too many elements by a
-    ValueError.
+    ValueError. Messages call the two by `names`.
     """
-    sizes = [
-        _each_size(argument, given, num_partitions)
-        for argument, given in (("in_features", in_features), ("out_features", out_features))
-    ]
-    packing = packing_of(*sizes)
+    given = dict(zip(names, (in_features, out_features), strict=True))
+    for argument, sizes in given.items():
+        # Before an int is repeated as often as that.
+        if isinstance(sizes, Sequence) and not isinstance(sizes, str | bytes) and len(sizes) != num_partitions:
+            raise ValueError(
+                f"`{argument}`: expected one int, or n = {num_partitions} of them, got {len(sizes)}; give each "
+                f"partition its size."
+            )
+    packing = packing_of(*[_each_size(argument, sizes, num_partitions) for argument, sizes in given.items()])
     if packing.weight_size >= most_elements:
-        largest = "in_features" if max(sizes[0]) >= max(sizes[1]) else "out_features"
+        largest = names[max(packing.in_features) < max(packing.out_features)]
         raise ValueError(
             f"`{largest}`: expected sizes whose packed weight has fewer than {most_elements} elements, got "
-            f"{packing.weight_size}; give smaller sizes."
+            f"{shown(packing.weight_size)}; give smaller sizes."
         )
     return packing
 
 
 def _each_size(argument: str, given: Any, num_partitions: int) -> tuple[int, ...]:
-    values = list(given) if isinstance(given, Sequence) else [given] * num_partitions
+    sequence = isinstance(given, Sequence) and not isinstance(given, str | bytes)
+    values: list[Any] = list(given) if sequence else [given]
     sizes = []
     for value in values:
         try:
-            size = -1 if isinstance(value, bool) else operator.index(value)
-        except TypeError:
-            size = -1
-        if isinstance(value, bool) or (size == -1 and not isinstance(value, int)):
+            size = None if isinstance(value, bool) else operator.index(value)
+        except Exception:
+            size = None
+        if size is None:
             raise TypeError(
                 f"`{argument}`: expected a positive int for each partition, got {shown(value)}, "
                 f"{kind_of(value)}; pass ints."
@@ -139,9 +150,4 @@ def _each_size(argument: str, given: Any, num_partitions: int) -> tuple[int, ...
         if size <= 0:
             raise ValueError(f"`{argument}`: expected positive sizes, got {shown(value)}; pass at least 1 for each.")
         sizes.append(size)
-    if len(sizes) != num_partitions:
-        raise ValueError(
-            f"`{argument}`: expected one int, or n = {num_partitions} of them, got {len(sizes)}; give each partition "
-            f"its size."
-        )
-    return tuple(sizes)
+    return tuple(sizes) if sequence else tuple(sizes) * num_partitions

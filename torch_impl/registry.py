@@ -127,7 +127,7 @@ def get_implementation(name: str, *, unequal: bool = False) -> Implementation:
     if entry is None:
         choices = ", ".join(repr(choice) for choice in table)
         if isinstance(name, str) and name in other:
-            sizes = "sequences of sizes" if unequal else "one size for all partitions"
+            sizes = "sequences of sizes" if unequal else "one size"
             raise UnsupportedImplementationError(
                 f"`implementation`: expected one for {sizes}, {choices}, got {name!r}; choose one of these."
             )

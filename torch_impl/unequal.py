@@ -24,7 +24,10 @@ def packing_of_call(in_features: Any, out_features: Any) -> Packing:
             f"`{argument}`: expected a sequence of one size per partition in in_features or out_features, got "
             f"{shown(given)}; leave both out for a weight of shape (n, in, out)."
         )
-    sizes = in_features if has_unequal_sizes(in_features, None) else out_features
+    argument = "in_features" if has_unequal_sizes(in_features, None) else "out_features"
+    sizes = in_features if argument == "in_features" else out_features
+    if len(sizes) == 0:
+        raise ValueError(f"`{argument}`: expected at least one size, got none; pass one for each partition.")
     return check_packing(len(sizes), in_features, out_features, MOST_ELEMENTS)
 
 
@@ -94,7 +97,7 @@ def _operands_fit(x: Any, weight: Any, bias: Any, packing: Packing) -> bool:
                 and not hasattr(tensor, "placements")
                 for tensor in tensors
             )
-            and x.ndim >= 0
+            and len(x.shape) >= 0
         )
     return False
 

@@ -38,8 +38,10 @@ def check_sizes(*, dense: bool = False, **sizes: Any) -> None:
     """
     for argument, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
+            several = argument != "num_partitions" and not dense and hasattr(size, "__len__")
             raise TypeError(
-                f"`{argument}`: expected a positive int, got {shown(size)} of type {type(size).__name__}; pass an int."
+                f"`{argument}`: expected a positive int, got {shown(size)} of type {type(size).__name__}; pass an int"
+                f"{', or a list of one for each partition' if several else ''}."
             )
         if size <= 0:
             raise ValueError(f"`{argument}`: expected a positive int, got {shown(size)}; pass at least 1.")
@@ -368,7 +370,7 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
             wanted = "a NumPy array without a mask" if isinstance(array, np.ndarray) else "a NumPy array"
             raise TypeError(f"`{argument}`: expected {wanted}, got {kind_of(array)}; the layer is unchanged.")
         if array.shape != shape:
-            symbols = "(n, in, out)" if name == "weight" else "(n, out)"
+            symbols = ("(packed,)", "(n, out)", "(n, in, out)")[len(shape) - 1]
             raise ValueError(
                 f"`{argument}`: expected shape {symbols} = {shape}, got {array.shape}; the layer is unchanged."
             )

@@ -85,20 +85,13 @@ _PARTITION_AXIS = {"y": -2, "dx": -2, "dweight": 0, "dbias": 0, "weight": 0, "bi
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict on one set of results.
+    """The verdict on one set of results."""
 
-    Attributes:
-        status: `ok` or `mismatch`.
-        reason: one sentence for a mismatch, else empty.
-        bound_fraction: largest error over its bound; None where it is not finite.
-        observed_precision: the class that the error shows.
-        tensors: per tensor: status, bound_fraction and max_abs_error.
-    """
-
-    status: str
-    reason: str
-    bound_fraction: float | None
-    observed_precision: str | None
+    status: str  # `ok` or `mismatch`
+    reason: str  # one sentence for a mismatch, else empty
+    bound_fraction: float | None  # largest error over its bound; None where it is not finite
+    observed_precision: str | None  # the class that the error shows
+    # Per tensor: status, bound_fraction and max_abs_error
     tensors: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 

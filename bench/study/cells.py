@@ -139,6 +139,13 @@ def spreads_of(rows: np.ndarray, lengths: tuple[int, ...], processes: tuple[int,
     ]
 
 
+def spread_of(rounds: Rounds) -> Spread:
+    """Return the spread of one competitor's log seconds."""
+    processes = tuple(sorted(rounds))
+    row = np.concatenate([rounds[k] for k in processes])[None]
+    return spreads_of(row, tuple(len(rounds[k]) for k in processes), processes)[0]
+
+
 def paired(reference: Rounds, others: Mapping[str, Rounds]) -> list[Block]:
     """Pair competitors with a reference; those that share no round with it are left out.
 

@@ -9,15 +9,13 @@ from itertools import pairwise
 from statistics import NormalDist, median
 from typing import Any, cast
 
-import numpy as np
-
 from bench.environments import device_name
 from bench.plan.cells import DIVISIONS, STORAGE_DTYPES
 from bench.plan.competitors import IMPLEMENTATION, Competitor
 from bench.plan.workloads import SHARED
 from bench.records import Record
 from bench.store import Archive, CellPlaces, read_cells
-from bench.study.cells import Rounds, by_label, intervals, log_latencies, spreads_of
+from bench.study.cells import by_label, intervals, log_latencies
 from bench.study.cost_model import (
     FAR,
     CostModel,
@@ -32,9 +30,9 @@ from bench.study.cost_model import (
     try_model,
     try_nearest,
 )
-from bench.study.process_spread import NOTHING_SEEN, ProcessSpread
+from bench.study.process_spread import NOTHING_SEEN, ProcessSpread, log_seconds
 from bench.study.ranking import Ranking, rank_cells
-from bench.study.statistics import EQUIVALENCE, SLOWER, Interval, student_t_quantile, verdict
+from bench.study.statistics import EQUIVALENCE, SLOWER, Interval, verdict
 from bench.study.verdicts import leaders
 
 SIZES: tuple[str, ...] = ("batch", "num_partitions", "in_features", "out_features")
@@ -185,16 +183,10 @@ def _cell_s(heads: Sequence[Record], chosen: Sequence[int]) -> float | None:
     return median(taken) * max(heads[k].cell_size for k in chosen) if taken else None
 
 
-def _time(rounds: Rounds, seen: ProcessSpread) -> Time:
-    processes = tuple(sorted(rounds))
-    row = np.concatenate([rounds[k] for k in processes])[None]
-    (spread,) = spreads_of(row, tuple(len(rounds[k]) for k in processes), processes)
-    off = student_t_quantile(0.975, max(1, spread.degrees)) * spread.error
-    if not spread.processes:
-        off = math.hypot(off, seen.reach(1))
-    # Beyond this an interval says nothing.
-    low, high = (math.exp(spread.mean + max(-300.0, min(300.0, end))) for end in (-off, off))
-    return Time(math.exp(spread.mean), low, high if math.isfinite(off) else math.inf)
+def _time(mean: float, off: float) -> Time:
+    # Beyond 300 an interval says nothing.
+    low, high = (math.exp(mean + end) for end in (-min(off, 300.0), min(off, 300.0)))
+    return Time(math.exp(mean), low, high if math.isfinite(off) else math.inf)
 
 
 def _neighbour(
@@ -223,7 +215,7 @@ def _neighbour(
     # Of equals, the layer that has checks, initial values and conversion.
     first = tuple(sorted(near if len(near) > 1 else first, key=lambda label: kinds[label] != IMPLEMENTATION))
     speeds = intervals(competitors[first[0]], competitors, ranking.confidence)
-    times = {label: _time(competitors[label], known) for label in speeds}
+    times = {label: _time(*log_seconds(competitors[label], known)) for label in speeds}
     fingerprint = environments.get(group[0].environment_id)
     machine = "" if fingerprint is None else device_name(fingerprint)
     return Neighbour(ranking, distance(shape, group[0]), first, speeds, times, machine)
@@ -332,8 +324,6 @@ def _modelled(
 ) -> Answer:
     """Return the answer of a cost model that was tried."""
     own = at[label]
-    error, count = tried.error(label)
-    off = reach(error, count)
     others = {other: (math.log(own / seconds), *tried.error(other, label)) for other, seconds in at.items()}
     del others[label]
     tied = tuple(other for other, (lead, _, _) in others.items() if abs(lead) <= EQUIVALENCE)
@@ -343,12 +333,11 @@ def _modelled(
         lead, error, count = others[runner_up]
         half = min(reach(error, count), 300.0)
         speed = Interval(math.exp(lead), math.exp(lead - half), math.exp(lead + half), count)
-    low, high = (own * math.exp(max(-300.0, min(300.0, end))) for end in (-off, off))
     return Answer(
         basis=MODEL,
         recommended=known[label],
         tied=tied,
-        expected=Time(own, low, high if math.isfinite(off) else math.inf),
+        expected=_time(math.log(own), reach(*tried.error(label))),
         runner_up=runner_up,
         runner_up_speed=speed,
         loss=expected_loss((lead, error) for lead, error, _ in others.values()),

@@ -32,7 +32,7 @@ from parity_tests.report.html import Curves, html_document
 from parity_tests.report.interruption import interruptible
 from parity_tests.report.junit import junit_document
 from parity_tests.report.text import printable
-from parity_tests.training.run import TRAINED, TRAININGS, curves_of, failed_training, training_rows
+from parity_tests.training.ladder import TRAINED, TRAININGS, curves_of, failed_training, training_rows
 
 
 @dataclass(frozen=True)

@@ -44,12 +44,17 @@ def unequal_linear_masked(x: Tensor, weight: Tensor, bias: Tensor | None, packin
 def unequal_linear_bucketed_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing) -> Tensor:
     """Compute y_k = x_k W_k + b_k by one batched product for the partitions of each size.
 
-    The inputs of a bucket are copied where its partitions are no neighbours, and all outputs once, to their places.
+    The inputs of a bucket are copied where its partitions are no neighbours, and all outputs once, to their places. A
+    bucket of one partition is one linear map, which is the quicker call.
     """
     features = _in_runs(x.reshape(-1, x.shape[-1]), packing.in_offsets, packing)
     biases = None if bias is None else _in_runs(bias, packing.out_offsets, packing)
     outputs: dict[int, Tensor] = {}
     for bucket, matrices in _buckets(weight, packing):
+        if len(bucket.members) == 1:
+            own = None if biases is None else biases[bucket.runs[0]]
+            outputs[bucket.members[0]] = F.linear(features[bucket.runs[0]], matrices[0].mT, own)
+            continue
         rows, vectors = _stacked(features, bucket), None if biases is None else _stacked(biases, bucket)
         outputs |= zip(bucket.members, _batched(rows, matrices, vectors).unbind(0), strict=True)
     return _in_place(outputs, packing).reshape(*x.shape[:-1], packing.out_offsets[-1])
@@ -88,7 +93,7 @@ def _buckets(weight: Tensor, packing: Packing) -> Iterator[tuple[Bucket, Tensor]
     # One split, whose derivative is one concatenation: that of each slice would be a whole packed weight.
     parts = weight.split([bucket.stop - bucket.start for bucket in packing.buckets])
     for bucket, part in zip(packing.buckets, parts, strict=True):
-        yield bucket, part.unflatten(0, (len(bucket.members), bucket.in_features, bucket.out_features))
+        yield bucket, part.view(len(bucket.members), bucket.in_features, bucket.out_features)
 
 
 def _in_runs(flat: Tensor, offsets: Sequence[int], packing: Packing) -> dict[tuple[int, int], Tensor]:
@@ -99,14 +104,16 @@ def _in_runs(flat: Tensor, offsets: Sequence[int], packing: Packing) -> dict[tup
 def _stacked(parts: Mapping[tuple[int, int], Tensor], bucket: Bucket) -> Tensor:
     """Return (..., m, size), as a view where the partitions of the bucket are neighbours."""
     own = [parts[run] for run in bucket.runs]
-    return (own[0] if len(own) == 1 else torch.cat(own, -1)).unflatten(-1, (len(bucket.members), -1))
+    flat = own[0] if len(own) == 1 else torch.cat(own, -1)
+    return flat.view(*flat.shape[:-1], len(bucket.members), flat.shape[-1] // len(bucket.members))
 
 
 def _padded(flat: Tensor, sizes: tuple[int, ...], order: Sequence[int]) -> Tensor:
     """Turn (..., sum of sizes) into (..., n, largest size), in that order, with zeros after each part."""
     largest, parts = max(sizes), flat.split(sizes, -1)
-    zeros = flat.new_zeros(1).expand(*flat.shape[:-1], largest)
-    pieces = [piece for k in order for piece in (parts[k], zeros[..., sizes[k] :])]
+    missing = [largest - size for size in sizes]
+    zeros = flat.new_zeros(1).expand(*flat.shape[:-1], sum(missing)).split(missing, -1)
+    pieces = [piece for k in order for piece in (parts[k], zeros[k])]
     return torch.cat(pieces, -1).unflatten(-1, (len(sizes), largest))
 
 
