@@ -40,6 +40,20 @@ def size_text(size: Size) -> str:
     return f"{min(size)}..{max(size)} ({sum(size)} in all)"
 
 
+def _total(num_partitions: int, size: Size) -> int:
+    # Records of any numbers are read: no list of n of them is made.
+    return num_partitions * size if isinstance(size, int) else sum(size)
+
+
+def weights_of(num_partitions: int, in_features: Size, out_features: Size) -> int:
+    """Return the numbers in the matrices of all partitions."""
+    if isinstance(in_features, int):
+        return in_features * _total(num_partitions, out_features)
+    if isinstance(out_features, int):
+        return out_features * sum(in_features)
+    return sum(map(operator.mul, in_features, out_features))
+
+
 @dataclass(frozen=True)
 class Workload:
     """One shape of `y[b, n, o] = sum_i x[b, n, i] * W[n, i, o] + b[n, o]`.
@@ -109,14 +123,10 @@ class Workload:
     @property
     def weights(self) -> int:
         """Numbers in W."""
-        i, o = self.in_features, self.out_features
-        if isinstance(i, int):
-            return i * self._total(o)
-        return self._total(i) * o if isinstance(o, int) else sum(map(operator.mul, i, o))
+        return weights_of(self.num_partitions, self.in_features, self.out_features)
 
     def _total(self, size: Size) -> int:
-        # Records of any numbers are read: no list of n of them is made.
-        return self.num_partitions * size if isinstance(size, int) else sum(size)
+        return _total(self.num_partitions, size)
 
     @property
     def shape(self) -> str:

@@ -273,3 +273,8 @@ def test_every_command_reads_a_run_of_equal_and_unequal_sizes(make_record, tmp_p
     code, shown = ends("report", run, "--where", "workload=u", "--json", tmp_path / "u.json")
     assert code == 0, shown
     assert "recommend" not in shown
+    # The page for a browser draws speeds against sizes: of unequal partitions those of the average one.
+    code, shown = ends("report", run, "--html", tmp_path / "page.html")
+    assert code == 0, shown
+    assert "u (B=128, n=2, (1, 4)-" in (tmp_path / "page.html").read_text()
+    assert ends("report", run, "--where", "workload=u", "--html", tmp_path / "u.html")[0] == 0
