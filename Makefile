@@ -21,10 +21,16 @@ PRESET ?= smoke
 # make compare PRESET=seed BENCH_ARGS="--replicates 1"
 BENCH_ARGS ?=
 # Two files at a time; the tests of one file stay together, because they share what they computed.
-# EVERY_TEST=1 in the environment adds what takes minutes: every optimiser, planted defect and kill, the drawn pages.
+# EVERY_TEST=1 in the environment adds what takes minutes: every optimiser, planted defect, kill and signal, every dtype
+# of every case and implementation of JAX, and the drawn pages.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 # The longest files come first, so that no worker is left with one of them at the end.
-SUITE ?= $(addprefix parity_tests/tests/test_,training.py readme.py pair_defects.py) bench parity_tests
+SUITE ?= $(addprefix parity_tests/tests/test_,parity.py metamorphic.py jax_implementations.py pair_families.py pair_defects.py) bench parity_tests
+# To collect the tests of all other files takes longer than most of these run.
+COMPILED ?= $(shell grep -rl --include='test_*.py' 'pytest.mark.compile' bench/tests parity_tests/tests)
+# What depends on the releases of JAX and Flax. Shapes and dtypes of every implementation are judged there by the command.
+NEWEST_TESTS ?= $(addprefix parity_tests/tests/test_,jax_*.py readme.py findings.py) $(addprefix --deselect parity_tests/tests/test_jax_, \
+	drawn_calls.py placements.py $(addprefix implementations.py::test_,every_shape_forward_and_backward dtype_and_isolation_of_partitions_as_declared))
 
 # FAST=1 leaves out: modes and shapes beyond those of the layers' own tests, drawn calls, sharding, whole
 # trainings, other interpreters, families of pairs, hostile input, kills and interruptions, and the newer JAX.
@@ -115,7 +121,7 @@ else
 test:
 	@$(MAKE) --no-print-directory -j2 setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(PARALLEL) -m "not compile" $(SUITE)
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m compile --no-shape-checks
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m compile --no-shape-checks $(COMPILED)
 	@$(MAKE) --no-print-directory test-newest
 endif
 
@@ -128,9 +134,7 @@ test-newest:
 	@echo "SKIPPED the JAX tree's tests on newer releases: no Python 3.12 or 3.13 was found (set PYTHON_NEWEST)"
 else
 test-newest: $(VENV_NEWEST)/.installed
-	OMP_NUM_THREADS=1 $(VENV_NEWEST)/bin/python -m pytest -q $(PARALLEL) -m "not compile" \
-		parity_tests/tests/test_jax_*.py parity_tests/tests/test_exact.py parity_tests/tests/test_architecture.py parity_tests/tests/test_readme.py \
-		parity_tests/tests/test_findings.py --deselect parity_tests/tests/test_jax_drawn_calls.py --deselect parity_tests/tests/test_jax_placements.py
+	OMP_NUM_THREADS=1 $(VENV_NEWEST)/bin/python -m pytest -q $(PARALLEL) -m "not compile" $(NEWEST_TESTS)
 	$(VENV_NEWEST)/bin/python -m parity_tests run --framework jax --cases smoke --dtype float32 --dtype bfloat16
 endif
 

@@ -138,15 +138,11 @@ Wait = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class SingleCalls:
-    """Single calls on the host's clock.
+    """Single calls on the host's clock."""
 
-    Attributes:
-        synchronised_latency_s: durations of single calls, each waited for, raw and in order.
-        enqueue_s: median seconds until a call returned, with at most 16 calls under way; the least of several such
-            series, since the first calls after an idle time take longer.
-    """
-
-    synchronised_latency_s: tuple[float, ...]
+    synchronised_latency_s: tuple[float, ...]  # durations of single calls, each waited for, raw and in order
+    # Median seconds until a call returned, with at most 16 calls under way; the least of several such series, since the
+    # first calls after an idle time take longer
     enqueue_s: float
 
 

@@ -56,21 +56,13 @@ class _Collector:
 
 @dataclass(frozen=True)
 class Measured:
-    """A worker's answer for a cell; exceptions travel as text, since their classes need not survive the way back.
+    """A worker's answer for a cell; exceptions travel as text, since their classes need not survive the way back."""
 
-    Attributes:
-        batches: the records of each process replicate, as lines.
-        environments: id to fingerprint.
-        notes: for the user.
-        wrong_selection: why the request selects nothing there, or None.
-        failure: why the framework processes could not start, or None.
-    """
-
-    batches: tuple[bytes, ...]
-    environments: Mapping[str, Mapping[str, Any]]
-    notes: tuple[str, ...]
-    wrong_selection: str | None = None
-    failure: str | None = None
+    batches: tuple[bytes, ...]  # the records of each process replicate, as lines
+    environments: Mapping[str, Mapping[str, Any]]  # id to fingerprint
+    notes: tuple[str, ...]  # for the user
+    wrong_selection: str | None = None  # why the request selects nothing there, or None
+    failure: str | None = None  # why the framework processes could not start, or None
 
 
 # Of this dask worker, which owns one device.

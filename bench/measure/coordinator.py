@@ -50,7 +50,7 @@ class CellRun:
         watch: Watch | None = None,
         diagnose: bool = True,
     ):
-        self._watch = watch
+        self._watch = watch or Watch(dict, ())
         self._monitor, self._device_name, self._diagnose = monitor or Monitor(), device_name, diagnose
         self._cell, self._workers, self._preset, self._seed, self._report = cell, workers, preset, seed, report
         self._entries = [Entry(competitor, str(k)) for k, competitor in enumerate(competitors)]
@@ -244,21 +244,15 @@ class CellRun:
         reject_the_impossible(self._entries, self._cell, ceilings, self._device_name)
         switches = {framework: reply["switches"] for framework, reply in self._opened.items()}
         digests = [reply["inputs_digest"] for reply in self._opened.values()]
-        watched = {} if self._watch is None else self._watch.summary()
-        windows = () if self._watch is None else self._watch.windows()
-        return CellOutcome(
-            tuple(self._entries), digests[0] if digests else None, switches, ceilings, stopped, watched, windows
-        )
+        watched = self._watch.summary(), self._watch.windows()
+        return CellOutcome(tuple(self._entries), digests[0] if digests else None, switches, ceilings, stopped, *watched)
 
 
 def measured_ceilings(replies: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Return the higher of the frameworks' rates: a ceiling is the most that the device was seen to do."""
-    highest: dict[str, float] = {}
-    for found in replies:
-        for name, rate in found.items():
-            if name.startswith("ceiling_"):
-                highest[name] = max(rate, highest.get(name, 0.0))
-    return highest
+    rates = [(name, rate) for found in replies for name, rate in found.items() if name.startswith("ceiling_")]
+    # In ascending order: of rates of one name, the last stays.
+    return dict(sorted(rates, key=lambda one: one[1]))
 
 
 def flops_limit(

@@ -51,19 +51,12 @@ class _Process:
 
 @dataclass(frozen=True)
 class Usage:
-    """A moment in the system's accounts.
+    """A moment in the system's accounts."""
 
-    Attributes:
-        at_s: monotonic clock.
-        busy_s: of all the processors together, spent on processes.
-        steal_s: of all the processors together, taken by the hypervisor.
-        own: name to the process's account; this process has the empty name.
-    """
-
-    at_s: float
-    busy_s: float
-    steal_s: float
-    own: Mapping[str, _Process]
+    at_s: float  # monotonic clock
+    busy_s: float  # of all the processors together, spent on processes
+    steal_s: float  # of all the processors together, taken by the hypervisor
+    own: Mapping[str, _Process]  # name to the process's account; this process has the empty name
 
 
 def _processor_seconds(cpus: Sequence[int]) -> tuple[float, float] | None:
@@ -168,7 +161,7 @@ def stretch(cpus: Sequence[int], turn: int = 0) -> float | None:
 
 
 class Watch:
-    """Watches the machine during the rounds of one cell: the processors, less the use of our own processes."""
+    """Watches processors during the rounds of one cell, less the use of our own processes; of none it tells nothing."""
 
     def __init__(self, pids: Callable[[], Mapping[str, int]], cpus: Sequence[int]):
         self._pids, self._cpus = pids, tuple(cpus)
@@ -204,6 +197,8 @@ class Watch:
         self._since, self._stretches, self._rounds = after, [], 0
 
     def _calibrate(self) -> None:
+        if not self._cpus:
+            return
         time.sleep(_SETTLE_S)
         found = stretch(self._cpus, len(self._stretches))
         if found is not None:

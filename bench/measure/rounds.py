@@ -108,25 +108,17 @@ def add_control(entries: list[Entry]) -> None:
 
 @dataclass(frozen=True)
 class CellOutcome:
-    """The outcome of a cell.
+    """The outcome of a cell."""
 
-    Attributes:
-        entries: all competitors, the control last.
-        inputs_digest: hash of the inputs, or None if no worker drew any.
-        switches: per framework, its precision switches.
-        ceilings: rates of a large product and a large copy, the higher of the frameworks'.
-        stopped: why no more rounds were run.
-        disturbance: the share of the machine that others took during the rounds.
-        disturbance_windows: the same in pieces.
-    """
-
-    entries: tuple[Entry, ...]
-    inputs_digest: str | None
-    switches: dict[str, dict[str, Any]]
+    entries: tuple[Entry, ...]  # all competitors, the control last
+    inputs_digest: str | None  # hash of the inputs, or None if no worker drew any
+    switches: dict[str, dict[str, Any]]  # per framework, its precision switches
+    # Rates of a large product and a large copy, the higher of the frameworks'
     ceilings: Mapping[str, float] = field(default_factory=dict)
-    stopped: str = ""
+    stopped: str = ""  # why no more rounds were run
+    # The share of the machine that others took during the rounds
     disturbance: Mapping[str, Any] = field(default_factory=dict)
-    disturbance_windows: Sequence[Mapping[str, Any]] = ()
+    disturbance_windows: Sequence[Mapping[str, Any]] = ()  # the same in pieces
 
 
 ROUNDS, TIME = "rounds", "time"
@@ -213,7 +205,7 @@ class Rounds:
         block_s: float,
         watch: Watch | None = None,
     ):
-        self._watch = watch
+        self._watch = watch or Watch(dict, ())
         self._entries, self._preset, self._block = entries, preset, block
         self._block_s = block_s
         self._monitor, self._report = monitor, report
@@ -233,11 +225,9 @@ class Rounds:
                     stop = TIME
             last = stop is not None or number == preset.rounds
             started = time.monotonic()
-            if self._watch is not None:
-                self._watch.round_begins()
+            self._watch.round_begins()
             self._round(last=last)
-            if self._watch is not None:
-                self._watch.round_ends(last=last or not any(entry.timed for entry in self._entries))
+            self._watch.round_ends(last=last or not any(entry.timed for entry in self._entries))
             spent += time.monotonic() - started
             if last:
                 return stop or ROUNDS
@@ -250,7 +240,7 @@ class Rounds:
         shuffled = [entry for entry in self._entries if entry.timed]
         self._order.shuffle(shuffled)
         for reverse in (False, True):
-            if reverse and self._watch is not None:
+            if reverse:
                 self._watch.round_turns()
             for entry in reversed(shuffled) if reverse else shuffled:
                 if entry.going:

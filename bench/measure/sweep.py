@@ -21,7 +21,7 @@ from bench.plan.cells import DEVICES, Cell
 from bench.plan.competitors import Competitor
 from bench.plan.costs import compulsory_bytes, peak_rates, useful_flops, waste_factor
 from bench.plan.presets import BLOCK_S, Preset, plan_cells
-from bench.records import HARNESS_VERSION, SCHEMA_VERSION, Record, digest
+from bench.records import HARNESS_VERSION, Record, digest, schema_version_of
 
 
 class RecordStore(Protocol):
@@ -42,17 +42,11 @@ class RecordStore(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """The state of a run.
+    """The state of a run."""
 
-    Attributes:
-        done: cells that are finished, those of an earlier run included.
-        total: all cells.
-        text: the present step.
-    """
-
-    done: int
-    total: int
-    text: str
+    done: int  # cells that are finished, those of an earlier run included
+    total: int  # all cells
+    text: str  # the present step
 
 
 # Lends workers for the cells of a division; the caller's with statement gives them back.
@@ -169,20 +163,12 @@ def _run_cell(
         diagnose=replicate == 0,
     )
     outcome = run.run()
-    store.append(
-        records_of(
-            outcome,
-            cell,
-            cell_key=key,
-            process_replicate=replicate,
-            seed=seed,
-            environment_id=environment_id,
-            started_at=started_at,
-            # Not read anew: the machine's calendar clock may be set meanwhile.
-            finished_at=started_at + timedelta(seconds=time.monotonic() - begun),
-            device_name=device_name,
-        )
-    )
+    # Not read anew: the machine's calendar clock may be set meanwhile.
+    finished_at = started_at + timedelta(seconds=time.monotonic() - begun)
+    own = {"cell": key, "process_replicate": replicate, "seed": seed, "environment_id": environment_id}
+    own |= {"started_at": _timestamp(started_at), "finished_at": _timestamp(finished_at)}
+    shared = own | _shared(cell, outcome)
+    store.append(_record(entry, shared, outcome, cell, device_name) for entry in outcome.entries)
 
 
 def cell_hash(cell: Cell, competitors: Sequence[Competitor], preset: Preset, *, seed: int, environment_id: str) -> str:
@@ -209,6 +195,14 @@ def cell_hash(cell: Cell, competitors: Sequence[Competitor], preset: Preset, *, 
     )
 
 
+# Fields that a record takes over under the same name.
+_OF_WORKLOAD = ("num_partitions", "in_features", "out_features", "batch", "layout")
+_OF_CELL = ("dtype", "device", "direction", "division", "precision", "cache", "optimizer")
+_OF_ENTRY = ("status", "reason", "skipped", "compile_s", "peak_memory_bytes", "memory_method", "static_memory_bytes")
+_OF_ENTRY += ("control", "baseline", "energy_j")
+_OF_PROBE = ("enqueue_s", "device_busy_s", "compile_warm_s", "program_flops", "copied_bytes")
+
+
 def _record(entry: Entry, shared: dict[str, Any], outcome: CellOutcome, cell: Cell, device_name: str) -> Record:
     switches = outcome.switches.get(entry.competitor.framework, {})
     who, right = entry.competitor, entry.going
@@ -216,41 +210,27 @@ def _record(entry: Entry, shared: dict[str, Any], outcome: CellOutcome, cell: Ce
     peaks = peak_rates(device_name, cell.precision, judgement.get("observed_precision"))
     identity = [shared["cell"], shared["process_replicate"], asdict(who), entry.control]
     blocks, calls = tuple(entry.blocks), entry.calls_per_block
+    taken: dict[str, Any] = {name: getattr(entry, name) for name in _OF_ENTRY}
+    taken |= {name: entry.probe.get(name) for name in _OF_PROBE}
     return Record(
         **shared,
+        **asdict(who),
+        **taken,
         key=digest(identity),
-        framework=who.framework,
-        implementation=who.implementation,
-        kind=who.kind,
-        mode=who.mode,
         observed_precision=judgement.get("observed_precision"),
         peak_flops_per_s=peaks.get("flops_per_s"),
         peak_bytes_per_s=peaks.get("bytes_per_s"),
-        status=entry.status,
-        reason=entry.reason,
-        skipped=entry.skipped,
         block_latency_s=blocks if right else (),
         calls_per_block=calls,
         latency_s=median(blocks) / calls if right and calls else None,
         rejected_block_latency_s=tuple(entry.rejected) + (() if right else blocks),
         warm_up_block_latency_s=tuple(entry.warm_up),
-        compile_s=entry.compile_s,
-        peak_memory_bytes=entry.peak_memory_bytes,
-        memory_method=entry.memory_method,
-        static_memory_bytes=entry.static_memory_bytes,
         bound_fraction=judgement.get("bound_fraction"),
         parity=judgement.get("tensors", {}),
         waste_factor=waste_factor(who, cell),
-        control=entry.control,
-        baseline=entry.baseline,
         switches=switches,
-        energy_j=entry.energy_j,
         conditions=tuple(entry.conditions),
-        enqueue_s=entry.probe.get("enqueue_s"),
-        device_busy_s=entry.probe.get("device_busy_s"),
         kernels=entry.probe.get("kernels", {}),
-        compile_warm_s=entry.probe.get("compile_warm_s"),
-        program_flops=entry.probe.get("program_flops"),
         disturbance=outcome.disturbance,
         disturbance_windows=tuple(outcome.disturbance_windows) if entry.baseline and not entry.control else (),
         prepared_call_s=entry.call_s or None,
@@ -262,48 +242,19 @@ def _timestamp(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="milliseconds")
 
 
-def records_of(
-    outcome: CellOutcome,
-    cell: Cell,
-    *,
-    cell_key: str,
-    process_replicate: int,
-    seed: int,
-    environment_id: str,
-    started_at: datetime,
-    finished_at: datetime,
-    device_name: str,
-) -> list[Record]:
-    """Return the records of a cell, one for each competitor and one for the control."""
-    workload = cell.workload
-    shared = {
-        "schema_version": SCHEMA_VERSION,
-        "cell": cell_key,
+def _shared(cell: Cell, outcome: CellOutcome) -> dict[str, Any]:
+    """Return what the records of a cell have in common, but for what tells of the run."""
+    return {
+        "schema_version": schema_version_of(cell.workload.in_features, cell.workload.out_features),
         "cell_size": len(outcome.entries),
-        "workload": workload.name,
-        "num_partitions": workload.num_partitions,
-        "in_features": workload.in_features,
-        "out_features": workload.out_features,
-        "batch": workload.batch,
-        "dtype": cell.dtype,
-        "device": cell.device,
-        "direction": cell.direction,
-        "division": cell.division,
-        "precision": cell.precision,
-        "layout": workload.layout,
-        "cache": cell.cache,
+        "workload": cell.workload.name,
+        **{name: getattr(cell.workload, name) for name in _OF_WORKLOAD},
+        **{name: getattr(cell, name) for name in _OF_CELL},
         "useful_flops": useful_flops(cell),
         "compulsory_bytes": compulsory_bytes(cell),
-        "process_replicate": process_replicate,
-        "seed": seed,
         "inputs_digest": outcome.inputs_digest,
-        "optimizer": cell.optimizer,
         "ceiling_flops_per_s": outcome.ceilings.get("ceiling_flops_per_s"),
         "ceiling_bytes_per_s": outcome.ceilings.get("ceiling_bytes_per_s"),
         "stopped": outcome.stopped,
         "block_s": BLOCK_S[cell.device],
-        "started_at": _timestamp(started_at),
-        "finished_at": _timestamp(finished_at),
-        "environment_id": environment_id,
     }
-    return [_record(entry, shared, outcome, cell, device_name) for entry in outcome.entries]

@@ -18,17 +18,11 @@ _OFF = ("", "0", "false", "off", "no", "n", "f")
 
 @dataclass(frozen=True)
 class Switch:
-    """The effect of a variable that is set.
+    """The effect of a variable that is set."""
 
-    Attributes:
-        frameworks: whose workers read it.
-        effect: the end of a sentence that begins with its name.
-        off_is_harmless: true if a value such as `0` is the framework's default.
-    """
-
-    frameworks: tuple[str, ...]
-    effect: str
-    off_is_harmless: bool = True
+    frameworks: tuple[str, ...]  # whose workers read it
+    effect: str  # the end of a sentence that begins with its name
+    off_is_harmless: bool = True  # true if a value such as `0` is the framework's default
 
 
 _TORCH, _JAX, _BOTH = ("torch",), ("jax",), ("torch", "jax")

@@ -120,13 +120,15 @@ def _range(ratios: Iterable[float]) -> str:
 def _next(results: Results, directories: Sequence[str], where: Sequence[str]) -> list[str]:
     words = shlex.join(directories)
     conditions = "".join(f" --where {shlex.quote(condition)}" for condition in where)
-    first = results.found[0].first
-    sizes = {"num-partitions": first.num_partitions, "in-features": first.in_features}
-    sizes |= {"out-features": first.out_features, "batch": first.batch}
-    shape = " ".join(f"--{name} {size}" for name, size in sizes.items())
     lines = [f"  python -m bench report {words}{conditions} --all      # every ranking, with reasons and remarks"]
     lines += [f"  python -m bench report {words}{conditions} --html page.html      # as one page for a browser"]
-    lines += [f"  python -m bench recommend {words} {shape}"]
+    # Only shapes of one size for all partitions can be asked about.
+    equal = (found.first for found in results.found if isinstance(found.first.in_features, int))
+    if first := next((record for record in equal if isinstance(record.out_features, int)), None):
+        sizes = {"num-partitions": first.num_partitions, "in-features": first.in_features}
+        sizes |= {"out-features": first.out_features, "batch": first.batch}
+        shape = " ".join(f"--{name} {size}" for name, size in sizes.items())
+        lines += [f"  python -m bench recommend {words} {shape}"]
     lines += [f"  python -m bench findings {words}      # what holds in every cell"] if len(directories) == 1 else []
     lines += [f"Outcomes: {summary_line(results.outcomes)}."]
     return lines

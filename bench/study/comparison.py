@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from itertools import combinations
 from statistics import NormalDist, median
 
-import numpy as np
-
 from bench.environments import StoreError
 from bench.plan.competitors import YARDSTICK
 from bench.records import Record
-from bench.study.cells import Identity, Spread, by_label, identity, log_latencies, paired, spreads_of
+from bench.study.cells import Identity, Spread, by_label, identity, log_latencies, paired, spread_of
 from bench.study.process_spread import Prior, ProcessSpread, Scatter, apart_from_others, pooled, usual
 from bench.study.ranking import Ranking, Row, rank_cells
 from bench.study.statistics import (
@@ -177,10 +175,7 @@ def measured_cells(
         competitors = by_label(group)
         rounds = {label: log_latencies(records) for label, records in competitors.items()}
         timed = {label: rounds[label] for label, found in competitors.items() if all(r.status == "ok" for r in found)}
-        spreads = {
-            label: spreads_of(np.concatenate(list(one.values()))[None], tuple(map(len, one.values())), tuple(one))[0]
-            for label, one in timed.items()
-        }
+        spreads = {label: spread_of(one) for label, one in timed.items()}
         # As the ranking does it: a baseline that failed in one process has rounds of the others.
         pairs = paired(rounds[ranking.baseline], timed) if ranking.baseline is not None else []
         to_baseline = {label: spread for block in pairs for label, spread in block.spreads().items()}

@@ -10,14 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from bench.plan.competitors import COMPILE, CUDA_GRAPH, EAGER, JIT, JIT_GRAPH
 from bench.records import Record
-from bench.study.cells import Identity, Rounds, by_label, identity, intervals, log_latencies, spreads_of
-from bench.study.process_spread import NOTHING_SEEN, ProcessSpread
+from bench.study.cells import Identity, Rounds, by_label, identity, intervals, log_latencies
+from bench.study.process_spread import NOTHING_SEEN, ProcessSpread, log_seconds
 from bench.study.ranking import Ranking, rank_cells
-from bench.study.statistics import FASTER, SAME, SLOWER, UNRESOLVED, Interval, student_t_quantile, verdict
+from bench.study.statistics import FASTER, SAME, SLOWER, UNRESOLVED, Interval, verdict
 from bench.study.verdicts import framework_ratio
 from parity_tests.judge.precisions import short_name
 
@@ -162,15 +160,6 @@ def _within(cell: _Cell, question: Question) -> Seen | None:
     return None if found is None else Seen(cell.where, found, verdict(found, floor, cell.known.reach(1)))
 
 
-def _seconds(rounds: Rounds, known: ProcessSpread) -> tuple[float, float]:
-    """Return the mean log seconds of a call, and the half width of its 95% interval."""
-    processes = tuple(sorted(rounds))
-    row = np.concatenate([rounds[k] for k in processes])[None]
-    (spread,) = spreads_of(row, tuple(len(rounds[k]) for k in processes), processes)
-    off = student_t_quantile(0.975, max(1, spread.degrees)) * spread.error
-    return spread.mean, off if spread.processes else math.hypot(off, known.reach(1))
-
-
 def _between(cells: Sequence[_Cell], question: Question) -> list[Seen]:
     """Answer a question about two precisions: cells that differ in nothing else, by their times."""
     by_conditions: dict[tuple[Any, ...], dict[str, _Cell]] = defaultdict(dict)
@@ -183,7 +172,7 @@ def _between(cells: Sequence[_Cell], question: Question) -> list[Seen]:
         if subject is None or reference is None:
             continue
         times = [
-            [_seconds(rounds, cell.known) for rounds in cell.of(side).values()]
+            [log_seconds(rounds, cell.known) for rounds in cell.of(side).values()]
             for cell, side in ((subject, question.subject), (reference, question.reference))
         ]
         if not all(times):

@@ -19,7 +19,7 @@ from bench.environments import device_name
 from bench.plan.competitors import YARDSTICK
 from bench.records import Record
 from bench.store import Archive, read_cells
-from bench.study.cells import Rounds, Spread, by_label, is_disturbed, log_latencies, paired, spreads_of
+from bench.study.cells import Rounds, Spread, by_label, is_disturbed, log_latencies, paired, spread_of
 from bench.study.statistics import CONFIDENCE, student_t_quantile
 
 # With fewer competitors, the scatter of their variances is a guess.
@@ -180,6 +180,13 @@ class ProcessSpread:
 NOTHING_SEEN = ProcessSpread()
 
 
+def log_seconds(rounds: Rounds, seen: ProcessSpread) -> tuple[float, float]:
+    """Return the mean log seconds of a competitor's call, and the half width of its 95% interval."""
+    spread = spread_of(rounds)
+    off = student_t_quantile(0.975, max(1, spread.degrees)) * spread.error
+    return spread.mean, off if spread.processes else math.hypot(off, seen.reach(1))
+
+
 def deviations(reference: Rounds, others: Mapping[str, Rounds]) -> tuple[list[float], int]:
     """Return the deviations of the processes of one cell, as `ProcessSpread` holds them, and their degrees of freedom.
 
@@ -192,12 +199,9 @@ def deviations(reference: Rounds, others: Mapping[str, Rounds]) -> tuple[list[fl
         count = len(block.processes)
         if count > 1:
             scale = math.sqrt(count / (count - 1))
-            near = [
-                spread
-                for spread in spreads_of(block.log_ratios, block.lengths, block.processes)
-                if abs(spread.mean) <= NEAR
-            ]
-            for spread in near:
+            for spread in block.spreads().values():
+                if abs(spread.mean) > NEAR:
+                    continue
                 degrees = max(degrees, count - 1)
                 found += [scale * abs(mean - spread.mean) for mean in spread.processes.values()]
     return found, degrees

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from statistics import NormalDist, median
-from typing import Any
-
-import numpy as np
+from typing import Any, cast
 
 from bench.environments import device_name
 from bench.plan.cells import DIVISIONS, STORAGE_DTYPES
 from bench.plan.competitors import IMPLEMENTATION, Competitor
+from bench.plan.workloads import SHARED
 from bench.records import Record
 from bench.store import Archive, CellPlaces, read_cells
-from bench.study.cells import Rounds, by_label, intervals, log_latencies, spreads_of
+from bench.study.cells import by_label, intervals, log_latencies
 from bench.study.cost_model import (
     FAR,
     CostModel,
     Sample,
+    Sizes,
     Trial,
     cell_of,
     chosen,
@@ -30,9 +30,9 @@ from bench.study.cost_model import (
     try_model,
     try_nearest,
 )
-from bench.study.process_spread import NOTHING_SEEN, ProcessSpread
+from bench.study.process_spread import NOTHING_SEEN, ProcessSpread, log_seconds
 from bench.study.ranking import Ranking, rank_cells
-from bench.study.statistics import EQUIVALENCE, SLOWER, Interval, student_t_quantile, verdict
+from bench.study.statistics import EQUIVALENCE, SLOWER, Interval, verdict
 from bench.study.verdicts import leaders
 
 SIZES: tuple[str, ...] = ("batch", "num_partitions", "in_features", "out_features")
@@ -98,7 +98,8 @@ class Neighbour:
         # Relative to the leader, since ratios are paired by round.
         base = self.times[self.leaders[0]].seconds
         seconds = {label: base / speed.ratio for label, speed in self.speeds.items() if speed.ratio > 0}
-        sizes = (first.batch, first.num_partitions, first.in_features, first.out_features)
+        # Of one size for all partitions, see `matches`.
+        sizes = cast(Sizes, (first.batch, first.num_partitions, first.in_features, first.out_features))
         return Sample(sizes, seconds, self.competitors(), cell_of(first))
 
 
@@ -129,6 +130,9 @@ def matches(shape: Shape, record: Record) -> bool:
     own = next(precision for precision, dtype in STORAGE_DTYPES.items() if dtype == shape.dtype)
     asked = (shape.dtype, shape.precision or own, shape.direction)
     there = shape.device in (None, record.device) and shape.division in (None, record.division)
+    # Another function: one input for all partitions, or sizes that differ between them.
+    if record.layout == SHARED or not (isinstance(record.in_features, int) and isinstance(record.out_features, int)):
+        return False
     return there and asked == (record.dtype, record.precision, record.direction)
 
 
@@ -177,16 +181,10 @@ def _cell_s(heads: Sequence[Record], chosen: Sequence[int]) -> float | None:
     return median(taken) * max(heads[k].cell_size for k in chosen) if taken else None
 
 
-def _time(rounds: Rounds, seen: ProcessSpread) -> Time:
-    processes = tuple(sorted(rounds))
-    row = np.concatenate([rounds[k] for k in processes])[None]
-    (spread,) = spreads_of(row, tuple(len(rounds[k]) for k in processes), processes)
-    off = student_t_quantile(0.975, max(1, spread.degrees)) * spread.error
-    if not spread.processes:
-        off = math.hypot(off, seen.reach(1))
-    # Beyond this an interval says nothing.
-    low, high = (math.exp(spread.mean + max(-300.0, min(300.0, end))) for end in (-off, off))
-    return Time(math.exp(spread.mean), low, high if math.isfinite(off) else math.inf)
+def _time(mean: float, off: float) -> Time:
+    # Beyond 300 an interval says nothing.
+    low, high = (math.exp(mean + end) for end in (-min(off, 300.0), min(off, 300.0)))
+    return Time(math.exp(mean), low, high if math.isfinite(off) else math.inf)
 
 
 def _neighbour(
@@ -215,7 +213,7 @@ def _neighbour(
     # Of equals, the layer that has checks, initial values and conversion.
     first = tuple(sorted(near if len(near) > 1 else first, key=lambda label: kinds[label] != IMPLEMENTATION))
     speeds = intervals(competitors[first[0]], competitors, ranking.confidence)
-    times = {label: _time(competitors[label], known) for label in speeds}
+    times = {label: _time(*log_seconds(competitors[label], known)) for label in speeds}
     fingerprint = environments.get(group[0].environment_id)
     machine = "" if fingerprint is None else device_name(fingerprint)
     return Neighbour(ranking, distance(shape, group[0]), first, speeds, times, machine)
@@ -324,8 +322,6 @@ def _modelled(
 ) -> Answer:
     """Return the answer of a cost model that was tried."""
     own = at[label]
-    error, count = tried.error(label)
-    off = reach(error, count)
     others = {other: (math.log(own / seconds), *tried.error(other, label)) for other, seconds in at.items()}
     del others[label]
     tied = tuple(other for other, (lead, _, _) in others.items() if abs(lead) <= EQUIVALENCE)
@@ -335,12 +331,11 @@ def _modelled(
         lead, error, count = others[runner_up]
         half = min(reach(error, count), 300.0)
         speed = Interval(math.exp(lead), math.exp(lead - half), math.exp(lead + half), count)
-    low, high = (own * math.exp(max(-300.0, min(300.0, end))) for end in (-off, off))
     return Answer(
         basis=MODEL,
         recommended=known[label],
         tied=tied,
-        expected=Time(own, low, high if math.isfinite(off) else math.inf),
+        expected=_time(math.log(own), reach(*tried.error(label))),
         runner_up=runner_up,
         runner_up_speed=speed,
         loss=expected_loss((lead, error) for lead, error, _ in others.values()),

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -78,10 +77,6 @@ def read_results(
     return Results(tuple(found), dict(outcomes), archive.environments, stopped)
 
 
-def _never() -> bool:
-    return False
-
-
 _Ranked = tuple[list[Ranking], Counter[str]]
 
 
@@ -89,7 +84,7 @@ def _ranked(
     keep: Callable[[Record], bool],
     seen: Mapping[str, ProcessSpread],
     cells: Sequence[CellPlaces],
-    stop: Callable[[], bool] = _never,
+    stop: Callable[[], bool] = lambda: False,
 ) -> _Ranked:
     outcomes: Counter[str] = Counter()
 
@@ -111,24 +106,24 @@ def _in_parts(cells: Sequence[CellPlaces], rank: Callable[..., _Ranked], stop: C
         yield rank(cells, stop)
         return
     tasks = [cells[start : start + _CELLS_A_TASK] for start in range(0, len(cells), _CELLS_A_TASK)]
-    done, watch = 0, _Watch(_TASK_S)
+    done, before = 0, set(multiprocessing.active_children())
+    # Not forked: this process may have threads, of a progress bar or of a linear algebra library.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interruptions)
     try:
-        # Not forked: this process may have threads, of a progress bar or of a linear algebra library.
-        context = multiprocessing.get_context("spawn")
-        with watch, ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interruptions) as pool:
-            try:
-                for ranked in pool.map(rank, tasks):
-                    watch.stop()
-                    yield ranked
-                    done += 1
-                    if stop():
-                        return
-                    watch.start()
-            finally:
-                # After an interruption, tasks that have not begun are dropped.
-                pool.shutdown(wait=False, cancel_futures=True)
-    except BrokenProcessPool:
-        # Ended by the system for want of memory, by the watch, or not startable from the calling script: the same work,
+        try:
+            for ranked in [pool.submit(rank, task) for task in tasks]:
+                yield ranked.result(timeout=_TASK_S)
+                done += 1
+                if stop():
+                    return
+        finally:
+            # Whatever is not done yet is not wanted any more, or hangs.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - before:
+                process.kill()
+    except (BrokenProcessPool, TimeoutError):
+        # Ended by the system for want of memory, too slow, or not startable from the calling script: the same work,
         # done here.
         for task in tasks[done:]:
             yield rank(task, stop)
@@ -137,37 +132,3 @@ def _in_parts(cells: Sequence[CellPlaces], rank: Callable[..., _Ranked], stop: C
 def _ignore_interruptions() -> None:
     """Leave Ctrl-C, which every process of a terminal gets, to the one that hands out the work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class _Watch:
-    """Kills processes that this one started since, if they are waited for too long; a pool that uses them breaks then.
-
-    Args:
-        limit_s: seconds that one task may take.
-    """
-
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s, self._before = limit_s, set(multiprocessing.active_children())
-        self._timer: threading.Timer | None = None
-
-    def start(self) -> None:
-        """Begin to wait."""
-        self.stop()
-        self._timer = threading.Timer(self._limit_s, self._kill)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def stop(self) -> None:
-        """Wait no more."""
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _kill(self) -> None:
-        for process in set(multiprocessing.active_children()) - self._before:
-            process.kill()
-
-    def __enter__(self) -> None:
-        self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()

@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from statistics import NormalDist
+from statistics import NormalDist, quantiles
 
 import numpy as np
 from scipy import special
@@ -197,12 +197,7 @@ def ratio_intervals(
         return [Interval(_exponential(float(estimate)), 0.0, math.inf, count, 1) for estimate in estimates]
     # Not a matrix product: its threads cost more than so small a sum, and its rounding differs between machines.
     resampled = np.einsum("kr,rs->ks", values, _resampling(lengths, seed))
-    places = [(1 - CONFIDENCE) / 2 * (RESAMPLES - 1), (1 + CONFIDENCE) / 2 * (RESAMPLES - 1)]
-    ordered = np.sort(resampled, axis=1)
-    low, high = (
-        ordered[:, int(place)] + (place - int(place)) * (ordered[:, int(place) + 1] - ordered[:, int(place)])
-        for place in places
-    )
+    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=1)
     scale = widening(units, degrees, confidence)
     ends = np.stack([estimates, estimates + scale * (low - estimates), estimates + scale * (high - estimates)], axis=1)
     return [
@@ -244,17 +239,11 @@ def verdict(interval: Interval, floor: float | None, spread: float = 0.0) -> str
 
 def tukey_outliers(samples: Sequence[float]) -> int:
     """Count the samples more than 1.5 interquartile ranges outside the quartiles; none is ever removed."""
-    values = sorted(samples)
-    if not values:
+    if len(samples) < 2:
         return 0
-
-    def quantile(share: float) -> float:
-        place = share * (len(values) - 1)
-        below = values[int(place)]
-        return below + (place - int(place)) * (values[min(int(place) + 1, len(values) - 1)] - below)
-
     # In plain Python, since a few dozen samples are sorted before an array of them is made.
-    low, high = quantile(0.25), quantile(0.75)
+    values = sorted(samples)
+    low, _, high = quantiles(values, n=4, method="inclusive")
     margin = 1.5 * (high - low)
     return bisect_left(values, low - margin) + len(values) - bisect_right(values, high + margin)
 

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bench.study.cells import Block, Rounds, Spread, intervals, paired, spreads_of
+from bench.study.cells import Block, Rounds, Spread, intervals, paired
 from bench.study.process_spread import ProcessSpread, Scatter, usual
 from bench.study.statistics import (
     COARSE,
@@ -119,9 +119,7 @@ def leaders(
     leads = {
         label: spread
         for block in paired(competitors[best], others)
-        for label, spread in zip(
-            block.labels, spreads_of(-block.log_ratios, block.lengths, block.processes), strict=True
-        )
+        for label, spread in replace(block, log_ratios=-block.log_ratios).spreads().items()
     }
     reach = 0.0 if seen is None else seen.reach(len(leads))
     beyond = beyond_chance(list(leads.values()), reach, 1 - confidence) if leads else np.zeros(0, bool)
@@ -170,13 +168,12 @@ class Measured:
         }
 
 
-def _tested(block: Block, control: Mapping[int, np.ndarray]) -> list[Spread]:
+def _tested(block: Block, control: Mapping[int, np.ndarray]) -> dict[str, Spread]:
     """Return the ratios of a block to the mean of the baseline's two runs, round by round."""
-    ratios = block.log_ratios
     if all(k in control and len(control[k]) >= count for k, count in zip(block.processes, block.lengths, strict=True)):
         again = [control[k][:count] for k, count in zip(block.processes, block.lengths, strict=True)]
-        ratios = ratios - 0.5 * np.concatenate(again)
-    return spreads_of(ratios, block.lengths, block.processes)
+        block = replace(block, log_ratios=block.log_ratios - 0.5 * np.concatenate(again))
+    return block.spreads()
 
 
 def measure(blocks: Sequence[Block], confidence: float) -> Measured:
@@ -196,7 +193,7 @@ def measure(blocks: Sequence[Block], confidence: float) -> Measured:
     for block in blocks:
         found = ratio_intervals(block.log_ratios, block.lengths, confidence=confidence)
         intervals |= zip(block.labels, found, strict=True)
-        tested |= zip(block.labels, _tested(block, control), strict=True)
+        tested |= _tested(block, control)
     again = intervals.pop(CONTROL, None)
     return Measured(intervals, tested, again, None if again is None else resolution(again), confidence)
 

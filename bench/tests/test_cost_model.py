@@ -6,8 +6,6 @@ import json
 import math
 import re
 import shlex
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -31,6 +29,7 @@ from bench.study.cost_model import (
     try_nearest,
 )
 from bench.tests.synthetic import FINGERPRINT, NAMES, cell_records
+from parity_tests.tests.forked import run_python
 
 OURS = Competitor("torch", "matmul", "eager", IMPLEMENTATION)
 LOOP = Competitor("torch", "loop", "eager", IMPLEMENTATION)
@@ -252,9 +251,7 @@ print("ran")
 @pytest.mark.parametrize(("framework", "mode"), [("torch", "eager"), ("jax", "jit")])
 def test_the_code_of_every_spelling_runs_as_printed(framework, mode):
     pytest.importorskip(framework)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, framework, mode], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = run_python("-c", PROGRAM, framework, mode)
     assert done.stdout.strip().endswith("ran"), done.stderr[-2000:]
 
 

@@ -13,7 +13,7 @@ from bench.measure.workers import CHECKOUT
 from bench.records import parse_line
 from bench.tests.killed_runs import WORKLOADS, whole_cells
 
-KILLS = 50 if "EVERY_TEST" in os.environ else 15
+KILLS, STOPS = (50, 8) if "EVERY_TEST" in os.environ else (8, 4)
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def test_runs_killed_at_random_moments_repeat_nothing_and_lose_the_cell_in_fligh
 
 
 def test_interrupted_and_terminated_runs_end_in_order_and_go_on(sent):
-    *stopped, last = runs = sent(*[signal.SIGINT, signal.SIGTERM] * 4)
-    assert [(run["signal"], run["exit"]) for run in stopped] == [(None, 130)] * 8
+    *stopped, last = runs = sent(*[signal.SIGINT, signal.SIGTERM] * (STOPS // 2))
+    assert [(run["signal"], run["exit"]) for run in stopped] == [(None, 130)] * STOPS
     assert last["exit"] == 0
     assert_nothing_repeated(runs)
     assert whole_cells(last["records"])[0] == last["records"]

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import Future
 
 import pytest
 from rich.console import Console
@@ -138,9 +139,11 @@ def test_a_large_sweep_is_ranked_by_several_processes_as_by_one(sweep, monkeypat
 
 def test_a_process_that_cannot_start_leaves_the_work_to_this_one(sweep, monkeypatch):
     class Broken(study_results.ProcessPoolExecutor):
-        def map(self, rank, tasks):
-            yield rank(tasks[0])
-            raise study_results.BrokenProcessPool
+        def submit(self, rank, task):
+            future, first = Future(), not self.__dict__.setdefault("asked", [])
+            self.asked.append(task)
+            future.set_result(rank(task)) if first else future.set_exception(study_results.BrokenProcessPool())
+            return future
 
     alone = read_results([sweep])
     monkeypatch.setattr(study_results, "_CELLS_A_TASK", 7)

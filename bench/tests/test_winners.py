@@ -1,6 +1,7 @@
 """The statistics of many competitors and of stopping early, on synthetic clocks: the instrument's own sanity."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -218,8 +219,9 @@ def test_a_single_interval_is_that_of_the_batch():
     assert verdict(ratio_interval([np.zeros(1)]), 0.1) == UNRESOLVED
 
 
-@pytest.mark.parametrize("speed", [1.0, 1.03])
-@pytest.mark.parametrize("processes", [2, 5])
+@pytest.mark.parametrize(
+    ("processes", "speed"), [(2, 1.0), (5, 1.03)] + [(2, 1.03), (5, 1.0)] * ("EVERY_TEST" in os.environ)
+)
 def test_processes_that_stop_by_themselves_need_no_higher_confidence(speed, processes):
     # Each process has speeds of its own, and stops by what it alone has seen; the control shares the baseline's.
     rng = np.random.default_rng(3)

@@ -32,7 +32,7 @@ from parity_tests.report.html import Curves, html_document
 from parity_tests.report.interruption import interruptible
 from parity_tests.report.junit import junit_document
 from parity_tests.report.text import printable
-from parity_tests.training.run import TRAINED, TRAININGS, curves_of, failed_training, training_rows
+from parity_tests.training.ladder import TRAINED, TRAININGS, curves_of, failed_training, training_rows
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def run(options: Options) -> int:
     whole = options.case_set == "full" and not (options.cases or options.modes)
     modes = chosen_modes(frameworks, options.modes, every=whole)
     optimizers = _chosen_trainings(options, frameworks)
-    chosen = (frameworks, options.implementations, device, modes, options.precision)
+    chosen = (frameworks, options.implementations, device, modes, options.precision, cases)
     subjects = [] if options.trainings else chosen_subjects(*chosen)
 
     def included(subject: Subject, case: Case) -> bool:

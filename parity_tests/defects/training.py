@@ -10,9 +10,8 @@ from parity_tests.causes.optimizer import replayed_cause
 from parity_tests.defects.subject import Killing
 from parity_tests.judge.inputs import draw_inputs
 from parity_tests.judge.subjects import FRAMEWORKS
-from parity_tests.training.ladder import climb
+from parity_tests.training.ladder import CASE, climb, load_side
 from parity_tests.training.optimizers import OPTIMIZERS, OptimizerSpec
-from parity_tests.training.run import CASE, load_side
 from parity_tests.training.tasks import TASKS, MaskedRun, StepGradients, TrainingSubject, TrainingTask, Trajectory
 
 

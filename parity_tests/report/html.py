@@ -23,16 +23,11 @@ _WIDEST = 640  # of a block of columns, in pixels: more columns are drawn narrow
 
 @dataclass(frozen=True)
 class Curves:
-    """One drawing of training trajectories over steps, on a logarithmic axis without values at or below 0.
+    """One drawing of training trajectories over steps, on a logarithmic axis without values at or below 0."""
 
-    Attributes:
-        title: above the drawing.
-        lines: values by name, one a step.
-        band: lowest and highest value a step that rounding noise explains, or None.
-    """
-
-    title: str
-    lines: Mapping[str, Sequence[float]]
+    title: str  # above the drawing
+    lines: Mapping[str, Sequence[float]]  # values by name, one a step
+    # Lowest and highest value a step that rounding noise explains, or None
     band: tuple[Sequence[float], Sequence[float]] | None = None
 
 

@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 # How many examples hypothesis draws for each relation.
-SEARCH_PROFILES = {"quick": 4, "thorough": 200}
+SEARCH_PROFILES = {"quick": 3, "thorough": 200}
 
 
-# In a usual run; more are drawn in parts of as many, which can be run one by one.
+# More are drawn in parts of as many, which can be run one by one.
 DRAWN_CALLS_A_TEST = 200
+EVERY_TEST = "EVERY_TEST" in os.environ
 
 
 def load_search_profile(name):
@@ -48,7 +49,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--pair-seeds",
         type=int,
-        default=2,
+        default=2 if EVERY_TEST else 1,
         help="in how many seeds each correct example pair must be accepted",
     )
     parser.addoption(
@@ -59,7 +60,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--drawn-calls",
         type=int,
-        default=DRAWN_CALLS_A_TEST,
+        default=DRAWN_CALLS_A_TEST if EVERY_TEST else DRAWN_CALLS_A_TEST // 2,
         help="how many calls of each tree are drawn, right and wrong ones",
     )
 
@@ -103,6 +104,10 @@ def quick_compilation():
 
 
 def pytest_collection_modifyitems(config, items):
+    if not EVERY_TEST:
+        for item in items:
+            if item.get_closest_marker("every"):
+                item.add_marker(pytest.mark.skip(reason="another one is of this kind: run with EVERY_TEST=1"))
     if config.getoption("--no-shape-checks"):
         return
     skip = pytest.mark.skip(

@@ -14,9 +14,8 @@ from parity_tests.judge.inputs import Case, draw_inputs
 from parity_tests.judge.oracle import reference
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available
 from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
-from parity_tests.training.ladder import RUNGS, LadderSide, climb
+from parity_tests.training.ladder import RUNGS, LadderSide, climb, load_side
 from parity_tests.training.optimizers import OPTIMIZERS
-from parity_tests.training.run import load_side
 from parity_tests.training.tasks import partitioned_mlp
 
 CASE = Case("causes", (24,), 3, 16, 16)

@@ -25,6 +25,17 @@ N, IN, OUT = 3, 4, 5
 ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
+# Of the two formats every implementation is tried in one; a product and a convolution are in both.
+in_16_bits = pytest.mark.parametrize(
+    ("name", "low"),
+    [(name, "bfloat16") for name in NAMES]
+    + [
+        pytest.param(name, "float16", marks=() if name in ("matmul", "grouped_conv") else pytest.mark.every)
+        for name in NAMES
+    ],
+)
+
+
 @pytest.fixture(params=tuple(ROUNDOFF))
 def dtype(request):
     with jax.enable_x64(request.param == "float64"):
@@ -171,8 +182,7 @@ def test_dtype_and_isolation_of_partitions_as_declared(name, dtype):
             assert isolated or not entry.isolates_partitions
 
 
-@pytest.mark.parametrize("low", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", NAMES)
+@in_16_bits
 def test_16_bit_products_accumulate_in_fp32(name, low):
     """Sums of 4096 ones: beyond the exact integers of a bf16 (256) or fp16 (2048) accumulator, exact as a result."""
     rows, terms = 8, 4096
@@ -198,8 +208,7 @@ def bias_gradient_excess(function, low):
     return float((np.abs(np.asarray(dbias, np.float64) - exact.sum(0)) / allowed).max())
 
 
-@pytest.mark.parametrize("low", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", NAMES)
+@in_16_bits
 def test_bias_gradient_is_summed_in_fp32(name, low):
     assert bias_gradient_excess(lambda *a: partitioned_linear(*a, implementation=name), low) <= 1
 
@@ -212,8 +221,7 @@ def test_a_plain_broadcast_add_breaks_the_bound_on_the_bias_gradient():
     assert bias_gradient_excess(lambda x, w, b: jnp.moveaxis(jnp.matmul(x.swapaxes(0, 1), w), 0, 1) + b, "bfloat16") > 1
 
 
-@pytest.mark.parametrize("low", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", NAMES)
+@in_16_bits
 def test_preferred_element_type_keeps_the_fp32_result(name, low):
     x, kernel, bias = operands(low, i=253)
     run = jax.jit(lambda *a: partitioned_linear(*a, implementation=name, preferred_element_type=jnp.float32))

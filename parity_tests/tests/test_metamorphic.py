@@ -4,6 +4,7 @@ A larger search: `HYPOTHESIS_PROFILE=thorough python -m pytest parity_tests/test
 """
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -28,7 +29,10 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Of each relation, where the quick profile has its explicit examples besides.
 QUICK = settings.get_profile("quick").max_examples
-FEW = settings(max_examples=2 if settings.default.max_examples <= QUICK else settings.default.max_examples)
+FEW = settings.default.max_examples
+if FEW <= QUICK:
+    FEW = 2 if "EVERY_TEST" in os.environ else 1
+FEW = settings(max_examples=FEW)
 
 INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framework)]
 SUBJECTS = {

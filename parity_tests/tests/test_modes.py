@@ -6,6 +6,7 @@ So do the checks without a tolerance, on the shapes that are compiled here anywa
 """
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -101,7 +102,14 @@ def test_mode_agrees_with_the_oracle_forward_and_backward(subject_id, dtype):
     assert failures(subject, dtype) == []
 
 
-@pytest.mark.parametrize(("subject_id", "dtype"), CELLS)
+@pytest.mark.parametrize(
+    ("subject_id", "dtype"),
+    # Operation by operation, what an implementation keeps is what its operations keep.
+    [
+        pytest.param(*cell, marks=pytest.mark.every if re.fullmatch(r"jax-eager-(?!matmul).*", cell[0]) else ())
+        for cell in CELLS
+    ],
+)
 @pytest.mark.usefixtures("quick_compilation")
 def test_mode_keeps_what_needs_no_tolerance(subject_id, dtype):
     subject = EAGER[subject_id]
@@ -205,7 +213,7 @@ def test_a_long_run_does_not_keep_what_it_compiled():
     """A process of thousands of programs would have as many memory maps as Linux allows, and crash."""
     chosen = [subject for subject in load_subjects("jax", "cpu") if subject.implementation == "loop"]
     maps = []
-    for rows in range(4, 8):
+    for rows in range(4, 7):
         # An unrolled program, another one for each number of rows.
         cells = run_cells(chosen, ["float32"], [Case("unrolled", (rows,), 16, 4, 4)])
         assert {row.status for row in cells} == {"ok"}

@@ -1,17 +1,17 @@
 """The pages' Python blocks run, each in a fresh process as a reader would paste it; what they name is there."""
 
 import importlib
-import os
 import re
 import shlex
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 import typer
 
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available
+from parity_tests.tests.forked import run_python
+from parity_tests.tests.reference import drawn
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch_impl", "jax_impl", "parity_tests", "bench")
@@ -65,16 +65,16 @@ def test_block_runs(name, tmp_path):
     for framework in FRAMEWORKS:
         if re.search(rf"\b{framework}\b|{framework}_impl", BLOCKS[name]) and not framework_available(framework):
             pytest.skip(f"{framework} is not installed here")
-    result = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", BLOCKS[name]],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,  # one block writes a file where it runs
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=120,
-        check=False,
-    )
+    result = run_python("-c", BLOCKS[name], cwd=tmp_path)  # one block writes a file where it runs
     assert result.returncode == 0, result.stderr
+
+
+def test_a_block_that_fails_is_noticed():
+    assert "NameError: name 'torch'" in run_python("-c", "torch.ones(3)").stderr
+    assert run_python("-c", "import sys; sys.exit(3)").returncode == 3
+    assert run_python("-c", "import time; time.sleep(60)", timeout=1).returncode == -signal.SIGALRM
+    warned = run_python("-c", "import warnings; warnings.warn('old', DeprecationWarning)")
+    assert (warned.returncode, "DeprecationWarning: old" in warned.stderr) == (1, True)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -107,9 +107,7 @@ def test_a_wrong_option_is_noticed():
 
 def test_the_recommendation_is_the_one_that_the_first_page_shows():
     (command,) = [command for command in COMMANDS if command.startswith("bench recommend bench/results/")]
-    result = subprocess.run(
-        [sys.executable, "-m", *command.split()], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
-    )
+    result = run_python("-m", *command.split())
     found = re.match(r"Recommended: (.*)\n", result.stdout)
     assert found, result.stderr
     assert f"(here `{found[1]}`, " in README
@@ -139,3 +137,11 @@ def test_every_implementation_is_described(framework):
     names = importlib.import_module(f"{framework}_impl").implementation_names()
     for page in ("README.md", f"{framework}_impl/README.md"):
         assert [name for name in names if f"| `{name}` |" not in PAGES[page]] == [], page
+
+
+@pytest.mark.parametrize(("package", "framework"), [("torch_impl", "torch"), ("jax_impl", "jax")])
+def test_the_reference_is_that_of_the_docstrings(package, framework):
+    if not framework_available(framework):
+        pytest.skip(f"{framework} is not installed here")
+    assert PAGES[f"{package}/README.md"] == drawn(package), "stale: run python -m parity_tests.tests.reference"
+    assert PAGES[f"{package}/README.md"].count("\n| `") >= len(importlib.import_module(package).__all__)

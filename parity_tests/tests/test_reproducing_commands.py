@@ -15,7 +15,7 @@ from parity_tests.judge.records import ParityRow, summarize
 from parity_tests.judge.run import run_cells
 from parity_tests.judge.subjects import DEFAULT_MODES, FRAMEWORKS, framework_available
 from parity_tests.report.console import PlainConsole, print_report
-from parity_tests.training.run import TRAINED, TRAININGS, TrainingRows
+from parity_tests.training.ladder import TRAINED, TRAININGS, TrainingRows
 
 CASE = Case("square", (4,), 3, 8, 8)
 BOTH = all(map(framework_available, FRAMEWORKS))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from parity_tests.judge.subjects import framework_available
+from parity_tests.tests.forked import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: {}    |"
@@ -99,6 +100,12 @@ except ModuleNotFoundError as error:
 """
 
 
+def fresh_python(code):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
 @pytest.mark.parametrize(
     ("tree", "banned", "extra"),
     [("torch_impl", "torch", "torch"), ("jax_impl", "jax", "jax"), ("jax_impl", "flax", "jax")],
@@ -106,7 +113,7 @@ except ModuleNotFoundError as error:
 def test_a_tree_without_its_framework_names_the_extra(tree, banned, extra):
     if not framework_available(extra):
         pytest.skip(f"{extra} is not installed here")
-    found = run_python("-c", WITHOUT.format(tree=tree, banned=banned))
+    found = fresh_python(WITHOUT.format(tree=tree, banned=banned))
     sentence, name, cause, alone = found.stdout.strip().split(" | ")
     assert sentence.startswith(f"{tree}: expected ")
     assert f"with its extra `{extra}`" in sentence
@@ -119,14 +126,8 @@ def test_a_tree_that_lacks_something_else_says_what():
     if not framework_available("torch"):
         pytest.skip("torch is not installed here")
     # What every installation brings: no extra would help.
-    found = run_python("-c", WITHOUT.format(tree="torch_impl", banned="jaxtyping"))
+    found = fresh_python(WITHOUT.format(tree="torch_impl", banned="jaxtyping"))
     assert found.stdout.startswith("No module named 'jaxtyping'")
-
-
-def run_python(*arguments, cwd=ROOT):
-    environment = os.environ | {"PYTHONPATH": str(cwd), "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -177,25 +178,18 @@ def test_what_the_wheel_installs_finds_its_published_runs(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     console = "from bench.__main__ import main; main()"
     sizes = ["--num-partitions", "32", "--in-features", "32", "--out-features", "32", "--batch", "128"]
-    found = run_python("-c", console, "recommend", "h200", *sizes, cwd=tmp_path)
+    installed = {"cwd": tmp_path, "PYTHONPATH": str(tmp_path)}
+    found = run_python("-c", console, "recommend", "h200", *sizes, **installed)
     assert found.returncode == 0, found.stderr
     assert found.stdout.startswith("Recommended: torch matmul (cuda-graph)")
-    absent = run_python("-c", console, "recommend", "cpu-xeon-2core", *sizes, cwd=tmp_path)
+    absent = run_python("-c", console, "recommend", "cpu-xeon-2core", *sizes, **installed)
     assert absent.returncode == 2
     assert "cpu-epyc-2core-catalogue, h200; a checkout has all, in bench/results" in absent.stderr
 
 
 def test_a_directory_of_the_name_of_a_published_run_comes_first(tmp_path):
     (tmp_path / "h200").mkdir()
-    found = subprocess.run(
-        [sys.executable, "-m", "bench", "report", "h200"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    found = run_python("-m", "bench", "report", "h200", cwd=tmp_path)
     assert found.returncode == 2
     assert "h200: holds no records.jsonl" in found.stderr
 
@@ -208,7 +202,7 @@ def test_the_console_command_is_the_module(package):
         (name, ("-c", f"from {package}.__main__ import main; main()")),
         (f"python -m {package}", ("-m", package)),
     ):
-        found = run_python(*arguments, "run", "--help")
+        found = run_python(*arguments, "run", "--help", COLUMNS="200", NO_COLOR="1", TERM="dumb")
         assert found.returncode == 0, found.stderr
         assert f"Usage: {program} run" in found.stdout
 

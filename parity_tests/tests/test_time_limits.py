@@ -28,7 +28,10 @@ _STREAMS = {"stdout", "stderr", "stdin"}
 
 # By file and function, each with what ends the wait.
 ALLOWED = {
-    ("bench/study/results.py", "_in_parts"): "a watch kills processes that are waited for too long",
+    (
+        "bench/study/results.py",
+        "_in_parts",
+    ): "every result is waited for with a limit, and what then still runs is killed",
     ("parity_tests/frameworks/jax/recorder.py", "named_calls"): "a context variable, which nothing waits for",
 }
 

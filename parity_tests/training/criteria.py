@@ -289,22 +289,15 @@ def off_block(framework: str, masked: MaskedRun, double: Trajectory, single: Tra
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """The verdict on one task and optimiser, with the curves that a report draws.
+    """The verdict on one task and optimiser, with the curves that a report draws."""
 
-    Attributes:
-        task: name of the task.
-        optimizer: name of the optimiser.
-        criteria: all six (some of them once a framework).
-        losses: fp32 loss curves by framework.
-        divergence: relative distance of each framework's fp32 run from its own float64 run, by step.
-        band: the largest and smallest such distance over the noise ensemble, by framework: `(2, steps)`.
-    """
-
-    task: str
-    optimizer: str
-    criteria: list[Criterion]
-    losses: dict[str, np.ndarray]
+    task: str  # name of the task
+    optimizer: str  # name of the optimiser
+    criteria: list[Criterion]  # all six (some of them once a framework)
+    losses: dict[str, np.ndarray]  # fp32 loss curves by framework
+    # Relative distance of each framework's fp32 run from its own float64 run, by step
     divergence: dict[str, np.ndarray]
+    # The largest and smallest such distance over the noise ensemble, by framework: `(2, steps)`
     band: dict[str, np.ndarray]
 
     @property

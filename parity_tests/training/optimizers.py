@@ -18,38 +18,24 @@ CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it; optax.clip_by_glo
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """An optimiser, independent of the framework.
+    """An optimiser, independent of the framework."""
 
-    Attributes:
-        name: the algorithm.
-        learning_rate: peak learning rate.
-        momentum: for `sgd`; 0 for none.
-        nesterov: for `sgd` with momentum.
-        beta1: for `adam` and `adamw`.
-        beta2: for `adam` and `adamw`; the averaging constant of `rmsprop`.
-        epsilon: added to the root of the second moment, outside the root.
-        weight_decay: coupled (added to the gradient) for all but `adamw`, decoupled for `adamw`.
-        decay_bias: True if biases decay too. Our bias is 2-D: the common rule "decay what has two or more dimensions"
-            would decay it, so the choice is explicit.
-        clip_norm: largest global norm of the gradient, or None.
-        warmup_steps: the learning rate rises linearly over this many steps; its first value is `peak / warmup_steps`.
-        cosine_steps: after the warm-up it falls along a cosine to 0 over this many steps; 0 for a constant rate.
-        first_step: the schedule's step at the first update: 0 unless an origin is off.
-    """
-
-    name: OptimizerName
-    learning_rate: float
-    momentum: float = 0.0
-    nesterov: bool = False
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
+    name: OptimizerName  # the algorithm
+    learning_rate: float  # peak learning rate
+    momentum: float = 0.0  # for `sgd`; 0 for none
+    nesterov: bool = False  # for `sgd` with momentum
+    beta1: float = 0.9  # for `adam` and `adamw`
+    beta2: float = 0.999  # for `adam` and `adamw`; the averaging constant of `rmsprop`
+    epsilon: float = 1e-8  # added to the root of the second moment, outside the root
+    weight_decay: float = 0.0  # coupled (added to the gradient) for all but `adamw`, decoupled for `adamw`
+    # True if biases decay too. Our bias is 2-D: the common rule "decay what has two or more dimensions" would decay it,
+    # so the choice is explicit
     decay_bias: bool = False
-    clip_norm: float | None = None
+    clip_norm: float | None = None  # largest global norm of the gradient, or None
+    # The learning rate rises linearly over this many steps; its first value is `peak / warmup_steps`
     warmup_steps: int = 0
-    cosine_steps: int = 0
-    first_step: int = 0
+    cosine_steps: int = 0  # after the warm-up it falls along a cosine to 0 over this many steps; 0 for a constant rate
+    first_step: int = 0  # the schedule's step at the first update: 0 unless an origin is off
 
     def rates(self, steps: int) -> np.ndarray:
         """Return the learning rate of each of the first `steps` steps, in float64; step 0 is the first update.

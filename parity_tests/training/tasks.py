@@ -14,22 +14,15 @@ ModelName = Literal["mlp", "nlinear"]
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """A model with its starting parameters and its batches.
+    """A model with its starting parameters and its batches."""
 
-    Attributes:
-        name: for reports.
-        model: `mlp`: `y = tanh(x W1 + b1) W2 + b2` per partition; `nlinear`: the NLinear-I forecaster, one linear
-            map a channel on a series from which its last value was subtracted.
-        parameters: starting values by name, float64, never zero.
-        inputs: `(batches, batch, ...)`, float64; step k uses batch `k % batches`.
-        targets: `(batches, batch, ...)`, float64.
-    """
-
-    name: str
+    name: str  # for reports
+    # `mlp`: `y = tanh(x W1 + b1) W2 + b2` per partition; `nlinear`: the NLinear-I forecaster, one linear map a channel
+    # on a series from which its last value was subtracted
     model: ModelName
-    parameters: dict[str, np.ndarray]
-    inputs: np.ndarray
-    targets: np.ndarray
+    parameters: dict[str, np.ndarray]  # starting values by name, float64, never zero
+    inputs: np.ndarray  # `(batches, batch, ...)`, float64; step k uses batch `k % batches`
+    targets: np.ndarray  # `(batches, batch, ...)`, float64
 
 
 @dataclass(frozen=True)
@@ -53,34 +46,24 @@ class StepGradients:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A training run.
+    """A training run."""
 
-    Attributes:
-        losses: `(steps,)`, the loss before each update.
-        states: the parameters after each update.
-        moments: the optimiser's moments after the last update, as `<parameter>/<first|second>`.
-        step_counts: the distinct step counts that the optimiser keeps at the end.
-        moment_history: the moments after each update; kept by a replay only.
-    """
-
-    losses: np.ndarray
-    states: list[dict[str, np.ndarray]]
-    moments: dict[str, np.ndarray]
-    step_counts: set[int]
+    losses: np.ndarray  # `(steps,)`, the loss before each update
+    states: list[dict[str, np.ndarray]]  # the parameters after each update
+    moments: dict[str, np.ndarray]  # the optimiser's moments after the last update, as `<parameter>/<first|second>`
+    step_counts: set[int]  # the distinct step counts that the optimiser keeps at the end
+    # The moments after each update; kept by a replay only
     moment_history: list[dict[str, np.ndarray]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class MaskedRun:
-    """A training run of layers that hold a dense matrix of which only the diagonal blocks are used.
+    """A training run of layers that hold a dense matrix of which only the diagonal blocks are used."""
 
-    Attributes:
-        states: the blocks and biases after each update, under the names and in the layout of the task's parameters.
-        off_block: `(steps,)`: after each update, the largest magnitude among the weights outside the blocks and
-            their gradients, NaN if one of them is.
-    """
-
+    # The blocks and biases after each update, under the names and in the layout of the task's parameters
     states: list[dict[str, np.ndarray]]
+    # `(steps,)`: after each update, the largest magnitude among the weights outside the blocks and their gradients, NaN
+    # if one of them is
     off_block: np.ndarray
 
 
