@@ -103,10 +103,14 @@ endef
 help:
 	@sed -n '/^#/!q; s/^# //p' $(firstword $(MAKEFILE_LIST))
 
+# Refused options leave no folder behind: they are checked before it is made.
+compare: RUN = $(VENV)/bin/python -m bench run --preset $(PRESET) $(BENCH_ARGS) --out $(OUT)
 compare: $(VENV)/.installed
+	@$(RUN) --dry-run
 	@mkdir -p $(OUT)
 	$(VENV)/bin/python -m parity_tests run --cases smoke --json $(OUT)/parity.json
-	$(VENV)/bin/python -m bench run --preset $(PRESET) $(BENCH_ARGS) --out $(OUT)
+	$(RUN)
+	$(VENV)/bin/python -m bench report $(OUT) --html $(OUT)/page.html
 
 # Both environments at once: most of the time goes into downloads.
 setup: $(VENV)/.installed $(if $(PYTHON_NEWEST),$(VENV_NEWEST)/.installed)
@@ -139,11 +143,13 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
 
+gpu: RUN = PYTHONPATH=. $(GPU_PYTHON) -m bench run --device cuda --preset $(GPU_PRESET) $(GPU_OPTIONS) --replicates $(GPU_REPLICATES) --resume --out $(OUT)
 gpu: $(if $(filter $(VENV)/bin/python,$(GPU_PYTHON)),$(VENV)/.installed)
+	@$(RUN) --dry-run
 	@mkdir -p $(OUT)
 	PYTHONPATH=. $(GPU_PYTHON) -m bench doctor
 	PYTHONPATH=. $(GPU_PYTHON) -m parity_tests run --device cuda --cases default --json $(OUT)/parity.json
-	PYTHONPATH=. $(GPU_PYTHON) -m bench run --device cuda --preset $(GPU_PRESET) $(GPU_OPTIONS) --replicates $(GPU_REPLICATES) --resume --out $(OUT)
+	$(RUN)
 	PYTHONPATH=. $(GPU_PYTHON) -m bench claims $(OUT) --json $(OUT)/claims.json --markdown $(OUT)/claims.md
 
 device: OUT = $(RESULTS)/$(NAME)

@@ -15,7 +15,8 @@ from typing import Any, get_type_hints
 
 from bench.past_names import implementation_that_ran
 
-SCHEMA_VERSION = 1
+# Records of partitions of one size have the first version, those of unequal ones, whose sizes are lists, the second.
+SCHEMA_VERSION, UNEQUAL_SCHEMA_VERSION = 1, 2
 # Raised when a change makes earlier measurements incomparable; part of every key.
 HARNESS_VERSION = "3"
 STATUSES: tuple[str, ...] = ("ok", "mismatch", "unsupported", "oom", "timeout", "crash")
@@ -43,8 +44,8 @@ class Record:
     cell_size: int  # number of records of that cell and process replicate
     workload: str  # name in the catalogue
     num_partitions: int
-    in_features: int  # per partition
-    out_features: int  # per partition
+    in_features: int | tuple[int, ...]  # per partition; one for each where they are unequal
+    out_features: int | tuple[int, ...]  # likewise
     batch: int  # rows of one partition
     dtype: str  # of storage
     device: str  # cpu or cuda
@@ -56,7 +57,7 @@ class Record:
     division: str  # stock, matched or tuned
     precision: str  # asked for
     observed_precision: str | None  # that the error shows
-    layout: str  # of x in memory
+    layout: str  # of x in memory: contiguous, partition_major, time_series, flat or shared
     cache: str  # warm or cold
     status: str  # one of STATUSES
     reason: str  # one sentence for every status but ok, else empty
@@ -77,7 +78,7 @@ class Record:
     parity: Mapping[str, Mapping[str, Any]]  # tensor to status, bound_fraction and max_abs_error
     useful_flops: int  # operations that the function needs in one call
     compulsory_bytes: int  # that must move in one call
-    waste_factor: int  # how many times the useful products are carried out
+    waste_factor: float  # how many times the useful products are carried out
     # Number of the set of processes. Memory, single calls, enqueueing, kernels, energy and compiling again are measured
     # in the first alone, which is 0.
     process_replicate: int
@@ -96,6 +97,9 @@ class Record:
     kernels: Mapping[str, int] = field(default_factory=dict)  # name to executions in one call; from the same pass
     compile_warm_s: float | None = None  # the same compilation again, with the cache that the first one filled
     program_flops: int | None = None  # of the compiled or traced program, by the framework's own account
+    # Written in one call by operations that only copy (contiguous copies, transpositions, concatenations, padding): of
+    # torch where no compiler hides them, of JAX in the compiled program.
+    copied_bytes: int | None = None
     energy_j: float | None = None  # joules of one call: all that the device took in a second or more of such calls
     ceiling_flops_per_s: float | None = None  # of a large product in the same session and precision
     ceiling_bytes_per_s: float | None = None  # of a large copy in the same session, bytes read and written
@@ -249,7 +253,9 @@ _KINDS: Mapping[Any, tuple[type, ...]] = {
     str | None: (str, type(None)),
     int: (int,),
     int | None: (int, type(None)),
+    float: (float, int),
     float | None: (float, int, type(None)),
+    int | tuple[int, ...]: (int, list),
     bool: (bool,),
     tuple[float, ...]: (list,),
     tuple[Mapping[str, Any], ...]: (list,),
@@ -262,6 +268,7 @@ _POSITIVE = ("num_partitions", "in_features", "out_features", "batch", "cell_siz
 _POSITIVE += ("useful_flops", "compulsory_bytes", "latency_s", "block_s")
 # The reciprocal of the largest: a ceiling of 1e-320 would make every share of it infinite.
 _SMALLEST = 1 / LARGEST
+_SIZES = ("in_features", "out_features")
 _RANGE = "numbers from 2^-100 to 2^100 (integers to 2^63)"
 # Of objects and lists of objects; no record has more.
 _LEVELS = 4
@@ -282,8 +289,10 @@ def parse_line(line: bytes | str) -> Record:
     if not isinstance(found, dict):
         raise RecordError("not a JSON object")
     version = found.get("schema_version")
-    if type(version) is not int or version != SCHEMA_VERSION:
-        raise RecordError(f"schema_version: expected {SCHEMA_VERSION}, got {shown(version)}")
+    if type(version) is not int or version not in (SCHEMA_VERSION, UNEQUAL_SCHEMA_VERSION):
+        raise RecordError(
+            f"schema_version: expected {SCHEMA_VERSION} or {UNEQUAL_SCHEMA_VERSION}, got {shown(version)}"
+        )
     if missing := sorted(_REQUIRED - found.keys()):
         raise RecordError(f"missing fields: {', '.join(missing)}")
     values = {name: found.get(name, default) for name, default in _DEFAULTS.items()}
@@ -291,7 +300,9 @@ def parse_line(line: bytes | str) -> Record:
         value = values[name]
         if type(value) not in kinds:
             raise RecordError(f"{name}: expected {' or '.join(kind.__name__ for kind in kinds)}, got {shown(value)}")
-        if str in kinds and value:
+        if name in _SIZES and isinstance(value, list):
+            values[name] = _sizes(name, value, values["num_partitions"])
+        elif str in kinds and value:
             # The same few texts again and again.
             values[name] = intern(value)
         elif int in kinds and value and not moderate(value, _SMALLEST):
@@ -302,6 +313,10 @@ def parse_line(line: bytes | str) -> Record:
             if not plain(value, _LEVELS):
                 raise RecordError(f"{name}: expected at most {_LEVELS} levels, and {_RANGE}")
             values[name] = tuple(value) if isinstance(value, list) else value
+    expected = schema_version_of(values["in_features"], values["out_features"])
+    if version != expected:
+        sizes = "one size for all partitions" if expected == SCHEMA_VERSION else "one size for each partition"
+        raise RecordError(f"schema_version: expected {expected}, got {version}, of a record with {sizes}")
     if zero := [name for name in _POSITIVE if values[name] == 0]:
         raise RecordError(f"{zero[0]}: expected more than 0")
     if len(values["block_latency_s"]) % 2:
@@ -312,6 +327,20 @@ def parse_line(line: bytes | str) -> Record:
         raise RecordError("kernels: expected a number of executions for each name")
     values["implementation"] = implementation_that_ran(values)
     return Record(**values)
+
+
+def schema_version_of(*sizes: object) -> int:
+    """Return the version of records with these numbers of features: that of sequences is another one."""
+    return SCHEMA_VERSION if all(isinstance(size, int) for size in sizes) else UNEQUAL_SCHEMA_VERSION
+
+
+def _sizes(name: str, values: list[Any], num_partitions: object) -> tuple[int, ...]:
+    if len(values) != num_partitions:
+        raise RecordError(f"{name}: expected one for each of {shown(num_partitions)} partitions, got {len(values)}")
+    for value in values:
+        if type(value) is not int or not moderate(value, 1):
+            raise RecordError(f"{name}: expected a list of integers from 1 to 2^63, got {shown(value)} in it")
+    return tuple(values)
 
 
 def _samples(name: str, values: list[Any]) -> tuple[float, ...]:

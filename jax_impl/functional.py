@@ -1,5 +1,6 @@
 """The operation as a function: validate, select, run."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -15,8 +16,10 @@ from jax.typing import DTypeLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
 from jax_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes, find_axes, static_indices
+from jax_impl.packing import Packing
 from jax_impl.registry import DTYPE_NAMES, UnsupportedImplementationError, get_implementation, unsupported_reason
-from jax_impl.selection import run_auto
+from jax_impl.selection import auto_of_unequal, run_auto
+from jax_impl.unequal import check_unequal_call, packing_of_call
 from jax_impl.validation import (
     as_array,
     as_operand,
@@ -43,6 +46,8 @@ def partitioned_linear(
     in_axis: int = IN_AXIS,
     partition_axis: int | None = PARTITION_AXIS,
     partitions: Sequence[int] | Array | None = None,
+    in_features: int | Sequence[int] | None = None,
+    out_features: int | Sequence[int] | None = None,
 ) -> Outputs:
     """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
 
@@ -65,9 +70,13 @@ def partitioned_linear(
             holds theirs, in this order; an x of all n partitions is indexed as the parameters are. y has m, and
             the other partitions' gradients are exactly zero. An index that is given twice is computed twice, and the
             gradients are added. Traced indices are not checked: out of range they give NaN, and no gradients.
+        in_features: For partitions of unequal sizes, the size of each, in one sequence or two; the other may be one
+            int. x is then flat, (..., in_0 + in_1 + ...), and y too; kernel and bias are packed, of one axis, as
+            `jax_impl.packing` says. None for a kernel (n, in, out).
+        out_features: The same for the outputs.
 
     Returns:
-        Outputs, shape (..., n, out).
+        Outputs, shape (..., n, out); (..., out_0 + out_1 + ...) of unequal sizes.
 
     Raises:
         TypeError: If an operand is no array, has no supported floating dtype, or the dtypes differ.
@@ -78,6 +87,8 @@ def partitioned_linear(
     Source: the operation is that of an ensemble of `flax.nnx.Linear`, one per partition.
     """
     options = (implementation, precision, preferred_element_type)
+    if in_features is not None or out_features is not None:
+        return _unequal(x, kernel, bias, options, (in_features, out_features), in_axis, partition_axis, partitions)
     # Identity is the cheapest question that no value can fail; another int of the same value is only slower.
     if in_axis is not IN_AXIS or partition_axis is not PARTITION_AXIS or partitions is not None:
         return _rearranged(x, kernel, bias, options, in_axis, partition_axis, partitions)
@@ -96,23 +107,60 @@ def _product(
 ) -> Array:
     x, kernel, bias = check_operands(x, kernel, bias, shared=shared)
     check_implementation_name(implementation)
+    return _run(x, kernel, bias, implementation, precision, preferred_element_type, shared=shared)
+
+
+def _run(
+    x: Array,
+    kernel: Array,
+    bias: Array | None,
+    implementation: str,
+    precision: PrecisionLike,
+    preferred_element_type: DTypeLike | None,
+    *,
+    shared: bool,
+    packing: Packing | None = None,
+) -> Array:
     check_precision(precision)
     check_preferred_element_type(preferred_element_type, kernel.dtype)
-    # "auto" runs wherever `matmul` does.
-    name = "matmul" if implementation == "auto" else implementation
-    reason = unsupported_reason(name, dtype=DTYPE_NAMES[kernel.dtype], device=device_type(x, kernel), shared=shared)
+    unequal = packing is not None
+    if implementation != "auto":
+        name = implementation
+    else:
+        # That of equal sizes runs wherever `matmul` does.
+        name = "matmul" if packing is None else auto_of_unequal(packing, math.prod(x.shape[:-1]), shared=shared)
+    device = device_type(x, kernel)
+    reason = unsupported_reason(name, dtype=DTYPE_NAMES[kernel.dtype], device=device, shared=shared, unequal=unequal)
     if reason is not None:
         raise UnsupportedImplementationError(reason)
-    check_algorithm(precision, name)
-    run = run_auto if implementation == "auto" else get_implementation(name).run
-    run = cast(Callable[..., Array], get_implementation(name).run_shared) if shared else run
+    entry = get_implementation(name, unequal=unequal)
+    check_algorithm(precision, entry)
+    run = run_auto if implementation == "auto" and not unequal else entry.run
+    run = cast(Callable[..., Array], entry.run_shared) if shared else run
     dtype = kernel.dtype if preferred_element_type is None else np.dtype(preferred_element_type)
-    run = partial(run, precision=precision, dtype=dtype)
+    run = partial(run, precision=precision, dtype=dtype, **({"packing": packing} if unequal else {}))
     try:
         return over_explicit_axes(run, x, kernel, bias, shared=shared)
     except Exception as error:
         explain_failure(error, name, precision, kernel)
         raise
+
+
+def _unequal(
+    x: Any,
+    kernel: Any,
+    bias: Any,
+    options: tuple[Any, ...],
+    sizes: tuple[Any, Any],
+    in_axis: Any,
+    partition_axis: Any,
+    partitions: Any,
+) -> Array:
+    packing = packing_of_call(*sizes)
+    check_axes(in_axis, partition_axis)
+    check_implementation_name(options[0], unequal=True)
+    x, kernel, bias, meant = check_unequal_call(x, kernel, bias, packing, in_axis, partition_axis, partitions)
+    return jnp.moveaxis(_run(x, kernel, bias, *options, shared=partition_axis is None, packing=meant), -1, in_axis)
 
 
 def _rearranged(
@@ -185,8 +233,12 @@ def over_explicit_axes(
         return run(x, kernel, bias)
     by_x, by_kernel = (tuple(sharding.spec) for sharding in shardings[:2])
     by_bias = (None, None) if bias is None else tuple(shardings[2].spec)
-    candidates = [(names,) for names in (by_x[:-1] if shared else by_x[:-2])]
-    candidates += [(None if shared else by_x[-2], by_kernel[0], by_bias[0]), (by_kernel[2], by_bias[1])]
+    packed = kernel.ndim == 1
+    candidates: list[tuple[Any, ...]] = [(names,) for names in (by_x[:-1] if shared or packed else by_x[:-2])]
+    if packed:  # whose outputs have one axis of features, which no operand says how to divide
+        candidates.append(())
+    else:
+        candidates += [(None if shared else by_x[-2], by_kernel[0], by_bias[0]), (by_kernel[2], by_bias[1])]
     taken: list[str] = []
     division = []
     for choices in candidates:

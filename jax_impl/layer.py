@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,9 +13,12 @@ from jax.typing import DTypeLike
 
 from jax_impl.array_types import Inputs, Outputs, said, shown
 from jax_impl.functional import partitioned_linear
-from jax_impl.initializers import Initializer, check_initializer, partition_initializers
+from jax_impl.initializers import Initializer, check_initializer, packed_initializers, partition_initializers
 from jax_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes
+from jax_impl.packing import Packing, check_packing, has_unequal_sizes
+from jax_impl.unequal import check_unequal_axes, known_packing, partition_biases, partition_weights
 from jax_impl.validation import (
+    MOST_ELEMENTS,
     as_array,
     check_callable,
     check_dtypes,
@@ -36,22 +39,26 @@ class PartitionedLinear(nnx.Module):
 
     Shape:
         Input (..., n, in), any number of leading axes, none included; output (..., n, out). Other layouts by `in_axis`
-        and `partition_axis`.
+        and `partition_axis`. Where sizes are sequences: input (..., in_0 + in_1 + ...), output (..., out_0 + out_1 +
+        ...), the features of one partition after those of another.
 
     Dtypes are those of `flax.nnx.Linear`: input and parameters are promoted to `dtype`, or to their common dtype, and
     the output has that dtype, or `preferred_element_type`.
 
     Attributes:
-        kernel: `nnx.Param` of shape (n, in, out).
+        kernel: `nnx.Param` of shape (n, in, out). Where sizes are sequences, every W_k (in_k, out_k) in one axis, as
+            `packing` says, and `in_features` and `out_features` are tuples.
         bias: `nnx.Param` of shape (n, out), or None. It has two axes, so the common rule "decay every parameter with
-            at least two axes" decays it.
+            at least two axes" decays it. Where sizes are sequences, every b_k in one axis, as in an output.
 
     Args:
         num_partitions: n, the number of maps.
-        in_features: in, features of one partition, not their total.
-        out_features: out, features of one partition, not their total.
+        in_features: in, features of one partition, not their total; or a sequence of n, one for each partition. Then
+            `out_features` may still be one int for all, and the reverse.
+        out_features: out, features of one partition, not their total; or a sequence of n.
         use_bias: Whether to add a bias.
-        implementation: "auto", or a name from `implementation_names()`.
+        implementation: "auto", or a name from `implementation_names()`; for sequences of sizes, from
+            `implementation_names(unequal=True)`.
         init: "flax" for a truncated normal of std 1/sqrt(in) and a zero bias, as n `nnx.Linear` have it; "torch" for
             U(-1/sqrt(in), 1/sqrt(in)) in kernel and bias.
         dtype: Dtype of the computation; None to infer it from input and parameters.
@@ -86,8 +93,8 @@ class PartitionedLinear(nnx.Module):
     def __init__(
         self,
         num_partitions: int,
-        in_features: int,
-        out_features: int,
+        in_features: int | Sequence[int],
+        out_features: int | Sequence[int],
         *,
         use_bias: bool = True,
         implementation: str = "auto",
@@ -105,9 +112,15 @@ class PartitionedLinear(nnx.Module):
         in_axis: int = IN_AXIS,
         partition_axis: int | None = PARTITION_AXIS,
     ) -> None:
-        check_sizes(num_partitions=num_partitions, in_features=in_features, out_features=out_features)
+        packing = None
+        if has_unequal_sizes(in_features, out_features):
+            check_sizes(num_partitions=num_partitions)
+            packing = check_packing(num_partitions, in_features, out_features, MOST_ELEMENTS)
+            in_features, out_features = packing.in_features, packing.out_features
+        else:
+            check_sizes(num_partitions=num_partitions, in_features=in_features, out_features=out_features)
         check_instance("use_bias", use_bias, bool, "pass True or False")
-        check_implementation_name(implementation)
+        check_implementation_name(implementation, unequal=packing is not None)
         check_initializer(init, kernel_init, bias_init)
         check_dtypes(dtype, param_dtype, preferred_element_type)
         check_precision(precision)
@@ -117,11 +130,18 @@ class PartitionedLinear(nnx.Module):
         check_instance("kernel_metadata", kernel_metadata, Mapping, "pass a dict")
         check_instance("bias_metadata", bias_metadata, Mapping, "pass a dict")
         check_axes(in_axis, partition_axis)
-        draw_kernel, draw_bias = partition_initializers(init, kernel_init, bias_init, in_features)
-        values = draw_kernel(_key(rngs), (num_partitions, in_features, out_features), param_dtype)
+        if packing is None:
+            i, o = cast(tuple[int, int], (in_features, out_features))
+            kernel_shape, bias_shape = (num_partitions, i, o), (num_partitions, o)
+            draw_kernel, draw_bias = partition_initializers(init, kernel_init, bias_init, i)
+        else:
+            check_unequal_axes(packing, in_axis, partition_axis)
+            kernel_shape, bias_shape = (packing.weight_size,), (packing.out_offsets[-1],)
+            draw_kernel, draw_bias = packed_initializers(init, kernel_init, bias_init, packing)
+        values = draw_kernel(_key(rngs), kernel_shape, param_dtype)
         self.kernel = _param("kernel_metadata", values, kernel_metadata)
         if use_bias:
-            values = draw_bias(_key(rngs), (num_partitions, out_features), param_dtype)
+            values = draw_bias(_key(rngs), bias_shape, param_dtype)
             self.bias = _param("bias_metadata", values, bias_metadata)
         else:
             self.bias = nnx.data(None)
@@ -137,6 +157,25 @@ class PartitionedLinear(nnx.Module):
         self.preferred_element_type = preferred_element_type
         self.promote_dtype = promote_dtype
         self.in_axis, self.partition_axis = in_axis, partition_axis
+
+    @property
+    def packing(self) -> Packing | None:
+        """Where partitions of unequal sizes are in inputs, outputs and packed parameters; None for an equal layer."""
+        if isinstance(self.in_features, int) or isinstance(self.out_features, int):
+            return None
+        return known_packing(self.in_features, self.out_features)
+
+    def partition_weights(self) -> list[Array]:
+        """Return every partition's matrix (in_k, out_k), cut from the kernel."""
+        kernel, packing = self.kernel[...], self.packing
+        return list(kernel) if packing is None else partition_weights(kernel, packing)
+
+    def partition_biases(self) -> list[Array] | None:
+        """Return every partition's vector (out_k,), cut from the bias; None for a layer without one."""
+        packing = self.packing
+        if self.bias is None:
+            return None
+        return list(self.bias[...]) if packing is None else partition_biases(self.bias[...], packing)
 
     def __call__(self, x: Inputs, partitions: Sequence[int] | Array | None = None) -> Outputs:
         """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
@@ -156,7 +195,7 @@ class PartitionedLinear(nnx.Module):
             ValueError: If its shape or device does not fit, or `promote_dtype` fails.
             UnsupportedImplementationError: If the named implementation cannot run this call.
         """
-        array = as_array("x", x)
+        array, packing = as_array("x", x), self.packing
 
         def promote() -> Any:
             bias = None if self.bias is None else self.bias[...]
@@ -173,6 +212,8 @@ class PartitionedLinear(nnx.Module):
             in_axis=self.in_axis,
             partition_axis=self.partition_axis,
             partitions=partitions,
+            in_features=None if packing is None else packing.in_features,
+            out_features=None if packing is None else packing.out_features,
         )
 
 

@@ -5,7 +5,7 @@ The twin of `jax_impl.layer`: the same function, implementations and initial val
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +19,13 @@ from jax.typing import DTypeLike
 from jax_impl.array_types import Inputs, Outputs, kind_of, shown
 from jax_impl.checkpoints import linears_from_arrays
 from jax_impl.functional import partitioned_linear
-from jax_impl.initializers import Initializer, check_initializer, partition_initializers
+from jax_impl.initializers import Initializer, check_initializer, packed_initializers, partition_initializers
 from jax_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes, infer_sizes
+from jax_impl.packing import Packing, check_packing, has_unequal_sizes
 from jax_impl.parameters import from_canonical, read_arrays, read_linears, to_canonical, write_arrays
+from jax_impl.unequal import check_unequal_axes
 from jax_impl.validation import (
+    MOST_ELEMENTS,
     as_array,
     check_callable,
     check_dtypes,
@@ -44,25 +47,28 @@ class PartitionedLinear(nn.Module):
 
     Shape:
         Input (..., n, in), any number of leading axes, none included; output (..., n, out). n and in are inferred from
-        the first input. Other layouts by `in_axis` and `partition_axis`.
+        the first input. Other layouts by `in_axis` and `partition_axis`. Where sizes are sequences: input (..., in_0 +
+        in_1 + ...), output (..., out_0 + out_1 + ...), as in the nnx layer.
 
-    Parameters are "kernel" (n, in, out) and "bias" (n, out), in the collection "params". Dtypes are those of
-    `flax.linen.Dense`: input and parameters are promoted to `dtype`, or to their common dtype.
+    Parameters are "kernel" (n, in, out) and "bias" (n, out), in the collection "params"; where sizes are sequences,
+    each is packed in one axis. Dtypes are those of `flax.linen.Dense`: input and parameters are promoted to `dtype`, or
+    to their common dtype.
 
     Attributes: those of the nnx layer of the same names, and
 
-        features: out, features of one partition, not their total.
+        features: out, features of one partition, not their total; or a sequence of n, one for each partition.
         initializer: The nnx layer's `init` (linen gives that name to a method): "flax" for a truncated
             normal of std 1/sqrt(in) and a zero bias, as n `linen.Dense` have it; "torch" for U(-1/sqrt(in), 1/sqrt(in))
             in kernel and bias.
         kernel_init, bias_init: The names of `linen.with_partitioning` describe all three axes, or both.
         promote_dtype: Function (x, kernel, bias, dtype=...) -> the three in one dtype.
-        num_partitions: n, where the input has no partition axis that says it: flat, shared, or of some partitions.
+        num_partitions: n, where neither the input nor a sequence says it: flat, shared, or of some partitions.
+        in_features: in, which otherwise the input says; or a sequence of n. Needed where `features` is a sequence.
 
     Source: a list of `flax.linen.Dense` applied one by one and stacked, whose function it computes.
     """
 
-    features: int
+    features: int | Sequence[int]
     use_bias: bool = True
     implementation: str = "auto"
     initializer: str = "flax"
@@ -76,6 +82,7 @@ class PartitionedLinear(nn.Module):
     in_axis: int = IN_AXIS
     partition_axis: int | None = PARTITION_AXIS
     num_partitions: int | None = None
+    in_features: int | Sequence[int] | None = None
 
     @nn.compact
     def __call__(self, x: Inputs, partitions: Sequence[int] | Array | None = None) -> Outputs:
@@ -87,42 +94,32 @@ class PartitionedLinear(nn.Module):
                 `promote_dtype` fails.
             UnsupportedImplementationError: If the named implementation cannot run this call.
         """
-        check_sizes(features=self.features)
+        packing = self._packing()
         check_instance("use_bias", self.use_bias, bool, "pass True or False")
-        check_implementation_name(self.implementation)
+        check_implementation_name(self.implementation, unequal=packing is not None)
         check_initializer(self.initializer, self.kernel_init, self.bias_init, argument="initializer")
         check_dtypes(self.dtype, self.param_dtype, self.preferred_element_type)
         check_precision(self.precision)
         check_callable("promote_dtype", self.promote_dtype, "(x, kernel, bias, dtype=...)")
         check_axes(self.in_axis, self.partition_axis)
-        if self.num_partitions is not None:
-            check_sizes(num_partitions=self.num_partitions)
         array = as_array("x", x)
-        stored = self._stored("kernel")
-        if stored is not None:
-            if stored.ndim != 3 or 0 in stored.shape or stored.shape[2] != self.features:
-                raise ValueError(
-                    f"`params['kernel']`: expected shape (n, in, out) with out = {self.features}, got {stored.shape}; "
-                    f"pass what init returned."
-                )
-            # The sizes of what was initialised: a later input that differs is refused in this package's words.
-            num_partitions, in_features = stored.shape[:2]
+        kernel_shape, bias_shape = self._shapes(array, packing)
+        own = self.initializer, self.kernel_init, self.bias_init
+        if packing is None:
+            draw_kernel, draw_bias = partition_initializers(*own, kernel_shape[1])
         else:
-            sizes = infer_sizes(array.shape, self.num_partitions, self.in_axis, self.partition_axis)
-            num_partitions, in_features = sizes
-        check_sizes(num_partitions=num_partitions, in_features=in_features, features=self.features)
-        draw_kernel, draw_bias = partition_initializers(self.initializer, self.kernel_init, self.bias_init, in_features)
-        kernel_shape = (num_partitions, in_features, self.features)
+            draw_kernel, draw_bias = packed_initializers(*own, packing)
         kernel = self.param("kernel", draw_kernel, kernel_shape, self.param_dtype)
         bias = None
         if self.use_bias:
             stored = self._stored("bias")
-            if stored is not None and stored.shape != (num_partitions, self.features):
+            if stored is not None and stored.shape != bias_shape:
+                wanted = "(n, out)" if packing is None else "(out_0 + out_1 + ...,)"
                 raise ValueError(
-                    f"`params['bias']`: expected shape (n, out) = {(num_partitions, self.features)}, got "
-                    f"{stored.shape}; pass what init returned."
+                    f"`params['bias']`: expected shape {wanted} = {bias_shape}, got {stored.shape}; pass what init "
+                    f"returned."
                 )
-            bias = self.param("bias", draw_bias, (num_partitions, self.features), self.param_dtype)
+            bias = self.param("bias", draw_bias, bias_shape, self.param_dtype)
         x, kernel, bias = promoted(
             lambda: self.promote_dtype(array, kernel, bias, dtype=self.dtype), array, kernel=kernel, bias=bias
         )
@@ -136,7 +133,54 @@ class PartitionedLinear(nn.Module):
             in_axis=self.in_axis,
             partition_axis=self.partition_axis,
             partitions=partitions,
+            in_features=None if packing is None else packing.in_features,
+            out_features=None if packing is None else packing.out_features,
         )
+
+    def _packing(self) -> Packing | None:
+        """Return the layout of sizes that are sequences, None for one size; refuse others as the nnx layer does."""
+        if self.num_partitions is not None:
+            check_sizes(num_partitions=self.num_partitions)
+        if not has_unequal_sizes(self.in_features, self.features):
+            check_sizes(
+                features=self.features, **({} if self.in_features is None else {"in_features": self.in_features})
+            )
+            return None
+        if self.in_features is None:
+            raise ValueError(
+                "`in_features`: expected an int or a sequence beside a sequence of `features`, got None; pass the "
+                "sizes of the inputs."
+            )
+        sizes = self.in_features if isinstance(self.in_features, Sequence) else self.features
+        num_partitions = self.num_partitions or len(cast(Sequence[int], sizes))
+        names = ("in_features", "features")
+        packing = check_packing(num_partitions, self.in_features, self.features, MOST_ELEMENTS, names)
+        check_unequal_axes(packing, self.in_axis, self.partition_axis)
+        return packing
+
+    def _shapes(self, x: Array | np.ndarray, packing: Packing | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of kernel and bias: those of an earlier `init`, where a later input may not fit, or new."""
+        stored = self._stored("kernel")
+        if packing is not None:
+            if stored is not None and stored.shape != (packing.weight_size,):
+                raise ValueError(
+                    f"`params['kernel']`: expected packed shape (in_0*out_0 + in_1*out_1 + ...,) = "
+                    f"({packing.weight_size},), got {stored.shape}; pass what init returned."
+                )
+            return (packing.weight_size,), (packing.out_offsets[-1],)
+        features, in_features = cast(tuple[int, int | None], (self.features, self.in_features))
+        if stored is None:
+            n, inferred = infer_sizes(x.shape, self.num_partitions, self.in_axis, self.partition_axis)
+            in_features = in_features or inferred
+        elif stored.ndim != 3 or 0 in stored.shape or stored.shape[1:] != (in_features or stored.shape[1], features):
+            raise ValueError(
+                f"`params['kernel']`: expected shape (n, in, out) with out = {features}, got {stored.shape}; pass what "
+                f"init returned."
+            )
+        else:
+            n, in_features = stored.shape[:2]
+        check_sizes(num_partitions=n, in_features=in_features, features=features)
+        return (n, in_features, features), (n, features)
 
     def _stored(self, name: str) -> Any:
         """Return a parameter of an earlier `init`, or None where Flax is to draw one."""

@@ -16,6 +16,13 @@ from jax_impl.implementations.in_turn import partitioned_linear_in_turn
 from jax_impl.implementations.loop import partitioned_linear_loop
 from jax_impl.implementations.masked import partitioned_linear_masked
 from jax_impl.implementations.matmul import partitioned_linear_matmul, shared_linear_matmul
+from jax_impl.implementations.unequal import (
+    shared_unequal_linear,
+    unequal_linear_bucketed_matmul,
+    unequal_linear_loop,
+    unequal_linear_masked,
+    unequal_linear_padded_matmul,
+)
 from jax_impl.implementations.vmap import partitioned_linear_vmap
 
 ITEM_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2})
@@ -34,7 +41,7 @@ class Implementation:
 
     Attributes:
         name: The name it is asked for by.
-        run: The function (x, weight, bias, precision, dtype of y) -> y.
+        run: The function (x, weight, bias, precision, dtype of y) -> y; for unequal sizes a `Packing` follows bias.
         run_shared: The same for x of shape (..., in), which all partitions share, as one dense product; None where it
             has none.
         dtypes: Canonical dtype names it accepts.
@@ -79,37 +86,60 @@ _TABLE = (
     Implementation("in_turn", partitioned_linear_in_turn),
 )
 
+_UNEQUAL_TABLE = (
+    Implementation("loop", unequal_linear_loop),
+    Implementation("masked", unequal_linear_masked, isolates_partitions=False),
+    Implementation("bucketed_matmul", unequal_linear_bucketed_matmul, shared_unequal_linear),
+    Implementation("padded_matmul", unequal_linear_padded_matmul),
+)
+
 IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType({entry.name: entry for entry in _TABLE})
 """Every implementation by name, in a fixed order."""
 
+UNEQUAL_IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
+    {entry.name: entry for entry in _UNEQUAL_TABLE}
+)
+"""Every implementation for partitions of unequal sizes by name, in a fixed order."""
 
-def implementation_names() -> tuple[str, ...]:
-    """Return the names accepted as `implementation`, besides "auto", in table order."""
-    return tuple(IMPLEMENTATIONS)
+
+def implementation_names(*, unequal: bool = False) -> tuple[str, ...]:
+    """Return the names accepted as `implementation`, besides "auto": of the table for one size, or for several."""
+    return tuple(UNEQUAL_IMPLEMENTATIONS if unequal else IMPLEMENTATIONS)
 
 
-def get_implementation(name: str) -> Implementation:
+def get_implementation(name: str, *, unequal: bool = False) -> Implementation:
     """Return the table's entry for `name`.
 
     Raises:
+        UnsupportedImplementationError: If only the table of the other sizes has it.
         ValueError: If there is none; the message lists the choices.
     """
-    entry = IMPLEMENTATIONS.get(name) if isinstance(name, str) else None
+    table, other = IMPLEMENTATIONS, UNEQUAL_IMPLEMENTATIONS
+    if unequal:
+        table, other = other, table
+    entry = table.get(name) if isinstance(name, str) else None
     if entry is None:
-        choices = ", ".join(repr(choice) for choice in IMPLEMENTATIONS)
+        choices = ", ".join(repr(choice) for choice in table)
+        if isinstance(name, str) and name in other:
+            sizes = "sequences of sizes" if unequal else "one size"
+            raise UnsupportedImplementationError(
+                f"`implementation`: expected one for {sizes}, {choices}, got {name!r}; choose one of these."
+            )
         raise ValueError(f"`implementation`: expected one of {choices}, got {name!r}; choose one of these.")
     return entry
 
 
-def unsupported_reason(name: str, *, dtype: str, device: str, shared: bool = False) -> str | None:
+def unsupported_reason(
+    name: str, *, dtype: str, device: str, shared: bool = False, unequal: bool = False
+) -> str | None:
     """Say in one sentence why a named implementation cannot run a call, or return None when it can.
 
     `dtype` and `device` are canonical names such as "float32" and "cpu"; `shared` is for an input that all partitions
-    share.
+    share, `unequal` for sequences of sizes.
     """
-    entry = get_implementation(name)
+    entry = get_implementation(name, unequal=unequal)
     if shared and entry.run_shared is None:
-        return _shared_reason(name)
+        return _shared_reason(name, UNEQUAL_IMPLEMENTATIONS if unequal else IMPLEMENTATIONS)
     if dtype not in entry.dtypes:
         return f"`implementation`: {name!r} supports {_listed(entry.dtypes)}, got {dtype}; choose another one."
     if device not in entry.devices:
@@ -117,8 +147,8 @@ def unsupported_reason(name: str, *, dtype: str, device: str, shared: bool = Fal
     return None
 
 
-def _shared_reason(name: str) -> str:
-    dense = ", ".join(repr(entry.name) for entry in _TABLE if entry.run_shared is not None)
+def _shared_reason(name: str, table: Mapping[str, Implementation]) -> str:
+    dense = ", ".join(repr(entry.name) for entry in table.values() if entry.run_shared is not None)
     return f"`implementation`: expected one with a product for a shared input, {dense}, got {name!r}; choose one."
 
 

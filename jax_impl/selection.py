@@ -13,6 +13,7 @@ from jax.lax import PrecisionLike
 
 from jax_impl.implementations.in_turn import partitioned_linear_in_turn
 from jax_impl.implementations.matmul import partitioned_linear_matmul
+from jax_impl.packing import Packing
 
 # Where `in_turn` was measured to be the faster one: the weight fits no cache, each partition is worth a step of a loop,
 # and the weights far outnumber the features of x and y. With more rows a single call would still gain, but a stack of
@@ -87,3 +88,9 @@ def _tangent(precision: PrecisionLike, primals: tuple[Any, ...], tangents: tuple
 
 
 _in_turn_on_a_cpu.defjvp(_tangent, symbolic_zeros=True)
+
+
+def auto_of_unequal(packing: Packing, rows: Any, *, shared: bool) -> str:
+    """Name what `implementation="auto"` means for partitions of unequal sizes and an x of so many rows."""
+    del packing, rows, shared
+    return "bucketed_matmul"

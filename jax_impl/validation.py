@@ -16,14 +16,20 @@ from jax.core import Tracer
 
 from jax_impl.array_types import kind_of, said, shown
 from jax_impl.layouts import layout_advice
-from jax_impl.registry import DTYPE_NAMES, IMPLEMENTATIONS, UnsupportedImplementationError
+from jax_impl.registry import (
+    DTYPE_NAMES,
+    Implementation,
+    UnsupportedImplementationError,
+    get_implementation,
+    implementation_names,
+)
 
 _FLOATS = ", ".join(DTYPE_NAMES.values())
 # The names that jax.lax.Precision answers to, its aliases included.
 _PRECISIONS = ("default", "fastest", "bfloat16", "high", "bfloat16_3x", "tensorfloat32", "highest", "float32")
 _ALGORITHMS = tuple(jax.lax.DotAlgorithmPreset.__members__)
 # Sizes in bytes are 64-bit integers, and an element has at most eight; XLA ends the process where they overflow.
-_MOST_ELEMENTS = 2**60
+MOST_ELEMENTS = 2**60
 _MOST_NAMES = 8  # in a message
 
 
@@ -36,7 +42,7 @@ def check_sizes(**sizes: Any) -> None:
             )
         if size <= 0:
             raise ValueError(f"`{argument}`: expected a positive int, got {shown(size)}; pass at least 1.")
-    if math.prod(sizes.values()) >= _MOST_ELEMENTS:
+    if math.prod(sizes.values()) >= MOST_ELEMENTS:
         largest = max(sizes, key=lambda argument: sizes[argument])
         raise ValueError(
             f"`{largest}`: expected sizes whose weight has fewer than 2**60 elements, got {shown(sizes[largest])}; "
@@ -113,9 +119,11 @@ def check_name(argument: str, name: Any, choices: Iterable[str]) -> None:
         raise ValueError(f"`{argument}`: expected one of {_quoted(choices)}, got {shown(name)}; choose one of these.")
 
 
-def check_implementation_name(name: Any) -> None:
-    """Refuse what is neither "auto" nor in the table; raises as `check_name` does."""
-    check_name("implementation", name, ("auto", *IMPLEMENTATIONS))
+def check_implementation_name(name: Any, *, unequal: bool = False) -> None:
+    """Refuse what is neither "auto" nor in the table, as `check_name` does, or only in that of the other sizes."""
+    if isinstance(name, str) and name in implementation_names(unequal=not unequal):
+        get_implementation(name, unequal=unequal)  # raises where it is only there
+    check_name("implementation", name, ("auto", *implementation_names(unequal=unequal)))
 
 
 def check_callable(argument: str, function: Any, signature: str) -> None:
@@ -211,7 +219,7 @@ def check_operands(x: Any, kernel: Any, bias: Any, *, shared: bool = False) -> t
             f"`x`: expected shape (..., n, in) = (..., {num_partitions}, {in_features}), got {x.shape}; "
             f"{layout_advice(x.shape, num_partitions, in_features)}."
         )
-    _check_beside_kernel("x", x, kernel)
+    check_beside_kernel("x", x, kernel)
     return x, kernel, check_bias(bias, kernel)
 
 
@@ -237,7 +245,7 @@ def check_bias(bias: Any, kernel: Array) -> Array | None:
             f"`bias`: expected shape (n, out) = ({num_partitions}, {out_features}), got {bias.shape}; pass one "
             f"vector per partition."
         )
-    _check_beside_kernel("bias", bias, kernel)
+    check_beside_kernel("bias", bias, kernel)
     return bias
 
 
@@ -252,7 +260,8 @@ def as_operand(argument: str, value: Any) -> Array:
     return array if isinstance(array, Array) else jnp.asarray(array)
 
 
-def _check_beside_kernel(argument: str, array: Array, kernel: Array) -> None:
+def check_beside_kernel(argument: str, array: Array, kernel: Array) -> None:
+    """Refuse an operand on other devices than the kernel's, by a ValueError, or of another dtype, by a TypeError."""
     where, kernel_where = _committed_devices(array), _committed_devices(kernel)
     if where and kernel_where and where != kernel_where:
         raise ValueError(
@@ -273,11 +282,11 @@ def _committed_devices(array: Array) -> list[str]:
     return sorted(map(str, array.devices()))
 
 
-def check_algorithm(precision: Any, implementation: str) -> None:
+def check_algorithm(precision: Any, implementation: Implementation) -> None:
     """Refuse, by an UnsupportedImplementationError, a dot algorithm that an implementation would not compute in."""
-    if precision is not None and _is_algorithm(precision) and not IMPLEMENTATIONS[implementation].dot_algorithms:
+    if precision is not None and _is_algorithm(precision) and not implementation.dot_algorithms:
         raise UnsupportedImplementationError(
-            f"`precision`: expected a name or a jax.lax.Precision for {implementation!r}, got the algorithm "
+            f"`precision`: expected a name or a jax.lax.Precision for {implementation.name!r}, got the algorithm "
             f"{shown(precision)}, which it would not compute in; choose another one of the two."
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_impl.array_types import Bias, Inputs, Outputs, Weight, kind_of
 from torch_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes, check_indices, find_axes, static_indices
+from torch_impl.packing import Packing
 from torch_impl.registry import (
     DTYPE_NAMES,
     Implementation,
@@ -17,7 +18,8 @@ from torch_impl.registry import (
     get_implementation,
     unsupported_reason,
 )
-from torch_impl.selection import AUTO
+from torch_impl.selection import AUTO, auto_of_unequal
+from torch_impl.unequal import check_unequal_call, packing_of_call
 from torch_impl.validation import (
     check_implementation_name,
     check_operands,
@@ -37,6 +39,8 @@ def partitioned_linear(
     in_axis: int = IN_AXIS,
     partition_axis: int | None = PARTITION_AXIS,
     partitions: Sequence[int] | Tensor | None = None,
+    in_features: int | Sequence[int] | None = None,
+    out_features: int | Sequence[int] | None = None,
 ) -> Outputs:
     """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
 
@@ -56,10 +60,14 @@ def partitioned_linear(
             holds theirs, in this order; an x of all n partitions is indexed as the parameters are. y has m, and
             the other partitions' gradients are exactly zero. An index that is given twice is computed twice, and the
             gradients are added.
+        in_features: For partitions of unequal sizes, the size of each, in one sequence or two; the other may be one
+            int. x is then flat, (..., in_0 + in_1 + ...), and y too; weight and bias are packed, of one axis, as
+            `torch_impl.packing` says. None for a weight (n, in, out).
+        out_features: The same for the outputs.
 
     Returns:
-        Outputs, shape (..., n, out), in the dtype of the operands. The strides are the implementation's: flatten
-        with `reshape`, not `view`.
+        Outputs, shape (..., n, out), or (..., out_0 + out_1 + ...) of unequal sizes, in the dtype of the operands. The
+        strides are the implementation's: flatten with `reshape`, not `view`.
 
     Raises:
         TypeError: If an operand is no tensor, has no supported floating dtype, or the dtypes differ.
@@ -68,6 +76,9 @@ def partitioned_linear(
 
     Source: the operation is that of an ensemble of `torch.nn.Linear`, one per partition.
     """
+    if in_features is not None or out_features is not None:
+        packing = packing_of_call(in_features, out_features)
+        return packed_linear(x, weight, bias, packing, implementation, in_axis, partition_axis, partitions)
     # Identity is the cheapest question that no value can fail; another int of the same value is only slower.
     if in_axis is not IN_AXIS or partition_axis is not PARTITION_AXIS or partitions is not None:
         return _rearranged(x, weight, bias, implementation, in_axis, partition_axis, partitions)
@@ -89,6 +100,45 @@ def partitioned_linear(
         return on_dtensors(entry, x, weight, bias)
     try:
         return entry.run(x, weight, bias)
+    except RuntimeError as error:
+        explain_failure(error, name, x, weight, bias)
+        raise
+
+
+def packed_linear(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    packing: Packing,
+    implementation: str,
+    in_axis: Any,
+    partition_axis: Any,
+    partitions: Any,
+) -> Tensor:
+    """Compute partitions of unequal sizes, whose sizes were checked; otherwise as `partitioned_linear`."""
+    x, weight, bias, meant = check_unequal_call(x, weight, bias, packing, in_axis, partition_axis, partitions)
+    device = weight.device.type
+    if autocast_is_on(device):
+        x, weight, bias = autocast_operands(x, weight, bias)
+    check_same_dtype(x, weight, bias)
+    check_implementation_name(implementation, unequal=True)
+    shared = partition_axis is None
+    name = auto_of_unequal(meant, shared=shared) if implementation == "auto" else implementation
+    reason = unsupported_reason(
+        name,
+        dtype=DTYPE_NAMES[weight.dtype],
+        device=device,
+        in_features=max(meant.in_features),
+        out_features=max(meant.out_features),
+        shared=shared,
+        unequal=True,
+    )
+    if reason is not None:
+        raise UnsupportedImplementationError(reason)
+    entry = get_implementation(name, unequal=True)
+    run = cast(Callable[..., Tensor], entry.run_shared) if shared else entry.run
+    try:
+        return run(x, weight, bias, meant).movedim(-1, in_axis)
     except RuntimeError as error:
         explain_failure(error, name, x, weight, bias)
         raise
@@ -147,8 +197,10 @@ def _shared(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str)
     check_same_dtype(x, weight, bias)
     check_implementation_name(implementation)
     name = AUTO if implementation == "auto" else implementation
-    sizes = {"in_features": weight.shape[1], "out_features": weight.shape[2]}
-    reason = unsupported_reason(name, dtype=DTYPE_NAMES[weight.dtype], device=device, shared=True, **sizes)
+    _, i, o = weight.shape
+    reason = unsupported_reason(
+        name, dtype=DTYPE_NAMES[weight.dtype], device=device, in_features=i, out_features=o, shared=True
+    )
     if reason is not None:
         raise UnsupportedImplementationError(reason)
     entry = get_implementation(name)

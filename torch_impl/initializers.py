@@ -1,7 +1,7 @@
 """Initial values, drawn anew for every partition; the fan-in is that of one partition, never n times it."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -69,7 +69,7 @@ def check_initializer(init: Any) -> None:
 
 
 @torch.no_grad()
-def initialize_(init: Init, weight: Tensor, bias: Tensor | None) -> None:
+def initialize_(init: Init, weight: Tensor | Sequence[Tensor], bias: Tensor | Sequence[Tensor] | None) -> None:
     """Fill the parameters of all partitions in place: all of them, or none.
 
     A custom weight initialiser is called once per partition on a tensor of shape (out, in), as `torch.nn.Linear`
@@ -79,28 +79,34 @@ def initialize_(init: Init, weight: Tensor, bias: Tensor | None) -> None:
 
     Args:
         init: "torch", "flax", a weight initialiser, or a pair (weight initialiser, bias initialiser).
-        weight: View of the weights, shape (n, out, in), any strides.
-        bias: View of the biases, shape (n, out), any strides; or None.
+        weight: View of the weights, shape (n, out, in), any strides; or a view (out_k, in_k) of each.
+        bias: View of the biases, shape (n, out), any strides, or a view (out_k,) of each; or None.
 
     Raises:
         TypeError: If a custom initialiser returns another tensor, or puts one in the place of its argument.
         ValueError: If a custom initialiser raises for the shape of one partition, or leaves elements unfilled.
     """
     check_initializer(init)
-    in_features = weight.shape[-1]
+    # Partitions of one size are filled at once.
+    weights = [weight] if isinstance(weight, Tensor) else [part.unsqueeze(0) for part in weight]
+    biases = [] if bias is None else [bias] if isinstance(bias, Tensor) else [part.unsqueeze(0) for part in bias]
+    fan_ins = [part.shape[-1] for part in weights]
     if isinstance(init, str):
-        weight_init, bias_init = INITIALIZERS[init]
-        weight_init(weight, in_features)
-        if bias is not None:
-            bias_init(bias, in_features)
+        for fill, parts in zip(INITIALIZERS[init], (weights, biases), strict=True):
+            for part, fan_in in zip(parts, fan_ins, strict=False):
+                fill(part, fan_in)
         return
     weight_filler, bias_filler = init if isinstance(init, tuple) else (init, None)
-    weight_values = _filled("weight_init", weight_filler, weight)
-    if bias is not None and bias_filler is not None:
-        bias.copy_(_filled("bias_init", bias_filler, bias))
-    elif bias is not None:
-        torch_uniform_(bias, in_features)
-    weight.copy_(weight_values)
+    weight_values = [_filled("weight_init", weight_filler, part) for part in weights]
+    if bias_filler is not None:
+        bias_values = [_filled("bias_init", bias_filler, part) for part in biases]
+        for part, values in zip(biases, bias_values, strict=True):
+            part.copy_(values)
+    else:
+        for part, fan_in in zip(biases, fan_ins, strict=False):
+            torch_uniform_(part, fan_in)
+    for part, values in zip(weights, weight_values, strict=True):
+        part.copy_(values)
 
 
 def _filled(argument: str, fill: InPlaceInit, views: Tensor) -> Tensor:

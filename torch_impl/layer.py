@@ -1,18 +1,22 @@
 """The layer with compact parameters."""
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from torch_impl.array_types import Inputs, Outputs
-from torch_impl.functional import partitioned_linear
+from torch_impl.functional import packed_linear, partitioned_linear
+from torch_impl.implementations.unequal import split_weight
 from torch_impl.initializers import Init, check_initializer, empty_parameter, initialize_
 from torch_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes
 from torch_impl.linears import layer_from_linears, linears_from_partitions
+from torch_impl.packing import Packing, check_packing, has_unequal_sizes
 from torch_impl.parameters import check_writable
+from torch_impl.unequal import check_unequal_axes
 from torch_impl.validation import (
+    MOST_ELEMENTS,
     check_bias_switch,
     check_dtype,
     check_implementation_name,
@@ -20,6 +24,9 @@ from torch_impl.validation import (
     check_placement,
     check_sizes,
 )
+
+# Symbolic tracing keeps the call whole: it has no values that could be validated.
+torch.fx.wrap("partitioned_linear")
 
 
 class PartitionedLinear(nn.Module):
@@ -30,19 +37,22 @@ class PartitionedLinear(nn.Module):
 
     Shape:
         Input (..., n, in), any number of leading axes, none included; output (..., n, out), in the input's dtype. Other
-        layouts by `in_axis` and `partition_axis`.
+        layouts by `in_axis` and `partition_axis`. For unequal sizes input (..., in_0 + in_1 + ...) and output
+        (..., out_0 + out_1 + ...), partition after partition.
 
     Attributes:
-        weight: Parameter of shape (n, in, out).
+        weight: Parameter of shape (n, in, out); for unequal sizes packed into one axis, see `partition_weights`.
         bias: Parameter of shape (n, out), or None. It has two axes, so the common rule "decay every parameter with
-            at least two axes" decays it.
+            at least two axes" decays it. For unequal sizes packed, (out_0 + out_1 + ...,).
+        packing: Where each partition of unequal sizes lies; None for equal ones.
 
     Args:
         num_partitions: n, the number of maps.
-        in_features: in, features of one partition, not their total.
-        out_features: out, features of one partition, not their total.
+        in_features: in, features of one partition, not their total; or a sequence of n sizes, one of each partition.
+        out_features: out, features of one partition, not their total; or a sequence of n sizes. Where one of the two is
+            a sequence, the layer is one of unequal sizes, whatever they are.
         bias: Whether to add a bias.
-        implementation: "auto", or a name from `implementation_names()`.
+        implementation: "auto", or a name from `implementation_names()`, with `unequal=True` for unequal sizes.
         init: "torch" for U(-1/sqrt(in), 1/sqrt(in)) in weight and bias, as n `nn.Linear` have it; "flax" for a
             truncated normal of std 1/sqrt(in) and a zero bias; a function that fills one partition's whole
             (out, in) weight in place; or a pair of such functions for weight and bias.
@@ -67,12 +77,13 @@ class PartitionedLinear(nn.Module):
     # Of layers that were pickled without them.
     in_axis: int = IN_AXIS
     partition_axis: int | None = PARTITION_AXIS
+    packing: Packing | None = None
 
     def __init__(
         self,
         num_partitions: int,
-        in_features: int,
-        out_features: int,
+        in_features: int | Sequence[int],
+        out_features: int | Sequence[int],
         bias: bool = True,
         *,
         implementation: str = "auto",
@@ -83,23 +94,31 @@ class PartitionedLinear(nn.Module):
         partition_axis: int | None = PARTITION_AXIS,
     ) -> None:
         super().__init__()
-        check_sizes(num_partitions=num_partitions, in_features=in_features, out_features=out_features)
+        unequal = has_unequal_sizes(in_features, out_features)
+        if unequal:
+            check_sizes(num_partitions=num_partitions)
+            self.packing = check_packing(num_partitions, in_features, out_features, MOST_ELEMENTS)
+            in_features, out_features = self.packing.in_features, self.packing.out_features
+        else:
+            check_sizes(num_partitions=num_partitions, in_features=in_features, out_features=out_features)
         check_bias_switch(bias)
-        check_implementation_name(implementation)
+        check_implementation_name(implementation, unequal=unequal)
         check_initializer(init)
         check_dtype(dtype)
         check_placement(device)
         check_axes(in_axis, partition_axis)
+        if self.packing is not None:
+            check_unequal_axes(self.packing, in_axis, partition_axis)
         self.num_partitions = num_partitions
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features: Any = in_features
+        self.out_features: Any = out_features
         self.implementation = implementation
         self.init = init
         self.in_axis, self.partition_axis = in_axis, partition_axis
-        shape = (num_partitions, in_features, out_features)
-        self.weight = empty_parameter(shape, device, dtype)
+        shapes = self._shapes()
+        self.weight = empty_parameter(shapes["weight"], device, dtype)
         if bias:
-            self.bias = empty_parameter((num_partitions, out_features), device, dtype)
+            self.bias = empty_parameter(shapes["bias"], device, dtype)
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
@@ -108,24 +127,32 @@ class PartitionedLinear(nn.Module):
         """Draw the parameters of every partition anew, by `init`; where that raises, they are unchanged."""
         views = self.partition_views()
         check_writable(views)
-        initialize_(self.init, views["weight"].mT, views.get("bias"))
+        if self.packing is None:
+            initialize_(self.init, views["weight"].mT, views.get("bias"))
+        else:
+            initialize_(self.init, [part.mT for part in self.partition_weights()], self.partition_biases())
 
     def forward(self, x: Inputs, partitions: Sequence[int] | Tensor | None = None) -> Outputs:
         """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].
 
         Args:
-            x: Inputs, shape (..., n, in), dtype and device of the parameters (any dtype under `torch.autocast`).
+            x: Inputs, shape (..., n, in), or (..., in_0 + in_1 + ...) for unequal sizes, dtype and device of the
+                parameters (any dtype under `torch.autocast`).
             partitions: Indices of the m partitions to compute and train, in any order; None for all. x holds either
                 these m, in this order, or all n. Gradients are exactly zero elsewhere.
 
         Returns:
-            Outputs, shape (..., n, out); flatten them with `reshape`, not `view`.
+            Outputs, shape (..., n, out), or (..., out_0 + out_1 + ...) for unequal sizes; flatten them with `reshape`,
+            not `view`.
 
         Raises:
             TypeError: If `x` is no tensor or its dtype differs.
             ValueError: If its shape or device does not fit.
             UnsupportedImplementationError: If the named implementation cannot run this call.
         """
+        if self.packing is not None:
+            axes = (self.in_axis, self.partition_axis)
+            return packed_linear(x, self.weight, self.bias, self.packing, self.implementation, *axes, partitions)
         return partitioned_linear(
             x,
             self.weight,
@@ -181,13 +208,29 @@ class PartitionedLinear(nn.Module):
         return linears_from_partitions(self.partition_views(), like=self)
 
     def partition_views(self) -> dict[str, Tensor]:
-        """Return the parameters in canonical layout: "weight" (n, in, out) and, if any, "bias" (n, out)."""
-        n, i, o = self.num_partitions, self.in_features, self.out_features
+        """Return the parameters in canonical layout: "weight" (n, in, out) and, if any, "bias" (n, out); or packed."""
+        shapes = self._shapes()
         if self.bias is None:
-            check_parameters(self, weight=(n, i, o))
+            check_parameters(self, weight=shapes["weight"])
             return {"weight": self.weight}
-        check_parameters(self, weight=(n, i, o), bias=(n, o))
+        check_parameters(self, **shapes)
         return {"weight": self.weight, "bias": self.bias}
+
+    def partition_weights(self) -> list[Tensor]:
+        """Return n views of the weight, W_k (in_k, out_k), which can be written to under `torch.no_grad`."""
+        return list(self.weight.unbind(0)) if self.packing is None else split_weight(self.weight, self.packing)
+
+    def partition_biases(self) -> list[Tensor] | None:
+        """Return n views of the bias, b_k (out_k,), as `partition_weights` does; None without a bias."""
+        if self.bias is None:
+            return None
+        return list(self.bias.unbind(0)) if self.packing is None else list(self.bias.split(self.packing.out_features))
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        if self.packing is not None:
+            return {"weight": (self.packing.weight_size,), "bias": (self.packing.out_offsets[-1],)}
+        n, i, o = self.num_partitions, self.in_features, self.out_features
+        return {"weight": (n, i, o), "bias": (n, o)}
 
     def extra_repr(self) -> str:
         """Return the sizes and choices shown in the module's repr."""

@@ -1,13 +1,17 @@
 """Lists of `nn.Linear`, in and out: the pattern that this package replaces, with the checks of such lists."""
 
+import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from torch_impl.array_types import kind_of
-from torch_impl.checkpoints import key_of, linears_in
+from torch_impl.array_types import kind_of, shown
+from torch_impl.checkpoints import check_keys, key_of, linears_in, of_partition, without_wrappers
+from torch_impl.packing import Packing, packing_of
 from torch_impl.validation import check_device, check_storage, check_tensor, is_plain
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
@@ -18,18 +22,23 @@ def layer_from_linears(kind: type[LayerT], linears: Sequence[nn.Linear] | nn.Mod
 
     Args:
         kind: A class of layer with `partition_views`; other weights than those of the linears become zero.
-        linears: n `nn.Linear` of equal sizes, dtype, device, bias and `requires_grad`, which are those of the layer.
+        linears: n `nn.Linear` of equal dtype, device, bias and `requires_grad`, which are those of the layer. Unequal
+            sizes give a layer of unequal sizes, if `kind` has such.
         **options: Of the constructor.
 
     Raises:
         TypeError: If an element is no plain `nn.Linear`, or the dtypes differ or are not supported.
         ValueError: If there is none, or sizes, bias, device or `requires_grad` differ, or two share a parameter.
     """
-    partitions = partitions_from_linears(linears)
+    partitions = partitions_from_linears(linears, unequal=hasattr(kind, "packing"))
     weight = partitions["weight"]
+    sizes: Any = weight.shape
+    if weight.ndim == 1:
+        outs, ins = zip(*(linear.weight.shape for linear in linears), strict=True)
+        sizes = (len(linears), ins, outs)
     options |= {"bias": "bias" in partitions, "dtype": weight.dtype}
     # By way of the meta device, so that no random numbers are drawn for values that are overwritten.
-    layer: Any = kind(*weight.shape, device="meta", **options).to_empty(device=weight.device)
+    layer: Any = kind(*sizes, device="meta", **options).to_empty(device=weight.device)
     with torch.no_grad():
         layer.weight.zero_()
         for name, view in layer.partition_views().items():
@@ -39,8 +48,13 @@ def layer_from_linears(kind: type[LayerT], linears: Sequence[nn.Linear] | nn.Mod
     return layer
 
 
-def partitions_from_linears(linears: Sequence[nn.Linear] | nn.ModuleList) -> dict[str, Tensor]:
-    """Stack copies of n linears: "weight" (n, in, out) and, if any, "bias"; raises as `layer_from_linears` does."""
+def partitions_from_linears(
+    linears: Sequence[nn.Linear] | nn.ModuleList, *, unequal: bool = False
+) -> dict[str, Tensor]:
+    """Stack copies of n linears: "weight" (n, in, out) and, if any, "bias"; raises as `layer_from_linears` does.
+
+    With `unequal`, those whose sizes differ are packed.
+    """
     if not isinstance(linears, Sequence | nn.ModuleList):
         advice = "its order is yours to say, pass list(linears.values())" if hasattr(linears, "values") else None
         applied = "one after the other is another function, pass list(linears) if you mean the maps beside one another"
@@ -52,13 +66,18 @@ def partitions_from_linears(linears: Sequence[nn.Linear] | nn.ModuleList) -> dic
     _check_apart(linears)
     for k, found in enumerate(traits):
         for trait, expected in traits[0].items():
-            if found[trait] != expected:
+            size = trait in ("in_features", "out_features")
+            if found[trait] != expected and not (size and unequal):
                 error = TypeError if trait == "dtype" else ValueError
-                raise error(
-                    f"`linears[{k}]`: expected {trait}={expected} as in linears[0], got {found[trait]}; make all of "
-                    f"them alike."
+                advice = (
+                    "build a PartitionedLinear, which takes sizes that differ" if size else "make all of them alike"
                 )
-    return _stacked([dict(linear.named_parameters()) for linear in linears])
+                raise error(
+                    f"`linears[{k}]`: expected {trait}={expected} as in linears[0], got {found[trait]}; {advice}."
+                )
+    parameters = [dict(linear.named_parameters()) for linear in linears]
+    packing = _packing_of_linears(parameters)
+    return _stacked(parameters, None if len(packing.buckets) == 1 else packing)
 
 
 def linears_from_partitions(partitions: Mapping[str, Tensor], like: nn.Module) -> nn.ModuleList:
@@ -80,51 +99,165 @@ def linears_from_partitions(partitions: Mapping[str, Tensor], like: nn.Module) -
     if bias is not None:
         _check_plain("layer.bias", bias)
         _check_placed_beside("layer.bias", bias, weight)
-    num_partitions, in_features, out_features = weight.shape
+    packing = getattr(like, "packing", None)
     linears = nn.ModuleList()
-    for k in range(num_partitions):
+    for k in range(len(weight) if packing is None else packing.num_partitions):
+        own = {name: of_partition(tensor, name, k, packing) for name, tensor in partitions.items()}
+        in_features, out_features = own["weight"].shape
         # By way of the meta device, so that no random numbers are drawn for values that are overwritten.
         linear = nn.Linear(in_features, out_features, bias is not None, device="meta", dtype=weight.dtype)
         linear = linear.to_empty(device=weight.device)
         for name, parameter in linear.named_parameters():
             with torch.no_grad():
-                parameter.copy_(partitions[name][k].T if name == "weight" else partitions[name][k])
+                parameter.copy_(own[name].T if name == "weight" else own[name])
             parameter.requires_grad_(like.get_parameter(name).requires_grad)
         linears.append(linear)
     return linears
 
 
-def state_dict_from_linears(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+def state_dict_from_linears(
+    state_dict: Mapping[str, Tensor], prefix: str = "", *, keys: Sequence[str] | None = None, unequal: bool = False
+) -> dict[str, Tensor]:
     """Turn the state_dict of an `nn.ModuleList` of linears into that of a `PartitionedLinear`, bit for bit.
 
     Args:
         state_dict: Holds `<prefix>0.weight` (out, in), `<prefix>0.bias` (out,), `<prefix>1.weight` and so on.
         prefix: Such as "heads."; keys that do not start with it are ignored, and the `module.` or `_orig_mod.` that
             DistributedDataParallel or torch.compile puts before all keys is passed over.
+        keys: Names in place of the numbers, in the order of the partitions, for what an `nn.ModuleDict` saved.
+        unequal: Whether the layer is one of unequal sizes.
 
     Returns:
-        Copies: "weight" (n, in, out) and, if there are biases, "bias" (n, out).
+        Copies: "weight" (n, in, out) and, if there are biases, "bias" (n, out); packed for unequal sizes.
 
     Raises:
         TypeError: If `state_dict` is no mapping of strings, a value no floating tensor, or the dtypes differ.
         ValueError: If no key fits, a number is skipped, a key is something else, or shapes, biases or devices differ.
     """
-    linears = linears_in(state_dict, prefix)
+    linears = linears_in(state_dict, prefix, keys)
     for k, linear in enumerate(linears):
         # The weight first, which the others are compared with.
         for name in sorted(linear, reverse=True):
-            _check_entry(key_of(prefix, k, name), name, linear[name], linears[0]["weight"])
-    return _stacked(linears)
+            key = key_of(prefix, k if keys is None else keys[k], name)
+            _check_entry(key, name, linear[name], linears[0]["weight"], linear["weight"] if unequal else None)
+    return _stacked(linears, _packing_of_linears(linears) if unequal else None)
 
 
-def _stacked(linears: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    partitions = {"weight": torch.stack([linear["weight"].detach().mT for linear in linears])}
+def convert_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    *,
+    to: str = "partitions",
+    keys: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """Turn the state_dict of a whole model with lists of linears into that of the model with layers in their places.
+
+    `model.load_state_dict(convert_state_dict(model, old))` then loads it, and `to="linears"` leads back. No layer
+    changes its keys for that: what distributed checkpointing reads and writes stays whole.
+
+    Args:
+        model: The model with a `PartitionedLinear` where each list was.
+        state_dict: The checkpoint; it is unchanged. The `module.` of DistributedDataParallel and the `_orig_mod.` of
+            torch.compile are taken from its keys where all have them and the model's do not.
+        to: "partitions" for the layers' keys, "linears" for those of lists. Entries in that form already are kept.
+        keys: For layers in place of an `nn.ModuleDict`, layer name -> names in place of the numbers, in the order of
+            the partitions.
+
+    Returns:
+        The converted mapping, of the same values but for the layers' entries, which are copies.
+
+    Raises:
+        TypeError: If `model` is no module or `state_dict` no mapping of strings, or as `state_dict_from_linears`.
+        ValueError: If `to` is another name, or as `state_dict_from_linears`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model`: expected an nn.Module, got {kind_of(model)}; pass the model itself.")
+    if not isinstance(to, str) or to not in ("partitions", "linears"):
+        raise ValueError(f"`to`: expected one of 'partitions', 'linears', got {shown(to)}; choose one of these.")
+    if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
+        raise TypeError(f"`state_dict`: expected a mapping of strings, got {kind_of(state_dict)}; pass a state_dict.")
+    if keys is not None and not isinstance(keys, Mapping):
+        raise TypeError(f"`keys`: expected a mapping of layers to names, got {kind_of(keys)}; pass a dict.")
+    # Whatever the model has besides its layers is a key of both.
+    own = "|".join(re.escape(name.partition(".")[0]) for name in model.state_dict()) or "(?!)"
+    bare = without_wrappers(list(state_dict), rf"({own}|[0-9]+)(\.|$)")
+    # Copied, an OrderedDict keeps the versions of its modules.
+    result: Any = copy.copy(state_dict) if bare == list(state_dict) and isinstance(state_dict, dict) else {}
+    result |= dict(zip(bare, state_dict.values(), strict=True))
+    names = {} if keys is None else dict(keys)
+    layer: Any
+    for name, layer in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if not (hasattr(layer, "partition_views") and hasattr(layer, "packing")):
+            continue
+        own_names = check_keys(names.pop(name, None), layer.num_partitions)
+        if to == "partitions":
+            parts = "[0-9]+" if own_names is None else "|".join(map(re.escape, own_names))
+            given = [key for key in result if re.match(rf"{re.escape(prefix)}({parts})\.", key)]
+            if not given and own_names is None:
+                _check_numbered(result, prefix, name)
+            options: Any = {"keys": own_names, "unequal": layer.packing is not None}
+            stacked = state_dict_from_linears({key: result[key] for key in given}, prefix, **options) if given else {}
+            found = {f"{prefix}{key}": value for key, value in stacked.items()}
+        else:
+            given = [key for key in (f"{prefix}weight", f"{prefix}bias") if key in result]
+            found = {}
+            for key in given:
+                check_tensor(f"state_dict[{shown(key)}]", result[key])
+                for k in range(layer.num_partitions):
+                    part = of_partition(result[key], key.removeprefix(prefix), k, layer.packing)
+                    number = k if own_names is None else own_names[k]
+                    found[f"{prefix}{number}.{key.removeprefix(prefix)}"] = (part.mT if part.ndim == 2 else part).clone(
+                        memory_format=torch.contiguous_format
+                    )
+        for key in given:
+            del result[key]
+        result |= found
+    if names:
+        raise ValueError(
+            f"`keys`: expected names of PartitionedLinear layers in the model, got {shown(next(iter(names)))}; pass "
+            f"them as named_modules gives them."
+        )
+    return result
+
+
+def _check_numbered(state_dict: Mapping[str, Any], prefix: str, name: str) -> None:
+    """Refuse, by a ValueError, entries of a list whose keys are names: their order is not known."""
+    named = [key for key in state_dict if re.fullmatch(re.escape(prefix) + r"[^.]*[^.0-9][^.]*\.weight", key)]
+    if prefix and named and f"{prefix}weight" not in state_dict:
+        raise ValueError(
+            f"`state_dict`: expected linears with numbers under {shown(prefix)}, got {shown(named[0])}; pass "
+            f"keys={{{name!r}: [...]}}, the names in the order of the partitions."
+        )
+
+
+def _packing_of_linears(linears: Sequence[Mapping[str, Tensor]]) -> Packing:
+    sizes = [linear["weight"].shape for linear in linears]
+    return packing_of(tuple(size[1] for size in sizes), tuple(size[0] for size in sizes))
+
+
+def joined(parts: Sequence[Tensor], packing: Packing | None) -> Tensor:
+    """Stack weights (in, out) or biases (out,) of partitions in one tensor, or pack those of unequal sizes."""
+    if packing is None:
+        return torch.stack(list(parts))
+    if parts[0].ndim == 1:
+        return torch.cat(list(parts))
+    return torch.cat([parts[k].flatten() for k in packing.order])
+
+
+def _stacked(linears: Sequence[Mapping[str, Tensor]], packing: Packing | None) -> dict[str, Tensor]:
+    partitions = {"weight": joined([linear["weight"].detach().mT for linear in linears], packing)}
     if "bias" in linears[0]:
-        partitions["bias"] = torch.stack([linear["bias"].detach() for linear in linears])
+        partitions["bias"] = joined([linear["bias"].detach() for linear in linears], packing)
     return partitions
 
 
 def _traits(k: int, linear: Any) -> dict[str, Any]:
+    if isinstance(linear, nn.Linear) and is_lazy(linear.weight):
+        raise TypeError(
+            f"`linears[{k}]`: expected an nn.Linear whose sizes are known, got {kind_of(linear)} before its first "
+            f"batch; call it on a batch first."
+        )
     if not (isinstance(linear, nn.Linear) and _computes_as_built(linear, nn.Linear)):
         got = kind_of(linear) if isinstance(linear, nn.Linear) else kind_of(linear, "Linear")
         raise TypeError(
@@ -207,8 +340,9 @@ def _check_placed_beside(argument: str, bias: Tensor, weight: Tensor) -> None:
     check_device(argument, bias, weight)
 
 
-def _check_entry(key: str, name: str, tensor: Any, weight: Tensor) -> None:
-    argument = f"state_dict[{key!r}]"
+def _check_entry(key: str, name: str, tensor: Any, first: Tensor, own: Tensor | None) -> None:
+    """Refuse a weight or bias unlike the weight of linear 0, but for its sizes where its `own` weight has others."""
+    argument, weight = f"state_dict[{key!r}]", first if own is None else own
     _check_plain(argument, tensor)
     symbols, shape = ("(out, in)", tuple(weight.shape)) if name == "weight" else ("(out,)", tuple(weight.shape[:1]))
     if weight.ndim != 2 or 0 in weight.shape:
@@ -217,11 +351,11 @@ def _check_entry(key: str, name: str, tensor: Any, weight: Tensor) -> None:
         )
     if tensor.shape != shape:
         raise ValueError(
-            f"`{argument}`: expected shape {symbols} = {shape} as in linear 0, got {tuple(tensor.shape)}; make the "
-            f"linears alike."
+            f"`{argument}`: expected shape {symbols} = {shape} {'as in linear 0' if own is None else 'by its weight'}, "
+            f"got {tuple(tensor.shape)}; make the linears alike, or use a layer of unequal sizes."
         )
-    if tensor.dtype != weight.dtype:
+    if tensor.dtype != first.dtype:
         raise TypeError(
-            f"`{argument}`: expected dtype {weight.dtype} as in linear 0, got {tensor.dtype}; make the linears alike."
+            f"`{argument}`: expected dtype {first.dtype} as in linear 0, got {tensor.dtype}; make the linears alike."
         )
-    check_device(argument, tensor, weight)
+    check_device(argument, tensor, first)

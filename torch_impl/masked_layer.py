@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_impl.array_types import shown
 from torch_impl.functional import autocast_is_on, autocast_operands
 from torch_impl.initializers import Init, check_initializer, empty_parameter, initialize_
 from torch_impl.linears import layer_from_linears, linears_from_partitions
+from torch_impl.packing import has_unequal_sizes
 from torch_impl.parameters import check_writable
 from torch_impl.validation import (
     check_bias_switch,
@@ -64,6 +66,12 @@ class MaskedPartitionedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for argument, size in (("in_features", in_features), ("out_features", out_features)):
+            if has_unequal_sizes(size, None):
+                raise TypeError(
+                    f"`{argument}`: expected one int for all partitions, got {shown(size)}; for unequal sizes use "
+                    f"PartitionedLinear with implementation='masked'."
+                )
         check_sizes(dense=True, num_partitions=num_partitions, in_features=in_features, out_features=out_features)
         check_bias_switch(bias)
         check_initializer(init)

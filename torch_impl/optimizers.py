@@ -1,5 +1,6 @@
 """Optimisers that read shapes: what they see as n matrices and n vectors, as they would of n `nn.Linear`."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_impl.array_types import kind_of, shown
+from torch_impl.checkpoints import of_partition
 from torch_impl.layer import PartitionedLinear
 from torch_impl.masked_layer import MaskedPartitionedLinear
 from torch_impl.validation import check_materialised
@@ -86,8 +88,9 @@ def named_partition_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 def weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return two parameter groups: matrices, which decay, and vectors, which do not, a layer's (n, out) bias included.
 
-    The rule "decay every parameter with at least two axes", as n `nn.Linear` would have it. The groups hold a layer's
-    whole parameters, for optimisers that work element by element, such as AdamW.
+    The rule "decay every parameter with at least two axes", as n `nn.Linear` would have it; packed matrices of unequal
+    sizes decay, too. The groups hold a layer's whole parameters, for optimisers that work element by element, such as
+    AdamW.
 
     Raises:
         TypeError: If `module` is no module, or `weight_decay` no number.
@@ -99,9 +102,12 @@ def weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str
     if not weight_decay >= 0:
         raise ValueError(f"`weight_decay`: expected at least 0, got {shown(weight_decay)}; pass one such as 0.1.")
     vectors = {id(layer.bias) for _, layer in _layers(module)}
+    # Packed, the matrices of unequal sizes have one axis.
+    matrices = {id(layer.weight) for _, layer in _layers(module)}
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for parameter in module.parameters():
-        groups[parameter.ndim < 2 or id(parameter) in vectors].append(parameter)
+        vector = id(parameter) in vectors or (parameter.ndim < 2 and id(parameter) not in matrices)
+        groups[vector].append(parameter)
     return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
 
 
@@ -118,7 +124,8 @@ def _layers(module: nn.Module) -> Iterator[tuple[str, PartitionedLinear | Masked
 
 def _share(layer: PartitionedLinear | MaskedPartitionedLinear, name: str, k: int) -> Callable[[Tensor], Tensor]:
     if isinstance(layer, PartitionedLinear):
-        return lambda whole: whole[k].mT if name == "weight" else whole[k]
+        part = functools.partial(of_partition, name=name, k=k, packing=layer.packing)
+        return lambda whole: part(whole).mT if name == "weight" else part(whole)
     rows = slice(k * layer.out_features, (k + 1) * layer.out_features)
     columns = slice(k * layer.in_features, (k + 1) * layer.in_features)
     return lambda whole: whole[rows, columns] if name == "weight" else whole[rows]

@@ -5,7 +5,6 @@ packed bias, which has the layout of an output. The packed weight holds every W_
 partitions of one size beside each other, so that each such bucket is a stacked weight (m, in, out) without a copy.
 """
 
-import functools
 import itertools
 import operator
 from collections.abc import Sequence
@@ -23,12 +22,14 @@ class Bucket:
         in_features: in of each.
         out_features: out of each.
         members: Their numbers, ascending.
+        runs: The same as ranges of neighbours, (first, stop) of each.
         start: Where their weights begin in the packed weight: W_k of the j-th member at start + j * in * out.
     """
 
     in_features: int
     out_features: int
     members: tuple[int, ...]
+    runs: tuple[tuple[int, int], ...]
     start: int
 
     @property
@@ -64,8 +65,12 @@ class Packing:
         """The number n of partitions."""
         return len(self.in_features)
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The partitions in the order of their weights, bucket after bucket."""
+        return tuple(k for bucket in self.buckets for k in bucket.members)
 
-@functools.lru_cache(maxsize=256)
+
 def packing_of(in_features: tuple[int, ...], out_features: tuple[int, ...]) -> Packing:
     """Lay out partitions of these sizes."""
     members: dict[tuple[int, int], list[int]] = {}
@@ -73,7 +78,9 @@ def packing_of(in_features: tuple[int, ...], out_features: tuple[int, ...]) -> P
         members.setdefault(size, []).append(k)
     buckets, weight_offsets, start = [], [0] * len(in_features), 0
     for (i, o), found in members.items():
-        bucket = Bucket(i, o, tuple(found), start)
+        own = set(found)
+        firsts, stops = [k for k in found if k - 1 not in own], [k + 1 for k in found if k + 1 not in own]
+        bucket = Bucket(i, o, tuple(found), tuple(zip(firsts, stops, strict=True)), start)
         buckets.append(bucket)
         for j, k in enumerate(found):
             weight_offsets[k] = start + j * i * o
@@ -91,37 +98,51 @@ def packing_of(in_features: tuple[int, ...], out_features: tuple[int, ...]) -> P
 
 def has_unequal_sizes(in_features: Any, out_features: Any) -> bool:
     """Whether sizes are given per partition, by one sequence or two: the sizes in them may still be equal."""
-    return any(isinstance(sizes, Sequence) and not isinstance(sizes, str) for sizes in (in_features, out_features))
+    return any(
+        isinstance(sizes, Sequence) and not isinstance(sizes, str | bytes) for sizes in (in_features, out_features)
+    )
 
 
-def check_packing(num_partitions: int, in_features: Any, out_features: Any, most_elements: int) -> Packing:
+def check_packing(
+    num_partitions: int,
+    in_features: Any,
+    out_features: Any,
+    most_elements: int,
+    names: tuple[str, str] = ("in_features", "out_features"),
+) -> Packing:
     """Return the layout of sizes of which one is a sequence, and the other an int for all or a sequence too.
 
     Refuse what is no int by a TypeError; another number of sizes, one that is not positive, or too many elements by a
-    ValueError.
+    ValueError. Messages call the two by `names`.
     """
-    sizes = [
-        _each_size(argument, given, num_partitions)
-        for argument, given in (("in_features", in_features), ("out_features", out_features))
-    ]
-    packing = packing_of(*sizes)
+    given = dict(zip(names, (in_features, out_features), strict=True))
+    for argument, sizes in given.items():
+        # Before an int is repeated as often as that.
+        if isinstance(sizes, Sequence) and not isinstance(sizes, str | bytes) and len(sizes) != num_partitions:
+            raise ValueError(
+                f"`{argument}`: expected one int, or n = {num_partitions} of them, got {len(sizes)}; give each "
+                f"partition its size."
+            )
+    packing = packing_of(*[_each_size(argument, sizes, num_partitions) for argument, sizes in given.items()])
     if packing.weight_size >= most_elements:
+        largest = names[max(packing.in_features) < max(packing.out_features)]
         raise ValueError(
-            f"`in_features`: expected sizes whose packed weight has fewer than {most_elements} elements, got "
-            f"{packing.weight_size}; give smaller sizes."
+            f"`{largest}`: expected sizes whose packed weight has fewer than {most_elements} elements, got "
+            f"{shown(packing.weight_size)}; give smaller sizes."
         )
     return packing
 
 
 def _each_size(argument: str, given: Any, num_partitions: int) -> tuple[int, ...]:
-    values = list(given) if isinstance(given, Sequence) else [given] * num_partitions
+    sequence = isinstance(given, Sequence) and not isinstance(given, str | bytes)
+    values: list[Any] = list(given) if sequence else [given]
     sizes = []
     for value in values:
         try:
-            size = -1 if isinstance(value, bool) else operator.index(value)
-        except TypeError:
-            size = -1
-        if isinstance(value, bool) or (size == -1 and not isinstance(value, int)):
+            size = None if isinstance(value, bool) else operator.index(value)
+        except Exception:
+            size = None
+        if size is None:
             raise TypeError(
                 f"`{argument}`: expected a positive int for each partition, got {shown(value)}, "
                 f"{kind_of(value)}; pass ints."
@@ -129,9 +150,4 @@ def _each_size(argument: str, given: Any, num_partitions: int) -> tuple[int, ...
         if size <= 0:
             raise ValueError(f"`{argument}`: expected positive sizes, got {shown(value)}; pass at least 1 for each.")
         sizes.append(size)
-    if len(sizes) != num_partitions:
-        raise ValueError(
-            f"`{argument}`: expected one int, or n = {num_partitions} of them, got {len(sizes)}; give each partition "
-            f"its size."
-        )
-    return tuple(sizes)
+    return tuple(sizes) if sequence else tuple(sizes) * num_partitions

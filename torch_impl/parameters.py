@@ -4,12 +4,10 @@ The canonical form is {"weight": (n, in, out), "bias": (n, out)}, without "bias"
 in and out copies bit for bit: NaN payloads, signed zeros and subnormals included.
 """
 
-import copy
 import io
 import json
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,18 +17,20 @@ import safetensors
 import safetensors.numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torch_impl.array_types import kind_of, said, shown
 from torch_impl.checkpoints import (
     arrays_from_linears,
+    check_keys,
     from_axes,
     linears_from_arrays,
     linears_in,
     to_axes,
-    without_wrappers,
 )
 from torch_impl.files import as_path, read_file, write_file
-from torch_impl.linears import state_dict_from_linears
+from torch_impl.linears import convert_state_dict, state_dict_from_linears
+from torch_impl.packing import Packing
 from torch_impl.registry import DTYPE_NAMES
 from torch_impl.validation import check_arrays, check_materialised, check_storage, check_tensor, is_plain
 
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 FORMAT = "partitioned_linear"
-FORMAT_VERSION = "1"
+FORMAT_VERSION, PACKED_VERSION = "1", "2"
 # The most that the format itself allows.
 _MOST_HEADER_BYTES = 100_000_000
 
@@ -132,6 +132,10 @@ def save_parameters(layer: PartitionedModule, path: str | os.PathLike[str]) -> N
     """
     target = as_path(path)
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    packing = _packing(layer)
+    if packing is not None:
+        metadata["format_version"] = PACKED_VERSION
+        metadata |= {name: json.dumps(getattr(packing, name)) for name in ("in_features", "out_features")}
     write_file(target, safetensors.numpy.save(export_parameters(layer), metadata))
 
 
@@ -148,11 +152,15 @@ def load_parameters(layer: PartitionedModule, path: str | os.PathLike[str]) -> N
             layer is unchanged.
         OSError: If the file cannot be read.
     """
-    import_parameters(layer, _read_arrays(as_path(path), _views(layer)))
+    import_parameters(layer, _read_arrays(as_path(path), _views(layer), _packing(layer)))
 
 
 def load_linears(
-    layer: PartitionedModule, state_dict: Mapping[str, Any] | str | os.PathLike[str], prefix: str = ""
+    layer: PartitionedModule,
+    state_dict: Mapping[str, Any] | str | os.PathLike[str],
+    prefix: str = "",
+    *,
+    keys: Sequence[str] | None = None,
 ) -> None:
     """Copy the state_dict of n linears into a layer, W[n, i, o] = weight of n [o, i], bit for bit: all, or nothing.
 
@@ -164,6 +172,7 @@ def load_linears(
             torch.compile.
         prefix: Where the list is in its model, such as "heads."; keys that do not start with it are ignored. A `*`
             stands for the number where it is not last, as in "heads.*.0.".
+        keys: Names in place of the numbers, in the order of the partitions, for what an `nn.ModuleDict` saved.
 
     Raises:
         TypeError: If `layer` is neither of the two, `state_dict` neither a mapping of strings nor a path, or a value no
@@ -174,16 +183,22 @@ def load_linears(
     """
     views = _views(layer)
     found = state_dict if isinstance(state_dict, Mapping) else _read_checkpoint(state_dict)
-    linears = [{name: _as_array(value) for name, value in linear.items()} for linear in linears_in(found, prefix)]
-    import_parameters(layer, arrays_from_linears(linears, prefix, _expected(views)))
+    packing = _packing(layer)
+    check_keys(keys, len(views["weight"]) if packing is None else packing.num_partitions)
+    entries = linears_in(found, prefix, keys)
+    linears = [{name: _as_array(value) for name, value in linear.items()} for linear in entries]
+    import_parameters(layer, arrays_from_linears(linears, prefix, _expected(views), packing, keys))
 
 
-def export_linears(layer: PartitionedModule, prefix: str = "") -> dict[str, Tensor]:
+def export_linears(
+    layer: PartitionedModule, prefix: str = "", *, keys: Sequence[str] | None = None
+) -> dict[str, Tensor]:
     """Copy a layer's parameters into the state_dict of n linears, as `load_linears` takes it.
 
     Args:
         layer: A `PartitionedLinear` or `MaskedPartitionedLinear`.
         prefix: What the keys begin with, such as "heads.".
+        keys: Names in place of the numbers, one for each partition.
 
     Returns:
         `<prefix>0.weight` (out, in), `<prefix>0.bias` (out,), `<prefix>1.weight` and so on, on the layer's device.
@@ -195,63 +210,7 @@ def export_linears(layer: PartitionedModule, prefix: str = "") -> dict[str, Tens
     views = _views(layer)
     arrays = {name: _exported(name, view) for name, view in views.items()}
     device = views["weight"].device
-    return {key: to_tensor(array, device) for key, array in linears_from_arrays(arrays, prefix)}
-
-
-def convert_state_dict(model: nn.Module, state_dict: Mapping[str, Any], *, to: str = "partitions") -> dict[str, Any]:
-    """Turn the state_dict of a whole model with lists of linears into that of the model with layers in their places.
-
-    `model.load_state_dict(convert_state_dict(model, old))` then loads it, and `to="linears"` leads back. No layer
-    changes its keys for that: what distributed checkpointing reads and writes stays whole.
-
-    Args:
-        model: The model with a `PartitionedLinear` where each list was.
-        state_dict: The checkpoint; it is unchanged. The `module.` of DistributedDataParallel and the `_orig_mod.` of
-            torch.compile are taken from its keys where all have them and the model's do not.
-        to: "partitions" for the layers' keys, "linears" for those of lists. Entries in that form already are kept.
-
-    Returns:
-        The converted mapping, of the same values but for the layers' entries, which are copies.
-
-    Raises:
-        TypeError: If `model` is no module or `state_dict` no mapping of strings, or as `state_dict_from_linears`.
-        ValueError: If `to` is another name, or as `state_dict_from_linears`.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model`: expected an nn.Module, got {kind_of(model)}; pass the model itself.")
-    if not isinstance(to, str) or to not in ("partitions", "linears"):
-        raise ValueError(f"`to`: expected one of 'partitions', 'linears', got {shown(to)}; choose one of these.")
-    if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
-        raise TypeError(f"`state_dict`: expected a mapping of strings, got {kind_of(state_dict)}; pass a state_dict.")
-    # Whatever the model has besides its layers is a key of both.
-    own = "|".join(re.escape(name.partition(".")[0]) for name in model.state_dict()) or "(?!)"
-    bare = without_wrappers(list(state_dict), rf"({own}|[0-9]+)(\.|$)")
-    # Copied, an OrderedDict keeps the versions of its modules.
-    result: Any = copy.copy(state_dict) if bare == list(state_dict) and isinstance(state_dict, dict) else {}
-    result |= dict(zip(bare, state_dict.values(), strict=True))
-    for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        if not hasattr(module, "partition_views") or getattr(module, "weight", torch.empty(0)).ndim != 3:
-            continue
-        if to == "partitions":
-            numbered = [key for key in result if re.match(re.escape(prefix) + r"[0-9]+\.", key)]
-            stacked = state_dict_from_linears({key: result[key] for key in numbered}, prefix) if numbered else {}
-            found = {f"{prefix}{key}": value for key, value in stacked.items()}
-        else:
-            numbered = [key for key in (f"{prefix}weight", f"{prefix}bias") if key in result]
-            for key in numbered:
-                check_tensor(f"state_dict[{shown(key)}]", result[key])
-            found = {
-                f"{prefix}{k}.{key.removeprefix(prefix)}": (part.mT if part.ndim == 2 else part).clone(
-                    memory_format=torch.contiguous_format
-                )
-                for key in numbered
-                for k, part in enumerate(result[key])
-            }
-        for key in numbered:
-            del result[key]
-        result |= found
-    return result
+    return {key: to_tensor(array, device) for key, array in linears_from_arrays(arrays, prefix, _packing(layer), keys)}
 
 
 def check_writable(views: Mapping[str, Tensor]) -> None:
@@ -296,6 +255,10 @@ def _views(layer: PartitionedModule) -> dict[str, Tensor]:
     return views
 
 
+def _packing(layer: PartitionedModule) -> Packing | None:
+    return getattr(layer, "packing", None)
+
+
 def to_array(tensor: Tensor) -> np.ndarray:
     """Return a tensor's values bit for bit (bfloat16 as that of `ml_dtypes`); on a CPU, they may share its memory."""
     values = tensor.detach().cpu().resolve_neg().contiguous()
@@ -327,6 +290,8 @@ def _expected(views: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], n
 
 def _as_array(value: Any) -> Any:
     """Return a tensor's values as an array; leave others for later checks to refuse."""
+    if isinstance(value, Tensor) and is_lazy(value):
+        check_tensor("state_dict", value)  # says what to do first
     if isinstance(value, Tensor) and is_plain(value) and value.layout is torch.strided and value.dtype in DTYPE_NAMES:
         check_storage("state_dict", value)
         return value if value.is_meta else _exported("state_dict", value)
@@ -369,7 +334,7 @@ def _read_checkpoint(path: Any) -> Any:
         ) from error
 
 
-def _read_arrays(path: Path, like: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path, like: Mapping[str, Tensor], packing: Packing | None) -> dict[str, np.ndarray]:
     # Twice and more what a file for this layer has: what else is wrong with such a file is said by name.
     content = read_file(path, _MOST_HEADER_BYTES + 8 * sum(view.numel() for view in like.values()))
     entries = _deserialized(content, path)
@@ -380,11 +345,7 @@ def _read_arrays(path: Path, like: Mapping[str, Tensor]) -> dict[str, np.ndarray
             f"`path`: expected a file of format {FORMAT!r}, got {metadata.get('format')!r} in {path.name}; write it "
             f"with save_parameters."
         )
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"`path`: expected format version {FORMAT_VERSION!r}, got {metadata.get('format_version')!r} in "
-            f"{path.name}; write it with a matching version of this package."
-        )
+    _check_version(metadata, path, packing)
     for name, entry in entries.items():
         if not isinstance(entry, np.ndarray):
             raise TypeError(
@@ -392,3 +353,23 @@ def _read_arrays(path: Path, like: Mapping[str, Tensor]) -> dict[str, np.ndarray
                 f"the layer is unchanged."
             )
     return entries
+
+
+def _check_version(metadata: Mapping[str, str], path: Path, packing: Packing | None) -> None:
+    """Refuse, by a ValueError, a file of another version, or of the other kind of sizes, or of other unequal sizes."""
+    version, wanted = metadata.get("format_version"), FORMAT_VERSION if packing is None else PACKED_VERSION
+    sizes = {name: metadata.get(name) for name in ("in_features", "out_features")}
+    if version != wanted:
+        advice = "write it with a matching version of this package"
+        if version == PACKED_VERSION:
+            advice = f"its partitions have sizes of their own, build the layer with {shown(sizes)}"
+        elif version == FORMAT_VERSION:
+            advice = "its partitions have one size, build the layer with ints for sizes"
+        raise ValueError(f"`path`: expected format version {wanted!r}, got {shown(version)} in {path.name}; {advice}.")
+    for name, size in sizes.items() if packing is not None else ():
+        expected = json.dumps(getattr(packing, name))
+        if size != expected:
+            raise ValueError(
+                f"`path`: expected {name} = {shown(expected)[1:-1]}, got {shown(size)} in {path.name}; build the layer "
+                f"with the sizes of the file."
+            )

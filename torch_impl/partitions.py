@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from torch_impl.array_types import kind_of, said
+from torch_impl.checkpoints import of_partition
 from torch_impl.layer import PartitionedLinear
-from torch_impl.linears import linears_from_partitions
+from torch_impl.linears import joined, linears_from_partitions
 from torch_impl.parameters import check_writable
 
 
@@ -82,11 +83,20 @@ def for_each_partition_(layer: PartitionedLinear, function: Callable[[nn.Linear]
                 function(linear)
         except Exception as error:
             raise ValueError(
-                f"`function`: expected a function that takes one partition's nn.Linear({layer.in_features}, "
-                f"{layer.out_features}), got an error from it ({said(error)}); pass a function for this shape."
+                f"`function`: expected a function that takes one partition's nn.Linear({linear.in_features}, "
+                f"{linear.out_features}), got an error from it ({said(error)}); pass a function for this shape."
             ) from error
-    done = {name: [_what_was_done(linear, name, view[0]) for linear in linears] for name, view in views.items()}
+    packing = layer.packing
+    done = {
+        name: [_what_was_done(own, name, of_partition(view, name, k, packing)) for k, own in enumerate(linears)]
+        for name, view in views.items()
+    }
     for name, found in done.items():
+        if packing is not None and "parametrised" in found:
+            raise ValueError(
+                f"`function`: expected one that fills or prunes partitions of unequal sizes, got a parametrization of "
+                f"the {name}; parametrise layer.to_linears() and train these."
+            )
         if len(set(found)) > 1 or None in found:
             raise ValueError(
                 f"`function`: expected one that fills, parametrises or prunes each {name} alike, got one that does "
@@ -95,10 +105,10 @@ def for_each_partition_(layer: PartitionedLinear, function: Callable[[nn.Linear]
     with torch.no_grad():
         for name, view in views.items():
             if done[name][0] == "filled":
-                view.copy_(torch.stack([_turned(getattr(linear, name)) for linear in linears]))
+                view.copy_(joined([_turned(getattr(linear, name)) for linear in linears], packing))
     for name, (kind, *_) in done.items():
         if kind == "pruned":
-            masks = torch.stack([_turned(getattr(linear, f"{name}_mask")) for linear in linears])
+            masks = joined([_turned(getattr(linear, f"{name}_mask")) for linear in linears], packing)
             prune.custom_from_mask(layer, name, masks)
         elif kind == "parametrised":
             each = EachPartition([list(linear.parametrizations[name]) for linear in linears])

@@ -15,6 +15,13 @@ from torch_impl.implementations.grouped_matmul import ROW_ALIGNMENT_BYTES, parti
 from torch_impl.implementations.loop import partitioned_linear_loop
 from torch_impl.implementations.masked import partitioned_linear_masked
 from torch_impl.implementations.matmul import partitioned_linear_matmul, shared_linear_matmul
+from torch_impl.implementations.unequal import (
+    shared_unequal_linear,
+    unequal_linear_bucketed_matmul,
+    unequal_linear_loop,
+    unequal_linear_masked,
+    unequal_linear_padded_matmul,
+)
 from torch_impl.implementations.vmap import partitioned_linear_vmap
 
 ITEM_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2})
@@ -33,7 +40,7 @@ class Implementation:
 
     Attributes:
         name: The name it is asked for by.
-        run: The function (x, weight, bias) -> y.
+        run: The function (x, weight, bias) -> y; for unequal sizes a `Packing` follows bias.
         run_shared: The same for x of shape (..., in), which all partitions share, as one dense product; None where it
             has none.
         dtypes: Canonical dtype names it accepts.
@@ -49,8 +56,8 @@ class Implementation:
     """
 
     name: str
-    run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    run_shared: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    run: Callable[..., Tensor]
+    run_shared: Callable[..., Tensor] | None = None
     dtypes: frozenset[str] = _EVERY_DTYPE
     devices: frozenset[str] = _EVERY_DEVICE
     double_backward: bool = True
@@ -84,39 +91,68 @@ _TABLE = (
     ),
 )
 
+_UNEQUAL_TABLE = (
+    # None of them runs on DTensors: no rule divides packed parameters.
+    Implementation("loop", unequal_linear_loop, divides=False),
+    Implementation("masked", unequal_linear_masked, isolates_partitions=False, divides=False),
+    Implementation("bucketed_matmul", unequal_linear_bucketed_matmul, shared_unequal_linear, divides=False),
+    Implementation("padded_matmul", unequal_linear_padded_matmul, divides=False),
+)
+
 IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType({entry.name: entry for entry in _TABLE})
 """Every implementation by name, in a fixed order."""
 
+UNEQUAL_IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
+    {entry.name: entry for entry in _UNEQUAL_TABLE}
+)
+"""Every implementation for partitions of unequal sizes by name, in a fixed order."""
 
-def implementation_names() -> tuple[str, ...]:
-    """Return the names accepted as `implementation`, besides "auto", in table order."""
-    return tuple(IMPLEMENTATIONS)
+
+def implementation_names(*, unequal: bool = False) -> tuple[str, ...]:
+    """Return the names accepted as `implementation`, besides "auto": of the table for one size, or for several."""
+    return tuple(UNEQUAL_IMPLEMENTATIONS if unequal else IMPLEMENTATIONS)
 
 
-def get_implementation(name: str) -> Implementation:
+def get_implementation(name: str, *, unequal: bool = False) -> Implementation:
     """Return the table's entry for `name`.
 
     Raises:
+        UnsupportedImplementationError: If only the table of the other sizes has it.
         ValueError: If there is none; the message lists the choices.
     """
-    entry = IMPLEMENTATIONS.get(name) if isinstance(name, str) else None
+    table, other = IMPLEMENTATIONS, UNEQUAL_IMPLEMENTATIONS
+    if unequal:
+        table, other = other, table
+    entry = table.get(name) if isinstance(name, str) else None
     if entry is None:
-        choices = ", ".join(repr(choice) for choice in IMPLEMENTATIONS)
+        choices = ", ".join(repr(choice) for choice in table)
+        if isinstance(name, str) and name in other:
+            sizes = "sequences of sizes" if unequal else "one size"
+            raise UnsupportedImplementationError(
+                f"`implementation`: expected one for {sizes}, {choices}, got {name!r}; choose one of these."
+            )
         raise ValueError(f"`implementation`: expected one of {choices}, got {name!r}; choose one of these.")
     return entry
 
 
 def unsupported_reason(
-    name: str, *, dtype: str, device: str, in_features: int, out_features: int, shared: bool = False
+    name: str,
+    *,
+    dtype: str,
+    device: str,
+    in_features: int,
+    out_features: int,
+    shared: bool = False,
+    unequal: bool = False,
 ) -> str | None:
     """Say in one sentence why a named implementation cannot run a call, or return None when it can.
 
-    `dtype` and `device` are canonical names such as "float32" and "cpu"; sizes are those of one partition; `shared` is
-    for an input that all partitions share.
+    `dtype` and `device` are canonical names such as "float32" and "cpu"; sizes are those of one partition, the
+    largest ones of unequal ones; `shared` is for an input that all partitions share, `unequal` for sequences of sizes.
     """
-    entry = get_implementation(name)
+    entry = get_implementation(name, unequal=unequal)
     if shared and entry.run_shared is None:
-        return _shared_reason(name)
+        return _shared_reason(name, UNEQUAL_IMPLEMENTATIONS if unequal else IMPLEMENTATIONS)
     unrestricted = entry.missing is None and entry.stride_bytes == 1 and entry.traced_dtypes is entry.dtypes
     if unrestricted and dtype in entry.dtypes and device in entry.devices:
         # Most calls end here; this runs at every one, before kernels that take a few microseconds.
@@ -144,8 +180,8 @@ def unsupported_reason(
     return None
 
 
-def _shared_reason(name: str) -> str:
-    dense = ", ".join(repr(entry.name) for entry in _TABLE if entry.run_shared is not None)
+def _shared_reason(name: str, table: Mapping[str, Implementation]) -> str:
+    dense = ", ".join(repr(entry.name) for entry in table.values() if entry.run_shared is not None)
     return f"`implementation`: expected one with a product for a shared input, {dense}, got {name!r}; choose one."
 
 

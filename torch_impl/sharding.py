@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from torch_impl.array_types import kind_of
+from torch_impl.array_types import kind_of, shown
 from torch_impl.layer import PartitionedLinear
 from torch_impl.registry import IMPLEMENTATIONS, UnsupportedImplementationError
 from torch_impl.validation import check_tensor
@@ -36,6 +36,11 @@ def shard_partitions(layer: LayerT, device_mesh: DeviceMesh) -> LayerT:
     """
     if not isinstance(layer, PartitionedLinear):
         raise TypeError(f"`layer`: expected a PartitionedLinear, got {kind_of(layer)}; convert it first.")
+    if layer.packing is not None:
+        raise ValueError(
+            f"`layer`: expected partitions of one size, got in_features={shown(layer.in_features)} and "
+            f"out_features={shown(layer.out_features)}; packed parameters are not sharded, keep the layer whole."
+        )
     shardable = ["auto", *(entry.name for entry in IMPLEMENTATIONS.values() if entry.shards_partitions)]
     if layer.implementation not in shardable:
         raise UnsupportedImplementationError(

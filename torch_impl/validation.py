@@ -16,11 +16,17 @@ from torch.nn.parameter import is_lazy
 
 from torch_impl.array_types import kind_of, said, shown
 from torch_impl.layouts import layout_advice
-from torch_impl.registry import DTYPE_NAMES, IMPLEMENTATIONS, UnsupportedImplementationError
+from torch_impl.registry import (
+    DTYPE_NAMES,
+    IMPLEMENTATIONS,
+    UNEQUAL_IMPLEMENTATIONS,
+    UnsupportedImplementationError,
+    get_implementation,
+)
 
 _FLOATS = ", ".join(DTYPE_NAMES.values())
 # Sizes in bytes are 64-bit integers, and an element has at most eight.
-_MOST_ELEMENTS = 2**60
+MOST_ELEMENTS = 2**60
 _MOST_AXES = 64
 _MOST_NAMES = 8  # in a message
 
@@ -32,12 +38,14 @@ def check_sizes(*, dense: bool = False, **sizes: Any) -> None:
     """
     for argument, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
+            several = argument != "num_partitions" and not dense and hasattr(size, "__len__")
             raise TypeError(
-                f"`{argument}`: expected a positive int, got {shown(size)} of type {type(size).__name__}; pass an int."
+                f"`{argument}`: expected a positive int, got {shown(size)} of type {type(size).__name__}; pass an int"
+                f"{', or a list of one for each partition' if several else ''}."
             )
         if size <= 0:
             raise ValueError(f"`{argument}`: expected a positive int, got {shown(size)}; pass at least 1.")
-    if math.prod(sizes.values()) * (sizes["num_partitions"] if dense else 1) >= _MOST_ELEMENTS:
+    if math.prod(sizes.values()) * (sizes["num_partitions"] if dense else 1) >= MOST_ELEMENTS:
         largest = max(sizes, key=lambda argument: sizes[argument])
         raise ValueError(
             f"`{largest}`: expected sizes whose weight has fewer than 2**60 elements, got {shown(sizes[largest])}; "
@@ -73,12 +81,15 @@ def check_placement(device: Any) -> None:
         ) from error
 
 
-def check_implementation_name(name: Any) -> None:
-    """Refuse what is no string by a TypeError, and an unknown name by a ValueError that lists the choices."""
+def check_implementation_name(name: Any, *, unequal: bool = False) -> None:
+    """Refuse what is no string by a TypeError, and a name that is unknown, or of other sizes, by a ValueError."""
     if not isinstance(name, str):
         raise TypeError(f"`implementation`: expected a name, got {kind_of(name)}; pass a str.")
-    if name != "auto" and name not in IMPLEMENTATIONS:
-        choices = ", ".join(repr(choice) for choice in ("auto", *IMPLEMENTATIONS))
+    table = UNEQUAL_IMPLEMENTATIONS if unequal else IMPLEMENTATIONS
+    if name != "auto" and name not in table:
+        if name in IMPLEMENTATIONS or name in UNEQUAL_IMPLEMENTATIONS:
+            get_implementation(name, unequal=unequal)  # raises
+        choices = ", ".join(repr(choice) for choice in ("auto", *table))
         raise ValueError(f"`implementation`: expected one of {choices}, got {shown(name)}; choose one of these.")
 
 
@@ -190,7 +201,7 @@ def explain_failure(error: RuntimeError, implementation: str, x: Tensor, weight:
             f"`implementation`: expected one that supports this call, got {implementation!r} ({said(error)}); choose "
             f"another one."
         ) from error
-    if x.ndim > _MOST_AXES or x.numel() * weight.shape[-1] >= _MOST_ELEMENTS:
+    if x.ndim > _MOST_AXES or x.numel() * weight.shape[-1] >= MOST_ELEMENTS:
         raise ValueError(
             f"`x`: expected at most {_MOST_AXES} axes and an output of fewer than 2**60 elements, got "
             f"{shown(_shape(x))}; flatten its leading axes, or split them."
@@ -359,7 +370,7 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
             wanted = "a NumPy array without a mask" if isinstance(array, np.ndarray) else "a NumPy array"
             raise TypeError(f"`{argument}`: expected {wanted}, got {kind_of(array)}; the layer is unchanged.")
         if array.shape != shape:
-            symbols = "(n, in, out)" if name == "weight" else "(n, out)"
+            symbols = ("(packed,)", "(n, out)", "(n, in, out)")[len(shape) - 1]
             raise ValueError(
                 f"`{argument}`: expected shape {symbols} = {shape}, got {array.shape}; the layer is unchanged."
             )

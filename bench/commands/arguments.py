@@ -25,9 +25,20 @@ from parity_tests.judge.precisions import precision_class, storage_dtype
 from parity_tests.report.console import PlainConsole
 from parity_tests.report.files import OutputError, check_apart, check_output
 from parity_tests.report.interruption import INTERRUPTED
+from parity_tests.report.text import printable
 
 __all__ = ["FAILED", "INTERRUPTED", "OK", "USAGE", "UsageError", "check_choices", "check_interpreters"]
-__all__ += ["check_outputs", "complain", "cut_short", "ending", "reading", "selection", "tell", "tell_damage"]
+__all__ += [
+    "check_folder",
+    "check_outputs",
+    "complain",
+    "cut_short",
+    "ending",
+    "reading",
+    "selection",
+    "tell",
+    "tell_damage",
+]
 
 OK, FAILED, USAGE = 0, 1, 2
 _ERRORS = PlainConsole(stderr=True, soft_wrap=True)
@@ -51,6 +62,11 @@ CsvFile = Annotated[
 ]
 MarkdownFile = Annotated[Path | None, _file("Write the whole report as Markdown.")]
 Page = Annotated[Path | None, _file("Replace the block of this page that shows DIR.")]
+PageFile = Annotated[Path | None, _file("Write one self-contained page (.html) for a browser, with filters.")]
+ShortFile = Annotated[Path | None, _file("Write the sections of that page as short Markdown.")]
+PictureFolder = Annotated[
+    Path | None, typer.Option(metavar="D", help="Draw the pictures of that page into this folder, as SVG and PNG.")
+]
 Chart = Annotated[Path | None, _file("Draw ratios with intervals (.svg, .png, .html).")]
 WinnerMap = Annotated[Path | None, _file("Draw the winner at each size (.svg, .png, .html).")]
 Roofline = Annotated[Path | None, _file("Draw rates against the machine's ceilings (.svg, .png, .html).")]
@@ -150,6 +166,19 @@ def check_writable(argument: str, path: Path | None) -> None:
     # Raw data is never replaced by what is drawn from it.
     if path is not None and Path(os.path.realpath(path)).name in (RECORDS, COMPRESSED, TORN, ENVIRONMENTS):
         raise UsageError(f"{argument}: {path} has the name of a run's own records; choose another file.")
+
+
+def check_folder(argument: str, path: Path | None) -> None:
+    """Refuse a folder that could not be made or written, and make none.
+
+    Raises:
+        UsageError: with the reason.
+    """
+    if path is None:
+        return
+    above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"{argument}: {printable(path)} is no folder that can be written; choose another.")
 
 
 def check_outputs(outputs: Mapping[str, Path | None], **others: Path | None) -> None:

@@ -1,8 +1,9 @@
 """`bench report` and `bench claims`: show the records of earlier runs, and judge the article's claims by them."""
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,10 +22,14 @@ from bench.commands.arguments import (
     JsonFile,
     MarkdownFile,
     Page,
+    PageFile,
+    PictureFolder,
     Roofline,
+    ShortFile,
     UsageError,
     Where,
     WinnerMap,
+    check_folder,
     check_outputs,
     cut_short,
     reading,
@@ -36,13 +41,24 @@ from bench.report.claims import account, claim_rows, claims_block, claims_json, 
 from bench.report.export import write_csv, write_frameworks, write_summary, write_table
 from bench.report.maps import framework_map as draw_framework_map
 from bench.report.maps import winner_map as draw_winner_map
-from bench.report.markdown import CLAIMS, RESULTS, environment_lines, results_block, update_page, write_report
-from bench.report.pictures import ChartError, ratio_chart, roofline_chart, save_picture
+from bench.report.markdown import (
+    CLAIMS,
+    RESULTS,
+    environment_lines,
+    results_block,
+    update_page,
+    write_report,
+    write_short,
+)
+from bench.report.page import write_page
+from bench.report.pictures import ChartError, ratio_chart, roofline_chart, save_figures, save_picture
 from bench.report.screen import screen_lines
+from bench.report.sections import PageContent, sections
 from bench.report.tables import show_frameworks, show_rankings, terminal, wide_console
 from bench.report.text import ratio, resolution_line, summary_line
-from bench.store import Archive
-from bench.study.claims import ClaimResult, claim_results
+from bench.store import Archive, Damage
+from bench.study.claims import CLAIMED_WORKLOADS, ClaimResult, claim_results
+from bench.study.findings import findings
 from bench.study.process_spread import seen_spreads
 from bench.study.results import Results, read_results
 from parity_tests.report.files import OutputError, write_json, write_text
@@ -60,6 +76,9 @@ def report(
     winner_map: WinnerMap = None,
     roofline: Roofline = None,
     framework_map: FrameworkMap = None,
+    html: PageFile = None,
+    summary: ShortFile = None,
+    pictures: PictureFolder = None,
     frameworks_csv: FrameworksCsv = None,
     where: Where = None,
     readme: Page = None,
@@ -87,11 +106,27 @@ def report(
         "--json": (json_file, lambda _, path, results: write_summary(path, results)),
         "--csv": (csv_file, lambda _, path, results: write_table(path, results)),
         "--frameworks-csv": (frameworks_csv, lambda _, path, results: write_frameworks(path, results)),
+        # Before the short report, which shows those that were drawn.
+        "--pictures": (pictures, lambda option, path, _: _draw(option, path, page())),
+        "--html": (html, lambda option, path, _: write_page(option, path, page())),
+        "--summary": (
+            summary,
+            lambda option, path, _: write_short(option, path, page(), pictures if pictures in written else None),
+        ),
     }
+    written: list[Path] = []
+    failed: list[Exception] = []
+
+    @cache
+    def page() -> PageContent:
+        return _page(results, directories, where or (), damage.sentences)
+
     with reading() as damage, interruptible(polled=True) as interruption:
         if check and readme is None:
             raise UsageError("--check: needs --readme; name the page to check.")
-        check_outputs({option: path for option, (path, _) in outputs.items()}, readme=readme)
+        files = {option: path for option, (path, _) in outputs.items() if option != "--pictures"}
+        check_outputs(files, readme=readme)
+        check_folder("--pictures", pictures)
         results = read_results(directories, selection("--where", where), interruption, damage)
         interruption.settle()
         if damage.sentences and (readme is not None or not results.found):
@@ -108,7 +143,7 @@ def report(
                 tell(f"the results in {readme} are stale; run this without --check.")
             if check:
                 return OK if fresh else FAILED
-        written, failed = [readme] if readme is not None else [], []
+            written.append(readme)
         for option, (path, write) in outputs.items():
             if path is None:
                 continue
@@ -131,6 +166,25 @@ def report(
     for error in failed:
         tell(error)
     return cut_short(results.stopped, tell_damage(damage.sentences, USAGE if failed else OK))
+
+
+def _page(results: Results, directories: Sequence[Path], where: Sequence[str], damage: Sequence[str]) -> PageContent:
+    """Return the content of a page; findings and claims need the samples, which are read again."""
+    archive = Archive(directories, selection("--where", where), Damage())
+    seen = seen_spreads(archive)
+    words = ["python", "-m", "bench", "report", *map(str, directories)]
+    given = shlex.join([*words, *(word for condition in where for word in ("--where", condition))])
+    ranked = {(one.first.environment_id, one.cell): one for one in results.found}
+    found = findings(archive.cells(), seen, ranked=ranked)
+    there = any(one.first.workload in CLAIMED_WORKLOADS for one in results.found)
+    judged = claim_results(archive.cells() if there else (), seen, ranked)
+    parts, shown = sections(results, found, judged, directories, given)
+    names = ", ".join(directory.resolve().name for directory in directories)
+    return PageContent(f"Benchmark of {names}", parts, shown, [*filter(None, [results.stopped]), *damage])
+
+
+def _draw(option: str, folder: Path, content: PageContent) -> None:
+    save_figures(option, folder, [picture for part in content.parts for picture in part.pictures], content.shown)
 
 
 def claims(

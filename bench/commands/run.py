@@ -61,6 +61,7 @@ class RunOptions(Request):
     engine: str = option("local", "local, or dask: workers that own a device each.", choices=("local", "dask"))
     scheduler: str | None = option(None, "Of the dask scheduler, with --engine dask.", metavar="ADDRESS")
     resume: Annotated[bool, typer.Option("--resume", help="Continue the records in DIR; repeats nothing.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the options; measure and write nothing.")] = False
     json_file: JsonFile = None
     csv_file: CsvFile = None
 
@@ -189,6 +190,8 @@ def run_command(options: RunOptions) -> int:
             engine = _engine(options)
             for line in left_out(options.plan):
                 notes.add(line)
+            if options.dry_run:
+                return OK
             with sole_writer(options.out):
                 store = Store(options.out, resume=options.resume)
                 environments = read_environments(options.out)

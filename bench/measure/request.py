@@ -183,6 +183,8 @@ def chosen_competitors(catalogues: Sequence[Catalogue], request: Request, cell: 
     # A tuned cell without compiled competitors would be a matched one.
     if not compiled and cell.division == "tuned":
         compiled = ("matmul",)
+    if compiled and cell.workload.unequal:
+        compiled = ("bucketed_matmul",)
     # A mode that is named is wanted in this direction too.
     gradients = bool(request.mode) or cell.direction in plan.compiled_directions
     competitors = competitors_for(
@@ -192,6 +194,7 @@ def chosen_competitors(catalogues: Sequence[Catalogue], request: Request, cell: 
         only=request.implementation,
         without=plan.left_out,
         only_modes=request.mode,
+        workload=cell.workload,
     )
     known = sorted({name for catalogue in catalogues for name in catalogue.kinds()})
     unknown = [name for name in request.implementation if name not in known]

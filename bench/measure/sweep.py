@@ -21,7 +21,7 @@ from bench.plan.cells import DEVICES, Cell
 from bench.plan.competitors import Competitor
 from bench.plan.costs import compulsory_bytes, peak_rates, useful_flops, waste_factor
 from bench.plan.presets import BLOCK_S, Preset, plan_cells
-from bench.records import HARNESS_VERSION, SCHEMA_VERSION, Record, digest
+from bench.records import HARNESS_VERSION, Record, digest, schema_version_of
 
 
 class RecordStore(Protocol):
@@ -200,7 +200,7 @@ _OF_WORKLOAD = ("num_partitions", "in_features", "out_features", "batch", "layou
 _OF_CELL = ("dtype", "device", "direction", "division", "precision", "cache", "optimizer")
 _OF_ENTRY = ("status", "reason", "skipped", "compile_s", "peak_memory_bytes", "memory_method", "static_memory_bytes")
 _OF_ENTRY += ("control", "baseline", "energy_j")
-_OF_PROBE = ("enqueue_s", "device_busy_s", "compile_warm_s", "program_flops")
+_OF_PROBE = ("enqueue_s", "device_busy_s", "compile_warm_s", "program_flops", "copied_bytes")
 
 
 def _record(entry: Entry, shared: dict[str, Any], outcome: CellOutcome, cell: Cell, device_name: str) -> Record:
@@ -245,7 +245,7 @@ def _timestamp(moment: datetime) -> str:
 def _shared(cell: Cell, outcome: CellOutcome) -> dict[str, Any]:
     """Return what the records of a cell have in common, but for what tells of the run."""
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": schema_version_of(cell.workload.in_features, cell.workload.out_features),
         "cell_size": len(outcome.entries),
         "workload": cell.workload.name,
         **{name: getattr(cell.workload, name) for name in _OF_WORKLOAD},

@@ -13,8 +13,9 @@ import numpy as np
 
 from bench.plan.cells import RESULTS
 from bench.plan.competitors import Catalogue
-from bench.plan.workloads import AXES
+from bench.plan.workloads import AXES, FLAT, SHARED
 from parity_tests.judge.inputs import Inputs
+from parity_tests.judge.sizes import Sizes
 from parity_tests.report.files import ScratchFolder
 
 Call = Callable[[], Any]
@@ -30,6 +31,8 @@ class Task:
         direction: `forward`, `forward_backward` or `train_step`.
         layout: how x and dy lie in memory, and in the matched and tuned divisions y and dx as well.
         optimizer: of `train_step`, by its name in the neutral specification.
+        num_partitions: n; None where x has an axis of its own for them, and no sizes are unequal.
+        sizes: of each partition where they are unequal.
     """
 
     implementation: str
@@ -37,6 +40,8 @@ class Task:
     direction: str
     layout: str = "contiguous"
     optimizer: str | None = None
+    num_partitions: int | None = None
+    sizes: Sizes | None = None
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,12 @@ class Trace:
     Attributes:
         kernels: name to executions; on a CPU the framework's own operations.
         device_busy_s: time in which at least one of them ran; None on a CPU, where host and device are one.
+        copied_bytes: written by operations that only copy; None where a compiler hides them.
     """
 
     kernels: Mapping[str, int]
     device_busy_s: float | None
+    copied_bytes: int | None = None
 
 
 class Unsupported(Exception):
@@ -161,12 +168,12 @@ class Timer(ABC):
     def cache_bytes(self) -> int:
         """Return the size of the last cache between the configured device's memory and its processors."""
 
-    def arguments(self, inputs: Inputs, layout: str) -> tuple[Any, ...]:
-        """Return x, weight, bias and cotangent on the device, in buffers of their own; x and dy in the layout."""
+    def arguments(self, inputs: Inputs, layout: str, num_partitions: int) -> tuple[Any, ...]:
+        """Return x, weight, bias and cotangent on the device, in buffers of their own, as the layout has them."""
         if inputs.bias is None:
             raise Unsupported("a workload without a bias")
-        x, cotangent = (swapped(array, layout) for array in (inputs.x, inputs.cotangent))
-        return tuple(self._placed(array) for array in (x, inputs.weight, inputs.bias, cotangent))
+        arrays = {"x": inputs.x, "weight": inputs.weight, "bias": inputs.bias, "cotangent": inputs.cotangent}
+        return tuple(self._placed(laid_out(name, array, layout, num_partitions)) for name, array in arrays.items())
 
     @abstractmethod
     def _placed(self, array: np.ndarray) -> Any:
@@ -210,8 +217,24 @@ class Timer(ABC):
         `y`; with gradients `dx`, `dweight`, `dbias`; after a step `dx`, `weight`, `bias`.
         """
         results = result if isinstance(result, tuple) else (result,)
-        named = zip(RESULTS[task.direction], map(self._fetched, results), strict=True)
-        return {name: swapped(array, task.layout) if name in ("y", "dx") else array for name, array in named}
+        return {
+            name: canonical(name, self._whole(found, task), task.layout, task.num_partitions)
+            for name, found in zip(RESULTS[task.direction], results, strict=True)
+        }
+
+    def _whole(self, result: Any, task: Task) -> np.ndarray:
+        """Return a result as one array, packed where a competitor has one for each partition."""
+        if not isinstance(result, tuple | list):
+            return self._fetched(result)
+        assert task.sizes is not None  # only competitors for unequal sizes have lists of parameters
+        order = [k for members in task.sizes.buckets.values() for k in members]
+        if result[0].ndim == 1:
+            return np.concatenate([self._fetched(part) for part in result])
+        return np.concatenate([self._fetched(self._in_out(result[k])).reshape(-1) for k in order])
+
+    def _in_out(self, weight: Any) -> Any:
+        """Return the (in, out) matrix of one that a list of parameters holds."""
+        return weight
 
     @abstractmethod
     def _fetched(self, result: Any) -> np.ndarray:
@@ -224,6 +247,32 @@ class Timer(ABC):
     @abstractmethod
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Return True if an error means that memory ran out."""
+
+
+def laid_out(name: str, array: np.ndarray, layout: str, num_partitions: int) -> np.ndarray:
+    """Return an operand as a layout has it; `canonical` undoes it."""
+    if layout == SHARED:
+        if name in ("x", "dx"):
+            return array[:, 0]
+        # One map to all outputs, in the correctness case; n maps, for whoever is called.
+        apart = array.reshape(*array.shape[:-1], num_partitions, -1)
+        return np.ascontiguousarray(np.moveaxis(apart, -2, 0)[:, 0] if name.endswith("weight") else apart[..., 0, :, :])
+    if name not in ("x", "dx", "y", "cotangent"):
+        return array
+    return array.reshape(len(array), -1) if layout == FLAT else swapped(array, layout)
+
+
+def canonical(name: str, array: np.ndarray, layout: str, num_partitions: int | None) -> np.ndarray:
+    """Return an operand or a result in the form of the correctness case."""
+    if layout == SHARED:
+        if name in ("x", "dx"):
+            return array[:, None]
+        if name.endswith("weight"):
+            return np.moveaxis(array, 0, 1).reshape(1, array.shape[1], -1)
+        return array.reshape(*array.shape[:-2], 1, -1)
+    if name not in ("x", "dx", "y", "cotangent"):
+        return array
+    return array.reshape(len(array), num_partitions or 1, -1) if layout == FLAT else swapped(array, layout)
 
 
 def swapped(array: np.ndarray, layout: str) -> np.ndarray:

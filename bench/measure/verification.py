@@ -116,9 +116,11 @@ class Oracle:
 
     def __init__(self, inputs: Inputs):
         self.inputs = inputs
-        n = inputs.weight.shape[0]
+        n = inputs.num_partitions
         each = max(1, (inputs.x.size + inputs.weight.size + inputs.cotangent.size) // n)
         width = max(1, _ELEMENTS_AT_A_TIME // each)
+        # Unequal partitions do not lie along an axis of their own: all are evaluated at once.
+        width = n if inputs.sizes is not None else width
         self.slices = [slice(start, min(start + width, n)) for start in range(0, n, width)]
 
     @property
@@ -131,6 +133,8 @@ class Oracle:
 
     def _evaluate(self, partitions: slice) -> Reference:
         inputs = self.inputs
+        if inputs.sizes is not None:
+            return reference(inputs)
         return reference(
             replace(
                 inputs,
@@ -173,7 +177,7 @@ class Verifier:
         arithmetic, slices = declared_arithmetic(promised), self._oracle.slices
 
         def one(number: int) -> list[TensorResult]:
-            part, truth = _part(outputs, slices[number]), self._oracle.truth(number)
+            part, truth = self._part(outputs, slices[number]), self._oracle.truth(number)
             stepped = {name: value for name, value in part.items() if name in PARAMETERS}
             direct = {name: value for name, value in part.items() if name not in PARAMETERS}
             found = compare(direct, truth, arithmetic) if direct else []
@@ -199,8 +203,9 @@ class Verifier:
         before = inputs.weight if name == "weight" else inputs.bias
         assert before is not None  # the worker refuses workloads without a bias
         assert self._optimizer is not None  # a cell of this direction has one
-        right, limit = first_step(OPTIMIZERS[self._optimizer], name, before[partitions], truth[f"d{name}"], arithmetic)
-        return compare_with_limit(name, value, right, limit, partition_axis=0)
+        before = before[partitions] if inputs.sizes is None else before
+        right, limit = first_step(OPTIMIZERS[self._optimizer], name, before, truth[f"d{name}"], arithmetic)
+        return compare_with_limit(name, value, right, limit, partition_axis=0, labels=truth[f"d{name}"].labels)
 
     def judge(self, outputs: Mapping[str, np.ndarray], promised: str) -> Judgement:
         """Compare results with the oracle under the bound of the promised precision class.
@@ -224,19 +229,20 @@ class Verifier:
         # The class of the arithmetic does not change from partition to partition: the first few tell.
         oracle = self._oracle
         direct = {name: value for name, value in outputs.items() if name not in PARAMETERS}
-        observed = observed_precision(_part(direct, oracle.slices[0]), oracle.truth(0), oracle.inputs.dtype)
+        observed = observed_precision(self._part(direct, oracle.slices[0]), oracle.truth(0), oracle.inputs.dtype)
         tensors = {
             name: {key: finite(value) if isinstance(value, float) else value for key, value in figures.items()}
             for name, (figures, _) in found.items()
         }
         return Judgement("mismatch" if reason else "ok", reason, finite(worst), observed, tensors)
 
-
-def _part(outputs: Mapping[str, np.ndarray], partitions: slice) -> dict[str, np.ndarray]:
-    return {
-        name: value[partitions] if _PARTITION_AXIS[name] == 0 else value[..., partitions, :]
-        for name, value in outputs.items()
-    }
+    def _part(self, outputs: Mapping[str, np.ndarray], partitions: slice) -> dict[str, np.ndarray]:
+        if self._oracle.inputs.sizes is not None:
+            return dict(outputs)
+        return {
+            name: value[partitions] if _PARTITION_AXIS[name] == 0 else value[..., partitions, :]
+            for name, value in outputs.items()
+        }
 
 
 def _fold(found: dict[str, tuple[dict[str, Any], str]], result: TensorResult, where: str) -> None:

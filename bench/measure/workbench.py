@@ -141,15 +141,18 @@ class Workbench:
         if dense not in self._feeds:
             cell, oracle = self._open, self._oracle(dense=dense)
             count = buffer_sets(cell, self._timer.cache_bytes())
-            buffers = [self._timer.arguments(oracle.inputs, cell.workload.layout) for _ in range(count)]
+            n = 1 if dense else cell.workload.num_partitions
+            buffers = [self._timer.arguments(oracle.inputs, cell.workload.layout, n) for _ in range(count)]
             self._feeds[dense] = (buffers, Verifier(oracle, cell.direction, cell.optimizer))
         return self._feeds[dense]
 
     def prepare(self, request: Message) -> Message:
         """Build, compile and call a competitor; reply with the duration of one call after that."""
         cell, name = self._open, request["implementation"]
-        buffers, verifier = self._feed(dense=request["kind"] == YARDSTICK)
-        task = Task(name, request["mode"], cell.direction, cell.workload.layout, cell.optimizer)
+        dense = request["kind"] == YARDSTICK
+        buffers, verifier = self._feed(dense=dense)
+        n, sizes = (1, None) if dense else (cell.workload.num_partitions, cell.workload.case().sizes)
+        task = Task(name, request["mode"], cell.direction, cell.workload.layout, cell.optimizer, n, sizes)
         prepared = self._timer.prepare(task, buffers)
         held = _Held(task, prepared, verifier, self._timer.promised_precision(name))
         self._held[request["handle"]] = held
@@ -213,6 +216,7 @@ class Workbench:
             found |= asdict(measure_single_calls(prepared.call, timer.wait, budget_s=request["budget_s"]))
             trace = timer.trace(prepared)
             found |= {"kernels": dict(trace.kernels), "device_busy_s": trace.device_busy_s}
+            found["copied_bytes"] = trace.copied_bytes
             found["compile_warm_s"] = None if prepared.compile_again is None else prepared.compile_again()
         return found
 

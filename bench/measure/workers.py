@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Self
 
@@ -239,8 +240,9 @@ class WorkerPool:
         found = []
         for hello in self.hello.values():
             values = hello["catalogue"]
-            lists = {name: tuple(values[name]) for name in ("implementations", "stock", "yardsticks")}
-            found.append(Catalogue(values["framework"], **lists, missing=dict(values["missing"])))
+            others = {"framework": values["framework"], "missing": dict(values["missing"])}
+            lists = {item.name: tuple(values.get(item.name, ())) for item in fields(Catalogue)}
+            found.append(Catalogue(**{**lists, **others}))
         return tuple(found)
 
     def first_report(self, name: str) -> str | None:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from bench.plan.workloads import SHARED, Workload
+
 EAGER, COMPILE, JIT = "eager", "compile", "jit"
 REDUCE_OVERHEAD, MAX_AUTOTUNE, CUDA_GRAPH = "compile-reduce-overhead", "compile-max-autotune", "cuda-graph"
 # XLA's command buffers are CUDA graphs under another name. JAX records them by default on a GPU, for programs of five
@@ -60,6 +62,10 @@ class Catalogue:
         stock: what users of the framework write instead.
         yardsticks: functions that are timed for orientation only.
         missing: what users write instead, but cannot be run there, each with the reason.
+        unequal: names of the tree's registry for partitions of unequal sizes.
+        unequal_stock: what users write instead for these.
+        shared: names of the tree's registry with one dense product for an input that all partitions share. What users
+            write instead is the same as without, on an input that is expanded.
     """
 
     framework: str
@@ -67,14 +73,25 @@ class Catalogue:
     stock: tuple[str, ...]
     yardsticks: tuple[str, ...]
     missing: Mapping[str, str] = field(default_factory=dict)
+    unequal: tuple[str, ...] = ()
+    unequal_stock: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
 
-    def kinds(self) -> dict[str, str]:
-        """Return name to kind, in the order in which competitors are listed."""
-        return (
-            dict.fromkeys(self.implementations, IMPLEMENTATION)
-            | dict.fromkeys(self.stock, STOCK)
-            | dict.fromkeys(self.yardsticks, YARDSTICK)
-        )
+    def kinds(self, workload: Workload | None = None) -> dict[str, str]:
+        """Return name to kind, in the order in which competitors are listed.
+
+        Args:
+            workload: that they are to compute; None for all names.
+        """
+        equal = (self.implementations, self.stock, self.yardsticks)
+        if workload is None:
+            found = (self.implementations + self.unequal, self.stock + self.unequal_stock, self.yardsticks)
+        elif workload.unequal:
+            found = (self.unequal, self.unequal_stock, self.yardsticks)
+        else:
+            found = (self.shared, self.stock, ()) if workload.layout == SHARED else equal
+        kinds = zip((IMPLEMENTATION, STOCK, YARDSTICK), found, strict=True)
+        return {name: kind for kind, names in kinds for name in names}
 
 
 def competitors_for(
@@ -85,6 +102,7 @@ def competitors_for(
     only: Sequence[str] = (),
     without: Sequence[str] = (),
     only_modes: Sequence[str] = (),
+    workload: Workload | None = None,
 ) -> tuple[Competitor, ...]:
     """List the competitors of a cell.
 
@@ -95,6 +113,7 @@ def competitors_for(
         only: names to keep; empty keeps all but `without`.
         without: names that take part only if `only` holds them.
         only_modes: modes to keep, in which every competitor then runs; empty keeps `compiled` to the further ones.
+        workload: that they compute, see `Catalogue.kinds`.
 
     Returns:
         Competitors, framework by framework, each in its default mode first.
@@ -102,7 +121,9 @@ def competitors_for(
     found: list[Competitor] = []
     for catalogue in catalogues:
         kinds = {
-            name: kind for name, kind in catalogue.kinds().items() if (name in only if only else name not in without)
+            name: kind
+            for name, kind in catalogue.kinds(workload).items()
+            if (name in only if only else name not in without)
         }
         mode = DEFAULT_MODE[catalogue.framework]
         found.extend(Competitor(catalogue.framework, name, mode, kind) for name, kind in kinds.items())

@@ -6,9 +6,11 @@ For a product over b rows, n partitions, i inputs and o outputs, the useful work
     forward_backward  3 * 2 b n i o + b n o + b n o           (y, dx and dW; the bias and its gradient)
     train_step        the same; the parameters are written as well, the optimiser's state is not counted
 
-A dense form multiplies n times as much, for which it earns no credit: that factor is its waste.
+A dense form multiplies n times as much, for which it earns no credit: that factor is its waste. Unequal partitions
+need the sums over their own sizes; padding them to the largest wastes too.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,7 +23,8 @@ ITEM_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "b
 _COLD_CACHES = 4
 # Forms that materialise the whole (n*i, n*o) matrix, and forms that become one product per partition when traced.
 DENSE_FORMS: frozenset[str] = frozenset({"masked", "dense"})
-UNROLLED_FORMS: frozenset[str] = frozenset({"loop"})
+PADDED_FORMS: frozenset[str] = frozenset({"padded_matmul"})
+UNROLLED_FORMS: frozenset[str] = frozenset({"loop", "stock:nn.Linear", "stock:nnx.Linear"})
 # XLA expands a ragged product on a CPU into one masked product of all rows with every partition's matrix.
 _EXPANDED_RAGGED = ("jax", "grouped_matmul", "cpu")
 
@@ -57,16 +60,14 @@ def products(cell: Cell) -> int:
 def useful_flops(cell: Cell) -> int:
     """Return the floating-point operations that the function needs."""
     w = cell.workload
-    product = 2 * w.batch * w.num_partitions * w.in_features * w.out_features
-    bias = w.batch * w.num_partitions * w.out_features
+    product, bias = 2 * w.batch * w.weights, w.batch * w.outputs
     # The optimiser's few operations a parameter are left out: they differ from one to the next.
     return products(cell) * product + (bias if cell.direction == "forward" else 2 * bias)
 
 
 def useful_product_flops(cell: Cell) -> int:
     """Return the part of `useful_flops` that the products take."""
-    w = cell.workload
-    return products(cell) * 2 * w.batch * w.num_partitions * w.in_features * w.out_features
+    return products(cell) * 2 * cell.workload.batch * cell.workload.weights
 
 
 def least_product_flops(cell: Cell) -> int:
@@ -75,45 +76,47 @@ def least_product_flops(cell: Cell) -> int:
     Compilers drop the addition to nothing, so that with one row dW takes one operation for each element and not two.
     """
     w = cell.workload
-    b, n, i, o = w.batch, w.num_partitions, w.in_features, w.out_features
-    forward = b * n * o * (2 * i - 1)
-    return forward if cell.direction == "forward" else forward + b * n * i * (2 * o - 1) + n * i * o * (2 * b - 1)
+    b, weights = w.batch, w.weights
+    forward = b * (2 * weights - w.outputs)
+    return forward if cell.direction == "forward" else forward + b * (2 * weights - w.inputs) + weights * (2 * b - 1)
 
 
 def buffer_sets(cell: Cell, cache_bytes: int) -> int:
     """Return the number of sets of x, W, b and dy: one if warm, else enough to fill the last cache four times."""
     if cell.cache == "warm":
         return 1
-    w = cell.workload
-    parameters = w.num_partitions * (w.in_features + 1) * w.out_features
-    elements = w.batch * w.num_partitions * (w.in_features + w.out_features) + parameters
-    return max(2, -(-_COLD_CACHES * cache_bytes // (elements * ITEM_BYTES[cell.dtype])))
+    return max(2, -(-_COLD_CACHES * cache_bytes // (cell.workload.elements * ITEM_BYTES[cell.dtype])))
 
 
 def compulsory_bytes(cell: Cell) -> int:
     """Return the bytes that must cross the memory interface: every argument read once, every result written once."""
+    return cell.workload.elements * (1 if cell.direction == "forward" else 2) * ITEM_BYTES[cell.dtype]
+
+
+def waste_factor(competitor: Competitor, cell: Cell) -> float:
+    """Return how many times the useful products are carried out: n for a dense form, else 1; of unequal sizes a share.
+
+    A dense form of these multiplies all inputs with all outputs, a padded one n of the largest matrices.
+    """
     w = cell.workload
-    x, y = w.batch * w.num_partitions * w.in_features, w.batch * w.num_partitions * w.out_features
-    parameters = w.num_partitions * (w.in_features + 1) * w.out_features
-    elements = x + parameters + y if cell.direction == "forward" else 2 * (x + parameters + y)
-    return elements * ITEM_BYTES[cell.dtype]
-
-
-def waste_factor(competitor: Competitor, cell: Cell) -> int:
-    """Return how many times the useful products are carried out: n for a dense form, else 1."""
     expanded = (competitor.framework, competitor.implementation, cell.device) == _EXPANDED_RAGGED
-    return cell.workload.num_partitions if expanded or competitor.implementation in DENSE_FORMS else 1
+    dense = expanded or competitor.implementation in DENSE_FORMS
+    if w.unequal and dense:
+        return w.inputs * w.outputs / w.weights
+    if w.unequal and competitor.implementation in PADDED_FORMS:
+        return w.num_partitions * math.prod(w.case_of_sizes.largest) / w.weights
+    return w.num_partitions if dense else 1
 
 
 def executed_flops(competitor: Competitor, cell: Cell) -> int:
     """Return the floating-point operations that the form carries out."""
-    return useful_flops(cell) * waste_factor(competitor, cell)
+    return round(useful_flops(cell) * waste_factor(competitor, cell))
 
 
 def working_bytes(competitor: Competitor, cell: Cell) -> int:
     """Return the bytes alive at the peak, roughly: arguments, results, and the dense matrices of a dense form."""
     w = cell.workload
-    dense = (w.num_partitions * w.in_features) * (w.num_partitions * w.out_features) * ITEM_BYTES[cell.dtype]
+    dense = w.inputs * w.outputs * ITEM_BYTES[cell.dtype]
     matrices = 0 if competitor.implementation not in DENSE_FORMS else products(cell) * dense
     return 2 * compulsory_bytes(cell) + matrices
 

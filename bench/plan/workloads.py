@@ -4,6 +4,7 @@ Sizes that a project's configuration leaves open (tokens in flight, number of fe
 says so.
 """
 
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +15,29 @@ from types import MappingProxyType
 from parity_tests.judge.inputs import Case
 
 # Layout to the two axes of (b, n, features) that change places in memory; None where the axes are in order.
-#   contiguous       (b, n, i): the partition axis before the features
+#   contiguous       (b, n, i): the partition axis before the features; (b, sum of i) where the sizes are unequal
 #   partition_major  (n, b, i): what a batched product takes
 #   time_series      (b, i, n): (batch, time, channel), whose contraction axis is strided
+#   flat             (b, n*i): the features of one partition after those of another, in x and y
+#   shared           (b, i): one input for all partitions; y is (b, n, o)
 AXES: Mapping[str, tuple[int, int] | None] = MappingProxyType(
-    {"contiguous": None, "partition_major": (0, 1), "time_series": (1, 2)}
+    {"contiguous": None, "partition_major": (0, 1), "time_series": (1, 2), "flat": None, "shared": None}
 )
 LAYOUTS: tuple[str, ...] = tuple(AXES)
+FLAT, SHARED = "flat", "shared"
+# One size for all partitions, or one for each.
+Size = int | tuple[int, ...]
+# Sizes that a heading names one by one.
+_NAMED = 4
+
+
+def size_text(size: Size) -> str:
+    """Write one size for all partitions, or those of each: `32`, `(1, 4, 9)`, `1..42 (102 in all)`."""
+    if isinstance(size, int):
+        return str(size)
+    if len(size) <= _NAMED:
+        return f"({', '.join(map(str, size))})"
+    return f"{min(size)}..{max(size)} ({sum(size)} in all)"
 
 
 @dataclass(frozen=True)
@@ -31,51 +48,96 @@ class Workload:
         name: short and unique.
         batch: rows that one partition sees, `b`.
         num_partitions: `n`.
-        in_features: `i`, per partition.
-        out_features: `o`, per partition.
+        in_features: `i`, per partition; one for each where they are unequal.
+        out_features: `o`, likewise.
         source: where the sizes come from.
-        layout: how x lies in memory: `contiguous` (`[B, n, in]`), `partition_major` (`[n, B, in]`) or
-            `time_series` (`[B, L, C]` with L = in and C = n, so that the contraction axis is strided).
+        layout: how x lies in memory: `contiguous` (`[B, n, in]`), `partition_major` (`[n, B, in]`),
+            `time_series` (`[B, L, C]` with L = in and C = n, so that the contraction axis is strided), `flat`
+            (`[B, n*in]`) or `shared` (`[B, in]`, one input for all partitions). Unequal sizes have the first.
 
     Raises:
-        ValueError: for a size below 1 or an unknown layout.
+        ValueError: for a size below 1, another number of sizes, or a layout that is unknown or not for these sizes.
     """
 
     name: str
     batch: int
     num_partitions: int
-    in_features: int
-    out_features: int
+    in_features: Size
+    out_features: Size
     source: str
     layout: str = "contiguous"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
-        for size in ("batch", "num_partitions", "in_features", "out_features"):
-            if getattr(self, size) < 1:
-                raise ValueError(f"{size}: expected at least 1, got {getattr(self, size)}; give a positive size.")
+        for name in ("batch", "num_partitions", "in_features", "out_features"):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                # JSON has lists.
+                object.__setattr__(self, name, tuple(value))
+                if len(value) != self.num_partitions:
+                    raise ValueError(
+                        f"{name}: expected one size, or n = {self.num_partitions} of them, got {len(value)}; give each "
+                        f"partition its size."
+                    )
+            if (least := value if isinstance(value, int) else min(value)) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {least}; give a positive size.")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {self.layout!r}; choose one of these.")
+        if self.unequal and self.layout != LAYOUTS[0]:
+            raise ValueError(f"layout: expected {LAYOUTS[0]} for unequal sizes, got {self.layout}; choose that one.")
+
+    @property
+    def unequal(self) -> bool:
+        """True if sizes are given as sequences."""
+        return not (isinstance(self.in_features, int) and isinstance(self.out_features, int))
+
+    @property
+    def case_of_sizes(self) -> Case:
+        """The correctness case with the same sizes, each partition with an input of its own."""
+        return Case(self.name, (self.batch,), self.num_partitions, self.in_features, self.out_features)
+
+    @property
+    def inputs(self) -> int:
+        """Numbers in one row of x."""
+        return self._total(self.in_features) // (self.num_partitions if self.layout == SHARED else 1)
+
+    @property
+    def outputs(self) -> int:
+        """Numbers in one row of y."""
+        return self._total(self.out_features)
+
+    @property
+    def weights(self) -> int:
+        """Numbers in W."""
+        i, o = self.in_features, self.out_features
+        if isinstance(i, int):
+            return i * self._total(o)
+        return self._total(i) * o if isinstance(o, int) else sum(map(operator.mul, i, o))
+
+    def _total(self, size: Size) -> int:
+        # Records of any numbers are read: no list of n of them is made.
+        return self.num_partitions * size if isinstance(size, int) else sum(size)
 
     @property
     def shape(self) -> str:
         """The sizes as text, for example `B=128, n=32, 32->32`."""
-        return f"B={self.batch}, n={self.num_partitions}, {self.in_features}->{self.out_features}"
+        return f"B={self.batch}, n={self.num_partitions}, {size_text(self.in_features)}->{size_text(self.out_features)}"
 
     @property
     def elements(self) -> int:
         """Numbers in x, W, b and y together."""
-        x, y = self.in_features * self.batch, self.out_features * self.batch
-        return self.num_partitions * (x + y + (self.in_features + 1) * self.out_features)
+        return self.batch * (self.inputs + self.outputs) + self.weights + self.outputs
 
     def case(self) -> Case:
-        """Return the correctness case with the same sizes."""
-        return Case(self.name, (self.batch,), self.num_partitions, self.in_features, self.out_features)
+        """Return the correctness case with the same sizes.
+
+        Partitions that share one input are one map from it to all of their outputs.
+        """
+        return self.case_of_sizes if self.layout != SHARED else self.dense_case()
 
     def dense_case(self) -> Case:
         """Return the case of the article's yardstick: one dense map over all features, which is another function."""
-        n = self.num_partitions
-        return Case(f"{self.name}/dense", (self.batch,), 1, n * self.in_features, n * self.out_features)
+        return Case(f"{self.name}/dense", (self.batch,), 1, self.inputs, self.outputs)
 
 
 SWEEP_SOURCE = "a sweep around the source article's base (B=128, n=32, 32->32)"
@@ -193,14 +255,7 @@ def _tabular() -> Iterator[Workload]:
     saint = "somepago/saint, a small perceptron a feature, width 32, batch 256; 32 features chosen here"
     yield Workload("saint-1-100", 256, 32, 1, 100, f"{saint}; first layer of the embedding")
     yield Workload("saint-100-32", 256, 32, 100, 32, f"{saint}; second layer of the embedding")
-    yield Workload(
-        "saint-32-160",
-        256,
-        32,
-        32,
-        160,
-        f"{saint}; first layer of the heads, whose second layer has unequal sizes and is no workload of this map",
-    )
+    yield Workload("saint-32-160", 256, 32, 32, 160, f"{saint}; first layer of the heads")
     yield Workload("tabm", 256, 32, 512, 512, "TabM, packed ensemble of 32 members, width 512, batch 256")
 
 
@@ -234,21 +289,53 @@ def _language() -> Iterator[Workload]:
     yield Workload("xlstm-slstm-gates", 2048, 4, 32, 32, f"{xlstm}; headwise gates of the sLSTM")
 
 
+# UCI Adult: workclass, education, marital status, occupation, relationship, race, sex and native country, where an
+# unknown value is a category of its own.
+_ADULT = (9, 16, 7, 15, 6, 5, 2, 42)
+# UCI Census-Income (KDD): the distinct values of its nominal attributes in the order of census-income.names.
+_CENSUS = (9, 52, 47, 17, 3, 7, 24, 15, 5, 10, 2, 3, 6, 8, 6, 6, 51, 38, 8, 10, 9, 10, 3, 5, 43, 43, 43, 5, 3, 3)
+
+
+def _unequal() -> Iterator[Workload]:
+    """Yield maps whose partitions differ in size."""
+    saint = "somepago/saint, width 32, batch 256"
+    # The token that stands for the whole row has one category.
+    cards = (1, *_ADULT)
+    source = f"{saint}; second layer of the heads of categorical features, 5 widths to the categories of UCI Adult"
+    yield Workload("saint-160-card", 256, len(cards), 160, cards, source)
+    source = "one linear map of each one-hot feature to width 32, batch 1024 chosen here; categories of UCI Adult"
+    yield Workload("adult-card-32", 1024, len(_ADULT), _ADULT, 32, source)
+    source = (
+        "one linear map of each one-hot feature to width 32, batch 1024 chosen here; categories of UCI Census-Income"
+    )
+    yield Workload("census-card-32", 1024, len(_CENSUS), _CENSUS, 32, source)
+    source = (
+        "NVIDIA/cuEquivariance, linear map over the segments 128x0e + 64x1o + 32x2e; these and 2048 rows chosen here"
+    )
+    yield Workload("cuequivariance-segments", 2048, 3, (128, 64, 32), (128, 64, 32), source)
+
+
 def _layouts(known: dict[str, Workload]) -> Iterator[Workload]:
     """Yield the same sizes where the project keeps x in another order."""
     for name, layout, why in (
         ("electricity-336-96", "time_series", "x is the project's own [B, L, C]"),
         ("sac-n-256-256", "partition_major", "x is the project's own [n, B, in]"),
         ("pets", "partition_major", "x is the project's own [n, B, in]"),
+        ("recurrentgemma-2b-gates-1024", FLAT, "x and y are the project's own flat [B, n*features]"),
+        ("xlstm-qkv", FLAT, "x and y are the project's own flat [B, n*features]"),
+        ("musicgen-heads", SHARED, "one input for all heads, as in the project"),
+        ("redq", SHARED, "one input for all critics, as in the project"),
+        ("sac-n-14-256", SHARED, "one input for all critics, as in the project"),
     ):
         found = known[name]
         renamed = f"{name}-{layout.replace('_', '-')}"
-        yield replace(found, name=renamed, layout=layout, source=f"{found.source}; {why}")
+        source = found.source.removesuffix(f"; {_SHARED}")
+        yield replace(found, name=renamed, layout=layout, source=f"{source}; {why}")
 
 
 def catalogue() -> tuple[Workload, ...]:
     """Return every workload that has a source, the article's settings first."""
-    found = (*_article(), *_time_series(), *_tabular(), *_ensembles(), *_language())
+    found = (*_article(), *_time_series(), *_tabular(), *_ensembles(), *_language(), *_unequal())
     return (*found, *_layouts({workload.name: workload for workload in found}))
 
 

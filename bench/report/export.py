@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from bench.records import SCHEMA_VERSION, Record, finite
+from bench.records import SCHEMA_VERSION, Record, finite, schema_version_of
 from bench.study.ranking import Efficiency, Ranking, Row, efficiencies
 from bench.study.results import Results
 from bench.study.statistics import Interval
@@ -156,7 +156,10 @@ def _ranking(ranking: Ranking) -> dict[str, Any]:
 
 def _head(results: Results, notes: Sequence[str]) -> dict[str, Any]:
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": max(
+            (schema_version_of(found.first.in_features, found.first.out_features) for found in results.found),
+            default=SCHEMA_VERSION,
+        ),
         "summary": dict(results.outcomes),
         "notes": list(notes),
         "stopped": results.stopped,

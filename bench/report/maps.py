@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from bench.plan.workloads import size_text
 from bench.report.pictures import ChartError
 from bench.report.tables import HEADING, Matrix, matrices, verdict_text
 from bench.study.cells import identity
@@ -35,7 +36,8 @@ def squares(found: Sequence[Ranking]) -> list[dict[str, Any]]:
         r = ranking.first
         points.append(
             {
-                "panel": f"{r.in_features}->{r.out_features}, {r.layout}, {identity(r).step}, {identity(r).how}, "
+                "panel": f"{size_text(r.in_features)}->{size_text(r.out_features)}, {r.layout}, {identity(r).step}, "
+                f"{identity(r).how}, "
                 f"{r.device}, {r.environment_id[:6]}",
                 "batch": r.batch,
                 "num_partitions": r.num_partitions,

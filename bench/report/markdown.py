@@ -5,12 +5,16 @@ A block lies between `<!-- results:begin -->` and `<!-- results:end -->` (`claim
 that shows several directories gives each a name, that of the directory: `<!-- results:begin h200 -->`.
 """
 
+import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from bench.environments import device_name, releases
+from bench.report.sections import PageContent
 from bench.report.tables import (
     HEADING,
     LEGEND,
@@ -21,13 +25,21 @@ from bench.report.tables import (
     matrices,
     ranking_table,
 )
-from bench.report.text import baseline_line, reasons, remarks, resolution_line, summary_line, winner_line
+from bench.report.text import (
+    baseline_line,
+    environment_sentences,
+    reasons,
+    remarks,
+    resolution_line,
+    summary_line,
+    winner_line,
+)
 from bench.study.cells import identity
 from bench.study.findings import EVERYWHERE, Finding
 from bench.study.ranking import BASELINE, Ranking, Row
 from bench.study.results import Results
 from parity_tests.report.files import read_text, write_text
-from parity_tests.report.text import html_text, markdown_code, markdown_line, markdown_text
+from parity_tests.report.text import html_text, markdown_code, markdown_line, markdown_text, printable
 
 RESULTS, CLAIMS, FINDINGS, HEADLINES = "results", "claims", "findings", "headlines"
 # Enough to show the winner, the runner-up and the usual alternatives; the full ranking is in the run's report.
@@ -35,6 +47,8 @@ _SHOWN = 5
 # Of a ranking, each with its heading on the page.
 _COLUMNS = {name: name for name in ("#", "competitor", "time", "ratio [95%]", "verdict")}
 _COLUMNS |= {"precision asked / observed": "asked / observed", "parity (error/bound)": "parity", "memory": "memory"}
+# Of a table or a list in the short report.
+_MOST_ROWS = 20
 _LANDMARKS = {"loop", "masked", "dense"}
 _EXPLANATION = (
     "Ratios are paired by round, and averaged geometrically over the middle three fifths of the rounds (over all",
@@ -56,30 +70,9 @@ class PageError(ValueError):
     """A page that cannot be read, or without one well-formed block; the message is one sentence."""
 
 
-def _pairs(found: Mapping[str, Any], without: tuple[Any, ...] = (), sign: str = "=") -> str:
-    return ", ".join(f"{key}{sign}{value}" for key, value in found.items() if value not in without)
-
-
 def environment_lines(environment_id: str, found: Mapping[str, Any]) -> list[str]:
     """Describe where it was measured, as lines of Markdown."""
-    git = found.get("git") or {}
-    commit = f"commit {str(git.get('commit'))[:12]}" + (" (modified)" if git.get("dirty") else "")
-    source = "outside a git checkout" if git.get("commit") is None else commit
-    features = "".join(f"{feature}, " for feature in found.get("cpu_features") or ())
-    where = (
-        f"{found['cpu_model']}, {len(found['affinity'])} processors used, {features}{found['system']}, device "
-        f"{found['device']}, division {found['division']}, {source}."
-    )
-    lines = [f"GPU: {gpu}." for gpu in found.get("gpus") or ()]
-    for name, framework in found["frameworks"].items():
-        versions = {key: value for key, value in framework["versions"].items() if "git" not in key}
-        variables = _pairs(framework.get("variables") or {}, (None, ""))
-        lines.append(
-            f"{name}: Python {framework.get('python')}, {_pairs(versions, (None,), ' ')}. Switches at its start: "
-            f"{_pairs(framework['default_switches'])}." + (f" Variables: {variables}." if variables else "")
-        )
-    if unset := found.get("unset_variables"):
-        lines.append(f"Set in the shell, and unset for the measurement: {_pairs(unset)}.")
+    where, *lines = environment_sentences(found)
     return [f"Environment {markdown_code(environment_id)}: {markdown_text(where)}", *map(markdown_line, lines)]
 
 
@@ -132,6 +125,36 @@ def report_lines(results: Results, notes: Sequence[str] = ()) -> Iterator[str]:
 def write_report(argument: str, path: Path, results: Results, notes: Sequence[str] = ()) -> None:
     """Write the report; see `files.output`."""
     write_text(argument, path, (line + "\n" for line in report_lines(results, notes)))
+
+
+def short_lines(content: PageContent, drawn: str = "") -> Iterator[str]:
+    """Write the sections of a page as a short report, line by line.
+
+    Args:
+        content: of the page.
+        drawn: the folder of the pictures, as a link from here; empty where none were drawn.
+    """
+    yield from (f"# {markdown_text(content.title)}", "", *map(markdown_line, content.notes))
+    for part in content.parts:
+        yield from ("", f"## {markdown_text(part.title)}", "")
+        for sentence in part.sentences:
+            yield from (markdown_line(sentence), "")
+        for table in part.tables:
+            yield from markdown(replace(table, rows=table.rows[:_MOST_ROWS]))
+            if (rest := len(table.rows) - _MOST_ROWS) > 0:
+                yield from ("", f"{rest} more lines are on the page that `--html` writes.")
+            yield ""
+        for picture in part.pictures if drawn else ():
+            yield from (f"![{markdown_text(picture.title)}]({quote(f'{drawn}/{picture.name}.svg')})", "")
+        yield from (f"- {markdown_line(text)}" for text, _ in part.more[:_MOST_ROWS])
+        if part.command:
+            yield from ("", "The figures behind this:", "", f"    {printable(part.command)}")
+
+
+def write_short(argument: str, path: Path, content: PageContent, folder: Path | None) -> None:
+    """Write the short report, with the pictures in a folder, or without; see `files.output`."""
+    drawn = "" if folder is None else os.path.relpath(folder, path.parent)
+    write_text(argument, path, (line + "\n" for line in short_lines(content, drawn)))
 
 
 def _shown(ranking: Ranking) -> list[Row]:

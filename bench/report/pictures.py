@@ -1,16 +1,20 @@
 """Draw ratios with intervals, and the roofline. Needs the `report` extra."""
 
+import base64
 import importlib.util
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bench.environments import device_name
 from bench.plan.competitors import YARDSTICK
+from bench.report.figure_charts import figure_chart
+from bench.report.figures import Figures, Picture, roofs
 from bench.report.text import titles, told_apart
 from bench.study.cells import identity
 from bench.study.ranking import Ranking, efficiencies
@@ -20,20 +24,22 @@ from parity_tests.report.files import output
 from parity_tests.report.text import printable, printable_tree
 
 FORMATS: tuple[str, ...] = (".svg", ".png", ".html")
-_NEEDED = {"altair": FORMATS, "vl_convert": (".svg", ".png")}
+_NEEDED = {"altair": FORMATS, "vl_convert": FORMATS}
 # A picture is as wide as its longest text, and a name of a megabyte would fill the memory.
 _LONGEST_TEXT = 500
 _MOST_S = 600
-_ROOFS = (
-    ("measured", "ceiling_flops_per_s", "ceiling_bytes_per_s"),
-    ("data sheet", "peak_flops_per_s", "peak_bytes_per_s"),
-)
+# Pixels of PNG for one of SVG.
+_SCALE = 1.5
 # In a process of its own: what the library cannot draw may abort the one that it runs in.
 _DRAWING = """
-import json, sys, vl_convert
-kind, version = sys.argv[1:]
-drawn = getattr(vl_convert, f"vegalite_to_{kind}")(json.load(sys.stdin), vl_version=version)
-sys.stdout.buffer.write(drawn.encode() if isinstance(drawn, str) else drawn)
+import base64, json, sys, vl_convert
+asked = json.load(sys.stdin)
+drawn = []
+for chart in asked["charts"]:
+    svg = vl_convert.vegalite_to_svg(chart, vl_version=asked["version"])
+    makers = {"svg": svg.encode, "png": lambda: vl_convert.svg_to_png(svg, scale=asked["scale"])}
+    drawn.append([base64.b64encode(makers[kind]()).decode() for kind in asked["kinds"]])
+json.dump(drawn, sys.stdout)
 """
 
 
@@ -134,25 +140,6 @@ def points(found: Sequence[Ranking]) -> list[dict[str, Any]]:
     return listed
 
 
-def roofs(found: Sequence[Ranking], low: float, high: float) -> list[dict[str, Any]]:
-    """Return the lines of each panel between two intensities: the highest ceiling seen, and the data sheet's."""
-    lines = []
-    for panel in dict.fromkeys(map(_roofline_panel, found)):
-        # A cell's first record may be of a competitor that never ran, so every row is asked.
-        records = [row.record for ranking in found if _roofline_panel(ranking) == panel for row in ranking.rows]
-        for name, flops, memory in _ROOFS:
-            work = max((getattr(r, flops) or 0.0 for r in records), default=0.0)
-            bytes_ = max((getattr(r, memory) or 0.0 for r in records), default=0.0)
-            if not work or not bytes_:
-                continue
-            ridge = min(max(work / bytes_, low), high)
-            lines += [
-                {"panel": panel, "roof": name, "intensity": x, "flops_per_s": min(work, x * bytes_)}
-                for x in (low, ridge, high)
-            ]
-    return lines
-
-
 def roofline_chart(results: Results) -> Any:
     """Return useful work a second over useful work a byte as an altair object, a panel for each precision and place.
 
@@ -165,7 +152,7 @@ def roofline_chart(results: Results) -> Any:
     if not listed:
         raise ChartError("--roofline: no competitor was timed, so there is no rate to draw; run the benchmark first.")
     low, high = min(point["intensity"] for point in listed) / 2, max(point["intensity"] for point in listed) * 2
-    lines = roofs(results.found, low, high)
+    lines = roofs(results.found, low, high, list(map(_roofline_panel, results.found)))
     x = alt.X("intensity:Q", scale=alt.Scale(type="log"), title="useful operations per compulsory byte")
     y = alt.Y("flops_per_s:Q", scale=alt.Scale(type="log"), axis=alt.Axis(format="~s"), title="useful FLOP/s")
     drawn = []
@@ -205,35 +192,69 @@ def save_picture(draw: Callable[[Results], Any], argument: str, path: Path, resu
         raise ChartError(
             f"{argument}: expected a file ending in {', '.join(FORMATS)}, got {path.name!r}; choose one of these."
         )
-    for package, formats in _NEEDED.items():
-        if path.suffix in formats and importlib.util.find_spec(package) is None:
-            raise ChartError(f"{argument}: {package} is not installed; install the extra: pip install -e '.[report]'.")
+    _check_packages(argument, path.suffix)
     chart = draw(results)
+    with _sentence(argument), output(argument, path) as file:
+        file.write(_page(chart) if path.suffix == ".html" else _drawn([path.suffix[1:]], [chart])[0][0])
+
+
+def save_figures(argument: str, folder: Path, pictures: Sequence[Picture], shown: Figures) -> list[Path]:
+    """Draw the pictures of a page into a folder, each as SVG and as PNG, and return the files.
+
+    Args:
+        argument: the option that named the folder.
+        folder: made if it is not there.
+        pictures: that are drawn, if there is anything to draw.
+        shown: the figures behind them.
+
+    Raises:
+        ChartError: if a package is missing, or a drawing fails.
+        OutputError: if a file cannot be written.
+    """
+    _check_packages(argument, ".png")
+    there = {picture.name: chart for picture in pictures if (chart := figure_chart(picture, shown)) is not None}
+    with _sentence(argument):
+        drawn = _drawn(["svg", "png"], list(there.values()))
+        folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{name}.{kind}" for name in there for kind in ("svg", "png")]
+    for path, content in zip(files, (part for both in drawn for part in both), strict=True):
+        with output(argument, path) as file:
+            file.write(content)
+    return files
+
+
+def _check_packages(argument: str, suffix: str) -> None:
+    for package, formats in _NEEDED.items():
+        if suffix in formats and importlib.util.find_spec(package) is None:
+            raise ChartError(f"{argument}: {package} is not installed; install the extra: pip install -e '.[report]'.")
+
+
+@contextmanager
+def _sentence(argument: str) -> Iterator[None]:
     try:
-        drawn = _page(chart) if path.suffix == ".html" else _drawn(path.suffix[1:], chart.to_dict())
+        yield
     except (_DrawingError, ValueError) as error:
         # JSON takes no infinity.
         raise ChartError(
             f"{argument}: the picture cannot be drawn ({error}); choose other cells with --where."
         ) from error
-    with output(argument, path) as file:
-        file.write(drawn)
 
 
 class _DrawingError(Exception):
     """The drawing library ended without a picture, or took too long."""
 
 
-def _drawn(kind: str, specification: Any) -> bytes:
-    """Draw a specification of Vega-Lite."""
+def _drawn(kinds: Sequence[str], charts: Sequence[Any]) -> list[list[bytes]]:
+    """Draw charts of altair, each in some kinds."""
     import altair as alt
 
     # As altair asks for it: major and minor version.
     version = "_".join(alt.SCHEMA_VERSION.split(".")[:2])
-    text = json.dumps(printable_tree(specification, _LONGEST_TEXT), allow_nan=False)
+    asked = {"kinds": kinds, "version": version, "scale": _SCALE, "charts": [chart.to_dict() for chart in charts]}
+    text = json.dumps(printable_tree(asked, _LONGEST_TEXT), allow_nan=False)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _DRAWING, kind, version],
+            [sys.executable, "-c", _DRAWING],
             input=text.encode(),
             capture_output=True,
             check=True,
@@ -246,7 +267,7 @@ def _drawn(kind: str, specification: Any) -> bytes:
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {error.returncode}"]
         raise _DrawingError(printable(said[-1])[:_LONGEST_TEXT]) from error
-    return done.stdout
+    return [[base64.b64decode(part) for part in made] for made in json.loads(done.stdout)]
 
 
 class _InScript(json.JSONEncoder):
@@ -258,4 +279,8 @@ class _InScript(json.JSONEncoder):
 
 
 def _page(chart: Any) -> bytes:
-    return chart.to_html(json_kwds={"cls": _InScript, "allow_nan": False}).encode()
+    """Return a picture as a page that fetches nothing, with its specification for whoever wants to draw it anew."""
+    drawn = _drawn(["svg"], [chart])[0][0].decode()
+    told = json.dumps(chart.to_dict(), cls=_InScript, allow_nan=False)
+    head = '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>benchmark</title></head>'
+    return f"{head}\n<body>\n{drawn}\n<script>var spec = {told};</script>\n</body></html>\n".encode()

@@ -29,13 +29,13 @@ def screen_lines(results: Results, directories: Sequence[str], where: Sequence[s
         return [results.stopped or "No cell was read.", f"Outcomes: {summary_line(results.outcomes)}."]
     lines = [
         *filter(None, [results.stopped]),
-        *_answer(results),
+        *answer(results),
         "",
         "Who wins where (a tie is a tie: none is shown to be faster):",
     ]
-    lines += _some(_winners(results.found), "cells or groups of them")
-    if between := _frameworks(results.found):
-        lines += ["", "PyTorch against JAX, the fastest of each (graphs against graphs):", *_some(between, "groups")]
+    lines += _some(winner_lines(results.found), "cells or groups of them")
+    if compared := between_lines(results.found):
+        lines += ["", "PyTorch against JAX, the fastest of each (graphs against graphs):", *_some(compared, "groups")]
     return [*lines, "", "What to ask next:", *_next(results, directories, where)]
 
 
@@ -44,7 +44,7 @@ def _some(lines: Sequence[str], what: str) -> list[str]:
     return [*lines[:_MOST_LINES], *([f"  and {rest} more {what}; --all shows them"] if rest > 0 else [])]
 
 
-def _answer(results: Results) -> list[str]:
+def answer(results: Results) -> list[str]:
     """Return three sentences: the competitor to begin with, the frameworks, and how far to trust it."""
     cells = [ranking for ranking in results.found if ranking.leaders]
     first = Counter(label for ranking in cells for label in ranking.leaders)
@@ -73,7 +73,7 @@ def _kind(ranking: Ranking) -> str:
     return f"{where.step}, {where.how}, {where.device}"
 
 
-def _winners(found: Sequence[Ranking]) -> list[str]:
+def winner_lines(found: Sequence[Ranking]) -> list[str]:
     """Return a line for each cell, or for each kind of conditions where there are many cells."""
     if len(found) <= _MOST_LINES:
         return [f"  {title}: {winner_line(ranking)}" for ranking, title in zip(found, titles(found), strict=True)]
@@ -90,7 +90,8 @@ def _winners(found: Sequence[Ranking]) -> list[str]:
     return lines
 
 
-def _frameworks(found: Sequence[Ranking]) -> list[str]:
+def between_lines(found: Sequence[Ranking]) -> list[str]:
+    """Return a line for each kind of conditions: how often either framework leads, and by how much."""
     apart: dict[str, list[tuple[str, Interval]]] = defaultdict(list)
     for ranking in found:
         for kind, between in ranking.framework_ratios.items():
@@ -119,12 +120,15 @@ def _range(ratios: Iterable[float]) -> str:
 def _next(results: Results, directories: Sequence[str], where: Sequence[str]) -> list[str]:
     words = shlex.join(directories)
     conditions = "".join(f" --where {shlex.quote(condition)}" for condition in where)
-    first = results.found[0].first
-    sizes = {"num-partitions": first.num_partitions, "in-features": first.in_features}
-    sizes |= {"out-features": first.out_features, "batch": first.batch}
-    shape = " ".join(f"--{name} {size}" for name, size in sizes.items())
     lines = [f"  python -m bench report {words}{conditions} --all      # every ranking, with reasons and remarks"]
-    lines += [f"  python -m bench recommend {words} {shape}"]
+    lines += [f"  python -m bench report {words}{conditions} --html page.html      # as one page for a browser"]
+    # Only shapes of one size for all partitions can be asked about.
+    equal = (found.first for found in results.found if isinstance(found.first.in_features, int))
+    if first := next((record for record in equal if isinstance(record.out_features, int)), None):
+        sizes = {"num-partitions": first.num_partitions, "in-features": first.in_features}
+        sizes |= {"out-features": first.out_features, "batch": first.batch}
+        shape = " ".join(f"--{name} {size}" for name, size in sizes.items())
+        lines += [f"  python -m bench recommend {words} {shape}"]
     lines += [f"  python -m bench findings {words}      # what holds in every cell"] if len(directories) == 1 else []
     lines += [f"Outcomes: {summary_line(results.outcomes)}."]
     return lines

@@ -247,20 +247,24 @@ def efficiency_table(ranking: Ranking, title: str = "") -> Table:
     """Return how well the competitors of one cell use the machine."""
     columns = ("useful FLOP/s", "of measured ceiling", "of data sheet", "waste", "compiling pays after")
     columns += ("enqueue", "one call, waited for", "kernels a call")
+    figures = {label: found for label, found in efficiencies(ranking).items() if found.flops_per_s is not None}
+    # Records of earlier runs do not tell it.
+    copied = any(found.copied_bytes is not None for found in figures.values())
+    columns += ("copied",) if copied else ()
     texts = [
         (
             label,
             rate(found.flops_per_s),
             share(found.ceiling_fraction),
             share(found.peak_fraction),
-            f"{found.waste_factor}x",
+            f"{found.waste_factor if isinstance(found.waste_factor, int) else round(found.waste_factor, 2)}x",
             calls(found.payback_calls),
             seconds(found.enqueue_s),
             seconds(found.waited_s),
             "-" if found.kernels_per_call is None else str(found.kernels_per_call),
+            *([byte_count(found.copied_bytes)] if copied else []),
         )
-        for label, found in efficiencies(ranking).items()
-        if found.flops_per_s is not None
+        for label, found in figures.items()
     ]
     return Table(f"{title}: efficiency", ("competitor", *columns), texts, numbers=columns)
 

@@ -194,6 +194,33 @@ def source_line(environments: Mapping[str, Mapping[str, Any]]) -> str:
     return f"Measured on {devices}; {source}{changed}."
 
 
+def _pairs(found: Mapping[str, Any], without: tuple[Any, ...] = (), sign: str = "=") -> str:
+    return ", ".join(f"{key}{sign}{value}" for key, value in found.items() if value not in without)
+
+
+def environment_sentences(found: Mapping[str, Any]) -> list[str]:
+    """Describe where it was measured: the machine and the code, then its GPUs, frameworks and variables."""
+    git = found.get("git") or {}
+    commit = f"commit {str(git.get('commit'))[:12]}" + (" (modified)" if git.get("dirty") else "")
+    source = "outside a git checkout" if git.get("commit") is None else commit
+    features = "".join(f"{feature}, " for feature in found.get("cpu_features") or ())
+    where = (
+        f"{found['cpu_model']}, {len(found['affinity'])} processors used, {features}{found['system']}, device "
+        f"{found['device']}, division {found['division']}, {source}."
+    )
+    lines = [f"GPU: {gpu}." for gpu in found.get("gpus") or ()]
+    for name, framework in found["frameworks"].items():
+        versions = {key: value for key, value in framework["versions"].items() if "git" not in key}
+        variables = _pairs(framework.get("variables") or {}, (None, ""))
+        lines.append(
+            f"{name}: Python {framework.get('python')}, {_pairs(versions, (None,), ' ')}. Switches at its start: "
+            f"{_pairs(framework['default_switches'])}." + (f" Variables: {variables}." if variables else "")
+        )
+    if unset := found.get("unset_variables"):
+        lines.append(f"Set in the shell, and unset for the measurement: {_pairs(unset)}.")
+    return [where, *lines]
+
+
 def summary_line(counts: Mapping[str, int]) -> str:
     """Count competitors by outcome."""
     return ", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "nothing was measured"

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.plan.presets import BLOCK_S, SHORT_BLOCK
+from bench.plan.workloads import Size, size_text
 from bench.records import Record
 from bench.study.statistics import (
     Interval,
@@ -32,8 +33,8 @@ class Identity(NamedTuple):
 
     workload: str
     num_partitions: int
-    in_features: int
-    out_features: int
+    in_features: Size
+    out_features: Size
     batch: int
     dtype: str
     device: str
@@ -47,7 +48,8 @@ class Identity(NamedTuple):
     @property
     def what(self) -> str:
         """Return workload, sizes and direction."""
-        sizes = f"B={self.batch}, n={self.num_partitions}, {self.in_features}->{self.out_features}"
+        each = f"{size_text(self.in_features)}->{size_text(self.out_features)}"
+        sizes = f"B={self.batch}, n={self.num_partitions}, {each}"
         return f"{self.workload} ({sizes}), {self.step}"
 
     @property

@@ -113,6 +113,8 @@ CLAIMS: tuple[Claim, ...] = (
 )
 
 
+# What the claims are about, by name.
+CLAIMED_WORKLOADS: frozenset[str] = frozenset(name for claim in CLAIMS for name in claim.workloads)
 HOLDS, IN_PART, DOES_NOT, NOT_HERE = "holds", "holds in part", "does not hold", "not measurable here"
 
 
@@ -261,20 +263,27 @@ def _ranges(findings: Iterable[Finding]) -> str:
 
 
 def claim_results(
-    groups: Iterable[Sequence[Record]], seen: Mapping[str, ProcessSpread] | None = None
+    groups: Iterable[Sequence[Record]],
+    seen: Mapping[str, ProcessSpread] | None = None,
+    ranked: Mapping[tuple[str, str], Ranking] | None = None,
 ) -> list[ClaimResult]:
-    """Judge every claim by cells; `groups` and `seen` are as in `rank_cells`."""
+    """Judge every claim by cells.
+
+    Args:
+        groups: as in `rank_cells`.
+        seen: as in `rank_cells`.
+        ranked: environment and cell to its ranking, of those that were ranked already.
+    """
     known = seen or {}
-    needed = {name for claim in CLAIMS for name in claim.workloads}
     cells = [
         _Cell(
             identity(group[0]),
             by_label(group),
-            rank_cells([group], known)[0],
+            (ranked or {}).get((group[0].environment_id, group[0].cell)) or rank_cells([group], known)[0],
             known.get(group[0].environment_id, NOTHING_SEEN),
         )
         for group in groups
-        if group[0].workload in needed and group[0].direction in ("forward", "forward_backward")
+        if group[0].workload in CLAIMED_WORKLOADS and group[0].direction in ("forward", "forward_backward")
     ]
     results = []
     for claim in CLAIMS:

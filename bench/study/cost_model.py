@@ -67,14 +67,14 @@ def amounts(competitor: Competitor, cell: Cell) -> list[float]:
     """Return what a call costs: the terms of the model, in their order."""
     w = cell.workload
     item, n = ITEM_BYTES[cell.dtype], w.num_partitions
-    rows = w.batch * n * (w.in_features + w.out_features)
-    dense = n * w.in_features * n * w.out_features if competitor.implementation in DENSE_FORMS else 0
+    rows = w.batch * (w.inputs + w.outputs)
+    dense = w.inputs * w.outputs if competitor.implementation in DENSE_FORMS else 0
     # As floating-point numbers: products of sizes leave the range of integers.
     terms = [
         1,
         products(cell) * (n if competitor.implementation in _ONE_BY_ONE else 1),
         rows * item,
-        n * (w.in_features + 1) * w.out_features * item,
+        (w.weights + w.outputs) * item,
         executed_flops(competitor, cell),
         dense * item,
     ]

@@ -190,6 +190,7 @@ def findings(
     groups: Iterable[Sequence[Record]],
     seen: Mapping[str, ProcessSpread] | None = None,
     questions: Sequence[Question] = QUESTIONS,
+    ranked: Mapping[tuple[str, str], Ranking] | None = None,
 ) -> list[Finding]:
     """Derive all findings.
 
@@ -197,11 +198,12 @@ def findings(
         groups: the records of one cell and environment each; disturbed cells are left out.
         seen: environment to what is known of the spread of processes on its machine.
         questions: that are asked.
+        ranked: environment and cell to its ranking, of those that were ranked already.
     """
     cells = []
     for group in groups:
         known = (seen or {}).get(group[0].environment_id, NOTHING_SEEN)
-        ranking = rank_cells([group], seen)[0]
+        ranking = (ranked or {}).get((group[0].environment_id, group[0].cell)) or rank_cells([group], seen)[0]
         if ranking.disturbed or ranking.baseline is None:
             continue
         rounds = {label: log_latencies(records) for label, records in by_label(group).items()}

@@ -262,13 +262,14 @@ class Efficiency:
     bytes_per_s: float | None  # compulsory bytes a second
     ceiling_fraction: float | None  # least possible time by the rates measured in the same session, over the time taken
     peak_fraction: float | None  # the same by the data sheet
-    waste_factor: int  # how many times the useful products are carried out
+    waste_factor: float  # how many times the useful products are carried out
     payback_calls: float | None  # calls after which compiling has paid; infinite if it never does
     # Label of the eager calls that compiling is compared with: of the same implementation, else of the baseline.
     payback_against: str | None
     enqueue_s: float | None  # host seconds until a call returns
     waited_s: float | None  # median seconds of a single call that is waited for
     kernels_per_call: int | None  # executions on the device in one call
+    copied_bytes: int | None  # written in one call by operations that only copy
 
 
 def least_s(record: Record, flops_per_s: float | None, bytes_per_s: float | None) -> float | None:
@@ -311,5 +312,6 @@ def efficiencies(ranking: Ranking) -> dict[str, Efficiency]:
             enqueue_s=r.enqueue_s,
             waited_s=row.waited_s,
             kernels_per_call=sum(r.kernels.values()) if r.kernels else None,
+            copied_bytes=r.copied_bytes,
         )
     return found

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from statistics import NormalDist, median
-from typing import Any
+from typing import Any, cast
 
 from bench.environments import device_name
 from bench.plan.cells import DIVISIONS, STORAGE_DTYPES
 from bench.plan.competitors import IMPLEMENTATION, Competitor
+from bench.plan.workloads import SHARED
 from bench.records import Record
 from bench.store import Archive, CellPlaces, read_cells
 from bench.study.cells import by_label, intervals, log_latencies
@@ -19,6 +20,7 @@ from bench.study.cost_model import (
     FAR,
     CostModel,
     Sample,
+    Sizes,
     Trial,
     cell_of,
     chosen,
@@ -96,7 +98,8 @@ class Neighbour:
         # Relative to the leader, since ratios are paired by round.
         base = self.times[self.leaders[0]].seconds
         seconds = {label: base / speed.ratio for label, speed in self.speeds.items() if speed.ratio > 0}
-        sizes = (first.batch, first.num_partitions, first.in_features, first.out_features)
+        # Of one size for all partitions, see `matches`.
+        sizes = cast(Sizes, (first.batch, first.num_partitions, first.in_features, first.out_features))
         return Sample(sizes, seconds, self.competitors(), cell_of(first))
 
 
@@ -127,6 +130,9 @@ def matches(shape: Shape, record: Record) -> bool:
     own = next(precision for precision, dtype in STORAGE_DTYPES.items() if dtype == shape.dtype)
     asked = (shape.dtype, shape.precision or own, shape.direction)
     there = shape.device in (None, record.device) and shape.division in (None, record.division)
+    # Another function: one input for all partitions, or sizes that differ between them.
+    if record.layout == SHARED or not (isinstance(record.in_features, int) and isinstance(record.out_features, int)):
+        return False
     return there and asked == (record.dtype, record.precision, record.direction)
 
 

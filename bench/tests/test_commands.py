@@ -1,6 +1,10 @@
 import csv
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 import pytest
 from typer.main import get_command
@@ -8,7 +12,7 @@ from typer.main import get_command
 from bench.__main__ import app
 from bench.commands.run import RunOptions
 from bench.measure.request import Request
-from bench.measure.workers import WorkerPool
+from bench.measure.workers import CHECKOUT, WorkerPool
 from bench.store import Store, read_environments, read_records
 from bench.tests.synthetic import FINGERPRINT
 
@@ -246,3 +250,25 @@ def test_the_command_line_of_a_run_is_that_of_its_options(call):
         if field.default not in (MISSING, ()):
             assert parameters[name].default == field.default, name
     assert {field.name for field in fields(Request)} < set(declared)
+
+
+def test_a_dry_run_checks_the_options_and_writes_nothing(call, tmp_path):
+    assert call("run", *TINY, "--dry-run", "--out", tmp_path / "run").exit_code == 0
+    assert call("run", "--preset", "nope", "--dry-run", "--out", tmp_path / "run").exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_that_is_refused_leaves_no_folder(tmp_path):
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed here")
+    out, installed = tmp_path / "new" / "run", Path(sys.prefix) / ".installed"
+    words = ["make", "-o", installed, "compare", f"VENV={sys.prefix}", f"OUT={out}", "PRESET=nope"]
+    done = subprocess.run(words, cwd=CHECKOUT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert "--preset: expected one of" in done.stderr
+    assert "parity_tests" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    # Positive control: with options that hold, the folder is made next.
+    words = ["make", "-n", "-o", installed, "compare", f"VENV={sys.prefix}", f"OUT={out}"]
+    planned = subprocess.run(words, cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
+    assert planned.index("--dry-run") < planned.index(f"mkdir -p {out}") < planned.index("parity_tests run")

@@ -10,11 +10,13 @@ import torch
 
 from bench.measure import switches
 from bench.measure.jax import functions as jax_functions
+from bench.measure.timer import Task
 from bench.measure.torch import functions as torch_functions
 from bench.measure.torch.programs import counted_flops
 from bench.measure.verification import Oracle, Verifier
 from bench.measure.workers import CHECKOUT
 from parity_tests.judge.inputs import Case, draw_inputs
+from parity_tests.judge.sizes import Sizes
 
 CASE = Case("competitors", (5,), 3, 4, 6)
 ORACLE = Oracle(draw_inputs(CASE, "float32"))
@@ -50,8 +52,9 @@ def check(results):
 
 def check_jax(name):
     """Right, and the traced program draws nothing, holds one product and has nothing but its three arguments."""
-    check(jax_results(jax_functions.resolve(name, HIGHEST)))
-    program = jax.make_jaxpr(jax_functions.resolve(name, HIGHEST))(*arrays()[:3])
+    function = jax_functions.resolve(Task(name, "jit", "forward"), HIGHEST)
+    check(jax_results(function))
+    program = jax.make_jaxpr(function)(*arrays()[:3])
     text = str(program)
     assert "random" not in text
     assert text.count("dot_general") == 1
@@ -68,7 +71,7 @@ def test_a_program_that_draws_or_holds_an_array_of_its_own_would_be_seen():
 
 @pytest.mark.parametrize("name", torch_functions.STOCK)
 def test_a_torch_competitor_is_right_in_values_and_gradients(name):
-    function = torch_functions.resolve(name)
+    function = torch_functions.resolve(Task(name, "eager", "forward"))
     for _ in range(2):  # the second call meets what the first one has kept
         check(torch_results(function))
     # Three products and no more, under torch's own counter, as a worker counts them.
@@ -105,6 +108,9 @@ def test_a_competitor_without_its_package_is_missing_with_the_reason(monkeypatch
 
 
 def test_an_unknown_name_lists_the_choices():
-    for resolve in (torch_functions.resolve, lambda name: jax_functions.resolve(name, None)):
-        with pytest.raises(ValueError, match=r"implementation: expected one of loop, .*dense, got 'nothing'"):
-            resolve("nothing")
+    unequal, names = Sizes((1, 2), (3, 3)), "loop, .*padded_matmul, .*Linear, dense"
+    for sizes, choices in ((None, "loop, .*dense"), (unequal, names)):
+        task = Task("nothing", "eager", "forward", sizes=sizes)
+        for resolve in (torch_functions.resolve, lambda task: jax_functions.resolve(task, None)):
+            with pytest.raises(ValueError, match=rf"implementation: expected one of {choices}, got 'nothing'"):
+                resolve(task)

@@ -1,6 +1,10 @@
+import ast
+import builtins
+import inspect
 import itertools
 import json
 import math
+import re
 import shlex
 
 import numpy as np
@@ -266,6 +270,85 @@ def test_every_mode_has_code_that_compiles_and_says_how_it_is_launched():
     compile(graph, "jit-graph", "exec")
     assert "xla_gpu_graph_min_graph_size" in graph
     assert code_to_paste(Competitor("torch", "stock:unheard-of", "eager", STOCK), cell) is None
+
+
+def unresolved(code):
+    """Names of a program that nothing defines, attributes that a module lacks, and keywords that a function refuses."""
+    tree, modules, found = ast.parse(code), {}, []
+    nodes = list(ast.walk(tree))
+    for node in nodes:
+        for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
+            origin = alias.name if isinstance(node, ast.Import) else node.module
+            module = pytest.importorskip(origin) if alias.asname or isinstance(node, ast.ImportFrom) else None
+            module = module or pytest.importorskip(origin.split(".")[0])
+            name = alias.asname or alias.name.split(".")[0]
+            whole = isinstance(node, ast.Import) or not hasattr(module, alias.name)
+            modules[name] = module if whole else getattr(module, alias.name)
+    known = {*modules, *dir(builtins), *(node.arg for node in nodes if isinstance(node, ast.arg))}
+    known |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    known |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    found += [node.id for node in nodes if isinstance(node, ast.Name) and node.id not in known]
+
+    def value(node):
+        if isinstance(node, ast.Name):
+            return modules.get(node.id)
+        above = value(node.value) if isinstance(node, ast.Attribute) else None
+        if above is None:
+            return None
+        if not hasattr(above, node.attr):
+            found.append(ast.unparse(node))
+        return getattr(above, node.attr, None)
+
+    for node in nodes:
+        if isinstance(node, ast.Attribute):
+            value(node)
+        if not isinstance(node, ast.Call) or (called := value(node.func)) is None:
+            continue
+        try:
+            accepted = inspect.signature(called).parameters
+        except ValueError:
+            # Written in C, without a signature.
+            continue
+        if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in accepted.values()):
+            found += [f"{ast.unparse(node.func)}({one.arg}=)" for one in node.keywords if one.arg not in accepted]
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_the_code_for_a_gpu_names_what_there_is(framework):
+    """No GPU is needed for that: the builds for CPUs have the same names."""
+    pytest.importorskip(framework)
+    modes = {"torch": ("eager", CUDA_GRAPH, "compile", "compile-reduce-overhead", "compile-max-autotune")}
+    tried = 0
+    for mode in modes.get(framework, ("jit", "jit-graph")):
+        for name in ("matmul", *{"torch": snippets._TORCH, "jax": snippets._JAX}[framework]):
+            kind = IMPLEMENTATION if name == "matmul" else STOCK
+            if name.startswith("stock:keras"):
+                # It reads its backend when it is imported, so it is run in a process of its own above.
+                continue
+            for direction, precision in (("forward", "bf16"), ("forward_backward", "tf32")):
+                cell = Cell(sweep_workload(4, 3, 5, 6), direction, precision, "matched", "cuda")
+                code = code_to_paste(Competitor(framework, name, mode, kind), cell)
+                assert unresolved(code) == [], (name, mode)
+                tried += 1
+    assert tried >= 20
+    # Positive control.
+    assert unresolved("import torch\ntorch.cuda.Grph()\ntorch.compile(f, dynmic=True)") == [
+        *("f", "torch.compile(dynmic=)", "torch.cuda.Grph")
+    ]
+
+
+def test_the_options_of_compilers_in_the_code_exist():
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+    modes = {option.split('"')[1] for option in snippets._COMPILE_MODES.values() if option}
+    assert modes
+    assert modes <= set(torch._inductor.list_mode_options())
+    cell = Cell(sweep_workload(4, 3, 5, 6), "forward", "tf32", "matched", "cuda")
+    code = code_to_paste(Competitor("jax", "matmul", "jit-graph"), cell)
+    options = ast.literal_eval(re.search(r"compiler_options=(\{.*?\})", code)[1])
+    assert jax.jit(lambda x: x, compiler_options=options)(1.0) == 1.0
+    with pytest.raises(Exception, match="xla_gpu_graph_smallest"):
+        jax.jit(lambda x: x, compiler_options={"xla_gpu_graph_smallest": 1})(1.0)
 
 
 def test_every_competitor_that_users_write_has_its_code():

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ from bench.report import pictures
 from bench.report.markdown import RESULTS, markers
 from bench.store import Store
 from bench.study.results import Results
+from bench.tests.test_page import Page, in_node, requests_of
 from parity_tests.tests.test_hostile_text import HOSTILE as WITH_HALF_A_PAIR
 from parity_tests.tests.test_hostile_text import NAME, assert_plain
 from parity_tests.tests.test_hostile_text import assert_json as assert_json_holds
@@ -196,6 +198,32 @@ def test_a_report_shows_it_as_text(run, call, tmp_path, kept):
     assert_markdown(page.read_text())
     # The block can be found again, and is the same.
     assert call("report", directory, "--readme", page, "--check").exit_code == 0
+
+
+@pytest.mark.parametrize("kept", [set(), COMPARED], ids=["every field", "compared"])
+def test_a_page_shows_it_as_text(run, call, tmp_path, kept):
+    directory, page, text = run(kept), tmp_path / "page.html", tmp_path / "page.md"
+    (directory / "parity.json").write_text(
+        json.dumps(
+            {"summary": {HOSTILE: 1}, "rows": [{"framework": HOSTILE, "dtype": HOSTILE, "status": HOSTILE}]},
+        )
+    )
+    done = call("report", directory, "--html", page, "--summary", text)
+    assert done.exit_code == 0, done.output
+    found = page.read_text()
+    assert_plain(found)
+    seen = Page(found)
+    # The page's own elements, and nothing that the text has made.
+    assert [tag for tag, _ in seen.elements if tag in ("script", "svg", "img", "iframe")] == ["script", "script"]
+    assert requests_of(found) == []
+    assert "</script><script>f()</script>" in " ".join(seen.texts)
+    assert "</script><script>f()</script>" in json.dumps(seen.data)
+    assert_markdown(re.sub("^    python -m bench .*", "", text.read_text(), flags=re.MULTILINE))
+    assert len(re.findall("^    python -m bench ", text.read_text(), re.MULTILINE)) >= 10
+    if shutil.which("node") is not None:
+        for drawn in in_node(page, 340, ["point", "0"])["drawn"].values():
+            ElementTree.fromstring(drawn["outer"])
+            assert not re.search("<(script|img)", drawn["outer"])
 
 
 @pytest.mark.parametrize("kind", ["svg", "html"])

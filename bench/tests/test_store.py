@@ -155,7 +155,7 @@ def test_a_record_that_contradicts_itself_is_refused(make_record, changes, messa
     [
         ("{", "not JSON"),
         ("[]", "not a JSON object"),
-        ('{"schema_version": 99}', "schema_version: expected 1, got 99"),
+        ('{"schema_version": 99}', "schema_version: expected 1 or 2, got 99"),
         ('{"schema_version": 1}', "missing fields"),
     ],
 )

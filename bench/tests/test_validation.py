@@ -102,7 +102,10 @@ FAILED = {"status": "crash", "reason": "it died", "latency_s": None, "block_late
         ({"mode": "fast"}, "mode: expected one of eager, compile"),
         ({"mode": "jit"}, "mode: torch has no jit on 'cpu'"),
         ({"mode": "cuda-graph"}, "mode: torch has no cuda-graph on 'cpu'"),
-        ({"layout": "random"}, "layout: expected one of contiguous, partition_major, time_series, got 'random'"),
+        (
+            {"layout": "random"},
+            "layout: expected one of contiguous, partition_major, time_series, flat, shared, got 'random'",
+        ),
         ({"cache": "hot"}, "cache: expected one of warm, cold, got 'hot'"),
         ({"device": "tpu"}, "device: expected one of cpu, cuda, got 'tpu'"),
         ({"division": "best"}, "division: expected one of stock, matched, tuned, got 'best'"),

@@ -90,6 +90,24 @@ def test_names_are_unique_and_every_layout_is_there():
     assert {workload.layout for workload in found} == set(LAYOUTS)
     assert WORKLOADS["electricity-336-96-time-series"].layout == "time_series"
     assert sum(workload.layout == "partition_major" for workload in found) >= 2
+    shared = WORKLOADS["redq-shared"]
+    assert "each has its own" not in shared.source
+    # One input for all, which is one map to all of their outputs.
+    assert (shared.inputs, shared.outputs, shared.case().shapes["x"]) == (256, 2560, (256, 1, 256))
+
+
+def test_workloads_of_unequal_sizes_have_sources_and_sums_over_their_partitions():
+    found = {name: workload for name, workload in WORKLOADS.items() if workload.unequal}
+    assert {name.split("-")[0] for name in found} == {"saint", "adult", "census", "cuequivariance"}
+    assert all(len(workload.source) > 20 for workload in found.values())
+    saint = found["saint-160-card"]
+    assert (saint.num_partitions, saint.in_features, sum(saint.out_features)) == (9, 160, 103)
+    assert saint.shape == "B=256, n=9, 160->1..42 (103 in all)"
+    assert (saint.inputs, saint.outputs, saint.weights) == (9 * 160, 103, 160 * 103)
+    segments = found["cuequivariance-segments"]
+    assert segments.shape == "B=2048, n=3, (128, 64, 32)->(128, 64, 32)"
+    assert segments.weights == 128**2 + 64**2 + 32**2
+    assert segments.elements == 2048 * 2 * 224 + segments.weights + 224
 
 
 @pytest.mark.parametrize(
@@ -97,7 +115,10 @@ def test_names_are_unique_and_every_layout_is_there():
     [
         ({"batch": 0}, "batch: expected at least 1, got 0; give a positive size"),
         ({"out_features": -1}, "out_features: expected at least 1, got -1"),
-        ({"layout": "diagonal"}, "layout: expected one of contiguous, partition_major, time_series, got 'diagonal'"),
+        ({"layout": "diagonal"}, "layout: expected one of contiguous, .*, flat, shared, got 'diagonal'"),
+        ({"in_features": (3, 4)}, "in_features: expected one size, or n = 32 of them, got 2; give each partition"),
+        ({"out_features": (0,) * 32}, "out_features: expected at least 1, got 0"),
+        ({"in_features": (3,) * 32, "layout": "shared"}, "layout: expected contiguous for unequal sizes, got shared"),
     ],
 )
 def test_a_workload_that_cannot_be_measured_is_refused(changes, message):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from parity_tests.causes import unequal
 from parity_tests.causes.search import first_confirmed
 from parity_tests.judge.comparison import TensorResult, applicable_tiers
 from parity_tests.judge.dtypes import FORMATS
@@ -63,21 +64,30 @@ class Evidence:
 
     def partitions(self, chosen: np.ndarray) -> "Evidence":
         """Return the same for some partitions only."""
+        places = _places(self.truth, chosen)
         return replace(
             self,
-            value=np.take(self.value, chosen, self.truth.partition_axis),
+            value=np.take(self.value, places, self.truth.partition_axis),
             truth=restricted(self.truth, chosen),
         )
 
 
+def _places(tensor: OracleTensor, partitions: np.ndarray) -> np.ndarray:
+    """Return the places of some partitions along their axis."""
+    return partitions if tensor.labels is None else np.nonzero(np.isin(tensor.labels, partitions))[0]
+
+
 def restricted(tensor: OracleTensor, chosen: np.ndarray) -> OracleTensor:
     """Return some partitions of the oracle's tensor."""
+    places = _places(tensor, chosen)
 
     def taken(array: np.ndarray) -> np.ndarray:
-        return np.take(array, chosen, tensor.partition_axis)
+        return np.take(array, places, tensor.partition_axis)
 
     return replace(
         tensor,
+        terms=tensor.terms[places] if isinstance(tensor.terms, np.ndarray) else tensor.terms,
+        labels=None if tensor.labels is None else tensor.labels[places],
         value=taken(tensor.value),
         magnitude=taken(tensor.magnitude),
         addend=None if tensor.addend is None else taken(tensor.addend),
@@ -261,7 +271,7 @@ def _explained(whole: Evidence, changed: Inputs, original: Inputs) -> Evidence |
     if all(new is old or (new is not None and np.array_equal(new, old)) for new, old in kept):
         return None
     zero_mean = whole.zero_mean and changed.zero_mean
-    if whole.name in ("y", "dx"):
+    if whole.name in ("y", "dx") and original.sizes is None:
         rows = dataclasses.replace(changed, x=_first_rows(changed.x), cotangent=_first_rows(changed.cotangent))
         sample = dataclasses.replace(whole, value=_first_rows(whole.value), truth=reference(rows)[whole.name])
         # Some partition must agree. T1 alone: it does not depend on how many elements there are.
@@ -287,8 +297,11 @@ def _rounded_operands(evidence: Evidence, inputs: Inputs) -> str | None:
     return None
 
 
-def _whole_tensors(evidence: Evidence) -> Iterator[tuple[str, np.ndarray]]:
+def _whole_tensors(evidence: Evidence, inputs: Inputs) -> Iterator[tuple[str, np.ndarray]]:
     """Yield results that are right but in the wrong place: the sentence, and the value put right."""
+    if inputs.sizes is not None:
+        yield from unequal.misplaced(evidence.name, evidence.value, inputs.sizes)
+        return
     name, axis = evidence.name, evidence.truth.partition_axis
     if evidence.value.shape[axis] > 1:
         for by, direction in ((1, "rolled"), (-1, "rolled back")):
@@ -300,8 +313,8 @@ def _whole_tensors(evidence: Evidence) -> Iterator[tuple[str, np.ndarray]]:
 def _by_trying(whole: Evidence, different: np.ndarray, inputs: Inputs, truth: Reference) -> str | None:
     """Return mistakes in the operands and in whole tensors, looked for in the partitions that differ."""
     part = whole.partitions(different)
-    factors = {"1/n": 1 / len(inputs.weight), "n": float(len(inputs.weight)), "-1": -1.0}
-    if rows := truth["dweight"].terms:
+    factors = {"1/n": 1 / inputs.num_partitions, "n": float(inputs.num_partitions), "-1": -1.0}
+    if rows := inputs.case.rows:
         factors |= {"1/rows (a mean, not a sum)": 1 / rows}
 
     def in_operands(change: Change) -> bool:
@@ -310,9 +323,9 @@ def _by_trying(whole: Evidence, different: np.ndarray, inputs: Inputs, truth: Re
         return candidate is not None and candidate.partitions(different).fits()
 
     def hypotheses() -> Iterator[tuple[str, Callable[[], bool]]]:
-        for sentence, change in OPERANDS:
+        for sentence, change in OPERANDS if inputs.sizes is None else unequal.OPERANDS:
             yield sentence, lambda change=change: in_operands(change)
-        for sentence, righted in _whole_tensors(whole):
+        for sentence, righted in _whole_tensors(whole, inputs):
             yield sentence, lambda righted=righted: dataclasses.replace(whole, value=righted).fits()
 
     if found := not_finite(part) or all_zero(part):
@@ -349,8 +362,10 @@ def explain(
     outside = whole.outside()
     if not outside.any():
         return "these numbers are right: another call (without gradients, or on numbers that a cast leaves) differs"
-    n = value.shape[axis]
+    n = inputs.num_partitions
     different = np.nonzero(outside.any(axis=tuple(k for k in range(outside.ndim) if k != axis)))[0]
+    if expected.labels is not None:
+        different = np.unique(expected.labels[different])
     listed = f"{'partition' if len(different) == 1 else 'partitions'} {', '.join(map(str, different))} of {n}"
     if found := _by_trying(whole, different, inputs, truth):
         return found if len(different) == n else f"{found} in {listed}"
@@ -362,7 +377,7 @@ def with_cause(
     result: TensorResult, outputs: Mapping[str, np.ndarray], inputs: Inputs, arithmetic: Arithmetic
 ) -> TensorResult:
     """Return a mismatch with its likely cause in its reason."""
-    products = inputs.x.size * inputs.weight.shape[2]
+    products = inputs.case.rows * inputs.weight.size
     small = products <= _MOST_PRODUCTS
     cause = explain([result], outputs, inputs, arithmetic) if small else "sought on smaller cases only"
     return dataclasses.replace(result, reason=f"{result.reason}; likely cause: {cause}")

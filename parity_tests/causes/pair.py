@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from parity_tests.causes.place import Findings, explained
+from parity_tests.causes.place import Findings, explained, place_of_shapes
 from parity_tests.causes.search import block_orders, exchanges, first_confirmed, head_orders
 from parity_tests.judge.comparison import UNDECIDED, within
 from parity_tests.judge.dtypes import FORMATS, as_stored, is_complex, is_float, is_inexact, parts, widened
@@ -37,6 +37,12 @@ def diagnosis(pair: Pair, evidence: Evidence, rows: Sequence[PairRow], tell: Cal
 
     if rung == "state" and names:
         return Findings(general(()), tuple(_place_of_buffer(pair, name) for name in names[:1]))
+    if rung == "forward" and evidence.values is not None and not evidence.bounds and not evidence.random:
+        names = [row.tensor for row in _failed(rows) if row.rung == rung]
+        try:
+            return Findings(general(()), place_of_shapes(pair, evidence, names))
+        except CANNOT_RUN:
+            return Findings(general(()))
     if rung not in ("forward", "gradients") or not names or not evidence.bounds or evidence.random:
         return Findings(general(()))
     tell("looking for the place")
@@ -123,7 +129,7 @@ def _gradients(pair: Pair, evidence: Evidence, failed: Sequence[PairRow], near: 
         if stopped:
             shown = ", ".join(name.removeprefix("d_") for name in stopped)
             return f"the gradient of {shown} is stopped on the {SHOWN[key]} side"
-    return _scaled(evidence, names)
+    return _scaled(evidence, names, every=True)
 
 
 def _state(pair: Pair, evidence: Evidence, failed: Sequence[PairRow], near: Collection[str]) -> str:
@@ -214,6 +220,11 @@ def _changes(pair: Pair, evidence: Evidence, only: Mapping[str, Collection[str]]
             if array.ndim >= 2 and array.shape[-1] == array.shape[-2]:
                 sentence = f"the kernel {name} is transposed: transposing it on the {SHOWN[key]} side makes both agree"
                 yield sentence, changed(key, {name: array.swapaxes(-1, -2).copy()})
+    for name, array in own["torch"].items():
+        for first, second in itertools.combinations(range(array.ndim), 2):
+            if 1 < array.shape[first] == array.shape[second] and second - first < array.ndim - 1 > 1:
+                sentence = f"axes {first} and {second} of {name} are exchanged (transposed) between the two sides"
+                yield sentence, changed("torch", {name: array.swapaxes(first, second).copy()})
     if only is None:
         # All variants of one kind at once: an epsilon usually has one value throughout a model.
         pair.sides["torch"].truth(values.parameters["torch"], values.inputs["torch"])
@@ -285,8 +296,14 @@ def _calls(pair: Pair, values: Values) -> Iterator[Hypothesis]:
         yield sentence, second_axis_first
 
 
-def _scaled(evidence: Evidence, names: Sequence[str]) -> str:
-    """Find a constant factor, a conjugate, other places that are not finite, or a difference of float32's size."""
+def _scaled(evidence: Evidence, names: Sequence[str], every: bool = False) -> str:
+    """Find a constant factor, a conjugate, other places that are not finite, or a difference of float32's size.
+
+    Args:
+        evidence: of the semantic leg.
+        names: of what differs.
+        every: whether a factor has to explain all that differs.
+    """
     found = []
     for name in names:
         first, second = evidence.truths["torch"][name].ravel(), evidence.truths["jax"][name].ravel()
@@ -315,7 +332,7 @@ def _scaled(evidence: Evidence, names: Sequence[str]) -> str:
                 f"{name} differs by less than float32's roundoff: one side rounds a constant or a table to float32, or "
                 "has a small term that the other lacks (an epsilon such as 1e-12, a threshold)"
             )
-    if found:
+    if found and (len(found) == len(names) or not every):
         name, factor = found[0]
         return f"{', '.join(n for n, _ in found)}: the flax side is {factor:.6g} times the torch side"
     return ""

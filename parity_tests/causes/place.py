@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parity_tests.judge.dtypes import FORMATS, is_complex
+from parity_tests.causes.relations import Hypothesis, related, remote
 from parity_tests.pair.judge import Evidence
 from parity_tests.pair.legs import Pair
 from parity_tests.pair.localisation import (
     Search,
     Segment,
-    arrangements,
     first_segment,
     ladder,
     matched,
@@ -30,10 +29,7 @@ from parity_tests.pair.trace import ARGUMENT, VIEWS, Change, Place, Trace, param
 _MOST_PLACES = 6
 _MOST_TRIED = 240
 _MOST_STEPS = 24  # of a segment whose alternatives are tried
-_MOST_TERMS = 12
 _NORMS = ("native_layer_norm", "_fused_rms_norm")
-# A sentence, changes, and the operations whose results must be among Flax's values where not all results agree.
-Hypothesis = tuple[str, Sequence[Change], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -69,16 +65,16 @@ def _feeding(trace: Trace, steps: Sequence[int]) -> list[int]:
     return found
 
 
-def cause_at(search: Search, segment: Segment) -> str:
-    """Return a sentence that was proven at this place, or an empty one."""
+def cause_at(search: Search, segment: Segment) -> tuple[str, bool]:
+    """Return a sentence that was proven at this place, or an empty one, and whether it explains all results."""
     for sentence, changes, shown_by in itertools.islice(_hypotheses(search, segment), _MOST_TRIED):
         try:
             trace = search.rerun(changes)
         except CANNOT_RUN:
             continue
         if proven(search, segment, trace, shown_by):
-            return sentence
-    return ""
+            return sentence, search.agrees(trace)
+    return "", False
 
 
 def proven(search: Search, segment: Segment, trace: Trace, shown_by: Sequence[int] = ()) -> bool:
@@ -94,17 +90,31 @@ def proven(search: Search, segment: Segment, trace: Trace, shown_by: Sequence[in
 
 
 def _hypotheses(search: Search, segment: Segment) -> Iterator[Hypothesis]:
-    steps = [step for step in segment.torch if search.torch.steps[step].operation not in VIEWS][:_MOST_STEPS]
+    steps = [step for step in segment.behind or segment.torch if search.torch.steps[step].operation not in VIEWS][
+        :_MOST_STEPS
+    ]
     asked = [*steps, *_readers_of_masks(search, steps)]
     yield from _moved_norm(search, steps, segment)
     offered = search.rerun((), asked=asked).alternatives
     for step, title, sentence in offered:
         weight = next(iter(parameters_of(search.torch, [step])), "")
-        yield sentence.replace("{weight}", weight), [Change(step, title)], ()
-    yield from _arranged(search, steps)
-    yield from _in_proportion(search, segment)
-    yield from _weighted(search, segment)
-    yield from _terms(search, steps)
+        sentence = sentence.replace("{weight}", weight)
+        if segment.place.backward and sentence.startswith("residual"):
+            sentence = "gradient: the flax side lacks a term of this sum of gradients (one way is stopped, detached)"
+        yield sentence, [Change(step, title)], ()
+    yield from related(search, segment, steps)
+    yield from _together(search, offered)
+    yield from remote(search, segment, steps)
+
+
+def _together(search: Search, offered: Sequence[tuple[int, str, str]]) -> Iterator[Hypothesis]:
+    """Change all operations of a segment in the same way, such as the gates of a cell."""
+    groups: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    for step, title, sentence in offered:
+        groups.setdefault((search.torch.steps[step].operation, title), []).append((step, sentence))
+    for (_, title), found in groups.items():
+        if len(found) > 1 and "{weight}" not in found[0][1]:
+            yield found[0][1], [Change(step, title) for step, _ in found], ()
 
 
 def _readers_of_masks(search: Search, steps: Sequence[int]) -> list[int]:
@@ -113,95 +123,6 @@ def _readers_of_masks(search: Search, steps: Sequence[int]) -> list[int]:
     read = {value for step in steps[:1] for value in search.torch.steps[step].reads}
     found = [producers[value] for value in read if value in producers]
     return [step for step in found if search.torch.steps[step].operation in ("masked_fill", "where", "add")]
-
-
-def _arranged(search: Search, steps: Sequence[int]) -> Iterator[Hypothesis]:
-    """Let the first operations read the same numbers in Flax's order."""
-    for step in steps[:2]:
-        for position, number in enumerate(search.torch.steps[step].reads):
-            if search.torch.parameter(number):
-                continue
-            own = search.array("torch", number)
-            seen = set() if own is None else {own.tobytes()}
-            for other in search.matches.get(number, [])[:4]:
-                array = search.array("jax", other)
-                for each in () if own is None or array is None or own.size < 2 else arrangements(array, own.shape):
-                    if each.tobytes() in seen:
-                        continue
-                    seen.add(each.tobytes())
-                    module = search.torch.steps[step].module or "this operation"
-                    sentence = (
-                        f"order: {module} reads the same numbers in another order on the flax side (channels first "
-                        "against last before a flatten, heads merged or split in another order)"
-                    )
-                    yield sentence, [Change(step, ARGUMENT, position, each)], ()
-
-
-def _in_proportion(search: Search, segment: Segment) -> Iterator[Hypothesis]:
-    """Multiply the first value of a segment that is proportional to one of Flax's."""
-    known = {number for found in search.matches.values() for number in found}
-    others = [v for step in segment.flax for v in search.flax.steps[step].writes if v not in known]
-    for step in segment.torch:
-        if search.torch.steps[step].operation in VIEWS:
-            continue
-        for output, number in enumerate(search.torch.steps[step].writes):
-            own = search.torch.features[number]
-            for other in others:
-                there = search.flax.features[other]
-                if (
-                    search.flax.sizes[other] != search.torch.sizes[number]
-                    or search.torch.sizes[number] < 2
-                    or not own[2]
-                ):
-                    continue
-                factor = float(np.sqrt(there[2] / own[2]))
-                powers = factor ** np.array([1, 1, 2, 3, 3])
-                limit = search.torch.limits[number] * powers * 2 + search.flax.limits[other]
-                if abs(factor - 1) < FORMATS["float32"].roundoff or not factor:
-                    continue
-                for sign in (1.0, -1.0):
-                    scaled = own * powers * np.array([sign, 1, 1, 1, sign])
-                    array = search.array("torch", number)
-                    if (np.abs(scaled - there) <= limit).all() and array is not None:
-                        after = _softmax_follows(search, number)
-                        what = (
-                            "attention scale: the scores are"
-                            if after
-                            else f"scale: the result of {search.torch.steps[step].operation} is"
-                        )
-                        sentence = f"{what} {sign * factor:.6g} times as large on the flax side"
-                        yield sentence, [Change(step, "", output, sign * factor * array)], ()
-
-
-def _weighted(search: Search, segment: Segment) -> Iterator[Hypothesis]:
-    """Weigh the two terms of the sum at the end of a segment otherwise."""
-    heals = segment.heals
-    if heals is None or heals.value is None:
-        return
-    step = search.torch.steps[heals.step]
-    terms = [search.array("torch", number) for number in step.reads]
-    if step.operation not in ("add", "sub") or len(terms) != 2 or any(t is None or is_complex(t) for t in terms):
-        return
-    columns = np.stack([np.broadcast_to(t, heals.value.shape).ravel() for t in terms if t is not None], axis=1)
-    weights = np.linalg.lstsq(columns, heals.value.ravel(), rcond=None)[0]
-    own = np.array([1.0, 1.0 if step.operation == "add" else -1.0])
-    for k, which in enumerate(("first", "second")):
-        # The fit errs where values do: a factor of few digits is meant exactly.
-        factor = float(f"{weights[k] / own[k]:.9g}")
-        if abs(weights[1 - k] - own[1 - k]) < FORMATS["float32"].roundoff < abs(factor - 1):
-            value = (own[k] * factor * columns[:, k] + own[1 - k] * columns[:, 1 - k]).reshape(heals.value.shape)
-            sentence = f"scale: the {which} term of this sum is {factor:.6g} times as large on the flax side"
-            yield sentence, [Change(heals.step, "", heals.output, value)], ()
-
-
-def _softmax_follows(search: Search, number: int, depth: int = 6) -> bool:
-    values = {number}
-    for _ in range(depth):
-        readers = [step for step in search.torch.steps if values & set(step.reads)]
-        if any("softmax" in step.operation for step in readers):
-            return True
-        values = {v for step in readers for v in step.writes}
-    return False
 
 
 def _moved_norm(search: Search, steps: Sequence[int], segment: Segment) -> Iterator[Hypothesis]:
@@ -268,30 +189,10 @@ def _normed(search: Search, step: int, value: int) -> np.ndarray | None:
     return result
 
 
-def _terms(search: Search, steps: Sequence[int]) -> Iterator[Hypothesis]:
-    """Add a value that is known on both sides to what the first operation reads."""
-    trace = search.torch
-    for step in steps[:2]:
-        first = trace.steps[step].reads
-        for position, number in enumerate(first):
-            own = search.array("torch", number)
-            if own is None or number not in search.matches or own.ndim < 2 or is_complex(own):
-                continue
-            near = [
-                value
-                for value in range(number - 1, -1, -1)
-                if trace.shapes[value] == trace.shapes[number] and value in search.matches and value not in first
-            ]
-            for value in near[:_MOST_TERMS]:
-                other = search.array("torch", value)
-                if other is None:
-                    continue
-                module = trace.steps[producer].module if (producer := trace.producers().get(value)) is not None else ""
-                sentence = (
-                    f"residual: the flax side adds the value of {module or 'an input'} to what "
-                    f"{trace.steps[step].module or 'this operation'} reads, which the torch side does not (a skip)"
-                )
-                yield sentence, [Change(step, ARGUMENT, position, own + other)], ()
+def place_of_shapes(pair: Pair, evidence: Evidence, failed: Sequence[str]) -> tuple[Place, ...]:
+    """Return the first place after which two models part whose results have different shapes: none can be put in."""
+    segment = first_segment(record_both(pair, evidence, failed), healing=False)
+    return () if segment is None else (segment.place,)
 
 
 def explained(
@@ -311,12 +212,12 @@ def explained(
     first = search
     cause = ""
     while search.failed and len(found) < _MOST_PLACES and (segment := first_segment(search)) is not None:
-        sentence = cause_at(search, segment)
-        if not found and (not sentence or segment.place.healed != "all"):
+        sentence, everything = cause_at(search, segment)
+        if not found and not everything:
             # One change throughout a side explains several places better than one for each.
             cause = general(parameters_of(search.torch, [*segment.torch, *_feeding(search.torch, segment.torch)]))
         found.append(dataclasses.replace(segment.place, cause=sentence))
-        if cause or segment.heals is None:
+        if cause or everything or segment.heals is None:
             break
         search = search.healed(segment.heals)
     if not found:

@@ -33,16 +33,17 @@ def first_confirmed(
 
 
 def exchanges(arrays: Arrays) -> Iterator[tuple[str, str, Arrays]]:
-    """Exchange two submodules with the same parameters, or two parameters of the same shape."""
+    """Exchange two submodules with the same parameters, the large ones first, or two parameters of the same shape."""
     groups: dict[str, dict[str, str]] = {}
     for name in arrays:
-        prefix, _, leaf = name.rpartition(".")
-        groups.setdefault(prefix, {})[leaf] = name
+        parts = name.split(".")
+        for depth in range(len(parts)):
+            groups.setdefault(".".join(parts[:depth]), {})[".".join(parts[depth:])] = name
     signature = {
         prefix: tuple(sorted((leaf, arrays[name].shape) for leaf, name in leaves.items()))
         for prefix, leaves in groups.items()
     }
-    for first, second in itertools.combinations(groups, 2):
+    for first, second in itertools.combinations(sorted(groups, key=lambda prefix: prefix.count(".")), 2):
         if signature[first] == signature[second]:
             pairs = [(groups[first][leaf], groups[second][leaf]) for leaf in groups[first]]
             swapped = {a: arrays[b] for a, b in pairs} | {b: arrays[a] for a, b in pairs}

@@ -30,6 +30,7 @@ from parity_tests.defects.layer import (
 )
 from parity_tests.defects.subject import DEFECTS, observe
 from parity_tests.defects.training import TRAINING_DEFECTS, observe_training
+from parity_tests.defects.unequal import PLANTED_UNEQUAL, UNEQUAL_CASE, UNEQUAL_DEFECTS
 from parity_tests.report.files import write_json
 from parity_tests.report.interruption import interruptible
 
@@ -50,6 +51,13 @@ def _cell_defects(frameworks: Sequence[str], implementation: str) -> Iterator[Sc
             for dtype in defect.dtypes:
                 seen = observe(defect, subject, dtype)
                 yield Score(f"{subject.framework} {dtype}", defect.name, seen.killed, seen.cause)
+    for subject in chosen_subjects(frameworks, [], "auto", cases=[UNEQUAL_CASE]):
+        # Implementations of equal sizes have no counterpart of their name.
+        if subject.implementation in (implementation, PLANTED_UNEQUAL):
+            for defect, dtype in itertools.product(UNEQUAL_DEFECTS, DTYPES):
+                seen = observe(defect, subject, dtype)
+                where = f"{subject.framework} {subject.implementation} {dtype}"
+                yield Score(where, defect.name, seen.killed, seen.cause)
 
 
 def _layer_defects(frameworks: Sequence[str]) -> Iterator[Score]:

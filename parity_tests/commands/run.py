@@ -129,7 +129,7 @@ def run(options: Options) -> int:
     whole = options.case_set == "full" and not (options.cases or options.modes)
     modes = chosen_modes(frameworks, options.modes, every=whole)
     optimizers = _chosen_trainings(options, frameworks)
-    chosen = (frameworks, options.implementations, device, modes, options.precision)
+    chosen = (frameworks, options.implementations, device, modes, options.precision, cases)
     subjects = [] if options.trainings else chosen_subjects(*chosen)
 
     def included(subject: Subject, case: Case) -> bool:

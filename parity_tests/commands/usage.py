@@ -1,5 +1,6 @@
 """Share among the commands: consoles, refusals in one sentence, choices from the tables, a progress bar."""
 
+import itertools
 import os
 import sys
 import time
@@ -9,12 +10,14 @@ from pathlib import Path
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from parity_tests.judge.inputs import CASE_SETS, Case
+from parity_tests.judge.inputs import CASE_SETS, SMOKE, Case
 from parity_tests.judge.subjects import (
     DEFAULT_MODES,
+    EQUAL,
     FRAMEWORKS,
     MODES,
     SHARDS,
+    UNEQUAL,
     Subject,
     framework_available,
     load_subjects,
@@ -98,17 +101,22 @@ def chosen_subjects(
     device: str,
     modes: Mapping[str, Sequence[str]] | None = None,
     precision: str | None = None,
+    cases: Sequence[Case] = SMOKE,
 ) -> list[Subject]:
-    """Load the subjects of the frameworks, in these modes or the default, and keep the named implementations."""
+    """Load the subjects of the frameworks, in these modes or the default, and keep the named implementations.
+
+    Those that run none of the cases, of equal or of unequal sizes, are left out.
+    """
     if "sharded" in (modes or {}).get("jax", ()):
         # Read when JAX starts; a machine with as many real devices of the platform that is asked for loses nothing.
         flags = os.environ.get("XLA_FLAGS", "")
         if "host_platform_device_count" not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={SHARDS}".strip()
     found: list[Subject] = []
-    for name in frameworks if modes is None else modes:
+    kinds = dict.fromkeys(EQUAL if case.sizes is None else UNEQUAL for case in cases)
+    for name, sizes in itertools.product(frameworks if modes is None else modes, kinds):
         try:
-            found += load_subjects(name, device, () if modes is None else modes[name], precision)
+            found += load_subjects(name, device, () if modes is None else modes[name], precision, sizes)
         except ValueError as error:
             raise refuse(str(error)) from None
     choose("--implementation", implementations, sorted({subject.implementation for subject in found}))

@@ -104,7 +104,7 @@ PAIRS = (
         (
             bug("neighbours_turned", "interleav|rotar|order|halves", interleaved=True),
             bug("base", "base|log", base=1000.0),
-            bug("turned_back", None, sign=-1.0),
+            bug("turned_back", "sign|-1 times", sign=-1.0),
             bug("keys_not_turned", None, keys=False),
         ),
     ),
@@ -136,8 +136,8 @@ PAIRS = (
         _linears("q", "k", "v"),
         ((2, 4, 6),),
         (
-            bug("missing_one", "term of this sum", shift=0.0),
-            bug("not_normalised", "normalis|divi", normalised=False),
+            bug("missing_one", "term of this sum|lacks the 1", shift=0.0),
+            bug("not_normalised", "normalis|division", normalised=False),
             bug("not_causal", "mask|causal|cumul", causal=False),
         ),
     ),

@@ -43,7 +43,7 @@ PAIRS = (
         ((3, 4), (3, 5), (3, 5)),
         (
             bug("gate_order", r"order \d|gates|exchanged", order="igfo"),
-            bug("forget_bias", "forget", forget=1.0),
+            bug("forget_bias", "forget|adds 1 before sigmoid|1 more", forget=1.0),
             bug("missing_last_activation", "activation|tanh", last="none"),
         ),
     ),
@@ -83,7 +83,7 @@ PAIRS = (
         (
             bug("reset_first", "reset", reset_first=True),
             bug("gate_order", r"order \d|gates|exchanged", order="zrn"),
-            bug("update_inverted", "update|1 - z|invert|sign", keep=False),
+            bug("update_inverted", "update|1 - z|invert", keep=False),
         ),
     ),
     Ported(
@@ -104,7 +104,7 @@ PAIRS = (
         [("decay", "decay"), *dense("recurrence"), *dense("gate")],
         ((2, 6, 4),),
         (
-            bug("factor", None, factor=4.0),
+            bug("factor", r"0\.5 times", factor=4.0),
             bug("missing_root", "root|square", root=False),
             bug("missing_gate", r"gate(\.weight|\.bias| ).*no effect|gate", gated=False),
         ),
@@ -150,7 +150,7 @@ PAIRS = (
         ((3, 8),),
         (
             bug("backcast_added", "sign|-1 times", sign=1.0),
-            bug("times_end_at_one", None, last=1),
+            bug("times_end_at_one", r"1\.14286 times", last=1),
             bug("missing_activation", "activation|relu", activation="none"),
         ),
     ),
@@ -161,7 +161,7 @@ PAIRS = (
         ((4, 2),),
         (
             bug("weights", None, weights=(1, 1, 1, 1)),
-            bug("whole_step", None, half_step=0.1),
+            bug("whole_step", r"\b2 times", half_step=0.1),
             bug("small_angle", r"\bsine?\b", sine=False),
         ),
     ),
@@ -172,7 +172,7 @@ PAIRS = (
         ((5, 2), (5,), (3, 2)),
         (
             bug("length_not_squared", "square|power", squared=False),
-            bug("noise", None, noise=0.01),
+            bug("noise", r"0\.0[19]\b", noise=0.01),
             bug("missing_half", r"scale|half|2 times", factor=-1.0),
         ),
     ),
@@ -184,7 +184,7 @@ PAIRS = (
         (
             bug("softplus_not_shifted", "shift|term of this sum", shift=0.0),
             bug("missing_cut_off", "mask|cut", cut=False),
-            bug("width", None, width=1.0),
+            bug("width", r"2 times|division of 2", width=1.0),
         ),
     ),
 )

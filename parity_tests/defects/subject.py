@@ -16,7 +16,7 @@ from parity_tests.judge.exact import check_isolation
 from parity_tests.judge.inputs import Case, Inputs, draw_inputs
 from parity_tests.judge.oracle import Reference, reference
 from parity_tests.judge.run import judge
-from parity_tests.judge.subjects import Subject
+from parity_tests.judge.subjects import Subject, sizes_of
 
 Outputs = dict[str, np.ndarray]
 Spoil = Callable[[Subject, Inputs], Outputs]
@@ -37,6 +37,7 @@ class Defect:
         isolation: True if only the isolation check can see it.
         forward: True if it is in y as computed without gradients.
         backward: True if it is in y and the gradients as computed together.
+        case: the shape that it is planted in.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Defect:
     isolation: bool = False
     forward: bool = True
     backward: bool = True
+    case: Case = CASE
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class SpoiledSubject:
     implementation: str
     isolates_partitions: bool
     mode: str
+    sizes: str
 
     def unsupported_reason(self, case: Case, dtype: str) -> str | None:
         """Answer as the healthy subject."""
@@ -88,22 +91,31 @@ class SpoiledSubject:
 def plant(defect: Defect, subject: Subject) -> SpoiledSubject:
     """Return a copy of the subject that has the defect."""
     return SpoiledSubject(
-        subject, defect, subject.framework, subject.implementation, subject.isolates_partitions, subject.mode
+        subject,
+        defect,
+        subject.framework,
+        subject.implementation,
+        subject.isolates_partitions,
+        subject.mode,
+        sizes_of(subject),
     )
 
 
 @functools.cache
-def _problem(dtype: str) -> tuple[Inputs, Reference]:
-    inputs = draw_inputs(CASE, dtype)
+def _problem(case: Case, dtype: str) -> tuple[Inputs, Reference]:
+    inputs = draw_inputs(case, dtype)
     return inputs, reference(inputs)
 
 
-def _verdict(candidate: Subject, dtype: str, isolation: bool, measured: Subject) -> Killing:
+def _verdict(candidate: Subject, case: Case, dtype: str, isolation: bool, measured: Subject) -> Killing:
     """Return the verdict on a subject, within the bound of the subject that was measured."""
-    inputs, truth = _problem(dtype)
+    inputs, truth = _problem(case, dtype)
     if isolation:
-        swallowed = check_isolation(candidate, inputs, partition=1, poison=float("nan")).swallowed
-        return Killing(bool(swallowed), f"NaN does not reach {', '.join(swallowed)}" if swallowed else "")
+        found = check_isolation(candidate, inputs, partition=1, poison=float("nan"))
+        if found.swallowed:
+            return Killing(True, f"NaN does not reach {', '.join(found.swallowed)}")
+        leaks = candidate.isolates_partitions and not found.isolated
+        return Killing(leaks, "NaN of one partition reaches others" if leaks else "")
     judgement = judge(candidate, inputs, truth, measured=measured)
     rejected = any(result.status == "mismatch" for result in judgement.results)
     return Killing(rejected, explain(judgement.results, judgement.outputs, inputs, judgement.arithmetic))
@@ -115,9 +127,9 @@ _healthy = functools.cache(_verdict)
 
 def observe(defect: Defect, subject: Subject, dtype: str) -> Killing:
     """Plant a defect, judge it, and judge the healthy subject by the same check."""
-    spoiled = _verdict(plant(defect, subject), dtype, defect.isolation, subject)
+    spoiled = _verdict(plant(defect, subject), defect.case, dtype, defect.isolation, subject)
     # Rejecting a subject that was broken before says nothing about the defect.
-    healthy = not _healthy(subject, dtype, defect.isolation, subject).killed
+    healthy = not _healthy(subject, defect.case, dtype, defect.isolation, subject).killed
     return Killing(spoiled.killed and healthy, spoiled.cause)
 
 

@@ -86,6 +86,7 @@ def _verdict(
     axis: int | None = None,
     by_part: bool = False,
     by_partition: bool = False,
+    labels: np.ndarray | None = None,
 ) -> TensorResult:
     """Judge real numbers by bounds.
 
@@ -97,6 +98,7 @@ def _verdict(
         axis: of the partitions; None for a user's pair, which has none.
         by_part: whether the last axis holds the real and the imaginary part.
         by_partition: whether to add the largest fraction of each partition.
+        labels: the partition of each place along the axis, where a partition has several of them.
     """
     if value.size == 0:
         return TensorResult(name, "ok")
@@ -108,7 +110,7 @@ def _verdict(
     index, reason = _index(fractions[broken[0]] if broken else first), ""
     if broken:
         place = f"the {_PARTS[index[-1]]} of {name}{list(index[:-1])}" if by_part else f"{name}{list(index)}"
-        partition = "" if axis is None else f" (partition {index[axis]})"
+        partition = "" if axis is None else f" (partition {_partition(index, axis, labels)})"
         bound_name = f"the {broken[0]} bound" if broken[0] else "the bound"
         gap = f"{worst[broken[0]]:.3g} times {bound_name}"
         if axis is None and not np.isfinite(errors[index]):
@@ -124,16 +126,22 @@ def _verdict(
         bound_fraction_t2=worst.get("T2"),
         bound_fraction_t3=worst.get("T3"),
         worst_index=index[:-1] if by_part else index,
-        partition=None if axis is None else index[axis],
+        partition=None if axis is None else _partition(index, axis, labels),
         subject_value=float(value[index]),
         expected_value=float(expected[index]),
-        partition_fractions=_by_partition(first, axis) if by_partition and axis is not None else None,
+        partition_fractions=_by_partition(first, axis, labels) if by_partition and axis is not None else None,
     )
 
 
-def _by_partition(fractions: np.ndarray, axis: int) -> tuple[float, ...]:
-    others = tuple(k for k in range(fractions.ndim) if k != axis)
-    return tuple(float(f"{value:.3g}") for value in fractions.max(axis=others))
+def _partition(index: tuple[int, ...], axis: int, labels: np.ndarray | None) -> int:
+    return index[axis] if labels is None else int(labels[index[axis]])
+
+
+def _by_partition(fractions: np.ndarray, axis: int, labels: np.ndarray | None) -> tuple[float, ...]:
+    largest = fractions.max(axis=tuple(k for k in range(fractions.ndim) if k != axis))
+    if labels is not None:
+        largest = np.array([largest[labels == k].max() for k in range(labels.max() + 1)])
+    return tuple(float(f"{value:.3g}") for value in largest)
 
 
 def _shape_mismatch(tensor: str, received: tuple[int, ...], expected: tuple[int, ...]) -> TensorResult:
@@ -227,16 +235,22 @@ def compare_tensor(
     tiers = applicable_tiers(arithmetic, zero_mean)
     limits = bounds(truth, arithmetic, tiers)
     value = value.astype(truth.value.dtype)
-    return _verdict(name, value, truth.value, {**limits}, truth.partition_axis, by_partition=True)
+    axis, labels = truth.partition_axis, truth.labels
+    return _verdict(name, value, truth.value, {**limits}, axis, by_partition=True, labels=labels)
 
 
 def compare_with_limit(
-    name: str, value: np.ndarray, expected: np.ndarray, limit: np.ndarray, partition_axis: int
+    name: str,
+    value: np.ndarray,
+    expected: np.ndarray,
+    limit: np.ndarray,
+    partition_axis: int,
+    labels: np.ndarray | None = None,
 ) -> TensorResult:
     """Judge one tensor by a limit for each element, for tensors without a derived bound, such as optimiser updates."""
     if value.shape != expected.shape:
         return _shape_mismatch(name, value.shape, expected.shape)
-    return _verdict(name, value.astype(expected.dtype), expected, {"T1": limit}, partition_axis)
+    return _verdict(name, value.astype(expected.dtype), expected, {"T1": limit}, partition_axis, labels=labels)
 
 
 def compare(
@@ -300,5 +314,5 @@ def compare_pair(
             results.append(_shape_mismatch(name, value.shape, second[name].shape))
             continue
         pair = value.astype(truth.value.dtype), second[name].astype(truth.value.dtype)
-        results.append(_verdict(name, *pair, {"T1": limits[name]}, truth.partition_axis))
+        results.append(_verdict(name, *pair, {"T1": limits[name]}, truth.partition_axis, labels=truth.labels))
     return results

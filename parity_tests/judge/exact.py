@@ -22,7 +22,7 @@ def lattice_limit(case: Case, dtype: str) -> int:
     Raises:
         ValueError: if not even +-1 stays exact.
     """
-    terms = max(case.in_features, case.out_features, case.rows)
+    terms = max(*case.largest, case.rows)
     exact = FORMATS[dtype].largest_integer
     for limit in (3, 2, 1):
         if terms * limit * limit + limit <= exact:
@@ -66,7 +66,7 @@ def check_wide_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) 
     bias = None if inputs.bias is None else np.zeros_like(inputs.bias)
     positive = dataclasses.replace(inputs, x=np.abs(inputs.x), weight=np.abs(inputs.weight), bias=bias)
     largest = int(
-        (positive.x.astype(np.float64).max(initial=0) * positive.weight.astype(np.float64).max()) * case.in_features
+        (positive.x.astype(np.float64).max(initial=0) * positive.weight.astype(np.float64).max()) * case.largest[0]
     )
     if not fmt.largest_integer < largest <= FORMATS["float32"].largest_integer:
         raise ValueError(
@@ -98,25 +98,26 @@ def check_isolation(
     With `plain_forward`, look at y without gradients too.
     """
 
-    def poisoned(array: np.ndarray, axis: int) -> np.ndarray:
+    def spoiled(name: str, array: np.ndarray, value: float) -> np.ndarray:
         array = array.copy()
-        array[(slice(None),) * axis + (partition,)] = poison
+        array[inputs.place(name, partition)] = value
         return array
 
-    dirty_inputs = inputs.changed(poisoned, zero_mean=False)
+    operands = inputs.parameters | {"x": inputs.x, "cotangent": inputs.cotangent}
+    poisoned: dict[str, Any] = {name: spoiled(name, array, poison) for name, array in operands.items()}
+    dirty_inputs = dataclasses.replace(inputs, **poisoned, zero_mean=False)
     # Each tensor has terms from poisoned operands alone in that partition: nothing in it can be finite.
     clean, dirty = subject.vjp(inputs), subject.vjp(dirty_inputs)
     if plain_forward:
         clean, dirty = (
             {**found, "forward": subject.forward(a)} for found, a in ((clean, inputs), (dirty, dirty_inputs))
         )
-    axes = {"y": -2, "dx": -2, "dweight": 0, "dbias": 0, "forward": -2}
 
     def others(name: str, array: np.ndarray) -> bytes:
-        return np.delete(array, partition, axis=axes[name]).tobytes()
+        return spoiled(name, array, 0.0).tobytes()
 
     def shows(name: str) -> bool:
-        return not np.isfinite(np.take(dirty[name].astype(np.float64), partition, axis=axes[name])).any()
+        return not np.isfinite(dirty[name][inputs.place(name, partition)].astype(np.float64)).any()
 
     isolated = all(others(name, clean[name]) == others(name, dirty[name]) for name in clean)
     return Isolation(isolated, tuple(name for name in dirty if not shows(name)))
@@ -168,10 +169,10 @@ def exact_rows(
 
     computed = MODES[subject.mode].computes_in or inputs.dtype
     largest = FORMATS[computed].largest_integer
-    if max(case.in_features, case.out_features, case.rows) < largest:
+    if max(*case.largest, case.rows) < largest:
         yield row("lattice", check_lattice(subject, case, inputs.dtype, seed))
     # On average a product of the lattice's magnitudes is 3: from here on sums lie well beyond the exact integers.
-    if computed in ("bfloat16", "float16") and largest < 2 * case.in_features <= 2**20:
+    if computed in ("bfloat16", "float16") and largest < 2 * case.largest[0] <= 2**20:
         yield row("wide lattice", check_wide_lattice(subject, case, inputs.dtype, seed))
     if case.num_partitions > 1:
         yield row("isolation", list(_isolation_faults(subject, inputs)))
@@ -183,7 +184,7 @@ def _isolation_faults(subject: Subject, inputs: Inputs) -> Iterator[str]:
     A subject that declares no isolation may still have it in some shapes, where a compiler chose another algorithm.
     """
     for poison in _POISONS:
-        partition = len(inputs.weight) // 2
+        partition = inputs.num_partitions // 2
         found = check_isolation(subject, inputs, partition, poison)
         if found.swallowed:
             yield f"{poison} in partition {partition} was swallowed in {', '.join(found.swallowed)}"

@@ -16,7 +16,7 @@ from parity_tests.judge.comparison import compare
 from parity_tests.judge.dtypes import FORMATS, numpy_dtype
 from parity_tests.judge.inputs import Case, Inputs
 from parity_tests.judge.oracle import Reference
-from parity_tests.judge.subjects import DEFAULT_MODES, Subject, arithmetic_of
+from parity_tests.judge.subjects import DEFAULT_MODES, EQUAL, Subject, arithmetic_of, sizes_of
 from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, declared_arithmetic
 
 # Three partitions, all alike: some code that is probed looks beyond the first.
@@ -80,21 +80,23 @@ def _bits(name: str) -> int:
     return round(-np.log2(FORMATS[name].roundoff))
 
 
-def _probe(dtype: str, row: Mapping[int, float], column: Mapping[int, float], bias: float = 0.0) -> Inputs:
+def _probe(dtype: str, row: Mapping[int, float], column: Mapping[int, float], bias: float, sizes: str) -> Inputs:
     target = numpy_dtype(dtype)
     x, weight = np.zeros((1, _PARTITIONS, _WIDTH)), np.zeros((_PARTITIONS, _WIDTH, _WIDTH))
     for place, value in row.items():
         x[..., place] = value
     for place, value in column.items():
         weight[:, place] = value
-    return Inputs(
-        x=x.astype(target),
-        weight=weight.astype(target),
-        bias=np.full((_PARTITIONS, _WIDTH), bias).astype(target),
-        cotangent=np.zeros((1, _PARTITIONS, _WIDTH), target),
-        dtype=dtype,
-        zero_mean=False,
-    )
+    case = _probe_case(sizes)
+    arrays = {"x": x, "weight": weight, "bias": np.full((_PARTITIONS, _WIDTH), bias), "cotangent": np.zeros(x.shape)}
+    # Of one size, partitions lie in the packed form as they do in the other one.
+    flat = {name: array.reshape(case.shapes[name]).astype(target) for name, array in arrays.items()}
+    return Inputs(**flat, dtype=dtype, zero_mean=False, sizes=case.sizes)
+
+
+def _probe_case(sizes: str) -> Case:
+    width: int | tuple[int, ...] = _WIDTH if sizes == EQUAL else (_WIDTH,) * _PARTITIONS
+    return Case("fingerprint", (1,), _PARTITIONS, width, width)
 
 
 def _longest(holds: Callable[[int], bool], longest: int) -> int:
@@ -113,7 +115,7 @@ def take_fingerprint(subject: Subject, dtype: str) -> Fingerprint:
     storage_bits = _bits(dtype)
 
     def y(row: Mapping[int, float], column: Mapping[int, float], bias: float = 0.0) -> float:
-        return float(subject.forward(_probe(dtype, row, column, bias)).ravel()[0])
+        return float(subject.forward(_probe(dtype, row, column, bias, sizes_of(subject))).ravel()[0])
 
     def keeps_operand(bits: int) -> bool:
         value = 1.0 + 2.0 ** (1 - bits)
@@ -170,19 +172,14 @@ def fuses_bias(subject: Subject, case: Case, dtype: str, forward: bool = True) -
     Libraries choose a kernel by the shape, so that the fingerprint's own shape says nothing about another.
     """
     factor, bias, remainder = _fusion_terms(dtype)
-    target, n = numpy_dtype(dtype), case.num_partitions
-    x = np.zeros((*case.leading, n, case.in_features), target)
-    weight = np.zeros((n, case.in_features, case.out_features), target)
-    x[..., 0], weight[:, 0] = factor, factor
-    probe = Inputs(
-        x=x,
-        weight=weight,
-        bias=np.full((n, case.out_features), bias, target),
-        cotangent=np.zeros((*case.leading, n, case.out_features), target),
-        dtype=dtype,
-        layout=case.layout,
-        zero_mean=False,
-    )
+    target, shapes, outputs = numpy_dtype(dtype), case.shapes, case.sizes_of_each[1]
+    zeros = {name: np.zeros(shape, target) for name, shape in shapes.items()}
+    zeros["bias"][...] = bias
+    probe = Inputs(**zeros, dtype=dtype, layout=case.layout, zero_mean=False, sizes=case.sizes)
+    for k in range(case.num_partitions):
+        x, weight = probe.x[probe.place("x", k)], probe.weight[probe.place("weight", k)]
+        # The first feature, and the first row of the matrix.
+        x[..., 0], weight.reshape(-1)[: outputs[k]] = factor, factor
     seen = [subject.vjp(probe)["y"], *([subject.forward(probe)] if forward else [])]
     return all(bool(np.all(y.astype(np.float64) == remainder)) for y in seen)
 
@@ -209,7 +206,6 @@ def observed_precision(outputs: Mapping[str, np.ndarray], reference: Reference, 
 
 # --- entitlement ---
 
-_PROBE_CASE = Case("fingerprint", (1,), 3, 16, 16)
 # Of a wider result the probe sees a fused multiply-add, which is no more exact than the order of summation leaves open.
 _FUSION_MATTERS = ("bfloat16", "float16")
 
@@ -222,7 +218,8 @@ def fingerprint_of(subject: Subject, dtype: str) -> Fingerprint | None:
     It is not taken where the probe's shape is unsupported, nor in other modes: a compiled mode would compile some
     hundred probes, and a mode that casts declares its dtype.
     """
-    if subject.mode != DEFAULT_MODES[subject.framework] or subject.unsupported_reason(_PROBE_CASE, dtype):
+    case = _probe_case(sizes_of(subject))
+    if subject.mode != DEFAULT_MODES[subject.framework] or subject.unsupported_reason(case, dtype):
         return None
     return take_fingerprint(subject, dtype)
 
@@ -230,11 +227,6 @@ def fingerprint_of(subject: Subject, dtype: str) -> Fingerprint | None:
 @functools.cache
 def _fuses_bias(subject: Subject, case: Case, dtype: str, forward: bool) -> bool:
     return fuses_bias(subject, case, dtype, forward)
-
-
-def _shape_of(inputs: Inputs) -> Case:
-    n, i, o = inputs.weight.shape
-    return Case("shape", inputs.x.shape[:-2], n, i, o, inputs.bias is not None, inputs.layout)
 
 
 def entitlement(
@@ -266,4 +258,4 @@ def entitlement(
     fusion = seen.fused_bias and source.mode == subject.mode and found.output in _FUSION_MATTERS
     if not fusion or inputs.bias is None:
         return found
-    return replace(found, fused_bias=_fuses_bias(source, _shape_of(inputs), inputs.dtype, forward))
+    return replace(found, fused_bias=_fuses_bias(source, inputs.case, inputs.dtype, forward))

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from parity_tests.judge.dtypes import numpy_dtype
+from parity_tests.judge.sizes import Sizes
 
 Layout = Literal["contiguous", "strided", "transposed"]
 
@@ -22,8 +23,8 @@ class Case:
         name: short and unique; appears in test ids and records.
         leading: leading dimensions of x; `()` for none, a 0 for an empty batch.
         num_partitions: `n`.
-        in_features: `i`, per partition.
-        out_features: `o`, per partition.
+        in_features: `i`, per partition; one number for each partition where the sizes are unequal.
+        out_features: `o`, likewise.
         bias: True if there is a `b`.
         layout: of x in memory: `contiguous`; `strided` (every second row of a larger buffer whose other rows
             are NaN); `transposed` (features before partitions, as in the time-series layout `[B, L, C]`).
@@ -32,10 +33,44 @@ class Case:
     name: str
     leading: tuple[int, ...]
     num_partitions: int
-    in_features: int
-    out_features: int
+    in_features: int | tuple[int, ...]
+    out_features: int | tuple[int, ...]
     bias: bool = True
     layout: Layout = "contiguous"
+
+    @property
+    def sizes(self) -> Sizes | None:
+        """The sizes of each partition where they are given as sequences, else None."""
+        if isinstance(self.in_features, int) and isinstance(self.out_features, int):
+            return None
+        return Sizes(*self.sizes_of_each)
+
+    @property
+    def sizes_of_each(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The sizes of inputs and outputs, one number for each partition."""
+        each = [
+            (size,) * self.num_partitions if isinstance(size, int) else size
+            for size in (self.in_features, self.out_features)
+        ]
+        return each[0], each[1]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of x, weight, bias and cotangent."""
+        inputs, outputs = self.sizes_of_each
+        if self.sizes is not None:
+            weights = sum(i * o for i, o in zip(inputs, outputs, strict=True))
+            x, weight, bias = (sum(inputs),), (weights,), (sum(outputs),)
+        else:
+            n = self.num_partitions
+            x, weight, bias = (n, inputs[0]), (n, inputs[0], outputs[0]), (n, outputs[0])
+        return {"x": (*self.leading, *x), "weight": weight, "bias": bias, "cotangent": (*self.leading, *bias)}
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """The most inputs and the most outputs of a partition."""
+        inputs, outputs = self.sizes_of_each
+        return max(inputs), max(outputs)
 
     @property
     def rows(self) -> int:
@@ -79,7 +114,33 @@ FULL: tuple[Case, ...] = (
     Case("eight-partitions", (4,), 8, 16, 8),
 )
 
-CASE_SETS: dict[str, tuple[Case, ...]] = {"smoke": SMOKE, "default": DEFAULT, "full": FULL}
+UNEQUAL_SMOKE: tuple[Case, ...] = (
+    # Buckets interleave: no partition of a size lies beside another of it, in inputs and outputs.
+    Case("unequal-interleaved", (2, 3), 7, (4, 9, 4, 1, 9, 4, 1), (3, 5, 3, 7, 5, 3, 7)),
+)
+
+UNEQUAL_DEFAULT: tuple[Case, ...] = (
+    *UNEQUAL_SMOKE,
+    Case("unequal-from-one", (6,), 4, 1, (3, 8, 1, 5)),
+    Case("unequal-to-one", (6,), 4, (3, 8, 1, 5), 1),
+    Case("unequal-one-bucket", (5,), 3, (8, 8, 8), (16, 16, 16)),
+    Case("unequal-many-buckets", (4,), 8, (1, 2, 3, 5, 8, 13, 21, 253), (4, 1, 17, 2, 2, 16, 1, 9), bias=False),
+    Case("unequal-no-leading", (), 3, (5, 2, 5), (2, 7, 2)),
+    Case("unequal-strided", (6,), 3, (4, 16, 4), (8, 1, 8), layout="strided"),
+)
+
+UNEQUAL_FULL: tuple[Case, ...] = (
+    *UNEQUAL_DEFAULT,
+    Case("unequal-cardinalities", (64,), 9, 160, (1, 9, 16, 7, 15, 6, 5, 2, 42)),
+    Case("unequal-segments", (32,), 3, (128, 64, 32), (128, 64, 32)),
+    Case("unequal-rows", (4096,), 3, (3, 8, 3), (8, 2, 8)),
+)
+
+CASE_SETS: dict[str, tuple[Case, ...]] = {
+    "smoke": SMOKE + UNEQUAL_SMOKE,
+    "default": DEFAULT + UNEQUAL_DEFAULT,
+    "full": FULL + UNEQUAL_FULL,
+}
 
 
 # All different, so that no two factors can be exchanged unnoticed; none a power of two, so that none is exact by luck.
@@ -91,13 +152,14 @@ class Inputs:
     """Arrays in the storage dtype.
 
     Attributes:
-        x: `(..., n, i)`.
-        weight: `(n, i, o)`.
-        bias: `(n, o)` or None.
-        cotangent: `(..., n, o)`: the random `dy` of the vector-Jacobian product.
+        x: `(..., n, i)`; `(..., sum of i)` where the sizes are unequal.
+        weight: `(n, i, o)`; packed in one axis where the sizes are unequal, see `sizes.Sizes`.
+        bias: `(n, o)`, or `(sum of o,)`, or None.
+        cotangent: `(..., n, o)` or `(..., sum of o)`: the random `dy` of the vector-Jacobian product.
         dtype: canonical name of the storage dtype.
         layout: in which a subject must lay out x in memory; the values are the same.
         zero_mean: True if the harness drew every array from zero-mean distributions (tier T3 needs it).
+        sizes: of each partition where they are unequal; None where all have one size.
     """
 
     x: np.ndarray
@@ -107,6 +169,32 @@ class Inputs:
     dtype: str
     layout: Layout = "contiguous"
     zero_mean: bool = True
+    sizes: Sizes | None = None
+
+    @property
+    def num_partitions(self) -> int:
+        """The number n of partitions."""
+        return len(self.weight) if self.sizes is None else len(self.sizes.in_features)
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The leading dimensions of x."""
+        return self.x.shape[: -2 if self.sizes is None else -1]
+
+    @property
+    def case(self) -> Case:
+        """A nameless case of the same shapes."""
+        if self.sizes is None:
+            _, i, o = self.weight.shape
+        else:
+            i, o = self.sizes.in_features, self.sizes.out_features
+        return Case("shape", self.leading, self.num_partitions, i, o, self.bias is not None, self.layout)
+
+    def place(self, tensor: str, partition: int) -> tuple[Any, ...]:
+        """Return the index of one partition in an operand or in a result."""
+        if self.sizes is not None:
+            return (..., self.sizes.places(tensor)[partition])
+        return (partition,) if tensor.removeprefix("d") in ("weight", "bias") else (..., partition, slice(None))
 
     @property
     def parameters(self) -> dict[str, np.ndarray]:
@@ -114,19 +202,39 @@ class Inputs:
         return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
 
     def changed(self, change: Callable[[np.ndarray, int], np.ndarray], **fields: Any) -> Self:
-        """Return inputs with each array changed; `change` gets an array and the axis of its partitions."""
+        """Return inputs with each array changed; `change` gets an array and the axis of its partitions.
+
+        That of unequal ones is the last one, where each of them takes as many places as it has features or weights.
+        """
         return dataclasses.replace(
             self,
-            x=change(self.x, self.x.ndim - 2),
+            x=change(self.x, len(self.leading)),
             weight=change(self.weight, 0),
             bias=None if self.bias is None else change(self.bias, 0),
-            cotangent=change(self.cotangent, self.cotangent.ndim - 2),
+            cotangent=change(self.cotangent, len(self.leading)),
             **fields,
         )
 
     def partitions(self, chosen: np.ndarray | range) -> Self:
-        """Return the inputs of some partitions, in the given order."""
+        """Return the inputs of some partitions of equal sizes, in the given order."""
         return self.changed(lambda array, axis: np.take(array, np.asarray(chosen), axis))
+
+    def alone(self, partition: int) -> "Inputs":
+        """Return one partition of unequal ones as inputs of n = 1."""
+        assert self.sizes is not None  # equal ones are taken together
+        i, o = self.sizes.in_features[partition], self.sizes.out_features[partition]
+        x, weight, dy = (
+            array[self.place(name, partition)]
+            for name, array in (("x", self.x), ("weight", self.weight), ("cotangent", self.cotangent))
+        )
+        return dataclasses.replace(
+            self,
+            x=x[..., None, :],
+            weight=weight.reshape(1, i, o),
+            bias=None if self.bias is None else self.bias[self.place("bias", partition)][None],
+            cotangent=dy[..., None, :],
+            sizes=None,
+        )
 
 
 def _generator(case: Case, seed: int) -> np.random.Generator:
@@ -142,18 +250,23 @@ def draw_inputs(case: Case, dtype: str, seed: int = 0) -> Inputs:
     """
     rng = _generator(case, seed)
     target = numpy_dtype(dtype)
-    n, i, o = case.num_partitions, case.in_features, case.out_features
+    sizes, shapes = case.sizes, case.shapes
+    if sizes is None:
+        terms: Any = case.in_features
+    else:
+        terms = np.asarray(sizes.in_features)[sizes.labels("weight")]
 
-    def normal(shape: tuple[int, ...], scale: float) -> np.ndarray:
+    def normal(shape: tuple[int, ...], scale: Any) -> np.ndarray:
         return (scale * rng.standard_normal(shape)).astype(target)
 
     return Inputs(
-        x=normal((*case.leading, n, i), X_SCALE),
-        weight=normal((n, i, o), WEIGHT_SCALE / math.sqrt(i)),
-        bias=normal((n, o), BIAS_SCALE) if case.bias else None,
-        cotangent=normal((*case.leading, n, o), COTANGENT_SCALE),
+        x=normal(shapes["x"], X_SCALE),
+        weight=normal(shapes["weight"], WEIGHT_SCALE / np.sqrt(terms)),
+        bias=normal(shapes["bias"], BIAS_SCALE) if case.bias else None,
+        cotangent=normal(shapes["cotangent"], COTANGENT_SCALE),
         dtype=dtype,
         layout=case.layout,
+        sizes=sizes,
     )
 
 
@@ -164,17 +277,17 @@ def draw_lattice(case: Case, dtype: str, seed: int = 0, limit: int = 3) -> Input
     of summation, returns the same bits as the oracle.
     """
     rng = _generator(case, seed + 1_000_003)
-    target = numpy_dtype(dtype)
-    n, i, o = case.num_partitions, case.in_features, case.out_features
+    target, shapes = numpy_dtype(dtype), case.shapes
 
     def integers(shape: tuple[int, ...]) -> np.ndarray:
         return rng.integers(-limit, limit + 1, shape).astype(target)
 
     return Inputs(
-        x=integers((*case.leading, n, i)),
-        weight=integers((n, i, o)),
-        bias=integers((n, o)) if case.bias else None,
-        cotangent=integers((*case.leading, n, o)),
+        x=integers(shapes["x"]),
+        weight=integers(shapes["weight"]),
+        bias=integers(shapes["bias"]) if case.bias else None,
+        cotangent=integers(shapes["cotangent"]),
         dtype=dtype,
         layout=case.layout,
+        sizes=case.sizes,
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parity_tests.judge.inputs import Inputs
+from parity_tests.judge.sizes import Sizes
 
 TENSORS: tuple[str, ...] = ("y", "dx", "dweight", "dbias")
 
@@ -17,18 +18,20 @@ class OracleTensor:
     Attributes:
         value: the exact sum, up to the oracle's own rounding.
         magnitude: `S`, the sum of absolute products, element by element.
-        terms: `K`, the number of products in each sum.
+        terms: `K`, the number of products in each sum; an array that broadcasts to the tensor where it differs.
         addend: `|b|` broadcast to the tensor (only y has one), or None.
         product: the sum without the addend (y - b), or None where there is no addend.
         partition_axis: the axis of `n`.
+        labels: the partition of each place along that axis, where each has several; None where each has one.
     """
 
     value: np.ndarray
     magnitude: np.ndarray
-    terms: int
+    terms: int | np.ndarray
     addend: np.ndarray | None
     product: np.ndarray | None
     partition_axis: int
+    labels: np.ndarray | None = None
 
 
 Reference = Mapping[str, OracleTensor]
@@ -46,6 +49,41 @@ def _leading(array: np.ndarray, leading: tuple[int, ...]) -> np.ndarray:
     return np.moveaxis(array, 0, 1).reshape(*leading, array.shape[0], array.shape[2])
 
 
+def _joined(parts: list[dict[str, OracleTensor]], inputs: Inputs, sizes: Sizes) -> dict[str, OracleTensor]:
+    """Put the tensors of single partitions into the layout of unequal ones."""
+    found = {}
+    for name in parts[0]:
+        leading, labels = inputs.leading if name in ("y", "dx") else (), sizes.labels(name)
+
+        def put(
+            arrays: list[np.ndarray | None],
+            name: str = name,
+            shape: tuple[int, ...] = (*leading, len(labels)),
+        ) -> np.ndarray | None:
+            if arrays[0] is None:
+                return None
+            whole = np.empty(shape, arrays[0].dtype)
+            for place, array in zip(sizes.places(name), arrays, strict=True):
+                assert array is not None  # a bias is that of all partitions or of none
+                whole[..., place] = array.reshape(*shape[:-1], place.stop - place.start)
+            return whole
+
+        terms = [part[name].terms for part in parts]
+        value, magnitude = put([part[name].value for part in parts]), put([part[name].magnitude for part in parts])
+        assert value is not None
+        assert magnitude is not None  # every tensor has both
+        found[name] = OracleTensor(
+            value,
+            magnitude,
+            np.asarray(terms)[labels] if name in ("y", "dx") else terms[0],
+            put([part[name].addend for part in parts]),
+            put([part[name].product for part in parts]),
+            value.ndim - 1,
+            labels,
+        )
+    return found
+
+
 def reference(inputs: Inputs) -> dict[str, OracleTensor]:
     """Evaluate the map and its vector-Jacobian product on the inputs as stored.
 
@@ -58,7 +96,11 @@ def reference(inputs: Inputs) -> dict[str, OracleTensor]:
     | dx | o | `|dy| |W|^T` |
     | dW | rows | `|x|^T |dy|` |
     | db | rows | `sum |dy|` |
+
+    Each partition of unequal sizes is evaluated as a map of its own, whose sums have as many terms as it has.
     """
+    if inputs.sizes is not None:
+        return _joined([reference(inputs.alone(k)) for k in range(inputs.num_partitions)], inputs, inputs.sizes)
     # A float64 subject needs a judge with more digits than it has itself.
     dtype = np.dtype(np.longdouble if inputs.dtype == "float64" else np.float64)
     leading = inputs.x.shape[:-2]

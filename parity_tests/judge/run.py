@@ -14,7 +14,16 @@ from parity_tests.judge.fingerprint import entitlement, fingerprint_of, observed
 from parity_tests.judge.inputs import Case, Inputs, draw_inputs
 from parity_tests.judge.oracle import Reference, reference
 from parity_tests.judge.records import ParityRow, row_from_result
-from parity_tests.judge.subjects import COUNTERPARTS, DEFAULT_MODES, Subject, as_cast, load_subjects, release_programs
+from parity_tests.judge.subjects import (
+    COUNTERPARTS,
+    DEFAULT_MODES,
+    Subject,
+    as_cast,
+    load_subjects,
+    release_programs,
+    sizes_of,
+    takes,
+)
 from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic
 from parity_tests.report.text import raised
 
@@ -176,26 +185,28 @@ def pair_rows(
 # --- cells ---
 
 
-def _in_default_mode(subject: Subject, known: dict[str, dict[str, Subject]], device: str) -> Subject | None:
+def _in_default_mode(subject: Subject, known: dict[tuple[str, str], dict[str, Subject]], device: str) -> Subject | None:
     """Return the subject in its default mode: itself, one that was given, or one that is loaded.
 
     Its fingerprint tells how a device treats subnormals.
     """
     if subject.mode == DEFAULT_MODES[subject.framework]:
         return subject
-    if subject.framework not in known:
-        loaded = load_subjects(subject.framework, device)
-        known[subject.framework] = {other.implementation: other for other in loaded}
-    return known[subject.framework].get(subject.implementation)
+    kind = (subject.framework, sizes_of(subject))
+    if kind not in known:
+        loaded = load_subjects(subject.framework, device, sizes=kind[1])
+        known[kind] = {other.implementation: other for other in loaded}
+    return known[kind].get(subject.implementation)
 
 
 def too_dense(subject: Subject, case: Case) -> str | None:
     """Return one sentence if the subject's one dense matrix would be too large for this case, else None."""
-    shape = (case.num_partitions * case.out_features, case.num_partitions * case.in_features)
+    inputs, outputs = case.sizes_of_each
+    shape = (sum(outputs), sum(inputs))
     if subject.implementation not in _DENSE or shape[0] * shape[1] <= _MOST_DENSE_ENTRIES:
         return None
     return (
-        f"{subject.implementation} multiplies by one dense matrix (n * out, n * in) = {shape}, more than the "
+        f"{subject.implementation} multiplies by one dense matrix of all outputs and inputs, {shape}, more than the "
         f"{_MOST_DENSE_ENTRIES} entries that are compared; its arithmetic is judged on the smaller cases."
     )
 
@@ -208,7 +219,7 @@ def count_cells(
     subjects: Sequence[Subject], dtypes: Sequence[str], cases: Sequence[Case], included: Included = _every
 ) -> int:
     """Count the cells of `run_cells`, each announced once by its `progress`."""
-    return len(dtypes) * sum(included(subject, case) for subject in subjects for case in cases)
+    return len(dtypes) * sum(takes(subject, case) and included(subject, case) for subject in subjects for case in cases)
 
 
 def run_cells(
@@ -224,7 +235,8 @@ def run_cells(
 ) -> Iterator[ParityRow]:
     """Yield a row for each subject, dtype, case and tensor, then rows for pairs of the same dtype and case.
 
-    A subject that raises fails its cell, and the others go on.
+    Subjects of equal partitions run the cases of equal sizes, those of unequal ones the others. A subject that raises
+    fails its cell, and the others go on.
 
     Args:
         subjects: of one framework or both; pairs of frameworks need both.
@@ -237,13 +249,13 @@ def run_cells(
         precision: asked for in place of fp32's own, see `entitlement`.
         exact: run the checks that need no tolerance as well, see `exact_rows`.
     """
-    defaults: dict[str, dict[str, Subject]] = {}
+    defaults: dict[tuple[str, str], dict[str, Subject]] = {}
     for subject in subjects:
         if subject.mode == DEFAULT_MODES[subject.framework]:
-            defaults.setdefault(subject.framework, {})[subject.implementation] = subject
+            defaults.setdefault((subject.framework, sizes_of(subject)), {})[subject.implementation] = subject
     for dtype in dtypes:
         for case in cases:
-            chosen = [subject for subject in subjects if included(subject, case)]
+            chosen = [subject for subject in subjects if takes(subject, case) and included(subject, case)]
             inputs = draw_inputs(case, dtype, seed)
             truth = reference(inputs)
             judged: list[tuple[Subject, Judgement]] = []

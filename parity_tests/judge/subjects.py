@@ -20,6 +20,7 @@ from parity_tests.judge.inputs import CASE_SETS, Case, Inputs
 from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, declared_arithmetic
 
 FRAMEWORKS: tuple[str, ...] = ("torch", "jax")
+EQUAL, UNEQUAL = "equal", "unequal"
 SHARDS = 8
 
 
@@ -128,7 +129,7 @@ def members_of(num_partitions: int) -> int:
 
 def split_members(inputs: Inputs) -> Sequence[Inputs]:
     """Split inputs among the members of an ensemble: E layers with n/E partitions are one map with n."""
-    n = len(inputs.weight)
+    n = inputs.num_partitions
     size = n // members_of(n)
     return [inputs.partitions(range(start, start + size)) for start in range(0, n, size)]
 
@@ -171,6 +172,23 @@ class Subject(Protocol):
         ...
 
 
+def sizes_of(subject: Subject) -> str:
+    """Return `UNEQUAL` for a subject of unequal partitions, else `EQUAL`; most subjects need not say it."""
+    return getattr(subject, "sizes", EQUAL)
+
+
+def sizes_reason(mode: str, sizes: str) -> str | None:
+    """Return one sentence if a mode divides partitions, which takes those of one size, else None."""
+    if sizes == EQUAL or mode not in ("vmap", "sharded"):
+        return None
+    return f"mode {mode}: expected partitions of one size, which it divides, got unequal ones; it has no such call."
+
+
+def takes(subject: Subject, case: Case) -> bool:
+    """Return True if the subject is one for the sizes of a case, equal or unequal: the same name is two subjects."""
+    return sizes_of(subject) == (EQUAL if case.sizes is None else UNEQUAL)
+
+
 def framework_available(framework: str) -> bool:
     """Return True if the framework can be imported here, without importing it."""
     packages = {"torch": ("torch",), "jax": ("jax", "flax")}[framework]
@@ -199,7 +217,11 @@ def check_precision(precision: str | None, has_tf32: bool) -> None:
 
 
 def load_subjects(
-    framework: str, device: str = "auto", modes: Sequence[str] = (), precision: str | None = None
+    framework: str,
+    device: str = "auto",
+    modes: Sequence[str] = (),
+    precision: str | None = None,
+    sizes: str = EQUAL,
 ) -> Sequence[Subject]:
     """Import a framework and return all its subjects.
 
@@ -208,6 +230,7 @@ def load_subjects(
         device: `auto` (a GPU if there is one), `cpu` or `cuda`.
         modes: of the framework, see `modes_of`; none for its default.
         precision: `tf32` to let products of fp32 arrays round their operands to TF32; None for fp32's own.
+        sizes: `EQUAL` for partitions of one size, `UNEQUAL` for partitions whose sizes are sequences.
 
     Raises:
         ValueError: for another framework, a device that is not there, or TF32 on a CPU.
@@ -215,7 +238,8 @@ def load_subjects(
     """
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework: expected one of {', '.join(FRAMEWORKS)}, got {framework!r}; choose one of these.")
-    return importlib.import_module(f"parity_tests.frameworks.{framework}.subjects").subjects(device, modes, precision)
+    room = importlib.import_module(f"parity_tests.frameworks.{framework}.subjects")
+    return room.subjects(device, modes, precision, sizes)
 
 
 def release_programs() -> None:

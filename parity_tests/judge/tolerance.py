@@ -20,10 +20,9 @@ Sources: Higham, Accuracy and Stability of Numerical Algorithms, ch. 3; Higham a
 rounding error analysis; Blanchard, Higham, Lopez, Mary and Pranesh (2020) on mixed-precision block FMA.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -139,12 +138,14 @@ def declared_arithmetic(precision: str) -> Arithmetic:
     return _DECLARED[precision]
 
 
-def _growth(n: int, u: float, tier: Tier, confidence: float) -> float:
-    """Return gamma_n of a tier: the relative error of a sum of n terms."""
+def _growth(n: Any, u: float, tier: Tier, confidence: Any) -> Any:
+    """Return gamma_n of a tier: the relative error of a sum of n terms; element by element for an array of n."""
     if tier == "T1":
-        return n * u / (1 - n * u) if n * u < 1 else math.inf
+        share = np.minimum(np.multiply(n, u), 1.0)
+        with np.errstate(divide="ignore"):
+            return share / (1 - share)
     if tier == "T2":
-        return math.expm1(confidence * math.sqrt(n) * u + n * u * u / (1 - u))
+        return np.expm1(confidence * np.sqrt(n) * u + n * u * u / (1 - u))
     return confidence * u
 
 
@@ -166,7 +167,7 @@ def bounds(tensor: OracleTensor, arithmetic: Arithmetic, tiers: Sequence[Tier]) 
     u = FORMATS[arithmetic.output].roundoff
     eta = arithmetic.underflow
     terms, magnitude, addend = tensor.terms, tensor.magnitude, tensor.addend
-    confidence = math.sqrt(2 * math.log(2 * max(terms, 1) * max(tensor.value.size, 1) / FALSE_ALARM_RATE))
+    confidence = np.sqrt(2 * np.log(2 * np.maximum(terms, 1) * max(tensor.value.size, 1) / FALSE_ALARM_RATE))
     underflow = eta + terms * arithmetic.partial_underflow
     u_oracle = 2.0**-53 if tensor.value.dtype == np.float64 else float(np.finfo(np.longdouble).eps) / 2
     oracle_error = _growth(terms + 2, u_oracle, "T1", 0.0)

@@ -36,6 +36,7 @@ class Segment:
         end: numbers of the values, on the torch and the flax side, with which everything that follows agrees, if known.
         heals: the change that puts Flax's value in.
         place: in words.
+        behind: numbers of all operations of torch that the results hang on, where no end was found.
     """
 
     torch: tuple[int, ...]
@@ -43,6 +44,7 @@ class Segment:
     place: Place
     end: tuple[int, int] | None = None
     heals: Change | None = None
+    behind: tuple[int, ...] = ()
 
 
 @dataclass
@@ -159,8 +161,8 @@ def record_both(pair: Pair, evidence: Evidence, failed: Sequence[str]) -> Search
     return Search(pair, values, evidence, tuple(failed), traces["torch"], traces["jax"])
 
 
-def first_segment(search: Search) -> Segment | None:
-    """Return the first place where the two runs part, its end proven by healing if that is possible."""
+def first_segment(search: Search, healing: bool = True) -> Segment | None:
+    """Return the first place where the two runs part, its end proven by healing if that is possible, and asked for."""
     starts = {
         "torch": [search.torch.results[name] for name in _own(search, "torch") if name in search.torch.results],
         "jax": [search.flax.results[name] for name in _own(search, "jax") if name in search.flax.results],
@@ -175,8 +177,8 @@ def first_segment(search: Search) -> Segment | None:
     if not torch or not flax:
         return None
     segment = Segment((min(torch),), (min(flax),), Place("", ""))
-    if healing := _healed(search, sorted(torch), sorted(flax)):
-        step, end, change, everything = healing
+    if found := _healed(search, sorted(torch), sorted(flax)) if healing else None:
+        step, end, change, everything = found
         producer = search.flax.producers()[end[1]]
         own = walked(search.torch, [end[0]], set(search.matches))
         other = walked(search.flax, [end[1]], known_flax) or {producer}
@@ -184,6 +186,7 @@ def first_segment(search: Search) -> Segment | None:
         segment.place = _place(search, segment, "all" if everything else "here")
     else:
         segment.place = _place(search, segment, "")
+        segment.behind = tuple(sorted(torch))
     return segment
 
 
@@ -271,7 +274,11 @@ def _healed(
             if (trace.features.shape == search.torch.features.shape)
             else set()
         )
-        gained -= {number, *search.matches}
+        # Copies and views of the value that was put in agree with it in any case.
+        copies = {
+            k for k in gained if (np.abs(trace.features[k] - trace.features[number]) <= search.torch.limits[k]).all()
+        }
+        gained -= {number, *search.matches, *copies}
         found = step, (number, value), change, everything
         if everything or gained & using:
             return found

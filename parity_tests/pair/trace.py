@@ -15,6 +15,7 @@ from parity_tests.judge.dtypes import FORMATS
 from parity_tests.pair.calibration import SEMANTIC_SCALE, confidence
 
 _PARAMETER = "parameter:"
+CONSTANT = "constant:"  # before the number of a value that was there before a run, and is not given to it
 FEATURES = 5  # sums of v, |v|, v^2, |v|^3, v^3
 _SIZES = (1, 1, 2, 3, 3)  # the sums of moduli that errors of these are relative to
 _SIZE_FEATURE = {1: 1, 2: 2, 3: 3}

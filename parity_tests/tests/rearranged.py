@@ -124,3 +124,41 @@ def shared_fault(gradients: Gradients, case: Case, dtype: str, **options: Any) -
     if "dbias" in found:
         found["dbias"] = found["dbias"].reshape(1, n * o)
     return product_fault(found, dense)
+
+
+def unequal_fault(
+    gradients: Gradients,
+    packing: Any,
+    dtype: str,
+    *,
+    leading: tuple[int, ...] = (5,),
+    bias: bool = True,
+    **options: Any,
+) -> str:
+    """Say where a call of partitions of unequal sizes is not what the oracle has for each of them by itself.
+
+    `packing` is either tree's layout of the packed parameters.
+    """
+    sizes = list(zip(packing.in_features, packing.out_features, strict=True))
+    cases = [Case(f"partition-{k}", leading, 1, i, o, bias=bias) for k, (i, o) in enumerate(sizes)]
+    parts = [draw_inputs(case, dtype, seed) for seed, case in enumerate(cases)]
+    found = gradients(
+        np.concatenate([part.x[..., 0, :] for part in parts], -1),
+        np.concatenate([parts[k].weight.ravel() for k in packing.order]),
+        np.concatenate([part.bias[0] for part in parts if part.bias is not None]) if bias else None,
+        np.concatenate([part.cotangent[..., 0, :] for part in parts], -1),
+        {"in_features": packing.in_features, "out_features": packing.out_features} | options,
+    )
+    for k, (part, (i, o)) in enumerate(zip(parts, sizes, strict=True)):
+        inputs, outputs = (slice(at[k], at[k + 1]) for at in (packing.in_offsets, packing.out_offsets))
+        start = packing.weight_offsets[k]
+        own = {
+            "y": found["y"][..., None, outputs],
+            "dx": found["dx"][..., None, inputs],
+            "dweight": found["dweight"][start : start + i * o].reshape(1, i, o),
+        }
+        if bias:
+            own["dbias"] = found["dbias"][None, outputs]
+        if fault := product_fault(own, part):
+            return f"partition {k}: {fault}"
+    return ""

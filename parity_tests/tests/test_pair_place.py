@@ -293,3 +293,33 @@ def test_fused_projections_against_split_ones():
     assert place.torch == "attn"
     assert place.healed == "all"
     assert report.likely_cause.startswith("attention scale: the scores are 2 times as large")
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_results_of_other_shapes_have_a_place_and_so_has_what_comes_before_a_branch_and_in_a_loop():
+    torch_module = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6), torch.nn.Linear(6, 6))
+    rules = [rule for k, name in enumerate("abc") for rule in ((f"{k}.weight", f"{name}w"), (f"{k}.bias", f"{name}b"))]
+    arrays = {name: np.zeros((6, 6) if name.endswith("w") else 6, np.float32) for _, name in rules}
+
+    def ported(p, x, kept=6, factor=1.0):
+        x = x @ p["aw"].T + p["ab"]
+        x = jax.lax.cond(x.shape[0] > jnp.sum(x * 0), lambda x: x[:, :kept] @ p["bw"][:, :kept].T, jnp.zeros_like, x)
+        x = x[:, :kept] + factor * p["bb"][:kept]
+
+        def turn(state):
+            return state[0] + 1, state[1] @ p["cw"][:kept, :kept].T + p["cb"][:kept]
+
+        return jax.lax.while_loop(lambda state: state[0] < 1, turn, (0, x))[1]
+
+    def report(**wrong):
+        pair = {"torch_module": torch_module, "flax_params": arrays, "params": rules, "inputs": ((3, 6),)}
+        return check_pair(flax_module=lambda p, x: ported(p, x, **wrong), gradients=False, **pair)
+
+    report().assert_ok()
+    (place,) = report(factor=2.0).places
+    assert place.torch == "1"
+    assert place.healed == "all"
+    shorter = report(kept=5)
+    assert "(3, 6) on the torch side and (3, 5)" in shorter.likely_cause
+    assert shorter.places[0].torch == "1"
+    assert shorter.places[0].healed == ""

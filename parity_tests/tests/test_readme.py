@@ -11,6 +11,7 @@ import typer
 
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available
 from parity_tests.tests.forked import run_python
+from parity_tests.tests.reference import drawn
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch_impl", "jax_impl", "parity_tests", "bench")
@@ -136,3 +137,11 @@ def test_every_implementation_is_described(framework):
     names = importlib.import_module(f"{framework}_impl").implementation_names()
     for page in ("README.md", f"{framework}_impl/README.md"):
         assert [name for name in names if f"| `{name}` |" not in PAGES[page]] == [], page
+
+
+@pytest.mark.parametrize(("package", "framework"), [("torch_impl", "torch"), ("jax_impl", "jax")])
+def test_the_reference_is_that_of_the_docstrings(package, framework):
+    if not framework_available(framework):
+        pytest.skip(f"{framework} is not installed here")
+    assert PAGES[f"{package}/README.md"] == drawn(package), "stale: run python -m parity_tests.tests.reference"
+    assert PAGES[f"{package}/README.md"].count("\n| `") >= len(importlib.import_module(package).__all__)

@@ -436,12 +436,12 @@ LAYER = {
         r"^`linears\[0\]`: expected an nn\.Linear without parametrizations, .*, got a ParametrizedLinear;",
     ),
     "linears-in": (
-        lambda: PartitionedLinear.from_linears(linears(in_features=3)),
+        lambda: MaskedPartitionedLinear.from_linears(linears(in_features=3)),
         ValueError,
-        r"^`linears\[1\]`: expected in_features=4 as in linears\[0\], got 3; make all of them alike\.$",
+        r"^`linears\[1\]`: expected in_features=4 as in linears\[0\], got 3; build a PartitionedLinear",
     ),
     "linears-out": (
-        lambda: PartitionedLinear.from_linears(linears(out_features=6)),
+        lambda: MaskedPartitionedLinear.from_linears(linears(out_features=6)),
         ValueError,
         r"^`linears\[1\]`: expected out_features=5 as in linears\[0\], got 6;",
     ),

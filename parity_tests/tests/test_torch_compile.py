@@ -1,5 +1,7 @@
 """The torch layers under torch.compile and torch.export, with a batch size that changes from call to call."""
 
+import os
+
 import pytest
 
 from parity_tests.judge.subjects import framework_available
@@ -9,7 +11,7 @@ if not framework_available("torch"):
 
 import torch
 
-from torch_impl import MaskedPartitionedLinear, PartitionedLinear
+from torch_impl import MaskedPartitionedLinear, PartitionedLinear, implementation_names, partitioned_linear
 
 pytestmark = [
     pytest.mark.compile,
@@ -127,3 +129,25 @@ def test_layouts_and_subsets_are_compiled_and_exported(options, shape, partition
     for batch in (5, 12):
         x = lattice(batch, *shape)
         assert torch.equal(compiled(x, *arguments), layer(x, *arguments))
+
+
+@pytest.mark.parametrize("name", implementation_names(unequal=True))
+def test_unequal_sizes_are_compiled_and_exported(name):
+    if name != "bucketed_matmul" and "EVERY_TEST" not in os.environ:
+        pytest.skip("ten seconds each: run with EVERY_TEST=1")
+    sizes = {"in_features": (1, 4, 4), "out_features": [3, 5, 5], "implementation": name}
+    layer = on_lattice(PartitionedLinear(3, **sizes))
+
+    def call(x):
+        y = partitioned_linear(x, layer.weight, layer.bias, **sizes, partitions=[2, 0])
+        return torch.cat([layer(x), y], -1)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(layer, (lattice(4, 9),), dynamic_shapes=shapes).module()
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for batch in (5, 12):
+            x = lattice(batch, 9).requires_grad_()
+            for found, expected in zip(results(compiled, layer, x), results(call, layer, x), strict=True):
+                assert torch.equal(found, expected)
+            assert torch.equal(program(x), layer(x))

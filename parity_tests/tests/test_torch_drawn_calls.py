@@ -45,11 +45,14 @@ from parity_tests.tests.flaws import (
     NO_SWITCH,
     WEIGHT_SHAPES,
     X_SHAPES,
+    Hostile,
     flaws_of,
     wrong_shapes,
 )
 from torch_impl import MaskedPartitionedLinear, PartitionedLinear, implementation_names, partitioned_linear
+from torch_impl.checkpoints import of_partition
 from torch_impl.optimizers import weight_decay_groups
+from torch_impl.packing import packing_of
 from torch_impl.parameters import state_dict_from_linears
 from torch_impl.partitions import for_each_partition_
 from torch_impl.registry import unsupported_reason
@@ -57,6 +60,7 @@ from torch_impl.sharding import shard_inputs, shard_partitions
 
 CPU = torch.device("cpu")
 NAMES = ("auto", *implementation_names())
+PACKED_NAMES = ("auto", *implementation_names(unequal=True))
 
 # Flaws of single tensors.
 
@@ -728,7 +732,6 @@ LAST_LINEAR = {
     "complex": (lambda linear: linear.to(torch.complex64), True),
     "another float": (lambda linear: linear.to(another_float(linear.weight).dtype), None),
     "elsewhere": (lambda linear: linear.to("meta"), None),
-    "a feature more": (with_weight(lambda weight: torch.cat([weight, weight[:, :1]], 1)), None),
     "frozen": (lambda linear: linear.requires_grad_(False), None),
     "weight frozen": (touched(lambda linear: linear.weight.requires_grad_(False)), None),
     "weight expanded": (with_weight(lambda weight: weight[:1, :1].expand(weight.shape)), False),
@@ -781,6 +784,11 @@ NO_LINEARS = (
             replaced_last(with_bias(lambda bias: bias[:1])),
             lambda _, call: True if call.case.out_features > 1 else None,
         ),
+        # A layer of unequal sizes, which the masked one cannot be.
+        "a feature more": Flaw(
+            replaced_last(with_weight(lambda weight: torch.cat([weight, weight[:, :1]], 1))),
+            lambda linears, call: call.number % 2 == 1 and len(linears) > 1,
+        ),
         "generator": Flaw(lambda linears, _: (linear for linear in linears)),
         "bias in one": Flaw(
             replaced_last(touched(lambda linear: linear.register_parameter("bias", None))),
@@ -814,7 +822,15 @@ def from_linears(call, spoil):
             return "" if linears[0].weight.is_meta else "expected values"
         if layer.weight.requires_grad != linears[0].weight.requires_grad:
             return "expected the same requires_grad"
-        return bits_fault(torch_impl.export_parameters(layer), stacked(linears))
+        back, given = (
+            {
+                f"{k}.{name}": to_numpy(value)
+                for k, linear in enumerate(each)
+                for name, value in linear.named_parameters()
+            }
+            for each in (layer.to_linears(), linears)
+        )
+        return bits_fault(back, given)
 
     return Attempt(lambda: kind.from_linears(linears), fault)
 
@@ -1001,6 +1017,150 @@ def output_of(spread, x):
     return "" if whole.is_meta or np.array_equal(to_numpy(whole), to_numpy(x)) else "expected the same values"
 
 
+# Partitions of unequal sizes.
+
+
+def packing_of_drawn(call):
+    """Sizes that follow from the call: other ones for each partition, and sometimes the same."""
+    numbers, case = range(call.case.num_partitions), call.case
+    ins = tuple(1 + (call.number + 2 * k) % case.in_features for k in numbers)
+    return packing_of(ins, tuple(1 + (call.number + k // 2) % case.out_features for k in numbers))
+
+
+def packed_operands(call):
+    packing, rng = packing_of_drawn(call), np.random.default_rng(call.number)
+    bias = (packing.out_offsets[-1],) if call.case.bias else None
+    shapes = ((*call.inputs.x.shape[:-2], packing.in_offsets[-1]), (packing.weight_size,), bias)
+    return [
+        None if shape is None else torch.from_numpy(rng.normal(size=shape)).to(getattr(torch, call.dtype))
+        for shape in shapes
+    ]
+
+
+def packed_fault(y, x, weight, bias, packing):
+    """The verdict on each partition's share of y."""
+    faults = []
+    for k in range(packing.num_partitions):
+        own = [
+            None if part is None else of_partition(part, name, k, packing)
+            for part, name in ((weight, "weight"), (bias, "bias"))
+        ]
+        shares = [
+            whole[..., offsets[k] : offsets[k + 1]].unsqueeze(-2)
+            for whole, offsets in ((y, packing.out_offsets), (x, packing.in_offsets))
+        ]
+        faults.append(output_fault(*shares, *(None if part is None else part.unsqueeze(0) for part in own)))
+    return ", ".join(filter(None, faults))
+
+
+def call_packed(call, spoil):
+    packing = packing_of_drawn(call)
+    x, weight, bias = packed_operands(call)
+    x, weight, bias = spoil("x", x), spoil("weight", weight), None if bias is None else spoil("bias", bias)
+    options = {
+        "implementation": spoil("implementation", call.implementation),
+        "in_axis": spoil("in_axis", -1),
+        "partition_axis": spoil("partition_axis", -2),
+        "partitions": spoil("partitions", None),
+        "in_features": spoil("in_features", packing.in_features),
+        "out_features": spoil("out_features", packing.out_features),
+    }
+    return Attempt(
+        lambda: WAYS[call.way](lambda *tensors: partitioned_linear(*tensors, **options), x, weight, bias),
+        lambda y: packed_fault(y, x, weight, bias, packing),
+    )
+
+
+def packed_layer(call, spoil):
+    packing, x = packing_of_drawn(call), packed_operands(call)[0]
+    sizes = (packing.num_partitions, packing.in_features, packing.out_features, call.case.bias)
+    layer = PartitionedLinear(*sizes, dtype=getattr(torch, call.dtype), implementation=call.implementation)
+    x, partitions = spoil("x", x), spoil("partitions", None)
+    return Attempt(
+        lambda: WAYS[call.way](lambda x, *_: layer(x, partitions), x, None, None),
+        lambda y: packed_fault(y, x, layer.weight, layer.bias, packing),
+        lambda: state_of(layer),
+    )
+
+
+def construct_packed(call, spoil):
+    packing = packing_of_drawn(call)
+    sizes = [spoil("num_partitions", packing.num_partitions)]
+    sizes += [spoil("in_features", packing.in_features), spoil("out_features", packing.out_features)]
+    implementation = spoil("implementation", call.implementation)
+
+    def fault(layer):
+        shape = tuple(layer.weight.shape)
+        return "" if shape == (packing.weight_size,) else f"expected {packing.weight_size} weights, got {shape}"
+
+    return Attempt(lambda: PartitionedLinear(*sizes, call.case.bias, implementation=implementation), fault)
+
+
+_SIZES = ("in_features", "out_features", "weight", "x", "bias")
+NO_SIZES = {
+    kind: Flaw(lambda sizes, _, change=change: change(sizes), refused, _SIZES)
+    for kind, (change, refused) in {
+        "none": (lambda sizes: None, True),
+        "text": (lambda sizes: "x" * len(sizes), True),
+        "bytes": (lambda sizes: b"x" * len(sizes), True),
+        "set": (lambda sizes: {*sizes}, True),
+        "array": (lambda sizes: np.array(sizes), True),
+        "tensor": (lambda sizes: torch.tensor(sizes), lambda _, call: True if call.case.num_partitions > 1 else None),
+        "number": (lambda sizes: 1.5, True),
+        "hostile": (lambda sizes: Hostile(), True),
+        "zero in all": (lambda sizes: 0, True),
+        "10**30 in all": (lambda sizes: 10**30, True),
+        "a size less": (lambda sizes: sizes[:-1], True),
+        "a size more": (lambda sizes: (*sizes, 1), True),
+        "no sizes": (lambda sizes: [], True),
+        "zero": (lambda sizes: (*sizes[:-1], 0), True),
+        "negative": (lambda sizes: (*sizes[:-1], -sizes[-1]), True),
+        "truth": (lambda sizes: (*sizes[:-1], True), True),
+        "NumPy truth": (lambda sizes: (*sizes[:-1], np.bool_(True)), True),
+        "float": (lambda sizes: (*sizes[:-1], float(sizes[-1])), True),
+        "sequence": (lambda sizes: (*sizes[:-1], [sizes[-1]]), True),
+        "hostile one": (lambda sizes: (*sizes[:-1], Hostile()), True),
+        "2**62": (lambda sizes: (*sizes[:-1], 2**62), True),
+        "5,000 digits": (lambda sizes: (*sizes[:-1], 10**5000), True),
+        "list": (list, False),
+        "NumPy ints": (lambda sizes: [*np.array(sizes)], False),
+    }.items()
+}
+PACKED_NAME = NO_NAME | flaws_of({"of one size": "einsum", "default of one size": "matmul"})
+PACKED_X = (
+    NO_OPERAND
+    | NO_TENSOR
+    | {
+        "a partition axis": Flaw(
+            lambda x, call: x.new_zeros(
+                *x.shape[:-1], call.case.num_partitions + 1, max(packing_of_drawn(call).in_features)
+            ),
+            lambda x, call: None if x.shape[-1] == packing_of_drawn(call).in_offsets[-1] else True,
+            _SIZES,
+            relative=True,
+        ),
+        "a feature more": Flaw(lambda x, _: torch.cat([x, x[..., :1]], -1), True, _SIZES, relative=True),
+        "no features": Flaw(lambda x, _: x[..., :0], True, _SIZES),
+        "no axes": Flaw(lambda x, _: x.new_zeros(()), True, _SIZES),
+    }
+)
+PACKED = (
+    NO_OPERAND
+    | NO_TENSOR
+    | {
+        "stacked": Flaw(lambda weight, _: weight[None, None], True, _SIZES),
+        "an element less": Flaw(lambda weight, _: weight[:-1], True, _SIZES, relative=True),
+        "an element more": Flaw(lambda weight, _: torch.cat([weight, weight[:1]]), True, _SIZES, relative=True),
+        "no axes": Flaw(lambda weight, _: weight.new_zeros(()), True, _SIZES),
+    }
+)
+PACKED_BIAS = {kind: flaw for kind, flaw in PACKED.items() if kind != "none"}
+PACKED_PARTITION_AXIS = {
+    kind: dataclasses.replace(flaw, refused=kind not in ("flat", "next to last"))
+    for kind, flaw in NO_PARTITION_AXIS.items()
+}
+
+
 NO_MESH = flaws_of(ANYTHING | {"device": torch.device("cpu"), "name": "cpu"})
 
 
@@ -1021,6 +1181,27 @@ def entries(folder):
             | {"in_axis": NO_IN_AXIS, "partition_axis": NO_PARTITION_AXIS, "partitions": NO_PARTITIONS},
             (*WAYS, "gradients"),
             NAMES,
+        ),
+        "partitioned_linear of unequal sizes": Entry(
+            call_packed,
+            {"x": PACKED_X, "weight": PACKED, "bias": PACKED_BIAS, "implementation": PACKED_NAME}
+            | {"in_axis": NO_IN_AXIS, "partition_axis": PACKED_PARTITION_AXIS, "partitions": NO_PARTITIONS}
+            | {"in_features": NO_SIZES, "out_features": NO_SIZES},
+            tuple(WAYS),
+            PACKED_NAMES,
+        ),
+        "PartitionedLinear of unequal sizes": Entry(
+            construct_packed,
+            {
+                "num_partitions": NO_SIZE,
+                "in_features": NO_SIZES,
+                "out_features": NO_SIZES,
+                "implementation": PACKED_NAME,
+            },
+            implementations=PACKED_NAMES,
+        ),
+        "layer of unequal sizes": Entry(
+            packed_layer, {"x": PACKED_X | KEPT_BY_AUTOGRAD, "partitions": NO_PARTITIONS}, tuple(WAYS), PACKED_NAMES
         ),
         "PartitionedLinear": Entry(
             construct(False),

@@ -225,3 +225,12 @@ def test_training_lowers_a_loss():
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0]
+
+
+def test_symbolic_tracing_keeps_the_call_whole():
+    layer = PartitionedLinear(3, 4, 5)
+    model = torch.nn.Sequential(layer, torch.nn.ReLU())
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"] == ["partitioned_linear"]
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(traced(x), model(x))

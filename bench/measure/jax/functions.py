@@ -13,11 +13,15 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 
 from bench.measure.switches import missing_competitors
+from bench.measure.timer import Task
+from bench.plan.workloads import SHARED
 from jax_impl import partitioned_linear
 from jax_impl.registry import implementation_names
+from parity_tests.judge.sizes import Sizes
 
 Array = jax.Array
 Function = Callable[..., Array]
@@ -140,19 +144,60 @@ MISSING: Mapping[str, str] = MappingProxyType(missing_competitors(_KNOWN))
 STOCK: Mapping[str, Callable[[], Callable[..., jax.Array]]] = MappingProxyType(
     {name: build for name, build in _KNOWN.items() if name not in MISSING}
 )
+# Their parameters are lists, see `listed`.
+UNEQUAL_STOCK: Mapping[str, Callable[[], Callable[..., jax.Array]]] = MappingProxyType(
+    {"stock:nnx.Linear": lambda: linears}
+)
 YARDSTICKS: Mapping[str, Callable[[], Callable[..., jax.Array]]] = MappingProxyType({"dense": lambda: _dense})
 
 
-def resolve(name: str, precision: Any) -> Function:
-    """Return the function that a competitor's name means.
+def linears(x: Array, kernels: tuple[Array, ...], biases: tuple[Array, ...], *, precision: Any) -> Array:
+    """Run a loop over Flax nnx `Linear`, one for each partition: what users have for partitions of unequal sizes.
+
+    Its parameters are tuples: each is an array of its own, as those of layers are.
+    """
+    parts = jnp.split(x, np.cumsum([len(kernel) for kernel in kernels])[:-1].tolist(), axis=-1)
+
+    def one(part: Array, kernel: Array, bias: Array) -> Array:
+        def build() -> nnx.Module:
+            return nnx.Linear(*kernel.shape, param_dtype=kernel.dtype, precision=precision, rngs=nnx.Rngs(0))
+
+        return _with_parameters(build, part, kernel=kernel, bias=bias)
+
+    return jnp.concatenate([one(*each) for each in zip(parts, kernels, biases, strict=True)], axis=-1)
+
+
+def listed(arguments: tuple[Array, ...], sizes: Sizes) -> tuple[Any, ...]:
+    """Return x, kernels, biases and dy, with parameters that are tuples; see `linears`."""
+    x, kernel, bias, cotangent = arguments
+    pairs = zip(sizes.places("weight"), sizes.in_features, sizes.out_features, strict=True)
+    kernels = tuple(kernel[place].reshape(i, o) for place, i, o in pairs)
+    return x, kernels, tuple(bias[place] for place in sizes.places("bias")), cotangent
+
+
+def _expanded(function: Function) -> Function:
+    """Give every partition the input that all share: what of it is copied is up to the compiler."""
+
+    def run(x: Array, kernel: Array, bias: Array, **options: Any) -> Array:
+        return function(jnp.broadcast_to(x[:, None], (len(x), len(kernel), x.shape[-1])), kernel, bias, **options)
+
+    return run
+
+
+def resolve(task: Task, precision: Any) -> Function:
+    """Return the function that a competitor's name means, for the sizes and the layout of a task.
 
     Raises:
         ValueError: for a name that is none.
     """
-    if name in implementation_names():
-        return partial(partitioned_linear, implementation=name, precision=precision)
-    known = {**STOCK, **YARDSTICKS}
+    name, unequal, shared = task.implementation, task.sizes is not None, task.layout == SHARED
+    if name in implementation_names(unequal=unequal):
+        how: dict[str, Any] = {"partition_axis": None} if shared else {}
+        if task.sizes is not None:
+            how |= {"in_features": task.sizes.in_features, "out_features": task.sizes.out_features}
+        return partial(partitioned_linear, implementation=name, precision=precision, **how)
+    known = {**(UNEQUAL_STOCK if unequal else STOCK), **YARDSTICKS}
     if name not in known:
-        choices = ", ".join((*implementation_names(), *known))
+        choices = ", ".join((*implementation_names(unequal=unequal), *known))
         raise ValueError(f"implementation: expected one of {choices}, got {name!r}; choose one of these.")
-    return partial(known[name](), precision=precision)
+    return partial(_expanded(known[name]()) if shared else known[name](), precision=precision)

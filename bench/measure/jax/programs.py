@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from bench.measure.jax.functions import Function, resolve
+from bench.measure.jax.functions import UNEQUAL_STOCK, Function, listed, resolve
 from bench.measure.jax.xla import kept_in, repeated_product_flops
 from bench.measure.timer import CacheFolder, Prepared, Task, Unsupported, alternating, restart_of
 from bench.plan.competitors import JIT, JIT_GRAPH
-from bench.plan.workloads import AXES
+from bench.plan.workloads import AXES, FLAT
 from jax_impl import UnsupportedImplementationError
 from parity_tests.frameworks.jax.training import build_optax
 from parity_tests.training.optimizers import OPTIMIZERS
@@ -40,9 +40,16 @@ def compiler_options(division: str, device: str, mode: str) -> dict[str, Any]:
     return options
 
 
-def _in_layout(function: Function, layout: str) -> Function:
+def _in_layout(function: Function, task: Task) -> Function:
     """Return the function on arrays as they lie in memory; it transposes, since XLA's arrays have no strides."""
-    axes = AXES[layout]
+    axes = AXES[task.layout]
+    if task.layout == FLAT:
+        n = task.num_partitions or 1
+
+        def flat(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+            return function(x.reshape(len(x), n, -1), kernel, bias).reshape(len(x), -1)
+
+        return flat
     if axes is None:
         return function
 
@@ -123,7 +130,7 @@ class _Step:
 
 def build(
     task: Task,
-    buffers: Sequence[tuple[jax.Array, ...]],
+    buffers: Sequence[tuple[Any, ...]],
     *,
     precision: Any,
     donate: bool,
@@ -143,7 +150,9 @@ def build(
     """
     if task.mode not in (JIT, JIT_GRAPH):
         raise Unsupported(f"jax has no mode {task.mode!r}")
-    function = _in_layout(resolve(task.implementation, precision), task.layout)
+    function = _in_layout(resolve(task, precision), task)
+    if task.sizes is not None and task.implementation in UNEQUAL_STOCK:
+        buffers = [listed(arguments, task.sizes) for arguments in buffers]
     # Given to jit and not to the compilation: calling a compiled program takes some 8% longer than calling jit.
     compiler = dict(options) or None
     uncompiled = _Uncompiled()

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.measure import machine
-from bench.measure.jax.functions import MISSING, STOCK, YARDSTICKS
+from bench.measure.jax.functions import MISSING, STOCK, UNEQUAL_STOCK, YARDSTICKS
 from bench.measure.jax.programs import build, compiler_options
+from bench.measure.jax.xla import copied_bytes
 from bench.measure.timer import Call, Prepared, Task, Timer, Trace, Unsupported, busy_s
 from bench.plan.cells import STORAGE_DTYPES
 from bench.plan.competitors import JIT, JIT_GRAPH, Catalogue
-from jax_impl.registry import implementation_names, unsupported_reason
+from bench.plan.workloads import SHARED
+from jax_impl.registry import IMPLEMENTATIONS, implementation_names, unsupported_reason
 
 # Instructions that move or name nothing at run time.
 _NO_WORK = frozenset({"parameter", "bitcast", "tuple", "get-tuple-element", "constant"})
@@ -50,15 +52,16 @@ def _device_events(folder: Path) -> list[tuple[str, float, float]]:
 
 def traced(prepared: Prepared, call: Call, device: str) -> Trace:
     """Run a call under JAX's profiler on a GPU; on a CPU reads the compiled program instead."""
+    text = None if prepared.text is None else prepared.text()
+    copied = None if text is None else copied_bytes(text)
     if device == "cpu":
-        text = None if prepared.text is None else prepared.text()
-        return Trace({} if text is None else dict(instructions(text)), None)
+        return Trace({} if text is None else dict(instructions(text)), None, copied)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             call()
         events = _device_events(Path(folder))
     intervals = [(start, end) for _, start, end in events]
-    return Trace(dict(Counter(name for name, _, _ in events)), busy_s(intervals) * 1e-9)
+    return Trace(dict(Counter(name for name, _, _ in events)), busy_s(intervals) * 1e-9, copied)
 
 
 _SWITCHES = ("jax_default_matmul_precision", "jax_enable_x64", "jax_numpy_dtype_promotion", "jax_optimization_level")
@@ -87,7 +90,16 @@ class JaxTimer(Timer):
 
     def catalogue(self) -> Catalogue:
         """Return the competitors that can be run."""
-        return Catalogue(self.framework, implementation_names(), tuple(STOCK), tuple(YARDSTICKS), dict(MISSING))
+        return Catalogue(
+            self.framework,
+            implementation_names(),
+            tuple(STOCK),
+            tuple(YARDSTICKS),
+            dict(MISSING),
+            unequal=implementation_names(unequal=True),
+            unequal_stock=tuple(UNEQUAL_STOCK),
+            shared=tuple(name for name, entry in IMPLEMENTATIONS.items() if entry.run_shared is not None),
+        )
 
     def environment(self) -> dict[str, Any]:
         """Return versions and device."""
@@ -147,8 +159,15 @@ class JaxTimer(Timer):
 
     def prepare(self, task: Task, buffers: Sequence[tuple[jax.Array, ...]]) -> Prepared:
         """Trace, lower and compile; the jitted function is then called as a user would."""
-        if task.implementation in implementation_names():
-            reason = unsupported_reason(task.implementation, dtype=STORAGE_DTYPES[self._precision], device=self._device)
+        unequal = task.sizes is not None
+        if task.implementation in implementation_names(unequal=unequal):
+            reason = unsupported_reason(
+                task.implementation,
+                dtype=STORAGE_DTYPES[self._precision],
+                device=self._device,
+                shared=task.layout == SHARED,
+                unequal=unequal,
+            )
             if reason is not None:
                 raise Unsupported(reason)
         stock = self._division == "stock"

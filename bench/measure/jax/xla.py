@@ -1,4 +1,4 @@
-"""XLA's programs: JAX's compilation cache in a folder, and the products that a program repeats in loops."""
+"""XLA's programs: JAX's compilation cache in a folder, the products that a program repeats, and what it copies."""
 
 import math
 import re
@@ -110,3 +110,45 @@ def repeated_product_flops(text: str) -> int:
         return total
 
     return flops(entry, repeated=True) - flops(entry, repeated=False)
+
+
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([a-z][a-z0-9\-]*)\(")
+_COPIES = frozenset({"copy", "transpose", "concatenate", "pad", "gather", "slice", "dynamic-slice", "reverse"})
+_COPIES |= {"dynamic-update-slice", "scatter", "broadcast"}
+# They neither compute nor write anything where they stand beside copies in one fusion.
+_SILENT = frozenset({"parameter", "constant", "bitcast", "reshape", "tuple", "get-tuple-element", "iota"})
+_ITEM_BITS = re.compile(r"\d+")
+
+
+def _written(kind: str, dimensions: str) -> int:
+    bits = _ITEM_BITS.search(kind)
+    return math.prod(_numbers(dimensions)) * (int(bits[0]) if bits else 8) // 8
+
+
+def copied_bytes(text: str) -> int:
+    """Return the bytes that a compiled program writes in instructions that only copy, and in fusions of such.
+
+    A copy that is fused with arithmetic is written once with its result and costs nothing: it does not count. That a
+    number is repeated all over an array is no copy.
+    """
+    computations, entry = _computations(text)
+
+    def copies_only(name: str) -> bool:
+        found = {m[3] for line in computations.get(name, []) if (m := _INSTRUCTION.match(line))}
+        return bool(found & _COPIES) and found <= _COPIES | _SILENT
+
+    def copied(name: str) -> int:
+        total = 0
+        for line in computations.get(name, []):
+            found, called = _INSTRUCTION.match(line), _CALLED.findall(line)
+            if found and found[3] == "fusion":
+                total += _written(found[1], found[2]) if copies_only(called[0]) else 0
+            elif found and found[3] in _COPIES:
+                scalar = found[3] == "broadcast" and "dimensions={}" in line
+                total += 0 if scalar else _written(found[1], found[2])
+            else:
+                trips = _TRIPS.search(line)
+                total += sum(map(copied, called)) * (int(trips[1]) if trips else 1)
+        return total
+
+    return copied(entry)

@@ -4,14 +4,19 @@ Competitors beside the registry are made by builders: one that is a module keeps
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bench.measure.switches import missing_competitors
+from bench.measure.timer import Task
+from bench.plan.workloads import SHARED
+from parity_tests.judge.sizes import Sizes
+from torch_impl.packing import packing_of
 from torch_impl.registry import get_implementation, implementation_names
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -124,8 +129,54 @@ STOCK: Mapping[str, Callable[[], Function]] = MappingProxyType(
 YARDSTICKS: Mapping[str, Callable[[], Function]] = MappingProxyType({"dense": lambda: _dense})
 
 
-def resolve(name: str) -> Function:
-    """Return the function that a competitor's name means.
+def linears() -> Function:
+    """Return a loop over `nn.Linear`, one for each partition: what users have for partitions of unequal sizes.
+
+    Its weights (out, in) and biases (out,) are tuples: each is a parameter of its own, as those of modules are.
+    """
+    held: dict[int, tuple[list[int], list[nn.Module]]] = {}
+
+    def build(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[list[int], list[nn.Module]]:
+        modules = []
+        for weight, bias in zip(weights, biases, strict=True):
+            module: Any = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+            del module.weight, module.bias
+            module.weight, module.bias = weight, bias
+            modules.append(module)
+        return [weight.shape[1] for weight in weights], modules
+
+    def run(x: Tensor, weights: Any, biases: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            parts = x.split([weight.shape[1] for weight in weights], -1)
+            return torch.cat([functional.linear(*one) for one in zip(parts, weights, biases, strict=True)], -1)
+        # The same tuple at every call: building modules is no part of one.
+        if id(weights) not in held:
+            held[id(weights)] = build(weights, biases)
+        sizes, modules = held[id(weights)]
+        return torch.cat([module(part) for module, part in zip(modules, x.split(sizes, -1), strict=True)], -1)
+
+    return run
+
+
+def listed(arguments: tuple[Tensor, ...], sizes: Sizes) -> tuple[Any, ...]:
+    """Return x, weights, biases and dy, with parameters that are tuples; see `linears`."""
+    x, weight, bias, cotangent = arguments
+    pairs = zip(sizes.places("weight"), sizes.in_features, sizes.out_features, strict=True)
+    weights = tuple(weight[place].view(i, o).T.contiguous() for place, i, o in pairs)
+    return x, weights, tuple(bias[place].clone() for place in sizes.places("bias")), cotangent
+
+
+# Their parameters are lists, see `listed`.
+UNEQUAL_STOCK: Mapping[str, Callable[[], Function]] = MappingProxyType({"stock:nn.Linear": linears})
+
+
+def _expanded(function: Function) -> Function:
+    """Give every partition the input that all share, by a view: what is copied is up to the function."""
+    return lambda x, weight, bias: function(x[:, None].expand(-1, len(weight), -1), weight, bias)
+
+
+def resolve(task: Task) -> Function:
+    """Return the function that a competitor's name means, for the sizes and the layout of a task.
 
     An implementation is its formulation, without the checks of the public function, as the stock competitors are: under
     jit and torch.compile those checks run once, while tracing, and eager timings would otherwise compare checks.
@@ -133,10 +184,15 @@ def resolve(name: str) -> Function:
     Raises:
         ValueError: for a name that is none.
     """
-    if name in implementation_names():
-        return get_implementation(name).run
-    known = {**STOCK, **YARDSTICKS}
+    name, unequal = task.implementation, task.sizes is not None
+    if name in implementation_names(unequal=unequal):
+        entry = get_implementation(name, unequal=unequal)
+        if task.sizes is not None:
+            packing = packing_of(task.sizes.in_features, task.sizes.out_features)
+            return lambda x, weight, bias: entry.run(x, weight, bias, packing)
+        return entry.run_shared if task.layout == SHARED and entry.run_shared else entry.run
+    known = {**(UNEQUAL_STOCK if unequal else STOCK), **YARDSTICKS}
     if name not in known:
-        choices = ", ".join((*implementation_names(), *known))
+        choices = ", ".join((*implementation_names(unequal=unequal), *known))
         raise ValueError(f"implementation: expected one of {choices}, got {name!r}; choose one of these.")
-    return known[name]()
+    return _expanded(known[name]()) if task.layout == SHARED else known[name]()

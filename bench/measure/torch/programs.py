@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bench.measure.timer import CacheFolder, Call, Prepared, Task, Unsupported, alternating, restart_of
-from bench.measure.torch.functions import Function, resolve
+from bench.measure.torch.functions import UNEQUAL_STOCK, Function, listed, resolve
 from bench.plan.competitors import COMPILE, CUDA_GRAPH, EAGER, MAX_AUTOTUNE, REDUCE_OVERHEAD
-from bench.plan.workloads import AXES
+from bench.plan.workloads import AXES, FLAT
 from parity_tests.frameworks.torch.training import build_torch
 from parity_tests.training.optimizers import OPTIMIZERS
 
@@ -26,9 +26,17 @@ COMPILE_MODES: Mapping[str, str] = MappingProxyType(
 _CALLS_BEFORE_CAPTURE = 3
 
 
-def _in_layout(function: Function, layout: str, *, settle: bool) -> Function:
+def _in_layout(function: Function, task: Task, *, settle: bool) -> Function:
     """Return the function on arrays as they lie in memory; `settle` asks for results that lie like the inputs."""
-    axes = AXES[layout]
+    axes = AXES[task.layout]
+    if task.layout == FLAT:
+
+        def flat(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            y = function(x.unflatten(-1, (task.num_partitions or 1, -1)), weight, bias)
+            # The only form of flat rows there is: it copies where the function left them in another order.
+            return y.flatten(-2)
+
+        return flat
 
     def laid_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if axes is not None:
@@ -41,30 +49,47 @@ def _in_layout(function: Function, layout: str, *, settle: bool) -> Function:
     return laid_out
 
 
-def _gradients(function: Function, leaves: Sequence[Tensor], cotangent: Tensor, *, settle: bool) -> tuple[Tensor, ...]:
+def _gradients(function: Function, leaves: Sequence[Any], cotangent: Tensor, *, settle: bool) -> tuple[Any, ...]:
     y = function(*leaves)
-    dx, dweight, dbias = torch.autograd.grad(y, leaves, cotangent)
+    if isinstance(leaves[1], Tensor):
+        dx, dweight, dbias = torch.autograd.grad(y, leaves, cotangent)
+    else:
+        x, weights, biases = leaves
+        dx, *others = torch.autograd.grad(y, (x, *weights, *biases), cotangent)
+        dweight, dbias = others[: len(weights)], others[len(weights) :]
     return y, dx.contiguous() if settle else dx, dweight, dbias
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change a tensor, or each one of a tuple of parameters."""
+    return change(value) if isinstance(value, Tensor) else tuple(change(one) for one in value)
+
+
+def _named(name: str, value: Any) -> dict[str, Tensor]:
+    return {name: value} if isinstance(value, Tensor) else {f"{k}.{name}": one for k, one in enumerate(value)}
 
 
 class _Step:
     """One training step on parameters of its own: forward, gradients, and the optimiser's update in place."""
 
-    def __init__(self, function: Function, arguments: tuple[Tensor, ...], optimizer: str, *, settle: bool):
+    def __init__(self, function: Function, arguments: tuple[Any, ...], optimizer: str, *, settle: bool):
         x, weight, bias, self._cotangent = arguments
         self._function, self._settle = function, settle
         self._x = x.detach().requires_grad_()
-        self._first = {"weight": weight, "bias": bias}
-        self._leaves = {name: value.clone().requires_grad_() for name, value in self._first.items()}
+        self._parameters = [_each(value, lambda one: one.clone().requires_grad_()) for value in (weight, bias)]
+        self._first = _named("weight", weight) | _named("bias", bias)
+        self._leaves = _named("weight", self._parameters[0]) | _named("bias", self._parameters[1])
         self._spec = OPTIMIZERS[optimizer]
         self._optimizer = build_torch(self._spec, self._leaves)
 
-    def __call__(self) -> tuple[Tensor, ...]:
-        leaves = (self._x, *self._leaves.values())
+    def __call__(self) -> tuple[Any, ...]:
+        leaves = (self._x, *self._parameters)
         y, dx, dweight, dbias = _gradients(self._function, leaves, self._cotangent, settle=self._settle)
-        self._leaves["weight"].grad, self._leaves["bias"].grad = dweight, dbias
+        gradients = (dweight, dbias) if isinstance(dweight, Tensor) else (*dweight, *dbias)
+        for leaf, gradient in zip(self._leaves.values(), gradients, strict=True):
+            leaf.grad = gradient
         self._optimizer.step()
-        return (y, dx, *self._leaves.values())
+        return (y, dx, *self._parameters)
 
     def restart(self) -> None:
         with torch.no_grad():
@@ -74,13 +99,13 @@ class _Step:
         self._optimizer = build_torch(self._spec, self._leaves)
 
 
-def _bound(function: Function, task: Task, arguments: tuple[Tensor, ...], *, settle: bool) -> Call:
+def _bound(function: Function, task: Task, arguments: tuple[Any, ...], *, settle: bool) -> Call:
     """Return a call without arguments for one set of buffers."""
     if task.direction == "train_step":
         return _Step(function, arguments, str(task.optimizer), settle=settle)
     # Gradients are recorded only where they are asked for: the same storage, other leaves.
     gradients = task.direction == "forward_backward"
-    leaves = tuple(tensor.detach().requires_grad_(gradients) for tensor in arguments[:3])
+    leaves = tuple(_each(value, lambda one: one.detach().requires_grad_(gradients)) for value in arguments[:3])
     if gradients:
         return lambda: _gradients(function, leaves, arguments[3], settle=settle)
     return lambda: function(*leaves)
@@ -159,7 +184,7 @@ def counted_flops(call: Call) -> int | None:
 
 def build(
     task: Task,
-    buffers: Sequence[tuple[Tensor, ...]],
+    buffers: Sequence[tuple[Any, ...]],
     *,
     settle: bool,
     wait: Callable[[Any], None],
@@ -175,7 +200,9 @@ def build(
     Raises:
         Unsupported: if torch cannot run the mode here.
     """
-    plain = _in_layout(resolve(task.implementation), task.layout, settle=settle)
+    plain = _in_layout(resolve(task), task, settle=settle)
+    if task.sizes is not None and task.implementation in UNEQUAL_STOCK:
+        buffers = [listed(arguments, task.sizes) for arguments in buffers]
     watched, uncompiled_calls = _watched(plain)
     if task.mode == EAGER or task.mode == CUDA_GRAPH:
         function = plain
@@ -197,7 +224,7 @@ def build(
         return Prepared(alternating(calls), restart=restart_of(calls))
     compile_s, flops, compile_again = _compiled(lambda: wait(calls[0]()))
     x, weight = buffers[0][:2]
-    only_factors = x.numel() == weight.numel() == weight.shape[0]
+    only_factors = isinstance(weight, Tensor) and x.numel() == weight.numel() == weight.shape[0]
     # Factors alone look like any multiplication; and torch has no formula for some operations, in whatever graph.
     if only_factors or counted_flops(_bound(plain, task, buffers[0], settle=settle)) is None:
         flops = None

@@ -1,23 +1,28 @@
 """PyTorch's half of the stopwatch."""
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import machine
 from bench.measure.timer import Call, Prepared, Task, Timer, Trace, Unsupported, busy_s
-from bench.measure.torch.functions import MISSING, STOCK, YARDSTICKS
+from bench.measure.torch.functions import MISSING, STOCK, UNEQUAL_STOCK, YARDSTICKS
 from bench.measure.torch.programs import build, counted_flops
 from bench.plan.cells import STORAGE_DTYPES
 from bench.plan.competitors import Catalogue
+from bench.plan.costs import ITEM_BYTES
+from bench.plan.workloads import SHARED
 from parity_tests.frameworks.torch.modes import to_numpy, to_torch
-from torch_impl.registry import implementation_names, unsupported_reason
+from torch_impl.registry import IMPLEMENTATIONS, implementation_names, unsupported_reason
 
 
 def _outermost(events: Sequence[object]) -> Counter[str]:
@@ -54,6 +59,57 @@ def traced(call: Call, device: str) -> Trace:
     return Trace(dict(Counter(event.name for event in events)), busy_s(intervals) * 1e-6)
 
 
+_COPIES = frozenset(
+    {"clone", "copy_", "_to_copy", "cat", "stack", "constant_pad_nd", "index_select", "index", "gather"}
+)
+_COPIES |= {
+    "repeat",
+    "slice_backward",
+    "select_backward",
+    "slice_scatter",
+    "select_scatter",
+    "index_put_",
+    "index_copy_",
+}
+
+
+class _Copies(TorchDispatchMode):
+    """Adds up what operations write that only copy, and collects the names of all others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written, self.others = 0, set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._overloadpacket.__name__
+        if name in _COPIES:
+            self.written += result.numel() * result.element_size()
+        else:
+            self.others.add(f"aten::{name}")
+        return result
+
+
+def copied_bytes(call: Call, item_bytes: int) -> int:
+    """Return the bytes that one call writes in operations that only copy.
+
+    Args:
+        call: operation by operation, not compiled.
+        item_bytes: of one number, for the copies that a product makes of its operands inside a library's call.
+    """
+    with _Copies() as seen:
+        call()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+        call()
+    inside = 0
+    for event in found.events() or ():
+        parent = event.cpu_parent if event.name == "aten::copy_" else None
+        while parent is not None and parent.name not in seen.others:
+            parent = parent.cpu_parent
+        inside += 0 if parent is None else math.prod(event.input_shapes[0]) * item_bytes
+    return seen.written + inside
+
+
 class TorchTimer(Timer):
     """PyTorch; see `Timer`."""
 
@@ -65,7 +121,16 @@ class TorchTimer(Timer):
 
     def catalogue(self) -> Catalogue:
         """Return the competitors that can be run."""
-        return Catalogue(self.framework, implementation_names(), tuple(STOCK), tuple(YARDSTICKS), dict(MISSING))
+        return Catalogue(
+            self.framework,
+            implementation_names(),
+            tuple(STOCK),
+            tuple(YARDSTICKS),
+            dict(MISSING),
+            unequal=implementation_names(unequal=True),
+            unequal_stock=tuple(UNEQUAL_STOCK),
+            shared=tuple(name for name, entry in IMPLEMENTATIONS.items() if entry.run_shared is not None),
+        )
 
     def environment(self) -> dict[str, Any]:
         """Return versions and device."""
@@ -139,14 +204,17 @@ class TorchTimer(Timer):
 
     def prepare(self, task: Task, buffers: Sequence[tuple[torch.Tensor, ...]]) -> Prepared:
         """Build the call, and compile it by calling it once where the mode says so."""
-        if task.implementation in implementation_names():
-            _, i, o = buffers[0][1].shape
+        unequal = task.sizes is not None
+        if task.implementation in implementation_names(unequal=unequal):
+            i, o = (1, 1) if task.sizes is not None else buffers[0][1].shape[1:]
             reason = unsupported_reason(
                 task.implementation,
                 dtype=STORAGE_DTYPES[self._precision],
                 device=self._device,
                 in_features=i,
                 out_features=o,
+                shared=task.layout == SHARED,
+                unequal=unequal,
             )
             if reason is not None:
                 raise Unsupported(reason)
@@ -163,8 +231,11 @@ class TorchTimer(Timer):
         return prepared.program_flops if compiled else counted_flops(prepared.call)
 
     def trace(self, prepared: Prepared) -> Trace:
-        """Run one call under the profiler."""
-        return traced(prepared.call, self._device)
+        """Run one call under the profiler; copies are seen where no compiler and no graph hides the operations."""
+        found = traced(prepared.call, self._device)
+        if prepared.compile_s is not None:
+            return found
+        return replace(found, copied_bytes=copied_bytes(prepared.call, ITEM_BYTES[STORAGE_DTYPES[self._precision]]))
 
     def large_product(self) -> tuple[Call, int]:
         """Return a square product and its operations."""
@@ -184,6 +255,9 @@ class TorchTimer(Timer):
         """Wait for the GPU; on a CPU every call has finished when it returns."""
         if self._device == "cuda":
             torch.cuda.synchronize()
+
+    def _in_out(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.T
 
     def _fetched(self, result: torch.Tensor) -> np.ndarray:
         return to_numpy(result)

@@ -6,6 +6,7 @@ submodules while a program is traced to be recorded. Scans are unrolled here, an
 
 import contextlib
 import contextvars
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -16,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from parity_tests.frameworks.jax.noise import Interpreter, Mark, normal_pool
 from parity_tests.frameworks.jax.operations import INLINED, aval_of, is_inexact, widened
 from parity_tests.frameworks.jax.watch import origin_of
 from parity_tests.judge.dtypes import from_parts, parts
-from parity_tests.pair.trace import FEATURES, LARGEST, MEMBERS, MOST_ELEMENTS, Step, Trace, limits
+from parity_tests.pair.trace import CONSTANT, FEATURES, LARGEST, MEMBERS, MOST_ELEMENTS, Step, Trace, limits
 
 _SCOPE = "module:"
 _TURN = "#"  # stands, in a path, for the turn of a scan over stacked modules
@@ -112,7 +114,9 @@ class Recorder(Interpreter):
     """
 
     def __init__(self, member: int, wanted: frozenset[int] | None) -> None:
-        super().__init__("float32", np.int64(member), np.float64(1.0) if member else None)
+        # The pool is for loops too long to be unrolled, which are compiled with their noise.
+        pool = jnp.asarray(normal_pool()) if member else None
+        super().__init__("float32", np.int64(member), np.float64(1.0) if member else None, pool)
         self._run = member
         self._wanted, self._kept = wanted, 0
         self._numbers: dict[int, tuple[Any, int]] = {}  # the values are kept, so that no other has the same id
@@ -122,6 +126,7 @@ class Recorder(Interpreter):
         self.features: list[list[float]] = []
         self.arrays: dict[int, np.ndarray] = {}
         self.shapes: list[tuple[int, ...]] = []
+        self.constants: list[int] = []
 
     def recorded(self, closed: ClosedJaxpr, leaves: Sequence[Any]) -> tuple[list[int], list[int]]:
         """Evaluate a program; return the numbers of its arguments and of its results, -1 for what has none."""
@@ -134,6 +139,12 @@ class Recorder(Interpreter):
         marks = [Mark(False, 0.0)] * len(given)
         results, _ = self._jaxpr(closed.jaxpr, [self._const(const) for const in closed.consts], given, marks)
         return numbers, [self._known(value) for value in results]
+
+    def _const(self, const: Any) -> jax.Array:
+        value = super()._const(const)
+        if is_inexact(value) and value.size > 1 and not self._hidden and self._known(value) < 0:
+            self.constants.append(self._number(value))
+        return value
 
     def _known(self, value: Any) -> int:
         return self._numbers.get(id(value), (None, -1))[1]
@@ -165,6 +176,12 @@ class Recorder(Interpreter):
                 return super()._equation(equation, operands, marks)
             if name == "scan" and (length := equation.params["length"]) and self._is_short(equation, length):
                 return self._unrolled(equation, operands, marks)
+            if name == "cond":
+                branches = equation.params["branches"]
+                taken = branches[min(max(int(operands[0]), 0), len(branches) - 1)]
+                return self._program(taken, operands[1:], marks[1:])
+            if name == "while" and (results := self._turned(equation, operands)) is not None:
+                return results, [Mark(False, 0.0)] * len(results)
             self._hidden += 1
             try:
                 results, found = super()._equation(equation, operands, marks)
@@ -177,13 +194,45 @@ class Recorder(Interpreter):
         finally:
             self._scope, self._origin = outer
 
+    def _program(self, closed: ClosedJaxpr, operands: Sequence[Any], marks: Sequence[Mark]) -> tuple[list, list]:
+        return self._jaxpr(closed.jaxpr, [self._const(const) for const in closed.consts], list(operands), list(marks))
+
+    def _turned(self, equation: JaxprEqn, operands: list[Any]) -> list[Any] | None:
+        """Run a loop turn by turn; None if there are too many turns, or steps in them."""
+        conditions, bodies = equation.params["cond_nconsts"], equation.params["body_nconsts"]
+        fixed, carry = operands[:conditions], operands[conditions + bodies :]
+        state, scope = (len(self.steps), len(self.shapes), self._operation), self._scope
+        for turn in itertools.count():
+            self._scope = f"{scope}/[{turn}]"
+            given = [*fixed, *carry]
+            if not bool(self._program(equation.params["cond_jaxpr"], given, [Mark(False, 0.0)] * len(given))[0][0]):
+                return carry
+            if len(self.steps) > _MOST_STEPS:
+                self._forget(*state)
+                return None
+            given = [*operands[conditions : conditions + bodies], *carry]
+            carry = self._program(equation.params["body_jaxpr"], given, [Mark(False, 0.0)] * len(given))[0]
+        return None
+
+    def _forget(self, steps: int, values: int, operation: int) -> None:
+        """Go back to before a loop."""
+        del self.steps[steps:], self.features[values:], self.shapes[values:]
+        self._numbers = {key: found for key, found in self._numbers.items() if found[1] < values}
+        self.arrays = {number: array for number, array in self.arrays.items() if number < values}
+        self.constants = [number for number in self.constants if number < values]
+        self._operation = operation
+
     def _summed(self, value: Any, square: Any, terms: Any, u_acc: float, dtype: str) -> Any:
+        if isinstance(value, Tracer):
+            return super()._summed(value, square, terms, u_acc, dtype)
         modulus, square, terms = np.abs(np.asarray(value)), np.abs(np.asarray(square)), np.abs(np.asarray(terms))
         summation = u_acc**2 * (terms * modulus**2 / 3 + terms * square / 6 + square)
         deviation = np.sqrt(summation + (self._roundoff(dtype) * modulus) ** 2) + self._tiny(dtype) * (square != 0)
         return self._noised(np.asarray(value), deviation)
 
     def _round(self, value: Any, dtype: str, factor: Any = 1.0) -> Any:
+        if isinstance(value, Tracer):
+            return super()._round(value, dtype, factor)
         value = np.asarray(value)
         u = np.asarray(factor) * self._roundoff(dtype) * (math.sqrt(2.0) if np.iscomplexobj(value) else 1.0)
         return self._noised(value, u * np.abs(value) + self._tiny(dtype) * (value != 0))
@@ -271,11 +320,14 @@ def record(
         recorder = Recorder(member, kept if member == 0 else frozenset())
         runs.append((recorder, *recorder.recorded(closed, leaves)))
     recorder, given, results = runs[0]
+    # A loop whose turns depend on its numbers has no common fingerprints.
+    runs = [run for run in runs if [s.operation for s in run[0].steps] == [s.operation for s in recorder.steps]]
     members = np.array([run[0].features for run in runs]).reshape(len(runs), -1, FEATURES)
     sizes = np.array([int(np.prod(shape)) for shape in recorder.shapes])
+    named = {name: number for name, number in zip(sources, given, strict=True) if number >= 0}
     return Trace(
         tuple(recorder.steps),
-        {name: number for name, number in zip(sources, given, strict=True) if number >= 0},
+        named | {f"{CONSTANT}{number}": number for number in recorder.constants},
         {name: number for name, number in zip(names, results, strict=True) if number >= 0},
         members[0],
         limits(members, sizes),

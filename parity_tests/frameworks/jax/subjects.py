@@ -14,10 +14,11 @@ from jax.typing import DTypeLike
 
 from jax_impl import PartitionedLinear, export_parameters, import_parameters, partitioned_linear
 from jax_impl.linen import PartitionedLinear as LinenPartitionedLinear
-from jax_impl.registry import IMPLEMENTATIONS, unsupported_reason
+from jax_impl.registry import IMPLEMENTATIONS, UNEQUAL_IMPLEMENTATIONS, unsupported_reason
 from parity_tests.frameworks.jax.modes import EXECUTIONS, Function, mode_reason, placement
 from parity_tests.judge.inputs import Case, Inputs, Layout
-from parity_tests.judge.subjects import DEFAULT_MODES, MODES, check_precision
+from parity_tests.judge.sizes import Sizes
+from parity_tests.judge.subjects import DEFAULT_MODES, EQUAL, MODES, UNEQUAL, check_precision, sizes_reason
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,23 @@ class JaxSubject:
     implementation: str
     isolates_partitions: bool
     device: Any
-    function: Function
+    function: Callable[[Sizes | None], Function]
     table_name: str | None
     mode: str = DEFAULT_MODES["jax"]
     framework: str = "jax"
+    sizes: str = EQUAL
 
     def unsupported_reason(self, case: Case, dtype: str) -> str | None:
         """Return one sentence if the table or the mode declares this case unsupported, else None."""
-        reason = mode_reason(self.mode, self.table_name, self.device, case, dtype)
+        reason = sizes_reason(self.mode, self.sizes)
+        reason = reason or mode_reason(self.mode, self.table_name, self.device, case, dtype)
         if reason is not None or self.table_name is None:
             return reason
         return unsupported_reason(
             self.table_name,
             dtype=MODES[self.mode].computes_in or dtype,
             device="cuda" if self.device.platform == "gpu" else str(self.device.platform),
+            unequal=self.sizes == UNEQUAL,
         )
 
     def _put(self, array: np.ndarray, axis: int) -> jax.Array:
@@ -61,14 +65,14 @@ class JaxSubject:
         # A context: a global switch would change the dtypes of other code.
         with jax.enable_x64(inputs.dtype == "float64"):
             x, parameters = self._arguments(inputs)
-            return np.asarray(_forward(self.function, inputs.layout, self.mode)(x, *parameters))
+            return np.asarray(_forward(self.function(inputs.sizes), inputs.layout, self.mode)(x, *parameters))
 
     def vjp(self, inputs: Inputs) -> dict[str, np.ndarray]:
         """Return y, dx, dweight and dbias."""
         with jax.enable_x64(inputs.dtype == "float64"):
             x, parameters = self._arguments(inputs)
-            cotangent = self._put(inputs.cotangent, inputs.cotangent.ndim - 2)
-            y, gradients = _vjp(self.function, inputs.layout, self.mode)(cotangent, x, *parameters)
+            cotangent = self._put(inputs.cotangent, len(inputs.leading))
+            y, gradients = _vjp(self.function(inputs.sizes), inputs.layout, self.mode)(cotangent, x, *parameters)
             names = ("dx", "dweight", "dbias")[: len(parameters) + 1]
             named = dict(zip(names, map(np.asarray, gradients), strict=True))
             if inputs.layout == "transposed":
@@ -101,18 +105,17 @@ def _vjp(function: Function, layout: Layout, mode: str) -> Callable[..., Any]:
 
 # Cached likewise: the subjects of one process share what was compiled.
 @functools.cache
-def _functional(name: str, precision: jax.lax.Precision) -> Function:
-    return lambda x, *parameters: partitioned_linear(x, *parameters, implementation=name, precision=precision)
+def _functional(name: str, precision: jax.lax.Precision, sizes: Sizes | None) -> Function:
+    how: dict[str, Any] = {} if sizes is None else dataclasses.asdict(sizes)
+    return lambda x, *parameters: partitioned_linear(x, *parameters, implementation=name, precision=precision, **how)
 
 
 @functools.cache
-def _nnx_layer(precision: jax.lax.Precision, name: str = "auto", dtype: DTypeLike | None = None) -> Function:
+def _nnx_layer(precision: jax.lax.Precision, name: str, dtype: DTypeLike | None, sizes: Sizes | None) -> Function:
     def call(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        n, i, o = kernel.shape
+        own = kernel.shape if sizes is None else (len(sizes.in_features), sizes.in_features, sizes.out_features)
         layer = PartitionedLinear(
-            n,
-            i,
-            o,
+            *cast(tuple[int, int, int], own),
             use_bias=bias is not None,
             implementation=name,
             dtype=dtype,
@@ -130,10 +133,11 @@ def _nnx_layer(precision: jax.lax.Precision, name: str = "auto", dtype: DTypeLik
 
 
 @functools.cache
-def _linen_layer(precision: jax.lax.Precision, dtype: DTypeLike | None = None) -> Function:
+def _linen_layer(precision: jax.lax.Precision, dtype: DTypeLike | None, sizes: Sizes | None) -> Function:
     def call(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         layer = LinenPartitionedLinear(
-            features=kernel.shape[2],
+            features=kernel.shape[2] if sizes is None else sizes.out_features,
+            in_features=None if sizes is None else sizes.in_features,
             use_bias=bias is not None,
             dtype=dtype,
             param_dtype=kernel.dtype,
@@ -143,6 +147,12 @@ def _linen_layer(precision: jax.lax.Precision, dtype: DTypeLike | None = None) -
         return cast(jax.Array, layer.apply({"params": parameters}, x))
 
     return call
+
+
+@functools.cache
+def _for_sizes(build: Callable[..., Function], *arguments: Any) -> Callable[[Sizes | None], Function]:
+    """Return the function that a builder makes for given sizes; the same object for the same arguments."""
+    return functools.partial(build, *arguments)
 
 
 def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -172,7 +182,9 @@ def resolve_device(device: str) -> Any:
         ) from None
 
 
-def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | None = None) -> list[JaxSubject]:
+def subjects(
+    device: str = "auto", modes: Sequence[str] = (), precision: str | None = None, sizes: str = EQUAL
+) -> list[JaxSubject]:
     """Return every JAX subject, in every mode that is asked for; in the default mode if none is."""
     target = resolve_device(device)
     check_precision(precision, has_tf32=target.platform == "gpu")
@@ -183,18 +195,21 @@ def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | N
     for mode in modes or (DEFAULT_MODES["jax"],):
         # A dtype policy belongs to a layer: there each implementation is judged inside one.
         cast_to = MODES[mode].computes_in
+        functions = {
+            name: (entry.isolates_partitions, _for_sizes(_nnx_layer, product, name, cast_to))
+            if EXECUTIONS[mode].casts
+            else (entry.isolates_partitions, _for_sizes(_functional, name, product))
+            for name, entry in (IMPLEMENTATIONS if sizes == EQUAL else UNEQUAL_IMPLEMENTATIONS).items()
+        }
         sources = [
-            JaxSubject(
-                name,
-                entry.isolates_partitions,
-                target,
-                _nnx_layer(product, name, cast_to) if EXECUTIONS[mode].casts else _functional(name, product),
-                table_name=name,
-            )
-            for name, entry in IMPLEMENTATIONS.items()
+            JaxSubject(name, isolates, target, function, name, sizes=sizes)
+            for name, (isolates, function) in functions.items()
         ]
-        sources.append(JaxSubject("layer", True, target, _nnx_layer(product, dtype=cast_to), table_name=None))
-        sources.append(JaxSubject("linen", True, target, _linen_layer(product, cast_to), table_name=None))
+        layers = {
+            "layer": _for_sizes(_nnx_layer, product, "auto", cast_to),
+            "linen": _for_sizes(_linen_layer, product, cast_to),
+        }
+        sources += [JaxSubject(name, True, target, function, None, sizes=sizes) for name, function in layers.items()]
         found += [dataclasses.replace(source, mode=mode) for source in sources]
     return found
 

@@ -6,7 +6,7 @@ sentence `{weight}` stands for the parameter's name.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from parity_tests.frameworks.torch.norm_alternatives import EPSILONS, Offer, again, norm_offers, put
 from parity_tests.frameworks.torch.operations import names
+from parity_tests.frameworks.torch.window_alternatives import window_offers
 
 _LARGEST_EPSILON = 1e-2  # a constant that is added and is at most this can be meant as an epsilon
 _GELU_NAME = {"none": "the exact gelu (erf)", "tanh": "the tanh approximation of gelu"}
@@ -28,16 +29,22 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "elu": F.elu,
     "leaky_relu": F.leaky_relu,
     "hardswish": F.hardswish,
+    "hard_sigmoid": F.hardsigmoid,
     "relu6": F.relu6,
 }
 _UNARY = names("""
 relu gelu silu tanh sigmoid softplus elu leaky_relu hardtanh hardswish hardsigmoid mish celu selu exp log log1p sqrt
 abs square clamp clamp_min clamp_max erf sin cos softshrink hardshrink threshold log_sigmoid_forward
 """)
+# Functions that no activation is: what they are, for a sentence.
+_FUNCTIONS = {"exp": "exp", "sqrt": "the square root", "rsqrt": "one over the square root", "abs": "abs", "sin": "sin"}
+_FUNCTIONS |= {"square": "the square", "cos": "cos", "erf": "erf", "log": "log", "log1p": "log1p"}
+_BASES = (10000.0, 1000.0, 100.0, 500000.0, 1000000.0, 100000.0, 2.0, 10.0, math.e)
+_EXPONENTS = (1.0, 2.0, 0.5, 3.0, 1.5, 4.0, -0.5, -1.0, -2.0)
 _LOGARITHMS = {"log": torch.log, "log2": torch.log2, "log10": torch.log10, "log1p": torch.log1p}
 _LINEAR = {"addmm": 1, "mm": 0, "bmm": 0, "baddbmm": 1, "convolution": 0, "mv": 1, "addmv": 2, "embedding": None}
+_MOST_ROWS = 12
 _REDUCTIONS = ("none", "mean", "sum")
-_MOST_DILATION = 4
 
 
 def offers(operation: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
@@ -53,10 +60,11 @@ def offers(operation: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
     for kind in (
         norm_offers,
         _added,
+        _power,
+        _cumulated,
         _constant,
         _gelu,
-        _window,
-        _pool,
+        window_offers,
         _mask,
         _moment,
         _logarithm,
@@ -68,6 +76,36 @@ def offers(operation: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
     yield from _activation(name, args, kwargs, result)
     yield from _sum_of_two(name, args, kwargs, result)
     yield from _scaled(name, args, kwargs, result)
+
+
+def _power(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    """Take another base, or another exponent, of a power that has a number for one of them."""
+    if name != "pow" or not isinstance(result, torch.Tensor):
+        return
+    base, exponent = args[0], args[1]
+    if isinstance(base, int | float):
+        for other in _BASES:
+            if other != base:
+                sentence = f"base: the torch side takes powers of {base:g}, the flax side of {other:g}"
+                yield f"base {other}", sentence, lambda other=other: other**exponent
+    if isinstance(exponent, int | float):
+        for other in _EXPONENTS:
+            if other != exponent:
+                own = "the square" if exponent == 2 else f"the power {exponent:g}"
+                sentence = f"power: the torch side takes {own}, the flax side the power {other:g}"
+                yield f"exponent {other}", sentence, lambda other=other: base**other
+
+
+def _cumulated(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    """Take the whole sum, or leave the element itself out, or start at the other end, of a running sum."""
+    if name == "cumsum":
+        x, axis = args[:2]
+        whole = "causal: the torch side takes a running sum (cumsum), the flax side the whole sum"
+        yield "whole sum", whole, lambda: x.sum(axis, keepdim=True).expand(x.shape).clone()
+        without = "off by one: the running sum (cumsum) leaves the element itself out on the flax side"
+        yield "exclusive", without, lambda: result - x
+        back = "order: the running sum (cumsum) starts at the other end (reversed) on the flax side"
+        yield "reversed", back, lambda: x.flip(axis).cumsum(axis).flip(axis)
 
 
 def _added(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
@@ -95,125 +133,6 @@ def _gelu(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
         other = "tanh" if form == "none" else "none"
         sentence = f"gelu: the torch side uses {_GELU_NAME[form]}, the flax side behaves like {_GELU_NAME[other]}"
         yield "other gelu", sentence, lambda: F.gelu(args[0], approximate=other)
-
-
-def _spatial(x: torch.Tensor, count: int) -> tuple[int, ...]:
-    return tuple(x.shape[x.ndim - count :])
-
-
-def _same(size: int, window: int, stride: int, dilation: int = 1) -> tuple[int, int]:
-    """Return what padding="SAME" adds before and after."""
-    total = max((math.ceil(size / stride) - 1) * stride + (window - 1) * dilation + 1 - size, 0)
-    return total // 2, total - total // 2
-
-
-def _padded(x: torch.Tensor, pads: Sequence[tuple[int, int]], value: float = 0.0) -> torch.Tensor:
-    flat = [amount for pad in reversed(pads) for amount in pad]
-    return F.pad(x, flat, value=value)
-
-
-def _window(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
-    if name != "convolution":
-        return
-    x, w, bias, stride, padding, dilation, transposed, output_padding, groups = args
-    axes = tuple(range(2, w.ndim))
-    if any(w.shape[axis] > 1 for axis in axes):
-        listed = ", ".join(map(str, axes))
-        sentence = (
-            f"the kernel {{weight}} is flipped: reversing its window (axes {listed} on the torch side) makes both agree"
-            + " (Flax's ConvTranspose flips it unless transpose_kernel=True)" * transposed
-        )
-        yield "flipped", sentence, lambda: again(name, put(args, 1, w.flip(axes)))
-    if transposed:
-        return
-    sizes, windows = _spatial(x, len(axes)), w.shape[2:]
-    stride, padding, dilation = (_each(value, len(axes)) for value in (stride, padding, dilation))
-
-    def convolved(pads: Sequence[tuple[int, int]], dilations: Sequence[int]) -> Any:
-        return again(
-            name, (_padded(x, pads), w, bias, stride, [0] * len(axes), dilations, False, output_padding, groups)
-        )
-
-    def length(size: int, window: int, step: int, pad: tuple[int, int], spread: int) -> int:
-        return (size + sum(pad) - (window - 1) * spread - 1) // step + 1
-
-    own = [(pad, pad) for pad in padding]
-    for spread in range(1, _MOST_DILATION + 1):
-        spreads = [spread] * len(axes)
-        same = [_same(*one) for one in zip(sizes, windows, stride, spreads, strict=True)]
-        shifted = [(low + 1, high - 1) for low, high in own if high]
-        lower = [(low - 1, high + 1) for low, high in own if low]
-        reversed_same = [(high, low) for low, high in same]
-        for title, pads in (("own", own), ("SAME", same), ("SAME, the other way round", reversed_same)):
-            yield from _convolution(title, pads, spread, dilation, own, args, result, length, convolved, sizes, windows)
-        for pads in (shifted, lower):
-            if len(pads) == len(axes) and spread == dilation[0]:
-                title = f"{pads[0][0]} before and {pads[0][1]} after"
-                yield from _convolution(
-                    title, pads, spread, dilation, own, args, result, length, convolved, sizes, windows
-                )
-
-
-def _convolution(
-    title: str,
-    pads: Sequence[tuple[int, int]],
-    spread: int,
-    dilation: Sequence[int],
-    own: Sequence[tuple[int, int]],
-    args: tuple,
-    result: torch.Tensor,
-    length: Callable[..., int],
-    convolved: Callable[..., Any],
-    sizes: Sequence[int],
-    windows: Sequence[int],
-) -> Iterator[Offer]:
-    """Yield one convolution with other padding or dilation, if its result has the same shape."""
-    spreads, stride = [spread] * len(sizes), _each(args[3], len(sizes))
-    lengths = [length(*one) for one in zip(sizes, windows, stride, pads, spreads, strict=True)]
-    if (list(pads) == list(own) and spreads == list(dilation)) or lengths != list(_spatial(result, len(sizes))):
-        return
-    if spreads != list(dilation):
-        sentence = f"dilation: the torch side uses {dilation[0]}, the flax side behaves like {spread}"
-    else:
-        sentence = (
-            f"padding: the torch side pads {_pads(own)}, the flax side behaves like {_pads(pads)}"
-            f"{' (SAME)' if title.startswith('SAME') else ''}"
-        )
-    yield f"convolution {spread} {pads}", sentence, lambda: convolved(pads, spreads)
-
-
-def _pads(pads: Sequence[tuple[int, int]]) -> str:
-    return ", ".join(f"{low} before and {high} after" for low, high in dict.fromkeys(pads))
-
-
-def _pool(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
-    average = name.startswith("avg_pool") and name.endswith("d")
-    if not average and not (name.startswith("max_pool") and name.endswith("with_indices")):
-        return
-    defaults = ([], 0, False, True, None) if average else ([], 0)
-    given, dims = [*args, *defaults[len(args) - 2 :]], 3 if "3d" in name else 2
-    kernel, stride, padding = (_each(value, dims) for value in (given[1], given[2] or given[1], given[3]))
-    if average:
-        words = ("leaves the padding out of", "counts the padding in")
-        own, other = words[given[5]], words[not given[5]]
-        sentence = f"count_include_pad: the torch side {own} its averages, the flax side {other} them"
-        yield "other count", sentence, lambda: again(name, put(given, 5, not given[5]))
-    same = [_same(*one) for one in zip(_spatial(args[0], dims), kernel, stride, strict=True)]
-    own_pads = [(pad, pad) for pad in padding]
-    if same != own_pads:
-        padded = _padded(args[0], same, 0.0 if average else -math.inf), kernel, stride, [0] * dims
-        sentence = f"padding: the torch side pads {_pads(own_pads)}, the flax side {_pads(same)} (SAME)"
-        yield "SAME", sentence, lambda: _first(again(name, padded))
-
-
-def _first(result: Any) -> torch.Tensor:
-    return result[0] if isinstance(result, tuple) else result
-
-
-def _each(value: Any, dims: int) -> list[int]:
-    """Return one number for each axis."""
-    several = [*value] if isinstance(value, list | tuple) else [value]
-    return several * dims if len(several) == 1 else several
 
 
 def _shifted(mask: torch.Tensor, axis: int, by: int) -> torch.Tensor:
@@ -261,10 +180,22 @@ def _moment(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer
             f"reduction: the torch side takes a {own}, the flax side {other}",
             lambda: result * factor,
         )
+    given = [*args, None, None][:3]
+    axes = given[1] if isinstance(given[1], list | tuple) else ()
+    if name in ("mean", "sum", "amax") and axes:
+        keep = bool(kwargs.get("keepdim", given[2]))
+        others = {"mean": torch.mean, "sum": torch.sum, "maximum": torch.amax}
+        for other, function in others.items():
+            if (other == "maximum") == (name == "amax"):
+                continue
+            sentence = (
+                f"reduction: the torch side takes a {'maximum' if name == 'amax' else name}, the flax side a {other}"
+            )
+            yield f"a {other}", sentence, lambda function=function: function(args[0], tuple(axes), keepdim=keep)
     if name in ("var", "std", "var_mean", "std_mean"):
         first = result[0] if isinstance(result, tuple) else result
         count = args[0].numel() / max(first.numel(), 1)
-        correction = kwargs.get("correction", args[2] if len(args) > 2 and not isinstance(args[2], bool) else 1)
+        correction = kwargs.get("correction", given[2] if len(args) > 2 and not isinstance(given[2], bool) else 1)
         correction = 1 if correction is None else float(correction)
         other = 0.0 if correction else 1.0
         if count > 1:
@@ -304,6 +235,10 @@ def _embedding(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Of
     if name == "embedding_dense_backward" and args[3] >= 0:
         sentence = f"padding_idx: the torch side leaves row {args[3]} out of the gradient, the flax side does not"
         yield "no padding_idx", sentence, lambda: again(name, put(args, 3, -1))
+        for row in range(min(args[2], _MOST_ROWS)):
+            sentence = f"padding_idx: the torch side leaves row {args[3]} out of the gradient, the flax side row {row}"
+            if row != args[3]:
+                yield f"padding_idx {row}", sentence, lambda row=row: again(name, put(args, 3, row))
     if name == "embedding":
         count = int(args[0].shape[0])
         for row in dict.fromkeys((0, count - 1, 1)):
@@ -322,12 +257,17 @@ def _softmax(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offe
 
 def _activation(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
     if name in _UNARY and isinstance(result, torch.Tensor):
-        sentence = f"activation: {name} is missing on the flax side"
-        yield "missing", sentence, lambda: args[0].clone()
+        kind = f"function: {_FUNCTIONS[name]}" if name in _FUNCTIONS else f"activation: {name}"
+        yield "missing", f"{kind} is missing on the flax side", lambda: args[0].clone()
         for other, function in ACTIVATIONS.items():
             if other != name and name in ACTIVATIONS:
                 sentence = f"activation: the torch side has {name}, the flax side {other}"
                 yield f"activation {other}", sentence, lambda f=function: f(args[0])
+        sentence = f"sign: the flax side takes {name} of the negative"
+        yield "negated before", sentence, lambda: again(name, put(args, 0, -args[0]), kwargs)
+        if name == "sigmoid":
+            sentence = "complement: the flax side has 1 - sigmoid (an inverted gate) where the torch side has sigmoid"
+            yield "complement", sentence, lambda: 1 - result
         for shift in (1.0, -1.0):
             sentence = f"constant: the flax side adds {shift:g} before {name}, the torch side does not"
             yield f"{shift:g} before", sentence, lambda shift=shift: again(name, put(args, 0, args[0] + shift), kwargs)
@@ -360,3 +300,14 @@ def _scaled(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer
             value = torch.as_tensor(other).detach().item()
             sentence = f"scale: the flax side lacks this {'factor' if name == 'mul' else 'division'} of {value:.6g}"
             yield "no factor", sentence, lambda: args[0].broadcast_to(result.shape).clone()
+            return
+        # A product has no first factor: either may be the one that is missing.
+        for position in (0, 1) if name == "mul" and isinstance(args[0], torch.Tensor) else (0,):
+            if args[position].shape == result.shape:
+                what = (
+                    "multiplication (a weight, a normalisation)" if name == "mul" else "division (not normalised there)"
+                )
+                sentence = (
+                    f"factor: the flax side lacks this {what}, by values of shape {tuple(args[1 - position].shape)}"
+                )
+                yield f"only {position}", sentence, lambda position=position: args[position].clone()

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from parity_tests.judge.inputs import Inputs, Layout
-from parity_tests.judge.subjects import MODES, members_of, split_members
+from parity_tests.judge.subjects import EQUAL, MODES, members_of, split_members
 from torch_impl.parameters import to_array, to_tensor
-from torch_impl.registry import IMPLEMENTATIONS
+from torch_impl.registry import IMPLEMENTATIONS, UNEQUAL_IMPLEMENTATIONS
 
 to_numpy = to_array
 Function = Callable[..., torch.Tensor]
@@ -37,7 +37,7 @@ def lay_out(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Return the same values in another memory layout."""
     if layout == "transposed":
         return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-    if layout == "strided" and x.ndim > 2:
+    if layout == "strided" and x.ndim > 1:
         # The rows in between are NaN: reading past a stride shows.
         wide = torch.full((x.shape[0], 2, *x.shape[1:]), torch.nan, dtype=x.dtype, device=x.device)
         wide[:, 0] = x
@@ -92,14 +92,15 @@ WRAPPERS: Mapping[str, Callable[[Prepare], Prepare]] = MappingProxyType(
 )
 
 
-def mode_reason(mode: str, table_name: str | None, dtype: str) -> str | None:
+def mode_reason(mode: str, table_name: str | None, dtype: str, sizes: str = EQUAL) -> str | None:
     """Return one sentence if an implementation cannot run in this mode and dtype, else None.
 
     A layer class has no name in the table.
     """
     if dtype not in MODES[mode].dtypes:
         return f"mode {mode}: expected {', '.join(MODES[mode].dtypes)}, got {dtype}; no other program runs there."
-    if mode == "compile" and table_name is not None and dtype not in IMPLEMENTATIONS[table_name].traced_dtypes:
+    table = IMPLEMENTATIONS if sizes == EQUAL else UNEQUAL_IMPLEMENTATIONS
+    if mode == "compile" and table_name is not None and dtype not in table[table_name].traced_dtypes:
         return f"mode compile: PyTorch cannot trace {table_name} in {dtype} without data."
     return None
 
@@ -110,8 +111,10 @@ def canonical_gradients(
     """Bring parameter gradients to `(n, i, o)` and `(n, o)`, whatever the layer and the mode made of them.
 
     `dense` means the masked layer's `(n*o, n*i)` weight, of which the diagonal blocks count. A mapped ensemble stacks
-    the leaves of its members.
+    the leaves of its members. The packed ones of unequal sizes are as they should be.
     """
+    if inputs.sizes is not None:
+        return dict(gradients)
     n, i, o = inputs.weight.shape
     found = dict(gradients)
     if dense:

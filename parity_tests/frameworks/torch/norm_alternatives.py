@@ -33,6 +33,8 @@ def put(args: Sequence[Any], position: int, value: Any) -> list[Any]:
 
 def norm_offers(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
     """Yield the hypotheses about a norm, for `alternatives.offers`."""
+    if name == "_weight_norm_interface":
+        yield from _weight_norm(*args)
     if name not in NORMS:
         return
     position, weight, bias = NORMS[name]
@@ -58,6 +60,21 @@ def norm_offers(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
             yield f"without {what}", sentence, lambda where=where: again(name, put(args, where, None))
     yield from _other_moments(name, args, used)
     yield "no norm", "this norm is missing on the flax side", lambda: args[0]
+
+
+def _weight_norm(v: torch.Tensor, gain: torch.Tensor, axis: int = 0) -> Iterator[Offer]:
+    def divided(kept: int, epsilon: float = 0.0) -> torch.Tensor:
+        axes = [k for k in range(v.ndim) if k != kept]
+        return v / (v.square().sum(axes, keepdim=True) + epsilon).sqrt()
+
+    for other in (k for k in range(v.ndim) if k != axis):
+        sentence = f"axes: the torch side takes a length for each index of axis {axis}, the flax side of axis {other}"
+        yield f"lengths of {other}", sentence, lambda other=other: divided(other) * gain
+    yield "no gain", "factor: the gain of this weight norm has no effect on the flax side", lambda: divided(axis)
+    yield "no length", "factor: the flax side does not divide by the length of the weight", lambda: v * gain
+    for value in EPSILONS[:-1]:
+        sentence = f"epsilon: the torch side has none in this weight norm, the flax side behaves like {value:g}"
+        yield f"epsilon={value!r}", sentence, lambda value=value: divided(axis, value) * gain
 
 
 @dataclass(frozen=True)
@@ -113,6 +130,8 @@ def _other_moments(name: str, args: tuple, epsilon: float | None) -> Iterator[Of
         own = _Moments((2,), (x.shape[0], groups, -1), epsilon)
     else:
         own = _Moments((0, *range(2, x.ndim)), tuple(x.shape), epsilon)
+        # An instance norm is a batch norm of one image that has the channels of all.
+        groups = x.shape[1] if len(x) == 1 else 0
     if name not in ("native_layer_norm", "_fused_rms_norm"):
         by_channel = (-1, *[1] * (x.ndim - 2))
         weight, bias = (None if array is None else array.reshape(by_channel) for array in (weight, bias))
@@ -140,7 +159,7 @@ def _other_moments(name: str, args: tuple, epsilon: float | None) -> Iterator[Of
     channels = x.shape[1] if x.ndim > 1 else 1
     for count in (n for n in range(1, channels + 1) if groups and channels % n == 0 and n != groups):
         sentence = f"groups: the torch side normalises {groups} groups, the flax side behaves like {count}"
-        yield f"groups {count}", sentence, other(shape=(x.shape[0], count, -1))
+        yield f"groups {count}", sentence, other(shape=(x.shape[0], count, -1), axes=(2,))
     if groups > 1 and channels // groups > 1:
         shape = (x.shape[0], channels // groups, groups, *x.shape[2:])
         axes = (2, *range(3, len(shape)))

@@ -21,10 +21,9 @@ from parity_tests.frameworks.torch.norm_alternatives import NORMS, norms_of
 from parity_tests.frameworks.torch.watch import user_line
 from parity_tests.judge.dtypes import is_inexact, widened
 from parity_tests.pair.side import Arrays
-from parity_tests.pair.trace import ARGUMENT, LARGEST, MEMBERS, MOST_ELEMENTS, Change, Step, Trace, limits
+from parity_tests.pair.trace import ARGUMENT, CONSTANT, LARGEST, MEMBERS, MOST_ELEMENTS, Change, Step, Trace, limits
 
 Run = Callable[[Callable[..., DoublePrecision]], dict[str, np.ndarray]]
-CONSTANT = "constant"
 
 
 def fingerprint(tensor: torch.Tensor) -> list[float]:
@@ -175,7 +174,7 @@ class Recorder(DoublePrecision):
         for name, features in self._given.items():
             if name not in self.sources and np.allclose(found, features, rtol=1e-14, atol=0.0, equal_nan=True):
                 return name
-        return f"{CONSTANT}:{number}"
+        return f"{CONSTANT}{number}"
 
     def _overwrite(self, tensor: torch.Tensor) -> None:
         storage, _ = _where(tensor)

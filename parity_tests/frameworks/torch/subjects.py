@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from parity_tests.frameworks.torch.sharded import ShardedTorchSubject, serve
 from parity_tests.frameworks.torch.training import TorchOptimizer
 from parity_tests.interpreters.interpreter import Channel
 from parity_tests.judge.inputs import Case, Inputs
-from parity_tests.judge.subjects import DEFAULT_MODES, MODES, Subject, check_precision
+from parity_tests.judge.subjects import DEFAULT_MODES, EQUAL, MODES, UNEQUAL, Subject, check_precision, sizes_reason
 from parity_tests.training.optimizers import OPTIMIZERS
 from torch_impl import (
     MaskedPartitionedLinear,
@@ -31,7 +32,7 @@ from torch_impl import (
     import_parameters,
     partitioned_linear,
 )
-from torch_impl.registry import IMPLEMENTATIONS, unsupported_reason
+from torch_impl.registry import IMPLEMENTATIONS, UNEQUAL_IMPLEMENTATIONS, unsupported_reason
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,20 @@ class TorchSubject:
     dense_weight: bool = False
     mode: str = DEFAULT_MODES["torch"]
     framework: str = "torch"
+    sizes: str = EQUAL
 
     def unsupported_reason(self, case: Case, dtype: str) -> str | None:
         """Return one sentence if the table or the mode declares this case unsupported, else None."""
-        reason = mode_reason(self.mode, self.table_name, dtype)
+        reason = sizes_reason(self.mode, self.sizes) or mode_reason(self.mode, self.table_name, dtype, self.sizes)
         if reason is not None or self.table_name is None:
             return reason
         return unsupported_reason(
             self.table_name,
             dtype=MODES[self.mode].computes_in or dtype,
             device=self.device.type,
-            in_features=case.in_features,
-            out_features=case.out_features,
+            in_features=case.largest[0],
+            out_features=case.largest[1],
+            unequal=self.sizes == UNEQUAL,
         )
 
     def forward(self, inputs: Inputs) -> np.ndarray:
@@ -86,7 +89,11 @@ def functional(name: str) -> Prepare:
     """Prepare calls of the public function with one implementation of the table."""
 
     def prepare(inputs: Inputs, device: torch.device) -> tuple[Function, list[torch.Tensor]]:
-        return (lambda x, *params: partitioned_linear(x, *params, implementation=name)), _leaves(inputs, device)
+        sizes: dict[str, Any] = {} if inputs.sizes is None else dataclasses.asdict(inputs.sizes)
+        return (
+            lambda x, *params: partitioned_linear(x, *params, implementation=name, **sizes),
+            _leaves(inputs, device),
+        )
 
     return prepare
 
@@ -95,9 +102,10 @@ def layer_call(layer_class: type[PartitionedLinear] | type[MaskedPartitionedLine
     """Prepare calls of a layer that holds the inputs' parameters."""
 
     def prepare(inputs: Inputs, device: torch.device) -> tuple[Function, list[torch.Tensor]]:
-        n, i, o = inputs.weight.shape
+        case: Any = inputs.case
         dtype = to_torch(inputs.weight[:0], device).dtype
-        layer = layer_class(n, i, o, bias=inputs.bias is not None, device=device, dtype=dtype)
+        sizes = (case.num_partitions, case.in_features, case.out_features)
+        layer = layer_class(*sizes, bias=case.bias, device=device, dtype=dtype)
         import_parameters(layer, inputs.parameters)
         leaves: list[torch.Tensor] = [layer.weight, *([] if layer.bias is None else [layer.bias])]
 
@@ -124,6 +132,16 @@ def eager_subjects(device: torch.device) -> list[TorchSubject]:
     return found
 
 
+def unequal_subjects(device: torch.device) -> list[TorchSubject]:
+    """Return every PyTorch subject for partitions of unequal sizes in the default mode."""
+    found = [
+        TorchSubject(name, entry.isolates_partitions, device, functional(name), table_name=name, sizes=UNEQUAL)
+        for name, entry in UNEQUAL_IMPLEMENTATIONS.items()
+    ]
+    layer = layer_call(PartitionedLinear)
+    return [*found, TorchSubject("layer", True, device, layer, table_name=None, sizes=UNEQUAL)]
+
+
 def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Put canonical arrays into the layer and take them out again."""
     n, i, o = arrays["weight"].shape
@@ -146,7 +164,9 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | None = None) -> list[Subject]:
+def subjects(
+    device: str = "auto", modes: Sequence[str] = (), precision: str | None = None, sizes: str = EQUAL
+) -> list[Subject]:
     """Return every PyTorch subject, in every mode that is asked for; in the default mode if none is.
 
     On a GPU, set PyTorch's switches for fp32 products and convolutions: the formulation is judged, not the default of
@@ -157,10 +177,12 @@ def subjects(device: str = "auto", modes: Sequence[str] = (), precision: str | N
     if target.type == "cuda":
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    sources = eager_subjects(target)
+    sources = eager_subjects(target) if sizes == EQUAL else unequal_subjects(target)
     found: list[Subject] = []
     for mode in modes or (DEFAULT_MODES["torch"],):
-        if mode == "sharded":
+        if sizes_reason(mode, sizes):
+            found += [dataclasses.replace(source, mode=mode) for source in sources]
+        elif mode == "sharded":
             found += [ShardedTorchSubject(source, target) for source in sources]
         else:
             found += [

@@ -1,0 +1,1 @@
+"""Models in which partitioned linear layers replace a list of linears; each has a twin in the other tree."""

@@ -1,0 +1,113 @@
+"""What a cause may be: formulas, orders and other operations say what they do, and do it."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed here")
+pytest.importorskip("einops", reason="einops is not installed here")
+
+import torch
+from torch.nn import functional as F
+
+from parity_tests.causes.relations import formulas, order_of, same_numbers
+from parity_tests.causes.search import exchanges
+from parity_tests.frameworks.torch.alternatives import offers
+
+X = np.random.default_rng(0).uniform(0.1, 2.0, (3, 4))
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (-2.5 * X, "-2.5 times as large"),
+        (X + 0.25, "0.25 more"),
+        (1.0 - X, "1 minus it"),
+        (X**1.5, "to the power 1.5"),
+        (1 / X, "to the power -1"),
+        (3 * X - 0.5, "3 times it and 0.5 less"),
+    ],
+)
+def test_a_formula_is_found_in_any_arrangement_and_gives_the_numbers(other, words):
+    found = dict(formulas(X, other.T[::-1]))
+    (said,) = [said for said in found if words in said]
+    np.testing.assert_allclose(found[said], other, rtol=1e-12)
+
+
+def test_no_formula_is_found_where_there_is_none_or_where_chance_would_do():
+    assert not dict(formulas(X, np.sin(7 * X)))
+    assert not dict(formulas(X, X))
+    # Any two numbers are some factor and offset apart.
+    assert not dict(formulas(np.array([0.3, 0.8]), np.array([1.234567, 7.654321])))
+    assert not dict(formulas(np.array([0.3]), np.array([0.4123456])))
+    assert "0.5 times" in next(iter(formulas(np.array([0.71]), np.array([0.355]))))[0]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (X[:, ::-1], "reversed (flipped) along axis 1"),
+        (np.roll(X, 1, 0), "rolled by 1 along axis 0"),
+        (X.reshape(3, 2, 2).swapaxes(1, 2).reshape(3, 4), "2 groups interleaved"),
+        (np.random.default_rng(1).permuted(X.ravel()).reshape(X.shape), ""),
+    ],
+)
+def test_an_order_is_named(other, words):
+    assert same_numbers(X, other)
+    assert words in order_of(X, other * (1 + 1e-13))
+    assert bool(order_of(X, other)) == bool(words)
+    assert not same_numbers(X, other + 1e-3)
+    square = X[:, :3]
+    assert "axes 0 and 1 exchanged (transposed)" in order_of(square, square.T)
+
+
+def test_whole_submodules_are_exchanged_before_their_parameters():
+    names = ("a.norm.w", "a.fc.w", "b.norm.w", "b.fc.w")
+    arrays = {name: np.full(2, float(k)) for k, name in enumerate(names)}
+    first, second, swapped = next(iter(exchanges(arrays)))
+    assert (first, second) == ("a", "b")
+    assert {name: int(array[0]) for name, array in swapped.items()} == dict(zip(names, (2, 3, 0, 1), strict=True))
+
+
+T = torch.as_tensor(np.random.default_rng(2).standard_normal((2, 3, 6, 5)))
+K = torch.as_tensor(np.random.default_rng(3).standard_normal((3, 2, 3, 3)))
+_CROPPED = (T, K, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1)
+
+
+@pytest.mark.parametrize(
+    ("operation", "args", "words", "expected"),
+    [
+        ("pow", (10000.0, -T), "powers of 10000, the flax side of 1000.", 1000.0**-T),
+        ("pow", (T, 2), "takes the square, the flax side the power 3.", T**3),
+        ("cumsum", (T, 1), "the flax side the whole sum", T.sum(1, keepdim=True).expand(T.shape)),
+        ("cumsum", (T, 1), "leaves the element itself out", T.cumsum(1) - T),
+        ("cumsum", (T, 1), "starts at the other end", T.flip(1).cumsum(1).flip(1)),
+        ("max_pool2d_with_indices", (T, [3, 3], [2, 2], [1, 1]), "the flax side averages", F.avg_pool2d(T, 3, 2, 1)),
+        (
+            *("max_pool2d_with_indices", (T, [3, 3], [2, 2], [1, 1]), "pads with zeros before"),
+            F.max_pool2d(F.pad(T, (1, 1, 1, 1)), 3, 2),
+        ),
+        ("avg_pool2d", (T, [3, 3], [2, 2], [1, 1]), "the flax side maxima", F.max_pool2d(T, 3, 2, 1)),
+        ("sum", (T, [1]), "a sum, the flax side a maximum", T.amax(1)),
+        ("amax", (T, [1], True), "a maximum, the flax side a mean", T.mean(1, keepdim=True)),
+        ("convolution", _CROPPED, "the flax side [0, 2]", F.conv_transpose2d(T, K, stride=2)[:, :, 0:11, 2:11]),
+        ("constant_pad_nd", (T, [2, 0], 0.0), "the flax side 1 before and 1 after", F.pad(T, (1, 1))),
+        ("upsample_nearest2d", (T, [12, 10]), "by bilinear with align_corners=True", "resized"),
+        ("div", (T, T[:, :1].exp()), "lacks this division", T),
+        ("sigmoid", (T,), "1 - sigmoid", 1 - T.sigmoid()),
+        ("exp", (T,), "exp of the negative", (-T).exp()),
+        ("_weight_norm_interface", (T, T[:, :1, :1, :1], 0), "does not divide by the length", T * T[:, :1, :1, :1]),
+        (
+            "_weight_norm_interface",
+            (K, K[:, :1, :1, :1], 0),
+            "the gain",
+            K / K.flatten(1).norm(dim=1)[:, None, None, None],
+        ),
+    ],
+)
+def test_an_offer_does_what_its_sentence_says(operation, args, words, expected):
+    result = getattr(torch.ops.aten, operation)(*args)
+    (run,) = [run for _, sentence, run in offers(operation, args, {}, result) if words in f"{sentence}."]
+    if isinstance(expected, str):
+        expected = F.interpolate(T, size=(12, 10), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(run(), expected)
+    assert not torch.equal(run(), result[0] if isinstance(result, tuple) else result)
