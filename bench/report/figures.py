@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.environments import device_name
 from bench.plan.competitors import YARDSTICK
+from bench.plan.workloads import weights_of
 from bench.report.tables import verdict_text
 from bench.report.text import calls, outcome
 from bench.study.cells import DISTURBED, identity
@@ -111,12 +112,13 @@ def cell_figures(ranking: Ranking, machine: str) -> dict[str, Any]:
         between = [f"only {next(iter(timed))} was timed"]
     return {
         "workload": first.workload,
-        "sizes": f"B={first.batch}, n={first.num_partitions}, {first.in_features}->{first.out_features}",
+        "sizes": where.sizes,
         "batch": first.batch,
         "num_partitions": first.num_partitions,
         "in_features": first.in_features,
         "out_features": first.out_features,
-        "weights": first.in_features * first.out_features,
+        # Of unequal partitions those of the average one.
+        "weights": weights_of(first.num_partitions, first.in_features, first.out_features) // first.num_partitions,
         "direction": where.direction,
         "optimizer": where.optimizer,
         "precision": short_name(where.precision),

@@ -8,6 +8,7 @@ from bench.plan.competitors import CALLS
 from bench.report.text import factor, resolution_line, source_line, summary_line, titles, winner_line
 from bench.study.cells import identity
 from bench.study.ranking import Ranking
+from bench.study.recommendation import four_sizes
 from bench.study.results import Results
 from bench.study.statistics import FASTER, SAME, SLOWER, Interval
 
@@ -123,8 +124,7 @@ def _next(results: Results, directories: Sequence[str], where: Sequence[str]) ->
     lines = [f"  python -m bench report {words}{conditions} --all      # every ranking, with reasons and remarks"]
     lines += [f"  python -m bench report {words}{conditions} --html page.html      # as one page for a browser"]
     # Only shapes of one size for all partitions can be asked about.
-    equal = (found.first for found in results.found if isinstance(found.first.in_features, int))
-    if first := next((record for record in equal if isinstance(record.out_features, int)), None):
+    if first := next((found.first for found in results.found if four_sizes(found.first)), None):
         sizes = {"num-partitions": first.num_partitions, "in-features": first.in_features}
         sizes |= {"out-features": first.out_features, "batch": first.batch}
         shape = " ".join(f"--{name} {size}" for name, size in sizes.items())

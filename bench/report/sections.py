@@ -26,6 +26,7 @@ from bench.report.tables import Table
 from bench.report.text import environment_sentences, percent, resolution_line, source_line, summary_line
 from bench.study.claims import ClaimResult
 from bench.study.findings import EVERYWHERE, Finding
+from bench.study.recommendation import four_sizes
 from bench.study.results import Results
 from parity_tests.judge.precisions import short_name
 from parity_tests.report.files import read_text
@@ -85,11 +86,14 @@ def _answer(results: Results, found: Sequence[Finding], directories: Sequence[st
     for one in firm[:_MOST_FINDINGS]:
         words = ["python", "-m", "bench", "findings", directories[0], "--question", one.question.name]
         said.append((one.sentence, shlex.join([*words, *(word for c in one.conditions for word in ("--where", c))])))
-    first = results.found[0].first
-    sizes = {"num-partitions": first.num_partitions, "in-features": first.in_features}
-    sizes |= {"out-features": first.out_features, "batch": first.batch}
-    shape = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
-    command = shlex.join(["python", "-m", "bench", "recommend", *directories, *shape])
+    # Only shapes of one size for all partitions can be asked about.
+    first = next((ranking.first for ranking in results.found if four_sizes(ranking.first)), None)
+    command = shlex.join(["python", "-m", "bench", "report", *directories, "--all"])
+    if first is not None:
+        sizes = {"num-partitions": first.num_partitions, "in-features": first.in_features}
+        sizes |= {"out-features": first.out_features, "batch": first.batch}
+        shape = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+        command = shlex.join(["python", "-m", "bench", "recommend", *directories, *shape])
     return Section("answer", "The answer", three_sentences(results, found), more=said, command=command)
 
 

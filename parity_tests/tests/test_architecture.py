@@ -200,7 +200,8 @@ from parity_tests.judge.inputs import SMOKE
 from parity_tests.judge.run import run_cells
 from parity_tests.judge.subjects import load_subjects
 import {framework}_impl
-rows = list(run_cells(load_subjects("{framework}"), ["float32"], SMOKE[:1]))
+subjects = [subject for subject in load_subjects("{framework}") if subject.implementation in ("matmul", "layer")]
+rows = list(run_cells(subjects, ["float32"], SMOKE[:1]))
 assert rows and all(row.status != "mismatch" for row in rows), rows
 assert any(row.status == "ok" for row in rows)
 assert not set(sys.modules) & set({sorted(banned)!r})
