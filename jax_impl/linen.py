@@ -153,11 +153,13 @@ class PartitionedLinear(nn.Module):
             return None
         if self.in_features is None:
             raise ValueError(
-                "`in_features`: expected an int or a sequence beside a sequence of `features`, got None; pass the "
-                "sizes of the inputs."
+                f"`features`: expected an int where in_features is not given, got {shown(self.features)}; pass "
+                f"in_features too, one int or one for each partition."
             )
-        sizes = self.in_features if isinstance(self.in_features, Sequence) else self.features
-        num_partitions = self.num_partitions or len(cast(Sequence[int], sizes))
+        argument = "in_features" if has_unequal_sizes(self.in_features, None) else "features"
+        num_partitions = self.num_partitions or len(getattr(self, argument))
+        if num_partitions == 0:
+            raise ValueError(f"`{argument}`: expected at least one size, got none; pass one for each partition.")
         names = ("in_features", "features")
         packing = check_packing(num_partitions, self.in_features, self.features, MOST_ELEMENTS, names)
         check_unequal_axes(packing, self.in_axis, self.partition_axis)

@@ -1,7 +1,6 @@
 """Partitions of unequal sizes in the function and the layers: check a call, and give views of packed parameters."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,7 +28,10 @@ def packing_of_call(in_features: Any, out_features: Any) -> Packing:
             f"`{argument}`: expected a sequence of one size per partition in in_features or out_features, got "
             f"{shown(given)}; leave both out for a kernel of shape (n, in, out)."
         )
-    sizes = in_features if isinstance(in_features, Sequence) else out_features
+    argument = "in_features" if has_unequal_sizes(in_features, None) else "out_features"
+    sizes = in_features if argument == "in_features" else out_features
+    if len(sizes) == 0:
+        raise ValueError(f"`{argument}`: expected at least one size, got none; pass one for each partition.")
     return check_packing(len(sizes), in_features, out_features, MOST_ELEMENTS)
 
 

@@ -308,9 +308,7 @@ def test_operands_that_do_not_fit_are_refused_with_advice():
         partitioned_linear(jnp.ones((6, 10)), layer.kernel, jnp.ones((3, 5)), in_features=(4, 2, 4), out_features=5)
     with pytest.raises(UnsupportedImplementationError, match="got 'padded_matmul'; choose one of these"):
         PartitionedLinear(3, 4, 5, implementation="padded_matmul", rngs=nnx.Rngs(0))
-    with pytest.raises(
-        ValueError, match="`in_features`: expected an int or a sequence beside a sequence of `features`"
-    ):
+    with pytest.raises(ValueError, match="`features`: expected an int where in_features is not given"):
         linen.PartitionedLinear((2, 3)).init(jax.random.key(0), jnp.ones((2, 5)))
     with pytest.raises(ValueError, match="`features`: expected one int, or n = 2 of them, got 3"):
         linen.PartitionedLinear((2, 3, 1), in_features=(2, 3)).init(jax.random.key(0), jnp.ones((2, 5)))
