@@ -1,6 +1,5 @@
 "use strict";
-// Draws the figures of the page as pictures when they come into view, narrowed by the filters, with the record under the
-// pointer. It fetches nothing, and sets text only as text.
+// Draws the figures of the page when they come into view, narrowed by filters. Fetches nothing, sets text only as text.
 const data = JSON.parse(document.getElementById("data").textContent);
 const MOST_POINTS = 2000, MOST_LINES = 20, MOST_PANELS = 4, MOST_WORKLOADS = 200;
 const reader = (column) =>
@@ -10,7 +9,7 @@ const cells = readers(data.cells), rows = readers(data.rows);
 const ofCell = (k, name) => cells[name]?.(k) ?? null;
 const ofRow = (k, name) => (rows[name] ? rows[name](k) : ofCell(rows.cell(k), name));
 const count = (n) => [...Array(n).keys()], allCells = count(data.number_of_cells), allRows = count(data.number_of_rows);
-// Filter to the values that are chosen; absent where everything is.
+// Filter to the values that are chosen, or absent.
 const chosen = new Map(Object.entries(data.chosen).map(([name, value]) => [name, new Set([value])]));
 const matches = (name, value) => chosen.get(name)?.has(value) ?? true;
 const keepsCell = (k) => data.filters.every((name) => !cells[name] || matches(name, cells[name](k)));
@@ -193,9 +192,9 @@ function drawWinners(holder, most = MOST_WORKLOADS) {
       if (there) element(cell, "small", {}, ofCell(k, "frameworks"));
     }
   }
-  if (lines.length > most)
-    element(holder, "button", { type: "button" }, `${lines.length - most} more workloads: show more`)
-      .addEventListener("click", () => drawWinners(holder, 2 * most));
+  if (lines.length <= most) return;
+  const more = element(holder, "button", { type: "button" }, `${lines.length - most} more workloads: show more`);
+  more.addEventListener("click", () => drawWinners(holder, 2 * most));
 }
 
 // --- filters, and the record under the pointer ---
@@ -204,17 +203,19 @@ function drawFilter(holder, name) {
   const label = element(holder, "label", {}, name), list = element(label, "select", { multiple: "", size: 4 });
   for (const value of values) element(list, "option", { value }, value).selected = chosen.get(name)?.has(value) ?? false;
   const set = () => {
-    const wanted = new Set([...list.selectedOptions].map((option) => option.value));
-    wanted.size ? chosen.set(name, wanted) : chosen.delete(name);
-    changed();
+    const wanted = [...list.selectedOptions].map((option) => option.value);
+    void (wanted.length ? chosen.set(name, new Set(wanted)) : chosen.delete(name)), changed();
   };
   list.addEventListener("change", set);
   const every = element(holder, "button", { type: "button" }, `all of ${name}`);
   every.addEventListener("click", () => { list.selectedIndex = -1; set(); });
 }
 const tip = document.getElementById("tip");
+// A click keeps the record, so that a long one can be scrolled.
 function showRecord(event) {
+  if (tip.className && (event.type !== "click" || tip.contains(event.target))) return;
   const found = event.target.closest?.("[data-row],[data-cell]");
+  tip.className = found && event.type === "click" ? "kept" : "";
   tip.hidden = !found;
   if (!found) return;
   tip.replaceChildren();
@@ -231,22 +232,19 @@ function showRecord(event) {
   tip.style.top = inside(event.clientY, tip.offsetHeight, innerHeight);
 }
 for (const kind of ["pointerover", "click"]) document.addEventListener(kind, showRecord);
-document.addEventListener("keydown", (event) => { tip.hidden ||= event.key === "Escape"; });
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hidden = true, tip.className = ""; });
 
 // --- drawing what is in view ---
-const drawings = new Map([[document.getElementById("matrix"), drawWinners]]);
-for (const picture of data.pictures)
-  drawings.set(document.getElementById(`picture-${picture.name}`), (figure) => drawPicture(figure, picture));
+const drawer = (picture) => [document.getElementById(`picture-${picture.name}`), (figure) => drawPicture(figure, picture)];
+const drawings = new Map([[document.getElementById("matrix"), drawWinners], ...data.pictures.map(drawer)]);
 const stale = new Set(drawings.keys()), seen = new Set();
 const draw = () => drawings.forEach((make, figure) => { if (seen.has(figure) && stale.delete(figure)) make(figure); });
 const changed = () => { for (const figure of drawings.keys()) stale.add(figure); draw(); };
 for (const name of data.filters) drawFilter(document.getElementById("filters"), name);
 document.getElementById("every").addEventListener("change", changed);
-const watch = new IntersectionObserver((entries) => {
-  for (const { target, isIntersecting } of entries) isIntersecting ? seen.add(target) : seen.delete(target);
-  draw();
-}, { rootMargin: "400px" });
+const look = (entries) => entries.forEach((one) => seen[one.isIntersecting ? "add" : "delete"](one.target)) ?? draw();
+const watch = new IntersectionObserver(look, { rootMargin: "400px" });
 for (const figure of drawings.keys()) watch.observe(figure);
-let width = innerWidth;
-addEventListener("resize", () => { if (innerWidth !== width) width = innerWidth, changed(); });
+let wide = innerWidth;
+addEventListener("resize", () => { if (innerWidth !== wide) wide = innerWidth, changed(); });
 addEventListener("beforeprint", () => { for (const figure of drawings.keys()) seen.add(figure); draw(); });

@@ -1,6 +1,6 @@
 // Runs the script of a page against the few parts of a browser that it uses, and prints what it drew.
-// node page_in_node.js PAGE WIDTH [STEP...]: a step is `choose FILTER VALUE`, `all FILTER`, `every`, `show more` or
-// `point ROW`, as JSON lists.
+// node page_in_node.js PAGE WIDTH [STEP...]: a step is `choose FILTER VALUE`, `all FILTER`, `every`, `show more`,
+// `point ROW` or `click ROW`, as JSON lists.
 "use strict";
 const fs = require("fs");
 const [page, width, ...steps] = process.argv.slice(2);
@@ -22,6 +22,7 @@ class Element {
   get selectedOptions() { return this.children.filter((child) => child.selected); }
   set selectedIndex(place) { this.children.forEach((child, k) => { child.selected = k === place; }); }
   get value() { return this.attributes.value; }
+  contains(other) { return this.all.includes(other); }
   closest() { return "data-row" in this.attributes || "data-cell" in this.attributes ? this : null; }
   get outer() {
     const attributes = Object.entries(this.attributes).map(([key, value]) => ` ${key}="${escape(value)}"`).join("");
@@ -64,9 +65,9 @@ for (const step of steps.map((one) => JSON.parse(one))) {
     ids.every.listeners.change();
   } else if (step[0] === "show more") {
     ids.matrix.children.at(-1).listeners.click();
-  } else if (step[0] === "point") {
+  } else if (step[0] === "point" || step[0] === "click") {
     const found = Object.values(ids).flatMap((one) => one.all).find((one) => one.attributes["data-row"] === step[1]);
-    listeners.pointerover({ target: found, clientX: 10, clientY: 10 });
+    listeners[step[0] === "point" ? "pointerover" : "click"]({ type: step[0], target: found, clientX: 10, clientY: 10 });
   } else throw new Error(`no such step: ${step[0]}`);
 }
 const drawn = {};

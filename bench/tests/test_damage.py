@@ -151,7 +151,7 @@ def test_every_command_says_when_the_disk_is_full(lines, run_of, call, command):
         assert "No space left" in said(call(command, *more, option, "/dev/full"))
 
 
-OUTPUTS = ("markdown", "json", "csv", "frameworks-csv", "readme", "chart", "winner-map", "roofline")
+OUTPUTS = ("markdown", "json", "csv", "frameworks-csv", "readme", "chart", "winner-map", "roofline", "html", "summary")
 
 
 @pytest.mark.parametrize("option", [*OUTPUTS, "framework-map"])

@@ -179,7 +179,7 @@ def test_the_policy_lets_only_this_script_run(page):
     programs = [code for code in seen.code["script"] if not code.startswith("{")]
     assert len(programs) == 1
     assert base64.b64encode(hashlib.sha256(programs[0].encode()).digest()).decode() in policy
-    assert len(programs[0].splitlines()) <= 260
+    assert len(programs[0].splitlines()) <= 250
 
 
 def test_the_page_holds_what_was_measured(content, page):
@@ -311,6 +311,11 @@ def test_the_record_is_shown_under_the_pointer(content, page):
     row = content.shown.rows[place]
     for name in ("key", "latency_s", "ratio_low", "peak_memory_bytes", "verdict", "kernels"):
         assert f"{name}{row[name]}" in tip, name
+    # A click keeps it, and another click takes another.
+    other = next(k for k, row in enumerate(content.shown.rows) if row["place"] == BEST)
+    steps = (["click", str(place)], ["point", str(other)])
+    assert in_node(page, 1000, *steps)["drawn"]["tip"]["text"] == tip
+    assert in_node(page, 1000, *steps, ["click", str(other)])["drawn"]["tip"]["text"] != tip
     assert f"cell_hash{content.shown.cells[row['cell']]['cell_hash']}" in tip
 
 

@@ -45,7 +45,7 @@ TWINS = {
     "parameters.py": ("_check_version", "_deserialized"),
 }
 LONGEST, SHORTEST = 400, 40
-MOST_FILES = 247
+MOST_FILES = 253
 # Files below the shortest length, each with the name by which a reader looks for it. Packages, their entries and the
 # implementations of the table need no reason.
 SHORT = {
@@ -200,7 +200,8 @@ from parity_tests.judge.inputs import SMOKE
 from parity_tests.judge.run import run_cells
 from parity_tests.judge.subjects import load_subjects
 import {framework}_impl
-rows = list(run_cells(load_subjects("{framework}"), ["float32"], SMOKE[:1]))
+subjects = [subject for subject in load_subjects("{framework}") if subject.implementation in ("matmul", "layer")]
+rows = list(run_cells(subjects, ["float32"], SMOKE[:1]))
 assert rows and all(row.status != "mismatch" for row in rows), rows
 assert any(row.status == "ok" for row in rows)
 assert not set(sys.modules) & set({sorted(banned)!r})
