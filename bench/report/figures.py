@@ -9,8 +9,11 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from bench.environments import device_name
 from bench.plan.competitors import YARDSTICK
+from bench.plan.workloads import size_text
 from bench.report.tables import verdict_text
 from bench.report.text import calls, outcome
 from bench.study.cells import DISTURBED, identity
@@ -103,6 +106,7 @@ def leader_text(ranking: Ranking) -> str:
 def cell_figures(ranking: Ranking, machine: str) -> dict[str, Any]:
     """Return the conditions of a cell, and who leads it."""
     first, where = ranking.first, identity(ranking.first)
+    each = f"{size_text(first.in_features)}->{size_text(first.out_features)}"
     leading = {row.record.framework for row in ranking.rows if row.record.label in ranking.leaders}
     between = [verdict_text(found) for found in ranking.framework_ratios.values() if found.interval is not None]
     timed = {row.record.framework for row in ranking.rows if row.rank is not None}
@@ -111,12 +115,13 @@ def cell_figures(ranking: Ranking, machine: str) -> dict[str, Any]:
         between = [f"only {next(iter(timed))} was timed"]
     return {
         "workload": first.workload,
-        "sizes": f"B={first.batch}, n={first.num_partitions}, {first.in_features}->{first.out_features}",
+        "sizes": f"B={first.batch}, n={first.num_partitions}, {each}",
         "batch": first.batch,
         "num_partitions": first.num_partitions,
-        "in_features": first.in_features,
-        "out_features": first.out_features,
-        "weights": first.in_features * first.out_features,
+        "in_features": size_text(first.in_features),
+        "out_features": size_text(first.out_features),
+        # In the mean where partitions are of unequal sizes.
+        "weights": _digits(float(np.mean(np.multiply(first.in_features, first.out_features, dtype=float)))),
         "direction": where.direction,
         "optimizer": where.optimizer,
         "precision": short_name(where.precision),
@@ -162,6 +167,8 @@ def _competitor(ranking: Ranking, row: Row, found: Efficiency, best: set[str | N
         "energy_j": r.energy_j,
         "bound_fraction": r.bound_fraction,
         "ceiling_fraction": found.ceiling_fraction,
+        "waste_factor": found.waste_factor,
+        "copied_bytes": found.copied_bytes,
     }
     kernels = "; ".join(f"{count} x {name[:_MOST_CHARACTERS]}" for name, count in r.kernels.items())
     return {
