@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jax_impl.array_types import kind_of, said, shown
+from jax_impl.packing import Packing
 
 # What DistributedDataParallel and torch.compile put before every key of a model.
 WRAPPERS = ("module.", "_orig_mod.")
@@ -31,7 +32,7 @@ def key_of(prefix: str, k: Any, name: str, *, whole: bool = False) -> str:
     return f"{before}{k}{after or '.'}{name}"
 
 
-def linears_in(state_dict: Any, prefix: Any) -> list[dict[str, Any]]:
+def linears_in(state_dict: Any, prefix: Any, keys: Any = None) -> list[dict[str, Any]]:
     """Return what a mapping holds of the linears 0 to n - 1, in numeric order, each by "weight" and "bias".
 
     Args:
@@ -39,17 +40,19 @@ def linears_in(state_dict: Any, prefix: Any) -> list[dict[str, Any]]:
             with the `module.` of DistributedDataParallel or the `_orig_mod.` of torch.compile.
         prefix: Such as "heads."; keys that do not start with it are ignored. A `*` stands for the number where it is
             not last: "heads.*.0." for the first layers of a list of `nn.Sequential`, whose other keys are ignored.
+        keys: Names in place of the numbers, in the order of the partitions; None for numbers.
 
     Raises:
-        TypeError: If `state_dict` is no mapping of strings, or `prefix` no str.
+        TypeError: If `state_dict` is no mapping of strings, `prefix` no str, or `keys` no sequence of strings.
         ValueError: If no key fits, a number is skipped, a key is something else, or a weight or bias is missing.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"`state_dict`: expected a mapping, got {kind_of(state_dict)}; pass a state_dict.")
     if not isinstance(prefix, str):
         raise TypeError(f"`prefix`: expected a str, got {kind_of(prefix)}; pass one such as 'heads.'.")
-    keys = list(state_dict)
-    for key in keys:
+    names = check_keys(keys)
+    entries = list(state_dict)
+    for key in entries:
         if not isinstance(key, str):
             raise TypeError(
                 f"`state_dict`: expected keys that are strings, got {shown(key)} of type "
@@ -57,24 +60,37 @@ def linears_in(state_dict: Any, prefix: Any) -> list[dict[str, Any]]:
             )
     before, star, after = prefix.partition("*")
     # Nine digits: no list is longer, and Python refuses to read numbers of thousands of them.
-    pattern = re.compile(f"{re.escape(before)}(0|[1-9][0-9]{{0,8}}){re.escape(after or '.')}(weight|bias)")
+    numbers = "0|[1-9][0-9]{0,8}" if names is None else "|".join(map(re.escape, names))
+    pattern = re.compile(f"{re.escape(before)}({numbers}){re.escape(after or '.')}(weight|bias)")
     linears: dict[int, dict[str, Any]] = {}
-    for key, bare in zip(keys, without_wrappers(keys, re.escape(before) + r"\.?[0-9]+\."), strict=True):
+    inner = r"[0-9]+\.|[^.]+\.(weight|bias)$" if names is None else rf"({numbers})\."
+    bare_entries = without_wrappers(entries, rf"{re.escape(before)}\.?({inner})")
+    for key, bare in zip(entries, bare_entries, strict=True):
         match = pattern.fullmatch(bare)
         if match is None and (star or not bare.startswith(prefix)):
             continue
         if match is None:
             dotted = prefix and not prefix.endswith(".") and bare.startswith(f"{prefix}.")
             advice = f"pass the prefix {shown(prefix + '.')}" if dotted else "pass the prefix of the list"
-            wanted = " and ".join(key_of(prefix, "<k>", name) for name in _CANONICAL)
+            named = re.compile(rf"{re.escape(before)}[^.]*[^.0-9][^.]*\.(weight|bias)")
+            if names is None and all(map(named.fullmatch, (own for own in bare_entries if own.startswith(prefix)))):
+                advice = "for a list of names pass keys=[...], the names in the order of the partitions"
+            wanted = " and ".join(key_of(prefix, "<k>" if names is None else "<name>", name) for name in _CANONICAL)
             raise ValueError(f"`state_dict`: expected keys {wanted} only, got {shown(key)}; {advice}.")
         try:
-            linears.setdefault(int(match[1]), {})[match[2]] = state_dict[key]
+            k = int(match[1]) if names is None else names.index(match[1])
+            linears.setdefault(k, {})[match[2]] = state_dict[key]
         except Exception as error:
             raise ValueError(
                 f"`state_dict[{shown(key)}]`: expected an array, got an error from the mapping ({said(error)}); pass a "
                 f"complete state_dict."
             ) from error
+    if names is not None and len(linears) < len(names):
+        raise ValueError(
+            f"`keys`: expected names of linears under the prefix {shown(prefix)}, got "
+            f"{shown(next(name for k, name in enumerate(names) if k not in linears))}, which is not there; pass the "
+            f"names as they are in the state_dict."
+        )
     if not linears or sorted(linears) != list(range(len(linears))):
         nested = next((key for key in ("state_dict", "model") if isinstance(state_dict.get(key), Mapping)), None)
         advice = "pass a complete state_dict" if linears or nested is None else f"pass its entry {nested!r}"
@@ -91,24 +107,44 @@ def linears_in(state_dict: Any, prefix: Any) -> list[dict[str, Any]]:
     return [linears[k] for k in range(len(linears))]
 
 
+def check_keys(keys: Any, num_partitions: int | None = None) -> list[str] | None:
+    """Return names of linears; refuse what is no sequence of strings by a TypeError, and equal ones by a ValueError."""
+    if keys is None:
+        return None
+    if not isinstance(keys, Sequence) or isinstance(keys, str) or not all(isinstance(key, str) for key in keys):
+        raise TypeError(f"`keys`: expected a sequence of names, got {shown(keys)}; pass one for each partition.")
+    if len(set(keys)) < len(keys) or not keys or "" in keys:
+        raise ValueError(f"`keys`: expected a name of its own for each partition, got {shown(keys)}; pass n names.")
+    if num_partitions not in (None, len(keys)):
+        raise ValueError(f"`keys`: expected n = {num_partitions} names, got {len(keys)}; pass one for each partition.")
+    return list(keys)
+
+
 def arrays_from_linears(
-    linears: Sequence[Mapping[str, Any]], prefix: str, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]
+    linears: Sequence[Mapping[str, Any]],
+    prefix: str,
+    expected: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    packing: Packing | None,
+    keys: Sequence[str] | None = None,
 ) -> dict[str, np.ndarray]:
     """Stack the arrays of linears to canonical ones of name -> (shape, dtype), W[n, i, o] = weight of n [o, i].
+
+    With a packing, the canonical arrays are packed.
 
     Raises:
         TypeError: If one is no NumPy array, is masked, or has another dtype.
         ValueError: If their number, biases or shapes are others.
     """
-    n, i, o = expected["weight"][0]
+    n = expected["weight"][0][0] if packing is None else packing.num_partitions
     if len(linears) != n or set(linears[0]) != set(expected):
         raise ValueError(
             f"`state_dict`: expected {n} linears {'with' if 'bias' in expected else 'without'} biases, got "
             f"{len(linears)} {'with' if 'bias' in linears[0] else 'without'}; the layer is unchanged."
         )
     for k, linear in enumerate(linears):
+        i, o = expected["weight"][0][1:] if packing is None else (packing.in_features[k], packing.out_features[k])
         for name, array in linear.items():
-            argument = f"state_dict[{key_of(prefix, k, name)!r}]"
+            argument = f"state_dict[{key_of(prefix, k if keys is None else keys[k], name)!r}]"
             if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
                 raise TypeError(
                     f"`{argument}`: expected an array of floats without a mask, got {kind_of(array)}; the layer is "
@@ -116,24 +152,45 @@ def arrays_from_linears(
                 )
             symbols, shape = ("(out, in)", (o, i)) if name == "weight" else ("(out,)", (o,))
             if array.shape != shape:
+                unlike = packing is None and len({getattr(each["weight"], "shape", ()) for each in linears}) > 1
+                advice = ", build one with sequences of sizes for linears that differ" if unlike else ""
                 raise ValueError(
-                    f"`{argument}`: expected shape {symbols} = {shape}, got {array.shape}; the layer is unchanged."
+                    f"`{argument}`: expected shape {symbols} = {shape}, got {array.shape}; the layer is "
+                    f"unchanged{advice}."
                 )
             if array.dtype != expected[name][1]:
                 got = array.dtype.name if array.dtype.isnative else array.dtype.str
                 raise TypeError(
                     f"`{argument}`: expected dtype {expected[name][1].name}, got {got}; the layer is unchanged."
                 )
-    return {name: np.stack([linear[name].T for linear in linears]) for name in expected}
+    if packing is None:
+        return {name: np.stack([linear[name].T for linear in linears]) for name in expected}
+    orders = {"weight": packing.order, "bias": range(n)}
+    return {name: np.concatenate([linears[k][name].T.ravel() for k in orders[name]]) for name in expected}
 
 
-def linears_from_arrays(arrays: Mapping[str, np.ndarray], prefix: Any) -> Iterator[tuple[str, np.ndarray]]:
+def of_partition(array: Any, name: str, k: int, packing: Packing | None) -> Any:
+    """Return the view of one partition of a canonical weight (in, out) or bias (out,), of any framework."""
+    if packing is None:
+        return array[k]
+    if name == "bias":
+        return array[packing.out_offsets[k] : packing.out_offsets[k + 1]]
+    i, o, start = packing.in_features[k], packing.out_features[k], packing.weight_offsets[k]
+    return array[start : start + i * o].reshape(i, o)
+
+
+def linears_from_arrays(
+    arrays: Mapping[str, np.ndarray], prefix: Any, packing: Packing | None, keys: Any = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """Give copies of canonical arrays as those of linears, each under its key: `<prefix>0.weight` (out, in) first."""
     if not isinstance(prefix, str):
         raise TypeError(f"`prefix`: expected a str, got {kind_of(prefix)}; pass one such as 'heads.'.")
-    for k in range(len(arrays["weight"])):
+    n = len(arrays["weight"]) if packing is None else packing.num_partitions
+    names = check_keys(keys, n)
+    for k in range(n):
         for name, array in arrays.items():
-            yield key_of(prefix, k, name, whole=True), np.array(array[k].T, order="C")
+            key = key_of(prefix, k if names is None else names[k], name, whole=True)
+            yield key, np.array(of_partition(array, name, k, packing).T, order="C")
 
 
 def from_axes(
@@ -188,6 +245,11 @@ def _checked_patterns(axes: Any, expected: Mapping[str, Any]) -> dict[str, list[
         return {}
     if not isinstance(axes, Mapping):
         raise TypeError(f"`axes`: expected a mapping of names to patterns, got {kind_of(axes)}; pass a dict.")
+    if len(expected["weight"][0]) == 1:
+        raise ValueError(
+            f"`axes`: expected None for partitions of unequal sizes, whose matrices are packed, got {shown(axes)}; "
+            f"pass them to load_linears."
+        )
     patterns = {}
     for name, pattern in axes.items():
         if name not in expected:

@@ -124,12 +124,14 @@ def _run(
     check_precision(precision)
     check_preferred_element_type(preferred_element_type, kernel.dtype)
     unequal = packing is not None
+    device = device_type(x, kernel)
     if implementation != "auto":
         name = implementation
+    elif packing is None:
+        name = "matmul"  # "auto" runs wherever it does
     else:
-        # That of equal sizes runs wherever `matmul` does.
-        name = "matmul" if packing is None else auto_of_unequal(packing, math.prod(x.shape[:-1]), shared=shared)
-    device = device_type(x, kernel)
+        rows = math.prod(x.shape[:-1])
+        name = auto_of_unequal(packing, rows, kernel.dtype.itemsize, device, shared=shared)
     reason = unsupported_reason(name, dtype=DTYPE_NAMES[kernel.dtype], device=device, shared=shared, unequal=unequal)
     if reason is not None:
         raise UnsupportedImplementationError(reason)

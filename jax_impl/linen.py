@@ -5,7 +5,7 @@ The twin of `jax_impl.layer`: the same function, implementations and initial val
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +23,7 @@ from jax_impl.initializers import Initializer, check_initializer, packed_initial
 from jax_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes, infer_sizes
 from jax_impl.packing import Packing, check_packing, has_unequal_sizes
 from jax_impl.parameters import from_canonical, read_arrays, read_linears, to_canonical, write_arrays
-from jax_impl.unequal import check_unequal_axes
+from jax_impl.unequal import check_unequal_axes, packing_of_call
 from jax_impl.validation import (
     MOST_ELEMENTS,
     as_array,
@@ -35,6 +35,8 @@ from jax_impl.validation import (
     check_sizes,
     promoted,
 )
+
+Sizes: TypeAlias = int | Sequence[int] | None
 
 _LINEN_NAMES = {"weight": "kernel", "bias": "bias"}
 
@@ -229,32 +231,86 @@ def import_parameters(
     return freeze(result) if isinstance(params, FrozenDict) else result
 
 
-def save_parameters(params: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a linen layer's parameters to a file, as `jax_impl.save_parameters` does with an nnx layer's."""
-    write_arrays(export_parameters(params), path)
+def save_parameters(
+    params: Mapping[str, Any], path: str | os.PathLike[str], *, in_features: Sizes = None, out_features: Sizes = None
+) -> None:
+    """Write a linen layer's parameters to a file, as `jax_impl.save_parameters` does with an nnx layer's.
+
+    Args:
+        params: As for `export_parameters`.
+        path: Where to.
+        in_features: Sizes of a layer of unequal sizes, which its packed parameters do not say.
+        out_features: The same.
+    """
+    arrays = export_parameters(params)
+    write_arrays(arrays, path, _packing_of(arrays, in_features, out_features))
 
 
-def load_parameters(params: Mapping[str, Any], path: str | os.PathLike[str]) -> Mapping[str, Any]:
+def load_parameters(
+    params: Mapping[str, Any], path: str | os.PathLike[str], *, in_features: Sizes = None, out_features: Sizes = None
+) -> Mapping[str, Any]:
     """Return a linen layer's parameters with the values of a file written by `save_parameters` of either framework.
 
-    `params` itself is unchanged. Raises as `jax_impl.load_parameters` does.
+    `params` itself is unchanged. Sizes are as for `save_parameters`. Raises as `jax_impl.load_parameters` does.
     """
-    return import_parameters(params, read_arrays(path, _canonical(_own(params))))
+    like = _canonical(_own(params))
+    return import_parameters(params, read_arrays(path, like, _packing_of(like, in_features, out_features)))
 
 
-def export_linears(params: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
-    """Copy a linen layer's parameters into the state_dict of n linears, as `jax_impl.export_linears` does."""
-    return dict(linears_from_arrays(export_parameters(params), prefix))
+def export_linears(
+    params: Mapping[str, Any],
+    prefix: str = "",
+    *,
+    keys: Sequence[str] | None = None,
+    in_features: Sizes = None,
+    out_features: Sizes = None,
+) -> dict[str, np.ndarray]:
+    """Copy a linen layer's parameters into the state_dict of n linears, as `jax_impl.export_linears` does.
+
+    Sizes are as for `save_parameters`.
+    """
+    arrays = export_parameters(params)
+    return dict(linears_from_arrays(arrays, prefix, _packing_of(arrays, in_features, out_features), keys))
 
 
 def load_linears(
-    params: Mapping[str, Any], state_dict: Mapping[Any, Any] | str | os.PathLike[str], prefix: str = ""
+    params: Mapping[str, Any],
+    state_dict: Mapping[Any, Any] | str | os.PathLike[str],
+    prefix: str = "",
+    *,
+    keys: Sequence[str] | None = None,
+    in_features: Sizes = None,
+    out_features: Sizes = None,
 ) -> Mapping[str, Any]:
     """Return a linen layer's parameters with the values of n linears, as `jax_impl.load_linears` takes them.
 
-    `params` itself is unchanged. In linen's own parameters lists are named `heads_0`: their prefix is "heads_".
+    `params` itself is unchanged. In linen's own parameters lists are named `heads_0`: their prefix is "heads_". Sizes
+    are as for `save_parameters`.
     """
-    return import_parameters(params, read_linears(state_dict, prefix, _canonical(_own(params))))
+    like = _canonical(_own(params))
+    return import_parameters(
+        params, read_linears(state_dict, prefix, keys, like, _packing_of(like, in_features, out_features))
+    )
+
+
+def _packing_of(parameters: Mapping[str, Any], in_features: Any, out_features: Any) -> Packing | None:
+    """Return the layout of canonical parameters, None for those of one size; refuse sizes that are not theirs."""
+    packed = getattr(parameters["weight"], "ndim", 0) == 1
+    if in_features is None and out_features is None:
+        if packed:
+            raise ValueError(
+                "`in_features`: expected the sizes of partitions of unequal sizes, which packed parameters do not say, "
+                "got None; pass those of the layer, and its out_features."
+            )
+        return None
+    packing = packing_of_call(in_features, out_features)
+    found = [value.shape for value in parameters.values()]
+    if found != [(packing.weight_size,), (packing.out_offsets[-1],)][: len(found)]:
+        raise ValueError(
+            f"`in_features`: expected sizes of packed parameters of the shapes {shown(found)}, got sizes of "
+            f"{packing.weight_size} weights and {packing.out_offsets[-1]} biases; pass those of the layer."
+        )
+    return packing
 
 
 def _own(params: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,15 +1,19 @@
 """Optimisers that read shapes: what they see as n matrices and n vectors, as they would of n `nnx.Linear`."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
 from jax_impl.array_types import kind_of, shown
+from jax_impl.implementations.unequal import by_bucket, flat, matrices_by_bucket
 from jax_impl.layer import PartitionedLinear
+from jax_impl.packing import Packing
 
 Layers = nnx.Module | Collection[str]
 """The nnx model whose layers are meant, or the paths of layers in a tree of parameters, such as "encoder.heads"."""
@@ -40,21 +44,54 @@ def per_partition(transformation: optax.GradientTransformation, layers: Layers) 
             f"optimiser, such as optax.adafactor(1e-3)."
         )
     paths = _paths(layers)
+    each: dict[Hashable, optax.GradientTransformation] = {"whole": transformation}
+    each["partitions"] = _mapped(transformation, lambda leaf: leaf, lambda stacked: stacked)
+    # Named by strings, which JAX can sort.
+    sizes = {packing: str(number) for number, packing in enumerate(filter(None, dict.fromkeys(paths.values())))}
+    for packing, number in sizes.items():
+        for kind in ("kernel", "bias"):
+            ways = partial(_cut, kind, packing), partial(_joined, kind, packing)
+            each[f"{kind} of sizes {number}"] = _mapped(transformation, *ways)
+
+    def label(kind: str | None, packing: Packing | None, leaf: Any) -> str:
+        del leaf
+        return "whole" if kind is None else "partitions" if packing is None else f"{kind} of sizes {sizes[packing]}"
+
+    return optax.partition(each, lambda params: _map_kinds(label, params, paths))
+
+
+def _mapped(
+    transformation: optax.GradientTransformation, cut: Callable[[Any], Any], join: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """Apply an optimiser to each matrix or vector of the stacks that a parameter is cut into."""
 
     def init(params: Any) -> Any:
-        return jax.tree.map(lambda stacked: jax.vmap(transformation.init)(stacked), params)
+        return jax.tree.map(lambda leaf: jax.tree.map(jax.vmap(transformation.init), cut(leaf)), params)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        leaves, structure = jax.tree.flatten(updates)
+        whole = jax.tree.structure(updates)
+        leaves, structure = jax.tree.flatten(jax.tree.map(cut, updates))
         states = structure.flatten_up_to(state)
-        stacked = [None] * len(leaves) if params is None else structure.flatten_up_to(params)
-        done = [jax.vmap(transformation.update)(*leaf) for leaf in zip(leaves, states, stacked, strict=True)]
-        return tuple(structure.unflatten(part) for part in zip(*done, strict=True)) if done else (updates, state)
+        stacks = [None] * len(leaves) if params is None else structure.flatten_up_to(jax.tree.map(cut, params))
+        done = [jax.vmap(transformation.update)(*stack) for stack in zip(leaves, states, stacks, strict=True)]
+        if not done:
+            return updates, state
+        moved, states = (structure.unflatten(part) for part in zip(*done, strict=True))
+        return whole.unflatten(map(join, whole.flatten_up_to(moved))), states
 
-    def labels(params: Any) -> Any:
-        return _map_kinds(lambda kind, leaf: "whole" if kind is None else "partitions", params, paths)
+    return optax.GradientTransformation(init, update)
 
-    return optax.partition({"partitions": optax.GradientTransformation(init, update), "whole": transformation}, labels)
+
+def _cut(kind: str, packing: Packing, leaf: Any) -> list[Any]:
+    if kind == "kernel":
+        return matrices_by_bucket(leaf, packing)
+    return [stack[:, 0] for stack in by_bucket(leaf[None], packing.out_features, packing)]
+
+
+def _joined(kind: str, packing: Packing, stacks: list[Any]) -> Any:
+    if kind == "kernel":
+        return jnp.concatenate([stack.ravel() for stack in stacks])
+    return flat([stack[:, None] for stack in stacks], packing)[0]
 
 
 def muon_dimension_numbers(layers: Layers) -> Callable[[Any], Any]:
@@ -64,7 +101,12 @@ def muon_dimension_numbers(layers: Layers) -> Callable[[Any], Any]:
     """
     paths = _paths(layers)
 
-    def of_leaf(kind: str | None, leaf: Any) -> MuonDimensionNumbers | None:
+    def of_leaf(kind: str | None, packing: Packing | None, leaf: Any) -> MuonDimensionNumbers | None:
+        if packing is not None:
+            raise ValueError(
+                "`layers`: expected layers of one size for all partitions, got unequal sizes, whose packed matrices no "
+                "dimension numbers tell apart; use per_partition(optax.contrib.muon(...), model)."
+            )
         if kind is None:
             return MuonDimensionNumbers() if leaf.ndim == 2 else None
         return MuonDimensionNumbers(reduction_axis=1, output_axis=2) if kind == "kernel" else None
@@ -79,23 +121,36 @@ def weight_decay_mask(layers: Layers) -> Callable[[Any], Any]:
     `per_partition`.
     """
     paths = _paths(layers)
-    return lambda params: _map_kinds(lambda kind, leaf: leaf.ndim > 1 and kind != "bias", params, paths)
+    return lambda params: _map_kinds(
+        lambda kind, packing, leaf: kind == "kernel" or (kind is None and leaf.ndim > 1), params, paths, by_kind=True
+    )
 
 
-def _paths(layers: Any) -> set[tuple[str, ...]]:
+def _paths(layers: Any) -> dict[tuple[str, ...], Packing | None]:
+    """Return the paths of layers, each with the layout of a layer of unequal sizes, as far as it is known."""
     if isinstance(layers, nnx.Module):
         modules = nnx.iter_modules(layers)
-        return {tuple(map(str, path)) for path, module in modules if isinstance(module, PartitionedLinear)}
+        found = {tuple(map(str, path)): module for path, module in modules if isinstance(module, PartitionedLinear)}
+        return {path: module.packing for path, module in found.items()}
     if isinstance(layers, str) or not isinstance(layers, Collection) or not all(isinstance(at, str) for at in layers):
         raise TypeError(
             f"`layers`: expected an nnx model, or paths such as ['encoder.heads'], got {shown(layers)}; pass one of "
             f"these."
         )
-    return {tuple(filter(None, path.split("."))) for path in layers}
+    return {tuple(filter(None, path.split("."))): None for path in layers}
 
 
-def _map_kinds(function: Callable[[str | None, Any], Any], params: Any, paths: set[tuple[str, ...]]) -> Any:
-    """Map (which parameter of a layer it is, or None; the leaf) over a tree of parameters."""
+def _map_kinds(
+    function: Callable[[str | None, Packing | None, Any], Any],
+    params: Any,
+    paths: Mapping[tuple[str, ...], Packing | None],
+    *,
+    by_kind: bool = False,
+) -> Any:
+    """Map (which parameter of a layer it is, or None; its packing; the leaf) over a tree of parameters.
+
+    Packed parameters of an unknown layout are refused, but where the function asks for the kind alone.
+    """
     found = set()
 
     def of_leaf(path: Any, leaf: Any) -> Any:
@@ -103,13 +158,20 @@ def _map_kinds(function: Callable[[str | None, Any], Any], params: Any, paths: s
         for at, name in enumerate(names):
             if name in ("kernel", "bias") and names[:at] in paths:
                 found.add(names[:at])
-                return function(name, leaf)
-        return function(None, leaf)
+                packing = paths[names[:at]]
+                # A bias of n vectors has two axes, kernels of nnx and linen three.
+                if packing is None and not by_kind and getattr(leaf, "ndim", 2) == 1:
+                    raise ValueError(
+                        f"`layers`: expected the nnx model, for partitions of unequal sizes, which packed parameters "
+                        f"do not say, got the path {shown('.'.join(names[:at]))}; pass the model."
+                    )
+                return function(name, packing, leaf)
+        return function(None, None, leaf)
 
     mapped = jax.tree_util.tree_map_with_path(of_leaf, params)
     nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
     # A layer may be masked out of the tree that is seen here.
-    missing = set() if any(isinstance(node, optax.MaskedNode) for node in nodes) else paths - found
+    missing = set() if any(isinstance(node, optax.MaskedNode) for node in nodes) else paths.keys() - found
     if missing:
         raise ValueError(
             f"`layers`: expected paths of layers in the parameters, got {shown('.'.join(min(missing)))}, where none "

@@ -128,7 +128,7 @@ def check_packing(
         largest = names[max(packing.in_features) < max(packing.out_features)]
         raise ValueError(
             f"`{largest}`: expected sizes whose packed weight has fewer than {most_elements} elements, got "
-            f"{packing.weight_size}; give smaller sizes."
+            f"{shown(packing.weight_size)}; give smaller sizes."
         )
     return packing
 

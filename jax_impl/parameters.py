@@ -1,13 +1,14 @@
 """Parameters in and out: canonical NumPy arrays and safetensors files.
 
-The canonical form is {"weight": (n, in, out), "bias": (n, out)}, without "bias" for a layer that has none. Every way
-in and out copies bit for bit: NaN payloads, signed zeros and subnormals included. What the nnx layer and the linen twin
-share is public here; the functions for linen's parameter dicts are in `jax_impl.linen`.
+The canonical form is {"weight": (n, in, out), "bias": (n, out)}, without "bias" for a layer that has none; for
+partitions of unequal sizes both are packed, as `jax_impl.packing` says. Every way in and out copies bit for bit: NaN
+payloads, signed zeros and subnormals included. What the nnx layer and the linen twin share is public here; the
+functions for linen's parameter dicts are in `jax_impl.linen`.
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from flax import nnx
 from jax import Array
 from jax.core import Tracer
 
-from jax_impl.array_types import kind_of, said
-from jax_impl.checkpoints import arrays_from_linears, from_axes, linears_from_arrays, linears_in, to_axes
+from jax_impl.array_types import kind_of, said, shown
+from jax_impl.checkpoints import arrays_from_linears, check_keys, from_axes, linears_from_arrays, linears_in, to_axes
 from jax_impl.files import as_path, read_file, write_file
 from jax_impl.layer import PartitionedLinear
+from jax_impl.packing import Packing
 from jax_impl.validation import as_array, check_arrays, check_dtype, check_instance, check_parameters
 
 FORMAT = "partitioned_linear"
-FORMAT_VERSION = "1"
+FORMAT_VERSION, PACKED_VERSION = "1", "2"
 # The most that the format itself allows.
 _MOST_HEADER_BYTES = 100_000_000
 
@@ -109,14 +111,14 @@ def save_parameters(layer: PartitionedLinear, path: str | os.PathLike[str]) -> N
         ValueError: If the parameters hold no values here, or no file can have that name.
         OSError: If the file cannot be written.
     """
-    write_arrays(export_parameters(layer), path)
+    write_arrays(export_parameters(layer), path, layer.packing)
 
 
 def load_parameters(layer: PartitionedLinear, path: str | os.PathLike[str]) -> None:
     """Read a file written by `save_parameters`, of either framework, into an nnx layer: all of it, or nothing.
 
     Args:
-        layer: A layer of the file's sizes and dtype.
+        layer: A layer of the file's sizes and dtype; a file of partitions of unequal sizes says these.
         path: The file.
 
     Raises:
@@ -125,11 +127,15 @@ def load_parameters(layer: PartitionedLinear, path: str | os.PathLike[str]) -> N
             layer is unchanged.
         OSError: If the file cannot be read.
     """
-    import_parameters(layer, read_arrays(path, _parameters(layer)))
+    import_parameters(layer, read_arrays(path, _parameters(layer), layer.packing))
 
 
 def load_linears(
-    layer: PartitionedLinear, state_dict: Mapping[Any, Any] | str | os.PathLike[str], prefix: str = ""
+    layer: PartitionedLinear,
+    state_dict: Mapping[Any, Any] | str | os.PathLike[str],
+    prefix: str = "",
+    *,
+    keys: Sequence[str] | None = None,
 ) -> None:
     """Copy the parameters of n linears into an nnx layer, kernel[n, i, o] = weight of n [o, i]: all, or nothing.
 
@@ -141,6 +147,7 @@ def load_linears(
             mappings, as Flax's parameters are, have keys that are joined by dots; a `kernel` is (in, out).
         prefix: Where the list is in its model, such as "heads."; keys that do not start with it are ignored. A `*`
             stands for the number where it is not last, as in "heads.*.0.".
+        keys: Names in place of the numbers, in the order of the partitions, for linears that were kept under names.
 
     Raises:
         TypeError: If `layer` is no nnx `PartitionedLinear`, `state_dict` neither a mapping of strings nor a path, or a
@@ -149,15 +156,18 @@ def load_linears(
             layer's, or the file is no checkpoint; the layer is unchanged.
         OSError: If the file cannot be read.
     """
-    import_parameters(layer, read_linears(state_dict, prefix, _parameters(layer)))
+    import_parameters(layer, read_linears(state_dict, prefix, keys, _parameters(layer), layer.packing))
 
 
-def export_linears(layer: PartitionedLinear, prefix: str = "") -> dict[str, np.ndarray]:
+def export_linears(
+    layer: PartitionedLinear, prefix: str = "", *, keys: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
     """Copy an nnx layer's parameters into the state_dict of n linears, as `load_linears` takes it.
 
     Args:
         layer: The layer.
         prefix: What the keys begin with, such as "heads.".
+        keys: Names in place of the numbers, one for each partition.
 
     Returns:
         `<prefix>0.weight` (out, in), `<prefix>0.bias` (out,), `<prefix>1.weight` and so on.
@@ -166,10 +176,12 @@ def export_linears(layer: PartitionedLinear, prefix: str = "") -> dict[str, np.n
         TypeError: If `layer` is no nnx `PartitionedLinear`, or `prefix` no str.
         ValueError: As `export_parameters`.
     """
-    return dict(linears_from_arrays(export_parameters(layer), prefix))
+    return dict(linears_from_arrays(export_parameters(layer), prefix, layer.packing, keys))
 
 
-def read_linears(state_dict: Any, prefix: Any, like: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def read_linears(
+    state_dict: Any, prefix: Any, keys: Any, like: Mapping[str, Any], packing: Packing | None
+) -> dict[str, np.ndarray]:
     """Return canonical arrays of linears in a mapping or a file, for a layer with arrays `like`."""
     check_parameters(like)
     if not isinstance(state_dict, Mapping | str | os.PathLike):
@@ -181,8 +193,10 @@ def read_linears(state_dict: Any, prefix: Any, like: Mapping[str, Any]) -> dict[
         state_dict = _deserialized(read_file(path), path)
     elif any(isinstance(value, Mapping) for value in state_dict.values()):
         state_dict = dict(_flat(state_dict))
-    linears = [{name: _as_array(value) for name, value in linear.items()} for linear in linears_in(state_dict, prefix)]
-    return arrays_from_linears(linears, prefix, _expected(like))
+    check_keys(keys, len(like["weight"]) if packing is None else packing.num_partitions)
+    entries = linears_in(state_dict, prefix, keys)
+    linears = [{name: _as_array(value) for name, value in linear.items()} for linear in entries]
+    return arrays_from_linears(linears, prefix, _expected(like), packing, keys)
 
 
 def _flat(tree: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -229,13 +243,19 @@ def from_canonical(
     return placed
 
 
-def write_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
+def write_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str], packing: Packing | None) -> None:
     """Write canonical arrays to a safetensors file, which appears whole or not at all."""
     target = as_path(path)
-    write_file(target, safetensors.numpy.save(dict(arrays), {"format": FORMAT, "format_version": FORMAT_VERSION}))
+    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    if packing is not None:
+        metadata["format_version"] = PACKED_VERSION
+        metadata |= {name: json.dumps(getattr(packing, name)) for name in ("in_features", "out_features")}
+    write_file(target, safetensors.numpy.save(dict(arrays), metadata))
 
 
-def read_arrays(path: str | os.PathLike[str], like: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def read_arrays(
+    path: str | os.PathLike[str], like: Mapping[str, Any], packing: Packing | None
+) -> dict[str, np.ndarray]:
     """Read the arrays of a file of `write_arrays`, for a layer with arrays `like`, whose size bounds the file's."""
     path = as_path(path)
     check_parameters(like)
@@ -249,11 +269,7 @@ def read_arrays(path: str | os.PathLike[str], like: Mapping[str, Any]) -> dict[s
             f"`path`: expected a file of format {FORMAT!r}, got {metadata.get('format')!r} in {path.name}; write it "
             f"with save_parameters."
         )
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"`path`: expected format version {FORMAT_VERSION!r}, got {metadata.get('format_version')!r} in "
-            f"{path.name}; write it with a matching version of this package."
-        )
+    _check_version(metadata, path, packing)
     for name, entry in entries.items():
         if not isinstance(entry, np.ndarray):
             raise TypeError(
@@ -261,6 +277,26 @@ def read_arrays(path: str | os.PathLike[str], like: Mapping[str, Any]) -> dict[s
                 f"the layer is unchanged."
             )
     return entries
+
+
+def _check_version(metadata: Mapping[str, str], path: Path, packing: Packing | None) -> None:
+    """Refuse, by a ValueError, a file of another version, or of the other kind of sizes, or of other unequal sizes."""
+    version, wanted = metadata.get("format_version"), FORMAT_VERSION if packing is None else PACKED_VERSION
+    sizes = {name: metadata.get(name) for name in ("in_features", "out_features")}
+    if version != wanted:
+        advice = "write it with a matching version of this package"
+        if version == PACKED_VERSION:
+            advice = f"its partitions have sizes of their own, build the layer with {shown(sizes)}"
+        elif version == FORMAT_VERSION:
+            advice = "its partitions have one size, build the layer with ints for sizes"
+        raise ValueError(f"`path`: expected format version {wanted!r}, got {shown(version)} in {path.name}; {advice}.")
+    for name, size in sizes.items() if packing is not None else ():
+        expected = json.dumps(getattr(packing, name))
+        if size != expected:
+            raise ValueError(
+                f"`path`: expected {name} = {shown(expected)[1:-1]}, got {shown(size)} in {path.name}; build the layer "
+                f"with the sizes of the file."
+            )
 
 
 def _deserialized(content: bytes, path: Path) -> dict[str, Any]:
@@ -286,8 +322,13 @@ def _parameters(layer: PartitionedLinear) -> dict[str, Any]:
         PartitionedLinear,
         "pass the nnx layer (for the parameter dicts of linen, jax_impl.linen has functions of the same names)",
     )
-    sizes = layer.num_partitions, layer.in_features, layer.out_features
-    shapes = {"kernel": sizes} if layer.bias is None else {"kernel": sizes, "bias": (sizes[0], sizes[2])}
+    packing, n = layer.packing, layer.num_partitions
+    if packing is None:
+        shapes = {"kernel": (n, layer.in_features, layer.out_features), "bias": (n, layer.out_features)}
+    else:
+        shapes = {"kernel": (packing.weight_size,), "bias": (packing.out_offsets[-1],)}
+    if layer.bias is None:
+        del shapes["bias"]
     parameters = {}
     for name, shape in shapes.items():
         variable = getattr(layer, name)

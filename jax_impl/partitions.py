@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jax_impl.array_types import said
+from jax_impl.implementations.unequal import matrices_by_bucket
 from jax_impl.layer import PartitionedLinear
 from jax_impl.parameters import export_parameters
 from jax_impl.validation import as_array, check_callable, check_instance, check_name
@@ -19,7 +21,8 @@ def for_each_partition_(
 
     A norm, a projection or a quantile for pruning that is taken of the stacked kernel would be that of one matrix of
     other sizes. The function is mapped by `jax.vmap`, which does the same inside of a model:
-    `jax.vmap(function)(layer.kernel[...])`, or `jax.vmap(function)(params["kernel"])` in linen.
+    `jax.vmap(function)(layer.kernel[...])`, or `jax.vmap(function)(params["kernel"])` in linen. Of unequal sizes, it is
+    mapped over the partitions of each size.
 
     Args:
         layer: The nnx layer.
@@ -41,9 +44,26 @@ def for_each_partition_(
     if variable is None:
         raise ValueError("`name`: expected a parameter of the layer, got 'bias', of which it has none; use 'kernel'.")
     export_parameters(layer)  # refuses values that are not here
-    stacked = variable.get_value()
+    stored, packing = jnp.asarray(variable.get_value()), layer.packing
+    if packing is None:
+        values = _mapped(function, stored)
+    elif name == "kernel":
+        values = jnp.concatenate([_mapped(function, one).ravel() for one in matrices_by_bucket(stored, packing)])
+    else:
+        values = jnp.concatenate([_mapped(function, one[None])[0] for one in layer.partition_biases() or ()])
     try:
-        mapped = jax.vmap(function)(jnp.asarray(stacked))
+        variable.set_value(values)
+    except Exception as error:
+        raise ValueError(
+            f"`layer`: expected a layer that may be changed here, got an error from Flax ({said(error)}); call this "
+            f"outside of transforms."
+        ) from error
+    return layer
+
+
+def _mapped(function: Callable[[Any], Any], stacked: Array) -> Array:
+    try:
+        mapped = jax.vmap(function)(stacked)
     except Exception as error:
         raise ValueError(
             f"`function`: expected a function of one partition's array of shape {stacked.shape[1:]}, got an error from "
@@ -57,11 +77,4 @@ def for_each_partition_(
         )
     if values.dtype != stacked.dtype:
         raise TypeError(f"`function`: expected a result of dtype {stacked.dtype}, got {values.dtype}; cast it.")
-    try:
-        variable.set_value(values)
-    except Exception as error:
-        raise ValueError(
-            f"`layer`: expected a layer that may be changed here, got an error from Flax ({said(error)}); call this "
-            f"outside of transforms."
-        ) from error
-    return layer
+    return jnp.asarray(values)

@@ -48,10 +48,16 @@ def shard_partitions(layer: PartitionedLinear, mesh: Mesh, axis_name: str = "par
 
     Raises:
         TypeError: If `layer` is no nnx `PartitionedLinear`, or `mesh` no `jax.sharding.Mesh`.
-        ValueError: If the mesh has no such axis, or its size does not divide n; the layer is unchanged.
+        ValueError: If the mesh has no such axis, its size does not divide n, or the partitions have unequal sizes; the
+            layer is unchanged.
     """
     check_instance("layer", layer, PartitionedLinear, "place linen's parameters with partition_sharding and device_put")
     sharding = partition_sharding(mesh, axis_name)
+    if layer.packing is not None:
+        raise ValueError(
+            "`layer`: expected partitions of one size, got sizes of their own, whose packed parameters no mesh axis "
+            "divides; divide the leading axes of x instead."
+        )
     size = mesh.shape[axis_name]
     if layer.num_partitions % size:
         raise ValueError(

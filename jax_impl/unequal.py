@@ -10,6 +10,7 @@ from jax import Array
 from jax.core import Tracer
 
 from jax_impl.array_types import kind_of, shown
+from jax_impl.checkpoints import of_partition
 from jax_impl.implementations.unequal import joined, split_weight
 from jax_impl.layouts import PARTITION_AXIS, static_indices
 from jax_impl.packing import Packing, check_packing, has_unequal_sizes, packing_of
@@ -95,13 +96,12 @@ def check_unequal_call(
 
 def partition_weights(kernel: Any, packing: Packing) -> list[Any]:
     """Return every partition's W_k (in_k, out_k) of a packed weight, in an array of JAX or NumPy."""
-    places = zip(packing.weight_offsets, packing.in_features, packing.out_features, strict=True)
-    return [kernel[start : start + i * o].reshape(i, o) for start, i, o in places]
+    return [of_partition(kernel, "weight", k, packing) for k in range(packing.num_partitions)]
 
 
 def partition_biases(bias: Any, packing: Packing) -> list[Any]:
     """Return every partition's b_k (out_k,) of a packed bias, in an array of JAX or NumPy."""
-    return [bias[start:stop] for start, stop in zip(packing.out_offsets, packing.out_offsets[1:], strict=False)]
+    return [of_partition(bias, "bias", k, packing) for k in range(packing.num_partitions)]
 
 
 def _checked_bias(bias: Any, packing: Packing) -> Array | None:

@@ -37,8 +37,10 @@ def check_sizes(**sizes: Any) -> None:
     """Refuse what is no int (bool included) by a TypeError, and what is not positive or too large by a ValueError."""
     for argument, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
+            several = argument != "num_partitions" and hasattr(size, "__len__")
             raise TypeError(
-                f"`{argument}`: expected a positive int, got {shown(size)} of type {type(size).__name__}; pass an int."
+                f"`{argument}`: expected a positive int, got {shown(size)} of type {type(size).__name__}; pass an int"
+                f"{', or a list of one for each partition' if several else ''}."
             )
         if size <= 0:
             raise ValueError(f"`{argument}`: expected a positive int, got {shown(size)}; pass at least 1.")
@@ -324,16 +326,15 @@ def check_parameters(parameters: Mapping[str, Any], argument: str = "layer") -> 
         if array.dtype not in DTYPE_NAMES:
             raise _wrong_dtype(f"{argument}.{name}", array)
     weight, bias = parameters["weight"], parameters.get("bias")
-    if weight.ndim != 3 or 0 in weight.shape:
+    packed = weight.ndim == 1  # of unequal sizes, which it does not say
+    if (weight.ndim != 3 and not packed) or 0 in weight.shape:
         raise ValueError(
             f"`{argument}.weight`: expected shape (n, in, out) with positive sizes, got {weight.shape}; use the "
             f"parameters of this layer."
         )
-    if bias is not None and bias.shape != (weight.shape[0], weight.shape[2]):
-        raise ValueError(
-            f"`{argument}.bias`: expected shape (n, out) = {(weight.shape[0], weight.shape[2])}, got {bias.shape}; use "
-            f"the parameters of this layer."
-        )
+    if bias is not None and (bias.ndim != 1 if packed else bias.shape != weight.shape[::2]):
+        wanted = "packed shape (out_0 + out_1 + ...,)" if packed else f"shape (n, out) = {weight.shape[::2]}"
+        raise ValueError(f"`{argument}.bias`: expected {wanted}, got {bias.shape}; use the parameters of this layer.")
 
 
 def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, np.ndarray]:
@@ -363,7 +364,7 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
             wanted = "a NumPy array without a mask" if isinstance(array, np.ndarray) else "a NumPy array"
             raise TypeError(f"`{argument}`: expected {wanted}, got {kind_of(array)}; the layer is unchanged.")
         if array.shape != shape:
-            symbols = "(n, in, out)" if name == "weight" else "(n, out)"
+            symbols = ("(packed,)", "(n, out)", "(n, in, out)")[len(shape) - 1]
             raise ValueError(
                 f"`{argument}`: expected shape {symbols} = {shape}, got {array.shape}; the layer is unchanged."
             )

@@ -41,7 +41,8 @@ class PartitionedLinear(nn.Module):
         (..., out_0 + out_1 + ...), partition after partition.
 
     Attributes:
-        weight: Parameter of shape (n, in, out); for unequal sizes packed into one axis, see `partition_weights`.
+        weight: Parameter of shape (n, in, out); for unequal sizes packed into one axis, see `partition_weights`;
+            rules by number of axes then take it for a vector, see `torch_impl.optimizers`.
         bias: Parameter of shape (n, out), or None. It has two axes, so the common rule "decay every parameter with
             at least two axes" decays it. For unequal sizes packed, (out_0 + out_1 + ...,).
         packing: Where each partition of unequal sizes lies; None for equal ones.
@@ -218,13 +219,15 @@ class PartitionedLinear(nn.Module):
 
     def partition_weights(self) -> list[Tensor]:
         """Return n views of the weight, W_k (in_k, out_k), which can be written to under `torch.no_grad`."""
-        return list(self.weight.unbind(0)) if self.packing is None else split_weight(self.weight, self.packing)
+        weight = self.partition_views()["weight"]
+        return list(weight.unbind(0)) if self.packing is None else split_weight(weight, self.packing)
 
     def partition_biases(self) -> list[Tensor] | None:
         """Return n views of the bias, b_k (out_k,), as `partition_weights` does; None without a bias."""
-        if self.bias is None:
+        bias = self.partition_views().get("bias")
+        if bias is None:
             return None
-        return list(self.bias.unbind(0)) if self.packing is None else list(self.bias.split(self.packing.out_features))
+        return list(bias.unbind(0) if self.packing is None else bias.split(self.packing.out_features))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         if self.packing is not None:

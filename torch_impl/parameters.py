@@ -1,7 +1,8 @@
 """Parameters in and out: canonical NumPy arrays, safetensors files, and lists of `nn.Linear`.
 
-The canonical form is {"weight": (n, in, out), "bias": (n, out)}, without "bias" for a layer that has none. Every way
-in and out copies bit for bit: NaN payloads, signed zeros and subnormals included.
+The canonical form is {"weight": (n, in, out), "bias": (n, out)}, without "bias" for a layer that has none; for
+partitions of unequal sizes they are packed, as `torch_impl.packing` says. Every way in and out copies bit for bit: NaN
+payloads, signed zeros and subnormals included.
 """
 
 import io

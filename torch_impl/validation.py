@@ -38,7 +38,7 @@ def check_sizes(*, dense: bool = False, **sizes: Any) -> None:
     """
     for argument, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
-            several = argument != "num_partitions" and not dense and hasattr(size, "__len__")
+            several = argument != "num_partitions" and not dense and hasattr(size, "__iter__")
             raise TypeError(
                 f"`{argument}`: expected a positive int, got {shown(size)} of type {type(size).__name__}; pass an int"
                 f"{', or a list of one for each partition' if several else ''}."

@@ -40,6 +40,20 @@ def size_text(size: Size) -> str:
     return f"{min(size)}..{max(size)} ({sum(size)} in all)"
 
 
+def _total(num_partitions: int, size: Size) -> int:
+    # Records of any numbers are read: no list of n of them is made.
+    return num_partitions * size if isinstance(size, int) else sum(size)
+
+
+def weights_of(num_partitions: int, in_features: Size, out_features: Size) -> int:
+    """Return the numbers in the matrices of all partitions."""
+    if isinstance(in_features, int):
+        return in_features * _total(num_partitions, out_features)
+    if isinstance(out_features, int):
+        return out_features * sum(in_features)
+    return sum(map(operator.mul, in_features, out_features))
+
+
 @dataclass(frozen=True)
 class Workload:
     """One shape of `y[b, n, o] = sum_i x[b, n, i] * W[n, i, o] + b[n, o]`.
@@ -109,14 +123,10 @@ class Workload:
     @property
     def weights(self) -> int:
         """Numbers in W."""
-        i, o = self.in_features, self.out_features
-        if isinstance(i, int):
-            return i * self._total(o)
-        return self._total(i) * o if isinstance(o, int) else sum(map(operator.mul, i, o))
+        return weights_of(self.num_partitions, self.in_features, self.out_features)
 
     def _total(self, size: Size) -> int:
-        # Records of any numbers are read: no list of n of them is made.
-        return self.num_partitions * size if isinstance(size, int) else sum(size)
+        return _total(self.num_partitions, size)
 
     @property
     def shape(self) -> str:
@@ -293,7 +303,8 @@ def _language() -> Iterator[Workload]:
 # unknown value is a category of its own.
 _ADULT = (9, 16, 7, 15, 6, 5, 2, 42)
 # UCI Census-Income (KDD): the distinct values of its nominal attributes in the order of census-income.names.
-_CENSUS = (9, 52, 47, 17, 3, 7, 24, 15, 5, 10, 2, 3, 6, 8, 6, 6, 51, 38, 8, 10, 9, 10, 3, 5, 43, 43, 43, 5, 3, 3)
+_CENSUS = (9, 52, 47, 17, 3, 7, 24, 15, 5, 10, 2, 3, 6, 8, 6, 6, 51, 38, 8, 10, 9, 10, 3, 4, 5)
+_CENSUS += (43, 43, 43, 5, 3, 3, 3, 2)
 
 
 def _unequal() -> Iterator[Workload]:
@@ -309,10 +320,9 @@ def _unequal() -> Iterator[Workload]:
         "one linear map of each one-hot feature to width 32, batch 1024 chosen here; categories of UCI Census-Income"
     )
     yield Workload("census-card-32", 1024, len(_CENSUS), _CENSUS, 32, source)
-    source = (
-        "NVIDIA/cuEquivariance, linear map over the segments 128x0e + 64x1o + 32x2e; these and 2048 rows chosen here"
-    )
-    yield Workload("cuequivariance-segments", 2048, 3, (128, 64, 32), (128, 64, 32), source)
+    source = "NVIDIA/cuEquivariance's linear layer 32x0e + 32x1o -> 16x0e + 48x1o, with 4 times as many channels"
+    source += ", each component a segment; 2048 rows, and weights for each component, chosen here"
+    yield Workload("cuequivariance-segments", 2048, 4, 128, (64, 192, 192, 192), source)
 
 
 def _layouts(known: dict[str, Workload]) -> Iterator[Workload]:

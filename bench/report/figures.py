@@ -9,11 +9,9 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from bench.environments import device_name
 from bench.plan.competitors import YARDSTICK
-from bench.plan.workloads import size_text
+from bench.plan.workloads import size_text, weights_of
 from bench.report.tables import verdict_text
 from bench.report.text import calls, outcome
 from bench.study.cells import DISTURBED, identity
@@ -106,7 +104,6 @@ def leader_text(ranking: Ranking) -> str:
 def cell_figures(ranking: Ranking, machine: str) -> dict[str, Any]:
     """Return the conditions of a cell, and who leads it."""
     first, where = ranking.first, identity(ranking.first)
-    each = f"{size_text(first.in_features)}->{size_text(first.out_features)}"
     leading = {row.record.framework for row in ranking.rows if row.record.label in ranking.leaders}
     between = [verdict_text(found) for found in ranking.framework_ratios.values() if found.interval is not None]
     timed = {row.record.framework for row in ranking.rows if row.rank is not None}
@@ -115,13 +112,13 @@ def cell_figures(ranking: Ranking, machine: str) -> dict[str, Any]:
         between = [f"only {next(iter(timed))} was timed"]
     return {
         "workload": first.workload,
-        "sizes": f"B={first.batch}, n={first.num_partitions}, {each}",
+        "sizes": where.sizes,
         "batch": first.batch,
         "num_partitions": first.num_partitions,
         "in_features": size_text(first.in_features),
         "out_features": size_text(first.out_features),
-        # In the mean where partitions are of unequal sizes.
-        "weights": _digits(float(np.mean(np.multiply(first.in_features, first.out_features, dtype=float)))),
+        # Of unequal partitions those of the average one.
+        "weights": weights_of(first.num_partitions, first.in_features, first.out_features) // first.num_partitions,
         "direction": where.direction,
         "optimizer": where.optimizer,
         "precision": short_name(where.precision),

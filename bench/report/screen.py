@@ -8,6 +8,7 @@ from bench.plan.competitors import CALLS
 from bench.report.text import factor, resolution_line, source_line, summary_line, titles, winner_line
 from bench.study.cells import identity
 from bench.study.ranking import Ranking
+from bench.study.recommendation import four_sizes
 from bench.study.results import Results
 from bench.study.statistics import FASTER, SAME, SLOWER, Interval
 
@@ -119,8 +120,7 @@ def _range(ratios: Iterable[float]) -> str:
 
 def recommend_command(results: Results, directories: Sequence[str]) -> str:
     """Return the command that asks what to use for the first shape of equal partitions; empty without one."""
-    equal = (found.first for found in results.found if isinstance(found.first.in_features, int))
-    first = next((record for record in equal if isinstance(record.out_features, int)), None)
+    first = next((found.first for found in results.found if four_sizes(found.first)), None)
     if first is None:
         return ""
     sizes = {"num-partitions": first.num_partitions, "in-features": first.in_features}

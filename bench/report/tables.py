@@ -257,7 +257,7 @@ def efficiency_table(ranking: Ranking, title: str = "") -> Table:
             rate(found.flops_per_s),
             share(found.ceiling_fraction),
             share(found.peak_fraction),
-            f"{found.waste_factor if isinstance(found.waste_factor, int) else round(found.waste_factor, 2)}x",
+            f"{round(found.waste_factor, 2):g}x",
             calls(found.payback_calls),
             seconds(found.enqueue_s),
             seconds(found.waited_s),

@@ -46,11 +46,15 @@ class Identity(NamedTuple):
     optimizer: str | None
 
     @property
+    def sizes(self) -> str:
+        """Return the sizes as text, for example `B=128, n=32, 32->32`."""
+        each = f"{size_text(self.in_features)}->{size_text(self.out_features)}"
+        return f"B={self.batch}, n={self.num_partitions}, {each}"
+
+    @property
     def what(self) -> str:
         """Return workload, sizes and direction."""
-        each = f"{size_text(self.in_features)}->{size_text(self.out_features)}"
-        sizes = f"B={self.batch}, n={self.num_partitions}, {each}"
-        return f"{self.workload} ({sizes}), {self.step}"
+        return f"{self.workload} ({self.sizes}), {self.step}"
 
     @property
     def step(self) -> str:

@@ -125,15 +125,17 @@ def distance(shape: Shape, record: Record) -> float:
     return doublings([getattr(record, name) for name in SIZES], shape.sizes)
 
 
+def four_sizes(record: Record) -> bool:
+    """Return True for the map of four sizes; one shared input, or sizes that differ, make it another function."""
+    return record.layout != SHARED and isinstance(record.in_features, int) and isinstance(record.out_features, int)
+
+
 def matches(shape: Shape, record: Record) -> bool:
     """Return True if a cell was measured under the conditions that were asked for."""
     own = next(precision for precision, dtype in STORAGE_DTYPES.items() if dtype == shape.dtype)
     asked = (shape.dtype, shape.precision or own, shape.direction)
     there = shape.device in (None, record.device) and shape.division in (None, record.division)
-    # Another function: one input for all partitions, or sizes that differ between them.
-    if record.layout == SHARED or not (isinstance(record.in_features, int) and isinstance(record.out_features, int)):
-        return False
-    return there and asked == (record.dtype, record.precision, record.direction)
+    return four_sizes(record) and there and asked == (record.dtype, record.precision, record.direction)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ without having found out what it can resolve, and time goes where the noise is.
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 import numpy as np
 
@@ -35,11 +34,6 @@ _CONFIDENCE = 0.9999
 _LEAST_ROUNDS = 4
 
 
-@cache
-def _quantile(degrees: int) -> float:
-    return student_t_quantile(0.5 + _CONFIDENCE / 2, degrees)
-
-
 def _certainly_beyond(differences: np.ndarray, margin: float) -> bool:
     """Return True if the mean of paired log differences is certainly above the margin."""
     rounds = len(differences)
@@ -47,7 +41,8 @@ def _certainly_beyond(differences: np.ndarray, margin: float) -> bool:
         return False
     values = pseudo_values(differences, (rounds,))
     error = float(values.std(ddof=1)) / math.sqrt(rounds)
-    return float(values.mean()) - _quantile(middle_rounds(rounds) - 1) * error > margin
+    quantile = student_t_quantile(0.5 + _CONFIDENCE / 2, middle_rounds(rounds) - 1)
+    return float(values.mean()) - quantile * error > margin
 
 
 def far_behind(log_latencies: Mapping[str, Sequence[float] | np.ndarray], baseline: str) -> list[str]:

@@ -41,7 +41,7 @@ def judged(bench, framework, name="matmul", kind="implementation", mode=None):
 
 
 @pytest.mark.parametrize("division", ["stock", "matched", "tuned"])
-@pytest.mark.parametrize("layout", ["contiguous", "partition_major", "time_series"])
+@pytest.mark.parametrize("layout", ["contiguous", "partition_major", "time_series", "flat"])
 @pytest.mark.parametrize("framework", MODES)
 def test_every_layout_gives_the_same_function(framework, layout, division):
     bench = opened(framework, direction="forward_backward", layout=layout, division=division)

@@ -105,9 +105,10 @@ def test_workloads_of_unequal_sizes_have_sources_and_sums_over_their_partitions(
     assert saint.shape == "B=256, n=9, 160->1..42 (103 in all)"
     assert (saint.inputs, saint.outputs, saint.weights) == (9 * 160, 103, 160 * 103)
     segments = found["cuequivariance-segments"]
-    assert segments.shape == "B=2048, n=3, (128, 64, 32)->(128, 64, 32)"
-    assert segments.weights == 128**2 + 64**2 + 32**2
-    assert segments.elements == 2048 * 2 * 224 + segments.weights + 224
+    assert segments.shape == "B=2048, n=4, 128->(64, 192, 192, 192)"
+    assert segments.weights == 128 * 640
+    assert segments.elements == 2048 * (512 + 640) + segments.weights + 640
+    assert (found["census-card-32"].num_partitions, found["census-card-32"].inputs) == (33, 503)
 
 
 @pytest.mark.parametrize(

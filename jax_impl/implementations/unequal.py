@@ -58,12 +58,12 @@ def unequal_linear_bucketed_matmul(
     The weights of a size are beside each other and are used where they are. Features are moved by as many pieces as
     there are runs of neighbours of one size.
     """
-    features = _by_bucket(_rows(x), packing.in_features, packing)
-    vectors = [None] * len(packing.buckets) if bias is None else _by_bucket(bias[None], packing.out_features, packing)
+    features = by_bucket(_rows(x), packing.in_features, packing)
+    vectors = [None] * len(packing.buckets) if bias is None else by_bucket(bias[None], packing.out_features, packing)
     outputs = []
-    for one, matrices, vector in zip(features, _matrices_by_bucket(weight, packing), vectors, strict=True):
+    for one, matrices, vector in zip(features, matrices_by_bucket(weight, packing), vectors, strict=True):
         outputs.append(add_bias(_product(one, matrices, precision, dtype), vector, dtype))
-    return _flat(outputs, packing).reshape(*x.shape[:-1], packing.out_offsets[-1])
+    return flat(outputs, packing).reshape(*x.shape[:-1], packing.out_offsets[-1])
 
 
 def unequal_linear_padded_matmul(
@@ -74,20 +74,20 @@ def unequal_linear_padded_matmul(
     Both operands are padded, each by its own zeros: no partition's values meet those of another one.
     """
     most_in, most_out = max(packing.in_features), max(packing.out_features)
-    features = [_padded(one, most_in) for one in _by_bucket(_rows(x), packing.in_features, packing)]
+    features = [_padded(one, most_in) for one in by_bucket(_rows(x), packing.in_features, packing)]
     matrices = [
         jnp.pad(one, ((0, 0), (0, most_in - one.shape[1]), (0, most_out - one.shape[2])))
-        for one in _matrices_by_bucket(weight, packing)
+        for one in matrices_by_bucket(weight, packing)
     ]
     product = _product(joined(features, 0), joined(matrices, 0), precision, dtype)
     if bias is None:
         y = product.astype(dtype)
     else:
-        vectors = [_padded(one, most_out) for one in _by_bucket(bias[None], packing.out_features, packing)]
+        vectors = [_padded(one, most_out) for one in by_bucket(bias[None], packing.out_features, packing)]
         y = add_bias(product, joined(vectors, 0), dtype)
     buckets = lax.split(y, [len(bucket.members) for bucket in packing.buckets])
     outputs = [one[:, :, : bucket.out_features] for one, bucket in zip(buckets, packing.buckets, strict=True)]
-    return _flat(outputs, packing).reshape(*x.shape[:-1], packing.out_offsets[-1])
+    return flat(outputs, packing).reshape(*x.shape[:-1], packing.out_offsets[-1])
 
 
 def shared_unequal_linear(
@@ -127,7 +127,8 @@ def _padded(features: Array, size: int) -> Array:
     return jnp.pad(features, ((0, 0), (0, 0), (0, size - features.shape[2])))
 
 
-def _matrices_by_bucket(weight: Array, packing: Packing) -> list[Array]:
+def matrices_by_bucket(weight: Array, packing: Packing) -> list[Array]:
+    """Cut a packed weight into the stacked matrices (m, in, out) of each bucket, without a copy where jitted."""
     pieces = lax.split(weight, [bucket.stop - bucket.start for bucket in packing.buckets])
     return [
         piece.reshape(len(bucket.members), bucket.in_features, bucket.out_features)
@@ -140,7 +141,7 @@ def _runs(packing: Packing) -> list[tuple[int, int, int]]:
     return sorted((*run, number) for number, bucket in enumerate(packing.buckets) for run in bucket.runs)
 
 
-def _by_bucket(rows: Array, sizes: Sequence[int], packing: Packing) -> list[Array]:
+def by_bucket(rows: Array, sizes: Sequence[int], packing: Packing) -> list[Array]:
     """Turn (rows, s_0 + s_1 + ...) into (m, rows, s) for the m partitions of each size."""
     runs = _runs(packing)
     pieces = lax.split(rows, [(stop - first) * sizes[first] for first, stop, _ in runs], axis=1)
@@ -150,7 +151,7 @@ def _by_bucket(rows: Array, sizes: Sequence[int], packing: Packing) -> list[Arra
     return [joined(run, 0) for run in found]
 
 
-def _flat(outputs: Sequence[Array], packing: Packing) -> Array:
+def flat(outputs: Sequence[Array], packing: Packing) -> Array:
     """Turn (m, rows, o) of each size back into (rows, out_0 + out_1 + ...)."""
     runs = _runs(packing)
     lengths = [[stop - first for first, stop in bucket.runs] for bucket in packing.buckets]

@@ -4,7 +4,7 @@ A formula is looked for among sorted numbers, so that it does not matter how the
 hypothesis like any other, which `place` proves or drops.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -16,6 +16,16 @@ _MOST_TERMS = 12
 _MOST_READ = 4  # values that are tried in another order
 _MOST_ROLLED = 8  # elements of an axis that is rolled
 _MOST_FORMULAS = 60  # values of the flax side that a formula is looked for
+_FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "relu": lambda x: np.maximum(x, 0.0),
+    "relu6": lambda x: np.clip(x, 0.0, 6.0),
+    "tanh": np.tanh,
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "softplus": lambda x: np.logaddexp(x, 0.0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0.0))),
+    **{function.__name__: function for function in (np.exp, np.log, np.log1p, np.abs, np.sin, np.cos, np.square)},
+}
 # A sentence, changes, and the operations whose results must be among Flax's values where not all results agree.
 Hypothesis = tuple[str, Sequence[Change], Sequence[int]]
 
@@ -39,7 +49,8 @@ def order_of(own: np.ndarray, other: np.ndarray) -> str:
         for blocks in (n for n in range(2, size) if size % n == 0):
             split = own.reshape(*own.shape[:axis], blocks, size // blocks, *own.shape[axis + 1 :])
             if _equal(split.swapaxes(axis, axis + 1).reshape(own.shape), other):
-                return f"with axis {axis} split the other way round ({blocks} groups interleaved, a shuffle)"
+                others = "a shuffle, or channels first against last before a flatten"
+                return f"with axis {axis} split the other way round ({blocks} groups interleaved: {others})"
     return ""
 
 
@@ -98,6 +109,14 @@ def formulas(own: np.ndarray, other: np.ndarray) -> Iterator[tuple[str, np.ndarr
             # An array of ones is any power of itself.
             if abs(power - 1) > FORMATS["float32"].roundoff and fits(first**power) and told(power, 3):
                 yield f"it to the power {power:.6g} (another exponent, or base of a power)", own**power
+    fitting = []
+    for name, function in _FUNCTIONS.items() if distinct >= 4 else ():
+        with np.errstate(all="ignore"):
+            values = function(first)
+        if np.isfinite(values).all() and not np.array_equal(values, first) and fits(values):
+            fitting.append(name)
+    if fitting:
+        yield f"{' or '.join(fitting)} of it (a function that torch's side lacks there)", _FUNCTIONS[fitting[0]](own)
     for order in (1, -1) if distinct >= 4 else ():
         factor, offset = map(_written, np.polyfit(first, second[::order], 1).tolist())
         if factor and offset and factor not in (1.0, -1.0) and fits(factor * first + offset):
@@ -232,8 +251,7 @@ def _of_value(search: Search, step: int, what: str, number: int, words: str) -> 
     if count > 1 and words.startswith(f"{1 / count if operation == 'sum' else count:.6g} times"):
         other = "mean" if operation == "sum" else "sum"
         return f"reduction: the torch side takes a {operation}, the flax side a {other}"
-    if "power" in words:
-        kind = "power"
+    kind = "power" if "power" in words else "activation" if " of it (" in words else kind
     if kind == "scale" and _softmax_follows(search, number):
         return f"attention scale: the scores are {words} on the flax side"
     reader = trace.steps[step].module or trace.steps[step].operation

@@ -52,8 +52,8 @@ def _cell_defects(frameworks: Sequence[str], implementation: str) -> Iterator[Sc
                 seen = observe(defect, subject, dtype)
                 yield Score(f"{subject.framework} {dtype}", defect.name, seen.killed, seen.cause)
     for subject in chosen_subjects(frameworks, [], "auto", cases=[UNEQUAL_CASE]):
-        # Implementations of equal sizes have no counterpart of their name.
-        if subject.implementation in (implementation, PLANTED_UNEQUAL):
+        # Most implementations of equal sizes have no counterpart for unequal ones.
+        if subject.implementation in (implementation, *PLANTED_UNEQUAL):
             for defect, dtype in itertools.product(UNEQUAL_DEFECTS, DTYPES):
                 seen = observe(defect, subject, dtype)
                 where = f"{subject.framework} {subject.implementation} {dtype}"

@@ -11,7 +11,7 @@ from parity_tests.judge.subjects import Subject
 
 # Buckets interleave, and two of them have outputs of one size, so that exchanging these still fits.
 UNEQUAL_CASE = Case("unequal defects", (64,), 7, (4, 9, 4, 1, 9, 4, 1), (3, 5, 3, 5, 5, 3, 5))
-PLANTED_UNEQUAL = "bucketed_matmul"
+PLANTED_UNEQUAL = ("bucketed_matmul", "padded_matmul")
 _SWAPPED = ((9, 5), (1, 5))
 
 

@@ -106,8 +106,8 @@ def check_pair(
             it; False for a pair that is not to be trained on, or to part there. Others are listed as not compared.
         dtypes_equal: True to fail an output that the two sides return in different dtypes (a bfloat16 port that returns
             float32), which is a note otherwise.
-        effort: `full`, or `quick` for a look that compares the same values by the same bounds, but watches no branches
-            and formats and tries no causes.
+        effort: `full`, or `quick` for a look that compares the same values, but watches no branches and formats, tries
+            no causes, and measures the flax side's rounding noise only if it does not keep the torch side's bounds.
         values: `"given"` judges the pair a second time on the torch module's own values, mapped through the rules to
             the flax side (a trained checkpoint, say): a function may differ only where drawn ones do not come.
         torch_kwargs: keyword arguments of the torch call.

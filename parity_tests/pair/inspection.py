@@ -27,7 +27,8 @@ _CANNOT = (NotImplementedError, RuntimeError, TypeError, ValueError)
 
 QUICK = (
     "a quick look: it did not watch which branches of clamps and selections no value took, nor which operations work "
-    "in a wider format, and tried no cause; values, bounds and comparisons are those of the full check"
+    "in a wider format, and tried no cause; the flax side was judged by the rounding noise of the torch side, and by "
+    "its own only if a comparison failed"
 )
 COMPLEX = (
     "complex tensors are compared by real and imaginary part; their gradients are dL/dRe + i dL/dIm, PyTorch's "
@@ -169,6 +170,20 @@ class Remarks:
                 continue
             self._branches[key] = tuple(f"{SHOWN[key]}: {sentence}" for sentence in found)
             self.notes |= dict.fromkeys(self._branches[key])
+
+    def on_overflow(self, values: Values, wide: Values) -> None:
+        """Look for arrays with numbers beyond a leg's format: they are infinite on both sides and in both truths."""
+        named = [
+            {**v.parameters["torch"], **dict(zip(self._pair.layout.names, v.inputs["torch"], strict=True))}
+            for v in (values, wide)
+        ]
+        lost = [
+            name
+            for name, a in named[0].items()
+            if is_inexact(a) and (np.isfinite(named[1][name]) > np.isfinite(a)).any()
+        ]
+        if lost:
+            self.notes[f"{values.dtype} cannot hold all numbers of {', '.join(lost)}: they are infinite in it"] = None
 
     def on_formats(self, key: str, values: Values, *results: Arrays, watched: bool = True) -> None:
         """Look at the formats in which a side returned and, if watched, computed."""

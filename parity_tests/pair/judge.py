@@ -1,6 +1,7 @@
 """Climbs the ladder for a pair: weights bit for bit, outputs, gradients, state; in float64 and in each dtype."""
 
 import dataclasses
+import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from parity_tests.judge.dtypes import is_complex, is_inexact
 from parity_tests.judge.records import row_from_result
 from parity_tests.pair.calibration import SEMANTIC_SCALE, calibrated_bound, constants_bound
 from parity_tests.pair.inspection import COMPLEX, QUICK, Remarks, refuse_unmapped
+from parity_tests.pair.layouts import example_of_outputs
 from parity_tests.pair.legs import Pair, Values, running
 from parity_tests.pair.report import PairRow
 from parity_tests.pair.side import CANNOT_RUN, PREFIX, SHOWN, Ensemble, is_output, updated
@@ -64,6 +66,7 @@ class Judge:
         self._pair, self._seed = pair, seed
         self._gradients, self._semantic, self._state = gradients, semantic, state
         self._dtypes_equal, self._watched = dtypes_equal, effort == "full"
+        self._borrows, self._lent = False, None  # the rounding noise of the torch side, for the flax side
         # Buffers that are compared, by their rows' names: known when the first calls have returned.
         self._updated: frozenset[str] = frozenset()
         # Gradients that neither side has, though one of them could: known likewise.
@@ -87,9 +90,7 @@ class Judge:
                     random.append(key)
         self.evidence.random = tuple(random)
         for key in random:
-            side, evaluate = (
-                ("torch", "module.eval()") if key == "torch" else ("flax", "module.eval(), deterministic=True")
-            )
+            side, evaluate = SHOWN[key], "module.eval()" + ", deterministic=True" * (key == "jax")
             reason = (
                 "the output depends on a random state: dropout is active, or the module draws numbers; evaluate it "
                 f"({evaluate}), or feed the mask or the noise to both sides as an input (inputs=, {side}_call=)"
@@ -97,6 +98,23 @@ class Judge:
             yield self._row(refused("y", reason), key, "float32", "forward")
         if random:
             return
+        yield from self._climbed(values, dtypes)
+
+    def _climbed(self, values: Values, dtypes: Sequence[str]) -> Iterator[PairRow]:
+        """Yield the rungs above the weights; where a borrowed bound does not hold, go on with the side's own."""
+        self._borrows = not self._watched
+        held = 0
+        for row in self._rungs(values, dtypes):
+            if row.status == "mismatch" and self._borrows:
+                break
+            held += 1
+            yield row
+        else:
+            return
+        self._borrows = False
+        yield from itertools.islice(self._rungs(values, dtypes), held, None)
+
+    def _rungs(self, values: Values, dtypes: Sequence[str]) -> Iterator[PairRow]:
         comparable = yield from self._semantic_leg(values)
         if not comparable:
             return
@@ -127,7 +145,7 @@ class Judge:
             raise ValueError(
                 f"outputs: expected the same names on both sides, got {', '.join(shapes['torch']) or 'none'} from "
                 f"torch and {', '.join(shapes['jax']) or 'none'} from flax; say which correspond by outputs=, such as "
-                f"{_correspondence(list(shapes['torch']), list(shapes['jax']))}."
+                f"{example_of_outputs(list(shapes['torch']), list(shapes['jax']))}."
             )
         self.evidence.values, self.evidence.truths = values, shapes
         compared = [within(name, shapes["jax"][name], np.zeros_like(y), 0.0) for name, y in shapes["torch"].items()]
@@ -144,7 +162,7 @@ class Judge:
         for key in KEYS:
             try:
                 outputs[key] = self._pair.truth(key, values)
-                ensembles[key] = self._pair.ensemble(key, values, "float32", self._seed)
+                ensembles[key] = self._ensemble(key, values, "float32", outputs[key])
             except CANNOT_RUN as error:
                 # The module runs in float32, as its outline has shown.
                 yield self._without_truth(error, key, "float64")
@@ -213,8 +231,8 @@ class Judge:
                 alone[key] = self._pair.forward(key, values)
             except CANNOT_RUN as error:
                 yield self._cannot(error, key, dtype, "forward")
-        if dtype != "float32":
-            self._note_overflow(values)
+        if dtype != "float32" and evidence.values is not None:
+            self.remarks.on_overflow(values, evidence.values)
         if self._gradients and dtype != "float32":
             values = self._pair.with_cotangents(values, alone, self._seed)
         results = dict(alone)
@@ -266,19 +284,6 @@ class Judge:
                     refused(name, f"{reason}; dtypes_equal asks for one dtype"), _BOTH, dtype, "forward", "exact"
                 )
 
-    def _note_overflow(self, values: Values) -> None:
-        """Note the arrays with numbers beyond a leg's format: they are infinite on both sides and in both truths."""
-        assert self.evidence.values is not None
-        names = self._pair.layout.names
-        inputs = dict(zip(names, values.inputs["torch"], strict=True))
-        wide = dict(zip(names, self.evidence.values.inputs["torch"], strict=True))
-        inputs, wide = {**values.parameters["torch"], **inputs}, {**self.evidence.values.parameters["torch"], **wide}
-        lost = [
-            name for name, a in inputs.items() if is_inexact(a) and (np.isfinite(wide[name]) > np.isfinite(a)).any()
-        ]
-        if lost:
-            self.notes.add(f"{values.dtype} cannot hold all numbers of {', '.join(lost)}: they are infinite in it")
-
     def _cannot(self, error: Exception, key: str, dtype: str, rung: str) -> PairRow:
         """Skip a format that fails here: the function runs in float64, as the semantic leg has shown."""
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -299,10 +304,19 @@ class Judge:
         else:
             truths = self._compared(self._pair.truth(key, values))
             # Noise in float64 would drown in float64's own rounding: fp32 noise is scaled down instead.
-            ensemble = self._pair.ensemble(key, values, "float32" if dtype == "float64" else dtype, self._seed)
+            ensemble = self._ensemble(key, values, "float32" if dtype == "float64" else dtype, truths)
         self.notes |= {*ensemble.notes, *self._pair.sides[key].notes()}
         scale = SEMANTIC_SCALE if dtype == "float64" else 1.0
         return truths, self._bounds(truths, ensemble, dtype, scale)
+
+    def _ensemble(self, key: str, values: Values, dtype: str, truths: Mapping[str, np.ndarray]) -> Ensemble:
+        """Return a side's rounding noise, or, for a quick look at the flax side, the torch side's."""
+        lent = self._lent if key == "jax" and self._borrows else None
+        if lent and {name for name, truth in truths.items() if is_inexact(truth)} <= set(lent.spread):
+            return lent
+        found = self._pair.ensemble(key, values, dtype, self._seed)
+        self._lent = found if key == "torch" else None
+        return found
 
     def _bounds(
         self, truths: Mapping[str, np.ndarray], ensemble: Ensemble, dtype: str, scale: float
@@ -379,15 +393,6 @@ class Judge:
 
 def _is_informative(value: np.ndarray) -> bool:
     return bool((np.isfinite(value) & (value != 0)).any())
-
-
-def _correspondence(torch: Sequence[str], flax: Sequence[str]) -> str:
-    """Return an example of `outputs=`: equal names first, else the first of either side."""
-    common = [name for name in torch if name in flax]
-    first = [(name.removeprefix("y."),) * 2 for name in common] or [
-        (torch[0].removeprefix("y."), flax[0].removeprefix("y.")) if torch and flax else ("0", "logits")
-    ]
-    return repr(first)
 
 
 def _badness(result: TensorResult) -> tuple[int, float]:

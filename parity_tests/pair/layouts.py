@@ -192,3 +192,12 @@ def both_layouts(layout: Layout, arrays: Sequence[np.ndarray], patterns: Layouts
         for k, x in enumerate(arrays)
     )
     return {"torch": tuple(arrays), "jax": tuple(flax)}
+
+
+def example_of_outputs(torch: Sequence[str], flax: Sequence[str]) -> str:
+    """Return an example of `outputs=`: equal names first, else the first of either side."""
+    common = [name for name in torch if name in flax]
+    first = [(name.removeprefix("y."),) * 2 for name in common] or [
+        (torch[0].removeprefix("y."), flax[0].removeprefix("y.")) if torch and flax else ("0", "logits")
+    ]
+    return repr(first)

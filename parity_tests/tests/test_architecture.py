@@ -27,7 +27,8 @@ ONE_SIDED = {
 TWINS = {
     "array_types.py": ("UnsupportedImplementationError", "kind_of", "shown", "said", "_on_one_line"),
     "checkpoints.py": (
-        *("without_wrappers", "key_of", "linears_in", "arrays_from_linears", "linears_from_arrays"),
+        *("without_wrappers", "key_of", "linears_in", "check_keys", "arrays_from_linears"),
+        *("of_partition", "linears_from_arrays"),
         *("from_axes", "to_axes", "_sizes", "_checked_patterns"),
     ),
     "files.py": (
@@ -41,10 +42,10 @@ TWINS = {
     ),
     "registry.py": ("_shared_reason", "implementation_names", "get_implementation", "_listed"),
     "validation.py": ("_names",),
-    "parameters.py": ("_deserialized",),
+    "parameters.py": ("_check_version", "_deserialized"),
 }
 LONGEST, SHORTEST = 400, 40
-MOST_FILES = 247
+MOST_FILES = 253
 # Files below the shortest length, each with the name by which a reader looks for it. Packages, their entries and the
 # implementations of the table need no reason.
 SHORT = {
@@ -199,7 +200,8 @@ from parity_tests.judge.inputs import SMOKE
 from parity_tests.judge.run import run_cells
 from parity_tests.judge.subjects import load_subjects
 import {framework}_impl
-rows = list(run_cells(load_subjects("{framework}"), ["float32"], SMOKE[:1]))
+subjects = [subject for subject in load_subjects("{framework}") if subject.implementation in ("matmul", "layer")]
+rows = list(run_cells(subjects, ["float32"], SMOKE[:1]))
 assert rows and all(row.status != "mismatch" for row in rows), rows
 assert any(row.status == "ok" for row in rows)
 assert not set(sys.modules) & set({sorted(banned)!r})

@@ -14,7 +14,17 @@ import safetensors.numpy
 from flax import linen as nn
 from flax import nnx
 
-from jax_impl import PartitionedLinear, export_linears, export_parameters, import_parameters, linen, load_linears
+from jax_impl import (
+    PartitionedLinear,
+    export_linears,
+    export_parameters,
+    import_parameters,
+    linen,
+    load_linears,
+    load_parameters,
+    save_parameters,
+)
+from parity_tests.tests.drawn_calls import bits_fault
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -139,3 +149,99 @@ def test_what_does_not_fit_is_refused_whole():
     assert all(np.array_equal(array, before[name]) for name, array in export_parameters(layer).items())
     load_linears(layer, {"state_dict": state, "epoch": 3}, prefix="state_dict.heads.")
     assert holds(export_parameters(layer), state)
+
+
+INS, OUTS = (1, 4, 9, 4), (3, 5, 1, 5)
+
+
+def unequal(dtype="float32", outs=OUTS, **options):
+    return PartitionedLinear(4, INS, outs, init="torch", param_dtype=dtype, rngs=nnx.Rngs(0), **options)
+
+
+def test_linears_of_unequal_sizes_come_and_go():
+    rng = np.random.default_rng(0)
+    old = {}
+    for k, (i, o) in enumerate(zip(INS, OUTS, strict=True)):
+        old |= {f"heads.{k}.weight": rng.standard_normal((o, i), np.float32)}
+        old |= {f"heads.{k}.bias": rng.standard_normal(o, np.float32)}
+    layer = unequal()
+    load_linears(layer, {f"module.{key}": value for key, value in old.items()}, prefix="heads.")
+    for k, (weight, bias) in enumerate(zip(layer.partition_weights(), layer.partition_biases(), strict=True)):
+        np.testing.assert_array_equal(weight, old[f"heads.{k}.weight"].T)
+        np.testing.assert_array_equal(bias, old[f"heads.{k}.bias"])
+    back = export_linears(layer, prefix="heads.")
+    assert bits_fault(back, old) == ""
+    # Of linen too, which is told the sizes.
+    sizes = {"in_features": INS, "out_features": OUTS}
+    params = {"kernel": jnp.zeros(layer.kernel.shape), "bias": jnp.zeros(layer.bias.shape)}
+    loaded = linen.load_linears(params, old, "heads.", **sizes)
+    np.testing.assert_array_equal(loaded["kernel"], layer.kernel[...])
+    assert bits_fault(linen.export_linears(loaded, "heads.", **sizes), old) == ""
+    with pytest.raises(ValueError, match="`in_features`: expected the sizes of partitions of unequal sizes"):
+        linen.load_linears(params, old, "heads.")
+    with pytest.raises(ValueError, match="`in_features`: expected sizes of packed parameters"):
+        linen.load_linears(params, old, "heads.", in_features=INS, out_features=4)
+    with pytest.raises(ValueError, match=r"`axes`: expected None for partitions of unequal sizes"):
+        import_parameters(layer, export_parameters(layer), axes={"weight": "n o i"})
+    other = unequal(outs=(3, 5, 2, 5))
+    before = export_parameters(other)
+    with pytest.raises(ValueError, match=r"heads\.2\.weight.* expected shape \(out, in\) = \(2, 9\), got \(1, 9\)"):
+        load_linears(other, old, prefix="heads.")
+    assert bits_fault(export_parameters(other), before) == ""
+
+
+def test_linears_under_names_are_given_their_order():
+    names = ["user", "item.id", "day", "shop"]
+    layer = unequal(use_bias=False)
+    old = export_linears(layer, "heads.", keys=names)
+    assert list(old) == [f"heads.{name}.weight" for name in names]
+    other = unequal(use_bias=False)
+    import_parameters(other, {"weight": np.zeros(other.kernel.shape, np.float32)})
+    load_linears(other, dict(reversed(old.items())), "heads.", keys=names)
+    np.testing.assert_array_equal(other.kernel[...], layer.kernel[...])
+    # Flax's own: a dict of layers.
+    model = {name: nnx.Linear(6, 5, rngs=nnx.Rngs(k)) for k, name in enumerate(("a", "b"))}
+    equal = PartitionedLinear(2, 6, 5, rngs=nnx.Rngs(0))
+    load_linears(equal, nnx.state(model), keys=("b", "a"))
+    np.testing.assert_array_equal(equal.kernel[...][1], model["a"].kernel[...])
+    with pytest.raises(ValueError, match=r"pass keys=\[\.\.\.\], the names in the order of the partitions"):
+        load_linears(equal, nnx.state(model))
+    for keys, message in ((["a"], "expected n = 2 names, got 1"), (["a", "c"], "got 'c', which is not there")):
+        with pytest.raises(ValueError, match=f"`keys`: .*{message}"):
+            load_linears(equal, {"a.weight": np.zeros((5, 6)), "a.bias": np.zeros(5)}, keys=keys)
+    with pytest.raises(TypeError, match="`keys`: expected a sequence of names, got 'ab'"):
+        load_linears(equal, nnx.state(model), keys="ab")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_file_of_unequal_sizes_says_them(dtype, tmp_path):
+    layer, path = unequal(dtype), tmp_path / "layer.safetensors"
+    save_parameters(layer, path)
+    with safetensors.safe_open(path, "numpy") as file:
+        assert file.metadata() == {
+            "format": "partitioned_linear",
+            "format_version": "2",
+            "in_features": "[1, 4, 9, 4]",
+            "out_features": "[3, 5, 1, 5]",
+        }
+    other = unequal(dtype)
+    import_parameters(other, {name: np.zeros_like(array) for name, array in export_parameters(other).items()})
+    load_parameters(other, path)
+    assert bits_fault(export_parameters(other), export_parameters(layer)) == ""
+    params = {"kernel": jnp.zeros_like(layer.kernel[...]), "bias": jnp.zeros_like(layer.bias[...])}
+    loaded = linen.load_parameters(params, path, in_features=INS, out_features=OUTS)
+    again = tmp_path / "again.safetensors"
+    linen.save_parameters(loaded, again, in_features=INS, out_features=OUTS)
+    load_parameters(other, again)
+    # The same number of weights and biases in other partitions.
+    for sizes in (((4, 1, 9, 4), (3, 5, 1, 5)), ((1, 4, 9, 4), (5, 3, 1, 5))):
+        changed = PartitionedLinear(4, *sizes, param_dtype=dtype, rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match=r"`path`: expected (in|out)_features = \[.*\], got '\[.*\]' in layer"):
+            load_parameters(changed, path)
+    equal, old = PartitionedLinear(4, 4, 5, param_dtype=dtype, rngs=nnx.Rngs(0)), tmp_path / "equal.safetensors"
+    save_parameters(equal, old)
+    with pytest.raises(ValueError, match=r"expected format version '1', got '2' .* sizes of their own"):
+        load_parameters(equal, path)
+    with pytest.raises(ValueError, match=r"expected format version '2', got '1' .* have one size"):
+        load_parameters(layer, old)
+    load_parameters(equal, old)

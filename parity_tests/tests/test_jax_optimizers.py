@@ -1,5 +1,7 @@
 """Optimisers and functions that read shapes, on the JAX layers: K steps are those of n separate linears."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from flax import nnx
 from jax_impl import PartitionedLinear
 from jax_impl.optimizers import muon_dimension_numbers, per_partition, weight_decay_mask
 from jax_impl.partitions import for_each_partition_
+from jax_impl.unequal import partition_biases, partition_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 N, IN, OUT, ROWS, STEPS = 4, 6, 5, 8, 3
@@ -160,3 +163,62 @@ def test_bad_arguments_are_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
     assert (LAYER.kernel[...] == before).all()
+
+
+def unequal():
+    return PartitionedLinear(4, (2, 4, 2, 5), (3, 6, 3, 4), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_of_unequal_sizes_are_those_of_separate_linears(name):
+    if name != "LAMB" and "EVERY_TEST" not in os.environ:
+        pytest.skip("some seconds each: run with EVERY_TEST=1")
+    model = {"heads": unequal(), "body": nnx.Linear(6, 6, rngs=nnx.Rngs(1))}
+    wrapped = nnx.Dict(model)
+    optimizer, packing = OPTIMIZERS[name], model["heads"].packing
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        draw = lambda leaf: jnp.array(rng.standard_normal(leaf.shape))  # noqa: E731
+        params = jax.tree.map(draw, nnx.to_pure_dict(nnx.state(wrapped, nnx.Param)))
+        gradients = jax.tree.map(draw, params)
+
+        def apart(tree):
+            heads = tree["heads"]
+            kernels, biases = partition_weights(heads["kernel"], packing), partition_biases(heads["bias"], packing)
+            return [{"kernel": kernel, "bias": bias} for kernel, bias in zip(kernels, biases, strict=True)], tree[
+                "body"
+            ]
+
+        def steps(optimizer, params, gradients):
+            state = optimizer.init(params)
+            for _ in range(2):
+                updates, state = optimizer.update(gradients, state, params)
+                params = optax.apply_updates(params, updates)
+            return params
+
+        together = jax.jit(lambda *trees: apart(steps(per_partition(optimizer, wrapped), *trees)))(params, gradients)
+        alone = jax.jit(lambda *trees: steps(optimizer, *trees))(apart(params), apart(gradients))
+        for ours, theirs, before in zip(*map(jax.tree.leaves, (together, alone, apart(params))), strict=True):
+            assert jnp.abs(ours - theirs).max() < SAME * jnp.abs(theirs - before).max()
+
+
+def test_what_cannot_see_packed_matrices_says_so():
+    params = nnx.to_pure_dict(nnx.state(unequal(), nnx.Param))
+    assert weight_decay_mask(unequal())(params) == {"kernel": True, "bias": False}
+    assert weight_decay_mask([""])(params) == {"kernel": True, "bias": False}
+    with pytest.raises(ValueError, match=r"unequal sizes.*use per_partition\(optax\.contrib\.muon"):
+        muon_dimension_numbers(unequal())(params)
+    with pytest.raises(ValueError, match=r"expected the nnx model, for partitions of unequal sizes"):
+        per_partition(optax.adafactor(1e-2), [""]).init(params)
+
+
+def test_functions_of_each_unequal_matrix():
+    layer = unequal()
+    matrices = layer.partition_weights()
+    for_each_partition_(layer, lambda kernel: kernel / jnp.linalg.norm(kernel))
+    for_each_partition_(layer, lambda bias: bias + bias.shape[0], name="bias")
+    for before, after, bias in zip(matrices, layer.partition_weights(), layer.partition_biases(), strict=True):
+        np.testing.assert_allclose(after, before / jnp.linalg.norm(before), rtol=1e-5)
+        np.testing.assert_array_equal(bias, np.full(bias.shape, bias.shape[0]))
+    with pytest.raises(ValueError, match=r"expected a result of shape \(2, 3\), got \(3, 2\)"):
+        for_each_partition_(layer, jnp.transpose)

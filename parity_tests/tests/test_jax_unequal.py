@@ -1,5 +1,8 @@
 """Partitions of unequal sizes in the JAX tree: the function, both layers and their way of the parameters."""
 
+import os
+import re
+
 import numpy as np
 import pytest
 
@@ -21,8 +24,8 @@ from parity_tests.tests.rearranged import unequal_fault
 
 NAMES = implementation_names(unequal=True)
 DTYPES = ("float32", "bfloat16", "float16")
-# Neighbours of one size and others of it, sizes of one, and the same size in and out of two partitions.
-SIZES = ((1, 4, 9, 4, 4, 1, 2), (3, 5, 1, 5, 5, 3, 2))
+# Two neighbours of one size, two that are apart, and sizes of one.
+SIZES = ((1, 4, 4, 9, 1), (3, 5, 5, 1, 3))
 PACKING = packing_of(*SIZES)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -88,10 +91,12 @@ def drawn(*shape, seed=1):
 
 @pytest.mark.parametrize("name", ["auto", *NAMES])
 def test_every_formulation_is_what_the_oracle_has_for_each_partition(name):
-    for number, dtype in enumerate(DTYPES[:: 1 if name in NAMES else 3]):
-        # A single size, and one partition, go other ways.
-        packing = (PACKING, packing_of((4, 4), (3, 3)), packing_of((5,), (1,)))[number]
-        assert unequal_fault(gradients, packing, dtype, bias=number != 1, implementation=name) == "", dtype
+    # A single size, and one partition, go other ways. Each case with some of the formulations.
+    first = ("auto", *NAMES).index(name)
+    for number, packing in enumerate((PACKING, packing_of((4, 4), (3, 3)), packing_of((5,), (1,)))):
+        if number == 0 or number == first % 3:
+            dtype = DTYPES[(first + number) % 3]
+            assert unequal_fault(gradients, packing, dtype, bias=number != 1, implementation=name) == "", dtype
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (2, 3)], ids=str)
@@ -123,7 +128,7 @@ def call(layer, x, kernel, name="auto", **options):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nan_stays_where_it_is_declared_to(name):
-    x, layer = drawn(6, 25), layer_of()
+    x, layer = drawn(6, 19), layer_of()
 
     @jax.jit
     def step(x, kernel):
@@ -132,20 +137,20 @@ def test_nan_stays_where_it_is_declared_to(name):
 
     kernel = layer.kernel[...]
     whole = step(x, kernel)
-    spoilt = step(x.at[:, 14].set(jnp.nan), kernel.at[PACKING.weight_offsets[3]].set(jnp.inf))
-    assert not jnp.isfinite(spoilt[0][:, 9:14]).any()
+    spoilt = step(x.at[:, 9].set(jnp.nan), kernel.at[PACKING.weight_offsets[3]].set(jnp.inf))
+    assert not jnp.isfinite(spoilt[0][:, 13:14]).any()
     # All but the outputs, inputs and weights of partition 3.
-    weights = np.setdiff1d(np.arange(79), np.arange(20) + PACKING.weight_offsets[3])
-    others = (np.s_[:, np.r_[0:9, 14:24]], np.s_[:, np.r_[0:14, 18:25]], weights)
+    weights = np.setdiff1d(np.arange(55), np.arange(9) + PACKING.weight_offsets[3])
+    others = (np.s_[:, np.r_[0:13, 14:17]], np.s_[:, np.r_[0:9, 18:19]], weights)
     same = all(np.array_equal(a[kept], b[kept]) for a, b, kept in zip(whole, spoilt, others, strict=True))
     assert same == UNEQUAL_IMPLEMENTATIONS[name].isolates_partitions
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole x", "x of the chosen"])
 def test_a_subset_is_computed_and_trained_alone(whole):
-    layer, x = layer_of(), drawn(6, 25)
+    layer, x = layer_of(), drawn(6, 19)
     parts, outputs = np.split(x, PACKING.in_offsets[1:-1], -1), np.split(layer(x), PACKING.out_offsets[1:-1], -1)
-    for chosen in ([3, 0], np.array([2]), jnp.array([5, 5, 6])):
+    for chosen in ([3, 0], np.array([2]), jnp.array([4, 4, 1])):
         numbers = list(map(int, chosen))
         given = x if whole else jnp.concatenate([parts[k] for k in numbers], -1)
 
@@ -161,18 +166,18 @@ def test_a_subset_is_computed_and_trained_alone(whole):
         grads, y = step(layer.kernel[...], layer.bias[...])
         np.testing.assert_allclose(y, np.concatenate([outputs[k] for k in numbers], -1), rtol=1e-5, atol=1e-6)
         for grad, views in zip(grads, (partition_weights, partition_biases), strict=True):
-            assert [bool(part.any()) for part in views(np.array(grad), PACKING)] == [k in numbers for k in range(7)]
+            assert [bool(part.any()) for part in views(np.array(grad), PACKING)] == [k in numbers for k in range(5)]
     np.testing.assert_array_equal(layer(given, partitions=chosen), y)
 
 
 def test_indices_that_are_traced_are_refused():
     layer = layer_of()
     with pytest.raises(TypeError, match=r"`partitions`: expected known indices .* which the shape of y depends on"):
-        nnx.jit(lambda layer, x, chosen: layer(x, partitions=chosen))(layer, drawn(2, 25), jnp.array([1]))
+        nnx.jit(lambda layer, x, chosen: layer(x, partitions=chosen))(layer, drawn(2, 19), jnp.array([1]))
 
 
 def test_features_on_another_axis():
-    layer, x = layer_of(), drawn(2, 3, 25)
+    layer, x = layer_of(), drawn(2, 3, 19)
     other = layer_of(in_axis=1)
     np.testing.assert_array_equal(other(x.swapaxes(1, 2)).swapaxes(1, 2), layer(x))
     np.testing.assert_array_equal(layer_of(partition_axis=-1)(x), layer(x))
@@ -192,22 +197,27 @@ def test_a_shared_input_is_one_dense_product():
 
 
 def test_one_product_for_each_size_and_no_copy_of_a_weight():
-    def program(sizes, name):
-        layer = layer_of(*sizes)
-        lowered = jax.jit(lambda x, k: call(layer, x, k, name)).lower(drawn(8, sum(sizes[0])), layer.kernel[...])
-        return lowered.as_text(), lowered.compile().as_text()
+    def lowered(sizes, name):
+        packing = packing_of(*sizes)
+        arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, sum(sizes[0])), (packing.weight_size,))]
+        options = {"in_features": sizes[0], "out_features": sizes[1], "implementation": name}
+        return jax.jit(lambda x, k: partitioned_linear(x, k, **options)).lower(*arguments)
 
-    for name, products in (("loop", 7), ("masked", 1), ("bucketed_matmul", 4), ("padded_matmul", 1)):
-        assert program(SIZES, name)[0].count("dot_general") == products, name
-    # Of two sizes in two runs, inputs and outputs are moved once; a packed weight is read where it is.
-    early, compiled = program(((8,) * 20 + (16,) * 10, (4,) * 20 + (32,) * 10), "bucketed_matmul")
-    assert early.count("stablehlo.concatenate") == 1
+    for name, products in (("loop", 5), ("masked", 1), ("bucketed_matmul", 3), ("padded_matmul", 1)):
+        assert lowered(SIZES, name).as_text().count("dot_general") == products, name
+    # Of two sizes in two runs, outputs are put beside each other once; a packed weight is read where it is.
+    program = lowered(((8,) * 20 + (16,) * 10, (4,) * 20 + (32,) * 10), "bucketed_matmul")
+    assert program.as_text().count("stablehlo.concatenate") == 1
+    compiled = program.compile().as_text()
     assert "pad(" not in compiled
-    assert program(((8,) * 20, (4,) * 20), "bucketed_matmul")[0].count("stablehlo.concatenate") == 0
+    assert not re.findall(r"\[(?:20,8,4|10,16,32)\]\S* copy\(", compiled)
+    assert lowered(((8,) * 20, (4,) * 20), "bucketed_matmul").as_text().count("stablehlo.concatenate") == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_transformations(name):
+    if not name.endswith("matmul") and "EVERY_TEST" not in os.environ:
+        pytest.skip("some seconds each: run with EVERY_TEST=1")
     layer = layer_of((1, 3, 2, 3), (2, 1, 3, 1))
     x, kernel, direction = drawn(5, 9), layer.kernel[...], drawn(*layer.kernel.shape, seed=3)
 
@@ -257,9 +267,9 @@ def test_own_initialisers_see_one_partition_and_boxes_describe_the_packed_array(
     assert [float(weight.max()) for weight in layer.partition_weights()] == list(SIZES[0])
     assert [float(bias.min()) for bias in layer.partition_biases()] == list(SIZES[1])
     boxed = linen.PartitionedLinear(SIZES[1], in_features=SIZES[0], kernel_init=nn.with_partitioning(draw, ("all",)))
-    kernel = boxed.init(jax.random.key(0), drawn(2, 25))["params"]["kernel"]
+    kernel = boxed.init(jax.random.key(0), drawn(2, 19))["params"]["kernel"]
     assert kernel.names == ("all",)
-    assert kernel.value.shape == (79,)
+    assert kernel.value.shape == (55,)
 
 
 REFUSED = {

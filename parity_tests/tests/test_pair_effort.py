@@ -1,6 +1,5 @@
 """Time and memory of a check: members of an ensemble run together, a quick look, lines of progress."""
 
-import dataclasses
 import os
 
 import numpy as np
@@ -13,9 +12,11 @@ pytest.importorskip("flax", reason="flax is not installed here")
 import jax
 import jax.numpy as jnp
 import torch
+from flax import linen
 
 import parity_tests.frameworks.jax.ensemble as jax_ensemble
 import parity_tests.frameworks.torch.ensemble as torch_ensemble
+from parity_tests.frameworks.jax.operations import compile_options, evaluated, inner_programs
 from parity_tests.frameworks.jax.pair import JaxSide
 from parity_tests.frameworks.torch.pair import TorchSide
 from parity_tests.pair import check_pair
@@ -160,9 +161,9 @@ def test_a_quick_look_compares_the_same_and_says_what_it_leaves_out():
     full, quick = (check_pair(**arguments, effort=effort) for effort in ("full", "quick"))
     assert full.ok
     assert quick.ok
-    assert [dataclasses.replace(row, note="", command="") for row in quick.rows] == [
-        dataclasses.replace(row, note="", command="") for row in full.rows
-    ]
+    shown = ("framework", "dtype", "mode", "rung", "tensor", "status", "max_abs_error", "median_abs_error")
+    found = [[[getattr(row, name) for name in shown] for row in report.rows] for report in (quick, full)]
+    assert found[0] == found[1]
     assert any("quick look" in note for note in quick.notes)
     assert not any("quick look" in note for note in full.notes)
 
@@ -172,6 +173,55 @@ def test_a_quick_look_finds_another_function_and_is_reproduced_as_one():
     assert not report.ok
     assert report.first_failing_rung == "forward"
     assert "effort='quick'" in next(row.command for row in report.rows if row.status == "mismatch")
+
+
+@pytest.mark.parametrize(("offset", "own"), [(0.0, False), (1e3, True)])
+def test_a_quick_look_measures_the_noise_of_the_flax_side_where_the_torch_side_has_less(offset, own, monkeypatch):
+    measured, ensemble = [], JaxSide.ensemble
+    monkeypatch.setattr(JaxSide, "ensemble", lambda *arguments: measured.append(1) or ensemble(*arguments))
+    arguments = pair_of(lambda p, x: x @ p["w"], lambda p, x: (x @ p["w"] + offset * x) - offset * x, gradients=False)
+    arguments |= {"torch_params": {"w": ARRAYS["w"]}, "flax_params": {"w": ARRAYS["w"]}, "params": [("w", "w")]}
+    report = check_pair(**arguments, effort="quick")
+    report.assert_ok()
+    assert bool(measured) == own
+    # No rung is shown twice.
+    keys = [(row.framework, row.dtype, row.mode, row.rung, row.tensor) for row in report.rows]
+    assert len(set(keys)) == len(keys)
+    assert {row.framework for row in report.rows if row.rung == "forward"} == {"torch", "jax", "torch+jax"}
+
+
+def test_members_pass_a_convolution_one_by_one_and_its_program_is_optimised():
+    x, kernel = np.ones((3, 1, 5, 2)), np.ones((3, 3, 2, 4))
+
+    def convolve(x, kernel):
+        return jax.jit(jax.lax.conv_general_dilated, static_argnums=(2, 3, 4, 5, 6))(
+            x, kernel, (1,), "SAME", None, None, ("NHC", "HIO", "NHC")
+        )
+
+    outer = jax.make_jaxpr(convolve)(x[0], kernel[0]).jaxpr
+    assert compile_options(outer.eqns)["xla_backend_optimization_level"] == 1
+    assert compile_options(jax.make_jaxpr(jnp.tanh)(x).jaxpr.eqns)["xla_backend_optimization_level"] == 0
+    (equation,) = inner_programs(outer.eqns[0])[0].eqns
+    mapped = jax.make_jaxpr(jax.vmap(lambda *operands: evaluated(equation, operands)[0]))(x, kernel)
+    assert "feature_group_count=1" in str(mapped)
+    np.testing.assert_allclose(
+        jax.core.eval_jaxpr(mapped.jaxpr, mapped.consts, x, kernel)[0], jax.vmap(convolve)(x, kernel)
+    )
+
+
+def test_a_linen_module_that_asks_for_a_number_has_its_parameters_too():
+    class Asks(linen.Module):
+        asks: bool
+
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(2 if not self.asks or float(x.sum()) > 0 else 3)(x)
+
+    x = np.ones((4, WIDTH), np.float32)
+    asked, traced = (JaxSide(Asks(asks)).parameters((x,)) for asks in (True, False))
+    assert asked.keys() == traced.keys() == {"Dense_0.kernel", "Dense_0.bias"}
+    assert asked["Dense_0.kernel"].value.std() > 0
+    np.testing.assert_allclose(traced["Dense_0.kernel"].value, asked["Dense_0.kernel"].value, rtol=1e-5)
 
 
 def test_an_unknown_effort_is_refused():

@@ -24,6 +24,7 @@ X = np.random.default_rng(0).uniform(0.1, 2.0, (3, 4))
         (1.0 - X, "1 minus it"),
         (X**1.5, "to the power 1.5"),
         (1 / X, "to the power -1"),
+        (np.tanh(X), "tanh of it"),
         (3 * X - 0.5, "3 times it and 0.5 less"),
     ],
 )
@@ -68,7 +69,7 @@ def test_whole_submodules_are_exchanged_before_their_parameters():
     assert {name: int(array[0]) for name, array in swapped.items()} == dict(zip(names, (2, 3, 0, 1), strict=True))
 
 
-T = torch.as_tensor(np.random.default_rng(2).standard_normal((2, 3, 6, 5)))
+T = 4 * torch.as_tensor(np.random.default_rng(2).standard_normal((2, 3, 6, 5)))
 K = torch.as_tensor(np.random.default_rng(3).standard_normal((3, 2, 3, 3)))
 _CROPPED = (T, K, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1)
 
@@ -92,6 +93,8 @@ _CROPPED = (T, K, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1)
         ("convolution", _CROPPED, "the flax side [0, 2]", F.conv_transpose2d(T, K, stride=2)[:, :, 0:11, 2:11]),
         ("constant_pad_nd", (T, [2, 0], 0.0), "the flax side 1 before and 1 after", F.pad(T, (1, 1))),
         ("upsample_nearest2d", (T, [12, 10]), "by bilinear with align_corners=True", "resized"),
+        ("hardtanh", (T, 0.0, 6.0), "has hardtanh, the flax side relu.", T.relu()),
+        ("mul", (T[:, :1], T), "lacks this multiplication", T),
         ("div", (T, T[:, :1].exp()), "lacks this division", T),
         ("sigmoid", (T,), "1 - sigmoid", 1 - T.sigmoid()),
         ("exp", (T,), "exp of the negative", (-T).exp()),

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from torch_impl import (
+    MaskedPartitionedLinear,
     PartitionedLinear,
     UnsupportedImplementationError,
     convert_state_dict,
@@ -346,3 +347,82 @@ def test_packed_parameters_are_not_divided_over_devices():
 
     with pytest.raises(ValueError, match=r"`layer`: expected partitions of one size, got in_features=\(1, 2\)"):
         shard_partitions(PartitionedLinear(2, (1, 2), 3), None)
+
+
+NAMED = {f"heads.{name}.weight": torch.ones(3, 2) for name in ("user", "item")}
+
+
+def linears_state(**options):
+    return nn.ModuleList(linears_of(INS, OUTS, **options)).state_dict()
+
+
+def replaced():
+    layer = PartitionedLinear(2, (1, 2), 3)
+    layer.weight = nn.Parameter(torch.ones(5))
+    return layer
+
+
+REFUSED = {
+    "a list by names": (
+        lambda: load_linears(PartitionedLinear(2, 2, 3, False), NAMED, "heads."),
+        r"`state_dict`: .*'heads\.user\.weight'; for a list of names pass keys=\[\.\.\.\]",
+    ),
+    "a wrapped list by names": (
+        lambda: load_linears(
+            PartitionedLinear(2, 2, 3, False), {f"module.{key}": value for key, value in NAMED.items()}, "heads."
+        ),
+        r"`state_dict`: .*; for a list of names pass keys=\[\.\.\.\]",
+    ),
+    "a model's list by names": (
+        lambda: convert_state_dict(nn.ModuleDict({"heads": PartitionedLinear(2, 2, 3, False)}), NAMED),
+        r"`state_dict`: .*'heads\.user\.weight'; pass keys=\{'heads': \[\.\.\.\]\}",
+    ),
+    "a name too few": (
+        lambda: load_linears(PartitionedLinear(2, 2, 3, False), NAMED, "heads.", keys=["user"]),
+        r"`keys`: expected n = 2 names, got 1;",
+    ),
+    "a name that is not there": (
+        lambda: load_linears(PartitionedLinear(2, 2, 3, False), NAMED, "heads.", keys=["user", "shop"]),
+        r"`state_dict`: .*'heads\.item\.weight'; pass every name under the prefix in keys",
+    ),
+    "names of no layer": (
+        lambda: convert_state_dict(nn.ModuleDict({"body": nn.Linear(2, 2)}), {}, keys={"heads": ["user"]}),
+        r"`keys`: expected names of PartitionedLinear layers in the model, got 'heads';",
+    ),
+    "another list": (
+        lambda: load_linears(PartitionedLinear(2, 2, 3, False), {"critics.0.weight": torch.ones(3, 2)}, "heads."),
+        r"`state_dict`: .*those here are \['critics\.'\]\.$",
+    ),
+    "sizes that differ": (
+        lambda: load_linears(PartitionedLinear(5, 4, 5, False), linears_state(bias=False)),
+        r"`state_dict\['0\.weight'\]`: .*, build one with sequences of sizes",
+    ),
+    "a lazy linear": (
+        lambda: PartitionedLinear.from_linears([nn.LazyLinear(3), nn.LazyLinear(3)]),
+        r"`linears\[0\]`: .* LazyLinear before its first batch; call it on a batch first\.$",
+    ),
+    "the state of a lazy linear": (
+        lambda: load_linears(PartitionedLinear(1, 2, 3), nn.ModuleList([nn.LazyLinear(3)]).state_dict()),
+        r"`state_dict`: .* UninitializedParameter; initialise it first, by a first batch\.$",
+    ),
+    "axes of packed matrices": (
+        lambda: import_parameters(PartitionedLinear(2, (1, 2), 3), {}, axes={"weight": "n o i"}),
+        r"`axes`: expected None for partitions of unequal sizes",
+    ),
+    "the masked layer": (
+        lambda: MaskedPartitionedLinear(2, (1, 2), 3),
+        r"`in_features`: .* PartitionedLinear with implementation='masked'\.$",
+    ),
+    "indices that are not known": (
+        lambda: torch.vmap(PartitionedLinear(2, (1, 2), 3), (None, 0))(torch.ones(3), torch.tensor([[0], [1]])),
+        r"`partitions`: expected known indices for partitions of unequal sizes",
+    ),
+    "a parameter of another size": (lambda: replaced().partition_weights(), r"`layer\.weight`: expected shape \(9,\)"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused_in_one_sentence_that_says_what_to_do(call, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}") as raised:
+        call()
+    assert str(raised.value).endswith(".")

@@ -112,43 +112,58 @@ def repeated_product_flops(text: str) -> int:
     return flops(entry, repeated=True) - flops(entry, repeated=False)
 
 
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([a-z][a-z0-9\-]*)\(")
+_INSTRUCTION = re.compile(
+    r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\w+)\[(?P<shape>[\d,]*)\]\S* (?P<what>[a-z][a-z0-9\-]*)\((?P<of>.*)"
+)
+_IN_PLACE = "dynamic-update-slice"
 _COPIES = frozenset({"copy", "transpose", "concatenate", "pad", "gather", "slice", "dynamic-slice", "reverse"})
-_COPIES |= {"dynamic-update-slice", "scatter", "broadcast"}
+_COPIES |= {"scatter", "broadcast", _IN_PLACE}
 # They neither compute nor write anything where they stand beside copies in one fusion.
 _SILENT = frozenset({"parameter", "constant", "bitcast", "reshape", "tuple", "get-tuple-element", "iota"})
-_ITEM_BITS = re.compile(r"\d+")
-
-
-def _written(kind: str, dimensions: str) -> int:
-    bits = _ITEM_BITS.search(kind)
-    return math.prod(_numbers(dimensions)) * (int(bits[0]) if bits else 8) // 8
+_BITS = re.compile(r"\d+")
 
 
 def copied_bytes(text: str) -> int:
     """Return the bytes that a compiled program writes in instructions that only copy, and in fusions of such.
 
-    A copy that is fused with arithmetic is written once with its result and costs nothing: it does not count. That a
-    number is repeated all over an array is no copy.
+    A copy that is fused with arithmetic is written once with its result and costs nothing: it does not count. Of an
+    array that is updated in place, as in loops, the update counts alone; one number in every place is no copy.
     """
     computations, entry = _computations(text)
+    found = {
+        name: [(match, line) for line in lines if (match := _INSTRUCTION.match(line))]
+        for name, lines in computations.items()
+    }
 
-    def copies_only(name: str) -> bool:
-        found = {m[3] for line in computations.get(name, []) if (m := _INSTRUCTION.match(line))}
-        return bool(found & _COPIES) and found <= _COPIES | _SILENT
+    def written(name: str, match: re.Match[str], line: str) -> int:
+        """Return the bytes that an instruction of a computation writes by copying."""
+        if match["what"] == "fusion":
+            inner = found.get(_CALLED.findall(line)[0], [])
+            kinds = {one["what"] for one, _ in inner}
+            if not kinds & _COPIES or kinds - _COPIES - _SILENT:
+                return 0
+            updates = [(one, text) for one, text in inner if one["what"] == _IN_PLACE]
+            if updates:
+                return sum(written(_CALLED.findall(line)[0], one, text) for one, text in updates)
+        elif match["what"] not in _COPIES or (match["what"] == "broadcast" and "dimensions={}" in line):
+            return 0
+        elif match["what"] == _IN_PLACE:
+            update = _OPERAND.findall(match["of"])[1]
+            return next((_size(one) for one, _ in found[name] if one["name"] == update), 0)
+        return _size(match)
 
     def copied(name: str) -> int:
-        total = 0
+        total = sum(written(name, match, line) for match, line in found.get(name, []))
         for line in computations.get(name, []):
-            found, called = _INSTRUCTION.match(line), _CALLED.findall(line)
-            if found and found[3] == "fusion":
-                total += _written(found[1], found[2]) if copies_only(called[0]) else 0
-            elif found and found[3] in _COPIES:
-                scalar = found[3] == "broadcast" and "dimensions={}" in line
-                total += 0 if scalar else _written(found[1], found[2])
-            else:
+            if " fusion(" not in line:
                 trips = _TRIPS.search(line)
-                total += sum(map(copied, called)) * (int(trips[1]) if trips else 1)
+                total += sum(map(copied, _CALLED.findall(line))) * (int(trips[1]) if trips else 1)
         return total
 
     return copied(entry)
+
+
+def _size(match: re.Match[str]) -> int:
+    """Return the bytes of an instruction's result; truth values, which have no number of bits, take one each."""
+    bits = _BITS.search(match["type"])
+    return math.prod(_numbers(match["shape"])) * (int(bits[0]) if bits else 8) // 8

@@ -84,7 +84,8 @@ class _Copies(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func._overloadpacket.__name__
         if name in _COPIES:
-            self.written += result.numel() * result.element_size()
+            # A number of Python's that joins an operation is cast too, and is no array.
+            self.written += result.numel() * result.element_size() if result.ndim else 0
         else:
             self.others.add(f"aten::{name}")
         return result
@@ -106,7 +107,8 @@ def copied_bytes(call: Call, item_bytes: int) -> int:
         parent = event.cpu_parent if event.name == "aten::copy_" else None
         while parent is not None and parent.name not in seen.others:
             parent = parent.cpu_parent
-        inside += 0 if parent is None else math.prod(event.input_shapes[0]) * item_bytes
+        shape = event.input_shapes[0] if parent is not None else []
+        inside += math.prod(shape) * item_bytes if shape else 0
     return seen.written + inside
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from parity_tests.frameworks.jax.noise import COMPILE_QUICKLY, Interpreter, normal_pool
-from parity_tests.frameworks.jax.operations import INLINED, aval_of, inlined, spent_variables
+from parity_tests.frameworks.jax.noise import Interpreter, normal_pool
+from parity_tests.frameworks.jax.operations import INLINED, aval_of, compile_options, inlined, kind_of, spent_variables
 from parity_tests.pair.calibration import BATCH_BYTES, Member
 
 # As measured: a kind of operation takes so much longer to compile alone than one operation in a program.
@@ -46,8 +46,7 @@ def repeats(jaxpr: Jaxpr) -> bool:
                 inner = inlined(equation)
                 yield from kinds(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
             else:
-                shapes = (str(aval_of(atom)) for atom in equation.invars)
-                yield (equation.primitive.name, *shapes, *(aval_of(atom).shape for atom in equation.outvars))
+                yield kind_of(equation)
 
     found = list(kinds(jaxpr))
     return len(found) > _OFTEN * len(set(found))
@@ -66,7 +65,7 @@ class NoisyProgram:
     def __init__(self, closed: ClosedJaxpr, names: Sequence[str], dtype: str, device: Any) -> None:
         self._closed, self._names, self._dtype, self._device = closed, names, dtype, device
         self._compiled: dict[tuple, Any] | None = {} if repeats(closed.jaxpr) else None
-        self._whole = jax.jit(self._evaluate, compiler_options=COMPILE_QUICKLY)
+        self._whole = jax.jit(self._evaluate, compiler_options=compile_options(closed.jaxpr.eqns))
         # Known as soon as the program has run once.
         self.notes: set[str] = set()
 

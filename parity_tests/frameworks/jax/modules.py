@@ -15,6 +15,7 @@ from flax import nnx
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from parity_tests.frameworks.jax.operations import compile_options
 from parity_tests.frameworks.jax.recorder import named_calls
 from parity_tests.pair.calls import Call, refuse_module
 from parity_tests.pair.side import ParameterSpec
@@ -116,14 +117,23 @@ def _linen(
     made = dataclasses.replace(made, kwargs=kwargs)
     arguments = [jnp.asarray(array.astype(np.float32) if array.dtype == np.float64 else array) for array in inputs]
     if initial is None:
-        initial = {}
 
-        def first(*given: Any, **named: Any) -> Any:
-            outputs, found = module.init_with_output({"params": jax.random.key(0), **rngs}, *given, **named)
-            initial.update(found)
-            return outputs
+        def first(arguments: list[Any]) -> dict[str, Any]:
+            found: dict[str, Any] = {}
 
-        made(first, arguments)
+            def init(*given: Any, **named: Any) -> Any:
+                outputs, variables = module.init_with_output({"params": jax.random.key(0), **rngs}, *given, **named)
+                found.update(variables)
+                return outputs
+
+            made(init, arguments)
+            return found
+
+        try:
+            # One program, without outputs that nothing needs: compiled one by one, initializers take minutes.
+            initial = dict(jax.jit(first, compiler_options=compile_options(()))(arguments))
+        except Exception:  # a module that looks at its numbers, or holds no arrays; it may be its own, raised again
+            initial = first(arguments)
     elif not isinstance(initial, Mapping):
         raise TypeError(f"flax_params: expected a dict of variables for a linen module, got {initial!r:.80}.")
     elif "params" not in initial:

@@ -29,6 +29,7 @@ from parity_tests.frameworks.jax.operations import (
     PRODUCTS,
     SUMS,
     aval_of,
+    compile_options,
     contains_program,
     evaluated,
     evaluated_as_traced,
@@ -36,6 +37,7 @@ from parity_tests.frameworks.jax.operations import (
     inlined,
     is_elementwise,
     is_inexact,
+    kind_of,
     spent_variables,
     squared,
     transformed_squares,
@@ -46,9 +48,8 @@ from parity_tests.judge.dtypes import FORMATS, format_name, looks_rounded, parts
 from parity_tests.judge.dtypes import widened as wide_array
 from parity_tests.pair.calibration import MEMBERS, moved_constant
 
-# Interpreted programs are large and run a few dozen times: compiling them well would take longer than running them.
-COMPILE_QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 _POOL_BITS = 16
+_ODD, _NONE_BEFORE = np.uint64(0x9E3779B97F4A7C15), np.uint64(0)
 
 
 @functools.cache
@@ -81,8 +82,9 @@ class Interpreter:
         pool: traced, `normal_pool`: as a constant every operation would carry its own copy.
         constants: only rounded constants move, by `moved_constant` of the member; with noise also what is computed
             from constants alone.
-        compiled: None inside `jit`. Otherwise operations run one by one, those of equal shapes by one compiled program;
-            loops and branches are compiled whole and kept here.
+        compiled: None inside `jit`. Otherwise operations run one by one, each with its noise, and those of one kind by
+            one compiled program, which is kept here.
+        start: number of operations that have run before, traced where the program is that of a kind.
     """
 
     def __init__(
@@ -93,10 +95,11 @@ class Interpreter:
         pool: Any = None,
         constants: bool = False,
         compiled: dict[tuple, Any] | None = None,
+        start: Any = _NONE_BEFORE,
     ) -> None:
         self._limit, self._member, self._amplitude, self._pool = FORMATS[dtype], member, amplitude, pool
         self._constants, self._compiled = constants, compiled
-        self._operation = 0
+        self._start, self._operation = start, 0
         self.notes: set[str] = set()
         # Constants that a narrow format has rounded, as they are shown: arrays, and numbers in code.
         self.stored: set[str] = set()
@@ -177,35 +180,39 @@ class Interpreter:
         if name in EXACT or (name == "convert_element_type" and units[0] <= held < math.inf):
             # A choice among numbers of a format, or a cast to one that holds them, rounds nothing.
             units = [max(unit, held) for unit in units]
-        if name in CONTROL:
-            results = self._controlled(equation, operands, marks)
-        elif self._amplitude is None or (self._constants and not constant):
-            results = self._exactly(equation, operands)
+        if self._compiled is not None:
+            results = self._compiled_alone(equation, operands, marks, held)
         else:
-            results = self._noisy(equation, operands, held)
+            results = self._evaluated(equation, operands, marks, held)
         return results, [Mark(constant, unit) for unit in units]
 
-    def _controlled(self, equation: JaxprEqn, operands: list[Any], marks: list[Mark]) -> Sequence[Any]:
-        """Run a loop or a branch, as one compiled program where others are not."""
-        control = CONTROL[equation.primitive.name]
-        if self._compiled is None:
-            return control(self.run, equation.params, operands, marks)
-        key = (id(equation), self._operation, *marks)
-        if key not in self._compiled:
-            start, ends = self._operation, []
+    def _evaluated(self, equation: JaxprEqn, operands: list[Any], marks: Sequence[Mark], held: float) -> Sequence[Any]:
+        if equation.primitive.name in CONTROL:
+            return CONTROL[equation.primitive.name](self.run, equation.params, operands, list(marks))
+        if self._amplitude is None or (self._constants and not all(mark.constant for mark in marks)):
+            return self._exactly(equation, operands)
+        return self._noisy(equation, operands, held)
 
-            def run(operands: list[Any], *source: Any) -> list[Any]:
-                inner = Interpreter(self._limit.name, *source)
-                inner._operation = start
-                results = control(inner.run, equation.params, operands, marks)
+    def _compiled_alone(
+        self, equation: JaxprEqn, operands: list[Any], marks: Sequence[Mark], held: float
+    ) -> Sequence[Any]:
+        """Run one operation with its noise, a loop or a branch whole, by the program of all others of its kind."""
+        assert self._compiled is not None
+        key = (kind_of(equation), *(marks if equation.primitive.name in CONTROL else (held,)))
+        if key not in self._compiled:
+            counts: list[int] = []
+
+            def run(operands: list[Any], start: Any, *source: Any) -> Sequence[Any]:
+                inner = Interpreter(self._limit.name, *source, start=start)
+                results = inner._evaluated(equation, operands, marks, held)
                 self.notes |= inner.notes
-                ends.append(inner._operation)
+                counts.append(inner._operation)
                 return results
 
-            self._compiled[key] = jax.jit(run, compiler_options=COMPILE_QUICKLY), ends
-        program, ends = self._compiled[key]
-        results = program(operands, self._member, self._amplitude, self._pool)
-        self._operation = ends[0]
+            self._compiled[key] = jax.jit(run, compiler_options=compile_options([equation])), counts
+        program, counts = self._compiled[key]
+        results = program(operands, np.uint64(self._operation), self._member, self._amplitude, self._pool)
+        self._operation += counts[0]
         return results
 
     def _exactly(self, equation: JaxprEqn, operands: list[Any]) -> Sequence[Any]:
@@ -305,8 +312,9 @@ class Interpreter:
     def _source(self) -> tuple[Any, Any, np.uint64, Any]:
         """Return the source of the next operation's noise."""
         self._operation += 1
-        odd = (self._operation * 0x9E3779B97F4A7C15 | 1) & ((1 << 64) - 1)
-        return self._amplitude, self._member, np.uint64(odd), self._pool
+        before = self._start * _ODD  # traced, it wraps around by itself
+        odd = before + np.uint64(self._operation * int(_ODD) & ((1 << 64) - 1)) | np.uint64(1)
+        return self._amplitude, self._member, odd, self._pool
 
 
 # Jitted, so that what every operation needs is traced and lowered once a shape, not once an operation.

@@ -3,14 +3,16 @@
 Errors of elementary functions are measured on the device at hand, in units of u.
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from parity_tests.judge.dtypes import FORMATS, format_name, numpy_dtype
@@ -101,6 +103,40 @@ def inlined(equation: JaxprEqn) -> Any:
     return next(equation.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in equation.params)
 
 
+def inner_programs(equation: JaxprEqn) -> list[Jaxpr]:
+    """Return the programs that an operation holds; of a call the one that is evaluated."""
+    values = [v for value in equation.params.values() for v in (value if isinstance(value, tuple | list) else [value])]
+    found = [v.jaxpr if isinstance(v, ClosedJaxpr) else v for v in values if isinstance(v, ClosedJaxpr | Jaxpr)]
+    return found[:1] if equation.primitive.name in INLINED else found
+
+
+def compile_options(equations: Iterable[JaxprEqn]) -> dict[str, Any]:
+    """Return options that compile operations quickly, which run a few dozen times only.
+
+    Convolutions are worth more: without any optimisation they take a hundred times as long.
+    """
+
+    def convolve(equations: Iterable[JaxprEqn]) -> bool:
+        return any(
+            equation.primitive.name == "conv_general_dilated"
+            or any(convolve(program.eqns) for program in inner_programs(equation))
+            for equation in equations
+        )
+
+    return {"xla_backend_optimization_level": int(convolve(equations)), "xla_llvm_disable_expensive_passes": True}
+
+
+def kind_of(equation: JaxprEqn) -> tuple:
+    """Return what operations have in common that one compiled program can run."""
+    params = tuple(sorted(equation.params.items()))
+    try:
+        hash(params)
+    except TypeError:
+        params = (id(equation),)
+    atoms = [(aval_of(atom).shape, aval_of(atom).dtype) for atom in (*equation.invars, *equation.outvars)]
+    return equation.primitive, params, len(equation.invars), *atoms
+
+
 def spent_variables(jaxpr: Jaxpr) -> list[list[Var]]:
     """Return for each operation the variables that no later one reads, nor the program returns."""
     spent: list[list[Var]] = []
@@ -134,7 +170,11 @@ def evaluated(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
         operand, indices, updates = operands
         options = {key: params[key] for key in ("indices_are_sorted", "unique_indices", "mode")}
         return [scatter(operand, indices, updates, params["dimension_numbers"], **options)]
-    results = equation.primitive.bind(*operands, **params)
+    run = functools.partial(equation.primitive.bind, **params)
+    if equation.primitive.name == "conv_general_dilated":
+        # Members of an ensemble run one by one: as groups of one convolution they would take many times as long.
+        run = sequential_vmap(run)
+    results = run(*operands)
     return list(results) if equation.primitive.multiple_results else [results]
 
 

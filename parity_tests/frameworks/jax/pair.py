@@ -13,7 +13,7 @@ import numpy as np
 from parity_tests.frameworks.jax import watch as jax_watch
 from parity_tests.frameworks.jax.ensemble import NoisyProgram
 from parity_tests.frameworks.jax.modules import FlatModule, Function, flatten_module, step
-from parity_tests.frameworks.jax.noise import COMPILE_QUICKLY
+from parity_tests.frameworks.jax.operations import compile_options
 from parity_tests.frameworks.jax.recorder import record, recording
 from parity_tests.frameworks.jax.subjects import resolve_device
 from parity_tests.frameworks.jax.truth import Truth, traced
@@ -210,7 +210,7 @@ class JaxSide:
             def run(leaves: list[Any]) -> None:
                 watch.run(closed, leaves)
 
-            jax.jit(run, compiler_options=COMPILE_QUICKLY)(jax.tree.leaves(_wide(arguments)))
+            jax.jit(run, compiler_options=compile_options(closed.jaxpr.eqns))(jax.tree.leaves(_wide(arguments)))
             jax.effects_barrier()
         branches = Branches()
         for path, numbers in seen.items():

@@ -11,8 +11,8 @@ import numpy as np
 from jax._src import dtypes
 from jax.extend.core import ClosedJaxpr
 
-from parity_tests.frameworks.jax.noise import COMPILE_QUICKLY, Interpreter, normal_pool
-from parity_tests.frameworks.jax.operations import wide_dtype
+from parity_tests.frameworks.jax.noise import Interpreter, normal_pool
+from parity_tests.frameworks.jax.operations import compile_options, wide_dtype
 from parity_tests.judge.dtypes import FORMATS, as_stored, format_name
 from parity_tests.report.text import first_line
 
@@ -131,7 +131,7 @@ class Truth:
         # Known as soon as the program has run once: arrays and numbers that a narrow format has rounded.
         self.stored: set[str] = set()
         self.literals: set[str] = set()
-        self._compiled = jax.jit(self._evaluate, compiler_options=COMPILE_QUICKLY)
+        self._compiled = jax.jit(self._evaluate, compiler_options=compile_options(closed.jaxpr.eqns))
 
     def run(self, leaves: Sequence[np.ndarray], member: int) -> dict[str, np.ndarray]:
         """Evaluate on arguments in float64; member 0 moves no constant."""

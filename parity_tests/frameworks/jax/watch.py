@@ -17,7 +17,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from parity_tests.frameworks.jax.noise import Interpreter, Mark
-from parity_tests.frameworks.jax.operations import EXACT, INLINED, aval_of, names
+from parity_tests.frameworks.jax.operations import EXACT, INLINED, aval_of, inner_programs, names
 from parity_tests.pair import calls
 from parity_tests.pair.side import Branch, Branches, is_bound
 
@@ -114,12 +114,6 @@ def _bare(name: str) -> str:
     return name.rpartition(".")[2].strip("_")
 
 
-def _inner(equation: JaxprEqn) -> list[Jaxpr]:
-    values = [v for value in equation.params.values() for v in (value if isinstance(value, tuple | list) else [value])]
-    found = [v.jaxpr if isinstance(v, ClosedJaxpr) else v for v in values if isinstance(v, ClosedJaxpr | Jaxpr)]
-    return found[:1] if equation.primitive.name in INLINED else found
-
-
 def sites(closed: ClosedJaxpr) -> dict[tuple[int, ...], Site]:
     """Return every operation of a program, those of inner programs included, by the path to it.
 
@@ -133,7 +127,7 @@ def sites(closed: ClosedJaxpr) -> dict[tuple[int, ...], Site]:
             moved = tuple(not isinstance(atom, Literal) and moving[atom] for atom in equation.invars)
             origin, here = origin_of(equation, outer), (*path, id(jaxpr), index)
             found[here] = Site(equation, *origin, moved)
-            for program in _inner(equation):
+            for program in inner_programs(equation):
                 one_to_one = equation.primitive.name in INLINED and len(program.invars) == len(moved)
                 walk(program, here, origin, moved if one_to_one else [any(moved)] * len(program.invars))
             moving |= dict.fromkeys(equation.outvars, any(moved))
@@ -164,7 +158,7 @@ def wide_operations(found: Mapping[tuple[int, ...], Site], size: int) -> tuple[s
     places: dict[tuple[str, str], dict[str, None]] = {}
     for site in found.values():
         name = site.equation.primitive.name
-        if name in EXACT | INLINED or name == "convert_element_type" or _inner(site.equation):
+        if name in EXACT | INLINED or name == "convert_element_type" or inner_programs(site.equation):
             continue
         atoms = [*site.equation.outvars, *(a for a in site.equation.invars if aval_of(a).ndim)]
         dtypes = [aval_of(a).dtype for a in atoms]
@@ -372,12 +366,12 @@ def first_uses(closed: ClosedJaxpr, names: Sequence[str]) -> tuple[str, ...]:
             if equation.primitive.name in _VIEWS and used[0]:
                 known[equation.outvars[0]] = used[0]
                 continue
-            for program in _inner(equation):
+            for program in inner_programs(equation):
                 # Operands come last, behind the index of a `cond` or the constants of another program.
                 count = min(len(program.invars), len(used))
                 inner = zip(program.invars[-count:], used[-count:], strict=True) if count else ()
                 walk(program, {variable: name for variable, name in inner if name})
-            if not _inner(equation):
+            if not inner_programs(equation):
                 order.update(dict.fromkeys(filter(None, used)))
 
     walk(closed.jaxpr, dict(zip(closed.jaxpr.invars, names, strict=False)))

@@ -41,6 +41,7 @@ _FUNCTIONS = {"exp": "exp", "sqrt": "the square root", "rsqrt": "one over the sq
 _FUNCTIONS |= {"square": "the square", "cos": "cos", "erf": "erf", "log": "log", "log1p": "log1p"}
 _BASES = (10000.0, 1000.0, 100.0, 500000.0, 1000000.0, 100000.0, 2.0, 10.0, math.e)
 _EXPONENTS = (1.0, 2.0, 0.5, 3.0, 1.5, 4.0, -0.5, -1.0, -2.0)
+_OTHER_ACTIVATIONS = names("hardtanh hardsigmoid mish celu selu log_sigmoid_forward")
 _LOGARITHMS = {"log": torch.log, "log2": torch.log2, "log10": torch.log10, "log1p": torch.log1p}
 _LINEAR = {"addmm": 1, "mm": 0, "bmm": 0, "baddbmm": 1, "convolution": 0, "mv": 1, "addmv": 2, "embedding": None}
 _MOST_ROWS = 12
@@ -260,7 +261,7 @@ def _activation(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
         kind = f"function: {_FUNCTIONS[name]}" if name in _FUNCTIONS else f"activation: {name}"
         yield "missing", f"{kind} is missing on the flax side", lambda: args[0].clone()
         for other, function in ACTIVATIONS.items():
-            if other != name and name in ACTIVATIONS:
+            if other != name and (name in ACTIVATIONS or name in _OTHER_ACTIVATIONS):
                 sentence = f"activation: the torch side has {name}, the flax side {other}"
                 yield f"activation {other}", sentence, lambda f=function: f(args[0])
         sentence = f"sign: the flax side takes {name} of the negative"
