@@ -85,7 +85,7 @@ def winner_lines(found: Sequence[Ranking]) -> list[str]:
     for kind, rankings in apart.items():
         won = Counter(ranking.winner for ranking in rankings if ranking.winner)
         tied = Counter(label for ranking in rankings for label in ranking.tied)
-        names = sorted({*won, *tied}, key=lambda label: (-won[label] - tied[label], -won[label]))
+        names = sorted(dict.fromkeys((*won, *tied)), key=lambda label: (-won[label] - tied[label], -won[label]))
         said = [f"{label} wins {won[label]}, ties {tied[label]}" for label in names[:_MOST_NAMES]]
         lines.append(f"  {kind} ({len(rankings)} cells): {'; '.join(said) or 'nothing was timed'}")
     return lines
