@@ -85,7 +85,7 @@ def check_unequal_call(
         wanted = "in = " if partition_axis is None else "in_0 + in_1 + ... = "
         raise ValueError(
             f"`x`: expected {wanted}{' or '.join(map(str, totals))} features along axis {in_axis}, got "
-            f"{jnp.moveaxis(x, -1, in_axis).shape}; {_advice(x, packing, partition_axis)}."
+            f"{jnp.moveaxis(x, -1, in_axis).shape}; {_advice(x, packing, in_axis, partition_axis)}."
         )
     if indices is None:
         return x, kernel, bias, packing
@@ -134,8 +134,10 @@ def _chosen(flat: Array, offsets: tuple[int, ...], indices: list[int]) -> Array:
     return joined([pieces[k] for k in indices], -1)
 
 
-def _advice(x: Array, packing: Packing, partition_axis: int | None) -> str:
-    n, sizes = packing.num_partitions, set(packing.in_features)
+def _advice(x: Array, packing: Packing, in_axis: int, partition_axis: int | None) -> str:
+    n, sizes, shape = packing.num_partitions, set(packing.in_features), jnp.moveaxis(x, -1, in_axis).shape
+    if partition_axis is not None and packing.in_offsets[-1] in shape:
+        return f"for features on another axis pass in_axis={shape.index(packing.in_offsets[-1])}"
     if partition_axis is None:
         return "an input that all partitions share has no partition axis"
     if x.ndim > 1 and x.shape[-2] == n and x.shape[-1] == max(sizes):

@@ -299,6 +299,7 @@ def test_what_does_not_fit_is_refused(options, error, message):
 def test_operands_that_do_not_fit_are_refused_with_advice():
     layer = layer_of((4, 2, 4), 5)
     for x, advice in (
+        (jnp.ones((6, 10, 3)), "for features on another axis pass in_axis=1"),
         (jnp.ones((6, 3, 4)), "without padding: they have no axis of their own"),
         (jnp.ones((6, 11)), r"in_0 \+ in_1 \+ ... = 10 features along axis -1, got \(6, 11\)"),
     ):
