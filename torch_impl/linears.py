@@ -168,7 +168,7 @@ def convert_state_dict(
 
     Raises:
         TypeError: If `model` is no module or `state_dict` no mapping of strings, or as `state_dict_from_linears`.
-        ValueError: If `to` is another name, `keys` has names of no layer, or a list without numbers needs `keys`, a masked
+        ValueError: If `to` is another name, `keys` names no layer or is missing for a list without numbers, a masked
             layer is in the place of a list, or as `state_dict_from_linears`.
     """
     if not isinstance(model, nn.Module):
