@@ -70,11 +70,8 @@ def linears_in(state_dict: Any, prefix: Any, keys: Any = None) -> list[dict[str,
         if match is None and (star or not bare.startswith(prefix)):
             continue
         if match is None:
-            dotted = prefix and not prefix.endswith(".") and bare.startswith(f"{prefix}.")
-            advice = f"pass the prefix {shown(prefix + '.')}" if dotted else "pass the prefix of the list"
-            named = re.compile(rf"{re.escape(before)}[^.]*[^.0-9][^.]*\.(weight|bias)")
-            if names is None and all(map(named.fullmatch, (own for own in bare_entries if own.startswith(prefix)))):
-                advice = "for a list of names pass keys=[...], the names in the order of the partitions"
+            advice = _advice(bare_entries, prefix, "pass the prefix of the list")
+            advice = advice if names is None else "pass every name under the prefix in keys"
             wanted = " and ".join(key_of(prefix, "<k>" if names is None else "<name>", name) for name in _CANONICAL)
             raise ValueError(f"`state_dict`: expected keys {wanted} only, got {shown(key)}; {advice}.")
         try:
@@ -93,7 +90,9 @@ def linears_in(state_dict: Any, prefix: Any, keys: Any = None) -> list[dict[str,
         )
     if not linears or sorted(linears) != list(range(len(linears))):
         nested = next((key for key in ("state_dict", "model") if isinstance(state_dict.get(key), Mapping)), None)
-        advice = "pass a complete state_dict" if linears or nested is None else f"pass its entry {nested!r}"
+        advice = "pass a complete state_dict"
+        if not linears:
+            advice = _advice(bare_entries, prefix, advice) if nested is None else f"pass its entry {nested!r}"
         raise ValueError(
             f"`state_dict`: expected linears 0 to n - 1 under the prefix {shown(prefix)}, got "
             f"{shown(sorted(linears))}; {advice}."
@@ -105,6 +104,20 @@ def linears_in(state_dict: Any, prefix: Any, keys: Any = None) -> list[dict[str,
                 f"for linear {k}; pass a complete state_dict."
             )
     return [linears[k] for k in range(len(linears))]
+
+
+def _advice(keys: Sequence[str], prefix: str, otherwise: str) -> str:
+    """Say what to do about keys of which none, or not all, are those of a list under the prefix."""
+    before, _, after = prefix.partition("*")
+    if prefix and not prefix.endswith(".") and any(key.startswith(f"{prefix}.") for key in keys):
+        return f"pass the prefix {shown(prefix + '.')}"
+    named = re.compile(rf"{re.escape(before)}[^.]*[^.0-9][^.]*{re.escape(after or '.')}(weight|bias)")
+    own = [key for key in keys if key.startswith(before) and (after in key or not after)]
+    if own and all(map(named.fullmatch, own)):
+        return "for a list of names pass keys=[...], the names in the order of the partitions"
+    numbered = (re.fullmatch(r"(.+\.)[0-9]+\.weight", key) for key in keys)
+    lists = list(dict.fromkeys(match[1] for match in numbered if match))
+    return f"pass the prefix of a list, those here are {shown(lists)}" if lists else otherwise
 
 
 def check_keys(keys: Any, num_partitions: int | None = None) -> list[str] | None:

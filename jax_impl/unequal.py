@@ -1,7 +1,6 @@
 """Partitions of unequal sizes in the function and the layers: check a call, and give views of packed parameters."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,7 +28,10 @@ def packing_of_call(in_features: Any, out_features: Any) -> Packing:
             f"`{argument}`: expected a sequence of one size per partition in in_features or out_features, got "
             f"{shown(given)}; leave both out for a kernel of shape (n, in, out)."
         )
-    sizes = in_features if isinstance(in_features, Sequence) else out_features
+    argument = "in_features" if has_unequal_sizes(in_features, None) else "out_features"
+    sizes = in_features if argument == "in_features" else out_features
+    if len(sizes) == 0:
+        raise ValueError(f"`{argument}`: expected at least one size, got none; pass one for each partition.")
     return check_packing(len(sizes), in_features, out_features, MOST_ELEMENTS)
 
 
@@ -83,7 +85,7 @@ def check_unequal_call(
         wanted = "in = " if partition_axis is None else "in_0 + in_1 + ... = "
         raise ValueError(
             f"`x`: expected {wanted}{' or '.join(map(str, totals))} features along axis {in_axis}, got "
-            f"{jnp.moveaxis(x, -1, in_axis).shape}; {_advice(x, packing, partition_axis)}."
+            f"{jnp.moveaxis(x, -1, in_axis).shape}; {_advice(x, packing, in_axis, partition_axis)}."
         )
     if indices is None:
         return x, kernel, bias, packing
@@ -132,8 +134,10 @@ def _chosen(flat: Array, offsets: tuple[int, ...], indices: list[int]) -> Array:
     return joined([pieces[k] for k in indices], -1)
 
 
-def _advice(x: Array, packing: Packing, partition_axis: int | None) -> str:
-    n, sizes = packing.num_partitions, set(packing.in_features)
+def _advice(x: Array, packing: Packing, in_axis: int, partition_axis: int | None) -> str:
+    n, sizes, shape = packing.num_partitions, set(packing.in_features), jnp.moveaxis(x, -1, in_axis).shape
+    if partition_axis is not None and packing.in_offsets[-1] in shape:
+        return f"for features on another axis pass in_axis={shape.index(packing.in_offsets[-1])}"
     if partition_axis is None:
         return "an input that all partitions share has no partition axis"
     if x.ndim > 1 and x.shape[-2] == n and x.shape[-1] == max(sizes):

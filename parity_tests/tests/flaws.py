@@ -67,6 +67,36 @@ NO_SIZE = flaws_of(
     | {"2**63": 2**63, "2**63 - 1": 2**63 - 1, "2**62": 2**62, "10**30": 10**30, "5,000 digits": 10**5000}
     | {"minus 5,000 digits": -(10**5000)}
 )
+# Of partitions of unequal sizes.
+SIZES = ("in_features", "out_features", "features", "weight", "kernel", "x", "bias")
+NO_SIZES = {
+    kind: Flaw(lambda sizes, _, change=change: change(sizes), refused, SIZES)
+    for kind, (change, refused) in {
+        "none": (lambda sizes: None, True),
+        "text": (lambda sizes: "x" * len(sizes), True),
+        "bytes": (lambda sizes: b"x" * len(sizes), True),
+        "set": (lambda sizes: {*sizes}, True),
+        "array": (lambda sizes: np.array(sizes), True),
+        "number": (lambda sizes: 1.5, True),
+        "hostile": (lambda sizes: Hostile(), True),
+        "zero in all": (lambda sizes: 0, True),
+        "10**30 in all": (lambda sizes: 10**30, True),
+        "a size less": (lambda sizes: sizes[:-1], True),
+        "a size more": (lambda sizes: (*sizes, 1), True),
+        "no sizes": (lambda sizes: [], True),
+        "zero": (lambda sizes: (*sizes[:-1], 0), True),
+        "negative": (lambda sizes: (*sizes[:-1], -sizes[-1]), True),
+        "truth": (lambda sizes: (*sizes[:-1], True), True),
+        "NumPy truth": (lambda sizes: (*sizes[:-1], np.bool_(True)), True),
+        "float": (lambda sizes: (*sizes[:-1], float(sizes[-1])), True),
+        "sequence": (lambda sizes: (*sizes[:-1], [sizes[-1]]), True),
+        "hostile one": (lambda sizes: (*sizes[:-1], Hostile()), True),
+        "2**62": (lambda sizes: (*sizes[:-1], 2**62), True),
+        "5,000 digits": (lambda sizes: (*sizes[:-1], 10**5000), True),
+        "list": (list, False),
+        "NumPy ints": (lambda sizes: [*np.array(sizes)], False),
+    }.items()
+}
 NO_PATH = flaws_of(
     {kind: value for kind, value in ANYTHING.items() if kind not in ("text", "number")}
     | {"nothing": "", "nul": "a\0b", "surrogate": "\ud800", "number": 3, "truth": True, "empty path": Path("")}

@@ -28,7 +28,7 @@ TWINS = {
     "array_types.py": ("UnsupportedImplementationError", "kind_of", "shown", "said", "_on_one_line"),
     "checkpoints.py": (
         *("without_wrappers", "key_of", "linears_in", "check_keys", "arrays_from_linears"),
-        *("of_partition", "linears_from_arrays"),
+        *("of_partition", "linears_from_arrays", "_advice"),
         *("from_axes", "to_axes", "_sizes", "_checked_patterns"),
     ),
     "files.py": (

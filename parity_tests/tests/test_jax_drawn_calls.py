@@ -24,9 +24,11 @@ from jax.sharding import AbstractMesh, AxisType
 import jax_impl
 from jax_impl import PartitionedLinear, implementation_names, linen, partitioned_linear
 from jax_impl.optimizers import weight_decay_mask
+from jax_impl.packing import packing_of
 from jax_impl.partitions import for_each_partition_
 from jax_impl.registry import IMPLEMENTATIONS, unsupported_reason
 from jax_impl.sharding import partition_sharding, shard_partitions
+from jax_impl.unequal import partition_biases, partition_weights
 from parity_tests.judge.dtypes import numpy_dtype
 from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
 from parity_tests.tests.drawn_calls import Attempt, Entry, Flaw, bits_fault, draw_call, every_kind, judge, product_fault
@@ -45,7 +47,9 @@ from parity_tests.tests.flaws import (
     NO_PARTITIONS,
     NO_PATH,
     NO_SIZE,
+    NO_SIZES,
     NO_SWITCH,
+    SIZES,
     WEIGHT_SHAPES,
     X_SHAPES,
     flaws_of,
@@ -53,6 +57,7 @@ from parity_tests.tests.flaws import (
 )
 
 NAMES = ("auto", *implementation_names())
+PACKED_NAMES = ("auto", *implementation_names(unequal=True))
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Flaws of single arrays.
@@ -831,6 +836,118 @@ def is_variable(value):
     return isinstance(value, nnx.Variable)
 
 
+# Partitions of unequal sizes.
+
+
+def packing_of_drawn(call):
+    """Sizes that follow from the call: other ones for each partition, and sometimes the same."""
+    numbers, case = range(call.case.num_partitions), call.case
+    ins = tuple(1 + (call.number + 2 * k) % case.in_features for k in numbers)
+    return packing_of(ins, tuple(1 + (call.number + k // 2) % case.out_features for k in numbers))
+
+
+def packed_operands(call):
+    packing, rng = packing_of_drawn(call), np.random.default_rng(call.number)
+    bias = (packing.out_offsets[-1],) if call.case.bias else None
+    shapes = ((*call.inputs.x.shape[:-2], packing.in_offsets[-1]), (packing.weight_size,), bias)
+    return [None if shape is None else jnp.asarray(rng.normal(size=shape), call.dtype) for shape in shapes]
+
+
+def packed_fault(y, x, kernel, bias, packing):
+    """The verdict on each partition's share of y."""
+    kernels = partition_weights(plain(kernel), packing)
+    biases = [None] * len(kernels) if bias is None else partition_biases(plain(bias), packing)
+    shares = [np.split(plain(x), packing.in_offsets[1:-1], -1), np.split(plain(y), packing.out_offsets[1:-1], -1)]
+    faults = [
+        output_fault(outputs[..., None, :], inputs[..., None, :], kernel[None], None if bias is None else bias[None])
+        for inputs, outputs, kernel, bias in zip(*shares, kernels, biases, strict=True)
+    ]
+    return ", ".join(filter(None, faults))
+
+
+def call_packed(call, spoil):
+    packing = packing_of_drawn(call)
+    x, kernel, bias = packed_operands(call)
+    x, kernel, bias = spoil("x", x), spoil("kernel", kernel), None if bias is None else spoil("bias", bias)
+    options = {
+        "implementation": spoil("implementation", call.implementation),
+        "precision": "highest",
+        "in_axis": spoil("in_axis", -1),
+        "partition_axis": spoil("partition_axis", -2),
+        "partitions": spoil("partitions", None),
+        "in_features": spoil("in_features", packing.in_features),
+        "out_features": spoil("out_features", packing.out_features),
+    }
+    return Attempt(
+        lambda: WAYS[call.way](lambda x: partitioned_linear(x, kernel, bias, **options), x),
+        lambda y: packed_fault(y, x, kernel, bias, packing),
+    )
+
+
+def construct_packed(call, spoil):
+    packing = packing_of_drawn(call)
+    sizes = [spoil("num_partitions", packing.num_partitions)]
+    sizes += [spoil("in_features", packing.in_features), spoil("out_features", packing.out_features)]
+    options = {"implementation": spoil("implementation", call.implementation), "use_bias": call.case.bias}
+
+    def fault(layer):
+        shape = layer.kernel.shape
+        return "" if shape == (packing.weight_size,) else f"expected {packing.weight_size} weights, got {shape}"
+
+    return Attempt(lambda: PartitionedLinear(*sizes, rngs=nnx.Rngs(0), **options), fault)
+
+
+def apply_packed_linen(call, spoil):
+    packing = packing_of_drawn(call)
+    x, kernel, bias = packed_operands(call)
+    layer = linen.PartitionedLinear(
+        spoil("features", packing.out_features),
+        use_bias=bias is not None,
+        implementation=call.implementation,
+        precision="highest",
+        in_features=spoil("in_features", packing.in_features),
+        num_partitions=spoil("num_partitions", None),
+    )
+    params = {"kernel": spoil("params", kernel)} | ({} if bias is None else {"bias": bias})
+    x = spoil("x", x)
+    return Attempt(
+        lambda: WAYS[call.way](lambda x: layer.apply({"params": params}, x), x),
+        lambda y: packed_fault(y, x, kernel, bias, packing),
+    )
+
+
+PACKED_NAME = NO_NAME | flaws_of({"of one size": "einsum", "default of one size": "matmul"})
+PACKED_SHAPES = {
+    "stacked": Flaw(lambda array, _: array[None, None], True, SIZES),
+    "an element less": Flaw(lambda array, _: array[:-1], True, SIZES, relative=True),
+    "an element more": Flaw(lambda array, _: jnp.concatenate([array, array[:1]]), True, SIZES, relative=True),
+    "no axes": Flaw(lambda array, _: jnp.zeros((), array.dtype), True, SIZES),
+}
+PACKED = NO_OPERAND | NO_JAX_ARRAY | PACKED_SHAPES
+PACKED_BIAS = {kind: flaw for kind, flaw in PACKED.items() if kind != "none"}
+PACKED_X = (
+    NO_OPERAND
+    | NO_JAX_ARRAY
+    | {
+        "a partition axis": Flaw(
+            lambda x, call: jnp.zeros(
+                (*x.shape[:-1], call.case.num_partitions + 1, max(packing_of_drawn(call).in_features)), x.dtype
+            ),
+            lambda x, call: None if x.shape[-1] == packing_of_drawn(call).in_offsets[-1] else True,
+            SIZES,
+            relative=True,
+        ),
+        "a feature more": Flaw(lambda x, _: jnp.concatenate([x, x[..., :1]], -1), True, SIZES, relative=True),
+        "no features": Flaw(lambda x, _: x[..., :0], True, SIZES),
+        "no axes": Flaw(lambda x, _: jnp.zeros((), x.dtype), True, SIZES),
+    }
+)
+PACKED_PARTITION_AXIS = {
+    kind: dataclasses.replace(flaw, refused=kind not in ("flat", "next to last"))
+    for kind, flaw in NO_PARTITION_AXIS.items()
+}
+
+
 def entries(folder):
     """Everything that can be called."""
     promotion = flaws_of(NO_PROMOTION, names=("x", "kernel", "bias"))
@@ -853,6 +970,40 @@ def entries(folder):
             },
             (*WAYS, "gradients"),
             NAMES,
+        ),
+        "partitioned_linear of unequal sizes": Entry(
+            call_packed,
+            {
+                "x": PACKED_X | other_numbers(promoted=False),
+                "kernel": PACKED | other_numbers(promoted=False),
+                "bias": PACKED_BIAS | other_numbers(promoted=False),
+                "implementation": PACKED_NAME,
+                "in_axis": NO_IN_AXIS,
+                "partition_axis": PACKED_PARTITION_AXIS,
+                "partitions": NO_PARTITIONS,
+                "in_features": NO_SIZES,
+                "out_features": NO_SIZES,
+            },
+            tuple(WAYS),
+            PACKED_NAMES,
+        ),
+        "PartitionedLinear of unequal sizes": Entry(
+            construct_packed,
+            {"num_partitions": NO_SIZE, "implementation": PACKED_NAME}
+            | {"in_features": NO_SIZES, "out_features": NO_SIZES},
+            implementations=PACKED_NAMES,
+        ),
+        "linen layer of unequal sizes": Entry(
+            apply_packed_linen,
+            {
+                "x": PACKED_X | other_numbers(promoted=True),
+                "features": NO_SIZES,
+                "in_features": NO_SIZES,
+                "params": PACKED_SHAPES,
+                "num_partitions": {kind: flaw for kind, flaw in NO_SIZE.items() if kind != "none"},
+            },
+            tuple(WAYS),
+            PACKED_NAMES,
         ),
         "layer": Entry(
             call_layer,

@@ -299,6 +299,7 @@ def test_what_does_not_fit_is_refused(options, error, message):
 def test_operands_that_do_not_fit_are_refused_with_advice():
     layer = layer_of((4, 2, 4), 5)
     for x, advice in (
+        (jnp.ones((6, 10, 3)), "for features on another axis pass in_axis=1"),
         (jnp.ones((6, 3, 4)), "without padding: they have no axis of their own"),
         (jnp.ones((6, 11)), r"in_0 \+ in_1 \+ ... = 10 features along axis -1, got \(6, 11\)"),
     ):
@@ -308,9 +309,7 @@ def test_operands_that_do_not_fit_are_refused_with_advice():
         partitioned_linear(jnp.ones((6, 10)), layer.kernel, jnp.ones((3, 5)), in_features=(4, 2, 4), out_features=5)
     with pytest.raises(UnsupportedImplementationError, match="got 'padded_matmul'; choose one of these"):
         PartitionedLinear(3, 4, 5, implementation="padded_matmul", rngs=nnx.Rngs(0))
-    with pytest.raises(
-        ValueError, match="`in_features`: expected an int or a sequence beside a sequence of `features`"
-    ):
+    with pytest.raises(ValueError, match="`features`: expected an int where in_features is not given"):
         linen.PartitionedLinear((2, 3)).init(jax.random.key(0), jnp.ones((2, 5)))
     with pytest.raises(ValueError, match="`features`: expected one int, or n = 2 of them, got 3"):
         linen.PartitionedLinear((2, 3, 1), in_features=(2, 3)).init(jax.random.key(0), jnp.ones((2, 5)))

@@ -42,10 +42,11 @@ from parity_tests.tests.flaws import (
     NO_PARTITIONS,
     NO_PATH,
     NO_SIZE,
+    NO_SIZES,
     NO_SWITCH,
+    SIZES,
     WEIGHT_SHAPES,
     X_SHAPES,
-    Hostile,
     flaws_of,
     wrong_shapes,
 )
@@ -1096,35 +1097,10 @@ def construct_packed(call, spoil):
     return Attempt(lambda: PartitionedLinear(*sizes, call.case.bias, implementation=implementation), fault)
 
 
-_SIZES = ("in_features", "out_features", "weight", "x", "bias")
-NO_SIZES = {
-    kind: Flaw(lambda sizes, _, change=change: change(sizes), refused, _SIZES)
-    for kind, (change, refused) in {
-        "none": (lambda sizes: None, True),
-        "text": (lambda sizes: "x" * len(sizes), True),
-        "bytes": (lambda sizes: b"x" * len(sizes), True),
-        "set": (lambda sizes: {*sizes}, True),
-        "array": (lambda sizes: np.array(sizes), True),
-        "tensor": (lambda sizes: torch.tensor(sizes), lambda _, call: True if call.case.num_partitions > 1 else None),
-        "number": (lambda sizes: 1.5, True),
-        "hostile": (lambda sizes: Hostile(), True),
-        "zero in all": (lambda sizes: 0, True),
-        "10**30 in all": (lambda sizes: 10**30, True),
-        "a size less": (lambda sizes: sizes[:-1], True),
-        "a size more": (lambda sizes: (*sizes, 1), True),
-        "no sizes": (lambda sizes: [], True),
-        "zero": (lambda sizes: (*sizes[:-1], 0), True),
-        "negative": (lambda sizes: (*sizes[:-1], -sizes[-1]), True),
-        "truth": (lambda sizes: (*sizes[:-1], True), True),
-        "NumPy truth": (lambda sizes: (*sizes[:-1], np.bool_(True)), True),
-        "float": (lambda sizes: (*sizes[:-1], float(sizes[-1])), True),
-        "sequence": (lambda sizes: (*sizes[:-1], [sizes[-1]]), True),
-        "hostile one": (lambda sizes: (*sizes[:-1], Hostile()), True),
-        "2**62": (lambda sizes: (*sizes[:-1], 2**62), True),
-        "5,000 digits": (lambda sizes: (*sizes[:-1], 10**5000), True),
-        "list": (list, False),
-        "NumPy ints": (lambda sizes: [*np.array(sizes)], False),
-    }.items()
+NO_TENSOR_SIZES = NO_SIZES | {
+    "tensor": Flaw(
+        lambda sizes, _: torch.tensor(sizes), lambda _, call: True if call.case.num_partitions > 1 else None, SIZES
+    )
 }
 PACKED_NAME = NO_NAME | flaws_of({"of one size": "einsum", "default of one size": "matmul"})
 PACKED_X = (
@@ -1136,22 +1112,22 @@ PACKED_X = (
                 *x.shape[:-1], call.case.num_partitions + 1, max(packing_of_drawn(call).in_features)
             ),
             lambda x, call: None if x.shape[-1] == packing_of_drawn(call).in_offsets[-1] else True,
-            _SIZES,
+            SIZES,
             relative=True,
         ),
-        "a feature more": Flaw(lambda x, _: torch.cat([x, x[..., :1]], -1), True, _SIZES, relative=True),
-        "no features": Flaw(lambda x, _: x[..., :0], True, _SIZES),
-        "no axes": Flaw(lambda x, _: x.new_zeros(()), True, _SIZES),
+        "a feature more": Flaw(lambda x, _: torch.cat([x, x[..., :1]], -1), True, SIZES, relative=True),
+        "no features": Flaw(lambda x, _: x[..., :0], True, SIZES),
+        "no axes": Flaw(lambda x, _: x.new_zeros(()), True, SIZES),
     }
 )
 PACKED = (
     NO_OPERAND
     | NO_TENSOR
     | {
-        "stacked": Flaw(lambda weight, _: weight[None, None], True, _SIZES),
-        "an element less": Flaw(lambda weight, _: weight[:-1], True, _SIZES, relative=True),
-        "an element more": Flaw(lambda weight, _: torch.cat([weight, weight[:1]]), True, _SIZES, relative=True),
-        "no axes": Flaw(lambda weight, _: weight.new_zeros(()), True, _SIZES),
+        "stacked": Flaw(lambda weight, _: weight[None, None], True, SIZES),
+        "an element less": Flaw(lambda weight, _: weight[:-1], True, SIZES, relative=True),
+        "an element more": Flaw(lambda weight, _: torch.cat([weight, weight[:1]]), True, SIZES, relative=True),
+        "no axes": Flaw(lambda weight, _: weight.new_zeros(()), True, SIZES),
     }
 )
 PACKED_BIAS = {kind: flaw for kind, flaw in PACKED.items() if kind != "none"}
@@ -1186,7 +1162,7 @@ def entries(folder):
             call_packed,
             {"x": PACKED_X, "weight": PACKED, "bias": PACKED_BIAS, "implementation": PACKED_NAME}
             | {"in_axis": NO_IN_AXIS, "partition_axis": PACKED_PARTITION_AXIS, "partitions": NO_PARTITIONS}
-            | {"in_features": NO_SIZES, "out_features": NO_SIZES},
+            | {"in_features": NO_TENSOR_SIZES, "out_features": NO_TENSOR_SIZES},
             tuple(WAYS),
             PACKED_NAMES,
         ),
@@ -1194,8 +1170,8 @@ def entries(folder):
             construct_packed,
             {
                 "num_partitions": NO_SIZE,
-                "in_features": NO_SIZES,
-                "out_features": NO_SIZES,
+                "in_features": NO_TENSOR_SIZES,
+                "out_features": NO_TENSOR_SIZES,
                 "implementation": PACKED_NAME,
             },
             implementations=PACKED_NAMES,
