@@ -23,66 +23,44 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Task:
-    """The computation that is asked of a competitor.
+    """The computation that is asked of a competitor."""
 
-    Attributes:
-        implementation: a name of the tree's registry, of what users write instead, or of a yardstick.
-        mode: how it is compiled and launched.
-        direction: `forward`, `forward_backward` or `train_step`.
-        layout: how x and dy lie in memory, and in the matched and tuned divisions y and dx as well.
-        optimizer: of `train_step`, by its name in the neutral specification.
-        num_partitions: n; None where x has an axis of its own for them, and no sizes are unequal.
-        sizes: of each partition where they are unequal.
-    """
-
-    implementation: str
-    mode: str
-    direction: str
-    layout: str = "contiguous"
-    optimizer: str | None = None
-    num_partitions: int | None = None
-    sizes: Sizes | None = None
+    implementation: str  # a name of the tree's registry, of what users write instead, or of a yardstick
+    mode: str  # how it is compiled and launched
+    direction: str  # `forward`, `forward_backward` or `train_step`
+    layout: str = "contiguous"  # how x and dy lie in memory, and in the matched and tuned divisions y and dx as well
+    optimizer: str | None = None  # of `train_step`, by its name in the neutral specification
+    num_partitions: int | None = None  # n; None where x has an axis of its own for them, and no sizes are unequal
+    sizes: Sizes | None = None  # of each partition where they are unequal
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A competitor that is ready to be called.
+    """A competitor that is ready to be called."""
 
-    Attributes:
-        call: returns all results of the direction, possibly before they are computed.
-        compile_s: seconds for tracing, lowering and compilation; None where nothing is compiled.
-        static_memory_bytes: outputs and temporaries by the compiler's account, or the memory that a CUDA graph took
-            while it was recorded; or None.
-        program_flops: operations of one call by the framework's account of the program that runs, or None.
-        compile_again: compiles the same program anew, with a filled cache on disk; returns seconds.
-        restart: brings parameters and optimiser back to their first state; None where a call changes nothing.
-        text: the compiled program as text, or None.
-        uncompiled_calls: counts the calls in which Python ran a function that should be compiled; None without one.
-    """
-
-    call: Call
-    compile_s: float | None = None
+    call: Call  # returns all results of the direction, possibly before they are computed
+    compile_s: float | None = None  # seconds for tracing, lowering and compilation; None where nothing is compiled
+    # Outputs and temporaries by the compiler's account, or the memory that a CUDA graph took while it was recorded; or
+    # None
     static_memory_bytes: int | None = None
+    # Operations of one call by the framework's account of the program that runs, or None
     program_flops: int | None = None
+    # Compiles the same program anew, with a filled cache on disk; returns seconds
     compile_again: Callable[[], float] | None = None
+    # Brings parameters and optimiser back to their first state; None where a call changes nothing
     restart: Callable[[], None] | None = None
-    text: Callable[[], str | None] | None = None
+    text: Callable[[], str | None] | None = None  # the compiled program as text, or None
+    # Counts the calls in which Python ran a function that should be compiled; None without one
     uncompiled_calls: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The executions on the device during one call.
+    """The executions on the device during one call."""
 
-    Attributes:
-        kernels: name to executions; on a CPU the framework's own operations.
-        device_busy_s: time in which at least one of them ran; None on a CPU, where host and device are one.
-        copied_bytes: written by operations that only copy; None where a compiler hides them.
-    """
-
-    kernels: Mapping[str, int]
-    device_busy_s: float | None
-    copied_bytes: int | None = None
+    kernels: Mapping[str, int]  # name to executions; on a CPU the framework's own operations
+    device_busy_s: float | None  # time in which at least one of them ran; None on a CPU, where host and device are one
+    copied_bytes: int | None = None  # written by operations that only copy; None where a compiler hides them
 
 
 class Unsupported(Exception):
