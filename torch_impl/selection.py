@@ -12,7 +12,7 @@ formulation or within noise of it at every size tried, because it copies neither
 # Measured on a CPU, one thread, fp32, B = 32 and 512, forward and forward + backward, with the sizes of SAINT (1 -> 32,
 # 32 -> cardinalities), of categories (2 to 300 -> 8 and 16) and of a few large segments (64 to 896). With 32 buckets or
 # more and at most twice the weight, padding took 0.80 to 0.85 of the time of buckets in training, and 1.08 to 1.14
-# forward; with fewer buckets or more padding it took 0.9 to 6 times theirs. On a GPU neither was measured: there, too,
+# forward; with fewer buckets or more padding it took 0.81 to 6 times theirs. On a GPU neither was measured: there, too,
 # each bucket costs launches and each padded byte is moved.
 _MANY_BUCKETS, _MOST_PADDING = 32, 2
 
