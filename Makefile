@@ -1,6 +1,7 @@
 # make compare   set everything up, prove parity, measure both frameworks on this machine, print the verdicts
 # make test      set everything up and run the whole test suite, on a second Python with newer JAX too if there is one
 #                FAST=1: a part of it in under three minutes, from every package; see FAST_TESTS for what it leaves out
+# make test-oldest  run the tests of both layers on the oldest PyTorch, JAX and Flax that are supported
 # make lint      check formatting, lint rules and types
 # make gpu       run the whole comparison on an NVIDIA GPU, records under OUT (to publish: OUT=bench/results/<device>);
 #                with frameworks that are installed already: make gpu GPU_PYTHON=python3
@@ -13,6 +14,7 @@
 SHELL := /bin/bash
 VENV ?= .venv
 VENV_NEWEST ?= .venv-newest
+VENV_OLDEST ?= .venv-oldest
 PIP_ARGS ?=
 # A folder of its own for every run: nothing measured is ever overwritten.
 OUT := $(or $(OUT),bench/results/local/$(shell date +%Y%m%dT%H%M%S))
@@ -98,7 +100,7 @@ define show
 
 endef
 
-.PHONY: help compare setup test test-fast test-newest lint gpu device seed publish clean
+.PHONY: help compare setup test test-fast test-newest test-oldest lint gpu device seed publish clean
 
 help:
 	@sed -n '/^#/!q; s/^# //p' $(firstword $(MAKEFILE_LIST))
@@ -137,6 +139,13 @@ test-newest: $(VENV_NEWEST)/.installed
 	OMP_NUM_THREADS=1 $(VENV_NEWEST)/bin/python -m pytest -q $(PARALLEL) -m "not compile" $(NEWEST_TESTS)
 	$(VENV_NEWEST)/bin/python -m parity_tests run --framework jax --cases smoke --dtype float32 --dtype bfloat16
 endif
+
+# The lower ends of the ranges in pyproject.toml. Flax 0.12.6 is warned by JAX 0.10.0 when it is imported.
+OLDEST = torch==2.9.0 jax==0.10.0 jaxlib==0.10.0 flax==0.12.6 optax==0.2.6
+test-oldest: $(VENV_OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -q $(PARALLEL) -W ignore::DeprecationWarning -m "not compile and not slow" \
+		$(wildcard parity_tests/tests/test_torch_*.py parity_tests/tests/test_jax_*.py) \
+		$(addprefix parity_tests/tests/test_,parameter_exchange.py coming_from.py)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
@@ -177,5 +186,10 @@ $(VENV_NEWEST)/.installed: pyproject.toml constraints.txt
 	$(VENV_NEWEST)/bin/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[jax,test-base]'
 	@touch $@
 
+$(VENV_OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV_OLDEST)
+	$(VENV_OLDEST)/bin/python -m pip install -q $(PIP_ARGS) $(OLDEST) -e '.[torch,jax,test-base]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_NEWEST) bench/results/local
+	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_OLDEST) bench/results/local

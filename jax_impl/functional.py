@@ -25,6 +25,7 @@ from jax_impl.validation import (
     as_operand,
     check_algorithm,
     check_bias,
+    check_dot_general,
     check_implementation_name,
     check_kernel,
     check_operands,
@@ -43,6 +44,7 @@ def partitioned_linear(
     implementation: str = "auto",
     precision: PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
+    dot_general: Callable[..., Any] | None = None,
     in_axis: int = IN_AXIS,
     partition_axis: int | None = PARTITION_AXIS,
     partitions: Sequence[int] | Array | None = None,
@@ -62,6 +64,8 @@ def partitioned_linear(
         precision: Precision of the product, as in `jax.lax.dot_general`; None for the device's default, which rounds
             fp32 operands to TF32 on recent GPUs.
         preferred_element_type: Dtype of the result, at least as wide as the operands'; None for that of the operands.
+        dot_general: What computes the product in place of `jax.lax.dot_general`, with its arguments (a quantised one,
+            say): it is called once, with the partitions as its batch axis, for "auto" and "matmul".
         in_axis: The axis of x with the features, which those of y take.
         partition_axis: The axis of x with the partitions, which keep it in y. The same axis as `in_axis` for flat
             features: (..., n*in) -> (..., n*out). None for an input that all partitions share, which is one dense
@@ -86,7 +90,7 @@ def partitioned_linear(
 
     Source: the operation is that of an ensemble of `flax.nnx.Linear`, one per partition.
     """
-    options = (implementation, precision, preferred_element_type)
+    options = (implementation, precision, preferred_element_type, dot_general)
     if in_features is not None or out_features is not None:
         return _unequal(x, kernel, bias, options, (in_features, out_features), in_axis, partition_axis, partitions)
     # Identity is the cheapest question that no value can fail; another int of the same value is only slower.
@@ -102,12 +106,13 @@ def _product(
     implementation: str,
     precision: PrecisionLike,
     preferred_element_type: DTypeLike | None,
+    dot_general: Callable[..., Any] | None,
     *,
     shared: bool = False,
 ) -> Array:
     x, kernel, bias = check_operands(x, kernel, bias, shared=shared)
     check_implementation_name(implementation)
-    return _run(x, kernel, bias, implementation, precision, preferred_element_type, shared=shared)
+    return _run(x, kernel, bias, implementation, precision, preferred_element_type, dot_general, shared=shared)
 
 
 def _run(
@@ -117,12 +122,15 @@ def _run(
     implementation: str,
     precision: PrecisionLike,
     preferred_element_type: DTypeLike | None,
+    dot_general: Callable[..., Any] | None,
     *,
     shared: bool,
     packing: Packing | None = None,
 ) -> Array:
     check_precision(precision)
     check_preferred_element_type(preferred_element_type, kernel.dtype)
+    if dot_general is not None:
+        check_dot_general(dot_general, implementation, one_size=packing is None)
     unequal = packing is not None
     device = device_type(x, kernel)
     if implementation != "auto":
@@ -137,10 +145,11 @@ def _run(
         raise UnsupportedImplementationError(reason)
     entry = get_implementation(name, unequal=unequal)
     check_algorithm(precision, entry)
-    run = run_auto if implementation == "auto" and not unequal else entry.run
+    run = run_auto if implementation == "auto" and not unequal and dot_general is None else entry.run
     run = cast(Callable[..., Array], entry.run_shared) if shared else run
     dtype = kernel.dtype if preferred_element_type is None else np.dtype(preferred_element_type)
     run = partial(run, precision=precision, dtype=dtype, **({"packing": packing} if unequal else {}))
+    run = run if dot_general is None else partial(run, dot_general=dot_general)
     try:
         return over_explicit_axes(run, x, kernel, bias, shared=shared)
     except Exception as error:

@@ -236,8 +236,8 @@ def _checked(argument: str, drawn: Any, shape: tuple[int, ...], dtype: DTypeLike
 
 def _batch_axis(initializer: Any) -> tuple[Any, ...]:
     """Return the batch axes of an initialiser by `jax.nn.initializers.variance_scaling`, boxed or not, or ()."""
-    names = getattr(getattr(initializer, "__code__", None), "co_freevars", ())
-    cells = getattr(initializer, "__closure__", None) or ()
+    names: tuple[str, ...] = getattr(getattr(initializer, "__code__", None), "co_freevars", ())
+    cells: tuple[Any, ...] = getattr(initializer, "__closure__", None) or ()
     # A cell may be empty while its function is being made.
     held: dict[str, Any] = dict(zip(names, (getattr(cell, "cell_contents", None) for cell in cells), strict=True))
     if {"batch_axis", "in_axis", "out_axis"} <= held.keys():

@@ -21,6 +21,7 @@ from jax_impl.validation import (
     MOST_ELEMENTS,
     as_array,
     check_callable,
+    check_dot_general,
     check_dtypes,
     check_implementation_name,
     check_instance,
@@ -68,6 +69,7 @@ class PartitionedLinear(nnx.Module):
         kernel_init: A Flax initialiser (key, shape, dtype) instead of `init`; called once per partition with its own
             key and the shape (in, out), so that it sees the fan-in of one partition. It runs under `jax.vmap`.
         bias_init: The same for the bias, with the shape (out,).
+        dot_general: As in `partitioned_linear`; None for `jax.lax.dot_general`.
         promote_dtype: Function ((x, kernel, bias), dtype=...) -> the three in one dtype.
         rngs: Random streams; "params" is drawn from once for the kernel and once for the bias.
         kernel_metadata: Metadata of the kernel's `nnx.Param`, for sharding say; it describes all three axes.
@@ -89,6 +91,7 @@ class PartitionedLinear(nnx.Module):
     # Of layers that were pickled without them.
     in_axis: int = IN_AXIS
     partition_axis: int | None = PARTITION_AXIS
+    dot_general: Callable[..., Any] | None = None
 
     def __init__(
         self,
@@ -105,6 +108,7 @@ class PartitionedLinear(nnx.Module):
         preferred_element_type: DTypeLike | None = None,
         kernel_init: Initializer | None = None,
         bias_init: Initializer | None = None,
+        dot_general: Callable[..., Any] | None = None,
         promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
         rngs: nnx.Rngs,
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
@@ -124,6 +128,8 @@ class PartitionedLinear(nnx.Module):
         check_initializer(init, kernel_init, bias_init)
         check_dtypes(dtype, param_dtype, preferred_element_type)
         check_precision(precision)
+        if dot_general is not None:
+            check_dot_general(dot_general, implementation, one_size=packing is None)
         check_callable("promote_dtype", promote_dtype, "((x, kernel, bias), dtype=...)")
         check_instance("rngs", rngs, nnx.Rngs, "pass rngs=nnx.Rngs(seed)")
         check_stream("rngs", rngs, "params")
@@ -155,6 +161,7 @@ class PartitionedLinear(nnx.Module):
         self.param_dtype = param_dtype
         self.precision = precision
         self.preferred_element_type = preferred_element_type
+        self.dot_general = dot_general
         self.promote_dtype = promote_dtype
         self.in_axis, self.partition_axis = in_axis, partition_axis
 
@@ -209,6 +216,7 @@ class PartitionedLinear(nnx.Module):
             implementation=self.implementation,
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
+            dot_general=self.dot_general,
             in_axis=self.in_axis,
             partition_axis=self.partition_axis,
             partitions=partitions,

@@ -63,6 +63,7 @@ class PartitionedLinear(nn.Module):
             normal of std 1/sqrt(in) and a zero bias, as n `linen.Dense` have it; "torch" for U(-1/sqrt(in), 1/sqrt(in))
             in kernel and bias.
         kernel_init, bias_init: The names of `linen.with_partitioning` describe all three axes, or both.
+        dot_general: As in `partitioned_linear`; None for `jax.lax.dot_general`.
         promote_dtype: Function (x, kernel, bias, dtype=...) -> the three in one dtype.
         num_partitions: n, where neither the input nor a sequence says it: flat, shared, or of some partitions.
         in_features: in, which otherwise the input says; or a sequence of n. Needed where `features` is a sequence.
@@ -85,6 +86,7 @@ class PartitionedLinear(nn.Module):
     partition_axis: int | None = PARTITION_AXIS
     num_partitions: int | None = None
     in_features: int | Sequence[int] | None = None
+    dot_general: Callable[..., Any] | None = None
 
     @nn.compact
     def __call__(self, x: Inputs, partitions: Sequence[int] | Array | None = None) -> Outputs:
@@ -132,6 +134,7 @@ class PartitionedLinear(nn.Module):
             implementation=self.implementation,
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
+            dot_general=self.dot_general,
             in_axis=self.in_axis,
             partition_axis=self.partition_axis,
             partitions=partitions,

@@ -284,6 +284,17 @@ def _committed_devices(array: Array) -> list[str]:
     return sorted(map(str, array.devices()))
 
 
+def check_dot_general(dot_general: Any, implementation: str, *, one_size: bool) -> None:
+    """Refuse what cannot be called by a TypeError, and by another error calls that have no single batched product."""
+    check_callable("dot_general", dot_general, "(lhs, rhs, dimension_numbers, precision=, preferred_element_type=)")
+    if implementation not in ("auto", "matmul") or not one_size:
+        wanted = "partitions of one size" if not one_size else "implementation='matmul', or 'auto'"
+        got = "sequences of sizes" if not one_size else shown(implementation)
+        raise UnsupportedImplementationError(
+            f"`dot_general`: expected {wanted}, whose one batched product it computes, got {got}; leave it out."
+        )
+
+
 def check_algorithm(precision: Any, implementation: Implementation) -> None:
     """Refuse, by an UnsupportedImplementationError, a dot algorithm that an implementation would not compute in."""
     if precision is not None and _is_algorithm(precision) and not implementation.dot_algorithms:

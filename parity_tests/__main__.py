@@ -59,6 +59,9 @@ def run(
     effort: Annotated[
         str, typer.Option(help="With --pair: full, or quick for a look without notes on branches and without causes.")
     ] = "full",
+    values: Annotated[
+        str, typer.Option(help="With --pair: drawn, or given to judge the torch module's own values too.")
+    ] = "drawn",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
     junit_file: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML, one case a row.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page.")] = None,
@@ -97,12 +100,14 @@ def run(
             raise refuse("--dtypes-equal: expected --pair beside it, got none; name a pair.")
         if effort != "full":
             raise refuse("--effort: expected --pair beside an effort, got none; name a pair.")
+        if values != "drawn":
+            raise refuse("--values: expected --pair beside values, got none; name a pair.")
         raise typer.Exit(run(options))
     from parity_tests.commands.pair import run_user_pair
 
     if options.precision is not None:
         raise refuse(f"--precision: expected none beside --pair, got {asked}; a pair's modules say how they compute.")
-    raise typer.Exit(run_user_pair(pair, options, torch_python, jax_python, timeout_s, effort, dtypes_equal))
+    raise typer.Exit(run_user_pair(pair, options, torch_python, jax_python, timeout_s, effort, dtypes_equal, values))
 
 
 @app.command()

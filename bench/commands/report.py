@@ -37,6 +37,7 @@ from bench.commands.arguments import (
     tell,
     tell_damage,
 )
+from bench.environments import StoreError
 from bench.report.claims import account, claim_rows, claims_block, claims_json, measured, overview
 from bench.report.export import write_csv, write_frameworks, write_summary, write_table
 from bench.report.maps import framework_map as draw_framework_map
@@ -53,7 +54,7 @@ from bench.report.markdown import (
 from bench.report.page import write_page
 from bench.report.pictures import ChartError, ratio_chart, roofline_chart, save_figures, save_picture
 from bench.report.screen import screen_lines
-from bench.report.sections import PageContent, sections
+from bench.report.sections import PageContent, Told, sections
 from bench.report.tables import show_frameworks, show_rankings, terminal, wide_console
 from bench.report.text import ratio, resolution_line, summary_line
 from bench.store import Archive, Damage
@@ -170,15 +171,21 @@ def report(
 
 def _page(results: Results, directories: Sequence[Path], where: Sequence[str], damage: Sequence[str]) -> PageContent:
     """Return the content of a page; findings and claims need the samples, which are read again."""
-    archive = Archive(directories, selection("--where", where), Damage())
-    seen = seen_spreads(archive)
     words = ["python", "-m", "bench", "report", *map(str, directories)]
     given = shlex.join([*words, *(word for condition in where for word in ("--where", condition))])
     ranked = {(one.first.environment_id, one.cell): one for one in results.found}
-    found = findings(archive.cells(), seen, ranked=ranked)
     there = any(one.first.workload in CLAIMED_WORKLOADS for one in results.found)
-    judged = claim_results(archive.cells() if there else (), seen, ranked)
-    parts, shown = sections(results, found, judged, directories, given)
+    told = []
+    for directory in directories:
+        try:
+            archive = Archive([directory], selection("--where", where), Damage())
+        except StoreError:
+            # Nothing in it can be read, which was said already.
+            continue
+        seen = seen_spreads(archive)
+        judged = claim_results(archive.cells() if there else (), seen, ranked)
+        told.append(Told(directory, findings(archive.cells(), seen, ranked=ranked), judged))
+    parts, shown = sections(results, told, directories, given)
     names = ", ".join(directory.resolve().name for directory in directories)
     return PageContent(f"Benchmark of {names}", parts, shown, [*filter(None, [results.stopped]), *damage])
 

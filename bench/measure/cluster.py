@@ -19,7 +19,7 @@ from distributed import Client, Future
 from distributed import wait as wait_for
 
 from bench.measure.environment import MACHINE_VARIABLE
-from bench.measure.request import EngineError, Request, SelectionError, SweepNotes
+from bench.measure.request import EngineError, LeftOutError, Request, SelectionError, SweepNotes
 from bench.measure.sweep import Progress, cell_hash, planned, run_sweep, started_pool
 from bench.measure.workers import KeptPool, RequestError, WorkerPool
 from bench.plan.cells import Cell
@@ -85,6 +85,8 @@ def measure_cell(request: Request) -> Measured:
     wrong, failure = None, None
     try:
         run_sweep(request, collector, notes, pools=_workers)
+    except LeftOutError as error:
+        notes.add(str(error))
     except SelectionError as error:
         wrong = str(error)
     except RequestError as error:

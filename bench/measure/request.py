@@ -24,6 +24,10 @@ class SelectionError(ValueError):
     """A request that selects nothing, or something that is not there; the message is one sentence for the user."""
 
 
+class LeftOutError(SelectionError):
+    """A cell that none of the competitors computes which were asked for by name; those of other cells may."""
+
+
 class EngineError(Exception):
     """Cells that could not be measured although nothing was wrong with the request; the message is one sentence."""
 
@@ -176,6 +180,7 @@ def chosen_competitors(catalogues: Sequence[Catalogue], request: Request, cell: 
     """List who takes part in a cell.
 
     Raises:
+        LeftOutError: if all that were asked for by name compute other sizes or layouts.
         SelectionError: if none is left, or a name that was asked for is unknown.
     """
     plan = request.plan
@@ -200,6 +205,12 @@ def chosen_competitors(catalogues: Sequence[Catalogue], request: Request, cell: 
     unknown = [name for name in request.implementation if name not in known]
     if unknown:
         raise SelectionError(f"implementation: nothing is called {', '.join(unknown)}; choose from {', '.join(known)}.")
+    able = {name for catalogue in catalogues for name in catalogue.kinds(cell.workload)}
+    if request.implementation and not able & set(request.implementation):
+        raise LeftOutError(
+            f"implementation: expected one for {cell.workload.name}, {', '.join(sorted(able))}, got "
+            f"{', '.join(request.implementation)}: left out."
+        )
     if not competitors:
         who = " or ".join(request.implementation) or "no competitor"
         how = f" in the mode {' or '.join(request.mode)}" if request.mode else ""

@@ -13,7 +13,15 @@ from bench.measure.coordinator import CellOutcome, CellRun
 from bench.measure.disturbance import Gate, Watch
 from bench.measure.environment import fingerprint
 from bench.measure.machine import allowed_cpus, monitor_for
-from bench.measure.request import Request, SelectionError, SweepNotes, check_modes, choose_device, chosen_competitors
+from bench.measure.request import (
+    LeftOutError,
+    Request,
+    SelectionError,
+    SweepNotes,
+    check_modes,
+    choose_device,
+    chosen_competitors,
+)
 from bench.measure.rounds import Entry
 from bench.measure.switches import sentences
 from bench.measure.workers import WorkerPool, starter
@@ -90,12 +98,13 @@ def run_sweep(
 
     Raises:
         SelectionError: if nothing is selected, or no framework is there.
+        LeftOutError: if no cell is one of the competitors that were asked for; a few are notes.
         RequestError: if a framework is installed but its worker cannot start.
         BusyError: if the machine is busy before a cell and `when_busy` is `refuse`.
     """
     plan, gate = request.plan, Gate(request.when_busy, allowed_cpus())
     total = len(planned(plan)) * plan.replicates
-    done = 0
+    done, left_out = 0, list[LeftOutError]()
 
     def report(text: str) -> None:
         progress(Progress(done, total, text))
@@ -113,8 +122,15 @@ def run_sweep(
                 place = fingerprint(pool.hello, device=device, division=division, cpus=allowed_cpus())
                 store.add_environment(digest(place), place)
                 for cell in plan_cells(replace(plan, divisions=(division,)), device):
-                    _run_cell(cell, replicate, request, store, pool, digest(place), report, gate)
+                    try:
+                        _run_cell(cell, replicate, request, store, pool, digest(place), report, gate)
+                    except LeftOutError as error:
+                        left_out.append(error)
                     done += 1
+    if len(left_out) == total:
+        raise left_out[0]
+    for error in left_out:
+        notes.add(str(error))
     report("done")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.environments import device_name
 from bench.plan.competitors import YARDSTICK
-from bench.plan.workloads import weights_of
+from bench.plan.workloads import size_text, weights_of
 from bench.report.tables import verdict_text
 from bench.report.text import calls, outcome
 from bench.study.cells import DISTURBED, identity
@@ -115,8 +115,8 @@ def cell_figures(ranking: Ranking, machine: str) -> dict[str, Any]:
         "sizes": where.sizes,
         "batch": first.batch,
         "num_partitions": first.num_partitions,
-        "in_features": first.in_features,
-        "out_features": first.out_features,
+        "in_features": size_text(first.in_features),
+        "out_features": size_text(first.out_features),
         # Of unequal partitions those of the average one.
         "weights": weights_of(first.num_partitions, first.in_features, first.out_features) // first.num_partitions,
         "direction": where.direction,
@@ -164,6 +164,8 @@ def _competitor(ranking: Ranking, row: Row, found: Efficiency, best: set[str | N
         "energy_j": r.energy_j,
         "bound_fraction": r.bound_fraction,
         "ceiling_fraction": found.ceiling_fraction,
+        "waste_factor": found.waste_factor,
+        "copied_bytes": found.copied_bytes,
     }
     kernels = "; ".join(f"{count} x {name[:_MOST_CHARACTERS]}" for name, count in r.kernels.items())
     return {

@@ -140,6 +140,7 @@ def short_lines(content: PageContent, drawn: str = "") -> Iterator[str]:
         for sentence in part.sentences:
             yield from (markdown_line(sentence), "")
         for table in part.tables:
+            yield from (f"{markdown_text(table.title)}:", "") if table.title else ()
             yield from markdown(replace(table, rows=table.rows[:_MOST_ROWS]))
             if (rest := len(table.rows) - _MOST_ROWS) > 0:
                 yield from ("", f"{rest} more lines are on the page that `--html` writes.")

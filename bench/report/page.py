@@ -57,7 +57,7 @@ def _row(tag: str, texts: Iterable[str]) -> str:
 
 
 def _table(table: Table) -> Iterator[str]:
-    yield f"<table>{_row('th', table.columns)}"
+    yield f"<table>{f'<caption>{html_text(table.title)}</caption>' if table.title else ''}{_row('th', table.columns)}"
     yield from (_row("td", row) for row in table.rows[:_MOST_LINES])
     yield "</table>"
     if (rest := len(table.rows) - _MOST_LINES) > 0:

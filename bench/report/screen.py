@@ -85,7 +85,7 @@ def winner_lines(found: Sequence[Ranking]) -> list[str]:
     for kind, rankings in apart.items():
         won = Counter(ranking.winner for ranking in rankings if ranking.winner)
         tied = Counter(label for ranking in rankings for label in ranking.tied)
-        names = sorted({*won, *tied}, key=lambda label: (-won[label] - tied[label], -won[label]))
+        names = sorted(dict.fromkeys((*won, *tied)), key=lambda label: (-won[label] - tied[label], -won[label]))
         said = [f"{label} wins {won[label]}, ties {tied[label]}" for label in names[:_MOST_NAMES]]
         lines.append(f"  {kind} ({len(rankings)} cells): {'; '.join(said) or 'nothing was timed'}")
     return lines
@@ -118,17 +118,24 @@ def _range(ratios: Iterable[float]) -> str:
     return f"{low}x" if low == high else f"{low}x to {high}x"
 
 
+def recommend_command(results: Results, directories: Sequence[str]) -> str:
+    """Return the command that asks what to use for the first shape of equal partitions; empty without one."""
+    first = next((found.first for found in results.found if four_sizes(found.first)), None)
+    if first is None:
+        return ""
+    sizes = {"num-partitions": first.num_partitions, "in-features": first.in_features}
+    sizes |= {"out-features": first.out_features, "batch": first.batch}
+    shape = " ".join(f"--{name} {size}" for name, size in sizes.items())
+    return f"python -m bench recommend {shlex.join(directories)} {shape}"
+
+
 def _next(results: Results, directories: Sequence[str], where: Sequence[str]) -> list[str]:
     words = shlex.join(directories)
     conditions = "".join(f" --where {shlex.quote(condition)}" for condition in where)
     lines = [f"  python -m bench report {words}{conditions} --all      # every ranking, with reasons and remarks"]
     lines += [f"  python -m bench report {words}{conditions} --html page.html      # as one page for a browser"]
-    # Only shapes of one size for all partitions can be asked about.
-    if first := next((found.first for found in results.found if four_sizes(found.first)), None):
-        sizes = {"num-partitions": first.num_partitions, "in-features": first.in_features}
-        sizes |= {"out-features": first.out_features, "batch": first.batch}
-        shape = " ".join(f"--{name} {size}" for name, size in sizes.items())
-        lines += [f"  python -m bench recommend {words} {shape}"]
+    if command := recommend_command(results, directories):
+        lines += [f"  {command}"]
     lines += [f"  python -m bench findings {words}      # what holds in every cell"] if len(directories) == 1 else []
     lines += [f"Outcomes: {summary_line(results.outcomes)}."]
     return lines

@@ -5,7 +5,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -21,12 +21,11 @@ from bench.report.figures import (
     speed_pictures,
     time_picture,
 )
-from bench.report.screen import answer, between_lines, winner_lines
+from bench.report.screen import answer, between_lines, recommend_command, winner_lines
 from bench.report.tables import Table
 from bench.report.text import environment_sentences, percent, resolution_line, source_line, summary_line
 from bench.study.claims import ClaimResult
 from bench.study.findings import EVERYWHERE, Finding
-from bench.study.recommendation import four_sizes
 from bench.study.results import Results
 from parity_tests.judge.precisions import short_name
 from parity_tests.report.files import read_text
@@ -51,6 +50,15 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What `bench findings` and `bench claims` say of one run; figures of two machines are never told of together."""
+
+    directory: Path
+    findings: Sequence[Finding]
+    claims: Sequence[ClaimResult]
+
+
+@dataclass(frozen=True)
 class PageContent:
     """Everything that a page or a short report tells."""
 
@@ -71,30 +79,42 @@ def _noise(results: Results) -> str:
     return f"Differences below {percent(median(least))} are not told apart in the median cell{also}."
 
 
-def three_sentences(results: Results, found: Sequence[Finding]) -> list[str]:
+def three_sentences(results: Results, told: Sequence[Told]) -> list[str]:
     """Return the answer: who is fastest, the firmest finding of the frameworks, and what cannot be told apart."""
     led, compared, _ = answer(results)
     # That of most cells; where none holds in all of the article's settings, the cells are counted.
-    firm = max((one for one in found if one.headline), key=lambda one: len(one.seen), default=None)
-    return [led, compared if firm is None else firm.sentence, _noise(results)]
+    firm = [(len(one.seen), k, one) for k, run in enumerate(told) for one in run.findings if one.headline]
+    if firm:
+        _, k, one = max(firm, key=lambda found: found[:2])
+        compared = _named(told, k) + one.sentence
+    return [led, compared, _noise(results)]
 
 
-def _answer(results: Results, found: Sequence[Finding], directories: Sequence[str]) -> Section:
-    matched = [one for one in found if one.where["division"] == "matched"] or list(found)
-    firm = sorted(matched, key=lambda one: (one.holds != EVERYWHERE, not one.question.headline, -len(one.seen)))
+def _named(told: Sequence[Told], k: int) -> str:
+    """Return the beginning of a sentence about one of several runs."""
+    return f"{told[k].directory.resolve().name}: " if len(told) > 1 else ""
+
+
+def _answer(results: Results, told: Sequence[Told], directories: Sequence[str]) -> Section:
     said = []
-    for one in firm[:_MOST_FINDINGS]:
-        words = ["python", "-m", "bench", "findings", directories[0], "--question", one.question.name]
-        said.append((one.sentence, shlex.join([*words, *(word for c in one.conditions for word in ("--where", c))])))
-    # Only shapes of one size for all partitions can be asked about.
-    first = next((ranking.first for ranking in results.found if four_sizes(ranking.first)), None)
-    command = shlex.join(["python", "-m", "bench", "report", *directories, "--all"])
-    if first is not None:
-        sizes = {"num-partitions": first.num_partitions, "in-features": first.in_features}
-        sizes |= {"out-features": first.out_features, "batch": first.batch}
-        shape = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
-        command = shlex.join(["python", "-m", "bench", "recommend", *directories, *shape])
-    return Section("answer", "The answer", three_sentences(results, found), more=said, command=command)
+    for k, run in enumerate(told):
+        matched = [one for one in run.findings if one.where["division"] == "matched"] or run.findings
+        firm = sorted(matched, key=lambda one: (one.holds != EVERYWHERE, not one.question.headline, -len(one.seen)))
+        for one in firm[:_MOST_FINDINGS]:
+            words = ["python", "-m", "bench", "findings", str(run.directory), "--question", one.question.name]
+            command = shlex.join([*words, *(word for c in one.conditions for word in ("--where", c))])
+            said.append((_named(told, k) + one.sentence, command))
+    command = recommend_command(results, directories) or shlex.join(["python", "-m", "bench", "report", *directories])
+    return Section("answer", "The answer", three_sentences(results, told), more=said, command=command)
+
+
+def _claims(told: Sequence[Told]) -> Section:
+    commands = [shlex.join(["python", "-m", "bench", "claims", str(run.directory)]) for run in told]
+    judged = [k for k, run in enumerate(told) if any(result.findings for result in run.claims)]
+    # One table says that nothing was measured as well as several.
+    tables = [replace(overview(told[k].claims), title=_named(told, k).rstrip(": ")) for k in judged or (0,) if told]
+    said = [] if judged else ["No cell of the article's settings is among these records."]
+    return Section("claims", "The article's ten claims", said, tables, command=" && ".join(commands))
 
 
 def _winners(results: Results, shown: Figures, command: str) -> Section:
@@ -214,14 +234,13 @@ def _drawn(name: str, title: str, pictures: Sequence[Picture], shown: Figures, c
 
 
 def sections(
-    results: Results, found: Sequence[Finding], claims: Sequence[ClaimResult], directories: Sequence[Path], given: str
+    results: Results, told: Sequence[Told], directories: Sequence[Path], given: str
 ) -> tuple[list[Section], Figures]:
     """Return the sections of a page in their order, and the figures behind its pictures.
 
     Args:
         results: of one run or several, at least one cell.
-        found: what `bench findings` says of them.
-        claims: what `bench claims` says of them.
+        told: what `bench findings` and `bench claims` say of each.
         directories: of the runs.
         given: the command that reads the same cells, `python -m bench report DIR... --where ...`.
     """
@@ -229,21 +248,13 @@ def sections(
     names = [str(directory) for directory in directories]
     picked = "".join(f" --where {shlex.quote(f'{name}={value}')}" for name, value in shown.chosen.items())
     pictured = f"{given}{picked} --pictures DIR"
-    judged = any(result.findings for result in claims)
-    told = "" if judged else "No cell of the article's settings is among these records."
     drawn = _drawn("speed", "Speed against batch, n and size", speed_pictures(), shown, pictured, _SPEED)
     roof = roofline_picture(results.found, shown)
     return [
-        _answer(results, found, names),
+        _answer(results, told, names),
         _winners(results, shown, f"{given} --all"),
         drawn,
-        Section(
-            "claims",
-            "The article's ten claims",
-            list(filter(None, [told])),
-            [overview(claims)],
-            command=shlex.join(["python", "-m", "bench", "claims", names[0]]),
-        ),
+        _claims(told),
         _drawn("roofline", "Roofline", [roof], shown, pictured, _ROOFLINE),
         _drawn("time", "Where the time goes", [time_picture()], shown, pictured, _TIME),
         _drawn("memory", "Memory", [memory_picture()], shown, pictured, _MEMORY),

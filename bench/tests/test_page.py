@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -18,8 +19,9 @@ import pytest
 from bench.report import figures as figures_module
 from bench.report.figures import BEST, FILTERS, LEADS, figures
 from bench.report.page import page_pieces, write_page
-from bench.report.sections import PageContent, sections
+from bench.report.sections import PageContent, Told, sections
 from bench.study.claims import claim_results
+from bench.study.findings import findings
 from bench.study.results import read_results
 from bench.tests.conftest import example_record
 from bench.tests.in_memory import results_of
@@ -110,7 +112,9 @@ def content(tmp_path_factory):
     for record in records:
         groups.setdefault(record.cell, []).append(record)
     directory = tmp_path_factory.mktemp("run")
-    parts, shown = sections(results, [], claim_results(groups.values()), [directory], "python -m bench report run")
+    parts, shown = sections(
+        results, [Told(directory, [], claim_results(groups.values()))], [directory], "python -m bench report run"
+    )
     return PageContent("Benchmark of run", parts, shown)
 
 
@@ -212,6 +216,31 @@ def test_a_winner_over_its_own_kin_is_said_to_be_one_framework_s(make_record):
     (cell,) = figures(results_of(cell_records(make_record, 0, (64, 8, 4, 4), competitors=3), {"e0": FINGERPRINT})).cells
     assert cell["lead"].split() == ["tie", "jax", "torch"]
     assert cell["leaders"].startswith("tie of 3: ")
+
+
+def test_partitions_of_unequal_sizes_have_a_place_on_the_axes(make_record):
+    sizes = {"workload": "ragged", "num_partitions": 3, "in_features": (1, 2, 3), "out_features": (4, 5, 6)}
+    records = [replace(one, **sizes) for one in cell_records(make_record, 0, (64, 3, 4, 4), competitors=3)]
+    (cell,) = figures(results_of(records, {"e0": FINGERPRINT})).cells
+    assert cell["weights"] == (4 + 10 + 18) // 3
+    assert cell["sizes"] == "B=64, n=3, (1, 2, 3)->(4, 5, 6)"
+
+
+def test_several_runs_are_told_of_one_by_one(tmp_path):
+    records = compiled_cells(example_record)
+    groups = [[one for one in records if one.cell == cell] for cell in dict.fromkeys(one.cell for one in records)]
+    results, folders = results_of(records, {"e0": FINGERPRINT}), [tmp_path / "here", tmp_path / "there"]
+    told = [Told(folder, findings(groups), claim_results(groups)) for folder in folders]
+    parts = {part.name: part for part in sections(results, told, folders, "c")[0]}
+    assert {sentence.split(": ")[0] for sentence, _ in parts["answer"].more} == {"here", "there"}
+    for sentence, command in parts["answer"].more:
+        assert shlex.split(command)[4] == str(tmp_path / sentence.split(": ")[0])
+    assert [table.title for table in parts["claims"].tables] == ["here", "there"]
+    # One run needs no name.
+    (alone,) = [part for part in sections(results, told[:1], folders[:1], "c")[0] if part.name == "answer"]
+    assert alone.more
+    assert not [sentence for sentence, _ in alone.more if sentence.startswith("here: ")]
+    assert alone.sentences[1] == next(one.sentence for one in told[0].findings if one.headline)
 
 
 # --- what its script draws ---
@@ -345,7 +374,9 @@ def test_the_judge_s_own_run_is_shown_where_it_lies_beside_the_records(tmp_path,
     results = results_of(cell_records(make_record, 0, (64, 8, 4, 4), competitors=3), {"e0": FINGERPRINT})
 
     def said():
-        part = next(one for one in sections(results, [], [], [tmp_path], "c")[0] if one.name == "parity")
+        part = next(
+            one for one in sections(results, [Told(tmp_path, [], [])], [tmp_path], "c")[0] if one.name == "parity"
+        )
         return " ".join(part.sentences), [table.rows for table in part.tables]
 
     text, tables = said()

@@ -1,11 +1,14 @@
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
-from bench.report.screen import screen_lines
+from bench.report.screen import screen_lines, winner_lines
 from bench.store import Store
 from bench.study.results import Results
-from bench.tests.synthetic import FINGERPRINT, write_sweep
+from bench.tests.in_memory import rankings
+from bench.tests.synthetic import FINGERPRINT, cell_records, write_sweep
 
 
 @pytest.fixture
@@ -87,3 +90,9 @@ def test_a_map_of_too_many_sizes_leaves_the_chart_of_the_frameworks(run, call, t
 
 def test_a_report_that_was_stopped_before_its_first_cell_says_so():
     assert screen_lines(Results((), {}, {}, "interrupted: 0 cells were read"), ["run"])[0].startswith("interrupted")
+
+
+def test_those_that_tie_as_often_are_named_in_the_order_of_the_cells(make_record):
+    (one,) = rankings(cell_records(make_record, 0, (64, 8, 2, 2), competitors=5))
+    (line,) = winner_lines([replace(one, leaders=tuple("fdbeca"))] * 50)
+    assert re.findall(r"(\w) wins 0, ties 50", line) == ["f", "d", "b"]

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from bench.__main__ import app
 from bench.measure.timer import canonical, laid_out
+from bench.measure.verification import Oracle, Verifier, first_step
 from bench.plan.cells import Cell
 from bench.plan.competitors import Catalogue, Competitor, competitors_for
 from bench.plan.costs import compulsory_bytes, executed_flops, least_product_flops, useful_flops, waste_factor
@@ -20,6 +21,10 @@ from bench.study.recommendation import four_sizes
 from bench.study.validation import record_violations
 from bench.tests.synthetic import FINGERPRINT
 from bench.tests.test_programs import MODES, REQUEST, judged, timer_of
+from parity_tests.judge.inputs import draw_inputs
+from parity_tests.judge.oracle import reference
+from parity_tests.judge.tolerance import declared_arithmetic
+from parity_tests.training.optimizers import OPTIMIZERS
 
 EVERY = os.environ.get("EVERY_TEST") == "1"
 UNEQUAL = Workload("unequal", 6, 5, (4, 9, 4, 1, 9), (3, 5, 3, 7, 5), "test")
@@ -170,11 +175,9 @@ def test_copies_of_a_jax_program_are_counted_but_not_what_is_fused_with_arithmet
     assert copied(lambda x: x.T) == 4 * 24
     assert copied(lambda x: x.T * 2) == 0
     assert copied(lambda x: jax.numpy.concatenate([x, x])) == 4 * 48
+    assert copied(jax.numpy.zeros_like) == 0
     # In a loop: each pass writes one row, in place, and not the whole array.
-    looped = copied(
-        lambda x: jax.lax.fori_loop(0, 4, lambda k, found: found.at[k].set(x[3 - k]), jax.numpy.zeros((4, 6)))
-    )
-    assert 4 * 24 <= looped <= 4 * 4 * 24
+    assert 4 * 24 <= copied(lambda x: jax.lax.map(jax.numpy.flip, x)) < 2 * 4 * 24 + 64
 
 
 @pytest.mark.parametrize("framework", MODES)
@@ -278,3 +281,28 @@ def test_every_command_reads_a_run_of_equal_and_unequal_sizes(make_record, tmp_p
     assert code == 0, shown
     assert "u (B=128, n=2, (1, 4)-" in (tmp_path / "page.html").read_text()
     assert ends("report", run, "--where", "workload=u", "--html", tmp_path / "u.html")[0] == 0
+
+
+def test_the_judge_of_timed_results_rejects_a_wrong_offset_and_a_wrong_step():
+    inputs = draw_inputs(UNEQUAL.case(), "float32")
+    truth, arithmetic = reference(inputs), declared_arithmetic("ieee_fp32")
+    right = {name: tensor.value.astype(np.float32) for name, tensor in truth.items()}
+    verifier = Verifier(Oracle(inputs), "forward_backward")
+    assert verifier.judge(right, "ieee_fp32").status == "ok"
+    for name in right:
+        found = verifier.judge(right | {name: np.roll(right[name], 1, axis=-1)}, "ieee_fp32")
+        assert found.status == "mismatch", name
+        assert f"{name}[" in found.reason
+    stepping, before = Verifier(Oracle(inputs), "train_step", "adamw"), inputs.parameters
+    stepped = {
+        name: first_step(OPTIMIZERS["adamw"], name, before[name], truth[f"d{name}"], arithmetic)[0].astype(np.float32)
+        for name in before
+    }
+    right = {"y": right["y"], "dx": right["dx"]} | stepped
+    assert stepping.judge(right, "ieee_fp32").status == "ok"
+    # The last partition takes no step.
+    place = inputs.sizes.places("weight")[-1]
+    right["weight"][place] = before["weight"][place]
+    found = stepping.judge(right, "ieee_fp32")
+    assert found.status == "mismatch"
+    assert "(partition 4)" in found.reason

@@ -1,6 +1,8 @@
 """One batched product whose batch axis is the partition axis."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,10 +21,12 @@ _MANY_WEIGHTS = 2**21
 _FEWEST_ROWS, _IN_FEATURES_A_ROW = 16, 4
 
 
-def _product(rows: Array, weight: Array, precision: PrecisionLike, dtype: Any) -> Array:
+def _product(
+    rows: Array, weight: Array, precision: PrecisionLike, dtype: Any, dot_general: Callable[..., Any] = lax.dot_general
+) -> Array:
     """Compute y[n, r, o] = sum_i x[n, r, i] * W[n, i, o]."""
     dimensions = (((2,), (1,)), ((0,), (0,)))
-    return lax.dot_general(rows, weight, dimensions, precision=precision, preferred_element_type=dtype)
+    return dot_general(rows, weight, dimensions, precision=precision, preferred_element_type=dtype)
 
 
 def _product_for_few_rows(rows: Array, weight: Array, precision: PrecisionLike, dtype: Any) -> Array:
@@ -63,7 +67,12 @@ def _has_few_rows(rows: Array, weight: Array) -> bool:
 
 
 def partitioned_linear_matmul(
-    x: Inputs, weight: Weight, bias: Bias | None, precision: PrecisionLike, dtype: np.dtype
+    x: Inputs,
+    weight: Weight,
+    bias: Bias | None,
+    precision: PrecisionLike,
+    dtype: np.dtype,
+    dot_general: Callable[..., Any] = lax.dot_general,
 ) -> Outputs:
     """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o] as a batched product over n.
 
@@ -72,13 +81,20 @@ def partitioned_linear_matmul(
     for the einsum spelling.
     """
     rows = partition_major(x)
-    multiply = _product_for_few_rows if _has_few_rows(rows, weight) else _product
+    multiply = partial(_product, dot_general=dot_general)
+    if dot_general is lax.dot_general and _has_few_rows(rows, weight):
+        multiply = _product_for_few_rows
     product = multiply(rows, weight, precision, product_dtype(dtype, rows.shape[1], *weight.shape[1:]))
     return batch_major(add_bias(product, None if bias is None else bias[:, None], dtype), x.shape[:-2])
 
 
 def shared_linear_matmul(
-    x: Array, weight: Weight, bias: Bias | None, precision: PrecisionLike, dtype: np.dtype
+    x: Array,
+    weight: Weight,
+    bias: Bias | None,
+    precision: PrecisionLike,
+    dtype: np.dtype,
+    dot_general: Callable[..., Any] = lax.dot_general,
 ) -> Outputs:
     """Compute y[..., n, o] = sum_i x[..., i] * W[n, i, o] + b[n, o] as one product with a matrix of n*o columns.
 
@@ -87,7 +103,7 @@ def shared_linear_matmul(
     """
     num_partitions, in_features, out_features = weight.shape
     rows, columns = math.prod(x.shape[:-1]), num_partitions * out_features
-    product = lax.dot_general(
+    product = dot_general(
         x.reshape(rows, in_features),
         jnp.swapaxes(weight, 0, 1).reshape(in_features, columns),
         (((1,), (0,)), ((), ())),

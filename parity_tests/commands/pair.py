@@ -28,7 +28,7 @@ from parity_tests.judge.dtypes import STORAGE_DTYPES
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available, package_available
 from parity_tests.pair.judging import Judgement, judge_apart
 from parity_tests.pair.loading import names_in
-from parity_tests.pair.report import EFFORTS
+from parity_tests.pair.report import EFFORTS, VALUES
 from parity_tests.report.files import read_text, write_json, write_text
 from parity_tests.report.interruption import interruptible
 from parity_tests.report.text import printable
@@ -88,6 +88,7 @@ def run_user_pair(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     effort: str = "full",
     dtypes_equal: bool = False,
+    values: str = "drawn",
 ) -> int:
     """Judge the pair that `package.module:factory` returns, in a process of its own; prints and writes the report.
 
@@ -99,6 +100,7 @@ def run_user_pair(
         timeout_s: seconds that one step may take.
         effort: `full` or `quick`, see `check_pair`.
         dtypes_equal: whether outputs must have one dtype on both sides.
+        values: `drawn`, or `given` to judge the torch module's own values too.
 
     Returns:
         0 if all compared holds, 1 for a mismatch or if nothing was compared, 2 if the pair could not be judged to its
@@ -109,6 +111,7 @@ def run_user_pair(
     choose("--dtype", options.dtypes, STORAGE_DTYPES)
     choose("--device", [options.device], DEVICES)
     choose("--effort", [effort], EFFORTS)
+    choose("--values", [values], VALUES)
     if not 0 < timeout_s <= _LONGEST_S:
         raise refuse(f"--timeout-s: expected seconds above 0 and up to {_LONGEST_S:g} (a week), got {timeout_s:g}.")
     try:
@@ -119,6 +122,7 @@ def run_user_pair(
     _check_installed(spec, pythons)
     arguments: dict[str, Any] = {"device": options.device, "seed": options.seed}
     arguments |= {"effort": effort} if effort != "full" else {}
+    arguments |= {"values": values} if values != "drawn" else {}
     arguments |= {"dtypes": list(options.dtypes)} if options.dtypes else {}
     arguments |= {"dtypes_equal": True} if dtypes_equal else {}
     arguments |= {f"{framework}_python": python for framework, python in pythons.items()}

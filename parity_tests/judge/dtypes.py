@@ -169,3 +169,15 @@ def looks_rounded(array: np.ndarray, name: str) -> np.ndarray:
     significand, _ = np.frexp(np.where(np.isfinite(array), array, 0.0))
     scaled = significand * 2.0 ** (bits // 2)
     return np.trunc(scaled) != scaled
+
+
+def differ_beyond(first: np.ndarray, second: np.ndarray, roundoff: float) -> bool:
+    """Tell whether two results differ by more than a rounding of their largest number."""
+    if first.shape != second.shape or first.tobytes() == second.tobytes():
+        return first.shape != second.shape
+    if not is_inexact(first) or not roundoff:
+        return True
+    finite = np.isfinite(first)
+    if not np.array_equal(first[~finite], second[~finite], equal_nan=True) or not np.isfinite(second[finite]).all():
+        return True
+    return bool((np.abs(first - second)[finite] > roundoff * np.abs(first[finite]).max(initial=0.0)).any())

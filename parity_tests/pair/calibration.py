@@ -188,11 +188,16 @@ def collect_ensemble(
     for member, arrays in zip(drawn[1:], found, strict=True):
         for name, value in arrays.items():
             if name in centre and member.amplitude == 1.0:
-                squares[name] += _deviation(value, centre[name]) ** 2
+                deviation = _deviation(value, centre[name])
+                deviation *= deviation
+                squares[name] += deviation
             elif name in centre:
                 np.maximum(kinks[name], _deviation(value, centre[name]), out=kinks[name])
-    spread = {name: from_parts(np.sqrt(total / members), centre[name]) for name, total in squares.items()}
-    return Ensemble(centre, spread, {name: from_parts(kink, centre[name]) for name, kink in kinks.items()}, members)
+    for name, total in squares.items():  # in place: each is as large as all gradients
+        total /= members
+        np.sqrt(total, out=total)
+        squares[name], kinks[name] = from_parts(total, centre[name]), from_parts(kinks[name], centre[name])
+    return Ensemble(centre, squares, kinks, members)
 
 
 def constants_spread(run: Callable[[int], Arrays]) -> dict[str, np.ndarray]:

@@ -23,10 +23,9 @@ from parity_tests.pair.loading import RemoteSide, build, load_factory, make_side
 from parity_tests.pair.mapping import Rule
 from parity_tests.pair.patterns import LeftOut
 from parity_tests.pair.progress import Progress, Told
-from parity_tests.pair.report import EFFORTS, PairReport, PairRow, Tell, reproduction
+from parity_tests.pair.report import EFFORTS, VALUES, PairReport, PairRow, Tell, reproduction
 from parity_tests.report.text import first_line
 
-_VALUES = ("drawn", "given")
 _REQUIRED = {"torch_module": "torch", "flax_module": "jax", "params": None, "inputs": None}
 _KINDS = {
     "params": (Sequence, "a sequence of rules or a proposal"),
@@ -204,8 +203,8 @@ def judge_pair(
         raise ValueError("dtypes: expected at least one, got none; nothing would be compared.")
     for dtype in dtypes:
         numpy_dtype(dtype)
-    if values not in _VALUES:
-        raise ValueError(f"values: expected {' or '.join(map(repr, _VALUES))}, got {values!r}; choose one of these.")
+    if values not in VALUES:
+        raise ValueError(f"values: expected {' or '.join(map(repr, VALUES))}, got {values!r}; choose one of these.")
     rows: list[PairRow] = []
     judges: list[tuple[Pair, Judge, list[PairRow]]] = []
     for subject in (pair, pair.with_given_values())[: 1 + (values == "given")]:

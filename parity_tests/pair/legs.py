@@ -300,7 +300,7 @@ class Pair:
         still = {name: np.zeros(array.shape) for name, array in values.parameters[key].items()}
         # A rule may change signs; spreads of numbers that are added up add up at most.
         found = self.as_torch(key, arrays, still)
-        return {name: from_parts(np.asarray(np.abs(parts(array))), array) for name, array in found.items()}
+        return {name: _unsigned(array) for name, array in found.items()}
 
     def as_torch(self, key: str, arrays: Arrays, given: Arrays | None = None) -> dict[str, np.ndarray]:
         """Rename and rearrange a side's results, without gradients and state of arrays that have no counterpart.
@@ -336,6 +336,12 @@ class Pair:
     def _both_inputs(self, inputs: Tuple) -> dict[str, Tuple]:
         self.shapes = [array.shape for array in inputs]
         return both_layouts(self.layout, inputs, self.input_patterns)
+
+
+def _unsigned(array: np.ndarray) -> np.ndarray:
+    """Return absolute values, of complex numbers part by part, where it can be in place."""
+    values = parts(array)
+    return from_parts(np.asarray(np.abs(values, out=values if values.flags.writeable else None)), array)
 
 
 @contextlib.contextmanager

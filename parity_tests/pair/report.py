@@ -18,9 +18,10 @@ from parity_tests.report.text import printable
 # A listener for the steps of a check, a text each, and for its rows.
 Tell = Callable[[Any], None]
 EFFORTS: tuple[str, ...] = ("full", "quick")
+VALUES: tuple[str, ...] = ("drawn", "given")
 # Arguments for which the command line has an option, or which change no row that the command shows.
 _OF_COMMAND = {"seed", "dtypes", "device", "torch_python", "jax_python", "timeout_s", "semantic", "state", "name"}
-_OF_COMMAND |= {"dtypes_equal", "effort"}
+_OF_COMMAND |= {"dtypes_equal", "effort", "values"}
 # Arguments that a call must repeat in writing, beside the seed and the dtype.
 _SCALARS = ("gradients", "semantic", "state", "values", "scale", "not_compared", "device", "torch_python", "jax_python")
 _SCALARS += ("timeout_s", "effort", "dtypes_equal", "outputs")
@@ -262,6 +263,6 @@ def _command(spec: str, arguments: Mapping[str, Any], dtype: str) -> str:
     if arguments["timeout_s"] != DEFAULT_TIMEOUT_S:
         words += ["--timeout-s", f"{arguments['timeout_s']:g}"]
     words += ["--dtypes-equal"] if arguments["dtypes_equal"] else []
-    if arguments["effort"] != "full":
-        words += ["--effort", arguments["effort"]]
+    for option, default in (("effort", EFFORTS[0]), ("values", VALUES[0])):
+        words += [f"--{option}", arguments[option]] if arguments[option] != default else []
     return shlex.join([*words, "--dtype", dtype])

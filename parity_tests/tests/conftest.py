@@ -40,6 +40,15 @@ def load_search_profile(name):
     settings.load_profile(name)
 
 
+def pytest_runtest_setup(item):
+    """Skip what PyTorch 2.9 lacks, and nothing else: the layer says there that it does."""
+    functional = sys.modules.get("torch.nn.functional")
+    if functional is None or hasattr(functional, "grouped_mm") or not item.path.name.startswith("test_torch_"):
+        return
+    if "grouped_matmul" in item.name or item.get_closest_marker("grouped_mm"):
+        pytest.skip("this PyTorch has no torch.nn.functional.grouped_mm")
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--no-shape-checks",

@@ -27,6 +27,8 @@ from parity_tests.defects.layer import (
     torch_distribution,
 )
 
+# Not where draws of two programs must be the same to the bit.
+compiled_quickly = pytest.mark.usefixtures("quick_compilation")
 N, IN, OUT = 16, 24, 40
 EXPECTED = {
     ("torch", "kernel"): torch_distribution(IN),
@@ -53,6 +55,7 @@ def relative_std_error(count, kurtosis):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("name", INITIALIZERS)
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
+@compiled_quickly
 def test_every_partition_has_the_distribution_of_one_linear(kind, name, dtype):
     arrays = drawn(kind, name, dtype)
     assert initialization_faults(arrays["kernel"], EXPECTED[name, "kernel"]) == []
@@ -67,6 +70,7 @@ def test_every_partition_has_the_distribution_of_one_linear(kind, name, dtype):
 @pytest.mark.parametrize("low", [jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("name", INITIALIZERS)
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
+@compiled_quickly
 def test_a_16_bit_draw_is_the_rounded_fp32_draw(kind, name, low):
     wide, narrow = drawn(kind, name), drawn(kind, name, low)
     for parameter, values in wide.items():
@@ -80,6 +84,7 @@ def test_the_std_of_a_truncated_normal_is_exact():
     assert stats.truncnorm(-2, 2).std() == pytest.approx(TRUNCATED_STD, rel=1e-12)
 
 
+@compiled_quickly
 def test_float64_draws_have_the_same_distribution():
     with jax.enable_x64(True):
         for name in INITIALIZERS:
@@ -122,6 +127,7 @@ def test_partitions_and_seeds_differ_and_a_seed_repeats():
     assert not np.array_equal(first["kernel"].ravel()[: first["bias"].size], first["bias"].ravel())
 
 
+@compiled_quickly
 def test_custom_initialisers_see_one_partition():
     seen = []
 
@@ -161,6 +167,7 @@ def too_small(values, in_features):
     ],
     ids=["nnx.Einsum", "nnx.LinearGeneral", "linen.DenseGeneral", "linen.Einsum"],
 )
+@compiled_quickly
 def test_flax_building_blocks_draw_a_std_sqrt_n_too_small(make):
     values = np.asarray(make())
     assert values.shape == (N, IN, OUT)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jax_impl import PartitionedLinear, partitioned_linear
+from jax_impl import PartitionedLinear, UnsupportedImplementationError, partitioned_linear
+from jax_impl import linen as linen_impl
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -217,3 +218,41 @@ def test_any_metadata_reaches_the_parameters():
     assert model.kernel.role == "matrix"
     assert model.bias.role == "vector"
     assert len({values.tobytes() for values in np.asarray(model.kernel[...])}) == N
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"partition_axis": None}, {"partition_axis": -1}, {"implementation": "matmul"}]
+)
+def test_the_product_is_computed_by_a_given_dot_general(options):
+    calls = []
+
+    def halves(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
+        calls.append((dimension_numbers, precision))
+        return jax.lax.dot_general(
+            lhs, rhs / 2, dimension_numbers, precision=precision, preferred_element_type=preferred_element_type
+        )
+
+    shape = {None: (5, 4), -1: (5, 12)}.get(options.get("partition_axis", 0), (5, 3, 4))
+    x = jax.random.normal(jax.random.key(1), shape)
+    own = PartitionedLinear(3, 4, 2, dot_general=halves, precision="highest", **options, rngs=nnx.Rngs(0))
+    plain = PartitionedLinear(3, 4, 2, precision="highest", **options, rngs=nnx.Rngs(0))
+    plain.kernel[...] = plain.kernel[...] / 2
+    np.testing.assert_allclose(own(x), plain(x), rtol=1e-6)
+    assert [precision for _, precision in calls] == ["highest"]
+    linen_layer = linen_impl.PartitionedLinear(2, dot_general=halves, num_partitions=3, precision="highest", **options)
+    params = {"kernel": own.kernel[...], "bias": own.bias[...]}
+    np.testing.assert_allclose(linen_layer.apply({"params": params}, x), own(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dot_general": 3}, TypeError, "`dot_general`: expected a function"),
+        ({"dot_general": jax.lax.dot_general, "implementation": "einsum"}, UnsupportedImplementationError, "'einsum'"),
+        ({"dot_general": jax.lax.dot_general, "in_features": (1, 2, 3)}, UnsupportedImplementationError, "sizes"),
+    ],
+)
+def test_a_dot_general_that_cannot_be_used_is_refused(options, error, message):
+    sizes = {"num_partitions": 3, "in_features": 4, "out_features": 2}
+    with pytest.raises(error, match=message):
+        PartitionedLinear(**sizes | options, rngs=nnx.Rngs(0))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import torch
 from flax import nnx
 
+from parity_tests.frameworks.torch.pair import TorchSide
 from parity_tests.pair import check_pair, propose_mapping, run_pair
 from parity_tests.pair.examples import EXAMPLES
 
@@ -171,6 +172,24 @@ def test_a_recurrent_loop_that_is_fixed_to_float32_still_has_a_truth():
     )
     report.assert_ok()
     assert any("held at zero" in what for what in report.not_compared)
+
+
+def test_a_kernel_that_rounds_differently_from_call_to_call_draws_nothing():
+    calls = []
+
+    def unsteady(p, x):
+        calls.append(1)
+        y = x @ p["w"]
+        return y * (1 + len(calls) * torch.finfo(y.dtype).eps)
+
+    def drawing(p, x):
+        return x @ p["w"] + 1e-6 * torch.from_numpy(np.random.standard_normal(3))  # noqa: NPY002
+
+    p = {"w": np.ones((4, 3), np.float32)}
+    x = (np.ones((2, 4), np.float32),)
+    assert not TorchSide(unsteady, initial=p).is_random(p, x)
+    assert len(calls) == 4
+    assert TorchSide(drawing, initial=p).is_random(p, x)
 
 
 def test_dropout_that_is_active_is_named_on_either_side():

@@ -239,13 +239,18 @@ def test_options_that_do_not_fit_a_pair_are_refused(options, sentence):
 
 
 def test_one_dtype_can_be_demanded(user_code):
-    result = command("--pair", "user_pairs:wide", "--device", "cpu", "--dtype", "bfloat16", "--dtypes-equal")
+    asked = ("--dtype", "bfloat16", "--dtypes-equal", "--values", "given")
+    result = command("--pair", "user_pairs:wide", "--device", "cpu", *asked)
     assert result.exit_code == 1, result.output
     assert "y is bfloat16 on the torch side and float32 on the flax side" in result.output
-    assert "--device cpu --dtypes-equal --dtype bfloat16" in result.output
+    assert "--device cpu --dtypes-equal --values given --dtype bfloat16" in result.output
+    assert "the torch side's own values" in result.output
     refused = command("--dtypes-equal")
     assert refused.exit_code == 2
     assert "--dtypes-equal: expected --pair beside it" in refused.stderr
+    refused = command("--values", "given")
+    assert refused.exit_code == 2
+    assert "--values: expected --pair beside values" in refused.stderr
 
 
 def test_an_interpreter_without_a_pair_is_refused():

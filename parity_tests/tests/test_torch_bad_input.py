@@ -77,7 +77,7 @@ FUNCTION = {
         TypeError,
         r"^`weight`: expected a dtype of float64, .*, got qint8;",
     ),
-    "forward-mode": (
+    "forward-mode-of-grouped_matmul": (
         in_forward_mode,
         UnsupportedImplementationError,
         r"^`implementation`: expected one that supports this call, got 'grouped_matmul' \(.*forward mode AD\); choose",
@@ -159,12 +159,12 @@ FUNCTION = {
         r"'grouped_matmul', got 'bmm'; choose one of these\.$",
     ),
     "name-no-string": (call(implementation=["loop"]), TypeError, r"^`implementation`: expected a name, got a list;"),
-    "unsupported-dtype": (
+    "unsupported-dtype-of-grouped_matmul": (
         call(x=X.double(), weight=W.double(), bias=None, implementation="grouped_matmul"),
         UnsupportedImplementationError,
         r"^`implementation`: 'grouped_matmul' supports bfloat16, float16, float32, got float64; choose another one\.$",
     ),
-    "unsupported-size": (
+    "unsupported-size-of-grouped_matmul": (
         call(bias=None, implementation="grouped_matmul"),
         UnsupportedImplementationError,
         r"^`implementation`: 'grouped_matmul' needs rows of a multiple of 16 bytes, got out_features=6 in float32, "

@@ -330,6 +330,7 @@ def test_dtypes_and_devices_are_taken_exactly_where_they_are_supported():
         assert refused(*operands) == (len(set(devices)) > 1), devices
 
 
+@pytest.mark.grouped_mm
 def test_an_unrestricted_implementation_is_supported_without_a_question(monkeypatch):
     """This is asked at every call, before kernels that take a few microseconds."""
     sizes = {"dtype": "float32", "device": "cpu", "in_features": 4, "out_features": 4}

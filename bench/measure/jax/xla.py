@@ -139,13 +139,13 @@ def copied_bytes(text: str) -> int:
         """Return the bytes that an instruction of a computation writes by copying."""
         if match["what"] == "fusion":
             inner = found.get(_CALLED.findall(line)[0], [])
-            kinds = {one["what"] for one, _ in inner}
+            kinds = {one["what"] for one, text in inner if not _filled(one, text)}
             if not kinds & _COPIES or kinds - _COPIES - _SILENT:
                 return 0
             updates = [(one, text) for one, text in inner if one["what"] == _IN_PLACE]
             if updates:
                 return sum(written(_CALLED.findall(line)[0], one, text) for one, text in updates)
-        elif match["what"] not in _COPIES or (match["what"] == "broadcast" and "dimensions={}" in line):
+        elif match["what"] not in _COPIES or _filled(match, line):
             return 0
         elif match["what"] == _IN_PLACE:
             update = _OPERAND.findall(match["of"])[1]
@@ -161,6 +161,11 @@ def copied_bytes(text: str) -> int:
         return total
 
     return copied(entry)
+
+
+def _filled(match: re.Match[str], line: str) -> bool:
+    """Tell an array with one number in every place."""
+    return match["what"] == "broadcast" and "dimensions={}" in line
 
 
 def _size(match: re.Match[str]) -> int:

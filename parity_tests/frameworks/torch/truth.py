@@ -48,6 +48,17 @@ class _Limits(TorchFunctionMode):
 
 
 @contextlib.contextmanager
+def double_default() -> Iterator[None]:
+    """Let constants that a module creates on the way (`torch.tensor(0.1)`) be float64 too."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
 def machine_limits(leg: torch.dtype) -> Iterator[None]:
     """Let modules that ask for the limits of float64 (`torch.finfo(x.dtype).min`) see those of the leg's dtype.
 
