@@ -168,7 +168,8 @@ def convert_state_dict(
 
     Raises:
         TypeError: If `model` is no module or `state_dict` no mapping of strings, or as `state_dict_from_linears`.
-        ValueError: If `to` is another name, or as `state_dict_from_linears`.
+        ValueError: If `to` is another name, `keys` names no layer or is missing for a list without numbers, a masked
+            layer is in the place of a list, or as `state_dict_from_linears`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model`: expected an nn.Module, got {kind_of(model)}; pass the model itself.")
@@ -188,7 +189,14 @@ def convert_state_dict(
     layer: Any
     for name, layer in model.named_modules():
         prefix = f"{name}." if name else ""
-        if not (hasattr(layer, "partition_views") and hasattr(layer, "packing")):
+        if not hasattr(layer, "partition_views"):
+            continue
+        if not hasattr(layer, "packing"):
+            if any(re.match(rf"{re.escape(prefix)}[0-9]+\.weight$", key) for key in result):
+                raise ValueError(
+                    f"`model`: expected a PartitionedLinear in the place of the list {shown(prefix)}, got "
+                    f"{kind_of(layer)}; load this one by load_linears."
+                )
             continue
         own_names = check_keys(names.pop(name, None), layer.num_partitions)
         if to == "partitions":

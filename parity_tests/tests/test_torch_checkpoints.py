@@ -189,3 +189,11 @@ def test_hints_name_what_would_work(tmp_path):
         PartitionedLinear.from_linears(named)
     with pytest.raises(TypeError, match=r"got a Sequential; .* pass list\(linears\)"):
         PartitionedLinear.from_linears(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+
+
+def test_a_masked_layer_in_the_place_of_a_list_is_named():
+    model = Model(MaskedPartitionedLinear(11, 4, 5))
+    with pytest.raises(ValueError, match=r"^`model`: .* the list 'heads\.', got a MaskedPartitionedLinear; load"):
+        convert_state_dict(model, Model(linears()).state_dict())
+    own = model.state_dict()
+    assert convert_state_dict(model, own).keys() == own.keys()
