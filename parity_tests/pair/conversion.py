@@ -73,8 +73,9 @@ def convert(
     others are zero. Arrays are read one by one, and written one by one to a safetensors file.
 
     Args:
-        source: of torch, a module, its state dict, or the path of a safetensors file; of flax, an nnx module, a pytree
-            of parameters (linen variables, ...), a safetensors file of paths (`layers.kernel`), or an orbax checkpoint.
+        source: of torch, a module, its state dict, or the path of a safetensors file; of flax, an nnx module or its
+            state, a pytree of parameters (linen variables, ...), a safetensors file of paths (`layers.kernel`), or an
+            orbax checkpoint.
         rules: as for `check_pair`, a proposal included. Every array must be used, or kept by a rule.
         to: `flax`, or `torch` for the way back.
         like: the parameters that are wanted: a module or pytree with the names and shapes of the result, whose values

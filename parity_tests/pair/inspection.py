@@ -27,7 +27,7 @@ _CANNOT = (NotImplementedError, RuntimeError, TypeError, ValueError)
 
 QUICK = (
     "a quick look: it did not watch which branches of clamps and selections no value took, nor which operations work "
-    "in a wider format, and tried no cause; the flax side was judged by the rounding noise of the torch side, and by "
+    "in another format, and tried no cause; the flax side was judged by the rounding noise of the torch side, and by "
     "its own only if a comparison failed"
 )
 COMPLEX = (
@@ -211,7 +211,7 @@ class Remarks:
             self.notes[f"the formats of the {SHOWN[key]} side were not watched: {first_line(error)}"] = None
             return
         if found:
-            wider = f"{SHOWN[key]} computes in more than the {dtype} that is judged: {_listed(found)}"
+            wider = f"{SHOWN[key]} computes in another format than the {dtype} that is judged: {_listed(found)}"
             self._wider[key, dtype] = wider
             self.notes[wider] = None
 

@@ -224,7 +224,7 @@ class Side(Protocol):
         ...
 
     def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:
-        """Return the operations of a call in a wider format than `dtype`, in which all arrays are stored."""
+        """Return operations in a wider format than `dtype`, that of all arrays, or in the other one of its width."""
         ...
 
     def first_uses(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:

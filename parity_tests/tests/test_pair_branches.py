@@ -194,7 +194,7 @@ def test_parameters_of_one_sign_are_drawn_with_both_where_the_function_is_define
             lambda y: y.float().tanh().to(y.dtype),
             jnp.tanh,
             None,
-            "torch computes in more than the bfloat16 that is judged",
+            "torch computes in another format than the bfloat16 that is judged",
         ),
     ],
 )
@@ -221,3 +221,19 @@ def test_statistics_that_are_wider_inside_a_norm_are_none():
     side.parameters((x,))
     found = side.wider_operations({"w": np.ones(6, x.dtype)}, (x,), "bfloat16")
     assert any(text.startswith("mul in float32 (test_pair_branches.py:") for text in found)
+
+
+def test_the_other_format_of_16_bits_is_told():
+    p, x = {"w": np.ones((6, 6), np.float16)}, X.astype(np.float16)
+    functions = (
+        lambda p, x: (x.bfloat16() @ p["w"].bfloat16()).half(),
+        lambda p, x: (x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)).astype(jnp.float16),
+    )
+    for make, function in zip((TorchSide, JaxSide), functions, strict=True):
+        side = make(function, initial=p)
+        side.parameters((x,))
+        (found,) = side.wider_operations(p, (x,), "float16")
+        assert "in bfloat16" in found
+        same = make(lambda p, x: x @ p["w"], initial=p)
+        same.parameters((x,))
+        assert same.wider_operations(p, (x,), "float16") == ()

@@ -206,6 +206,11 @@ def test_a_trained_module_becomes_the_port_and_both_compute_the_same():
     back = convert(port, rules, to="torch", like=original)
     assert torch.equal(back["norm.num_batches_tracked"], torch.tensor(1))
     assert all(torch.equal(back[name], value) for name, value in original.state_dict().items() if name in back)
+    for state in (nnx.state(port), nnx.split(port)[1]):
+        found = convert(state, rules, to="torch", like=original)
+        assert found.keys() == back.keys()
+        assert all(torch.equal(found[name], value) for name, value in back.items())
+    nnx.update(port, convert(original.state_dict(), rules, like=nnx.state(port)))
 
     dense = nn.Dense(3)
     variables = dense.init(jax.random.key(0), np.ones((1, 4), np.float32))

@@ -207,13 +207,13 @@ def _pytree(call: Callable[..., Any], tree: Any, is_parameter: Callable[[Any], b
 def named_arrays(tree: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Any]]:
     """Return the arrays of a module or pytree by name, and a function that returns the same tree with others.
 
-    Names are those of `flatten_module`. Of an nnx module the function returns a state, for `nnx.update`; arrays that it
-    is not given stay as they are.
+    Names are those of `flatten_module`. Of an nnx module, or its state, the function returns a state, for `nnx.update`;
+    arrays that it is not given stay as they are.
     """
-    if isinstance(tree, nnx.Module):
+    if isinstance(tree, nnx.Module | nnx.State):
         variables = {
             path: variable
-            for path, variable in nnx.to_flat_state(nnx.state(tree))
+            for path, variable in nnx.to_flat_state(tree if isinstance(tree, nnx.State) else nnx.state(tree))
             if isinstance(variable, nnx.Variable) and not isinstance(variable, nnx.RngState)
         }
         paths = _named(variables, "like")

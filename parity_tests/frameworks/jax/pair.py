@@ -17,7 +17,7 @@ from parity_tests.frameworks.jax.operations import compile_options
 from parity_tests.frameworks.jax.recorder import record, recording
 from parity_tests.frameworks.jax.subjects import resolve_device
 from parity_tests.frameworks.jax.truth import Truth, traced
-from parity_tests.judge.dtypes import is_inexact, numpy_dtype, storage_format, widened
+from parity_tests.judge.dtypes import is_inexact, storage_format, widened
 from parity_tests.pair.calibration import (
     MEMBERS,
     collect_ensemble,
@@ -224,7 +224,7 @@ class JaxSide:
             return ()
         with self._types(parameters, inputs), jax.default_device(self._device):
             closed = jax.make_jaxpr(self._program(inputs, False))(dict(parameters), inputs, {})
-        return jax_watch.wide_operations(jax_watch.sites(closed), numpy_dtype(dtype).itemsize)
+        return jax_watch.wide_operations(jax_watch.sites(closed), dtype)
 
     def first_uses(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
         """Look at the traced program."""

@@ -18,6 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from parity_tests.frameworks.jax.noise import Interpreter, Mark
 from parity_tests.frameworks.jax.operations import EXACT, INLINED, aval_of, inner_programs, names
+from parity_tests.judge.dtypes import numpy_dtype
 from parity_tests.pair import calls
 from parity_tests.pair.side import Branch, Branches, is_bound
 
@@ -150,26 +151,29 @@ def branching(found: Mapping[tuple[int, ...], Site]) -> dict[tuple[int, ...], Si
     }
 
 
-def wide_operations(found: Mapping[tuple[int, ...], Site], size: int) -> tuple[str, ...]:
-    """Return the operations on formats wider than `size` bytes, with their lines; casts and choices do not count.
+def wide_operations(found: Mapping[tuple[int, ...], Site], dtype: str) -> tuple[str, ...]:
+    """Return the operations on wider formats than `dtype`, or on the other one of its width (bfloat16, float16).
+
+    Their lines come with them; casts and choices do not count.
 
     Sums, norms and attention are meant to be wider than their operands inside, and are left out.
     """
     places: dict[tuple[str, str], dict[str, None]] = {}
+    size = numpy_dtype(dtype).itemsize
     for site in found.values():
         name = site.equation.primitive.name
         if name in EXACT | INLINED or name == "convert_element_type" or inner_programs(site.equation):
             continue
         atoms = [*site.equation.outvars, *(a for a in site.equation.invars if aval_of(a).ndim)]
         dtypes = [aval_of(a).dtype for a in atoms]
-        wide = [str(dtype) for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > size]
+        wide = [str(d) for d in dtypes if jnp.issubdtype(d, jnp.floating) and d.itemsize >= size and str(d) != dtype]
         inside = any(Path(file).name == "reductions.py" for file in site.files)
         inside = inside or any("dot_product_attention" in function for function in site.functions)
         if wide and not inside and not site.is_of_a_norm():
             places.setdefault((name, wide[0]), {})[site.place] = None
     return tuple(
-        f"{name} in {dtype}" + (f" ({', '.join(filter(None, lines))})" if any(lines) else "")
-        for (name, dtype), lines in places.items()
+        f"{name} in {used}" + (f" ({', '.join(filter(None, lines))})" if any(lines) else "")
+        for (name, used), lines in places.items()
     )
 
 

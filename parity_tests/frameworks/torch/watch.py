@@ -331,11 +331,14 @@ _TABLE: dict[str, Callable[[str, Sequence[Any], dict], Found | None]] = {
 
 
 class FormatWatch(TorchDispatchMode):
-    """Record operations on wider formats than `dtype`, that of all arrays; copies, choices and casts do not count."""
+    """Record operations on wider formats than `dtype`, that of all arrays, or on the other one of its width.
+
+    Copies, choices and casts do not count.
+    """
 
     def __init__(self, dtype: str) -> None:
         super().__init__()
-        self._size = numpy_dtype(dtype).itemsize
+        self._dtype, self._size = dtype, numpy_dtype(dtype).itemsize
         self._found: dict[tuple[str, str], dict[str, None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -353,7 +356,8 @@ class FormatWatch(TorchDispatchMode):
         return result
 
     def _is_wide(self, tensor: torch.Tensor) -> bool:
-        return tensor.is_floating_point() and tensor.itemsize > self._size
+        other = str(tensor.dtype) != f"torch.{self._dtype}"
+        return tensor.is_floating_point() and tensor.itemsize >= self._size and other
 
     def found(self) -> tuple[str, ...]:
         """Return operations with their formats and lines."""
