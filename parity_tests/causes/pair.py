@@ -245,8 +245,9 @@ def _changes(pair: Pair, evidence: Evidence, only: Mapping[str, Collection[str]]
         for name, array in arrays.items():
             sentence = f"{name} has no effect on the {_OTHER[key]} side (a missing bias, a weight that is not used)"
             yield sentence, changed(key, {name: np.zeros_like(array)})
-            sentence = f"{name} takes effect twice on the {_OTHER[key]} side"
-            yield sentence, changed(key, {name: array + array})
+            if array.ndim < 2:  # a kernel that counts twice is a scale
+                sentence = f"{name} takes effect twice on the {_OTHER[key]} side"
+                yield sentence, changed(key, {name: array + array})
     for key, arrays in own.items():
         for first, second, exchanged in exchanges(arrays):
             yield f"{first} and {second} are exchanged between the two sides", changed(key, exchanged)

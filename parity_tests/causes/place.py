@@ -27,7 +27,8 @@ from parity_tests.pair.side import CANNOT_RUN
 from parity_tests.pair.trace import ARGUMENT, VIEWS, Change, Place, Trace, parameters_of
 
 _MOST_PLACES = 6
-_MOST_TRIED = 240
+_MOST_ALONE, _MOST_RELATED = 200, 60  # runs: of single alternatives, and of each other kind of hypothesis
+_COMMON = ("activation", "function", "sign", "constant: the flax side adds")
 _MOST_STEPS = 24  # of a segment whose alternatives are tried
 _NORMS = ("native_layer_norm", "_fused_rms_norm")
 
@@ -67,7 +68,7 @@ def _feeding(trace: Trace, steps: Sequence[int]) -> list[int]:
 
 def cause_at(search: Search, segment: Segment) -> tuple[str, bool]:
     """Return a sentence that was proven at this place, or an empty one, and whether it explains all results."""
-    for sentence, changes, shown_by in itertools.islice(_hypotheses(search, segment), _MOST_TRIED):
+    for sentence, changes, shown_by in _hypotheses(search, segment):
         try:
             trace = search.rerun(changes)
         except CANNOT_RUN:
@@ -96,15 +97,22 @@ def _hypotheses(search: Search, segment: Segment) -> Iterator[Hypothesis]:
     asked = [*steps, *_readers_of_masks(search, steps)]
     yield from _moved_norm(search, steps, segment)
     offered = search.rerun((), asked=asked).alternatives
+    # Those that every operation has come last, or they would keep the others from being tried.
+    offered = sorted(offered, key=lambda offer: offer[2].startswith(_COMMON))
+    yield from itertools.islice(_alone(search, segment, offered), _MOST_ALONE)
+    yield from itertools.islice(related(search, segment, steps), _MOST_RELATED)
+    yield from itertools.islice(_together(search, offered), _MOST_RELATED)
+    yield from itertools.islice(remote(search, segment, steps), _MOST_RELATED)
+
+
+def _alone(search: Search, segment: Segment, offered: Sequence[tuple[int, str, str]]) -> Iterator[Hypothesis]:
+    """Change single operations."""
     for step, title, sentence in offered:
         weight = next(iter(parameters_of(search.torch, [step])), "")
         sentence = sentence.replace("{weight}", weight)
         if segment.place.backward and sentence.startswith("residual"):
             sentence = "gradient: the flax side lacks a term of this sum of gradients (one way is stopped, detached)"
         yield sentence, [Change(step, title)], ()
-    yield from related(search, segment, steps)
-    yield from _together(search, offered)
-    yield from remote(search, segment, steps)
 
 
 def _together(search: Search, offered: Sequence[tuple[int, str, str]]) -> Iterator[Hypothesis]:
@@ -217,9 +225,11 @@ def explained(
             # One change throughout a side explains several places better than one for each.
             cause = general(parameters_of(search.torch, [*segment.torch, *_feeding(search.torch, segment.torch)]))
         found.append(dataclasses.replace(segment.place, cause=sentence))
-        if cause or everything or segment.heals is None:
+        if cause or segment.heals is None:
             break
         search = search.healed(segment.heals)
+        if everything:
+            break
     if not found:
         cause = general(())
     cause = cause or "; ".join(dict.fromkeys(place.cause for place in found if place.cause))

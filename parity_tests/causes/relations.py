@@ -4,7 +4,7 @@ A formula is looked for among sorted numbers, so that it does not matter how the
 hypothesis like any other, which `place` proves or drops.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -77,7 +77,7 @@ def formulas(own: np.ndarray, other: np.ndarray) -> Iterator[tuple[str, np.ndarr
 
     A constant that a few numbers would agree on by chance has to be a round one.
     """
-    if own.size != other.size or own.size == 0 or is_complex(own) or is_complex(other):
+    if own.size != other.size or own.size == 0 or is_complex(own) != is_complex(other):
         return
     first, second = np.sort(own.ravel()), np.sort(other.ravel())
     if not (np.isfinite(first).all() and np.isfinite(second).all()) or not second.any():
@@ -92,10 +92,14 @@ def formulas(own: np.ndarray, other: np.ndarray) -> Iterator[tuple[str, np.ndarr
         return distinct >= needed or _is_round(constant)
 
     for sign in (1.0, -1.0):
-        factor = sign * float(np.sqrt((second**2).sum() / (first**2).sum())) if first.any() else 0.0
+        factor = sign * float(np.linalg.norm(second) / np.linalg.norm(first)) if first.any() else 0.0
         factor = _written(factor)
         if abs(factor - 1) > FORMATS["float32"].roundoff and factor and fits(factor * first) and told(factor, 2):
             yield f"{factor:.6g} times as large", factor * own
+    if is_complex(own):
+        if np.imag(own).any() and fits(first.conj()):
+            yield "its complex conjugate", own.conj()
+        return
     offset = _written(float(np.median(second - first)))
     if abs(offset) > FORMATS["float32"].roundoff * scale and fits(first + offset) and told(offset, 3):
         yield f"{abs(offset):.6g} {'more' if offset > 0 else 'less'} (a shift by a constant)", own + offset
@@ -205,16 +209,30 @@ def _rearranged(search: Search, step: int, number: int, own: np.ndarray, each: n
     if not same_numbers(own, each):
         return ""
     words = order_of(own, each)
+    if np.allclose(own, -each, rtol=1e-9, atol=1e-12 * np.abs(own).max()):
+        return f"sign: {module} reads the negative of these numbers on the flax side{f', or {words}' * bool(words)}"
     total = own + each
     if np.ptp(total) <= 1e-9 * np.abs(total).max() and total.any():
         return f"constant: {module} reads {total.flat[0]:.6g} minus the numbers on the flax side (inverted)"
     if not words and len(np.unique(own)) < 4:
         return ""
-    if "transposed" in words and _softmax_follows(search, number):
+    if "transposed" in words and _softmax_follows(search, number) and _is_product(search.torch, number):
         return "order: the scores are transposed on the flax side (query and key are exchanged)"
     known = " (channels first against last before a flatten, heads merged or split in another order)"
     words, known = (words, "") if words else ("in another order", known)
     return f"order: {module} reads the same numbers {words} on the flax side{known}"
+
+
+def _is_product(trace: Trace, number: int) -> bool:
+    """Tell whether a value is a product of matrices, rearranged or scaled."""
+    producers = trace.producers()
+    while (step := producers.get(number)) is not None and trace.steps[step].reads:
+        if trace.steps[step].operation in ("bmm", "mm"):
+            return True
+        if trace.steps[step].operation not in (*VIEWS, "mul", "div", "clone", "_unsafe_view"):
+            return False
+        number = trace.steps[step].reads[0]
+    return False
 
 
 def _by_formula(search: Search, segment: Segment) -> Iterator[Hypothesis]:
@@ -227,7 +245,9 @@ def _by_formula(search: Search, segment: Segment) -> Iterator[Hypothesis]:
             continue
         made += [(step, "", k, number) for k, number in enumerate(search.torch.steps[step].writes)]
         for k, number in enumerate(search.torch.steps[step].reads if len(read) < 4 else ()):
-            if not search.torch.parameter(number):
+            # Real parameters have hypotheses of their own, which name them.
+            array = search.array("torch", number) if search.torch.parameter(number) else None
+            if array is None or is_complex(array):
                 read.append((step, ARGUMENT, k, number))
     for step, what, k, number in (*made, *read):
         alike = [other for other in others if search.flax.sizes[other] == search.torch.sizes[number]]
@@ -261,7 +281,9 @@ def _of_value(search: Search, step: int, what: str, number: int, words: str) -> 
 
 def _tables(search: Search, steps: Sequence[int]) -> Iterator[Hypothesis]:
     """Let operations read Flax's tables: values that are made of constants and integers alone."""
-    own, others = (_constant_values(trace) for trace in (search.torch, search.flax))
+    mapping = search.pair.mapping
+    own = _constant_values(search.torch, mapping.torch_names)
+    others = _constant_values(search.flax, mapping.flax_names)
     known = {number for found in search.matches.values() for number in found}
     others = [value for value in sorted(others) if value not in known and search.flax.sizes[value] > 1]
     for step in steps:
@@ -280,10 +302,11 @@ def _tables(search: Search, steps: Sequence[int]) -> Iterator[Hypothesis]:
                     yield sentence, [Change(step, ARGUMENT, position, each)], ()
 
 
-def _constant_values(trace: Trace) -> set[int]:
-    """Return the values that depend on no real number that a run was given."""
-    given = {number for name, number in trace.sources.items() if not name.startswith(CONSTANT)}
-    found = {number for name, number in trace.sources.items() if name.startswith(CONSTANT)}
+def _constant_values(trace: Trace, mapped: Collection[str]) -> set[int]:
+    """Return the values that depend on no real number that a run was given, but for buffers of one side alone."""
+    kept = {name: trace.parameter(number) for name, number in trace.sources.items()}
+    found = {trace.sources[n] for n, own in kept.items() if n.startswith(CONSTANT) or (own and own not in mapped)}
+    given = set(trace.sources.values()) - found
     for step in trace.steps:
         if all(value in found for value in step.reads):
             found.update(value for value in step.writes if value not in given)

@@ -72,8 +72,13 @@ def block_orders(arrays: Arrays) -> Iterator[tuple[tuple[int, ...], str, Arrays]
 def head_orders(arrays: Arrays) -> Iterator[tuple[str, Arrays]]:
     """Split the outputs of projections into heads the other way round: features first."""
     projections = {name: array for name, array in arrays.items() if array.ndim and array.shape[0] > 1}
-    for width in dict.fromkeys(array.shape[0] for array in projections.values()):
-        names = [name for name, array in projections.items() if array.shape[0] == width]
+    groups = [
+        [n for n, a in projections.items() if len(a) == width] for width in {len(a): 0 for a in projections.values()}
+    ]
+    # A rule may have split the weights alone the other way round.
+    groups += [alone for names in groups if (alone := [n for n in names if projections[n].ndim > 1]) not in ([], names)]
+    for names in groups:
+        width = len(projections[names[0]])
         for blocks, heads in itertools.product((1, 3, 2), range(2, _MOST_HEADS + 1)):
             if width % (blocks * heads) or width == blocks * heads:
                 continue

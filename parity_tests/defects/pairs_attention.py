@@ -115,7 +115,7 @@ PAIRS = (
         ((2, 5, 8),),
         (
             bug("sign", "sign", sign=-1.0),
-            bug("slopes_from_zero", r"slope|scale.*[24]|[24] times", first=0),
+            bug("slopes_from_zero", r"slope|scale.*[24]|[24] times|arange is 1 less", first=0),
             bug("not_causal", "mask|causal", causal=False),
         ),
     ),
@@ -160,7 +160,7 @@ PAIRS = (
         (
             bug("missing_scale", "scale|times", scale=1.0),
             bug("base", "base|log", base=1000.0),
-            bug("from_one", "off by one|shift|position", first=1),
+            bug("from_one", r"off by one|shift|position|1 \+ the first factor", first=1),
             bug("sines_then_cosines", "order|interleav|in turn", in_turn=False),
         ),
     ),

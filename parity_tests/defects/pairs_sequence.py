@@ -106,7 +106,7 @@ PAIRS = (
         (
             bug("factor", r"0\.5 times", factor=4.0),
             bug("missing_root", "root|square", root=False),
-            bug("missing_gate", r"gate(\.weight|\.bias| ).*no effect|gate", gated=False),
+            bug("missing_gate", r"gate(\.weight|\.bias| ).*no effect|gate|lacks this multiplication", gated=False),
         ),
     ),
     Ported(
@@ -171,7 +171,7 @@ PAIRS = (
         [("log_length", "log_length"), ("log_noise", "log_noise")],
         ((5, 2), (5,), (3, 2)),
         (
-            bug("length_not_squared", "square|power", squared=False),
+            bug("length_not_squared", "square|power|log_length takes effect twice", squared=False),
             bug("noise", r"0\.0[19]\b", noise=0.01),
             bug("missing_half", r"scale|half|2 times", factor=-1.0),
         ),
@@ -182,8 +182,8 @@ PAIRS = (
         [*dense("hidden"), *dense("out")],
         ((4, 3), (4, 3)),
         (
-            bug("softplus_not_shifted", "shift|term of this sum", shift=0.0),
-            bug("missing_cut_off", "mask|cut", cut=False),
+            bug("softplus_not_shifted", r"shift|term of this sum|lacks the 0\.693147", shift=0.0),
+            bug("missing_cut_off", "mask|cut|lacks this multiplication", cut=False),
             bug("width", r"2 times|division of 2", width=1.0),
         ),
     ),

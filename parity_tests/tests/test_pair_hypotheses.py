@@ -34,6 +34,14 @@ def test_a_formula_is_found_in_any_arrangement_and_gives_the_numbers(other, word
     np.testing.assert_allclose(found[said], other, rtol=1e-12)
 
 
+def test_complex_numbers_have_factors_and_conjugates():
+    z = X + 1j * X[::-1, ::-1]
+    for other, words in ((z.conj(), "conjugate"), (z / 3, "0.333333 times")):
+        ((said, value),) = formulas(z, other.T)
+        assert words in said
+        np.testing.assert_allclose(value, other, rtol=1e-12)
+
+
 def test_no_formula_is_found_where_there_is_none_or_where_chance_would_do():
     assert not dict(formulas(X, np.sin(7 * X)))
     assert not dict(formulas(X, X))

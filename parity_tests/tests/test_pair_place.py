@@ -323,3 +323,21 @@ def test_results_of_other_shapes_have_a_place_and_so_has_what_comes_before_a_bra
     assert "(3, 6) on the torch side and (3, 5)" in shorter.likely_cause
     assert shorter.places[0].torch == "1"
     assert shorter.places[0].healed == ""
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_table_with_other_numbers_is_a_cause_of_its_own():
+    class Shifted(torch.nn.Module):
+        def __init__(self, table):
+            super().__init__()
+            self.register_buffer("table", torch.as_tensor(table))
+
+        def forward(self, x):
+            return torch.tanh(x + self.table)
+
+    table = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    other = table + np.float32(0.5) * (np.arange(12).reshape(3, 4) == 6)
+    pair = {"torch_module": Shifted(table), "params": [], "inputs": ((2, 3, 4),), "not_compared": ("table",)}
+    report = check_pair(flax_module=lambda p, x: jnp.tanh(x + other), flax_params={}, gradients=False, **pair)
+    assert "table (3, 4)" in report.likely_cause
+    assert f"{other[1, 2]:.6g} for {table[1, 2]:.6g} at [1, 2]" in report.likely_cause
