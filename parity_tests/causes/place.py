@@ -232,5 +232,8 @@ def explained(
             break
     if not found:
         cause = general(())
-    cause = cause or "; ".join(dict.fromkeys(place.cause for place in found if place.cause))
+    # A line that parts again for an unknown reason, as in a loop, is not explained by what fits its first turn.
+    unknown = {(place.torch, place.torch_line) for place in found if not place.cause}
+    named = [place.cause for place in found if place.cause and (place.torch, place.torch_line) not in unknown]
+    cause = cause or "; ".join(dict.fromkeys(named))
     return Findings(cause, tuple(found), unmatched(search), ladder(first, found))
