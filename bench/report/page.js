@@ -45,19 +45,19 @@ function short(value, unit) {
   return `${Number((value / size).toPrecision(3))} ${prefix}${unit}`.trim();
 }
 // Round numbers between two ends, so few that their texts have room.
-function ticks({ low, high }, most) {
+function ticks({ low, high, least, largest }, most) {
   const from = Math.floor(Math.log10(low)), powers = count(Math.ceil(Math.log10(high)) - from + 1).map((k) => from + k);
   for (const [factors, step] of [[[1, 2, 5], 1], [[1, 3], 1], [[1], 1], [[1], 2], [[1], 3], [[1], 6]]) {
     const all = powers.filter((power) => power % step === 0).flatMap((power) => factors.map((f) => f * 10 ** power));
     const found = all.filter((value) => value >= low * 0.999 && value <= high * 1.001);
     if (found.length <= most && found.length > 1) return found;
   }
-  return [low, high];
+  return [...new Set([least, largest])];
 }
 function scale(values, from, to) {
-  const low = Math.min(...values) / 1.3, high = Math.max(...values) * 1.3;
+  const least = Math.min(...values), largest = Math.max(...values), low = least / 1.3, high = largest * 1.3;
   const place = (value) => from + ((to - from) * Math.log(value / low)) / Math.log(high / low);
-  return Object.assign(place, { low, high });
+  return Object.assign(place, { low, high, least, largest });
 }
 function axes(svg, box, picture, x, y) {
   for (const value of ticks(x, (box.right - box.left) / 58)) {
@@ -160,11 +160,11 @@ function drawPicture(figure, picture) {
   if (!found.length) return void element(figure, "p", { class: "note" }, "Nothing is left by the filters.");
   const legend = element(figure, "p", { class: "legend" });
   (picture.y ? FRAMEWORKS : Object.values(picture.marks)).forEach((name, kind) => {
-    mark(element(element(legend, "span"), "svg", { width: 14, height: 14, "aria-hidden": "true" }), kind, 7, 7, false, null);
-    element(legend, "span", {}, `${name} `);
+    const entry = element(legend, "span"), size = { width: 14, height: 14, "aria-hidden": "true" };
+    mark(element(entry, "svg", size), kind, 7, 7, false, null), element(entry, "span", {}, ` ${name}`);
   });
   if (picture.y) element(legend, "span", { class: "note" }, "filled: first, or tied for the first place");
-  if (picture.roofs.length) element(legend, "span", { class: "note" }, "; line: measured roof; dashed: data sheet");
+  if (picture.roofs.length) element(legend, "span", { class: "note" }, "line: measured roof; dashed: data sheet");
   const grid = element(figure, "div", { class: "panels" }), room = Math.max(280, (figure.clientWidth || 340) - 2);
   const width = groups.length > 1 && room >= 680 ? Math.floor(room / 2) - 10 : Math.min(room, 820);
   let left = 0;
@@ -185,7 +185,7 @@ function drawWinners(holder, most = MOST_WORKLOADS) {
   for (const name of ["workload", ...columns]) element(head, "th", { scope: "col" }, name);
   for (const its of lines.slice(0, most)) {
     const row = element(table, "tr"), first = element(row, "th", { scope: "row" }, ofCell(its[0], "workload"));
-    element(first, "small", {}, ofCell(its[0], "sizes"));
+    element(first, "small", {}, ofCell(its[0], "sizes").replaceAll("->", "→"));
     for (const name of columns) {
       const k = its.find((one) => cells.column(one) === name), there = k !== undefined;
       const cell = element(row, "td", there ? { class: ofCell(k, "lead"), "data-cell": k } : {}, there ? ofCell(k, "leaders") : "-");

@@ -53,7 +53,8 @@ def _data(shown: Figures, pictures: Sequence[Picture]) -> str:
 
 
 def _row(tag: str, texts: Iterable[str]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{html_text(text[:_LONGEST_TEXT])}</{tag}>' for text in texts)}</tr>"
+    short = (text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..." for text in texts)
+    return f"<tr>{''.join(f'<{tag}>{html_text(text)}</{tag}>' for text in short)}</tr>"
 
 
 def _table(table: Table) -> Iterator[str]:

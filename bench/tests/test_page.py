@@ -23,6 +23,7 @@ from bench.report.sections import PageContent, Told, sections
 from bench.study.claims import claim_results
 from bench.study.findings import findings
 from bench.study.results import read_results
+from bench.tests.chromium import chromium
 from bench.tests.conftest import example_record
 from bench.tests.in_memory import results_of
 from bench.tests.synthetic import FINGERPRINT, cell_records, write_sweep
@@ -348,22 +349,28 @@ def test_the_record_is_shown_under_the_pointer(content, page):
     assert f"cell_hash{content.shown.cells[row['cell']]['cell_hash']}" in tip
 
 
-def test_ten_thousand_cells_are_drawn_in_time(content, tmp_path):
-    """The page's own work; a browser's comes on top, for the few hundred elements that are drawn."""
+@pytest.fixture(scope="module")
+def large(content, tmp_path_factory):
+    """A page of ten thousand cells."""
     cells, rows = [], []
     for k in range(10_000):
         cell = content.shown.cells[k % 5]
         cells.append(cell | {"workload": f"sweep-{k}", "batch": 1 + k % 4000, "line": f"sweep-{k}"})
         rows += [row | {"cell": k, "key": f"{k}/{row['label']}"} for row in content.shown.rows[:5]]
-    path = tmp_path / "large.html"
+    path = tmp_path_factory.mktemp("large") / "large.html"
     write_page("--html", path, replace(content, shown=replace(content.shown, cells=cells, rows=rows)))
-    found = in_node(path, 1000)
+    return path
+
+
+def test_ten_thousand_cells_are_drawn_in_time(large):
+    """The page's own work; a browser's comes on top, for the few hundred elements that are drawn."""
+    found = in_node(large, 1000)
     assert found["cpu_s"] < 3
-    assert path.stat().st_size < 20_000_000
+    assert large.stat().st_size < 20_000_000
     elements = sum(one["outer"].count("<") for one in found["drawn"].values())
     assert 2000 < elements < 100_000
     assert "9800 more workloads" in found["drawn"]["matrix"]["text"]
-    more = in_node(path, 1000, ["show more"])["drawn"]["matrix"]["text"]
+    more = in_node(large, 1000, ["show more"])["drawn"]["matrix"]["text"]
     assert "9600 more workloads" in more
 
 
@@ -467,16 +474,103 @@ def test_a_published_run_is_a_small_page(name, call, tmp_path):
                 assert overlaps(boxes(svg)) == [], picture["name"]
 
 
-def test_a_real_browser_draws_the_page_without_an_error(page):
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no Chromium is installed here: the page is parsed, and its script runs in node alone")
-    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
-    words += ["--virtual-time-budget=5000", "--window-size=1000,20000", "--dump-dom", page.as_uri()]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    seen = Page(done.stdout)
-    drawn = [attributes for tag, attributes in seen.elements if tag == "svg" and attributes.get("role") == "img"]
-    assert len(drawn) >= len(PICTURES)
-    assert any("data-row" in attributes for _, attributes in seen.elements)
+# --- in a browser ---
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("browser")) as found:
+        yield found
+
+
+# Texts that overlap or leave their drawing, by the browser's own boxes; those of a line are as high as its font.
+OVERLAPS = """[...document.querySelectorAll('svg[role=img]')].flatMap((svg) => {
+  const box = (one) => one.getBoundingClientRect(), all = [...svg.querySelectorAll('text')], {left, right} = box(svg);
+  return all.flatMap((a, k) => [...(box(a).left < left - 1 || box(a).right > right + 1 ? [[a.textContent]] : []),
+    ...all.slice(k + 1).filter((b) => box(a).left < box(b).right && box(b).left < box(a).right
+      && box(a).top < box(b).bottom - 3 && box(b).top < box(a).bottom - 3)
+      .map((b) => [a.textContent, b.textContent])]); })"""
+CHARTS = "document.querySelectorAll('svg[role=img]').length"
+
+
+def marks(name):
+    return f"[...document.querySelectorAll('#picture-{name} [data-row]')].map((one) => Number(one.dataset.row))"
+
+
+@pytest.mark.parametrize("width", [375, 1280])
+def test_a_browser_draws_every_chart_and_asks_for_nothing(browser, page, desktop, width):
+    browser.open(page, width, 20_000)
+    for name in PICTURES:
+        drawn = browser.until(f"({marks(name)}).length && {marks(name)}")
+        assert set(drawn) == rows_of(desktop[f"picture-{name}"]), name
+    assert browser.ask(OVERLAPS) == []
+    # Wide tables scroll by themselves.
+    assert browser.ask("document.documentElement.scrollWidth") <= width
+    assert (browser.requests, browser.complaints) == ([], [])
+    # Positive controls.
+    browser.ask("document.querySelectorAll('svg[role=img] text').forEach((one) => one.setAttribute('x', 100))")
+    assert browser.ask(OVERLAPS)
+    browser.ask("document.querySelector('#matrix').style.width = '2000px'")
+    assert browser.ask("document.documentElement.scrollWidth") > width
+
+
+def test_a_browser_s_requests_and_complaints_would_be_seen(browser, tmp_path):
+    (tmp_path / "p.html").write_text("<img src='absent.png'><script>console.log('said'); absent()</script>")
+    browser.open(tmp_path / "p.html")
+    assert [url.rpartition("/")[2] for url in browser.requests] == ["absent.png"]
+    assert len(browser.complaints) == 3
+
+
+def test_filters_and_the_pointer_work_in_a_browser(content, browser, page, desktop):
+    rows = content.shown.rows
+    browser.open(page, 1280, 20_000)
+    before = browser.until(f"({marks('roofline')}).length && {marks('roofline')}")
+    browser.point("[...document.querySelectorAll('#filters option')].find((one) => one.value === 'jax')", click=True)
+    after = browser.until(f"({marks('roofline')}).length !== {len(before)} && {marks('roofline')}")
+    assert {rows[k]["framework"] for k in before} == {"torch", "jax"}
+    assert {rows[k]["framework"] for k in after} == {"jax"}
+    every = "[...document.querySelectorAll('#filters button')].find((one) => one.textContent === 'all of framework')"
+    browser.point(every, click=True)
+    assert sorted(browser.until(f"({marks('roofline')}).length !== {len(after)} && {marks('roofline')}")) == sorted(
+        before
+    )
+    browser.point("document.getElementById('every')", click=True)
+    assert len(browser.until(f"({marks('roofline')}).length > {len(before)} && {marks('roofline')}")) > len(before)
+    # The last of a drawing lies on top.
+    place = browser.ask(f"({marks('roofline')}).at(-1)")
+    tip = "document.getElementById('tip')"
+    assert browser.ask(f"{tip}.hidden")
+    browser.point("[...document.querySelectorAll('#picture-roofline [data-row]')].at(-1)", click=True)
+    said = browser.until(f"{tip}.className === 'kept' && {tip}.textContent")
+    for name in ("key", "latency_s", "verdict"):
+        assert f"{name}{rows[place][name]}" in said, name
+    browser.send("Input.dispatchKeyEvent", type="keyDown", key="Escape")
+    browser.until(f"{tip}.hidden")
+    assert (browser.requests, browser.complaints) == ([], [])
+
+
+def test_hostile_text_stays_text_in_a_browser(browser, tmp_path, make_record):
+    hostile = "</script><img src=x onerror=\"document.title='run'\"><svg onload=document.title='run'>"
+    hostile += "\"'&amp;\u202e\x1b]0;run\x07"
+    changes = {"workload": hostile, "implementation": hostile, "reason": hostile, "kernels": {hostile: 1}}
+    records = [replace(one, **changes) for one in cell_records(make_record, 0, (64, 8, 4, 4), competitors=3)]
+    results = results_of(records, {"e0": FINGERPRINT | {"device": hostile, "cpu": hostile}})
+    parts, shown = sections(results, [Told(Path(hostile), [], [])], [Path(hostile)], f"python {hostile}")
+    write_page("--html", tmp_path / "p.html", PageContent(hostile, parts, shown, (hostile,)))
+    browser.open(tmp_path / "p.html", 1280, 20_000)
+    browser.until(CHARTS)
+    browser.point("document.querySelector('#matrix [data-cell]')")
+    for where in ("h1", "#matrix", "#tip", "#picture-memory", "#filters", "#environment"):
+        said = browser.until(f"document.querySelector('{where}').textContent")
+        assert "<img src=x onerror=" in said, where
+        assert not set(said) & set("\u202e\x1b\x07"), where
+    assert browser.ask("document.title").startswith("</script><img")
+    assert browser.ask("document.querySelectorAll('img, [onload], [onerror]').length") == 0
+    assert (browser.requests, browser.complaints) == ([], [])
+
+
+def test_a_browser_draws_ten_thousand_cells(browser, large):
+    browser.open(large, 1280, 20_000)
+    browser.until(f"{CHARTS} >= {len(PICTURES)}")
+    assert "9800 more workloads" in browser.ask("document.getElementById('matrix').textContent")
+    assert browser.complaints == []
