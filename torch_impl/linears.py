@@ -206,6 +206,8 @@ def convert_state_dict(
                 _check_numbered(result, prefix, name)
             options: Any = {"keys": own_names, "unequal": layer.packing is not None}
             stacked = state_dict_from_linears({key: result[key] for key in given}, prefix, **options) if given else {}
+            if given and layer.packing is not None:
+                _check_sizes_of_list(result, given, prefix, own_names, layer.packing)
             found = {f"{prefix}{key}": value for key, value in stacked.items()}
         else:
             given = [key for key in (f"{prefix}weight", f"{prefix}bias") if key in result]
@@ -227,6 +229,26 @@ def convert_state_dict(
             f"them as named_modules gives them."
         )
     return result
+
+
+def _check_sizes_of_list(
+    state_dict: Mapping[str, Any], given: Sequence[str], prefix: str, keys: Sequence[str] | None, packing: Packing
+) -> None:
+    """Refuse, by a ValueError, linears of other sizes: packed, they may have the same number of elements."""
+    expected = list(zip(packing.out_features, packing.in_features, strict=True))
+    found = sum(key.endswith(".weight") for key in given)
+    if found != len(expected):
+        raise ValueError(
+            f"`state_dict`: expected {len(expected)} linears under {shown(prefix)}, got {found}; build the layer with "
+            f"the sizes of the list."
+        )
+    for k, shape in enumerate(expected):
+        key = key_of(prefix, k if keys is None else keys[k], "weight")
+        if state_dict[key].shape != shape:
+            raise ValueError(
+                f"`state_dict[{shown(key)}]`: expected shape (out, in) = {shape}, got {tuple(state_dict[key].shape)}; "
+                f"build the layer with the sizes of the list."
+            )
 
 
 def _check_numbered(state_dict: Mapping[str, Any], prefix: str, name: str) -> None:

@@ -139,7 +139,7 @@ def _known_indices(partitions: Any, num_partitions: int) -> list[int]:
             f"`partitions`: expected known indices for partitions of unequal sizes, which the shape of y depends on, "
             f"got {kind_of(partitions)} on {partitions.device}; pass a list, made outside of what is compiled."
         )
-    return static_indices(values if partitions.ndim == 1 else partitions, num_partitions)
+    return static_indices(values, num_partitions)
 
 
 def _chosen(flat: Tensor, sizes: Sequence[int], indices: list[int]) -> Tensor:

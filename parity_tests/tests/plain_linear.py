@@ -49,4 +49,4 @@ def _jax() -> Subject:
             linear.bias = nnx.Param(bias[0])
         return linear(x[..., 0, :])[..., None, :]
 
-    return JaxSubject("nnx.Linear", True, resolve_device("auto"), _plain_linear, table_name=None)
+    return JaxSubject("nnx.Linear", True, resolve_device("auto"), lambda sizes: _plain_linear, table_name=None)

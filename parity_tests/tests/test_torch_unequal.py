@@ -426,3 +426,21 @@ def test_what_does_not_fit_is_refused_in_one_sentence_that_says_what_to_do(call,
     with pytest.raises((TypeError, ValueError), match=f"^{message}") as raised:
         call()
     assert str(raised.value).endswith(".")
+
+
+def test_a_whole_state_dict_of_other_sizes_is_refused_though_its_packed_form_has_as_many_elements() -> None:
+    linears = torch.nn.ModuleList([torch.nn.Linear(1, 3), torch.nn.Linear(3, 1)])
+    old = torch.nn.ModuleDict({"heads": linears}).state_dict()
+    for n, ins, outs in ((2, (3, 1), (1, 3)), (1, (1,), (6,))):
+        model = torch.nn.ModuleDict({"heads": PartitionedLinear(n, ins, outs)})
+        with pytest.raises(ValueError, match="sizes of the list"):
+            convert_state_dict(model, old)
+    model = torch.nn.ModuleDict({"heads": PartitionedLinear(2, (1, 3), (3, 1))})
+    model.load_state_dict(convert_state_dict(model, old))
+
+
+def test_a_tensor_of_indices_has_one_axis() -> None:
+    layer, x = PartitionedLinear(2, (1, 3), (3, 1)), torch.ones(2, 4)
+    with pytest.raises(TypeError, match="`partitions`"):
+        layer(x, partitions=torch.tensor([[0]]))
+    assert layer(x, partitions=torch.tensor([0])).shape == (2, 3)
