@@ -179,7 +179,7 @@ class PartitionedLinear(nn.Module):
         Dtype, device and `requires_grad` are those of the linears; the parameters are copies, not shared.
 
         Args:
-            linears: n `nn.Linear` of equal sizes, dtype, device, bias and `requires_grad`.
+            linears: n `nn.Linear` of equal dtype, device, bias and `requires_grad`; of unequal sizes for a layer of such.
             implementation: As for the constructor.
             init: As for the constructor; used by a later `reset_parameters` only.
             in_axis: As for the constructor.
@@ -191,7 +191,7 @@ class PartitionedLinear(nn.Module):
         Raises:
             TypeError: If an element is no plain `nn.Linear` (it has hooks or parametrisations, say), or the dtypes
                 differ, of a bias beside its weight too.
-            ValueError: If there is none, or sizes, bias, device or `requires_grad` differ, or two share a parameter.
+            ValueError: If there is none, or bias, device or `requires_grad` differ, or two share a parameter.
         """
         check_initializer(init)
         axes = {"in_axis": in_axis, "partition_axis": partition_axis}

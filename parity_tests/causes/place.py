@@ -221,9 +221,11 @@ def explained(
     cause = ""
     while search.failed and len(found) < _MOST_PLACES and (segment := first_segment(search)) is not None:
         sentence, everything = cause_at(search, segment)
-        if not found and not everything:
-            # One change throughout a side explains several places better than one for each.
-            cause = general(parameters_of(search.torch, [*segment.torch, *_feeding(search.torch, segment.torch)]))
+        if not found and (not everything or sentence.startswith("order: ")):
+            # One change throughout a side explains several places better than one for each, and exchanged blocks of
+            # parameters say more than the order of numbers that come of them.
+            whole = general(parameters_of(search.torch, [*segment.torch, *_feeding(search.torch, segment.torch)]))
+            cause = whole if not everything or "come in the order" in whole else ""
         found.append(dataclasses.replace(segment.place, cause=sentence))
         if cause or segment.heals is None:
             break

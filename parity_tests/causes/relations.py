@@ -123,7 +123,9 @@ def formulas(own: np.ndarray, other: np.ndarray) -> Iterator[tuple[str, np.ndarr
         yield f"{' or '.join(fitting)} of it (a function that torch's side lacks there)", _FUNCTIONS[fitting[0]](own)
     for order in (1, -1) if distinct >= 4 else ():
         factor, offset = map(_written, np.polyfit(first, second[::order], 1).tolist())
-        if factor and offset and factor not in (1.0, -1.0) and fits(factor * first + offset):
+        # With one of them alone it would be one of the formulas above, or rounding.
+        both = abs(abs(factor) - 1) > FORMATS["float32"].roundoff and abs(offset) > _ALIKE * scale
+        if factor and both and fits(factor * first + offset):
             yield (
                 f"{factor:.6g} times it and {abs(offset):.6g} {'more' if offset > 0 else 'less'}",
                 factor * own + offset,
@@ -209,6 +211,8 @@ def _rearranged(search: Search, step: int, number: int, own: np.ndarray, each: n
     if not same_numbers(own, each):
         return ""
     words = order_of(own, each)
+    if not np.isfinite(own).all():
+        return f"order: {module} reads the same numbers {words} on the flax side" if words else ""
     if np.allclose(own, -each, rtol=1e-9, atol=1e-12 * np.abs(own).max()):
         return f"sign: {module} reads the negative of these numbers on the flax side{f', or {words}' * bool(words)}"
     total = own + each
