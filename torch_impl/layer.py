@@ -179,7 +179,7 @@ class PartitionedLinear(nn.Module):
         Dtype, device and `requires_grad` are those of the linears; the parameters are copies, not shared.
 
         Args:
-            linears: n `nn.Linear` of equal dtype, device, bias and `requires_grad`; of unequal sizes for a layer of such.
+            linears: n `nn.Linear` of equal dtype, device, bias and `requires_grad`; their sizes may differ.
             implementation: As for the constructor.
             init: As for the constructor; used by a later `reset_parameters` only.
             in_axis: As for the constructor.
