@@ -115,8 +115,8 @@ def test_one_partition_draws_what_flax_draws_from_its_key():
     lecun = nnx.initializers.lecun_normal()
     kernels = LinenPartitionedLinear(OUT, kernel_init=lecun).init(key, jnp.ones((N, IN)))["params"]["kernel"]
     ours = LinenPartitionedLinear(OUT).init(key, jnp.ones((N, IN)))["params"]["kernel"]
-    # Two roundings of the scale and one of the product apart.
-    assert np.all(np.abs(ours - kernels) <= 4 * 2.0**-24 * np.abs(kernels))
+    # Compiled for two shapes: the scale, the product and each step of erf_inv's polynomial may round apart.
+    assert np.all(np.abs(ours - kernels) <= 32 * 2.0**-24 * np.abs(kernels))
 
 
 def test_partitions_and_seeds_differ_and_a_seed_repeats():
