@@ -151,14 +151,13 @@ class PartitionedLinear(nn.Module):
             ValueError: If its shape or device does not fit.
             UnsupportedImplementationError: If the named implementation cannot run this call.
         """
-        name = self.implementation
-        if partitions is None and isinstance(name, str) and name == "auto" and self.packing is None:
-            if self.in_axis is IN_AXIS and self.partition_axis is PARTITION_AXIS:
-                # A module finds its parameters by a search that takes longer than all checks.
-                own = self._parameters
-                y = plain_call(x, own["weight"], own["bias"]) if "weight" in own and "bias" in own else None
-                if y is not None:
-                    return y
+        name, usual = self.implementation, self.in_axis is IN_AXIS and self.partition_axis is PARTITION_AXIS
+        if usual and partitions is None and isinstance(name, str) and name == "auto" and self.packing is None:
+            # A module finds its parameters by a search that takes longer than all checks.
+            own = self._parameters
+            y = plain_call(x, own["weight"], own["bias"]) if "weight" in own and "bias" in own else None
+            if y is not None:
+                return y
         if self.packing is not None:
             axes = (self.in_axis, self.partition_axis)
             return packed_linear(x, self.weight, self.bias, self.packing, self.implementation, *axes, partitions)

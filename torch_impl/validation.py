@@ -102,7 +102,7 @@ def check_operands(x: Any, weight: Any, bias: Any) -> None:
     try:
         if operands_fit(x, weight, bias) is not None:
             return
-    except Exception as error:  # nested and uninitialised tensors have no shape
+    except Exception as error:  # nested and uninitialised tensors have no shape, others have too few axes
         failure = error
     _explain_operands(x, weight, bias)
     if failure is not None:
@@ -115,19 +115,16 @@ def check_operands(x: Any, weight: Any, bias: Any) -> None:
 def operands_fit(x: Any, weight: Any, bias: Any) -> bool | None:
     """Return None for operands that `check_operands` refuses, and for others whether they have one dtype.
 
-    In as few attribute reads as possible, because it runs before kernels that take a few microseconds.
+    It runs before kernels that take a few microseconds, so it reads few attributes; a wrong number of axes may raise.
     """
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
         return None
-    shape, received, dtype, device = weight.shape, x.shape, weight.dtype, weight.device
-    if len(shape) != 3 or len(received) < 2:
-        return None
-    n, i, o = shape
-    if received[-1] != i or received[-2] != n or n == 0 or i == 0 or o == 0 or x.device != device:
+    n, i, o = weight.shape
+    received, dtype, device, other = x.shape, weight.dtype, weight.device, x.dtype
+    if received[-1] != i or received[-2] != n or not (n and i and o) or x.device != device:
         return None
     if dtype not in DTYPE_NAMES or x.layout is not strided or weight.layout is not strided:
         return None
-    other = x.dtype
     if bias is not None:
         if not isinstance(bias, Tensor) or bias.shape != (n, o) or bias.device != device or bias.layout is not strided:
             return None
