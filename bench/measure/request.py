@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from bench.measure.disturbance import WHEN_BUSY
 from bench.plan.cells import CACHES, DEVICES, DIRECTIONS, DIVISIONS, Cell
 from bench.plan.competitors import (
     FRAMEWORKS,
+    LAUNCHED,
     MODES,
     Catalogue,
     Competitor,
@@ -192,10 +193,14 @@ def chosen_competitors(catalogues: Sequence[Catalogue], request: Request, cell: 
         compiled = ("bucketed_matmul",)
     # A mode that is named is wanted in this direction too.
     gradients = bool(request.mode) or cell.direction in plan.compiled_directions
+    further = partial(further_modes, cell.division, cell.device, direction=cell.direction)
     competitors = competitors_for(
         catalogues,
         compiled=compiled,
-        modes=further_modes(cell.division, cell.device, compile_gradients=gradients),
+        modes=further(compile_gradients=gradients),
+        launched=LAUNCHED if cell.device == "cuda" else (),
+        launches=further(compile_gradients=False),
+        device=cell.device,
         only=request.implementation,
         without=plan.left_out,
         only_modes=request.mode,
@@ -214,7 +219,9 @@ def chosen_competitors(catalogues: Sequence[Catalogue], request: Request, cell: 
     if not competitors:
         who = " or ".join(request.implementation) or "no competitor"
         how = f" in the mode {' or '.join(request.mode)}" if request.mode else ""
-        raise SelectionError(
+        # Another direction may have the mode, as training steps alone have `jit-donate`.
+        elsewhere = set(request.mode) & set(offered_modes(cell.division, cell.device, request.frameworks))
+        raise (LeftOutError if elsewhere else SelectionError)(
             f"implementation: no framework that takes part has {who}{how} in {cell.title}; choose another "
             "--implementation, --mode or --framework."
         )

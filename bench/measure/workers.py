@@ -241,6 +241,7 @@ class WorkerPool:
         for hello in self.hello.values():
             values = hello["catalogue"]
             others = {"framework": values["framework"], "missing": dict(values["missing"])}
+            others["only_on"] = dict(values.get("only_on", {}))
             lists = {item.name: tuple(values.get(item.name, ())) for item in fields(Catalogue)}
             found.append(Catalogue(**{**lists, **others}))
         return tuple(found)
