@@ -45,6 +45,14 @@ def option(default: Any, said: str, *, choices: Collection[str] = (), **details:
     return field(default=default, metadata={"choices": choices, "typer": {"help": said, **details}})
 
 
+def number(text: str) -> Any:
+    """Return the number that a text is, or the text: what it may be is checked where all options are."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """The options that decide which cells a run measures, with which competitors and how.
@@ -77,6 +85,9 @@ class Request:
         None, "Most seconds to build and compile a competitor; then it is a timeout.", min=1
     )
     replicates: int | None = option(None, "Sets of fresh processes.", min=1)
+    budget_s: float | None = option(
+        None, "End within so many seconds, with what decides most first; says what it left out.", parser=number
+    )
     seed: int = option(0, "Of the inputs and of the order.", min=0)
     # Interpreters; None is the running one.
     torch_python: str | None = None
