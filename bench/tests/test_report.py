@@ -281,6 +281,6 @@ def test_the_memory_of_training_stands_beside_the_loops(make_record):
     }
     table = training_memory_table(rankings(records))
     assert ("torch matmul (eager)", "forward_backward", "cpu", "1", "2 KiB", *["0.25x"] * 3) in table.rows
-    assert "0.25x" in report(results_of(records))
+    assert "0.25x" in report(results_of(records, {}))
     assert training_memory_table(rankings(records[-2:])).rows == []
-    assert "0.25x" not in report(results_of(records[-2:]))
+    assert "0.25x" not in report(results_of(records[-2:], {}))
