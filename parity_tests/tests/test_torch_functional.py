@@ -14,7 +14,7 @@ import torch
 from torch_impl import UnsupportedImplementationError, functional, implementation_names, partitioned_linear, validation
 from torch_impl.registry import DTYPE_NAMES, IMPLEMENTATIONS, get_implementation, unsupported_reason
 
-NAMES = implementation_names()
+NAMES = implementation_names(device="cpu")  # `fused` only where Triton's interpreter runs it, see test_torch_fused
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 LEADING = {"none": (), "empty": (0,), "one": (1,), "batch": (5,), "two": (2, 3), "empty-second": (2, 0)}
 SIZES = {"plain": (3, 8, 16), "one-partition": (1, 8, 8), "in-1": (4, 1, 3), "out-1": (4, 3, 1), "all-1": (1, 1, 1)}
@@ -242,7 +242,8 @@ def test_meta_device_infers_shapes_or_says_why_not(name):
 
 
 def test_the_table_is_frozen_and_ordered():
-    assert NAMES == ("loop", "masked", "einsum", "vmap", "matmul", "grouped_conv", "grouped_matmul")
+    every = ("loop", "masked", "einsum", "vmap", "matmul", "grouped_conv", "grouped_matmul", "fused")
+    assert implementation_names() == every
     assert all(entry.name == name for name, entry in IMPLEMENTATIONS.items())
     with pytest.raises(TypeError):
         IMPLEMENTATIONS["loop"] = get_implementation("matmul")
@@ -250,13 +251,14 @@ def test_the_table_is_frozen_and_ordered():
         get_implementation("loop").name = "other"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", implementation_names())
 def test_unsupported_reason_follows_the_declarations(name):
     entry = get_implementation(name)
     for dtype in DTYPES:
         for device in ("cpu", "cuda", "mps"):
             reason = unsupported_reason(name, dtype=dtype, device=device, in_features=8, out_features=16)
-            assert (reason is None) is (dtype in entry.dtypes and device in entry.devices)
+            runs = entry.missing is None and dtype in entry.dtypes and device in entry.devices
+            assert (reason is None) is runs, reason
     if entry.stride_bytes > 1:
         for sizes in ((5, 8), (8, 5)):
             reason = unsupported_reason(
@@ -371,7 +373,7 @@ def test_an_unrestricted_implementation_is_supported_without_a_question(monkeypa
 
     monkeypatch.setattr(torch.compiler, "is_compiling", asked)
     for name in NAMES:
-        if name != "grouped_matmul":
+        if name not in ("grouped_matmul", "fused"):
             assert unsupported_reason(name, **sizes) is None
     with pytest.raises(AssertionError, match="the compiler was asked"):
         unsupported_reason("grouped_matmul", **sizes)
