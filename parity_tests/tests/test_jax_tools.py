@@ -84,7 +84,9 @@ def test_a_module_of_equinox_computes_by_the_pure_function(name):
 
 
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
-@pytest.mark.parametrize("name", ["unequal", *EVERY[:-1]])
+@pytest.mark.parametrize(
+    "name", ["unequal", *(pytest.param(name, marks=pytest.mark.every) for name in ("equal", "flat"))]
+)
 def test_an_exported_layer_takes_any_batch(name, kind):
     if kind == "nnx":
         graph, state = nnx.split(nnx_layer(name))
@@ -127,6 +129,7 @@ def test_promotion_is_called_as_flax_calls_it(kind):
     assert ours.dtype == theirs.dtype == jnp.bfloat16
 
 
+@pytest.mark.every
 def test_unequal_sizes_under_the_transformations_of_nnx_and_linen():
     sizes, depth = (1, 4, 3), 3
     x = inputs("unequal")
