@@ -95,9 +95,10 @@ def test_autocast_inside_a_compiled_layer():
 
 
 @pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("name", ["matmul", "auto"])
+@pytest.mark.parametrize("name", ["matmul", "auto", "the masked layer"])
 def test_export_with_a_dynamic_batch(name, strict):
-    layer = on_lattice(PartitionedLinear(3, 8, 16, implementation=name))
+    whole = name == "the masked layer"
+    layer = on_lattice(MaskedPartitionedLinear(3, 8, 16) if whole else PartitionedLinear(3, 8, 16, implementation=name))
     shapes = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(layer, (lattice(4, 3, 8),), dynamic_shapes=shapes, strict=strict)
     for batch in (2, 4, 33):
