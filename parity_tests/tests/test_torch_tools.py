@@ -67,7 +67,11 @@ class Everything(nn.Module):
         layers["shared"] = PartitionedLinear(N, IN, OUT, partition_axis=None)
         # A second of compiling each.
         every = "EVERY_TEST" in os.environ
-        equal = [name for name in implementation_names() if name != "grouped_matmul"] if every else ["grouped_conv"]
+        equal = (
+            [name for name in implementation_names() if name not in ("grouped_matmul", "vmap")]
+            if every
+            else ["grouped_conv"]
+        )
         layers |= {name: PartitionedLinear(N, IN, OUT, implementation=name) for name in equal}
         layers |= {
             f"unequal {name}": PartitionedLinear(N, **UNEQUAL, implementation=name)
