@@ -22,10 +22,11 @@ PRESET ?= smoke
 # Further options of `bench run`. The article's settings in one process, under ten minutes:
 # make compare PRESET=seed BENCH_ARGS="--replicates 1"
 BENCH_ARGS ?=
-# Two files at a time; the tests of one file stay together, because they share what they computed.
+# Three files at a time: some wait for processes of their own, and two processors are to have work all the same. The
+# tests of one file stay together, because they share what they computed.
 # EVERY_TEST=1 in the environment adds what takes minutes: every optimiser, planted defect, kill and signal, every dtype
 # of every case and implementation of JAX, and the drawn pages.
-PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
+PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 # The longest files come first, so that no worker is left with one of them at the end.
 SUITE ?= $(addprefix parity_tests/tests/test_,parity.py metamorphic.py jax_implementations.py pair_families.py pair_defects.py) bench parity_tests
 # To collect the tests of all other files takes longer than most of these run.

@@ -40,6 +40,7 @@ def judged(bench, framework, name="matmul", kind="implementation", mode=None):
     return bench.check(REQUEST)["judgement"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("division", ["stock", "matched", "tuned"])
 @pytest.mark.parametrize("layout", ["contiguous", "partition_major", "time_series", "flat"])
 @pytest.mark.parametrize("framework", MODES)
@@ -51,6 +52,7 @@ def test_every_layout_gives_the_same_function(framework, layout, division):
     assert judged(bench, framework, "dense", "yardstick")["status"] == "ok"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "nesterov", "rmsprop", "adagrad"])
 @pytest.mark.parametrize("framework", MODES)
 def test_a_training_step_is_judged_by_its_first_update(framework, optimizer):
@@ -83,6 +85,7 @@ def test_the_options_for_a_gpu_are_understood_and_given_to_the_compiler(directio
         judged(bench, "jax", mode=mode)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("framework", MODES)
 @pytest.mark.parametrize("wrong", ["sgd", "adam", "rmsprop"])
 def test_another_optimizer_is_a_mismatch(framework, wrong, monkeypatch):

@@ -90,6 +90,7 @@ def taken(name, outputs, arrays):
     )
 
 
+@pytest.mark.sample(3)
 def test_few_rows_of_a_large_weight_have_the_same_derivatives(few_rows, monkeypatch):
     outputs, arrays = few_rows
     programs = []
@@ -114,6 +115,7 @@ def test_the_gradient_of_few_rows_moves_no_large_weight():
     assert (left, right) == ((1,), (2,))
 
 
+@pytest.mark.sample(3)
 def test_auto_has_the_same_derivatives_where_it_is_in_turn(few_rows, in_turn, monkeypatch):
     outputs, arrays = few_rows
     for fewest in (1, 2**60):
@@ -136,6 +138,7 @@ def test_a_branch_would_be_seen_in_a_compiled_program():
         compiled(lambda x: jax.lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x), jnp.ones(3))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="on a CPU alone does auto take partitions in turn")
 @pytest.mark.parametrize(
     ("dtype", "rows"),
