@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from torch_impl.array_types import Inputs, Outputs, kind_of
+from torch_impl.array_types import Inputs, Outputs
 from torch_impl.functional import packed_linear, partitioned_linear
 from torch_impl.implementations.unequal import split_weight
 from torch_impl.initializers import Init, check_initializer, empty_parameter, initialize_
@@ -41,7 +41,7 @@ class Unquantised:
     def __set__(self, layer: nn.Module, value: Any) -> None:
         if value is not None:
             raise TypeError(
-                f"`qconfig`: expected None, got {kind_of(value)}; PyTorch has no quantised form of this layer: set "
+                f"`qconfig`: expected None, got a {type(value).__name__}; PyTorch has no quantised form of this layer: set "
                 f"layer.qconfig = None to keep it as it is, or put layer.to_linears() in its place."
             )
         layer.__dict__["qconfig"] = None
