@@ -41,8 +41,8 @@ class Unquantised:
     def __set__(self, layer: nn.Module, value: Any) -> None:
         if value is not None:
             raise TypeError(
-                f"`qconfig`: expected None, got a {type(value).__name__}; PyTorch has no quantised form of this layer: set "
-                f"layer.qconfig = None to keep it as it is, or put layer.to_linears() in its place."
+                f"`qconfig`: expected None, got a {type(value).__name__}; PyTorch has no quantised form of this "
+                f"layer: set layer.qconfig = None to keep it as it is, or put layer.to_linears() in its place."
             )
         layer.__dict__["qconfig"] = None
 
