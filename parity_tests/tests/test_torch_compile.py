@@ -16,7 +16,7 @@ from torch_impl import MaskedPartitionedLinear, PartitionedLinear, implementatio
 pytestmark = [
     pytest.mark.compile,
     # torch's own compiler uses what torch deprecates: scripting, and instances of autograd functions.
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit"),
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
 ]
 

@@ -23,7 +23,7 @@ from torch_impl import (
 
 # What torch deprecates and its own tools use; and what onnxscript does when it is imported.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit"),
     pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:(Please use quant_min|torch.quantize_per_tensor):UserWarning"),
 ]
