@@ -24,6 +24,7 @@ from bench.report.tables import (
     markdown,
     matrices,
     ranking_table,
+    training_memory_table,
 )
 from bench.report.text import (
     baseline_line,
@@ -121,6 +122,8 @@ def report_lines(results: Results, notes: Sequence[str] = ()) -> Iterator[str]:
     )
     if overview := framework_lines(results):
         yield from (f"## {HEADING}", "", *overview)
+    if (memory := training_memory_table(results.found)).rows:
+        yield from (f"## {memory.title}", "", *map(markdown_line, memory.caption), "", *markdown(memory), "")
     for environment_id, found in results.places().items():
         yield from ("## Environment " + markdown_text(environment_id), "")
         if environment_id in results.environments:

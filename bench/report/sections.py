@@ -22,7 +22,7 @@ from bench.report.figures import (
     time_picture,
 )
 from bench.report.screen import answer, between_lines, recommend_command, winner_lines
-from bench.report.tables import Table
+from bench.report.tables import Table, training_memory_table
 from bench.report.text import environment_sentences, of_bound, percent, resolution_line, source_line, summary_line
 from bench.study.claims import ClaimResult
 from bench.study.findings import EVERYWHERE, Finding
@@ -250,6 +250,7 @@ def sections(
     pictured = f"{given}{picked} --pictures DIR"
     drawn = _drawn("speed", "Speed against batch, n and size", speed_pictures(), shown, pictured, _SPEED)
     roof = roofline_picture(results.found, shown)
+    memory = training_memory_table(results.found)
     return [
         _answer(results, told, names),
         _winners(results, shown, f"{given} --all"),
@@ -257,7 +258,18 @@ def sections(
         _claims(told),
         _drawn("roofline", "Roofline", [roof], shown, pictured, _ROOFLINE),
         _drawn("time", "Where the time goes", [time_picture()], shown, pictured, _TIME),
-        _drawn("memory", "Memory", [memory_picture()], shown, pictured, _MEMORY),
+        replace(
+            _drawn(
+                "memory",
+                "Memory",
+                [memory_picture()],
+                shown,
+                pictured,
+                _MEMORY,
+                *(memory.caption if memory.rows else ()),
+            ),
+            tables=[memory] if memory.rows else [],
+        ),
         _drawn("compile", "Compile time, and when it pays", [compile_picture()], shown, pictured, _COMPILE),
         _parity(results, directories, f"{given} --markdown report.md"),
         _noise_section(results, f"{given} --all"),

@@ -16,7 +16,7 @@ import jax.export
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_impl import partitioned_linear
+from jax_impl import functional, partitioned_linear
 from jax_impl.registry import IMPLEMENTATIONS
 from parity_tests.tests.test_jax_vector_products import equations
 
@@ -273,3 +273,24 @@ def test_a_product_with_what_stands_still_is_not_computed(few_rows, in_turn):
 
     program = equations(jax.make_jaxpr(gradient)(*arrays).jaxpr)
     assert [equation.primitive.name for equation in program].count("dot_general") == 1 + len(arrays)
+
+
+def test_a_call_without_jit_is_one_program_that_is_compiled_once():
+    x, kernel, bias = operands(rows=(7,), n=2, i=3, o=5)
+    compiled = functional._compiled
+
+    def added(call):
+        before = compiled._cache_size()
+        results = [call(), call()]
+        assert np.array_equal(*results)
+        return compiled._cache_size() - before, results[0]
+
+    count, y = added(lambda: partitioned_linear(x, kernel, bias))
+    assert count == 1
+    assert np.array_equal(y, jax.jit(partitioned_linear)(x, kernel, bias))
+    assert added(lambda: partitioned_linear(x, kernel, bias, implementation="matmul"))[0] == 1
+    # Whoever transforms the call, or computes the product, sees its operations; others would be compiled for long.
+    assert added(lambda: jax.jit(partitioned_linear)(x, kernel, bias))[0] == 0
+    assert added(lambda: jax.grad(lambda x: partitioned_linear(x, kernel, bias).sum())(x))[0] == 0
+    assert added(lambda: partitioned_linear(x, kernel, bias, dot_general=jax.lax.dot_general))[0] == 0
+    assert added(lambda: partitioned_linear(x, kernel, bias, implementation="loop"))[0] == 0
