@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from statistics import median
 from typing import Any, Protocol
 
-from bench.measure.budget import Budget, in_order, left_out_sentences, steps
+from bench.measure.budget import Budget, Queue, in_order, left_out_sentences, steps
 from bench.measure.coordinator import CellOutcome, CellRun
 from bench.measure.disturbance import Gate, Watch
 from bench.measure.environment import fingerprint
@@ -136,14 +136,16 @@ def run_sweep(
                 place = fingerprint(pool.hello, device=device, division=division, cpus=allowed_cpus())
                 store.add_environment(digest(place), place)
                 cells: Sequence[Cell] = plan_cells(replace(plan, divisions=(division,)), device)
-                for cell in in_order(cells, plan, part) if budget.limited else cells:
-                    if budget.limited and (replicate - 1, cell.title) in waiting:
+                queue = Queue(in_order(cells, plan, part) if budget.limited else cells, budget)
+                for cell in queue:
+                    if (replicate - 1, cell.title) in waiting or (replicate, cell.title) not in waiting:
                         continue
                     try:
                         measured += _run_cell(
                             cell, replicate, request, store, pool, digest(place), report, gate, budget
                         )
-                    except _NoTimeError:
+                    except _NoTimeError as error:
+                        queue.postpone(cell, error.seconds)
                         continue
                     except LeftOutError as error:
                         left_out.append(error)
@@ -162,7 +164,15 @@ def run_sweep(
 
 
 class _NoTimeError(Exception):
-    """A cell that is expected to take longer than there is time."""
+    """A cell that is expected to take longer than there is time.
+
+    Args:
+        seconds: that it takes by the estimates.
+    """
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds = seconds
 
 
 def planned(plan: Preset) -> tuple[Cell, ...]:
@@ -195,7 +205,7 @@ def _run_cell(
         return False
     expected = budget.expected(cell, competitors, plan, diagnose=replicate == 0)
     if not budget.reaches(expected):
-        raise _NoTimeError
+        raise _NoTimeError(expected.total / budget.pace)
     gate.pass_when_quiet(pool.pids, report)
     started_at, begun = datetime.now(UTC), time.monotonic()
     # Another seed in each replicate: the order and the inputs are part of what varies between processes.
@@ -213,8 +223,8 @@ def _run_cell(
         watch=Watch(pool.pids, allowed_cpus()),
         # Memory, kernels and compile times hardly differ from process to process; speeds do, and so do mistakes.
         diagnose=replicate == 0,
-        # Another cell is worth more than a longer look at this one.
-        rounds_left=(lambda: budget.left() - expected.after) if budget.limited else None,
+        left=budget.left,
+        after_s=expected.after if budget.limited else None,
     )
     try:
         outcome = run.run()
