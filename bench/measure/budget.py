@@ -40,14 +40,14 @@ from bench.records import Record
 # Longer runs are meant to have no budget; the clocks of a system take no timeout of any length.
 MOST_BUDGET_S = 1e7
 # Between the blocks and to the end of a run; what a run of thousands of records shows takes longer.
-_END_S, _END_OF_A_RECORD_S = 3.0, 0.003
+_END_S, _END_OF_A_RECORD_S = 4.0, 0.003
 # Before the first start was seen: importing the frameworks.
 _START_S: Mapping[str, float] = MappingProxyType({"cpu": 6.0, "cuda": 12.0})
 # The first cells tell how long others take; the longest of the last few does, since a cell that is begun in vain costs
 # more than one that is not begun.
 _REMEMBERED, _MARGIN = 4, 1.1
 # Until a cell has ended: another machine, or a busy one, may be this many times slower than those of the estimates.
-_FIRST_PACE = 2.0
+_FIRST_PACE = 3.0
 # Device to operations and bytes a second of a usual call, to the seconds of a launch, and of building a competitor that
 # is not compiled, that XLA compiles, that Inductor compiles and that it tunes.
 _FLOPS_PER_S: Mapping[str, float] = MappingProxyType({"cpu": 3e10, "cuda": 2e13})
@@ -129,7 +129,6 @@ class Budget:
     _paces: list[float] = field(default_factory=list, init=False)
     _start_s: float | None = field(default=None, init=False)
     needed_s: float = field(default=math.inf, init=False)  # by the shortest cell for which there was no time
-    _shortest_s: float = field(default=0.0, init=False)
 
     @property
     def limited(self) -> bool:
@@ -143,10 +142,6 @@ class Budget:
     def start_s(self, device: str) -> float:
         """Return what starting the workers is expected to take."""
         return _START_S.get(device, _START_S["cpu"]) if self._start_s is None else self._start_s
-
-    def starts(self, device: str) -> bool:
-        """Return True if there is time to start workers and for the shortest cell that was seen so far."""
-        return self.left() >= self.start_s(device) + self._shortest_s
 
     def started(self, seconds: float) -> None:
         """Note how long the workers took to start."""
@@ -164,7 +159,6 @@ class Budget:
 
     def reaches(self, expected: Seconds) -> bool:
         """Return True if there is time for a cell."""
-        self._shortest_s = min(self._shortest_s or math.inf, expected.total)
         if expected.total > self.left():
             self.needed_s = min(self.needed_s, expected.total)
             return False

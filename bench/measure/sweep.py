@@ -28,7 +28,7 @@ from bench.measure.rounds import Entry
 from bench.measure.switches import sentences
 from bench.measure.workers import OutOfTimeError, WorkerPool, starter
 from bench.plan.cells import DEVICES, Cell
-from bench.plan.competitors import Competitor
+from bench.plan.competitors import Catalogue, Competitor
 from bench.plan.costs import compulsory_bytes, peak_rates, useful_flops, waste_factor
 from bench.plan.presets import BLOCK_S, Preset, plan_cells
 from bench.records import HARNESS_VERSION, Record, digest, schema_version_of
@@ -113,6 +113,8 @@ def run_sweep(
     plan, gate, budget = request.plan, Gate(request.when_busy, allowed_cpus()), Budget(request.budget_s)
     waiting = {(replicate, cell.title): cell for replicate in range(first, plan.replicates) for cell in planned(plan)}
     total, left_out, measured = len(waiting), list[LeftOutError](), 0
+    catalogues: Sequence[Catalogue] = ()
+    device = DEVICES[0]
 
     def report(text: str) -> None:
         progress(Progress(total - len(waiting), total, text))
@@ -120,7 +122,9 @@ def run_sweep(
             raise OutOfTimeError
 
     for replicate, division, part in steps(plan, limited=budget.limited, first=first):
-        if budget.limited and not budget.starts(request.device):
+        own = [cell for (k, _), cell in waiting.items() if (k, cell.division) == (replicate, division)]
+        cells: Sequence[Cell] = [replace(cell, device=device) for cell in own]
+        if budget.limited and not _worth_starting(cells, replicate, request, catalogues, budget):
             continue
         # The end of the budget leaves the workers in the middle of something: they end, and others may be there in
         # time for what remains.
@@ -135,7 +139,8 @@ def run_sweep(
                     notes.add(line)
                 place = fingerprint(pool.hello, device=device, division=division, cpus=allowed_cpus())
                 store.add_environment(digest(place), place)
-                cells: Sequence[Cell] = plan_cells(replace(plan, divisions=(division,)), device)
+                catalogues = pool.catalogues()
+                cells = plan_cells(replace(plan, divisions=(division,)), device)
                 queue = Queue(in_order(cells, plan, part) if budget.limited else cells, budget)
                 for cell in queue:
                     if (replicate - 1, cell.title) in waiting or (replicate, cell.title) not in waiting:
@@ -161,6 +166,24 @@ def run_sweep(
         begins = budget.start_s(request.device)
         raise EngineError(f"the budget ended before a cell: the workers take about {begins:.0f} s to start{needs}")
     progress(Progress(total - len(waiting), total, "done"))
+
+
+def _worth_starting(
+    cells: Sequence[Cell], replicate: int, request: Request, catalogues: Sequence[Catalogue], budget: Budget
+) -> bool:
+    """Return True if there is time to start workers and for one of the cells, as far as is known before the first."""
+    left = budget.left() - budget.start_s(request.device)
+    if left <= 0 or not catalogues:
+        return left > 0
+
+    def fits(cell: Cell) -> bool:
+        try:
+            who = chosen_competitors(catalogues, request, cell)
+        except LeftOutError:
+            return True
+        return budget.expected(cell, who, request.plan, diagnose=replicate == 0).total <= left
+
+    return any(map(fits, cells))
 
 
 class _NoTimeError(Exception):
