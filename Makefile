@@ -23,10 +23,11 @@ PRESET ?= smoke
 # Further options of `bench run`. The article's settings in one process, under ten minutes:
 # make compare PRESET=seed BENCH_ARGS="--replicates 1"
 BENCH_ARGS ?=
-# Two files at a time; the tests of one file stay together, because they share what they computed.
+# Three files at a time: some wait for processes of their own, and two processors are to have work all the same. The
+# tests of one file stay together, because they share what they computed.
 # EVERY_TEST=1 in the environment adds what takes minutes: every optimiser, planted defect, kill and signal, every dtype
 # of every case and implementation of JAX, and the drawn pages.
-PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
+PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 # The longest files come first, so that no worker is left with one of them at the end.
 SUITE ?= $(addprefix parity_tests/tests/test_,parity.py metamorphic.py jax_implementations.py pair_families.py pair_defects.py) bench parity_tests
 # To collect the tests of all other files takes longer than most of these run.
@@ -88,6 +89,9 @@ CHARTED ?= h200
 FRONT ?= README.md
 HEADLINED ?= h200
 TOLD ?= $(if $(SHOWN),cpu-xeon-amx-2core)
+# What the example models gain over the loops that they replace, and the page that says so.
+EXEMPLIFIED ?= $(if $(SHOWN),cpu-epyc-2core cpu-epyc-2core-catalogue)
+EXAMPLES ?= torch_impl/examples/README.md
 # A picture of every cell would be too long to read: the article's first setting, both directions.
 CHART_OPTIONS ?= $(foreach c,workload=article-base division=matched precision=ieee_fp32 direction=f*,--where '$(c)')
 BENCH = $(VENV)/bin/python -m bench
@@ -189,6 +193,7 @@ publish:
 	$(if $(NEW),$(BENCH) compress $(NEW))
 	$(foreach directory,$(SHOWN),$(call show,$(directory)))
 	$(foreach directory,$(TOLD),$(BENCH) findings $(RESULTS)/$(directory) --readme $(PAGE))
+	$(foreach directory,$(EXEMPLIFIED),$(BENCH) findings $(RESULTS)/$(directory) --readme $(EXAMPLES) &&) true
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and was not found (set PYTHON)"; exit 1; }

@@ -102,9 +102,13 @@ UNEQUAL_IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
 """Every implementation for partitions of unequal sizes by name, in a fixed order."""
 
 
-def implementation_names(*, unequal: bool = False) -> tuple[str, ...]:
-    """Return the names accepted as `implementation`, besides "auto": of the table for one size, or for several."""
-    return tuple(UNEQUAL_IMPLEMENTATIONS if unequal else IMPLEMENTATIONS)
+def implementation_names(*, unequal: bool = False, device: str | None = None) -> tuple[str, ...]:
+    """Return the names accepted as `implementation`, besides "auto": of the table for one size, or for several.
+
+    `device` is "cpu" or "cuda" for those that run there; None for all.
+    """
+    table = UNEQUAL_IMPLEMENTATIONS if unequal else IMPLEMENTATIONS
+    return tuple(name for name, entry in table.items() if device is None or device in entry.devices)
 
 
 def get_implementation(name: str, *, unequal: bool = False) -> Implementation:

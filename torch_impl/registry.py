@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_impl.array_types import UnsupportedImplementationError as UnsupportedImplementationError
 from torch_impl.implementations.einsum import partitioned_linear_einsum, shared_linear_einsum
+from torch_impl.implementations.fused import INTERPRETED, LARGEST_FEATURES, MISSING, partitioned_linear_fused
 from torch_impl.implementations.grouped_conv import partitioned_linear_grouped_conv
 from torch_impl.implementations.grouped_matmul import ROW_ALIGNMENT_BYTES, partitioned_linear_grouped_matmul
 from torch_impl.implementations.loop import partitioned_linear_loop
@@ -32,6 +33,7 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType({getattr(torch, name):
 
 _EVERY_DTYPE = frozenset(ITEM_BYTES)
 _EVERY_DEVICE = frozenset({"cpu", "cuda"})
+_NOT_FLOAT64 = frozenset({"float32", "bfloat16", "float16"})
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Implementation:
         shards_partitions: Runs on DTensors sharded over the partition axis without communication.
         divides: Runs on DTensors as they are placed, right wherever they are; otherwise every process gathers all
             operands and computes everything.
-        missing: What the installed PyTorch lacks to run it at all; None when nothing.
+        missing: What is lacking here to run it at all, and where; None when nothing.
+        most_features: The largest in_features and out_features; None for any.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Implementation:
     shards_partitions: bool = False
     divides: bool = True
     missing: str | None = None
+    most_features: int | None = None
 
 
 _TABLE = (
@@ -82,12 +86,25 @@ _TABLE = (
     Implementation(
         "grouped_matmul",
         partitioned_linear_grouped_matmul,
-        dtypes=frozenset({"float32", "bfloat16", "float16"}),
+        dtypes=_NOT_FLOAT64,
         stride_bytes=ROW_ALIGNMENT_BYTES,
         traced_dtypes=frozenset({"bfloat16"}),
         # DTensor traces it, and shards may lie where the kernel cannot read them.
         divides=False,
-        missing=None if hasattr(F, "grouped_mm") else "torch.nn.functional.grouped_mm (PyTorch 2.10 or later)",
+        missing=None
+        if hasattr(F, "grouped_mm")
+        else f"torch.nn.functional.grouped_mm (PyTorch 2.10 or later), which this PyTorch {torch.__version__} lacks",
+    ),
+    Implementation(
+        "fused",
+        partitioned_linear_fused,
+        dtypes=_NOT_FLOAT64,
+        devices=_EVERY_DEVICE if INTERPRETED else frozenset({"cuda"}),
+        traced_dtypes=_NOT_FLOAT64,
+        # DTensor knows no rule for an operator of ours.
+        divides=False,
+        missing=MISSING,
+        most_features=LARGEST_FEATURES,
     ),
 )
 
@@ -108,9 +125,13 @@ UNEQUAL_IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
 """Every implementation for partitions of unequal sizes by name, in a fixed order."""
 
 
-def implementation_names(*, unequal: bool = False) -> tuple[str, ...]:
-    """Return the names accepted as `implementation`, besides "auto": of the table for one size, or for several."""
-    return tuple(UNEQUAL_IMPLEMENTATIONS if unequal else IMPLEMENTATIONS)
+def implementation_names(*, unequal: bool = False, device: str | None = None) -> tuple[str, ...]:
+    """Return the names accepted as `implementation`, besides "auto": of the table for one size, or for several.
+
+    `device` is "cpu" or "cuda" for those that run there; None for all.
+    """
+    table = UNEQUAL_IMPLEMENTATIONS if unequal else IMPLEMENTATIONS
+    return tuple(name for name, entry in table.items() if device is None or device in entry.devices)
 
 
 def get_implementation(name: str, *, unequal: bool = False) -> Implementation:
@@ -154,11 +175,10 @@ def unsupported_reason(
     if shared and entry.run_shared is None:
         return _shared_reason(name, UNEQUAL_IMPLEMENTATIONS if unequal else IMPLEMENTATIONS)
     unrestricted = entry.missing is None and entry.stride_bytes == 1 and entry.traced_dtypes is entry.dtypes
+    unrestricted = unrestricted and entry.most_features is None
     if unrestricted and dtype in entry.dtypes and device in entry.devices:
         # Most calls end here; this runs at every one, before kernels that take a few microseconds.
         return None
-    if entry.missing is not None:
-        return f"`implementation`: {name!r} needs {entry.missing}, which this PyTorch {torch.__version__} lacks."
     if dtype not in entry.dtypes:
         return f"`implementation`: {name!r} supports {_listed(entry.dtypes)}, got {dtype}; choose another one."
     traced = device == "meta" or torch.compiler.is_compiling()
@@ -169,6 +189,13 @@ def unsupported_reason(
         )
     if device != "meta" and device not in entry.devices:
         return f"`implementation`: {name!r} supports devices {_listed(entry.devices)}, got {device}; move the operands."
+    if entry.missing is not None:
+        return f"`implementation`: {name!r} needs {entry.missing}."
+    if entry.most_features is not None and max(in_features, out_features) > entry.most_features:
+        return (
+            f"`implementation`: {name!r} takes at most {entry.most_features} features in and out, got "
+            f"in_features={in_features}, out_features={out_features}; choose another one."
+        )
     if entry.stride_bytes > 1:
         item = ITEM_BYTES[dtype]
         for symbol, size in (("in_features", in_features), ("out_features", out_features)):

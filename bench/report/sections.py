@@ -23,7 +23,7 @@ from bench.report.figures import (
 )
 from bench.report.screen import answer, between_lines, recommend_command, winner_lines
 from bench.report.tables import Table, training_memory_table
-from bench.report.text import environment_sentences, percent, resolution_line, source_line, summary_line
+from bench.report.text import environment_sentences, of_bound, percent, resolution_line, source_line, summary_line
 from bench.study.claims import ClaimResult
 from bench.study.findings import EVERYWHERE, Finding
 from bench.study.results import Results
@@ -161,7 +161,7 @@ def parity_account(directories: Sequence[Path]) -> tuple[list[str], list[Table]]
         for (framework, dtype), places in list(groups.items())[:_MOST_LINES]:
             by_status = Counter(told[k][2] for k in places)
             lines.append(
-                (directory.name, framework, dtype, summary_line(by_status), f"{max(worst[k] for k in places):.2g}")
+                (directory.name, framework, dtype, summary_line(by_status), of_bound(max(worst[k] for k in places)))
             )
     columns = ("run", "framework", "dtype", "rows by status", "largest error over its bound")
     return said, [Table("", columns, lines)] if lines else []
@@ -180,7 +180,7 @@ def _parity(results: Results, directories: Sequence[Path], command: str) -> Sect
             largest[key] = max(largest.get(key, 0.0), r.bound_fraction or 0.0)
             failed[f"{r.label}: {r.reason}"] += r.status == "mismatch"
     for (framework, precision), count in judged.items():
-        lines.append((framework, precision, str(count), f"{largest[framework, precision]:.2g}"))
+        lines.append((framework, precision, str(count), of_bound(largest[framework, precision])))
     wrong = +failed
     said, tables = parity_account(directories)
     said = [

@@ -40,6 +40,7 @@ def judged(bench, framework, name="matmul", kind="implementation", mode=None):
     return bench.check(REQUEST)["judgement"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("division", ["stock", "matched", "tuned"])
 @pytest.mark.parametrize("layout", ["contiguous", "partition_major", "time_series", "flat"])
 @pytest.mark.parametrize("framework", MODES)
@@ -51,6 +52,7 @@ def test_every_layout_gives_the_same_function(framework, layout, division):
     assert judged(bench, framework, "dense", "yardstick")["status"] == "ok"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "nesterov", "rmsprop", "adagrad"])
 @pytest.mark.parametrize("framework", MODES)
 def test_a_training_step_is_judged_by_its_first_update(framework, optimizer):
@@ -155,6 +157,7 @@ def test_graphed_callables_are_made_of_the_arrays_that_are_called_with(direction
     assert prepared.static_memory_bytes == 4096
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("framework", MODES)
 @pytest.mark.parametrize("wrong", ["sgd", "adam", "rmsprop"])
 def test_another_optimizer_is_a_mismatch(framework, wrong, monkeypatch):

@@ -36,6 +36,7 @@ def requirements(tmp_path, header):
     return line, result.stderr
 
 
+@pytest.mark.sample(3)
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize("header", [OLD, NEW], ids=["to-609", "from-610"])
 @pytest.mark.parametrize(("version", "extra"), [("12.4", "cuda12"), ("13.0", "cuda13"), ("14.1", "cuda13")])

@@ -156,7 +156,7 @@ FUNCTION = {
         call(implementation="bmm"),
         ValueError,
         r"^`implementation`: expected one of 'auto', 'loop', 'masked', 'einsum', 'vmap', 'matmul', 'grouped_conv', "
-        r"'grouped_matmul', got 'bmm'; choose one of these\.$",
+        r"'grouped_matmul', 'fused', got 'bmm'; choose one of these\.$",
     ),
     "name-no-string": (call(implementation=["loop"]), TypeError, r"^`implementation`: expected a name, got a list;"),
     "unsupported-dtype-of-grouped_matmul": (

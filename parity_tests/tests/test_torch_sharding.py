@@ -15,7 +15,7 @@ if not framework_available("torch"):
 
 import torch
 
-from torch_impl.registry import IMPLEMENTATIONS
+from torch_impl.registry import implementation_names
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch_impl import PartitionedLinear, export_parameters, partitioned_linear
-from torch_impl.registry import IMPLEMENTATIONS
+from torch_impl.registry import implementation_names
 from torch_impl.sharding import shard_inputs, shard_partitions
 
 rank, store, report = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -93,7 +93,7 @@ oracle = derived(
     [tensor.double().requires_grad_() for tensor in whole.values()],
     dy.double(),
 )
-for name in IMPLEMENTATIONS:
+for name in implementation_names(device="cpu"):
     call = functools.partial(partitioned_linear, implementation=name)
     chosen = [("n", "n", "n"), ("b", "-", "-"), ("n", "i", "-"), ("-", "n", "-"), ("i", "i", "-")]
     chosen += [tuple(draw.choice("-" + letters) for letters in axes.values()) for _ in range(3)]
@@ -186,7 +186,7 @@ def test_frozen_parameters_stay_frozen(report):
 
 
 def test_every_implementation_is_right_wherever_its_operands_lie(report):
-    assert len(report["placed"]) == 9 * len(IMPLEMENTATIONS)
+    assert len(report["placed"]) == 9 * len(implementation_names(device="cpu"))
     # y, the gradients of the three operands, and a second derivative.
     assert [row for row in report["placed"] if row["outcome"] != [True] * 5] == []
 

@@ -32,7 +32,7 @@ from torch_impl import (
     import_parameters,
     partitioned_linear,
 )
-from torch_impl.registry import IMPLEMENTATIONS, UNEQUAL_IMPLEMENTATIONS, unsupported_reason
+from torch_impl.registry import IMPLEMENTATIONS, UNEQUAL_IMPLEMENTATIONS, implementation_names, unsupported_reason
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def layer_call(layer_class: type[PartitionedLinear] | type[MaskedPartitionedLine
 def eager_subjects(device: torch.device) -> list[TorchSubject]:
     """Return every PyTorch subject in the default mode: the table's implementations, and both layer classes."""
     found = [
-        TorchSubject(name, entry.isolates_partitions, device, functional(name), table_name=name)
-        for name, entry in IMPLEMENTATIONS.items()
+        TorchSubject(name, IMPLEMENTATIONS[name].isolates_partitions, device, functional(name), table_name=name)
+        for name in implementation_names(device=device.type)
     ]
     masked = layer_call(MaskedPartitionedLinear)
     found.append(TorchSubject("layer", True, device, layer_call(PartitionedLinear), table_name=None))
