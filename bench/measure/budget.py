@@ -9,7 +9,7 @@ The estimates are of a CPU with two cores and of an H200. What cells took in thi
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from types import MappingProxyType
@@ -40,12 +40,14 @@ from bench.records import Record
 # Longer runs are meant to have no budget; the clocks of a system take no timeout of any length.
 MOST_BUDGET_S = 1e7
 # Between the blocks and to the end of a run; what a run of thousands of records shows takes longer.
-_END_S, _END_OF_A_RECORD_S = 3.0, 0.003
+_END_S, _END_OF_A_RECORD_S = 4.0, 0.003
 # Before the first start was seen: importing the frameworks.
 _START_S: Mapping[str, float] = MappingProxyType({"cpu": 6.0, "cuda": 12.0})
 # The first cells tell how long others take; the longest of the last few does, since a cell that is begun in vain costs
 # more than one that is not begun.
 _REMEMBERED, _MARGIN = 4, 1.1
+# Until a cell has ended: another machine, or a busy one, may be this many times slower than those of the estimates.
+_FIRST_PACE = 3.0
 # Device to operations and bytes a second of a usual call, to the seconds of a launch, and of building a competitor that
 # is not compiled, that XLA compiles, that Inductor compiles and that it tunes.
 _FLOPS_PER_S: Mapping[str, float] = MappingProxyType({"cpu": 3e10, "cuda": 2e13})
@@ -64,7 +66,7 @@ _CEILINGS_S = 1.0
 _CALLS_BESIDE_BLOCKS = 12
 # The published run that tells where the frameworks are far apart.
 _PUBLISHED: Mapping[str, str] = MappingProxyType({"cpu": "cpu-epyc-2core-catalogue", "cuda": "h200"})
-_BASE, _REST, _ALL = "base", "rest", "all"
+_BASE, _ALL = "base", "all"
 
 
 class Seconds(NamedTuple):
@@ -127,7 +129,6 @@ class Budget:
     _paces: list[float] = field(default_factory=list, init=False)
     _start_s: float | None = field(default=None, init=False)
     needed_s: float = field(default=math.inf, init=False)  # by the shortest cell for which there was no time
-    _shortest_s: float = field(default=0.0, init=False)
 
     @property
     def limited(self) -> bool:
@@ -142,25 +143,22 @@ class Budget:
         """Return what starting the workers is expected to take."""
         return _START_S.get(device, _START_S["cpu"]) if self._start_s is None else self._start_s
 
-    def starts(self, device: str) -> bool:
-        """Return True if there is time to start workers and for the shortest cell that was seen so far."""
-        return self.left() >= self.start_s(device) + self._shortest_s
-
     def started(self, seconds: float) -> None:
         """Note how long the workers took to start."""
         self._start_s = seconds
 
     def expected(self, cell: Cell, competitors: Sequence[Competitor], plan: Preset, *, diagnose: bool) -> Seconds:
         """Return what a cell is expected to take here; see `expected_seconds`."""
-        pace = self._pace()
+        pace = self.pace
         return Seconds(*(pace * one for one in expected_seconds(cell, competitors, plan, diagnose=diagnose)))
 
-    def _pace(self) -> float:
-        return _MARGIN * max(self._paces[-_REMEMBERED:], default=1.0)
+    @property
+    def pace(self) -> float:
+        """How many times as long as by the estimates cells are expected to take here."""
+        return _MARGIN * max(self._paces[-_REMEMBERED:]) if self._paces else _FIRST_PACE
 
     def reaches(self, expected: Seconds) -> bool:
         """Return True if there is time for a cell."""
-        self._shortest_s = min(self._shortest_s or math.inf, expected.total)
         if expected.total > self.left():
             self.needed_s = min(self.needed_s, expected.total)
             return False
@@ -168,7 +166,35 @@ class Budget:
 
     def took(self, expected: Seconds, seconds: float) -> None:
         """Note how long a cell took."""
-        self._paces.append(seconds * self._pace() / expected.total)
+        self._paces.append(seconds * self.pace / expected.total)
+
+
+class Queue:
+    """The cells of one step; one that was postponed comes again as soon as there is time for it.
+
+    Args:
+        cells: in their order.
+        budget: the clock.
+    """
+
+    def __init__(self, cells: Sequence[Cell], budget: Budget):
+        self._cells, self._budget = list(reversed(cells)), budget
+        self._postponed: list[tuple[Cell, float]] = []
+
+    def postpone(self, cell: Cell, seconds: float) -> None:
+        """Keep a cell that takes so long by the estimates, which may turn out to be too high."""
+        self._postponed.append((cell, seconds))
+
+    def __iter__(self) -> Iterator[Cell]:
+        """Yield the first cell that was postponed and now fits, else the next one."""
+        while True:
+            fits = (k for k, (_, s) in enumerate(self._postponed) if s * self._budget.pace <= self._budget.left())
+            if (k := next(fits, None)) is not None:
+                yield self._postponed.pop(k)[0]
+            elif self._cells:
+                yield self._cells.pop()
+            else:
+                return
 
 
 def end_s(records: int) -> float:
@@ -186,7 +212,8 @@ def steps(plan: Preset, *, limited: bool, first: int = 0) -> list[tuple[int, str
     if not limited:
         return [(replicate, division, _ALL) for replicate in replicates for division in plan.divisions]
     divisions = sorted(plan.divisions, key=lambda name: (name != "matched", DIVISIONS.index(name)))
-    parts = (_BASE, _REST) if len(divisions) > 1 else (_ALL,)
+    # The second time the base settings are among all cells again: those for which there seemed to be no time.
+    parts = (_BASE, _ALL) if len(divisions) > 1 else (_ALL,)
     found = [(first, division, part) for part in parts for division in divisions] if replicates else []
     return found + [(replicate, division, _ALL) for replicate in replicates[1:] for division in divisions]
 
@@ -194,7 +221,7 @@ def steps(plan: Preset, *, limited: bool, first: int = 0) -> list[tuple[int, str
 def in_order(cells: Sequence[Cell], plan: Preset, part: str = _ALL) -> list[Cell]:
     """Return the cells of one step, those first that decide most."""
     base = plan.workloads[0]
-    found = [cell for cell in cells if part == _ALL or (cell.workload.name == base) == (part == _BASE)]
+    found = [cell for cell in cells if part == _ALL or cell.workload.name == base]
     if not any(cell.workload.name != base for cell in found):
         return found
     apart = published(cells[0].device)
@@ -286,7 +313,7 @@ def forecast(request: Request) -> list[str]:
     """
     plan, device = request.plan, "cuda" if request.device == "cuda" else "cpu"
     budget, catalogues = Budget(None), published(device).catalogues(request.frameworks)
-    spent, late, reached, workers = end_s(0), list[tuple[int, Cell]](), 0, None
+    spent, late, reached, workers = end_s(0), dict[tuple[int, Cell], None](), set[tuple[int, Cell]](), None
     for replicate, division, part in steps(plan, limited=True):
         spent += budget.start_s(device) * (workers != (replicate, division))
         workers = (replicate, division)
@@ -296,12 +323,16 @@ def forecast(request: Request) -> list[str]:
             except SelectionError:
                 # The workers may know more names; what they lack is said when they are there.
                 competitors = ()
-            needed = budget.expected(cell, competitors, plan, diagnose=replicate == 0).total
-            if spent + needed > (request.budget_s or 0.0):
-                late.append((replicate, cell))
+            needed = expected_seconds(cell, competitors, plan, diagnose=replicate == 0).total
+            if (replicate, cell) in reached:
                 continue
-            spent, reached = spent + needed, reached + 1
-    total = reached + len(late)
-    said = f"{request.budget_s:g} s are expected to reach for {reached} of {total} cells"
+            if spent + needed > (request.budget_s or 0.0):
+                late[replicate, cell] = None
+                continue
+            spent += needed
+            late.pop((replicate, cell), None)
+            reached.add((replicate, cell))
+    total = len(reached) + len(late)
+    said = f"{request.budget_s:g} s are expected to reach for {len(reached)} of {total} cells"
     where = f"a device like that of the published run {_PUBLISHED[device]}"
-    return [f"{said}, by estimates for {where}.", *left_out_sentences(late, total)[1:]]
+    return [f"{said}, by estimates for {where}.", *left_out_sentences(list(late), total)[1:]]

@@ -3,6 +3,7 @@
 The outcome of a competitor is its own record; a worker that dies or hangs is replaced, and the others go on.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
@@ -17,6 +18,9 @@ from bench.plan.competitors import Competitor
 from bench.plan.costs import OVER_THE_CEILING, compulsory_bytes, peak_rates, planned_skip, useful_product_flops
 from bench.plan.presets import BLOCK_S, Preset
 from parity_tests.interpreters.interpreter import Message
+
+# Clocks beside the samples; seconds that are kept for counting the operations of the competitors that are left.
+_CLOCKS, _LAST_S = 4, 3.0
 
 
 class CellRun:
@@ -34,7 +38,8 @@ class CellRun:
         watch: watches the machine during the rounds; None watches nothing.
         diagnose: measure memory, the other clocks, energy and compiling again too; answers and the number of products
             are checked in any case.
-        rounds_left: seconds that are left for the rounds, under a budget; without one they take what they need.
+        left: returns the seconds that are left for everything.
+        after_s: under a budget, those that are kept for what follows the rounds; None lets these take what they need.
     """
 
     def __init__(
@@ -50,11 +55,12 @@ class CellRun:
         device_name: str = "",
         watch: Watch | None = None,
         diagnose: bool = True,
-        rounds_left: Callable[[], float] | None = None,
+        left: Callable[[], float] = lambda: math.inf,
+        after_s: float | None = None,
     ):
         self._watch = watch or Watch(dict, ())
         self._monitor, self._device_name, self._diagnose = monitor or Monitor(), device_name, diagnose
-        self._rounds_left = rounds_left
+        self._left, self._after_s = left, after_s
         self._cell, self._workers, self._preset, self._seed, self._report = cell, workers, preset, seed, report
         self._entries = [Entry(competitor, str(k)) for k, competitor in enumerate(competitors)]
         self._opened: dict[str, Message] = {}
@@ -185,7 +191,9 @@ class CellRun:
         """Count the program's operations, and to diagnose run the other clocks; too little work ends the competitor."""
         if entry.control:
             return
-        budget = self._preset.probe_s if self._diagnose else 0.0
+        # Samples are not given up for the further clocks, of which compiling again takes longest.
+        needed_s = _CLOCKS * self._preset.probe_s + (entry.compile_s or 0.0) + _LAST_S
+        budget = self._preset.probe_s if self._diagnose and needed_s < self._left() else 0.0
         found = self._ask(entry, "probe", self._preset.limits.prepare_s, budget_s=budget)
         if found is not None:
             doubt, entry.probe = found.pop("doubt"), found
@@ -235,13 +243,14 @@ class CellRun:
             report=self._report,
             block_s=self._block_s,
             watch=self._watch,
-            left=self._rounds_left,
+            # Another cell is worth more than a longer look at this one.
+            left=None if self._after_s is None else lambda: self._left() - (self._after_s or 0.0),
         )
         stopped = rounds.run() if any(entry.going for entry in self._entries) else ""
         ceilings: dict[str, float] = {}
         if self._preset.probe_s > 0:
             ceilings = measured_ceilings(self._ceilings_of(framework) for framework in self._opened)
-            if self._diagnose:
+            if self._diagnose and self._left() > (self._after_s or 0.0) / 2:
                 self._each("measuring the energy of", self._measure_energy)
         # After the rounds: a tracer leaves its hooks behind, and compiling again replaces the program.
         self._each("probing", self._probe)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from statistics import median
 from typing import Any, Protocol
 
-from bench.measure.budget import Budget, in_order, left_out_sentences, steps
+from bench.measure.budget import Budget, Queue, in_order, left_out_sentences, steps
 from bench.measure.coordinator import CellOutcome, CellRun
 from bench.measure.disturbance import Gate, Watch
 from bench.measure.environment import fingerprint
@@ -28,7 +28,7 @@ from bench.measure.rounds import Entry
 from bench.measure.switches import sentences
 from bench.measure.workers import OutOfTimeError, WorkerPool, starter
 from bench.plan.cells import DEVICES, Cell
-from bench.plan.competitors import Competitor
+from bench.plan.competitors import Catalogue, Competitor
 from bench.plan.costs import compulsory_bytes, peak_rates, useful_flops, waste_factor
 from bench.plan.presets import BLOCK_S, Preset, plan_cells
 from bench.records import HARNESS_VERSION, Record, digest, schema_version_of
@@ -113,6 +113,8 @@ def run_sweep(
     plan, gate, budget = request.plan, Gate(request.when_busy, allowed_cpus()), Budget(request.budget_s)
     waiting = {(replicate, cell.title): cell for replicate in range(first, plan.replicates) for cell in planned(plan)}
     total, left_out, measured = len(waiting), list[LeftOutError](), 0
+    catalogues: Sequence[Catalogue] = ()
+    device = DEVICES[0]
 
     def report(text: str) -> None:
         progress(Progress(total - len(waiting), total, text))
@@ -120,7 +122,9 @@ def run_sweep(
             raise OutOfTimeError
 
     for replicate, division, part in steps(plan, limited=budget.limited, first=first):
-        if budget.limited and not budget.starts(request.device):
+        own = [cell for (k, _), cell in waiting.items() if (k, cell.division) == (replicate, division)]
+        cells: Sequence[Cell] = [replace(cell, device=device) for cell in own]
+        if budget.limited and not _worth_starting(cells, replicate, request, catalogues, budget):
             continue
         # The end of the budget leaves the workers in the middle of something: they end, and others may be there in
         # time for what remains.
@@ -135,15 +139,18 @@ def run_sweep(
                     notes.add(line)
                 place = fingerprint(pool.hello, device=device, division=division, cpus=allowed_cpus())
                 store.add_environment(digest(place), place)
-                cells: Sequence[Cell] = plan_cells(replace(plan, divisions=(division,)), device)
-                for cell in in_order(cells, plan, part) if budget.limited else cells:
-                    if budget.limited and (replicate - 1, cell.title) in waiting:
+                catalogues = pool.catalogues()
+                cells = plan_cells(replace(plan, divisions=(division,)), device)
+                queue = Queue(in_order(cells, plan, part) if budget.limited else cells, budget)
+                for cell in queue:
+                    if (replicate - 1, cell.title) in waiting or (replicate, cell.title) not in waiting:
                         continue
                     try:
                         measured += _run_cell(
                             cell, replicate, request, store, pool, digest(place), report, gate, budget
                         )
-                    except _NoTimeError:
+                    except _NoTimeError as error:
+                        queue.postpone(cell, error.seconds)
                         continue
                     except LeftOutError as error:
                         left_out.append(error)
@@ -161,8 +168,34 @@ def run_sweep(
     progress(Progress(total - len(waiting), total, "done"))
 
 
+def _worth_starting(
+    cells: Sequence[Cell], replicate: int, request: Request, catalogues: Sequence[Catalogue], budget: Budget
+) -> bool:
+    """Return True if there is time to start workers and for one of the cells, as far as is known before the first."""
+    left = budget.left() - budget.start_s(request.device)
+    if left <= 0 or not catalogues:
+        return left > 0
+
+    def fits(cell: Cell) -> bool:
+        try:
+            who = chosen_competitors(catalogues, request, cell)
+        except LeftOutError:
+            return True
+        return budget.expected(cell, who, request.plan, diagnose=replicate == 0).total <= left
+
+    return any(map(fits, cells))
+
+
 class _NoTimeError(Exception):
-    """A cell that is expected to take longer than there is time."""
+    """A cell that is expected to take longer than there is time.
+
+    Args:
+        seconds: that it takes by the estimates.
+    """
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds = seconds
 
 
 def planned(plan: Preset) -> tuple[Cell, ...]:
@@ -195,7 +228,7 @@ def _run_cell(
         return False
     expected = budget.expected(cell, competitors, plan, diagnose=replicate == 0)
     if not budget.reaches(expected):
-        raise _NoTimeError
+        raise _NoTimeError(expected.total / budget.pace)
     gate.pass_when_quiet(pool.pids, report)
     started_at, begun = datetime.now(UTC), time.monotonic()
     # Another seed in each replicate: the order and the inputs are part of what varies between processes.
@@ -213,8 +246,8 @@ def _run_cell(
         watch=Watch(pool.pids, allowed_cpus()),
         # Memory, kernels and compile times hardly differ from process to process; speeds do, and so do mistakes.
         diagnose=replicate == 0,
-        # Another cell is worth more than a longer look at this one.
-        rounds_left=(lambda: budget.left() - expected.after) if budget.limited else None,
+        left=budget.left,
+        after_s=expected.after if budget.limited else None,
     )
     try:
         outcome = run.run()

@@ -176,8 +176,10 @@ class WorkerProcess:
             how += ", sent by the kernel because memory ran out"
         return RequestError(status, one_line(f"the worker process {how}" + (f": {last}" if last else "")))
 
-    def close(self) -> None:
-        """Close the connection, at which the worker ends; kill it if it does not."""
+    def close(self, *, at_once: bool = False) -> None:
+        """Close the connection, at which the worker ends; kill it if it does not, or without waiting."""
+        if at_once:
+            self._interpreter.kill()
         self._interpreter.end()
         self._scratch.cleanup()
 
@@ -248,8 +250,8 @@ class WorkerPool:
                         self._workers.pop(framework).close()
                     else:
                         raise RequestError(str(reply.get("status")), str(reply.get("reason")))
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self.close(at_once=isinstance(error, OutOfTimeError))
             raise
 
     def catalogues(self) -> tuple[Catalogue, ...]:
@@ -300,17 +302,17 @@ class WorkerPool:
         self._workers[framework] = self._start(framework)
         self.request(framework, {"operation": "hello"}, START_S)
 
-    def close(self) -> None:
-        """End all workers."""
+    def close(self, *, at_once: bool = False) -> None:
+        """End all workers, in good order or at once."""
         for worker in self._workers.values():
-            worker.close()
+            worker.close(at_once=at_once)
         self._workers.clear()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(at_once=kind is OutOfTimeError)
 
 
 @contextmanager
@@ -349,8 +351,8 @@ class KeptPool:
         pool = start() if kept is None else kept[1]
         try:
             yield pool
-        except BaseException:
-            pool.close()
+        except BaseException as error:
+            pool.close(at_once=isinstance(error, OutOfTimeError))
             raise
         before = self._exchange((kind, pool))
         if before is not None:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,12 @@ import pytest
 from bench.measure import budget as budgets
 from bench.measure import sweep
 from bench.measure.budget import Budget, Published, expected_seconds, in_order, left_out_sentences, steps
+from bench.measure.coordinator import CellRun
 from bench.measure.request import EngineError, Request, SweepNotes, chosen_competitors
 from bench.measure.rounds import CellOutcome
 from bench.measure.workers import OutOfTimeError, WorkerPool
 from bench.plan.competitors import Catalogue
-from bench.plan.presets import plan_cells
+from bench.plan.presets import ANY_ROUNDS, plan_cells
 from bench.store import Store, read_records
 from bench.tests.conftest import example_record
 from bench.tests.whole_sweep import InventedCell
@@ -54,7 +56,7 @@ def order(request, first=0):
             f"{replicate} {division} {cell.workload.name} {cell.precision} {cell.direction}"
             for cell in in_order(cells, request.plan, part)
         ]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def test_base_settings_come_first_then_where_the_frameworks_are_apart_then_more_processes(known):
@@ -62,7 +64,7 @@ def test_base_settings_come_first_then_where_the_frameworks_are_apart_then_more_
     names = ("article-base", "article-n8", "article-batch-1", "article-in256")
     wanted = Request(workload=names, division=("stock", "matched"), precision=("fp32", "bf16"), replicates=2)
     found = order(wanted)
-    assert len(found) == len(set(found)) == 4 * 2 * 2 * 2 * 2
+    assert len(found) == 4 * 2 * 2 * 2 * 2
     assert [line.split()[:3] for line in found[:8]] == [["0", "matched", NAMES[0]]] * 4 + [["0", "stock", NAMES[0]]] * 4
     conditions = {tuple(line.split()[3:]) for line in found[:4]}
     assert conditions == {(p, d) for p in ("ieee_fp32", "bf16") for d in ("forward", "forward_backward")}
@@ -114,6 +116,9 @@ def test_more_work_is_expected_to_take_longer_and_a_run_learns_how_long():
     budget.took(first, 3 * first.total)
     second = budget.expected(cell, who, SMALL.plan, diagnose=True)
     assert second.total == pytest.approx(3 * first.total * budgets._MARGIN)
+    assert first.total == pytest.approx(
+        budgets._FIRST_PACE * expected_seconds(cell, who, SMALL.plan, diagnose=True).total
+    )
     # An old slow cell is forgotten.
     for _ in range(budgets._REMEMBERED):
         budget.took(budget.expected(cell, who, SMALL.plan, diagnose=True), first.total)
@@ -140,9 +145,9 @@ def clocked(monkeypatch, fake_pool, known):
                 raise OutOfTimeError
             return outcome
 
-        def __init__(self, cell, competitors, *rest, rounds_left=None, **options):
+        def __init__(self, cell, competitors, *rest, left=None, **options):
             super().__init__(cell, competitors)
-            self.cell, self.left = cell, rounds_left
+            self.cell, self.left = cell, left
 
     Timed.begun = []
     monkeypatch.setattr(sweep, "CellRun", Timed)
@@ -223,11 +228,6 @@ def test_a_worker_that_hangs_does_not_outlast_the_budget(name, tmp_path, call, m
 
 
 def test_rounds_end_before_the_time_of_what_follows_them(fake_starter):
-    from dataclasses import replace
-
-    from bench.measure.coordinator import CellRun
-    from bench.plan.presets import ANY_ROUNDS
-
     (cell,) = plan_cells(Request(workload=NAMES[:1], direction=("forward",)).plan, "cpu")
     who = chosen_competitors([TORCH], Request(implementation=("matmul", "loop"), framework=("torch",)), cell)
     # Noise that no time resolves would prolong them.
@@ -236,10 +236,10 @@ def test_rounds_end_before_the_time_of_what_follows_them(fake_starter):
 
     def left():
         asked.append(1)
-        return 1e-9
+        return 1.0 + 1e-9
 
     with WorkerPool(fake_starter, ("torch",)) as pool:
-        outcome = CellRun(cell, who, pool, plan, rounds_left=left).run()
+        outcome = CellRun(cell, who, pool, plan, left=left, after_s=1.0).run()
     assert asked
     assert outcome.stopped == "time"
     assert {len(entry.blocks) for entry in outcome.entries} == {2 * plan.least_rounds}
@@ -285,3 +285,31 @@ def test_every_cell_that_is_left_out_is_named():
     assert len(said) == 1 + 2
     assert all("process 0, 2" in line and all(cell.workload.name in line for cell in cells) for line in said[1:])
     assert left_out_sentences([], 99) == []
+
+
+def test_what_seemed_too_long_is_measured_once_the_machine_turns_out_fast(clocked, tmp_path, monkeypatch):
+    dear = {NAMES[0]: 30.0, NAMES[1]: 5.0, NAMES[2]: 400.0}
+    seconds = lambda cell, *_, **__: budgets.Seconds(dear[cell.workload.name], 0.0, 0.0)  # noqa: E731
+    monkeypatch.setattr(budgets, "expected_seconds", seconds)
+    clocked.cells.takes = 4.0
+    wanted = Request(preset="smoke", workload=NAMES, implementation=("matmul",), direction=("forward",), budget_s=50.0)
+    sweep.run_sweep(wanted, Store(tmp_path / "run", resume=False), notes := SweepNotes())
+    # The first might take a minute on an unknown machine; after the second it fits, and the third never does.
+    assert [name for name, _ in clocked.cells.begun] == [NAMES[1], NAMES[0]]
+    assert f"Left out, forward, fp32, matched: {NAMES[2]}." in notes.lines
+
+
+def test_the_further_clocks_are_given_up_before_the_samples(fake_starter):
+    (cell,) = plan_cells(Request(workload=NAMES[:1], direction=("forward",)).plan, "cpu")
+    who = chosen_competitors([TORCH], Request(implementation=("matmul",), framework=("torch",)), cell)
+    plan = replace(SMALL.plan, rounds=3, probe_s=0.01, compiled={})
+    clocks = {}
+    for left_s in (2.0, 60.0):
+        with WorkerPool(fake_starter, ("torch",)) as pool:
+            outcome = CellRun(cell, who, pool, plan, left=lambda s=left_s: s, after_s=1.0).run()
+        entry = outcome.entries[0]
+        assert (entry.status, len(entry.blocks)) == ("ok", 6)
+        # What is counted to judge the program is counted in any case.
+        assert entry.probe["program_flops"] == 10**9
+        clocks[left_s] = "enqueue_s" in entry.probe
+    assert clocks == {2.0: False, 60.0: True}

@@ -13,7 +13,7 @@ class Pool:
     def __init__(self):
         self.closed = threading.Event()
 
-    def close(self):
+    def close(self, **_):
         self.closed.set()
 
 
