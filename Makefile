@@ -4,7 +4,8 @@
 # make test-oldest  run the tests of both layers on the oldest PyTorch, JAX and Flax that are supported
 # make lint      check formatting, lint rules and types
 # make gpu       run the whole comparison on an NVIDIA GPU, records under OUT (to publish: OUT=bench/results/<device>);
-#                with frameworks that are installed already: make gpu GPU_PYTHON=python3
+#                with frameworks that are installed already: make gpu GPU_PYTHON=python3; where GPU time is dear, in so
+#                many seconds, parity included, what decides most: make gpu BUDGET=420
 # make device    measure this machine, GPU or CPU, to publish it: NAME=<device>, a folder of bench/results
 # make publish   compress the records of new runs in bench/results, and draw their page and the pictures anew
 # make setup     make the virtual environments that the other targets use
@@ -22,10 +23,11 @@ PRESET ?= smoke
 # Further options of `bench run`. The article's settings in one process, under ten minutes:
 # make compare PRESET=seed BENCH_ARGS="--replicates 1"
 BENCH_ARGS ?=
-# Two files at a time; the tests of one file stay together, because they share what they computed.
+# Three files at a time: some wait for processes of their own, and two processors are to have work all the same. The
+# tests of one file stay together, because they share what they computed.
 # EVERY_TEST=1 in the environment adds what takes minutes: every optimiser, planted defect, kill and signal, every dtype
 # of every case and implementation of JAX, and the drawn pages.
-PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
+PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 # The longest files come first, so that no worker is left with one of them at the end.
 SUITE ?= $(addprefix parity_tests/tests/test_,parity.py metamorphic.py jax_implementations.py pair_families.py pair_defects.py) bench parity_tests
 # To collect the tests of all other files takes longer than most of these run.
@@ -65,9 +67,12 @@ REQUIREMENTS = -e '.[$(if $(filter 12,$(CUDA_MAJOR)),cuda12,cuda13),competitors,
 endif
 
 GPU_PYTHON ?= $(VENV)/bin/python
-GPU_PRESET ?= seed
+# Seconds for all of `make gpu` once everything is installed; empty for as long as it takes.
+BUDGET ?=
+GPU_PRESET ?= $(if $(BUDGET),workloads,seed)
 # What the article's claims are judged in; fewer precisions or divisions take proportionally less time.
-GPU_OPTIONS ?= $(foreach d,stock matched tuned,--division $(d)) $(foreach p,ieee_fp32 tf32 bf16,--precision $(p))
+GPU_OPTIONS ?= $(foreach d,stock matched tuned,--division $(d)) $(foreach p,ieee_fp32 tf32 bf16,--precision $(p)) \
+	$(if $(BUDGET),--precision fp16 --precision fp64 --cell-s 6 --probe-s 0)
 # Sets of fresh processes: one is for a first look; the same command and OUT with more (five) goes on where it ended.
 GPU_REPLICATES ?= 1
 
@@ -84,6 +89,9 @@ CHARTED ?= h200
 FRONT ?= README.md
 HEADLINED ?= h200
 TOLD ?= $(if $(SHOWN),cpu-xeon-amx-2core)
+# What the example models gain over the loops that they replace, and the page that says so.
+EXEMPLIFIED ?= $(if $(SHOWN),cpu-epyc-2core cpu-epyc-2core-catalogue)
+EXAMPLES ?= torch_impl/examples/README.md
 # A picture of every cell would be too long to read: the article's first setting, both directions.
 CHART_OPTIONS ?= $(foreach c,workload=article-base division=matched precision=ieee_fp32 direction=f*,--where '$(c)')
 BENCH = $(VENV)/bin/python -m bench
@@ -153,13 +161,24 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/pyright
 
 gpu: RUN = PYTHONPATH=. $(GPU_PYTHON) -m bench run --device cuda --preset $(GPU_PRESET) $(GPU_OPTIONS) --replicates $(GPU_REPLICATES) --resume --out $(OUT)
+gpu: JUDGE = PYTHONPATH=. timeout $$(left 0) $(GPU_PYTHON) -m parity_tests run --device cuda --cases smoke
 gpu: $(if $(filter $(VENV)/bin/python,$(GPU_PYTHON)),$(VENV)/.installed)
+ifneq ($(BUDGET),)
+	@set -e; SECONDS=0; left() { awk "BEGIN { s = $(BUDGET) - $$SECONDS - $$1; print (s > 1 ? s : 1) }"; }; \
+	$(RUN) --budget-s "$(BUDGET)" --dry-run >/dev/null; \
+	mkdir -p $(OUT); \
+	$(JUDGE) --json $(OUT)/parity.json; \
+	$(JUDGE) --precision tf32 --dtype float32 --json $(OUT)/parity-tf32.json; \
+	$(RUN) --budget-s $$(left 10); \
+	PYTHONPATH=. $(GPU_PYTHON) -m bench claims $(OUT) --json $(OUT)/claims.json --markdown $(OUT)/claims.md
+else
 	@$(RUN) --dry-run
 	@mkdir -p $(OUT)
 	PYTHONPATH=. $(GPU_PYTHON) -m bench doctor
 	PYTHONPATH=. $(GPU_PYTHON) -m parity_tests run --device cuda --cases default --json $(OUT)/parity.json
 	$(RUN)
 	PYTHONPATH=. $(GPU_PYTHON) -m bench claims $(OUT) --json $(OUT)/claims.json --markdown $(OUT)/claims.md
+endif
 
 device: OUT = $(RESULTS)/$(NAME)
 device: GPU_REPLICATES = 5
@@ -174,6 +193,7 @@ publish:
 	$(if $(NEW),$(BENCH) compress $(NEW))
 	$(foreach directory,$(SHOWN),$(call show,$(directory)))
 	$(foreach directory,$(TOLD),$(BENCH) findings $(RESULTS)/$(directory) --readme $(PAGE))
+	$(foreach directory,$(EXEMPLIFIED),$(BENCH) findings $(RESULTS)/$(directory) --readme $(EXAMPLES) &&) true
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and was not found (set PYTHON)"; exit 1; }

@@ -164,6 +164,10 @@ class Store:
             self._cells.add(_cell(record))
             self.environment_ids.add(record.environment_id)
 
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self._keys)
+
     @property
     def records(self) -> list[Record]:
         """Read all records back from the file."""

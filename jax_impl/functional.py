@@ -148,6 +148,9 @@ def _run(
     run = run_auto if implementation == "auto" and not unequal and dot_general is None else entry.run
     run = cast(Callable[..., Array], entry.run_shared) if shared else run
     dtype = kernel.dtype if preferred_element_type is None else np.dtype(preferred_element_type)
+    if name == "matmul" and dot_general is None and not any(isinstance(array, Tracer) for array in (x, kernel, bias)):
+        # Without a `jit` around it, each of its operations would cost as much as the whole program.
+        run = partial(_compiled, run)
     run = partial(run, precision=precision, dtype=dtype, **({"packing": packing} if unequal else {}))
     run = run if dot_general is None else partial(run, dot_general=dot_general)
     try:
@@ -155,6 +158,14 @@ def _run(
     except Exception as error:
         explain_failure(error, name, precision, kernel)
         raise
+
+
+# One jitted function for all calls, so that it is compiled once for each shape.
+@partial(jax.jit, static_argnums=0, static_argnames=("precision", "dtype"))
+def _compiled(
+    run: Callable[..., Array], x: Array, kernel: Array, bias: Array | None, *, precision: PrecisionLike, dtype: Any
+) -> Array:
+    return run(x, kernel, bias, precision=precision, dtype=dtype)
 
 
 def _unequal(

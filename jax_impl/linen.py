@@ -108,22 +108,22 @@ class PartitionedLinear(nn.Module):
         check_axes(self.in_axis, self.partition_axis)
         array = as_array("x", x)
         kernel_shape, bias_shape = self._shapes(array, packing)
-        own = self.initializer, self.kernel_init, self.bias_init
-        if packing is None:
-            draw_kernel, draw_bias = partition_initializers(*own, kernel_shape[1])
-        else:
-            draw_kernel, draw_bias = packed_initializers(*own, packing)
-        kernel = self.param("kernel", draw_kernel, kernel_shape, self.param_dtype)
-        bias = None
-        if self.use_bias:
-            stored = self._stored("bias")
-            if stored is not None and stored.shape != bias_shape:
-                wanted = "(n, out)" if packing is None else "(out_0 + out_1 + ...,)"
-                raise ValueError(
-                    f"`params['bias']`: expected shape {wanted} = {bias_shape}, got {stored.shape}; pass what init "
-                    f"returned."
-                )
-            bias = self.param("bias", draw_bias, bias_shape, self.param_dtype)
+        kernel, bias = self._stored("kernel"), self._stored("bias") if self.use_bias else None
+        if bias is not None and bias.shape != bias_shape:
+            wanted = "(n, out)" if packing is None else "(out_0 + out_1 + ...,)"
+            raise ValueError(
+                f"`params['bias']`: expected shape {wanted} = {bias_shape}, got {bias.shape}; pass what init returned."
+            )
+        if kernel is None or (bias is None and self.use_bias):
+            # Only then: with stored values Flax would trace the initialisers in every call, to know their shapes.
+            own = self.initializer, self.kernel_init, self.bias_init
+            if packing is None:
+                draw_kernel, draw_bias = partition_initializers(*own, kernel_shape[1])
+            else:
+                draw_kernel, draw_bias = packed_initializers(*own, packing)
+            kernel = self.param("kernel", draw_kernel, kernel_shape, self.param_dtype)
+            if self.use_bias:
+                bias = self.param("bias", draw_bias, bias_shape, self.param_dtype)
         x, kernel, bias = promoted(
             lambda: self.promote_dtype(array, kernel, bias, dtype=self.dtype), array, kernel=kernel, bias=bias
         )

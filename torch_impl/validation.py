@@ -100,9 +100,9 @@ def check_operands(x: Any, weight: Any, bias: Any) -> None:
     """
     failure = None
     try:
-        if _operands_fit(x, weight, bias):
+        if operands_fit(x, weight, bias) is not None:
             return
-    except Exception as error:  # nested and uninitialised tensors have no shape
+    except Exception as error:  # nested and uninitialised tensors have no shape, others have too few axes
         failure = error
     _explain_operands(x, weight, bias)
     if failure is not None:
@@ -112,25 +112,25 @@ def check_operands(x: Any, weight: Any, bias: Any) -> None:
         ) from failure
 
 
-def _operands_fit(x: Any, weight: Any, bias: Any) -> bool:
-    # Decides in as few attribute reads as possible, because it runs before kernels that take a few microseconds.
+def operands_fit(x: Any, weight: Any, bias: Any) -> bool | None:
+    """Return None for operands that `check_operands` refuses, and for others whether they have one dtype.
+
+    It runs before kernels that take a few microseconds, so it reads few attributes; a wrong number of axes may raise.
+    """
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
-        return False
-    shape, received, dtype, device = weight.shape, x.shape, weight.dtype, weight.device
-    if len(shape) != 3 or len(received) < 2 or 0 in shape:
-        return False
-    n, i, o = shape
-    if received[-1] != i or received[-2] != n or x.device != device:
-        return False
-    if dtype not in DTYPE_NAMES or (x.dtype is not dtype and x.dtype not in DTYPE_NAMES):
-        return False
-    if x.layout is not strided or weight.layout is not strided:
-        return False
-    if bias is None:
-        return True
-    if not isinstance(bias, Tensor) or bias.shape != (n, o) or bias.device != device:
-        return False
-    return (bias.dtype is dtype or bias.dtype in DTYPE_NAMES) and bias.layout is strided
+        return None
+    n, i, o = weight.shape
+    received, dtype, device, other = x.shape, weight.dtype, weight.device, x.dtype
+    if received[-1] != i or received[-2] != n or not (n and i and o) or x.device != device:
+        return None
+    if dtype not in DTYPE_NAMES or x.layout is not strided or weight.layout is not strided:
+        return None
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.shape != (n, o) or bias.device != device or bias.layout is not strided:
+            return None
+        if bias.dtype is not dtype:
+            return False if bias.dtype in DTYPE_NAMES and other in DTYPE_NAMES else None
+    return True if other is dtype else False if other in DTYPE_NAMES else None
 
 
 def _explain_operands(x: Any, weight: Any, bias: Any) -> None:

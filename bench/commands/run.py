@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -31,6 +32,7 @@ from bench.commands.arguments import (
     tell_damage,
 )
 from bench.environments import StoreError, check_environments, read_environments
+from bench.measure.budget import MOST_BUDGET_S, end_s, forecast
 from bench.measure.disturbance import BusyError
 from bench.measure.request import EngineError, Request, SelectionError, SweepNotes, option
 from bench.measure.sweep import Progress, run_sweep
@@ -115,6 +117,13 @@ def _checked(options: RunOptions) -> RunOptions:
             workload(name)
     except UnknownWorkloadError as error:
         raise UsageError(f"--workload: {error}") from error
+    if options.budget_s is not None and not (
+        isinstance(options.budget_s, float) and 0 < options.budget_s <= MOST_BUDGET_S
+    ):
+        raise UsageError(
+            f"--budget-s: expected seconds above 0, at most {MOST_BUDGET_S:.0f}, got {options.budget_s!r}; give "
+            "the time that the run may take."
+        )
     if (options.engine == "dask") != (options.scheduler is not None):
         raise UsageError("--scheduler: expected with --engine dask, and only there; give both or neither.")
     check_outputs({"--json": options.json_file, "--csv": options.csv_file}, out=options.out / "report.md")
@@ -181,6 +190,8 @@ def run_command(options: RunOptions) -> int:
     Exit status: 0 if every timed result was right; 1 after a mismatch or a crash, or if nothing could be timed;
     2 for wrong usage.
     """
+    # What this process has computed until now is the least that has passed since the command was typed.
+    begun = time.monotonic() - time.process_time()
     notes = SweepNotes()
     results, failed, damage = None, None, Damage()
     # Until the files are there: a second Ctrl-C, in impatience, must not cost them.
@@ -191,6 +202,8 @@ def run_command(options: RunOptions) -> int:
             for line in left_out(options.plan):
                 notes.add(line)
             if options.dry_run:
+                for line in forecast(options) if options.budget_s is not None else ():
+                    print(line)
                 return OK
             with sole_writer(options.out):
                 store = Store(options.out, resume=options.resume)
@@ -201,7 +214,11 @@ def run_command(options: RunOptions) -> int:
                     notes.add(
                         f"{store.set_aside_bytes} bytes of an unfinished cell were set aside; it is measured again."
                     )
-                stopped = _measure(engine, options, store, notes, interruption)
+                given = options
+                if options.budget_s is not None:
+                    spent = time.monotonic() - begun + end_s(len(store))
+                    given = replace(options, budget_s=max(0.0, options.budget_s - spent))
+                stopped = _measure(engine, given, store, notes, interruption)
         except (UsageError, SelectionError, StoreError) as error:
             return complain(error)
         interrupted = stopped == _INTERRUPTED
@@ -218,6 +235,8 @@ def run_command(options: RunOptions) -> int:
                 failed = error
     if results is not None:
         _show(options, notes, results)
+    else:
+        print(*map(printable, notes.lines), sep="\n", end="\n" * bool(notes.lines))
     if failed is not None:
         complain(failed)
     damaged = tell_damage(damage.sentences, OK) != OK

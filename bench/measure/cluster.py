@@ -6,18 +6,20 @@ records; this process alone writes the store. The framework processes stay for t
 a cell are measured by the same worker.
 """
 
+import math
 import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from distributed import Client, Future
 from distributed import wait as wait_for
 
+from bench.measure.budget import Budget, in_order, left_out_sentences, steps
 from bench.measure.environment import MACHINE_VARIABLE
 from bench.measure.request import EngineError, LeftOutError, Request, SelectionError, SweepNotes
 from bench.measure.sweep import Progress, cell_hash, planned, run_sweep, started_pool
@@ -35,6 +37,8 @@ _CONNECT_S = 10
 # without a result: a cell in a worker has limits of its own, which are far shorter.
 _LOOK_S, _WITHOUT_OWNER_S, _SILENCE_S = 30.0, 600.0, 24 * 3600.0
 _FETCH_S = 600.0
+# Kept for the way of a cell's records back to here, where a run has a budget.
+_RETURN_S = 2.0
 
 
 @dataclass
@@ -63,35 +67,44 @@ class Measured:
     notes: tuple[str, ...]  # for the user
     wrong_selection: str | None = None  # why the request selects nothing there, or None
     failure: str | None = None  # why the framework processes could not start, or None
+    late: bool = False  # no time was left for it
 
 
 # Of this dask worker, which owns one device.
 _KEPT = KeptPool()
 
 
-def _workers(request: Request, division: str) -> AbstractContextManager[WorkerPool]:
+@contextmanager
+def _workers(request: Request, division: str, budget: Budget) -> Iterator[WorkerPool]:
     if request.plan.replicates > 1:
         # A replicate is there to show the differences from process to process.
-        return started_pool(request, division)
+        with started_pool(request, division, budget) as pool:
+            yield pool
+        return
     kind = (request.device, request.frameworks, tuple(sorted(request.pythons.items())), division)
-    return _KEPT.take(kind, lambda: started_pool(request, division))
+    with _KEPT.take(kind, lambda: started_pool(request, division, budget)) as pool:
+        pool.left = budget.left
+        yield pool
 
 
-def measure_cell(request: Request) -> Measured:
-    """Measure the one cell that the request is narrowed to; runs in a dask worker."""
+def measure_cell(request: Request, first: int = 0) -> Measured:
+    """Measure the one cell that the request is narrowed to, from a process replicate on; runs in a dask worker."""
     # Two machines of one kind would otherwise have the same fingerprint.
     os.environ[MACHINE_VARIABLE] = platform.node()
     collector, notes = _Collector([], {}), SweepNotes()
-    wrong, failure = None, None
+    wrong, failure, late = None, None, False
     try:
-        run_sweep(request, collector, notes, pools=_workers)
+        run_sweep(request, collector, notes, pools=_workers, first=first)
+    except EngineError:
+        # Said once for all cells, where the budget was set.
+        late = True
     except LeftOutError as error:
         notes.add(str(error))
     except SelectionError as error:
         wrong = str(error)
     except RequestError as error:
         failure = str(error)
-    return Measured(tuple(collector.lines), collector.environments, tuple(notes.lines), wrong, failure)
+    return Measured(tuple(collector.lines), collector.environments, tuple(notes.lines), wrong, failure, late)
 
 
 def narrowed_to(cell: Cell, request: Request) -> Request:
@@ -102,14 +115,14 @@ def narrowed_to(cell: Cell, request: Request) -> Request:
     return Request(**options)
 
 
-def _connect(address: str, notes: SweepNotes) -> Client:
+def _connect(address: str, notes: SweepNotes, most_s: float) -> Client:
     """Connect to a scheduler that has workers with a device.
 
     Raises:
         SelectionError: if nothing answers there, or no worker offers a device.
     """
     try:
-        client = Client(address, timeout=_CONNECT_S)
+        client = Client(address, timeout=min(_CONNECT_S, max(most_s, 1.0)))
     except (OSError, ValueError) as error:
         raise SelectionError(
             f"scheduler: nothing answers at {address!r} ({type(error).__name__}); start `dask scheduler` and give its "
@@ -147,18 +160,22 @@ def _outcome(future: Future) -> tuple[BaseException | None, Measured | None]:
         return TimeoutError(f"its records did not arrive within {_FETCH_S:g} s"), None
 
 
-def _arrivals(client: Client, futures: Iterable[Future]) -> Iterator[Future]:
-    """Yield futures as they finish.
+def _arrivals(
+    client: Client, futures: Collection[Future], left_s: Callable[[], float] = lambda: math.inf
+) -> Iterator[Future]:
+    """Yield futures as they finish, until the caller has removed all of them or no time is left.
 
     Raises:
         EngineError: if no worker is left that could finish one, or none finishes for very long.
     """
-    left = set(futures)
     arrived = owned = time.monotonic()
-    while left:
+    while left := list(futures):
         try:
-            waited: Any = wait_for(left, timeout=_LOOK_S, return_when="FIRST_COMPLETED")
+            timeout_s = max(0.0, min(_LOOK_S, left_s()))
+            waited: Any = wait_for(left, timeout=timeout_s, return_when="FIRST_COMPLETED")
         except TimeoutError:
+            if left_s() <= 0:
+                return
             now = time.monotonic()
             owned = now if _workers_there(client)[1] else owned
             if now - owned > _WITHOUT_OWNER_S:
@@ -173,7 +190,6 @@ def _arrivals(client: Client, futures: Iterable[Future]) -> Iterator[Future]:
                 ) from None
             continue
         arrived = owned = time.monotonic()
-        left -= waited.done
         yield from waited.done
 
 
@@ -214,34 +230,92 @@ def run_on_cluster(
 
     Raises:
         SelectionError: if nothing is selected, nothing answers at the address, or no worker owns a device.
-        EngineError: if cells were lost; all others are recorded.
+        EngineError: if cells were lost, all others are recorded; or if a budget leaves time for none.
     """
-    all_cells, recorded = planned(request.plan), recorded_cells(store, request)
-    cells = [cell for cell in all_cells if identity(cell) not in recorded]
-    done = len(all_cells) - len(cells)
-    lost: list[str] = []
-    with _connect(address, notes) as client:
-        waiting: dict[Future, Cell] = {
-            # A cell whose worker dies goes to another one, by dask's own rule (distributed.scheduler.allowed-failures).
-            client.submit(measure_cell, narrowed_to(cell, request), pure=False, resources={RESOURCE: 1}): cell
-            for cell in cells
-        }
-        progress(Progress(done, len(all_cells), "handing out cells"))
+    budget = Budget(request.budget_s)
+    jobs, total = _jobs(request, store, limited=budget.limited)
+    todo, done = len(jobs), total - len(jobs)
+    lost, late = list[str](), list[_Job]()
+    with _connect(address, notes, budget.left()) as client:
+        waiting: dict[Future, _Job] = {}
+
+        def hand_out() -> None:
+            # With a budget a cell is handed out when a device is free for it, since what is left then is its own.
+            most = len(_workers_there(client)[1]) if budget.limited else len(jobs)
+            while jobs and len(waiting) < max(1, most) and not any(one.before(jobs[0]) for one in waiting.values()):
+                job = jobs.pop(0)
+                if budget.left() < _RETURN_S or any(one.before(job) for one in late):
+                    late.append(job)
+                    continue
+                narrowed = narrowed_to(job.cell, job.request)
+                if budget.limited:
+                    narrowed = replace(narrowed, budget_s=budget.left() - _RETURN_S)
+                # A cell whose worker dies goes to another one, by dask's own rule
+                # (distributed.scheduler.allowed-failures).
+                waiting[client.submit(measure_cell, narrowed, job.first, pure=False, resources={RESOURCE: 1})] = job
+
+        progress(Progress(done, total, "handing out cells"))
         try:
-            for future in _arrivals(client, list(waiting)):
-                cell = waiting.pop(future)
+            hand_out()
+            for future in _arrivals(client, waiting, budget.left):
+                job = waiting.pop(future)
                 error, measured = _outcome(future)
                 if measured is None or measured.failure is not None:
-                    lost.append(f"{cell.title}: {error if measured is None else measured.failure}")
+                    lost.append(f"{job.cell.title}: {error if measured is None else measured.failure}")
                 else:
                     _store(measured, store, notes)
+                    if measured.late:
+                        late.append(job)
                 done += 1
-                progress(Progress(done, len(all_cells), cell.title))
+                progress(Progress(done, total, job.cell.title))
+                hand_out()
         finally:
             # Also when the user interrupts: cells that are not wanted any more must not keep the devices busy.
             client.cancel(list(waiting))
+    late += waiting.values()
+    for line in left_out_sentences([(job.first, job.cell) for job in late], total):
+        notes.add(line)
+    if late and len(late) == todo:
+        raise EngineError("the budget ended before a worker had measured a cell")
     if lost:
         raise EngineError(f"{len(lost)} cells were lost, the first: {lost[0]}; the others are recorded: add --resume.")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A cell in some of its process replicates, as one worker measures it."""
+
+    cell: Cell
+    first: int  # replicate that is not there yet
+    request: Request  # in whose plan the replicate after the last one is the number of replicates
+
+    def before(self, other: "_Job") -> bool:
+        """Return True if it is an earlier replicate of the same cell."""
+        return self.cell == other.cell and self.first < other.first
+
+
+def _jobs(request: Request, store: Store, *, limited: bool) -> tuple[list[_Job], int]:
+    """Return what is to be handed out, in this order, and how much there is with what is recorded.
+
+    With a budget each process replicate is handed out by itself, the first of all cells before the second of any.
+    """
+    cells: Sequence[Cell] = planned(request.plan)
+    if not limited:
+        recorded = recorded_cells(store, request)
+        return [_Job(cell, 0, request) for cell in cells if identity(cell) not in recorded], len(cells)
+    if request.device == "cuda":
+        cells = plan_cells(request.plan, request.device)
+    jobs = []
+    for first in range(request.plan.replicates):
+        until = replace(request, replicates=first + 1)
+        recorded = recorded_cells(store, until)
+        ordered = (
+            cell
+            for _, division, part in steps(replace(until.plan, replicates=1), limited=True)
+            for cell in in_order([c for c in cells if c.division == division], request.plan, part)
+        )
+        jobs += [_Job(cell, first, until) for cell in ordered if identity(cell) not in recorded]
+    return jobs, len(cells) * request.plan.replicates
 
 
 def identity(source: Cell | Record) -> tuple[object, ...]:

@@ -34,6 +34,7 @@ class CellRun:
         watch: watches the machine during the rounds; None watches nothing.
         diagnose: measure memory, the other clocks, energy and compiling again too; answers and the number of products
             are checked in any case.
+        rounds_left: seconds that are left for the rounds, under a budget; without one they take what they need.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class CellRun:
         device_name: str = "",
         watch: Watch | None = None,
         diagnose: bool = True,
+        rounds_left: Callable[[], float] | None = None,
     ):
         self._watch = watch or Watch(dict, ())
         self._monitor, self._device_name, self._diagnose = monitor or Monitor(), device_name, diagnose
+        self._rounds_left = rounds_left
         self._cell, self._workers, self._preset, self._seed, self._report = cell, workers, preset, seed, report
         self._entries = [Entry(competitor, str(k)) for k, competitor in enumerate(competitors)]
         self._opened: dict[str, Message] = {}
@@ -232,6 +235,7 @@ class CellRun:
             report=self._report,
             block_s=self._block_s,
             watch=self._watch,
+            left=self._rounds_left,
         )
         stopped = rounds.run() if any(entry.going for entry in self._entries) else ""
         ceilings: dict[str, float] = {}

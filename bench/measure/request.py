@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from bench.measure.disturbance import WHEN_BUSY
 from bench.plan.cells import CACHES, DEVICES, DIRECTIONS, DIVISIONS, Cell
 from bench.plan.competitors import (
     FRAMEWORKS,
+    LAUNCHED,
     MODES,
     Catalogue,
     Competitor,
@@ -44,6 +45,14 @@ def option(default: Any, said: str, *, choices: Collection[str] = (), **details:
     return field(default=default, metadata={"choices": choices, "typer": {"help": said, **details}})
 
 
+def number(text: str) -> Any:
+    """Return the number that a text is, or the text: what it may be is checked where all options are."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """The options that decide which cells a run measures, with which competitors and how.
@@ -76,6 +85,9 @@ class Request:
         None, "Most seconds to build and compile a competitor; then it is a timeout.", min=1
     )
     replicates: int | None = option(None, "Sets of fresh processes.", min=1)
+    budget_s: float | None = option(
+        None, "End within so many seconds, with what decides most first; says what it left out.", parser=number
+    )
     seed: int = option(0, "Of the inputs and of the order.", min=0)
     # Interpreters; None is the running one.
     torch_python: str | None = None
@@ -192,10 +204,14 @@ def chosen_competitors(catalogues: Sequence[Catalogue], request: Request, cell: 
         compiled = ("bucketed_matmul",)
     # A mode that is named is wanted in this direction too.
     gradients = bool(request.mode) or cell.direction in plan.compiled_directions
+    further = partial(further_modes, cell.division, cell.device, direction=cell.direction)
     competitors = competitors_for(
         catalogues,
         compiled=compiled,
-        modes=further_modes(cell.division, cell.device, compile_gradients=gradients),
+        modes=further(compile_gradients=gradients),
+        launched=LAUNCHED if cell.device == "cuda" else (),
+        launches=further(compile_gradients=False),
+        device=cell.device,
         only=request.implementation,
         without=plan.left_out,
         only_modes=request.mode,
@@ -214,7 +230,9 @@ def chosen_competitors(catalogues: Sequence[Catalogue], request: Request, cell: 
     if not competitors:
         who = " or ".join(request.implementation) or "no competitor"
         how = f" in the mode {' or '.join(request.mode)}" if request.mode else ""
-        raise SelectionError(
+        # Another direction may have the mode, as training steps alone have `jit-donate`.
+        elsewhere = set(request.mode) & set(offered_modes(cell.division, cell.device, request.frameworks))
+        raise (LeftOutError if elsewhere else SelectionError)(
             f"implementation: no framework that takes part has {who}{how} in {cell.title}; choose another "
             "--implementation, --mode or --framework."
         )

@@ -191,6 +191,7 @@ class Rounds:
         report: called with a short text at each round.
         block_s: length that blocks were sized for, in seconds.
         watch: watches the machine between blocks; None watches nothing.
+        left: returns the seconds that a budget leaves for rounds; the last one ends before, and noise prolongs none.
     """
 
     def __init__(
@@ -204,8 +205,9 @@ class Rounds:
         report: Callable[[str], None],
         block_s: float,
         watch: Watch | None = None,
+        left: Callable[[], float] | None = None,
     ):
-        self._watch = watch or Watch(dict, ())
+        self._watch, self._left = watch or Watch(dict, ()), left
         self._entries, self._preset, self._block = entries, preset, block
         self._block_s = block_s
         self._monitor, self._report = monitor, report
@@ -215,13 +217,15 @@ class Rounds:
     def run(self) -> str:
         """Run rounds until one of the reasons to stop, and return it: resolved, precise, rounds or time."""
         preset, spent, stop = self._preset, 0.0, None
-        most_s = max(preset.cell_s, preset.most_cell_s)
+        most_s = max(preset.cell_s, preset.most_cell_s if self._left is None else 0.0)
         for number in range(1, preset.rounds + 1):
             self._report(f"round {number} of at most {preset.rounds}")
             # Known before the round begins, because its last blocks are judged as well as timed.
             if stop is None and number >= preset.least_rounds:
                 expected = spent * (1 + 1 / number)
                 if expected > most_s or (expected > preset.cell_s and (self._control_known or not self._controlled)):
+                    stop = TIME
+                if self._left is not None and expected - spent > self._left():
                     stop = TIME
             last = stop is not None or number == preset.rounds
             started = time.monotonic()

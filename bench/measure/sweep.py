@@ -3,17 +3,19 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from statistics import median
 from typing import Any, Protocol
 
+from bench.measure.budget import Budget, in_order, left_out_sentences, steps
 from bench.measure.coordinator import CellOutcome, CellRun
 from bench.measure.disturbance import Gate, Watch
 from bench.measure.environment import fingerprint
 from bench.measure.machine import allowed_cpus, monitor_for
 from bench.measure.request import (
+    EngineError,
     LeftOutError,
     Request,
     SelectionError,
@@ -24,7 +26,7 @@ from bench.measure.request import (
 )
 from bench.measure.rounds import Entry
 from bench.measure.switches import sentences
-from bench.measure.workers import WorkerPool, starter
+from bench.measure.workers import OutOfTimeError, WorkerPool, starter
 from bench.plan.cells import DEVICES, Cell
 from bench.plan.competitors import Competitor
 from bench.plan.costs import compulsory_bytes, peak_rates, useful_flops, waste_factor
@@ -58,18 +60,21 @@ class Progress:
 
 
 # Lends workers for the cells of a division; the caller's with statement gives them back.
-Pools = Callable[[Request, str], AbstractContextManager[WorkerPool]]
+Pools = Callable[[Request, str, Budget], AbstractContextManager[WorkerPool]]
 
 
-def started_pool(request: Request, division: str) -> WorkerPool:
+def started_pool(request: Request, division: str, budget: Budget) -> WorkerPool:
     """Start the framework processes for one division.
 
     Raises:
+        OutOfTimeError: if the budget ends before they are there.
         SelectionError: if no framework is there.
         RequestError: if a framework is installed but its worker cannot start.
     """
     start = starter(request.pythons, device=request.device, division=division, cpus=allowed_cpus())
-    pool = WorkerPool(start, request.frameworks)
+    begun = time.monotonic()
+    pool = WorkerPool(start, request.frameworks, budget.left)
+    budget.started(time.monotonic() - begun)
     if not pool.hello:
         pool.close()
         reasons = "; ".join(pool.missing.values())
@@ -86,8 +91,9 @@ def run_sweep(
     progress: Callable[[Progress], None] = lambda state: None,
     *,
     pools: Pools = started_pool,
+    first: int = 0,
 ) -> None:
-    """Measure every cell that the store does not hold yet.
+    """Measure every cell that the store does not hold yet, with a budget those for which there is time.
 
     Args:
         request: the options of the run.
@@ -95,24 +101,32 @@ def run_sweep(
         notes: collects sentences for the user.
         progress: called often.
         pools: lends workers, which must be fresh ones for every process replicate.
+        first: process replicate that is measured; those before it are there.
 
     Raises:
         SelectionError: if nothing is selected, or no framework is there.
         LeftOutError: if no cell is one of the competitors that were asked for; a few are notes.
         RequestError: if a framework is installed but its worker cannot start.
         BusyError: if the machine is busy before a cell and `when_busy` is `refuse`.
+        EngineError: if there is no time for any cell.
     """
-    plan, gate = request.plan, Gate(request.when_busy, allowed_cpus())
-    total = len(planned(plan)) * plan.replicates
-    done, left_out = 0, list[LeftOutError]()
+    plan, gate, budget = request.plan, Gate(request.when_busy, allowed_cpus()), Budget(request.budget_s)
+    waiting = {(replicate, cell.title): cell for replicate in range(first, plan.replicates) for cell in planned(plan)}
+    total, left_out, measured = len(waiting), list[LeftOutError](), 0
 
     def report(text: str) -> None:
-        progress(Progress(done, total, text))
+        progress(Progress(total - len(waiting), total, text))
+        if budget.left() <= 0:
+            raise OutOfTimeError
 
-    for replicate in range(plan.replicates):
-        for division in plan.divisions:
+    for replicate, division, part in steps(plan, limited=budget.limited, first=first):
+        if budget.limited and not budget.starts(request.device):
+            continue
+        # The end of the budget leaves the workers in the middle of something: they end, and others may be there in
+        # time for what remains.
+        with suppress(OutOfTimeError):
             report("starting the workers")
-            with pools(request, division) as pool:
+            with pools(request, division, budget) as pool:
                 for framework, reason in pool.missing.items():
                     notes.add(f"Without {framework}: {reason}.")
                 device = choose_device(request.device, pool.hello, notes)
@@ -121,17 +135,34 @@ def run_sweep(
                     notes.add(line)
                 place = fingerprint(pool.hello, device=device, division=division, cpus=allowed_cpus())
                 store.add_environment(digest(place), place)
-                for cell in plan_cells(replace(plan, divisions=(division,)), device):
+                cells: Sequence[Cell] = plan_cells(replace(plan, divisions=(division,)), device)
+                for cell in in_order(cells, plan, part) if budget.limited else cells:
+                    if budget.limited and (replicate - 1, cell.title) in waiting:
+                        continue
                     try:
-                        _run_cell(cell, replicate, request, store, pool, digest(place), report, gate)
+                        measured += _run_cell(
+                            cell, replicate, request, store, pool, digest(place), report, gate, budget
+                        )
+                    except _NoTimeError:
+                        continue
                     except LeftOutError as error:
                         left_out.append(error)
-                    done += 1
+                    del waiting[replicate, cell.title]
     if len(left_out) == total:
         raise left_out[0]
     for error in left_out:
         notes.add(str(error))
-    report("done")
+    for line in left_out_sentences([(replicate, cell) for (replicate, _), cell in waiting.items()], total):
+        notes.add(line)
+    if waiting and not measured:
+        needs = f", and the shortest cell {budget.needed_s:.0f} s or more" if budget.needed_s < math.inf else ""
+        begins = budget.start_s(request.device)
+        raise EngineError(f"the budget ended before a cell: the workers take about {begins:.0f} s to start{needs}")
+    progress(Progress(total - len(waiting), total, "done"))
+
+
+class _NoTimeError(Exception):
+    """A cell that is expected to take longer than there is time."""
 
 
 def planned(plan: Preset) -> tuple[Cell, ...]:
@@ -155,11 +186,16 @@ def _run_cell(
     environment_id: str,
     report: Callable[[str], None],
     gate: Gate,
-) -> None:
+    budget: Budget,
+) -> bool:
+    """Measure a cell and keep its records; return False if they are there."""
     plan, competitors = request.plan, chosen_competitors(pool.catalogues(), request, cell)
     key = cell_hash(cell, competitors, plan, seed=request.seed, environment_id=environment_id)
     if store.holds(key, replicate):
-        return
+        return False
+    expected = budget.expected(cell, competitors, plan, diagnose=replicate == 0)
+    if not budget.reaches(expected):
+        raise _NoTimeError
     gate.pass_when_quiet(pool.pids, report)
     started_at, begun = datetime.now(UTC), time.monotonic()
     # Another seed in each replicate: the order and the inputs are part of what varies between processes.
@@ -177,14 +213,23 @@ def _run_cell(
         watch=Watch(pool.pids, allowed_cpus()),
         # Memory, kernels and compile times hardly differ from process to process; speeds do, and so do mistakes.
         diagnose=replicate == 0,
+        # Another cell is worth more than a longer look at this one.
+        rounds_left=(lambda: budget.left() - expected.after) if budget.limited else None,
     )
-    outcome = run.run()
+    try:
+        outcome = run.run()
+    except OutOfTimeError:
+        budget.needed_s = min(budget.needed_s, time.monotonic() - begun)
+        raise
+    taken_s = time.monotonic() - begun
+    budget.took(expected, taken_s)
     # Not read anew: the machine's calendar clock may be set meanwhile.
-    finished_at = started_at + timedelta(seconds=time.monotonic() - begun)
+    finished_at = started_at + timedelta(seconds=taken_s)
     own = {"cell": key, "process_replicate": replicate, "seed": seed, "environment_id": environment_id}
     own |= {"started_at": _timestamp(started_at), "finished_at": _timestamp(finished_at)}
     shared = own | _shared(cell, outcome)
     store.append(_record(entry, shared, outcome, cell, device_name) for entry in outcome.entries)
+    return True
 
 
 def cell_hash(cell: Cell, competitors: Sequence[Competitor], preset: Preset, *, seed: int, environment_id: str) -> str:

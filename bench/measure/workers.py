@@ -5,12 +5,14 @@ with a status that a record may end in, or `missing` where the framework is not 
 and a worker's interpreter may have nothing but NumPy and its framework: it needs the standard library only.
 """
 
+import math
 import os
 import signal
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -28,6 +30,10 @@ KEEP_S = 60.0
 # The last line of a process that could get no more memory, in whatever language it is written.
 _OUT_OF_MEMORY = ("MemoryError", "bad_alloc", "annot allocate memory", "ut of memory", "RESOURCE_EXHAUSTED")
 _KERNEL_COUNTERS = Path("/proc/vmstat")
+
+
+class OutOfTimeError(Exception):
+    """The end of a run's budget, in the middle of something."""
 
 
 class RequestError(Exception):
@@ -205,12 +211,23 @@ class WorkerPool:
         hello: per framework that is there, its worker's report on itself.
         missing: per framework that is not installed, the reason.
 
+    Args:
+        start: starts the worker of a framework.
+        frameworks: that take part.
+        left: seconds that are left for all that is asked of them.
+
     Raises:
         RequestError: if a framework is installed but its worker cannot start.
+        OutOfTimeError: if no time was left; so do requests, and the worker that was asked is dead then.
     """
 
-    def __init__(self, start: Starter, frameworks: Sequence[str] = FRAMEWORKS):
-        self._start = start
+    def __init__(
+        self,
+        start: Starter,
+        frameworks: Sequence[str] = FRAMEWORKS,
+        left: Callable[[], float] = lambda: math.inf,
+    ):
+        self._start, self.left = start, left
         self._workers: dict[str, WorkerProcess] = {}
         self.hello: dict[str, Message] = {}
         self.missing: dict[str, str] = {}
@@ -223,7 +240,7 @@ class WorkerPool:
                 worker.send({"operation": "hello"})
             for framework, worker in list(self._workers.items()):
                 with _named(framework):
-                    reply = worker.receive(START_S)
+                    reply = self._in_time(worker.receive, START_S)
                     if reply.get("ok"):
                         self.hello[framework] = reply
                     elif reply.get("status") == MISSING:
@@ -241,6 +258,7 @@ class WorkerPool:
         for hello in self.hello.values():
             values = hello["catalogue"]
             others = {"framework": values["framework"], "missing": dict(values["missing"])}
+            others["only_on"] = dict(values.get("only_on", {}))
             lists = {item.name: tuple(values.get(item.name, ())) for item in fields(Catalogue)}
             found.append(Catalogue(**{**lists, **others}))
         return tuple(found)
@@ -252,7 +270,17 @@ class WorkerPool:
 
     def request(self, framework: str, message: Message, timeout_s: float) -> Message:
         """Ask the worker of a framework; see `WorkerProcess.request`."""
-        return self._workers[framework].request(message, timeout_s)
+        return self._in_time(partial(self._workers[framework].request, message), timeout_s)
+
+    def _in_time(self, ask: Callable[[float], Message], timeout_s: float) -> Message:
+        if (left := self.left()) <= 0:
+            raise OutOfTimeError
+        try:
+            return ask(min(timeout_s, left))
+        except RequestError as error:
+            if error.status == "timeout" and self.left() <= 0:
+                raise OutOfTimeError from None
+            raise
 
     def pids(self) -> dict[str, int]:
         """Return framework to the process id of its worker."""
@@ -270,7 +298,7 @@ class WorkerPool:
         """
         self._workers[framework].close()
         self._workers[framework] = self._start(framework)
-        self._workers[framework].request({"operation": "hello"}, START_S)
+        self.request(framework, {"operation": "hello"}, START_S)
 
     def close(self) -> None:
         """End all workers."""

@@ -8,20 +8,29 @@ from bench.plan.workloads import SHARED, Workload
 
 EAGER, COMPILE, JIT = "eager", "compile", "jit"
 REDUCE_OVERHEAD, MAX_AUTOTUNE, CUDA_GRAPH = "compile-reduce-overhead", "compile-max-autotune", "cuda-graph"
+# `torch.cuda.make_graphed_callables`: forward and backward are a graph each, with autograd and the optimiser around.
+GRAPHED_CALLABLES = "graphed-callables"
+# Eager with `torch.autograd.set_multithreading_enabled(False)`: a GPU's backward runs in the thread that asks for it.
+ONE_THREAD = "eager-one-thread"
+# A call of the compiled program itself, and a step that gives its old parameters and optimiser state up.
+AOT, DONATE = "aot", "jit-donate"
 # XLA's command buffers are CUDA graphs under another name. JAX records them by default on a GPU, for programs of five
 # kernels or more; the matched division turns them off for `jit`, as torch's eager mode has none. `jit-graph` records
 # programs of any length, and meets `cuda-graph` in both divisions that compare graphs.
 JIT_GRAPH = "jit-graph"
-COMPILED_MODES: frozenset[str] = frozenset({COMPILE, REDUCE_OVERHEAD, MAX_AUTOTUNE, JIT, JIT_GRAPH})
+COMPILED_MODES: frozenset[str] = frozenset({COMPILE, REDUCE_OVERHEAD, MAX_AUTOTUNE, JIT, JIT_GRAPH, AOT, DONATE})
 # On a GPU these replay recorded graphs, as two of `torch.compile`'s modes do. What JAX's `jit` does in
 # the stock and tuned divisions is XLA's choice: it records programs of five kernels and more.
-_GRAPH_MODES: frozenset[str] = frozenset({CUDA_GRAPH, REDUCE_OVERHEAD, MAX_AUTOTUNE, JIT_GRAPH})
+_GRAPH_MODES: frozenset[str] = frozenset({CUDA_GRAPH, GRAPHED_CALLABLES, REDUCE_OVERHEAD, MAX_AUTOTUNE, JIT_GRAPH})
+# On a GPU the way of launching decides: these run in every mode of launching there, where the tree has them.
+LAUNCHED: tuple[str, ...] = ("matmul", "fused", "bucketed_matmul")
 CALLS, GRAPHS = "calls", "graphs"
 IMPLEMENTATION, STOCK, YARDSTICK = "implementation", "stock", "yardstick"
 # What a user of the framework would type; the mode that every competitor of that framework is timed in.
 DEFAULT_MODE: Mapping[str, str] = {"torch": EAGER, "jax": JIT}
 FRAMEWORKS: tuple[str, ...] = tuple(DEFAULT_MODE)
-MODES: tuple[str, ...] = (EAGER, COMPILE, REDUCE_OVERHEAD, MAX_AUTOTUNE, CUDA_GRAPH, JIT, JIT_GRAPH)
+MODES: tuple[str, ...] = (EAGER, COMPILE, REDUCE_OVERHEAD, MAX_AUTOTUNE, CUDA_GRAPH, GRAPHED_CALLABLES, ONE_THREAD)
+MODES += (JIT, JIT_GRAPH, AOT, DONATE)
 
 
 def launch(mode: str, device: str) -> str:
@@ -36,8 +45,7 @@ class Competitor:
     Attributes:
         framework: `torch` or `jax`.
         implementation: a name of the tree's registry, `stock:...` for what users write instead, or `dense`.
-        mode: `eager`, `compile`, `compile-reduce-overhead`, `compile-max-autotune`, `cuda-graph`, `jit` or
-            `jit-graph`.
+        mode: one of `MODES`.
         kind: `implementation`, `stock` or `yardstick` (computes another function; never ranked).
     """
 
@@ -66,6 +74,8 @@ class Catalogue:
         unequal_stock: what users write instead for these.
         shared: names of the tree's registry with one dense product for an input that all partitions share. What users
             write instead is the same as without, on an input that is expanded.
+        only_on: names that not every device runs, each with the devices that do. Elsewhere they take part only where
+            they are asked for by name, with the reason why not in their record.
     """
 
     framework: str
@@ -76,6 +86,7 @@ class Catalogue:
     unequal: tuple[str, ...] = ()
     unequal_stock: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
+    only_on: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def kinds(self, workload: Workload | None = None) -> dict[str, str]:
         """Return name to kind, in the order in which competitors are listed.
@@ -99,6 +110,9 @@ def competitors_for(
     *,
     compiled: Sequence[str] = (),
     modes: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    launched: Sequence[str] = (),
+    launches: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    device: str | None = None,
     only: Sequence[str] = (),
     without: Sequence[str] = (),
     only_modes: Sequence[str] = (),
@@ -110,6 +124,9 @@ def competitors_for(
         catalogues: one for each framework that takes part.
         compiled: names that run in the further modes as well.
         modes: framework to its further modes.
+        launched: names that run in some of the further modes only.
+        launches: framework to these modes.
+        device: leaves out what it does not run; None leaves out nothing.
         only: names to keep; empty keeps all but `without`.
         without: names that take part only if `only` holds them.
         only_modes: modes to keep, in which every competitor then runs; empty keeps `compiled` to the further ones.
@@ -123,33 +140,52 @@ def competitors_for(
         kinds = {
             name: kind
             for name, kind in catalogue.kinds(workload).items()
-            if (name in only if only else name not in without)
+            if (
+                name in only
+                if only
+                else name not in without and device in (None, *catalogue.only_on.get(name, (device,)))
+            )
         }
         mode = DEFAULT_MODE[catalogue.framework]
         found.extend(Competitor(catalogue.framework, name, mode, kind) for name, kind in kinds.items())
-        found.extend(
-            Competitor(catalogue.framework, name, other, kinds[name])
-            for name in (kinds if only_modes else compiled)
-            if name in kinds
-            for other in modes.get(catalogue.framework, ())
-        )
-    return tuple(competitor for competitor in found if not only_modes or competitor.mode in only_modes)
+        for names, further in ((kinds if only_modes else compiled, modes), (launched, launches)):
+            found.extend(
+                Competitor(catalogue.framework, name, other, kinds[name])
+                for name in names
+                if name in kinds
+                for other in further.get(catalogue.framework, ())
+            )
+    kept = (competitor for competitor in found if not only_modes or competitor.mode in only_modes)
+    return tuple(dict.fromkeys(kept))
 
 
-def further_modes(division: str, device: str, *, compile_gradients: bool) -> dict[str, tuple[str, ...]]:
+def further_modes(
+    division: str, device: str, *, compile_gradients: bool, direction: str | None = None
+) -> dict[str, tuple[str, ...]]:
     """Return framework to the modes beside the default one that a division compares.
 
-    stock: `torch.compile` with its defaults. matched: the same, and on a GPU CUDA graphs on both sides. tuned: all that
-    the frameworks offer for speed. Compiled modes are left out where compiling the gradients would take most of the
-    time.
+    stock: `torch.compile` with its defaults. matched: the same, a program that JAX compiled ahead of time, a training
+    step that gives its old parameters up, and on a GPU CUDA graphs on both sides and a backward pass in one thread.
+    tuned: all that the frameworks offer for speed.
+
+    Args:
+        division: of the cell.
+        device: of the cell.
+        compile_gradients: false leaves out what `torch.compile` takes most of the time of a cell for; a GPU runs
+            `reduce-overhead`, one of its graphs, all the same.
+        direction: of the cell; None for all modes that any direction has.
     """
     torch: tuple[str, ...] = (COMPILE,) if compile_gradients else ()
     jax: tuple[str, ...] = ()
     if division == "tuned" and compile_gradients:
         torch += (MAX_AUTOTUNE,)
-    if device == "cuda" and division != "stock":
-        torch += (CUDA_GRAPH,) if division == "matched" else (CUDA_GRAPH, REDUCE_OVERHEAD)
-        jax += (JIT_GRAPH,)
+    if division != "stock":
+        # A CPU's backward runs in one thread anyway.
+        if device == "cuda":
+            torch += (CUDA_GRAPH,) if direction != "train_step" else ()
+            torch += (GRAPHED_CALLABLES, REDUCE_OVERHEAD, *((ONE_THREAD,) if direction != "forward" else ()))
+            jax += (JIT_GRAPH,)
+        jax += (AOT, *((DONATE,) if direction in (None, "train_step") else ()))
     return {"torch": torch, "jax": jax}
 
 

@@ -22,8 +22,8 @@ from bench.report.figures import (
     time_picture,
 )
 from bench.report.screen import answer, between_lines, recommend_command, winner_lines
-from bench.report.tables import Table
-from bench.report.text import environment_sentences, percent, resolution_line, source_line, summary_line
+from bench.report.tables import Table, training_memory_table
+from bench.report.text import environment_sentences, of_bound, percent, resolution_line, source_line, summary_line
 from bench.study.claims import ClaimResult
 from bench.study.findings import EVERYWHERE, Finding
 from bench.study.results import Results
@@ -161,7 +161,7 @@ def parity_account(directories: Sequence[Path]) -> tuple[list[str], list[Table]]
         for (framework, dtype), places in list(groups.items())[:_MOST_LINES]:
             by_status = Counter(told[k][2] for k in places)
             lines.append(
-                (directory.name, framework, dtype, summary_line(by_status), f"{max(worst[k] for k in places):.2g}")
+                (directory.name, framework, dtype, summary_line(by_status), of_bound(max(worst[k] for k in places)))
             )
     columns = ("run", "framework", "dtype", "rows by status", "largest error over its bound")
     return said, [Table("", columns, lines)] if lines else []
@@ -180,7 +180,7 @@ def _parity(results: Results, directories: Sequence[Path], command: str) -> Sect
             largest[key] = max(largest.get(key, 0.0), r.bound_fraction or 0.0)
             failed[f"{r.label}: {r.reason}"] += r.status == "mismatch"
     for (framework, precision), count in judged.items():
-        lines.append((framework, precision, str(count), f"{largest[framework, precision]:.2g}"))
+        lines.append((framework, precision, str(count), of_bound(largest[framework, precision])))
     wrong = +failed
     said, tables = parity_account(directories)
     said = [
@@ -250,6 +250,7 @@ def sections(
     pictured = f"{given}{picked} --pictures DIR"
     drawn = _drawn("speed", "Speed against batch, n and size", speed_pictures(), shown, pictured, _SPEED)
     roof = roofline_picture(results.found, shown)
+    memory = training_memory_table(results.found)
     return [
         _answer(results, told, names),
         _winners(results, shown, f"{given} --all"),
@@ -257,7 +258,18 @@ def sections(
         _claims(told),
         _drawn("roofline", "Roofline", [roof], shown, pictured, _ROOFLINE),
         _drawn("time", "Where the time goes", [time_picture()], shown, pictured, _TIME),
-        _drawn("memory", "Memory", [memory_picture()], shown, pictured, _MEMORY),
+        replace(
+            _drawn(
+                "memory",
+                "Memory",
+                [memory_picture()],
+                shown,
+                pictured,
+                _MEMORY,
+                *(memory.caption if memory.rows else ()),
+            ),
+            tables=[memory] if memory.rows else [],
+        ),
         _drawn("compile", "Compile time, and when it pays", [compile_picture()], shown, pictured, _COMPILE),
         _parity(results, directories, f"{given} --markdown report.md"),
         _noise_section(results, f"{given} --all"),

@@ -5,13 +5,17 @@ from typing import NamedTuple
 
 from bench.plan.cells import DEVICES, Cell
 from bench.plan.competitors import (
+    AOT,
     COMPILE,
     CUDA_GRAPH,
+    DONATE,
     FRAMEWORKS,
+    GRAPHED_CALLABLES,
     IMPLEMENTATION,
     JIT_GRAPH,
     MAX_AUTOTUNE,
     MODES,
+    ONE_THREAD,
     REDUCE_OVERHEAD,
     Competitor,
 )
@@ -198,6 +202,13 @@ def _torch(known: _Spelling, mode: str, cell: Cell) -> list[str]:
     lines += ["", "", f"def linear({given}):", f"    return {known.result}", "", ""]
     if mode in _COMPILE_MODES:
         lines += [f"linear = torch.compile(linear, dynamic=False{_COMPILE_MODES[mode]})", "", ""]
+    if mode == GRAPHED_CALLABLES and known.parameters:
+        # Of a function the arguments alone are recorded.
+        lines += ["linear = torch.cuda.make_graphed_callables(module, (x,))", "", ""]
+    elif mode == GRAPHED_CALLABLES:
+        lines += [f"linear = torch.cuda.make_graphed_callables(linear, ({given}))", "", ""]
+    if mode == ONE_THREAD:
+        lines += ["torch.autograd.set_multithreading_enabled(False)  # for the whole program", "", ""]
     lines += ["def step():"]
     if gradients:
         lines += [f"    y = linear({given})", "    return y, *torch.autograd.grad(y, leaves, dy)"]
@@ -245,7 +256,9 @@ def _jax(known: _Spelling, mode: str, cell: Cell) -> list[str]:
     lines += ["", "", f"def linear({given}):", f"    return {known.result}", "", ""]
     options = ', compiler_options={"xla_gpu_graph_min_graph_size": 1}' if mode == JIT_GRAPH else ""
     if not gradients:
-        return [*lines, f"step = jax.jit(linear{options})", f"y = step({given})"]
+        lines += [f"step = jax.jit(linear{options})"]
+        lines += [f"step = step.lower({given}).compile()"] if mode == AOT else []
+        return [*lines, f"y = step({given})"]
     lines += [
         f"def forward_backward({given}, dy):",
         f"    y, vjp = jax.vjp(linear, {given})",
@@ -254,6 +267,9 @@ def _jax(known: _Spelling, mode: str, cell: Cell) -> list[str]:
         "",
         f"step = jax.jit(forward_backward{options})",
         "dy = jnp.ones(({b}, {n}, {o}), dtype)".format(**sizes),
-        f"y, *gradients = step({given}, dy)",
     ]
+    lines += [f"step = step.lower({given}, dy).compile()"] if mode == AOT else []
+    lines += [f"y, *gradients = step({given}, dy)"]
+    if mode == DONATE:
+        lines += ["# Timed was one jitted step with the update in it, `donate_argnums` on parameters and state."]
     return lines + _optimiser(cell)

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import NamedTuple
 
 from rich.table import Table as RichTable
@@ -29,7 +30,7 @@ from bench.report.text import (
     winner_line,
 )
 from bench.study.cells import DISTURBED, identity
-from bench.study.ranking import Ranking, Row, efficiencies
+from bench.study.ranking import Ranking, Row, efficiencies, training_memory
 from bench.study.results import Results
 from bench.study.statistics import FASTER, SAME, SLOWER
 from bench.study.verdicts import FrameworkRatio
@@ -43,6 +44,12 @@ LEGEND = (
     "the other; in brackets the mode of JAX's and that of PyTorch's; `same`: within 2%; `open`: not resolved, with "
     "JAX's speed over PyTorch's; `disturbed`: others used the machine; `only`: the other framework has no speed to set "
     "against it; `-`: no speed. Recorded graphs are compared with recorded graphs, in columns of their own."
+)
+
+
+MEMORY_LEGEND = (
+    "Peak memory of a call with gradients over that of the loop, as users write it in the same framework, in the same "
+    "cells and measured alike; below 1x is less than the loop takes."
 )
 
 
@@ -269,6 +276,23 @@ def efficiency_table(ranking: Ranking, title: str = "") -> Table:
     return Table(f"{title}: efficiency", ("competitor", *columns), texts, numbers=columns)
 
 
+def training_memory_table(rankings: Sequence[Ranking]) -> Table:
+    """Return the memory of calls with gradients beside the loop's, by competitor; without a row where there is none."""
+    texts = [
+        (
+            one.label,
+            one.direction,
+            one.device,
+            str(len(one.over_loop)),
+            byte_count(int(median(one.memory_bytes))),
+            *(f"{figure(one.over_loop):.2f}x" for figure in (median, min, max)),
+        )
+        for one in sorted(training_memory(rankings), key=lambda one: (one.device, one.direction, median(one.over_loop)))
+    ]
+    columns = ("competitor", "direction", "device", "cells", "memory, median", "of the loop's, median", "least", "most")
+    return Table("Memory of training beside the loop's", columns, texts, numbers=columns[3:], caption=(MEMORY_LEGEND,))
+
+
 def framework_table(matrix: Matrix) -> Table:
     """Return PyTorch against JAX on one device."""
     columns = matrix.columns
@@ -302,10 +326,13 @@ def show_rankings(console: PlainConsole, found: Sequence[Ranking], *, efficiency
 
 
 def show_frameworks(console: PlainConsole, results: Results) -> None:
-    """Print PyTorch against JAX, a table for each device; nothing where no cell has both."""
+    """Print PyTorch against JAX, a table for each device, and the memory of training, each where there is any."""
     for matrix in matrices(results):
         if len(matrix.places) > _MOST_PLACES:
             console.out(f"{HEADING}: {len(matrix.places)} cells; --frameworks-csv and --json hold them.")
             continue
         console.print(terminal(framework_table(matrix)))
+        console.print()
+    if (memory := training_memory_table(results.found)).rows:
+        console.print(terminal(memory))
         console.print()

@@ -54,11 +54,16 @@ def outcome(record: Record) -> str:
     return "skipped" if record.skipped else record.status
 
 
+def of_bound(fraction: float) -> str:
+    """Write which fraction of its bound an error takes; above 1 it fails. Large ones are whole numbers."""
+    return f"{fraction:.2g}" if fraction < 99.5 else f"{fraction:.0f}" if fraction < 1e6 else f"{fraction:.0e}"
+
+
 def parity(record: Record) -> str:
     """Write the status, and how much of the bound the largest error takes."""
     if record.bound_fraction is None:
         return outcome(record)
-    return f"{outcome(record)} ({record.bound_fraction:.2g})"
+    return f"{outcome(record)} ({of_bound(record.bound_fraction)})"
 
 
 def place(row: Row) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from bench.plan.competitors import CALLS, EAGER, GRAPHS, YARDSTICK, launch
+from bench.plan.competitors import CALLS, DEFAULT_MODE, EAGER, GRAPHS, YARDSTICK, launch
 from bench.records import Record
 from bench.study.cells import (
     DISTURBED,
@@ -315,3 +315,36 @@ def efficiencies(ranking: Ranking) -> dict[str, Efficiency]:
             copied_bytes=r.copied_bytes,
         )
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingMemory:
+    """The peak memory of one competitor's calls with gradients, over that of the loop in the same framework."""
+
+    label: str
+    direction: str
+    device: str
+    memory_bytes: tuple[int, ...]  # of each cell
+    over_loop: tuple[float, ...]  # likewise
+
+
+def training_memory(rankings: Iterable[Ranking]) -> list[TrainingMemory]:
+    """Return the memory of every competitor that computes gradients in a cell with a loop, and was measured alike."""
+    found: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
+    for ranking in rankings:
+        known = [row.record for row in ranking.rows if row.record.peak_memory_bytes and row.record.status == "ok"]
+        known = [r for r in known if r.direction != "forward" and not r.control]
+        loops = {
+            (r.framework, r.memory_method): r.peak_memory_bytes
+            for r in known
+            if r.implementation == "loop" and r.mode == DEFAULT_MODE.get(r.framework)
+        }
+        for r in known:
+            loop = loops.get((r.framework, r.memory_method))
+            if loop and r.peak_memory_bytes:
+                ratios = found.setdefault((r.label, r.direction, r.device), [])
+                ratios.append((r.peak_memory_bytes, r.peak_memory_bytes / loop))
+    return [
+        TrainingMemory(*key, tuple(taken for taken, _ in ratios), tuple(ratio for _, ratio in ratios))
+        for key, ratios in found.items()
+    ]

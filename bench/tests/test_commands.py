@@ -105,7 +105,7 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path, call, monkeypatch):
 @pytest.mark.usefixtures("fake_pool")
 def test_a_run_goes_on_without_a_framework_and_says_so(tmp_path, call, monkeypatch):
     class OnlyTorch(WorkerPool):
-        def __init__(self, start, frameworks):
+        def __init__(self, start, frameworks, *rest):
             super().__init__(start, ("torch",))
             self.missing["jax"] = "jax and flax are not installed"
 
@@ -166,7 +166,7 @@ def test_a_mode_that_a_division_lacks_is_left_out_and_told(tmp_path, call):
 @pytest.mark.usefixtures("fake_pool")
 def test_both_frameworks_missing_is_wrong_usage(tmp_path, call, monkeypatch):
     class Nothing(WorkerPool):
-        def __init__(self, start, frameworks):
+        def __init__(self, start, frameworks, *rest):
             super().__init__(start, ())
             self.missing |= dict.fromkeys(frameworks, "not installed")
 

@@ -40,6 +40,7 @@ def test_everybody_gets_two_blocks_a_round_and_the_baseline_a_control(measure):
     assert outcome.inputs_digest == "same"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "status", "reason"),
     [
@@ -68,6 +69,7 @@ def test_a_bad_competitor_ends_alone_with_its_reason(measure, name, status, reas
             assert len(entry.blocks) == 6
 
 
+@pytest.mark.every
 def test_many_bad_competitors_end_one_by_one(measure):
     names = ("die-in-block", "hang-in-block", "die-in-prepare", "wrong", "exit-in-check")
     outcome, found = measure(*names)

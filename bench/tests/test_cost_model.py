@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench.plan.cells import Cell
-from bench.plan.competitors import CUDA_GRAPH, IMPLEMENTATION, STOCK, Competitor
+from bench.plan.competitors import CUDA_GRAPH, IMPLEMENTATION, STOCK, Competitor, offered_modes
 from bench.plan.workloads import sweep_workload
 from bench.records import parse_line
 from bench.report import snippets
@@ -230,9 +230,9 @@ from bench.plan.competitors import IMPLEMENTATION, STOCK, Competitor
 from bench.plan.workloads import sweep_workload
 from bench.report import snippets
 
-framework, mode = sys.argv[1:]
+framework, *modes = sys.argv[1:]
 known = {"torch": snippets._TORCH, "jax": snippets._JAX}[framework]
-for name in ("matmul", *known):
+for name, mode in [(name, modes[0]) for name in ("matmul", *known)] + [("matmul", mode) for mode in modes[1:]]:
     kind = STOCK if name in known else IMPLEMENTATION
     for direction in ("forward", "forward_backward"):
         cell = Cell(sweep_workload(4, 3, 5, 6), direction, "ieee_fp32", "matched", "cpu")
@@ -248,10 +248,10 @@ print("ran")
 """
 
 
-@pytest.mark.parametrize(("framework", "mode"), [("torch", "eager"), ("jax", "jit")])
-def test_the_code_of_every_spelling_runs_as_printed(framework, mode):
-    pytest.importorskip(framework)
-    done = run_python("-c", PROGRAM, framework, mode)
+@pytest.mark.parametrize("modes", [("torch", "eager", "eager-one-thread"), ("jax", "jit", "aot", "jit-donate")])
+def test_the_code_of_every_spelling_runs_as_printed(modes):
+    pytest.importorskip(modes[0])
+    done = run_python("-c", PROGRAM, *modes)
     assert done.stdout.strip().endswith("ran"), done.stderr[-2000:]
 
 
@@ -259,6 +259,8 @@ def test_every_mode_has_code_that_compiles_and_says_how_it_is_launched():
     cell = Cell(sweep_workload(4, 3, 5, 6), "forward_backward", "tf32", "matched", "cuda")
     for mode, said in {
         CUDA_GRAPH: "graph.replay()",
+        "graphed-callables": "torch.cuda.make_graphed_callables(linear, (x, weight, bias))",
+        "eager-one-thread": "torch.autograd.set_multithreading_enabled(False)",
         "compile-reduce-overhead": 'mode="reduce-overhead"',
         "compile": "torch.compile(linear, dynamic=False)",
     }.items():
@@ -269,6 +271,7 @@ def test_every_mode_has_code_that_compiles_and_says_how_it_is_launched():
     graph = code_to_paste(Competitor("jax", "matmul", "jit-graph"), cell)
     compile(graph, "jit-graph", "exec")
     assert "xla_gpu_graph_min_graph_size" in graph
+    assert "step.lower(x, weight, bias, dy).compile()" in code_to_paste(Competitor("jax", "matmul", "aot"), cell)
     assert code_to_paste(Competitor("torch", "stock:unheard-of", "eager", STOCK), cell) is None
 
 
@@ -318,9 +321,8 @@ def unresolved(code):
 def test_the_code_for_a_gpu_names_what_there_is(framework):
     """No GPU is needed for that: the builds for CPUs have the same names."""
     pytest.importorskip(framework)
-    modes = {"torch": ("eager", CUDA_GRAPH, "compile", "compile-reduce-overhead", "compile-max-autotune")}
     tried = 0
-    for mode in modes.get(framework, ("jit", "jit-graph")):
+    for mode in offered_modes("tuned", "cuda", (framework,)):
         for name in ("matmul", *{"torch": snippets._TORCH, "jax": snippets._JAX}[framework]):
             kind = IMPLEMENTATION if name == "matmul" else STOCK
             if name.startswith("stock:keras"):

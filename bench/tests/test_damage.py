@@ -154,6 +154,7 @@ def test_every_command_says_when_the_disk_is_full(lines, run_of, call, command):
 OUTPUTS = ("markdown", "json", "csv", "frameworks-csv", "readme", "chart", "winner-map", "roofline", "html", "summary")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("option", [*OUTPUTS, "framework-map"])
 def test_a_disk_that_fills_while_a_report_is_written_keeps_the_old_one(lines, run_of, call, tmp_path, option):
     if option in ("chart", "winner-map", "roofline", "framework-map"):

@@ -117,6 +117,22 @@ def test_framework_processes_stay_for_the_next_cell_and_another_effort_is_measur
     assert len({record.cell for record in read_records(out)}) == 2 * len(WORKLOADS) * 2
 
 
+def test_a_budget_hands_out_what_it_reaches_for_and_says_what_it_leaves(cluster, tmp_path):
+    address, _ = cluster
+    out = tmp_path / "run"
+    short = run(address, out, "--replicates", "2", "--budget-s", "4", workloads=WORKLOADS[:2])
+    assert short.exit_code == 1
+    assert "the budget ended before a worker had measured a cell" in short.stderr
+    assert f"Left out, forward, fp32, matched, process 0, 1: {', '.join(WORKLOADS[:2])}." in short.stdout
+    long = run(address, out, "--replicates", "2", "--budget-s", "120", "--resume", workloads=WORKLOADS[:2])
+    assert long.exit_code == 0, long.output + long.stderr
+    assert "Left out" not in long.output
+    records = read_records(out)
+    # Each process is a job of its own, the first of every cell before the second of any.
+    assert Counter(r.process_replicate for r in records if r.baseline and not r.control) == {0: 4, 1: 4}
+    assert len({record.key for record in records}) == len(records)
+
+
 def test_wrong_usage_is_one_sentence(cluster, tmp_path, monkeypatch):
     address, _ = cluster
     monkeypatch.setattr("bench.measure.cluster._CONNECT_S", 1)

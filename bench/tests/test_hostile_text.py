@@ -226,6 +226,7 @@ def test_a_page_shows_it_as_text(run, call, tmp_path, kept):
             assert not re.search("<(script|img)", drawn["outer"])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", ["svg", "html"])
 def test_pictures_show_it_as_text(run, call, tmp_path, kind):
     pytest.importorskip("altair", reason="charts need the report extra")

@@ -116,6 +116,7 @@ def document(interrupted, name):
     return json.loads((folder / f"{name}.json").read_text())
 
 
+@pytest.mark.sample(2)
 def test_every_command_ends_with_the_status_of_an_interruption(interrupted):
     _, ended, done = interrupted
     assert ended == dict.fromkeys(("report", "claims", "compare", "validate", "run"), 130)

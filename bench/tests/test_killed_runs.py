@@ -13,7 +13,7 @@ from bench.measure.workers import CHECKOUT
 from bench.records import parse_line
 from bench.tests.killed_runs import WORKLOADS, whole_cells
 
-KILLS, STOPS = (50, 8) if "EVERY_TEST" in os.environ else (8, 4)
+KILLS, STOPS = (50, 8) if "EVERY_TEST" in os.environ else (4, 2)
 
 
 @pytest.fixture(scope="module")

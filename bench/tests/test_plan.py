@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 
-from bench.measure.request import Request
+from bench.measure.request import LeftOutError, Request, chosen_competitors
 from bench.plan.cells import DEVICES, DIVISIONS, STORAGE_DTYPES, Cell
-from bench.plan.competitors import MODES, Catalogue, Competitor, competitors_for, further_modes, offered_modes
+from bench.plan.competitors import MODES, Catalogue, Competitor, competitors_for, further_modes, launch, offered_modes
 from bench.plan.costs import (
     compulsory_bytes,
     executed_flops,
@@ -179,7 +179,8 @@ def test_named_modes_are_kept_and_everybody_runs_in_them():
 
 def test_the_modes_of_a_division_are_those_of_its_frameworks():
     assert offered_modes("stock", "cuda") == ("eager", "compile", "jit")
-    assert offered_modes("matched", "cuda", ["jax"]) == offered_modes("tuned", "cuda", ["jax"]) == ("jit", "jit-graph")
+    jax = ("jit", "jit-graph", "aot", "jit-donate")
+    assert offered_modes("matched", "cuda", ["jax"]) == offered_modes("tuned", "cuda", ["jax"]) == jax
     for division in DIVISIONS:
         for device in DEVICES:
             assert set(offered_modes(division, device)) <= set(MODES)
@@ -198,16 +199,57 @@ def test_who_is_left_out_takes_part_only_by_name():
     assert [c.implementation for c in asked] == ["stock:keras.EinsumDense"]
 
 
+GRAPHS = ("cuda-graph", "graphed-callables", "compile-reduce-overhead")
+
+
 @pytest.mark.parametrize(
-    ("division", "device", "gradients", "torch", "jax"),
+    ("division", "device", "gradients", "direction", "torch", "jax"),
     [
-        ("stock", "cpu", True, ("compile",), ()),
-        ("stock", "cuda", True, ("compile",), ()),
-        ("matched", "cpu", False, (), ()),
-        ("matched", "cuda", True, ("compile", "cuda-graph"), ("jit-graph",)),
-        ("tuned", "cpu", True, ("compile", "compile-max-autotune"), ()),
-        ("tuned", "cuda", False, ("cuda-graph", "compile-reduce-overhead"), ("jit-graph",)),
+        ("stock", "cpu", True, "forward", ("compile",), ()),
+        ("stock", "cuda", True, "forward_backward", ("compile",), ()),
+        ("matched", "cpu", False, "forward_backward", (), ("aot",)),
+        ("matched", "cuda", True, "forward", ("compile", *GRAPHS), ("jit-graph", "aot")),
+        ("matched", "cuda", False, "forward_backward", (*GRAPHS, "eager-one-thread"), ("jit-graph", "aot")),
+        (
+            "matched",
+            "cuda",
+            False,
+            "train_step",
+            (*GRAPHS[1:], "eager-one-thread"),
+            ("jit-graph", "aot", "jit-donate"),
+        ),
+        ("tuned", "cpu", True, "train_step", ("compile", "compile-max-autotune"), ("aot", "jit-donate")),
+        ("tuned", "cuda", False, "forward", GRAPHS, ("jit-graph", "aot")),
     ],
 )
-def test_cuda_graphs_are_on_both_sides_or_on_neither(division, device, gradients, torch, jax):
-    assert further_modes(division, device, compile_gradients=gradients) == {"torch": torch, "jax": jax}
+def test_cuda_graphs_are_on_both_sides_or_on_neither(division, device, gradients, direction, torch, jax):
+    found = further_modes(division, device, compile_gradients=gradients, direction=direction)
+    assert found == {"torch": torch, "jax": jax}
+    graphs = {name: [mode for mode in modes if launch(mode, device) == "graphs"] for name, modes in found.items()}
+    assert bool(graphs["torch"]) == bool(graphs["jax"]) == (device == "cuda" and division != "stock")
+
+
+def test_every_gpu_cell_has_every_way_of_launching_and_only_what_the_device_runs():
+    torch = replace(TORCH, implementations=("matmul", "grouped_matmul", "fused"), only_on={"fused": ["cuda"]})
+    wanted = Request(preset="seed", division=("matched",))
+    for found in (replace(cell(workload=WORKLOADS[name]), device="cuda") for name in wanted.plan.workloads):
+        labels = [one.label for one in chosen_competitors([torch, JAX], wanted, found)]
+        for name in ("matmul", "fused"):
+            assert {f"torch {name} ({mode})" for mode in ("eager", *GRAPHS)} <= set(labels)
+        assert {"jax matmul (jit)", "jax matmul (jit-graph)", "jax matmul (aot)"} <= set(labels)
+        assert "torch grouped_matmul (eager)" in labels
+        assert len(labels) == len(set(labels))
+    here = [one.label for one in chosen_competitors([torch, JAX], wanted, cell(workload=WORKLOADS["article-base"]))]
+    assert "torch grouped_matmul (eager)" in here
+    assert not [label for label in here if "fused" in label or "graph" in label]
+    # By name it is tried, and its record says why it cannot run.
+    asked = Request(implementation=("fused",), framework=("torch",))
+    assert [one.label for one in chosen_competitors([torch], asked, cell())] == ["torch fused (eager)"]
+
+
+def test_a_mode_of_training_steps_leaves_out_the_other_directions():
+    wanted = Request(direction=("forward", "train_step"), mode=("jit-donate",))
+    with pytest.raises(LeftOutError, match=r"in the mode jit-donate in tiny"):
+        chosen_competitors([JAX], wanted, cell())
+    step = replace(cell("train_step"), optimizer="sgd")
+    assert {one.mode for one in chosen_competitors([JAX], wanted, step)} == {"jit-donate"}

@@ -40,6 +40,7 @@ def judged(bench, framework, name="matmul", kind="implementation", mode=None):
     return bench.check(REQUEST)["judgement"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("division", ["stock", "matched", "tuned"])
 @pytest.mark.parametrize("layout", ["contiguous", "partition_major", "time_series", "flat"])
 @pytest.mark.parametrize("framework", MODES)
@@ -51,6 +52,7 @@ def test_every_layout_gives_the_same_function(framework, layout, division):
     assert judged(bench, framework, "dense", "yardstick")["status"] == "ok"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "nesterov", "rmsprop", "adagrad"])
 @pytest.mark.parametrize("framework", MODES)
 def test_a_training_step_is_judged_by_its_first_update(framework, optimizer):
@@ -83,6 +85,79 @@ def test_the_options_for_a_gpu_are_understood_and_given_to_the_compiler(directio
         judged(bench, "jax", mode=mode)
 
 
+@pytest.mark.parametrize(
+    ("mode", "direction"),
+    [("aot", "forward"), ("aot", "forward_backward"), ("aot", "train_step"), ("jit-donate", "train_step")],
+)
+def test_a_program_is_called_as_compiled_and_a_step_gives_its_old_parameters_up(mode, direction):
+    bench = opened("jax", direction=direction, optimizer="sgd" if direction == "train_step" else None)
+    assert judged(bench, "jax", mode=mode)["status"] == "ok"
+    held = bench._held["0"].prepared
+    if direction == "train_step":
+        old = held.call()[2]
+        held.call()
+        assert old.is_deleted() == (mode == "jit-donate")
+    assert held.compile_s > 0
+    assert bench.block(REQUEST | {"calls": 3, "verify": True})["judgement"]["status"] == "ok"
+
+
+def test_only_a_step_has_something_to_give_up():
+    pytest.importorskip("jax", reason="needs jax")
+    from bench.measure.timer import Unsupported
+
+    with pytest.raises(Unsupported, match="jit-donate is for train_step"):
+        judged(opened("jax", direction="forward_backward"), "jax", mode="jit-donate")
+
+
+@pytest.mark.parametrize("direction", ["forward_backward", "train_step"])
+def test_the_backward_pass_runs_in_the_calling_thread(direction):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    bench = opened("torch", direction=direction, optimizer="sgd" if direction == "train_step" else None)
+    seen, real = [], torch.autograd.grad
+
+    def watched(*args, **kwargs):
+        seen.append(torch._C._is_multithreading_enabled())
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.autograd, "grad", watched)
+        for mode, inside in (("eager", True), ("eager-one-thread", False)):
+            seen.clear()
+            assert judged(bench, "torch", mode=mode)["status"] == "ok"
+            assert set(seen) == {inside}
+    assert torch._C._is_multithreading_enabled()
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward_backward", "train_step"])
+def test_graphed_callables_are_made_of_the_arrays_that_are_called_with(direction, monkeypatch):
+    """Without a GPU nothing is recorded: what would be recorded is told, and the function runs in its place."""
+    torch = pytest.importorskip("torch", reason="needs torch")
+    made, called = [], []
+
+    def record(function, leaves):
+        made.append([leaf.data_ptr() for leaf in leaves])
+        gradients = direction != "forward"
+        assert [leaf.requires_grad for leaf in leaves] == [gradients] * 3
+
+        def replay(*arguments):
+            called.append([argument.data_ptr() for argument in arguments])
+            return function(*arguments)
+
+        return replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 4096 * len(made))
+    bench = opened("torch", direction=direction, optimizer="sgd" if direction == "train_step" else None)
+    assert judged(bench, "torch", mode="graphed-callables")["status"] == "ok"
+    # The first one is thrown away with the libraries' workspaces; no call copies x or a parameter.
+    assert made == [called[0]] * 2
+    assert all(one == made[0] for one in called)
+    prepared = bench._held["0"].prepared
+    assert prepared.compile_s > 0
+    assert prepared.static_memory_bytes == 4096
+
+
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("framework", MODES)
 @pytest.mark.parametrize("wrong", ["sgd", "adam", "rmsprop"])
 def test_another_optimizer_is_a_mismatch(framework, wrong, monkeypatch):

@@ -8,8 +8,9 @@ import pytest
 
 from bench.report.markdown import CLAIMS, RESULTS, PageError, markers, results_block, with_block
 from bench.report.pictures import ChartError, ratio_chart, save_picture
+from bench.report.tables import training_memory_table
 from bench.report.text import baseline_line, byte_count, ratio, resolution_line, seconds
-from bench.study.ranking import tally
+from bench.study.ranking import tally, training_memory
 from bench.study.statistics import Interval
 from bench.tests.in_memory import rankings, report, results_of, summary
 from bench.tests.synthetic import FINGERPRINT
@@ -247,3 +248,39 @@ def test_digits_that_mean_nothing_are_not_shown():
 @pytest.mark.parametrize(("value", "text"), [(None, "-"), (0, "0 B"), (2048, "2 KiB"), (5 * 2**30, "5 GiB")])
 def test_byte_count(value, text):
     assert byte_count(value) == text
+
+
+def test_the_memory_of_training_stands_beside_the_loops(make_record):
+    def one(name, memory, **changes):
+        values = {"implementation": name, "peak_memory_bytes": memory, "direction": "forward_backward", "cell_size": 6}
+        return make_record(**{"key": f"{name} {memory} {changes}", **values, **changes})
+
+    step = {"direction": "train_step", "optimizer": "sgd", "cell": "c1"}
+    records = [
+        one("loop", 8192),
+        one("matmul", 2048, baseline=True),
+        one("einsum", 4096, memory_method="another"),
+        one("matmul", 3072, mode="compile"),
+        one("loop", 1024, framework="jax", mode="jit"),
+        one("matmul", 4096, framework="jax", mode="jit"),
+        one("loop", 4096, **step),
+        one("matmul", 4096, **step, baseline=True),
+        one("loop", 10, direction="forward", cell="c2"),
+        one("matmul", 20, direction="forward", cell="c2", baseline=True),
+    ]
+    found = {(m.label, m.direction): m.over_loop for m in training_memory(rankings(records))}
+    # What was measured in another way, forward calls and other frameworks' loops are not held against it.
+    assert found == {
+        ("torch loop (eager)", "forward_backward"): (1.0,),
+        ("torch matmul (eager)", "forward_backward"): (0.25,),
+        ("torch matmul (compile)", "forward_backward"): (0.375,),
+        ("jax loop (jit)", "forward_backward"): (1.0,),
+        ("jax matmul (jit)", "forward_backward"): (4.0,),
+        ("torch loop (eager)", "train_step"): (1.0,),
+        ("torch matmul (eager)", "train_step"): (1.0,),
+    }
+    table = training_memory_table(rankings(records))
+    assert ("torch matmul (eager)", "forward_backward", "cpu", "1", "2 KiB", *["0.25x"] * 3) in table.rows
+    assert "0.25x" in report(results_of(records, {}))
+    assert training_memory_table(rankings(records[-2:])).rows == []
+    assert "0.25x" not in report(results_of(records[-2:], {}))

@@ -97,6 +97,7 @@ ALIKE = {"matmul": 0.003, "like": 0.003 * 1.012}
 PATIENT = replace(PRESET, rounds=10**6, cell_s=2.0, most_cell_s=5.0)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("noise", "least_s", "most_s"),
     [

@@ -123,6 +123,7 @@ def test_a_sweep_of_thousands_of_cells_prints_one_line_for_each(make_record, cap
     assert lines[-1].startswith("1000 cells, one line each; --markdown, --json and --csv")
 
 
+@pytest.mark.every
 def test_a_large_sweep_is_ranked_by_several_processes_as_by_one(sweep, monkeypatch):
     monkeypatch.setattr(study_results, "_CELLS_A_TASK", 7)
     wanted = selection("--where", ["in_features=2"])

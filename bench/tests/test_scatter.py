@@ -56,6 +56,7 @@ def test_few_competitors_are_not_asked_what_is_usual():
     assert prior.moderate(found) == found
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("processes", [2, 3, 5])
 @pytest.mark.parametrize("degrees", [1.5, 20])
 def test_equal_runs_fail_in_one_of_twenty_and_reach_less_far(processes, degrees):
@@ -139,6 +140,7 @@ def test_the_constant_of_the_scale_is_that_of_normal_values():
     assert NormalDist(0, 2**0.5).cdf(1 / comparison._QN) == pytest.approx(5 / 8, rel=1e-9)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("in_set", "between"), [(0.0, 0.0), (0.03, 0.0), (0.0, 0.02), (0.01, 0.05)])
 def test_no_change_over_all_cells_is_claimed_between_equals(in_set, between):
     """200 pairs of equal runs of 12 competitors.

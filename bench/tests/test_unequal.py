@@ -109,6 +109,7 @@ def test_a_layout_is_undone(layout):
         assert placed["x"].shape == (b, n * i)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("direction", ["forward_backward", "train_step"])
 @pytest.mark.parametrize("framework", MODES)
 def test_every_competitor_for_unequal_sizes_is_right(framework, direction):

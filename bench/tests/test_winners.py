@@ -146,6 +146,7 @@ def test_planted_differences_are_found_and_win(factor, expected):
         assert sum("2" in lead for lead in first) <= 10
 
 
+@pytest.mark.sample(2)
 def test_no_winner_is_claimed_among_equals(outcomes):
     assert sum(len(lead) == 1 for *_, lead in outcomes[1]) <= 50
 
@@ -219,6 +220,7 @@ def test_a_single_interval_is_that_of_the_batch():
     assert verdict(ratio_interval([np.zeros(1)]), 0.1) == UNRESOLVED
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("processes", "speed"), [(2, 1.0), (5, 1.03)] + [(2, 1.03), (5, 1.0)] * ("EVERY_TEST" in os.environ)
 )

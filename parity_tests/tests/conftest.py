@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 
 # Before jax is imported: several frameworks share this process, none may take the device's whole memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -114,9 +115,12 @@ def quick_compilation():
 
 def pytest_collection_modifyitems(config, items):
     if not EVERY_TEST:
+        skip, seen = pytest.mark.skip(reason="another one is of this kind: run with EVERY_TEST=1"), Counter()
         for item in items:
-            if item.get_closest_marker("every"):
-                item.add_marker(pytest.mark.skip(reason="another one is of this kind: run with EVERY_TEST=1"))
+            sample = item.get_closest_marker("sample")
+            if item.get_closest_marker("every") or (sample and seen[item.parent, item.originalname] % sample.args[0]):
+                item.add_marker(skip)
+            seen[item.parent, item.originalname] += 1
     if config.getoption("--no-shape-checks"):
         return
     skip = pytest.mark.skip(

@@ -65,6 +65,7 @@ METHOD = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", HEALTHY)
 @pytest.mark.usefixtures("quick_compilation")

@@ -4,6 +4,7 @@ More of them: `python -m pytest parity_tests/tests/test_jax_drawn_calls.py --dra
 """
 
 import dataclasses
+import itertools
 import os
 
 import numpy as np
@@ -1075,10 +1076,11 @@ def entries(folder):
 
 
 def test_every_flaw_is_refused_in_one_sentence(tmp_path):
-    judged = judge(entries(tmp_path), every_kind(entries(tmp_path)), "jax_impl")
+    step = 1 if "EVERY_TEST" in os.environ else 2
+    judged = judge(entries(tmp_path), itertools.islice(every_kind(entries(tmp_path)), 0, None, step), "jax_impl")
     assert judged.faults == []
-    assert judged.outcomes["refused"] > 800
-    assert judged.outcomes["right"] > 100
+    assert judged.outcomes["refused"] > 800 // step
+    assert judged.outcomes["right"] > 100 // step
 
 
 def test_drawn_calls(drawn_calls, tmp_path):

@@ -67,6 +67,7 @@ def vjp_of_ones(name):
     return run
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("sizes", "rows"),
     [((3, 4, 5), rows) for rows in ((), (0,), (1,), (2, 0), (2, 3))]
@@ -99,6 +100,7 @@ def second_order(loss, mode):
     return jax.jit(run)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("mode", ["forward over reverse", "reverse over reverse"])
 @pytest.mark.parametrize("name", NAMES)
 def test_second_derivatives_as_declared(name, mode):
@@ -156,6 +158,7 @@ def test_vmap_as_declared(name, shared):
         assert np.all(np.abs(y[member] - want) <= 2 * (IN + 2) * ROUNDOFF["float32"] * reach)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_dtype_and_isolation_of_partitions_as_declared(name, dtype):
     entry = get_implementation(name)
@@ -182,6 +185,7 @@ def test_dtype_and_isolation_of_partitions_as_declared(name, dtype):
             assert isolated or not entry.isolates_partitions
 
 
+@pytest.mark.sample(2)
 @in_16_bits
 def test_16_bit_products_accumulate_in_fp32(name, low):
     """Sums of 4096 ones: beyond the exact integers of a bf16 (256) or fp16 (2048) accumulator, exact as a result."""

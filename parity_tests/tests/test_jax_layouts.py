@@ -95,6 +95,7 @@ LAYERS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_implementation_takes_every_layout(name):
     # One case each, since JAX compiles for each; every case and dtype with some.
@@ -121,6 +122,7 @@ def test_a_fault_of_a_layout_is_noticed():
     assert "y" in shared_fault(mirrored, CASES[0], "float32")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("whole", [True, False], ids=["whole x", "x of the chosen"])
 @pytest.mark.parametrize("function", [gradients, nnx_gradients, linen_gradients], ids=["function", "nnx", "linen"])
 def test_a_subset_is_computed_and_trained_alone(function, whole):
@@ -128,6 +130,7 @@ def test_a_subset_is_computed_and_trained_alone(function, whole):
         assert subset_fault(function, CASES[0], dtype, chosen, whole=whole, given=given(chosen)) == ""
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_implementation_takes_a_traced_subset(name):
     whole = NAMES.index(name) % 2 == 0

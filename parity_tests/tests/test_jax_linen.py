@@ -129,3 +129,18 @@ def test_tabulate():
     table = PartitionedLinear(OUT).tabulate(KEY, inputs(2))
     for text in ("PartitionedLinear", "kernel", f"[{N},{IN},{OUT}]", f"[{N},{OUT}]"):
         assert text in table
+
+
+def test_stored_parameters_are_read_without_a_trace_of_their_initialisers():
+    drawn = []
+
+    def init(key, shape, dtype):
+        drawn.append(shape)
+        return jnp.ones(shape, dtype)
+
+    layer = PartitionedLinear(5, kernel_init=init, bias_init=init)
+    params = layer.init(jax.random.key(0), jnp.ones((2, 3, 4)))
+    assert drawn != []
+    drawn.clear()
+    assert layer.apply(params, jnp.ones((2, 3, 4))).tolist() == [[[5.0] * 5] * 3] * 2
+    assert drawn == []

@@ -16,7 +16,7 @@ import jax.export
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_impl import partitioned_linear
+from jax_impl import functional, partitioned_linear
 from jax_impl.registry import IMPLEMENTATIONS
 from parity_tests.tests.test_jax_vector_products import equations
 
@@ -90,6 +90,7 @@ def taken(name, outputs, arrays):
     )
 
 
+@pytest.mark.sample(3)
 def test_few_rows_of_a_large_weight_have_the_same_derivatives(few_rows, monkeypatch):
     outputs, arrays = few_rows
     programs = []
@@ -114,6 +115,7 @@ def test_the_gradient_of_few_rows_moves_no_large_weight():
     assert (left, right) == ((1,), (2,))
 
 
+@pytest.mark.sample(3)
 def test_auto_has_the_same_derivatives_where_it_is_in_turn(few_rows, in_turn, monkeypatch):
     outputs, arrays = few_rows
     for fewest in (1, 2**60):
@@ -136,6 +138,7 @@ def test_a_branch_would_be_seen_in_a_compiled_program():
         compiled(lambda x: jax.lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x), jnp.ones(3))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="on a CPU alone does auto take partitions in turn")
 @pytest.mark.parametrize(
     ("dtype", "rows"),
@@ -270,3 +273,24 @@ def test_a_product_with_what_stands_still_is_not_computed(few_rows, in_turn):
 
     program = equations(jax.make_jaxpr(gradient)(*arrays).jaxpr)
     assert [equation.primitive.name for equation in program].count("dot_general") == 1 + len(arrays)
+
+
+def test_a_call_without_jit_is_one_program_that_is_compiled_once():
+    x, kernel, bias = operands(rows=(7,), n=2, i=3, o=5)
+    compiled = functional._compiled
+
+    def added(call):
+        before = compiled._cache_size()
+        results = [call(), call()]
+        assert np.array_equal(*results)
+        return compiled._cache_size() - before, results[0]
+
+    count, y = added(lambda: partitioned_linear(x, kernel, bias))
+    assert count == 1
+    assert np.array_equal(y, jax.jit(partitioned_linear)(x, kernel, bias))
+    assert added(lambda: partitioned_linear(x, kernel, bias, implementation="matmul"))[0] == 1
+    # Whoever transforms the call, or computes the product, sees its operations; others would be compiled for long.
+    assert added(lambda: jax.jit(partitioned_linear)(x, kernel, bias))[0] == 0
+    assert added(lambda: jax.grad(lambda x: partitioned_linear(x, kernel, bias).sum())(x))[0] == 0
+    assert added(lambda: partitioned_linear(x, kernel, bias, dot_general=jax.lax.dot_general))[0] == 0
+    assert added(lambda: partitioned_linear(x, kernel, bias, implementation="loop"))[0] == 0

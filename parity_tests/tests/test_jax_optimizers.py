@@ -77,6 +77,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_steps_are_those_of_separate_linears(optimizer):
     assert distance(optimizer, per_partition(optimizer, PATHS)) < SAME
@@ -169,6 +170,7 @@ def unequal():
     return PartitionedLinear(4, (2, 4, 2, 5), (3, 6, 3, 4), rngs=nnx.Rngs(0))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_of_unequal_sizes_are_those_of_separate_linears(name):
     if name != "LAMB" and "EVERY_TEST" not in os.environ:

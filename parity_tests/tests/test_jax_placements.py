@@ -252,6 +252,7 @@ def rows():
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_every_implementation_is_right_wherever_its_operands_lie(rows, name):
     own = [row for row in rows if row["cell"][0] == name]

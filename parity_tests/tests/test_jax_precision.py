@@ -83,6 +83,7 @@ def precisions(call, *operands):
 
 
 # 16-bit operands are laid out in another way.
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("make", "dtype"),
     [(function, "float32"), (function, "bfloat16"), (nnx_layer, "float32"), (linen_layer, "float32")],

@@ -98,6 +98,7 @@ def drawn(*shape, seed=1):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["auto", *NAMES])
 def test_every_formulation_is_what_the_oracle_has_for_each_partition(name):
     # A single size, and one partition, go other ways. Each case with some of the formulations.
@@ -226,6 +227,7 @@ def test_one_product_for_each_size_and_no_copy_of_a_weight():
     assert lowered(((8,) * 20, (4,) * 20), "bucketed_matmul").as_text().count("stablehlo.concatenate") == 0
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_transformations(name):
     if name != "bucketed_matmul" and "EVERY_TEST" not in os.environ:

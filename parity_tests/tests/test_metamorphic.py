@@ -123,6 +123,7 @@ def test_exact_relation_holds(subject_id, relation, case, dtype, seed):
     assert LATTICE_CHECKS[relation](subject, inputs) == []
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("subject_id", SUBJECTS)
 @given(case=cases(fewest_rows=2, partitions=st.just(1)), dtype=st.sampled_from(STORAGE_DTYPES), seed=SEEDS)
 @example(case=ONE, dtype="float64", seed=0)

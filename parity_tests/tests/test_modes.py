@@ -94,6 +94,7 @@ def reachable(subject, dtype):
         pytest.skip(reason)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("subject_id", "dtype"), CELLS)
 @pytest.mark.usefixtures("quick_compilation")
 def test_mode_agrees_with_the_oracle_forward_and_backward(subject_id, dtype):

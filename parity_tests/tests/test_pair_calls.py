@@ -83,6 +83,7 @@ def where(framework):
     return lambda dense, x, mask: select(mask, dense(x), 0.0)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("inputs", "unpacked", "gradient"),
     [
@@ -190,6 +191,7 @@ class ModelOutput(OrderedDict):
         return self[name]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("torch_kind", "flax_kind"), [(Result, Struct), (Result, Result), (ModelOutput, Struct), (dict, dict)]
 )
@@ -377,7 +379,8 @@ class NnxNormed(nnx.Module):
         return self.norm(jax.nn.relu(self.dense(x)))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.sample(2)
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("compiled", [torch.jit.script, lambda module: torch.jit.trace(module, torch.ones(9, 6))])
 def test_scripted_and_traced_modules_are_judged_and_left_as_they_were(compiled):
     module = compiled(Normed().eval())

@@ -309,6 +309,7 @@ def is_named(report, words, place):
     return bool(re.search(words, report.likely_cause)) and (found is None or place is None or found.torch == place)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("model", "bug", "words", "place"), [case for case in PLANTED if case[1] in ALWAYS], ids=lambda value: value or ""

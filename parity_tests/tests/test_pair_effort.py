@@ -75,6 +75,7 @@ def torch_ensemble_of(function, dtype):
     return side.ensemble(ARRAYS, (X,), {"y": X}, dtype, 0)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("function", [torch_layers, writes_in_place, asks_for_a_number, takes_cumulative_maxima])
 def test_members_that_run_together_are_those_that_run_alone(function, dtype, monkeypatch):

@@ -43,6 +43,7 @@ def test_what_differs_by_default_was_measured(differences):
     assert sum(d.differs for d in differences) >= 10
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_check_finds_what_the_defaults_break(outcomes, name):
     report = outcomes[name]

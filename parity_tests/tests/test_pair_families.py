@@ -382,6 +382,7 @@ modules(
     TOKENS,
     False,
     "the flax side behaves like 1e-06",
+    always=False,
     gradients=False,
 )
 modules(
@@ -392,6 +393,7 @@ modules(
     TOKENS,
     False,
     "",
+    always=False,
     gradients=False,
 )
 pair(
@@ -497,6 +499,7 @@ modules(
     TURNED,
     False,
     "times the bound",
+    always=False,
     gradients=False,
 )
 modules(

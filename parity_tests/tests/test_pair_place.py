@@ -163,6 +163,7 @@ def test_two_faults_are_two_places_each_with_its_cause():
     assert report.unmatched == ("torch layers.1.act",)
 
 
+@pytest.mark.every
 def test_the_same_change_throughout_is_one_cause():
     report = judged(4, NnxDeep(4, {k: {"epsilon": 1e-6} for k in range(4)}))
     assert report.likely_cause == "epsilon: the torch side uses 1e-05, the flax side behaves like 1e-06"
@@ -184,6 +185,7 @@ STACKED = {
 }
 
 
+@pytest.mark.every
 def test_layers_stacked_for_a_scan_are_told_apart():
     depth, odd = 3, Deep(3)
     odd.layers[1].norm.eps = 1e-3
@@ -285,6 +287,7 @@ ATTENTION = [
 ]
 
 
+@pytest.mark.every
 def test_fused_projections_against_split_ones():
     correct = {"torch_module": Attention(), "params": ATTENTION, "inputs": ((2, 5, 8),), "gradients": False}
     check_pair(flax_module=SplitAttention(), **correct).assert_ok()

@@ -252,6 +252,7 @@ def scanned():
     return {"torch_module": Layers(), "flax_module": port, "flax_params": initial, "inputs": ((2, D),)}
 
 
+@pytest.mark.every
 @both
 def test_layers_against_a_scan_hold_by_a_template_and_part_in_another_order():
     pair, bias = scanned(), ("layers.{k}.bias", "bias[{k}]")
@@ -278,6 +279,7 @@ def test_a_transposed_convolution_holds_with_its_flip_alone():
     assert not judged(pair, [("weight", "kernel", "i o w -> w i o"), ("bias", "bias")], gradients=False).ok
 
 
+@pytest.mark.sample(2)
 @both
 @pytest.mark.parametrize("stopped", [False, True])
 def test_terms_of_a_sum_have_its_gradient_on_either_side(stopped):
@@ -311,6 +313,7 @@ def test_terms_of_a_sum_have_its_gradient_on_either_side(stopped):
             assert not judged(pair, others, gradients=False).ok
 
 
+@pytest.mark.sample(2)
 @both
 @pytest.mark.parametrize("stopped", [False, True])
 @pytest.mark.parametrize("tied", ["torch", "flax"])

@@ -57,6 +57,7 @@ def of_state(report, status="ok"):
 
 
 # Flax's BatchNorm computes its statistics in float32 and puts them into the bfloat16 arrays that it was given.
+@pytest.mark.sample(2)
 @pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types:FutureWarning")
 @pytest.mark.parametrize("module", [torch.nn.BatchNorm1d, Replacing])
 def test_running_statistics_that_agree_are_compared_in_every_dtype(module):

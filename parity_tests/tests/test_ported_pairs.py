@@ -8,7 +8,6 @@ import dataclasses
 import importlib
 import inspect
 import json
-import os
 import re
 
 import pytest
@@ -70,11 +69,10 @@ def test_the_plan_has_many_seeds_for_eight_pairs_only():
     assert set(plan(1, ["linear"])) == {("linear", ""), *(("linear", name) for name in bugs_of("linear"))}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("pair", SUBSET)
 def test_the_score_of_a_subset(pair):
-    if pair == "nlinear" and "EVERY_TEST" not in os.environ:
-        pytest.skip("ten seconds: run with EVERY_TEST=1")
     results = [result for bug in ("", *bugs_of(pair)) for result in judged(pair, bug, [0])]
     assert not any(result.why or result.skipped for result in results)
     counts = score(results)

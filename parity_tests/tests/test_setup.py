@@ -36,6 +36,7 @@ def requirements(tmp_path, header):
     return line, result.stderr
 
 
+@pytest.mark.sample(3)
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize("header", [OLD, NEW], ids=["to-609", "from-610"])
 @pytest.mark.parametrize(("version", "extra"), [("12.4", "cuda12"), ("13.0", "cuda13"), ("14.1", "cuda13")])
@@ -53,6 +54,27 @@ def test_a_driver_that_is_too_old_or_not_understood_gets_the_build_for_cpus(tmp_
     line, warning = requirements(tmp_path, "| something else |")
     assert "-c constraints.txt" in line
     assert "names no CUDA version that is understood" in warning
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(("budget", "given"), [("420", "40[0-9]"), ("3", "1")])
+def test_the_budget_of_a_gpu_run_holds_the_parity_before_the_cells(tmp_path, budget, given):
+    calls = tmp_path / "calls"
+    python = tmp_path / "python"
+    # The judge takes two seconds of it.
+    python.write_text(f'#!/bin/bash\necho "$*" >> {calls}\ncase "$*" in *parity_tests*) sleep 1;; esac\n')
+    python.chmod(0o755)
+    command = ["make", "-s", "gpu", f"BUDGET={budget}", f"OUT={tmp_path / 'run'}", f"GPU_PYTHON={python}"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    checked, fp32, tf32, cells, claims = calls.read_text().splitlines()
+    assert checked.endswith("--dry-run")
+    for line, precision in ((fp32, ""), (tf32, "--precision tf32 ")):
+        assert f"parity_tests run --device cuda --cases smoke {precision}" in line
+    words = "fp16 --precision fp64 .*--resume .*--budget-s"
+    assert re.search(rf"^-m bench run --device cuda .*--precision {words} {given}$", cells), cells
+    assert claims.startswith("-m bench claims")
+    python.write_text("#!/bin/bash\nexit 1\n")
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode != 0
 
 
 def test_a_mistyped_search_profile_is_one_sentence_with_the_choices():

@@ -47,7 +47,8 @@ def command(*arguments):
 
 # Eight devices of JAX are threads; eight processes of PyTorch are eight start-ups, once for all implementations.
 @pytest.mark.slow
-@pytest.mark.parametrize("framework", INSTALLED)
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("framework", sorted(INSTALLED))
 def test_eight_shards_agree_with_the_oracle_and_with_one_device(framework, tmp_path):
     target = tmp_path / "rows.json"
     result = command(

@@ -216,7 +216,7 @@ def test_autocast_leaves_float64_alone():
 
 
 # torch's own forward-mode set-up scripts a function on first use, and says that scripting is deprecated.
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "grouped_matmul"])
 def test_function_transforms(name):
     x, weight, bias = lattice(4, 3, 8), lattice(3, 8, 8), lattice(3, 8)
@@ -272,7 +272,8 @@ def test_auto_means_matmul_and_raises_where_that_is_not_supported(monkeypatch):
     monkeypatch.setattr(
         functional, "unsupported_reason", lambda name, **_: asked.append(name) or (None, "no")[len(asked) - 1]
     )
-    operands = (torch.zeros(2, 3, 5), torch.zeros(3, 5, 7), None)
+    # Ordinary tensors on a CPU, which it always runs, are not asked about.
+    operands = (torch.zeros(2, 3, 5, device="meta"), torch.zeros(3, 5, 7, device="meta"), None)
     partitioned_linear(*operands)
     with pytest.raises(UnsupportedImplementationError, match="no"):
         partitioned_linear(*operands)
@@ -289,6 +290,31 @@ def refused(*operands):
     except (TypeError, ValueError):
         return True
     return False
+
+
+def test_only_what_needs_no_cast_and_no_gathering_is_computed_at_once():
+    """One for each kind of operand that goes the long way, beside the same operands as ordinary tensors."""
+    x, weight, bias = torch.zeros(5, 2, 3), torch.nn.Parameter(torch.zeros(2, 3, 4)), torch.zeros(2, 4)
+    assert functional.plain_call(x, weight, bias).shape == functional.plain_call(x, weight, None).shape == (5, 2, 4)
+
+    class Marked(torch.Tensor):
+        pass
+
+    for operands in (
+        (x.as_subclass(Marked), weight, bias),
+        (x, weight, bias.as_subclass(Marked)),
+        (x.to_sparse(), weight, None),
+        (x, weight.to_sparse(), bias),
+        (x, weight, bias.to_sparse()),
+        (x.tolist(), weight, bias),
+    ):
+        assert functional.plain_call(*operands) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert functional.plain_call(x, weight, bias) is None
+        assert partitioned_linear(x, weight, bias).dtype == torch.bfloat16
+    # Inside torch.vmap a batched product would broadcast a partition axis of size one.
+    with pytest.raises(ValueError, match="`x`: expected shape"):
+        torch.vmap(partitioned_linear, in_dims=(0, None, None))(torch.zeros(2, 5, 1, 3), weight, bias)
 
 
 def test_shapes_are_taken_exactly_where_the_formula_has_them(monkeypatch):
@@ -310,6 +336,7 @@ def test_shapes_are_taken_exactly_where_the_formula_has_them(monkeypatch):
             value = None if bias is None else tensors.setdefault(bias, torch.empty(bias))
             wanted = fits and (bias is None or bias == (n, o))
             assert refused(tensors[shape], tensors[kernel], value) != wanted, (shape, kernel, bias)
+            assert (functional.plain_call(tensors[shape], tensors[kernel], value) is not None) == wanted
             if wanted:
                 right += 1
                 with monkeypatch.context() as patch:
@@ -325,11 +352,14 @@ def test_dtypes_and_devices_are_taken_exactly_where_they_are_supported():
             torch.empty(shape, dtype=d) for shape, d in zip(((5, 2, 3), (2, 3, 4), (2, 4)), dtypes, strict=True)
         ]
         assert refused(*operands) == any(dtype not in DTYPE_NAMES for dtype in dtypes), dtypes
+        one_dtype = len(set(dtypes)) == 1 and dtypes[0] in DTYPE_NAMES
+        assert (functional.plain_call(*operands) is not None) == one_dtype, dtypes
     for devices in product(("cpu", "meta"), repeat=3):
         operands = [
             torch.empty(shape, device=d) for shape, d in zip(((5, 2, 3), (2, 3, 4), (2, 4)), devices, strict=True)
         ]
         assert refused(*operands) == (len(set(devices)) > 1), devices
+        assert (functional.plain_call(*operands) is not None) == (set(devices) == {"cpu"}), devices
 
 
 @pytest.mark.grouped_mm

@@ -72,6 +72,7 @@ def test_mlp_trains_alike(optimizer):
     }
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw-clip-warmup-cosine"])
 def test_forecaster_trains_alike(optimizer):
     if optimizer != "momentum" and "EVERY_TEST" not in os.environ:

@@ -137,6 +137,7 @@ INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framew
 EVERY = os.environ.get("EVERY_TEST") == "1"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES if EVERY else ["bfloat16"])
 @pytest.mark.parametrize("framework", INSTALLED)

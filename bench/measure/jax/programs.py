@@ -13,7 +13,7 @@ from jax.core import Tracer
 from bench.measure.jax.functions import UNEQUAL_STOCK, Function, listed, resolve
 from bench.measure.jax.xla import kept_in, repeated_product_flops
 from bench.measure.timer import CacheFolder, Prepared, Task, Unsupported, alternating, restart_of
-from bench.plan.competitors import JIT, JIT_GRAPH
+from bench.plan.competitors import AOT, DONATE, JIT, JIT_GRAPH
 from bench.plan.workloads import AXES, FLAT
 from jax_impl import UnsupportedImplementationError
 from parity_tests.frameworks.jax.training import build_optax
@@ -26,16 +26,17 @@ _RATES = 1
 def compiler_options(division: str, device: str, mode: str) -> dict[str, Any]:
     """Return XLA's options for the programs of a division; empty for its defaults.
 
-    On a GPU the matched division compares `jit` with torch's eager mode, which records no CUDA graph, so that XLA may
-    record none either; `jit-graph` is compared with `cuda-graph`, in the tuned division too. By default XLA records
-    no graph of fewer than five kernels, and the forward pass of this map is one kernel: `jit-graph` records any.
+    On a GPU the matched division compares `jit`, `aot` and `jit-donate` with torch's eager mode, which records no CUDA
+    graph, so that XLA may record none either; `jit-graph` is compared with `cuda-graph`, in the tuned division too. By
+    default XLA records no graph of fewer than five kernels, and the forward pass of this map is one kernel: `jit-graph`
+    records any.
     """
     if device != "cuda" or division == "stock":
         return {}
     options: dict[str, Any] = {"xla_gpu_graph_min_graph_size": 1} if mode == JIT_GRAPH else {}
     if division == "tuned":
         options["xla_gpu_exhaustive_tiling_search"] = True
-    elif mode == JIT:
+    elif mode != JIT_GRAPH:
         options["xla_gpu_enable_command_buffer"] = ""
     return options
 
@@ -103,7 +104,7 @@ def _step_program(
         updates, state = optimizer.update({"weight": dweight, "bias": dbias}, state, params)
         return y, dx, optax.apply_updates(params, updates), state
 
-    # torch updates in place; giving the old parameters up is how a JAX user gets the same.
+    # torch updates in place; giving the old parameters and state up is how a JAX user gets the same.
     return jax.jit(step, donate_argnums=(0, 1) if donate else (), compiler_options=options), optimizer.init
 
 
@@ -133,7 +134,6 @@ def build(
     buffers: Sequence[tuple[Any, ...]],
     *,
     precision: Any,
-    donate: bool,
     options: Mapping[str, Any],
 ) -> Prepared:
     """Trace, lower and compile the program of a task; the jitted function is then called as a user would.
@@ -142,14 +142,15 @@ def build(
         task: what to compute.
         buffers: sets of x, kernel, bias, cotangent; each call takes the next.
         precision: of every product; None for the framework's default.
-        donate: a training step gives its old parameters up.
         options: XLA's options for this program.
 
     Raises:
         Unsupported: if the implementation or the mode cannot run here.
     """
-    if task.mode not in (JIT, JIT_GRAPH):
+    if task.mode not in (JIT, JIT_GRAPH, AOT, DONATE):
         raise Unsupported(f"jax has no mode {task.mode!r}")
+    if task.mode == DONATE and task.direction != "train_step":
+        raise Unsupported(f"{DONATE} is for train_step: the arguments of {task.direction} are those of every call")
     function = _in_layout(resolve(task, precision), task)
     if task.sizes is not None and task.implementation in UNEQUAL_STOCK:
         buffers = [listed(arguments, task.sizes) for arguments in buffers]
@@ -157,13 +158,15 @@ def build(
     compiler = dict(options) or None
     uncompiled = _Uncompiled()
     if task.direction == "train_step":
-        jitted, init = _step_program(function, task, uncompiled, donate=donate, options=compiler)
-        calls: list[Any] = [_Step(jitted, init, arguments) for arguments in buffers]
-        given = calls[0].arguments()
+        jitted, init = _step_program(function, task, uncompiled, donate=task.mode == DONATE, options=compiler)
+        given, bound = _Step(jitted, init, buffers[0]).arguments(), partial(_Step, init=init)
     else:
         program, taken = _program(function, task, uncompiled)
         jitted, given = jax.jit(program, compiler_options=compiler), buffers[0][:taken]
-        calls = [partial(jitted, *arguments[:taken]) for arguments in buffers]
+
+        def bound(call: Callable[..., Any], *, arguments: tuple[Any, ...]) -> Any:
+            return partial(call, *arguments[:taken])
+
     cache = CacheFolder()
 
     def timed_compilation() -> tuple[float, Any]:
@@ -181,6 +184,7 @@ def build(
     except UnsupportedImplementationError as error:
         raise Unsupported(str(error)) from error
 
+    calls = [bound(compiled if task.mode == AOT else jitted, arguments=arguments) for arguments in buffers]
     analysis = compiled.memory_analysis()
     return Prepared(
         alternating(calls),

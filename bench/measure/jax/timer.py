@@ -19,7 +19,7 @@ from bench.measure.jax.functions import MISSING, STOCK, UNEQUAL_STOCK, YARDSTICK
 from bench.measure.jax.programs import build, compiler_options
 from bench.measure.jax.xla import copied_bytes
 from bench.measure.timer import Call, Prepared, Task, Timer, Trace, Unsupported, busy_s
-from bench.plan.cells import STORAGE_DTYPES
+from bench.plan.cells import DEVICES, STORAGE_DTYPES
 from bench.plan.competitors import JIT, JIT_GRAPH, Catalogue
 from bench.plan.workloads import SHARED
 from jax_impl.registry import IMPLEMENTATIONS, implementation_names, unsupported_reason
@@ -99,6 +99,9 @@ class JaxTimer(Timer):
             unequal=implementation_names(unequal=True),
             unequal_stock=tuple(UNEQUAL_STOCK),
             shared=tuple(name for name, entry in IMPLEMENTATIONS.items() if entry.run_shared is not None),
+            only_on={
+                name: sorted(entry.devices) for name, entry in IMPLEMENTATIONS.items() if set(DEVICES) - entry.devices
+            },
         )
 
     def environment(self) -> dict[str, Any]:
@@ -175,7 +178,6 @@ class JaxTimer(Timer):
             task,
             buffers,
             precision=None if stock else _PRECISIONS[self._precision],
-            donate=not stock,
             options=compiler_options(self._division, self._device, task.mode),
         )
 

@@ -13,7 +13,15 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.measure.timer import CacheFolder, Call, Prepared, Task, Unsupported, alternating, restart_of
 from bench.measure.torch.functions import UNEQUAL_STOCK, Function, listed, resolve
-from bench.plan.competitors import COMPILE, CUDA_GRAPH, EAGER, MAX_AUTOTUNE, REDUCE_OVERHEAD
+from bench.plan.competitors import (
+    COMPILE,
+    CUDA_GRAPH,
+    EAGER,
+    GRAPHED_CALLABLES,
+    MAX_AUTOTUNE,
+    ONE_THREAD,
+    REDUCE_OVERHEAD,
+)
 from bench.plan.workloads import AXES, FLAT
 from parity_tests.frameworks.torch.training import build_torch
 from parity_tests.training.optimizers import OPTIMIZERS
@@ -22,6 +30,8 @@ from parity_tests.training.optimizers import OPTIMIZERS
 COMPILE_MODES: Mapping[str, str] = MappingProxyType(
     {COMPILE: "default", REDUCE_OVERHEAD: "reduce-overhead", MAX_AUTOTUNE: "max-autotune"}
 )
+# From a function and the leaves that it is called with to the function that is called in its place.
+Record = Callable[[Function, tuple[Any, ...]], Function]
 # Calls before a CUDA graph is recorded: lazily created library handles must exist by then.
 _CALLS_BEFORE_CAPTURE = 3
 
@@ -72,13 +82,14 @@ def _named(name: str, value: Any) -> dict[str, Tensor]:
 class _Step:
     """One training step on parameters of its own: forward, gradients, and the optimiser's update in place."""
 
-    def __init__(self, function: Function, arguments: tuple[Any, ...], optimizer: str, *, settle: bool):
+    def __init__(self, function: Function, arguments: tuple[Any, ...], optimizer: str, *, settle: bool, record: Record):
         x, weight, bias, self._cotangent = arguments
-        self._function, self._settle = function, settle
+        self._settle = settle
         self._x = x.detach().requires_grad_()
         self._parameters = [_each(value, lambda one: one.clone().requires_grad_()) for value in (weight, bias)]
         self._first = _named("weight", weight) | _named("bias", bias)
         self._leaves = _named("weight", self._parameters[0]) | _named("bias", self._parameters[1])
+        self._function = record(function, (self._x, *self._parameters))
         self._spec = OPTIMIZERS[optimizer]
         self._optimizer = build_torch(self._spec, self._leaves)
 
@@ -99,13 +110,20 @@ class _Step:
         self._optimizer = build_torch(self._spec, self._leaves)
 
 
-def _bound(function: Function, task: Task, arguments: tuple[Any, ...], *, settle: bool) -> Call:
-    """Return a call without arguments for one set of buffers."""
+def _as_it_is(function: Function, leaves: tuple[Any, ...]) -> Function:
+    return function
+
+
+def _bound(
+    function: Function, task: Task, arguments: tuple[Any, ...], *, settle: bool, record: Record = _as_it_is
+) -> Call:
+    """Return a call without arguments for one set of buffers; `record` may replace the function for its leaves."""
     if task.direction == "train_step":
-        return _Step(function, arguments, str(task.optimizer), settle=settle)
+        return _Step(function, arguments, str(task.optimizer), settle=settle, record=record)
     # Gradients are recorded only where they are asked for: the same storage, other leaves.
     gradients = task.direction == "forward_backward"
     leaves = tuple(_each(value, lambda one: one.detach().requires_grad_(gradients)) for value in arguments[:3])
+    function = record(function, leaves)
     if gradients:
         return lambda: _gradients(function, leaves, arguments[3], settle=settle)
     return lambda: function(*leaves)
@@ -144,6 +162,42 @@ def _graphed(call: Call) -> tuple[Call, int]:
         return results
 
     return replay, taken
+
+
+class _GraphedCallables:
+    """Makes two CUDA graphs of a function, one forward and one backward, as `make_graphed_callables` does for a layer.
+
+    x and the parameters are the ones that are recorded, so that a call copies the cotangent alone; new rows are copied
+    to where x lies.
+
+    Attributes:
+        seconds: that recording took.
+        taken: bytes that the graphs of the first set of buffers keep: results, gradients and the cotangent's copy.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.taken: int | None = None
+
+    def __call__(self, function: Function, leaves: tuple[Any, ...]) -> Function:
+        if self.taken is None:
+            # Thrown away: the first one on its stream is charged with the workspaces of the libraries.
+            torch.cuda.make_graphed_callables(function, leaves)
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        graphed: Any = torch.cuda.make_graphed_callables(function, leaves)
+        self.seconds += time.perf_counter() - start
+        self.taken = self.taken or torch.cuda.memory_allocated() - before
+        return graphed
+
+
+def _in_this_thread(call: Call) -> Call:
+    """Return the call with its backward in the calling thread; a training loop sets the switch once."""
+
+    def run() -> Any:
+        with torch.autograd.set_multithreading_enabled(False):
+            return call()
+
+    return run
 
 
 def _watched(function: Function) -> tuple[Function, Callable[[], int]]:
@@ -204,13 +258,17 @@ def build(
     if task.sizes is not None and task.implementation in UNEQUAL_STOCK:
         buffers = [listed(arguments, task.sizes) for arguments in buffers]
     watched, uncompiled_calls = _watched(plain)
-    if task.mode == EAGER or task.mode == CUDA_GRAPH:
+    if task.mode in (EAGER, ONE_THREAD, CUDA_GRAPH, GRAPHED_CALLABLES):
         function = plain
     elif task.mode in COMPILE_MODES:
         # Static shapes: the second workload of a process would otherwise be compiled for any size.
         function = torch.compile(watched, dynamic=False, mode=COMPILE_MODES[task.mode])
     else:
         raise Unsupported(f"torch has no mode {task.mode!r}")
+    if task.mode == GRAPHED_CALLABLES:
+        record = _GraphedCallables()
+        calls = [_bound(function, task, arguments, settle=settle, record=record) for arguments in buffers]
+        return Prepared(alternating(calls), record.seconds, record.taken, restart=restart_of(calls))
     calls = [_bound(function, task, arguments, settle=settle) for arguments in buffers]
     if task.mode == CUDA_GRAPH:
         if task.direction == "train_step":
@@ -221,7 +279,8 @@ def build(
         return Prepared(alternating([replay for replay, _ in graphs]), compile_s, graphs[0][1])
 
     if task.mode not in COMPILE_MODES:
-        return Prepared(alternating(calls), restart=restart_of(calls))
+        run = [_in_this_thread(call) for call in calls] if task.mode == ONE_THREAD else calls
+        return Prepared(alternating(run), restart=restart_of(calls))
     compile_s, flops, compile_again = _compiled(lambda: wait(calls[0]()))
     x, weight = buffers[0][:2]
     only_factors = isinstance(weight, Tensor) and x.numel() == weight.numel() == weight.shape[0]

@@ -17,7 +17,7 @@ from bench.measure import machine
 from bench.measure.timer import Call, Prepared, Task, Timer, Trace, Unsupported, busy_s
 from bench.measure.torch.functions import MISSING, STOCK, UNEQUAL_STOCK, YARDSTICKS
 from bench.measure.torch.programs import build, counted_flops
-from bench.plan.cells import STORAGE_DTYPES
+from bench.plan.cells import DEVICES, STORAGE_DTYPES
 from bench.plan.competitors import Catalogue
 from bench.plan.costs import ITEM_BYTES
 from bench.plan.workloads import SHARED
@@ -132,6 +132,9 @@ class TorchTimer(Timer):
             unequal=implementation_names(unequal=True),
             unequal_stock=tuple(UNEQUAL_STOCK),
             shared=tuple(name for name, entry in IMPLEMENTATIONS.items() if entry.run_shared is not None),
+            only_on={
+                name: sorted(entry.devices) for name, entry in IMPLEMENTATIONS.items() if set(DEVICES) - entry.devices
+            },
         )
 
     def environment(self) -> dict[str, Any]:
