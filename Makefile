@@ -89,6 +89,9 @@ CHARTED ?= h200
 FRONT ?= README.md
 HEADLINED ?= h200
 TOLD ?= $(if $(SHOWN),cpu-xeon-amx-2core)
+# What the example models gain over the loops that they replace, and the page that says so.
+EXEMPLIFIED ?= $(if $(SHOWN),cpu-epyc-2core cpu-epyc-2core-catalogue)
+EXAMPLES ?= torch_impl/examples/README.md
 # A picture of every cell would be too long to read: the article's first setting, both directions.
 CHART_OPTIONS ?= $(foreach c,workload=article-base division=matched precision=ieee_fp32 direction=f*,--where '$(c)')
 BENCH = $(VENV)/bin/python -m bench
@@ -190,6 +193,7 @@ publish:
 	$(if $(NEW),$(BENCH) compress $(NEW))
 	$(foreach directory,$(SHOWN),$(call show,$(directory)))
 	$(foreach directory,$(TOLD),$(BENCH) findings $(RESULTS)/$(directory) --readme $(PAGE))
+	$(foreach directory,$(EXEMPLIFIED),$(BENCH) findings $(RESULTS)/$(directory) --readme $(EXAMPLES) &&) true
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and was not found (set PYTHON)"; exit 1; }

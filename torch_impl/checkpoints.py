@@ -111,12 +111,16 @@ def _advice(keys: Sequence[str], prefix: str, otherwise: str) -> str:
     before, _, after = prefix.partition("*")
     if prefix and not prefix.endswith(".") and any(key.startswith(f"{prefix}.") for key in keys):
         return f"pass the prefix {shown(prefix + '.')}"
+    if before and (deeper := next((key for key in keys if f".{before}" in key), "")):
+        return f"pass the prefix {shown(deeper[: deeper.index(f'.{before}') + 1] + prefix)}"
     named = re.compile(rf"{re.escape(before)}[^.]*[^.0-9][^.]*{re.escape(after or '.')}(weight|bias)")
     own = [key for key in keys if key.startswith(before) and (after in key or not after)]
     if own and all(map(named.fullmatch, own)):
         return "for a list of names pass keys=[...], the names in the order of the partitions"
-    numbered = (re.fullmatch(r"(.+\.)[0-9]+\.weight", key) for key in keys)
+    numbered = (re.fullmatch(r"(.+[._])[0-9]+\.weight", key) for key in keys)
     lists = list(dict.fromkeys(match[1] for match in numbered if match))
+    if not lists and any(key.rpartition(".")[2] == "kernel" for key in keys):
+        return "for a layer's own kernel and bias, not those of a list, use import_parameters"
     return f"pass the prefix of a list, those here are {shown(lists)}" if lists else otherwise
 
 
@@ -160,8 +164,8 @@ def arrays_from_linears(
             argument = f"state_dict[{key_of(prefix, k if keys is None else keys[k], name)!r}]"
             if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
                 raise TypeError(
-                    f"`{argument}`: expected an array of floats without a mask, got {kind_of(array)}; the layer is "
-                    f"unchanged."
+                    f"`{argument}`: expected an array of floats without a mask, got {kind_of(array)}; "
+                    f"{'pass what its .numpy() returns' if hasattr(array, 'numpy') else 'the layer is unchanged'}."
                 )
             symbols, shape = ("(out, in)", (o, i)) if name == "weight" else ("(out,)", (o,))
             if array.shape != shape:

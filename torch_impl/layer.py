@@ -27,6 +27,27 @@ from torch_impl.validation import (
 
 # Symbolic tracing keeps the call whole: it has no values that could be validated.
 torch.fx.wrap("partitioned_linear")
+torch.fx.wrap("packed_linear")
+
+
+class Unquantised:
+    """The attribute `qconfig`, by which `torch.ao.quantization` has a layer quantised: refused, for it is not."""
+
+    def __get__(self, layer: nn.Module | None, kind: type | None = None) -> Any:
+        if layer is None or "qconfig" in layer.__dict__:
+            return None if layer is not None else self
+        raise AttributeError("qconfig")  # as of a module that nothing was asked of
+
+    def __set__(self, layer: nn.Module, value: Any) -> None:
+        if value is not None:
+            raise TypeError(
+                f"`qconfig`: expected None, got a {type(value).__name__}; PyTorch has no quantised form of this "
+                f"layer: set layer.qconfig = None to keep it as it is, or put layer.to_linears() in its place."
+            )
+        layer.__dict__["qconfig"] = None
+
+    def __delete__(self, layer: nn.Module) -> None:
+        layer.__dict__.pop("qconfig", None)
 
 
 class PartitionedLinear(nn.Module):
@@ -79,6 +100,7 @@ class PartitionedLinear(nn.Module):
     in_axis: int = IN_AXIS
     partition_axis: int | None = PARTITION_AXIS
     packing: Packing | None = None
+    qconfig = Unquantised()
 
     def __init__(
         self,

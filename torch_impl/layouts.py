@@ -87,6 +87,10 @@ def static_indices(partitions: Any, num_partitions: int) -> list[int]:
         values = list(partitions)
         if any(type(value).__name__ in ("bool", "bool_") for value in values):
             raise TypeError
+        # A tensor of PyTorch with one element is an index to Python, whatever its axes, and a bool too.
+        others = [value for value in values if not isinstance(value, int)]
+        if any(getattr(value, "ndim", 0) or "bool" in str(getattr(value, "dtype", "")) for value in others):
+            raise TypeError
         indices = [operator.index(value) for value in values]
     except Exception as error:
         raise TypeError(f"`partitions`: expected indices of partitions, got {shown(partitions)}; {advice}.") from error

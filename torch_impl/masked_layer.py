@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch_impl.array_types import shown
 from torch_impl.functional import autocast_is_on, autocast_operands
 from torch_impl.initializers import Init, check_initializer, empty_parameter, initialize_
+from torch_impl.layer import Unquantised
 from torch_impl.linears import layer_from_linears, linears_from_partitions
 from torch_impl.packing import has_unequal_sizes
 from torch_impl.parameters import check_writable
@@ -23,6 +24,35 @@ from torch_impl.validation import (
     check_sizes,
     explain_failure,
 )
+
+
+def masked_linear(
+    x: Any, weight: Any, bias: Any, mask: Tensor, num_partitions: int, in_features: int, out_features: int
+) -> Tensor:
+    """Compute what the layer does of inputs (..., n, in) or (..., n*in), whose checks it makes first."""
+    sizes = {"num_partitions": num_partitions, "in_features": in_features, "out_features": out_features}
+    check_masked_operands(x, weight, bias, **sizes)
+    try:
+        # Selected, not multiplied: 0 * NaN and 0 * Inf are NaN, so a product with the mask would let a non-finite
+        # off-block weight into the output and a non-finite cotangent into the off-block gradients.
+        effective = torch.where(mask, weight, 0.0)
+        rows = x
+        if autocast_is_on(effective.device.type):
+            rows, effective, bias = autocast_operands(x, effective, bias)
+        check_same_dtype(rows, effective, bias)
+        # One matrix of rows: with more axes torch.vmap turns the product into a batched one over a broadcast weight,
+        # whose gradient is then summed in 16 bits.
+        product = F.linear(rows.reshape(-1, effective.shape[1]), effective, bias)
+    except RuntimeError as error:
+        explain_failure(error, "masked", x, weight, bias)
+        raise
+    if x.shape[-1] == num_partitions * in_features:
+        return product.reshape(*x.shape[:-1], effective.shape[0])
+    return product.reshape(*x.shape[:-2], num_partitions, out_features)
+
+
+# Symbolic tracing keeps the call whole: it has no values that could be validated.
+torch.fx.wrap("masked_linear")
 
 
 class MaskedPartitionedLinear(nn.Module):
@@ -53,6 +83,7 @@ class MaskedPartitionedLinear(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     mask: Tensor
+    qconfig = Unquantised()
 
     def __init__(
         self,
@@ -115,32 +146,8 @@ class MaskedPartitionedLinear(nn.Module):
             TypeError: If `x` is no tensor or its dtype differs.
             ValueError: If its shape or device does not fit.
         """
-        check_masked_operands(
-            x,
-            self.weight,
-            self.bias,
-            num_partitions=self.num_partitions,
-            in_features=self.in_features,
-            out_features=self.out_features,
-        )
-        # Selected, not multiplied: 0 * NaN and 0 * Inf are NaN, so a product with the mask would let a non-finite
-        # off-block weight into the output and a non-finite cotangent into the off-block gradients.
-        effective = torch.where(self.mask, self.weight, 0.0)
-        rows, bias = x, self.bias
-        if autocast_is_on(effective.device.type):
-            rows, effective, bias = autocast_operands(x, effective, bias)
-        check_same_dtype(rows, effective, bias)
-        flat = x.shape[-1] == self.num_partitions * self.in_features
-        # One matrix of rows: with more axes torch.vmap turns the product into a batched one over a broadcast weight,
-        # whose gradient is then summed in 16 bits.
-        try:
-            product = F.linear(rows.reshape(-1, effective.shape[1]), effective, bias)
-        except RuntimeError as error:
-            explain_failure(error, "masked", rows, self.weight, bias)
-            raise
-        if flat:
-            return product.reshape(*x.shape[:-1], effective.shape[0])
-        return product.reshape(*x.shape[:-2], self.num_partitions, self.out_features)
+        sizes = (self.num_partitions, self.in_features, self.out_features)
+        return masked_linear(x, self.weight, self.bias, self.mask, *sizes)
 
     @classmethod
     def from_linears(cls, linears: Sequence[nn.Linear] | nn.ModuleList, *, init: Init = "torch") -> Self:

@@ -23,7 +23,7 @@ from bench.commands.arguments import (
     tell_damage,
 )
 from bench.report.export import interval_json, write_csv
-from bench.report.markdown import FINDINGS, HEADLINES, findings_block, has_block, update_page
+from bench.report.markdown import EXAMPLES, FINDINGS, HEADLINES, examples_block, findings_block, has_block, update_page
 from bench.report.text import source_line
 from bench.store import Archive
 from bench.study.findings import QUESTIONS, Finding, findings
@@ -84,6 +84,7 @@ def _update(readme: Path, found: Sequence[Finding], directory: Path) -> None:
     """Fill the blocks of a page that show this run."""
     name = directory.resolve().name
     blocks = {FINDINGS: findings_block(found, directory.name), HEADLINES: findings_block(found, "", headlines=True)}
+    blocks[EXAMPLES] = examples_block(found)
     there = [what for what in blocks if has_block(readme, what, name)] or [FINDINGS]
     for what in there:
         update_page(readme, blocks[what], what, name)

@@ -1,7 +1,7 @@
 """Write reports as Markdown, and the blocks of a page that commands fill from records.
 
 A block lies between `<!-- results:begin -->` and `<!-- results:end -->` (`claims` for those of `bench claims`,
-`findings` or `headlines` for those of `bench findings`). A page
+`findings`, `headlines` or `examples` for those of `bench findings`). A page
 that shows several directories gives each a name, that of the directory: `<!-- results:begin h200 -->`.
 """
 
@@ -42,7 +42,16 @@ from bench.study.results import Results
 from parity_tests.report.files import read_text, write_text
 from parity_tests.report.text import html_text, markdown_code, markdown_line, markdown_text, printable
 
-RESULTS, CLAIMS, FINDINGS, HEADLINES = "results", "claims", "findings", "headlines"
+RESULTS, CLAIMS, FINDINGS, HEADLINES, EXAMPLES = "results", "claims", "findings", "headlines", "examples"
+# Of the layers' example models: the workloads that have the sizes of one, and what is asked of the loop it replaces.
+_EXAMPLES = {
+    "NLinear, DLinear": ("electricity-336-96", "electricity-336-96-time-series"),
+    "PeriodicEmbeddings": ("periodic-96-24",),
+    "Critics": ("redq", "redq-shared"),
+    "RecurrentBlock": ("recurrentgemma-2b-gates-1024", "recurrentgemma-2b-gates"),
+    "GroupedOutputProjection": ("deepseek-v4-flash",),
+}
+_AGAINST_LOOPS = {"PyTorch, eager": "product-or-loop-torch", "JAX, `jit`": "product-or-loop-jax"}
 # Enough to show the winner, the runner-up and the usual alternatives; the full ranking is in the run's report.
 _SHOWN = 5
 # Of a ranking, each with its heading on the page.
@@ -236,6 +245,24 @@ def findings_block(found: Sequence[Finding], name: str, *, headlines: bool = Fal
         command = markdown_code(f"python -m bench findings bench/results/{name}")
         lines += ["", f"The query behind each{more}: {command}."]
     return "\n".join(["", *(wrapped for line in lines for wrapped in _wrapped(line)), ""])
+
+
+def examples_block(found: Sequence[Finding]) -> str:
+    """Return the block of the example models for a page: one batched product against the loop, in fp32, matched."""
+    told: dict[tuple[str, str], dict[str, str]] = {}
+    for one in found:
+        for seen in one.seen:
+            cell = seen.where
+            if (cell.division, cell.precision) == ("matched", "ieee_fp32"):
+                times = f"{seen.interval.ratio:.2f}x [{seen.interval.low:.2f}, {seen.interval.high:.2f}] {seen.verdict}"
+                told.setdefault((cell.workload, cell.direction), {})[one.question.name] = times
+    lines = [f"| model | cell | {' | '.join(_AGAINST_LOOPS)} |", "|---|---|---|---|"]
+    for model, workloads in _EXAMPLES.items():
+        for workload, direction in sorted(key for key in told if key[0] in workloads):
+            answers = told[workload, direction]
+            times = [answers.get(question, "not measured") for question in _AGAINST_LOOPS.values()]
+            lines.append(f"| {model} | `{workload}`, {direction} | {' | '.join(times)} |")
+    return "\n".join(["", *lines, ""])
 
 
 def _wrapped(line: str) -> list[str]:

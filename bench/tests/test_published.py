@@ -24,6 +24,9 @@ PAGE = RESULTS / "README.md"
 SHOWN = ("h200", "cpu-epyc-2core", "cpu-xeon-2core")
 UNSHOWN = ("cpu-epyc-2core-catalogue", "cpu-xeon-amx-2core")
 PICTURES = [("h200", "throughput.svg"), ("cpu-epyc-2core", "frameworks.svg"), ("cpu-xeon-2core", "frameworks.svg")]
+# What the example models gain is said of these, on their page.
+EXEMPLIFIED = ("cpu-epyc-2core-catalogue", "cpu-epyc-2core")
+EXAMPLES = ROOT / "torch_impl" / "examples" / "README.md"
 # What all of them may take together, compressed.
 MOST_BYTES = 12_000_000
 # Vega writes the minus sign of typography.
@@ -43,7 +46,8 @@ def drawn(tmp_path_factory):
     page = Path(shutil.copy(PAGE, directory))
     (directory / "front").mkdir()
     front = Path(shutil.copy(ROOT / "README.md", directory / "front"))
-    places = {"VENV": sys.prefix, "DRAWN": directory, "PAGE": page, "FRONT": front}
+    examples = Path(shutil.copy(EXAMPLES, directory / "examples.md"))
+    places = {"VENV": sys.prefix, "DRAWN": directory, "PAGE": page, "FRONT": front, "EXAMPLES": examples}
     done = subprocess.run(
         ["make", "publish", *(f"{name}={place}" for name, place in places.items())],
         capture_output=True,
@@ -90,6 +94,29 @@ def test_the_results_are_those_of_the_published_records(directory):
     assert len(re.findall(r"^\| \S+ \(B=\d+, ", block, flags=re.M)) >= 18, "the block does not compare the frameworks"
     result = run_python("-m", "bench", "report", str(RESULTS / directory), "--readme", str(PAGE), "--check")
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.skipif("EVERY_TEST" not in os.environ, reason="nine seconds each: run with EVERY_TEST=1")
+@pytest.mark.parametrize("directory", EXEMPLIFIED)
+def test_what_the_examples_gain_over_their_loops_is_that_of_the_records(directory, tmp_path):
+    copy, text = Path(shutil.copy(EXAMPLES, tmp_path)), EXAMPLES.read_text()
+    begin, end = (f"<!-- examples:{side} {directory} -->" for side in ("begin", "end"))
+    block = text[text.index(begin) + len(begin) : text.index(end)]
+    copy.write_text(text.replace(block, "\n"))
+    result = run_python("-m", "bench", "findings", str(RESULTS / directory), "--readme", str(copy))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert_the_same(copy.read_text(), text)
+    assert len(re.findall(r"^\| .* \| .*x \[.*\] (?:FASTER|SLOWER|SAME|UNRESOLVED)", block, flags=re.M)) >= 4
+
+
+def test_every_example_has_its_speed_or_the_page_says_that_it_was_not_measured():
+    text = EXAMPLES.read_text()
+    models = re.findall(r"^\| \[([\w, ]+)\]\(\w+\.py\) \|", text, flags=re.M)
+    rows = re.findall(r"^\| ([\w, ]+) \| `[\w-]+`, ", text, flags=re.M)
+    unmeasured = set(re.findall(r"^(\w+) was not measured", text, flags=re.M))
+    assert len(models) == 5
+    assert set(models) == set(rows) | unmeasured
+    assert not set(rows) & unmeasured
 
 
 @pytest.mark.parametrize(("directory", "name"), PICTURES)

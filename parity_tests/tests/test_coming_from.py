@@ -123,10 +123,14 @@ def test_general_layers_of_flax():
     major = X.swapaxes(0, 1)
     general = nnx.LinearGeneral(I, O, axis=-1, batch_axis={0: N}, rngs=nnx.Rngs(0))
     parameters = {"weight": general.kernel[...], "bias": general.bias[...]}
-    close(in_flax(parameters, partition_axis=0)(major), general(major))
+    layer = in_flax(parameters, partition_axis=0)
+    close(layer(major), general(major))
+    fresh = jax_impl.PartitionedLinear(N, I, O, rngs=nnx.Rngs(0)).kernel[...]
+    assert spread(fresh) / spread(general.kernel[...]) == pytest.approx(N**0.5, rel=0.2)
 
     dense = linen.DenseGeneral(O, axis=-1, batch_dims=0)
     variables = dense.init(jax.random.key(0), major)
+    assert spread(fresh) / spread(variables["params"]["kernel"]) == pytest.approx(N**0.5, rel=0.2)
     layer = linen_impl.PartitionedLinear(O, partition_axis=0)
     close(layer.apply(variables, major), dense.apply(variables, major))
 

@@ -123,9 +123,11 @@ def test_the_loop_that_it_replaces_computes_the_same(name):
     )
 
 
-def train_in_torch(name, dtype, steps):
-    """Train by gradient descent; return the model, and the losses and states of all steps."""
+def train_in_torch(name, dtype, steps, start=None):
+    """Train by gradient descent, from a state of NumPy arrays if any; return the model, all losses and states."""
     model = torch_model(name).to(getattr(torch, dtype))
+    if start is not None:
+        model.load_state_dict({key: torch.tensor(value) for key, value in start.items()})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     inputs, target = drawn(name, dtype)
     losses, states = [], []
@@ -168,26 +170,43 @@ def continue_in_jax(name, dtype, trained, steps):
         return losses, states
 
 
-@pytest.mark.parametrize("name", some(["NLinear", "Critics", *MODELS]))
-def test_trained_in_torch_and_continued_in_jax_it_joins(name):
-    runs = {}
-    for dtype in ("float64", "float32"):
+def joined(name, dtype, to):
+    """Train in one framework and go on in the other: the losses and states after the change, and those without one."""
+    if to == "jax":
         _, losses, states = train_in_torch(name, dtype, 2 * STEPS)
-        model, _, _ = train_in_torch(name, dtype, STEPS)
-        own = {"torch": (losses[STEPS:], states[STEPS:]), "jax": continue_in_jax(name, dtype, model, STEPS)}
-        for framework, (loss, found) in own.items():
-            runs[framework, dtype] = loss, found
+        half, _, _ = train_in_torch(name, dtype, STEPS)
+        went_on = continue_in_jax(name, dtype, half, STEPS)
+    else:
+        losses, states = continue_in_jax(name, dtype, torch_model(name).to(getattr(torch, dtype)), 2 * STEPS)
+        went_on = train_in_torch(name, dtype, STEPS, start=states[STEPS - 1])[1:]
+    stayed = losses[STEPS:], states[STEPS:]
+    return {"torch": stayed, "jax": went_on} if to == "jax" else {"torch": went_on, "jax": stayed}
+
+
+@pytest.mark.parametrize("to", ["jax", "torch"])
+@pytest.mark.parametrize("name", some(["NLinear", "Critics", *MODELS]))
+def test_trained_in_one_framework_and_continued_in_the_other_it_joins(name, to):
+    runs = {dtype: joined(name, dtype, to) for dtype in ("float64", "float32")}
     for pick in (lambda run: run[1], lambda run: [{"losses": np.array(run[0])}]):
         double, single = (
-            {
-                side: Trajectory(np.array(runs[side, dtype][0]), pick(runs[side, dtype]), {}, set())
-                for side in ("torch", "jax")
-            }
-            for dtype in ("float64", "float32")
+            {side: Trajectory(np.array(run[0]), pick(run), {}, set()) for side, run in runs[dtype].items()}
+            for dtype in runs
         )
         assert all(found.ok for found in semantic(double, single)), semantic(double, single)
-    losses = runs["jax", "float64"][0]
-    assert losses[-1] < losses[0]
+    for losses, _ in runs["float64"].values():
+        assert losses[-1] < losses[0]
+
+
+def test_a_continuation_from_the_wrong_state_does_not_join():
+    """The criterion is one that the state of one step too few exceeds, or the test above could not fail."""
+    runs = {dtype: joined("NLinear", dtype, "torch") for dtype in ("float64", "float32")}
+    for dtype, run in runs.items():
+        _, states = continue_in_jax("NLinear", dtype, torch_model("NLinear").to(getattr(torch, dtype)), STEPS)
+        run["torch"] = train_in_torch("NLinear", dtype, STEPS, start=states[STEPS - 2])[1:]
+    double, single = (
+        {side: Trajectory(np.array(run[0]), run[1], {}, set()) for side, run in runs[dtype].items()} for dtype in runs
+    )
+    assert not all(found.ok for found in semantic(double, single))
 
 
 def test_chosen_critics_are_those_of_all():

@@ -148,6 +148,24 @@ def test_what_does_not_fit_is_refused_whole():
         import_parameters(layer, before | {"weight": before["weight"].swapaxes(1, 2)}, axes={"weight": "n i o"})
     assert all(np.array_equal(array, before[name]) for name, array in export_parameters(layer).items())
     load_linears(layer, {"state_dict": state, "epoch": 3}, prefix="state_dict.heads.")
+
+
+def test_trees_of_linen_and_tensors_of_torch_are_told_apart_from_lists():
+    lists = {"params": {f"heads_{k}": {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)} for k in range(3)}}
+    own, layer = {"params": {"kernel": jnp.ones((3, 4, 5)), "bias": jnp.ones((3, 5))}}, layer_of(3)
+    for tree, prefix, message in (
+        (lists, "heads_", r"pass the prefix 'params\.heads_'"),
+        (lists, "", r"those here are \['params\.heads_'\]"),
+        (own, "", r"a layer's own kernel and bias, .* use import_parameters"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_linears(layer, tree, prefix=prefix)
+    load_linears(layer, lists, prefix="params.heads_")
+    torch = pytest.importorskip("torch", reason="torch is not installed here")
+    state = {key: torch.tensor(value) for key, value in state_of(3).items() if "heads" in key}
+    with pytest.raises(TypeError, match=r"got a Tensor; pass what its \.numpy\(\) returns"):
+        load_linears(layer, state, prefix="heads.")
+    load_linears(layer, {key: value.numpy() for key, value in state.items()}, prefix="heads.")
     assert holds(export_parameters(layer), state)
 
 

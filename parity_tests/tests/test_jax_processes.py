@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -24,31 +25,29 @@ from jax_impl import PartitionedLinear
 
 pytestmark = pytest.mark.slow
 
-PROGRAM = """
-import json, re, sys
-import jax
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank)
-import jax.numpy as jnp
-import numpy as np
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "jax_impl" / "README.md").read_text()
+# What the page shows as train.py, and its command for each machine.
+(TRAIN,) = re.findall(r"```python\n(# train\.py\n.*?)```", PAGE, flags=re.S)
+COMMANDS = re.findall(r"^    (python train\.py HOST:\d+ \d)", PAGE, flags=re.M)
+
+# Follows train.py.
+CHECKS = """
+import json, os, re
 import orbax.checkpoint as ocp
-from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jax_impl.sharding import partition_sharding, shard_partitions
 from parity_tests.tests.test_jax_processes import batch, loss, model, step
 
+folder = os.getcwd()
+found = {"train.py": [str(value[...].sharding.spec) for value in (layer.kernel, gradients["kernel"])]}
 assert jax.process_count() == 2 and jax.device_count() == 8
-mesh = jax.make_mesh((2, 4), ("rows", "partitions"), axis_types=(AxisType.Auto,) * 2)
 layer = shard_partitions(model(), mesh, "partitions")
 graph, state = nnx.split(layer)
-rows = NamedSharding(mesh, P("rows", "partitions"))
-x = jax.make_array_from_callback(batch().shape, rows, lambda index: batch()[index])
+x = jax.make_array_from_callback(batch().shape, divided, lambda index: batch()[index])
 
 forward = jax.jit(lambda state, x: nnx.merge(graph, state)(x)).lower(state, x).compile().as_text()
 gradient = jax.jit(jax.grad(lambda state, x: loss(nnx.merge(graph, state), x))).lower(state, x).compile().as_text()
 collective = r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?[(]"
-found = {
+found |= {
     "forward": sorted(set(re.findall(collective, forward))),
     "gradient": sorted(set(re.findall(collective, gradient))),
     "divided": str(layer.kernel[...].sharding.spec),
@@ -56,7 +55,7 @@ found = {
 state = jax.jit(lambda state, x: step(graph, state, x))(state, x)
 with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(f"{folder}/layer", nnx.to_pure_dict(state))
-if rank == 0:
+if jax.process_index() == 0:
     print(json.dumps(found))
 """
 
@@ -88,20 +87,22 @@ def run(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
+    (folder / "train.py").write_text(TRAIN + CHECKS)
     environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), port, str(folder)],
+            [sys.executable, *re.sub(r"HOST:\d+", f"localhost:{port}", command).split()[1:]],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
+            cwd=folder,
         )
-        for rank in range(2)
+        for command in COMMANDS
     ]
     try:
         results = [process.communicate(timeout=240) for process in processes]
@@ -110,6 +111,11 @@ def run(tmp_path_factory):
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], results[0][1][-3000:]
     return folder, json.loads(results[0][0].strip().splitlines()[-1])
+
+
+def test_the_program_of_the_page_runs_on_both(run):
+    assert len(COMMANDS) == 2
+    assert all("partitions" in spec for spec in run[1]["train.py"])
 
 
 def test_the_forward_pass_communicates_nothing_and_the_gradient_reduces_over_rows_alone(run):

@@ -1,6 +1,7 @@
 """Partitions divided over 8 devices: the same values, and no device talks to another, forward or backward."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,36 @@ divided_dict = {"kernel": model.kernel[...], "bias": model.bias[...]}
 renewed = linen.import_parameters(divided_dict, arrays)
 for name, value in renewed.items():
     assert value.sharding == divided_dict[name].sharding, "an import must keep the placement"
+
+# Rows by partitions: forward nobody talks, and of the gradients each device sums its own partitions' over rows alone.
+import re
+both = jax.make_mesh((2, 4), ("rows", "partitions"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+rng = np.random.default_rng(0)
+whole = jax.tree.map(
+    lambda value: jnp.asarray(rng.integers(-3, 4, value.shape), "float32"),
+    linen.PartitionedLinear(5).init(jax.random.key(0), x),
+)
+state = jax.device_put(whole, partition_sharding(both))
+numbers = jnp.asarray(rng.integers(-3, 4, x.shape), "float32")
+rows = jax.device_put(numbers, jax.sharding.NamedSharding(both, jax.sharding.PartitionSpec("rows", "partitions")))
+graph, nnx_state = nnx.split(shard_partitions(layer(), both))
+names = ("auto", "einsum", "vmap")
+calls = {name: (state, linen.PartitionedLinear(5, implementation=name).apply) for name in names}
+calls["nnx"] = nnx_state, lambda state, x: nnx.merge(graph, state)(x)
+for name, (parameters, call) in calls.items():
+    gradient = jax.jit(jax.grad(lambda state, x: jnp.sum(call(state, x) ** 2)))
+    compiled = gradient.lower(parameters, rows).compile()
+    print("=== forward ===")
+    print(jax.jit(call).lower(parameters, rows).compile().as_text())
+    print("=== gradient ===")
+    print(compiled.as_text())
+    reduced = re.findall(r"= ([^=]*?) all-reduce(?:-start)?\\(", compiled.as_text())
+    shapes = re.findall(r"f32\\[([^]]+)\\]", " ".join(reduced))
+    sizes = [np.prod([int(size) for size in shape.split(",")]) for shape in shapes]
+    assert sorted(sizes) == [4 * 5, 4 * 4 * 5], (name, reduced)
+    if name != "nnx":
+        for ours, want in zip(*map(jax.tree.leaves, (compiled(state, rows), gradient(whole, numbers))), strict=True):
+            assert np.array_equal(ours, want), name
 print("done")
 """
 
@@ -119,7 +150,8 @@ def test_no_collectives_on_eight_devices():
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("done\n")
-    program, control = result.stdout.split("=== control ===")
+    one_axis, *parts = re.split("=== (?:forward|gradient) ===", result.stdout)
+    program, control = one_axis.split("=== control ===")
     assert [name for name in COLLECTIVES if name in program] == []
     # A sum over all partitions must talk, a gathered or a shifted result, and rows in the place of partitions: the
     # search above would find it.
@@ -129,6 +161,10 @@ def test_no_collectives_on_eight_devices():
         "collective-permute",
         "all-to-all",
     }
+    assert len(parts) == 2 * 4
+    for forward, gradient in zip(parts[::2], parts[1::2], strict=True):
+        assert [name for name in COLLECTIVES if name in forward] == []
+        assert [name for name in COLLECTIVES if name in gradient] == ["all-reduce"]
 
 
 @pytest.fixture

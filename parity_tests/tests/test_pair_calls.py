@@ -380,7 +380,7 @@ class NnxNormed(nnx.Module):
 
 
 @pytest.mark.sample(2)
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("compiled", [torch.jit.script, lambda module: torch.jit.trace(module, torch.ones(9, 6))])
 def test_scripted_and_traced_modules_are_judged_and_left_as_they_were(compiled):
     module = compiled(Normed().eval())

@@ -1243,7 +1243,7 @@ def entries(folder):
     }
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 
 
 def test_every_flaw_is_refused_in_one_sentence(tmp_path):

@@ -216,7 +216,7 @@ def test_autocast_leaves_float64_alone():
 
 
 # torch's own forward-mode set-up scripts a function on first use, and says that scripting is deprecated.
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "grouped_matmul"])
 def test_function_transforms(name):
     x, weight, bias = lattice(4, 3, 8), lattice(3, 8, 8), lattice(3, 8)

@@ -223,3 +223,13 @@ def test_layouts_of_sharded_layers():
             layer(distribute_tensor(value, mesh, [Replicate()]), partitions=[1])
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.tensor([0]), torch.tensor(True), torch.tensor(1.0)], ids=["axis", "bool", "float"]
+)
+def test_an_index_in_a_list_is_one_whole_number(wrong):
+    layer, x = PartitionedLinear(3, 4, 5), torch.ones(2, 1, 4)
+    assert torch.equal(layer(x, partitions=[torch.tensor(1)]), layer(x, partitions=[1]))
+    with pytest.raises(TypeError, match="`partitions`: expected indices of partitions, got"):
+        layer(x, partitions=[wrong])

@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +19,7 @@ if not framework_available("torch"):
 import torch
 import torch.distributed.checkpoint as dcp
 
-from torch_impl import PartitionedLinear
+from torch_impl import MaskedPartitionedLinear, PartitionedLinear
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,24 +29,26 @@ pytestmark = [
     ),
 ]
 
-# The same file is the program that torchrun starts, so that both halves have one model.
-PROGRAM = """
-import json, os, sys
-import torch
-import torch.distributed as dist
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "torch_impl" / "README.md").read_text()
+# What the page shows as train.py, and its commands: one that starts both processes, and one for each machine.
+(TRAIN,) = re.findall(r"```python\n(# train\.py\n.*?)```", PAGE, flags=re.S)
+COMMANDS = re.findall(r"^    (torchrun .*? train\.py)", PAGE, flags=re.M)
+MACHINES = {"two machines": COMMANDS[1:], "one machine": COMMANDS[:1]}
+END = "dist.destroy_process_group()\n"
+
+# Takes the place of the end of train.py.
+CHECKS = """
+import json, sys
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from parity_tests.tests.test_torch_processes import batch, model, step
 from torch_impl.sharding import shard_partitions
 
-folder, found = sys.argv[1], {}
+folder, found = sys.argv[1], {"train.py": [str(value.placements) for value in model_of_page.parameters()]}
 torch.set_num_threads(1)
-dist.init_process_group("gloo")
 rank = dist.get_rank()
-mesh = init_device_mesh("cpu", (2,))
 expected = step(model(), batch()).state_dict()
 part = batch().chunk(2)[rank]
 
@@ -55,7 +60,8 @@ replicated = DistributedDataParallel(model())
 found["ddp"] = same({k.removeprefix("module."): v for k, v in step(replicated, part).state_dict().items()})
 
 sharded = model()
-fully_shard(sharded[0], mesh=mesh)
+for layer in (sharded[0], sharded[2], sharded[3]):
+    fully_shard(layer, mesh=mesh)
 fully_shard(sharded, mesh=mesh)
 step(sharded, part)
 found["fsdp"] = same(get_model_state_dict(sharded))
@@ -70,7 +76,8 @@ set_model_state_dict(divided, state)
 found["fsdp to partitions"] = same(get_model_state_dict(divided))
 dcp.save(get_model_state_dict(divided), checkpoint_id=f"{folder}/partitions")
 if rank == 0:
-    print(json.dumps(found), flush=True)
+    with open(f"{folder}/found.json", "w") as file:
+        json.dump(found, file)
 dist.barrier()
 dist.destroy_process_group()
 # torch's own threads may abort a process that ends as usual.
@@ -79,10 +86,16 @@ os._exit(0)
 
 
 def model():
-    """Make a layer and what follows it, in float64."""
+    """Make layers of one size, of several, and masked, and what follows them, in float64."""
     torch.manual_seed(0)
-    layer = PartitionedLinear(4, 6, 5, dtype=torch.float64)
-    return torch.nn.Sequential(layer, torch.nn.Flatten(), torch.nn.Linear(20, 3, dtype=torch.float64))
+    double = {"dtype": torch.float64}
+    return torch.nn.Sequential(
+        PartitionedLinear(4, 6, 5, **double),
+        torch.nn.Flatten(),
+        PartitionedLinear(3, (4, 10, 6), (1, 3, 4), **double),
+        MaskedPartitionedLinear(4, 2, 3, **double),
+        torch.nn.Linear(12, 3, **double),
+    )
 
 
 def batch():
@@ -98,21 +111,49 @@ def step(module, x):
     return module
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+@pytest.fixture(
+    scope="module", params=[name for name in MACHINES if name == "two machines" or "EVERY_TEST" in os.environ]
+)
+def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    (folder / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*command, str(folder / "program.py"), str(folder)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"},
-        timeout=240,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return folder, json.loads(result.stdout.strip().splitlines()[-1])
+    assert TRAIN.endswith(END)
+    renamed = TRAIN.replace("model", "model_of_page")
+    (folder / "train.py").write_text(renamed.removesuffix(END) + CHECKS)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run"),
+                *shlex.split(command.replace("HOST", "localhost").replace("29500", port))[1:],
+                str(folder),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=folder,
+        )
+        for command in MACHINES[request.param]
+    ]
+    try:
+        messages = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), "".join(messages)[-3000:]
+    return folder, json.loads((folder / "found.json").read_text())
+
+
+def test_the_page_has_a_command_for_one_machine_and_for_each_of_two():
+    assert [len(commands) for commands in MACHINES.values()] == [2, 1]
+    assert ["--node-rank 0" in COMMANDS[1], "--node-rank 1" in COMMANDS[2]] == [True, True]
+
+
+def test_the_program_of_the_page_divides_its_parameters(run):
+    assert run[1]["train.py"] == ["(Shard(dim=0),)"] * 4
 
 
 @pytest.mark.parametrize("tool", ["ddp", "fsdp", "fsdp to partitions"])
@@ -121,7 +162,7 @@ def test_two_processes_train_as_one(run, tool):
 
 
 def test_fsdp_does_divide_the_parameters(run):
-    assert run[1]["fsdp is sharded"] == ["(Shard(dim=0),)"] * 4
+    assert run[1]["fsdp is sharded"] == ["(Shard(dim=0),)"] * 8
 
 
 # torch says that it takes the one process for what is meant.

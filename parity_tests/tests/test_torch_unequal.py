@@ -85,7 +85,7 @@ def test_every_formulation_computes_what_the_linears_do(name, sizes):
         assert torch.equal(y, partitioned_linear(x, layer.weight, layer.bias, **options))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_and_their_derivatives_are_right(name):
     ins, outs = (2, 3, 1, 2), (1, 2, 1, 1)
