@@ -13,8 +13,9 @@ if not framework_available("torch"):
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
-from torch_impl import MaskedPartitionedLinear, PartitionedLinear, partitioned_linear
+from torch_impl import MaskedPartitionedLinear, PartitionedLinear, functional, partitioned_linear
 from torch_impl.registry import DTYPE_NAMES
 
 LAYERS = [PartitionedLinear, MaskedPartitionedLinear]
@@ -234,3 +235,26 @@ def test_symbolic_tracing_keeps_the_call_whole():
     assert [node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"] == ["partitioned_linear"]
     x = torch.randn(2, 3, 4)
     assert torch.equal(traced(x), model(x))
+
+
+def test_an_ordinary_call_is_looked_at_once(monkeypatch):
+    layer, x = PartitionedLinear(3, 4, 5), torch.randn(2, 3, 4)
+    expected = layer(x)
+    for name in ("check_operands", "check_same_dtype", "unsupported_reason"):
+        monkeypatch.delattr(functional, name)
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(partitioned_linear(x, layer.weight, layer.bias), expected)
+    with torch.autocast("cpu"), pytest.raises(NameError):
+        layer(x)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parameter_that_is_computed_is_the_one_that_counts(name):
+    """A pruned or parametrised parameter is none of the module's own; the other one still is."""
+    x, changed = torch.randn(2, 3, 4), (PartitionedLinear(3, 4, 5), PartitionedLinear(3, 4, 5))
+    prune.random_unstructured(changed[0], name, amount=0.5)
+    parametrize.register_parametrization(changed[1], name, nn.Tanh(), unsafe=True)
+    for layer in changed:
+        assert name not in layer._parameters
+        assert torch.equal(layer(x), partitioned_linear(x, layer.weight, layer.bias))
+        assert (layer(x) - layer.bias).abs().max() > 0

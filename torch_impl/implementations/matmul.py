@@ -51,10 +51,14 @@ def _narrow_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 def _has_narrow_results(rows: Tensor, weight: Tensor) -> bool:
     """Say whether `_narrow_product` gains; a traced program would be compiled anew for other numbers of rows."""
-    if not rows.is_cpu or type(rows) is not Tensor or rows.shape[2] == 1 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return False
-    count, item = rows.shape[0], weight.dtype.itemsize
-    return isinstance(count, int) and count >= _FEWEST_ROWS and item >= 4 and count * item % _ALIASED_BYTES != 0
+    count, _, in_features = rows.shape
+    # Symbolic rows, of a program that is traced otherwise, are not looked at.
+    if not isinstance(count, int) or count < _FEWEST_ROWS or in_features == 1 or not rows.is_cpu:
+        return False
+    item = weight.dtype.itemsize
+    return item >= 4 and count * item % _ALIASED_BYTES != 0 and type(rows) is Tensor
 
 
 def _takes_one_node(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
