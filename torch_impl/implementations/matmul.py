@@ -9,10 +9,10 @@ from torch.nn import Parameter
 
 from torch_impl.array_types import Bias, Inputs, Outputs, Weight
 
-# Where a result whose rows lie next to each other was measured to be the faster one on a CPU: interleaved on one and
-# two threads, with AVX2 and AVX-512 kernels, fp32 and fp64, 64 to 4000 rows, 2 to 512 features to at most 8, forward
-# and forward + backward, 0.2 to 0.9 of the time of the other order, whether or not a contiguous result is asked for
-# afterwards. Where the columns of the result are a multiple of 4 KiB apart that copy takes longer than what is won.
+# Where a result whose rows lie next to each other was measured to be the faster one, on one thread of one CPU by
+# interleaved calls (fp32 and fp64, 64 to 4000 rows, 2 to 512 features to at most 8): a forward pass takes 0.2 to 0.9
+# of the time of the other order. With gradients or a contiguous copy behind it some settings only break even. Where
+# the columns of the result are a multiple of 4 KiB apart a copy takes longer than what is won.
 _WIDEST_NARROW, _FEWEST_ROWS, _ALIASED_BYTES = 8, 64, 4096
 
 # By device type, from how many entries of y on `_OneNode` is used. Nowhere yet: on CUDA it waits for a measurement that
