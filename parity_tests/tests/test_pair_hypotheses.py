@@ -57,6 +57,7 @@ def test_no_formula_is_found_where_there_is_none_or_where_chance_would_do():
         (X[:, ::-1], "reversed (flipped) along axis 1"),
         (np.roll(X, 1, 0), "rolled by 1 along axis 0"),
         (X.reshape(3, 2, 2).swapaxes(1, 2).reshape(3, 4), "2 groups interleaved"),
+        (np.concatenate([X[:, :1], X[::-1, 1:]], 1), "reversed (flipped) along axis 0, in 1:4 of axis 1 alone"),
         (np.random.default_rng(1).permuted(X.ravel()).reshape(X.shape), ""),
     ],
 )
