@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import numpy as np
 
 from parity_tests.causes.place import Findings, explained, place_of_shapes
-from parity_tests.causes.search import block_orders, exchanges, first_confirmed, head_orders
+from parity_tests.causes.search import block_orders, borrowed, exchanges, first_confirmed, head_orders
 from parity_tests.judge.comparison import UNDECIDED, within
 from parity_tests.judge.dtypes import FORMATS, as_stored, is_complex, is_float, is_inexact, parts, widened
 from parity_tests.pair.judge import INFERENCE, KEYS, Evidence
@@ -252,6 +252,10 @@ def _changes(pair: Pair, evidence: Evidence, only: Mapping[str, Collection[str]]
         for first, second, exchanged in exchanges(arrays):
             yield f"{first} and {second} are exchanged between the two sides", changed(key, exchanged)
     if only is not None:
+        everything = {name: values.parameters["torch"][name] for name in mapped["torch"]}
+        for first, second, taken in borrowed(everything, only["torch"]):
+            sentence = f"{first} is not used on the flax side, which takes the parameters of {second} in its place"
+            yield sentence, changed("torch", taken)
         yield from ((sentence, changed("torch", arrays)) for sentence, arrays in head_orders(own["torch"]))
     for order, names, arrays in block_orders(own["torch"]):
         shown = ", ".join(map(str, order))

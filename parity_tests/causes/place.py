@@ -100,7 +100,7 @@ def _hypotheses(search: Search, segment: Segment) -> Iterator[Hypothesis]:
     # Those that every operation has come last, or they would keep the others from being tried.
     offered = sorted(offered, key=lambda offer: offer[2].startswith(_COMMON))
     yield from itertools.islice(_alone(search, segment, offered), _MOST_ALONE)
-    yield from itertools.islice(related(search, segment, steps), _MOST_RELATED)
+    yield from related(search, segment, steps)
     yield from itertools.islice(_together(search, offered), _MOST_RELATED)
     yield from itertools.islice(remote(search, segment, steps), _MOST_RELATED)
 

@@ -1,13 +1,15 @@
 """Search for what Flax's values have to do with torch's: the same numbers in another order, a formula, another table.
 
-A formula is looked for among sorted numbers, so that it does not matter how they are arranged. What is found is a
-hypothesis like any other, which `place` proves or drops.
+What is found is a hypothesis like any other, which `place` proves or drops.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import itertools
+import math
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
+from parity_tests.causes.formulas import equal, formulas, is_round, order_of, same_numbers, written
 from parity_tests.judge.dtypes import FORMATS, is_complex
 from parity_tests.pair.localisation import Search, Segment, arrangements
 from parity_tests.pair.trace import ARGUMENT, CONSTANT, LARGEST, VIEWS, Change, Trace
@@ -15,138 +17,20 @@ from parity_tests.pair.trace import ARGUMENT, CONSTANT, LARGEST, VIEWS, Change, 
 _MOST_TERMS = 12
 _MOST_READ = 4  # values that are tried in another order
 _MOST_ROLLED = 8  # elements of an axis that is rolled
+_MOST_OF_A_KIND = 40  # hypotheses
 _MOST_FORMULAS = 60  # values of the flax side that a formula is looked for
-_FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "relu": lambda x: np.maximum(x, 0.0),
-    "relu6": lambda x: np.clip(x, 0.0, 6.0),
-    "tanh": np.tanh,
-    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-    "softplus": lambda x: np.logaddexp(x, 0.0),
-    "silu": lambda x: x / (1 + np.exp(-x)),
-    "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0.0))),
-    **{function.__name__: function for function in (np.exp, np.log, np.log1p, np.abs, np.sin, np.cos, np.square)},
-}
+_UNNAMED = "in another order"
 # A sentence, changes, and the operations whose results must be among Flax's values where not all results agree.
 Hypothesis = tuple[str, Sequence[Change], Sequence[int]]
-
-_ALIKE = 1e-9  # relative; numbers of float64 that went through some operations
-_ROUND = 3  # significant digits of a constant that somebody wrote
-
-
-def order_of(own: np.ndarray, other: np.ndarray) -> str:
-    """Say how numbers of one shape are rearranged in another array; empty if that is none of the known ways."""
-    for axis, size in enumerate(own.shape):
-        if size > 1 and _equal(np.flip(own, axis), other):
-            return f"reversed (flipped) along axis {axis}"
-    for axis, size in enumerate(own.shape):
-        for by in range(1, size):
-            if _equal(np.roll(own, by, axis), other):
-                return f"rolled by {by} along axis {axis}"
-    for first, second in ((a, b) for b in range(own.ndim) for a in range(b)):
-        if own.shape[first] == own.shape[second] and _equal(own.swapaxes(first, second), other):
-            return f"with axes {first} and {second} exchanged (transposed)"
-    for axis, size in enumerate(own.shape):
-        for blocks in (n for n in range(2, size) if size % n == 0):
-            split = own.reshape(*own.shape[:axis], blocks, size // blocks, *own.shape[axis + 1 :])
-            if _equal(split.swapaxes(axis, axis + 1).reshape(own.shape), other):
-                others = "a shuffle, or channels first against last before a flatten"
-                return f"with axis {axis} split the other way round ({blocks} groups interleaved: {others})"
-    return ""
-
-
-def _equal(first: np.ndarray, second: np.ndarray) -> bool:
-    return bool(
-        np.allclose(first, second, rtol=_ALIKE, atol=_ALIKE * np.abs(first[np.isfinite(first)]).max(initial=0.0))
-    )
-
-
-def same_numbers(own: np.ndarray, other: np.ndarray) -> bool:
-    """Tell whether two arrays have the same numbers in any order, up to rounding; those not finite in equal count."""
-    if own.shape != other.shape or is_complex(own) != is_complex(other):
-        return False
-    first, second = (np.sort(array.ravel()) for array in (own, other))
-    finite = np.isfinite(first)
-    if not np.array_equal(finite, np.isfinite(second)):
-        return False
-    first, second = first[finite], second[finite]
-    return bool(not first.size or (np.abs(first - second) <= _ALIKE * np.abs(first).max()).all())
-
-
-def formulas(own: np.ndarray, other: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield what makes the other numbers of these: words that follow "on the flax side it is", and the numbers.
-
-    A constant that a few numbers would agree on by chance has to be a round one.
-    """
-    if own.size != other.size or own.size == 0 or is_complex(own) != is_complex(other):
-        return
-    first, second = np.sort(own.ravel()), np.sort(other.ravel())
-    if not (np.isfinite(first).all() and np.isfinite(second).all()) or not second.any():
-        return
-    distinct = len(np.unique(np.round(first / (np.abs(first).max() or 1.0), 9)))
-    scale = np.abs(second).max()
-
-    def fits(values: np.ndarray) -> bool:
-        return bool((np.abs(np.sort(values) - second) <= _ALIKE * max(scale, np.abs(values).max())).all())
-
-    def told(constant: float, needed: int) -> bool:
-        return distinct >= needed or _is_round(constant)
-
-    for sign in (1.0, -1.0):
-        factor = sign * float(np.linalg.norm(second) / np.linalg.norm(first)) if first.any() else 0.0
-        factor = _written(factor)
-        if abs(factor - 1) > FORMATS["float32"].roundoff and factor and fits(factor * first) and told(factor, 2):
-            yield f"{factor:.6g} times as large", factor * own
-    if is_complex(own):
-        if np.imag(own).any() and fits(first.conj()):
-            yield "its complex conjugate", own.conj()
-        return
-    offset = _written(float(np.median(second - first)))
-    if abs(offset) > FORMATS["float32"].roundoff * scale and fits(first + offset) and told(offset, 3):
-        yield f"{abs(offset):.6g} {'more' if offset > 0 else 'less'} (a shift by a constant)", own + offset
-    complement = _written(float(np.median(second + first[::-1])))
-    if complement and fits(complement - first) and told(complement, 3):
-        yield f"{complement:.6g} minus it (inverted)", complement - own
-    if first[0] > 0 and second[0] > 0:
-        logs, others = np.log(first), np.log(second)
-        for order in (1, -1) if logs.any() else ():
-            power = _written(float(logs @ others[::order] / (logs @ logs)))
-            # An array of ones is any power of itself.
-            if abs(power - 1) > FORMATS["float32"].roundoff and fits(first**power) and told(power, 3):
-                yield f"it to the power {power:.6g} (another exponent, or base of a power)", own**power
-    fitting = []
-    for name, function in _FUNCTIONS.items() if distinct >= 4 else ():
-        with np.errstate(all="ignore"):
-            values = function(first)
-        if np.isfinite(values).all() and not np.array_equal(values, first) and fits(values):
-            fitting.append(name)
-    if fitting:
-        yield f"{' or '.join(fitting)} of it (a function that torch's side lacks there)", _FUNCTIONS[fitting[0]](own)
-    for order in (1, -1) if distinct >= 4 else ():
-        factor, offset = map(_written, np.polyfit(first, second[::order], 1).tolist())
-        # With one of them alone it would be one of the formulas above, or rounding.
-        both = abs(abs(factor) - 1) > FORMATS["float32"].roundoff and abs(offset) > _ALIKE * scale
-        if factor and both and fits(factor * first + offset):
-            yield (
-                f"{factor:.6g} times it and {abs(offset):.6g} {'more' if offset > 0 else 'less'}",
-                factor * own + offset,
-            )
-
-
-def _written(number: float) -> float:
-    """Return the number that was meant, if it has few digits: a fit errs where values do."""
-    short = float(f"{number:.9g}")
-    return short if abs(short - number) <= 1e-12 * abs(number) else number
-
-
-def _is_round(number: float) -> bool:
-    return any(abs(float(f"{each:.{_ROUND}g}") - each) <= _ALIKE * abs(each) for each in (number, 1 / (number or 1.0)))
 
 
 def related(search: Search, segment: Segment, steps: Sequence[int]) -> Iterator[Hypothesis]:
     """Yield hypotheses that put other numbers in; `steps` are the operations of a segment that are no views."""
-    yield from _arranged(search, segment)
+    # Each kind has a share of its own: of many equal axes there are many orders.
+    for told in (True, False):
+        yield from itertools.islice(_arranged(search, segment, told), _MOST_OF_A_KIND)
     yield from _weighted(search, segment)
-    yield from _by_formula(search, segment)
+    yield from itertools.islice(_by_formula(search, segment), _MOST_OF_A_KIND)
 
 
 def remote(search: Search, segment: Segment, steps: Sequence[int]) -> Iterator[Hypothesis]:
@@ -157,8 +41,14 @@ def remote(search: Search, segment: Segment, steps: Sequence[int]) -> Iterator[H
     yield from _centred(search, steps)
 
 
-def _arranged(search: Search, segment: Segment) -> Iterator[Hypothesis]:
-    """Let the first operations read the numbers that Flax has in the place of theirs: in another order, or masked."""
+def _arranged(search: Search, segment: Segment, told: bool) -> Iterator[Hypothesis]:
+    """Let the first operations read the numbers that Flax has in the place of theirs: in another order, or masked.
+
+    Args:
+        search: the recorded runs.
+        segment: where they part.
+        told: whether to yield those whose difference has a name, or the others.
+    """
     for number, readers, own in _read(search, segment):
         seen = {own.tobytes()}
         for array in (search.array("jax", other) for other in search.matches[number][:4]):
@@ -166,7 +56,8 @@ def _arranged(search: Search, segment: Segment) -> Iterator[Hypothesis]:
                 if each.tobytes() in seen:
                     continue
                 seen.add(each.tobytes())
-                if sentence := _rearranged(search, readers[0][0], number, own, each):
+                sentence = _rearranged(search, readers[0][0], number, own, each)
+                if sentence and told == (_UNNAMED not in sentence):
                     yield from ((sentence, changes, ()) for changes in _given(readers, each))
 
 
@@ -223,7 +114,7 @@ def _rearranged(search: Search, step: int, number: int, own: np.ndarray, each: n
     if "transposed" in words and _softmax_follows(search, number) and _is_product(search.torch, number):
         return "order: the scores are transposed on the flax side (query and key are exchanged)"
     known = " (channels first against last before a flatten, heads merged or split in another order)"
-    words, known = (words, "") if words else ("in another order", known)
+    words, known = (words, "") if words else (_UNNAMED, known)
     return f"order: {module} reads the same numbers {words} on the flax side{known}"
 
 
@@ -253,13 +144,20 @@ def _by_formula(search: Search, segment: Segment) -> Iterator[Hypothesis]:
             array = search.array("torch", number) if search.torch.parameter(number) else None
             if array is None or is_complex(array):
                 read.append((step, ARGUMENT, k, number))
+    alike_steps: dict[tuple[str, str], list[Change]] = {}
     for step, what, k, number in (*made, *read):
         alike = [other for other in others if search.flax.sizes[other] == search.torch.sizes[number]]
         own = search.array("torch", number) if alike else None
         for array in () if own is None else (search.array("jax", other) for other in alike):
             assert own is not None
             for words, value in formulas(own, array) if array is not None else ():
-                yield _of_value(search, step, what, number, words), [Change(step, what, k, value)], ()
+                sentence, change = _of_value(search, step, what, number, words), Change(step, what, k, value)
+                yield sentence, [change], ()
+                # What is computed in several places is usually wrong in all of them.
+                together = alike_steps.setdefault((search.torch.steps[step].operation, sentence), [])
+                together += [change] * (step not in [other.step for other in together])
+                if len(together) > 1:
+                    yield sentence, [*together], ()
 
 
 def _of_value(search: Search, step: int, what: str, number: int, words: str) -> str:
@@ -326,6 +224,8 @@ def _weighted(search: Search, segment: Segment) -> Iterator[Hypothesis]:
     terms = [search.array("torch", number) for number in step.reads]
     if step.operation not in ("add", "sub") or len(terms) != 2 or any(t is None or is_complex(t) for t in terms):
         return
+    if step.operation == "add":
+        yield from _mixed(search, segment, heals)
     columns = np.stack([np.broadcast_to(t, heals.value.shape).ravel() for t in terms if t is not None], axis=1)
     weights = np.linalg.lstsq(columns, heals.value.ravel(), rcond=None)[0]
     own = np.array([1.0, 1.0 if step.operation == "add" else -1.0])
@@ -336,6 +236,38 @@ def _weighted(search: Search, segment: Segment) -> Iterator[Hypothesis]:
             value = (own[k] * factor * columns[:, k] + own[1 - k] * columns[:, 1 - k]).reshape(heals.value.shape)
             sentence = f"scale: the {which} term of this sum is {factor:.6g} times as large on the flax side"
             yield sentence, [Change(heals.step, "", heals.output, value)], ()
+
+
+def _mixed(search: Search, segment: Segment, heals: Change) -> Iterator[Hypothesis]:
+    """Mix two terms by other weights 1 - w and w: smoothed labels, a moving average."""
+    trace, producers, factors, bare = search.torch, search.torch.producers(), [], []
+    for number in trace.steps[heals.step].reads:
+        reads = trace.steps[producers[number]].reads if number in producers else ()
+        weighted, own = search.array("torch", number), search.array("torch", reads[0]) if len(reads) == 1 else None
+        if own is None or weighted is None or own.shape != weighted.shape or not own.any() or is_complex(own):
+            return
+        factors.append(float(np.vdot(own, weighted) / np.vdot(own, own)))
+        bare.append(own)
+        if not equal(factors[-1] * own, weighted):
+            return
+    for k, which in enumerate(("first", "second")):
+        weight = written(1 - factors[k])
+        if heals.value is None or not 0 < weight < 1:
+            continue
+        rest = bare[1 - k] * (factors[1 - k] / weight)
+        apart = (rest - bare[k]).ravel()
+        other = float(apart @ (heals.value - bare[k]).ravel() / (apart @ apart)) if apart.any() else math.nan
+        # One number is some mixture of any other two: the weight has to be a round one.
+        if (
+            abs(other - weight) > FORMATS["float32"].roundoff
+            and 0 <= (other := written(round(other, 9))) < 1
+            and is_round(other)
+        ):
+            sentence = (
+                f"weights: the {which} term of this sum has the weight 1 - {weight:g} on the torch side, "
+                f"1 - {other:g} on the flax side, and the other the rest (label smoothing, a moving average)"
+            )
+            yield sentence, [Change(heals.step, "", heals.output, (1 - other) * bare[k] + other * rest)], ()
 
 
 def _softmax_follows(search: Search, number: int, depth: int = 6) -> bool:

@@ -1,7 +1,7 @@
 """Search for the likely cause of a mismatch: try known mistakes in turn, the common ones first; those of parameters."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import numpy as np
 
@@ -32,8 +32,8 @@ def first_confirmed(
     return ""
 
 
-def exchanges(arrays: Arrays) -> Iterator[tuple[str, str, Arrays]]:
-    """Exchange two submodules with the same parameters, the large ones first, or two parameters of the same shape."""
+def _submodules(arrays: Arrays) -> tuple[dict[str, dict[str, str]], dict[str, tuple]]:
+    """Return by submodule its parameters by their names within it, and what those of equal modules have in common."""
     groups: dict[str, dict[str, str]] = {}
     for name in arrays:
         parts = name.split(".")
@@ -43,6 +43,21 @@ def exchanges(arrays: Arrays) -> Iterator[tuple[str, str, Arrays]]:
         prefix: tuple(sorted((leaf, arrays[name].shape) for leaf, name in leaves.items()))
         for prefix, leaves in groups.items()
     }
+    return groups, signature
+
+
+def borrowed(arrays: Arrays, near: Collection[str]) -> Iterator[tuple[str, str, Arrays]]:
+    """Give a submodule the parameters of another: the one nearby whose place another took, the other, the values."""
+    groups, signature = _submodules(arrays)
+    for own, leaves in groups.items():
+        for other in groups if own and all(name in near for name in leaves.values()) else ():
+            if other != own and signature[other] == signature[own]:
+                yield own, other, {name: arrays[groups[other][leaf]] for leaf, name in leaves.items()}
+
+
+def exchanges(arrays: Arrays) -> Iterator[tuple[str, str, Arrays]]:
+    """Exchange two submodules with the same parameters, the large ones first, or two parameters of the same shape."""
+    groups, signature = _submodules(arrays)
     for first, second in itertools.combinations(sorted(groups, key=lambda prefix: prefix.count(".")), 2):
         if signature[first] == signature[second]:
             pairs = [(groups[first][leaf], groups[second][leaf]) for leaf in groups[first]]

@@ -185,14 +185,16 @@ def collect_ensemble(
     centre = {name: value.copy() for name, value in next(found).items() if is_inexact(value)}
     squares = {name: np.zeros(parts(value).shape) for name, value in centre.items()}
     kinks = {name: np.zeros(parts(value).shape) for name, value in centre.items()}
-    for member, arrays in zip(drawn[1:], found, strict=True):
-        for name, value in arrays.items():
-            if name in centre and member.amplitude == 1.0:
-                deviation = _deviation(value, centre[name])
+    for member in drawn[1:]:
+        arrays = next(found)
+        for name in centre:
+            deviation = _deviation(arrays[name], centre[name])
+            if member.amplitude == 1.0:
                 deviation *= deviation
                 squares[name] += deviation
-            elif name in centre:
-                np.maximum(kinks[name], _deviation(value, centre[name]), out=kinks[name])
+            else:
+                np.maximum(kinks[name], deviation, out=kinks[name])
+        del arrays  # as large as all gradients, while the next member runs
     for name, total in squares.items():  # in place: each is as large as all gradients
         total /= members
         np.sqrt(total, out=total)

@@ -1,6 +1,7 @@
 """The calibrated bound: its statistics, and the rounding models it rests on, against what the formats really do."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from parity_tests.pair.calibration import (
     MEMBERS,
     SEMANTIC_SCALE,
     calibrated_bound,
+    collect_ensemble,
     confidence,
     moderated_spread,
 )
@@ -183,3 +185,19 @@ def test_draws_keep_scale_and_sign_and_leave_no_zero():
     again = draw_inputs(((4, 3), np.arange(4)), 5).arrays
     np.testing.assert_array_equal(again[0], draw_inputs(((4, 3), np.arange(4)), 5).arrays[0])
     assert again[1].dtype.kind == "i"
+
+
+def test_a_member_is_dropped_before_the_next_one_runs():
+    made = []
+
+    def results():
+        made.append(weakref.ref(array := np.ones(3)))
+        return {"y": array}
+
+    def run(members):
+        for number, _ in enumerate(members):
+            assert [ref() for ref in made] == [None] * number
+            yield results()
+
+    assert collect_ensemble(run).members == MEMBERS
+    assert len(made) > MEMBERS

@@ -335,6 +335,25 @@ def test_nine_mistakes_of_ten_are_named(request):
 
 
 @pytest.mark.usefixtures("quick_compilation")
+def test_a_norm_tried_in_the_other_mode_has_a_backward_pass():
+    # Torch's native backward would read the moments that a norm in eval mode does not return, and end the process.
+    def ported(p, x):
+        return (x - p["mean"]) / jnp.sqrt(p["var"] + 1e-5) * p["scale"] + p["bias"]
+
+    names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+    report = check_pair(
+        torch_module=torch.nn.BatchNorm1d(3).train(),
+        flax_module=ported,
+        flax_params={name: jnp.ones(3) for name in names.values()},
+        params=list(names.items()),
+        inputs=((5, 3),),
+        not_compared=("*num_batches_tracked",),
+        state=False,
+    )
+    assert report.likely_cause.startswith("mode: the torch side normalises by statistics of the batch (train mode)")
+
+
+@pytest.mark.usefixtures("quick_compilation")
 def test_what_no_hypothesis_explains_has_a_place_and_no_cause():
     class Odd(NnxNet):
         def __call__(self, x):

@@ -9,8 +9,8 @@ pytest.importorskip("einops", reason="einops is not installed here")
 import torch
 from torch.nn import functional as F
 
-from parity_tests.causes.relations import formulas, order_of, same_numbers
-from parity_tests.causes.search import exchanges
+from parity_tests.causes.formulas import formulas, order_of, same_numbers
+from parity_tests.causes.search import borrowed, exchanges
 from parity_tests.frameworks.torch.alternatives import offers
 
 X = np.random.default_rng(0).uniform(0.1, 2.0, (3, 4))
@@ -57,6 +57,7 @@ def test_no_formula_is_found_where_there_is_none_or_where_chance_would_do():
         (X[:, ::-1], "reversed (flipped) along axis 1"),
         (np.roll(X, 1, 0), "rolled by 1 along axis 0"),
         (X.reshape(3, 2, 2).swapaxes(1, 2).reshape(3, 4), "2 groups interleaved"),
+        (np.concatenate([X[:, :1], X[::-1, 1:]], 1), "reversed (flipped) along axis 0, in 1:4 of axis 1 alone"),
         (np.random.default_rng(1).permuted(X.ravel()).reshape(X.shape), ""),
     ],
 )
@@ -77,6 +78,15 @@ def test_whole_submodules_are_exchanged_before_their_parameters():
     assert {name: int(array[0]) for name, array in swapped.items()} == dict(zip(names, (2, 3, 0, 1), strict=True))
 
 
+def test_a_module_borrows_the_parameters_of_its_like():
+    arrays = {name: np.full(shape, 1.0) for name, shape in {"a.w": 2, "b.w": 2, "c.w": 3}.items()} | {"d.w": np.ones(2)}
+    near = {"b.w", "c.w"}
+    assert [(own, other, *taken) for own, other, taken in borrowed(arrays, near)] == [
+        ("b", "a", "b.w"),
+        ("b", "d", "b.w"),
+    ]
+
+
 T = 4 * torch.as_tensor(np.random.default_rng(2).standard_normal((2, 3, 6, 5)))
 K = torch.as_tensor(np.random.default_rng(3).standard_normal((3, 2, 3, 3)))
 _CROPPED = (T, K, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1)
@@ -91,6 +101,11 @@ _CROPPED = (T, K, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1)
         ("cumsum", (T, 1), "leaves the element itself out", T.cumsum(1) - T),
         ("cumsum", (T, 1), "starts at the other end", T.flip(1).cumsum(1).flip(1)),
         ("max_pool2d_with_indices", (T, [3, 3], [2, 2], [1, 1]), "the flax side averages", F.avg_pool2d(T, 3, 2, 1)),
+        (
+            *("_softmax", (T[..., :5, :], -1, False), "that come later (causal)"),
+            T[..., :5, :].masked_fill(torch.ones(5, 5).triu(1) > 0, -torch.inf).softmax(-1),
+        ),
+        ("cat", ([T, T, T], 2), "zeros for the first and last parts", torch.cat([0 * T, T, 0 * T], 2)),
         (
             *("max_pool2d_with_indices", (T, [3, 3], [2, 2], [1, 1]), "pads with zeros before"),
             F.max_pool2d(F.pad(T, (1, 1, 1, 1)), 3, 2),

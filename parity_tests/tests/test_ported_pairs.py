@@ -83,6 +83,21 @@ def test_the_score_of_a_subset(pair):
 
 
 @pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cross_entropy__smoothing", "gaussian_process__missing_half", "grouped_query_attention__scale_of_width"),
+        *("encoder_pre__causal", "mixer_block__norm_shared", "dlinear__zeros_at_the_ends"),
+    ],
+)
+def test_a_cause_that_takes_a_search_of_its_own_is_named(name):
+    if "EVERY_TEST" not in os.environ:
+        pytest.skip("a minute: run with EVERY_TEST=1")
+    (result,) = judged(*name.split("__"), [0])
+    assert result.right, result
+
+
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_pair_and_a_bug_are_factories_by_their_name():
     report = check_pair(pair="parity_tests.defects.pairs:nlinear__around_the_first")
     assert (report.ok, report.name) == (False, "nlinear__around_the_first")

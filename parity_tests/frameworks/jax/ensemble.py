@@ -86,6 +86,7 @@ class NoisyProgram:
                 results = [np.asarray(array) for array in run(arguments, pool, numbers, amplitudes)]
             for k in range(len(chosen)):
                 yield {name: array[k] for name, array in zip(self._names, results, strict=True)}
+            del results
 
     def _evaluate(self, arguments: Sequence[Any], pool: Any, numbers: Any, amplitudes: Any) -> list[Any]:
         def member(number: Any, amplitude: Any) -> list[Any]:

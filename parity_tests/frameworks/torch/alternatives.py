@@ -72,6 +72,7 @@ def offers(operation: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
         _loss,
         _embedding,
         _softmax,
+        _joined,
     ):
         yield from kind(name, args, kwargs, result)
     yield from _activation(name, args, kwargs, result)
@@ -247,9 +248,26 @@ def _embedding(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Of
             yield f"zeros for {row}", sentence, lambda row=row: result * (args[1] != row)[..., None]
 
 
+def _joined(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    """Join zeros in the place of the first and the last part."""
+    parts = list(args[0]) if name == "cat" else []
+    for ends, which in (((0, -1), "first and last parts"), ((0,), "first part"), ((-1,), "last part")):
+        if len(parts) > len(ends):
+            joined = [*parts]
+            for k in ends:
+                joined[k] = torch.zeros_like(parts[k])
+            sentence = f"padding: the flax side has zeros for the {which} of what the torch side joins (cat)"
+            yield f"zeros {ends}", sentence, lambda joined=joined: again(name, put(args, 0, joined), kwargs)
+
+
 def _softmax(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
     if name in ("_softmax", "_log_softmax", "_safe_softmax"):
-        own = args[1] % args[0].ndim
+        own, size = args[1] % args[0].ndim, args[0].shape[-1]
+        if own == args[0].ndim - 1 > 0 and size == args[0].shape[-2] > 1:
+            later = torch.ones(size, size, dtype=torch.bool, device=args[0].device).triu(1)
+            sentence = "mask: the flax side masks the positions that come later (causal), the torch side does not"
+            causal = put(args, 0, args[0].masked_fill(later, -math.inf))
+            yield "causal", sentence, lambda: again(name, causal, kwargs)
         for axis in range(args[0].ndim):
             if axis != own:
                 sentence = f"softmax: the torch side takes it over axis {own}, the flax side over axis {axis}"

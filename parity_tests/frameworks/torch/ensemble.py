@@ -344,5 +344,6 @@ def run_members(
             yield found
     except (Unmapped, *CANNOT_RUN):
         pass  # the same numbers come more slowly
+    del record, first  # of a large model, as large as all that it computes
     for member in members[done:]:
         yield run(member, None)

@@ -320,7 +320,9 @@ def _filled(result: Any, found: Any) -> Any:
     """Put other numbers in the place of an operation's first result, or of all of them."""
     values = found if isinstance(found, tuple | list) else (found,)
     for position, value in enumerate(values):
-        result = _replaced(result, position, value)
+        # Torch's backward of a batch norm reads moments wherever they are said to be: an empty array ends the process.
+        if value.numel():
+            result = _replaced(result, position, value)
     return result
 
 
