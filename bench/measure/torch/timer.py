@@ -125,7 +125,7 @@ class TorchTimer(Timer):
         """Return the competitors that can be run."""
         return Catalogue(
             self.framework,
-            implementation_names(device=self.devices()[-1]),
+            implementation_names(),
             tuple(STOCK),
             tuple(YARDSTICKS),
             dict(MISSING),
