@@ -57,16 +57,17 @@ def test_a_driver_that_is_too_old_or_not_understood_gets_the_build_for_cpus(tmp_
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.parametrize(("budget", "given"), [("420", "40[0-9]"), ("3", "1")])
+@pytest.mark.parametrize(("budget", "given"), [("420", "40[0-9]"), ("9", "1")])
 def test_the_budget_of_a_gpu_run_holds_the_parity_before_the_cells(tmp_path, budget, given):
     calls = tmp_path / "calls"
     python = tmp_path / "python"
-    # The judge takes two seconds of it.
-    python.write_text(f'#!/bin/bash\necho "$*" >> {calls}\ncase "$*" in *parity_tests*) sleep 1;; esac\n')
+    # The judge takes a second or two of it.
+    python.write_text(f'#!/bin/bash\necho "$*" >> {calls}\ncase "$*" in *parity_tests*) sleep 0.5;; esac\n')
     python.chmod(0o755)
     command = ["make", "-s", "gpu", f"BUDGET={budget}", f"OUT={tmp_path / 'run'}", f"GPU_PYTHON={python}"]
     subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    checked, fp32, tf32, cells, claims = calls.read_text().splitlines()
+    checked, fp32, tf32, single, cells, claims = calls.read_text().splitlines()
+    assert "--dtype bfloat16 --dtype float16 --case no-leading --case batch-one" in single
     assert checked.endswith("--dry-run")
     for line, precision in ((fp32, ""), (tf32, "--precision tf32 ")):
         assert f"parity_tests run --device cuda --cases smoke {precision}" in line
