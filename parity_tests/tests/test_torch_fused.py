@@ -108,7 +108,7 @@ def test_values_and_gradients_in_the_interpreter(size, dtype, with_bias):
         assert torch.equal(tensor, value.to(kind))
 
 
-EXACT = (("odd-sizes", "float32"), ("no-bias", "bfloat16"), ("odd-sizes", "float16"))
+EXACT = (("odd-sizes", "float32"), ("no-bias", "float16"))
 
 
 @in_the_interpreter
@@ -116,13 +116,15 @@ def test_the_judge_accepts_it_in_the_interpreter():
     (subject,) = [subject for subject in load_subjects("torch", "cpu") if subject.implementation == "fused"]
     named = ("odd-sizes", "no-bias", "leading-dims", "features-first", "strided-rows", "one-out")
     cases = [case for case in DEFAULT if EVERY or case.name in named]
+    # The interpreter is given bf16 as fp32, and to learn how a dtype is rounded takes 160 calls.
+    dtypes = DTYPES if EVERY else ("float32", "float16")
     # Isolation, the lattice and the metamorphic relations, on tiles and on products.
-    exact = [(case, dtype) for case in cases for dtype in DTYPES if EVERY or (case.name, dtype) in EXACT]
+    exact = [(case, dtype) for case in cases for dtype in dtypes if EVERY or (case.name, dtype) in EXACT]
     rows = [row for case, dtype in exact for row in run_cells([subject], [dtype], [case], exact=True)]
-    others = [cell for cell in product(cases, DTYPES) if cell not in exact]
+    others = [cell for cell in product(cases, dtypes) if cell not in exact]
     rows += [row for case, dtype in others for row in run_cells([subject], [dtype], [case])]
     held = {(row.case, row.dtype, row.kind) for row in rows if row.status == "ok"}
-    assert held >= {(case.name, dtype, "oracle") for case, dtype in product(cases, DTYPES)}
+    assert held >= {(case.name, dtype, "oracle") for case, dtype in product(cases, dtypes)}
     assert held >= {(case.name, dtype, "exact") for case, dtype in exact if case.rows}
     assert [row.reason for row in rows if row.status != "ok" and row.case != "empty-batch"] == []
 
