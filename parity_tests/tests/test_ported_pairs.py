@@ -82,6 +82,7 @@ def test_the_score_of_a_subset(pair):
     assert SUBSET[pair] <= {result.bug for result in results if result.right}
 
 
+@pytest.mark.every
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     "name",
@@ -91,8 +92,6 @@ def test_the_score_of_a_subset(pair):
     ],
 )
 def test_a_cause_that_takes_a_search_of_its_own_is_named(name):
-    if "EVERY_TEST" not in os.environ:
-        pytest.skip("a minute: run with EVERY_TEST=1")
     (result,) = judged(*name.split("__"), [0])
     assert result.right, result
 
