@@ -43,7 +43,7 @@ def order_of(own: np.ndarray, other: np.ndarray) -> str:
                 return f"with axis {axis} split the other way round ({blocks} groups interleaved: {others})"
     for axis, size in enumerate(own.shape):
         # One part of what was joined along an axis.
-        same = np.isclose(own, other, rtol=_ALIKE).all(tuple(k for k in range(own.ndim) if k != axis))
+        same = np.asarray(np.isclose(own, other, rtol=_ALIKE).all(tuple(k for k in range(own.ndim) if k != axis)))
         part = range(int(np.argmin(same)), size - int(np.argmin(same[::-1])))
         if 0 < len(part) < size and (words := order_of(own.take(part, axis), other.take(part, axis))):
             return f"{words}, in {part.start}:{part.stop} of axis {axis} alone"
