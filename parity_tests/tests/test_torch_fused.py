@@ -115,7 +115,9 @@ EXACT = (("odd-sizes", "float32"), ("no-bias", "float16"))
 def test_the_judge_accepts_it_in_the_interpreter():
     (subject,) = [subject for subject in load_subjects("torch", "cpu") if subject.implementation == "fused"]
     named = ("odd-sizes", "no-bias", "leading-dims", "features-first", "strided-rows", "one-out")
-    cases = [case for case in DEFAULT if EVERY or case.name in named]
+    able = [case for case in DEFAULT if subject.unsupported_reason(case, "float32") is None]
+    assert {case.name for case in DEFAULT} - {case.name for case in able} == {"long-contraction"}
+    cases = [case for case in able if EVERY or case.name in named]
     # The interpreter is given bf16 as fp32, and to learn how a dtype is rounded takes 160 calls.
     dtypes = DTYPES if EVERY else ("float32", "float16")
     # Isolation, the lattice and the metamorphic relations, on tiles and on products.
@@ -201,6 +203,7 @@ def test_transforms_agree_in_the_interpreter(name):
 
 @in_the_interpreter
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # by opcheck
 def test_programs_hold_the_operator_in_the_interpreter():
     layer = PartitionedLinear(3, 7, 6, implementation="fused")
     x = torch.randn(5, 3, 7)
