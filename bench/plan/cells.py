@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from bench.plan.workloads import Workload
-from parity_tests.judge.precisions import short_name
+from parity_tests.judge.dtypes import short_name
 
 DIRECTIONS: tuple[str, ...] = ("forward", "forward_backward", "train_step")
 # Results of each direction, by the names of the parity harness; a step returns the new parameters.

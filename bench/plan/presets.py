@@ -9,7 +9,7 @@ from types import MappingProxyType
 from bench.plan.cells import DIVISIONS, PRECISIONS, Cell
 from bench.plan.costs import Limits
 from bench.plan.workloads import WORKLOADS, preset_sweep, workload
-from parity_tests.training.optimizers import OPTIMIZERS
+from parity_tests.training.tasks import OPTIMIZERS
 
 # Shortest block in seconds. A GPU works through a queue, and the block must be long beside filling it and waiting for
 # its end. A CPU has no queue; there the host is what disturbs: its speed drifts within some ten milliseconds (on a

@@ -19,7 +19,7 @@ from bench.report.text import titles, told_apart
 from bench.study.cells import identity
 from bench.study.ranking import Ranking, efficiencies
 from bench.study.results import Results
-from parity_tests.judge.precisions import short_name
+from parity_tests.judge.dtypes import short_name
 from parity_tests.report.files import output
 from parity_tests.report.text import printable, printable_tree
 

@@ -16,8 +16,17 @@ from parity_tests.causes.search import first_confirmed
 from parity_tests.judge.comparison import TensorResult, applicable_tiers
 from parity_tests.judge.dtypes import FORMATS
 from parity_tests.judge.inputs import Inputs
-from parity_tests.judge.oracle import OracleTensor, Reference, reference
-from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, Tier, bound, bounds, declared_arithmetic
+from parity_tests.judge.tolerance import (
+    PRECISION_OF_DTYPE,
+    Arithmetic,
+    OracleTensor,
+    Reference,
+    Tier,
+    bound,
+    bounds,
+    declared_arithmetic,
+    reference,
+)
 
 _FEW = 0.01  # a larger share of elements outside the bound is no accident of single elements
 _LEAST = 8  # fewer numbers than this can have the same sign of their error, or short significands, by chance

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from parity_tests.commands.run import Options, check_files
 from parity_tests.commands.usage import (
     DEVICES,
     FAILED,
     HOLDS,
     INTERRUPTED,
     WRONG_USAGE,
+    Options,
     check_writable,
     choose,
     chosen_frameworks,
@@ -23,14 +23,13 @@ from parity_tests.commands.usage import (
     refuse,
     write_outputs,
 )
-from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
 from parity_tests.judge.dtypes import STORAGE_DTYPES
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available, package_available
 from parity_tests.pair.judging import Judgement, judge_apart
 from parity_tests.pair.loading import names_in
 from parity_tests.pair.report import EFFORTS, VALUES
+from parity_tests.report.console import interruptible
 from parity_tests.report.files import read_text, write_json, write_text
-from parity_tests.report.interruption import interruptible
 from parity_tests.report.text import printable
 
 _LONGEST_S = 7 * 24 * 3600.0
@@ -38,12 +37,12 @@ _LONGEST_S = 7 * 24 * 3600.0
 
 def _refuse_options_of_cells(options: Options) -> None:
     given = {
-        "--framework": options.frameworks,
-        "--implementation": options.implementations,
-        "--case": options.cases,
-        "--mode": options.modes,
-        "--train": options.trainings,
-        "--cases": options.case_set != "default",
+        "--framework": options.framework,
+        "--implementation": options.implementation,
+        "--case": options.case,
+        "--mode": options.mode,
+        "--train": options.train,
+        "--cases": options.cases != "default",
     }
     for option, value in given.items():
         if value:
@@ -80,51 +79,41 @@ def _interpreters(pythons: Mapping[str, str | None]) -> dict[str, str]:
     return found
 
 
-def run_user_pair(
-    spec: str,
-    options: Options,
-    torch_python: str | None = None,
-    jax_python: str | None = None,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
-    effort: str = "full",
-    dtypes_equal: bool = False,
-    values: str = "drawn",
-) -> int:
+def run_user_pair(spec: str, options: Options) -> int:
     """Judge the pair that `package.module:factory` returns, in a process of its own; prints and writes the report.
 
     Args:
         spec: `package.module:factory`.
         options: of the command; those that select cells are refused.
-        torch_python: interpreter for the torch side, or None for this one.
-        jax_python: the same for the flax side.
-        timeout_s: seconds that one step may take.
-        effort: `full` or `quick`, see `check_pair`.
-        dtypes_equal: whether outputs must have one dtype on both sides.
-        values: `drawn`, or `given` to judge the torch module's own values too.
 
     Returns:
         0 if all compared holds, 1 for a mismatch or if nothing was compared, 2 if the pair could not be judged to its
         end and nothing that was compared until then failed, 130 if interrupted.
     """
-    check_files(options)
+    if options.precision != "fp32":
+        raise refuse(
+            f"--precision: expected none beside --pair, got {options.precision}; a pair's modules say how they compute."
+        )
+    options.check_files()
     _refuse_options_of_cells(options)
-    choose("--dtype", options.dtypes, STORAGE_DTYPES)
+    choose("--dtype", options.dtype, STORAGE_DTYPES)
     choose("--device", [options.device], DEVICES)
-    choose("--effort", [effort], EFFORTS)
-    choose("--values", [values], VALUES)
-    if not 0 < timeout_s <= _LONGEST_S:
-        raise refuse(f"--timeout-s: expected seconds above 0 and up to {_LONGEST_S:g} (a week), got {timeout_s:g}.")
+    choose("--effort", [options.effort], EFFORTS)
+    choose("--values", [options.values], VALUES)
+    limit = options.timeout_s
+    if not 0 < limit <= _LONGEST_S:
+        raise refuse(f"--timeout-s: expected seconds above 0 and up to {_LONGEST_S:g} (a week), got {limit:g}.")
     try:
         names_in(spec)
     except ValueError as error:
         raise refuse(f"--pair {spec}: {error}") from None
-    pythons = _interpreters({"torch": torch_python, "jax": jax_python})
+    pythons = _interpreters({"torch": options.torch_python, "jax": options.jax_python})
     _check_installed(spec, pythons)
     arguments: dict[str, Any] = {"device": options.device, "seed": options.seed}
-    arguments |= {"effort": effort} if effort != "full" else {}
-    arguments |= {"values": values} if values != "drawn" else {}
-    arguments |= {"dtypes": list(options.dtypes)} if options.dtypes else {}
-    arguments |= {"dtypes_equal": True} if dtypes_equal else {}
+    arguments |= {"effort": options.effort} if options.effort != "full" else {}
+    arguments |= {"values": options.values} if options.values != "drawn" else {}
+    arguments |= {"dtypes": list(options.dtype)} if options.dtype else {}
+    arguments |= {"dtypes_equal": True} if options.dtypes_equal else {}
     arguments |= {f"{framework}_python": python for framework, python in pythons.items()}
     with interruptible() as interruption:
         with progress_bar() as progress:
@@ -133,7 +122,7 @@ def run_user_pair(
             def show(step: str) -> None:
                 progress.update(task, description=printable(step))
 
-            judgement = judge_apart(spec, arguments, timeout_s, interruption, show)
+            judgement = judge_apart(spec, arguments, limit, interruption, show)
         return _reported(spec, judgement, options)
 
 

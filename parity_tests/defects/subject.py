@@ -14,9 +14,9 @@ import numpy as np
 from parity_tests.causes.layer import explain, shortened
 from parity_tests.judge.exact import check_isolation
 from parity_tests.judge.inputs import Case, Inputs, draw_inputs
-from parity_tests.judge.oracle import Reference, reference
 from parity_tests.judge.run import judge
 from parity_tests.judge.subjects import Subject, sizes_of
+from parity_tests.judge.tolerance import Reference, reference
 
 Outputs = dict[str, np.ndarray]
 Spoil = Callable[[Subject, Inputs], Outputs]

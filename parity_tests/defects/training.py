@@ -11,8 +11,16 @@ from parity_tests.defects.subject import Killing
 from parity_tests.judge.inputs import draw_inputs
 from parity_tests.judge.subjects import FRAMEWORKS
 from parity_tests.training.ladder import CASE, climb, load_side
-from parity_tests.training.optimizers import OPTIMIZERS, OptimizerSpec
-from parity_tests.training.tasks import TASKS, MaskedRun, StepGradients, TrainingSubject, TrainingTask, Trajectory
+from parity_tests.training.tasks import (
+    OPTIMIZERS,
+    TASKS,
+    MaskedRun,
+    OptimizerSpec,
+    StepGradients,
+    TrainingSubject,
+    TrainingTask,
+    Trajectory,
+)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S, GREETING_S,
 from parity_tests.interpreters.process import ProcessError, clipped
 from parity_tests.pair.report import PairReport, PairRow, Tell
 from parity_tests.pair.trace import Place
-from parity_tests.report.interruption import Interruption
+from parity_tests.report.console import Interruption
 from parity_tests.report.text import located
 
 # Seconds in which an interpreter that the child starts must greet, or the child report that it did not.

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
-from parity_tests.judge.records import ParityRow, Summary, environment, summarize, write_json
+from parity_tests.judge.records import ParityRow, Summary, environment, junit_document, summarize, write_json
 from parity_tests.pair.trace import Place
 from parity_tests.report.files import write_text
 from parity_tests.report.html import html_document
-from parity_tests.report.junit import junit_document
 from parity_tests.report.text import printable
 
 # A listener for the steps of a check, a text each, and for its rows.

@@ -47,12 +47,10 @@ TWINS = {
     "parameters.py": ("_check_version", "_deserialized"),
 }
 LONGEST, SHORTEST = 400, 40
-MOST_FILES = 257
+MOST_FILES = 250
 # Files below the shortest length, each with the name by which a reader looks for it. Packages, their entries and the
 # implementations of the table need no reason.
 SHORT = {
-    "bench/past_names.py": "names in records of earlier commits",
-    "parity_tests/judge/precisions.py": "the one vocabulary of precisions",
     "parity_tests/pair/plugin.py": "the pytest plugin",
     "torch_impl/selection.py": "what auto means, the twin of JAX's room",
 }

@@ -19,10 +19,8 @@ from scipy import stats
 
 from parity_tests.judge.comparison import TensorResult, compare
 from parity_tests.judge.inputs import Inputs
-from parity_tests.judge.oracle import reference
-from parity_tests.judge.tolerance import FALSE_ALARM_RATE, declared_arithmetic
-from parity_tests.training.optimizers import OptimizerSpec
-from parity_tests.training.tasks import MaskedRun, TrainingSubject, TrainingTask, Trajectory
+from parity_tests.judge.tolerance import FALSE_ALARM_RATE, declared_arithmetic, reference
+from parity_tests.training.tasks import MaskedRun, OptimizerSpec, TrainingSubject, TrainingTask, Trajectory
 
 SEMANTIC_FACTOR = 16 * 2.0**-29  # 2^-29 is the ratio of the roundoffs of float64 and fp32
 MOVED_FACTOR = 100

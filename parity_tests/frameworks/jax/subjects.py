@@ -16,8 +16,7 @@ from jax_impl import PartitionedLinear, export_parameters, import_parameters, pa
 from jax_impl.linen import PartitionedLinear as LinenPartitionedLinear
 from jax_impl.registry import IMPLEMENTATIONS, UNEQUAL_IMPLEMENTATIONS, unsupported_reason
 from parity_tests.frameworks.jax.modes import EXECUTIONS, Function, mode_reason, placement
-from parity_tests.judge.inputs import Case, Inputs, Layout
-from parity_tests.judge.sizes import Sizes
+from parity_tests.judge.inputs import Case, Inputs, Layout, Sizes
 from parity_tests.judge.subjects import DEFAULT_MODES, EQUAL, MODES, UNEQUAL, check_precision, sizes_reason
 
 
