@@ -192,10 +192,13 @@ def check_outputs(outputs: Mapping[str, Path | None], **others: Path | None) -> 
     Raises:
         UsageError: with the options.
     """
-    for argument, path in outputs.items():
+    named = {argument: path for argument, path in outputs.items() if path is not None}
+    if not named:
+        return
+    for argument, path in named.items():
         check_writable(argument, path)
     try:
-        check_apart({f"--{name}": path for name, path in others.items()} | dict(outputs))
+        check_apart({f"--{name}": path for name, path in others.items()} | named)
     except OutputError as error:
         raise UsageError(str(error)) from error
 
