@@ -39,10 +39,11 @@ from bench.commands.arguments import (
     wide_console,
 )
 from bench.environments import StoreError
+from bench.report.charts import framework_map as draw_framework_map
+from bench.report.charts import ratio_chart, roofline_chart
+from bench.report.charts import winner_map as draw_winner_map
 from bench.report.claims import account, claim_rows, claims_block, claims_json, measured, overview
 from bench.report.export import write_csv, write_frameworks, write_summary, write_table
-from bench.report.maps import framework_map as draw_framework_map
-from bench.report.maps import winner_map as draw_winner_map
 from bench.report.markdown import (
     CLAIMS,
     RESULTS,
@@ -53,7 +54,7 @@ from bench.report.markdown import (
     write_short,
 )
 from bench.report.page import write_page
-from bench.report.pictures import ChartError, ratio_chart, roofline_chart, save_figures, save_picture
+from bench.report.pictures import ChartError, save_figures, save_picture
 from bench.report.screen import screen_lines
 from bench.report.sections import PageContent, Told, sections
 from bench.report.tables import show_frameworks, show_rankings, terminal
