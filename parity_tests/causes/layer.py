@@ -38,21 +38,13 @@ _SUMMED = (1 / 64, 1.0)
 
 @dataclass(frozen=True)
 class Evidence:
-    """One tensor that was rejected, or some of its partitions.
+    """One tensor that was rejected, or some of its partitions."""
 
-    Attributes:
-        name: of the tensor.
-        value: as the subject returned it.
-        truth: the oracle's tensor.
-        arithmetic: of the bound.
-        zero_mean: True if the oracle's data allow tier T3.
-    """
-
-    name: str
-    value: np.ndarray
-    truth: OracleTensor
-    arithmetic: Arithmetic
-    zero_mean: bool
+    name: str  # of the tensor
+    value: np.ndarray  # as the subject returned it
+    truth: OracleTensor  # the oracle's tensor
+    arithmetic: Arithmetic  # of the bound
+    zero_mean: bool  # True if the oracle's data allow tier T3
 
     @property
     def error(self) -> np.ndarray:

@@ -25,19 +25,12 @@ from parity_tests.training.tasks import (
 
 @dataclass(frozen=True)
 class TrainingDefect:
-    """One way for a training loop to differ.
+    """One way for a training loop to differ."""
 
-    Attributes:
-        name: the planted mistake.
-        optimizer: the optimiser of `OPTIMIZERS` in which it matters.
-        change: the spec that the spoiled side runs.
-        cause: must be in the answer of `causes.optimizer`.
-    """
-
-    name: str
-    optimizer: str
-    change: Callable[[OptimizerSpec], OptimizerSpec]
-    cause: str
+    name: str  # the planted mistake
+    optimizer: str  # the optimiser of `OPTIMIZERS` in which it matters
+    change: Callable[[OptimizerSpec], OptimizerSpec]  # the spec that the spoiled side runs
+    cause: str  # must be in the answer of `causes.optimizer`
 
 
 def _replace(**fields) -> Callable[[OptimizerSpec], OptimizerSpec]:

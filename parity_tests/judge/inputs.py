@@ -199,7 +199,7 @@ class Inputs:
     """Arrays in the storage dtype."""
 
     x: np.ndarray  # `(..., n, i)`; `(..., sum of i)` where the sizes are unequal
-    weight: np.ndarray  # `(n, i, o)`; packed in one axis where the sizes are unequal, see `sizes.Sizes`
+    weight: np.ndarray  # `(n, i, o)`; packed in one axis where the sizes are unequal, see `Sizes`
     bias: np.ndarray | None  # `(n, o)`, or `(sum of o,)`, or None
     cotangent: np.ndarray  # `(..., n, o)` or `(..., sum of o)`: the random `dy` of the vector-Jacobian product
     dtype: str  # canonical name of the storage dtype

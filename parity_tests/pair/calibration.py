@@ -50,15 +50,10 @@ SEMANTIC_SCALE = FORMATS["float64"].roundoff / FORMATS["float32"].roundoff
 
 
 class Member(NamedTuple):
-    """One run of an ensemble.
+    """One run of an ensemble."""
 
-    Attributes:
-        number: what its noise is drawn from.
-        amplitude: of the noise; 0 for none.
-    """
-
-    number: int
-    amplitude: float
+    number: int  # what its noise is drawn from
+    amplitude: float  # of the noise; 0 for none
 
 
 def moderated_spread(spread: np.ndarray, members: int) -> tuple[np.ndarray, float]:

@@ -26,17 +26,11 @@ _SHOWN_LINES = 20
 
 @dataclass(frozen=True)
 class Judgement:
-    """The outcome of a check in a process of its own.
+    """The outcome of a check in a process of its own."""
 
-    Attributes:
-        report: of what was compared; `stopped` says why it is not all.
-        interrupted: True if this process was asked to stop.
-        printed: the last lines that the pair's own code printed.
-    """
-
-    report: PairReport
-    interrupted: bool = False
-    printed: tuple[str, ...] = ()
+    report: PairReport  # of what was compared; `stopped` says why it is not all
+    interrupted: bool = False  # True if this process was asked to stop
+    printed: tuple[str, ...] = ()  # the last lines that the pair's own code printed
 
 
 def judge_apart(

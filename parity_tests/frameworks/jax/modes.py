@@ -36,19 +36,13 @@ def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Execution:
-    """The steps that a mode adds to a call.
+    """The steps that a mode adds to a call."""
 
-    Attributes:
-        wrap: from the subject's function to the one that is called.
-        program: from that function to what runs: `jax.jit`, or nothing.
-        casts: the subject is a layer with a dtype policy.
-        divides: operands are divided over devices.
-    """
-
-    wrap: Callable[[Function], Function] = _plainly
+    wrap: Callable[[Function], Function] = _plainly  # from the subject's function to the one that is called
+    # From that function to what runs: `jax.jit`, or nothing
     program: Callable[[Callable[..., Any]], Callable[..., Any]] = jax.jit
-    casts: bool = False
-    divides: bool = False
+    casts: bool = False  # the subject is a layer with a dtype policy
+    divides: bool = False  # operands are divided over devices
 
 
 EXECUTIONS: Mapping[str, Execution] = MappingProxyType(

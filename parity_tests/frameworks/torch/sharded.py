@@ -127,14 +127,10 @@ class ShardedTorchSubject:
 
     Where the implementation runs on DTensors the whole layer is sharded, as a user would have it. Where it does not,
     each process calls it with its own partitions as ordinary tensors, and only the results are put together.
-
-    Attributes:
-        source: the same subject without shards.
-        device: where the source runs.
     """
 
-    source: Subject
-    device: torch.device
+    source: Subject  # the same subject without shards
+    device: torch.device  # where the source runs
     framework: str = "torch"
     mode: str = "sharded"
 
