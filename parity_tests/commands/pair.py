@@ -1,8 +1,10 @@
 """`python -m parity_tests run --pair` and `pairs`: a user's own pair, and the five example pairs."""
 
+import importlib
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ from parity_tests.commands.usage import (
 )
 from parity_tests.judge.dtypes import STORAGE_DTYPES
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available, package_available
+from parity_tests.pair.examples import EXAMPLES
 from parity_tests.pair.judging import Judgement, judge_apart
 from parity_tests.pair.loading import names_in
-from parity_tests.pair.report import EFFORTS, VALUES
+from parity_tests.pair.report import EFFORTS, VALUES, PairReport
 from parity_tests.report.console import interruptible
 from parity_tests.report.files import read_text, write_json, write_text
-from parity_tests.report.text import printable
+from parity_tests.report.text import markdown_text, printable
 
 _LONGEST_S = 7 * 24 * 3600.0
 
@@ -151,6 +154,117 @@ def _reported(spec: str, judgement: Judgement, options: Options) -> int:
     return FAILED if report.summary.failed else WRONG_USAGE
 
 
+# --- the five example pairs in one view: made equal, with every default, and what differs by default, as measured ---
+
+BEGIN, END = "<!-- pairs:begin -->", "<!-- pairs:end -->"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Hold one aspect in which freshly created modules of a pair may differ."""
+
+    pair: str
+    aspect: str
+    torch: str
+    flax: str
+
+    @property
+    def differs(self) -> bool:
+        """Tell whether the two measurements read differently."""
+        return self.torch != self.flax
+
+
+def default_differences() -> list[Difference]:
+    """Measure every aspect on both sides; needs both frameworks."""
+    sides = [
+        importlib.import_module(f"parity_tests.frameworks.{side}.examples").measure_defaults()
+        for side in ("torch", "jax")
+    ]
+    return [Difference(key[0], key[1], sides[0][key], sides[1][key]) for key in sides[0]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Hold the outcome of one example pair."""
+
+    name: str
+    matched: PairReport
+    defaults: PairReport
+    differences: tuple[Difference, ...]
+
+    def describe(self) -> str:
+        """Describe the pair in a few lines for a terminal."""
+        worst = max(row.bound_fraction or 0.0 for row in self.matched.rows)
+        verdict = f"holds, largest error {worst:.2g} of its bound" if self.matched.ok else self.matched.headline
+        lines = [self.name, f"  made equal:   {verdict}", f"  by default:   {outcome(self.defaults)}"]
+        for difference in self.differences:
+            mark = "differs" if difference.differs else "equal"
+            lines.append(f"  {mark:<13} {difference.aspect}: torch {difference.torch}, flax {difference.flax}")
+        return "\n".join(map(printable, lines))
+
+    def record(self) -> dict[str, Any]:
+        """Return the entry as JSON has it."""
+        return {
+            "name": self.name,
+            "matched_ok": self.matched.ok,
+            "defaults_ok": self.defaults.ok,
+            "defaults_likely_cause": self.defaults.likely_cause,
+            "differences": [
+                {"aspect": d.aspect, "torch": d.torch, "flax": d.flax, "differs": d.differs} for d in self.differences
+            ],
+        }
+
+
+def outcome(report: PairReport) -> str:
+    """Describe a report in half a sentence."""
+    return "holds" if report.ok else f"MISMATCH: {report.likely_cause or report.headline}"
+
+
+def _judged(name: str, **given: Any) -> PairReport:
+    # What judges is imported late, since `--pair` leaves it to a process of its own.
+    from parity_tests.pair.check import run_pair
+
+    return run_pair(f"parity_tests.pair.examples:{name}", **given)
+
+
+def by_default(name: str) -> PairReport:
+    """Judge the outputs of an example with every setting but the parameters at its default."""
+    return _judged(f"{name}_defaults", gradients=False)
+
+
+def overview() -> Iterator[Entry]:
+    """Judge and measure every example; needs both frameworks."""
+    differences = default_differences()
+    for name in EXAMPLES:
+        yield Entry(
+            name,
+            _judged(name, dtypes=("float32", "bfloat16")),
+            by_default(name),
+            tuple(difference for difference in differences if difference.pair == name),
+        )
+
+
+def readme_block(outcomes: Mapping[str, PairReport], differences: Sequence[Difference]) -> str:
+    """Return the README's table of the five pairs, markers included."""
+    lines = [BEGIN, "", "| pair | the check, everything else at its default | differs by default (torch / Flax) |"]
+    lines += ["|---|---|---|"]
+    for name, report in outcomes.items():
+        own = "; ".join(f"{d.aspect}: {d.torch} / {d.flax}" for d in differences if d.pair == name and d.differs)
+        lines.append("| " + " | ".join(map(markdown_text, (name, outcome(report), own))) + " |")
+    return "\n".join([*lines, "", END])
+
+
+def with_block(text: str, block: str) -> str:
+    """Return the README's text with its table replaced.
+
+    Raises:
+        ValueError: if the markers are not there exactly once, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"expected the markers {BEGIN} and {END} once each, in this order; add them to the file.")
+    return text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :]
+
+
 def pairs(json_file: Path | None, readme: Path | None) -> int:
     """Judge the five example pairs, made equal and with every default, and prints what differs by default.
 
@@ -158,8 +272,6 @@ def pairs(json_file: Path | None, readme: Path | None) -> int:
         0 if every pair that was made equal holds, 130 if interrupted: what was judged until then is written, and the
         readme stays as it is.
     """
-    from parity_tests.pair.overview import Entry, overview, readme_block, with_block
-
     check_writable("--json", json_file)
     if readme is not None and not readme.is_file():
         raise refuse(f"--readme: expected an existing file, got {readme}; give another path.")
