@@ -34,9 +34,8 @@ from parity_tests.defects.layer import (
     observe_initial,
     observe_off_block,
 )
-from parity_tests.defects.subject import DEFECTS, observe
+from parity_tests.defects.subject import DEFECTS, PLANTED_UNEQUAL, UNEQUAL_CASE, UNEQUAL_DEFECTS, observe
 from parity_tests.defects.training import TRAINING_DEFECTS, observe_training
-from parity_tests.defects.unequal import PLANTED_UNEQUAL, UNEQUAL_CASE, UNEQUAL_DEFECTS
 from parity_tests.report.console import interruptible
 from parity_tests.report.files import read_text, write_json
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from parity_tests.causes.layer import explain
-from parity_tests.defects.subject import observe
-from parity_tests.defects.unequal import UNEQUAL_DEFECTS
+from parity_tests.defects.subject import UNEQUAL_DEFECTS, observe
 from parity_tests.judge.comparison import compare, compare_pair, pair_limits
 from parity_tests.judge.dtypes import STORAGE_DTYPES
 from parity_tests.judge.exact import check_isolation, check_lattice, check_wide_lattice
