@@ -1,4 +1,4 @@
-"""Print to a terminal on which every string is text: parity rows, and the end of a command that cannot write there."""
+"""Print to a terminal on which every string is text: parity rows, and the ends that a command line may come to."""
 
 import contextlib
 import dataclasses
