@@ -102,7 +102,7 @@ def _rows(search: Search, step: int, own: np.ndarray, each: np.ndarray) -> str:
     for array in (own, each):
         rows = array.reshape(-1, table.shape[1])
         hits = np.asarray(np.isclose(rows[:, None], table[None], rtol=1e-9, atol=0.0)).all(axis=-1)
-        if not hits.any(axis=1).all():
+        if not hits.sum(axis=1).all():
             return ""
         found.append(hits.argmax(1).reshape(array.shape[: array.ndim - len(row)]))
     before, after = found

@@ -192,8 +192,10 @@ class JaxSide:
         """Return none: in a traced program they are constants."""
         return ()
 
-    def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
-        """Watch the program as traced in the arrays' dtype, evaluated in float64."""
+    def unexercised(
+        self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None
+    ) -> tuple[str, ...]:
+        """Watch the program without gradients as traced in the arrays' dtype, evaluated in float64."""
         arguments = [dict(parameters), inputs, {}]
         key = ("branches", *_signature(arguments))
         if key not in self._programs:
