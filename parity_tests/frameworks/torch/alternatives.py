@@ -296,11 +296,13 @@ def _joined(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer
     parts = list(args[0]) if name == "cat" else []
     for ends, which in (((0, -1), "first and last parts"), ((0,), "first part"), ((-1,), "last part")):
         if len(parts) > len(ends):
-            joined = [*parts]
-            for k in ends:
-                joined[k] = torch.zeros_like(parts[k])
             sentence = f"padding: the flax side has zeros for the {which} of what the torch side joins (cat)"
-            yield f"zeros {ends}", sentence, lambda joined=joined: again(name, put(args, 0, joined), kwargs)
+            without = f"padding: a softmax on the flax side leaves out the {which} of what the torch side joins (cat)"
+            for value, words in ((0.0, sentence), (-math.inf, without)):
+                joined = [*parts]
+                for k in ends:
+                    joined[k] = torch.full_like(parts[k], value)
+                yield f"{value} {ends}", words, lambda joined=joined: again(name, put(args, 0, joined), kwargs)
 
 
 def _softmax(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
