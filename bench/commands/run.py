@@ -169,6 +169,8 @@ def run_command(options: RunOptions) -> int:
             engine = _engine(options)
             for line in left_out(options.plan):
                 notes.add(line)
+            if options.budget_s is not None and options.most_cell_s:
+                notes.add("With --budget-s noise prolongs no cell: --most-cell-s has no effect.")
             if options.dry_run:
                 for line in forecast(options) if options.budget_s is not None else ():
                     print(line)

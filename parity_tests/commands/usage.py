@@ -23,6 +23,7 @@ from parity_tests.judge.subjects import (
     SHARDS,
     UNEQUAL,
     Subject,
+    absent_reasons,
     framework_available,
     load_subjects,
     modes_of,
@@ -182,6 +183,10 @@ def chosen_subjects(
             found += load_subjects(name, device, () if modes is None else modes[name], precision, sizes)
         except ValueError as error:
             raise refuse(str(error)) from None
+    for framework in frameworks if implementations else ():
+        for name, reason in absent_reasons(framework, device).items():
+            if name in implementations:
+                raise refuse(f"--implementation {name}: {reason}")
     choose("--implementation", implementations, sorted({subject.implementation for subject in found}))
     return [subject for subject in found if not implementations or subject.implementation in implementations]
 

@@ -50,7 +50,7 @@ def _errors(value: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 def _fractions(errors: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         fractions = errors / limits
     if np.isfinite(fractions).all():
         return fractions

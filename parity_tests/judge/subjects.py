@@ -235,6 +235,13 @@ def load_subjects(
     return room.subjects(device, modes, precision, sizes)
 
 
+def absent_reasons(framework: str, device: str) -> Mapping[str, str]:
+    """Return the implementations of a framework that its subjects on a device lack, each with what it needs."""
+    room = importlib.import_module(f"parity_tests.frameworks.{framework}.subjects")
+    # All of JAX's run everywhere.
+    return room.absent(device) if hasattr(room, "absent") else {}
+
+
 def release_programs() -> None:
     """Drop the compiled programs of the frameworks that were loaded.
 

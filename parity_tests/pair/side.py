@@ -196,7 +196,9 @@ class Side(Protocol):
         """Return the outputs that the last call has returned as numbers of Python, which have no gradient."""
         ...
 
-    def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
+    def unexercised(
+        self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None
+    ) -> tuple[str, ...]:
         """Return branches of clamps, selections and comparisons that no value takes in float64, as sentences."""
         ...
 

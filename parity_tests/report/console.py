@@ -24,6 +24,8 @@ from parity_tests.judge.tolerance import FALSE_ALARM_RATE, PRECISION_OF_DTYPE
 from parity_tests.report.files import OutputError
 from parity_tests.report.text import printable
 
+PAIR_PACKAGES = ("einops", "scipy")  # of the extra `pair`
+
 
 class PlainConsole(Console):
     """A console on which every string is text: no markup, no codes of emoji, nothing that a terminal would obey.
@@ -63,6 +65,15 @@ def run_application(application: Callable[..., Any], name: str) -> None:
     except OutputError as error:
         _silence()
         print(f"{name.split()[-1]}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name not in PAIR_PACKAGES:
+            raise
+        extra = f"install the extra: {sys.executable} -m pip install 'partitioned-linear[pair]'"
+        print(
+            f"{name.split()[-1]}: expected {' and '.join(PAIR_PACKAGES)}, got no {error.name}; {extra}.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except SystemExit:
         try:

@@ -47,8 +47,9 @@ def build_optax(spec: OptimizerSpec, steps: int) -> optax.GradientTransformation
     def rate(count):
         return jnp.asarray(rates)[count]
 
-    def decay_mask(params: Mapping[str, jax.Array]) -> dict[str, bool]:
-        return {name: spec.decays(name) for name in params}
+    def decay_mask(params: Mapping[str, Any]) -> Mapping[str, Any]:
+        # By the path, since an nnx optimiser gives a State where others give a dict.
+        return jax.tree.map_with_path(lambda path, _: spec.decays(path[0].key), params)
 
     decay = optax.add_decayed_weights(spec.weight_decay, mask=decay_mask) if spec.weight_decay else optax.identity()
     if spec.name == "sgd":

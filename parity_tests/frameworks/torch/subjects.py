@@ -132,6 +132,17 @@ def eager_subjects(device: torch.device) -> list[TorchSubject]:
     return found
 
 
+def absent(device: str) -> dict[str, str]:
+    """Return the implementations that are no subjects on a device, each with what it needs."""
+    target = resolve_device(device).type
+    interpreter = "; with TRITON_INTERPRET=1 in the environment Triton's interpreter runs it on a CPU, slowly"
+    return {
+        name: f"expected a GPU (--device cuda), got {target}{interpreter if name == 'fused' else ''}."
+        for name in implementation_names()
+        if name not in implementation_names(device=target)
+    }
+
+
 def unequal_subjects(device: torch.device) -> list[TorchSubject]:
     """Return every PyTorch subject for partitions of unequal sizes in the default mode."""
     found = [
