@@ -26,19 +26,6 @@ from parity_tests.report.console import INTERRUPTED, PlainConsole
 from parity_tests.report.files import OutputError, check_apart, check_output
 from parity_tests.report.text import printable
 
-__all__ = ["FAILED", "INTERRUPTED", "OK", "USAGE", "UsageError", "check_choices", "check_interpreters"]
-__all__ += [
-    "check_folder",
-    "check_outputs",
-    "complain",
-    "cut_short",
-    "reading",
-    "selection",
-    "tell",
-    "tell_damage",
-    "wide_console",
-]
-
 OK, FAILED, USAGE = 0, 1, 2
 _ERRORS = PlainConsole(stderr=True, soft_wrap=True)
 # Every column of the ranking side by side; a pipe has no width of its own, and a cut table says nothing.
