@@ -1,6 +1,7 @@
 """The float64 truth of a JAX program: how it is traced, and how it is evaluated with its constants moved."""
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import dtypes
+from jax._src import dtypes, lib, literals
 from jax.extend.core import ClosedJaxpr
 
 from parity_tests.frameworks.jax.noise import Interpreter, normal_pool
@@ -20,6 +21,28 @@ from parity_tests.report.text import first_line
 _TRUTH = jax.make_user_context(default_value=None)
 # Random numbers of another format are other numbers.
 _RANDOM = ("jax._src.random", "jax._src.prng")
+
+
+def _remember_constants_by_type() -> None:
+    """Let JAX convert a NumPy array anew where 64-bit types were switched on or off.
+
+    It remembers what an array in a user's function was converted to, and takes the float64 of the truth's program where
+    the function is compiled in float32, which fails. Where its private parts have moved, it stays as it is.
+    """
+    register = getattr(dtypes, "register_canonicalize_value_handler", None)
+    lru_cache = getattr(lib, "weakref_lru_cache", None)
+    cached = getattr(lru_cache, "weak_key_weak_value_cache", None)
+    if register is None or cached is None:
+        return
+
+    def converted(array: np.ndarray) -> Any:
+        return literals.TypedNdArray(np.asarray(array, dtypes.canonicalize_dtype(array.dtype)))
+
+    caches = {np.dtype(widest): cached(functools.partial(converted)) for widest in (np.float32, np.float64)}
+    register(np.ndarray, lambda array: caches[dtypes.canonicalize_dtype(np.dtype(np.float64))](array))
+
+
+_remember_constants_by_type()
 
 
 @contextlib.contextmanager
