@@ -5,11 +5,13 @@ import pytest
 
 pytest.importorskip("torch", reason="torch is not installed here")
 pytest.importorskip("einops", reason="einops is not installed here")
+pytest.importorskip("scipy", reason="scipy is not installed here")
 
+import scipy.special
 import torch
 from torch.nn import functional as F
 
-from parity_tests.causes.formulas import formulas, order_of, same_numbers
+from parity_tests.causes.formulas import along_axes, formulas, order_of, same_numbers
 from parity_tests.causes.search import borrowed, exchanges
 from parity_tests.frameworks.torch.alternatives import offers
 
@@ -32,6 +34,15 @@ def test_a_formula_is_found_in_any_arrangement_and_gives_the_numbers(other, word
     found = dict(formulas(X, other.T[::-1]))
     (said,) = [said for said in found if words in said]
     np.testing.assert_allclose(found[said], other, rtol=1e-12)
+
+
+@pytest.mark.parametrize("function", [scipy.special.softmax, scipy.special.log_softmax])
+def test_a_function_over_an_axis_is_found(function):
+    for axis in (0, 1):
+        ((words, value),) = along_axes(X, function(X, axis=axis))
+        assert f"{function.__name__} over axis {axis}" in words
+        np.testing.assert_allclose(value, function(X, axis=axis), rtol=1e-12)
+    assert not list(along_axes(X, X))
 
 
 def test_another_slope_is_a_formula():

@@ -244,7 +244,7 @@ def _logarithm(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Of
             yield other, f"logarithm: the torch side takes {name}, the flax side {other}", lambda f=function: f(args[0])
 
 
-def _embedding(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+def _embedding(name: str, args: Any, kwargs: dict, result: Any) -> Iterator[Offer]:
     if name == "embedding_dense_backward" and args[3] >= 0:
         sentence = f"padding_idx: the torch side leaves row {args[3]} out of the gradient, the flax side does not"
         yield "no padding_idx", sentence, lambda: again(name, put(args, 3, -1))
@@ -252,6 +252,14 @@ def _embedding(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Of
             sentence = f"padding_idx: the torch side leaves row {args[3]} out of the gradient, the flax side row {row}"
             if row != args[3]:
                 yield f"padding_idx {row}", sentence, lambda row=row: again(name, put(args, 3, row))
+    if name in ("_embedding_bag", "_embedding_bag_forward_only"):
+        own = args[4] if len(args) > 4 else 0
+        words = ("sums", "means", "maxima")
+        for other in (k for k in range(3) if k != own and len(args) > 4):
+            sentence = (
+                f"reduction: the torch side takes {words[own]} of the rows of a bag, the flax side {words[other]}"
+            )
+            yield words[other], sentence, lambda other=other: again(name, put(args, 4, other))[0]
     if name == "embedding":
         count = int(args[0].shape[0])
         for row in dict.fromkeys((0, count - 1, 1)):
