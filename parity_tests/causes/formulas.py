@@ -3,6 +3,7 @@
 A formula is looked for among sorted numbers, so that it does not matter how they are arranged.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -18,6 +19,8 @@ _FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "softplus": lambda x: np.logaddexp(x, 0.0),
     "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    "gelu with tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0.0))),
     **{function.__name__: function for function in (np.exp, np.log, np.log1p, np.abs, np.sin, np.cos, np.square)},
 }
@@ -67,6 +70,21 @@ def same_numbers(own: np.ndarray, other: np.ndarray) -> bool:
         return False
     first, second = first[finite], second[finite]
     return bool(not first.size or (np.abs(first - second) <= _ALIKE * np.abs(first).max()).all())
+
+
+def along_axes(own: np.ndarray, other: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the functions over an axis of these numbers that the other numbers are, as `formulas` does."""
+    if own.shape != other.shape or is_complex(own) or is_complex(other) or not np.isfinite(own).all():
+        return
+    for axis in (axis for axis, size in enumerate(own.shape) if size > 1):
+        shifted = own - own.max(axis, keepdims=True)
+        logs = shifted - np.log(np.exp(shifted).sum(axis, keepdims=True))
+        lengths = np.sqrt((own**2).sum(axis, keepdims=True))
+        found = {"softmax": np.exp(logs), "log_softmax": logs, "centred": own - own.mean(axis, keepdims=True)}
+        found |= {"divided by its length": own / np.where(lengths > 0, lengths, 1.0)}
+        for words, value in found.items():
+            if equal(value, other) and not equal(own, other):
+                yield f"{words} over axis {axis} (a function that torch's side lacks there)", value
 
 
 def formulas(own: np.ndarray, other: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

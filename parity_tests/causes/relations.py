@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from parity_tests.causes.formulas import equal, formulas, is_round, order_of, same_numbers, written
+from parity_tests.causes.formulas import along_axes, equal, formulas, is_round, order_of, same_numbers, written
 from parity_tests.causes.selections import Hypothesis, left_out, selected
 from parity_tests.judge.dtypes import FORMATS, is_complex
 from parity_tests.pair.localisation import Search, Segment, arrangements
@@ -153,7 +153,10 @@ def _by_formula(search: Search, segment: Segment) -> Iterator[Hypothesis]:
         own = search.array("torch", number) if alike else None
         for array in () if own is None else (search.array("jax", other) for other in alike):
             assert own is not None
-            for words, value in formulas(own, array) if array is not None else ():
+            if array is None:
+                continue
+            over = (found for each in arrangements(array, own.shape) for found in along_axes(own, each))
+            for words, value in itertools.chain(formulas(own, array), over):
                 sentence, change = _of_value(search, step, what, number, words), Change(step, what, k, value)
                 yield sentence, [change], ()
                 # What is computed in several places is usually wrong in all of them.
@@ -176,7 +179,7 @@ def _of_value(search: Search, step: int, what: str, number: int, words: str) -> 
     if count > 1 and words.startswith(f"{1 / count if operation == 'sum' else count:.6g} times"):
         other = "mean" if operation == "sum" else "sum"
         return f"reduction: the torch side takes a {operation}, the flax side a {other}"
-    kind = "power" if "power" in words else "activation" if " of it (" in words else kind
+    kind = "power" if "power" in words else "activation" if " of it (" in words or "over axis" in words else kind
     if kind == "scale" and _softmax_follows(search, number):
         return f"attention scale: the scores are {words} on the flax side"
     reader = trace.steps[step].module or trace.steps[step].operation

@@ -18,7 +18,7 @@ from parity_tests.judge.dtypes import is_complex
 from parity_tests.pair.judge import Evidence
 from parity_tests.pair.legs import Pair, Values
 from parity_tests.pair.side import is_output
-from parity_tests.pair.trace import VIEWS, Change, Place, Trace, parameters_of, shown
+from parity_tests.pair.trace import VIEWS, Change, Place, Trace, before_views, parameters_of, shown
 
 _MOST_TRIED = 60  # runs of the torch side that look for an end of one place
 _MOST_AXES = 5  # whose orders are tried
@@ -163,6 +163,7 @@ def record_both(pair: Pair, evidence: Evidence, failed: Sequence[str]) -> Search
 
 def first_segment(search: Search, healing: bool = True) -> Segment | None:
     """Return the first place where the two runs part, its end proven by healing if that is possible, and asked for."""
+    open_ended: frozenset[int] = frozenset()
     starts = {
         "torch": [search.torch.results[name] for name in _own(search, "torch") if name in search.torch.results],
         "jax": [search.flax.results[name] for name in _own(search, "jax") if name in search.flax.results],
@@ -173,12 +174,16 @@ def first_segment(search: Search, healing: bool = True) -> Segment | None:
     if not torch or not flax:
         # Everything agrees but for its order: what reads a value is then the place, or the result itself.
         ends = {key: _producers(trace, starts[key]) for key, trace in (("torch", search.torch), ("jax", search.flax))}
+        if not torch and flax:
+            # Flax goes on with torch's result, which its own is then put in the place of.
+            open_ended = frozenset(before_views(search.torch, starts["torch"]))
+            ends["torch"] = _producers(search.torch, [*open_ended])
         torch, flax = torch or ends["torch"], flax or ends["jax"]
     if not torch or not flax:
         return None
     firsts = [_reading(trace, steps) for trace, steps in ((search.torch, torch), (search.flax, flax))]
     segment = Segment((firsts[0],), (firsts[1],), Place("", ""))
-    if found := _healed(search, sorted(torch), sorted(flax)) if healing else None:
+    if found := _healed(search, sorted(torch), sorted(flax), open_ended) if healing else None:
         step, end, change, everything = found
         producer = search.flax.producers()[end[1]]
         own = walked(search.torch, [end[0]], set(search.matches))
@@ -235,7 +240,7 @@ def likeness(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _candidates(
-    search: Search, torch: Sequence[int], flax: Sequence[int]
+    search: Search, torch: Sequence[int], flax: Sequence[int], open_ended: frozenset[int]
 ) -> Iterator[tuple[int, int, int, np.ndarray, int]]:
     """Yield step, output, values and Flax's numbers in torch's arrangement, the earliest operations first."""
     arrays = dict(zip(search.torch.numbers, search.torch.arrays, strict=True))
@@ -246,19 +251,20 @@ def _candidates(
         if search.torch.steps[step].operation in VIEWS:
             continue
         for output, number in enumerate(search.torch.steps[step].writes):
-            if number in search.matches or number not in arrays:
+            if (number in search.matches and number not in open_ended) or number not in arrays:
                 continue
             own, found = arrays[number], []
             for value in free:
                 if value in others and others[value].size == own.size and is_complex(others[value]) == is_complex(own):
                     found += [(likeness(own, each), value, each) for each in arrangements(others[value], own.shape)]
-            found.sort(key=lambda entry: (-entry[0], entry[1]))
+            last = search.flax.results.values() if number in open_ended else ()
+            found.sort(key=lambda entry: (entry[1] not in last, -entry[0], entry[1]))
             for _, value, each in found[:_ALIKE]:
                 yield step, output, number, each, value
 
 
 def _healed(
-    search: Search, torch: Sequence[int], flax: Sequence[int]
+    search: Search, torch: Sequence[int], flax: Sequence[int], open_ended: frozenset[int]
 ) -> tuple[int, tuple[int, int], Change, bool] | None:
     """Find the earliest value that, replaced by Flax's, makes the results agree, or else what follows.
 
@@ -266,7 +272,9 @@ def _healed(
     """
     using = {value for step in search.torch.steps if parameters_of(search.torch, [step]) for value in step.writes}
     best, most = None, 0
-    for step, output, number, each, value in itertools.islice(_candidates(search, torch, flax), _MOST_TRIED):
+    for step, output, number, each, value in itertools.islice(
+        _candidates(search, torch, flax, open_ended), _MOST_TRIED
+    ):
         change = Change(step, "", output, each)
         trace = search.rerun([change])
         everything = search.agrees(trace)

@@ -76,7 +76,10 @@ def _numbers_of_term(word: str, specs: Specs) -> Iterator[dict[str, int]]:
     match = ENTRY.match(word)
     assert match is not None
     names = {name: plain(name) for name in specs}
-    for template, ranges in ((word, None), (match["name"], match["ranges"])):
+    # Flax's own spelling has its collection in front, which the names of parameters lack.
+    spellings = ((word, None), (match["name"], match["ranges"]))
+    bare = [(plain(template).removeprefix("params."), ranges) for template, ranges in spellings]
+    for template, ranges in (*spellings, *bare):
         places, pattern = [], ""
         end = 0
         for place in _PLACE.finditer(dotted := plain(template)):

@@ -5,7 +5,7 @@ the other whatever the layouts are. Noise of float64's size, as in `calibration`
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,6 +205,15 @@ def shown(path: str) -> str:
         f"[{part}]" if part.isdigit() else part if part.startswith("[") or not k else f".{part}"
         for k, part in enumerate(parts)
     )
+
+
+def before_views(trace: Trace, values: Sequence[int]) -> Iterator[int]:
+    """Yield the values that some others are views of."""
+    producers = trace.producers()
+    for value in values:
+        while value in producers and trace.steps[producers[value]].operation in VIEWS:
+            value = trace.steps[producers[value]].reads[0]
+        yield value
 
 
 def parameters_of(trace: Trace, steps: Sequence[int | Step]) -> list[str]:

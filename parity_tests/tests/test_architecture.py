@@ -47,7 +47,7 @@ TWINS = {
     "parameters.py": ("_check_version", "_deserialized"),
 }
 LONGEST, SHORTEST = 400, 40
-MOST_FILES = 247
+MOST_FILES = 254
 # Files below the shortest length, each with the name by which a reader looks for it. Packages, their entries and the
 # implementations of the table need no reason.
 SHORT = {
@@ -59,6 +59,7 @@ OF_ONE_FRAMEWORK = {
     "modes.py": "arrays and modules of torch, which many need, beside its modes; JAX's modes lie with its subjects",
     "alternatives.py": "what single operations may have been meant to do is tried on the torch side",
     "norm_alternatives.py": "likewise, of norms",
+    "loss_alternatives.py": "likewise, of losses",
     "window_alternatives.py": "likewise, of convolutions and pools",
     "sharded.py": "processes; JAX divides over devices of one process",
     "defects.py": "defects of user pairs are planted in the Flax side",

@@ -335,6 +335,22 @@ def test_nine_mistakes_of_ten_are_named(request):
 
 
 @pytest.mark.usefixtures("quick_compilation")
+def test_a_function_after_the_last_operation_is_named():
+    """Torch has no operation there: Flax's result is put in the place of torch's, behind its views."""
+    report = check_pair(
+        torch_module=lambda p, x: (x @ p["w"]).T,
+        flax_module=lambda p, x: jax.nn.softmax(x @ p["w"], -1).T,
+        torch_params={"w": np.ones((6, 4), np.float32)},
+        flax_params={"w": jnp.ones((6, 4))},
+        params=[("w", "w")],
+        inputs=((5, 6),),
+        gradients=False,
+    )
+    assert "softmax over axis" in report.likely_cause  # of the transposed result
+    assert [place.healed for place in report.places] == ["all"]
+
+
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_norm_tried_in_the_other_mode_has_a_backward_pass():
     # Torch's native backward would read the moments that a norm in eval mode does not return, and end the process.
     def ported(p, x):

@@ -959,6 +959,25 @@ def test_rearranging_arrays_is_exact():
     assert not any("rounding model" in note for note in report.notes), report.notes
 
 
+def test_a_numpy_constant_of_the_code_is_used_in_every_format():
+    """JAX remembers the float64 that a constant was converted to, in a function of its own as well."""
+    table = np.array([1.0, 2.0, 0.3, 3.0])
+    inner = jax.jit(lambda x: table * x)
+    arrays = {"q": np.ones((D, 4), np.float32)}
+    report = check_pair(
+        torch_module=lambda p, x: (
+            torch.as_tensor(table, dtype=x.dtype) * (torch.as_tensor(table, dtype=x.dtype) * (x @ p["q"]))
+        ),
+        flax_module=lambda p, x: table * inner(x @ p["q"]),
+        torch_params=arrays,
+        flax_params=arrays,
+        params=[("q", "q")],
+        inputs=((2, D),),
+        effort="quick",
+    )
+    assert report.ok, report
+
+
 def sample():
     """Half of the faithful ports that are marked, and all such pairs with a bug."""
     always = [family for family in FAMILIES if family.always]

@@ -5,11 +5,13 @@ import pytest
 
 pytest.importorskip("torch", reason="torch is not installed here")
 pytest.importorskip("einops", reason="einops is not installed here")
+pytest.importorskip("scipy", reason="scipy is not installed here")
 
+import scipy.special
 import torch
 from torch.nn import functional as F
 
-from parity_tests.causes.formulas import formulas, order_of, same_numbers
+from parity_tests.causes.formulas import along_axes, formulas, order_of, same_numbers
 from parity_tests.causes.search import borrowed, exchanges
 from parity_tests.frameworks.torch.alternatives import offers
 
@@ -32,6 +34,15 @@ def test_a_formula_is_found_in_any_arrangement_and_gives_the_numbers(other, word
     found = dict(formulas(X, other.T[::-1]))
     (said,) = [said for said in found if words in said]
     np.testing.assert_allclose(found[said], other, rtol=1e-12)
+
+
+@pytest.mark.parametrize("function", [scipy.special.softmax, scipy.special.log_softmax])
+def test_a_function_over_an_axis_is_found(function):
+    for axis in (0, 1):
+        ((words, value),) = along_axes(X, function(X, axis=axis))
+        assert f"{function.__name__} over axis {axis}" in words
+        np.testing.assert_allclose(value, function(X, axis=axis), rtol=1e-12)
+    assert not list(along_axes(X, X))
 
 
 def test_another_slope_is_a_formula():
@@ -96,6 +107,9 @@ def test_a_module_borrows_the_parameters_of_its_like():
 T = 4 * torch.as_tensor(np.random.default_rng(2).standard_normal((2, 3, 6, 5)))
 K = torch.as_tensor(np.random.default_rng(3).standard_normal((3, 2, 3, 3)))
 GROUPED = torch.cat([T, -T[:, :1]], 1)
+BINARY = (T, (T.roll(1, 3) > 0).double(), None, T[0, 0, 0].exp(), 1)
+LABELS = torch.tensor([2, -100, 0, 4])
+CLASSES = (T[0, 0, :4], LABELS, T[0, 0, 0].exp(), 1, -100)
 _CROPPED = (T, K, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1)
 
 
@@ -178,6 +192,26 @@ _CROPPED = (T, K, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1)
         ("huber_loss", (T, -T, 1, 1.5), "1.5, the flax side's 0.5.", F.huber_loss(T, -T, delta=0.5)),
         ("huber_loss", (T, -T, 1, 1.5), "the flax side the smooth L1", F.smooth_l1_loss(T, -T, beta=1.5)),
         ("smooth_l1_loss", (T, -T, 1, 0.5), "behaves like mse_loss", F.mse_loss(T, -T)),
+        (
+            "binary_cross_entropy_with_logits",
+            BINARY,
+            "lacks the pos_weight",
+            F.binary_cross_entropy_with_logits(*BINARY[:2]),
+        ),
+        (
+            *("binary_cross_entropy_with_logits", BINARY, "weighs both classes"),
+            F.binary_cross_entropy_with_logits(*BINARY[:2], weight=BINARY[3]),
+        ),
+        (
+            *("binary_cross_entropy_with_logits", BINARY, "a mean, the flax side a sum"),
+            F.binary_cross_entropy_with_logits(*BINARY[:2], pos_weight=BINARY[3], reduction="sum"),
+        ),
+        ("nll_loss_forward", CLASSES, "lacks the weights", F.nll_loss(*CLASSES[:2])),
+        (
+            *("nll_loss_forward", CLASSES, "by the number of all"),
+            F.nll_loss(*CLASSES[:3], reduction="sum") / 4,
+        ),
+        ("nll_loss_forward", CLASSES, "-100 as class 0", F.nll_loss(CLASSES[0], LABELS.clamp(min=0), CLASSES[2])),
         (
             "_weight_norm_interface",
             (K, K[:, :1, :1, :1], 0),

@@ -383,3 +383,12 @@ def test_given_values_are_judged_beside_drawn_ones():
     assert len(right.rows) == 2 * len(drawn.rows)
     with pytest.raises(ValueError, match="values: expected 'drawn' or 'given', got 'trained'"):
         report(values="trained")
+
+
+def test_a_template_takes_the_collection_that_linen_puts_in_front():
+    torch = specs(layers__0__weight=(3, 2), layers__1__weight=(3, 2))
+    flax = specs(layers_0__kernel=(2, 3), layers_1__kernel=(2, 3))
+    rule = ("layers.{k}.weight", "params/layers_{k}/kernel", "o i -> i o")
+    found = list(expanded([rule], {"torch": torch, "flax": flax}))
+    assert [entry[:2] for entry in found] == [(f"layers.{k}.weight", f"params/layers_{k}/kernel") for k in range(2)]
+    assert len(ParameterMapping([rule], torch, flax).links) == 2

@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import dtypes
-from jax._src.literals import TypedNdArray
+from jax._src import dtypes, lib, literals
 from jax.extend.core import ClosedJaxpr
 
 from parity_tests.frameworks.jax.noise import Interpreter, normal_pool
@@ -22,6 +21,28 @@ from parity_tests.report.text import first_line
 _TRUTH = jax.make_user_context(default_value=None)
 # Random numbers of another format are other numbers.
 _RANDOM = ("jax._src.random", "jax._src.prng")
+
+
+def _remember_constants_by_type() -> None:
+    """Let JAX convert a NumPy array anew where 64-bit types were switched on or off.
+
+    It remembers what an array in a user's function was converted to, and takes the float64 of the truth's program where
+    the function is compiled in float32, which fails. Where its private parts have moved, it stays as it is.
+    """
+    register = getattr(dtypes, "register_canonicalize_value_handler", None)
+    lru_cache = getattr(lib, "weakref_lru_cache", None)
+    cached = getattr(lru_cache, "weak_key_weak_value_cache", None)
+    if register is None or cached is None:
+        return
+
+    def converted(array: np.ndarray) -> Any:
+        return literals.TypedNdArray(np.asarray(array, dtypes.canonicalize_dtype(array.dtype)))
+
+    caches = {np.dtype(widest): cached(functools.partial(converted)) for widest in (np.float32, np.float64)}
+    register(np.ndarray, lambda array: caches[dtypes.canonicalize_dtype(np.dtype(np.float64))](array))
+
+
+_remember_constants_by_type()
 
 
 @contextlib.contextmanager
@@ -74,19 +95,6 @@ def _wide_formats() -> Iterator[None]:
             dtypes.check_and_canonicalize_user_dtype = original
 
 
-@functools.cache
-def see_captured_arrays_anew() -> None:
-    """Let NumPy arrays that a program captures have the formats that are enabled when it is traced.
-
-    JAX keeps what it has made of an array, whatever is enabled later: an index of int64 would stay int32 in the truth,
-    beside positions of int64, or the other way round. It has no public means to forget one, and forgetting everything
-    would compile it again.
-    """
-    register = getattr(dtypes, "register_canonicalize_value_handler", None)
-    if register is not None:
-        register(np.ndarray, lambda x: TypedNdArray(np.asarray(x, dtypes.canonicalize_dtype(x.dtype))))
-
-
 def traced(
     program: Callable[..., Any], arguments: Sequence[Any], leg: Any, purpose: str = ""
 ) -> tuple[ClosedJaxpr, list[str], str]:
@@ -105,7 +113,6 @@ def traced(
     Returns:
         The program, the names of its results, and why it was traced in float32, or nothing.
     """
-    see_captured_arrays_anew()
     with _TRUTH(f"{leg} {purpose}"), _machine_limits(leg):
         try:
             with _TRUTH(f"{leg} {purpose} widened"), _wide_formats():

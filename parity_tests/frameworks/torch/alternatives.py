@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from parity_tests.frameworks.torch.loss_alternatives import loss_offers
 from parity_tests.frameworks.torch.norm_alternatives import EPSILONS, Offer, again, norm_offers, put
 from parity_tests.frameworks.torch.operations import names
 from parity_tests.frameworks.torch.window_alternatives import window_offers
@@ -65,7 +66,6 @@ _SETTINGS = {
 _LOGARITHMS = {"log": torch.log, "log2": torch.log2, "log10": torch.log10, "log1p": torch.log1p}
 _LINEAR = {"addmm": 1, "mm": 0, "bmm": 0, "baddbmm": 1, "convolution": 0, "mv": 1, "addmv": 2, "embedding": None}
 _MOST_ROWS = 12
-_REDUCTIONS = ("none", "mean", "sum")
 
 
 def offers(operation: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
@@ -90,7 +90,7 @@ def offers(operation: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
         _mask,
         _moment,
         _logarithm,
-        _loss,
+        loss_offers,
         _embedding,
         _softmax,
         _joined,
@@ -165,19 +165,6 @@ def _setting(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offe
         if value != args[position]:
             sentence = f"{word}: the torch side's {name} has {args[position]:g}, the flax side's {value:g}"
             yield f"{word} {value}", sentence, lambda value=value: again(name, put(args, position, value), kwargs)
-    if name in ("huber_loss", "smooth_l1_loss") and len(args) > position:
-        own, factor = args[position], args[position] if name == "smooth_l1_loss" else 1 / args[position]
-        other = "huber" if name == "smooth_l1_loss" else "smooth L1"
-        if own != 1:
-            sentence = f"loss: the torch side has {name}, the flax side the {other} loss, {factor:g} times as large"
-            yield f"{other} loss", sentence, lambda: result * factor
-    if name in ("mse_loss", "huber_loss", "smooth_l1_loss") and len(args) > 2:
-        for other in ("mse_loss", "l1_loss", "huber_loss", "smooth_l1_loss"):
-            if other != name:
-                reduction = _REDUCTIONS[args[2]]
-                sentence = f"loss: the torch side has {name}, the flax side behaves like {other}"
-                function = getattr(F, other)
-                yield other, sentence, lambda f=function, r=reduction: f(args[0], args[1], reduction=r)
 
 
 def _shifted(mask: torch.Tensor, axis: int, by: int) -> torch.Tensor:
@@ -257,26 +244,7 @@ def _logarithm(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Of
             yield other, f"logarithm: the torch side takes {name}, the flax side {other}", lambda f=function: f(args[0])
 
 
-def _loss(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
-    position = {"nll_loss_forward": 3, "mse_loss": 2, "smooth_l1_loss": 2, "huber_loss": 2}.get(name)
-    if position is None:
-        return
-    used = args[position] if len(args) > position else kwargs.get("reduction", 1)
-    for other in (1, 2) if used else ():
-        if other != used:
-            sentence = f"reduction: the torch side takes a {_REDUCTIONS[used]}, the flax side a {_REDUCTIONS[other]}"
-            other_args = put(args, position, other) if len(args) > position else [*args, other]
-            yield "other reduction", sentence, lambda other_args=other_args: again(name, other_args)
-    if name == "nll_loss_forward":
-        for smoothing in (0.1, 0.2, 0.05, 0.01, 0.15, 0.3):
-            smooth = -args[0].mean(-1)
-            smooth = smooth.mean() if used == 1 else smooth.sum() if used == 2 else smooth
-            sentence = f"label smoothing: the torch side has none, the flax side behaves like {smoothing:g}"
-            mixed = (1 - smoothing) * result[0] + smoothing * smooth
-            yield f"smoothing {smoothing}", sentence, lambda mixed=mixed: mixed
-
-
-def _embedding(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+def _embedding(name: str, args: Any, kwargs: dict, result: Any) -> Iterator[Offer]:
     if name == "embedding_dense_backward" and args[3] >= 0:
         sentence = f"padding_idx: the torch side leaves row {args[3]} out of the gradient, the flax side does not"
         yield "no padding_idx", sentence, lambda: again(name, put(args, 3, -1))
@@ -284,6 +252,14 @@ def _embedding(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Of
             sentence = f"padding_idx: the torch side leaves row {args[3]} out of the gradient, the flax side row {row}"
             if row != args[3]:
                 yield f"padding_idx {row}", sentence, lambda row=row: again(name, put(args, 3, row))
+    if name in ("_embedding_bag", "_embedding_bag_forward_only"):
+        own = args[4] if len(args) > 4 else 0
+        words = ("sums", "means", "maxima")
+        for other in (k for k in range(3) if k != own and len(args) > 4):
+            sentence = (
+                f"reduction: the torch side takes {words[own]} of the rows of a bag, the flax side {words[other]}"
+            )
+            yield words[other], sentence, lambda other=other: again(name, put(args, 4, other))[0]
     if name == "embedding":
         count = int(args[0].shape[0])
         for row in dict.fromkeys((0, count - 1, 1)):
