@@ -169,7 +169,7 @@ gpu: $(if $(filter $(VENV)/bin/python,$(GPU_PYTHON)),$(VENV)/.installed)
 ifneq ($(BUDGET),)
 	@set -e; SECONDS=0; left() { awk "BEGIN { s = $(BUDGET) - $$SECONDS - $$1; print (s > 1 ? s : 1) }"; }; \
 	$(RUN) --budget-s "$(BUDGET)" --dry-run >/dev/null; \
-	mkdir -p $(OUT); \
+	mkdir -p $(OUT); trap 'rmdir $(OUT) 2>/dev/null || true' EXIT; \
 	$(JUDGE) --json $(OUT)/parity.json; \
 	$(JUDGE) --precision tf32 --dtype float32 --json $(OUT)/parity-tf32.json; \
 	$(JUDGE) --dtype bfloat16 --dtype float16 $(foreach c,$(SINGLE),--case $(c)) --json $(OUT)/parity-single.json || wrong=1; \

@@ -58,6 +58,8 @@ _BUILD_S: Mapping[str, tuple[float, float, float, float]] = MappingProxyType(
 )
 # Judging in float64: operations a second of NumPy, and seconds for an element of a result.
 _ORACLE_FLOPS_PER_S, _JUDGED_ELEMENT_S = 1e10, 1e-7
+# Counting the operations of a program.
+_COUNT_S = 0.02
 # Of a GPU, in which the energy of a second of calls is measured; and tracing.
 _ENERGY_S, _TRACE_S = 1.2, 0.2
 # Compiling with the cache filled.
@@ -108,6 +110,7 @@ def expected_seconds(cell: Cell, competitors: Sequence[Competitor], plan: Preset
         before += plan.warm_up_blocks * block
         # The second block of the round, and refilling the caches before each.
         a_round += 2.6 * block
+        after += _COUNT_S + call_s
         if diagnose and plan.probe_s > 0:
             after += 3 * plan.probe_s + _TRACE_S + _AGAIN * build + (_ENERGY_S if device == "cuda" else 0.0)
     # The baseline runs again as its control.
@@ -128,6 +131,7 @@ class Budget:
     _begun: float = field(default_factory=lambda: time.monotonic(), init=False)
     _paces: list[float] = field(default_factory=list, init=False)
     _start_s: float | None = field(default=None, init=False)
+    _first_pace: float = field(default=_FIRST_PACE, init=False)
     needed_s: float = field(default=math.inf, init=False)  # by the shortest cell for which there was no time
 
     @property
@@ -155,7 +159,15 @@ class Budget:
     @property
     def pace(self) -> float:
         """How many times as long as by the estimates cells are expected to take here."""
-        return _MARGIN * max(self._paces[-_REMEMBERED:]) if self._paces else _FIRST_PACE
+        return _MARGIN * max(self._paces[-_REMEMBERED:]) if self._paces else self._first_pace
+
+    def dares(self) -> bool:
+        """Return True once, if no cell has ended: nothing is lost by one that may be as fast as by the estimates."""
+        if self._paces or self._first_pace <= 1.0:
+            return False
+        self.needed_s /= self._first_pace
+        self._first_pace = 1.0
+        return True
 
     def reaches(self, expected: Seconds) -> bool:
         """Return True if there is time for a cell."""
@@ -193,7 +205,7 @@ class Queue:
                 yield self._postponed.pop(k)[0]
             elif self._cells:
                 yield self._cells.pop()
-            else:
+            elif not (self._postponed and self._budget.dares()):
                 return
 
 

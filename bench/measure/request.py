@@ -18,7 +18,7 @@ from bench.plan.competitors import (
     offered_modes,
 )
 from bench.plan.presets import ANY_ROUNDS, PRESETS, STEPPED_OPTIMIZERS, Preset
-from parity_tests.judge.precisions import PRECISIONS, precision_class, short_name
+from parity_tests.judge.dtypes import PRECISIONS, precision_class, short_name
 
 
 class SelectionError(ValueError):
@@ -204,7 +204,7 @@ def chosen_competitors(catalogues: Sequence[Catalogue], request: Request, cell: 
         compiled = ("bucketed_matmul",)
     # A mode that is named is wanted in this direction too.
     gradients = bool(request.mode) or cell.direction in plan.compiled_directions
-    further = partial(further_modes, cell.division, cell.device, direction=cell.direction)
+    further = partial(further_modes, cell.division, cell.device, direction=cell.direction, named=request.mode)
     competitors = competitors_for(
         catalogues,
         compiled=compiled,

@@ -122,6 +122,8 @@ class CellOutcome:
 
 
 ROUNDS, TIME = "rounds", "time"
+# A round and a last one, whose results are judged as well.
+_ROUNDS_KEPT = 2.5
 _REPEATS_OF_A_THROTTLED_BLOCK = 2
 # Of one that takes as long as a block: two for its size, and one for each further block.
 _CALLS_OF_A_WARM_UP = 4
@@ -221,12 +223,18 @@ class Rounds:
         for number in range(1, preset.rounds + 1):
             self._report(f"round {number} of at most {preset.rounds}")
             # Known before the round begins, because its last blocks are judged as well as timed.
-            if stop is None and number >= preset.least_rounds:
-                expected = spent * (1 + 1 / number)
-                if expected > most_s or (expected > preset.cell_s and (self._control_known or not self._controlled)):
-                    stop = TIME
-                if self._left is not None and expected - spent > self._left():
-                    stop = TIME
+            expected = spent * (1 + 1 / number)
+            if (
+                stop is None
+                and number >= preset.least_rounds
+                and (expected > most_s or (expected > preset.cell_s and (self._control_known or not self._controlled)))
+            ):
+                stop = TIME
+            # A cell that does not end leaves no record, so that a budget may end it after any round. This round and
+            # another one must fit, if this is not to be the last.
+            a_round = spent / (number - 1) if number > 1 else self._expected_round_s()
+            if self._left is not None and _ROUNDS_KEPT * a_round > self._left():
+                stop = TIME
             last = stop is not None or number == preset.rounds
             started = time.monotonic()
             self._watch.round_begins()
@@ -239,6 +247,9 @@ class Rounds:
                 return RESOLVED_REASON
             stop = self._decide(number)
         return ROUNDS
+
+    def _expected_round_s(self) -> float:
+        return 2 * sum(max(self._block_s, entry.call_s) for entry in self._entries if entry.timed)
 
     def _round(self, *, last: bool) -> None:
         shuffled = [entry for entry in self._entries if entry.timed]

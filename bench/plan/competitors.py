@@ -14,11 +14,16 @@ GRAPHED_CALLABLES = "graphed-callables"
 ONE_THREAD = "eager-one-thread"
 # A call of the compiled program itself, and a step that gives its old parameters and optimiser state up.
 AOT, DONATE = "aot", "jit-donate"
+# `nnx.jit` of a layer that holds the parameters: the program of `jit`, after more work in Python at each call. Whoever
+# wonders what that costs asks for it by name; in a ranking of formulations it would only stand for `jit` again.
+NNX_JIT = "nnx-jit"
 # XLA's command buffers are CUDA graphs under another name. JAX records them by default on a GPU, for programs of five
 # kernels or more; the matched division turns them off for `jit`, as torch's eager mode has none. `jit-graph` records
 # programs of any length, and meets `cuda-graph` in both divisions that compare graphs.
 JIT_GRAPH = "jit-graph"
-COMPILED_MODES: frozenset[str] = frozenset({COMPILE, REDUCE_OVERHEAD, MAX_AUTOTUNE, JIT, JIT_GRAPH, AOT, DONATE})
+COMPILED_MODES: frozenset[str] = frozenset(
+    {COMPILE, REDUCE_OVERHEAD, MAX_AUTOTUNE, JIT, JIT_GRAPH, AOT, DONATE, NNX_JIT}
+)
 # On a GPU these replay recorded graphs, as two of `torch.compile`'s modes do. What JAX's `jit` does in
 # the stock and tuned divisions is XLA's choice: it records programs of five kernels and more.
 _GRAPH_MODES: frozenset[str] = frozenset({CUDA_GRAPH, GRAPHED_CALLABLES, REDUCE_OVERHEAD, MAX_AUTOTUNE, JIT_GRAPH})
@@ -26,11 +31,12 @@ _GRAPH_MODES: frozenset[str] = frozenset({CUDA_GRAPH, GRAPHED_CALLABLES, REDUCE_
 LAUNCHED: tuple[str, ...] = ("matmul", "fused", "bucketed_matmul")
 CALLS, GRAPHS = "calls", "graphs"
 IMPLEMENTATION, STOCK, YARDSTICK = "implementation", "stock", "yardstick"
+_NO_LAYER: frozenset[tuple[str, str]] = frozenset({(NNX_JIT, STOCK), (NNX_JIT, YARDSTICK)})
 # What a user of the framework would type; the mode that every competitor of that framework is timed in.
 DEFAULT_MODE: Mapping[str, str] = {"torch": EAGER, "jax": JIT}
 FRAMEWORKS: tuple[str, ...] = tuple(DEFAULT_MODE)
 MODES: tuple[str, ...] = (EAGER, COMPILE, REDUCE_OVERHEAD, MAX_AUTOTUNE, CUDA_GRAPH, GRAPHED_CALLABLES, ONE_THREAD)
-MODES += (JIT, JIT_GRAPH, AOT, DONATE)
+MODES += (JIT, JIT_GRAPH, AOT, DONATE, NNX_JIT)
 
 
 def launch(mode: str, device: str) -> str:
@@ -156,11 +162,18 @@ def competitors_for(
                 for other in further.get(catalogue.framework, ())
             )
     kept = (competitor for competitor in found if not only_modes or competitor.mode in only_modes)
+    # What users write instead is no layer of this project's.
+    kept = (competitor for competitor in kept if (competitor.mode, competitor.kind) not in _NO_LAYER)
     return tuple(dict.fromkeys(kept))
 
 
 def further_modes(
-    division: str, device: str, *, compile_gradients: bool, direction: str | None = None
+    division: str,
+    device: str,
+    *,
+    compile_gradients: bool,
+    direction: str | None = None,
+    named: Sequence[str] = (),
 ) -> dict[str, tuple[str, ...]]:
     """Return framework to the modes beside the default one that a division compares.
 
@@ -174,6 +187,7 @@ def further_modes(
         compile_gradients: false leaves out what `torch.compile` takes most of the time of a cell for; a GPU runs
             `reduce-overhead`, one of its graphs, all the same.
         direction: of the cell; None for all modes that any direction has.
+        named: modes that were asked for by name, which alone adds `nnx-jit`.
     """
     torch: tuple[str, ...] = (COMPILE,) if compile_gradients else ()
     jax: tuple[str, ...] = ()
@@ -186,10 +200,12 @@ def further_modes(
             torch += (GRAPHED_CALLABLES, REDUCE_OVERHEAD, *((ONE_THREAD,) if direction != "forward" else ()))
             jax += (JIT_GRAPH,)
         jax += (AOT, *((DONATE,) if direction in (None, "train_step") else ()))
+    if NNX_JIT in named:
+        jax += (NNX_JIT,)
     return {"torch": torch, "jax": jax}
 
 
 def offered_modes(division: str, device: str, frameworks: Sequence[str] = FRAMEWORKS) -> tuple[str, ...]:
     """Return all modes of some frameworks that a division compares on a device."""
-    further = further_modes(division, device, compile_gradients=True)
+    further = further_modes(division, device, compile_gradients=True, named=MODES)
     return tuple(mode for name in frameworks for mode in (DEFAULT_MODE[name], *further[name]))

@@ -15,6 +15,7 @@ from bench.plan.competitors import (
     JIT_GRAPH,
     MAX_AUTOTUNE,
     MODES,
+    NNX_JIT,
     ONE_THREAD,
     REDUCE_OVERHEAD,
     Competitor,
@@ -255,6 +256,8 @@ def _jax(known: _Spelling, mode: str, cell: Cell) -> list[str]:
     given = "x, parameters" if known.parameters else "x, weight, bias"
     lines += ["", "", f"def linear({given}):", f"    return {known.result}", "", ""]
     options = ', compiler_options={"xla_gpu_graph_min_graph_size": 1}' if mode == JIT_GRAPH else ""
+    if mode == NNX_JIT:
+        lines += ["# Timed was `nnx.jit` of a layer that holds the parameters: this program after more work in Python."]
     if not gradients:
         lines += [f"step = jax.jit(linear{options})"]
         lines += [f"step = step.lower({given}).compile()"] if mode == AOT else []

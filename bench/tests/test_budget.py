@@ -230,7 +230,7 @@ def test_a_worker_that_hangs_does_not_outlast_the_budget(name, tmp_path, call, m
 def test_rounds_end_before_the_time_of_what_follows_them(fake_starter):
     (cell,) = plan_cells(Request(workload=NAMES[:1], direction=("forward",)).plan, "cpu")
     who = chosen_competitors([TORCH], Request(implementation=("matmul", "loop"), framework=("torch",)), cell)
-    # Noise that no time resolves would prolong them.
+    # Noise that no time resolves would prolong them; one round is what is kept of a cell in any case.
     plan = replace(SMALL.plan, rounds=ANY_ROUNDS, cell_s=60.0, most_cell_s=600.0, least_rounds=3, compiled={})
     asked = []
 
@@ -242,7 +242,7 @@ def test_rounds_end_before_the_time_of_what_follows_them(fake_starter):
         outcome = CellRun(cell, who, pool, plan, left=left, after_s=1.0).run()
     assert asked
     assert outcome.stopped == "time"
-    assert {len(entry.blocks) for entry in outcome.entries} == {2 * plan.least_rounds}
+    assert {len(entry.blocks) for entry in outcome.entries} == {2}
 
 
 def test_workers_are_asked_for_no_longer_than_there_is_time(fake_starter):
@@ -285,6 +285,26 @@ def test_every_cell_that_is_left_out_is_named():
     assert len(said) == 1 + 2
     assert all("process 0, 2" in line and all(cell.workload.name in line for cell in cells) for line in said[1:])
     assert left_out_sentences([], 99) == []
+
+
+@pytest.mark.parametrize(("expected_s", "names"), [(20.0, NAMES[:1]), (52.0, NAMES[1:2]), (60.0, ())])
+def test_where_no_cell_seems_to_fit_one_is_begun_that_may_be_as_fast_as_by_the_estimates(
+    expected_s, names, clocked, tmp_path, monkeypatch
+):
+    """By three times the estimates, which is what is expected of an unknown machine, none of these would be."""
+    dear = {NAMES[0]: expected_s, NAMES[1]: 0.9 * expected_s, NAMES[2]: 400.0}
+    seconds = lambda cell, *_, **__: budgets.Seconds(dear[cell.workload.name], 0.0, 0.0)  # noqa: E731
+    monkeypatch.setattr(budgets, "expected_seconds", seconds)
+    clocked.cells.takes = 45.0
+    wanted = Request(preset="smoke", workload=NAMES, implementation=("matmul",), direction=("forward",), budget_s=50.0)
+    out = tmp_path / "run"
+    if names:
+        sweep.run_sweep(wanted, Store(out, resume=False), SweepNotes())
+        assert measured(out) == [(0, name) for name in names]
+    else:
+        with pytest.raises(EngineError, match=r"the shortest cell 54 s or more"):
+            sweep.run_sweep(wanted, Store(out, resume=False), SweepNotes())
+        assert clocked.cells.begun == []
 
 
 def test_what_seemed_too_long_is_measured_once_the_machine_turns_out_fast(clocked, tmp_path, monkeypatch):

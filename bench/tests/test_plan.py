@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -178,8 +179,8 @@ def test_named_modes_are_kept_and_everybody_runs_in_them():
 
 
 def test_the_modes_of_a_division_are_those_of_its_frameworks():
-    assert offered_modes("stock", "cuda") == ("eager", "compile", "jit")
-    jax = ("jit", "jit-graph", "aot", "jit-donate")
+    assert offered_modes("stock", "cuda") == ("eager", "compile", "jit", "nnx-jit")
+    jax = ("jit", "jit-graph", "aot", "jit-donate", "nnx-jit")
     assert offered_modes("matched", "cuda", ["jax"]) == offered_modes("tuned", "cuda", ["jax"]) == jax
     for division in DIVISIONS:
         for device in DEVICES:
@@ -245,6 +246,17 @@ def test_every_gpu_cell_has_every_way_of_launching_and_only_what_the_device_runs
     # By name it is tried, and its record says why it cannot run.
     asked = Request(implementation=("fused",), framework=("torch",))
     assert [one.label for one in chosen_competitors([torch], asked, cell())] == ["torch fused (eager)"]
+
+
+def test_nnx_jit_is_a_mode_of_layers_that_takes_part_only_by_name():
+    for division, device in itertools.product(DIVISIONS, DEVICES):
+        here = replace(cell("train_step"), division=division, device=device, optimizer="sgd")
+        jax = replace(JAX, stock=("stock:nnx.Einsum",))
+        usual = chosen_competitors([TORCH, jax], Request(preset="full"), here)
+        assert "nnx-jit" not in {one.mode for one in usual}
+        asked = chosen_competitors([TORCH, jax], Request(mode=("jit", "nnx-jit")), here)
+        assert {(one.framework, one.kind) for one in asked if one.mode == "nnx-jit"} == {("jax", "implementation")}
+        assert "jit" in {one.mode for one in asked}
 
 
 def test_a_mode_of_training_steps_leaves_out_the_other_directions():

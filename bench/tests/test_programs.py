@@ -101,6 +101,23 @@ def test_a_program_is_called_as_compiled_and_a_step_gives_its_old_parameters_up(
     assert bench.block(REQUEST | {"calls": 3, "verify": True})["judgement"]["status"] == "ok"
 
 
+@pytest.mark.parametrize(
+    ("direction", "layout"), [("forward", "shared"), ("forward_backward", "flat"), ("train_step", "contiguous")]
+)
+def test_nnx_jit_calls_a_layer_with_the_arrays_of_the_cell_and_a_step_updates_it(direction, layout):
+    optimizer = "adamw" if direction == "train_step" else None
+    bench = opened("jax", direction=direction, layout=layout, optimizer=optimizer)
+    judgement = judged(bench, "jax", mode="nnx-jit")
+    assert judgement["status"] == "ok", judgement["reason"]
+    prepared = bench._held["0"].prepared
+    assert prepared.compile_s > 0
+    assert (prepared.uncompiled_calls(), prepared.program_flops > 0) == (0, True)
+    assert bench.block(REQUEST | {"calls": 3, "verify": True})["judgement"]["status"] == "ok"
+    if optimizer:
+        weights = [prepared.call()[2] for _ in range(2)]
+        assert not (weights[0] == weights[1]).all()
+
+
 def test_only_a_step_has_something_to_give_up():
     pytest.importorskip("jax", reason="needs jax")
     from bench.measure.timer import Unsupported
@@ -161,11 +178,11 @@ def test_graphed_callables_are_made_of_the_arrays_that_are_called_with(direction
 @pytest.mark.parametrize("framework", MODES)
 @pytest.mark.parametrize("wrong", ["sgd", "adam", "rmsprop"])
 def test_another_optimizer_is_a_mismatch(framework, wrong, monkeypatch):
-    from parity_tests.training import optimizers
+    from parity_tests.training import tasks
 
     bench = opened(framework, direction="train_step", optimizer="adamw")
     programs = __import__(f"bench.measure.{framework}.programs", fromlist=["OPTIMIZERS"])
-    planted = {**optimizers.OPTIMIZERS, "adamw": replace(optimizers.OPTIMIZERS[wrong], learning_rate=3e-3)}
+    planted = {**tasks.OPTIMIZERS, "adamw": replace(tasks.OPTIMIZERS[wrong], learning_rate=3e-3)}
     monkeypatch.setattr(programs, "OPTIMIZERS", planted)
     judgement = judged(bench, framework)
     assert judgement["status"] == "mismatch"

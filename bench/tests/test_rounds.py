@@ -27,7 +27,7 @@ def entries(*names):
     return found
 
 
-def run(found, durations, *, noise=0.002, preset=PRESET, monitor=None, seed=0, fails=None, clock=None):
+def run(found, durations, *, noise=0.002, preset=PRESET, monitor=None, seed=0, fails=None, clock=None, left=None):
     """Runs rounds in which a block takes its competitor's duration with lognormal noise.
 
     `fails` is an entry that crashes in its third block; `clock` is moved on by each block.
@@ -54,6 +54,7 @@ def run(found, durations, *, noise=0.002, preset=PRESET, monitor=None, seed=0, f
         monitor=monitor or Monitor(),
         report=lambda text: None,
         block_s=min(durations.values()),
+        left=left,
     )
     return rounds.run(), verified
 
@@ -91,6 +92,18 @@ def clock(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("bench.measure.rounds.time.monotonic", lambda: now[0])
     return now
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.1, 1), (0.8, 2), (1.1, 3), (3.3, 10)])
+def test_a_budget_ends_a_cell_after_any_round_and_in_time(clock, seconds, rounds):
+    """A round takes 0.3 s. Without a budget there are five at least, and noise goes on for longer than any of these."""
+    found = entries("matmul", "like")
+    stopped, verified = run(
+        found, {"matmul": 0.05, "like": 0.05}, noise=0.05, clock=clock, left=lambda: seconds - clock[0]
+    )
+    assert (stopped, {len(entry.blocks) for entry in found}) == ("time", {2 * rounds})
+    assert len(verified) == len(found)
+    assert clock[0] <= max(seconds, 0.35)
 
 
 ALIKE = {"matmul": 0.003, "like": 0.003 * 1.012}

@@ -70,6 +70,13 @@ def test_a_run_that_compares_nothing_fails():
     ("arguments", "sentence"),
     [
         (["run", "--implementation", "magic"], "--implementation: expected one of"),
+        pytest.param(
+            ["run", "--framework", "torch", "--device", "cpu", "--implementation", "fused"],
+            "--implementation fused: expected a GPU (--device cuda), got cpu; with TRITON_INTERPRET=1",
+            marks=pytest.mark.skipif(
+                "torch" not in INSTALLED or "TRITON_INTERPRET" in os.environ, reason="torch runs it, or is not there"
+            ),
+        ),
         (["run", "--case", "magic"], "--case: expected one of"),
         (["run", "--framework", "tensorflow"], "tensorflow"),
         (["run", "--dtype", "float8"], "float8"),

@@ -108,6 +108,16 @@ def test_values_and_gradients_in_the_interpreter(size, dtype, with_bias):
         assert torch.equal(tensor, value.to(kind))
 
 
+@in_the_interpreter
+@pytest.mark.skipif(not EVERY, reason="imports ONNX: run with EVERY_TEST=1")
+@pytest.mark.filterwarnings("ignore")
+def test_the_onnx_exporter_refuses_it_by_name_in_the_interpreter():
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed here")
+    layer = PartitionedLinear(3, 8, 16, implementation="fused")
+    with pytest.raises(Exception, match=r"partitioned_linear.fused_linear"):
+        torch.onnx.export(layer, (torch.ones(4, 3, 8),), dynamo=True, verbose=False)
+
+
 EXACT = (("odd-sizes", "float32"), ("no-bias", "float16"))
 
 

@@ -21,17 +21,17 @@ from bench.measure.timer import Task
 from bench.plan.workloads import SHARED
 from jax_impl import partitioned_linear
 from jax_impl.registry import implementation_names
-from parity_tests.judge.sizes import Sizes
+from parity_tests.judge.inputs import Sizes
 
 Array = jax.Array
 Function = Callable[..., Array]
 
 
-def _with_parameters(build: Callable[[], nnx.Module], x: Array, **parameters: Array) -> Array:
-    """Call an nnx module with the given arrays in place of its own, of which none is ever drawn."""
+def with_parameters(build: Callable[[], nnx.Module], **parameters: Array) -> Any:
+    """Return an nnx module with the given arrays in place of its own, of which none is ever drawn."""
     graph, state = nnx.split(nnx.eval_shape(build))
     nnx.replace_by_pure_dict(state, parameters)
-    return nnx.merge(graph, state)(x)
+    return nnx.merge(graph, state)
 
 
 def nnx_einsum(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
@@ -42,7 +42,7 @@ def nnx_einsum(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array
             "bni,nio->bno", kernel.shape, bias.shape, param_dtype=kernel.dtype, precision=precision, rngs=nnx.Rngs(0)
         )
 
-    return _with_parameters(build, x, kernel=kernel, bias=bias)
+    return with_parameters(build, kernel=kernel, bias=bias)(x)
 
 
 def nnx_linear_general(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
@@ -54,7 +54,7 @@ def nnx_linear_general(x: Array, kernel: Array, bias: Array, *, precision: Any) 
             i, o, batch_axis={0: n}, param_dtype=kernel.dtype, precision=precision, rngs=nnx.Rngs(0)
         )
 
-    return jnp.swapaxes(_with_parameters(build, jnp.swapaxes(x, 0, 1), kernel=kernel, bias=bias), 0, 1)
+    return jnp.swapaxes(with_parameters(build, kernel=kernel, bias=bias)(jnp.swapaxes(x, 0, 1)), 0, 1)
 
 
 def linen_dense_general(x: Array, kernel: Array, bias: Array, *, precision: Any) -> Array:
@@ -162,7 +162,7 @@ def linears(x: Array, kernels: tuple[Array, ...], biases: tuple[Array, ...], *, 
         def build() -> nnx.Module:
             return nnx.Linear(*kernel.shape, param_dtype=kernel.dtype, precision=precision, rngs=nnx.Rngs(0))
 
-        return _with_parameters(build, part, kernel=kernel, bias=bias)
+        return with_parameters(build, kernel=kernel, bias=bias)(part)
 
     return jnp.concatenate([one(*each) for each in zip(parts, kernels, biases, strict=True)], axis=-1)
 

@@ -2,22 +2,24 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.core import Tracer
 
-from bench.measure.jax.functions import UNEQUAL_STOCK, Function, listed, resolve
+from bench.measure.jax.functions import UNEQUAL_STOCK, Function, listed, resolve, with_parameters
 from bench.measure.jax.xla import kept_in, repeated_product_flops
 from bench.measure.timer import CacheFolder, Prepared, Task, Unsupported, alternating, restart_of
-from bench.plan.competitors import AOT, DONATE, JIT, JIT_GRAPH
+from bench.plan.competitors import AOT, DONATE, JIT, JIT_GRAPH, NNX_JIT
 from bench.plan.workloads import AXES, FLAT
-from jax_impl import UnsupportedImplementationError
+from jax_impl import PartitionedLinear, UnsupportedImplementationError
 from parity_tests.frameworks.jax.training import build_optax
-from parity_tests.training.optimizers import OPTIMIZERS
+from parity_tests.training.tasks import OPTIMIZERS
 
 # The learning-rate table of an optimiser is finite; JAX clamps an index past its end, so that the last rate stays.
 _RATES = 1
@@ -29,9 +31,9 @@ def compiler_options(division: str, device: str, mode: str) -> dict[str, Any]:
     On a GPU the matched division compares `jit`, `aot` and `jit-donate` with torch's eager mode, which records no CUDA
     graph, so that XLA may record none either; `jit-graph` is compared with `cuda-graph`, in the tuned division too. By
     default XLA records no graph of fewer than five kernels, and the forward pass of this map is one kernel: `jit-graph`
-    records any.
+    records any. `nnx.jit` takes no options: on a GPU its program is the one of XLA's defaults in every division.
     """
-    if device != "cuda" or division == "stock":
+    if device != "cuda" or division == "stock" or mode == NNX_JIT:
         return {}
     options: dict[str, Any] = {"xla_gpu_graph_min_graph_size": 1} if mode == JIT_GRAPH else {}
     if division == "tuned":
@@ -96,7 +98,7 @@ def _step_program(
 ) -> tuple[Any, Callable[[Any], Any]]:
     """Return the jitted training step, and the function that makes the optimiser's first state."""
     optimizer = build_optax(OPTIMIZERS[str(task.optimizer)], _RATES)
-    direct = Task(task.implementation, task.mode, "forward_backward", task.layout)
+    direct = replace(task, direction="forward_backward")
     differentiate, _ = _program(function, direct, uncompiled)
 
     def step(params: Mapping[str, jax.Array], state: Any, x: jax.Array, cotangent: jax.Array) -> Any:
@@ -129,6 +131,67 @@ class _Step:
         return y, dx, self._params["weight"], self._params["bias"]
 
 
+class _LayerCall:
+    """Calls a function under `nnx.jit` with a layer that holds the parameters, which a step updates in place.
+
+    Args:
+        call: the jitted function, of the layer, the optimiser in a step, x, and with gradients the cotangent.
+        arguments: x, kernel, bias, cotangent.
+        task: what is computed.
+        transformation: of a step; None elsewhere.
+    """
+
+    def __init__(self, call: Callable[..., Any], arguments: tuple[jax.Array, ...], task: Task, transformation: Any):
+        x, self._kernel, self._bias, cotangent = arguments
+        self._call, self._task, self._transformation = call, task, transformation
+        self._inputs = (x,) if task.direction == "forward" else (x, cotangent)
+        if transformation is None:
+            self.arguments = (self._layer(), *self._inputs)
+        else:
+            # Only a step has one, see `restart_of`.
+            self.restart = self._restart
+            self._restart()
+
+    def _layer(self) -> Any:
+        sizes = self._task.sizes
+        i, o = self._kernel.shape[1:] if sizes is None else (sizes.in_features, sizes.out_features)
+
+        def build() -> PartitionedLinear:
+            dtype = self._kernel.dtype
+            n = len(self._kernel) if sizes is None else len(sizes.in_features)
+            return PartitionedLinear(n, i, o, param_dtype=dtype, rngs=nnx.Rngs(0))
+
+        return with_parameters(build, kernel=self._kernel, bias=self._bias)
+
+    def _restart(self) -> None:
+        layer = jax.tree.map(jnp.copy, self._layer())
+        self.arguments = (layer, nnx.Optimizer(layer, self._transformation, wrt=nnx.Param), *self._inputs)
+
+    def __call__(self) -> Any:
+        results = self._call(*self.arguments)
+        layer: Any = self.arguments[0]
+        return results if self._transformation is None else (*results, layer.kernel[...], layer.bias[...])
+
+
+def _layer_program(program: Callable[..., Any], task: Task) -> tuple[Any, Callable[..., _LayerCall]]:
+    """Return a program under `nnx.jit`, and what binds it to a set of arguments, see `_LayerCall`."""
+
+    def call(layer: Any, x: jax.Array, *cotangent: jax.Array) -> Any:
+        return program(x, layer.kernel[...], layer.bias[...], *cotangent)
+
+    def step(layer: Any, optimizer: nnx.Optimizer, x: jax.Array, cotangent: jax.Array) -> Any:
+        y, dx, dkernel, dbias = call(layer, x, cotangent)
+        gradients = nnx.state(layer, nnx.Param)
+        nnx.replace_by_pure_dict(gradients, {"kernel": dkernel, "bias": dbias})
+        optimizer.update(layer, gradients)
+        return y, dx
+
+    stepped = task.direction == "train_step"
+    transformation = build_optax(OPTIMIZERS[str(task.optimizer)], _RATES) if stepped else None
+    jitted: Any = nnx.jit(step) if stepped else nnx.jit(call)
+    return jitted, partial(_LayerCall, task=task, transformation=transformation)
+
+
 def build(
     task: Task,
     buffers: Sequence[tuple[Any, ...]],
@@ -147,7 +210,7 @@ def build(
     Raises:
         Unsupported: if the implementation or the mode cannot run here.
     """
-    if task.mode not in (JIT, JIT_GRAPH, AOT, DONATE):
+    if task.mode not in (JIT, JIT_GRAPH, AOT, DONATE, NNX_JIT):
         raise Unsupported(f"jax has no mode {task.mode!r}")
     if task.mode == DONATE and task.direction != "train_step":
         raise Unsupported(f"{DONATE} is for train_step: the arguments of {task.direction} are those of every call")
@@ -157,7 +220,11 @@ def build(
     # Given to jit and not to the compilation: calling a compiled program takes some 8% longer than calling jit.
     compiler = dict(options) or None
     uncompiled = _Uncompiled()
-    if task.direction == "train_step":
+    if task.mode == NNX_JIT:
+        direct = task if task.direction == "forward" else replace(task, direction="forward_backward")
+        jitted, bound = _layer_program(_program(function, direct, uncompiled)[0], task)
+        given = bound(jitted, arguments=buffers[0]).arguments
+    elif task.direction == "train_step":
         jitted, init = _step_program(function, task, uncompiled, donate=task.mode == DONATE, options=compiler)
         given, bound = _Step(jitted, init, buffers[0]).arguments(), partial(_Step, init=init)
     else:

@@ -11,8 +11,7 @@ import numpy as np
 import optax
 
 from jax_impl import partitioned_linear
-from parity_tests.training.optimizers import CLIP_EPSILON, OptimizerSpec
-from parity_tests.training.tasks import LayerTap, StepGradients, TrainingTask, Trajectory
+from parity_tests.training.tasks import CLIP_EPSILON, LayerTap, OptimizerSpec, StepGradients, TrainingTask, Trajectory
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:
@@ -48,8 +47,9 @@ def build_optax(spec: OptimizerSpec, steps: int) -> optax.GradientTransformation
     def rate(count):
         return jnp.asarray(rates)[count]
 
-    def decay_mask(params: Mapping[str, jax.Array]) -> dict[str, bool]:
-        return {name: spec.decays(name) for name in params}
+    def decay_mask(params: Mapping[str, Any]) -> Mapping[str, Any]:
+        # By the path, since an nnx optimiser gives a State where others give a dict.
+        return jax.tree.map_with_path(lambda path, _: spec.decays(path[0].key), params)
 
     decay = optax.add_decayed_weights(spec.weight_decay, mask=decay_mask) if spec.weight_decay else optax.identity()
     if spec.name == "sgd":

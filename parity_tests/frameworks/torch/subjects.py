@@ -24,7 +24,7 @@ from parity_tests.frameworks.torch.training import TorchOptimizer
 from parity_tests.interpreters.interpreter import Channel
 from parity_tests.judge.inputs import Case, Inputs
 from parity_tests.judge.subjects import DEFAULT_MODES, EQUAL, MODES, UNEQUAL, Subject, check_precision, sizes_reason
-from parity_tests.training.optimizers import OPTIMIZERS
+from parity_tests.training.tasks import OPTIMIZERS
 from torch_impl import (
     MaskedPartitionedLinear,
     PartitionedLinear,
@@ -130,6 +130,17 @@ def eager_subjects(device: torch.device) -> list[TorchSubject]:
     found.append(TorchSubject("layer", True, device, layer_call(PartitionedLinear), table_name=None))
     found.append(TorchSubject("masked_layer", False, device, masked, table_name=None, dense_weight=True))
     return found
+
+
+def absent(device: str) -> dict[str, str]:
+    """Return the implementations that are no subjects on a device, each with what it needs."""
+    target = resolve_device(device).type
+    interpreter = "; with TRITON_INTERPRET=1 in the environment Triton's interpreter runs it on a CPU, slowly"
+    return {
+        name: f"expected a GPU (--device cuda), got {target}{interpreter if name == 'fused' else ''}."
+        for name in implementation_names()
+        if name not in implementation_names(device=target)
+    }
 
 
 def unequal_subjects(device: torch.device) -> list[TorchSubject]:
