@@ -126,13 +126,6 @@ def _function(search: Search, step: int, own: np.ndarray, each: np.ndarray) -> s
     read = search.array("torch", search.torch.steps[step].reads[0])
     if read is None or read.shape != own.shape:
         return ""
-    below = read < 0
-    if below.any() and equal(own[~below], read[~below]) and equal(each[~below], read[~below]):
-        before, after = (float(np.vdot(read[below], v[below]) / np.vdot(read[below], read[below])) for v in (own, each))
-        if equal(before * read[below], own[below]) and equal(after * read[below], each[below]):
-            return (
-                f"slope: negative numbers are multiplied by {before:.6g} on the torch side, by {after:.6g} on the flax"
-            )
     for words, value in formulas(read, each):
         if " of it (" in words and equal(value, each):
             operation, other = search.torch.steps[step].operation, words.partition(" of it")[0]

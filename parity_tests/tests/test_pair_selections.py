@@ -108,14 +108,6 @@ def judged(torch_side, flax_side, **named):
     )
 
 
-def leaked(p, x):
-    return F.leaky_relu(x * p["w"], 0.2).cumsum(1)
-
-
-def leaked_by_default(p, x):
-    return jnp.cumsum(jax.nn.leaky_relu(x * p["w"]), 1)
-
-
 @pytest.mark.parametrize(
     ("torch_side", "flax_side", "words"),
     [
@@ -125,7 +117,6 @@ def leaked_by_default(p, x):
         (biased, biased_by(OTHER_BUCKETS), ("index", "other rows of w", "row 1 for row 2")),
         (capped, capped_by_three, ("constant", "by 5, the flax side by 3")),
         (sunk, without_sink, ("leaves out the last part",)),
-        (leaked, leaked_by_default, ("slope", "0.2 on the torch side, by 0.01")),
         (stepped, stepped_by_exp, ("softplus, the flax side exp",)),
     ],
     ids=lambda value: value.__name__ if hasattr(value, "__name__") else None,
