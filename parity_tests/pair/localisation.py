@@ -181,7 +181,7 @@ def first_segment(search: Search, healing: bool = True) -> Segment | None:
         torch, flax = torch or ends["torch"], flax or ends["jax"]
     if not torch or not flax:
         return None
-    firsts = [_reading(trace, steps) for trace, steps in ((search.torch, torch), (search.flax, flax))]
+    firsts = [first_operation(trace, steps) for trace, steps in ((search.torch, torch), (search.flax, flax))]
     segment = Segment((firsts[0],), (firsts[1],), Place("", ""))
     if found := _healed(search, sorted(torch), sorted(flax), open_ended) if healing else None:
         step, end, change, everything = found
@@ -323,9 +323,10 @@ def _first(trace: Trace, steps: Sequence[int]) -> int:
     return next((step for step in steps if trace.steps[step].operation not in VIEWS), steps[0])
 
 
-def _reading(trace: Trace, steps: Collection[int]) -> int:
-    """Return the first operation that reads a value: an array of zeros that one side alone starts from is no place."""
-    return min((step for step in steps if trace.steps[step].reads), default=min(steps))
+def first_operation(trace: Trace, steps: Collection[int]) -> int:
+    """Return the first operation on a value: zeros that one side alone starts from are no place, nor is a view."""
+    found = [step for step in steps if trace.steps[step].reads and trace.steps[step].operation not in VIEWS]
+    return min(found or steps)
 
 
 def _is_backward(search: Search, segment: Segment) -> bool:

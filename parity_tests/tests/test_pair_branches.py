@@ -269,3 +269,15 @@ def test_a_branch_of_a_backward_pass_of_ones_own_is_told():
     assert not judged(10 * x, lambda p, x: Sign.apply(x) * p["w"]).ok
     # What torch derives by itself has no branches of the user's.
     assert not any("comparison" in note for note in judged(x, lambda p, x: torch.sign(x) * p["w"]).notes)
+
+
+def test_turns_of_a_loop_are_one_place():
+    def looped(x, threshold):
+        total = x * 0.0
+        for k in range(4):
+            total = total + torch.where(x[k] > threshold, x[k], 2.0 * x[k])
+        return total
+
+    # Some turns have one branch only; all of them together have both, or not.
+    assert not [note for note in torch_sentences(lambda p, x: looped(x, 0.5), X) if "where" in note]
+    assert [note for note in torch_sentences(lambda p, x: looped(x, 1e6), X) if "where" in note]

@@ -17,6 +17,8 @@ import torch
 from flax import nnx
 
 from parity_tests.pair import check_pair
+from parity_tests.pair.localisation import first_operation
+from parity_tests.pair.trace import Step, Trace
 
 WIDTH = 6
 
@@ -344,3 +346,10 @@ def test_a_table_with_other_numbers_is_a_cause_of_its_own():
     report = check_pair(flax_module=lambda p, x: jnp.tanh(x + other), flax_params={}, gradients=False, **pair)
     assert "table (3, 4)" in report.likely_cause
     assert f"{other[1, 2]:.6g} for {table[1, 2]:.6g} at [1, 2]" in report.likely_cause
+
+
+def test_zeros_that_one_side_starts_from_are_no_place():
+    steps = (Step("new_zeros", "", "", (), (0,)), Step("select", "", "", (1,), (2,)), Step("mul", "", "", (0, 2), (3,)))
+    trace = Trace(steps, {}, {}, np.zeros((4, 5)), np.zeros((4, 5)), ((1,),) * 4)
+    assert first_operation(trace, {0, 1, 2}) == 2
+    assert first_operation(trace, {0}) == 0

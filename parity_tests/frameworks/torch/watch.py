@@ -79,10 +79,10 @@ class BranchWatch(TorchDispatchMode):
     def __init__(self, modules: Mapping[int, str]) -> None:
         super().__init__()
         self.branches = Branches()
-        self._modules, self._path, self._calls = modules, [""], 0
+        self._modules, self._path = modules, [""]
         # Storages by address, kept alive so that no other one takes the address; views and in-place results share one.
         self._moving: dict[int, Any] = {}
-        self._compared: dict[int, tuple[Any, int]] = {}
+        self._compared: dict[int, tuple[Any, tuple]] = {}
 
     @contextlib.contextmanager
     def of(self, moving: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -118,13 +118,14 @@ class BranchWatch(TorchDispatchMode):
             for tensor in _tensors(args):
                 if known := self._compared.get(_address(tensor)):
                     self.branches.forget(known[1])
-        self._calls += 1
+        # The turns of a loop are one call: what one of them reaches is reached.
+        call = (self._path[-1], *((frame.f_code, frame.f_lasti) for frame in _frames()))
         if any(map(self._moves, decides)) and (found := self._branches(name, func, args, kwargs)):
             operation, operand, conditions = found
             low, high = _extent(operand)
             taken = [Branch(what, bool(mask.any()), *where) for what, mask, *where in conditions]
-            self.branches.see(self._calls, operation, self._place(), taken, low, high)
-        call, result = self._calls, func(*args, **kwargs)
+            self.branches.see(call, operation, self._place(), taken, low, high)
+        result = func(*args, **kwargs)
         if moving and name not in _CREATORS:
             for tensor in _tensors(result):
                 self._move(tensor)
