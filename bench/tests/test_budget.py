@@ -250,6 +250,25 @@ def test_a_worker_that_hangs_does_not_outlast_the_budget(name, tmp_path, call, m
     assert not (tmp_path / "run" / "records.jsonl").exists() or not (tmp_path / "run" / "records.jsonl").read_bytes()
 
 
+@pytest.mark.usefixtures("fake_pool")
+def test_a_worker_that_dies_costs_its_competitor_and_no_other_cell(tmp_path, call, monkeypatch):
+    monkeypatch.setattr(budgets, "_END_S", 0.5)
+    words = ("run", "--direction", "forward", "--cell-s", "0", "--most-cell-s", "9", "--budget-s", 60.0)
+    chosen = [part for name in NAMES for part in ("--workload", name)]
+    chosen += [part for name in ("matmul", "die-in-block", "loop") for part in ("--implementation", name)]
+    done = call(*words, *chosen, "--framework", "torch", "--out", tmp_path / "run")
+    assert done.exit_code == 1
+    found = {(one.workload, one.implementation): one.status for one in read_records(tmp_path / "run")}
+    assert found == {
+        (workload, name): "crash" if name == "die-in-block" else "ok"
+        for workload in NAMES
+        for name in ("matmul", "die-in-block", "loop")
+    }
+    assert "no time" not in done.stdout
+    # Given by name, it is not left without a word.
+    assert "--most-cell-s has no effect" in " ".join(done.stdout.split())
+
+
 def test_rounds_end_before_the_time_of_what_follows_them(fake_starter):
     (cell,) = plan_cells(Request(workload=NAMES[:1], direction=("forward",)).plan, "cpu")
     who = chosen_competitors([TORCH], Request(implementation=("matmul", "loop"), framework=("torch",)), cell)
