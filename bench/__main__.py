@@ -8,14 +8,14 @@ import sys
 try:
     import typer
 
-    from bench.commands.arguments import ending
+    from bench.commands.arguments import MISTAKES, complain
     from bench.commands.compare import compare_runs
     from bench.commands.findings import findings_command
     from bench.commands.inspect import compress, doctor, list_all, validate
     from bench.commands.recommend import recommend
     from bench.commands.report import claims, report
-    from bench.commands.run import RunOptions, run_command, takes
-    from parity_tests.report.console import run_application
+    from bench.commands.run import RunOptions, run_command
+    from parity_tests.report.console import ending, run_application, takes
 except ModuleNotFoundError as missing:
     # Run by an interpreter into which nothing was installed.
     print(
@@ -42,7 +42,7 @@ for name, command in {
     "list": list_all,
     "doctor": doctor,
 }.items():
-    app.command(name)(ending(command))
+    app.command(name)(ending(command, MISTAKES, complain))
 
 
 def main() -> None:

@@ -13,8 +13,6 @@ from dataclasses import MISSING, dataclass, field, fields
 from sys import intern
 from typing import Any, get_type_hints
 
-from bench.past_names import implementation_that_ran
-
 # Records of partitions of one size have the first version, those of unequal ones, whose sizes are lists, the second.
 SCHEMA_VERSION, UNEQUAL_SCHEMA_VERSION = 1, 2
 # Raised when a change makes earlier measurements incomparable; part of every key.
@@ -154,11 +152,8 @@ class Record:
 
 FIELD_NAMES = tuple(item.name for item in fields(Record))
 SAMPLES = tuple(item.name for item in fields(Record) if item.type == tuple[float, ...])
-_LIGHT: Mapping[str, Any] = {
-    **dict.fromkeys((*SAMPLES, "conditions", "disturbance_windows"), ()),
-    "parity": {},
-    "switches": {},
-}
+_LIGHT: dict[str, Any] = dict.fromkeys((*SAMPLES, "conditions", "disturbance_windows"), ())
+_LIGHT |= {"parity": {}, "switches": {}}
 
 # Far above anything measured or reported, and still exact enough to be divided and drawn. Integers end where arrays and
 # the libraries that draw pictures can hold no larger one.
@@ -354,18 +349,12 @@ def _samples(name: str, values: list[Any]) -> tuple[float, ...]:
 
 def _tells(disturbance: Mapping[str, Any]) -> bool:
     """Tell whether an account of a disturbed machine is whole: every reader takes its numbers as they are."""
-
-    def number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
-
     needed = ("cpus", "windows", "disturbed_windows", "other_cpus", "other_cpus_most", "steal_cpus")
     stretch, waiting = disturbance.get("stretch"), disturbance.get("waiting")
-    return (
-        all(number(disturbance.get(name)) for name in needed)
-        and (stretch is None or number(stretch))
-        and isinstance(waiting, Mapping)
-        and all(isinstance(name, str) and number(share) for name, share in waiting.items())
-    )
+    if not isinstance(waiting, Mapping) or not all(isinstance(name, str) for name in waiting):
+        return False
+    numbers = [*map(disturbance.get, needed), *waiting.values(), *([] if stretch is None else [stretch])]
+    return all(isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one < math.inf for one in numbers)
 
 
 def digest(value: object) -> str:
@@ -377,3 +366,33 @@ def digest(value: object) -> str:
 def finite(value: float | None) -> float | None:
     """Return the value, or None where it is infinite or NaN, for which JSON has no number."""
     return value if value is not None and math.isfinite(value) else None
+
+
+# Between these moments (UTC, of two commits) JAX's `matmul` became a loop over the partitions by itself, where that was
+# measured to be faster: on a single CPU device, forward, with few rows of large partitions. Now that loop is `in_turn`.
+_SINCE, _UNTIL = "2026-11-24T19:03:37", "2026-11-28T19:31:00"
+_FEWEST_ROWS, _WEIGHTS_A_FEATURE, _LARGE_PARTITION, _MANY_WEIGHTS = 4, 4, 2**14, 2**21
+
+
+def implementation_that_ran(record: Mapping[str, Any]) -> str:
+    """Return the present name of what a record measured, by the rule of its commit; records on disk stay as they are.
+
+    A derivative was that of the batched product, so that only the forward pass is concerned.
+    """
+    name = record["implementation"]
+    if (record["framework"], name, record["device"], record["direction"]) != ("jax", "matmul", "cpu", "forward"):
+        return name
+    if not (isinstance(record["in_features"], int) and isinstance(record["out_features"], int)):
+        return name  # no record of unequal sizes is as old
+    rows, partitions = record["batch"], record["num_partitions"]
+    features, partition = record["in_features"] + record["out_features"], record["in_features"] * record["out_features"]
+    looped = (
+        _SINCE <= record["started_at"] < _UNTIL
+        and record["dtype"] in ("float32", "float64")
+        and partitions > 1
+        and rows >= _FEWEST_ROWS
+        and _WEIGHTS_A_FEATURE * rows * features <= partition
+        and partition >= _LARGE_PARTITION
+        and partitions * partition >= _MANY_WEIGHTS
+    )
+    return "in_turn" if looped else name

@@ -15,29 +15,20 @@ State = Literal["present", "not seen here", "mended"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One trap in a public library.
+    """One trap in a public library."""
 
-    Attributes:
-        name: short and unique.
-        library: the package whose behaviour it is.
-        sentence: a description of the trap.
-        seen_in: the versions in which it was seen.
-        measure: runs the library and returns how far it is from right, as a multiple of what is right (or of the error
-            bound); 1 or less means that the trap does not show.
-        figure: the quantity that is measured.
-        needs: a package that the framework does not bring, or None.
-        lacks: says in one sentence what this machine lacks for the check; empty where it can be run.
-        by_processor: True if it shows only on some processors, whose instructions decide how the library computes.
-    """
-
-    name: str
-    library: str
-    sentence: str
-    seen_in: tuple[str, ...]
+    name: str  # short and unique
+    library: str  # the package whose behaviour it is
+    sentence: str  # a description of the trap
+    seen_in: tuple[str, ...]  # the versions in which it was seen
+    # Runs the library and returns how far it is from right, as a multiple of what is right (or of the error bound); 1
+    # or less means that the trap does not show
     measure: Callable[[], float]
-    figure: str
-    needs: str | None = None
+    figure: str  # the quantity that is measured
+    needs: str | None = None  # a package that the framework does not bring, or None
+    # Says in one sentence what this machine lacks for the check; empty where it can be run
     lacks: Callable[[], str] = str
+    # True if it shows only on some processors, whose instructions decide how the library computes
     by_processor: bool = False
 
     def missing(self) -> str:

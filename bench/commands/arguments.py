@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,10 +21,9 @@ from bench.report.export import SHARED
 from bench.report.markdown import PageError
 from bench.report.pictures import ChartError
 from bench.store import TORN, Damage
-from parity_tests.judge.precisions import precision_class, storage_dtype
-from parity_tests.report.console import PlainConsole
+from parity_tests.judge.dtypes import precision_class, storage_dtype
+from parity_tests.report.console import INTERRUPTED, PlainConsole
 from parity_tests.report.files import OutputError, check_apart, check_output
-from parity_tests.report.interruption import INTERRUPTED
 from parity_tests.report.text import printable
 
 __all__ = ["FAILED", "INTERRUPTED", "OK", "USAGE", "UsageError", "check_choices", "check_interpreters"]
@@ -33,15 +32,17 @@ __all__ += [
     "check_outputs",
     "complain",
     "cut_short",
-    "ending",
     "reading",
     "selection",
     "tell",
     "tell_damage",
+    "wide_console",
 ]
 
 OK, FAILED, USAGE = 0, 1, 2
 _ERRORS = PlainConsole(stderr=True, soft_wrap=True)
+# Every column of the ranking side by side; a pipe has no width of its own, and a cut table says nothing.
+_WIDTH = 166
 # Sentences about one damaged file; further ones are found when these are mended.
 _MOST_SENTENCES = 20
 
@@ -191,12 +192,20 @@ def check_outputs(outputs: Mapping[str, Path | None], **others: Path | None) -> 
     Raises:
         UsageError: with the options.
     """
-    for argument, path in outputs.items():
+    named = {argument: path for argument, path in outputs.items() if path is not None}
+    if not named:
+        return
+    for argument, path in named.items():
         check_writable(argument, path)
     try:
-        check_apart({f"--{name}": path for name, path in others.items()} | dict(outputs))
+        check_apart({f"--{name}": path for name, path in others.items()} | named)
     except OutputError as error:
         raise UsageError(str(error)) from error
+
+
+def wide_console() -> PlainConsole:
+    """Return a console that never cuts a ranking, on a terminal or in a pipe."""
+    return PlainConsole(width=max(_WIDTH, os.get_terminal_size().columns if os.isatty(1) else 0))
 
 
 def tell(sentence: object) -> None:
@@ -248,17 +257,3 @@ def reading() -> Iterator[Damage]:
     except MISTAKES:
         tell_damage(damage.sentences, FAILED)
         raise
-
-
-def ending(command: Callable[..., int]) -> Callable[..., None]:
-    """Return a command for typer of one that returns its exit status; a user's mistake is one sentence."""
-
-    @wraps(command)
-    def run(*arguments: Any, **options: Any) -> None:
-        try:
-            status = command(*arguments, **options)
-        except MISTAKES as error:
-            status = complain(error)
-        raise typer.Exit(status)
-
-    return run

@@ -33,9 +33,8 @@ from bench.study.cells import Identity
 from bench.study.comparison import Change, Comparison, Measured, Overall, compare, measured_cells
 from bench.study.process_spread import seen_spreads
 from bench.study.statistics import FASTER, SAME, SLOWER, UNRESOLVED
-from parity_tests.report.console import PlainConsole
+from parity_tests.report.console import PlainConsole, interruptible
 from parity_tests.report.files import write_json
-from parity_tests.report.interruption import interruptible
 
 # Cells of one run alone whose titles are printed; --json has them all.
 NAMED = 3

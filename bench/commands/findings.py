@@ -28,9 +28,8 @@ from bench.report.text import source_line
 from bench.store import Archive
 from bench.study.findings import QUESTIONS, Finding, findings
 from bench.study.process_spread import seen_spreads
-from parity_tests.report.console import PlainConsole
+from parity_tests.report.console import PlainConsole, interruptible
 from parity_tests.report.files import write_json
-from parity_tests.report.interruption import interruptible
 
 
 def findings_command(

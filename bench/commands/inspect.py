@@ -28,9 +28,8 @@ from bench.record_files import records_file
 from bench.report.export import flat, write_csv
 from bench.store import sole_writer
 from bench.study.validation import Count, violations
-from parity_tests.report.console import PlainConsole
+from parity_tests.report.console import PlainConsole, interruptible
 from parity_tests.report.files import write_json
-from parity_tests.report.interruption import interruptible
 
 
 def _pool(torch_python: str | None, jax_python: str | None, division: str) -> WorkerPool:

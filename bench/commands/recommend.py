@@ -46,7 +46,7 @@ from bench.study.recommendation import (
     near_cells,
     neighbours,
 )
-from parity_tests.judge.precisions import PRECISIONS, precision_class, short_name, storage_dtype
+from parity_tests.judge.dtypes import PRECISIONS, precision_class, short_name, storage_dtype
 from parity_tests.report.console import PlainConsole
 from parity_tests.report.files import write_json
 

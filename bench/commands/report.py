@@ -36,12 +36,14 @@ from bench.commands.arguments import (
     selection,
     tell,
     tell_damage,
+    wide_console,
 )
 from bench.environments import StoreError
+from bench.report.charts import framework_map as draw_framework_map
+from bench.report.charts import ratio_chart, roofline_chart
+from bench.report.charts import winner_map as draw_winner_map
 from bench.report.claims import account, claim_rows, claims_block, claims_json, measured, overview
 from bench.report.export import write_csv, write_frameworks, write_summary, write_table
-from bench.report.maps import framework_map as draw_framework_map
-from bench.report.maps import winner_map as draw_winner_map
 from bench.report.markdown import (
     CLAIMS,
     RESULTS,
@@ -52,18 +54,18 @@ from bench.report.markdown import (
     write_short,
 )
 from bench.report.page import write_page
-from bench.report.pictures import ChartError, ratio_chart, roofline_chart, save_figures, save_picture
+from bench.report.pictures import ChartError, save_figures, save_picture
 from bench.report.screen import screen_lines
 from bench.report.sections import PageContent, Told, sections
-from bench.report.tables import show_frameworks, show_rankings, terminal, wide_console
+from bench.report.tables import show_frameworks, show_rankings, terminal
 from bench.report.text import ratio, resolution_line, summary_line
 from bench.store import Archive, Damage
 from bench.study.claims import CLAIMED_WORKLOADS, ClaimResult, claim_results
 from bench.study.findings import findings
 from bench.study.process_spread import seen_spreads
 from bench.study.results import Results, read_results
+from parity_tests.report.console import interruptible
 from parity_tests.report.files import OutputError, write_json, write_text
-from parity_tests.report.interruption import interruptible
 
 _Writer = Callable[[str, Path, Results], None]
 

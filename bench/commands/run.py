@@ -1,14 +1,12 @@
 """`bench run`: check the options, measure, write the report and show it."""
 
-import dataclasses
-import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -30,6 +28,7 @@ from bench.commands.arguments import (
     complain,
     tell,
     tell_damage,
+    wide_console,
 )
 from bench.environments import StoreError, check_environments, read_environments
 from bench.measure.budget import MOST_BUDGET_S, end_s, forecast
@@ -41,13 +40,12 @@ from bench.plan.presets import left_out
 from bench.plan.workloads import UnknownWorkloadError, workload
 from bench.report.export import write_summary, write_table
 from bench.report.markdown import environment_lines, write_report
-from bench.report.tables import show_frameworks, show_rankings, wide_console
+from bench.report.tables import show_frameworks, show_rankings
 from bench.report.text import resolution_line, summary_line
 from bench.store import Damage, Store, sole_writer
 from bench.study.results import Results, read_results
-from parity_tests.report.console import PlainConsole
+from parity_tests.report.console import Interruption, PlainConsole, interruptible
 from parity_tests.report.files import OutputError
-from parity_tests.report.interruption import Interruption, interruptible
 from parity_tests.report.text import printable
 
 _INTERRUPTED = "interrupted"
@@ -66,36 +64,6 @@ class RunOptions(Request):
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the options; measure and write nothing.")] = False
     json_file: JsonFile = None
     csv_file: CsvFile = None
-
-
-def takes(options: type) -> Callable[[Callable[[Any], int]], Callable[..., int]]:
-    """Return a decorator that lets typer make a command of a function of one object of options.
-
-    Args:
-        options: a dataclass; its fields are the command's options, the required ones first.
-    """
-    hints = get_type_hints(options, include_extras=True)
-    many = {name for name, hint in hints.items() if hint == tuple[str, ...]}
-
-    def parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
-        hint, default = hints[field.name], None if field.name in many else field.default
-        if get_origin(hint) is not Annotated:
-            hint = Annotated[list[str] | None if field.name in many else hint, typer.Option(**field.metadata["typer"])]
-        default = inspect.Parameter.empty if default is dataclasses.MISSING else default
-        return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
-
-    def decorate(function: Callable[[Any], int]) -> Callable[..., int]:
-        def command(**given: Any) -> int:
-            return function(
-                options(**{name: tuple(value or ()) if name in many else value for name, value in given.items()})
-            )
-
-        parameters = sorted(map(parameter, dataclasses.fields(options)), key=lambda one: one.default is not one.empty)
-        command.__name__, command.__doc__ = function.__name__, function.__doc__
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return command
-
-    return decorate
 
 
 Engine = Callable[[Request, Store, SweepNotes, Callable[[Progress], None]], None]

@@ -18,7 +18,7 @@ from bench.plan.competitors import (
     offered_modes,
 )
 from bench.plan.presets import ANY_ROUNDS, PRESETS, STEPPED_OPTIMIZERS, Preset
-from parity_tests.judge.precisions import PRECISIONS, precision_class, short_name
+from parity_tests.judge.dtypes import PRECISIONS, precision_class, short_name
 
 
 class SelectionError(ValueError):

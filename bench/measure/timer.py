@@ -14,8 +14,7 @@ import numpy as np
 from bench.plan.cells import RESULTS
 from bench.plan.competitors import Catalogue
 from bench.plan.workloads import AXES, FLAT, SHARED
-from parity_tests.judge.inputs import Inputs
-from parity_tests.judge.sizes import Sizes
+from parity_tests.judge.inputs import Inputs, Sizes
 from parity_tests.report.files import ScratchFolder
 
 Call = Callable[[], Any]

@@ -20,9 +20,8 @@ from parity_tests.judge.comparison import TensorResult, compare, compare_with_li
 from parity_tests.judge.dtypes import FORMATS
 from parity_tests.judge.fingerprint import observed_precision
 from parity_tests.judge.inputs import Inputs
-from parity_tests.judge.oracle import OracleTensor, Reference, reference
-from parity_tests.judge.tolerance import Arithmetic, bound, declared_arithmetic
-from parity_tests.training.optimizers import OPTIMIZERS, OptimizerSpec
+from parity_tests.judge.tolerance import Arithmetic, OracleTensor, Reference, bound, declared_arithmetic, reference
+from parity_tests.training.tasks import OPTIMIZERS, OptimizerSpec
 
 PARAMETERS: tuple[str, ...] = ("weight", "bias")
 # Roundings of one update, in units of the parameters' roundoff. optax forms 1 - beta2^t in fp32, which alone costs

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from bench.plan.workloads import Workload
-from parity_tests.judge.precisions import short_name
+from parity_tests.judge.dtypes import short_name
 
 DIRECTIONS: tuple[str, ...] = ("forward", "forward_backward", "train_step")
 # Results of each direction, by the names of the parity harness; a step returns the new parameters.
@@ -27,27 +27,19 @@ PRECISIONS: tuple[str, ...] = tuple(STORAGE_DTYPES)
 
 @dataclass(frozen=True)
 class Cell:
-    """One comparison: a workload under one set of conditions.
+    """One comparison: a workload under one set of conditions."""
 
-    Attributes:
-        workload: the shape.
-        direction: `forward` (returns y), `forward_backward` (returns y, dx, dW and db) or `train_step` (returns y
-            and dx, and updates W and b).
-        precision: the precision class asked for, a key of `STORAGE_DTYPES`.
-        division: `stock` (framework defaults), `matched` (the same arithmetic and layouts on both sides) or
-            `tuned` (best effort on each side).
-        device: `cpu` or `cuda`.
-        cache: `warm` (one buffer set) or `cold` (buffer sets in turn, four times the last cache in all).
-        optimizer: of `train_step`, by its name in the neutral specification; None in other directions.
-    """
-
-    workload: Workload
+    workload: Workload  # the shape
+    # `forward` (returns y), `forward_backward` (returns y, dx, dW and db) or `train_step` (returns y and dx, and
+    # updates W and b)
     direction: str
-    precision: str
+    precision: str  # the precision class asked for, a key of `STORAGE_DTYPES`
+    # `stock` (framework defaults), `matched` (the same arithmetic and layouts on both sides) or `tuned` (best effort on
+    # each side)
     division: str
-    device: str
-    cache: str = "warm"
-    optimizer: str | None = None
+    device: str  # `cpu` or `cuda`
+    cache: str = "warm"  # `warm` (one buffer set) or `cold` (buffer sets in turn, four times the last cache in all)
+    optimizer: str | None = None  # of `train_step`, by its name in the neutral specification; None in other directions
 
     @property
     def dtype(self) -> str:

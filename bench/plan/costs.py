@@ -31,25 +31,15 @@ _EXPANDED_RAGGED = ("jax", "grouped_matmul", "cpu")
 
 @dataclass(frozen=True)
 class Limits:
-    """Caps of a preset; a competitor over a cap is recorded as skipped, with the figure.
+    """Caps of a preset; a competitor over a cap is recorded as skipped, with the figure."""
 
-    Attributes:
-        executed_flops: most floating-point operations in one call.
-        unrolled_products: most products that a compiler may be asked to unroll.
-        memory_fraction: largest part of the free memory that one competitor may need.
-        call_s: longest single call, measured, in seconds, unless the fastest is nearly as slow:
-        slowdown: a call this many times as long as the fastest one's is allowed as well.
-        prepare_s: time limit of one build and compilation, in seconds.
-        request_s: time limit of any other request to a worker, in seconds.
-    """
-
-    executed_flops: float
-    unrolled_products: int
-    memory_fraction: float
-    call_s: float
-    slowdown: float
-    prepare_s: float
-    request_s: float
+    executed_flops: float  # most floating-point operations in one call
+    unrolled_products: int  # most products that a compiler may be asked to unroll
+    memory_fraction: float  # largest part of the free memory that one competitor may need
+    call_s: float  # longest single call, measured, in seconds, unless the fastest is nearly as slow:
+    slowdown: float  # a call this many times as long as the fastest one's is allowed as well
+    prepare_s: float  # time limit of one build and compilation, in seconds
+    request_s: float  # time limit of any other request to a worker, in seconds
 
 
 def products(cell: Cell) -> int:
@@ -143,17 +133,11 @@ OVER_THE_CEILING = 4.0
 
 @dataclass(frozen=True)
 class DataSheet:
-    """Peak rates of a device.
+    """Peak rates of a device."""
 
-    Attributes:
-        flops_per_s: precision class to operations a second, a multiply-add counting as two.
-        bytes_per_s: memory bandwidth.
-        source: where the figures come from.
-    """
-
-    flops_per_s: Mapping[str, float]
-    bytes_per_s: float
-    source: str
+    flops_per_s: Mapping[str, float]  # precision class to operations a second, a multiply-add counting as two
+    bytes_per_s: float  # memory bandwidth
+    source: str  # where the figures come from
 
 
 def _sheet(fp64: float, fp32: float, tf32: float, half: float, terabytes_per_s: float, source: str) -> DataSheet:

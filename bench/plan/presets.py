@@ -9,7 +9,7 @@ from types import MappingProxyType
 from bench.plan.cells import DIVISIONS, PRECISIONS, Cell
 from bench.plan.costs import Limits
 from bench.plan.workloads import WORKLOADS, preset_sweep, workload
-from parity_tests.training.optimizers import OPTIMIZERS
+from parity_tests.training.tasks import OPTIMIZERS
 
 # Shortest block in seconds. A GPU works through a queue, and the block must be long beside filling it and waiting for
 # its end. A CPU has no queue; there the host is what disturbs: its speed drifts within some ten milliseconds (on a
@@ -27,51 +27,32 @@ STEPPED_OPTIMIZERS: tuple[str, ...] = tuple(name for name, spec in OPTIMIZERS.it
 
 @dataclass(frozen=True)
 class Preset:
-    """A selection of cells and the effort spent on each.
+    """A selection of cells and the effort spent on each."""
 
-    Attributes:
-        name: what the command line calls it.
-        summary: one sentence.
-        workloads: names of the catalogue or of sweep points.
-        directions: directions.
-        precisions: precision classes.
-        divisions: divisions.
-        compiled: workload name to the implementations that run under `torch.compile` as well.
-        compiled_directions: directions in which they do; compiling the gradients takes most of the time.
-        rounds: most rounds of each cell; a round is one block of every competitor, then all again in reverse order.
-        cell_s: time for the rounds of one cell, in seconds; the round that exceeds it is the last, but not before
-            `least_rounds`.
-        most_cell_s: where this is more, a cell whose A/A control is not yet known to 3% goes on for so long.
-        least_rounds: fewest rounds of each cell.
-        replicates: how often everything is measured in fresh processes.
-        warm_up_blocks: most blocks spent on waiting for a steady state.
-        probe_s: seconds for each of the further clocks of a competitor in the first process; 0 leaves them out, and
-            energy, ceilings and compiling again too.
-        caches: `warm`, `cold`.
-        optimizer: of the direction `train_step`, by its name in the neutral specification.
-        left_out: competitors that take part only where they are asked for by name.
-        limits: caps.
-    """
-
-    name: str
-    summary: str
-    workloads: tuple[str, ...]
-    rounds: int
-    limits: Limits
+    name: str  # what the command line calls it
+    summary: str  # one sentence
+    workloads: tuple[str, ...]  # names of the catalogue or of sweep points
+    rounds: int  # most rounds of each cell; a round is one block of every competitor, then all again in reverse order
+    limits: Limits  # caps
     directions: tuple[str, ...] = USUAL_DIRECTIONS
-    precisions: tuple[str, ...] = ("ieee_fp32",)
+    precisions: tuple[str, ...] = ("ieee_fp32",)  # precision classes
     divisions: tuple[str, ...] = ("matched",)
+    # Workload name to the implementations that run under `torch.compile` as well
     compiled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # Directions in which they do; compiling the gradients takes most of the time
     compiled_directions: tuple[str, ...] = USUAL_DIRECTIONS
-    replicates: int = 1
-    warm_up_blocks: int = 6
+    replicates: int = 1  # how often everything is measured in fresh processes
+    warm_up_blocks: int = 6  # most blocks spent on waiting for a steady state
+    # Time for the rounds of one cell, in seconds; the round that exceeds it is the last, but not before `least_rounds`
     cell_s: float = math.inf
-    most_cell_s: float = 0.0
-    least_rounds: int = 5
+    most_cell_s: float = 0.0  # where this is more, a cell whose A/A control is not yet known to 3% goes on for so long
+    least_rounds: int = 5  # fewest rounds of each cell
+    # Seconds for each of the further clocks of a competitor in the first process; 0 leaves them out, and energy,
+    # ceilings and compiling again too
     probe_s: float = 0.05
-    caches: tuple[str, ...] = ("warm",)
-    optimizer: str = "adamw"
-    left_out: tuple[str, ...] = ()
+    caches: tuple[str, ...] = ("warm",)  # `warm`, `cold`
+    optimizer: str = "adamw"  # of the direction `train_step`, by its name in the neutral specification
+    left_out: tuple[str, ...] = ()  # competitors that take part only where they are asked for by name
 
 
 _SEED = (

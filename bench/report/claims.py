@@ -7,7 +7,7 @@ from bench.report.export import interval_json
 from bench.report.tables import Table, markdown
 from bench.report.text import ratio
 from bench.study.claims import MEMORY, NOT_HERE, ClaimResult, Finding
-from parity_tests.judge.precisions import short_name
+from parity_tests.judge.dtypes import short_name
 from parity_tests.report.text import markdown_line, markdown_text
 
 

@@ -17,7 +17,7 @@ from bench.report.text import calls, outcome
 from bench.study.cells import DISTURBED, identity
 from bench.study.ranking import Efficiency, Ranking, Row, efficiencies
 from bench.study.results import Results
-from parity_tests.judge.precisions import short_name
+from parity_tests.judge.dtypes import short_name
 from parity_tests.report.text import printable
 
 # What a page can be narrowed by; the first three and the last of a competitor and a cell, the others of a cell.

@@ -1,4 +1,4 @@
-"""Draw ratios with intervals, and the roofline. Needs the `report` extra."""
+"""Write pictures into files, and draw those of a page as objects of altair. Needs the `report` extra."""
 
 import base64
 import importlib.util
@@ -6,20 +6,15 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench.environments import device_name
-from bench.plan.competitors import YARDSTICK
-from bench.report.figure_charts import figure_chart
-from bench.report.figures import Figures, Picture, roofs
-from bench.report.text import titles, told_apart
-from bench.study.cells import identity
-from bench.study.ranking import Ranking, efficiencies
+from bench.report.figures import LEADS, PANEL, Figures, Picture
 from bench.study.results import Results
-from parity_tests.judge.precisions import short_name
 from parity_tests.report.files import output
 from parity_tests.report.text import printable, printable_tree
 
@@ -45,134 +40,6 @@ json.dump(drawn, sys.stdout)
 
 class ChartError(ValueError):
     """A chart that cannot be drawn: an unknown file type, no data, or a package that is not installed."""
-
-
-def _panels(found: Sequence[Ranking]) -> list[str]:
-    """Return a panel for each cell: conditions, and where it was measured if two cells have the same."""
-    conditions = [identity(ranking.first) for ranking in found]
-    short = [f"{where.workload}, {where.step}, {where.how}" for where in conditions]
-    placed = [f"{name}, {ranking.first.environment_id[:6]}" for name, ranking in zip(short, found, strict=True)]
-    return told_apart(short, placed, [f"{name}, {one.cell}" for name, one in zip(placed, found, strict=True)])
-
-
-def _points(found: Sequence[Ranking]) -> list[dict[str, Any]]:
-    return [
-        {
-            "panel": panel,
-            "baseline": ranking.baseline,
-            "competitor": row.record.label + (" *" if row.record.kind == YARDSTICK else ""),
-            "framework": row.record.framework,
-            "ratio": row.interval.ratio,
-            "low": row.interval.low,
-            "high": row.interval.high,
-            "verdict": row.verdict,
-        }
-        for ranking, panel in zip(found, _panels(found), strict=True)
-        for row in ranking.rows
-        # On a logarithmic axis an interval without ends cannot be drawn.
-        if row.interval is not None and row.interval.low > 0 and math.isfinite(row.interval.high)
-    ]
-
-
-def ratio_chart(results: Results) -> Any:
-    """Return ratios with intervals as an altair object: a panel for each cell, its competitors ordered by ratio.
-
-    Raises:
-        ChartError: if no ranking holds an interval.
-    """
-    import altair as alt
-
-    points = _points(results.found)
-    if not points:
-        raise ChartError("--chart: there is no ratio with an interval to draw; measure at least two rounds.")
-    panels = []
-    for panel, baseline in dict.fromkeys((point["panel"], point["baseline"]) for point in points):
-        base = alt.Chart(alt.InlineData(values=[point for point in points if point["panel"] == panel])).encode(
-            y=alt.Y("competitor:N", sort=alt.EncodingSortField("ratio", order="descending"), title=None),
-            color=alt.Color("framework:N", title="framework"),
-        )
-        scale = alt.Scale(type="log", nice=False, padding=8)
-        dots = base.mark_point(filled=True, size=45).encode(
-            x=alt.X("ratio:Q", scale=scale, title="speed relative to the baseline (right is faster)"),
-            tooltip=[
-                alt.Tooltip(f"{name}:{kind}") for name, kind in (("competitor", "N"), ("ratio", "Q"), ("verdict", "N"))
-            ],
-        )
-        bars = base.mark_rule().encode(x=alt.X("low:Q", scale=scale), x2="high:Q")
-        one = (
-            alt.Chart(alt.InlineData(values=[{"one": 1}])).mark_rule(strokeDash=[4, 3], color="gray").encode(x="one:Q")
-        )
-        title = alt.Title(panel, subtitle=f"1 is {baseline}")
-        panels.append((one + bars + dots).properties(title=title, width=320))
-    known = (results.environments.get(name) for name in results.places())
-    places = dict.fromkeys(device_name(fingerprint) for fingerprint in known if fingerprint is not None)
-    note = alt.Title("; ".join(places), subtitle="* computes another function: a yardstick, not a competitor")
-    # Room for labels in a browser whose font is wider than the one that the picture was laid out with.
-    padding = {"left": 30, "right": 10, "top": 5, "bottom": 5}
-    return alt.concat(*panels, columns=2, title=note, padding=padding).resolve_scale(y="independent", x="shared")
-
-
-def _roofline_panel(ranking: Ranking) -> str:
-    r = ranking.first
-    return f"{short_name(r.precision)}, {r.device}, {r.environment_id[:6]}"
-
-
-def points(found: Sequence[Ranking]) -> list[dict[str, Any]]:
-    """Return one point for each ranked competitor of each cell."""
-    listed = []
-    for ranking, title in zip(found, titles(found), strict=True):
-        rates = efficiencies(ranking)
-        for row in ranking.rows:
-            rate = rates[row.record.label].flops_per_s
-            if rate is None or row.record.kind == YARDSTICK:
-                continue
-            listed.append(
-                {
-                    "panel": _roofline_panel(ranking),
-                    "intensity": row.record.useful_flops / row.record.compulsory_bytes,
-                    "flops_per_s": rate,
-                    "framework": row.record.framework,
-                    "competitor": row.record.label,
-                    "cell": title,
-                    "place": "leads" if row.leads else "behind",
-                }
-            )
-    return listed
-
-
-def roofline_chart(results: Results) -> Any:
-    """Return useful work a second over useful work a byte as an altair object, a panel for each precision and place.
-
-    Raises:
-        ChartError: if nothing was timed.
-    """
-    import altair as alt
-
-    listed = points(results.found)
-    if not listed:
-        raise ChartError("--roofline: no competitor was timed, so there is no rate to draw; run the benchmark first.")
-    low, high = min(point["intensity"] for point in listed) / 2, max(point["intensity"] for point in listed) * 2
-    lines = roofs(results.found, low, high, list(map(_roofline_panel, results.found)))
-    x = alt.X("intensity:Q", scale=alt.Scale(type="log"), title="useful operations per compulsory byte")
-    y = alt.Y("flops_per_s:Q", scale=alt.Scale(type="log"), axis=alt.Axis(format="~s"), title="useful FLOP/s")
-    drawn = []
-    for panel in dict.fromkeys(point["panel"] for point in listed):
-        dots = (
-            alt.Chart(alt.InlineData(values=[point for point in listed if point["panel"] == panel]))
-            .mark_point(filled=True, size=35)
-            .encode(
-                x=x,
-                y=y,
-                color=alt.Color("framework:N"),
-                opacity=alt.Opacity("place:N", scale=alt.Scale(domain=["leads", "behind"], range=[1.0, 0.25])),
-                tooltip=[alt.Tooltip("competitor:N"), alt.Tooltip("cell:N"), alt.Tooltip("flops_per_s:Q")],
-            )
-        )
-        above = [line for line in lines if line["panel"] == panel]
-        roof = alt.Chart(alt.InlineData(values=above)).mark_line(color="gray").encode(x=x, y=y, strokeDash="roof:N")
-        title = panel if above else f"{panel} (no ceiling was measured)"
-        drawn.append((roof + dots if above else dots).properties(title=title, width=380, height=280))
-    return alt.concat(*drawn, columns=2)
 
 
 def save_picture(draw: Callable[[Results], Any], argument: str, path: Path, results: Results) -> None:
@@ -284,3 +151,181 @@ def _page(chart: Any) -> bytes:
     told = json.dumps(chart.to_dict(), cls=_InScript, allow_nan=False)
     head = '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>benchmark</title></head>'
     return f"{head}\n<body>\n{drawn}\n<script>var spec = {told};</script>\n</body></html>\n".encode()
+
+
+# --- the pictures of a page, for files that fit on paper ---
+
+# Of one panel, in pixels; two of them lie side by side.
+_WIDTH, _HEIGHT = 290, 230
+_MOST_PANELS, _MOST_LISTS, _MOST_LINES = 4, 2, 20
+# Told apart by the colour-blind, on white; shapes say the same.
+_COLOURS = ("#0063a6", "#b84a00", "#00745a", "#8a3f75")
+_SHAPES = ("circle", "triangle-up", "square", "diamond")
+_FRAMEWORKS = ("torch", "jax")
+# A label right of its point, left of it, above it, below it: alignment, and the way from the point.
+_BESIDE = (("left", 7, 0), ("right", -7, 0), ("center", 0, -11), ("center", 0, 12))
+_LABEL_WIDTH, _LABEL_HEIGHT = 5.8, 11.0
+_TITLE = 46  # characters of a line above a panel
+
+_Row = Mapping[str, Any]
+
+
+def figure_chart(picture: Picture, shown: Figures) -> Any | None:
+    """Return what a picture shows at first as an altair object; None where that is nothing."""
+    import altair as alt
+
+    rows = shown.shown(picture)
+    if not rows:
+        return None
+    differing = [name for name in PANEL if len({row[name] for row in rows}) > 1]
+    groups: dict[tuple[Any, ...], list[_Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in PANEL), []).append(row)
+    most = _MOST_PANELS if picture.y else _MOST_LISTS
+    drawn, left = [], sum(len(group) for group in list(groups.values())[most:])
+    for group in list(groups.values())[:most]:
+        title = [", ".join(str(group[0][name]) for name in differing if name != "machine")]
+        title += textwrap.wrap(str(group[0]["machine"]), _TITLE) if "machine" in differing else []
+        if picture.y is None:
+            left += max(0, len(group) - _MOST_LINES)
+        panel = (_list if picture.y is None else _scatter)(alt, picture, group)
+        drawn.append(panel.properties(title=alt.Title(list(filter(None, title)), fontSize=11, anchor="start")))
+    notes = [f"{name} {value}" for name, value in shown.chosen.items()]
+    notes += ["filled: first, or tied for the first place"] if picture.y else []
+    notes += ["line: measured roof; dashed: data sheet"] if picture.roofs else []
+    notes += [f"{left} more competitors are on the page"] if left else []
+    title = alt.Title(picture.title, subtitle="; ".join(notes), anchor="start")
+    return alt.concat(*drawn, columns=2 if picture.y else 1, title=title).resolve_scale(
+        x="independent", y="independent"
+    )
+
+
+def _domain(values: Sequence[float]) -> list[float]:
+    return [min(values) / 1.3, max(values) * 1.3]
+
+
+def _ticks(low: float, high: float, most: int) -> list[float]:
+    """Return round numbers between two ends, at most so many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors, step in (((1, 2, 5), 1), ((1, 3), 1), ((1,), 1), ((1,), 2), ((1,), 3), ((1,), 6)):
+        found = [factor * 10.0**power for power in powers if power % step == 0 for factor in factors]
+        found = [value for value in found if low <= value <= high]
+        if 1 < len(found) <= most:
+            return found
+    return [low, high]
+
+
+def _scatter(alt: Any, picture: Picture, rows: Sequence[_Row]) -> Any:
+    assert picture.y is not None
+    across, up = picture.x, picture.y
+    roofs = [one for one in picture.roofs if all(one[name] == rows[0][name] for name in ("machine", "precision"))]
+    ends = [row[name] for name in (picture.low, picture.high) if name for row in rows if row[name]]
+    wide = _domain([row[across.column] for row in rows])
+    high = _domain([row[up.column] for row in rows] + ends + [one["at"][2][1] for one in roofs])
+    x = alt.X(f"{across.column}:Q", title=across.title, scale=alt.Scale(type="log", domain=wide, nice=False))
+    x.axis = alt.Axis(format="~s", values=_ticks(*wide, most=6))
+    y = alt.Y(f"{up.column}:Q", title=up.title, scale=alt.Scale(type="log", domain=high, nice=False))
+    y.axis = alt.Axis(format="~s", values=_ticks(*high, most=8))
+    needed = {across.column, up.column, "framework", "place", *filter(None, (picture.low, picture.high))}
+    values = [{name: row[name] for name in needed} for row in rows]
+    for value, row in zip(values, rows, strict=True):
+        value["series"] = "/".join(str(row[name]) for name in picture.joined)
+        value["opacity"] = float(row["place"] == LEADS)
+    colour = alt.Color("framework:N", scale=alt.Scale(domain=_FRAMEWORKS, range=_COLOURS[:2]), title=None)
+    shape = alt.Shape("framework:N", scale=alt.Scale(domain=_FRAMEWORKS, range=_SHAPES[:2]), title=None)
+    base = alt.Chart(alt.InlineData(values=values)).encode(x=x, y=y, color=colour)
+    layers = []
+    for one in roofs:
+        corners = [{across.column: a, up.column: b} for a, b in one["at"]]
+        dash = [1, 0] if one["roof"] == "measured" else [6, 4]
+        line = alt.Chart(alt.InlineData(values=corners)).mark_line(color="gray", strokeDash=dash, clip=True)
+        layers.append(line.encode(x=x, y=y))
+    if picture.joined:
+        layers.append(base.mark_line(opacity=0.4, strokeWidth=1).encode(detail="series:N"))
+    if picture.low and picture.high:
+        layers.append(base.mark_rule().encode(y=alt.Y(f"{picture.low}:Q"), y2=f"{picture.high}:Q"))
+    filled = alt.FillOpacity("opacity:Q", scale=None, legend=None)
+    layers.append(base.mark_point(size=45).encode(shape=shape, fill=colour, fillOpacity=filled))
+    for (align, dx, dy), texts in _labels(picture, rows, roofs, wide, high).items():
+        names = alt.Chart(alt.InlineData(values=texts)).mark_text(align=align, dx=dx, dy=dy, fontSize=10)
+        layers.append(names.encode(x=x, y=y, text="text:N"))
+    return alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT)
+
+
+_Area = tuple[float, float, float, float]
+
+
+def _labels(
+    picture: Picture,
+    rows: Sequence[_Row],
+    roofs: Sequence[Mapping[str, Any]],
+    wide: Sequence[float],
+    high: Sequence[float],
+) -> dict[tuple[str, int, int], list[dict[str, Any]]]:
+    """Place the labels of the leaders where nothing is yet; one that finds no room is left out."""
+    assert picture.y is not None
+    across, up, label = picture.x.column, picture.y.column, picture.label
+    if label is None:
+        return {}
+
+    def pixels(a: float, b: float) -> tuple[float, float]:
+        part = math.log(a / wide[0]) / math.log(wide[1] / wide[0])
+        return _WIDTH * part, _HEIGHT * (1 - math.log(b / high[0]) / math.log(high[1] / high[0]))
+
+    taken: list[_Area] = []
+    for a, b in (pixels(row[across], row[up]) for row in rows):
+        taken.append((a - 4, b - 4, a + 4, b + 4))
+    for (a, b), (c, d) in (pair for one in roofs for pair in pairwise(pixels(*corner) for corner in one["at"])):
+        parts = [(a + t / 60 * (c - a), b + t / 60 * (d - b)) for t in range(61)]
+        taken += [(x - 3, y - 2, x + 3, y + 2) for x, y in parts]
+    found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    named = set[str]()
+    for row in rows:
+        text = str(row[label])
+        if row["place"] != LEADS or text in named:
+            continue
+        a, b = pixels(row[across], row[up])
+        long = _LABEL_WIDTH * len(text)
+        for align, dx, dy in _BESIDE:
+            left = a + dx - {"left": 0.0, "center": long / 2, "right": long}[align]
+            area = (left, b + dy - _LABEL_HEIGHT / 2, left + long, b + dy + _LABEL_HEIGHT / 2)
+            within = area[0] >= 0 and area[1] >= 0 and area[2] <= _WIDTH and area[3] <= _HEIGHT
+            if within and not any(_overlap(area, other) for other in taken):
+                found.setdefault((align, dx, dy), []).append({across: row[across], up: row[up], "text": text})
+                taken.append(area)
+                named.add(text)
+                break
+    return found
+
+
+def _overlap(a: _Area, b: _Area) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _list(alt: Any, picture: Picture, rows: Sequence[_Row]) -> Any:
+    kinds = list(picture.marks.values())
+    values, lines = [], []
+    for row in rows[:_MOST_LINES]:
+        note = row[picture.note] if picture.note else None
+        line = "; ".join(filter(None, (f"{row['workload']}: {row['label']}", note)))
+        # Two cells may differ in what no line says.
+        line += " " * lines.count(line)
+        lines.append(line)
+        values += [
+            {"line": line, "kind": kind, "value": row[name]} for name, kind in picture.marks.items() if row[name]
+        ]
+    domain = _domain([value["value"] for value in values])
+    axis = alt.Axis(format="~s", values=_ticks(*domain, most=5))
+    return (
+        alt.Chart(alt.InlineData(values=values))
+        .mark_point(filled=True, size=45, opacity=1)
+        .encode(
+            x=alt.X(
+                "value:Q", title=picture.x.title, scale=alt.Scale(type="log", domain=domain, nice=False), axis=axis
+            ),
+            y=alt.Y("line:N", sort=lines, title=None, axis=alt.Axis(labelLimit=340, grid=True)),
+            color=alt.Color("kind:N", scale=alt.Scale(domain=kinds, range=_COLOURS[: len(kinds)]), title=None),
+            shape=alt.Shape("kind:N", scale=alt.Scale(domain=kinds, range=_SHAPES[: len(kinds)]), title=None),
+        )
+        .properties(width=_WIDTH - 40, height=16 * len(lines))
+    )

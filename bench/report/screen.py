@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from bench.plan.competitors import CALLS
 from bench.report.text import factor, resolution_line, source_line, summary_line, titles, winner_line
-from bench.study.cells import identity
+from bench.study.cells import four_sizes, identity
 from bench.study.ranking import Ranking
-from bench.study.recommendation import four_sizes
 from bench.study.results import Results
 from bench.study.statistics import FASTER, SAME, SLOWER, Interval
 

@@ -27,7 +27,7 @@ from bench.report.text import environment_sentences, of_bound, percent, resoluti
 from bench.study.claims import ClaimResult
 from bench.study.findings import EVERYWHERE, Finding
 from bench.study.results import Results
-from parity_tests.judge.precisions import short_name
+from parity_tests.judge.dtypes import short_name
 from parity_tests.report.files import read_text
 
 PARITY_FILE = "parity.json"

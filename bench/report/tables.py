@@ -1,7 +1,6 @@
 """One model of a table, its writers for terminals and Markdown, and the tables of rankings and of the frameworks."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -34,7 +33,7 @@ from bench.study.ranking import Ranking, Row, efficiencies, training_memory
 from bench.study.results import Results
 from bench.study.statistics import FASTER, SAME, SLOWER
 from bench.study.verdicts import FrameworkRatio
-from parity_tests.judge.precisions import short_name
+from parity_tests.judge.dtypes import short_name
 from parity_tests.report.console import PlainConsole
 from parity_tests.report.text import markdown_text, printable
 
@@ -169,8 +168,6 @@ def framework_line(ranking: Ranking) -> list[str]:
     return lines
 
 
-# Every column of the ranking side by side; a pipe has no width of its own, and a cut table says nothing.
-_WIDTH = 166
 _MOST_TABLES = 150
 _MOST_PLACES = 2000
 
@@ -215,11 +212,6 @@ def terminal(table: Table) -> RichTable:
     for k, row in enumerate(table.rows):
         shown.add_row(*row, style=table.styles[k] if table.styles else None)
     return shown
-
-
-def wide_console() -> PlainConsole:
-    """Return a console that never cuts a ranking, on a terminal or in a pipe."""
-    return PlainConsole(width=max(_WIDTH, os.get_terminal_size().columns if os.isatty(1) else 0))
 
 
 def ranking_table(ranking: Ranking, title: str = "", rows: Sequence[Row] | None = None) -> Table:

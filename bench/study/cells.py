@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.plan.presets import BLOCK_S, SHORT_BLOCK
-from bench.plan.workloads import Size, size_text
+from bench.plan.workloads import SHARED, Size, size_text
 from bench.records import Record
 from bench.study.statistics import (
     Interval,
@@ -25,7 +25,7 @@ from bench.study.statistics import (
     ratio_intervals,
     round_log_latency,
 )
-from parity_tests.judge.precisions import short_name
+from parity_tests.judge.dtypes import short_name
 
 
 class Identity(NamedTuple):
@@ -75,6 +75,11 @@ class Identity(NamedTuple):
 def identity(record: Record) -> Identity:
     """Return the conditions that a record was measured under."""
     return Identity(*(getattr(record, name) for name in Identity._fields))
+
+
+def four_sizes(record: Record) -> bool:
+    """Return True for the map of four sizes; one shared input, or sizes that differ, make it another function."""
+    return record.layout != SHARED and isinstance(record.in_features, int) and isinstance(record.out_features, int)
 
 
 # Process replicate to mean log seconds of a call, in each round.

@@ -16,7 +16,7 @@ from bench.environments import StoreError
 from bench.plan.competitors import YARDSTICK
 from bench.records import Record
 from bench.study.cells import Identity, Spread, by_label, identity, log_latencies, paired, spread_of
-from bench.study.process_spread import Prior, ProcessSpread, Scatter, apart_from_others, pooled, usual
+from bench.study.process_spread import ProcessSpread, Scatter, apart_from_others, pooled, usual
 from bench.study.ranking import Ranking, Row, rank_cells
 from bench.study.statistics import (
     CONFIDENCE,
@@ -28,6 +28,7 @@ from bench.study.statistics import (
     student_t_quantile,
     verdict,
 )
+from parity_tests.judge.variances import Prior
 
 LOST = "LOST"
 # The finite-sample factors of Qn hold from here on, and fewer competitors do not tell what the host did between runs.
@@ -74,7 +75,7 @@ class Difference:
         units = min(spread.units for spread in self.spreads)
         noise = math.inf
         if self.scatter is not None:
-            noise = math.hypot(priors[self.framework].moderate(self.scatter).reach(confidence), *self.floors)
+            noise = math.hypot(self.scatter.towards(priors[self.framework]).reach(confidence), *self.floors)
         elif units > 1:
             quantile = student_t_quantile(0.5 + confidence / 2, min(spread.degrees for spread in self.spreads))
             noise = math.hypot(quantile * math.hypot(*(spread.error for spread in self.spreads)), *self.floors)

@@ -17,7 +17,7 @@ from bench.study.process_spread import NOTHING_SEEN, ProcessSpread, log_seconds
 from bench.study.ranking import Ranking, rank_cells
 from bench.study.statistics import FASTER, SAME, SLOWER, UNRESOLVED, Interval, verdict
 from bench.study.verdicts import framework_ratio
-from parity_tests.judge.precisions import short_name
+from parity_tests.judge.dtypes import short_name
 
 ARTICLE, _OTHERS = "article-*", "[!a]*"
 # By which cells are told of together.

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from statistics import NormalDist, median
 
 import numpy as np
-from scipy import optimize, special
 
 from bench.environments import device_name
 from bench.plan.competitors import YARDSTICK
@@ -21,6 +20,7 @@ from bench.records import Record
 from bench.store import Archive, read_cells
 from bench.study.cells import Rounds, Spread, by_label, is_disturbed, log_latencies, paired, spread_of
 from bench.study.statistics import CONFIDENCE, student_t_quantile
+from parity_tests.judge.variances import Prior, fit_prior
 
 # With fewer competitors, the scatter of their variances is a guess.
 LEAST_COMPETITORS = 20
@@ -42,6 +42,13 @@ class Scatter:
         """Return the half width of the interval of the difference of two runs."""
         error = math.sqrt(self.variance * self.inverse_processes)
         return student_t_quantile(0.5 + confidence / 2, self.degrees) * error
+
+    def towards(self, prior: Prior, most_from_others: float = math.inf) -> "Scatter":
+        """Draw the variance towards what is usual; others add so many times its own degrees of freedom at most."""
+        weight = min(prior.degrees, most_from_others * self.degrees)
+        degrees = weight + self.degrees
+        variance = (weight * prior.variance + self.degrees * self.variance) / degrees
+        return Scatter(variance, min(degrees, MOST_DEGREES), self.inverse_processes)
 
 
 def pooled(a: Sequence[float], b: Sequence[float]) -> Scatter:
@@ -79,64 +86,18 @@ def apart_from_others(spreads: Mapping[str, Spread]) -> dict[str, dict[int, floa
     return apart
 
 
-def _inverse_trigamma(value: float) -> float:
-    """Return where the trigamma function, which falls from infinity to 0, has this value, or `MOST_DEGREES / 2`."""
-
-    def excess(log_x: float) -> float:
-        # The Hurwitz zeta function, which `special.polygamma` would call after much else.
-        return math.log(special.zeta(2, math.exp(log_x)) / value)
-
-    low, high = -math.log(value) / 2, math.log(MOST_DEGREES / 2)
-    # Above 1/x^2 everywhere, so that the root is not below `low`.
-    if excess(high) >= 0:
-        return MOST_DEGREES / 2
-    return math.exp(optimize.brentq(excess, low, high))  # pyright: ignore[reportArgumentType]  # no full output
-
-
-@dataclass(frozen=True)
-class Prior:
-    """The usual scatter: this variance, with the weight of so many degrees of freedom."""
-
-    variance: float
-    degrees: float
-
-    def moderate(self, scatter: Scatter, most_from_others: float = math.inf) -> Scatter:
-        """Draw a scatter towards what is usual.
-
-        Args:
-            scatter: of one competitor.
-            most_from_others: of its degrees of freedom, so many times are added at most.
-        """
-        weight = min(self.degrees, most_from_others * scatter.degrees)
-        degrees = weight + scatter.degrees
-        variance = (weight * self.variance + scatter.degrees * scatter.variance) / degrees
-        return Scatter(variance, min(degrees, MOST_DEGREES), scatter.inverse_processes)
-
-
 def usual(scatters: Sequence[Scatter], least: int = LEAST_COMPETITORS) -> Prior:
-    """Return the usual one of several scatters; a prior of no weight where there are fewer than `least`.
+    """Return the usual one of several scatters, see `judge.variances`; of no weight if there are fewer than `least`.
 
-    A variance is taken to be a draw from a scaled inverse chi-square distribution, whose two parameters follow from the
-    mean and the variance of the log variances (Smyth, Linear models and empirical Bayes methods for assessing
-    differential expression in microarray experiments, 2004, section 6.2). At a level that 1,000 comparisons share out,
-    an interval of 4 degrees of freedom reaches 21 standard errors to either side, and one of 8 degrees 8.
+    At a level that 1,000 comparisons share out, an interval of 4 degrees of freedom reaches 21 standard errors to
+    either side, and one of 8 degrees 8.
     """
     if len(scatters) < least:
         return Prior(0.0, 0.0)
     variances = np.array([scatter.variance for scatter in scatters])
     # A variance of 0 has no logarithm and is an accident of the clock's resolution.
     logs = np.log(np.maximum(variances, max(1e-5 * float(np.median(variances)), 1e-30)))
-    halves = np.array([scatter.degrees / 2 for scatter in scatters])
-    values = logs - (special.digamma(halves) - np.log(halves))
-    spread = float(values.var(ddof=1))
-    # How much more the log variances scatter than samples of one variance would, and as much more as it may well be:
-    # a weight that is too large makes intervals too short, one that is too small only costs some of what was gained.
-    excess = spread * (1 + CAUTION * math.sqrt(2 / (len(values) - 1))) - float(special.zeta(2, halves).mean())
-    center = float(values.mean())
-    if excess <= 0:
-        return Prior(math.exp(center), MOST_DEGREES)
-    half = _inverse_trigamma(excess)
-    return Prior(math.exp(center + special.digamma(half) - math.log(half)), 2 * half)
+    return fit_prior(logs, np.array([scatter.degrees for scatter in scatters]), MOST_DEGREES, CAUTION)
 
 
 # Where nothing is known, processes are taken to differ by up to this, in 95% of all comparisons of two competitors.

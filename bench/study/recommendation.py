@@ -12,10 +12,9 @@ from typing import Any, cast
 from bench.environments import device_name
 from bench.plan.cells import DIVISIONS, STORAGE_DTYPES
 from bench.plan.competitors import IMPLEMENTATION, Competitor
-from bench.plan.workloads import SHARED
 from bench.records import Record
 from bench.store import Archive, CellPlaces, read_cells
-from bench.study.cells import by_label, intervals, log_latencies
+from bench.study.cells import by_label, four_sizes, intervals, log_latencies
 from bench.study.cost_model import (
     FAR,
     CostModel,
@@ -123,11 +122,6 @@ class Answer:
 def distance(shape: Shape, record: Record) -> float:
     """Return the doublings between a shape and a measured one, over all four sizes."""
     return doublings([getattr(record, name) for name in SIZES], shape.sizes)
-
-
-def four_sizes(record: Record) -> bool:
-    """Return True for the map of four sizes; one shared input, or sizes that differ, make it another function."""
-    return record.layout != SHARED and isinstance(record.in_features, int) and isinstance(record.out_features, int)
 
 
 def matches(shape: Shape, record: Record) -> bool:

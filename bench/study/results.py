@@ -16,7 +16,7 @@ from bench.records import Record
 from bench.store import Archive, CellPlaces, Damage, keep_every_cell, read_cells
 from bench.study.process_spread import ProcessSpread, seen_spreads
 from bench.study.ranking import Ranking, rank_cells, tally
-from parity_tests.report.interruption import Interruption
+from parity_tests.report.console import Interruption
 
 # Below this, starting processes takes longer than they save.
 _MANY_CELLS = 1000

@@ -56,7 +56,7 @@ def _moderated(spreads: Sequence[Spread]) -> list[Scatter]:
         alike = [k for k, spread in enumerate(spreads) if bool(spread.processes) == several]
         prior = usual([own[k] for k in alike], _LEAST_COMPETITORS)
         for k in alike:
-            found[k] = prior.moderate(own[k], _MOST_FROM_OTHERS)
+            found[k] = own[k].towards(prior, _MOST_FROM_OTHERS)
     return found
 
 

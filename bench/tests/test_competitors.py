@@ -15,8 +15,7 @@ from bench.measure.torch import functions as torch_functions
 from bench.measure.torch.programs import counted_flops
 from bench.measure.verification import Oracle, Verifier
 from bench.measure.workers import CHECKOUT
-from parity_tests.judge.inputs import Case, draw_inputs
-from parity_tests.judge.sizes import Sizes
+from parity_tests.judge.inputs import Case, Sizes, draw_inputs
 
 CASE = Case("competitors", (5,), 3, 4, 6)
 ORACLE = Oracle(draw_inputs(CASE, "float32"))

@@ -4,8 +4,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from bench.report.charts import MOST_PANELS, squares, winner_map
 from bench.report.export import write_summary
-from bench.report.maps import MOST_PANELS, squares, winner_map
 from bench.report.pictures import ChartError
 from bench.report.tables import efficiency_table
 from bench.report.text import rate

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bench.plan.competitors import CALLS, GRAPHS, launch
-from bench.report.maps import framework_map, framework_squares, shade
+from bench.report.charts import framework_map, framework_squares, shade
 from bench.report.markdown import results_block
 from bench.report.pictures import ChartError, save_picture
 from bench.report.tables import framework_table, matrices, verdict_text

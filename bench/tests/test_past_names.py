@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.past_names import implementation_that_ran
+from bench.records import implementation_that_ran
 from bench.store import read_records
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

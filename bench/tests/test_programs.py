@@ -178,11 +178,11 @@ def test_graphed_callables_are_made_of_the_arrays_that_are_called_with(direction
 @pytest.mark.parametrize("framework", MODES)
 @pytest.mark.parametrize("wrong", ["sgd", "adam", "rmsprop"])
 def test_another_optimizer_is_a_mismatch(framework, wrong, monkeypatch):
-    from parity_tests.training import optimizers
+    from parity_tests.training import tasks
 
     bench = opened(framework, direction="train_step", optimizer="adamw")
     programs = __import__(f"bench.measure.{framework}.programs", fromlist=["OPTIMIZERS"])
-    planted = {**optimizers.OPTIMIZERS, "adamw": replace(optimizers.OPTIMIZERS[wrong], learning_rate=3e-3)}
+    planted = {**tasks.OPTIMIZERS, "adamw": replace(tasks.OPTIMIZERS[wrong], learning_rate=3e-3)}
     monkeypatch.setattr(programs, "OPTIMIZERS", planted)
     judgement = judged(bench, framework)
     assert judgement["status"] == "mismatch"

@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from bench.report.charts import ratio_chart
 from bench.report.markdown import CLAIMS, RESULTS, PageError, markers, results_block, with_block
-from bench.report.pictures import ChartError, ratio_chart, save_picture
+from bench.report.pictures import ChartError, save_picture
 from bench.report.tables import training_memory_table
 from bench.report.text import baseline_line, byte_count, ratio, resolution_line, seconds
 from bench.study.ranking import tally, training_memory

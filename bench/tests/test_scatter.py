@@ -9,14 +9,15 @@ from scipy import special
 from bench.study import comparison, process_spread
 from bench.study.cells import Identity, Spread
 from bench.study.comparison import LEAST_OTHERS, Difference, overall, robust_scale
-from bench.study.process_spread import Prior, apart_from_others, pooled, usual
+from bench.study.process_spread import apart_from_others, pooled, usual
+from parity_tests.judge.variances import Prior, inverse_trigamma
 
 LABELS = [f"torch {k}" for k in range(12)]
 
 
 @pytest.mark.parametrize("x", [0.01, 0.3, 1.0, 2.5, 9.99, 70.0])
 def test_the_inverse_of_trigamma_is_one(x):
-    assert process_spread._inverse_trigamma(special.polygamma(1, x)) == pytest.approx(x, rel=1e-9)
+    assert inverse_trigamma(special.polygamma(1, x)) == pytest.approx(x, rel=1e-9)
 
 
 def test_two_runs_tell_of_one_scatter():
@@ -53,7 +54,7 @@ def test_few_competitors_are_not_asked_what_is_usual():
     found = pooled((0.0, 1.0), (0.0, 2.0))
     prior = usual([found] * (process_spread.LEAST_COMPETITORS - 1))
     assert prior == Prior(0.0, 0.0)
-    assert prior.moderate(found) == found
+    assert found.towards(prior) == found
 
 
 @pytest.mark.sample(2)
@@ -67,7 +68,7 @@ def test_equal_runs_fail_in_one_of_twenty_and_reach_less_far(processes, degrees)
         a, b = _runs(rng, _variances(rng, degrees, 200), processes)
         scatters = [pooled(*pair) for pair in zip(a, b, strict=True)]
         prior = usual(scatters)
-        reaches = np.array([prior.moderate(one).reach(1 - 0.05 / 200) for one in scatters])
+        reaches = np.array([one.towards(prior).reach(1 - 0.05 / 200) for one in scatters])
         failed += bool((np.abs(a.mean(1) - b.mean(1)) > reaches).any())
         narrower.append(np.median(reaches) / np.median([one.reach(1 - 0.05 / 200) for one in scatters]))
     # Of 150 with a chance of 5%, 14 or more occur in 2.5% of all trials.

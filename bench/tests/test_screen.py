@@ -81,7 +81,7 @@ def test_an_output_that_cannot_be_drawn_does_not_stop_the_others(run, call, tmp_
 def test_a_map_of_too_many_sizes_leaves_the_chart_of_the_frameworks(run, call, tmp_path, monkeypatch):
     pytest.importorskip("altair", reason="charts need the report extra")
     pytest.importorskip("vl_convert", reason="charts need the report extra")
-    monkeypatch.setattr("bench.report.maps.MOST_PANELS", 1)
+    monkeypatch.setattr("bench.report.charts.MOST_PANELS", 1)
     done = call("report", run, "--winner-map", tmp_path / "w.svg", "--framework-map", tmp_path / "f.svg")
     assert done.exit_code == 2
     assert "--winner-map: expected at most 1 combinations" in done.stderr

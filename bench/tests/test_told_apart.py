@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from bench.report.maps import squares
-from bench.report.pictures import ratio_chart
+from bench.report.charts import ratio_chart, squares
 from bench.report.text import baseline_line, percent, resolution_line, titles, told_apart, winner_line
 from bench.study.results import Results
 from bench.tests.in_memory import rankings

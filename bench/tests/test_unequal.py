@@ -16,15 +16,13 @@ from bench.plan.competitors import Catalogue, Competitor, competitors_for
 from bench.plan.costs import compulsory_bytes, executed_flops, least_product_flops, useful_flops, waste_factor
 from bench.plan.workloads import Workload
 from bench.records import RecordError, parse_line
-from bench.study.cells import identity
-from bench.study.recommendation import four_sizes
+from bench.study.cells import four_sizes, identity
 from bench.study.validation import record_violations
 from bench.tests.synthetic import FINGERPRINT
 from bench.tests.test_programs import MODES, REQUEST, judged, timer_of
 from parity_tests.judge.inputs import draw_inputs
-from parity_tests.judge.oracle import reference
-from parity_tests.judge.tolerance import declared_arithmetic
-from parity_tests.training.optimizers import OPTIMIZERS
+from parity_tests.judge.tolerance import declared_arithmetic, reference
+from parity_tests.training.tasks import OPTIMIZERS
 
 EVERY = os.environ.get("EVERY_TEST") == "1"
 UNEQUAL = Workload("unequal", 6, 5, (4, 9, 4, 1, 9), (3, 5, 3, 7, 5), "test")

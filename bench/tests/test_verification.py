@@ -6,7 +6,7 @@ from bench.measure import verification
 from bench.measure.machine import free_bytes, resident_growth
 from bench.measure.verification import Oracle, Verifier, inputs_digest, results_digest
 from parity_tests.judge.inputs import Case, draw_inputs
-from parity_tests.judge.oracle import reference
+from parity_tests.judge.tolerance import reference
 
 CASE = Case("verification", (6,), 7, 8, 5)
 

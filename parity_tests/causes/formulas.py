@@ -110,6 +110,14 @@ def formulas(own: np.ndarray, other: np.ndarray) -> Iterator[tuple[str, np.ndarr
             # An array of ones is any power of itself.
             if abs(power - 1) > FORMATS["float32"].roundoff and fits(first**power) and told(power, 3):
                 yield f"it to the power {power:.6g} (another exponent, or base of a power)", own**power
+    below = first < 0
+    if below.any() and not below.all() and first[below].any():
+        slope = written(float(second[below] @ first[below] / (first[below] @ first[below])))
+        if abs(slope - 1) > FORMATS["float32"].roundoff and slope and fits(np.where(below, slope * first, first)):
+            yield (
+                f"{slope:.6g} times as large where it is negative (another slope)",
+                np.where(own < 0, slope * own, own),
+            )
     fitting = []
     for name, function in _FUNCTIONS.items() if distinct >= 4 else ():
         with np.errstate(all="ignore"):

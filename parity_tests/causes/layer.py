@@ -16,8 +16,17 @@ from parity_tests.causes.search import first_confirmed
 from parity_tests.judge.comparison import TensorResult, applicable_tiers
 from parity_tests.judge.dtypes import FORMATS
 from parity_tests.judge.inputs import Inputs
-from parity_tests.judge.oracle import OracleTensor, Reference, reference
-from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, Tier, bound, bounds, declared_arithmetic
+from parity_tests.judge.tolerance import (
+    PRECISION_OF_DTYPE,
+    Arithmetic,
+    OracleTensor,
+    Reference,
+    Tier,
+    bound,
+    bounds,
+    declared_arithmetic,
+    reference,
+)
 
 _FEW = 0.01  # a larger share of elements outside the bound is no accident of single elements
 _LEAST = 8  # fewer numbers than this can have the same sign of their error, or short significands, by chance
@@ -29,21 +38,13 @@ _SUMMED = (1 / 64, 1.0)
 
 @dataclass(frozen=True)
 class Evidence:
-    """One tensor that was rejected, or some of its partitions.
+    """One tensor that was rejected, or some of its partitions."""
 
-    Attributes:
-        name: of the tensor.
-        value: as the subject returned it.
-        truth: the oracle's tensor.
-        arithmetic: of the bound.
-        zero_mean: True if the oracle's data allow tier T3.
-    """
-
-    name: str
-    value: np.ndarray
-    truth: OracleTensor
-    arithmetic: Arithmetic
-    zero_mean: bool
+    name: str  # of the tensor
+    value: np.ndarray  # as the subject returned it
+    truth: OracleTensor  # the oracle's tensor
+    arithmetic: Arithmetic  # of the bound
+    zero_mean: bool  # True if the oracle's data allow tier T3
 
     @property
     def error(self) -> np.ndarray:

@@ -7,8 +7,7 @@ import numpy as np
 
 from parity_tests.causes.search import first_confirmed
 from parity_tests.training.criteria import SEMANTIC_FACTOR, distance, distances
-from parity_tests.training.optimizers import OptimizerSpec
-from parity_tests.training.tasks import TrainingSubject, TrainingTask
+from parity_tests.training.tasks import OptimizerSpec, TrainingSubject, TrainingTask
 
 Replay = Callable[[OptimizerSpec], Mapping[str, np.ndarray]]
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parity_tests.causes.relations import Hypothesis, related, remote
+from parity_tests.causes.relations import related, remote
+from parity_tests.causes.selections import Hypothesis
 from parity_tests.pair.judge import Evidence
 from parity_tests.pair.legs import Pair
 from parity_tests.pair.localisation import (

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 
 from parity_tests.causes.formulas import equal, formulas, is_round, order_of, same_numbers, written
+from parity_tests.causes.selections import Hypothesis, left_out, selected
 from parity_tests.judge.dtypes import FORMATS, is_complex
 from parity_tests.pair.localisation import Search, Segment, arrangements
 from parity_tests.pair.trace import ARGUMENT, CONSTANT, LARGEST, VIEWS, Change, Trace
@@ -20,13 +21,12 @@ _MOST_ROLLED = 8  # elements of an axis that is rolled
 _MOST_OF_A_KIND = 40  # hypotheses
 _MOST_FORMULAS = 60  # values of the flax side that a formula is looked for
 _UNNAMED = "in another order"
-# A sentence, changes, and the operations whose results must be among Flax's values where not all results agree.
-Hypothesis = tuple[str, Sequence[Change], Sequence[int]]
 
 
 def related(search: Search, segment: Segment, steps: Sequence[int]) -> Iterator[Hypothesis]:
     """Yield hypotheses that put other numbers in; `steps` are the operations of a segment that are no views."""
     # Each kind has a share of its own: of many equal axes there are many orders.
+    yield from itertools.islice(selected(search, segment, steps), _MOST_OF_A_KIND)
     for told in (True, False):
         yield from itertools.islice(_arranged(search, segment, told), _MOST_OF_A_KIND)
     yield from _weighted(search, segment)
@@ -38,6 +38,7 @@ def remote(search: Search, segment: Segment, steps: Sequence[int]) -> Iterator[H
     yield from _turned(search, segment)
     yield from _tables(search, steps)
     yield from _terms(search, steps, segment.place.backward)
+    yield from left_out(search, steps)
     yield from _centred(search, steps)
 
 
@@ -64,7 +65,9 @@ def _arranged(search: Search, segment: Segment, told: bool) -> Iterator[Hypothes
 def _read(search: Search, segment: Segment) -> Iterator[tuple[int, list[tuple[int, int]], np.ndarray]]:
     """Yield the first values that both sides have and a segment reads, with all that read them from there on."""
     numbers = dict.fromkeys(number for step in segment.torch for number in search.torch.steps[step].reads)
-    usual = [n for n in numbers if n in search.matches and search.torch.sizes[n] > 1 and not search.torch.parameter(n)]
+    usual = [
+        n for n in numbers if n in search.matches and search.torch.sizes[n] > 1 and not search.torch.is_parameter(n)
+    ]
     later = range(segment.torch[0], len(search.torch.steps))
     for number in usual[:_MOST_READ]:
         own = search.array("torch", number)
@@ -224,9 +227,11 @@ def _weighted(search: Search, segment: Segment) -> Iterator[Hypothesis]:
     terms = [search.array("torch", number) for number in step.reads]
     if step.operation not in ("add", "sub") or len(terms) != 2 or any(t is None or is_complex(t) for t in terms):
         return
+    columns = np.stack([np.broadcast_to(t, heals.value.shape).ravel() for t in terms if t is not None], axis=1)
+    if not (np.isfinite(columns).all() and np.isfinite(heals.value).all()):
+        return
     if step.operation == "add":
         yield from _mixed(search, segment, heals)
-    columns = np.stack([np.broadcast_to(t, heals.value.shape).ravel() for t in terms if t is not None], axis=1)
     weights = np.linalg.lstsq(columns, heals.value.ravel(), rcond=None)[0]
     own = np.array([1.0, 1.0 if step.operation == "add" else -1.0])
     for k, which in enumerate(("first", "second")):

@@ -2,10 +2,13 @@
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from parity_tests.pair.side import Arrays
+if TYPE_CHECKING:
+    # The layer's own judge comes here too, which works without what pairs need (einops).
+    from parity_tests.pair.side import Arrays
 
 _MOST_BLOCKS = 4  # gates of an LSTM
 _MOST_HEADS = 16
@@ -32,7 +35,7 @@ def first_confirmed(
     return ""
 
 
-def _submodules(arrays: Arrays) -> tuple[dict[str, dict[str, str]], dict[str, tuple]]:
+def _submodules(arrays: "Arrays") -> tuple[dict[str, dict[str, str]], dict[str, tuple]]:
     """Return by submodule its parameters by their names within it, and what those of equal modules have in common."""
     groups: dict[str, dict[str, str]] = {}
     for name in arrays:
@@ -46,7 +49,7 @@ def _submodules(arrays: Arrays) -> tuple[dict[str, dict[str, str]], dict[str, tu
     return groups, signature
 
 
-def borrowed(arrays: Arrays, near: Collection[str]) -> Iterator[tuple[str, str, Arrays]]:
+def borrowed(arrays: "Arrays", near: Collection[str]) -> Iterator[tuple[str, str, "Arrays"]]:
     """Give a submodule the parameters of another: the one nearby whose place another took, the other, the values."""
     groups, signature = _submodules(arrays)
     for own, leaves in groups.items():
@@ -55,7 +58,7 @@ def borrowed(arrays: Arrays, near: Collection[str]) -> Iterator[tuple[str, str, 
                 yield own, other, {name: arrays[groups[other][leaf]] for leaf, name in leaves.items()}
 
 
-def exchanges(arrays: Arrays) -> Iterator[tuple[str, str, Arrays]]:
+def exchanges(arrays: "Arrays") -> Iterator[tuple[str, str, "Arrays"]]:
     """Exchange two submodules with the same parameters, the large ones first, or two parameters of the same shape."""
     groups, signature = _submodules(arrays)
     for first, second in itertools.combinations(sorted(groups, key=lambda prefix: prefix.count(".")), 2):
@@ -68,7 +71,7 @@ def exchanges(arrays: Arrays) -> Iterator[tuple[str, str, Arrays]]:
             yield a, b, {a: arrays[b], b: arrays[a]}
 
 
-def block_orders(arrays: Arrays) -> Iterator[tuple[tuple[int, ...], str, Arrays]]:
+def block_orders(arrays: "Arrays") -> Iterator[tuple[tuple[int, ...], str, "Arrays"]]:
     """Permute equal blocks along the first axis, in all parameters whose first axis is the same."""
     by_length: dict[int, list[str]] = {}
     for name, array in arrays.items():
@@ -84,7 +87,7 @@ def block_orders(arrays: Arrays) -> Iterator[tuple[tuple[int, ...], str, Arrays]
                 yield order, ", ".join(names), changed
 
 
-def head_orders(arrays: Arrays) -> Iterator[tuple[str, Arrays]]:
+def head_orders(arrays: "Arrays") -> Iterator[tuple[str, "Arrays"]]:
     """Split the outputs of projections into heads the other way round: features first."""
     projections = {name: array for name, array in arrays.items() if array.ndim and array.shape[0] > 1}
     groups = [

@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from parity_tests.judge.inputs import Inputs
-from parity_tests.judge.sizes import Sizes
+from parity_tests.judge.inputs import Inputs, Sizes
 
 
 def _rolled(name: str, by: int) -> Callable[[Inputs], Inputs | None]:

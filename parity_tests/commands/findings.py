@@ -9,8 +9,8 @@ from rich.table import Table
 
 from parity_tests.commands.usage import FAILED, HOLDS, check_writable, console, ended, write_outputs
 from parity_tests.findings import Finding, all_findings
+from parity_tests.report.console import interruptible
 from parity_tests.report.files import write_json
-from parity_tests.report.interruption import interruptible
 from parity_tests.report.text import raised
 
 

@@ -1,18 +1,20 @@
 """`python -m parity_tests run --pair` and `pairs`: a user's own pair, and the five example pairs."""
 
+import importlib
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parity_tests.commands.run import Options, check_files
 from parity_tests.commands.usage import (
     DEVICES,
     FAILED,
     HOLDS,
     INTERRUPTED,
     WRONG_USAGE,
+    Options,
     check_writable,
     choose,
     chosen_frameworks,
@@ -23,27 +25,27 @@ from parity_tests.commands.usage import (
     refuse,
     write_outputs,
 )
-from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
 from parity_tests.judge.dtypes import STORAGE_DTYPES
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available, package_available
+from parity_tests.pair.examples import EXAMPLES
 from parity_tests.pair.judging import Judgement, judge_apart
 from parity_tests.pair.loading import names_in
-from parity_tests.pair.report import EFFORTS, VALUES
+from parity_tests.pair.report import EFFORTS, VALUES, PairReport
+from parity_tests.report.console import interruptible
 from parity_tests.report.files import read_text, write_json, write_text
-from parity_tests.report.interruption import interruptible
-from parity_tests.report.text import printable
+from parity_tests.report.text import markdown_text, printable
 
 _LONGEST_S = 7 * 24 * 3600.0
 
 
 def _refuse_options_of_cells(options: Options) -> None:
     given = {
-        "--framework": options.frameworks,
-        "--implementation": options.implementations,
-        "--case": options.cases,
-        "--mode": options.modes,
-        "--train": options.trainings,
-        "--cases": options.case_set != "default",
+        "--framework": options.framework,
+        "--implementation": options.implementation,
+        "--case": options.case,
+        "--mode": options.mode,
+        "--train": options.train,
+        "--cases": options.cases != "default",
     }
     for option, value in given.items():
         if value:
@@ -80,51 +82,41 @@ def _interpreters(pythons: Mapping[str, str | None]) -> dict[str, str]:
     return found
 
 
-def run_user_pair(
-    spec: str,
-    options: Options,
-    torch_python: str | None = None,
-    jax_python: str | None = None,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
-    effort: str = "full",
-    dtypes_equal: bool = False,
-    values: str = "drawn",
-) -> int:
+def run_user_pair(spec: str, options: Options) -> int:
     """Judge the pair that `package.module:factory` returns, in a process of its own; prints and writes the report.
 
     Args:
         spec: `package.module:factory`.
         options: of the command; those that select cells are refused.
-        torch_python: interpreter for the torch side, or None for this one.
-        jax_python: the same for the flax side.
-        timeout_s: seconds that one step may take.
-        effort: `full` or `quick`, see `check_pair`.
-        dtypes_equal: whether outputs must have one dtype on both sides.
-        values: `drawn`, or `given` to judge the torch module's own values too.
 
     Returns:
         0 if all compared holds, 1 for a mismatch or if nothing was compared, 2 if the pair could not be judged to its
         end and nothing that was compared until then failed, 130 if interrupted.
     """
-    check_files(options)
+    if options.precision != "fp32":
+        raise refuse(
+            f"--precision: expected none beside --pair, got {options.precision}; a pair's modules say how they compute."
+        )
+    options.check_files()
     _refuse_options_of_cells(options)
-    choose("--dtype", options.dtypes, STORAGE_DTYPES)
+    choose("--dtype", options.dtype, STORAGE_DTYPES)
     choose("--device", [options.device], DEVICES)
-    choose("--effort", [effort], EFFORTS)
-    choose("--values", [values], VALUES)
-    if not 0 < timeout_s <= _LONGEST_S:
-        raise refuse(f"--timeout-s: expected seconds above 0 and up to {_LONGEST_S:g} (a week), got {timeout_s:g}.")
+    choose("--effort", [options.effort], EFFORTS)
+    choose("--values", [options.values], VALUES)
+    limit = options.timeout_s
+    if not 0 < limit <= _LONGEST_S:
+        raise refuse(f"--timeout-s: expected seconds above 0 and up to {_LONGEST_S:g} (a week), got {limit:g}.")
     try:
         names_in(spec)
     except ValueError as error:
         raise refuse(f"--pair {spec}: {error}") from None
-    pythons = _interpreters({"torch": torch_python, "jax": jax_python})
+    pythons = _interpreters({"torch": options.torch_python, "jax": options.jax_python})
     _check_installed(spec, pythons)
     arguments: dict[str, Any] = {"device": options.device, "seed": options.seed}
-    arguments |= {"effort": effort} if effort != "full" else {}
-    arguments |= {"values": values} if values != "drawn" else {}
-    arguments |= {"dtypes": list(options.dtypes)} if options.dtypes else {}
-    arguments |= {"dtypes_equal": True} if dtypes_equal else {}
+    arguments |= {"effort": options.effort} if options.effort != "full" else {}
+    arguments |= {"values": options.values} if options.values != "drawn" else {}
+    arguments |= {"dtypes": list(options.dtype)} if options.dtype else {}
+    arguments |= {"dtypes_equal": True} if options.dtypes_equal else {}
     arguments |= {f"{framework}_python": python for framework, python in pythons.items()}
     with interruptible() as interruption:
         with progress_bar() as progress:
@@ -133,7 +125,7 @@ def run_user_pair(
             def show(step: str) -> None:
                 progress.update(task, description=printable(step))
 
-            judgement = judge_apart(spec, arguments, timeout_s, interruption, show)
+            judgement = judge_apart(spec, arguments, limit, interruption, show)
         return _reported(spec, judgement, options)
 
 
@@ -162,6 +154,117 @@ def _reported(spec: str, judgement: Judgement, options: Options) -> int:
     return FAILED if report.summary.failed else WRONG_USAGE
 
 
+# --- the five example pairs in one view: made equal, with every default, and what differs by default, as measured ---
+
+BEGIN, END = "<!-- pairs:begin -->", "<!-- pairs:end -->"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Hold one aspect in which freshly created modules of a pair may differ."""
+
+    pair: str
+    aspect: str
+    torch: str
+    flax: str
+
+    @property
+    def differs(self) -> bool:
+        """Tell whether the two measurements read differently."""
+        return self.torch != self.flax
+
+
+def default_differences() -> list[Difference]:
+    """Measure every aspect on both sides; needs both frameworks."""
+    sides = [
+        importlib.import_module(f"parity_tests.frameworks.{side}.examples").measure_defaults()
+        for side in ("torch", "jax")
+    ]
+    return [Difference(key[0], key[1], sides[0][key], sides[1][key]) for key in sides[0]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Hold the outcome of one example pair."""
+
+    name: str
+    matched: PairReport
+    defaults: PairReport
+    differences: tuple[Difference, ...]
+
+    def describe(self) -> str:
+        """Describe the pair in a few lines for a terminal."""
+        worst = max(row.bound_fraction or 0.0 for row in self.matched.rows)
+        verdict = f"holds, largest error {worst:.2g} of its bound" if self.matched.ok else self.matched.headline
+        lines = [self.name, f"  made equal:   {verdict}", f"  by default:   {outcome(self.defaults)}"]
+        for difference in self.differences:
+            mark = "differs" if difference.differs else "equal"
+            lines.append(f"  {mark:<13} {difference.aspect}: torch {difference.torch}, flax {difference.flax}")
+        return "\n".join(map(printable, lines))
+
+    def record(self) -> dict[str, Any]:
+        """Return the entry as JSON has it."""
+        return {
+            "name": self.name,
+            "matched_ok": self.matched.ok,
+            "defaults_ok": self.defaults.ok,
+            "defaults_likely_cause": self.defaults.likely_cause,
+            "differences": [
+                {"aspect": d.aspect, "torch": d.torch, "flax": d.flax, "differs": d.differs} for d in self.differences
+            ],
+        }
+
+
+def outcome(report: PairReport) -> str:
+    """Describe a report in half a sentence."""
+    return "holds" if report.ok else f"MISMATCH: {report.likely_cause or report.headline}"
+
+
+def _judged(name: str, **given: Any) -> PairReport:
+    # What judges is imported late, since `--pair` leaves it to a process of its own.
+    from parity_tests.pair.check import run_pair
+
+    return run_pair(f"parity_tests.pair.examples:{name}", **given)
+
+
+def by_default(name: str) -> PairReport:
+    """Judge the outputs of an example with every setting but the parameters at its default."""
+    return _judged(f"{name}_defaults", gradients=False)
+
+
+def overview() -> Iterator[Entry]:
+    """Judge and measure every example; needs both frameworks."""
+    differences = default_differences()
+    for name in EXAMPLES:
+        yield Entry(
+            name,
+            _judged(name, dtypes=("float32", "bfloat16")),
+            by_default(name),
+            tuple(difference for difference in differences if difference.pair == name),
+        )
+
+
+def readme_block(outcomes: Mapping[str, PairReport], differences: Sequence[Difference]) -> str:
+    """Return the README's table of the five pairs, markers included."""
+    lines = [BEGIN, "", "| pair | the check, everything else at its default | differs by default (torch / Flax) |"]
+    lines += ["|---|---|---|"]
+    for name, report in outcomes.items():
+        own = "; ".join(f"{d.aspect}: {d.torch} / {d.flax}" for d in differences if d.pair == name and d.differs)
+        lines.append("| " + " | ".join(map(markdown_text, (name, outcome(report), own))) + " |")
+    return "\n".join([*lines, "", END])
+
+
+def with_block(text: str, block: str) -> str:
+    """Return the README's text with its table replaced.
+
+    Raises:
+        ValueError: if the markers are not there exactly once, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"expected the markers {BEGIN} and {END} once each, in this order; add them to the file.")
+    return text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :]
+
+
 def pairs(json_file: Path | None, readme: Path | None) -> int:
     """Judge the five example pairs, made equal and with every default, and prints what differs by default.
 
@@ -169,8 +272,6 @@ def pairs(json_file: Path | None, readme: Path | None) -> int:
         0 if every pair that was made equal holds, 130 if interrupted: what was judged until then is written, and the
         readme stays as it is.
     """
-    from parity_tests.pair.overview import Entry, overview, readme_block, with_block
-
     check_writable("--json", json_file)
     if readme is not None and not readme.is_file():
         raise refuse(f"--readme: expected an existing file, got {readme}; give another path.")

@@ -1,14 +1,13 @@
 """Run `python -m parity_tests run`: cells, and the ladder up to K optimiser steps."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from parity_tests.commands.usage import (
     DEVICES,
     FAILED,
+    FP32_PRECISIONS,
     HOLDS,
-    check_writable,
+    Options,
     choose,
     chosen_cases,
     chosen_frameworks,
@@ -21,37 +20,17 @@ from parity_tests.commands.usage import (
     refuse,
     write_outputs,
 )
+from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
 from parity_tests.judge.dtypes import STORAGE_DTYPES
 from parity_tests.judge.inputs import Case
-from parity_tests.judge.records import ParityRow, environment, summarize, write_json
+from parity_tests.judge.records import ParityRow, environment, junit_document, summarize, write_json
 from parity_tests.judge.run import count_cells, run_cells
 from parity_tests.judge.subjects import Subject, covered
-from parity_tests.report.console import print_report
-from parity_tests.report.files import OutputError, check_apart, write_text
+from parity_tests.report.console import interruptible, print_report
+from parity_tests.report.files import write_text
 from parity_tests.report.html import Curves, html_document
-from parity_tests.report.interruption import interruptible
-from parity_tests.report.junit import junit_document
 from parity_tests.report.text import printable
 from parity_tests.training.ladder import TRAINED, TRAININGS, curves_of, failed_training, training_rows
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command's options; see `run --help`."""
-
-    frameworks: tuple[str, ...]
-    implementations: tuple[str, ...]
-    modes: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    case_set: str
-    cases: tuple[str, ...]
-    trainings: tuple[str, ...]
-    device: str
-    seed: int
-    precision: str | None
-    json_file: Path | None
-    junit_file: Path | None
-    html_file: Path | None
 
 
 def _written(
@@ -69,31 +48,20 @@ def _written(
     )
 
 
-def check_files(options: Options) -> None:
-    """Refuse, before the work, files that could not be written after it."""
-    outputs = {"--json": options.json_file, "--junit": options.junit_file, "--html": options.html_file}
-    for option, path in outputs.items():
-        check_writable(option, path)
-    try:
-        check_apart(outputs)
-    except OutputError as error:
-        raise refuse(str(error)) from None
-
-
 def _chosen_trainings(options: Options, frameworks: Sequence[str]) -> list[tuple[str, str]]:
     """Return the named trainings, or those of the set; none where cells are selected."""
     selection = {
-        "--implementation": options.implementations,
-        "--mode": options.modes,
-        "--dtype": options.dtypes,
-        "--case": options.cases,
+        "--implementation": options.implementation,
+        "--mode": options.mode,
+        "--dtype": options.dtype,
+        "--case": options.case,
     }
-    if not options.trainings:
-        return [] if any(selection.values()) or len(frameworks) < 2 else list(TRAINED[options.case_set])
-    chosen = [TRAININGS[name] for name in dict.fromkeys(choose("--train", options.trainings, TRAININGS))]
+    if not options.train:
+        return [] if any(selection.values()) or len(frameworks) < 2 else list(TRAINED[options.cases])
+    chosen = [TRAININGS[name] for name in dict.fromkeys(choose("--train", options.train, TRAININGS))]
     # A training's device and data are its own: to take these options and not heed them would be worse.
     of_cells = selection | {
-        "--cases": options.case_set != "default",
+        "--cases": options.cases != "default",
         "--device": options.device != "auto",
         "--seed": options.seed,
     }
@@ -110,27 +78,48 @@ def _chosen_trainings(options: Options, frameworks: Sequence[str]) -> list[tuple
     return chosen
 
 
-def run(options: Options) -> int:
-    """Compare, print the report and write the files.
+# Options that only a pair has: the value without them, and what they are.
+_OF_PAIRS = {
+    "torch_python": (None, "an interpreter"),
+    "jax_python": (None, "an interpreter"),
+    "timeout_s": (DEFAULT_TIMEOUT_S, "a time limit"),
+    "dtypes_equal": (False, "it"),
+    "effort": ("full", "an effort"),
+    "values": ("drawn", "values"),
+}
 
-    Returns:
-        0 if all compared cells hold, 1 for a mismatch or if nothing was compared, 130 if interrupted; what was compared
-        until then is written and reported, with the number of cells that were left.
+
+def run(options: Options) -> int:
+    """Compare every implementation with the float64 oracle, torch with JAX, and their training.
+
+    Exit status: 0 all compared cells hold, 1 a mismatch or nothing compared, 2 wrong usage or a pair that could not be
+    judged to its end, 130 interrupted.
     """
-    check_files(options)
-    cases = chosen_cases(options.case_set, options.cases)
-    dtypes = choose("--dtype", options.dtypes, STORAGE_DTYPES) or list(STORAGE_DTYPES)
+    choose("--precision", [options.precision], FP32_PRECISIONS)
+    precision = None if options.precision == "fp32" else options.precision
+    if options.pair is not None:
+        # Imported late: what judges pairs takes more than a second to load.
+        from parity_tests.commands.pair import run_user_pair
+
+        return run_user_pair(options.pair, options)
+    for name, (usual, what) in _OF_PAIRS.items():
+        if getattr(options, name) != usual:
+            option = f"--{name.replace('_', '-')}"
+            raise refuse(f"{option}: expected --pair beside {what}, got none; name a pair.")
+    options.check_files()
+    cases = chosen_cases(options.cases, options.case)
+    dtypes = choose("--dtype", options.dtype, STORAGE_DTYPES) or list(STORAGE_DTYPES)
     device = choose("--device", [options.device], DEVICES)[0]
-    if options.precision is not None and "float32" not in dtypes:
+    if precision is not None and "float32" not in dtypes:
         raise refuse(
-            f"--precision {options.precision}: expected float32 among --dtype, got {', '.join(dtypes)}; leave one out."
+            f"--precision {precision}: expected float32 among --dtype, got {', '.join(dtypes)}; leave one out."
         )
-    frameworks = chosen_frameworks(options.frameworks)
-    whole = options.case_set == "full" and not (options.cases or options.modes)
-    modes = chosen_modes(frameworks, options.modes, every=whole)
+    frameworks = chosen_frameworks(options.framework)
+    whole = options.cases == "full" and not (options.case or options.mode)
+    modes = chosen_modes(frameworks, options.mode, every=whole)
     optimizers = _chosen_trainings(options, frameworks)
-    chosen = (frameworks, options.implementations, device, modes, options.precision, cases)
-    subjects = [] if options.trainings else chosen_subjects(*chosen)
+    chosen = (frameworks, options.implementation, device, modes, precision, cases)
+    subjects = [] if options.train else chosen_subjects(*chosen)
 
     def included(subject: Subject, case: Case) -> bool:
         return not whole or covered(subject.framework, subject.mode, case)
@@ -154,7 +143,7 @@ def run(options: Options) -> int:
 
             def work() -> Iterator[ParityRow]:
                 yield from run_cells(
-                    subjects, dtypes, cases, options.seed, advance, included, device, options.precision, exact=True
+                    subjects, dtypes, cases, options.seed, advance, included, device, precision, exact=True
                 )
                 for task_name, optimizer in optimizers:
                     advance(f"training: {task_name}, {optimizer}")

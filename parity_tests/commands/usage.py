@@ -1,15 +1,19 @@
-"""Share among the commands: consoles, refusals in one sentence, choices from the tables, a progress bar."""
+"""Share among the commands: consoles, options, refusals in one sentence, choices from the tables, a progress bar."""
 
 import itertools
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
+from parity_tests.judge.dtypes import STORAGE_DTYPES, short_name, storage_dtype
 from parity_tests.judge.inputs import CASE_SETS, SMOKE, Case
 from parity_tests.judge.subjects import (
     DEFAULT_MODES,
@@ -24,9 +28,8 @@ from parity_tests.judge.subjects import (
     load_subjects,
     modes_of,
 )
-from parity_tests.report.console import PlainConsole
-from parity_tests.report.files import OutputError, check_output
-from parity_tests.report.interruption import INTERRUPTED
+from parity_tests.report.console import INTERRUPTED, PlainConsole
+from parity_tests.report.files import OutputError, check_apart, check_output
 
 DEVICES = ("auto", "cpu", "cuda")
 # Precisions of products of fp32 arrays; every other dtype has one.
@@ -54,6 +57,66 @@ def modes_help() -> str:
     known = ", ".join(f"{mode.name} ({' and '.join(mode.frameworks)})" for mode in MODES.values())
     defaults = " and ".join(f"{mode} for {framework}" for framework, mode in DEFAULT_MODES.items())
     return f"One of {known}; repeat for several; default: {defaults}; with --cases full: all."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of `run`: of cells, and with `--pair` of a pair."""
+
+    framework: Annotated[tuple[str, ...], typer.Option(help=choices_help(FRAMEWORKS))] = ()
+    implementation: Annotated[tuple[str, ...], typer.Option(help="Repeat for several; default: all.")] = ()
+    mode: Annotated[tuple[str, ...], typer.Option(help=modes_help())] = ()
+    dtype: Annotated[tuple[str, ...], typer.Option(help=choices_help(STORAGE_DTYPES))] = ()
+    cases: Annotated[str, typer.Option(help=f"Which set of shapes: {', '.join(CASE_SETS)}.")] = "default"
+    case: Annotated[tuple[str, ...], typer.Option(help="Single shapes by name, instead of a set.")] = ()
+    train: Annotated[
+        tuple[str, ...],
+        typer.Option(help="Only this training, TASK:OPTIMIZER such as partitioned-mlp:adamw; repeat for several."),
+    ] = ()
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto"
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the inputs.")] = 0
+    precision: Annotated[str, typer.Option(help="How fp32 products may be computed: fp32, or tf32 (NVIDIA GPUs).")] = (
+        "fp32"
+    )
+    pair: Annotated[str | None, typer.Option(help="Judge your own pair instead: package.module:factory.")] = None
+    torch_python: Annotated[str | None, typer.Option(help="With --pair: run the torch side in this interpreter.")] = (
+        None
+    )
+    jax_python: Annotated[str | None, typer.Option(help="With --pair: run the Flax side in this interpreter.")] = None
+    timeout_s: Annotated[
+        float,
+        typer.Option(help="With --pair: seconds that one step may take, such as an import or one call of a side."),
+    ] = DEFAULT_TIMEOUT_S
+    dtypes_equal: Annotated[
+        bool, typer.Option("--dtypes-equal", help="With --pair: outputs must have one dtype on both sides.")
+    ] = False
+    effort: Annotated[
+        str, typer.Option(help="With --pair: full, or quick for a look without notes on branches and without causes.")
+    ] = "full"
+    values: Annotated[
+        str, typer.Option(help="With --pair: drawn, or given to judge the torch module's own values too.")
+    ] = "drawn"
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None
+    junit_file: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML, one case a row.")] = None
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page.")] = None
+
+    def __post_init__(self) -> None:
+        """Give dtypes and precision their one name, however they were spelled."""
+        object.__setattr__(self, "dtype", tuple(map(storage_dtype, self.dtype)))
+        object.__setattr__(self, "precision", short_name(self.precision))
+
+    def check_files(self) -> None:
+        """Refuse, before the work, files that could not be written after it."""
+        named = {"--json": self.json_file, "--junit": self.junit_file, "--html": self.html_file}
+        outputs = {option: path for option, path in named.items() if path is not None}
+        if not outputs:
+            return
+        for option, path in outputs.items():
+            check_writable(option, path)
+        try:
+            check_apart(outputs)
+        except OutputError as error:
+            raise refuse(str(error)) from None
 
 
 def choose(option: str, values: Iterable[str], choices: Iterable[str]) -> list[str]:

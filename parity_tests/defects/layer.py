@@ -19,17 +19,11 @@ STANDARD_ERRORS = 5.5
 
 @dataclass(frozen=True)
 class Distribution:
-    """A symmetric bounded distribution of mean zero.
+    """A symmetric bounded distribution of mean zero."""
 
-    Attributes:
-        std: standard deviation.
-        limit: no draw lies outside `[-limit, limit]`.
-        kurtosis: fourth moment over the squared variance; sets the standard error of a sample's variance.
-    """
-
-    std: float
-    limit: float
-    kurtosis: float
+    std: float  # standard deviation
+    limit: float  # no draw lies outside `[-limit, limit]`
+    kurtosis: float  # fourth moment over the squared variance; sets the standard error of a sample's variance
 
 
 def torch_distribution(in_features: int) -> Distribution:
@@ -108,30 +102,20 @@ STEPS = 3  # AdamW with weight decay; a leak shows after the first
 
 @dataclass(frozen=True)
 class InitialDefect:
-    """One way for an initialiser to be wrong.
+    """One way for an initialiser to be wrong."""
 
-    Attributes:
-        name: the planted mistake.
-        spoil: turns the draws of the healthy initialiser, `(n, in, out)`, into those of the wrong one.
-        cause: must be in the answer of `initialization_cause`.
-    """
-
-    name: str
+    name: str  # the planted mistake
+    # Turns the draws of the healthy initialiser, `(n, in, out)`, into those of the wrong one
     spoil: Callable[[np.ndarray], np.ndarray]
-    cause: str
+    cause: str  # must be in the answer of `initialization_cause`
 
 
 @dataclass(frozen=True)
 class OffBlockDefect:
-    """One way for the masked layer to let weights outside the blocks take effect.
+    """One way for the masked layer to let weights outside the blocks take effect."""
 
-    Attributes:
-        name: the planted defect, a name of `PLANTS` in the framework's `subjects.py`.
-        cause: must be in the answer of `off_block_cause`.
-    """
-
-    name: str
-    cause: str
+    name: str  # the planted defect, a name of `PLANTS` in the framework's `subjects.py`
+    cause: str  # must be in the answer of `off_block_cause`
 
 
 INITIAL_DEFECTS: tuple[InitialDefect, ...] = (

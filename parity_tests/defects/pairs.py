@@ -38,33 +38,20 @@ LEAST_NAMED = 0.85
 
 @dataclass(frozen=True)
 class Judged:
-    """Hold the outcome of one check.
+    """Hold the outcome of one check."""
 
-    Attributes:
-        pair: its name.
-        bug: the bug's name; empty for the faithful port.
-        seed: of the draws.
-        ok: True for a faithful port that holds, and for a bug that is found.
-        cause: as named by the report; empty if none was.
-        right: whether it is the bug's.
-        place: as named by the report.
-        place_right: whether it is the bug's; None where the pair has only one place, or none was named.
-        why: first line of what is wrong, of a faithful port that does not hold or a check that raised.
-        skipped: dtypes that a framework cannot run.
-        cpu_s: processor time.
-    """
-
-    pair: str
-    bug: str
-    seed: int
-    ok: bool
-    cause: str = ""
-    right: bool = False
-    place: str = ""
+    pair: str  # its name
+    bug: str  # the bug's name; empty for the faithful port
+    seed: int  # of the draws
+    ok: bool  # True for a faithful port that holds, and for a bug that is found
+    cause: str = ""  # as named by the report; empty if none was
+    right: bool = False  # whether it is the bug's
+    place: str = ""  # as named by the report
+    # Whether it is the bug's; None where the pair has only one place, or none was named
     place_right: bool | None = None
-    why: str = ""
-    skipped: tuple[str, ...] = ()
-    cpu_s: float = 0.0
+    why: str = ""  # first line of what is wrong, of a faithful port that does not hold or a check that raised
+    skipped: tuple[str, ...] = ()  # dtypes that a framework cannot run
+    cpu_s: float = 0.0  # processor time
 
 
 def __getattr__(name: str) -> Callable[[str], dict[str, Any]]:

@@ -18,25 +18,17 @@ _WINDOW = {1: "k", 2: "kh kw", 3: "kd kh kw"}
 
 @dataclass(frozen=True)
 class Bug:
-    """One mistake of a port.
+    """One mistake of a port."""
 
-    Attributes:
-        name: an identifier.
-        cause: what a rightly named cause says, a regular expression without regard to case; None where no search can
-            be expected to name it, so that any cause that is named is wrong. It counts among the causes all the same.
-        flax: keyword arguments of the flax half.
-        torch: of the torch half.
-        pair: other arguments of `check_pair`, such as a wrong rule.
-        place: what a rightly named place says, likewise; empty where the pair has only one place.
-        dtypes: judged in; the float64 comparison, which belongs to every check, finds most bugs in any of them.
-    """
-
-    name: str
+    name: str  # an identifier
+    # What a rightly named cause says, a regular expression without regard to case; None where no search can be expected
+    # to name it, so that any cause that is named is wrong. It counts among the causes all the same
     cause: str | None
-    flax: Mapping[str, Any] = field(default_factory=dict)
-    torch: Mapping[str, Any] = field(default_factory=dict)
-    pair: Mapping[str, Any] = field(default_factory=dict)
-    place: str = ""
+    flax: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments of the flax half
+    torch: Mapping[str, Any] = field(default_factory=dict)  # of the torch half
+    pair: Mapping[str, Any] = field(default_factory=dict)  # other arguments of `check_pair`, such as a wrong rule
+    place: str = ""  # what a rightly named place says, likewise; empty where the pair has only one place
+    # Judged in; the float64 comparison, which belongs to every check, finds most bugs in any of them
     dtypes: tuple[str, ...] = ("float32",)
 
 

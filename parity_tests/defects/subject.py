@@ -14,9 +14,9 @@ import numpy as np
 from parity_tests.causes.layer import explain, shortened
 from parity_tests.judge.exact import check_isolation
 from parity_tests.judge.inputs import Case, Inputs, draw_inputs
-from parity_tests.judge.oracle import Reference, reference
 from parity_tests.judge.run import judge
 from parity_tests.judge.subjects import Subject, sizes_of
+from parity_tests.judge.tolerance import Reference, reference
 
 Outputs = dict[str, np.ndarray]
 Spoil = Callable[[Subject, Inputs], Outputs]
@@ -27,40 +27,25 @@ CASE = Case("defects", (512,), 3, 32, 32)
 
 @dataclass(frozen=True)
 class Defect:
-    """One way to be wrong.
+    """One way to be wrong."""
 
-    Attributes:
-        name: the planted mistake.
-        spoil: evaluates the subject with the defect.
-        cause: must be in the answer of `causes.layer.explain`; for `isolation`, in that of the check.
-        dtypes: storage dtypes in which the defect changes the function; in others it is equivalent to correct code.
-        isolation: True if only the isolation check can see it.
-        forward: True if it is in y as computed without gradients.
-        backward: True if it is in y and the gradients as computed together.
-        case: the shape that it is planted in.
-    """
-
-    name: str
-    spoil: Spoil
-    cause: str
+    name: str  # the planted mistake
+    spoil: Spoil  # evaluates the subject with the defect
+    cause: str  # must be in the answer of `causes.layer.explain`; for `isolation`, in that of the check
+    # Storage dtypes in which the defect changes the function; in others it is equivalent to correct code
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    isolation: bool = False
-    forward: bool = True
-    backward: bool = True
-    case: Case = CASE
+    isolation: bool = False  # True if only the isolation check can see it
+    forward: bool = True  # True if it is in y as computed without gradients
+    backward: bool = True  # True if it is in y and the gradients as computed together
+    case: Case = CASE  # the shape that it is planted in
 
 
 @dataclass(frozen=True)
 class Killing:
-    """The verdict on a planted defect.
+    """The verdict on a planted defect."""
 
-    Attributes:
-        killed: True if it was rejected and the healthy subject was not.
-        cause: the likely cause that was named.
-    """
-
-    killed: bool
-    cause: str
+    killed: bool  # True if it was rejected and the healthy subject was not
+    cause: str  # the likely cause that was named
 
 
 @dataclass(frozen=True)

@@ -11,25 +11,26 @@ from parity_tests.defects.subject import Killing
 from parity_tests.judge.inputs import draw_inputs
 from parity_tests.judge.subjects import FRAMEWORKS
 from parity_tests.training.ladder import CASE, climb, load_side
-from parity_tests.training.optimizers import OPTIMIZERS, OptimizerSpec
-from parity_tests.training.tasks import TASKS, MaskedRun, StepGradients, TrainingSubject, TrainingTask, Trajectory
+from parity_tests.training.tasks import (
+    OPTIMIZERS,
+    TASKS,
+    MaskedRun,
+    OptimizerSpec,
+    StepGradients,
+    TrainingSubject,
+    TrainingTask,
+    Trajectory,
+)
 
 
 @dataclass(frozen=True)
 class TrainingDefect:
-    """One way for a training loop to differ.
+    """One way for a training loop to differ."""
 
-    Attributes:
-        name: the planted mistake.
-        optimizer: the optimiser of `OPTIMIZERS` in which it matters.
-        change: the spec that the spoiled side runs.
-        cause: must be in the answer of `causes.optimizer`.
-    """
-
-    name: str
-    optimizer: str
-    change: Callable[[OptimizerSpec], OptimizerSpec]
-    cause: str
+    name: str  # the planted mistake
+    optimizer: str  # the optimiser of `OPTIMIZERS` in which it matters
+    change: Callable[[OptimizerSpec], OptimizerSpec]  # the spec that the spoiled side runs
+    cause: str  # must be in the answer of `causes.optimizer`
 
 
 def _replace(**fields) -> Callable[[OptimizerSpec], OptimizerSpec]:

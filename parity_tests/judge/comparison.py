@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parity_tests.judge.dtypes import distances, exactly, is_complex, is_float, is_inexact, parts
-from parity_tests.judge.oracle import OracleTensor, Reference
-from parity_tests.judge.tolerance import TIERS, Arithmetic, Tier, bound, bounds
+from parity_tests.judge.tolerance import TIERS, Arithmetic, OracleTensor, Reference, Tier, bound, bounds
 
 UNDECIDED = "undecided"
 _PARTS = ("real part", "imaginary part")
@@ -15,36 +14,22 @@ _PARTS = ("real part", "imaginary part")
 
 @dataclass(frozen=True)
 class TensorResult:
-    """The verdict on one tensor.
+    """The verdict on one tensor."""
 
-    Attributes:
-        tensor: `y`, `dx`, `dweight` or `dbias`; of a user's pair `y`, `y.<path>`, `d_<parameter>`, `state:<buffer>`.
-        status: `ok` or `mismatch`; `undecided` where there is no bound or no truth to judge by.
-        reason: one sentence for a mismatch, else empty.
-        max_abs_error: largest absolute error.
-        median_abs_error: median absolute error.
-        bound_fraction: largest error over the T1 bound, or the calibrated one; above 1 is certainly a defect.
-        bound_fraction_t2: the same for T2, or None where its assumption does not hold.
-        bound_fraction_t3: the same for T3, or None.
-        worst_index: index of the element with the largest fraction, or None for an empty tensor.
-        partition: the partition that element belongs to.
-        subject_value: what the subject returned there.
-        expected_value: what the oracle (or the other subject) has there.
-        partition_fractions: largest error over the T1 bound in each partition, to three digits; None for a pair.
-    """
-
-    tensor: str
-    status: str
-    reason: str = ""
-    max_abs_error: float = 0.0
-    median_abs_error: float = 0.0
-    bound_fraction: float = 0.0
-    bound_fraction_t2: float | None = None
-    bound_fraction_t3: float | None = None
+    tensor: str  # `y`, `dx`, `dweight` or `dbias`; of a user's pair `y`, `y.<path>`, `d_<parameter>`, `state:<buffer>`
+    status: str  # `ok` or `mismatch`; `undecided` where there is no bound or no truth to judge by
+    reason: str = ""  # one sentence for a mismatch, else empty
+    max_abs_error: float = 0.0  # largest absolute error
+    median_abs_error: float = 0.0  # median absolute error
+    bound_fraction: float = 0.0  # largest error over the T1 bound, or the calibrated one; above 1 is certainly a defect
+    bound_fraction_t2: float | None = None  # the same for T2, or None where its assumption does not hold
+    bound_fraction_t3: float | None = None  # the same for T3, or None
+    # Index of the element with the largest fraction, or None for an empty tensor
     worst_index: tuple[int, ...] | None = None
-    partition: int | None = None
-    subject_value: float | None = None
-    expected_value: float | None = None
+    partition: int | None = None  # the partition that element belongs to
+    subject_value: float | None = None  # what the subject returned there
+    expected_value: float | None = None  # what the oracle (or the other subject) has there
+    # Largest error over the T1 bound in each partition, to three digits; None for a pair
     partition_fractions: tuple[float, ...] | None = None
 
 
@@ -65,7 +50,7 @@ def _errors(value: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 def _fractions(errors: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         fractions = errors / limits
     if np.isfinite(fractions).all():
         return fractions

@@ -1,7 +1,8 @@
-"""Name the storage dtypes, give the constants of their arithmetic, and cast between them."""
+"""Name the storage dtypes and precisions, give the constants of their arithmetic, and cast between them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import ml_dtypes
 import numpy as np
@@ -9,21 +10,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """A binary floating-point format.
+    """A binary floating-point format."""
 
-    Attributes:
-        name: canonical name, for example `"bfloat16"`.
-        roundoff: unit roundoff `u`, half the spacing at 1 (round to nearest).
-        smallest_normal: smallest positive normal number.
-        smallest_subnormal: smallest positive number.
-        largest_integer: every integer up to this magnitude is exact.
-    """
-
-    name: str
-    roundoff: float
-    smallest_normal: float
-    smallest_subnormal: float
-    largest_integer: int
+    name: str  # canonical name, for example `"bfloat16"`
+    roundoff: float  # unit roundoff `u`, half the spacing at 1 (round to nearest)
+    smallest_normal: float  # smallest positive normal number
+    smallest_subnormal: float  # smallest positive number
+    largest_integer: int  # every integer up to this magnitude is exact
 
 
 def _format(name: str, significand_bits: int, min_exponent: int) -> FloatFormat:
@@ -181,3 +174,32 @@ def differ_beyond(first: np.ndarray, second: np.ndarray, roundoff: float) -> boo
     if not np.array_equal(first[~finite], second[~finite], equal_nan=True) or not np.isfinite(second[finite]).all():
         return True
     return bool((np.abs(first - second)[finite] > roundoff * np.abs(first[finite]).max(initial=0.0)).any())
+
+
+# --- precisions: the one vocabulary of all commands; rows and records hold the long spellings ---
+
+# Name to the precision class of rows and records, and to the storage dtype.
+PRECISIONS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "fp32": ("ieee_fp32", "float32"),
+        "tf32": ("tf32", "float32"),
+        "bf16": ("bf16", "bfloat16"),
+        "fp16": ("fp16", "float16"),
+        "fp64": ("fp64", "float64"),
+    }
+)
+
+
+def short_name(name: str) -> str:
+    """Return the name of the precision that a spelling means, such as `fp32` for `float32`; other text as it is."""
+    return next((short for short, spellings in PRECISIONS.items() if name in spellings), name)
+
+
+def precision_class(name: str) -> str:
+    """Return the precision class that a spelling means, such as `ieee_fp32` for `fp32`; other text as it is."""
+    return PRECISIONS.get(short_name(name), (name,))[0]
+
+
+def storage_dtype(name: str) -> str:
+    """Return the storage dtype of a spelling, such as `bfloat16` for `bf16`; other text and `tf32` as they are."""
+    return name if name == "tf32" else PRECISIONS.get(short_name(name), (name,))[-1]

@@ -9,9 +9,9 @@ import numpy as np
 
 from parity_tests.judge.dtypes import FORMATS
 from parity_tests.judge.inputs import Case, Inputs, draw_lattice
-from parity_tests.judge.oracle import reference
 from parity_tests.judge.records import ParityRow
 from parity_tests.judge.subjects import MODES, Subject
+from parity_tests.judge.tolerance import reference
 
 
 def lattice_limit(case: Case, dtype: str) -> int:
@@ -78,15 +78,11 @@ def check_wide_lattice(subject: Subject, case: Case, dtype: str, seed: int = 0) 
 
 @dataclass(frozen=True)
 class Isolation:
-    """The effect of NaN or an infinity in one partition.
+    """The effect of NaN or an infinity in one partition."""
 
-    Attributes:
-        isolated: True if every other partition of every tensor has the same bits as without it.
-        swallowed: the tensors in whose poisoned partition something is finite, `forward` being y without gradients;
-            none in right code.
-    """
-
-    isolated: bool
+    isolated: bool  # True if every other partition of every tensor has the same bits as without it
+    # The tensors in whose poisoned partition something is finite, `forward` being y without gradients; none in right
+    # code
     swallowed: tuple[str, ...]
 
 

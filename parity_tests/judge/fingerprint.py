@@ -15,9 +15,8 @@ import numpy as np
 from parity_tests.judge.comparison import compare
 from parity_tests.judge.dtypes import FORMATS, numpy_dtype
 from parity_tests.judge.inputs import Case, Inputs
-from parity_tests.judge.oracle import Reference
 from parity_tests.judge.subjects import DEFAULT_MODES, EQUAL, Subject, arithmetic_of, sizes_of
-from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, declared_arithmetic
+from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, Reference, declared_arithmetic
 
 # Three partitions, all alike: some code that is probed looks beyond the first.
 _PARTITIONS = 3
@@ -28,23 +27,15 @@ _PLACES = ((0, 15, 7), (0, 8, 4), (3, 12, 0), (1, 2, 15), (14, 15, 0))
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The findings of the probes.
+    """The findings of the probes."""
 
-    Attributes:
-        dtype: storage dtype of operands and results.
-        operand_bits: significand bits that an operand keeps.
-        accumulator_bits: significand bits that the running sum keeps, at least.
-        fused_bias: the bias joins the sum before it is rounded to the output.
-        flushes_subnormals: subnormal results become zero.
-        flushes_partial_sums: products or running sums that are subnormal become zero, though the sum is a normal
-            number; False where no product of the storage format can be that small.
-    """
-
-    dtype: str
-    operand_bits: int
-    accumulator_bits: int
-    fused_bias: bool
-    flushes_subnormals: bool
+    dtype: str  # storage dtype of operands and results
+    operand_bits: int  # significand bits that an operand keeps
+    accumulator_bits: int  # significand bits that the running sum keeps, at least
+    fused_bias: bool  # the bias joins the sum before it is rounded to the output
+    flushes_subnormals: bool  # subnormal results become zero
+    # Products or running sums that are subnormal become zero, though the sum is a normal number; False where no product
+    # of the storage format can be that small
     flushes_partial_sums: bool
 
     def diagnosis(self) -> list[str]:

@@ -5,37 +5,84 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Self
 
 import numpy as np
 
 from parity_tests.judge.dtypes import numpy_dtype
-from parity_tests.judge.sizes import Sizes
+
+# The tensors whose last axis holds the features of inputs, and those whose only axis holds the weights.
+_OF_INPUTS, _OF_WEIGHTS = ("x", "dx"), ("weight", "dweight")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of n partitions: where each lies in flat inputs and outputs and in packed parameters.
+
+    Written from the description of the packed form and not taken from the trees, since it judges them: inputs and
+    outputs hold partition after partition, as the bias does. The weight holds the partitions of one size beside each
+    other, those of the first partition's size first, each W_k (in_k, out_k) row by row.
+    """
+
+    in_features: tuple[int, ...]  # of each partition
+    out_features: tuple[int, ...]  # of each partition
+
+    @cached_property
+    def buckets(self) -> dict[tuple[int, int], list[int]]:
+        """Return (in, out) to the partitions of this size, in the order of the packed weight."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for k, size in enumerate(zip(self.in_features, self.out_features, strict=True)):
+            found.setdefault(size, []).append(k)
+        return found
+
+    @cached_property
+    def _weights(self) -> list[slice]:
+        order = [k for members in self.buckets.values() for k in members]
+        places = _one_after_another([self.in_features[k] * self.out_features[k] for k in order])
+        return [place for _, place in sorted(zip(order, places, strict=True), key=lambda pair: pair[0])]
+
+    @cached_property
+    def _inputs(self) -> list[slice]:
+        return _one_after_another(self.in_features)
+
+    @cached_property
+    def _outputs(self) -> list[slice]:
+        return _one_after_another(self.out_features)
+
+    def places(self, tensor: str) -> list[slice]:
+        """Return where each partition lies along the last axis of a tensor."""
+        return self._inputs if tensor in _OF_INPUTS else self._weights if tensor in _OF_WEIGHTS else self._outputs
+
+    def labels(self, tensor: str) -> np.ndarray:
+        """Return the partition of each place along the last axis of a tensor."""
+        places = self.places(tensor)
+        found = np.empty(max(place.stop for place in places), np.int64)
+        for k, place in enumerate(places):
+            found[place] = k
+        return found
+
+
+def _one_after_another(lengths: tuple[int, ...] | list[int]) -> list[slice]:
+    stops = np.cumsum(lengths).tolist()
+    return [slice(stop - length, stop) for length, stop in zip(lengths, stops, strict=True)]
+
 
 Layout = Literal["contiguous", "strided", "transposed"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of `y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o]`.
+    """One shape of `y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o]`."""
 
-    Attributes:
-        name: short and unique; appears in test ids and records.
-        leading: leading dimensions of x; `()` for none, a 0 for an empty batch.
-        num_partitions: `n`.
-        in_features: `i`, per partition; one number for each partition where the sizes are unequal.
-        out_features: `o`, likewise.
-        bias: True if there is a `b`.
-        layout: of x in memory: `contiguous`; `strided` (every second row of a larger buffer whose other rows
-            are NaN); `transposed` (features before partitions, as in the time-series layout `[B, L, C]`).
-    """
-
-    name: str
-    leading: tuple[int, ...]
-    num_partitions: int
-    in_features: int | tuple[int, ...]
-    out_features: int | tuple[int, ...]
-    bias: bool = True
+    name: str  # short and unique; appears in test ids and records
+    leading: tuple[int, ...]  # leading dimensions of x; `()` for none, a 0 for an empty batch
+    num_partitions: int  # `n`
+    in_features: int | tuple[int, ...]  # `i`, per partition; one number for each partition where the sizes are unequal
+    out_features: int | tuple[int, ...]  # `o`, likewise
+    bias: bool = True  # True if there is a `b`
+    # Of x in memory: `contiguous`; `strided` (every second row of a larger buffer whose other rows are NaN);
+    # `transposed` (features before partitions, as in the time-series layout `[B, L, C]`)
     layout: Layout = "contiguous"
 
     @property
@@ -149,27 +196,16 @@ X_SCALE, WEIGHT_SCALE, BIAS_SCALE, COTANGENT_SCALE = 1.3, 0.7, 0.45, 1.9
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arrays in the storage dtype.
+    """Arrays in the storage dtype."""
 
-    Attributes:
-        x: `(..., n, i)`; `(..., sum of i)` where the sizes are unequal.
-        weight: `(n, i, o)`; packed in one axis where the sizes are unequal, see `sizes.Sizes`.
-        bias: `(n, o)`, or `(sum of o,)`, or None.
-        cotangent: `(..., n, o)` or `(..., sum of o)`: the random `dy` of the vector-Jacobian product.
-        dtype: canonical name of the storage dtype.
-        layout: in which a subject must lay out x in memory; the values are the same.
-        zero_mean: True if the harness drew every array from zero-mean distributions (tier T3 needs it).
-        sizes: of each partition where they are unequal; None where all have one size.
-    """
-
-    x: np.ndarray
-    weight: np.ndarray
-    bias: np.ndarray | None
-    cotangent: np.ndarray
-    dtype: str
-    layout: Layout = "contiguous"
-    zero_mean: bool = True
-    sizes: Sizes | None = None
+    x: np.ndarray  # `(..., n, i)`; `(..., sum of i)` where the sizes are unequal
+    weight: np.ndarray  # `(n, i, o)`; packed in one axis where the sizes are unequal, see `Sizes`
+    bias: np.ndarray | None  # `(n, o)`, or `(sum of o,)`, or None
+    cotangent: np.ndarray  # `(..., n, o)` or `(..., sum of o)`: the random `dy` of the vector-Jacobian product
+    dtype: str  # canonical name of the storage dtype
+    layout: Layout = "contiguous"  # in which a subject must lay out x in memory; the values are the same
+    zero_mean: bool = True  # True if the harness drew every array from zero-mean distributions (tier T3 needs it)
+    sizes: Sizes | None = None  # of each partition where they are unequal; None where all have one size
 
     @property
     def num_partitions(self) -> int:

@@ -1,4 +1,4 @@
-"""Parity records: one row a comparison, and the document that `--json` writes."""
+"""Parity records: one row a comparison, and the documents that `--json` and `--junit` write."""
 
 import dataclasses
 import math
@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from xml.etree import ElementTree
 
 from parity_tests.judge.comparison import TensorResult
 from parity_tests.judge.tolerance import FALSE_ALARM_RATE
 from parity_tests.report import files
+from parity_tests.report.text import printable
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "flax", "optax")
@@ -19,44 +21,28 @@ _PACKAGES = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "flax", "optax")
 
 @dataclass(frozen=True)
 class ParityRow:
-    """Record one comparison: a subject against the oracle, or a pair of subjects against each other.
+    """Record one comparison: a subject against the oracle, or a pair of subjects against each other."""
 
-    Attributes:
-        kind: `oracle`, `pair` (torch against jax), `mode` (a mode against its subject's default mode), `exact`
-            (a check that needs no tolerance), `ladder` (a rung) or `training` (a criterion).
-        framework: `torch` or `jax`; `torch+jax` for a pair.
-        implementation: the subject's name; `a+b` for a pair.
-        dtype: storage dtype.
-        case: name of the case.
-        tensor: `y`, `dx`, `dweight`, `dbias`; for a pair that holds, the tensor that came closest to its bound;
-            for `exact` the check: `lattice`, `wide lattice` or `isolation`.
-        status: `ok`, `mismatch` or `skipped`.
-        reason: one sentence for a mismatch or a skip.
-        diagnosis: what the arithmetic fingerprint says about this subject and dtype.
-        command: reproduces this row.
-        mode: how the subject was run, see `subjects.modes`; `a+b` for two subjects, `truth` for the float64
-            functions of a pair, empty for what has no mode.
-        arithmetic: what the bound was derived for: the promise of mode and dtype, closed by what was measured.
-        observed: the precision class that the error shows, `ieee_fp32`, `tf32`, ...; `lower` for none.
-        max_abs_error: see `comparison.TensorResult`, as are the following.
-        tensor_fractions: for a pair, the error over bound of every tensor.
-        note: what a reader must know about the row, whatever its status; empty for nothing.
-    """
-
+    # `oracle`, `pair` (torch against jax), `mode` (a mode against its subject's default mode), `exact` (a check that
+    # needs no tolerance), `ladder` (a rung) or `training` (a criterion)
     kind: Literal["oracle", "pair", "mode", "exact", "ladder", "training"]
-    framework: str
-    implementation: str
-    dtype: str
-    case: str
+    framework: str  # `torch` or `jax`; `torch+jax` for a pair
+    implementation: str  # the subject's name; `a+b` for a pair
+    dtype: str  # storage dtype
+    case: str  # name of the case
+    # `y`, `dx`, `dweight`, `dbias`; for a pair that holds, the tensor that came closest to its bound; for `exact` the
+    # check: `lattice`, `wide lattice` or `isolation`
     tensor: str
-    status: Literal["ok", "mismatch", "skipped"]
-    reason: str = ""
-    diagnosis: str = ""
-    command: str = ""
+    status: Literal["ok", "mismatch", "skipped"]  # `ok`, `mismatch` or `skipped`
+    reason: str = ""  # one sentence for a mismatch or a skip
+    diagnosis: str = ""  # what the arithmetic fingerprint says about this subject and dtype
+    command: str = ""  # reproduces this row
+    # How the subject was run, see `subjects.modes`; `a+b` for two subjects, `truth` for the float64 functions of a
+    # pair, empty for what has no mode
     mode: str = ""
-    arithmetic: str = ""
-    observed: str = ""
-    max_abs_error: float | None = None
+    arithmetic: str = ""  # what the bound was derived for: the promise of mode and dtype, closed by what was measured
+    observed: str = ""  # the precision class that the error shows, `ieee_fp32`, `tf32`, ...; `lower` for none
+    max_abs_error: float | None = None  # see `comparison.TensorResult`, as are the following
     median_abs_error: float | None = None
     bound_fraction: float | None = None
     bound_fraction_t2: float | None = None
@@ -66,8 +52,8 @@ class ParityRow:
     subject_value: float | None = None
     expected_value: float | None = None
     partition_fractions: tuple[float, ...] | None = None
-    tensor_fractions: dict[str, float] | None = None
-    note: str = ""
+    tensor_fractions: dict[str, float] | None = None  # for a pair, the error over bound of every tensor
+    note: str = ""  # what a reader must know about the row, whatever its status; empty for nothing
 
 
 Row = TypeVar("Row", bound=ParityRow)
@@ -168,3 +154,42 @@ def write_json(
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     files.write_json("--json", path, _plain(document | more))
+
+
+# --- JUnit XML, which continuous-integration systems read ---
+
+
+def _case(row: ParityRow) -> ElementTree.Element:
+    parts = (row.kind, row.framework, row.implementation, row.mode, row.dtype)
+    place = printable(".".join(part for part in parts if part))
+    name = printable(" ".join(part for part in (row.case, row.tensor) if part))
+    case = ElementTree.Element("testcase", {"classname": place, "name": name, "time": "0"})
+    if row.status == "mismatch":
+        failure = ElementTree.SubElement(case, "failure", {"message": printable(row.reason)})
+        details = [f"error over bound: {row.bound_fraction}", row.diagnosis, row.command]
+        failure.text = "\n".join(printable(line) for line in details if line)
+    elif row.status == "skipped":
+        ElementTree.SubElement(case, "skipped", {"message": printable(row.reason)})
+    return case
+
+
+def junit_document(rows: Sequence[ParityRow], stopped: str = "") -> str:
+    """Return a JUnit document with one case a row: failures with their reason and the command that reproduces them.
+
+    `stopped` says why the run did not come to its end; it becomes a case of its own, with an error.
+    """
+    summary = summarize(rows)
+    counts = {
+        "tests": str(len(rows) + bool(stopped)),
+        "failures": str(summary.failed),
+        "skipped": str(summary.skipped),
+        "errors": str(int(bool(stopped))),
+    }
+    root = ElementTree.Element("testsuites", {"name": "parity", **counts})
+    suite = ElementTree.SubElement(root, "testsuite", {"name": "parity", **counts})
+    suite.extend(_case(row) for row in rows)
+    if stopped:
+        case = ElementTree.SubElement(suite, "testcase", {"classname": "run", "name": "comes to its end", "time": "0"})
+        ElementTree.SubElement(case, "error", {"message": printable(stopped)})
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"

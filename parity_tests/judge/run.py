@@ -12,7 +12,6 @@ from parity_tests.judge.comparison import TensorResult, compare, compare_pair, m
 from parity_tests.judge.exact import exact_rows
 from parity_tests.judge.fingerprint import entitlement, fingerprint_of, observed_precision
 from parity_tests.judge.inputs import Case, Inputs, draw_inputs
-from parity_tests.judge.oracle import Reference, reference
 from parity_tests.judge.records import ParityRow, row_from_result
 from parity_tests.judge.subjects import (
     COUNTERPARTS,
@@ -24,7 +23,7 @@ from parity_tests.judge.subjects import (
     sizes_of,
     takes,
 )
-from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic
+from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, Reference, reference
 from parity_tests.report.text import raised
 
 Included = Callable[[Subject, Case], bool]

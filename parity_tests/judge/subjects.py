@@ -29,23 +29,16 @@ SHARDS = 8
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to run a call.
+    """One way to run a call."""
 
-    Attributes:
-        name: short and unique.
-        frameworks: that have it.
-        sentence: one line for help and reports.
-        cases: the set of cases that it runs under `--cases full` where it is not its framework's default; a mode that
-            was asked for by name runs the set that was asked for.
-        dtypes: storage dtypes for which it is another program than the default.
-        computes_in: format that operands, bias and cotangent are cast to first, or None to compute as stored.
-    """
-
-    name: str
-    frameworks: tuple[str, ...]
-    sentence: str
+    name: str  # short and unique
+    frameworks: tuple[str, ...]  # that have it
+    sentence: str  # one line for help and reports
+    # The set of cases that it runs under `--cases full` where it is not its framework's default; a mode that was asked
+    # for by name runs the set that was asked for
     cases: str = "default"
-    dtypes: tuple[str, ...] = STORAGE_DTYPES
+    dtypes: tuple[str, ...] = STORAGE_DTYPES  # storage dtypes for which it is another program than the default
+    # Format that operands, bias and cotangent are cast to first, or None to compute as stored
     computes_in: str | None = None
 
 

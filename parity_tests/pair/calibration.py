@@ -29,10 +29,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from parity_tests.judge.dtypes import FORMATS, from_parts, is_inexact, looks_rounded, parts
 from parity_tests.judge.tolerance import FALSE_ALARM_RATE
+from parity_tests.judge.variances import fit_prior
 from parity_tests.pair.side import Arrays, Ensemble
 
 MEMBERS = 16
@@ -49,27 +50,10 @@ SEMANTIC_SCALE = FORMATS["float64"].roundoff / FORMATS["float32"].roundoff
 
 
 class Member(NamedTuple):
-    """One run of an ensemble.
+    """One run of an ensemble."""
 
-    Attributes:
-        number: what its noise is drawn from.
-        amplitude: of the noise; 0 for none.
-    """
-
-    number: int
-    amplitude: float
-
-
-def _inverse_trigamma(y: float) -> float:
-    """Return the x > 0 with `trigamma(x) = y`, by Newton's method on `1 / trigamma`, which is convex."""
-    x = 0.5 + 1.0 / y
-    for _ in range(50):
-        value = float(special.polygamma(1, x))
-        step = value * (1.0 - value / y) / float(special.polygamma(2, x))
-        x += step
-        if -step / x < 1e-8:
-            break
-    return x
+    number: int  # what its noise is drawn from
+    amplitude: float  # of the noise; 0 for none
 
 
 def moderated_spread(spread: np.ndarray, members: int) -> tuple[np.ndarray, float]:
@@ -88,19 +72,18 @@ def moderated_spread(spread: np.ndarray, members: int) -> tuple[np.ndarray, floa
     positive = spread[(spread > 0) & np.isfinite(spread)]
     if positive.size < members:  # too few elements to say how alike they are
         return spread, float(members)
-    half = members / 2
-    log_variance = 2 * np.log(positive) - special.digamma(half) + math.log(half)
-    excess = float(np.var(log_variance, ddof=1) - special.polygamma(1, half))
-    # Elements that do not differ beyond chance share one variance: as many degrees of freedom as all of them have.
-    prior = 2 * _inverse_trigamma(excess) if excess > 0 else float(members * positive.size)
-    prior_variance = math.exp(float(log_variance.mean()) + float(special.digamma(prior / 2)) - math.log(prior / 2))
-    moderated = np.sqrt((prior * prior_variance + members * spread**2) / (prior + members))
-    return np.where(spread > 0, moderated, 0.0), prior + members
+    variance, degrees = fit_prior(2 * np.log(positive), members)
+    if math.isinf(degrees):
+        # Elements that do not differ beyond chance share one variance: as many degrees of freedom as all of them have.
+        degrees = float(members * positive.size)
+        variance *= math.exp(float(special.digamma(degrees / 2)) - math.log(degrees / 2))
+    moderated = np.sqrt((degrees * variance + members * spread**2) / (degrees + members))
+    return np.where(spread > 0, moderated, 0.0), degrees + members
 
 
 def confidence(elements: int, freedom: float) -> float:
     """Return Student's t quantile that any of `elements` exceeds with probability `FALSE_ALARM_RATE`, two-sided."""
-    return float(stats.t.isf(FALSE_ALARM_RATE / (2 * max(elements, 1)), freedom))
+    return -float(special.stdtrit(freedom, FALSE_ALARM_RATE / (2 * max(elements, 1))))
 
 
 def calibrated_bound(

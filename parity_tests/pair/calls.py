@@ -72,18 +72,13 @@ def _filled(node: tuple, arrays: Sequence[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tuple of arrays becomes the arguments of a call.
+    """How a tuple of arrays becomes the arguments of a call."""
 
-    Attributes:
-        names: of the arrays.
-        positional: a node for each positional argument: `("array", k)`, `("value", 3)`, or a container's kind, its
-            keys with their nodes, and for a class of its own an example.
-        keywords: likewise, by name.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of the arrays
+    # A node for each positional argument: `("array", k)`, `("value", 3)`, or a container's kind, its keys with their
+    # nodes, and for a class of its own an example
     positional: tuple = ()
-    keywords: Mapping[str, tuple] = field(default_factory=dict)
+    keywords: Mapping[str, tuple] = field(default_factory=dict)  # likewise, by name
 
     def filled(self, arrays: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return positional and keyword arguments."""
@@ -180,17 +175,12 @@ def outlined(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Call:
-    """How a side calls its module.
+    """How a side calls its module."""
 
-    Attributes:
-        kwargs: keyword arguments of every call.
-        adapter: `(call, *inputs, **inputs) -> outputs`, where `call` runs the module; None to run it directly.
-        layout: of the arrays; None where each is one positional argument.
-    """
-
-    kwargs: Mapping[str, Any]
+    kwargs: Mapping[str, Any]  # keyword arguments of every call
+    # `(call, *inputs, **inputs) -> outputs`, where `call` runs the module; None to run it directly
     adapter: Callable[..., Any] | None = None
-    layout: Layout | None = None
+    layout: Layout | None = None  # of the arrays; None where each is one positional argument
 
     def __call__(self, module: Callable[..., Any], arrays: Sequence[Any]) -> Any:
         """Run a module."""

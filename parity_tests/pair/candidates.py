@@ -29,42 +29,25 @@ _MOST_COMBINATIONS = 20  # of arrays of one shape that a fused one may hold
 
 @dataclass(frozen=True)
 class Unit:
-    """One array, or the arrays of repeated layers, which differ in one number of their names.
+    """One array, or the arrays of repeated layers, which differ in one number of their names."""
 
-    Attributes:
-        entry: the name, with `{k}` in the place of the number.
-        members: names, in the order of the number.
-        shape: of each.
-        spec: of the first.
-    """
-
-    entry: str
-    members: tuple[str, ...]
-    shape: Shape
-    spec: ParameterSpec = field(compare=False)
+    entry: str  # the name, with `{k}` in the place of the number
+    members: tuple[str, ...]  # names, in the order of the number
+    shape: Shape  # of each
+    spec: ParameterSpec = field(compare=False)  # of the first
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to map one torch unit.
+    """A way to map one torch unit."""
 
-    Attributes:
-        torch: the unit.
-        flax: the units that it may be; several for a fused array.
-        entries: pairs of a torch and a flax entry.
-        patterns: from the former to the latter, the conventional one first.
-        score: likeness of the names.
-        certain: whether the names say so.
-        fused: the side on which one array holds several, or empty.
-    """
-
-    torch: tuple[Unit, ...]
-    flax: tuple[Unit, ...]
-    entries: tuple[tuple[str, str], ...]
-    patterns: tuple[str, ...]
-    score: float
-    certain: bool
-    fused: str = ""
+    torch: tuple[Unit, ...]  # the unit
+    flax: tuple[Unit, ...]  # the units that it may be; several for a fused array
+    entries: tuple[tuple[str, str], ...]  # pairs of a torch and a flax entry
+    patterns: tuple[str, ...]  # from the former to the latter, the conventional one first
+    score: float  # likeness of the names
+    certain: bool  # whether the names say so
+    fused: str = ""  # the side on which one array holds several, or empty
 
     @functools.cached_property
     def members(self) -> frozenset[str]:

@@ -35,17 +35,11 @@ _NAMES = {dtype: name for name, dtype in _FORMATS.items()}
 
 @dataclass(frozen=True)
 class Stored:
-    """An array that is read when it is asked for.
+    """An array that is read when it is asked for."""
 
-    Attributes:
-        shape: of the array.
-        dtype: of the array.
-        read: the rows of a slice of its first axis.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[slice], np.ndarray]
+    shape: tuple[int, ...]  # of the array
+    dtype: np.dtype  # of the array
+    read: Callable[[slice], np.ndarray]  # the rows of a slice of its first axis
 
     def __getitem__(self, ranges: tuple[slice | int, ...]) -> np.ndarray:
         """Return a box, and read no other rows than its own."""

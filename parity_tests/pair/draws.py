@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.judge.dtypes import FORMATS, exactly, format_name, is_complex, is_float, is_inexact, roundoff, widened
+from parity_tests.judge.dtypes import (
+    FORMATS,
+    as_stored,
+    exactly,
+    format_name,
+    is_complex,
+    is_float,
+    is_inexact,
+    roundoff,
+    widened,
+)
 from parity_tests.judge.inputs import BIAS_SCALE, COTANGENT_SCALE, X_SCALE
 from parity_tests.pair.calls import Layout, outlined, position, taken_apart
 from parity_tests.pair.rules import Link
@@ -285,6 +295,27 @@ def draw_inputs(source: InputSource, seed: int, scale: Scale | None = None) -> I
     factors = {layout.index(key): factor for key, factor in by_key.items()}
     scaled = (factors.get(k, 1.0) * array if k in drawn else array for k, array in enumerate(arrays))
     return Inputs(tuple(scaled), layout, frozenset(drawn))
+
+
+def stored_apart(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Round drawn numbers to a storage dtype so that those near each other stay different.
+
+    Of equal numbers each library takes its own as the maximum, and shares the gradient out in its own way.
+    """
+    stored = as_stored(array, dtype)
+    if dtype.itemsize != 2 or not is_float(array):
+        return stored
+    most = round(4 / roundoff(stored))  # numbers of one slice: more would not find room around their own magnitude
+    sizes = np.cumprod(stored.shape[::-1])
+    length = int(max(sizes[sizes <= most], default=most))
+    flat, codes = array.ravel(), np.abs(stored).ravel().view(np.uint16)
+    for start in range(0, flat.size, length):
+        for negative in (False, True):
+            where = start + np.flatnonzero(np.signbit(flat[start : start + length]) == negative)
+            where = where[np.argsort(np.abs(flat[where]), kind="stable")]
+            steps = np.arange(where.size)  # wider than the codes
+            codes[where] = np.maximum.accumulate(codes[where] - steps) + steps
+    return np.copysign(codes.view(dtype).reshape(stored.shape), stored)
 
 
 def _called(source: Callable[[np.random.Generator], Arguments], rng: np.random.Generator) -> Arguments:

@@ -164,7 +164,7 @@ class Remarks:
         """Ask both sides which branches these values never took."""
         for key, side in self._pair.sides.items():
             try:
-                found = side.unexercised(values.parameters[key], values.inputs[key])
+                found = side.unexercised(*values.of(key))
             except _CANNOT as error:
                 self.notes[f"the branches of the {SHOWN[key]} side were not watched: {first_line(error)}"] = None
                 continue

@@ -27,23 +27,15 @@ INFERENCE = "without gradients, as in inference: "
 
 @dataclass
 class Evidence:
-    """Values of the semantic leg, from which the search for a cause starts.
+    """Values of the semantic leg, from which the search for a cause starts."""
 
-    Attributes:
-        values: stored in float32.
-        truths: by side, in torch names.
-        bounds: of float64 evaluations, by side and tensor; what rounded constants may move is part of them.
-        ensembles: by side, of float32 noise.
-        results: by side, what came out in float32.
-        random: sides whose output depends on a random state.
-    """
-
-    values: Values | None = None
-    truths: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    values: Values | None = None  # stored in float32
+    truths: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # by side, in torch names
+    # Of float64 evaluations, by side and tensor; what rounded constants may move is part of them
     bounds: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    ensembles: dict[str, Ensemble] = field(default_factory=dict)
-    results: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    random: tuple[str, ...] = ()
+    ensembles: dict[str, Ensemble] = field(default_factory=dict)  # by side, of float32 noise
+    results: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # by side, what came out in float32
+    random: tuple[str, ...] = ()  # sides whose output depends on a random state
 
     def limit(self, name: str) -> Any:
         """Return how far the two sides may lie apart in float64."""

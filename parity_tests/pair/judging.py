@@ -15,7 +15,7 @@ from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S, GREETING_S,
 from parity_tests.interpreters.process import ProcessError, clipped
 from parity_tests.pair.report import PairReport, PairRow, Tell
 from parity_tests.pair.trace import Place
-from parity_tests.report.interruption import Interruption
+from parity_tests.report.console import Interruption
 from parity_tests.report.text import located
 
 # Seconds in which an interpreter that the child starts must greet, or the child report that it did not.
@@ -26,17 +26,11 @@ _SHOWN_LINES = 20
 
 @dataclass(frozen=True)
 class Judgement:
-    """The outcome of a check in a process of its own.
+    """The outcome of a check in a process of its own."""
 
-    Attributes:
-        report: of what was compared; `stopped` says why it is not all.
-        interrupted: True if this process was asked to stop.
-        printed: the last lines that the pair's own code printed.
-    """
-
-    report: PairReport
-    interrupted: bool = False
-    printed: tuple[str, ...] = ()
+    report: PairReport  # of what was compared; `stopped` says why it is not all
+    interrupted: bool = False  # True if this process was asked to stop
+    printed: tuple[str, ...] = ()  # the last lines that the pair's own code printed
 
 
 def judge_apart(

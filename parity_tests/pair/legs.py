@@ -29,6 +29,7 @@ from parity_tests.pair.draws import (
     draw_inputs,
     draw_parameters,
     is_one_signed,
+    stored_apart,
 )
 from parity_tests.pair.layouts import Correspondence, Outputs, both_layouts, rearrangement
 from parity_tests.pair.mapping import ParameterMapping, Rule
@@ -164,7 +165,10 @@ class Pair:
                 f"inputs: expected the same arrays for every seed, got {', '.join(self.layout.names)} and "
                 f"{', '.join(found.layout.names)}; draw numbers, not the structure."
             )
-        inputs = tuple(as_stored(array, target) for array in found.arrays)
+        inputs = tuple(
+            stored_apart(array, target) if k in found.drawn else as_stored(array, target)
+            for k, array in enumerate(found.arrays)
+        )
         parameters = self.mapping.both({name: as_stored(array, target) for name, array in drawn.items()}, own)
         return Values(dtype, parameters, self._both_inputs(inputs), None)
 

@@ -36,6 +36,7 @@ _PARTS = ("torch", "jax", "pair")
 # By framework: the prefix of its arguments, and the class that wraps its modules.
 _WRAPPERS = {"torch": ("torch", "TorchSide"), "jax": ("flax", "JaxSide")}
 _LACKS = re.compile(r"No module named '(torch|jax|jaxlib|flax|numpy|ml_dtypes|safetensors|einops|scipy)\b")
+_EXTRAS = {"torch": "torch", "jax": "jax", "jaxlib": "jax", "flax": "jax", "einops": "pair", "scipy": "pair"}
 _METHODS = {name for name, value in vars(Side).items() if callable(value) and not name.startswith("_")}
 _RECORDS = {
     record.__name__: record for record in (ParameterSpec, Ensemble, Constants, Variant, Layout, Step, Change, Trace)
@@ -71,6 +72,13 @@ def names_in(spec: str) -> tuple[str, str]:
     return module_name, attribute
 
 
+def _lacked(error: BaseException) -> str:
+    """Say which extra brings the package that an import did not find; nothing of other packages and errors."""
+    found = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+    extra = _EXTRAS.get(str(found).partition(".")[0])
+    return f"; install the extra: pip install 'partitioned-linear[{extra}]'" if extra else ""
+
+
 def load_factory(spec: str, parts: tuple[str, ...] = _PARTS) -> Factory:
     """Import a factory.
 
@@ -87,11 +95,12 @@ def load_factory(spec: str, parts: tuple[str, ...] = _PARTS) -> Factory:
             module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"pair: expected a module that can be imported, got {module_name!r} ({error}); check the name and the path."
+            f"pair: expected a module that can be imported, got {module_name!r} ({error})"
+            f"{_lacked(error) or '; check the name and the path'}."
         ) from None
     except (Exception, SystemExit) as error:
         raise ValueError(
-            f"pair: expected a module that can be imported, got one that raised {located(error)}."
+            f"pair: expected a module that can be imported, got one that raised {located(error)}{_lacked(error)}."
         ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
@@ -142,7 +151,9 @@ def build(factory: Factory, parts: tuple[str, ...] = _PARTS) -> dict[str, Any]:
         with _seeded_initialisation(parts):
             built = [call() for call in calls]
     except (Exception, SystemExit) as error:
-        raise ValueError(f"pair: expected a factory that returns, got one that raised {located(error)}.") from error
+        raise ValueError(
+            f"pair: expected a factory that returns, got one that raised {located(error)}{_lacked(error)}."
+        ) from error
     for result in built:
         if not isinstance(result, dict):
             raise ValueError(
@@ -164,6 +175,12 @@ def make_side(framework: str, arguments: Mapping[str, Any], device: str) -> Side
     module = arguments.get(f"{prefix}_module")
     if module is None:
         raise ValueError(f"{prefix}_module: expected a module or a function, got None; pass one.")
+    if not framework_available(framework):
+        raise ModuleNotFoundError(
+            f"{prefix}_module: expected {framework} for this side, got none in this interpreter; "
+            f"install the extra: pip install 'partitioned-linear[{framework}]'.",
+            name=framework,
+        )
     wrap = getattr(importlib.import_module(f"parity_tests.frameworks.{framework}.pair"), wrapper)
     return wrap(module, *(arguments.get(f"{prefix}_{name}") for name in ("kwargs", "params", "call")), device)
 

@@ -8,7 +8,7 @@ has another place, and the search goes on from there.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -176,7 +176,8 @@ def first_segment(search: Search, healing: bool = True) -> Segment | None:
         torch, flax = torch or ends["torch"], flax or ends["jax"]
     if not torch or not flax:
         return None
-    segment = Segment((min(torch),), (min(flax),), Place("", ""))
+    firsts = [_reading(trace, steps) for trace, steps in ((search.torch, torch), (search.flax, flax))]
+    segment = Segment((firsts[0],), (firsts[1],), Place("", ""))
     if found := _healed(search, sorted(torch), sorted(flax)) if healing else None:
         step, end, change, everything = found
         producer = search.flax.producers()[end[1]]
@@ -312,6 +313,11 @@ def _place(search: Search, segment: Segment, healed: str) -> Place:
 def _first(trace: Trace, steps: Sequence[int]) -> int:
     """Return the first operation that is more than a view."""
     return next((step for step in steps if trace.steps[step].operation not in VIEWS), steps[0])
+
+
+def _reading(trace: Trace, steps: Collection[int]) -> int:
+    """Return the first operation that reads a value: an array of zeros that one side alone starts from is no place."""
+    return min((step for step in steps if trace.steps[step].reads), default=min(steps))
 
 
 def _is_backward(search: Search, segment: Segment) -> bool:

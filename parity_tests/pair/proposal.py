@@ -22,19 +22,12 @@ _DECIDE = "decide by the order in which both modules use them, or try modules of
 
 @dataclass(frozen=True)
 class Proposal:
-    """Rules to look at, correct and pass to `check_pair`, as they are or as they are printed.
+    """Rules to look at, correct and pass to `check_pair`, as they are or as they are printed."""
 
-    Attributes:
-        rules: complete if nothing is left.
-        ambiguities: sentences about choices that shapes and names do not decide.
-        left: parameters for which no counterpart was found, by side.
-        by_execution: those of the rules that only the order of execution decided.
-    """
-
-    rules: tuple[Rule, ...]
-    ambiguities: tuple[str, ...]
-    left: tuple[str, ...]
-    by_execution: tuple[Rule, ...] = ()
+    rules: tuple[Rule, ...]  # complete if nothing is left
+    ambiguities: tuple[str, ...]  # sentences about choices that shapes and names do not decide
+    left: tuple[str, ...]  # parameters for which no counterpart was found, by side
+    by_execution: tuple[Rule, ...] = ()  # those of the rules that only the order of execution decided
 
     def __str__(self) -> str:
         """Return the rules as Python, with the doubts as comments."""

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from parity_tests.interpreters.interpreter import DEFAULT_TIMEOUT_S
-from parity_tests.judge.records import ParityRow, Summary, environment, summarize, write_json
+from parity_tests.judge.records import ParityRow, Summary, environment, junit_document, summarize, write_json
 from parity_tests.pair.trace import Place
 from parity_tests.report.files import write_text
 from parity_tests.report.html import html_document
-from parity_tests.report.junit import junit_document
 from parity_tests.report.text import printable
 
 # A listener for the steps of a check, a text each, and for its rows.
@@ -35,45 +34,32 @@ CALIBRATED = (
 
 @dataclass(frozen=True, kw_only=True)
 class PairRow(ParityRow):
-    """One comparison of a pair.
+    """One comparison of a pair."""
 
-    Attributes:
-        rung: `weights` (bitwise), `forward`, `gradients` or `state` (buffers that a call updates).
-        bound: `exact` (bitwise), `calibrated`, `skipped` where a framework cannot run the dtype, or `undecided`
-            where there is no truth or no bound to judge by: such a row neither holds nor shows a difference, and its
-            status is that of a mismatch because the pair is not shown to hold.
-    """
-
-    rung: str
+    rung: str  # `weights` (bitwise), `forward`, `gradients` or `state` (buffers that a call updates)
+    # `exact` (bitwise), `calibrated`, `skipped` where a framework cannot run the dtype, or `undecided` where there is
+    # no truth or no bound to judge by: such a row neither holds nor shows a difference, and its status is that of a
+    # mismatch because the pair is not shown to hold
     bound: str
 
 
 @dataclass(frozen=True)
 class PairReport:
-    """The rows of a check and its outcome.
+    """The rows of a check and its outcome."""
 
-    Attributes:
-        name: of the pair.
-        rows: one per leg, subject and tensor.
-        not_compared: buffers without counterpart, with a word where a call updates them, and blocks held at zero.
-        likely_cause: one sentence, empty if all holds or no hypothesis fits.
-        places: where the models part, in order of execution; empty if all holds or it is not known.
-        unmatched: modules of either side none of whose values the other side has.
-        ladder: the torch modules in order of execution with their Flax names, each with `agrees`, `differs` or `place`.
-        random: True if a side draws random numbers, which ends the check before any dtype.
-        stopped: why the check did not come to its end, one sentence; empty if it did.
-        notes: what a reader must know: operations with a generic rounding model or a coarse accumulator, ...
-    """
-
-    name: str
-    rows: Sequence[PairRow]
+    name: str  # of the pair
+    rows: Sequence[PairRow]  # one per leg, subject and tensor
+    # Buffers without counterpart, with a word where a call updates them, and blocks held at zero
     not_compared: tuple[str, ...] = ()
-    likely_cause: str = ""
+    likely_cause: str = ""  # one sentence, empty if all holds or no hypothesis fits
+    # What a reader must know: operations with a generic rounding model or a coarse accumulator,
     notes: tuple[str, ...] = ()
-    random: bool = False
-    stopped: str = ""
+    random: bool = False  # True if a side draws random numbers, which ends the check before any dtype
+    stopped: str = ""  # why the check did not come to its end, one sentence; empty if it did
+    # Where the models part, in order of execution; empty if all holds or it is not known
     places: tuple[Place, ...] = ()
-    unmatched: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()  # modules of either side none of whose values the other side has
+    # The torch modules in order of execution with their Flax names, each with `agrees`, `differs` or `place`
     ladder: tuple[tuple[str, str, str], ...] = ()
 
     @property

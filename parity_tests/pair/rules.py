@@ -40,30 +40,19 @@ class Link:
 
     Of an expression such as `bias_ih + bias_hh` or `1 + scale`, every block has a link of its own: the block on the
     other side holds `offset + sum(factor * block)`.
-
-    Attributes:
-        torch: None for a flax block without counterpart.
-        flax: None for a torch block without counterpart.
-        pattern: from the one to the other; None without counterpart.
-        text: the rule.
-        keep: True if the values stay as they are, on either side; a block without counterpart is at zero otherwise.
-        tied: the side on which the block is linked elsewhere too: its other links hold the same numbers.
-        expression: the side on which the expression stands; empty for equal numbers.
-        factor: of the block in the expression.
-        offset: of the expression.
-        part: the place of the block in the expression.
     """
 
-    torch: Block | None
-    flax: Block | None
-    pattern: AxisPattern | None
-    text: str
+    torch: Block | None  # None for a flax block without counterpart
+    flax: Block | None  # None for a torch block without counterpart
+    pattern: AxisPattern | None  # from the one to the other; None without counterpart
+    text: str  # the rule
+    # True if the values stay as they are, on either side; a block without counterpart is at zero otherwise
     keep: bool = False
-    tied: str = ""
-    expression: str = ""
-    factor: float = 1.0
-    offset: float = 0.0
-    part: int = 0
+    tied: str = ""  # the side on which the block is linked elsewhere too: its other links hold the same numbers
+    expression: str = ""  # the side on which the expression stands; empty for equal numbers
+    factor: float = 1.0  # of the block in the expression
+    offset: float = 0.0  # of the expression
+    part: int = 0  # the place of the block in the expression
 
 
 def _boxes(blocks: Sequence[Block], shape: tuple[int, ...]) -> np.ndarray:

@@ -38,18 +38,13 @@ CANNOT_RUN = (
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One array of a module.
+    """One array of a module."""
 
-    Attributes:
-        value: as the module holds it before anything is drawn; gives the shape, the dtype and the scale.
-        trainable: True for a parameter that gradients are taken of, False for a frozen one and for a buffer (a running
-            statistic, a mask).
-        frozen: True for a parameter that the module itself keeps out of training (`requires_grad=False`).
-    """
-
-    value: np.ndarray
+    value: np.ndarray  # as the module holds it before anything is drawn; gives the shape, the dtype and the scale
+    # True for a parameter that gradients are taken of, False for a frozen one and for a buffer (a running statistic, a
+    # mask)
     trainable: bool
-    frozen: bool = False
+    frozen: bool = False  # True for a parameter that the module itself keeps out of training (`requires_grad=False`)
 
     @property
     def kind(self) -> str:
@@ -59,52 +54,34 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """A rounding-noise ensemble around a float64 run, tensor by tensor.
+    """A rounding-noise ensemble around a float64 run, tensor by tensor."""
 
-    Attributes:
-        centre: the run without noise.
-        spread: root mean square of the deviations of `members` runs from the centre.
-        kinks: largest deviation of the runs with `KINK_AMPLITUDE` times the noise, see `calibration`.
-        members: how many runs `spread` is estimated from.
-        notes: operations that got a generic rounding model, or a coarse accumulator because they were measured to.
-    """
-
-    centre: Arrays
-    spread: Arrays
-    kinks: Arrays
-    members: int
+    centre: Arrays  # the run without noise
+    spread: Arrays  # root mean square of the deviations of `members` runs from the centre
+    kinks: Arrays  # largest deviation of the runs with `KINK_AMPLITUDE` times the noise, see `calibration`
+    members: int  # how many runs `spread` is estimated from
+    # Operations that got a generic rounding model, or a coarse accumulator because they were measured to
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Constants:
-    """Constants that were rounded before a call, and the distance by which they may move a side's results.
+    """Constants that were rounded before a call, and the distance by which they may move a side's results."""
 
-    Attributes:
-        spread: root mean square of the results' deviations when every such constant moves by its roundoff; empty where
-            there are none.
-        stored: arrays of unknown history: a module's buffers, what its code has captured.
-        literals: numbers in code that a narrow format has rounded.
-        members: how many runs `spread` is estimated from.
-    """
-
+    # Root mean square of the results' deviations when every such constant moves by its roundoff; empty where there are
+    # none
     spread: Arrays
-    stored: tuple[str, ...] = ()
-    literals: tuple[str, ...] = ()
-    members: int = 0
+    stored: tuple[str, ...] = ()  # arrays of unknown history: a module's buffers, what its code has captured
+    literals: tuple[str, ...] = ()  # numbers in code that a narrow format has rounded
+    members: int = 0  # how many runs `spread` is estimated from
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A hypothesis that a side can try on itself.
+    """A hypothesis that a side can try on itself."""
 
-    Attributes:
-        name: passed back to `Side.truth`.
-        sentence: what is true if the variant agrees with the other side.
-    """
-
-    name: str
-    sentence: str
+    name: str  # passed back to `Side.truth`
+    sentence: str  # what is true if the variant agrees with the other side
 
 
 class Side(Protocol):
@@ -219,7 +196,9 @@ class Side(Protocol):
         """Return the outputs that the last call has returned as numbers of Python, which have no gradient."""
         ...
 
-    def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
+    def unexercised(
+        self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None
+    ) -> tuple[str, ...]:
         """Return branches of clamps, selections and comparisons that no value takes in float64, as sentences."""
         ...
 
@@ -259,19 +238,12 @@ def updated(arrays: Arrays, before: Arrays) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Branch:
-    """One branch of an operation.
+    """One branch of an operation."""
 
-    Attributes:
-        what: that takes it, as "a value above 20".
-        taken: whether anything did.
-        bound: where it begins, or None where it is no matter of size.
-        above: whether it lies above its bound.
-    """
-
-    what: str
-    taken: bool
-    bound: float | None = None
-    above: bool = True
+    what: str  # that takes it, as "a value above 20"
+    taken: bool  # whether anything did
+    bound: float | None = None  # where it begins, or None where it is no matter of size
+    above: bool = True  # whether it lies above its bound
 
 
 @dataclass

@@ -19,6 +19,7 @@ CONSTANT = "constant:"  # before the number of a value that was there before a r
 FEATURES = 5  # sums of v, |v|, v^2, |v|^3, v^3
 _SIZES = (1, 1, 2, 3, 3)  # the sums of moduli that errors of these are relative to
 _SIZE_FEATURE = {1: 1, 2: 2, 3: 3}
+TIMES = "times "  # begins an alternative's name: the result times the number that follows
 ARGUMENT = "argument"  # in the place of an alternative's name: what an operation reads, not what it makes
 # Operations of torch that rearrange what they read: no value is replaced at them.
 # fmt: off
@@ -112,6 +113,13 @@ class Trace:
                 return ""
             value = reads[0]
         return names[value].removeprefix(_PARAMETER)
+
+    def is_parameter(self, value: int) -> bool:
+        """Tell whether a value is a parameter, as it stands or seen otherwise: its rows, in another order, are not."""
+        producers, own = self._producers, {n for name, n in self.sources.items() if name.startswith(_PARAMETER)}
+        while value not in own and value in producers and self.steps[producers[value]].operation in VIEWS:
+            value = self.steps[producers[value]].reads[0]
+        return value in own
 
     @functools.cached_property
     def _producers(self) -> dict[int, int]:

@@ -1,12 +1,20 @@
 """Print to a terminal on which every string is text: parity rows, and the end of a command that cannot write there."""
 
+import contextlib
+import dataclasses
+import functools
+import inspect
 import io
 import os
+import signal
 import sys
+import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
+from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +23,8 @@ from parity_tests.judge.records import ParityRow, Summary
 from parity_tests.judge.tolerance import FALSE_ALARM_RATE, PRECISION_OF_DTYPE
 from parity_tests.report.files import OutputError
 from parity_tests.report.text import printable
+
+PAIR_PACKAGES = ("einops", "scipy")  # of the extra `pair`
 
 
 class PlainConsole(Console):
@@ -56,6 +66,15 @@ def run_application(application: Callable[..., Any], name: str) -> None:
         _silence()
         print(f"{name.split()[-1]}: {error}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name not in PAIR_PACKAGES:
+            raise
+        extra = f"install the extra: {sys.executable} -m pip install 'partitioned-linear[pair]'"
+        print(
+            f"{name.split()[-1]}: expected {' and '.join(PAIR_PACKAGES)}, got no {error.name}; {extra}.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except SystemExit:
         try:
             sys.stdout.flush()
@@ -65,11 +84,61 @@ def run_application(application: Callable[..., Any], name: str) -> None:
         raise
 
 
+def ending(
+    command: Callable[..., int],
+    mistakes: tuple[type[Exception], ...] = (),
+    complain: Callable[[Exception], int] | None = None,
+) -> Callable[..., None]:
+    """Return a command for typer of one that returns its exit status; `complain` turns mistakes into one."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            status = command(*arguments, **options)
+        except mistakes as error:
+            assert complain is not None  # it comes with the mistakes
+            status = complain(error)
+        raise typer.Exit(status)
+
+    return run
+
+
 def _silence() -> None:
     """Let Python end without another try to write, which would say so in lines of its own."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)
+
+
+def takes(options: type) -> Callable[[Callable[[Any], int]], Callable[..., int]]:
+    """Return a decorator that lets typer make a command of a function of one object of options.
+
+    Args:
+        options: a dataclass; its fields are the command's options, the required ones first.
+    """
+    hints = get_type_hints(options, include_extras=True)
+    many = {name for name, hint in get_type_hints(options).items() if hint == tuple[str, ...]}
+
+    def parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
+        hint, default = hints[field.name], None if field.name in many else field.default
+        said = hint.__metadata__[0] if get_origin(hint) is Annotated else typer.Option(**field.metadata["typer"])
+        plain = hint.__origin__ if get_origin(hint) is Annotated else hint
+        hint = Annotated[list[str] | None if field.name in many else plain, said]
+        default = inspect.Parameter.empty if default is dataclasses.MISSING else default
+        return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+    def decorate(function: Callable[[Any], int]) -> Callable[..., int]:
+        def command(**given: Any) -> int:
+            return function(
+                options(**{name: tuple(value or ()) if name in many else value for name, value in given.items()})
+            )
+
+        parameters = sorted(map(parameter, dataclasses.fields(options)), key=lambda one: one.default is not one.empty)
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
 
 
 # --- parity rows ---
@@ -156,3 +225,80 @@ def print_report(console: PlainConsole, rows: Sequence[ParityRow], summary: Summ
         f"{summary.compared} compared, {summary.passed} passed, {summary.failed} failed, {summary.skipped} skipped:",
         Text(verdict, "green" if summary.ok else "red"),
     )
+
+
+# --- the end that a user asks for ---
+
+INTERRUPTED = 130
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_Item = TypeVar("_Item")
+
+
+class Interruption:
+    """Tell if the user asked for an end, and decide what a signal does now.
+
+    Attributes:
+        asked: True from the first signal on.
+        held: set while something is in hand that must not be lost: a signal is then only remembered, for `check`.
+    """
+
+    def __init__(self, *, polled: bool = False) -> None:
+        self.asked = self.held = False
+        self._polled = polled
+        self._settled = False
+        self._late = False
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if the user asked for an end and the exception was lost.
+
+        Python's own is raised wherever the program happens to be; in a finaliser or a callback of a library it is
+        printed or dropped, or becomes another one, and the work would go on.
+        """
+        if self.asked and not self._settled:
+            raise KeyboardInterrupt
+
+    def settle(self) -> None:
+        """Begin the writing of files, which must be finished: from here on a signal is only remembered.
+
+        Call it where the work ends, within the `try` that expects KeyboardInterrupt. A signal that came after all the
+        work was done ends the program when the files are there.
+        """
+        self._settled = True
+
+    def until_asked(self, items: Iterable[_Item]) -> Iterator[_Item]:
+        """Yield items until the user asks for an end: for work that a signal does not end halfway through an item."""
+        for item in items:
+            if self.asked:
+                return
+            yield item
+
+    def finish(self) -> None:
+        """Raise KeyboardInterrupt if the first signal came after the work."""
+        if self._late:
+            raise KeyboardInterrupt
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Answer a signal."""
+        first, self.asked = not self.asked, True
+        self._late |= first and self._settled
+        # In impatience a user sends a second one: it must not cost the files, but end what only polls.
+        if not (self._settled or self.held) and first != self._polled:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def interruptible(*, polled: bool = False) -> Iterator[Interruption]:
+    """Let the first Ctrl-C or SIGTERM end the work in order: KeyboardInterrupt is raised once, later ones are ignored.
+
+    With `polled`, the first one is only remembered, for `until_asked`; a second one raises.
+    """
+    interruption = Interruption(polled=polled)
+    # Only the main thread may set a handler, and only it is interrupted.
+    own = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, interruption.handle) for number in _SIGNALS} if own else {}
+    try:
+        yield interruption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    interruption.finish()

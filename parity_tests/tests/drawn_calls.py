@@ -18,8 +18,7 @@ import numpy as np
 from parity_tests.judge.comparison import compare
 from parity_tests.judge.dtypes import STORAGE_DTYPES
 from parity_tests.judge.inputs import Case, Inputs, draw_inputs
-from parity_tests.judge.oracle import reference
-from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, declared_arithmetic
+from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, Arithmetic, declared_arithmetic, reference
 
 # Few shapes, since JAX compiles for each: ordinary ones, and those in which one axis can be taken for another.
 CASES = (

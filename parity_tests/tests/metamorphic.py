@@ -11,9 +11,8 @@ import numpy as np
 from parity_tests.judge.comparison import compare, compare_pair, compare_with_limit, pair_limits
 from parity_tests.judge.dtypes import FORMATS, numpy_dtype
 from parity_tests.judge.inputs import Inputs
-from parity_tests.judge.oracle import reference
 from parity_tests.judge.subjects import Subject, arithmetic_of
-from parity_tests.judge.tolerance import bound
+from parity_tests.judge.tolerance import bound, reference
 
 Check = Callable[[Subject, Inputs], list[str]]
 

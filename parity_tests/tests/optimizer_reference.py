@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from parity_tests.training.optimizers import CLIP_EPSILON, OptimizerSpec
+from parity_tests.training.tasks import CLIP_EPSILON, OptimizerSpec
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -47,17 +47,16 @@ TWINS = {
     "parameters.py": ("_check_version", "_deserialized"),
 }
 LONGEST, SHORTEST = 400, 40
-MOST_FILES = 257
+MOST_FILES = 259
 # Files below the shortest length, each with the name by which a reader looks for it. Packages, their entries and the
 # implementations of the table need no reason.
 SHORT = {
-    "bench/past_names.py": "names in records of earlier commits",
-    "parity_tests/judge/precisions.py": "the one vocabulary of precisions",
     "parity_tests/pair/plugin.py": "the pytest plugin",
     "torch_impl/selection.py": "what auto means, the twin of JAX's room",
 }
 # Files that only one framework's folder of the judge has.
 OF_ONE_FRAMEWORK = {
+    "modes.py": "arrays and modules of torch, which many need, beside its modes; JAX's modes lie with its subjects",
     "alternatives.py": "what single operations may have been meant to do is tried on the torch side",
     "norm_alternatives.py": "likewise, of norms",
     "window_alternatives.py": "likewise, of convolutions and pools",

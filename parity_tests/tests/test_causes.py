@@ -11,12 +11,10 @@ from parity_tests.defects.subject import DEFECTS, plant
 from parity_tests.defects.training import TRAINING_DEFECTS, observe_training
 from parity_tests.judge.comparison import compare, missing_tensors
 from parity_tests.judge.inputs import Case, draw_inputs
-from parity_tests.judge.oracle import reference
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available
-from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
+from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, declared_arithmetic, reference
 from parity_tests.training.ladder import RUNGS, LadderSide, climb, load_side
-from parity_tests.training.optimizers import OPTIMIZERS
-from parity_tests.training.tasks import partitioned_mlp
+from parity_tests.training.tasks import OPTIMIZERS, partitioned_mlp
 
 CASE = Case("causes", (24,), 3, 16, 16)
 BY_NAME = {defect.name: defect for defect in DEFECTS}

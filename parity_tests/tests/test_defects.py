@@ -21,13 +21,12 @@ from parity_tests.defects.layer import (
 from parity_tests.defects.subject import CASE, DEFECTS, observe
 from parity_tests.defects.training import TRAINING_DEFECTS
 from parity_tests.judge.inputs import Case, draw_inputs
-from parity_tests.judge.oracle import reference
-from parity_tests.judge.records import environment, summarize
+from parity_tests.judge.records import environment, junit_document, summarize
 from parity_tests.judge.run import judge, run_cells, too_dense
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available, load_subjects
+from parity_tests.judge.tolerance import reference
 from parity_tests.report.console import PlainConsole, print_report
 from parity_tests.report.html import html_document
-from parity_tests.report.junit import junit_document
 
 HEALTHY = {
     f"{framework}-{subject.implementation}": subject

@@ -12,11 +12,10 @@ from parity_tests.judge.comparison import compare
 from parity_tests.judge.dtypes import FORMATS
 from parity_tests.judge.fingerprint import entitlement, fingerprint_of, fuses_bias, take_fingerprint
 from parity_tests.judge.inputs import Case, draw_inputs
-from parity_tests.judge.oracle import reference
 from parity_tests.judge.records import environment
 from parity_tests.judge.run import judge, observed_class, run_cells
 from parity_tests.judge.subjects import DEFAULT_MODES, FRAMEWORKS, arithmetic_of, framework_available, load_subjects
-from parity_tests.judge.tolerance import declared_arithmetic
+from parity_tests.judge.tolerance import declared_arithmetic, reference
 from parity_tests.tests.numpy_subject import NumpySubject
 
 INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framework)]

@@ -8,9 +8,8 @@ from parity_tests.judge.dtypes import STORAGE_DTYPES
 from parity_tests.judge.exact import check_isolation, check_lattice, check_wide_lattice, lattice_limit
 from parity_tests.judge.fingerprint import observed_precision, take_fingerprint
 from parity_tests.judge.inputs import Case, draw_inputs
-from parity_tests.judge.oracle import reference
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available, load_subjects
-from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, declared_arithmetic
+from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, declared_arithmetic, reference
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

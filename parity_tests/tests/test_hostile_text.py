@@ -10,11 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from parity_tests.__main__ import app
-from parity_tests.judge.records import ParityRow, environment, summarize, write_json
+from parity_tests.judge.records import ParityRow, environment, junit_document, summarize, write_json
 from parity_tests.pair.report import PairReport, PairRow
 from parity_tests.report.console import PlainConsole, print_report
 from parity_tests.report.html import Curves, html_document
-from parity_tests.report.junit import junit_document
 from parity_tests.report.text import csv_cell, json_text, markdown_line, markdown_text, printable
 
 # What a terminal, Markdown, HTML, SVG, rich, the blocks of a page, a spreadsheet, XML and JSON would obey, or refuse.

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from parity_tests.judge.dtypes import STORAGE_DTYPES
 from parity_tests.judge.exact import lattice_limit
 from parity_tests.judge.inputs import Case, draw_inputs, draw_lattice
-from parity_tests.judge.oracle import reference
 from parity_tests.judge.run import judge
 from parity_tests.judge.subjects import (
     FRAMEWORKS,
@@ -22,6 +21,7 @@ from parity_tests.judge.subjects import (
     load_subjects,
     release_programs,
 )
+from parity_tests.judge.tolerance import reference
 from parity_tests.tests.metamorphic import LATTICE_CHECKS, RANDOM_CHECKS, check_one_partition, check_permutation
 from parity_tests.tests.plain_linear import load_plain_linear
 

@@ -15,7 +15,6 @@ import pytest
 
 from parity_tests.judge.exact import check_isolation, check_lattice
 from parity_tests.judge.inputs import FULL, Case, draw_inputs
-from parity_tests.judge.oracle import reference
 from parity_tests.judge.run import count_cells, judge, run_cells
 from parity_tests.judge.subjects import (
     COUNTERPARTS,
@@ -31,6 +30,7 @@ from parity_tests.judge.subjects import (
     shards_of,
     split_members,
 )
+from parity_tests.judge.tolerance import reference
 from parity_tests.tests.metamorphic import RANDOM_CHECKS
 
 ROOT = Path(__file__).resolve().parents[2]

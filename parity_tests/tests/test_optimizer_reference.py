@@ -5,7 +5,7 @@ import pytest
 
 from parity_tests.judge.subjects import framework_available
 from parity_tests.tests.optimizer_reference import ReferenceState, reference_step
-from parity_tests.training.optimizers import OPTIMIZERS, optimizer
+from parity_tests.training.tasks import OPTIMIZERS, optimizer
 
 STEPS = 3
 SHAPES = {"weight": (2, 3, 4), "bias": (2, 4)}

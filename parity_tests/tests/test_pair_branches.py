@@ -24,13 +24,13 @@ X = np.linspace(-2.0, 2.0, 24, dtype=np.float32).reshape(4, 6)
 
 def torch_sentences(function, *inputs):
     side = TorchSide(function, initial={"w": np.ones(6, np.float32)})
-    return side.unexercised({"w": np.ones(6, np.float32)}, inputs)
+    return side.unexercised({"w": np.ones(6, np.float32)}, inputs, None)
 
 
 def flax_sentences(function, *inputs):
     side = JaxSide(function, initial={"w": np.ones(6, np.float32)})
     side.parameters(inputs)
-    return side.unexercised({"w": np.ones(6, np.float32)}, inputs)
+    return side.unexercised({"w": np.ones(6, np.float32)}, inputs, None)
 
 
 def met(sentences):
@@ -237,3 +237,35 @@ def test_the_other_format_of_16_bits_is_told():
         same = make(lambda p, x: x @ p["w"], initial=p)
         same.parameters((x,))
         assert same.wider_operations(p, (x,), "float16") == ()
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.sign(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * (x.abs() <= 3.0)
+
+
+def test_a_branch_of_a_backward_pass_of_ones_own_is_told():
+    @jax.custom_vjp
+    def sign(x):
+        return jnp.sign(x)
+
+    sign.defvjp(lambda x: (jnp.sign(x), x), lambda x, gradient: (gradient,))
+    pair = {"torch_params": {"w": torch.ones(3)}, "flax_params": {"w": jnp.ones(3)}, "params": [("w", "w")]}
+    x = np.linspace(-0.5, 0.6, 6, dtype=np.float32).reshape(2, 3)
+
+    def judged(x, torch_side):
+        return check_pair(**pair, torch_module=torch_side, flax_module=lambda p, x: sign(x) * p["w"], inputs=(x,))
+
+    near = judged(x, lambda p, x: Sign.apply(x) * p["w"])
+    assert near.ok
+    assert any("comparison <= 3" in note for note in near.notes)
+    assert not judged(10 * x, lambda p, x: Sign.apply(x) * p["w"]).ok
+    # What torch derives by itself has no branches of the user's.
+    assert not any("comparison" in note for note in judged(x, lambda p, x: torch.sign(x) * p["w"]).notes)

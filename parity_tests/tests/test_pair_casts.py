@@ -22,7 +22,7 @@ from parity_tests.pair.calibration import (
     constants_bound,
     moved_constant,
 )
-from parity_tests.pair.draws import draw_like, draw_parameters
+from parity_tests.pair.draws import draw_like, draw_parameters, stored_apart
 from parity_tests.pair.mapping import ParameterMapping
 from parity_tests.pair.side import ParameterSpec
 
@@ -39,6 +39,19 @@ def test_only_one_file_of_the_judge_casts():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "astype"
     ]
     assert offenders == []
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_drawn_numbers_of_a_narrow_format_are_not_equal(dtype):
+    """A maximum of equal numbers has no gradient that both libraries agree on."""
+    numbers = np.random.default_rng(0).standard_normal((3, 5, 100))
+    rounded, apart = as_stored(numbers, np.dtype(dtype)), stored_apart(numbers, np.dtype(dtype))
+    assert len(np.unique(rounded[0])) < rounded[0].size
+    assert all(len(np.unique(each)) == each.size for each in apart)
+    np.testing.assert_array_equal(np.signbit(apart), np.signbit(numbers))
+    np.testing.assert_allclose(apart, numbers, rtol=0.2, atol=0.01)
+    single = np.float32([1.0, 1.0])
+    np.testing.assert_array_equal(stored_apart(single, single.dtype), single)
 
 
 @pytest.mark.parametrize(

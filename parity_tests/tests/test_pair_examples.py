@@ -9,8 +9,8 @@ pytest.importorskip("scipy", reason="scipy is not installed here")
 pytest.importorskip("torch", reason="torch is not installed here")
 pytest.importorskip("flax", reason="flax is not installed here")
 
+from parity_tests.commands.pair import BEGIN, END, by_default, default_differences, readme_block, with_block
 from parity_tests.pair.examples import EXAMPLES
-from parity_tests.pair.overview import BEGIN, END, by_default, default_differences, readme_block, with_block
 
 PAGE = Path(__file__).resolve().parents[1] / "README.md"
 CAUSES = {

@@ -34,6 +34,12 @@ def test_a_formula_is_found_in_any_arrangement_and_gives_the_numbers(other, word
     np.testing.assert_allclose(found[said], other, rtol=1e-12)
 
 
+def test_another_slope_is_a_formula():
+    own = X - 1.0
+    other = np.where(own < 0, 0.2 * own, own)
+    assert np.allclose(dict(formulas(own, other.T))["0.2 times as large where it is negative (another slope)"], other)
+
+
 def test_complex_numbers_have_factors_and_conjugates():
     z = X + 1j * X[::-1, ::-1]
     for other, words in ((z.conj(), "conjugate"), (z / 3, "0.333333 times")):
@@ -89,6 +95,7 @@ def test_a_module_borrows_the_parameters_of_its_like():
 
 T = 4 * torch.as_tensor(np.random.default_rng(2).standard_normal((2, 3, 6, 5)))
 K = torch.as_tensor(np.random.default_rng(3).standard_normal((3, 2, 3, 3)))
+GROUPED = torch.cat([T, -T[:, :1]], 1)
 _CROPPED = (T, K, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1)
 
 
@@ -116,6 +123,67 @@ _CROPPED = (T, K, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1)
         ("convolution", _CROPPED, "the flax side [0, 2]", F.conv_transpose2d(T, K, stride=2)[:, :, 0:11, 2:11]),
         ("constant_pad_nd", (T, [2, 0], 0.0), "the flax side 1 before and 1 after", F.pad(T, (1, 1))),
         ("upsample_nearest2d", (T, [12, 10]), "by bilinear with align_corners=True", "resized"),
+        (
+            *(
+                "reflection_pad2d",
+                (T, [2, 1, 2, 1]),
+                "(reflect), the flax side with the values at the border (replicate).",
+            ),
+            F.pad(T, (2, 1, 2, 1), mode="replicate"),
+        ),
+        (
+            *(
+                "constant_pad_nd",
+                (T, [2, 1]),
+                "zeros, the flax side with reflections with the border itself (symmetric).",
+            ),
+            torch.as_tensor(np.pad(T, [(0, 0)] * 3 + [(2, 1)], mode="symmetric")),
+        ),
+        (
+            *("convolution", (T[:, :2], K, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)),
+            "the flax side with reflections (reflect).",
+            F.conv2d(F.pad(T[:, :2], (1, 1, 1, 1), mode="reflect"), K),
+        ),
+        (
+            "convolution",
+            (F.pad(T[:, :2], (1, 1, 1, 1), mode="circular"), K, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+            "other end (circular), the flax side with zeros.",
+            F.conv2d(T[:, :2], K, padding=1),
+        ),
+        (
+            *("convolution", (GROUPED, K[[0, 1, 2, 0]], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 2)),
+            "neighbours as inputs of a group",
+            F.conv2d(GROUPED[:, [0, 2, 1, 3]], K[[0, 1, 2, 0]], groups=2),
+        ),
+        (
+            *("convolution", (GROUPED, K[[0, 1, 2, 0]], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 2)),
+            "neighbours as outputs of a group",
+            F.conv2d(GROUPED, K[[0, 1, 2, 0]], groups=2)[:, [0, 2, 1, 3]],
+        ),
+        ("_adaptive_avg_pool2d", (T, [4, 2]), "averages, the flax side maxima", F.adaptive_max_pool2d(T, (4, 2))),
+        (
+            *("adaptive_max_pool2d", (T, [4, 2]), "windows of equal length that do not overlap"),
+            F.max_pool2d(T[:, :, :4, :4], (1, 2)),
+        ),
+        (
+            *("upsample_linear1d", (T[0], [9], False), "by nearest."),
+            F.interpolate(T[0], size=9, mode="nearest"),
+        ),
+        (
+            *("upsample_bilinear2d", (T, [3, 2], False), "bilinear with antialias"),
+            F.interpolate(T, size=(3, 2), mode="bilinear", antialias=True),
+        ),
+        ("leaky_relu", (T, 0.2), "slope: the torch side's leaky_relu has 0.2, the flax side's 0.01.", F.leaky_relu(T)),
+        ("relu", (T,), "the flax side quick gelu.", T * (1.702 * T).sigmoid()),
+        ("huber_loss", (T, -T, 1, 1.5), "1.5, the flax side's 0.5.", F.huber_loss(T, -T, delta=0.5)),
+        ("huber_loss", (T, -T, 1, 1.5), "the flax side the smooth L1", F.smooth_l1_loss(T, -T, beta=1.5)),
+        ("smooth_l1_loss", (T, -T, 1, 0.5), "behaves like mse_loss", F.mse_loss(T, -T)),
+        (
+            "_weight_norm_interface",
+            (K, K[:, :1, :1, :1], 0),
+            "over (2, 3).",
+            K / K.norm(dim=(2, 3), keepdim=True) * K[:, :1, :1, :1],
+        ),
         ("hardtanh", (T, 0.0, 6.0), "has hardtanh, the flax side relu.", T.relu()),
         ("mul", (T[:, :1], T), "lacks this multiplication", T),
         ("div", (T, T[:, :1].exp()), "lacks this division", T),

@@ -10,10 +10,9 @@ import pytest
 
 pytest.importorskip("einops", reason="einops is not installed here")
 
-from parity_tests.judge.records import ParityRow, environment
+from parity_tests.judge.records import ParityRow, environment, junit_document
 from parity_tests.pair.report import PairReport, PairRow
 from parity_tests.report.html import Curves, html_document
-from parity_tests.report.junit import junit_document
 
 ROW = ParityRow(
     kind="oracle",

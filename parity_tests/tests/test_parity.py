@@ -8,9 +8,9 @@ import pytest
 from parity_tests.judge.comparison import compare_pair, pair_limits
 from parity_tests.judge.dtypes import STORAGE_DTYPES
 from parity_tests.judge.inputs import DEFAULT, SMOKE, draw_inputs
-from parity_tests.judge.oracle import TENSORS, reference
 from parity_tests.judge.run import judge
 from parity_tests.judge.subjects import FRAMEWORKS, framework_available, load_subjects
+from parity_tests.judge.tolerance import TENSORS, reference
 
 INSTALLED = [framework for framework in FRAMEWORKS if framework_available(framework)]
 SUBJECTS = {

@@ -10,10 +10,10 @@ from parity_tests.__main__ import app
 from parity_tests.commands import run as command
 from parity_tests.judge.dtypes import numpy_dtype
 from parity_tests.judge.inputs import Case
-from parity_tests.judge.oracle import reference
 from parity_tests.judge.records import ParityRow, summarize
 from parity_tests.judge.run import run_cells
 from parity_tests.judge.subjects import DEFAULT_MODES, FRAMEWORKS, framework_available
+from parity_tests.judge.tolerance import reference
 from parity_tests.report.console import PlainConsole, print_report
 from parity_tests.training.ladder import TRAINED, TRAININGS, TrainingRows
 

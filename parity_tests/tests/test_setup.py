@@ -115,7 +115,7 @@ WITHOUT = """
 import sys
 class Ban:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "{banned}":
+        if name.split(".")[0] in "{banned}".split():
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Ban())
 try:
@@ -145,6 +145,29 @@ def test_a_tree_without_its_framework_names_the_extra(tree, banned, extra):
     assert (name, cause, alone) == (banned, "None", "True")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {extra, "cuda12", "cuda13"} <= set(extras)
+
+
+def test_without_the_extra_of_pairs_layers_are_judged_and_pairs_name_it():
+    judged = "parity_tests.commands.run, parity_tests.training.criteria as tree\n    print('layers')\n"
+    commands = """    from parity_tests.__main__ import app
+    from parity_tests.report.console import run_application
+    sys.argv = ["parity_tests", "pairs"]
+    run_application(app, "python -m parity_tests")"""
+    found = fresh_python(WITHOUT.format(tree=judged + commands, banned="einops scipy"))
+    assert (found.stdout, found.returncode) == ("layers\n", 2)
+    assert found.stderr.startswith("parity_tests: expected einops and scipy, got no ")
+    assert "'partitioned-linear[pair]'" in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("side", "banned", "extra"), [("torch", "torch", "torch"), ("jax", "jax flax", "jax")])
+def test_a_side_of_a_pair_without_its_framework_names_the_extra(side, banned, extra):
+    pytest.importorskip("scipy", reason="scipy is not installed here")
+    modules = {f"{prefix}_module": 1 for prefix in ("torch", "flax")}
+    code = f"parity_tests.pair.loading as tree\n    tree.make_side('{side}', {modules}, 'cpu')"
+    found = fresh_python(WITHOUT.format(tree=code, banned=banned))
+    assert f"expected {extra} for this side" in found.stdout
+    assert f"'partitioned-linear[{extra}]'" in found.stdout
 
 
 def test_a_tree_that_lacks_something_else_says_what():

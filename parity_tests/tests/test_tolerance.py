@@ -9,9 +9,8 @@ import pytest
 from parity_tests.judge.comparison import compare, compare_pair, pair_limits
 from parity_tests.judge.dtypes import FORMATS, STORAGE_DTYPES, numpy_dtype
 from parity_tests.judge.inputs import DEFAULT, Case, draw_inputs, draw_lattice
-from parity_tests.judge.oracle import reference
 from parity_tests.judge.subjects import arithmetic_of, as_cast
-from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, TIERS, Arithmetic, bound, declared_arithmetic
+from parity_tests.judge.tolerance import PRECISION_OF_DTYPE, TIERS, Arithmetic, bound, declared_arithmetic, reference
 
 
 def sequential(inputs, accumulator):

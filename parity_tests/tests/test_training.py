@@ -22,8 +22,7 @@ from parity_tests.frameworks.torch.training import TorchTraining
 from parity_tests.training import ladder
 from parity_tests.training.criteria import free_running, off_block, training_parity
 from parity_tests.training.ladder import RUNGS, LadderSide, climb, load_side
-from parity_tests.training.optimizers import OPTIMIZERS, OptimizerSpec
-from parity_tests.training.tasks import nlinear_series, partitioned_mlp
+from parity_tests.training.tasks import OPTIMIZERS, OptimizerSpec, nlinear_series, partitioned_mlp
 from torch_impl import MaskedPartitionedLinear
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -15,8 +15,7 @@ from parity_tests.training.criteria import (
     steps_counted,
     training_parity,
 )
-from parity_tests.training.optimizers import OPTIMIZERS
-from parity_tests.training.tasks import LayerTap, MaskedRun, StepGradients, TrainingTask, Trajectory
+from parity_tests.training.tasks import OPTIMIZERS, LayerTap, MaskedRun, StepGradients, TrainingTask, Trajectory
 
 STEPS, NUM_PARTITIONS = 60, 3
 MOMENTUM = OPTIMIZERS["momentum"]

@@ -13,12 +13,10 @@ from parity_tests.defects.unequal import UNEQUAL_DEFECTS
 from parity_tests.judge.comparison import compare, compare_pair, pair_limits
 from parity_tests.judge.dtypes import STORAGE_DTYPES
 from parity_tests.judge.exact import check_isolation, check_lattice, check_wide_lattice
-from parity_tests.judge.inputs import DEFAULT, UNEQUAL_DEFAULT, UNEQUAL_FULL, Case, draw_inputs
-from parity_tests.judge.oracle import reference
+from parity_tests.judge.inputs import DEFAULT, UNEQUAL_DEFAULT, UNEQUAL_FULL, Case, Sizes, draw_inputs
 from parity_tests.judge.run import count_cells, judge, run_cells
-from parity_tests.judge.sizes import Sizes
 from parity_tests.judge.subjects import FRAMEWORKS, UNEQUAL, framework_available, load_subjects
-from parity_tests.judge.tolerance import bounds, declared_arithmetic
+from parity_tests.judge.tolerance import bounds, declared_arithmetic, reference
 from parity_tests.tests.numpy_subject import NumpySubject
 
 INTERLEAVED = next(case for case in UNEQUAL_DEFAULT if case.name == "unequal-interleaved")

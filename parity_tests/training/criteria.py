@@ -15,14 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from parity_tests.judge.comparison import TensorResult, compare
 from parity_tests.judge.inputs import Inputs
-from parity_tests.judge.oracle import reference
-from parity_tests.judge.tolerance import FALSE_ALARM_RATE, declared_arithmetic
-from parity_tests.training.optimizers import OptimizerSpec
-from parity_tests.training.tasks import MaskedRun, TrainingSubject, TrainingTask, Trajectory
+from parity_tests.judge.tolerance import FALSE_ALARM_RATE, declared_arithmetic, reference
+from parity_tests.training.tasks import MaskedRun, OptimizerSpec, TrainingSubject, TrainingTask, Trajectory
 
 SEMANTIC_FACTOR = 16 * 2.0**-29  # 2^-29 is the ratio of the roundoffs of float64 and fp32
 MOVED_FACTOR = 100
@@ -94,6 +91,8 @@ def free_running(framework: str, own: np.ndarray, ensemble: np.ndarray) -> Crite
     statistic = float(np.log(np.maximum(own, tiny)).mean())
     members = np.log(np.maximum(ensemble, tiny)).mean(1)
     count = len(members)
+    from scipy import stats  # an extra, which judging layers does not need
+
     quantile = float(stats.t.ppf(1 - FALSE_ALARM_RATE, count - 1))
     allowed = quantile * float(members.std(ddof=1)) * float(np.sqrt(1 + 1 / count))
     excess = statistic - float(members.mean())

@@ -15,15 +15,14 @@ import numpy as np
 from parity_tests.causes.layer import explain
 from parity_tests.causes.optimizer import explain_optimizer, replayed_cause
 from parity_tests.judge.inputs import Case, Inputs, draw_inputs
-from parity_tests.judge.oracle import reference
 from parity_tests.judge.records import ParityRow
 from parity_tests.judge.run import judge
 from parity_tests.judge.subjects import FRAMEWORKS, Subject
+from parity_tests.judge.tolerance import reference
 from parity_tests.report.html import Curves
 from parity_tests.report.text import raised
 from parity_tests.training.criteria import SEMANTIC_FACTOR, TrainingReport, distances, training_parity
-from parity_tests.training.optimizers import OPTIMIZERS, OptimizerSpec
-from parity_tests.training.tasks import TASKS, TrainingSubject, TrainingTask
+from parity_tests.training.tasks import OPTIMIZERS, TASKS, OptimizerSpec, TrainingSubject, TrainingTask
 
 RUNGS: tuple[str, ...] = ("weights round-trip", "forward", "dx, dW, db", "one optimiser step", "K optimiser steps")
 Arrays = Mapping[str, np.ndarray]

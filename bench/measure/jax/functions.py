@@ -21,7 +21,7 @@ from bench.measure.timer import Task
 from bench.plan.workloads import SHARED
 from jax_impl import partitioned_linear
 from jax_impl.registry import implementation_names
-from parity_tests.judge.sizes import Sizes
+from parity_tests.judge.inputs import Sizes
 
 Array = jax.Array
 Function = Callable[..., Array]

@@ -19,7 +19,7 @@ from bench.plan.competitors import AOT, DONATE, JIT, JIT_GRAPH, NNX_JIT
 from bench.plan.workloads import AXES, FLAT
 from jax_impl import PartitionedLinear, UnsupportedImplementationError
 from parity_tests.frameworks.jax.training import build_optax
-from parity_tests.training.optimizers import OPTIMIZERS
+from parity_tests.training.tasks import OPTIMIZERS
 
 # The learning-rate table of an optimiser is finite; JAX clamps an index past its end, so that the last rate stays.
 _RATES = 1

@@ -15,7 +15,7 @@ from torch.nn import functional
 from bench.measure.switches import missing_competitors
 from bench.measure.timer import Task
 from bench.plan.workloads import SHARED
-from parity_tests.judge.sizes import Sizes
+from parity_tests.judge.inputs import Sizes
 from torch_impl.packing import packing_of
 from torch_impl.registry import get_implementation, implementation_names
 

@@ -24,7 +24,7 @@ from bench.plan.competitors import (
 )
 from bench.plan.workloads import AXES, FLAT
 from parity_tests.frameworks.torch.training import build_torch
-from parity_tests.training.optimizers import OPTIMIZERS
+from parity_tests.training.tasks import OPTIMIZERS
 
 # Mode to torch.compile's own name for it.
 COMPILE_MODES: Mapping[str, str] = MappingProxyType(

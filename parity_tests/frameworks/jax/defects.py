@@ -27,27 +27,17 @@ Edit = Callable[[Arrays], Arrays]
 
 @dataclass(frozen=True)
 class Defect:
-    """One way to be wrong, by exactly one of four means.
+    """One way to be wrong, by exactly one of four means."""
 
-    Attributes:
-        name: what was planted.
-        example: the pair whose flax side is spoiled.
-        parameters: what the flax side does to its parameters before it uses them.
-        results: what it does to its outputs and gradients.
-        function: spoils the flat JAX function.
-        module: builds another flax side in place of the example's.
-        dtypes: storage dtypes in which the defect changes the function; elsewhere it is equivalent to correct code.
-        cause: a part of the likely cause that the report must name; empty where no hypothesis covers the defect.
-    """
-
-    name: str
-    example: str
-    parameters: Edit | None = None
-    results: Edit | None = None
-    function: Callable[[Function], Function] | None = None
-    module: Callable[[], dict[str, Any]] | None = None
+    name: str  # what was planted
+    example: str  # the pair whose flax side is spoiled
+    parameters: Edit | None = None  # what the flax side does to its parameters before it uses them
+    results: Edit | None = None  # what it does to its outputs and gradients
+    function: Callable[[Function], Function] | None = None  # spoils the flat JAX function
+    module: Callable[[], dict[str, Any]] | None = None  # builds another flax side in place of the example's
+    # Storage dtypes in which the defect changes the function; elsewhere it is equivalent to correct code
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    cause: str = ""
+    cause: str = ""  # a part of the likely cause that the report must name; empty where no hypothesis covers the defect
 
 
 class _Spoiled:

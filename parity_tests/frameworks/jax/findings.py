@@ -14,8 +14,7 @@ from parity_tests.findings import Finding
 from parity_tests.interpreters.interpreter import Channel, Interpreter
 from parity_tests.judge.comparison import compare
 from parity_tests.judge.inputs import Case, draw_inputs
-from parity_tests.judge.oracle import reference
-from parity_tests.judge.tolerance import declared_arithmetic
+from parity_tests.judge.tolerance import declared_arithmetic, reference
 
 _N, _IN, _OUT = 64, 32, 48
 _CHILD = "parity_tests.frameworks.jax.findings"

@@ -25,17 +25,12 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class FlatModule:
-    """A module without state of its own.
+    """A module without state of its own."""
 
-    Attributes:
-        specs: arrays by dotted path; linen collections other than `params` come first in the path.
-        stateful: `(arrays, *inputs) -> (outputs, buffers)`, the buffers by name as they are after the call.
-        reseeded: the same with other random states, or None if there are none.
-    """
-
+    # Arrays by dotted path; linen collections other than `params` come first in the path
     specs: dict[str, ParameterSpec]
-    stateful: Function
-    reseeded: Function | None
+    stateful: Function  # `(arrays, *inputs) -> (outputs, buffers)`, the buffers by name as they are after the call
+    reseeded: Function | None  # the same with other random states, or None if there are none
 
     def function(self, arrays: Mapping[str, Any], *inputs: Any) -> Any:
         """Return the outputs alone."""

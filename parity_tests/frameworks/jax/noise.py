@@ -61,15 +61,10 @@ def normal_pool() -> np.ndarray:
 
 
 class Mark(NamedTuple):
-    """Knowledge about a value beside its numbers.
+    """Knowledge about a value beside its numbers."""
 
-    Attributes:
-        constant: no number that parameters or inputs of fractions have changed is part of it.
-        unit: roundoff of the coarsest format that is known to hold it exactly.
-    """
-
-    constant: bool
-    unit: float
+    constant: bool  # no number that parameters or inputs of fractions have changed is part of it
+    unit: float  # roundoff of the coarsest format that is known to hold it exactly
 
 
 class Interpreter:

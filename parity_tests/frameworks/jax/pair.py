@@ -16,7 +16,7 @@ from parity_tests.frameworks.jax.modules import FlatModule, Function, flatten_mo
 from parity_tests.frameworks.jax.operations import compile_options
 from parity_tests.frameworks.jax.recorder import record, recording
 from parity_tests.frameworks.jax.subjects import resolve_device
-from parity_tests.frameworks.jax.truth import Truth, traced
+from parity_tests.frameworks.jax.truth import Truth, see_captured_arrays_anew, traced
 from parity_tests.judge.dtypes import is_inexact, storage_format, widened
 from parity_tests.pair.calibration import (
     MEMBERS,
@@ -192,8 +192,10 @@ class JaxSide:
         """Return none: in a traced program they are constants."""
         return ()
 
-    def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
-        """Watch the program as traced in the arrays' dtype, evaluated in float64."""
+    def unexercised(
+        self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None
+    ) -> tuple[str, ...]:
+        """Watch the program without gradients as traced in the arrays' dtype, evaluated in float64."""
         arguments = [dict(parameters), inputs, {}]
         key = ("branches", *_signature(arguments))
         if key not in self._programs:
@@ -240,6 +242,7 @@ class JaxSide:
         if not wide:
             positions = [f"inputs[{position(name)}]" for name in self._call.names(inputs)]
             _integers_fit({**parameters, **dict(zip(positions, inputs, strict=bool(inputs)))})
+        see_captured_arrays_anew()
         with jax.enable_x64(wide):
             yield
 

@@ -11,8 +11,7 @@ import numpy as np
 import optax
 
 from jax_impl import partitioned_linear
-from parity_tests.training.optimizers import CLIP_EPSILON, OptimizerSpec
-from parity_tests.training.tasks import LayerTap, StepGradients, TrainingTask, Trajectory
+from parity_tests.training.tasks import CLIP_EPSILON, LayerTap, OptimizerSpec, StepGradients, TrainingTask, Trajectory
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:

@@ -1,6 +1,7 @@
 """The float64 truth of a JAX program: how it is traced, and how it is evaluated with its constants moved."""
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src import dtypes
+from jax._src.literals import TypedNdArray
 from jax.extend.core import ClosedJaxpr
 
 from parity_tests.frameworks.jax.noise import Interpreter, normal_pool
@@ -72,6 +74,19 @@ def _wide_formats() -> Iterator[None]:
             dtypes.check_and_canonicalize_user_dtype = original
 
 
+@functools.cache
+def see_captured_arrays_anew() -> None:
+    """Let NumPy arrays that a program captures have the formats that are enabled when it is traced.
+
+    JAX keeps what it has made of an array, whatever is enabled later: an index of int64 would stay int32 in the truth,
+    beside positions of int64, or the other way round. It has no public means to forget one, and forgetting everything
+    would compile it again.
+    """
+    register = getattr(dtypes, "register_canonicalize_value_handler", None)
+    if register is not None:
+        register(np.ndarray, lambda x: TypedNdArray(np.asarray(x, dtypes.canonicalize_dtype(x.dtype))))
+
+
 def traced(
     program: Callable[..., Any], arguments: Sequence[Any], leg: Any, purpose: str = ""
 ) -> tuple[ClosedJaxpr, list[str], str]:
@@ -90,6 +105,7 @@ def traced(
     Returns:
         The program, the names of its results, and why it was traced in float32, or nothing.
     """
+    see_captured_arrays_anew()
     with _TRUTH(f"{leg} {purpose}"), _machine_limits(leg):
         try:
             with _TRUTH(f"{leg} {purpose} widened"), _wide_formats():

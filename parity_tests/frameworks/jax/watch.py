@@ -55,21 +55,13 @@ Origin = tuple[tuple[str, ...], tuple[str, ...], str]
 
 @dataclass(frozen=True)
 class Site:
-    """One operation of a traced program, at one place.
+    """One operation of a traced program, at one place."""
 
-    Attributes:
-        equation: the operation.
-        functions: of JAX, through which the user came to it, innermost first.
-        files: where these and a library's functions stand, down to the user's own.
-        place: the user's line, as `port.py:12`; empty if unknown.
-        moving: which operands depend on the program's arguments.
-    """
-
-    equation: JaxprEqn
-    functions: tuple[str, ...]
-    files: tuple[str, ...]
-    place: str
-    moving: tuple[bool, ...]
+    equation: JaxprEqn  # the operation
+    functions: tuple[str, ...]  # of JAX, through which the user came to it, innermost first
+    files: tuple[str, ...]  # where these and a library's functions stand, down to the user's own
+    place: str  # the user's line, as `port.py:12`; empty if unknown
+    moving: tuple[bool, ...]  # which operands depend on the program's arguments
 
     def is_of_a_norm(self) -> bool:
         """Return whether a library's code for normalisation asks."""

@@ -32,6 +32,15 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "hard_sigmoid": F.hardsigmoid,
     "relu6": F.relu6,
 }
+# Rarer ones, in the place of another activation alone.
+_RARE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "quick gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "mish": F.mish,
+    "selu": F.selu,
+    "softsign": F.softsign,
+    "log_sigmoid": F.logsigmoid,
+    "squared relu": lambda x: torch.relu(x).square(),
+}
 _UNARY = names("""
 relu gelu silu tanh sigmoid softplus elu leaky_relu hardtanh hardswish hardsigmoid mish celu selu exp log log1p sqrt
 abs square clamp clamp_min clamp_max erf sin cos softshrink hardshrink threshold log_sigmoid_forward
@@ -42,6 +51,17 @@ _FUNCTIONS |= {"square": "the square", "cos": "cos", "erf": "erf", "log": "log",
 _BASES = (10000.0, 1000.0, 100.0, 500000.0, 1000000.0, 100000.0, 2.0, 10.0, math.e)
 _EXPONENTS = (1.0, 2.0, 0.5, 3.0, 1.5, 4.0, -0.5, -1.0, -2.0)
 _OTHER_ACTIVATIONS = names("hardtanh hardsigmoid mish celu selu log_sigmoid_forward")
+# By operation: where its number stands, what it is called, and the numbers that are usual.
+_SETTINGS = {
+    "leaky_relu": (1, "slope", (0.01, 0.2, 0.1, 0.3, 0.05, 0.02, 0.25, 0.0)),
+    "elu": (1, "alpha", (1.0, 0.5, 0.1, 2.0)),
+    "celu": (1, "alpha", (1.0, 0.5, 0.1, 2.0)),
+    "softplus": (1, "beta", (1.0, 2.0, 0.5, 5.0, 10.0, 100.0)),
+    "softshrink": (1, "lambda", (0.5, 1.0, 0.1)),
+    "hardshrink": (1, "lambda", (0.5, 1.0, 0.1)),
+    "huber_loss": (3, "delta", (1.0, 0.5, 0.1, 1.5, 2.0, 1.345)),
+    "smooth_l1_loss": (3, "beta", (1.0, 0.5, 0.1, 1.5, 2.0, 1 / 9)),
+}
 _LOGARITHMS = {"log": torch.log, "log2": torch.log2, "log10": torch.log10, "log1p": torch.log1p}
 _LINEAR = {"addmm": 1, "mm": 0, "bmm": 0, "baddbmm": 1, "convolution": 0, "mv": 1, "addmv": 2, "embedding": None}
 _MOST_ROWS = 12
@@ -65,6 +85,7 @@ def offers(operation: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
         _cumulated,
         _constant,
         _gelu,
+        _setting,
         window_offers,
         _mask,
         _moment,
@@ -135,6 +156,28 @@ def _gelu(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
         other = "tanh" if form == "none" else "none"
         sentence = f"gelu: the torch side uses {_GELU_NAME[form]}, the flax side behaves like {_GELU_NAME[other]}"
         yield "other gelu", sentence, lambda: F.gelu(args[0], approximate=other)
+
+
+def _setting(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    """Take another number of an activation or a loss, or the loss that is like it but for a factor."""
+    position, word, usual = _SETTINGS.get(name, (0, "", ()))
+    for value in usual if len(args) > position else ():
+        if value != args[position]:
+            sentence = f"{word}: the torch side's {name} has {args[position]:g}, the flax side's {value:g}"
+            yield f"{word} {value}", sentence, lambda value=value: again(name, put(args, position, value), kwargs)
+    if name in ("huber_loss", "smooth_l1_loss") and len(args) > position:
+        own, factor = args[position], args[position] if name == "smooth_l1_loss" else 1 / args[position]
+        other = "huber" if name == "smooth_l1_loss" else "smooth L1"
+        if own != 1:
+            sentence = f"loss: the torch side has {name}, the flax side the {other} loss, {factor:g} times as large"
+            yield f"{other} loss", sentence, lambda: result * factor
+    if name in ("mse_loss", "huber_loss", "smooth_l1_loss") and len(args) > 2:
+        for other in ("mse_loss", "l1_loss", "huber_loss", "smooth_l1_loss"):
+            if other != name:
+                reduction = _REDUCTIONS[args[2]]
+                sentence = f"loss: the torch side has {name}, the flax side behaves like {other}"
+                function = getattr(F, other)
+                yield other, sentence, lambda f=function, r=reduction: f(args[0], args[1], reduction=r)
 
 
 def _shifted(mask: torch.Tensor, axis: int, by: int) -> torch.Tensor:
@@ -253,11 +296,13 @@ def _joined(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer
     parts = list(args[0]) if name == "cat" else []
     for ends, which in (((0, -1), "first and last parts"), ((0,), "first part"), ((-1,), "last part")):
         if len(parts) > len(ends):
-            joined = [*parts]
-            for k in ends:
-                joined[k] = torch.zeros_like(parts[k])
             sentence = f"padding: the flax side has zeros for the {which} of what the torch side joins (cat)"
-            yield f"zeros {ends}", sentence, lambda joined=joined: again(name, put(args, 0, joined), kwargs)
+            without = f"padding: a softmax on the flax side leaves out the {which} of what the torch side joins (cat)"
+            for value, words in ((0.0, sentence), (-math.inf, without)):
+                joined = [*parts]
+                for k in ends:
+                    joined[k] = torch.full_like(parts[k], value)
+                yield f"{value} {ends}", words, lambda joined=joined: again(name, put(args, 0, joined), kwargs)
 
 
 def _softmax(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
@@ -278,7 +323,7 @@ def _activation(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
     if name in _UNARY and isinstance(result, torch.Tensor):
         kind = f"function: {_FUNCTIONS[name]}" if name in _FUNCTIONS else f"activation: {name}"
         yield "missing", f"{kind} is missing on the flax side", lambda: args[0].clone()
-        for other, function in ACTIVATIONS.items():
+        for other, function in (ACTIVATIONS | _RARE).items():
             if other != name and (name in ACTIVATIONS or name in _OTHER_ACTIVATIONS):
                 sentence = f"activation: the torch side has {name}, the flax side {other}"
                 yield f"activation {other}", sentence, lambda f=function: f(args[0])

@@ -7,8 +7,7 @@ from parity_tests.findings import Finding
 from parity_tests.frameworks.torch.modes import to_numpy, to_torch
 from parity_tests.judge.comparison import compare
 from parity_tests.judge.inputs import Case, draw_inputs
-from parity_tests.judge.oracle import reference
-from parity_tests.judge.tolerance import declared_arithmetic
+from parity_tests.judge.tolerance import declared_arithmetic, reference
 
 _CPU = torch.device("cpu")
 

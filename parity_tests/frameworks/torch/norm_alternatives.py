@@ -1,6 +1,7 @@
 """What a norm of a torch run may have been meant to do: other epsilons, moments, groups, weights."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,18 +64,23 @@ def norm_offers(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
 
 
 def _weight_norm(v: torch.Tensor, gain: torch.Tensor, axis: int = 0) -> Iterator[Offer]:
-    def divided(kept: int, epsilon: float = 0.0) -> torch.Tensor:
-        axes = [k for k in range(v.ndim) if k != kept]
-        return v / (v.square().sum(axes, keepdim=True) + epsilon).sqrt()
+    own = tuple(k for k in range(v.ndim) if k != axis)
 
-    for other in (k for k in range(v.ndim) if k != axis):
-        sentence = f"axes: the torch side takes a length for each index of axis {axis}, the flax side of axis {other}"
-        yield f"lengths of {other}", sentence, lambda other=other: divided(other) * gain
-    yield "no gain", "factor: the gain of this weight norm has no effect on the flax side", lambda: divided(axis)
+    def divided(axes: Sequence[int] = own, epsilon: float = 0.0) -> torch.Tensor:
+        return v / (v.square().sum(tuple(axes), keepdim=True) + epsilon).sqrt()
+
+    several = (axes for count in range(v.ndim, 0, -1) for axes in itertools.combinations(range(v.ndim), count))
+    for axes in several:
+        if axes != own:
+            sentence = f"axes: the torch side takes lengths over axes {own} of the weight, the flax side over {axes}"
+            yield f"lengths over {axes}", sentence, lambda axes=axes: divided(axes) * gain
+    sentence = "norm: the flax side divides by the sum of magnitudes (L1), the torch side by the length (L2)"
+    yield "magnitudes", sentence, lambda: v / v.abs().sum(own, keepdim=True) * gain
+    yield "no gain", "factor: the gain of this weight norm has no effect on the flax side", lambda: divided()
     yield "no length", "factor: the flax side does not divide by the length of the weight", lambda: v * gain
     for value in EPSILONS[:-1]:
         sentence = f"epsilon: the torch side has none in this weight norm, the flax side behaves like {value:g}"
-        yield f"epsilon={value!r}", sentence, lambda value=value: divided(axis, value) * gain
+        yield f"epsilon={value!r}", sentence, lambda value=value: divided(own, value) * gain
 
 
 @dataclass(frozen=True)

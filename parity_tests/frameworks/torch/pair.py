@@ -262,11 +262,13 @@ class TorchSide:
         """Return what the last call has returned as `item()` does."""
         return self._numbers
 
-    def unexercised(self, parameters: Arrays, inputs: tuple[np.ndarray, ...]) -> tuple[str, ...]:
-        """Watch a float64 run."""
+    def unexercised(
+        self, parameters: Arrays, inputs: tuple[np.ndarray, ...], cotangents: Arrays | None
+    ) -> tuple[str, ...]:
+        """Watch a float64 run, and what users wrote of its backward pass."""
         names = {} if self._module is None else {id(child): name for name, child in self._module.named_modules()}
         watch = BranchWatch(names)
-        self._double(parameters, inputs, None, lambda tensors: DoublePrecision(), watch=watch)
+        self._double(parameters, inputs, cotangents, lambda tensors: DoublePrecision(), watch=watch)
         return watch.branches.sentences()
 
     def wider_operations(self, parameters: Arrays, inputs: tuple[np.ndarray, ...], dtype: str) -> tuple[str, ...]:

@@ -21,7 +21,18 @@ from parity_tests.frameworks.torch.norm_alternatives import NORMS, norms_of
 from parity_tests.frameworks.torch.watch import user_line
 from parity_tests.judge.dtypes import is_inexact, widened
 from parity_tests.pair.side import Arrays
-from parity_tests.pair.trace import ARGUMENT, CONSTANT, LARGEST, MEMBERS, MOST_ELEMENTS, Change, Step, Trace, limits
+from parity_tests.pair.trace import (
+    ARGUMENT,
+    CONSTANT,
+    LARGEST,
+    MEMBERS,
+    MOST_ELEMENTS,
+    TIMES,
+    Change,
+    Step,
+    Trace,
+    limits,
+)
 
 Run = Callable[[Callable[..., DoublePrecision]], dict[str, np.ndarray]]
 
@@ -129,6 +140,8 @@ class Recorder(DoublePrecision):
 
     def _altered(self, number: int, name: str, args: tuple, kwargs: dict, result: Any) -> Any:
         wanted = {change.alternative for change in self._changes.get(number, ())}
+        for factor in (title.removeprefix(TIMES) for title in wanted if title.startswith(TIMES)):
+            return _filled(result, result * float(factor))
         if name in NORMS:
             self._norms[number] = name, args
         norms = {before: held for before, held in self._norms.items() if before in self._asked or self._changes}

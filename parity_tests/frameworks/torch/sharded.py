@@ -25,8 +25,8 @@ from parity_tests.frameworks.torch.modes import lay_out, to_numpy, to_torch
 from parity_tests.interpreters.interpreter import Channel, Interpreter
 from parity_tests.interpreters.process import ProcessError
 from parity_tests.judge.inputs import Case, Inputs
-from parity_tests.judge.oracle import TENSORS
 from parity_tests.judge.subjects import Subject, shards_of
+from parity_tests.judge.tolerance import TENSORS
 from parity_tests.report.files import ScratchFolder
 from torch_impl import PartitionedLinear, import_parameters
 from torch_impl.registry import IMPLEMENTATIONS
@@ -127,14 +127,10 @@ class ShardedTorchSubject:
 
     Where the implementation runs on DTensors the whole layer is sharded, as a user would have it. Where it does not,
     each process calls it with its own partitions as ordinary tensors, and only the results are put together.
-
-    Attributes:
-        source: the same subject without shards.
-        device: where the source runs.
     """
 
-    source: Subject
-    device: torch.device
+    source: Subject  # the same subject without shards
+    device: torch.device  # where the source runs
     framework: str = "torch"
     mode: str = "sharded"
 

@@ -24,7 +24,7 @@ from parity_tests.frameworks.torch.training import TorchOptimizer
 from parity_tests.interpreters.interpreter import Channel
 from parity_tests.judge.inputs import Case, Inputs
 from parity_tests.judge.subjects import DEFAULT_MODES, EQUAL, MODES, UNEQUAL, Subject, check_precision, sizes_reason
-from parity_tests.training.optimizers import OPTIMIZERS
+from parity_tests.training.tasks import OPTIMIZERS
 from torch_impl import (
     MaskedPartitionedLinear,
     PartitionedLinear,

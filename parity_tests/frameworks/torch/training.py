@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from parity_tests.frameworks.torch.modes import to_numpy, to_torch
-from parity_tests.training.optimizers import OptimizerSpec
-from parity_tests.training.tasks import LayerTap, MaskedRun, StepGradients, TrainingTask, Trajectory
+from parity_tests.training.tasks import LayerTap, MaskedRun, OptimizerSpec, StepGradients, TrainingTask, Trajectory
 from torch_impl import MaskedPartitionedLinear, partitioned_linear
 
 

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -107,6 +108,9 @@ class BranchWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Look at one operation before it runs."""
+        node = torch._C._current_autograd_node()  # pyright: ignore[reportAttributeAccessIssue]
+        if node is not None and not isinstance(node, BackwardCFunction):
+            return func(*args, **(kwargs or {}))  # a derivative of torch's own
         kwargs = dict(kwargs or {})
         name, moving = _bare(func), any(map(self._moves, _tensors(args, kwargs)))
         decides = _tensors(args[_DECIDING[name]]) if name in _DECIDING else _tensors(args, kwargs)

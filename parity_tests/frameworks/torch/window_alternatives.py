@@ -6,21 +6,34 @@ They are hypotheses as `alternatives` has them, and come through its `offers`.
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from parity_tests.frameworks.torch.norm_alternatives import Offer, again, put
 
 _MOST_DILATION = 4
+# What stands beyond the border, by NumPy's names.
+_BORDERS = {
+    "constant": "zeros",
+    "reflect": "reflections (reflect)",
+    "symmetric": "reflections with the border itself (symmetric)",
+    "edge": "the values at the border (replicate)",
+    "wrap": "the values of the other end (circular)",
+}
 
 
 def window_offers(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
     """Yield the hypotheses about an operation that slides a window, for `alternatives.offers`."""
     yield from _window(name, args, kwargs, result)
     yield from _pad(name, *args)
+    yield from _borders(name, args)
+    yield from _regrouped(name, args, result)
+    yield from _adaptive(name, args, result)
     yield from _pool(name, args, kwargs, result)
     yield from _resized(name, args, kwargs, result)
 
@@ -38,6 +51,100 @@ def _pad(name: str, *args: Any) -> Iterator[Offer]:
             sentence = f"padding: the torch side pads {words[0]}, the flax side {words[1]}"
             moved = [*pads[:k], *other, *pads[k + 2 :]]
             yield f"share {low / sum(own):g} of axis {k}", sentence, lambda moved=moved: F.pad(x, moved, value=value)
+
+
+def _bordered(x: torch.Tensor, pads: Sequence[tuple[int, int]], mode: Any) -> torch.Tensor:
+    """Pad the last axes of an array with what a mode of NumPy puts there."""
+    if mode == "constant":
+        return _padded(x, pads)
+    for axis, pad in zip(range(x.ndim - len(pads), x.ndim), pads, strict=True):
+        x = x.index_select(axis, torch.as_tensor(np.pad(np.arange(x.shape[axis]), pad, mode=mode), device=x.device))
+    return x
+
+
+def _borders(name: str, args: Sequence[Any]) -> Iterator[Offer]:
+    """Put other numbers beyond the border, on both ends or on the first alone, as a causal convolution has them."""
+    padding = name.removesuffix("d").rstrip("123") in ("reflection_pad", "replication_pad", "constant_pad_n")
+    if padding and (name != "constant_pad_nd" or not (args[2] if len(args) > 2 else 0)):
+        flat = list(args[1])
+        own = [(low, high) for low, high in zip(flat[::2], flat[1::2], strict=True)][::-1]
+        mode = {"refl": "reflect", "repl": "edge"}.get(name[:4], "constant")
+        yield from _other_borders(args[0], own, mode, lambda x: x)
+    if name != "convolution" or args[6]:
+        return
+    x, w, count = args[0], args[1], args[1].ndim - 2
+
+    def convolved(x: torch.Tensor) -> torch.Tensor:
+        return again(name, (x, w, args[2], args[3], [0] * count, *args[5:]))
+
+    pads = _each(args[4], count)
+    if any(pads):
+        yield from _other_borders(x, [(pad, pad) for pad in pads], "constant", convolved)
+        return
+    # Torch copies a circular border part by part.
+    spreads = [(size - 1) * step for size, step in zip(w.shape[2:], _each(args[5], count), strict=True)]
+    for own in ([(n // 2, n - n // 2) for n in spreads], [(n, 0) for n in spreads]):
+        sizes = [size - sum(pad) for size, pad in zip(_spatial(x, count), own, strict=True)]
+        inner = x[(..., *(slice(low, low + size) for (low, _), size in zip(own, sizes, strict=True)))]
+        if any(spreads) and all(size > 0 for size in sizes) and torch.equal(_bordered(inner, own, "wrap"), x):
+            yield from _other_borders(inner, own, "wrap", convolved)
+            return
+
+
+def _other_borders(
+    x: torch.Tensor, own: Sequence[tuple[int, int]], mode: str, run: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[Offer]:
+    """Yield an array with its border filled by other modes, for an operation that follows."""
+    if any(pad < 0 for pads in own for pad in pads):
+        return
+    for pads in (own, [(sum(pad), 0) for pad in own]):
+        for other, words in _BORDERS.items():
+            if (mode, list(own)) != (other, list(pads)) and (mode != "constant" or other != "constant"):
+                sentence = f"padding: the torch side pads with {_BORDERS[mode]}, the flax side with {words}"
+                sentence += ", all of them before (causal)" * (list(own) != list(pads))
+                yield f"border {other} {pads}", sentence, lambda p=pads, other=other: run(_bordered(x, p, other))
+
+
+def _regrouped(name: str, args: tuple, result: torch.Tensor) -> Iterator[Offer]:
+    """Divide the channels of a grouped convolution otherwise among its groups."""
+    groups = args[8] if name == "convolution" else 1
+    if groups == 1:
+        return
+
+    def dealt(x: torch.Tensor, parts: int) -> torch.Tensor:
+        return x.unflatten(1, (parts, -1)).transpose(1, 2).flatten(1, 2)
+
+    words = "the flax side takes every other channel (interleaved) where the torch side takes neighbours"
+    if args[0].shape[1] > groups:
+        # Group g then has the channels g, g + groups, ...
+        read = put(args, 0, dealt(args[0], args[0].shape[1] // groups))
+        yield "inputs interleaved", f"groups: {words} as inputs of a group", lambda: again(name, read)
+        if result.shape[1] > groups:
+            sentence = f"groups: {words} as inputs and outputs of a group"
+            yield "both interleaved", sentence, lambda: dealt(again(name, read), groups)
+    if result.shape[1] > groups:
+        yield "outputs interleaved", f"groups: {words} as outputs of a group", lambda: dealt(result, groups)
+
+
+def _adaptive(name: str, args: tuple, result: Any) -> Iterator[Offer]:
+    """Take maxima for averages of an adaptive pool, or the other way round, or windows that do not overlap."""
+    found = re.fullmatch(r"_?adaptive_(avg|max)_pool([23])d", name)
+    if found is None:
+        return
+    count = int(found[2])
+    x, sizes = args[0], _spatial(_first(result), count)
+    average = found[1] == "avg"
+    pools = [getattr(F, f"adaptive_{kind}_pool{count}d") for kind in ("avg", "max")]
+    words = ("averages", "maxima")
+    sentence = f"pool: the torch side takes {words[not average]}, the flax side {words[average]}"
+    yield "other pool", sentence, lambda: pools[average](x, sizes)
+    whole = [size // kept for size, kept in zip(_spatial(x, count), sizes, strict=True)]
+    strides = [math.ceil(size / kept) for size, kept in zip(_spatial(x, count), sizes, strict=True)]
+    kept = x[(..., *(slice(size * window) for size, window in zip(sizes, whole, strict=True)))]
+    uneven = "has windows of equal length that do not overlap (a reshape, and the rest is cut off)"
+    sentence = f"pool: the torch side has windows that reach all inputs (adaptive), the flax side {uneven}"
+    if whole != strides:
+        yield "equal windows", sentence, lambda: pools[not average](kept, sizes)
 
 
 def _spatial(x: torch.Tensor, count: int) -> tuple[int, ...]:
@@ -181,16 +288,26 @@ def _pool(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
 
 
 def _resized(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
-    if not name.startswith("upsample_") or result.ndim != 4:
+    found = re.fullmatch(r"_?upsample_(nearest_exact|nearest|linear|bilinear|bicubic|trilinear)([123])d(_aa)?", name)
+    if found is None:
         return
-    own = name.removeprefix("upsample_").rstrip("12d")
-    ways = [("nearest", None), ("bilinear", False), ("bilinear", True), ("bicubic", False), ("bicubic", True)]
-    for mode, corners in ways:
+    own = found[1].replace("_", "-") + " with antialias" * bool(found[3])
+    smooth = {"1": ("linear",), "2": ("bilinear", "bicubic"), "3": ("trilinear",)}[found[2]]
+    ways = [("nearest", None, False), ("nearest-exact", None, False)]
+    ways += [(mode, corners, False) for mode in smooth for corners in (False, True)]
+    ways += [(mode, False, True) for mode in smooth if found[2] == "2"]
+    for mode, corners, antialias in ways:
         sentence = f"interpolation: the torch side resizes by {own}, the flax side by {mode}"
-        sentence += f" with align_corners={corners}" * (mode != "nearest")
-        size = tuple(result.shape[2:])
-        run = functools.partial(F.interpolate, args[0], size, mode=mode, align_corners=corners)
-        yield f"resized {mode} {corners}", sentence, run
+        sentence += f" with align_corners={corners}" * (not mode.startswith("nearest") and not antialias)
+        sentence += " with antialias" * antialias
+        # The cubic that `jax.image.resize` has is torch's with antialias, which changes nothing else in an enlargement.
+        sentence += " (a cubic of -0.5, normalised at the border)" * (antialias and mode == "bicubic")
+        size, options = tuple(result.shape[2:]), {"align_corners": corners, "antialias": antialias}
+        yield (
+            f"resized {mode} {corners} {antialias}",
+            sentence,
+            functools.partial(F.interpolate, args[0], size, mode=mode, **options),
+        )
 
 
 def _first(result: Any) -> torch.Tensor:
