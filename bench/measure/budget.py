@@ -133,6 +133,7 @@ class Budget:
     _start_s: float | None = field(default=None, init=False)
     _first_pace: float = field(default=_FIRST_PACE, init=False)
     needed_s: float = field(default=math.inf, init=False)  # by the shortest cell for which there was no time
+    in_vain_s: float | None = field(default=None, init=False)  # spent on a cell that the end cut short
 
     @property
     def limited(self) -> bool:
@@ -263,10 +264,13 @@ class Published:
         }
 
     def distance(self, cell: Cell) -> float:
-        """Return the distance in a cell, else in the same sizes under other conditions, else 0."""
+        """Return the distance in a cell, else half the largest in the same sizes under other conditions, else 0.
+
+        Half, so that no workload is measured under all conditions before others that are known to be far apart.
+        """
         key = (cell.workload.name, cell.direction, cell.precision, cell.division)
         others = [found for other, found in self._distances.items() if other[0] == key[0]]
-        return self._distances.get(key, max(others, default=0.0))
+        return self._distances.get(key, max(others, default=0.0) / 2)
 
     def catalogues(self, frameworks: Sequence[str]) -> tuple[Catalogue, ...]:
         """Return the competitors that took part, as those that would: an estimate starts no worker."""

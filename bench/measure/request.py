@@ -181,8 +181,9 @@ def check_modes(request: Request, device: str, frameworks: Sequence[str], notes:
         lacking = [mode for mode in request.mode if mode not in offered]
         if len(lacking) == len(request.mode):
             raise SelectionError(
-                f"mode: expected one of {', '.join(offered)} in the {division} division on {device}, "
-                f"got {', '.join(lacking)}; choose one of these, or another --division."
+                f"mode: expected one of {', '.join(offered)} in the {division} division on {device} with "
+                f"{' and '.join(frameworks)}, got {', '.join(lacking)}; choose one of these, or another --division, "
+                "--device or --framework."
             )
         for mode in lacking:
             notes.add(f"The {division} division has no {mode} on {device} with {' and '.join(frameworks)}: left out.")
@@ -228,12 +229,12 @@ def chosen_competitors(catalogues: Sequence[Catalogue], request: Request, cell: 
             f"{', '.join(request.implementation)}: left out."
         )
     if not competitors:
-        who = " or ".join(request.implementation) or "no competitor"
+        who = " or ".join(request.implementation) or "a competitor"
         how = f" in the mode {' or '.join(request.mode)}" if request.mode else ""
         # Another direction may have the mode, as training steps alone have `jit-donate`.
         elsewhere = set(request.mode) & set(offered_modes(cell.division, cell.device, request.frameworks))
         raise (LeftOutError if elsewhere else SelectionError)(
             f"implementation: no framework that takes part has {who}{how} in {cell.title}; choose another "
-            "--implementation, --mode or --framework."
+            "--implementation, --mode, --direction or --framework."
         )
     return competitors

@@ -163,6 +163,8 @@ def run_sweep(
         notes.add(line)
     if waiting and not measured:
         needs = f", and the shortest cell {budget.needed_s:.0f} s or more" if budget.needed_s < math.inf else ""
+        if budget.in_vain_s is not None:
+            needs = f", and the cell that was begun had not ended after {budget.in_vain_s:.0f} s"
         begins = budget.start_s(request.device)
         raise EngineError(f"the budget ended before a cell: the workers take about {begins:.0f} s to start{needs}")
     progress(Progress(total - len(waiting), total, "done"))
@@ -252,7 +254,7 @@ def _run_cell(
     try:
         outcome = run.run()
     except OutOfTimeError:
-        budget.needed_s = min(budget.needed_s, time.monotonic() - begun)
+        budget.in_vain_s = time.monotonic() - begun
         raise
     taken_s = time.monotonic() - begun
     budget.took(expected, taken_s)

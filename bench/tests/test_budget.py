@@ -82,11 +82,11 @@ def test_the_distance_is_of_plain_calls_or_of_graphs_and_of_other_conditions_whe
     records = [*apart("article-n8", 1.5), *apart("article-n8", 0.25, "cuda-graph")]
     cells = {cell.direction: cell for cell in plan_cells(Request(workload=("article-n8",)).plan, "cuda")}
     assert Published(records).distance(cells["forward"]) == pytest.approx(math.log(4))
-    assert Published(records).distance(cells["forward_backward"]) == pytest.approx(math.log(4))
+    assert Published(records).distance(cells["forward_backward"]) == pytest.approx(math.log(4) / 2)
     (base,) = plan_cells(Request(workload=NAMES[:1], direction=("forward",)).plan, "cuda")
     assert Published(records).distance(base) == 0
     (tf32,) = plan_cells(Request(workload=("article-n8",), direction=("forward",), precision=("tf32",)).plan, "cuda")
-    assert Published(records).distance(tf32) == pytest.approx(math.log(4))
+    assert Published(records).distance(tf32) == pytest.approx(math.log(4) / 2)
     # One framework's graphs are not held against the other's calls.
     torch_calls, jax_graphs = apart("article-n8", 9.0)[:1], apart("article-n8", 9.0, "cuda-graph")[1:]
     assert Published([*torch_calls, *jax_graphs]).distance(cells["forward"]) == 0
@@ -98,6 +98,27 @@ def test_the_run_that_is_published_for_a_kind_of_device_is_there():
         known = [found.distance(cell) for cell in plan_cells(Request(preset="workloads").plan, device)]
         assert sum(distance > 0 for distance in known) > len(known) / 3
         assert all("matmul" in catalogue.implementations for catalogue in found.catalogues(("torch", "jax")))
+
+
+def test_a_gpu_run_takes_the_base_setting_in_all_modes_and_precisions_and_then_workload_after_workload():
+    precisions = ("fp32", "tf32", "bf16", "fp16", "fp64")
+    names = ("matmul", "fused", "grouped_matmul")
+    wanted = Request(preset="workloads", division=("matched",), precision=precisions, implementation=names)
+    (first,) = steps(wanted.plan, limited=True)
+    cells = in_order(plan_cells(wanted.plan, "cuda"), wanted.plan, first[2])
+    base = cells[: 2 * len(precisions)]
+    assert {cell.workload.name for cell in base} == {"article-base"}
+    assert len({(cell.precision, cell.direction) for cell in base}) == 2 * len(precisions)
+    torch = replace(TORCH, implementations=("matmul", "grouped_matmul", "fused"), only_on={"fused": ["cuda"]})
+    graphs = {"cuda-graph", "graphed-callables", "compile-reduce-overhead"}
+    for cell in base:
+        modes = {one.mode for one in chosen_competitors([torch, JAX], wanted, cell) if one.implementation == "matmul"}
+        one_thread = {"eager-one-thread"} if cell.direction == "forward_backward" else set()
+        assert modes == {"eager", "compile", *graphs, *one_thread, "jit", "jit-graph", "aot"}
+    rest = [budgets.published("cuda").distance(cell) for cell in cells[len(base) :]]
+    assert rest == sorted(rest, reverse=True)
+    # What is known of one condition does not bring all others of its sizes before what is known of other sizes.
+    assert len({cell.workload.name for cell in cells[len(base) : len(base) + 10]}) > 6
 
 
 def test_more_work_is_expected_to_take_longer_and_a_run_learns_how_long():
@@ -186,7 +207,9 @@ def test_a_cell_that_does_not_end_in_time_leaves_no_record(clocked, tmp_path):
     notes = SweepNotes()
     wanted = Request(preset="smoke", workload=NAMES, implementation=("matmul",), budget_s=60.0)
     store = Store(tmp_path / "run", resume=False)
-    with pytest.raises(EngineError, match=r"the budget ended before a cell: .*, and the shortest cell 500 s or more"):
+    with pytest.raises(
+        EngineError, match=r"the budget ended before a cell: .*, and the cell that was begun had not ended after 500 s"
+    ):
         sweep.run_sweep(wanted, store, notes)
     assert len(store) == 0
     assert any(line.startswith("There was no time for 6 of 6 cells") for line in notes.lines)
@@ -225,6 +248,25 @@ def test_a_worker_that_hangs_does_not_outlast_the_budget(name, tmp_path, call, m
     assert "the budget ended before a cell" in done.stderr
     assert f"Left out, forward, fp32, matched: {NAMES[0]}." in done.stdout
     assert not (tmp_path / "run" / "records.jsonl").exists() or not (tmp_path / "run" / "records.jsonl").read_bytes()
+
+
+@pytest.mark.usefixtures("fake_pool")
+def test_a_worker_that_dies_costs_its_competitor_and_no_other_cell(tmp_path, call, monkeypatch):
+    monkeypatch.setattr(budgets, "_END_S", 0.5)
+    words = ("run", "--direction", "forward", "--cell-s", "0", "--most-cell-s", "9", "--budget-s", 60.0)
+    chosen = [part for name in NAMES for part in ("--workload", name)]
+    chosen += [part for name in ("matmul", "die-in-block", "loop") for part in ("--implementation", name)]
+    done = call(*words, *chosen, "--framework", "torch", "--out", tmp_path / "run")
+    assert done.exit_code == 1
+    found = {(one.workload, one.implementation): one.status for one in read_records(tmp_path / "run")}
+    assert found == {
+        (workload, name): "crash" if name == "die-in-block" else "ok"
+        for workload in NAMES
+        for name in ("matmul", "die-in-block", "loop")
+    }
+    assert "no time" not in done.stdout
+    # Given by name, it is not left without a word.
+    assert "--most-cell-s has no effect" in " ".join(done.stdout.split())
 
 
 def test_rounds_end_before_the_time_of_what_follows_them(fake_starter):

@@ -134,7 +134,7 @@ def test_a_run_goes_on_without_a_framework_and_says_so(tmp_path, call, monkeypat
         (("--mode", "fast"), "--mode: expected one of eager, compile, compile-reduce-overhead"),
         (
             ("--mode", "cuda-graph", "--division", "stock"),
-            "mode: expected one of eager, compile, jit in the stock division on cpu, got cuda-graph; choose one of",
+            "compile, jit, nnx-jit in the stock division on cpu with torch and jax, got cuda-graph; choose one of",
         ),
         (("--framework", "torch", "--mode", "jit"), "mode: expected one of eager, compile in the matched division"),
         (("--division", "stock", "--precision", "tf32"), "the selection is empty"),

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.measure.request import LeftOutError, Request, chosen_competitors
+from bench.measure.request import LeftOutError, Request, SelectionError, SweepNotes, check_modes, chosen_competitors
 from bench.plan.cells import DEVICES, DIVISIONS, STORAGE_DTYPES, Cell
 from bench.plan.competitors import MODES, Catalogue, Competitor, competitors_for, further_modes, launch, offered_modes
 from bench.plan.costs import (
@@ -257,6 +257,14 @@ def test_nnx_jit_is_a_mode_of_layers_that_takes_part_only_by_name():
         asked = chosen_competitors([TORCH, jax], Request(mode=("jit", "nnx-jit")), here)
         assert {(one.framework, one.kind) for one in asked if one.mode == "nnx-jit"} == {("jax", "implementation")}
         assert "jit" in {one.mode for one in asked}
+
+
+@pytest.mark.parametrize(
+    ("mode", "framework"), [("nnx-jit", "torch"), ("eager-one-thread", "jax"), ("graphed-callables", "torch")]
+)
+def test_a_mode_that_is_not_there_is_refused_with_those_that_are(mode, framework):
+    with pytest.raises(SelectionError, match=f"division on cpu with {framework}, got {mode}; choose one of these"):
+        check_modes(Request(mode=(mode,)), "cpu", (framework,), SweepNotes())
 
 
 def test_a_mode_of_training_steps_leaves_out_the_other_directions():

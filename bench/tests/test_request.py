@@ -29,8 +29,8 @@ def test_a_name_without_the_mode_that_is_asked_for_is_refused_in_other_words():
     wanted = request(implementation=("stock:nnx.Einsum",), mode=("eager",))
     message = (
         "implementation: no framework that takes part has stock:nnx.Einsum in the mode eager in "
-        "article-base (B=128, n=32, 32->32), forward, fp32, matched; choose another --implementation, --mode or "
-        "--framework."
+        "article-base (B=128, n=32, 32->32), forward, fp32, matched; choose another --implementation, "
+        "--mode, --direction or --framework."
     )
     with pytest.raises(SelectionError) as error:
         chosen_competitors([TORCH, JAX], wanted, CELL)
