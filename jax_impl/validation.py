@@ -297,14 +297,15 @@ def check_dot_general(dot_general: Any, implementation: str, *, one_size: bool) 
 
 def check_algorithm(precision: Any, implementation: Implementation) -> None:
     """Refuse, by an UnsupportedImplementationError, a dot algorithm that an implementation would not compute in."""
-    if precision is not None and _is_algorithm(precision) and not implementation.dot_algorithms:
+    if precision is not None and names_algorithm(precision) and not implementation.dot_algorithms:
         raise UnsupportedImplementationError(
             f"`precision`: expected a name or a jax.lax.Precision for {implementation.name!r}, got the algorithm "
             f"{shown(precision)}, which it would not compute in; choose another one of the two."
         )
 
 
-def _is_algorithm(precision: Any) -> bool:
+def names_algorithm(precision: Any) -> bool:
+    """Say whether a valid precision is a dot algorithm, by itself or by its name."""
     named = isinstance(precision, str) and precision not in _PRECISIONS
     return named or isinstance(precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset)
 
@@ -313,7 +314,7 @@ def explain_failure(error: Exception, implementation: str, precision: Any, kerne
     """Raise, in this package's words, why an implementation failed on operands that fit; return if `error` says it."""
     if isinstance(error, UnsupportedImplementationError):
         return
-    if _is_algorithm(precision):
+    if names_algorithm(precision):
         raise UnsupportedImplementationError(
             f"`precision`: expected one that {implementation!r} runs here on {kernel.dtype.name}, got "
             f"{shown(precision)} ({said(error)}); choose another one."

@@ -28,12 +28,13 @@ NARROW = {
     "one result": ((100,), 2, 5, 1),
     "one partition": ((64,), 1, 4, 4),
     "two axes of rows": ((5, 13), 3, 4, 2),
+    "four columns 4 KiB apart": ((1024,), 2, 4, 4),
 }
 WIDE = {
     "few rows": ((63,), 3, 4, 4),
     "wide results": ((64,), 3, 4, 9),
     "one feature": ((64,), 3, 1, 4),
-    "4 KiB apart": ((1024,), 2, 4, 4),
+    "five columns 4 KiB apart": ((1024,), 2, 4, 5),
     "no row": ((0,), 3, 4, 4),
 }
 

@@ -12,8 +12,9 @@ from torch_impl.array_types import Bias, Inputs, Outputs, Weight
 # Where a result whose rows lie next to each other was measured to be the faster one, on one thread of one CPU by
 # interleaved calls (fp32 and fp64, 64 to 4000 rows, 2 to 512 features to at most 8): a forward pass takes 0.2 to 0.9
 # of the time of the other order. With gradients or a contiguous copy behind it some settings only break even. Where
-# the columns of the result are a multiple of 4 KiB apart a copy takes longer than what is won.
-_WIDEST_NARROW, _FEWEST_ROWS, _ALIASED_BYTES = 8, 64, 4096
+# more than four columns of the result are a multiple of 4 KiB apart, they evict each other while a copy reads them: at
+# 8 -> 8 such a result takes 0.3 to 0.6 of the time, and with a copy behind it 1.5 to 2.4 times the time.
+_WIDEST_NARROW, _FEWEST_ROWS, _ALIASED_BYTES, _ALIASED_COLUMNS = 8, 64, 4096, 4
 
 # By device type, from how many entries of y on `_OneNode` is used. Nowhere yet: on CUDA it waits for a measurement that
 # shows it faster beyond the noise in training and in inference, and on a CPU it is the slower one.
@@ -58,7 +59,8 @@ def _has_narrow_results(rows: Tensor, weight: Tensor) -> bool:
     if not isinstance(count, int) or count < _FEWEST_ROWS or in_features == 1 or not rows.is_cpu:
         return False
     item = weight.dtype.itemsize
-    return item >= 4 and count * item % _ALIASED_BYTES != 0 and type(rows) is Tensor
+    evicting = weight.shape[2] > _ALIASED_COLUMNS and count * item % _ALIASED_BYTES == 0
+    return item >= 4 and not evicting and type(rows) is Tensor
 
 
 def _takes_one_node(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
