@@ -140,7 +140,16 @@ def _run(
     else:
         rows = math.prod(x.shape[:-1])
         name = auto_of_unequal(packing, rows, kernel.dtype.itemsize, device, shared=shared)
-    reason = unsupported_reason(name, dtype=DTYPE_NAMES[kernel.dtype], device=device, shared=shared, unequal=unequal)
+    sizes = kernel.shape[1:] if packing is None else (max(packing.in_features), max(packing.out_features))
+    reason = unsupported_reason(
+        name,
+        dtype=DTYPE_NAMES[kernel.dtype],
+        device=device,
+        in_features=sizes[0],
+        out_features=sizes[1],
+        shared=shared,
+        unequal=unequal,
+    )
     if reason is not None:
         raise UnsupportedImplementationError(reason)
     entry = get_implementation(name, unequal=unequal)

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jax_impl.array_types import UnsupportedImplementationError as UnsupportedImplementationError
+from jax_impl.implementations.by_feature import LARGEST_FEATURES, partitioned_linear_by_feature
 from jax_impl.implementations.einsum import partitioned_linear_einsum, shared_linear_einsum
 from jax_impl.implementations.grouped_conv import partitioned_linear_grouped_conv
 from jax_impl.implementations.grouped_matmul import partitioned_linear_grouped_matmul
@@ -50,6 +52,7 @@ class Implementation:
         isolates_partitions: NaN or Inf in one partition leaves every other partition bitwise unchanged.
         maps: `jax.vmap` can map the call.
         dot_algorithms: Computes in a `jax.lax.DotAlgorithm` that is given as its precision.
+        most_features: The largest in_features and out_features; None for any.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Implementation:
     isolates_partitions: bool = True
     maps: bool = True
     dot_algorithms: bool = True
+    most_features: int | None = None
 
 
 _TABLE = (
@@ -84,6 +88,8 @@ _TABLE = (
         maps=False,
     ),
     Implementation("in_turn", partitioned_linear_in_turn),
+    # A sum of elements is no product that a dot algorithm could compute.
+    Implementation("by_feature", partitioned_linear_by_feature, dot_algorithms=False, most_features=LARGEST_FEATURES),
 )
 
 _UNEQUAL_TABLE = (
@@ -134,12 +140,19 @@ def get_implementation(name: str, *, unequal: bool = False) -> Implementation:
 
 
 def unsupported_reason(
-    name: str, *, dtype: str, device: str, shared: bool = False, unequal: bool = False
+    name: str,
+    *,
+    dtype: str,
+    device: str,
+    in_features: Any,
+    out_features: Any,
+    shared: bool = False,
+    unequal: bool = False,
 ) -> str | None:
     """Say in one sentence why a named implementation cannot run a call, or return None when it can.
 
-    `dtype` and `device` are canonical names such as "float32" and "cpu"; `shared` is for an input that all partitions
-    share, `unequal` for sequences of sizes.
+    `dtype` and `device` are canonical names such as "float32" and "cpu"; sizes are those of one partition, the
+    largest ones of unequal ones; `shared` is for an input that all partitions share, `unequal` for sequences of sizes.
     """
     entry = get_implementation(name, unequal=unequal)
     if shared and entry.run_shared is None:
@@ -148,6 +161,11 @@ def unsupported_reason(
         return f"`implementation`: {name!r} supports {_listed(entry.dtypes)}, got {dtype}; choose another one."
     if device not in entry.devices:
         return f"`implementation`: {name!r} supports devices {_listed(entry.devices)}, got {device}; move the operands."
+    if entry.most_features is not None and max(in_features, out_features) > entry.most_features:
+        return (
+            f"`implementation`: {name!r} takes at most {entry.most_features} features in and out, got "
+            f"in_features={in_features}, out_features={out_features}; choose another one."
+        )
     return None
 
 

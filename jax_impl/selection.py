@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.lax import PrecisionLike
 
-from jax_impl.implementations import add_bias
+from jax_impl.implementations.by_feature import partitioned_linear_by_feature
 from jax_impl.implementations.in_turn import partitioned_linear_in_turn
 from jax_impl.implementations.matmul import partitioned_linear_matmul
 from jax_impl.packing import Packing
@@ -24,7 +24,7 @@ from jax_impl.validation import names_algorithm
 # transposes.
 _MANY_WEIGHTS, _LARGE_PARTITION = 2**21, 3 * 2**14
 _FEWEST_ROWS, _WEIGHTS_A_FEATURE = 4, 4
-# Between these sizes `_by_feature` was measured to be the faster one, unless the weights are more and both sizes fill
+# Between these sizes `by_feature` was measured to be the faster one, unless the weights are more and both sizes fill
 # the vectors of the batched product.
 _FEWEST_FEATURES, _MOST_FEATURES, _SMALL_PARTITION, _FULL_VECTOR = 2, 8, 16, 4
 # What a GPU of 2 TB/s moves in the two microseconds or so that starting one more product takes.
@@ -38,7 +38,7 @@ def run_auto(x: Array, weight: Array, bias: Array | None, precision: PrecisionLi
     partition-major operands was the fastest formulation or within noise of it at nearly every size tried, because it is
     the one whose gradients need no transpose of a whole operand. Where the program runs on a single CPU device and is
     not differentiated, a forward pass of few rows of large partitions is `in_turn`, which takes 0.6 to 0.9 of the time,
-    and one of 2 to 8 features a sum over the features: 0.2 to 0.6 of the time at 4 -> 4, 0.3 at 5 -> 5. Not so at
+    and one of 2 to 8 features `by_feature`: 0.2 to 0.6 of the time at 4 -> 4, 0.3 at 5 -> 5. Not so at
     4 -> 8, 8 -> 4 and 8 -> 8, where a stack of such layers would take 1.1 to 1.4 times as long; nor in training, where
     every spelling that a single layer gains by (0.6 to 0.9) costs a stack 1.2 to 1.9 times its time.
     """
@@ -46,7 +46,7 @@ def run_auto(x: Array, weight: Array, bias: Array | None, precision: PrecisionLi
     if gains_in_turn(x, weight, dtype):
         faster = partitioned_linear_in_turn
     elif gains_by_feature(x, weight, dtype, precision):
-        faster = _by_feature
+        faster = partitioned_linear_by_feature
     if faster is None:
         return partitioned_linear_matmul(x, weight, bias, precision, dtype)
     y = _forward_on_a_cpu(x.reshape(-1, *x.shape[-2:]), weight, bias, precision, faster)
@@ -64,12 +64,12 @@ def gains_in_turn(x: Array, weight: Array, dtype: np.dtype) -> bool:
 
 
 def gains_by_feature(x: Array, weight: Array, dtype: np.dtype, precision: PrecisionLike) -> bool:
-    """Say whether a forward pass with results of `dtype` is faster by `_by_feature` than by `matmul` on a CPU."""
+    """Say whether a forward pass with results of `dtype` is faster by `by_feature` than by `matmul` on a CPU."""
     sizes = weight.shape[1:]
     if min(sizes) < _FEWEST_FEATURES or max(sizes) > _MOST_FEATURES:
         return False
     gains = math.prod(sizes) <= _SMALL_PARTITION or any(size % _FULL_VECTOR for size in sizes)
-    # A sum of elements is no product that a dot algorithm could compute.
+    # Whoever asks for a dot algorithm gets the product that computes in it.
     return gains and not names_algorithm(precision) and _is_whole(x, weight, dtype)
 
 
@@ -84,19 +84,6 @@ def _is_whole(x: Array, weight: Array, dtype: np.dtype) -> bool:
     if not isinstance(rows, int) or dtype != x.dtype or dtype.itemsize < 4 or weight.shape[0] == 1:
         return False
     return jax.device_count() == 1 and all(jax.typeof(array).sharding.mesh.empty for array in (x, weight))
-
-
-def _by_feature(x: Array, weight: Array, bias: Array | None, precision: PrecisionLike, dtype: np.dtype) -> Array:
-    """Compute y[b, n, o] = sum_i x[b, n, i] * W[n, i, o] + b[n, o] as one pass over x, one term for each feature.
-
-    Elements are multiplied and added in the dtype of the operands, which is every precision that a CPU has.
-    """
-    del precision
-    y = x[:, :, :1] * weight[:, 0]
-    for feature in range(1, weight.shape[1]):
-        y += x[:, :, feature : feature + 1] * weight[:, feature]
-    # Otherwise the next layer, by the same formulation, would compute this one anew for each of its features.
-    return lax.optimization_barrier(add_bias(y, bias, dtype))
 
 
 # One jitted function for all calls: a loop that is made anew in each call would be compiled anew as well, wherever the

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 N, IN, OUT = 3, 4, 5
 X, KERNEL, BIAS = np.ones((2, N, IN), np.float32), np.ones((N, IN, OUT), np.float32), np.ones((N, OUT), np.float32)
-NAMES = "'loop', 'masked', 'einsum', 'vmap', 'matmul', 'grouped_conv', 'grouped_matmul', 'in_turn'"
+NAMES = "'loop', 'masked', 'einsum', 'vmap', 'matmul', 'grouped_conv', 'grouped_matmul', 'in_turn', 'by_feature'"
 FLOATS = "float64, float32, bfloat16, float16"
 
 
@@ -217,6 +217,19 @@ CASES = [
         call(precision="F32_F32_F32", implementation="grouped_conv"),
         UnsupportedImplementationError,
         "`precision`: expected a name or a jax.lax.Precision for 'grouped_conv', got the algorithm 'F32_F32_F32',",
+    ),
+    (
+        "sum-algorithm",
+        call(precision="F32_F32_F32", implementation="by_feature"),
+        UnsupportedImplementationError,
+        "`precision`: expected a name or a jax.lax.Precision for 'by_feature', got the algorithm 'F32_F32_F32',",
+    ),
+    (
+        "many-features",
+        call(np.ones((2, N, 33), np.float32), np.ones((N, 33, OUT), np.float32), implementation="by_feature"),
+        UnsupportedImplementationError,
+        "`implementation`: 'by_feature' takes at most 32 features in and out, got in_features=33, out_features=5; "
+        "choose another one.",
     ),
     (
         "vmap",

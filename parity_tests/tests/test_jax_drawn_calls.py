@@ -263,7 +263,8 @@ def unsupported(call):
         return False
     if call.way in ("vmap", "vmap of jit") and not IMPLEMENTATIONS[call.implementation].maps:
         return bool(call.case.leading)
-    return unsupported_reason(call.implementation, dtype=call.dtype, device="cpu") is not None
+    sizes = dict(zip(("in_features", "out_features"), call.case.largest, strict=True))
+    return unsupported_reason(call.implementation, dtype=call.dtype, device="cpu", **sizes) is not None
 
 
 # The function and the layers' calls.

@@ -1,5 +1,6 @@
 """Each JAX implementation: shapes, derivatives, mapping, isolation and accumulation, as its table entry declares."""
 
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -188,14 +189,25 @@ def test_dtype_and_isolation_of_partitions_as_declared(name, dtype):
 @pytest.mark.sample(2)
 @in_16_bits
 def test_16_bit_products_accumulate_in_fp32(name, low):
-    """Sums of 4096 ones: beyond the exact integers of a bf16 (256) or fp16 (2048) accumulator, exact as a result."""
-    rows, terms = 8, 4096
+    """Sums of 4096 ones: beyond the exact integers of a bf16 (256) or fp16 (2048) accumulator, exact as a result.
+
+    Where so many features are not supported, the first term is the last of these integers, to which ones add nothing.
+    """
+    rows, terms, most = 8, 4096, get_implementation(name).most_features
+    first, features = (1, terms) if most is None else ({"bfloat16": 256, "float16": 2048}[low], most - 1)
     run = vjp_of_ones(name)
-    y, *_ = run(jnp.ones((rows, 2, terms), low), jnp.ones((2, terms, 3), low), jnp.zeros((2, 3), low))
+
+    def begun(*shape):
+        return jnp.ones(shape, low).at[..., 0].set(first)
+
+    y, *_ = run(begun(rows, 2, features), jnp.ones((2, features, 3), low), jnp.zeros((2, 3), low))
     _, _, dkernel, dbias = run(jnp.ones((terms, 2, 3), low), jnp.ones((2, 3, 2), low), jnp.ones((2, 2), low))
-    _, dx, *_ = run(jnp.ones((rows, 2, 3), low), jnp.ones((2, 3, terms), low), jnp.ones((2, terms), low))
+    wide = jnp.ones((rows, 2, 3), low), jnp.ones((2, 3, features), low), jnp.ones((2, features), low)
+    _, dx, *_ = run(*wide, begun(rows, 2, features))
+    for tensor in (y, dx):
+        assert np.all(np.asarray(tensor, np.float32) == first + features - 1)
     batched = run(jnp.ones((64, terms // 64, 2, 3), low), jnp.ones((2, 3, 2), low), jnp.ones((2, 2), low))
-    for tensor in (y, dx, dkernel, dbias, *batched[2:]):
+    for tensor in (dkernel, dbias, *batched[2:]):
         assert np.all(np.asarray(tensor, np.float32) == terms)
 
 
@@ -227,7 +239,8 @@ def test_a_plain_broadcast_add_breaks_the_bound_on_the_bias_gradient():
 
 @in_16_bits
 def test_preferred_element_type_keeps_the_fp32_result(name, low):
-    x, kernel, bias = operands(low, i=253)
+    terms = get_implementation(name).most_features or 253
+    x, kernel, bias = operands(low, i=terms)
     run = jax.jit(lambda *a: partitioned_linear(*a, implementation=name, preferred_element_type=jnp.float32))
     y, pullback = jax.vjp(run, x, kernel, bias)
     assert y.dtype == jnp.float32
@@ -235,7 +248,7 @@ def test_preferred_element_type_keeps_the_fp32_result(name, low):
     exact = [np.asarray(array, np.float64) for array in (x, kernel, bias)]
     want = np.einsum("bni,nio->bno", *exact[:2]) + exact[2]
     reach = np.einsum("bni,nio->bno", *map(np.abs, exact[:2])) + np.abs(exact[2])
-    count = 253 + 2
+    count = terms + 2
     assert np.all(np.abs(np.asarray(y, np.float64) - want) <= count * 2.0**-24 / (1 - count * 2.0**-24) * reach)
 
 
@@ -308,8 +321,12 @@ def test_device_type_of_concrete_and_traced_arrays():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reasons_name_what_is_missing(name):
-    assert unsupported_reason(name, dtype="float32", device="cpu") is None
-    assert "got int8" in unsupported_reason(name, dtype="int8", device="cpu")
-    assert "got tpu" in unsupported_reason(name, dtype="float32", device="tpu")
+    reason = partial(unsupported_reason, name, dtype="float32", device="cpu", in_features=4, out_features=5)
+    assert reason() is None
+    assert "got int8" in reason(dtype="int8")
+    assert "got tpu" in reason(device="tpu")
+    for sizes in ({"in_features": 33}, {"out_features": 33}):
+        found = reason(**sizes)
+        assert found is None if name != "by_feature" else "at most 32 features in and out, got in_features=" in found
     with pytest.raises(ValueError, match=r"`implementation`: expected one of 'loop', .*, got 'bmm'"):
-        unsupported_reason("bmm", dtype="float32", device="cpu")
+        unsupported_reason("bmm", **reason.keywords)

@@ -1,4 +1,4 @@
-"""JAX's `matmul` for few rows of a large weight, and "auto", which runs `in_turn` in its place: programs and limits."""
+"""JAX's `matmul` for few rows of a large weight, and "auto", which runs `in_turn` or `by_feature`: programs, limits."""
 
 import re
 from functools import partial
@@ -169,7 +169,7 @@ def test_auto_is_in_turn_forward_and_matmul_where_somebody_differentiates(in_tur
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_a_named_implementation_is_itself_whatever_auto_gains(in_turn, name):
-    shapes = ((16, 128, 128), (128, 128, 128), (128, 128))
+    shapes = ((16, 128, 32), (128, 32, 32), (128, 32))
     looped = loops(partial(partitioned_linear, implementation=name), *(jnp.zeros(shape) for shape in shapes))
     assert looped == (name == "in_turn")
 
@@ -289,11 +289,14 @@ def test_a_sum_over_the_features_is_for_forward_passes_on_a_cpu():
     written = {platform: jax.export.export(own, platforms=[platform])(*arrays) for platform in ("cpu", "cuda")}
     batched = {platform: "stablehlo.dot_general" in found.mlir_module() for platform, found in written.items()}
     assert batched == {"cpu": False, "cuda": True}
-    run = {name: partial(partitioned_linear, implementation=name) for name in ("auto", "matmul")}
+    names = ("auto", "by_feature", "matmul")
+    run = {name: partial(partitioned_linear, implementation=name) for name in names}
     backward = {name: lambda dy, *a, own=own: jax.vjp(own, *a)[1](dy) for name, own in run.items()}
     y = run["auto"](*arrays)
-    assert compiled(backward["auto"], y, *arrays) == compiled(backward["matmul"], y, *arrays)
-    assert compiled(run["auto"], *arrays) != compiled(run["matmul"], *arrays)
+    programs = {name: compiled(backward[name], y, *arrays) for name in names}
+    assert programs["auto"] == programs["matmul"] != programs["by_feature"]
+    programs = {name: compiled(run[name], *arrays) for name in names}
+    assert programs["auto"] == programs["by_feature"] != programs["matmul"]
 
 
 @pytest.mark.sample(3)

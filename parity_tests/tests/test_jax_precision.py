@@ -93,10 +93,13 @@ def precisions(call, *operands):
 def test_every_product_carries_the_precision_that_is_asked_for(name, make, dtype):
     twice = get_implementation(name).double_backward
     for kind, (precision, carried) in ASKED.items():
-        if kind == "algorithm" and name == "grouped_conv":
+        if kind == "algorithm" and not get_implementation(name).dot_algorithms:
             continue
         for order, call in orders(make(name, precision), make, twice):
             found = precisions(call, *shapes(2, dtype))
+            if name == "by_feature":  # no product at all, which could be less precise than was asked for
+                assert found == []
+                continue
             assert set(found) == carried, (kind, order)
             assert len(found) >= (1 if order == "y" else 3)
 

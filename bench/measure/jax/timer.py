@@ -164,10 +164,13 @@ class JaxTimer(Timer):
         """Trace, lower and compile; the jitted function is then called as a user would."""
         unequal = task.sizes is not None
         if task.implementation in implementation_names(unequal=unequal):
+            i, o = (1, 1) if task.sizes is not None else buffers[0][1].shape[1:]
             reason = unsupported_reason(
                 task.implementation,
                 dtype=STORAGE_DTYPES[self._precision],
                 device=self._device,
+                in_features=i,
+                out_features=o,
                 shared=task.layout == SHARED,
                 unequal=unequal,
             )

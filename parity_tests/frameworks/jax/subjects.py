@@ -130,6 +130,8 @@ class JaxSubject:
             self.table_name,
             dtype=MODES[self.mode].computes_in or dtype,
             device="cuda" if self.device.platform == "gpu" else str(self.device.platform),
+            in_features=case.largest[0],
+            out_features=case.largest[1],
             unequal=self.sizes == UNEQUAL,
         )
 
