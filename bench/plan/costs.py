@@ -25,6 +25,8 @@ _COLD_CACHES = 4
 DENSE_FORMS: frozenset[str] = frozenset({"masked", "dense"})
 PADDED_FORMS: frozenset[str] = frozenset({"padded_matmul"})
 UNROLLED_FORMS: frozenset[str] = frozenset({"loop", "stock:nn.Linear", "stock:nnx.Linear"})
+# Gradients of it hold two products of the size of y for each feature of a partition; XLA on a CPU fuses none of them.
+_SUMS_OF_TERMS: frozenset[str] = frozenset({"by_feature"})
 # XLA expands a ragged product on a CPU into one masked product of all rows with every partition's matrix.
 _EXPANDED_RAGGED = ("jax", "grouped_matmul", "cpu")
 
@@ -104,11 +106,14 @@ def executed_flops(competitor: Competitor, cell: Cell) -> int:
 
 
 def working_bytes(competitor: Competitor, cell: Cell) -> int:
-    """Return the bytes alive at the peak, roughly: arguments, results, and the dense matrices of a dense form."""
+    """Return the bytes alive at the peak, roughly: arguments, results, dense matrices, and terms of a sum."""
     w = cell.workload
     dense = w.inputs * w.outputs * ITEM_BYTES[cell.dtype]
     matrices = 0 if competitor.implementation not in DENSE_FORMS else products(cell) * dense
-    return 2 * compulsory_bytes(cell) + matrices
+    summed = competitor.implementation in _SUMS_OF_TERMS and cell.direction != "forward" and cell.device == "cpu"
+    # There are as many weights as features of a partition for each output.
+    terms = 2 * w.batch * w.weights * ITEM_BYTES[cell.dtype] if summed else 0
+    return 2 * compulsory_bytes(cell) + matrices + terms
 
 
 def planned_skip(competitor: Competitor, cell: Cell, limits: Limits, free_bytes: int) -> str | None:

@@ -60,6 +60,15 @@ def test_the_dense_matrix_of_electricity_does_not_fit():
     assert planned_skip(Competitor("torch", "matmul", "eager"), electricity, limits, 2**36) is None
 
 
+def test_the_terms_of_a_sum_are_held_for_its_gradients_alone():
+    by_feature, matmul = (Competitor("jax", name, "jit") for name in ("by_feature", "matmul"))
+    w = cell().workload
+    held = 2 * w.in_features * (4 * w.batch * w.outputs)
+    for direction, more in (("forward", 0), ("forward_backward", held)):
+        at = cell(direction)
+        assert working_bytes(by_feature, at) - working_bytes(matmul, at) == more
+
+
 def test_only_traced_loops_are_too_many_products():
     electricity, limits = cell("forward_backward", WORKLOADS["electricity-336-96"]), PRESETS["seed"].limits
     assert products(electricity) == 3

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from bench.measure.timer import Timer
+from bench.measure.timer import Timer, Unsupported
 from bench.measure.workbench import Workbench
 from bench.plan.cells import Cell
 from bench.plan.workloads import Workload
@@ -306,6 +306,21 @@ def test_partitions_that_are_taken_in_turn_are_not_doubted():
     found = bench.probe(REQUEST | {"budget_s": 0.001})
     assert "while" in found["kernels"]
     assert found["doubt"] == ""
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+def test_a_sum_over_the_features_is_not_doubted(direction):
+    pytest.importorskip("jax", reason="needs jax")
+    bench = opened("jax", direction=direction)
+    assert judged(bench, "jax", "by_feature")["status"] == "ok"
+    assert bench.probe(REQUEST | {"budget_s": 0})["doubt"] == ""
+
+
+def test_a_sum_over_many_features_is_unsupported(monkeypatch):
+    pytest.importorskip("jax", reason="needs jax")
+    monkeypatch.setitem(globals(), "TINY", replace(TINY, in_features=33))
+    with pytest.raises(Unsupported, match="at most 32 features in and out, got in_features=33"):
+        judged(opened("jax"), "jax", "by_feature")
 
 
 def test_products_with_a_vector_count_in_every_pass_of_a_loop():
