@@ -1,7 +1,7 @@
 """A sum of one term for each feature, of elements: no matrix product."""
 
-from itertools import starmap
-from operator import mul
+from functools import reduce
+from operator import add, mul
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +29,5 @@ def partitioned_linear_by_feature(
     # Unlike those of slices, the gradients of the parts of a split are put together in one pass.
     features = lax.split(x.astype(wide), (1,) * in_features, x.ndim - 1)
     vectors = (part[:, 0] for part in lax.split(weight.astype(wide), (1,) * in_features, 1))
-    first, *others = starmap(mul, zip(features, vectors, strict=True))
     # Otherwise a next layer, by the same formulation, would compute this one anew for each of its features.
-    return lax.optimization_barrier(add_bias(sum(others, first), bias, dtype))
+    return lax.optimization_barrier(add_bias(reduce(add, map(mul, features, vectors)), bias, dtype))
