@@ -264,7 +264,8 @@ def test_few_features_are_added_up_one_by_one_only_where_it_was_measured_to_pay(
 
     assert all(chosen(*sizes) for sizes in ((4, 4), (2, 8), (8, 2), (5, 5), (8, 7), (7, 8), (2, 2)))
     assert not any(chosen(*sizes) for sizes in ((4, 8), (8, 4), (8, 8), (1, 4), (4, 1), (9, 2), (2, 9)))
-    assert chosen(4, 4, precision="highest", dtype="float64")
+    with jax.enable_x64(True):
+        assert chosen(4, 4, precision="highest", dtype="float64")
     assert not chosen(4, 4, dtype="bfloat16")
     assert not chosen(4, 4, dtype="bfloat16", preferred_element_type="float32")
     assert not chosen(4, 4, n=1)
