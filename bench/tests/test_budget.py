@@ -253,7 +253,7 @@ def test_a_worker_that_hangs_does_not_outlast_the_budget(name, tmp_path, call, m
 @pytest.mark.usefixtures("fake_pool")
 def test_a_worker_that_dies_costs_its_competitor_and_no_other_cell(tmp_path, call, monkeypatch):
     monkeypatch.setattr(budgets, "_END_S", 0.5)
-    words = ("run", "--direction", "forward", "--cell-s", "0", "--most-cell-s", "9", "--budget-s", 60.0)
+    words = ("run", "--direction", "forward", "--cell-s", "0", "--most-cell-s", "9", "--budget-s", 600.0)
     chosen = [part for name in NAMES for part in ("--workload", name)]
     chosen += [part for name in ("matmul", "die-in-block", "loop") for part in ("--implementation", name)]
     done = call(*words, *chosen, "--framework", "torch", "--out", tmp_path / "run")

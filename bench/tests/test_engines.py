@@ -124,7 +124,7 @@ def test_a_budget_hands_out_what_it_reaches_for_and_says_what_it_leaves(cluster,
     assert short.exit_code == 1
     assert "the budget ended before a worker had measured a cell" in short.stderr
     assert f"Left out, forward, fp32, matched, process 0, 1: {', '.join(WORKLOADS[:2])}." in short.stdout
-    long = run(address, out, "--replicates", "2", "--budget-s", "120", "--resume", workloads=WORKLOADS[:2])
+    long = run(address, out, "--replicates", "2", "--budget-s", "600", "--resume", workloads=WORKLOADS[:2])
     assert long.exit_code == 0, long.output + long.stderr
     assert "Left out" not in long.output
     records = read_records(out)

@@ -179,6 +179,7 @@ def _of_value(search: Search, step: int, what: str, number: int, words: str) -> 
     if count > 1 and words.startswith(f"{1 / count if operation == 'sum' else count:.6g} times"):
         other = "mean" if operation == "sum" else "sum"
         return f"reduction: the torch side takes a {operation}, the flax side a {other}"
+    kind = "conjugate" if "conjugate" in words else kind
     kind = "power" if "power" in words else "activation" if " of it (" in words or "over axis" in words else kind
     if kind == "scale" and _softmax_follows(search, number):
         return f"attention scale: the scores are {words} on the flax side"

@@ -129,10 +129,12 @@ def _function(search: Search, step: int, own: np.ndarray, each: np.ndarray) -> s
     for words, value in formulas(read, each):
         if " of it (" in words and equal(value, each):
             operation, other = search.torch.steps[step].operation, words.partition(" of it")[0]
-            return f"activation: the torch side has {operation}, the flax side {other}"
+            kind = "function" if operation in _NO_ACTIVATIONS else "activation"
+            return f"{kind}: the torch side has {operation}, the flax side {other}"
     return ""
 
 
+_NO_ACTIVATIONS = ("exp", "abs", "log", "sqrt", "sin", "cos", "rsqrt", "pow")
 _KINDS: dict[str, Callable[[Search, int, np.ndarray, np.ndarray], str]] = {
     **dict.fromkeys(("embedding", "index", "index_select", "gather"), _rows),
     **dict.fromkeys(("where", "masked_fill", "masked_fill_", "add"), _mask),

@@ -28,44 +28,27 @@ _ALIKE = 3  # arrays of the other side that are tried for one value
 
 @dataclass
 class Segment:
-    """A place as the recorded runs have it.
+    """A place as the recorded runs have it."""
 
-    Attributes:
-        torch: numbers of the operations between values that agree and the end of the segment.
-        flax: likewise.
-        end: numbers of the values, on the torch and the flax side, with which everything that follows agrees, if known.
-        heals: the change that puts Flax's value in.
-        place: in words.
-        behind: numbers of all operations of torch that the results hang on, where no end was found.
-    """
-
-    torch: tuple[int, ...]
-    flax: tuple[int, ...]
-    place: Place
+    torch: tuple[int, ...]  # numbers of the operations between values that agree and the end of the segment
+    flax: tuple[int, ...]  # likewise
+    place: Place  # in words
+    # Numbers of the values, on the torch and the flax side, with which everything that follows agrees, if known
     end: tuple[int, int] | None = None
-    heals: Change | None = None
-    behind: tuple[int, ...] = ()
+    heals: Change | None = None  # the change that puts Flax's value in
+    behind: tuple[int, ...] = ()  # numbers of all operations of torch that the results hang on, where no end was found
 
 
 @dataclass
 class Search:
-    """The recorded runs of a pair, and what is known of their values.
+    """The recorded runs of a pair, and what is known of their values."""
 
-    Attributes:
-        pair: which is judged.
-        values: what both sides are given.
-        evidence: of the semantic leg.
-        failed: names of the results that differ.
-        torch: the run of the torch side, with the changes made so far.
-        flax: the run of the flax side.
-    """
-
-    pair: Pair
-    values: Values
-    evidence: Evidence
-    failed: tuple[str, ...]
-    torch: Trace
-    flax: Trace
+    pair: Pair  # which is judged
+    values: Values  # what both sides are given
+    evidence: Evidence  # of the semantic leg
+    failed: tuple[str, ...]  # names of the results that differ
+    torch: Trace  # the run of the torch side, with the changes made so far
+    flax: Trace  # the run of the flax side
     changes: tuple[Change, ...] = ()
     matches: dict[int, list[int]] = field(default_factory=dict)
 

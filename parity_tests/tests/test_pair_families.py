@@ -696,7 +696,7 @@ pair(
     QUERY,
     ((3, D),),
     False,
-    "y: the flax side is the complex conjugate",
+    "conjugate: the result of _fft_r2c is its complex conjugate on the flax side",
     gradients=False,
 )
 pair(
@@ -924,7 +924,7 @@ pair(
     QUERY,
     ((4, D),),
     False,
-    "to the power 0.5",
+    "function: the torch side has pow, the flax side absolute",
 )
 pair(
     "a loss that is summed",
