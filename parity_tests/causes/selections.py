@@ -95,6 +95,7 @@ def _rows(search: Search, step: int, own: np.ndarray, each: np.ndarray) -> str:
     if table is None or not table.ndim or is_complex(table):
         return ""
     row = table.shape[1:] if search.torch.steps[step].operation != "gather" else ()
+    places = table.shape[: table.ndim - len(row)]
     table = table.reshape(-1, int(np.prod(row)))
     if own.shape[own.ndim - len(row) :] != row or own.size * len(table) > _MOST_CELLS:
         return ""
@@ -114,6 +115,15 @@ def _rows(search: Search, step: int, own: np.ndarray, each: np.ndarray) -> str:
     for axes in ((a, b) for b in range(before.ndim) for a in range(b)):
         if before.shape == after.shape and np.array_equal(before.swapaxes(*axes), after):
             relation = f": the index is transposed (axes {axes[0]} and {axes[1]} exchanged)"
+    by = [
+        np.unique((there - here) % size)
+        for here, there, size in zip(
+            np.unravel_index(before, places), np.unravel_index(after, places), places, strict=True
+        )
+    ]
+    if before.size > 1 and all(len(steps) == 1 for steps in by):
+        rolled = [f"{int(steps[0])} along axis {axis}" for axis, steps in enumerate(by) if steps[0]]
+        relation = f": the index is rolled by {' and '.join(rolled)}"
     count = int((before != after).sum())
     return (
         f"index: the flax side reads other rows of {name} in {count} of {before.size} places, such as row "
