@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parity_tests.causes.relations import related, remote
+from parity_tests.causes.relations import UNNAMED, related, remote
 from parity_tests.causes.selections import Hypothesis
 from parity_tests.pair.judge import Evidence
 from parity_tests.pair.legs import Pair
@@ -227,6 +227,9 @@ def explained(
             # parameters say more than the order of numbers that come of them.
             whole = general(parameters_of(search.torch, [*segment.torch, *_feeding(search.torch, segment.torch)]))
             cause = whole if not everything or "come in the order" in whole else ""
+        if f"numbers {UNNAMED}" in sentence and any(not place.cause for place in found):
+            # What was put in at a place that nobody can explain may itself lie in another order.
+            sentence = ""
         found.append(dataclasses.replace(segment.place, cause=sentence))
         if cause or segment.heals is None:
             break

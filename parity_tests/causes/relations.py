@@ -20,7 +20,7 @@ _MOST_READ = 4  # values that are tried in another order
 _MOST_ROLLED = 8  # elements of an axis that is rolled
 _MOST_OF_A_KIND = 40  # hypotheses
 _MOST_FORMULAS = 60  # values of the flax side that a formula is looked for
-_UNNAMED = "in another order"
+UNNAMED = "in another order"
 
 
 def related(search: Search, segment: Segment, steps: Sequence[int]) -> Iterator[Hypothesis]:
@@ -58,7 +58,7 @@ def _arranged(search: Search, segment: Segment, told: bool) -> Iterator[Hypothes
                     continue
                 seen.add(each.tobytes())
                 sentence = _rearranged(search, readers[0][0], number, own, each)
-                if sentence and told == (_UNNAMED not in sentence):
+                if sentence and told == (UNNAMED not in sentence):
                     yield from ((sentence, changes, ()) for changes in _given(readers, each))
 
 
@@ -117,7 +117,7 @@ def _rearranged(search: Search, step: int, number: int, own: np.ndarray, each: n
     if "transposed" in words and _softmax_follows(search, number) and _is_product(search.torch, number):
         return "order: the scores are transposed on the flax side (query and key are exchanged)"
     known = " (channels first against last before a flatten, heads merged or split in another order)"
-    words, known = (words, "") if words else (_UNNAMED, known)
+    words, known = (words, "") if words else (UNNAMED, known)
     return f"order: {module} reads the same numbers {words} on the flax side{known}"
 
 
