@@ -47,6 +47,7 @@ def assert_nothing_repeated(runs):
         before, recorded_before = lines, recorded
 
 
+@pytest.mark.every
 def test_runs_killed_at_random_moments_repeat_nothing_and_lose_the_cell_in_flight_at_most(killed):
     *kills, last = killed
     assert [run["signal"] for run in kills] == [signal.SIGKILL] * KILLS
