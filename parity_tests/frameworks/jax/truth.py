@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import dtypes, lib, literals
+from jax._src import dtypes
 from jax.extend.core import ClosedJaxpr
 
 from parity_tests.frameworks.jax.noise import Interpreter, normal_pool
@@ -29,14 +29,17 @@ def _remember_constants_by_type() -> None:
     It remembers what an array in a user's function was converted to, and takes the float64 of the truth's program where
     the function is compiled in float32, which fails. Where its private parts have moved, it stays as it is.
     """
-    register = getattr(dtypes, "register_canonicalize_value_handler", None)
-    lru_cache = getattr(lib, "weakref_lru_cache", None)
-    cached = getattr(lru_cache, "weak_key_weak_value_cache", None)
-    if register is None or cached is None:
+    try:
+        from jax._src import lib
+        from jax._src.literals import TypedNdArray
+
+        register = dtypes.register_canonicalize_value_handler
+        cached = getattr(lib, "weakref_lru_cache").weak_key_weak_value_cache  # noqa: B009
+    except (ImportError, AttributeError):
         return
 
     def converted(array: np.ndarray) -> Any:
-        return literals.TypedNdArray(np.asarray(array, dtypes.canonicalize_dtype(array.dtype)))
+        return TypedNdArray(np.asarray(array, dtypes.canonicalize_dtype(array.dtype)))
 
     caches = {np.dtype(widest): cached(functools.partial(converted)) for widest in (np.float32, np.float64)}
     register(np.ndarray, lambda array: caches[dtypes.canonicalize_dtype(np.dtype(np.float64))](array))
