@@ -172,9 +172,25 @@ class PartitionedLinear(nnx.Module):
             return None
         return known_packing(self.in_features, self.out_features)
 
+    def own_value(self, name: str) -> Any:
+        """Return the value of "kernel" or "bias"; refuse one of another shape than the layer's own by a ValueError.
+
+        Another shape has one of several layers that `vmap` or `scan` has stacked, say.
+        """
+        packing, variable = self.packing, getattr(self, name)
+        if packing is not None:
+            shape: tuple[Any, ...] = (packing.weight_size if name == "kernel" else packing.out_offsets[-1],)
+        else:
+            shape = (self.num_partitions, *([self.in_features] if name == "kernel" else []), self.out_features)
+        check_instance(f"layer.{name}", variable, nnx.Variable, "keep the layer's own variables")
+        value = variable.get_value()
+        if getattr(value, "shape", shape) != shape:
+            raise ValueError(f"`layer.{name}`: expected shape {shape}, got {value.shape}; keep the layer's own shape.")
+        return value
+
     def partition_weights(self) -> list[Array]:
         """Return every partition's matrix (in_k, out_k), cut from the kernel."""
-        kernel, packing = self.kernel[...], self.packing
+        kernel, packing = self.own_value("kernel"), self.packing
         return list(kernel) if packing is None else partition_weights(kernel, packing)
 
     def partition_biases(self) -> list[Array] | None:
@@ -182,7 +198,8 @@ class PartitionedLinear(nnx.Module):
         packing = self.packing
         if self.bias is None:
             return None
-        return list(self.bias[...]) if packing is None else partition_biases(self.bias[...], packing)
+        bias = self.own_value("bias")
+        return list(bias) if packing is None else partition_biases(bias, packing)
 
     def __call__(self, x: Inputs, partitions: Sequence[int] | Array | None = None) -> Outputs:
         """Compute y[..., n, o] = sum_i x[..., n, i] * W[n, i, o] + b[n, o].

@@ -55,7 +55,7 @@ def find_axes(
     return (others[0] if others else None), feature_axis
 
 
-def layout_advice(shape: Sequence[Any], num_partitions: int, in_features: int) -> str:
+def layout_advice(shape: Sequence[Any], num_partitions: int, in_features: int, out_features: int | None = None) -> str:
     """Say what to do about an input whose shape does not fit, by what it looks like."""
     n, i, last = num_partitions, in_features, [None, None, *shape][-2:]
     if last[1] == n * i:
@@ -70,6 +70,8 @@ def layout_advice(shape: Sequence[Any], num_partitions: int, in_features: int) -
         return f"for partitions on another axis pass partition_axis={list(shape).index(n)}"
     if last[1] == i:
         return f"pass n = {n} partitions on axis -2, or partition_axis=None for an input that all of them share"
+    if last == [n, out_features]:
+        return "its last axis has the size of out: exchange in and out, or the last two axes of the weight"
     if last[0] == n:
         return "give sizes per partition, never totals: its last axis holds the features of one partition"
     if isinstance(last[1], int) and n > 1 and last[1] % n:

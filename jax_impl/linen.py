@@ -176,13 +176,21 @@ class PartitionedLinear(nn.Module):
                 )
             return (packing.weight_size,), (packing.out_offsets[-1],)
         features, in_features = cast(tuple[int, int | None], (self.features, self.in_features))
+        told = (self.num_partitions, in_features, features)
         if stored is None:
             n, inferred = infer_sizes(x.shape, self.num_partitions, self.in_axis, self.partition_axis)
             in_features = in_features or inferred
-        elif stored.ndim != 3 or 0 in stored.shape or stored.shape[1:] != (in_features or stored.shape[1], features):
+        elif (
+            stored.ndim != 3
+            or 0 in stored.shape
+            or any(size not in (None, own) for size, own in zip(told, stored.shape, strict=True))
+        ):
+            wanted = ", ".join(
+                f"{name} = {size}" for name, size in zip(("n", "in", "out"), told, strict=True) if size is not None
+            )
             raise ValueError(
-                f"`params['kernel']`: expected shape (n, in, out) with out = {features}, got {stored.shape}; pass what "
-                f"init returned."
+                f"`params['kernel']`: expected shape (n, in, out) with {wanted}, got {stored.shape}; pass what init "
+                f"returned."
             )
         else:
             n, in_features = stored.shape[:2]

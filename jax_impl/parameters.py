@@ -242,7 +242,8 @@ def _expected(parameters: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...],
 def to_canonical(parameters: Mapping[str, Any], axes: Mapping[str, str] | None = None) -> dict[str, np.ndarray]:
     """Copy arrays under canonical names to NumPy; raises as `check_parameters` does."""
     check_parameters(parameters)
-    return to_axes({name: np.array(value) for name, value in parameters.items()}, axes)
+    # In C order: a safetensors file takes memory as it lies, and arrays of NumPy or of another layout lie otherwise.
+    return to_axes({name: np.array(value, order="C") for name, value in parameters.items()}, axes)
 
 
 def from_canonical(
@@ -354,18 +355,5 @@ def _parameters(layer: PartitionedLinear) -> dict[str, Any]:
         PartitionedLinear,
         "pass the nnx layer (for the parameter dicts of linen, jax_impl.linen has functions of the same names)",
     )
-    packing, n = layer.packing, layer.num_partitions
-    if packing is None:
-        shapes = {"kernel": (n, layer.in_features, layer.out_features), "bias": (n, layer.out_features)}
-    else:
-        shapes = {"kernel": (packing.weight_size,), "bias": (packing.out_offsets[-1],)}
-    if layer.bias is None:
-        del shapes["bias"]
-    parameters = {}
-    for name, shape in shapes.items():
-        variable = getattr(layer, name)
-        check_instance(f"layer.{name}", variable, nnx.Variable, "keep the layer's own variables")
-        value = parameters[_CANONICAL_NAMES[name]] = variable.get_value()
-        if getattr(value, "shape", shape) != shape:
-            raise ValueError(f"`layer.{name}`: expected shape {shape}, got {value.shape}; keep the layer's own shape.")
-    return parameters
+    names = ["kernel"] if layer.bias is None else ["kernel", "bias"]
+    return {_CANONICAL_NAMES[name]: layer.own_value(name) for name in names}

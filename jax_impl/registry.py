@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from jax_impl.array_types import UnsupportedImplementationError as UnsupportedImplementationError
+from jax_impl.array_types import shown
 from jax_impl.implementations.by_feature import LARGEST_FEATURES, partitioned_linear_by_feature
 from jax_impl.implementations.einsum import partitioned_linear_einsum, shared_linear_einsum
 from jax_impl.implementations.grouped_conv import partitioned_linear_grouped_conv
@@ -111,8 +112,10 @@ UNEQUAL_IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
 def implementation_names(*, unequal: bool = False, device: str | None = None) -> tuple[str, ...]:
     """Return the names accepted as `implementation`, besides "auto": of the table for one size, or for several.
 
-    `device` is "cpu" or "cuda" for those that run there; None for all.
+    `device` is "cpu" or "cuda" for those that run there; None for all. Raises a ValueError for another one.
     """
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"`device`: expected 'cpu', 'cuda' or None, got {shown(device)}; choose one of these.")
     table = UNEQUAL_IMPLEMENTATIONS if unequal else IMPLEMENTATIONS
     return tuple(name for name, entry in table.items() if device is None or device in entry.devices)
 

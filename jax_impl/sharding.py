@@ -1,7 +1,5 @@
 """Placing the partitions on several devices: every device computes its own partitions and talks to no other."""
 
-from typing import Any
-
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -50,8 +48,8 @@ def shard_partitions(layer: PartitionedLinear, mesh: Mesh, axis_name: str = "par
 
     Raises:
         TypeError: If `layer` is no nnx `PartitionedLinear`, or `mesh` no `jax.sharding.Mesh`.
-        ValueError: If the mesh has no such axis, its size does not divide n, or the partitions have unequal sizes; the
-            layer is unchanged.
+        ValueError: If the mesh has no such axis, its size does not divide n, the partitions have unequal sizes, or a
+            parameter has another shape than the layer's own; the layer is unchanged.
     """
     check_instance("layer", layer, PartitionedLinear, "place linen's parameters with partition_sharding and device_put")
     sharding = partition_sharding(mesh, axis_name)
@@ -66,7 +64,11 @@ def shard_partitions(layer: PartitionedLinear, mesh: Mesh, axis_name: str = "par
             f"`mesh`: expected a size of axis {axis_name!r} that divides n = {layer.num_partitions}, got {size}; use "
             f"fewer devices."
         )
-    parameters: list[Any] = [layer.kernel] if layer.bias is None else [layer.kernel, layer.bias]
-    for parameter in parameters:
-        parameter.set_value(jax.device_put(parameter[...], sharding))
+    names = ["kernel"] if layer.bias is None else ["kernel", "bias"]
+    values = {name: layer.own_value(name) for name in names}
+    if isinstance(values["kernel"], jax.ShapeDtypeStruct):
+        raise ValueError("`layer`: expected values in `kernel`, got a ShapeDtypeStruct; restore them first.")
+    placed = {name: jax.device_put(value, sharding) for name, value in values.items()}
+    for name, value in placed.items():
+        getattr(layer, name).set_value(value)
     return layer

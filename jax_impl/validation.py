@@ -215,11 +215,11 @@ def check_operands(x: Any, kernel: Any, bias: Any, *, shared: bool = False) -> t
     all partitions share has no partition axis.
     """
     x, kernel = as_operand("x", x), check_kernel(kernel)
-    num_partitions, in_features, _ = kernel.shape
+    num_partitions, in_features, out_features = kernel.shape
     if not shared and (x.ndim < 2 or x.shape[-2:] != (num_partitions, in_features)):
         raise ValueError(
             f"`x`: expected shape (..., n, in) = (..., {num_partitions}, {in_features}), got {x.shape}; "
-            f"{layout_advice(x.shape, num_partitions, in_features)}."
+            f"{layout_advice(x.shape, num_partitions, in_features, out_features)}."
         )
     check_beside_kernel("x", x, kernel)
     return x, kernel, check_bias(bias, kernel)

@@ -214,6 +214,8 @@ def _as_indices(partitions: Any, num_partitions: int, device: torch.device) -> T
             f"`partitions`: expected integers in one axis, got {str(partitions.dtype).removeprefix('torch.')} of shape "
             f"{tuple(partitions.shape)}; pass at least one index, such as mask.nonzero().flatten()."
         )
+    if partitions.is_meta and device.type != "meta":
+        raise ValueError(f"`partitions`: expected indices with values, got some on meta; pass some on {device}.")
     if is_plain(partitions) and partitions.device.type == "cpu" and not torch.compiler.is_compiling():
         with contextlib.suppress(RuntimeError):  # inside a transform such as torch.vmap
             check_indices(partitions.tolist(), num_partitions)

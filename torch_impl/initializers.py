@@ -109,6 +109,29 @@ def initialize_(init: Init, weight: Tensor | Sequence[Tensor], bias: Tensor | Se
         part.copy_(values)
 
 
+@torch.no_grad()
+def reset_shards_(layer: Any) -> bool:
+    """Draw the parameters of a layer anew whose shards lie on several devices, and say whether they do.
+
+    Partitions that a device holds in parts cannot be filled there. Every process draws whole parameters, and the shards
+    are those of the first one: the values of one process of its seed.
+    """
+    shards = {name: parameter for name, parameter in layer._parameters.items() if hasattr(parameter, "placements")}
+    if not shards or any(parameter is not None and name not in shards for name, parameter in layer._parameters.items()):
+        return False
+    from torch.distributed.tensor import distribute_tensor
+
+    # Not by copy.copy, which FSDP refuses.
+    drawn = {n: nn.Parameter(one.to_local().new_empty(one.shape)) for n, one in shards.items()}
+    whole = object.__new__(type(layer))
+    whole.__dict__ = layer.__dict__ | {"_parameters": dict(layer._parameters) | drawn}
+    whole.reset_parameters()
+    for name, shard in shards.items():
+        if not shard.is_meta:
+            shard.copy_(distribute_tensor(drawn[name].detach(), shard.device_mesh, shard.placements))
+    return True
+
+
 def _filled(argument: str, fill: InPlaceInit, views: Tensor) -> Tensor:
     # NaN shows what the function leaves alone; otherwise that would be whatever the memory held before.
     values = torch.full_like(views, math.nan, memory_format=torch.contiguous_format)

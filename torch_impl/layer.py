@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch_impl.array_types import Inputs, Outputs
 from torch_impl.functional import packed_linear, partitioned_linear, plain_call
 from torch_impl.implementations.unequal import split_weight
-from torch_impl.initializers import Init, check_initializer, empty_parameter, initialize_
+from torch_impl.initializers import Init, check_initializer, empty_parameter, initialize_, reset_shards_
 from torch_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes
 from torch_impl.linears import layer_from_linears, linears_from_partitions
 from torch_impl.packing import Packing, check_packing, has_unequal_sizes
@@ -148,6 +148,8 @@ class PartitionedLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the parameters of every partition anew, by `init`; where that raises, they are unchanged."""
+        if reset_shards_(self):
+            return
         views = self.partition_views()
         check_writable(views)
         if self.packing is None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torch_impl.array_types import shown
 from torch_impl.functional import autocast_is_on, autocast_operands
-from torch_impl.initializers import Init, check_initializer, empty_parameter, initialize_
+from torch_impl.initializers import Init, check_initializer, empty_parameter, initialize_, reset_shards_
 from torch_impl.layer import Unquantised
 from torch_impl.linears import layer_from_linears, linears_from_partitions
 from torch_impl.packing import has_unequal_sizes
@@ -126,6 +126,8 @@ class MaskedPartitionedLinear(nn.Module):
 
         Where `init` raises, they are unchanged.
         """
+        if reset_shards_(self):
+            return
         views = self.partition_views()
         check_writable(views)
         initialize_(self.init, views["weight"].mT, views.get("bias"))

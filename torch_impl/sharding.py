@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from torch_impl.array_types import kind_of, shown
 from torch_impl.layer import PartitionedLinear
+from torch_impl.parameters import check_writable
 from torch_impl.registry import IMPLEMENTATIONS, UnsupportedImplementationError
 from torch_impl.validation import check_tensor
 
@@ -31,7 +32,8 @@ def shard_partitions(layer: LayerT, device_mesh: DeviceMesh) -> LayerT:
 
     Raises:
         TypeError: If `layer` is no `PartitionedLinear` or `device_mesh` no mesh.
-        ValueError: If the mesh has several dimensions or its size does not divide n.
+        ValueError: If the mesh has several dimensions or its size does not divide n, or the layer is parametrised or
+            pruned.
         UnsupportedImplementationError: If the layer names an implementation that cannot be sharded.
     """
     if not isinstance(layer, PartitionedLinear):
@@ -48,6 +50,7 @@ def shard_partitions(layer: LayerT, device_mesh: DeviceMesh) -> LayerT:
             f"got {layer.implementation!r}; build the layer with one of these."
         )
     _check_mesh(device_mesh, layer.num_partitions)
+    check_writable(layer.partition_views())  # neither parametrised nor pruned
     for name, parameter in list(layer.named_parameters()):
         with torch.no_grad():
             sharded = distribute_tensor(parameter.detach(), device_mesh, [Shard(0)])

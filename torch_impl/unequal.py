@@ -14,6 +14,8 @@ from torch_impl.packing import Packing, check_packing, has_unequal_sizes, packin
 from torch_impl.registry import DTYPE_NAMES
 from torch_impl.validation import MOST_ELEMENTS, check_device, check_tensor, is_plain
 
+_PACKED_WEIGHT = "pack the matrices as torch_impl.packing says"
+
 
 def packing_of_call(in_features: Any, out_features: Any) -> Packing:
     """Return the layout of the sizes that the function was given; refuse others as `check_packing` does."""
@@ -103,9 +105,9 @@ def _operands_fit(x: Any, weight: Any, bias: Any, packing: Packing) -> bool:
 
 
 def _explain_operands(x: Any, weight: Any, bias: Any, packing: Packing) -> None:
-    _check_packed("weight", weight, "in_0*out_0 + in_1*out_1 + ...", packing.weight_size)
+    _check_packed("weight", weight, "in_0*out_0 + in_1*out_1 + ...", packing.weight_size, _PACKED_WEIGHT)
     if bias is not None:
-        _check_packed("bias", bias, "out_0 + out_1 + ...", packing.out_offsets[-1])
+        _check_packed("bias", bias, "out_0 + out_1 + ...", packing.out_offsets[-1], "put the vectors beside each other")
         check_device("bias", bias, weight)
     check_tensor("x", x)
     check_device("x", x, weight)
@@ -117,12 +119,11 @@ def _explain_operands(x: Any, weight: Any, bias: Any, packing: Packing) -> None:
             )
 
 
-def _check_packed(argument: str, tensor: Any, symbols: str, size: int) -> None:
+def _check_packed(argument: str, tensor: Any, symbols: str, size: int, advice: str) -> None:
     check_tensor(argument, tensor)
     if tensor.shape != (size,):
         raise ValueError(
-            f"`{argument}`: expected packed shape ({symbols},) = ({size},), got {tuple(tensor.shape)}; pack it as "
-            f"torch_impl.packing says."
+            f"`{argument}`: expected packed shape ({symbols},) = ({size},), got {tuple(tensor.shape)}; {advice}."
         )
 
 

@@ -135,12 +135,12 @@ def operands_fit(x: Any, weight: Any, bias: Any) -> bool | None:
 
 def _explain_operands(x: Any, weight: Any, bias: Any) -> None:
     check_weight(weight)
-    num_partitions, in_features, _ = weight.shape
+    num_partitions, in_features, out_features = weight.shape
     check_tensor("x", x)
     if x.ndim < 2 or x.shape[-2] != num_partitions or x.shape[-1] != in_features:
         raise ValueError(
             f"`x`: expected shape (..., n, in) = (..., {num_partitions}, {in_features}), got {_shape(x)}; "
-            f"{layout_advice(x.shape, num_partitions, in_features)}."
+            f"{layout_advice(x.shape, num_partitions, in_features, out_features)}."
         )
     check_device("x", x, weight)
     check_bias(bias, weight)

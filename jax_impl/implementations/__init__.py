@@ -65,4 +65,6 @@ def add_bias(product: Array, bias: Array | None, dtype: np.dtype) -> Array:
     if bias is None:
         return product.astype(dtype)
     wide = jnp.promote_types(dtype, jnp.float32)
+    # Said, where users have jax_numpy_rank_promotion refuse what is not.
+    bias = jnp.expand_dims(bias, range(product.ndim - bias.ndim))
     return (product.astype(wide) + bias.astype(wide)).astype(dtype)

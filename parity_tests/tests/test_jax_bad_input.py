@@ -109,6 +109,18 @@ CASES = [
         "expected shape (..., n, in) = (..., 3, 4), got (2, 3, 3); give sizes per partition, never",
     ),
     ("x-one-feature", call(X[..., :1]), ValueError, "expected shape (..., n, in) = (..., 3, 4), got (2, 3, 1);"),
+    (
+        "names-device",
+        lambda: jax_impl.implementation_names(device="gpu"),
+        ValueError,
+        "`device`: expected 'cpu', 'cuda' or None, got 'gpu'; choose one of these.",
+    ),
+    (
+        "kernel-transposed",
+        call(kernel=KERNEL.swapaxes(1, 2), bias=None),
+        ValueError,
+        "got (2, 3, 4); its last axis has the size of out: exchange in and out, or the last two axes of the weight.",
+    ),
     ("x-swapped", call(X.swapaxes(1, 2)), ValueError, "got (2, 4, 3); for features before partitions pass in_axis=-2"),
     (
         "x-partitions-first",

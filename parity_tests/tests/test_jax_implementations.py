@@ -52,6 +52,17 @@ def operands(dtype="float32", rows=(6,), n=N, i=IN, o=OUT, seed=0):
     return drawn(dtype, (*rows, n, i), (n, i, o), (n, o), seed=seed)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_no_rank_is_promoted_in_silence(name):
+    """As for users of `jax_numpy_rank_promotion="raise"`."""
+    x, kernel, bias = (jnp.ones(shape) for shape in ((6, N, IN), (N, IN, OUT), (N, OUT)))
+    with jax.numpy_rank_promotion("raise"):
+        y = partitioned_linear(x, kernel, bias, implementation=name)
+        shared = partitioned_linear(x[:, 0], kernel, bias, partition_axis=None)
+    assert (y == IN + 1).all()
+    assert (shared == IN + 1).all()
+
+
 def squared(name):
     """A scalar loss whose second derivatives do not vanish."""
     return lambda *arguments: jnp.sum(partitioned_linear(*arguments, implementation=name) ** 2)

@@ -144,3 +144,13 @@ def test_stored_parameters_are_read_without_a_trace_of_their_initialisers():
     drawn.clear()
     assert layer.apply(params, jnp.ones((2, 3, 4))).tolist() == [[[5.0] * 5] * 3] * 2
     assert drawn == []
+
+
+def test_parameters_of_other_sizes_than_the_layer_was_told_are_refused():
+    variables = {"params": {"kernel": np.ones((N, IN, OUT), np.float32), "bias": np.ones((N, OUT), np.float32)}}
+    for options, wanted in (
+        ({"num_partitions": N + 1}, f"n = {N + 1}, out"),
+        ({"in_features": IN + 1}, f"in = {IN + 1}"),
+    ):
+        with pytest.raises(ValueError, match=rf"`params\['kernel'\]`: expected shape .* with {wanted}"):
+            PartitionedLinear(OUT, **options).apply(variables, inputs(2))

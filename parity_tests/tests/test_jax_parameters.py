@@ -170,6 +170,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
+def test_arrays_of_any_order_in_memory_are_saved_as_they_read(tmp_path):
+    own = {"kernel": np.asfortranarray(bits(np.float32)["weight"]), "bias": bits(np.float32)["bias"][::-1][::-1]}
+    linen.save_parameters(own, tmp_path / "layer")
+    read = linen.load_parameters(params(), tmp_path / "layer")
+    assert np.array_equal(np.asarray(read["kernel"]).view(np.int32), np.array(own["kernel"], order="C").view(np.int32))
+
+
 def test_linen_structures_are_kept():
     arrays = bits(np.float32)
     boxed = {

@@ -183,6 +183,12 @@ def test_bad_meshes_are_refused(mesh):
         shard_partitions(layer, mesh, "data")
     with pytest.raises(ValueError, match="`leading_axes`: expected at least 0, got -1;"):
         partition_sharding(mesh, leading_axes=-1)
+    stack = nnx.vmap(lambda key: PartitionedLinear(2, 4, 5, rngs=nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 3))
+    for call in (stack.partition_weights, stack.partition_biases, lambda: shard_partitions(stack, mesh)):
+        with pytest.raises(ValueError, match=r"`layer\.(kernel|bias)`: expected shape .*, got \(3, 2, "):
+            call()
+    with pytest.raises(ValueError, match=r"`layer`: expected values in `kernel`, got a ShapeDtypeStruct"):
+        shard_partitions(nnx.eval_shape(lambda: PartitionedLinear(3, 4, 5, rngs=nnx.Rngs(0))), mesh)
     with pytest.raises(TypeError, match="`mesh`: expected a Mesh, got a str;"):
         shard_partitions(layer, "partitions")
     with pytest.raises(TypeError, match="`layer`: expected a PartitionedLinear, got a Linear;"):

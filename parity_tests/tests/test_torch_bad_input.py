@@ -20,6 +20,7 @@ from torch_impl import (
     PartitionedLinear,
     UnsupportedImplementationError,
     export_parameters,
+    implementation_names,
     import_parameters,
     load_parameters,
     partitioned_linear,
@@ -55,6 +56,21 @@ def in_forward_mode():
 
 
 FUNCTION = {
+    "names-device": (
+        lambda: implementation_names(device="gpu"),
+        ValueError,
+        r"^`device`: expected 'cpu', 'cuda' or None, got 'gpu'; choose one of these\.$",
+    ),
+    "weight-transposed": (
+        call(x=torch.zeros(5, 4, 6)),
+        ValueError,
+        r"got \(5, 4, 6\); its last axis has the size of out: exchange in and out, or the last two axes of the weight",
+    ),
+    "partitions-elsewhere": (
+        call(partitions=torch.tensor([0], device="meta")),
+        ValueError,
+        r"^`partitions`: expected indices with values, got some on meta; pass some on cpu\.$",
+    ),
     "x-no-tensor": (call(x=X.numpy()), TypeError, r"^`x`: expected a torch.Tensor, got a ndarray; convert it first\.$"),
     "x-none": (call(x=None), TypeError, r"^`x`: expected a torch.Tensor, got a NoneType;"),
     "weight-list": (call(weight=[W]), TypeError, r"^`weight`: expected a torch.Tensor, got a list;"),

@@ -32,7 +32,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch_impl import PartitionedLinear, export_parameters, partitioned_linear
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations
+from torch_impl import MaskedPartitionedLinear, PartitionedLinear, export_parameters, partitioned_linear
 from torch_impl.registry import implementation_names
 from torch_impl.sharding import shard_inputs, shard_partitions
 
@@ -110,6 +112,26 @@ for name in implementation_names(device="cpu"):
 frozen = PartitionedLinear(4, 8, 6)
 frozen.weight.requires_grad_(False)
 frozen = {name: p.requires_grad for name, p in shard_partitions(frozen, mesh).named_parameters()}
+# FSDP2's way of making a model: on the meta device, sharded, and only then with values.
+torch.manual_seed(rank)
+reset = {}
+for label, make in {
+    "auto": lambda **options: PartitionedLinear(4, 8, 6, **options),
+    "odd": lambda **options: PartitionedLinear(3, 8, 6, init="flax", **options),
+    "function": lambda **options: PartitionedLinear(4, 8, 6, init=torch.nn.init.xavier_uniform_, **options),
+    "unequal": lambda **options: PartitionedLinear(4, (1, 4, 9, 2), (3, 5, 1, 2), **options),
+    "masked": lambda **options: MaskedPartitionedLinear(3, 8, 6, **options),
+}.items():
+    layer = make(device="meta")
+    fully_shard(layer, mesh=mesh)
+    layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    torch.manual_seed(0)
+    one = make()
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    own = [parameter.full_tensor() for parameter in layer.parameters()]
+    reset[label] = all(torch.equal(a, b) for a, b in zip(own, one.parameters(), strict=True))
 errors = {}
 plain = [tensor.clone() for tensor in whole.values()]
 placed = [on(mesh, tensor, axes[key], "-") for key, tensor in whole.items()]
@@ -123,6 +145,7 @@ for label, call in {
     "plain input": lambda: many(torch.zeros(5, 4, 8)),
     "indivisible": lambda: shard_partitions(PartitionedLinear(3, 8, 6), mesh),
     "export": lambda: export_parameters(many),
+    "parametrised": lambda: shard_partitions(parametrizations.weight_norm(PartitionedLinear(4, 8, 6)), mesh),
 }.items():
     try:
         call()
@@ -130,7 +153,7 @@ for label, call in {
         errors[label] = str(error)
 if rank == 0:
     with open(report, "w") as file:
-        json.dump({"rows": rows, "placed": placed_rows, "errors": errors, "frozen": frozen}, file)
+        json.dump({"rows": rows, "placed": placed_rows, "errors": errors, "frozen": frozen, "reset": reset}, file)
 dist.barrier()
 dist.destroy_process_group()
 # A thread of gloo's that still runs when the interpreter takes down its modules aborts the process now and then.
@@ -181,6 +204,10 @@ def test_values_are_those_of_one_device(report):
     assert all(row["db_holds"] for row in report["rows"])
 
 
+def test_shards_are_initialised_as_one_process_does(report):
+    assert report["reset"] == dict.fromkeys(("auto", "odd", "function", "unequal", "masked"), True)
+
+
 def test_frozen_parameters_stay_frozen(report):
     assert report["frozen"] == {"weight": False, "bias": True}
 
@@ -207,4 +234,6 @@ def test_mistakes_give_one_sentence(report):
         "another mesh.",
         "export": "`layer`: expected values in `weight`, got shards on several devices; use an ordinary layer on one "
         "device.",
+        "parametrised": "`layer`: expected a parameter `weight`, got a tensor that is computed from others; remove its "
+        "parametrization or pruning first.",
     }
