@@ -85,7 +85,7 @@ def check_unequal_call(
         wanted = "in = " if partition_axis is None else "in_0 + in_1 + ... = "
         raise ValueError(
             f"`x`: expected {wanted}{' or '.join(map(str, totals))} features along axis {in_axis}, got "
-            f"shape {jnp.moveaxis(x, -1, in_axis).shape}; {_advice(x, packing, in_axis, partition_axis)}."
+            f"{jnp.moveaxis(x, -1, in_axis).shape}; {_advice(x, packing, in_axis, partition_axis)}."
         )
     if indices is None:
         return x, kernel, bias, packing

@@ -28,6 +28,7 @@ def partitioned_linear_by_feature(
     wide, in_features = jnp.promote_types(dtype, jnp.float32), weight.shape[1]
     # Unlike those of slices, the gradients of the parts of a split are put together in one pass.
     features = lax.split(x.astype(wide), (1,) * in_features, x.ndim - 1)
-    vectors = (part[:, 0] for part in lax.split(weight.astype(wide), (1,) * in_features, 1))
+    columns = (part[:, 0] for part in lax.split(weight.astype(wide), (1,) * in_features, 1))
+    vectors = (jnp.expand_dims(column, range(x.ndim - 2)) for column in columns)
     # Otherwise a next layer, by the same formulation, would compute this one anew for each of its features.
     return lax.optimization_barrier(add_bias(reduce(add, map(mul, features, vectors)), bias, dtype))
