@@ -252,4 +252,4 @@ def _root(in_features: Any) -> Any:
 
 
 def _drawn_in(dtype: DTypeLike) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
+    return np.promote_types(np.dtype(dtype), np.float32)

@@ -87,7 +87,7 @@ def check_preferred_element_type(preferred_element_type: Any, dtype: np.dtype) -
         return
     check_dtype("preferred_element_type", preferred_element_type)
     wanted = np.dtype(preferred_element_type)
-    if jnp.promote_types(wanted, dtype) != wanted:
+    if wanted != dtype and wanted.itemsize <= dtype.itemsize:
         raise ValueError(
             f"`preferred_element_type`: expected a dtype at least as wide as the operands' {dtype.name}, got "
             f"{wanted.name}; cast the result instead."

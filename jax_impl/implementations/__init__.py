@@ -64,7 +64,7 @@ def add_bias(product: Array, bias: Array | None, dtype: np.dtype) -> Array:
     """
     if bias is None:
         return product.astype(dtype)
-    wide = jnp.promote_types(dtype, jnp.float32)
-    # Said, where users have jax_numpy_rank_promotion refuse what is not.
+    # By NumPy's rule, and with the ranks said: users may have JAX refuse both promotions.
+    wide = np.promote_types(dtype, np.float32)
     bias = jnp.expand_dims(bias, range(product.ndim - bias.ndim))
     return (product.astype(wide) + bias.astype(wide)).astype(dtype)

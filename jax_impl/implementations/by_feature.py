@@ -25,7 +25,7 @@ def partitioned_linear_by_feature(
     a part. Elements are multiplied and added in at least fp32, whatever precision is asked for: no device rounds them.
     """
     del precision
-    wide, in_features = jnp.promote_types(dtype, jnp.float32), weight.shape[1]
+    wide, in_features = np.promote_types(dtype, np.float32), weight.shape[1]
     # Unlike those of slices, the gradients of the parts of a split are put together in one pass.
     features = lax.split(x.astype(wide), (1,) * in_features, x.ndim - 1)
     columns = (part[:, 0] for part in lax.split(weight.astype(wide), (1,) * in_features, 1))

@@ -14,8 +14,9 @@ if not framework_available("jax"):
 import jax
 import jax.export
 import jax.numpy as jnp
+from flax import nnx
 
-from jax_impl import UnsupportedImplementationError, functional, partitioned_linear
+from jax_impl import PartitionedLinear, UnsupportedImplementationError, functional, partitioned_linear
 from jax_impl.registry import IMPLEMENTATIONS, get_implementation, unsupported_reason
 from jax_impl.validation import check_operands
 
@@ -52,15 +53,19 @@ def operands(dtype="float32", rows=(6,), n=N, i=IN, o=OUT, seed=0):
     return drawn(dtype, (*rows, n, i), (n, i, o), (n, o), seed=seed)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_no_rank_is_promoted_in_silence(name):
-    """As for users of `jax_numpy_rank_promotion="raise"`."""
-    x, kernel, bias = (jnp.ones(shape) for shape in ((6, N, IN), (N, IN, OUT), (N, OUT)))
-    with jax.numpy_rank_promotion("raise"):
-        y = partitioned_linear(x, kernel, bias, implementation=name)
+@pytest.mark.parametrize("name", ["masked", "matmul", "by_feature"])
+def test_nothing_is_promoted_in_silence(name):
+    """As for users of `jax_numpy_rank_promotion="raise"` and `jax_numpy_dtype_promotion="strict"`."""
+    x, kernel, bias = (jnp.ones(shape, jnp.bfloat16) for shape in ((6, N, IN), (N, IN, OUT), (N, OUT)))
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        wide = {"implementation": name, "preferred_element_type": jnp.float32}
+        y, slope = jax.value_and_grad(lambda bias: partitioned_linear(x, kernel, bias, **wide).sum())(bias)
         shared = partitioned_linear(x[:, 0], kernel, bias, partition_axis=None)
-    assert (y == IN + 1).all()
+        drawn = PartitionedLinear(N, IN, OUT, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)).kernel[...]
+    assert y == 6 * N * OUT * (IN + 1)
+    assert (slope == 6).all()
     assert (shared == IN + 1).all()
+    assert drawn.dtype == jnp.bfloat16
 
 
 def squared(name):
