@@ -193,7 +193,7 @@ def test_16_bit_products_accumulate_in_fp32(name, low):
 
     Where so many features are not supported, the first term is the last of these integers, to which ones add nothing.
     """
-    rows, terms, most = 8, 4096, get_implementation(name).most_features
+    rows, terms, most = 8, 4096, get_implementation(name).most_in_features
     first, features = (1, terms) if most is None else ({"bfloat16": 256, "float16": 2048}[low], most - 1)
     run = vjp_of_ones(name)
 
@@ -239,7 +239,7 @@ def test_a_plain_broadcast_add_breaks_the_bound_on_the_bias_gradient():
 
 @in_16_bits
 def test_preferred_element_type_keeps_the_fp32_result(name, low):
-    terms = get_implementation(name).most_features or 253
+    terms = get_implementation(name).most_in_features or 253
     x, kernel, bias = operands(low, i=terms)
     run = jax.jit(lambda *a: partitioned_linear(*a, implementation=name, preferred_element_type=jnp.float32))
     y, pullback = jax.vjp(run, x, kernel, bias)

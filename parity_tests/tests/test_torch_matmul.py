@@ -101,6 +101,41 @@ def test_narrow_results_lie_with_the_rows_innermost_and_are_the_same(shape, dtyp
         assert (innermost == len(shape[0]) - 1) == (shape in NARROW.values() and dtype != torch.bfloat16)
 
 
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [(5,), (2, 3), (), (0,)], ids=str)
+def test_the_product_with_one_feature_is_of_elements_where_no_gradient_is_recorded(rows, dtype, with_bias):
+    operands = operands_of(rows, 3, 1, 12, dtype)[: 2 + with_bias]
+    of_elements = "aten.addcmul.default" if with_bias else "aten.mul.Tensor"
+
+    def ran(*given):
+        with Calls() as calls:
+            y = partitioned_linear(*given)
+        assert torch.equal(y, partitioned_linear(*given, implementation="loop"))
+        return of_elements in calls.names, y
+
+    with torch.no_grad():
+        taken, y = ran(*operands)
+        assert taken == (dtype != torch.bfloat16) and (y.is_contiguous() or not taken)
+        spread = operands[0].new_ones(1).expand(operands[0].shape)
+        assert ran(spread, *operands[1:])[0] == taken
+    assert ran(*(operand.detach() for operand in operands))[0] == taken
+    for k in range(len(operands)):
+        assert not ran(*(operand if k == place else operand.detach() for place, operand in enumerate(operands)))[0]
+
+
+def test_a_product_of_elements_is_no_matter_of_transformations():
+    x, weight, bias = (operand.detach() for operand in operands_of((5,), 3, 1, 12))
+    tangents = [lattice(*operand.shape) for operand in (x, weight, bias)]
+    y, along = torch.func.jvp(partitioned_linear, (x, weight, bias), tuple(tangents))
+    assert torch.equal(along, tangents[0] * weight[:, 0] + x * tangents[1][:, 0] + tangents[2])
+    assert torch.equal(torch.vmap(partitioned_linear, (0, None, None))(x, weight, bias), y)
+    assert torch.equal(torch.func.jacrev(partitioned_linear, 2)(x, weight, bias).sum(0)[1, 2, 1], 5 * torch.eye(12)[2])
+    broken = x.clone().fill_(1.0)
+    broken[1, 2] = torch.nan
+    assert torch.equal(partitioned_linear(broken, weight, bias).isnan().any(-1), broken.isnan()[..., 0])
+
+
 def test_an_order_of_the_product_is_no_matter_of_transformations():
     x, weight, bias = operands_of((64,), 3, 4, 4)
     many = lattice(2, 64, 3, 4)
