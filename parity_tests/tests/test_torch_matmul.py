@@ -24,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 # Name to rows and sizes: on both sides of each limit of the order with the rows innermost.
 NARROW = {
     "4 to 4": ((64,), 3, 4, 4),
-    "32 to 8": ((65,), 3, 32, 8),
-    "one result": ((100,), 2, 5, 1),
+    "4 to 8": ((65,), 3, 4, 8),
+    "one result": ((100,), 2, 3, 1),
     "one partition": ((64,), 1, 4, 4),
     "two axes of rows": ((5, 13), 3, 4, 2),
     "four columns 4 KiB apart": ((1024,), 2, 4, 4),
@@ -36,6 +36,7 @@ WIDE = {
     "one feature": ((64,), 3, 1, 4),
     "five columns 4 KiB apart": ((1024,), 2, 4, 5),
     "no row": ((0,), 3, 4, 4),
+    "five features": ((64,), 3, 5, 4),
 }
 
 
@@ -101,6 +102,25 @@ def test_narrow_results_lie_with_the_rows_innermost_and_are_the_same(shape, dtyp
         assert (innermost == len(shape[0]) - 1) == (shape in NARROW.values() and dtype != torch.bfloat16)
 
 
+def test_a_wider_input_with_a_gradient_keeps_its_order():
+    """The gradient of x has the order of the result: rows innermost in both of two narrow layers, or in neither."""
+    x, weight, bias = operands_of((65,), 3, 32, 8)
+
+    def innermost(x):
+        y = partitioned_linear(x, weight, bias)
+        assert torch.equal(y, partitioned_linear(x, weight, bias, implementation="loop"))
+        if x.requires_grad and y.requires_grad:
+            (gradient,) = torch.autograd.grad(y.square().sum(), x)
+            assert (gradient.stride(0) == 1) == (y.stride(0) == 1)
+        return y.stride(0) == 1
+
+    assert innermost(x.detach())
+    assert not innermost(x)
+    with torch.no_grad():
+        assert innermost(x)
+    assert innermost(x.detach().permute(1, 2, 0).contiguous().permute(2, 0, 1).requires_grad_())
+
+
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [(5,), (2, 3), (), (0,)], ids=str)
@@ -116,7 +136,8 @@ def test_the_product_with_one_feature_is_of_elements_where_no_gradient_is_record
 
     with torch.no_grad():
         taken, y = ran(*operands)
-        assert taken == (dtype != torch.bfloat16) and (y.is_contiguous() or not taken)
+        assert taken == (dtype != torch.bfloat16)
+        assert y.is_contiguous() or not taken
         spread = operands[0].new_ones(1).expand(operands[0].shape)
         assert ran(spread, *operands[1:])[0] == taken
     assert ran(*(operand.detach() for operand in operands))[0] == taken
