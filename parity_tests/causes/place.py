@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parity_tests.causes.relations import UNNAMED, related, remote
-from parity_tests.causes.selections import Hypothesis
+from parity_tests.causes.selections import Hypothesis, exchanged
 from parity_tests.pair.judge import Evidence
 from parity_tests.pair.legs import Pair
 from parity_tests.pair.localisation import (
@@ -103,6 +103,7 @@ def _hypotheses(search: Search, segment: Segment) -> Iterator[Hypothesis]:
     yield from itertools.islice(_alone(search, segment, offered), _MOST_ALONE)
     yield from related(search, segment, steps)
     yield from itertools.islice(_together(search, offered), _MOST_RELATED)
+    yield from itertools.islice(exchanged(search, steps), _MOST_RELATED)
     yield from itertools.islice(remote(search, segment, steps), _MOST_RELATED)
 
 
