@@ -10,20 +10,33 @@ import numpy as np
 from jax_impl.array_types import kind_of, said, shown
 from jax_impl.packing import Packing
 
-# What DistributedDataParallel and torch.compile put before every key of a model.
-WRAPPERS = ("module.", "_orig_mod.")
 _CANONICAL = {"weight": "nio", "bias": "no"}
+# What torch.compile, FSDP and activation checkpointing put into keys, wherever they wrap a part of a model.
+_INNER_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def without_inner_wrappers(key: str) -> str:
+    """Take away what wrappers of parts of a model put into a key."""
+    return _INNER_WRAPPERS.sub("", key)
+
+
+def bare_forms(keys: Sequence[str]) -> Iterator[list[str]]:
+    """Give keys without what wrappers put into them, and then again without each `module.` before all of them.
+
+    That is what DistributedDataParallel and AveragedModel put there, whose own `n_averaged` has no such prefix.
+    """
+    bare = [without_inner_wrappers(key) for key in keys]
+    bare = bare if len(set(bare)) == len(set(keys)) else list(keys)
+    yield bare
+    while all(key.startswith("module.") or key == "n_averaged" for key in bare) and bare not in ([], ["n_averaged"]):
+        bare = [key.removeprefix("module.") for key in bare]
+        yield bare
 
 
 def without_wrappers(keys: Sequence[str], wanted: str) -> list[str]:
-    """Take what wrappers put before all keys away, until a key matches the pattern `wanted`, where that can be."""
-    bare, matches = list(keys), re.compile(wanted).match
-    while bare and not any(map(matches, bare)):
-        wrapper = next((name for name in WRAPPERS if all(key.startswith(name) for key in bare)), None)
-        if wrapper is None:
-            return list(keys)
-        bare = [key.removeprefix(wrapper) for key in bare]
-    return bare
+    """Return the first of the bare forms in which a key matches the pattern `wanted`, or the keys as they are."""
+    matches = re.compile(wanted).match
+    return next((bare for bare in bare_forms(keys) if any(map(matches, bare))), list(keys))
 
 
 def key_of(prefix: str, k: Any, name: str, *, whole: bool = False) -> str:
@@ -37,7 +50,8 @@ def linears_in(state_dict: Any, prefix: Any, keys: Any = None) -> list[dict[str,
 
     Args:
         state_dict: Holds `<prefix>0.weight`, `<prefix>0.bias`, `<prefix>1.weight` and so on. All its keys may begin
-            with the `module.` of DistributedDataParallel or the `_orig_mod.` of torch.compile.
+            with the `module.` of DistributedDataParallel; what torch.compile, FSDP and checkpointing put into keys is
+            passed over wherever it is.
         prefix: Such as "heads."; keys that do not start with it are ignored. A `*` stands for the number where it is
             not last: "heads.*.0." for the first layers of a list of `nn.Sequential`, whose other keys are ignored.
         keys: Names in place of the numbers, in the order of the partitions; None for numbers.
@@ -58,7 +72,8 @@ def linears_in(state_dict: Any, prefix: Any, keys: Any = None) -> list[dict[str,
                 f"`state_dict`: expected keys that are strings, got {shown(key)} of type "
                 f"{type(key).__name__}; pass the state_dict of an nn.ModuleList."
             )
-    before, star, after = prefix.partition("*")
+    bare_prefix = without_inner_wrappers(prefix)
+    before, star, after = bare_prefix.partition("*")
     # Nine digits: no list is longer, and Python refuses to read numbers of thousands of them.
     numbers = "0|[1-9][0-9]{0,8}" if names is None else "|".join(map(re.escape, names))
     pattern = re.compile(f"{re.escape(before)}({numbers}){re.escape(after or '.')}(weight|bias)")
@@ -67,7 +82,7 @@ def linears_in(state_dict: Any, prefix: Any, keys: Any = None) -> list[dict[str,
     bare_entries = without_wrappers(entries, rf"{re.escape(before)}\.?({inner})")
     for key, bare in zip(entries, bare_entries, strict=True):
         match = pattern.fullmatch(bare)
-        if match is None and (star or not bare.startswith(prefix)):
+        if match is None and (star or not bare.startswith(bare_prefix)):
             continue
         if match is None:
             advice = _advice(bare_entries, prefix, "pass the prefix of the list")
@@ -90,9 +105,10 @@ def linears_in(state_dict: Any, prefix: Any, keys: Any = None) -> list[dict[str,
         )
     if not linears or sorted(linears) != list(range(len(linears))):
         nested = next((key for key in ("state_dict", "model") if isinstance(state_dict.get(key), Mapping)), None)
-        advice = "pass a complete state_dict"
+        advice = "pass a complete state_dict, or keys=[...] for numbers that begin or step otherwise"
         if not linears:
-            advice = _advice(bare_entries, prefix, advice) if nested is None else f"pass its entry {nested!r}"
+            advice = "pass a complete state_dict" if nested is None else f"pass its entry {nested!r}"
+            advice = _advice(bare_entries, prefix, advice) if nested is None else advice
         raise ValueError(
             f"`state_dict`: expected linears 0 to n - 1 under the prefix {shown(prefix)}, got "
             f"{shown(sorted(linears))}; {advice}."
@@ -113,7 +129,7 @@ def _advice(keys: Sequence[str], prefix: str, otherwise: str) -> str:
         return f"pass the prefix {shown(prefix + '.')}"
     if before and (deeper := next((key for key in keys if f".{before}" in key), "")):
         return f"pass the prefix {shown(deeper[: deeper.index(f'.{before}') + 1] + prefix)}"
-    named = re.compile(rf"{re.escape(before)}[^.]*[^.0-9][^.]*{re.escape(after or '.')}(weight|bias)")
+    named = re.compile(rf"{re.escape(before)}(0[0-9]+|[^.]*[^.0-9][^.]*){re.escape(after or '.')}(weight|bias)")
     own = [key for key in keys if key.startswith(before) and (after in key or not after)]
     if own and all(map(named.fullmatch, own)):
         return "for a list of names pass keys=[...], the names in the order of the partitions"
@@ -178,7 +194,8 @@ def arrays_from_linears(
             if array.dtype != expected[name][1]:
                 got = array.dtype.name if array.dtype.isnative else array.dtype.str
                 raise TypeError(
-                    f"`{argument}`: expected dtype {expected[name][1].name}, got {got}; the layer is unchanged."
+                    f"`{argument}`: expected dtype {expected[name][1].name}, got {got}; the layer is unchanged, cast "
+                    f"one of the two."
                 )
     if packing is None:
         return {name: np.stack([linear[name].T for linear in linears]) for name in expected}

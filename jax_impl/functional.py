@@ -71,9 +71,10 @@ def partitioned_linear(
             features: (..., n*in) -> (..., n*out). None for an input that all partitions share, which is one dense
             product: (..., in) -> (..., n, out).
         partitions: Indices of the partitions to compute, m of them, in any order; None for all. An x of m partitions
-            holds theirs, in this order; an x of all n partitions is indexed as the parameters are. y has m, and
-            the other partitions' gradients are exactly zero. An index that is given twice is computed twice, and the
-            gradients are added. Traced indices are not checked: out of range they give NaN, and no gradients.
+            holds theirs, in this order; an x of all n partitions is indexed as the parameters are (where both fit, as
+            for a permutation, it holds theirs). y has m, and the other partitions' gradients are exactly zero. An index
+            that is given twice is computed twice, and the gradients are added. Traced indices are not checked: out of
+            range they give NaN, and no gradients.
         in_features: For partitions of unequal sizes, the size of each, in one sequence or two; the other may be one
             int. x is then flat, (..., in_0 + in_1 + ...), and y too; kernel and bias are packed, of one axis, as
             `jax_impl.packing` says. None for a kernel (n, in, out).

@@ -15,6 +15,9 @@ from jax_impl.implementations.unequal import by_bucket, flat, matrices_by_bucket
 from jax_impl.layer import PartitionedLinear
 from jax_impl.packing import Packing
 
+# The axes of one partition's share.
+_AXES = {"kernel": 2, "bias": 1}
+
 Layers = nnx.Module | Collection[str]
 """The nnx model whose layers are meant, or the paths of layers in a tree of parameters, such as "encoder.heads"."""
 
@@ -45,7 +48,10 @@ def per_partition(transformation: optax.GradientTransformation, layers: Layers) 
         )
     paths = _paths(layers)
     each: dict[Hashable, optax.GradientTransformation] = {"whole": transformation}
-    each["partitions"] = _mapped(transformation, lambda leaf: leaf, lambda stacked: stacked)
+    each["partitions"] = _mapped(transformation, lambda leaf: leaf, lambda stacked, like: stacked)
+    for kind, axes in _AXES.items():  # of layers that `scan` or `vmap` has stacked: one more axis for each
+        ways = partial(_flattened, axes), lambda stacked, like: stacked.reshape(like.shape)
+        each[f"stacked {kind}"] = _mapped(transformation, *ways)
     # Named by strings, which JAX can sort.
     sizes = {packing: str(number) for number, packing in enumerate(filter(None, dict.fromkeys(paths.values())))}
     for packing, number in sizes.items():
@@ -54,32 +60,41 @@ def per_partition(transformation: optax.GradientTransformation, layers: Layers) 
             each[f"{kind} of sizes {number}"] = _mapped(transformation, *ways)
 
     def label(kind: str | None, packing: Packing | None, leaf: Any) -> str:
-        del leaf
-        return "whole" if kind is None else "partitions" if packing is None else f"{kind} of sizes {sizes[packing]}"
+        if kind is None:
+            return "whole"
+        if packing is not None:
+            return f"{kind} of sizes {sizes[packing]}"
+        return "partitions" if leaf.ndim == _AXES[kind] + 1 else f"stacked {kind}"
 
     return optax.partition(each, lambda params: _map_kinds(label, params, paths))
 
 
 def _mapped(
-    transformation: optax.GradientTransformation, cut: Callable[[Any], Any], join: Callable[[Any], Any]
+    transformation: optax.GradientTransformation, cut: Callable[[Any], Any], join: Callable[[Any, Any], Any]
 ) -> optax.GradientTransformation:
     """Apply an optimiser to each matrix or vector of the stacks that a parameter is cut into."""
+    transformation = optax.with_extra_args_support(transformation)
 
     def init(params: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.tree.map(jax.vmap(transformation.init), cut(leaf)), params)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         whole = jax.tree.structure(updates)
+        step = jax.vmap(partial(transformation.update, **extra))
         leaves, structure = jax.tree.flatten(jax.tree.map(cut, updates))
         states = structure.flatten_up_to(state)
         stacks = [None] * len(leaves) if params is None else structure.flatten_up_to(jax.tree.map(cut, params))
-        done = [jax.vmap(transformation.update)(*stack) for stack in zip(leaves, states, stacks, strict=True)]
+        done = [step(*stack) for stack in zip(leaves, states, stacks, strict=True)]
         if not done:
             return updates, state
         moved, states = (structure.unflatten(part) for part in zip(*done, strict=True))
-        return whole.unflatten(map(join, whole.flatten_up_to(moved))), states
+        return whole.unflatten(map(join, whole.flatten_up_to(moved), jax.tree.leaves(updates))), states
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _flattened(axes: int, leaf: Any) -> Any:
+    return leaf.reshape(-1, *leaf.shape[leaf.ndim - axes :])
 
 
 def _cut(kind: str, packing: Packing, leaf: Any) -> list[Any]:
@@ -88,7 +103,8 @@ def _cut(kind: str, packing: Packing, leaf: Any) -> list[Any]:
     return [stack[:, 0] for stack in by_bucket(leaf[None], packing.out_features, packing)]
 
 
-def _joined(kind: str, packing: Packing, stacks: list[Any]) -> Any:
+def _joined(kind: str, packing: Packing, stacks: list[Any], like: Any) -> Any:
+    del like
     if kind == "kernel":
         return jnp.concatenate([stack.ravel() for stack in stacks])
     return flat([stack[:, None] for stack in stacks], packing)[0]
@@ -109,7 +125,9 @@ def muon_dimension_numbers(layers: Layers) -> Callable[[Any], Any]:
             )
         if kind is None:
             return MuonDimensionNumbers() if leaf.ndim == 2 else None
-        return MuonDimensionNumbers(reduction_axis=1, output_axis=2) if kind == "kernel" else None
+        if kind != "kernel":
+            return None
+        return MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1)
 
     return lambda params: _map_kinds(of_leaf, params, paths)
 
@@ -159,6 +177,11 @@ def _map_kinds(
             if name in ("kernel", "bias") and names[:at] in paths:
                 found.add(names[:at])
                 packing = paths[names[:at]]
+                if packing is not None and not by_kind and getattr(leaf, "ndim", 1) != 1:
+                    raise ValueError(
+                        f"`layers`: expected layers of unequal sizes one by one, got {shown('.'.join(names))} stacked "
+                        f"in shape {leaf.shape}; use a list of layers in place of a scan or vmap over them."
+                    )
                 # A bias of n vectors has two axes, kernels of nnx and linen three.
                 if packing is None and not by_kind and getattr(leaf, "ndim", 2) == 1:
                     raise ValueError(

@@ -8,6 +8,7 @@ functions for linen's parameter dicts are in `jax_impl.linen`.
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
+from flax.core import meta
 from jax import Array
 from jax.core import Tracer
 
@@ -142,9 +144,11 @@ def load_linears(
     Args:
         layer: A layer of as many maps, and of their sizes and dtype.
         state_dict: Holds `<prefix>0.weight` (out, in), `<prefix>0.bias` (out,), `<prefix>1.weight` and so on, as an
-            `nn.ModuleList` of PyTorch names them, in NumPy or JAX arrays; or the name of a safetensors file. All keys
-            may begin with the `module.` of DistributedDataParallel or the `_orig_mod.` of torch.compile. Mappings in
-            mappings, as Flax's parameters are, have keys that are joined by dots; a `kernel` is (in, out).
+            `nn.ModuleList` of PyTorch names them, in NumPy or JAX arrays; or the name of a safetensors file, or of the
+            index of several (`.index.json`). All keys may begin with the `module.` of DistributedDataParallel; what
+            torch.compile and FSDP put into keys is passed over. Trees of mappings and of lists of them, as Flax's
+            parameters are, have keys that are joined by dots, and so have those that were flattened with tuples; a
+            `kernel` is (in, out).
         prefix: Where the list is in its model, such as "heads."; keys that do not start with it are ignored. A `*`
             stands for the number where it is not last, as in "heads.*.0.".
         keys: Names in place of the numbers, in the order of the partitions, for linears that were kept under names.
@@ -184,30 +188,44 @@ def read_linears(
 ) -> dict[str, np.ndarray]:
     """Return canonical arrays of linears in a mapping or a file, for a layer with arrays `like`."""
     check_parameters(like)
-    if not isinstance(state_dict, Mapping | str | os.PathLike):
+    if not isinstance(state_dict, Mapping | list | tuple | str | os.PathLike):
         raise TypeError(
             f"`state_dict`: expected a mapping or the name of a file, got {kind_of(state_dict)}; pass a state_dict."
         )
-    if not isinstance(state_dict, Mapping):
-        path = as_path(state_dict)
-        state_dict = _deserialized(read_file(path), path)
-    elif any(isinstance(value, Mapping) for value in state_dict.values()):
+    if isinstance(state_dict, str | os.PathLike):
+        paths = _shards(as_path(state_dict))
+        entries = {name: value for path in paths for name, value in _deserialized(read_file(path), path).items()}
+        state_dict = {
+            name: value if isinstance(value, np.ndarray) else value["dtype"] for name, value in entries.items()
+        }
+    if isinstance(state_dict, Mapping) or _holds_mappings(state_dict):
         state_dict = dict(_flat(state_dict))
+    else:
+        raise TypeError(
+            f"`state_dict`: expected mappings of names to arrays, got {shown([*map(type, state_dict[:3])])}; stack the "
+            f"arrays and pass them to import_parameters with `axes`."
+        )
     check_keys(keys, len(like["weight"]) if packing is None else packing.num_partitions)
-    entries = linears_in(state_dict, prefix, keys)
-    linears = [{name: _as_array(value) for name, value in linear.items()} for linear in entries]
+    found = linears_in(state_dict, prefix, keys)
+    linears = [{name: _as_array(value) for name, value in linear.items()} for linear in found]
     return arrays_from_linears(linears, prefix, _expected(like), packing, keys)
 
 
-def _flat(tree: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        value = value.get_value() if isinstance(value, nnx.Variable) else value
-        if isinstance(value, Mapping):
+def _flat(tree: Any, path: str = "") -> Iterator[tuple[Any, Any]]:
+    """Give the leaves of a tree under the names that PyTorch would have: parts with dots between, weights (out, in)."""
+    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+        value = value.get_value() if isinstance(value, nnx.Variable) else meta.unbox(value)
+        key = ".".join(map(str, key)) if isinstance(key, tuple) else key
+        if isinstance(value, Mapping) or _holds_mappings(value):
             yield from _flat(value, f"{path}{key}.")
-        elif key == "kernel" and getattr(value, "ndim", 0) == 2:
-            yield f"{path}weight", _as_array(value).T
+        elif re.fullmatch(r"(.*[./])?kernel", str(key)) and getattr(value, "ndim", 0) == 2:
+            yield f"{path}{str(key).removesuffix('kernel')}weight", _as_array(value).T
         else:
-            yield f"{path}{key}", value
+            yield f"{path}{key}" if path else key, value
+
+
+def _holds_mappings(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(one, Mapping) for one in value)
 
 
 def _as_array(value: Any) -> Any:
@@ -297,6 +315,20 @@ def _check_version(metadata: Mapping[str, str], path: Path, packing: Packing | N
                 f"`path`: expected {name} = {shown(expected)[1:-1]}, got {shown(size)} in {path.name}; build the layer "
                 f"with the sizes of the file."
             )
+
+
+def _shards(path: Path) -> list[Path]:
+    """Return the files of a checkpoint: itself, or those that an index names, as large models are saved in several."""
+    if path.suffix != ".json":
+        return [path]
+    try:
+        names = json.loads(read_file(path))["weight_map"].values()
+        return [path.parent / name for name in dict.fromkeys(names)]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"`path`: expected an index with a `weight_map` of keys to files, got {path.name} ({said(error)}); pass a "
+            f"file of safetensors."
+        ) from error
 
 
 def _deserialized(content: bytes, path: Path) -> dict[str, Any]:

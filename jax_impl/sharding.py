@@ -23,11 +23,13 @@ def partition_sharding(mesh: Mesh, axis_name: str = "partitions", *, leading_axe
 
     Raises:
         TypeError: If `mesh` is no `jax.sharding.Mesh`, `axis_name` no str or `leading_axes` no int.
-        ValueError: If the mesh has no such axis.
+        ValueError: If the mesh has no such axis, or `leading_axes` is negative.
     """
     check_instance("mesh", mesh, Mesh, "make one with jax.make_mesh")
     check_name("axis_name", axis_name, mesh.axis_names)
     check_instance("leading_axes", leading_axes, int, "pass the number of batch axes")
+    if leading_axes < 0 or isinstance(leading_axes, bool):
+        raise ValueError(f"`leading_axes`: expected at least 0, got {leading_axes}; pass the number of batch axes.")
     return NamedSharding(mesh, PartitionSpec(*[None] * leading_axes, axis_name))
 
 

@@ -373,8 +373,11 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
             ) from error
         if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
             # A copy of the numbers would drop the mask.
-            wanted = "a NumPy array without a mask" if isinstance(array, np.ndarray) else "a NumPy array"
-            raise TypeError(f"`{argument}`: expected {wanted}, got {kind_of(array)}; the layer is unchanged.")
+            masked = isinstance(array, np.ndarray)
+            wanted, advice = ("a NumPy array without a mask", "fill") if masked else ("a NumPy array", "convert")
+            raise TypeError(
+                f"`{argument}`: expected {wanted}, got {kind_of(array)}; the layer is unchanged, {advice} it first."
+            )
         if array.shape != shape:
             symbols = ("(packed,)", "(n, out)", "(n, in, out)")[len(shape) - 1]
             raise ValueError(
@@ -382,7 +385,8 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
             )
         if array.dtype != dtype:
             raise TypeError(
-                f"`{argument}`: expected dtype {dtype.name}, got {name_of(array.dtype)}; the layer is unchanged."
+                f"`{argument}`: expected dtype {dtype.name}, got {name_of(array.dtype)}; the layer is unchanged, cast "
+                f"one of the two."
             )
     return found
 

@@ -34,6 +34,8 @@ from torch_impl.validation import (
 
 # Subclasses, such as DTensors, mean more than they hold.
 _ORDINARY = (Tensor, Parameter)
+# What operands that do not fit raise. Activation checkpointing ends its recomputation by another one, which must pass.
+_OF_OPERANDS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 # Asks about all device types at once.
 _any_autocast_is_on = torch._C._is_any_autocast_enabled
 
@@ -65,9 +67,9 @@ def partitioned_linear(
             features: (..., n*in) -> (..., n*out). None for an input that all partitions share, which is one dense
             product: (..., in) -> (..., n, out).
         partitions: Indices of the partitions to compute, m of them, in any order; None for all. An x of m partitions
-            holds theirs, in this order; an x of all n partitions is indexed as the parameters are. y has m, and
-            the other partitions' gradients are exactly zero. An index that is given twice is computed twice, and the
-            gradients are added.
+            holds theirs, in this order; an x of all n partitions is indexed as the parameters are (where both fit, as
+            for a permutation, it holds theirs). y has m, and the other partitions' gradients are exactly zero. An index
+            that is given twice is computed twice, and the gradients are added.
         in_features: For partitions of unequal sizes, the size of each, in one sequence or two; the other may be one
             int. x is then flat, (..., in_0 + in_1 + ...), and y too; weight and bias are packed, of one axis, as
             `torch_impl.packing` says. None for a weight (n, in, out).
@@ -130,7 +132,7 @@ def plain_call(x: Any, weight: Any, bias: Any) -> Tensor | None:
         if not operands_fit(x, weight, bias) or not (x.is_cpu or x.is_cuda) or _any_autocast_is_on():
             return None
         return partitioned_linear_matmul(x, weight, bias)
-    except Exception:
+    except _OF_OPERANDS:
         return None
 
 

@@ -1,7 +1,5 @@
 """Lists of `nn.Linear`, in and out: the pattern that this package replaces, with the checks of such lists."""
 
-import copy
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -9,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torch_impl.array_types import kind_of, shown
-from torch_impl.checkpoints import check_keys, key_of, linears_in, of_partition, without_wrappers
+from torch_impl.array_types import kind_of
+from torch_impl.checkpoints import of_partition
 from torch_impl.packing import Packing, packing_of
 from torch_impl.validation import check_device, check_storage, check_tensor, is_plain
 
@@ -76,8 +74,8 @@ def partitions_from_linears(
                     f"`linears[{k}]`: expected {trait}={expected} as in linears[0], got {found[trait]}; {advice}."
                 )
     parameters = [dict(linear.named_parameters()) for linear in linears]
-    packing = _packing_of_linears(parameters)
-    return _stacked(parameters, None if len(packing.buckets) == 1 else packing)
+    packing = packing_of_linears(parameters)
+    return joined_linears(parameters, None if len(packing.buckets) == 1 else packing)
 
 
 def linears_from_partitions(partitions: Mapping[str, Tensor], like: nn.Module) -> nn.ModuleList:
@@ -95,9 +93,9 @@ def linears_from_partitions(partitions: Mapping[str, Tensor], like: nn.Module) -
             f"{kind_of(like)} with some; remove them first."
         )
     weight, bias = partitions["weight"], partitions.get("bias")
-    _check_plain("layer.weight", weight)
+    check_plain("layer.weight", weight)
     if bias is not None:
-        _check_plain("layer.bias", bias)
+        check_plain("layer.bias", bias)
         _check_placed_beside("layer.bias", bias, weight)
     packing = getattr(like, "packing", None)
     linears = nn.ModuleList()
@@ -115,153 +113,8 @@ def linears_from_partitions(partitions: Mapping[str, Tensor], like: nn.Module) -
     return linears
 
 
-def state_dict_from_linears(
-    state_dict: Mapping[str, Tensor], prefix: str = "", *, keys: Sequence[str] | None = None, unequal: bool = False
-) -> dict[str, Tensor]:
-    """Turn the state_dict of an `nn.ModuleList` of linears into that of a `PartitionedLinear`, bit for bit.
-
-    Args:
-        state_dict: Holds `<prefix>0.weight` (out, in), `<prefix>0.bias` (out,), `<prefix>1.weight` and so on.
-        prefix: Such as "heads."; keys that do not start with it are ignored, and the `module.` or `_orig_mod.` that
-            DistributedDataParallel or torch.compile puts before all keys is passed over.
-        keys: Names in place of the numbers, in the order of the partitions, for what an `nn.ModuleDict` saved.
-        unequal: Whether the layer is one of unequal sizes.
-
-    Returns:
-        Copies: "weight" (n, in, out) and, if there are biases, "bias" (n, out); packed for unequal sizes.
-
-    Raises:
-        TypeError: If `state_dict` is no mapping of strings, a value no floating tensor, or the dtypes differ.
-        ValueError: If no key fits, a number is skipped, a key is something else, or shapes, biases or devices differ.
-    """
-    linears = linears_in(state_dict, prefix, keys)
-    for k, linear in enumerate(linears):
-        # The weight first, which the others are compared with.
-        for name in sorted(linear, reverse=True):
-            key = key_of(prefix, k if keys is None else keys[k], name)
-            _check_entry(key, name, linear[name], linears[0]["weight"], linear["weight"] if unequal else None)
-    return _stacked(linears, _packing_of_linears(linears) if unequal else None)
-
-
-def convert_state_dict(
-    model: nn.Module,
-    state_dict: Mapping[str, Any],
-    *,
-    to: str = "partitions",
-    keys: Mapping[str, Sequence[str]] | None = None,
-) -> dict[str, Any]:
-    """Turn the state_dict of a whole model with lists of linears into that of the model with layers in their places.
-
-    `model.load_state_dict(convert_state_dict(model, old))` then loads it, and `to="linears"` leads back. No layer
-    changes its keys for that: what distributed checkpointing reads and writes stays whole.
-
-    Args:
-        model: The model with a `PartitionedLinear` where each list was.
-        state_dict: The checkpoint; it is unchanged. The `module.` of DistributedDataParallel and the `_orig_mod.` of
-            torch.compile are taken from its keys where all have them and the model's do not.
-        to: "partitions" for the layers' keys, "linears" for those of lists. Entries in that form already are kept.
-        keys: For layers in place of an `nn.ModuleDict`, layer name -> names in place of the numbers, in the order of
-            the partitions.
-
-    Returns:
-        The converted mapping, of the same values but for the layers' entries, which are copies.
-
-    Raises:
-        TypeError: If `model` is no module or `state_dict` no mapping of strings, or as `state_dict_from_linears`.
-        ValueError: If `to` is another name, `keys` names no layer or is missing for a list without numbers, a masked
-            layer is in the place of a list, or as `state_dict_from_linears`.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model`: expected an nn.Module, got {kind_of(model)}; pass the model itself.")
-    if not isinstance(to, str) or to not in ("partitions", "linears"):
-        raise ValueError(f"`to`: expected one of 'partitions', 'linears', got {shown(to)}; choose one of these.")
-    if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
-        raise TypeError(f"`state_dict`: expected a mapping of strings, got {kind_of(state_dict)}; pass a state_dict.")
-    if keys is not None and not isinstance(keys, Mapping):
-        raise TypeError(f"`keys`: expected a mapping of layers to names, got {kind_of(keys)}; pass a dict.")
-    # Whatever the model has besides its layers is a key of both.
-    own = "|".join(re.escape(name.partition(".")[0]) for name in model.state_dict()) or "(?!)"
-    bare = without_wrappers(list(state_dict), rf"({own}|[0-9]+)(\.|$)")
-    # Copied, an OrderedDict keeps the versions of its modules.
-    result: Any = copy.copy(state_dict) if bare == list(state_dict) and isinstance(state_dict, dict) else {}
-    result |= dict(zip(bare, state_dict.values(), strict=True))
-    names = {} if keys is None else dict(keys)
-    layer: Any
-    for name, layer in model.named_modules():
-        prefix = f"{name}." if name else ""
-        if not hasattr(layer, "partition_views"):
-            continue
-        if not hasattr(layer, "packing"):
-            if any(re.match(rf"{re.escape(prefix)}[0-9]+\.weight$", key) for key in result):
-                raise ValueError(
-                    f"`model`: expected a PartitionedLinear in the place of the list {shown(prefix)}, got "
-                    f"{kind_of(layer)}; load this one by load_linears."
-                )
-            continue
-        own_names = check_keys(names.pop(name, None), layer.num_partitions)
-        if to == "partitions":
-            parts = "[0-9]+" if own_names is None else "|".join(map(re.escape, own_names))
-            given = [key for key in result if re.match(rf"{re.escape(prefix)}({parts})\.", key)]
-            if not given and own_names is None:
-                _check_numbered(result, prefix, name)
-            options: Any = {"keys": own_names, "unequal": layer.packing is not None}
-            stacked = state_dict_from_linears({key: result[key] for key in given}, prefix, **options) if given else {}
-            if given and layer.packing is not None:
-                _check_sizes_of_list(result, given, prefix, own_names, layer.packing)
-            found = {f"{prefix}{key}": value for key, value in stacked.items()}
-        else:
-            given = [key for key in (f"{prefix}weight", f"{prefix}bias") if key in result]
-            found = {}
-            for key in given:
-                check_tensor(f"state_dict[{shown(key)}]", result[key])
-                for k in range(layer.num_partitions):
-                    part = of_partition(result[key], key.removeprefix(prefix), k, layer.packing)
-                    number = k if own_names is None else own_names[k]
-                    found[f"{prefix}{number}.{key.removeprefix(prefix)}"] = (part.mT if part.ndim == 2 else part).clone(
-                        memory_format=torch.contiguous_format
-                    )
-        for key in given:
-            del result[key]
-        result |= found
-    if names:
-        raise ValueError(
-            f"`keys`: expected names of PartitionedLinear layers in the model, got {shown(next(iter(names)))}; pass "
-            f"them as named_modules gives them."
-        )
-    return result
-
-
-def _check_sizes_of_list(
-    state_dict: Mapping[str, Any], given: Sequence[str], prefix: str, keys: Sequence[str] | None, packing: Packing
-) -> None:
-    """Refuse, by a ValueError, linears of other sizes: packed, they may have the same number of elements."""
-    expected = list(zip(packing.out_features, packing.in_features, strict=True))
-    found = sum(key.endswith(".weight") for key in given)
-    if found != len(expected):
-        raise ValueError(
-            f"`state_dict`: expected {len(expected)} linears under {shown(prefix)}, got {found}; build the layer with "
-            f"the sizes of the list."
-        )
-    for k, shape in enumerate(expected):
-        key = key_of(prefix, k if keys is None else keys[k], "weight")
-        if state_dict[key].shape != shape:
-            raise ValueError(
-                f"`state_dict[{shown(key)}]`: expected shape (out, in) = {shape}, got {tuple(state_dict[key].shape)}; "
-                f"build the layer with the sizes of the list."
-            )
-
-
-def _check_numbered(state_dict: Mapping[str, Any], prefix: str, name: str) -> None:
-    """Refuse, by a ValueError, entries of a list whose keys are names: their order is not known."""
-    named = [key for key in state_dict if re.fullmatch(re.escape(prefix) + r"[^.]*[^.0-9][^.]*\.weight", key)]
-    if prefix and named and f"{prefix}weight" not in state_dict:
-        raise ValueError(
-            f"`state_dict`: expected linears with numbers under {shown(prefix)}, got {shown(named[0])}; pass "
-            f"keys={{{name!r}: [...]}}, the names in the order of the partitions."
-        )
-
-
-def _packing_of_linears(linears: Sequence[Mapping[str, Tensor]]) -> Packing:
+def packing_of_linears(linears: Sequence[Mapping[str, Tensor]]) -> Packing:
+    """Lay out partitions of the sizes of linears' weights (out, in)."""
     sizes = [linear["weight"].shape for linear in linears]
     return packing_of(tuple(size[1] for size in sizes), tuple(size[0] for size in sizes))
 
@@ -275,7 +128,8 @@ def joined(parts: Sequence[Tensor], packing: Packing | None) -> Tensor:
     return torch.cat([parts[k].flatten() for k in packing.order])
 
 
-def _stacked(linears: Sequence[Mapping[str, Tensor]], packing: Packing | None) -> dict[str, Tensor]:
+def joined_linears(linears: Sequence[Mapping[str, Tensor]], packing: Packing | None) -> dict[str, Tensor]:
+    """Return copies of linears' weights and biases as canonical tensors, packed for sizes that differ."""
     partitions = {"weight": joined([linear["weight"].detach().mT for linear in linears], packing)}
     if "bias" in linears[0]:
         partitions["bias"] = joined([linear["bias"].detach() for linear in linears], packing)
@@ -295,14 +149,14 @@ def _traits(k: int, linear: Any) -> dict[str, Any]:
             f"{got}; convert it first."
         )
     weight, bias = linear.weight, linear.bias
-    _check_plain(f"linears[{k}].weight", weight)
+    check_plain(f"linears[{k}].weight", weight)
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(
             f"`linears[{k}].weight`: expected shape (out, in) with positive sizes, got {tuple(weight.shape)}; give it "
             f"both axes."
         )
     if bias is not None:
-        _check_plain(f"linears[{k}].bias", bias)
+        check_plain(f"linears[{k}].bias", bias)
         # Copied, it would be broadcast, rounded or moved.
         if bias.shape != weight.shape[:1]:
             raise ValueError(
@@ -352,7 +206,8 @@ def _check_apart(linears: Sequence[nn.Linear] | nn.ModuleList) -> None:
             owners[place] = f"{name} of linears[{k}]"
 
 
-def _check_plain(argument: str, parameter: Any) -> None:
+def check_plain(argument: str, parameter: Any) -> None:
+    """Refuse what is no ordinary tensor with its values here, by a TypeError or a ValueError."""
     check_tensor(argument, parameter)
     if not is_plain(parameter):
         raise ValueError(
@@ -368,24 +223,3 @@ def _check_placed_beside(argument: str, bias: Tensor, weight: Tensor) -> None:
             f"`{argument}`: expected the dtype of `weight`, {weight.dtype}, got {bias.dtype}; cast one of them."
         )
     check_device(argument, bias, weight)
-
-
-def _check_entry(key: str, name: str, tensor: Any, first: Tensor, own: Tensor | None) -> None:
-    """Refuse a weight or bias unlike the weight of linear 0, but for its sizes where its `own` weight has others."""
-    argument, weight = f"state_dict[{key!r}]", first if own is None else own
-    _check_plain(argument, tensor)
-    symbols, shape = ("(out, in)", tuple(weight.shape)) if name == "weight" else ("(out,)", tuple(weight.shape[:1]))
-    if weight.ndim != 2 or 0 in weight.shape:
-        raise ValueError(
-            f"`{argument}`: expected shape (out, in) with positive sizes, got {shape}; pass the weights of linears."
-        )
-    if tensor.shape != shape:
-        raise ValueError(
-            f"`{argument}`: expected shape {symbols} = {shape} {'as in linear 0' if own is None else 'by its weight'}, "
-            f"got {tuple(tensor.shape)}; make the linears alike, or use a layer of unequal sizes."
-        )
-    if tensor.dtype != first.dtype:
-        raise TypeError(
-            f"`{argument}`: expected dtype {first.dtype} as in linear 0, got {tensor.dtype}; make the linears alike."
-        )
-    check_device(argument, tensor, first)

@@ -1,8 +1,10 @@
 """Optimisers that read shapes: what they see as n matrices and n vectors, as they would of n `nn.Linear`."""
 
+import copy
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,14 @@ from torch_impl.array_types import kind_of, shown
 from torch_impl.checkpoints import of_partition
 from torch_impl.layer import PartitionedLinear
 from torch_impl.masked_layer import MaskedPartitionedLinear
+from torch_impl.packing import Packing
+from torch_impl.partitions import EachPartition
 from torch_impl.validation import check_materialised
+
+Layer: TypeAlias = PartitionedLinear | MaskedPartitionedLinear
+
+# Parameters of a layer that hold all partitions' values: its own, or those of what prunes or parametrises it.
+_OF_PARTITIONS = re.compile(r"(?:parametrizations\.)?(weight|bias)(?:_orig|\.original[0-9]*)?")
 
 
 class PartitionParameter(nn.Parameter):
@@ -31,6 +40,33 @@ class PartitionParameter(nn.Parameter):
         own = cls(share(owner.detach()), requires_grad=owner.requires_grad)
         own._owner, own._share, own._address = owner, share, owner.data_ptr()
         return own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PartitionParameter":
+        return PartitionParameter.of(copy.deepcopy(self._owner, memo), self._share)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return PartitionParameter.of, (self._owner, self._share)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function as for every parameter, and fused steps on copies where their kernels would misread memory."""
+        run = functools.partial(torch._C._disabled_torch_function_impl, func, types)
+        if not getattr(func, "__name__", "").startswith("_fused_"):
+            return run(args, kwargs or {})
+        # They take all tensors of a parameter for one stretch of memory in one order: those of a block are none, and
+        # the moments of a list's optimiser lie in the order of a linear.
+        shapes = [own.shape for own in args[0]]
+        lists = [several for several in args if [getattr(one, "shape", None) for one in several] == shapes]
+        alike = all(len({one.stride() for one in each}) == 1 for each in zip(*lists, strict=True))
+        if alike and all(torch.ops.aten.is_non_overlapping_and_dense(own) for own in args[0]):
+            return run(args, kwargs or {})
+        copies = {id(several): [one.contiguous() for one in several] for several in lists}
+        result = run(tuple(copies.get(id(several), several) for several in args), kwargs or {})
+        for several in lists:
+            for one, copied in zip(several, copies[id(several)], strict=True):
+                if one is not copied:
+                    one.copy_(copied)
+        return result
 
     @property
     def grad(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -56,9 +92,10 @@ class PartitionParameter(nn.Parameter):
 def named_partition_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return a module's parameters with those of its layers taken apart: n matrices (out, in) and n vectors (out,).
 
-    Their names are those that a list of `nn.Linear` in the layer's place would have, such as "heads.0.weight". Muon,
-    Adafactor, LAMB and rules by number of axes treat them as n `nn.Linear`; other parameters are themselves. A step
-    costs n times as many kernels, so optimisers that work element by element are faster on `module.parameters()`.
+    Names and order are those that a list of `nn.Linear` in the layer's place would have, "heads.0.weight" first, so
+    that the state of an optimiser of the list can be loaded. Muon, Adafactor, LAMB and rules by number of axes treat
+    them as n `nn.Linear`; other parameters are themselves. A step costs n times as many kernels, so optimisers that
+    work element by element are faster on `module.parameters()`.
 
     Args:
         module: A layer, or a model with layers; moved to its device first.
@@ -68,21 +105,51 @@ def named_partition_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises:
         TypeError: If `module` is no module.
-        ValueError: If a layer's parameters hold no values here (meta device, or sharded).
+        ValueError: If a layer's parameters hold no values here (meta device, or sharded), or are parametrised by what
+            sees them as one matrix.
     """
     _check_module(module)
-    owners = {id(parameter): own for own in _layers(module) for parameter in own[1]._parameters.values()}
+    layers, owners = dict(_layers(module)), {}
+    for prefix, layer in layers.items():
+        for own, parameter in layer.named_parameters():
+            owners.setdefault(id(parameter), (prefix, own))
     found: dict[str, nn.Parameter] = {}
+    taken: set[str] = set()
     for name, parameter in module.named_parameters():
-        if id(parameter) not in owners:
+        prefix = owners[id(parameter)][0] if id(parameter) in owners else None
+        if prefix is None:
             found[name] = parameter
-            continue
-        prefix, layer = owners[id(parameter)]
-        own = name.removeprefix(prefix)
-        check_materialised({own: parameter})
-        for k in range(layer.num_partitions):
-            found[f"{prefix}{k}.{own}"] = PartitionParameter.of(parameter, _share(layer, own, k))
+        elif prefix not in taken:
+            taken.add(prefix)
+            found |= _taken_apart(prefix, layers[prefix], owners)
     return found
+
+
+def _taken_apart(prefix: str, layer: Layer, owners: Mapping[int, tuple[str, str]]) -> dict[str, nn.Parameter]:
+    """Return a layer's parameters in the order of those of a list: all of one partition before those of the next."""
+    each: dict[str, nn.Parameter] = {}
+    found: dict[str, nn.Parameter] = {}
+    for own, parameter in layer.named_parameters():
+        if owners[id(parameter)] != (prefix, own):
+            continue  # it is shared with another layer, which has it
+        if _OF_PARTITIONS.fullmatch(own) and _is_stacked(layer, own):
+            check_materialised({own: parameter})
+            each[own] = parameter
+        elif ".chains." in own or not own.startswith(("parametrizations.", "weight", "bias")):
+            found[prefix + own] = parameter  # of one partition's own parametrization, or of a class of the user's
+        else:
+            raise ValueError(
+                f"`module`: expected parametrizations of {prefix.removesuffix('.') or 'the layer'} that were made for "
+                f"each partition, got its parameter {own!r}; use for_each_partition_."
+            )
+    dense = isinstance(layer, MaskedPartitionedLinear)
+    place: dict[str, Any] = {"block": (layer.out_features, layer.in_features)} if dense else {"packing": layer.packing}
+    parts = {
+        f"{prefix}{k}.{own}": PartitionParameter.of(parameter, functools.partial(_share, own=own, k=k, **place))
+        for k in range(layer.num_partitions)
+        for own, parameter in each.items()
+    }
+    return parts | found
 
 
 def weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -101,13 +168,16 @@ def weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str
         raise TypeError(f"`weight_decay`: expected a number, got {shown(weight_decay)}; pass one such as 0.1.")
     if not weight_decay >= 0:
         raise ValueError(f"`weight_decay`: expected at least 0, got {shown(weight_decay)}; pass one such as 0.1.")
-    vectors = {id(layer.bias) for _, layer in _layers(module)}
-    # Packed, the matrices of unequal sizes have one axis.
-    matrices = {id(layer.weight) for _, layer in _layers(module)}
+    kinds: dict[int, str] = {}
+    for _, layer in _layers(module):
+        for own, parameter in layer.named_parameters():
+            # Stacked or packed, their axes do not say it; nor do those of pruned and parametrised ones.
+            if match := _OF_PARTITIONS.fullmatch(own):
+                kinds[id(parameter)] = match[1]
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for parameter in module.parameters():
-        vector = id(parameter) in vectors or (parameter.ndim < 2 and id(parameter) not in matrices)
-        groups[vector].append(parameter)
+        kind = kinds.get(id(parameter), "bias" if parameter.ndim < 2 else "weight")
+        groups[kind == "bias"].append(parameter)
     return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
 
 
@@ -116,16 +186,30 @@ def _check_module(module: Any) -> None:
         raise TypeError(f"`module`: expected an nn.Module, got {kind_of(module)}; pass the model itself.")
 
 
-def _layers(module: nn.Module) -> Iterator[tuple[str, PartitionedLinear | MaskedPartitionedLinear]]:
+def _layers(module: nn.Module) -> Iterator[tuple[str, Layer]]:
     for name, layer in module.named_modules():
         if isinstance(layer, PartitionedLinear | MaskedPartitionedLinear):
             yield f"{name}." if name else "", layer
 
 
-def _share(layer: PartitionedLinear | MaskedPartitionedLinear, name: str, k: int) -> Callable[[Tensor], Tensor]:
-    if isinstance(layer, PartitionedLinear):
-        part = functools.partial(of_partition, name=name, k=k, packing=layer.packing)
-        return lambda whole: part(whole).mT if name == "weight" else part(whole)
-    rows = slice(k * layer.out_features, (k + 1) * layer.out_features)
-    columns = slice(k * layer.in_features, (k + 1) * layer.in_features)
-    return lambda whole: whole[rows, columns] if name == "weight" else whole[rows]
+def _is_stacked(layer: Layer, own: str) -> bool:
+    """Say whether a parameter has all partitions' values in an order that is known."""
+    if not own.startswith("parametrizations."):
+        return True
+    parametrizations: Any = layer.get_submodule(own.rpartition(".")[0])
+    return isinstance(parametrizations[0], EachPartition)
+
+
+def _share(
+    whole: Tensor, *, own: str, k: int, packing: Packing | None = None, block: tuple[int, int] | None = None
+) -> Tensor:
+    """Cut one partition's share out of a parameter or its gradient, as a linear has it; a dense one has blocks."""
+    if own.startswith("parametrizations."):
+        return whole[k]  # which `EachPartition` keeps as those of linears
+    matrix = own.startswith("weight")
+    if block is None:
+        part = of_partition(whole, "weight" if matrix else "bias", k, packing)
+        return part.mT if matrix else part
+    o, i = block
+    rows = whole[k * o : (k + 1) * o]
+    return rows[:, k * i : (k + 1) * i] if matrix else rows

@@ -9,6 +9,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,6 @@ import safetensors
 import safetensors.numpy
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from torch_impl.array_types import kind_of, said, shown
 from torch_impl.checkpoints import (
@@ -30,10 +30,11 @@ from torch_impl.checkpoints import (
     to_axes,
 )
 from torch_impl.files import as_path, read_file, write_file
-from torch_impl.linears import convert_state_dict, state_dict_from_linears
+from torch_impl.linears import check_plain
 from torch_impl.packing import Packing
 from torch_impl.registry import DTYPE_NAMES
-from torch_impl.validation import check_arrays, check_materialised, check_storage, check_tensor, is_plain
+from torch_impl.state_dicts import convert_state_dict, state_dict_from_linears
+from torch_impl.validation import check_arrays, check_materialised, is_plain
 
 __all__ = [
     "check_writable",
@@ -112,7 +113,7 @@ def import_parameters(
     views = _views(layer)
     check_writable(views)
     expected = _expected(views)
-    found = check_arrays(from_axes(arrays, axes, expected, _as_array), expected)
+    found = check_arrays(from_axes(arrays, axes, expected, partial(_as_array, argument="arrays")), expected)
     tensors = {name: to_tensor(np.array(found[name], order="C"), view.device) for name, view in views.items()}
     with torch.no_grad():
         for name, view in views.items():
@@ -168,9 +169,9 @@ def load_linears(
     Args:
         layer: A `PartitionedLinear` or `MaskedPartitionedLinear` of as many maps, and of their sizes and dtype.
         state_dict: Holds `<prefix>0.weight` (out, in), `<prefix>0.bias` (out,), `<prefix>1.weight` and so on, as
-            tensors or NumPy arrays; or the name of a safetensors file, or of one of torch.save, which is opened with
-            weights_only. All keys may begin with the `module.` of DistributedDataParallel or the `_orig_mod.` of
-            torch.compile.
+            tensors or NumPy arrays; or the name of a safetensors file, of the index of several (`.index.json`), or of
+            a file of torch.save, which is opened with weights_only. All keys may begin with the `module.` of
+            DistributedDataParallel; what torch.compile and FSDP put into keys is passed over.
         prefix: Where the list is in its model, such as "heads."; keys that do not start with it are ignored. A `*`
             stands for the number where it is not last, as in "heads.*.0.".
         keys: Names in place of the numbers, in the order of the partitions, for what an `nn.ModuleDict` saved.
@@ -289,14 +290,16 @@ def _expected(views: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], n
     return {name: (tuple(view.shape), _NUMPY_DTYPES[view.dtype]) for name, view in views.items()}
 
 
-def _as_array(value: Any) -> Any:
+def _as_array(value: Any, argument: str = "state_dict") -> Any:
     """Return a tensor's values as an array; leave others for later checks to refuse."""
-    if isinstance(value, Tensor) and is_lazy(value):
-        check_tensor("state_dict", value)  # says what to do first
-    if isinstance(value, Tensor) and is_plain(value) and value.layout is torch.strided and value.dtype in DTYPE_NAMES:
-        check_storage("state_dict", value)
-        return value if value.is_meta else _exported("state_dict", value)
-    return value
+    if not isinstance(value, Tensor):
+        return value
+    check_plain(argument, value)
+    if value.is_meta:
+        raise ValueError(
+            f"`{argument}`: expected tensors with values, got one on the meta device; load them to a CPU first."
+        )
+    return _exported(argument, value)
 
 
 def _deserialized(content: bytes, path: Path) -> dict[str, Any]:
@@ -322,6 +325,11 @@ def _read_checkpoint(path: Any) -> Any:
             f"`state_dict`: expected a mapping or the name of a file, got {kind_of(path)}; pass a state_dict."
         )
     path = as_path(path)
+    shards = [_read_shard(shard) for shard in _shards(path)]
+    return shards[0] if len(shards) == 1 else {key: value for shard in shards for key, value in shard.items()}
+
+
+def _read_shard(path: Path) -> Any:
     content = read_file(path)
     # Where safetensors has its JSON.
     if content[8:9] == b"{":
@@ -332,6 +340,20 @@ def _read_checkpoint(path: Any) -> Any:
         raise ValueError(
             f"`path`: expected a file of safetensors, or of torch.save that weights_only opens, got {path.name} "
             f"({said(error)}); save its state_dict alone."
+        ) from error
+
+
+def _shards(path: Path) -> list[Path]:
+    """Return the files of a checkpoint: itself, or those that an index names, as large models are saved in several."""
+    if path.suffix != ".json":
+        return [path]
+    try:
+        names = json.loads(read_file(path))["weight_map"].values()
+        return [path.parent / name for name in dict.fromkeys(names)]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"`path`: expected an index with a `weight_map` of keys to files, got {path.name} ({said(error)}); pass a "
+            f"file of safetensors."
         ) from error
 
 

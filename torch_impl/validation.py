@@ -367,8 +367,11 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
             ) from error
         if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
             # A copy of the numbers would drop the mask.
-            wanted = "a NumPy array without a mask" if isinstance(array, np.ndarray) else "a NumPy array"
-            raise TypeError(f"`{argument}`: expected {wanted}, got {kind_of(array)}; the layer is unchanged.")
+            masked = isinstance(array, np.ndarray)
+            wanted, advice = ("a NumPy array without a mask", "fill") if masked else ("a NumPy array", "convert")
+            raise TypeError(
+                f"`{argument}`: expected {wanted}, got {kind_of(array)}; the layer is unchanged, {advice} it first."
+            )
         if array.shape != shape:
             symbols = ("(packed,)", "(n, out)", "(n, in, out)")[len(shape) - 1]
             raise ValueError(
@@ -376,7 +379,9 @@ def check_arrays(arrays: Any, expected: Mapping[str, tuple[tuple[int, ...], np.d
             )
         if array.dtype != dtype:
             got = array.dtype.name if array.dtype.isnative else array.dtype.str
-            raise TypeError(f"`{argument}`: expected dtype {dtype.name}, got {got}; the layer is unchanged.")
+            raise TypeError(
+                f"`{argument}`: expected dtype {dtype.name}, got {got}; the layer is unchanged, cast one of the two."
+            )
     return found
 
 

@@ -17,6 +17,7 @@ ONE_SIDED = {
     "torch_impl": {
         "masked_layer.py": "the source article's layer: a dense parameter, a torch idea",
         "linears.py": "lists of nn.Linear, in and out: a torch pattern",
+        "state_dicts.py": "checkpoints of whole models: in JAX they are trees, whose parts are named by paths",
         "implementations/fused.py": "kernels of Triton's, which PyTorch for CUDA brings; XLA writes its own",
         "fused_kernels.py": "these kernels, which only a process with Triton can import",
     },
@@ -30,7 +31,8 @@ ONE_SIDED = {
 TWINS = {
     "array_types.py": ("UnsupportedImplementationError", "kind_of", "shown", "said", "_on_one_line"),
     "checkpoints.py": (
-        *("without_wrappers", "key_of", "linears_in", "check_keys", "arrays_from_linears"),
+        *("without_inner_wrappers", "bare_forms", "without_wrappers"),
+        *("key_of", "linears_in", "check_keys", "arrays_from_linears"),
         *("of_partition", "linears_from_arrays", "_advice"),
         *("from_axes", "to_axes", "_sizes", "_checked_patterns"),
     ),
@@ -45,7 +47,7 @@ TWINS = {
     ),
     "registry.py": ("_shared_reason", "implementation_names", "get_implementation", "_listed"),
     "validation.py": ("_names",),
-    "parameters.py": ("_check_version", "_deserialized"),
+    "parameters.py": ("_check_version", "_deserialized", "_shards"),
 }
 LONGEST, SHORTEST = 400, 40
 MOST_FILES = 250

@@ -569,13 +569,13 @@ CASES = [
             layer(use_bias=False)(), {"weight": np.ma.masked_array(KERNEL, mask=KERNEL > 0)}
         ),
         TypeError,
-        "`arrays['weight']`: expected a NumPy array without a mask, got a MaskedArray; the layer is unchanged.",
+        "`arrays['weight']`: expected a NumPy array without a mask, got a MaskedArray; the layer is unchanged, fill",
     ),
     (
         "import-byte-order",
         lambda: jax_impl.import_parameters(layer(use_bias=False)(), {"weight": KERNEL.astype(">f4")}),
         TypeError,
-        "`arrays['weight']`: expected dtype float32, got >f4; the layer is unchanged.",
+        "`arrays['weight']`: expected dtype float32, got >f4; the layer is unchanged, cast one of the two.",
     ),
     (
         "load-empty-path",
@@ -599,7 +599,7 @@ CASES = [
         "import-jax-arrays",
         lambda: jax_impl.import_parameters(layer(use_bias=False)(), {"weight": jnp.asarray(KERNEL)}),
         TypeError,
-        "`arrays['weight']`: expected a NumPy array, got an ArrayImpl; the layer is unchanged.",
+        "`arrays['weight']`: expected a NumPy array, got an ArrayImpl; the layer is unchanged, convert it first.",
     ),
     (
         "linen-params",

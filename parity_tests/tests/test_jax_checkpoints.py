@@ -1,5 +1,7 @@
 """Checkpoints of lists of linears in JAX: PyTorch's keys and files, Flax's own lists, weights of other axes."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import safetensors.numpy
 from flax import linen as nn
-from flax import nnx
+from flax import nnx, serialization, traverse_util
 
 from jax_impl import (
     PartitionedLinear,
@@ -106,6 +108,42 @@ def test_a_list_of_linen_goes_in():
     old = Heads().init(jax.random.key(0), jnp.ones((1, 4)))["params"]
     params = linen.load_linears({"kernel": jnp.zeros((11, 4, 5)), "bias": jnp.ones((11, 5))}, old, "heads_")
     assert all((params["kernel"][k] == old[f"heads_{k}"]["kernel"]).all() for k in range(11))
+
+
+TREES = {
+    "a list": lambda tree: {"heads": list(tree.values())},
+    "a tuple of a tree": lambda tree: {"params": {"heads": tuple(tree.values())}},
+    "flattened with tuples": lambda tree: traverse_util.flatten_dict({"heads": tree}),
+    "flattened with dots": lambda tree: traverse_util.flatten_dict({"heads": tree}, sep="."),
+    "flattened with slashes": lambda tree: traverse_util.flatten_dict({"heads": tree}, sep="/"),
+    "in boxes": lambda tree: {
+        "heads": {k: one | {"kernel": nn.Partitioned(jnp.asarray(one["kernel"]), (None,))} for k, one in tree.items()}
+    },
+    "of bytes": lambda tree: serialization.msgpack_restore(serialization.to_bytes({"heads": tree})),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_trees_of_flax_go_in_however_they_are_held(name):
+    state, layer = state_of(3), layer_of(3)
+    tree = {str(k): {"kernel": state[f"heads.{k}.weight"].T, "bias": state[f"heads.{k}.bias"]} for k in range(3)}
+    prefix = {"a tuple of a tree": "params.heads.", "flattened with slashes": "heads/*/"}.get(name, "heads.")
+    load_linears(layer, TREES[name](tree), prefix=prefix)
+    assert holds(export_parameters(layer), state)
+
+
+def test_the_files_of_an_index_and_arrays_without_names(tmp_path):
+    state, layer = state_of(3), layer_of(3)
+    safetensors.numpy.save_file(state, tmp_path / "model-1.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(state, "model-1.safetensors")}))
+    load_linears(layer, index, prefix="heads.")
+    assert holds(export_parameters(layer), state)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="`path`: expected an index with a `weight_map`"):
+        load_linears(layer, index, prefix="heads.")
+    with pytest.raises(TypeError, match=r"`state_dict`: expected mappings of names .* pass them to import_parameters"):
+        load_linears(layer, [(np.ones((4, 5)), np.ones(5))] * 3)
 
 
 LAYOUTS = {

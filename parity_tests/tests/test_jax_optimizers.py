@@ -142,6 +142,45 @@ def test_each_partition_is_seen_alone():
     assert (layer.bias[...] == 1).all()
 
 
+STACKED = {
+    "per partition": lambda layers: per_partition(optax.scale_by_trust_ratio(), layers),
+    "Muon's numbers": lambda layers: optax.contrib.muon(
+        1e-2, muon_weight_dimension_numbers=muon_dimension_numbers(layers)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_layers_that_scan_has_stacked_are_apart_too(name):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.array(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    params, gradients = ({"heads": {"kernel": draw(2, N, IN, OUT), "bias": draw(2, N, OUT)}} for _ in range(2))
+    optimizer = STACKED[name](PATHS)
+    step = jax.jit(lambda gradients, params: optimizer.update(gradients, optimizer.init(params), params)[0])
+    together = step(gradients, params)
+    for k in range(2):
+        alone = step(*(jax.tree.map(lambda leaf, k=k: leaf[k], tree) for tree in (gradients, params)))
+        for stacked, expected in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(stacked[k], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_what_an_optimiser_is_told_besides_reaches_it():
+    plateau, params = optax.contrib.reduce_on_plateau(patience=1), {"heads": {"bias": jnp.ones((N, OUT))}}
+    optimizer = per_partition(plateau, PATHS)
+
+    @jax.jit
+    def steps(params, own):
+        state, alone = optimizer.init(params), plateau.init(own)
+        for value in (1.0, 1.0, 2.0):
+            updates, state = optimizer.update(params, state, params, value=value)
+            expected, alone = plateau.update(own, alone, value=value)
+        return updates["heads"]["bias"], expected
+
+    updates, expected = steps(params, jnp.ones(OUT))
+    assert (updates == expected).all()
+    assert expected[0] < 1
+
+
 LAYER = PartitionedLinear(N, IN, OUT, rngs=nnx.Rngs(0))
 REFUSED = {
     "other path": (lambda: per_partition(optax.adam(1), ["body"]).init({"heads": {}}), ValueError, "got 'body', where"),
@@ -212,6 +251,12 @@ def test_what_cannot_see_packed_matrices_says_so():
         muon_dimension_numbers(unequal())(params)
     with pytest.raises(ValueError, match=r"expected the nnx model, for partitions of unequal sizes"):
         per_partition(optax.adafactor(1e-2), [""]).init(params)
+
+
+def test_stacks_of_packed_matrices_are_refused():
+    params = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), nnx.to_pure_dict(nnx.state(unequal(), nnx.Param)))
+    with pytest.raises(ValueError, match=r"`layers`: expected layers of unequal sizes one by one, got .*stacked"):
+        per_partition(optax.lamb(1e-2), unequal()).init(params)
 
 
 def test_functions_of_each_unequal_matrix():

@@ -181,6 +181,8 @@ def test_bad_meshes_are_refused(mesh):
     layer = PartitionedLinear(3, 4, 5, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="`axis_name`: expected one of 'partitions', got 'data';"):
         shard_partitions(layer, mesh, "data")
+    with pytest.raises(ValueError, match="`leading_axes`: expected at least 0, got -1;"):
+        partition_sharding(mesh, leading_axes=-1)
     with pytest.raises(TypeError, match="`mesh`: expected a Mesh, got a str;"):
         shard_partitions(layer, "partitions")
     with pytest.raises(TypeError, match="`layer`: expected a PartitionedLinear, got a Linear;"):

@@ -1,5 +1,7 @@
 """Checkpoints of lists of linears in PyTorch: numbered keys, wrappers, files, whole models, weights of other axes."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -107,6 +109,78 @@ def test_the_layer_itself_is_a_whole_model():
     heads, layer = linears(), PartitionedLinear(11, 4, 5)
     layer.load_state_dict(convert_state_dict(layer, WRAPPED["DistributedDataParallel"](heads.state_dict())))
     assert equal(layer, heads)
+
+
+INSIDE = {
+    "a compiled part": lambda key: key.replace("heads.", "heads._orig_mod."),
+    "FSDP of each linear": lambda key: key.replace(".weight", "._fsdp_wrapped_module.weight").replace(
+        ".bias", "._fsdp_wrapped_module.bias"
+    ),
+    "checkpointed and whole": lambda key: f"module._fsdp_wrapped_module.{key}".replace(
+        "heads.", "heads._checkpoint_wrapped_module."
+    ),
+}
+
+
+@pytest.mark.parametrize("inside", INSIDE.values(), ids=INSIDE)
+def test_wrappers_of_parts_are_passed_over(inside):
+    old, new, layer = Model(linears()), Model(PartitionedLinear(11, 4, 5)), PartitionedLinear(11, 4, 5)
+    state = {inside(key): value for key, value in old.state_dict().items()}
+    new.load_state_dict(convert_state_dict(new, state))
+    load_linears(layer, state, prefix="heads.")
+    assert equal(new.heads, old.heads)
+    assert equal(layer, old.heads)
+
+
+OWN = {
+    "none": lambda model: model,
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": torch.optim.swa_utils.AveragedModel,
+    "torch.compile": torch.compile,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("saved", OWN.values(), ids=OWN)
+@pytest.mark.parametrize("own", OWN.values(), ids=OWN)
+def test_a_wrapped_model_takes_the_checkpoint_of_another_wrapper(saved, own):
+    old, new = Model(linears(3)), Model(PartitionedLinear(3, 4, 5))
+    model, state = own(new), saved(old).state_dict()
+    assert model.load_state_dict(convert_state_dict(model, state), strict=False).unexpected_keys == []
+    heads = new.heads if own is not torch.optim.swa_utils.AveragedModel else model.module.heads
+    assert equal(heads, old.heads)
+    back = convert_state_dict(model, model.state_dict(), to="linears")
+    assert back.keys() - {"n_averaged"} == own(old).state_dict().keys() - {"n_averaged"}
+
+
+def test_a_checkpoint_without_keys_of_the_model_is_refused():
+    model, state = Model(PartitionedLinear(3, 4, 5)), Model(linears(3)).state_dict()
+    with pytest.raises(ValueError, match=r"`state_dict`: expected keys of the model, .*; pass its entry 'state_dict'"):
+        convert_state_dict(model, {"epoch": 3, "state_dict": state})
+    with pytest.raises(ValueError, match=r"got 'net\.body\.weight'; take what is before the model's own names away"):
+        convert_state_dict(model, {f"net.{key}": value for key, value in state.items()})
+    with pytest.raises(ValueError, match=r"got \[1, 2, 3\]; .* keys=\[\.\.\.\] for numbers that begin"):
+        load_linears(
+            model.heads, {f"fc{int(key[0]) + 1}{key[1:]}": v for key, v in linears(3).state_dict().items()}, "fc"
+        )
+    with pytest.raises(ValueError, match=r"got one on the meta device; load them to a CPU first"):
+        load_linears(model.heads, {key: value.to("meta") for key, value in linears(3).state_dict().items()})
+    with pytest.raises(TypeError, match=r"expected a dtype of float64, .*, got int8; cast it first"):
+        load_linears(model.heads, {key: value.to(torch.int8) for key, value in linears(3).state_dict().items()})
+
+
+def test_an_index_names_the_files_of_a_checkpoint(tmp_path):
+    state, layer = Model(linears(3)).state_dict(), PartitionedLinear(3, 4, 5)
+    files = {key: f"model-{1 + number % 2}.safetensors" for number, key in enumerate(state)}
+    for file in set(files.values()):
+        safetensors.torch.save_file({key: state[key] for key in state if files[key] == file}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    load_linears(layer, index, prefix="heads.")
+    assert torch.equal(layer.weight[2].mT, state["heads.2.weight"])
+    index.write_text("{}")
+    with pytest.raises(ValueError, match="`path`: expected an index with a `weight_map`"):
+        load_linears(layer, index, prefix="heads.")
 
 
 def test_versions_of_modules_are_kept():

@@ -14,8 +14,15 @@ if not framework_available("torch"):
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
+from torch.utils.checkpoint import checkpoint
 
-from torch_impl import MaskedPartitionedLinear, PartitionedLinear, functional, partitioned_linear
+from torch_impl import (
+    MaskedPartitionedLinear,
+    PartitionedLinear,
+    functional,
+    implementation_names,
+    partitioned_linear,
+)
 from torch_impl.registry import DTYPE_NAMES
 
 LAYERS = [PartitionedLinear, MaskedPartitionedLinear]
@@ -226,6 +233,18 @@ def test_training_lowers_a_loss():
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["auto", *implementation_names(device="cpu")])
+def test_activation_checkpointing_ends_its_recomputation_as_of_other_layers(name):
+    layer = PartitionedLinear(3, 8, 4, implementation=name)
+    x = torch.randn(5, 3, 8, requires_grad=True)
+    gradients = [
+        torch.autograd.grad(y.square().sum(), (x, *layer.parameters()))
+        for y in (layer(x), checkpoint(layer, x, use_reentrant=False))
+    ]
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
 
 
 def test_symbolic_tracing_keeps_the_call_whole():

@@ -1,6 +1,7 @@
 """Optimisers and utilities that read shapes, on the torch layer: K steps are those of n separate `nn.Linear`."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -59,6 +60,8 @@ OPTIMIZERS = {
     "Muon": lambda parameters: torch.optim.Muon(matrices(parameters), lr=1e-2),
     "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2),
     "AdamW that decays matrices": lambda parameters: torch.optim.AdamW(decayed(parameters), lr=1e-2),
+    "AdamW in one kernel": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, fused=True),
+    "SGD with momentum in one kernel": lambda parameters: torch.optim.SGD(parameters, 1e-2, momentum=0.9, fused=True),
     "SGD with momentum, clipped": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
 }
 
@@ -129,6 +132,80 @@ def test_gradients_are_the_layer_s():
     assert model["heads"].weight.grad is None
     share.grad = torch.ones(OUT, IN)
     assert model["heads"].weight.grad.sum() == OUT * IN
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["loop", "fused"])
+def test_the_state_of_an_optimiser_of_the_list_is_continued(fused):
+    heads = linears()
+    old = torch.optim.AdamW(heads.parameters(), lr=1e-2, fused=fused)
+    train(loop(heads), old)
+    before, layer = copy.deepcopy(heads), PartitionedLinear.from_linears(heads)
+    named = named_partition_parameters(layer)
+    assert list(named) == [name for name, _ in heads.named_parameters()]
+    new = torch.optim.AdamW(named.values(), lr=1e-2, fused=fused)
+    new.load_state_dict(copy.deepcopy(old.state_dict()))  # which holds the moments themselves
+    train(loop(heads), old)
+    train(layer, new)
+    assert distance(layer, heads, before) < SAME
+
+
+@LAYERS
+def test_a_copy_of_layer_and_optimiser_trains_the_copied_layer(kind):
+    layer = kind(N, IN, OUT)
+    optimizer = torch.optim.SGD(named_partition_parameters(layer).values(), lr=1.0)
+    before = copy.deepcopy(layer.state_dict())
+    for other, own in (copy.deepcopy((layer, optimizer)), pickle.loads(pickle.dumps((layer, optimizer)))):
+        other(torch.ones(2, N, IN)).sum().backward()
+        own.step()
+        assert (other.bias == before["bias"] - 2).all()
+        assert torch.equal(layer.bias, before["bias"])
+
+
+def test_a_parameter_that_two_layers_share_is_taken_apart_once():
+    model = nn.ModuleDict({"a": PartitionedLinear(2, 3, 4), "b": PartitionedLinear(2, 3, 4)})
+    model["b"].weight = model["a"].weight
+    named = named_partition_parameters(model)
+    assert list(named) == ["a.0.weight", "a.0.bias", "a.1.weight", "a.1.bias", "b.0.bias", "b.1.bias"]
+    assert named["a.1.weight"].shape == (4, 3)
+
+
+PARAMETRISED = {
+    "weight_norm": lambda linear: parametrizations.weight_norm(linear),
+    "spectral_norm": lambda linear: parametrizations.spectral_norm(linear),
+    "pruned": lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+    "bias pruned": lambda linear: prune.l1_unstructured(linear, "bias", 0.4),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["Adafactor", "AdamW that decays matrices"])
+@pytest.mark.parametrize("utility", PARAMETRISED.values(), ids=PARAMETRISED)
+def test_parametrised_and_pruned_layers_are_taken_apart(utility, optimizer):
+    heads = linears()
+    layer = PartitionedLinear.from_linears(heads)
+    for own in (lambda: [utility(linear) for linear in heads], lambda: for_each_partition_(layer, utility)):
+        torch.manual_seed(2)
+        own()
+    named = named_partition_parameters(layer)
+    assert [(name, value.shape) for name, value in named.items()] == [
+        (name, value.shape) for name, value in heads.named_parameters()
+    ]
+    train(loop(heads), OPTIMIZERS[optimizer](list(heads.parameters())))
+    train(layer, OPTIMIZERS[optimizer](list(named.values())))
+    x = torch.randn(ROWS, N, IN, dtype=torch.float64)
+    for model in (heads, layer):
+        model.eval()
+    torch.testing.assert_close(layer(x), loop(heads)(x), rtol=SAME, atol=SAME)
+    decays, others = weight_decay_groups(layer, 0.1)
+    assert len(decays["params"]) + len(others["params"]) == len(list(layer.parameters()))
+    assert {name for name, value in layer.named_parameters() if any(value is own for own in others["params"])} == {
+        name for name, _ in layer.named_parameters() if "bias" in name
+    }
+
+
+def test_what_parametrises_the_stack_is_not_taken_apart():
+    layer = parametrizations.weight_norm(PartitionedLinear(N, IN, OUT))
+    with pytest.raises(ValueError, match=r"made for each partition, got its parameter 'parametrizations\.weight\.orig"):
+        named_partition_parameters(layer)
 
 
 def test_a_layer_that_was_moved_is_noticed():
