@@ -11,7 +11,7 @@ from jax import Array
 
 from jax_impl.array_types import UnsupportedImplementationError as UnsupportedImplementationError
 from jax_impl.array_types import shown
-from jax_impl.implementations.by_feature import LARGEST_FEATURES, partitioned_linear_by_feature
+from jax_impl.implementations.by_feature import MOST_IN_FEATURES, partitioned_linear_by_feature
 from jax_impl.implementations.einsum import partitioned_linear_einsum, shared_linear_einsum
 from jax_impl.implementations.grouped_conv import partitioned_linear_grouped_conv
 from jax_impl.implementations.grouped_matmul import partitioned_linear_grouped_matmul
@@ -53,7 +53,7 @@ class Implementation:
         isolates_partitions: NaN or Inf in one partition leaves every other partition bitwise unchanged.
         maps: `jax.vmap` can map the call.
         dot_algorithms: Computes in a `jax.lax.DotAlgorithm` that is given as its precision.
-        most_features: The largest in_features and out_features; None for any.
+        most_in_features: The largest in_features; None for any.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Implementation:
     isolates_partitions: bool = True
     maps: bool = True
     dot_algorithms: bool = True
-    most_features: int | None = None
+    most_in_features: int | None = None
 
 
 _TABLE = (
@@ -90,7 +90,9 @@ _TABLE = (
     ),
     Implementation("in_turn", partitioned_linear_in_turn),
     # A sum of elements is no product that a dot algorithm could compute.
-    Implementation("by_feature", partitioned_linear_by_feature, dot_algorithms=False, most_features=LARGEST_FEATURES),
+    Implementation(
+        "by_feature", partitioned_linear_by_feature, dot_algorithms=False, most_in_features=MOST_IN_FEATURES
+    ),
 )
 
 _UNEQUAL_TABLE = (
@@ -164,10 +166,10 @@ def unsupported_reason(
         return f"`implementation`: {name!r} supports {_listed(entry.dtypes)}, got {dtype}; choose another one."
     if device not in entry.devices:
         return f"`implementation`: {name!r} supports devices {_listed(entry.devices)}, got {device}; move the operands."
-    if entry.most_features is not None and max(in_features, out_features) > entry.most_features:
+    if entry.most_in_features is not None and in_features > entry.most_in_features:
         return (
-            f"`implementation`: {name!r} takes at most {entry.most_features} features in and out, got "
-            f"in_features={in_features}, out_features={out_features}; choose another one."
+            f"`implementation`: {name!r} takes at most {entry.most_in_features} input features, got "
+            f"in_features={in_features}; choose another one."
         )
     return None
 

@@ -25,8 +25,9 @@ from jax_impl.validation import names_algorithm
 _MANY_WEIGHTS, _LARGE_PARTITION = 2**21, 3 * 2**14
 _FEWEST_ROWS, _WEIGHTS_A_FEATURE = 4, 4
 # Between these sizes `by_feature` was measured to be the faster one, unless the weights are more and both sizes fill
-# the vectors of the batched product.
+# the vectors of the batched product; and with more output features, from so many entries of y on.
 _FEWEST_FEATURES, _MOST_FEATURES, _SMALL_PARTITION, _FULL_VECTOR = 2, 8, 16, 4
+_LARGE_RESULT = 2**16
 # What a GPU of 2 TB/s moves in the two microseconds or so that starting one more product takes.
 _BYTES_A_PRODUCT = 2**22
 
@@ -39,8 +40,11 @@ def run_auto(x: Array, weight: Array, bias: Array | None, precision: PrecisionLi
     the one whose gradients need no transpose of a whole operand. Where the program runs on a single CPU device and is
     not differentiated, a forward pass of few rows of large partitions is `in_turn`, which takes 0.6 to 0.9 of the time,
     and one of 2 to 8 features `by_feature`: 0.2 to 0.6 of the time at 4 -> 4, 0.3 at 5 -> 5. Not so at
-    4 -> 8, 8 -> 4 and 8 -> 8, where a stack of such layers would take 1.1 to 1.4 times as long; nor in training, where
-    every spelling that a single layer gains by (0.6 to 0.9) costs a stack 1.2 to 1.9 times its time.
+    4 -> 8, 8 -> 4 and 8 -> 8, where a stack of such layers would take 1.1 to 1.4 times as long, on one thread up to
+    twice; nor in training, where every spelling that a single layer gains by (0.6 to 0.9) costs a stack 1.2 to 1.9
+    times its time. A large y of 9 features or more from 2 to 8 takes 0.1 to 0.8 of the time on two threads and 0.2 to
+    0.9 on one, by itself as well as in a stack; where one dense product of the flattened y follows, which XLA would
+    read in another order, 0.3 to 1.3 of the time of both.
     """
     faster = None
     if gains_in_turn(x, weight, dtype):
@@ -66,11 +70,14 @@ def gains_in_turn(x: Array, weight: Array, dtype: np.dtype) -> bool:
 def gains_by_feature(x: Array, weight: Array, dtype: np.dtype, precision: PrecisionLike) -> bool:
     """Say whether a forward pass with results of `dtype` is faster by `by_feature` than by `matmul` on a CPU."""
     sizes = weight.shape[1:]
-    if min(sizes) < _FEWEST_FEATURES or max(sizes) > _MOST_FEATURES:
-        return False
-    gains = math.prod(sizes) <= _SMALL_PARTITION or any(size % _FULL_VECTOR for size in sizes)
     # Whoever asks for a dot algorithm gets the product that computes in it.
-    return gains and not names_algorithm(precision) and _is_whole(x, weight, dtype)
+    if min(sizes) < _FEWEST_FEATURES or sizes[0] > _MOST_FEATURES or names_algorithm(precision):
+        return False
+    if not _is_whole(x, weight, dtype):
+        return False
+    if sizes[1] > _MOST_FEATURES:
+        return math.prod(x.shape[:-1]) * sizes[1] >= _LARGE_RESULT
+    return math.prod(sizes) <= _SMALL_PARTITION or any(size % _FULL_VECTOR for size in sizes)
 
 
 def _is_whole(x: Array, weight: Array, dtype: np.dtype) -> bool:

@@ -319,7 +319,7 @@ def test_a_sum_over_the_features_is_not_doubted(direction):
 def test_a_sum_over_many_features_is_unsupported(monkeypatch):
     pytest.importorskip("jax", reason="needs jax")
     monkeypatch.setitem(globals(), "TINY", replace(TINY, in_features=33))
-    with pytest.raises(Unsupported, match="at most 32 features in and out, got in_features=33"):
+    with pytest.raises(Unsupported, match="at most 32 input features, got in_features=33"):
         judged(opened("jax"), "jax", "by_feature")
 
 

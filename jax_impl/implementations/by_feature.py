@@ -11,9 +11,9 @@ from jax.lax import PrecisionLike
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
 from jax_impl.implementations import add_bias
 
-# The program grows with the number of features: that of y and the gradients takes two to four seconds to compile for 32
-# features and eight to eleven for 64, where others take 0.1 to 0.8 (on a CPU, jax 0.10.2).
-LARGEST_FEATURES = 32
+# The program grows with the number of input features: that of y and the gradients takes two to four seconds to compile
+# for 32 of them and eight to eleven for 64, where others take 0.1 to 0.8 (on a CPU, jax 0.10.2).
+MOST_IN_FEATURES = 32
 
 
 def partitioned_linear_by_feature(

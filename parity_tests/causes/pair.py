@@ -296,6 +296,13 @@ def _calls(pair: Pair, values: Values) -> Iterator[Hypothesis]:
             order = [*own]
             order[a], order[b] = own[b], own[a]
             yield f"inputs {a} and {b} are exchanged between the two sides", lambda order=order: called(order)
+    for k, array in enumerate(own):
+        for axis in (
+            axis for axis, size in enumerate(array.shape) if size == 2 and np.issubdtype(array.dtype, np.integer)
+        ):
+            reverse = [*own[:k], np.flip(array, axis).copy(), *own[k + 1 :]]
+            sentence = f"the two rows of input {k} (along axis {axis}) are exchanged between the two sides"
+            yield f"{sentence}, such as the sources and targets of edges", lambda reverse=reverse: called(reverse)
     if all(array.ndim > 1 for array in own):
         sentence = "the batch is the first axis on one side and the second on the other (torch: batch_first)"
         yield sentence, second_axis_first

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from parity_tests.causes.flow import cut_short, goes_on, read_instead, turned_loops
 from parity_tests.causes.relations import UNNAMED, related, remote
-from parity_tests.causes.selections import Hypothesis
+from parity_tests.causes.selections import Hypothesis, exchanged
 from parity_tests.pair.judge import Evidence
 from parity_tests.pair.legs import Pair
 from parity_tests.pair.localisation import (
@@ -97,12 +98,16 @@ def _hypotheses(search: Search, segment: Segment) -> Iterator[Hypothesis]:
     ]
     asked = [*steps, *_readers_of_masks(search, steps)]
     yield from _moved_norm(search, steps, segment)
+    yield from turned_loops(search, segment)
     offered = search.rerun((), asked=asked).alternatives
     # Those that every operation has come last, or they would keep the others from being tried.
     offered = sorted(offered, key=lambda offer: offer[2].startswith(_COMMON))
     yield from itertools.islice(_alone(search, segment, offered), _MOST_ALONE)
     yield from related(search, segment, steps)
     yield from itertools.islice(_together(search, offered), _MOST_RELATED)
+    yield from itertools.islice(exchanged(search, steps), _MOST_RELATED)
+    yield from itertools.islice(read_instead(search, segment), _MOST_RELATED)
+    yield from cut_short(search)
     yield from itertools.islice(remote(search, segment, steps), _MOST_RELATED)
 
 
@@ -242,4 +247,4 @@ def explained(
     unknown = {(place.torch, place.torch_line) for place in found if not place.cause}
     named = [place.cause for place in found if place.cause and (place.torch, place.torch_line) not in unknown]
     cause = cause or "; ".join(dict.fromkeys(named))
-    return Findings(cause, tuple(found), unmatched(search), ladder(first, found))
+    return Findings(cause or goes_on(first), tuple(found), unmatched(search), ladder(first, found))

@@ -1,9 +1,10 @@
-"""Search for what one side selects otherwise: another mask, other rows of a table, a layer that is left out.
+"""Search for what one side selects otherwise: another mask, other rows of a table, a value in another's place.
 
 Masks and rows are recovered from Flax's values. What is found is a hypothesis like any other, which `place` proves or
 drops.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from parity_tests.pair.trace import ARGUMENT, LARGEST, TIMES, VIEWS, Change
 # A sentence, changes, and the operations whose results must be among Flax's values where not all results agree.
 Hypothesis = tuple[str, Sequence[Change], Sequence[int]]
 _MOST_OTHERS = 60  # values of the flax side that are looked at
+_MOST_BEFORE = 8  # operations before what a segment reads
 _MOST_CELLS = 2**22  # comparisons of rows with a table
 
 
@@ -214,3 +216,45 @@ def left_out(search: Search, steps: Sequence[int]) -> Iterator[Hypothesis]:
                 where = trace.steps[step].module or trace.steps[step].operation
                 sentence = f"missing layer: {where} reads what {module} reads, which the flax side leaves out"
                 yield sentence, [Change(step, ARGUMENT, position, array)], ()
+
+
+def exchanged(search: Search, steps: Sequence[int]) -> Iterator[Hypothesis]:
+    """Exchange two values of one shape that a segment is made of, as a divergence with its arguments reversed does."""
+    trace, producers, chains = search.torch, search.torch.producers(), []
+    for number in dict.fromkeys(value for step in steps for value in trace.steps[step].reads):
+        chain = [number]
+        while len(chain) < _MOST_BEFORE and chain[-1] in producers:
+            before = [v for v in trace.steps[producers[chain[-1]]].reads if not trace.parameter(v)]
+            if len(before) != 1:
+                break
+            chain += before
+        # The earliest values have the best names.
+        chains.append([v for v in reversed(chain) if v in search.matches and not trace.parameter(v)])
+    seen: set[tuple[int, int]] = set()
+    for first, second in itertools.combinations(chains, 2):
+        for a, b in itertools.product(first, second):
+            apart = a not in second and b not in first and (a, b) not in seen
+            if not apart or trace.shapes[a] != trace.shapes[b] or not trace.shapes[a]:
+                continue
+            seen |= {(a, b), (b, a)}
+            arrays = search.array("torch", a), search.array("torch", b)
+            if arrays[0] is None or arrays[1] is None or equal(arrays[0], arrays[1]):
+                continue
+            changes = [
+                Change(step, ARGUMENT, found.reads.index(number), other)
+                for step, found in enumerate(trace.steps)
+                for number, other in zip((a, b), arrays[::-1], strict=True)
+                if number in found.reads
+            ]
+            names = " and ".join(_called(search, number) for number in (a, b))
+            yield f"order: {names} are exchanged on the flax side (arguments in the reverse order)", changes, ()
+
+
+def _called(search: Search, number: int) -> str:
+    """Say what a value of the torch side is."""
+    trace = search.torch
+    name = next((name for name, value in trace.sources.items() if value == number), "")
+    if number not in trace.producers():
+        return name.replace(":", " ") if name else "a constant"
+    step = trace.steps[trace.producers()[number]]
+    return f"the result of {step.operation} in {step.module or step.line or 'the top module'}"

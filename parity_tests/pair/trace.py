@@ -20,6 +20,7 @@ FEATURES = 5  # sums of v, |v|, v^2, |v|^3, v^3
 _SIZES = (1, 1, 2, 3, 3)  # the sums of moduli that errors of these are relative to
 _SIZE_FEATURE = {1: 1, 2: 2, 3: 3}
 TIMES = "times "  # begins an alternative's name: the result times the number that follows
+REVERSED = "parts reversed"  # an alternative's name: what is joined comes in the other order
 ARGUMENT = "argument"  # in the place of an alternative's name: what an operation reads, not what it makes
 # Operations of torch that rearrange what they read: no value is replaced at them.
 # fmt: off

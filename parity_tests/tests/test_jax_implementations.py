@@ -209,7 +209,7 @@ def test_16_bit_products_accumulate_in_fp32(name, low):
 
     Where so many features are not supported, the first term is the last of these integers, to which ones add nothing.
     """
-    rows, terms, most = 8, 4096, get_implementation(name).most_features
+    rows, terms, most = 8, 4096, get_implementation(name).most_in_features
     first, features = (1, terms) if most is None else ({"bfloat16": 256, "float16": 2048}[low], most - 1)
     run = vjp_of_ones(name)
 
@@ -255,7 +255,7 @@ def test_a_plain_broadcast_add_breaks_the_bound_on_the_bias_gradient():
 
 @in_16_bits
 def test_preferred_element_type_keeps_the_fp32_result(name, low):
-    terms = get_implementation(name).most_features or 253
+    terms = get_implementation(name).most_in_features or 253
     x, kernel, bias = operands(low, i=terms)
     run = jax.jit(lambda *a: partitioned_linear(*a, implementation=name, preferred_element_type=jnp.float32))
     y, pullback = jax.vjp(run, x, kernel, bias)
@@ -341,8 +341,8 @@ def test_reasons_name_what_is_missing(name):
     assert reason() is None
     assert "got int8" in reason(dtype="int8")
     assert "got tpu" in reason(device="tpu")
-    for sizes in ({"in_features": 33}, {"out_features": 33}):
-        found = reason(**sizes)
-        assert found is None if name != "by_feature" else "at most 32 features in and out, got in_features=" in found
+    assert reason(out_features=33) is None
+    found = reason(in_features=33)
+    assert found is None if name != "by_feature" else "at most 32 input features, got in_features=33;" in found
     with pytest.raises(ValueError, match=r"`implementation`: expected one of 'loop', .*, got 'bmm'"):
         unsupported_reason("bmm", **reason.keywords)

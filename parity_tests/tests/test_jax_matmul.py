@@ -259,13 +259,20 @@ def test_few_features_are_added_up_one_by_one_only_where_it_was_measured_to_pay(
         assert not by_feature((6, 3, 4), (3, 4, 4), (3, 4))
         pytest.skip("with several devices the product is batched")
 
-    def chosen(i, o, n=3, **options):
-        return by_feature((6, n, i), (n, i, o), (n, o), **options)
+    def chosen(i, o, n=3, rows=(6,), **options):
+        return by_feature((*rows, n, i), (n, i, o), (n, o), **options)
 
     assert all(chosen(*sizes) for sizes in ((4, 4), (2, 8), (8, 2), (5, 5), (8, 7), (7, 8), (2, 2)))
     assert not any(chosen(*sizes) for sizes in ((4, 8), (8, 4), (8, 8), (1, 4), (4, 1), (9, 2), (2, 9)))
+    # More features out, of a large result: 32 * 128 * 16 entries, in any number of leading axes.
+    assert all(chosen(*sizes, n=32, rows=(128,)) for sizes in ((8, 16), (2, 16), (8, 100)))
+    assert chosen(3, 64, n=8, rows=(32, 4))
+    assert not any(chosen(*sizes, n=32, rows=(128,)) for sizes in ((8, 15), (1, 32), (9, 32), (8, 8), (16, 8)))
+    assert not chosen(8, 16, n=32, rows=(127,))
+    assert not chosen(8, 16, n=32, rows=(128,), dtype="bfloat16")
     with jax.enable_x64(True):
         assert chosen(4, 4, precision="highest", dtype="float64")
+        assert chosen(8, 16, n=32, rows=(128,), dtype="float64")
     assert not chosen(4, 4, dtype="bfloat16")
     assert not chosen(4, 4, dtype="bfloat16", preferred_element_type="float32")
     assert not chosen(4, 4, n=1)

@@ -486,3 +486,26 @@ def test_an_output_that_is_no_array_is_refused_on_either_side():
             TypeError, match=f"outputs: expected arrays, .* got object at y.1 from {side}; leave it out"
         ):
             judged(*calls)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_module_that_differentiates_itself_runs_where_no_gradient_is_asked_for():
+    class Penalty(torch.nn.Linear):
+        def forward(self, x):
+            x = x.requires_grad_()
+            (force,) = torch.autograd.grad(torch.tanh(super().forward(x)).sum(), x, create_graph=True)
+            return (force.norm(dim=-1) - 1).square().mean()
+
+    def ported(p, x, one=1.0):
+        force = jax.vmap(jax.grad(lambda row: jnp.tanh(row @ p["kernel"] + p["bias"]).sum()))(x)
+        return jnp.square(jnp.linalg.norm(force, axis=-1) - one).mean()
+
+    pair = {
+        "torch_module": Penalty(4, 3),
+        "flax_params": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)},
+        "params": [("weight", "kernel", "o i -> i o"), ("bias", "bias")],
+        "inputs": ((5, 4),),
+        "effort": "quick",
+    }
+    check_pair(flax_module=ported, **pair).assert_ok()
+    assert not check_pair(flax_module=lambda p, x: ported(p, x, 0.0), **pair).ok

@@ -386,3 +386,37 @@ def test_what_no_hypothesis_explains_has_a_place_and_no_cause():
     assert place.torch_operations == ("relu",)
     assert {"sin", "max"} <= set(place.flax_operations)
     assert place.after == ("second", "second")
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("what", ["divergence", "edges"])
+def test_what_stands_in_the_place_of_the_other_is_named(what):
+    """A divergence with its arguments reversed, and messages that go from the targets of edges to their sources."""
+    logits = {"torch": lambda p, x: x @ p["w"] / 3, "flax": lambda p, x: x @ p["w"] / 3}
+
+    def divergence(p, x, t):
+        own, other = logits["torch"](p, x).log_softmax(-1), (t / 3).softmax(-1)
+        return torch.nn.functional.kl_div(own, other, reduction="batchmean")
+
+    def reversed_(p, x, t):
+        own, other = jax.nn.log_softmax(logits["flax"](p, x)), jax.nn.log_softmax(t / 3)
+        return (jnp.exp(own) * (own - other)).sum(-1).mean()
+
+    def messages(p, x, edges):
+        return torch.zeros_like(x).index_add(0, edges[1], x[edges[0]]) @ p["w"]
+
+    def backwards(p, x, edges):
+        return jax.ops.segment_sum(x[edges[1]], edges[0], x.shape[0]) @ p["w"]
+
+    edges = np.array([[0, 1, 2, 3, 4, 0, 2], [1, 2, 0, 1, 3, 4, 4]])
+    words = {"divergence": "input 1 .*|.* input 1 are exchanged", "edges": "rows of input 1 .* exchanged"}
+    report = check_pair(
+        torch_module=divergence if what == "divergence" else messages,
+        flax_module=reversed_ if what == "divergence" else backwards,
+        torch_params={"w": np.ones((6, 4), np.float32)},
+        flax_params={"w": jnp.ones((6, 4))},
+        params=[("w", "w")],
+        inputs=((5, 6), (5, 4)) if what == "divergence" else lambda rng: (rng.normal(size=(5, 6)), edges),
+        gradients=False,
+    )
+    assert re.search(words[what], report.likely_cause), report.likely_cause

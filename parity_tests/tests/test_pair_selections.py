@@ -78,6 +78,47 @@ def stepped_by_exp(p, x):
     return jnp.cumsum(jnp.exp(x * p["w"]), 1)
 
 
+def looped(p, x):
+    h, made = x.new_zeros(3, D), []
+    for t in range(S):
+        h = torch.tanh(0.5 * h + x[:, t] * p["w"])
+        made.append(h)
+    return torch.stack(made, 1)
+
+
+def looped_back(p, x):
+    def turn(h, x):
+        h = jnp.tanh(0.5 * h + x * p["w"])
+        return h, h
+
+    return jax.lax.scan(turn, jnp.zeros((3, D)), x.swapaxes(0, 1), reverse=True)[1].swapaxes(0, 1)
+
+
+def iterated(turns):
+    def run(p, x):
+        z = x
+        for _ in range(turns):
+            z = 0.5 * z * (z + p["w"])
+        return z
+
+    return run
+
+
+def gated(p, x):
+    y = (x * p["w"]).sin()
+    return y.cos() * y
+
+
+def gated_by_input(p, x):
+    return jnp.cos(jnp.sin(x * p["w"])) * x
+
+
+def gated_once_more(p, x):
+    y = jnp.sin(x * p["w"])
+    y = jnp.cos(y) * y
+    return y * y[:, :, ::-1]
+
+
 class Squash(torch.nn.Module):
     def forward(self, x):
         return x.sigmoid() * x / (1 + x.abs())
@@ -117,6 +158,10 @@ def judged(torch_side, flax_side, **named):
         (biased, biased_by(OTHER_BUCKETS), ("index", "other rows of w", "row 1 for row 2")),
         (capped, capped_by_three, ("constant", "by 5, the flax side by 3")),
         (sunk, without_sink, ("leaves out the last part",)),
+        (looped, looped_back, ("loop over axis 1 of input 0", "reversed in time")),
+        (iterated(3), iterated(2), ("turns", "some turns earlier")),
+        (gated, gated_by_input, ("mul in test_pair_selections.py", "reads input 0", "not the result of sin")),
+        (gated, gated_once_more, ("extra", "has the torch side's y too", "goes on with mul")),
         (stepped, stepped_by_exp, ("softplus, the flax side exp",)),
     ],
     ids=lambda value: value.__name__ if hasattr(value, "__name__") else None,

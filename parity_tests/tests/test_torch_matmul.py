@@ -24,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 # Name to rows and sizes: on both sides of each limit of the order with the rows innermost.
 NARROW = {
     "4 to 4": ((64,), 3, 4, 4),
-    "32 to 8": ((65,), 3, 32, 8),
-    "one result": ((100,), 2, 5, 1),
+    "4 to 8": ((65,), 3, 4, 8),
+    "one result": ((100,), 2, 3, 1),
     "one partition": ((64,), 1, 4, 4),
     "two axes of rows": ((5, 13), 3, 4, 2),
     "four columns 4 KiB apart": ((1024,), 2, 4, 4),
@@ -36,6 +36,7 @@ WIDE = {
     "one feature": ((64,), 3, 1, 4),
     "five columns 4 KiB apart": ((1024,), 2, 4, 5),
     "no row": ((0,), 3, 4, 4),
+    "five features": ((64,), 3, 5, 4),
 }
 
 
@@ -99,6 +100,61 @@ def test_narrow_results_lie_with_the_rows_innermost_and_are_the_same(shape, dtyp
     if shape[3] > 1 and shape[1] > 1 and shape[0] != (0,):
         innermost = [step for step, size in zip(found[0].stride(), found[0].shape, strict=True) if size > 1].index(1)
         assert (innermost == len(shape[0]) - 1) == (shape in NARROW.values() and dtype != torch.bfloat16)
+
+
+def test_a_wider_input_with_a_gradient_keeps_its_order():
+    """The gradient of x has the order of the result: rows innermost in both of two narrow layers, or in neither."""
+    x, weight, bias = operands_of((65,), 3, 32, 8)
+
+    def innermost(x):
+        y = partitioned_linear(x, weight, bias)
+        assert torch.equal(y, partitioned_linear(x, weight, bias, implementation="loop"))
+        if x.requires_grad and y.requires_grad:
+            (gradient,) = torch.autograd.grad(y.square().sum(), x)
+            assert (gradient.stride(0) == 1) == (y.stride(0) == 1)
+        return y.stride(0) == 1
+
+    assert innermost(x.detach())
+    assert not innermost(x)
+    with torch.no_grad():
+        assert innermost(x)
+    assert innermost(x.detach().permute(1, 2, 0).contiguous().permute(2, 0, 1).requires_grad_())
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [(5,), (2, 3), (), (0,)], ids=str)
+def test_the_product_with_one_feature_is_of_elements_where_no_gradient_is_recorded(rows, dtype, with_bias):
+    operands = operands_of(rows, 3, 1, 12, dtype)[: 2 + with_bias]
+    of_elements = "aten.addcmul.default" if with_bias else "aten.mul.Tensor"
+
+    def ran(*given):
+        with Calls() as calls:
+            y = partitioned_linear(*given)
+        assert torch.equal(y, partitioned_linear(*given, implementation="loop"))
+        return of_elements in calls.names, y
+
+    with torch.no_grad():
+        taken, y = ran(*operands)
+        assert taken == (dtype != torch.bfloat16)
+        assert y.is_contiguous() or not taken
+        spread = operands[0].new_ones(1).expand(operands[0].shape)
+        assert ran(spread, *operands[1:])[0] == taken
+    assert ran(*(operand.detach() for operand in operands))[0] == taken
+    for k in range(len(operands)):
+        assert not ran(*(operand if k == place else operand.detach() for place, operand in enumerate(operands)))[0]
+
+
+def test_a_product_of_elements_is_no_matter_of_transformations():
+    x, weight, bias = (operand.detach() for operand in operands_of((5,), 3, 1, 12))
+    tangents = [lattice(*operand.shape) for operand in (x, weight, bias)]
+    y, along = torch.func.jvp(partitioned_linear, (x, weight, bias), tuple(tangents))
+    assert torch.equal(along, tangents[0] * weight[:, 0] + x * tangents[1][:, 0] + tangents[2])
+    assert torch.equal(torch.vmap(partitioned_linear, (0, None, None))(x, weight, bias), y)
+    assert torch.equal(torch.func.jacrev(partitioned_linear, 2)(x, weight, bias).sum(0)[1, 2, 1], 5 * torch.eye(12)[2])
+    broken = x.clone().fill_(1.0)
+    broken[1, 2] = torch.nan
+    assert torch.equal(partitioned_linear(broken, weight, bias).isnan().any(-1), broken.isnan()[..., 0])
 
 
 def test_an_order_of_the_product_is_no_matter_of_transformations():

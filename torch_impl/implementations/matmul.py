@@ -11,10 +11,15 @@ from torch_impl.array_types import Bias, Inputs, Outputs, Weight
 
 # Where a result whose rows lie next to each other was measured to be the faster one, on one thread of one CPU by
 # interleaved calls (fp32 and fp64, 64 to 4000 rows, 2 to 512 features to at most 8): a forward pass takes 0.2 to 0.9
-# of the time of the other order. With gradients or a contiguous copy behind it some settings only break even. Where
-# more than four columns of the result are a multiple of 4 KiB apart, they evict each other while a copy reads them: at
-# 8 -> 8 such a result takes 0.3 to 0.6 of the time, and with a copy behind it 1.5 to 2.4 times the time.
+# of the time of the other order, and training, where x needs no gradient, 0.1 to 0.4. With a contiguous copy behind it
+# some settings only break even. Where more than four columns of the result are a multiple of 4 KiB apart, they evict
+# each other while a copy reads them: at 8 -> 8 such a result takes 0.3 to 0.6 of the time, and with a copy behind it
+# 1.5 to 2.4 times the time.
 _WIDEST_NARROW, _FEWEST_ROWS, _ALIASED_BYTES, _ALIASED_COLUMNS = 8, 64, 4096, 4
+# The gradient of x comes out in the order of the result, so that the layer below, in the other one, takes longer than
+# is gained: such a model of two layers 1.1 to 1.5 times as long. Not so where x is as narrow (0.9 to 1.1 times, and 0.5
+# to 0.9 by itself), or has that order itself, as the result of a narrow layer has (0.5 to 0.9).
+_NARROWEST_INPUT = 4
 
 # By device type, from how many entries of y on `_OneNode` is used. Nowhere yet: on CUDA it waits for a measurement that
 # shows it faster beyond the noise in training and in inference, and on a CPU it is the slower one.
@@ -28,19 +33,24 @@ def partitioned_linear_matmul(x: Inputs, weight: Weight, bias: Bias | None) -> O
     the same kernel. The result is laid out with the partition axis outermost and handed back as a view of shape
     (*b, n, o): it is not contiguous unless the batch or n is 1, and `reshape` rather than `view` flattens it. Writing a
     contiguous result would take 1.0 to 1.7 times as long on a CPU, by its cheapest spelling. There results of at most
-    8 features from many rows are laid out with the rows innermost, which the kernel computes in a fraction of the time.
+    8 features from many rows are laid out with the rows innermost, which the kernel computes in a fraction of the time,
+    and the product with a single feature is spelled as that of elements where no gradient is recorded.
     """
     single_batch_axis = x.ndim == 3
     rows = x if single_batch_axis else x.reshape(-1, *x.shape[-2:])
-    if _NODE_FROM and _takes_one_node(rows, weight, bias):
+    _, in_features, out_features = weight.shape
+    if in_features == 1 and _is_outer_product(rows, weight, bias):
+        matrix = weight.squeeze(1)
+        y = rows * matrix if bias is None else torch.addcmul(bias, rows, matrix)
+    elif _NODE_FROM and _takes_one_node(rows, weight, bias):
         y = _as_one_node(rows, weight, bias)
-    elif weight.shape[2] <= _WIDEST_NARROW and _has_narrow_results(rows, weight):
+    elif out_features <= _WIDEST_NARROW and _has_narrow_results(rows, weight):
         y = _narrow_product(rows, weight, bias)
     elif bias is None:
         y = torch.bmm(rows.transpose(0, 1), weight).transpose(0, 1)
     else:
         y = torch.baddbmm(bias.unsqueeze(1), rows.transpose(0, 1), weight).transpose(0, 1)
-    return y if single_batch_axis else y.reshape(*x.shape[:-1], weight.shape[-1])
+    return y if single_batch_axis else y.reshape(*x.shape[:-1], out_features)
 
 
 def _narrow_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -50,6 +60,19 @@ def _narrow_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return y.permute(2, 0, 1)
 
 
+def _is_outer_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Say whether a product with one feature is that of elements, multiplied and added in one pass over y.
+
+    Measured in fp32 on one and two threads of a CPU, 1 to 2048 rows, 8 to 100 partitions, 1 to 256 features out: 0.05
+    to 0.9 of the time of the batched product. With gradients it took 0.2 to 2.8 times as long: theirs are sums of
+    products that are written first. In 16 bits they would be rounded.
+    """
+    if torch.compiler.is_compiling() or not rows.is_cpu or weight.dtype.itemsize < 4 or type(rows) is not Tensor:
+        return False
+    recorded = rows.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return not (recorded and torch.is_grad_enabled())
+
+
 def _has_narrow_results(rows: Tensor, weight: Tensor) -> bool:
     """Say whether `_narrow_product` gains; a traced program would be compiled anew for other numbers of rows."""
     if torch.compiler.is_compiling():
@@ -57,6 +80,8 @@ def _has_narrow_results(rows: Tensor, weight: Tensor) -> bool:
     count, _, in_features = rows.shape
     # Symbolic rows, of a program that is traced otherwise, are not looked at.
     if not isinstance(count, int) or count < _FEWEST_ROWS or in_features == 1 or not rows.is_cpu:
+        return False
+    if rows.requires_grad and in_features > _NARROWEST_INPUT and rows.stride(0) != 1 and torch.is_grad_enabled():
         return False
     item = weight.dtype.itemsize
     evicting = weight.shape[2] > _ALIASED_COLUMNS and count * item % _ALIASED_BYTES == 0

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from parity_tests.frameworks.torch.loss_alternatives import loss_offers
 from parity_tests.frameworks.torch.norm_alternatives import EPSILONS, Offer, again, norm_offers, put
 from parity_tests.frameworks.torch.operations import names
+from parity_tests.frameworks.torch.reduction_alternatives import reduction_offers
 from parity_tests.frameworks.torch.window_alternatives import window_offers
 
 _LARGEST_EPSILON = 1e-2  # a constant that is added and is at most this can be meant as an epsilon
@@ -82,16 +83,16 @@ def offers(operation: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
         norm_offers,
         _added,
         _power,
-        _cumulated,
         _constant,
         _gelu,
         _setting,
         window_offers,
         _mask,
-        _moment,
+        reduction_offers,
         _logarithm,
         loss_offers,
         _embedding,
+        _ranked,
         _softmax,
         _joined,
     ):
@@ -117,18 +118,6 @@ def _power(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]
                 own = "the square" if exponent == 2 else f"the power {exponent:g}"
                 sentence = f"power: the torch side takes {own}, the flax side the power {other:g}"
                 yield f"exponent {other}", sentence, lambda other=other: base**other
-
-
-def _cumulated(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
-    """Take the whole sum, or leave the element itself out, or start at the other end, of a running sum."""
-    if name == "cumsum":
-        x, axis = args[:2]
-        whole = "causal: the torch side takes a running sum (cumsum), the flax side the whole sum"
-        yield "whole sum", whole, lambda: x.sum(axis, keepdim=True).expand(x.shape).clone()
-        without = "off by one: the running sum (cumsum) leaves the element itself out on the flax side"
-        yield "exclusive", without, lambda: result - x
-        back = "order: the running sum (cumsum) starts at the other end (reversed) on the flax side"
-        yield "reversed", back, lambda: x.flip(axis).cumsum(axis).flip(axis)
 
 
 def _added(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
@@ -202,42 +191,6 @@ def _mask(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
     yield "no mask", sentence, lambda: unmasked.broadcast_to(result.shape).clone()
 
 
-def _moment(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
-    if name in ("mean", "sum"):
-        count = args[0].numel() / max(result.numel(), 1)
-        other, factor = ("a sum", count) if name == "mean" else ("a mean", 1 / max(count, 1))
-        own = "mean" if name == "mean" else "sum"
-        yield (
-            "other reduction",
-            f"reduction: the torch side takes a {own}, the flax side {other}",
-            lambda: result * factor,
-        )
-    given = [*args, None, None][:3]
-    axes = given[1] if isinstance(given[1], list | tuple) else ()
-    if name in ("mean", "sum", "amax") and axes:
-        keep = bool(kwargs.get("keepdim", given[2]))
-        others = {"mean": torch.mean, "sum": torch.sum, "maximum": torch.amax}
-        for other, function in others.items():
-            if (other == "maximum") == (name == "amax"):
-                continue
-            sentence = (
-                f"reduction: the torch side takes a {'maximum' if name == 'amax' else name}, the flax side a {other}"
-            )
-            yield f"a {other}", sentence, lambda function=function: function(args[0], tuple(axes), keepdim=keep)
-    if name in ("var", "std", "var_mean", "std_mean"):
-        first = result[0] if isinstance(result, tuple) else result
-        count = args[0].numel() / max(first.numel(), 1)
-        correction = kwargs.get("correction", given[2] if len(args) > 2 and not isinstance(given[2], bool) else 1)
-        correction = 1 if correction is None else float(correction)
-        other = 0.0 if correction else 1.0
-        if count > 1:
-            factor = (count - correction) / (count - other)
-            factor = factor if name.startswith("var") else math.sqrt(factor)
-            words = ("n", "n - 1")[:: 1 if other else -1]
-            sentence = f"variance: the torch side divides by {words[0]}, the flax side by {words[1]}"
-            yield "other correction", sentence, lambda: first * factor
-
-
 def _logarithm(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
     for other, function in _LOGARITHMS.items() if name in _LOGARITHMS else ():
         if other != name:
@@ -265,6 +218,25 @@ def _embedding(name: str, args: Any, kwargs: dict, result: Any) -> Iterator[Offe
         for row in dict.fromkeys((0, count - 1, 1)):
             sentence = f"padding_idx: the flax side returns zeros for index {row}, the torch side does not"
             yield f"zeros for {row}", sentence, lambda row=row: result * (args[1] != row)[..., None]
+
+
+def _ranked(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    """Take another number of the largest elements, or the smallest, or sort the other way."""
+    if name == "topk":
+        given = [*args, *(-1, True, True)[len(args) - 2 :]]
+        x, count, axis, largest = given[:4]
+        words = ("smallest", "largest")[:: 1 if largest else -1]
+        for other in dict.fromkeys((count - 1, count + 1, 1, 2)):
+            if 0 < other <= x.shape[axis] and other != count:
+                sentence = f"top-k: the torch side takes the {count} {words[1]}, the flax side the {other} {words[1]}"
+                yield f"{other} {words[1]}", sentence, lambda other=other: again(name, put(given, 1, other), kwargs)
+        sentence = f"top-k: the torch side takes the {words[1]}, the flax side the {words[0]}"
+        yield words[0], sentence, lambda: again(name, put(given, 3, not largest), kwargs)
+    if name == "sort":
+        axis = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+        words = ("ascending", "descending")[:: -1 if kwargs.get("descending", len(args) > 2 and args[2]) else 1]
+        sentence = f"order: the torch side sorts in {words[0]} order, the flax side in {words[1]}"
+        yield words[1], sentence, lambda: tuple(each.flip(axis) for each in result)
 
 
 def _joined(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:

@@ -3,14 +3,17 @@
 They are hypotheses as `alternatives` has them, and come through its `offers`.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.nn import functional as F
 
 from parity_tests.frameworks.torch.norm_alternatives import Offer, again, put
 
 _REDUCTIONS = ("none", "mean", "sum")
+_MOST_CLASSES = 12
 
 
 def loss_offers(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
@@ -18,6 +21,27 @@ def loss_offers(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
     yield from _like(name, args, result)
     yield from _weighted(name, args, result)
     yield from _reduced(name, args, kwargs, result)
+    yield from _alignment(name, args)
+
+
+def _alignment(name: str, args: tuple) -> Iterator[Offer]:
+    """Take another class as the blank of a CTC loss, or all of what is padded."""
+    if name != "_ctc_loss":
+        return
+    log_probabilities, targets, inputs, labels, *rest = args
+    blank, classes = rest[0] if rest else 0, log_probabilities.shape[-1]
+    given = [log_probabilities, targets, inputs, labels, blank, *rest[1:]]
+    others = (other for other in (classes - 1, *range(classes - 1)) if other != blank)
+    for other in itertools.islice(others, _MOST_CLASSES):
+        sentence = f"blank: the torch side's CTC loss has class {blank} as the blank, the flax side's class {other}"
+        yield f"blank {other}", sentence, lambda other=other: again(name, put(given, 4, other))[0]
+    for position, longest, what in ((2, len(log_probabilities), "steps"), (3, targets.shape[-1], "labels")):
+        own = given[position].tolist() if isinstance(given[position], torch.Tensor) else list(given[position])
+        if targets.ndim == 2 and any(length != longest for length in own):
+            whole = [longest] * len(own)
+            whole = given[position].new_tensor(whole) if isinstance(given[position], torch.Tensor) else whole
+            sentence = f"lengths: the flax side's CTC loss counts all {what} (the padding too), the torch side's {own}"
+            yield f"all {what}", sentence, lambda p=position, whole=whole: again(name, put(given, p, whole))[0]
 
 
 def _like(name: str, args: tuple, result: Any) -> Iterator[Offer]:

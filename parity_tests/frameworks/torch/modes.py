@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from parity_tests.judge.inputs import Inputs, Layout
 from parity_tests.judge.subjects import EQUAL, MODES, members_of, split_members
@@ -157,3 +158,11 @@ class Held(torch.nn.Module):
     def forward(self) -> Any:
         """Do it."""
         return self._work()
+
+
+def registered_children(tree: Any) -> list[tuple[Any, Any]] | None:
+    """Return the children of a class that is registered with torch, by number."""
+    if isinstance(tree, torch.Tensor):
+        return None
+    children = tree_leaves(tree, is_leaf=lambda node: node is not tree)
+    return None if len(children) == 1 and children[0] is tree else list(enumerate(children))

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
 
 from parity_tests.frameworks.torch.ensemble import Record, run_members
-from parity_tests.frameworks.torch.modes import Held, holding, to_numpy, to_torch
+from parity_tests.frameworks.torch.modes import Held, holding, registered_children, to_numpy, to_torch
 from parity_tests.frameworks.torch.noise import DoublePrecision
 from parity_tests.frameworks.torch.recorder import record
 from parity_tests.frameworks.torch.subjects import resolve_device
@@ -100,7 +99,14 @@ class TorchSide:
                     return self._module(*arguments, **named)
             return torch.func.functional_call(self._module, tensors, arguments, named)
 
-        return self._call(run, inputs)
+        try:
+            return self._call(run, inputs)
+        except RuntimeError as error:
+            if torch.is_grad_enabled() or "does not require grad" not in str(error):
+                raise
+        # What differentiates itself (a gradient penalty, a force) does not run without gradients.
+        with torch.enable_grad():
+            return self._call(run, inputs)
 
     def arrange(self, layout: Layout, outputs: tuple[str, ...] | None) -> None:
         """Keep both for every call."""
@@ -297,7 +303,7 @@ class TorchSide:
 
     def _leaves(self, outputs: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the arrays and numbers of an output by name."""
-        found = named_outputs(outputs, self._chosen, _entries, "torch")
+        found = named_outputs(outputs, self._chosen, registered_children, "torch")
         self._numbers = tuple(name for name, leaf in found.items() if isinstance(leaf, float | complex))
         wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors.values())
         for name, leaf in found.items():
@@ -388,11 +394,3 @@ def _parameter_spec(name: str, value: Any) -> ParameterSpec:
     if array.dtype == object:
         raise TypeError(f"torch_params[{name!r}]: expected an array or a tensor, got {type(value).__name__}.")
     return ParameterSpec(array, array.dtype.kind not in "iub", frozen=array.dtype.kind in "iub")
-
-
-def _entries(tree: Any) -> list[tuple[Any, Any]] | None:
-    """Return the children of a class that is registered with torch, by number."""
-    if isinstance(tree, torch.Tensor):
-        return None
-    children = tree_leaves(tree, is_leaf=lambda node: node is not tree)
-    return None if len(children) == 1 and children[0] is tree else list(enumerate(children))

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from parity_tests.frameworks.torch.alternatives import offers
 from parity_tests.frameworks.torch.modes import to_numpy, to_torch
 from parity_tests.frameworks.torch.noise import DoublePrecision
-from parity_tests.frameworks.torch.norm_alternatives import NORMS, norms_of
+from parity_tests.frameworks.torch.norm_alternatives import NORMS, again, norms_of, put
 from parity_tests.frameworks.torch.watch import user_line
 from parity_tests.judge.dtypes import is_inexact, widened
 from parity_tests.pair.side import Arrays
@@ -27,6 +27,7 @@ from parity_tests.pair.trace import (
     LARGEST,
     MEMBERS,
     MOST_ELEMENTS,
+    REVERSED,
     TIMES,
     Change,
     Step,
@@ -142,6 +143,8 @@ class Recorder(DoublePrecision):
         wanted = {change.alternative for change in self._changes.get(number, ())}
         for factor in (title.removeprefix(TIMES) for title in wanted if title.startswith(TIMES)):
             return _filled(result, result * float(factor))
+        if REVERSED in wanted:
+            return _filled(result, again(name, put(args, 0, args[0][::-1]), kwargs))
         if name in NORMS:
             self._norms[number] = name, args
         norms = {before: held for before, held in self._norms.items() if before in self._asked or self._changes}
