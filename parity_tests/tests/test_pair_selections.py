@@ -79,7 +79,7 @@ def stepped_by_exp(p, x):
 
 
 def looped(p, x):
-    h, made = x.new_zeros(3, D), []
+    h, made = torch.zeros_like(x[:, 0]), []
     for t in range(S):
         h = torch.tanh(0.5 * h + x[:, t] * p["w"])
         made.append(h)
@@ -92,6 +92,16 @@ def looped_back(p, x):
         return h, h
 
     return jax.lax.scan(turn, jnp.zeros((3, D)), x.swapaxes(0, 1), reverse=True)[1].swapaxes(0, 1)
+
+
+def rotated(p, x):
+    turn = torch.polar(torch.ones_like(x), x)
+    return (turn + turn * turn).real * p["w"]
+
+
+def rotated_back(p, x):
+    turn = jnp.exp(1j * x)
+    return (turn - turn * turn).real * p["w"]
 
 
 def iterated(turns):
@@ -171,6 +181,11 @@ def test_what_one_side_selects_otherwise_is_named(torch_side, flax_side, words):
     assert not report.ok
     for word in words:
         assert word in report.likely_cause
+
+
+def test_a_sum_of_complex_numbers_has_a_place():
+    # What could be meant by it, a mask for one, is asked of complex numbers too.
+    assert "operations there: add / sub" in judged(rotated, rotated_back).place
 
 
 def test_a_layer_that_is_left_out_is_named():
