@@ -114,6 +114,16 @@ def iterated(turns):
     return run
 
 
+def highest(p, x):
+    rows = x[0] * p["w"]
+    return rows[rows.sum(-1).topk(3).indices].mean(0)
+
+
+def highest_two(p, x):
+    rows = x[0] * p["w"]
+    return rows[jax.lax.top_k(rows.sum(-1), 2)[1]].mean(0)
+
+
 def gated(p, x):
     y = (x * p["w"]).sin()
     return y.cos() * y
@@ -170,6 +180,7 @@ def judged(torch_side, flax_side, **named):
         (sunk, without_sink, ("leaves out the last part",)),
         (looped, looped_back, ("loop over axis 1 of input 0", "reversed in time")),
         (iterated(3), iterated(2), ("turns", "some turns earlier")),
+        (highest, highest_two, ("top-k", "the 3 largest, the flax side the 2 largest")),
         (gated, gated_by_input, ("mul in test_pair_selections.py", "reads input 0", "not the result of sin")),
         (gated, gated_once_more, ("extra", "has the torch side's y too", "goes on with mul")),
         (stepped, stepped_by_exp, ("softplus, the flax side exp",)),
