@@ -18,6 +18,8 @@ _MOST_TURNS = 200
 _MOST_OTHERS = 8  # values that are tried in the place of another
 _APART = ("select", "slice", "unbind", "split", "chunk", "narrow", "split_with_sizes")
 _JOINED = ("stack", "cat")
+# Of these only the shape of what they read counts.
+_OF_SHAPE = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
 _COPIES = ("clone", "_to_copy", "lift_fresh")
 # What reads a part: step, position among what it reads, number of the value
 Reader = tuple[int, int, int]
@@ -224,7 +226,7 @@ def _readers(trace: Trace, inside: Collection[int]):
         for step in by_value.get(value, ()):
             if trace.steps[step].operation in VIEWS:
                 found += [reader for view in trace.steps[step].writes for reader in readers(view)]
-            elif step in inside:
+            elif step in inside and trace.steps[step].operation not in _OF_SHAPE:
                 found.append((step, trace.steps[step].reads.index(value), value))
         return found
 

@@ -31,6 +31,7 @@ from parity_tests.pair.trace import ARGUMENT, VIEWS, Change, Place, Trace, param
 _MOST_PLACES = 6
 _MOST_ALONE, _MOST_RELATED = 200, 60  # runs: of single alternatives, and of each other kind of hypothesis
 _COMMON = ("activation", "function", "sign", "constant: the flax side adds")
+_MOST_RANKINGS = 4
 _MOST_STEPS = 24  # of a segment whose alternatives are tried
 _NORMS = ("native_layer_norm", "_fused_rms_norm")
 
@@ -96,7 +97,7 @@ def _hypotheses(search: Search, segment: Segment) -> Iterator[Hypothesis]:
     steps = [step for step in segment.behind or segment.torch if search.torch.steps[step].operation not in VIEWS][
         :_MOST_STEPS
     ]
-    asked = [*steps, *_readers_of_masks(search, steps)]
+    asked = [*steps, *_readers_of_masks(search, steps), *_rankings(search.torch, steps)]
     yield from _moved_norm(search, steps, segment)
     yield from turned_loops(search, segment)
     offered = search.rerun((), asked=asked).alternatives
@@ -137,6 +138,12 @@ def _readers_of_masks(search: Search, steps: Sequence[int]) -> list[int]:
     read = {value for step in steps[:1] for value in search.torch.steps[step].reads}
     found = [producers[value] for value in read if value in producers]
     return [step for step in found if search.torch.steps[step].operation in ("masked_fill", "where", "add")]
+
+
+def _rankings(trace: Trace, steps: Sequence[int]) -> list[int]:
+    """Return the last sorts before a segment: that it reads their indices, which are integers, is not recorded."""
+    found = [k for k in range(min(steps, default=0)) if trace.steps[k].operation in ("topk", "sort")]
+    return found[-_MOST_RANKINGS:]
 
 
 def _moved_norm(search: Search, steps: Sequence[int], segment: Segment) -> Iterator[Hypothesis]:

@@ -79,7 +79,7 @@ def stepped_by_exp(p, x):
 
 
 def looped(p, x):
-    h, made = x.new_zeros(3, D), []
+    h, made = torch.zeros_like(x[:, 0]), []
     for t in range(S):
         h = torch.tanh(0.5 * h + x[:, t] * p["w"])
         made.append(h)
@@ -94,6 +94,16 @@ def looped_back(p, x):
     return jax.lax.scan(turn, jnp.zeros((3, D)), x.swapaxes(0, 1), reverse=True)[1].swapaxes(0, 1)
 
 
+def rotated(p, x):
+    turn = torch.polar(torch.ones_like(x), x)
+    return (turn + turn * turn).real * p["w"]
+
+
+def rotated_back(p, x):
+    turn = jnp.exp(1j * x)
+    return (turn - turn * turn).real * p["w"]
+
+
 def iterated(turns):
     def run(p, x):
         z = x
@@ -102,6 +112,16 @@ def iterated(turns):
         return z
 
     return run
+
+
+def highest(p, x):
+    rows = x[0] * p["w"]
+    return rows[rows.sum(-1).topk(3).indices].mean(0)
+
+
+def highest_two(p, x):
+    rows = x[0] * p["w"]
+    return rows[jax.lax.top_k(rows.sum(-1), 2)[1]].mean(0)
 
 
 def gated(p, x):
@@ -160,6 +180,7 @@ def judged(torch_side, flax_side, **named):
         (sunk, without_sink, ("leaves out the last part",)),
         (looped, looped_back, ("loop over axis 1 of input 0", "reversed in time")),
         (iterated(3), iterated(2), ("turns", "some turns earlier")),
+        (highest, highest_two, ("top-k", "the 3 largest, the flax side the 2 largest")),
         (gated, gated_by_input, ("mul in test_pair_selections.py", "reads input 0", "not the result of sin")),
         (gated, gated_once_more, ("extra", "has the torch side's y too", "goes on with mul")),
         (stepped, stepped_by_exp, ("softplus, the flax side exp",)),
@@ -171,6 +192,11 @@ def test_what_one_side_selects_otherwise_is_named(torch_side, flax_side, words):
     assert not report.ok
     for word in words:
         assert word in report.likely_cause
+
+
+def test_a_sum_of_complex_numbers_has_a_place():
+    # What could be meant by it, a mask for one, is asked of complex numbers too.
+    assert "operations there: add / sub" in judged(rotated, rotated_back).place
 
 
 def test_a_layer_that_is_left_out_is_named():

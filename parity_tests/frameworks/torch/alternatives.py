@@ -168,6 +168,8 @@ def _mask(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
     if name not in places or len(args) <= places[name] or not isinstance(args[places[name]], torch.Tensor):
         return
     where, mask = places[name], args[places[name]]
+    if mask.is_complex():
+        return
     if (name == "add" and not bool(torch.isinf(mask).any() | (mask <= -1e4).any())) or (
         name != "add" and mask.dtype != torch.bool
     ):

@@ -113,13 +113,16 @@ class Recorder(DoublePrecision):
         if self._depth:
             return super().__torch_dispatch__(func, types, args, kwargs)
         given = _tensors(args, kwargs)
-        reads = tuple(dict.fromkeys(map(self._read, given)))
+        read = [self._read(tensor) for tensor in given]
+        reads = tuple(dict.fromkeys(read))
         # Reading what was written to through another view is a step of its own.
         number, self._number = len(self.steps), self._number + 1
         self._depth += 1
         for change in self._changes.get(number, ()):
             if change.alternative == ARGUMENT and change.value is not None:
-                args = _with_argument(args, change.output, to_torch(change.value, self._device))
+                # An operation may read one value twice.
+                positions = {k for k, value in enumerate(read) if value == reads[change.output]}
+                args = _with_argument(args, positions, to_torch(change.value, self._device))
         try:
             offered = number in self._asked or any(change.alternative for change in self._changes.get(number, ()))
             held = _copied(func, *self._wide(func, args, dict(kwargs or {}))) if offered else ((), {})
@@ -295,12 +298,12 @@ def _tensors(*trees: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if leaf.is_floating_point() or leaf.is_complex()]
 
 
-def _with_argument(args: tuple, position: int, value: torch.Tensor) -> tuple:
+def _with_argument(args: tuple, positions: set[int], value: torch.Tensor) -> tuple:
     count = itertools.count()
 
     def each(leaf: Any) -> Any:
         inexact = isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-        return value.reshape(leaf.shape) if inexact and next(count) == position else leaf
+        return value.reshape(leaf.shape) if inexact and next(count) in positions else leaf
 
     return tree_map(each, args)
 
