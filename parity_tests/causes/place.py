@@ -31,6 +31,8 @@ _MOST_PLACES = 6
 _MOST_ALONE, _MOST_RELATED = 200, 60  # runs: of single alternatives, and of each other kind of hypothesis
 _COMMON = ("activation", "function", "sign", "constant: the flax side adds")
 _MOST_STEPS = 24  # of a segment whose alternatives are tried
+_MOST_CHOICES = 8
+_CHOICES = ("argmax", "argmin")
 _NORMS = ("native_layer_norm", "_fused_rms_norm")
 
 
@@ -95,14 +97,17 @@ def _hypotheses(search: Search, segment: Segment) -> Iterator[Hypothesis]:
     steps = [step for step in segment.behind or segment.torch if search.torch.steps[step].operation not in VIEWS][
         :_MOST_STEPS
     ]
-    asked = [*steps, *_readers_of_masks(search, steps)]
+    asked = [*steps, *_readers_of_masks(search, steps), *_choices(search)]
     yield from _moved_norm(search, steps, segment)
     offered = search.rerun((), asked=asked).alternatives
     # Those that every operation has come last, or they would keep the others from being tried.
     offered = sorted(offered, key=lambda offer: offer[2].startswith(_COMMON))
     yield from itertools.islice(_alone(search, segment, offered), _MOST_ALONE)
+    # What single operations have says more than a formula that their results fit.
+    told = [offer for offer in offered if not offer[2].startswith(_COMMON)]
+    yield from itertools.islice(_together(search, told), _MOST_RELATED)
     yield from related(search, segment, steps)
-    yield from itertools.islice(_together(search, offered), _MOST_RELATED)
+    yield from itertools.islice(_together(search, offered[len(told) :]), _MOST_RELATED)
     yield from itertools.islice(exchanged(search, steps), _MOST_RELATED)
     yield from itertools.islice(remote(search, segment, steps), _MOST_RELATED)
 
@@ -133,6 +138,11 @@ def _readers_of_masks(search: Search, steps: Sequence[int]) -> list[int]:
     read = {value for step in steps[:1] for value in search.torch.steps[step].reads}
     found = [producers[value] for value in read if value in producers]
     return [step for step in found if search.torch.steps[step].operation in ("masked_fill", "where", "add")]
+
+
+def _choices(search: Search) -> list[int]:
+    """Return the operations that find an index: they make no real numbers, so that no value leads to them."""
+    return [k for k, step in enumerate(search.torch.steps) if step.operation in _CHOICES][:_MOST_CHOICES]
 
 
 def _moved_norm(search: Search, steps: Sequence[int], segment: Segment) -> Iterator[Hypothesis]:

@@ -134,6 +134,13 @@ _CROPPED = (T, K, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1)
             *("index_add", (INTO, 0, INDEX, SOURCE), "(index_add), the flax side the mean"),
             torch.stack([SOURCE[k == INDEX].mean(0).nan_to_num() for k in range(4)]),
         ),
+        ("sub", (T, T[:, :1]), "lacks what is subtracted", T),
+        ("linalg_vector_norm", (T, 2, [1]), "over all of", T.norm().expand(2, 6, 5)),
+        ("argmax", (T, 1), "the flax side by argmin", T.argmin(1)),
+        ("round", (T,), "the flax side floor.", T.floor()),
+        ("rsub", (T, 2.0), "has 2 - x here, the flax side 2 + x", 2 + T),
+        ("_log_softmax", (T, 1, False), "the log_softmax is missing", T),
+        ("_softmax", (T, 1, False), "has softmax, the flax side sigmoid.", T.sigmoid()),
         ("topk", (T, 3), "the 3 largest (topk), the flax side 2.", tuple(T.topk(2))),
         ("topk", (T, 3), "largest (topk), the flax side the smallest", tuple(T.topk(3, largest=False))),
         (

@@ -115,6 +115,10 @@ def _other_axes(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
             sentence = sentence.replace("{shape}", str(tuple(x.shape)))
             other_args = put(args, position, list(axes))
             yield f"{word} over {axes}", sentence, lambda other_args=other_args: again(name, other_args, kwargs)
+    if not keep and len(own) < x.ndim and not name.startswith("var_mean"):
+        sentence = f"axes: the torch side takes the {word} over axes {own}, the flax side over all of {tuple(x.shape)}"
+        whole = put(args, position, list(range(x.ndim)))
+        yield f"{word} over all", sentence, lambda: again(name, whole, kwargs).expand(shape).clone()
 
 
 def _gathered(name: str, args: tuple, kwargs: dict) -> Iterator[Offer]:
@@ -142,6 +146,10 @@ def _gathered(name: str, args: tuple, kwargs: dict) -> Iterator[Offer]:
 
 def _largest(name: str, args: tuple, kwargs: dict) -> Iterator[Offer]:
     """Select more or fewer of the largest, or the smallest."""
+    if name in ("argmax", "argmin"):
+        other, words = ("argmin", "smallest") if name == "argmax" else ("argmax", "largest")
+        sentence = f"order: the torch side finds the index by {name}, the flax side by {other} (of the {words})"
+        yield other, sentence, lambda: again(other, args, kwargs)
     if name != "topk":
         return
     x, own = args[:2]
