@@ -32,6 +32,7 @@ _MOST_ALONE, _MOST_RELATED = 200, 60  # runs: of single alternatives, and of eac
 _COMMON = ("activation", "function", "sign", "constant: the flax side adds")
 _MOST_STEPS = 24  # of a segment whose alternatives are tried
 _MOST_CHOICES = 8
+_ALIKE = {"rsub": "add", "sub": "add"}  # operations that are changed together
 _CHOICES = ("argmax", "argmin")
 _NORMS = ("native_layer_norm", "_fused_rms_norm")
 
@@ -126,7 +127,8 @@ def _together(search: Search, offered: Sequence[tuple[int, str, str]]) -> Iterat
     """Change all operations of a segment in the same way, such as the gates of a cell."""
     groups: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for step, title, sentence in offered:
-        groups.setdefault((search.torch.steps[step].operation, title), []).append((step, sentence))
+        operation = search.torch.steps[step].operation
+        groups.setdefault((_ALIKE.get(operation, operation), title), []).append((step, sentence))
     for (_, title), found in groups.items():
         if len(found) > 1 and "{weight}" not in found[0][1]:
             yield found[0][1], [Change(step, title) for step, _ in found], ()

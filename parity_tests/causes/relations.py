@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 
 from parity_tests.causes.formulas import along_axes, equal, formulas, is_round, order_of, same_numbers, written
-from parity_tests.causes.selections import Hypothesis, left_out, selected
+from parity_tests.causes.selections import Hypothesis, left_out, made, selected
 from parity_tests.judge.dtypes import FORMATS, is_complex
 from parity_tests.pair.localisation import Search, Segment, arrangements
 from parity_tests.pair.trace import ARGUMENT, CONSTANT, LARGEST, VIEWS, Change, Trace
@@ -31,6 +31,7 @@ def related(search: Search, segment: Segment, steps: Sequence[int]) -> Iterator[
         yield from itertools.islice(_arranged(search, segment, told), _MOST_OF_A_KIND)
     yield from _weighted(search, segment)
     yield from itertools.islice(_by_formula(search, segment), _MOST_OF_A_KIND)
+    yield from itertools.islice(_reformed(search, steps), _MOST_OF_A_KIND)
 
 
 def remote(search: Search, segment: Segment, steps: Sequence[int]) -> Iterator[Hypothesis]:
@@ -344,3 +345,19 @@ def _centred(search: Search, steps: Sequence[int]) -> Iterator[Hypothesis]:
                 [Change(k, ARGUMENT, r.index(number), centred) for k, r in zip(readers, reads, strict=True)],
                 (),
             )
+
+
+def _reformed(search: Search, steps: Sequence[int]) -> Iterator[Hypothesis]:
+    """Let all that read a value read a function of it, as where a variance is taken for a deviation."""
+    trace = search.torch
+    for number in dict.fromkeys(v for step in steps for v in trace.steps[step].reads if not trace.parameter(v)):
+        readers = [step for step in steps if number in trace.steps[step].reads]
+        own = search.array("torch", number) if len(readers) > 1 else None
+        if own is None or is_complex(own) or not np.isfinite(own).all():
+            continue
+        others = {"twice it": 2 * own, "half of it": own / 2, "the negative of it": -own, "its square": own**2}
+        others |= {"its root": np.sqrt(own), "one over it": 1 / own} if (own > 0).all() else {}
+        for words, value in others.items():
+            reads = [Change(k, ARGUMENT, trace.steps[k].reads.index(number), value) for k in readers]
+            sentence = f"function: on the flax side all that read {made(search, number)} read {words}"
+            yield sentence, reads, ()

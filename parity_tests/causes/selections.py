@@ -258,7 +258,7 @@ def exchanged(search: Search, steps: Sequence[int]) -> Iterator[Hypothesis]:
             arrays = search.array("torch", a), search.array("torch", b)
             if arrays[0] is None or arrays[1] is None or equal(arrays[0], arrays[1]):
                 continue
-            names = " and ".join(_called(search, number) for number in (a, b))
+            names = " and ".join(made(search, number) for number in (a, b))
             sentence = f"order: {names} are exchanged on the flax side (arguments in the reverse order)"
             for where in (steps, range(len(trace.steps))):
                 changes = [
@@ -274,7 +274,7 @@ def exchanged(search: Search, steps: Sequence[int]) -> Iterator[Hypothesis]:
                 )
 
 
-def _called(search: Search, number: int) -> str:
+def made(search: Search, number: int) -> str:
     """Say what a value of the torch side is."""
     trace = search.torch
     name = next((name for name, value in trace.sources.items() if value == number), "")

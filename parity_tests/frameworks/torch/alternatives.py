@@ -192,6 +192,9 @@ def _mask(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
     if name != "add":
         sentence = "mask: the flax side behaves like the torch side with the opposite mask"
         yield "opposite mask", sentence, lambda: again(name, put(args, where, ~mask), kwargs)
+    if name == "where" and isinstance(args[1], torch.Tensor) and args[1].shape == result.shape:
+        sentence = "mask: the flax side takes everywhere what the torch side takes where its mask is true alone"
+        yield "true everywhere", sentence, lambda: args[1].clone()
     sentence = "mask: the flax side behaves like the torch side without its mask"
     unmasked = args[0] if name != "where" else args[2]
     yield "no mask", sentence, lambda: unmasked.broadcast_to(result.shape).clone()
@@ -278,6 +281,9 @@ def _activation(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
                 yield f"activation {other}", sentence, lambda f=function: f(args[0])
         sentence = f"sign: the flax side takes {name} of the negative"
         yield "negated before", sentence, lambda: again(name, put(args, 0, -args[0]), kwargs)
+        for axis in range(args[0].ndim) if name == "sigmoid" else ():
+            sentence = f"activation: the torch side has sigmoid, the flax side softmax over axis {axis}"
+            yield f"softmax {axis}", sentence, lambda axis=axis: args[0].softmax(axis)
         if name == "sigmoid":
             sentence = "complement: the flax side has 1 - sigmoid (an inverted gate) where the torch side has sigmoid"
             yield "complement", sentence, lambda: 1 - result

@@ -115,10 +115,19 @@ def _other_axes(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
             sentence = sentence.replace("{shape}", str(tuple(x.shape)))
             other_args = put(args, position, list(axes))
             yield f"{word} over {axes}", sentence, lambda other_args=other_args: again(name, other_args, kwargs)
-    if not keep and len(own) < x.ndim and not name.startswith("var_mean"):
-        sentence = f"axes: the torch side takes the {word} over axes {own}, the flax side over all of {tuple(x.shape)}"
-        whole = put(args, position, list(range(x.ndim)))
-        yield f"{word} over all", sentence, lambda: again(name, whole, kwargs).expand(shape).clone()
+    left = [axis for axis in range(x.ndim) if axis not in own] if not keep and x.ndim <= _MOST_AXES else []
+    for more in (more for count in range(len(left), 0, -1) for more in itertools.combinations(left, count)):
+        # What has fewer axes then is spread over the others where it is used.
+        axes, kept = sorted({*own, *more}), [size if axis not in more else 1 for axis, size in enumerate(x.shape)]
+        kept = [size for axis, size in enumerate(kept) if axis not in own]
+        sentence = f"axes: the torch side takes the {word} over axes {own}, the flax side over {tuple(axes)} (of "
+        wider = put(args, position, axes)
+
+        def spread(wider: list[Any] = wider, kept: list[int] = kept) -> torch.Tensor:
+            return again(name, wider, kwargs).reshape(kept).expand(shape).clone()
+
+        if not name.startswith("var_mean"):
+            yield f"{word} over {axes} and spread", f"{sentence}{tuple(x.shape)})", spread
 
 
 def _gathered(name: str, args: tuple, kwargs: dict) -> Iterator[Offer]:
