@@ -33,7 +33,8 @@ _COMMON = ("activation", "function", "sign", "constant: the flax side adds")
 _MOST_STEPS = 24  # of a segment whose alternatives are tried
 _MOST_CHOICES = 8
 _ALIKE = {"rsub": "add", "sub": "add"}  # operations that are changed together
-_CHOICES = ("argmax", "argmin")
+_CHOICES = ("argmax", "argmin", "topk")
+_GATHERS = ("index_add", "scatter_add", "scatter_reduce")
 _NORMS = ("native_layer_norm", "_fused_rms_norm")
 
 
@@ -98,7 +99,7 @@ def _hypotheses(search: Search, segment: Segment) -> Iterator[Hypothesis]:
     steps = [step for step in segment.behind or segment.torch if search.torch.steps[step].operation not in VIEWS][
         :_MOST_STEPS
     ]
-    asked = [*steps, *_readers_of_masks(search, steps), *_choices(search)]
+    asked = [*steps, *_readers_of_masks(search, steps), *_choices(search), *_gathered(search, steps)]
     yield from _moved_norm(search, steps, segment)
     offered = search.rerun((), asked=asked).alternatives
     # Those that every operation has come last, or they would keep the others from being tried.
@@ -145,6 +146,14 @@ def _readers_of_masks(search: Search, steps: Sequence[int]) -> list[int]:
 def _choices(search: Search) -> list[int]:
     """Return the operations that find an index: they make no real numbers, so that no value leads to them."""
     return [k for k, step in enumerate(search.torch.steps) if step.operation in _CHOICES][:_MOST_CHOICES]
+
+
+def _gathered(search: Search, steps: Sequence[int]) -> list[int]:
+    """Return the sums over one index that a segment reads: the other side may have them too, and go on to a mean."""
+    producers = search.torch.producers()
+    read = dict.fromkeys(value for step in steps for value in search.torch.steps[step].reads)
+    found = dict.fromkeys(producers[value] for value in read if value in producers)
+    return [k for k in found if search.torch.steps[k].operation.removesuffix("_") in _GATHERS and k not in steps]
 
 
 def _moved_norm(search: Search, steps: Sequence[int], segment: Segment) -> Iterator[Hypothesis]:
