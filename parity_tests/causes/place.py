@@ -31,8 +31,11 @@ from parity_tests.pair.trace import ARGUMENT, VIEWS, Change, Place, Trace, param
 _MOST_PLACES = 6
 _MOST_ALONE, _MOST_RELATED = 200, 60  # runs: of single alternatives, and of each other kind of hypothesis
 _COMMON = ("activation", "function", "sign", "constant: the flax side adds")
-_MOST_RANKINGS = 4
 _MOST_STEPS = 24  # of a segment whose alternatives are tried
+_MOST_CHOICES = 8
+_ALIKE = {"rsub": "add", "sub": "add"}  # operations that are changed together
+_CHOICES = ("argmax", "argmin", "topk", "sort")
+_GATHERS = ("index_add", "scatter_add", "scatter_reduce")
 _NORMS = ("native_layer_norm", "_fused_rms_norm")
 
 
@@ -97,15 +100,18 @@ def _hypotheses(search: Search, segment: Segment) -> Iterator[Hypothesis]:
     steps = [step for step in segment.behind or segment.torch if search.torch.steps[step].operation not in VIEWS][
         :_MOST_STEPS
     ]
-    asked = [*steps, *_readers_of_masks(search, steps), *_rankings(search.torch, steps)]
+    asked = [*steps, *_readers_of_masks(search, steps), *_choices(search.torch, steps), *_gathered(search, steps)]
     yield from _moved_norm(search, steps, segment)
     yield from turned_loops(search, segment)
     offered = search.rerun((), asked=asked).alternatives
     # Those that every operation has come last, or they would keep the others from being tried.
     offered = sorted(offered, key=lambda offer: offer[2].startswith(_COMMON))
     yield from itertools.islice(_alone(search, segment, offered), _MOST_ALONE)
+    # What single operations have says more than a formula that their results fit.
+    told = [offer for offer in offered if not offer[2].startswith(_COMMON)]
+    yield from itertools.islice(_together(search, told), _MOST_RELATED)
     yield from related(search, segment, steps)
-    yield from itertools.islice(_together(search, offered), _MOST_RELATED)
+    yield from itertools.islice(_together(search, offered[len(told) :]), _MOST_RELATED)
     yield from itertools.islice(exchanged(search, steps), _MOST_RELATED)
     yield from itertools.islice(read_instead(search, segment), _MOST_RELATED)
     yield from cut_short(search)
@@ -126,7 +132,8 @@ def _together(search: Search, offered: Sequence[tuple[int, str, str]]) -> Iterat
     """Change all operations of a segment in the same way, such as the gates of a cell."""
     groups: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for step, title, sentence in offered:
-        groups.setdefault((search.torch.steps[step].operation, title), []).append((step, sentence))
+        operation = search.torch.steps[step].operation
+        groups.setdefault((_ALIKE.get(operation, operation), title), []).append((step, sentence))
     for (_, title), found in groups.items():
         if len(found) > 1 and "{weight}" not in found[0][1]:
             yield found[0][1], [Change(step, title) for step, _ in found], ()
@@ -140,10 +147,18 @@ def _readers_of_masks(search: Search, steps: Sequence[int]) -> list[int]:
     return [step for step in found if search.torch.steps[step].operation in ("masked_fill", "where", "add")]
 
 
-def _rankings(trace: Trace, steps: Sequence[int]) -> list[int]:
-    """Return the last sorts before a segment: that it reads their indices, which are integers, is not recorded."""
-    found = [k for k in range(min(steps, default=0)) if trace.steps[k].operation in ("topk", "sort")]
-    return found[-_MOST_RANKINGS:]
+def _choices(trace: Trace, steps: Sequence[int]) -> list[int]:
+    """Return the last operations up to a segment that find indices, which are no real numbers: no value leads there."""
+    found = [k for k in range(max(steps, default=-1) + 1) if trace.steps[k].operation in _CHOICES and k not in steps]
+    return found[-_MOST_CHOICES:]
+
+
+def _gathered(search: Search, steps: Sequence[int]) -> list[int]:
+    """Return the sums over one index that a segment reads: the other side may have them too, and go on to a mean."""
+    producers = search.torch.producers()
+    read = dict.fromkeys(value for step in steps for value in search.torch.steps[step].reads)
+    found = dict.fromkeys(producers[value] for value in read if value in producers)
+    return [k for k in found if search.torch.steps[k].operation.removesuffix("_") in _GATHERS and k not in steps]
 
 
 def _moved_norm(search: Search, steps: Sequence[int], segment: Segment) -> Iterator[Hypothesis]:

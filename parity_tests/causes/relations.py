@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 
 from parity_tests.causes.formulas import along_axes, equal, formulas, is_round, order_of, same_numbers, written
-from parity_tests.causes.selections import Hypothesis, left_out, selected
+from parity_tests.causes.selections import Hypothesis, left_out, made, selected
 from parity_tests.judge.dtypes import FORMATS, is_complex
 from parity_tests.pair.localisation import Search, Segment, arrangements
 from parity_tests.pair.trace import ARGUMENT, CONSTANT, LARGEST, VIEWS, Change, Trace
@@ -31,6 +31,7 @@ def related(search: Search, segment: Segment, steps: Sequence[int]) -> Iterator[
         yield from itertools.islice(_arranged(search, segment, told), _MOST_OF_A_KIND)
     yield from _weighted(search, segment)
     yield from itertools.islice(_by_formula(search, segment), _MOST_OF_A_KIND)
+    yield from itertools.islice(_reformed(search, steps), _MOST_OF_A_KIND)
 
 
 def remote(search: Search, segment: Segment, steps: Sequence[int]) -> Iterator[Hypothesis]:
@@ -159,6 +160,12 @@ def _by_formula(search: Search, segment: Segment) -> Iterator[Hypothesis]:
             for words, value in itertools.chain(formulas(own, array), over):
                 sentence, change = _of_value(search, step, what, number, words), Change(step, what, k, value)
                 yield sentence, [change], ()
+                if what == ARGUMENT:
+                    # All that read it, as those of a deviation that is divided by and whose logarithm is taken.
+                    readers = [k for k in segment.torch if number in search.torch.steps[k].reads]
+                    several = [Change(k, ARGUMENT, search.torch.steps[k].reads.index(number), value) for k in readers]
+                    if len(several) > 1:
+                        yield sentence, several, ()
                 # What is computed in several places is usually wrong in all of them.
                 together = alike_steps.setdefault((search.torch.steps[step].operation, sentence), [])
                 together += [change] * (step not in [other.step for other in together])
@@ -181,8 +188,9 @@ def _of_value(search: Search, step: int, what: str, number: int, words: str) -> 
         return f"reduction: the torch side takes a {operation}, the flax side a {other}"
     kind = "conjugate" if "conjugate" in words else kind
     kind = "power" if "power" in words else "activation" if " of it (" in words or "over axis" in words else kind
-    if kind == "scale" and _softmax_follows(search, number):
-        return f"attention scale: the scores are {words} on the flax side"
+    if kind == "scale" and (softmax := _softmax_follows(search, number)):
+        scores = "scale: the logits" if "log" in softmax else "attention scale: the scores"
+        return f"{scores} are {words} on the flax side{' (a temperature)' * ('log' in softmax)}"
     reader = trace.steps[step].module or trace.steps[step].operation
     subject = f"what {reader} reads" if what == ARGUMENT else f"the result of {operation}"
     return f"{kind}: {subject} is {words} on the flax side"
@@ -279,14 +287,15 @@ def _mixed(search: Search, segment: Segment, heals: Change) -> Iterator[Hypothes
             yield sentence, [Change(heals.step, "", heals.output, (1 - other) * bare[k] + other * rest)], ()
 
 
-def _softmax_follows(search: Search, number: int, depth: int = 6) -> bool:
+def _softmax_follows(search: Search, number: int, depth: int = 6) -> str:
+    """Name the softmax that is soon taken of a value; empty if none is."""
     values = {number}
     for _ in range(depth):
         readers = [step for step in search.torch.steps if values & set(step.reads)]
-        if any("softmax" in step.operation for step in readers):
-            return True
+        if found := next((step.operation for step in readers if "softmax" in step.operation), ""):
+            return found
         values = {v for step in readers for v in step.writes}
-    return False
+    return ""
 
 
 def _terms(search: Search, steps: Sequence[int], backward: bool) -> Iterator[Hypothesis]:
@@ -336,3 +345,19 @@ def _centred(search: Search, steps: Sequence[int]) -> Iterator[Hypothesis]:
                 [Change(k, ARGUMENT, r.index(number), centred) for k, r in zip(readers, reads, strict=True)],
                 (),
             )
+
+
+def _reformed(search: Search, steps: Sequence[int]) -> Iterator[Hypothesis]:
+    """Let all that read a value read a function of it, as where a variance is taken for a deviation."""
+    trace = search.torch
+    for number in dict.fromkeys(v for step in steps for v in trace.steps[step].reads if not trace.parameter(v)):
+        readers = [step for step in steps if number in trace.steps[step].reads]
+        own = search.array("torch", number) if len(readers) > 1 else None
+        if own is None or is_complex(own) or not np.isfinite(own).all():
+            continue
+        others = {"twice it": 2 * own, "half of it": own / 2, "the negative of it": -own, "its square": own**2}
+        others |= {"its root": np.sqrt(own), "one over it": 1 / own} if (own > 0).all() else {}
+        for words, value in others.items():
+            reads = [Change(k, ARGUMENT, trace.steps[k].reads.index(number), value) for k in readers]
+            sentence = f"function: on the flax side all that read {made(search, number)} read {words}"
+            yield sentence, reads, ()

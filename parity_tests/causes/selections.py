@@ -156,28 +156,46 @@ _KINDS: dict[str, Callable[[Search, int, np.ndarray, np.ndarray], str]] = {
 
 
 def _numbers(search: Search, segment: Segment, steps: Sequence[int]) -> Iterator[Hypothesis]:
-    """Let all operations that multiply or divide by a number do so by one of Flax's."""
-    own: dict[float, list[tuple[int, float]]] = {}
-    for key, numbers in (("torch", steps), ("jax", segment.flax)):
-        trace, groups = (search.torch, own) if key == "torch" else (search.flax, {})
+    """Let all operations that multiply or divide by a number, or add it, do so by one of Flax's."""
+    own, flax = ({}, {}), ({}, {})
+    for key, numbers, found in (("torch", steps, own), ("jax", segment.flax, flax)):
+        trace = search.torch if key == "torch" else search.flax
         for step in numbers:
             if trace.steps[step].operation in ("mul", "div") and (factor := _factor(search, key, step)) is not None:
-                groups.setdefault(float(f"{max(factor, 1 / factor):.9g}"), []).append((step, factor))
-        if key == "torch":
-            continue
-        for number, found in own.items():
-            for other in groups if len(found) > 1 else ():
-                if other == number:
-                    continue
-                changes = [
-                    Change(step, f"{TIMES}{(other / number if factor > 1 else number / other)!r}")
-                    for step, factor in found
-                ]
-                sentence = (
-                    f"constant: the torch side multiplies and divides by {written(number):.6g}, the flax side by "
-                    f"{written(other):.6g}"
-                )
-                yield sentence, changes, ()
+                found[0].setdefault(float(f"{max(factor, 1 / factor):.9g}"), []).append((step, factor))
+            if trace.steps[step].operation in ("add", "sub", "rsub") and (number := _addend(search, key, step)):
+                found[1].setdefault(float(f"{abs(number):.9g}"), []).append((step, number))
+    for (number, found), other in itertools.product(own[0].items(), flax[0]):
+        if other != number and len(found) > 1:
+            changes = [
+                Change(step, f"{TIMES}{(other / number if factor > 1 else number / other)!r}") for step, factor in found
+            ]
+            sentence = (
+                f"constant: the torch side multiplies and divides by {written(number):.6g}, the flax side by "
+                f"{written(other):.6g}"
+            )
+            yield sentence, changes, ()
+    for (number, found), other in itertools.product(own[1].items(), flax[1]):
+        if other != number:
+            made = [(step, search.array("torch", search.torch.steps[step].writes[0]), sign) for step, sign in found]
+            changes = [Change(k, value=a + (other - number) * np.sign(sign)) for k, a, sign in made if a is not None]
+            sentence = f"constant: the torch side adds or subtracts {written(number):.6g}, the flax side "
+            yield f"{sentence}{written(other):.6g}", changes, ()
+
+
+def _addend(search: Search, key: str, step: int) -> float | None:
+    """Return the number that an operation adds to its only operand, or to the negative of it, if it is one number."""
+    found = (search.torch if key == "torch" else search.flax).steps[step]
+    if len(found.reads) != 1 or len(found.writes) != 1:
+        return None
+    before, after = search.array(key, found.reads[0]), search.array(key, found.writes[0])
+    if before is None or after is None or before.shape != after.shape or is_complex(before) or before.size < 2:
+        return None
+    for number in (after - before, after + before):
+        middle = float(np.median(number))
+        if middle and np.isfinite(number).all() and equal(np.full(number.shape, middle), number):
+            return middle
+    return None
 
 
 def _factor(search: Search, key: str, step: int) -> float | None:
@@ -240,17 +258,23 @@ def exchanged(search: Search, steps: Sequence[int]) -> Iterator[Hypothesis]:
             arrays = search.array("torch", a), search.array("torch", b)
             if arrays[0] is None or arrays[1] is None or equal(arrays[0], arrays[1]):
                 continue
-            changes = [
-                Change(step, ARGUMENT, found.reads.index(number), other)
-                for step, found in enumerate(trace.steps)
-                for number, other in zip((a, b), arrays[::-1], strict=True)
-                if number in found.reads
-            ]
-            names = " and ".join(_called(search, number) for number in (a, b))
-            yield f"order: {names} are exchanged on the flax side (arguments in the reverse order)", changes, ()
+            names = " and ".join(made(search, number) for number in (a, b))
+            sentence = f"order: {names} are exchanged on the flax side (arguments in the reverse order)"
+            for where in (steps, range(len(trace.steps))):
+                changes = [
+                    Change(step, ARGUMENT, trace.steps[step].reads.index(number), other)
+                    for step in where
+                    for number, other in zip((a, b), arrays[::-1], strict=True)
+                    if number in trace.steps[step].reads
+                ]
+                yield (
+                    sentence + f", in {trace.steps[steps[0]].line or 'this place'} alone" * (where is steps),
+                    changes,
+                    (),
+                )
 
 
-def _called(search: Search, number: int) -> str:
+def made(search: Search, number: int) -> str:
     """Say what a value of the torch side is."""
     trace = search.torch
     name = next((name for name, value in trace.sources.items() if value == number), "")

@@ -389,9 +389,9 @@ def test_what_no_hypothesis_explains_has_a_place_and_no_cause():
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("what", ["divergence", "edges"])
+@pytest.mark.parametrize("what", ["divergence", "edges", "mean"])
 def test_what_stands_in_the_place_of_the_other_is_named(what):
-    """A divergence with its arguments reversed, and messages that go from the targets of edges to their sources."""
+    """A divergence with its arguments reversed; messages from the targets of edges to their sources; means for sums."""
     logits = {"torch": lambda p, x: x @ p["w"] / 3, "flax": lambda p, x: x @ p["w"] / 3}
 
     def divergence(p, x, t):
@@ -408,11 +408,20 @@ def test_what_stands_in_the_place_of_the_other_is_named(what):
     def backwards(p, x, edges):
         return jax.ops.segment_sum(x[edges[1]], edges[0], x.shape[0]) @ p["w"]
 
+    def means(p, x, edges):
+        total = jax.ops.segment_sum(x[edges[0]], edges[1], x.shape[0])
+        return total / jnp.maximum(jnp.bincount(edges[1], length=x.shape[0]), 1)[:, None] @ p["w"]
+
+    flax = {"divergence": reversed_, "edges": backwards, "mean": means}
     edges = np.array([[0, 1, 2, 3, 4, 0, 2], [1, 2, 0, 1, 3, 4, 4]])
-    words = {"divergence": "input 1 .*|.* input 1 are exchanged", "edges": "rows of input 1 .* exchanged"}
+    words = {
+        "divergence": "input 1 .*|.* input 1 are exchanged",
+        "edges": "rows of input 1 .* exchanged",
+        "mean": "the mean",
+    }
     report = check_pair(
         torch_module=divergence if what == "divergence" else messages,
-        flax_module=reversed_ if what == "divergence" else backwards,
+        flax_module=flax[what],
         torch_params={"w": np.ones((6, 4), np.float32)},
         flax_params={"w": jnp.ones((6, 4))},
         params=[("w", "w")],

@@ -64,6 +64,7 @@ _SETTINGS = {
     "huber_loss": (3, "delta", (1.0, 0.5, 0.1, 1.5, 2.0, 1.345)),
     "smooth_l1_loss": (3, "beta", (1.0, 0.5, 0.1, 1.5, 2.0, 1 / 9)),
 }
+_ROUNDINGS = ("round", "floor", "ceil", "trunc")
 _LOGARITHMS = {"log": torch.log, "log2": torch.log2, "log10": torch.log10, "log1p": torch.log1p}
 _LINEAR = {"addmm": 1, "mm": 0, "bmm": 0, "baddbmm": 1, "convolution": 0, "mv": 1, "addmv": 2, "embedding": None}
 _MOST_ROWS = 12
@@ -90,6 +91,7 @@ def offers(operation: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
         _mask,
         reduction_offers,
         _logarithm,
+        _rounding,
         loss_offers,
         _embedding,
         _ranked,
@@ -133,6 +135,11 @@ def _constant(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Off
     if name in ("add", "sub") and len(args) > 1 and isinstance(args[1], int | float):
         sentence = f"constant: the flax side lacks the {args[1]:g} that the torch side {name}s here"
         yield "without constant", sentence, lambda: args[0].clone()
+    if name in ("add", "sub", "rsub") and len(args) > 1 and isinstance(args[1], int | float) and args[1]:
+        words = {"add": ("{} + x", "{} - x"), "sub": ("x - {}", "-x - {}"), "rsub": ("{} - x", "{} + x")}[name]
+        before, after = (word.format(f"{args[1]:g}") for word in words)
+        sentence = f"sign: the torch side has {before} here, the flax side {after}"
+        yield "other sign", sentence, lambda: again(name, put(args, 0, -args[0]), kwargs)
     if name == "mul" and len(args) > 1 and isinstance(args[1], torch.Tensor) and args[1].ndim:
         for position, which in enumerate(("first", "second")):
             sentence = f"constant: the flax side multiplies by 1 + the {which} factor, the torch side by the factor"
@@ -188,9 +195,19 @@ def _mask(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
     if name != "add":
         sentence = "mask: the flax side behaves like the torch side with the opposite mask"
         yield "opposite mask", sentence, lambda: again(name, put(args, where, ~mask), kwargs)
+    if name == "where" and isinstance(args[1], torch.Tensor) and args[1].shape == result.shape:
+        sentence = "mask: the flax side takes everywhere what the torch side takes where its mask is true alone"
+        yield "true everywhere", sentence, lambda: args[1].clone()
     sentence = "mask: the flax side behaves like the torch side without its mask"
     unmasked = args[0] if name != "where" else args[2]
     yield "no mask", sentence, lambda: unmasked.broadcast_to(result.shape).clone()
+
+
+def _rounding(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    for other in _ROUNDINGS if name in _ROUNDINGS else ():
+        if other != name:
+            sentence = f"rounding: the torch side takes {name}, the flax side {other}"
+            yield other, sentence, lambda other=other: again(other, args[:1])
 
 
 def _logarithm(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
@@ -257,6 +274,13 @@ def _joined(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer
 
 def _softmax(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
     if name in ("_softmax", "_log_softmax", "_safe_softmax"):
+        word, log = name.lstrip("_"), name == "_log_softmax"
+        yield "no softmax", f"function: the {word} is missing on the flax side", lambda: args[0].clone()
+        others = {"softmax": torch.softmax} if log else {"log_softmax": torch.log_softmax}
+        others |= {"log_sigmoid" if log else "sigmoid": lambda x, _: (F.logsigmoid if log else torch.sigmoid)(x)}
+        for other, function in others.items():
+            sentence = f"function: the torch side has {word}, the flax side {other}"
+            yield other, sentence, lambda function=function: function(args[0], args[1])
         own, size = args[1] % args[0].ndim, args[0].shape[-1]
         if own == args[0].ndim - 1 > 0 and size == args[0].shape[-2] > 1:
             later = torch.ones(size, size, dtype=torch.bool, device=args[0].device).triu(1)
@@ -279,6 +303,9 @@ def _activation(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
                 yield f"activation {other}", sentence, lambda f=function: f(args[0])
         sentence = f"sign: the flax side takes {name} of the negative"
         yield "negated before", sentence, lambda: again(name, put(args, 0, -args[0]), kwargs)
+        for axis in range(args[0].ndim) if name == "sigmoid" else ():
+            sentence = f"activation: the torch side has sigmoid, the flax side softmax over axis {axis}"
+            yield f"softmax {axis}", sentence, lambda axis=axis: args[0].softmax(axis)
         if name == "sigmoid":
             sentence = "complement: the flax side has 1 - sigmoid (an inverted gate) where the torch side has sigmoid"
             yield "complement", sentence, lambda: 1 - result
@@ -299,6 +326,10 @@ def _activation(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
 
 
 def _sum_of_two(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
+    if name == "sub" and len(args) > 1 and isinstance(args[1], torch.Tensor) and args[0].shape == result.shape:
+        shape = tuple(args[1].shape)
+        sentence = f"difference: the flax side lacks what is subtracted here (a mean, a shift), values of shape {shape}"
+        yield "nothing subtracted", sentence, lambda: args[0].clone()
     if name != "add" or len(args) < 2 or not isinstance(args[1], torch.Tensor):
         return
     for position, which in enumerate(("first", "second")):

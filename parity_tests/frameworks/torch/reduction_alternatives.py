@@ -115,6 +115,19 @@ def _other_axes(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[O
             sentence = sentence.replace("{shape}", str(tuple(x.shape)))
             other_args = put(args, position, list(axes))
             yield f"{word} over {axes}", sentence, lambda other_args=other_args: again(name, other_args, kwargs)
+    left = [axis for axis in range(x.ndim) if axis not in own] if not keep and x.ndim <= _MOST_AXES else []
+    for more in (more for count in range(len(left), 0, -1) for more in itertools.combinations(left, count)):
+        # What has fewer axes then is spread over the others where it is used.
+        axes, kept = sorted({*own, *more}), [size if axis not in more else 1 for axis, size in enumerate(x.shape)]
+        kept = [size for axis, size in enumerate(kept) if axis not in own]
+        sentence = f"axes: the torch side takes the {word} over axes {own}, the flax side over {tuple(axes)} (of "
+        wider = put(args, position, axes)
+
+        def spread(wider: list[Any] = wider, kept: list[int] = kept) -> torch.Tensor:
+            return again(name, wider, kwargs).reshape(kept).expand(shape).clone()
+
+        if not name.startswith("var_mean"):
+            yield f"{word} over {axes} and spread", f"{sentence}{tuple(x.shape)})", spread
 
 
 def _gathered(name: str, args: tuple, kwargs: dict) -> Iterator[Offer]:
@@ -142,6 +155,10 @@ def _gathered(name: str, args: tuple, kwargs: dict) -> Iterator[Offer]:
 
 def _largest(name: str, args: tuple, kwargs: dict) -> Iterator[Offer]:
     """Select more or fewer of the largest, or the smallest."""
+    if name in ("argmax", "argmin"):
+        other, words = ("argmin", "smallest") if name == "argmax" else ("argmax", "largest")
+        sentence = f"order: the torch side finds the index by {name}, the flax side by {other} (of the {words})"
+        yield other, sentence, lambda: again(other, args, kwargs)
     if name != "topk":
         return
     x, own = args[:2]
