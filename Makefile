@@ -90,7 +90,7 @@ MAPPED ?= cpu-epyc-2core cpu-xeon-2core
 CHARTED ?= h200
 FRONT ?= README.md
 HEADLINED ?= h200
-TOLD ?= $(if $(SHOWN),cpu-xeon-amx-2core)
+TOLD ?= $(if $(SHOWN),cpu-epyc-2core-training cpu-xeon-amx-2core)
 # What the example models gain over the loops that they replace, and the page that says so.
 EXEMPLIFIED ?= $(if $(SHOWN),cpu-epyc-2core cpu-epyc-2core-catalogue)
 EXAMPLES ?= torch_impl/examples/README.md
@@ -199,7 +199,7 @@ seed: $(VENV)/.installed
 publish:
 	$(if $(NEW),$(BENCH) compress $(NEW))
 	$(foreach directory,$(SHOWN),$(call show,$(directory)))
-	$(foreach directory,$(TOLD),$(BENCH) findings $(RESULTS)/$(directory) --readme $(PAGE))
+	$(foreach directory,$(TOLD),$(BENCH) findings $(RESULTS)/$(directory) --readme $(PAGE) &&) true
 	$(foreach directory,$(EXEMPLIFIED),$(BENCH) findings $(RESULTS)/$(directory) --readme $(EXAMPLES) &&) true
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -4,6 +4,7 @@ import lzma
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from html import unescape
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.plan.cells import DIRECTIONS
+from bench.plan.workloads import workload
 from bench.record_files import COMPRESSED, RECORDS
 from bench.store import read_records
 from bench.tests.conftest import example_record
@@ -22,7 +25,7 @@ RESULTS = ROOT / "bench" / "results"
 PAGE = RESULTS / "README.md"
 # Those whose results the page shows, and those that are published without.
 SHOWN = ("h200", "cpu-epyc-2core", "cpu-xeon-2core")
-UNSHOWN = ("cpu-epyc-2core-catalogue", "cpu-xeon-amx-2core")
+UNSHOWN = ("cpu-epyc-2core-catalogue", "cpu-epyc-2core-training", "cpu-xeon-amx-2core")
 PICTURES = [("h200", "throughput.svg"), ("cpu-epyc-2core", "frameworks.svg"), ("cpu-xeon-2core", "frameworks.svg")]
 # What the example models gain is said of these, on their page.
 EXEMPLIFIED = ("cpu-epyc-2core-catalogue", "cpu-epyc-2core")
@@ -199,3 +202,46 @@ def test_a_stale_number_or_word_is_noticed():
     for stale in (picture.replace("1.25", "1.26"), picture.replace("matmul", "einsum"), picture.replace("low", "high")):
         with pytest.raises(AssertionError):
             assert_the_same(told(stale), told(picture))
+
+
+def run_by_auto(record, workload):
+    """The implementation that `auto` runs in the cell of a record on a CPU."""
+    if record.framework == "torch" or record.direction != "forward":
+        return "matmul"
+    jax = pytest.importorskip("jax", reason="JAX's rule needs jax")
+    from jax_impl.selection import gains_by_feature, gains_in_turn
+
+    n, i, o = workload.num_partitions, workload.in_features, workload.out_features
+    names = []
+
+    def named(x, weight):
+        by_feature = "by_feature" if gains_by_feature(x, weight, x.dtype, None) else "matmul"
+        names.append("in_turn" if gains_in_turn(x, weight, x.dtype) else by_feature)
+
+    jax.eval_shape(named, *(jax.ShapeDtypeStruct(shape, "float32") for shape in ((workload.batch, n, i), (n, i, o))))
+    return names[0]
+
+
+def test_the_table_of_times_relative_to_auto_is_that_of_the_records():
+    """Written by hand too: no report knows the rules of "auto"."""
+    jax = pytest.importorskip("jax", reason="JAX's rule needs jax")
+    if jax.device_count() > 1:
+        pytest.skip("with several devices auto is matmul")
+    times = {}
+    for one in read_records(RESULTS / "cpu-epyc-2core-training"):
+        if one.latency_s and not one.control and isinstance(one.in_features, int) and isinstance(one.out_features, int):
+            times.setdefault((one.framework, one.direction, one.workload), {})[one.implementation] = one
+    ratios = {}
+    for (framework, direction, name), cell in times.items():
+        own = cell.get(run_by_auto(next(iter(cell.values())), workload(name)))
+        for implementation, one in cell.items() if own else ():
+            found = ratios.setdefault((framework, implementation), {}).setdefault(direction, [])
+            found.append(one.latency_s / own.latency_s)
+    table = re.search(r"\| framework \| .*?\n\n", PAGE.read_text(), re.DOTALL)[0]
+    lines = [[entry.strip(" `") for entry in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+    shown = {({"PyTorch": "torch", "JAX": "jax"}[framework], name): rest for framework, name, *rest in lines}
+    expected = {
+        key: [f"{statistics.geometric_mean(found[d]):.2f} ({len(found[d])})" for d in DIRECTIONS]
+        for key, found in ratios.items()
+    }
+    assert shown == expected
