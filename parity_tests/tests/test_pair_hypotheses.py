@@ -159,8 +159,6 @@ _CROPPED = (T, K, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1)
             *("_softmax", (T[..., :5, :], -1, False), "that come later (causal)"),
             T[..., :5, :].masked_fill(torch.ones(5, 5).triu(1) > 0, -torch.inf).softmax(-1),
         ),
-        ("topk", (T, 3), "takes the 3 largest, the flax side the 2 largest.", T.topk(2)),
-        ("topk", (T, 3), "takes the largest, the flax side the smallest.", T.topk(3, largest=False)),
         ("sort", (T, 2, True), "in descending order, the flax side in ascending.", T.sort(2)),
         ("cat", ([T, T, T], 2), "zeros for the first and last parts", torch.cat([0 * T, T, 0 * T], 2)),
         (

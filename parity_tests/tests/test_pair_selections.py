@@ -180,7 +180,7 @@ def judged(torch_side, flax_side, **named):
         (sunk, without_sink, ("leaves out the last part",)),
         (looped, looped_back, ("loop over axis 1 of input 0", "reversed in time")),
         (iterated(3), iterated(2), ("turns", "some turns earlier")),
-        (highest, highest_two, ("top-k", "the 3 largest, the flax side the 2 largest")),
+        (highest, highest_two, ("the 3 largest (topk), the flax side 2",)),
         (gated, gated_by_input, ("mul in test_pair_selections.py", "reads input 0", "not the result of sin")),
         (gated, gated_once_more, ("extra", "has the torch side's y too", "goes on with mul")),
         (stepped, stepped_by_exp, ("softplus, the flax side exp",)),

@@ -240,17 +240,7 @@ def _embedding(name: str, args: Any, kwargs: dict, result: Any) -> Iterator[Offe
 
 
 def _ranked(name: str, args: tuple, kwargs: dict, result: Any) -> Iterator[Offer]:
-    """Take another number of the largest elements, or the smallest, or sort the other way."""
-    if name == "topk":
-        given = [*args, *(-1, True, True)[len(args) - 2 :]]
-        x, count, axis, largest = given[:4]
-        words = ("smallest", "largest")[:: 1 if largest else -1]
-        for other in dict.fromkeys((count - 1, count + 1, 1, 2)):
-            if 0 < other <= x.shape[axis] and other != count:
-                sentence = f"top-k: the torch side takes the {count} {words[1]}, the flax side the {other} {words[1]}"
-                yield f"{other} {words[1]}", sentence, lambda other=other: again(name, put(given, 1, other), kwargs)
-        sentence = f"top-k: the torch side takes the {words[1]}, the flax side the {words[0]}"
-        yield words[0], sentence, lambda: again(name, put(given, 3, not largest), kwargs)
+    """Sort the other way."""
     if name == "sort":
         axis = kwargs.get("dim", args[1] if len(args) > 1 else -1)
         words = ("ascending", "descending")[:: -1 if kwargs.get("descending", len(args) > 2 and args[2]) else 1]
