@@ -37,6 +37,7 @@ _ALIKE = {"rsub": "add", "sub": "add"}  # operations that are changed together
 _CHOICES = ("argmax", "argmin", "topk", "sort")
 _GATHERS = ("index_add", "scatter_add", "scatter_reduce")
 _NORMS = ("native_layer_norm", "_fused_rms_norm")
+_EXCHANGED = ("come in the order", "are exchanged between the two sides")
 
 
 @dataclass(frozen=True)
@@ -250,10 +251,10 @@ def explained(
     while search.failed and len(found) < _MOST_PLACES and (segment := first_segment(search)) is not None:
         sentence, everything = cause_at(search, segment)
         if not found and (not everything or sentence.startswith("order: ")):
-            # One change throughout a side explains several places better than one for each, and exchanged blocks of
-            # parameters say more than the order of numbers that come of them.
+            # One change throughout a side explains several places better than one for each, and exchanged inputs or
+            # blocks of parameters say more than the order of numbers that come of them.
             whole = general(parameters_of(search.torch, [*segment.torch, *_feeding(search.torch, segment.torch)]))
-            cause = whole if not everything or "come in the order" in whole else ""
+            cause = whole if not everything or any(words in whole for words in _EXCHANGED) else ""
         if f"numbers {UNNAMED}" in sentence and any(not place.cause for place in found):
             # What was put in at a place that nobody can explain may itself lie in another order.
             sentence = ""
