@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, strided
 from torch.nn import Parameter
 
 from torch_impl.array_types import Bias, Inputs, Outputs, Weight, kind_of
@@ -129,9 +129,16 @@ def plain_call(x: Any, weight: Any, bias: Any) -> Tensor | None:
     if type(x) not in _ORDINARY or type(weight) not in _ORDINARY or not (bias is None or type(bias) in _ORDINARY):
         return None
     try:
-        if not operands_fit(x, weight, bias) or not (x.is_cpu or x.is_cuda) or _any_autocast_is_on():
+        n, i, o = weight.shape
+        on_cpu = x.is_cpu and weight.is_cpu and (x.layout is strided if bias is None else bias.is_cpu)
+        if on_cpu and i > 1 and n and o and not torch.compiler.is_compiling():
+            # The kernel refuses all else: broadcast is a bias alone, and results have the dtype of every operand.
+            if (bias is not None and bias.shape != (n, o)) or _any_autocast_is_on():
+                return None
+        elif not operands_fit(x, weight, bias) or not (x.is_cpu or x.is_cuda) or _any_autocast_is_on():
             return None
-        return partitioned_linear_matmul(x, weight, bias)
+        y = partitioned_linear_matmul(x, weight, bias)
+        return y if y.dtype in DTYPE_NAMES else None
     except _OF_OPERANDS:
         return None
 

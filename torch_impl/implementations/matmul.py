@@ -75,17 +75,16 @@ def _is_outer_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool
 
 def _has_narrow_results(rows: Tensor, weight: Tensor) -> bool:
     """Say whether `_narrow_product` gains; a traced program would be compiled anew for other numbers of rows."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(rows) is not Tensor:
         return False
     count, _, in_features = rows.shape
-    # Symbolic rows, of a program that is traced otherwise, are not looked at.
-    if not isinstance(count, int) or count < _FEWEST_ROWS or in_features == 1 or not rows.is_cpu:
+    if count < _FEWEST_ROWS or in_features == 1 or not rows.is_cpu:
         return False
     if rows.requires_grad and in_features > _NARROWEST_INPUT and rows.stride(0) != 1 and torch.is_grad_enabled():
         return False
     item = weight.dtype.itemsize
     evicting = weight.shape[2] > _ALIASED_COLUMNS and count * item % _ALIASED_BYTES == 0
-    return item >= 4 and not evicting and type(rows) is Tensor
+    return item >= 4 and not evicting
 
 
 def _takes_one_node(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
