@@ -116,6 +116,48 @@ def test_the_gradient_of_few_rows_moves_no_large_weight():
 
 
 @pytest.mark.sample(3)
+@pytest.mark.parametrize("moving", [(0,), (1,), (0, 1)], ids=["x only", "kernel only", "both"])
+def test_small_maps_have_the_same_derivatives(moving, monkeypatch):
+    programs = []
+    with jax.enable_x64(True):
+        x, kernel, bias = operands("float64")
+
+        def outputs(name, *arrays):
+            given = dict(zip(moving, arrays, strict=True))
+            return jnp.tanh(partitioned_linear(given.get(0, x), given.get(1, kernel), bias, implementation=name))
+
+        arrays = [(x, kernel)[place] for place in moving]
+        for most in (64, 0):
+            monkeypatch.setattr(f"{MATMUL}._SMALL", most)
+            programs.append(str(jax.make_jaxpr(lambda *arrays: outputs("matmul", *arrays))(*arrays)))
+            found = jax.tree.leaves(taken("matmul", outputs, arrays))
+            for left, right in zip(found, jax.tree.leaves(taken("loop", outputs, arrays)), strict=True):
+                np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)
+    assert ["custom_jvp" in program for program in programs] == [jax.default_backend() == "cpu", False]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere a transpose is part of the product")
+def test_the_gradient_of_small_maps_adds_up_columns_only_where_it_was_measured_to_pay():
+    def by_columns(i, o, rows=(6,), n=3, dtype="float32"):
+        def gradient(x, kernel):
+            return jax.grad(lambda kernel: jnp.sum(partitioned_linear(x, kernel, implementation="matmul")))(kernel)
+
+        program = jax.make_jaxpr(gradient)(*(jnp.zeros(shape, dtype) for shape in ((*rows, n, i), (n, i, o))))
+        products = [eqn.params["dimension_numbers"] for eqn in program.eqns if eqn.primitive.name == "dot_general"]
+        # The cotangent of y contracts its rows: with the last axis of x's columns, or with x's own rows.
+        return {((1,), (2,)): True, ((1,), (1,)): False}[products[-1][0]]
+
+    assert all(by_columns(*sizes, rows=rows) for sizes in ((2, 8), (8, 2), (5, 4)) for rows in ((4,), (700,), (2, 9)))
+    assert by_columns(32, 2, rows=(32,)) and by_columns(16, 64, rows=(4, 4)) and by_columns(64, 64, rows=(4,))
+    with jax.enable_x64(True):
+        assert by_columns(4, 4, dtype="float64")
+    assert not any(by_columns(*sizes) for sizes in ((1, 4), (4, 1), (65, 8), (8, 65)))
+    assert not any(by_columns(8, 8, rows=rows) for rows in ((), (1,), (3,)))
+    assert not by_columns(64, 64, rows=(17,)) and not by_columns(9, 9, rows=(33,))
+    assert not by_columns(4, 4, n=1) and not by_columns(4, 4, dtype="bfloat16")
+
+
+@pytest.mark.sample(3)
 def test_auto_has_the_same_derivatives_where_it_is_in_turn(few_rows, in_turn, monkeypatch):
     outputs, arrays = few_rows
     for fewest in (1, 2**60):

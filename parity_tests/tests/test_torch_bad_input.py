@@ -101,6 +101,10 @@ FUNCTION = {
     "name-array": (call(implementation=np.zeros(2)), TypeError, r"^`implementation`: expected a name, got a ndarray;"),
     "x-integer": (call(x=X.int()), TypeError, r"^`x`: expected a dtype of float64, .*, got int32; cast it first\.$"),
     "weight-complex": (call(weight=W.cfloat()), TypeError, r"^`weight`: expected a dtype of .*, got complex64;"),
+    # The kernel would add these, and compute that.
+    "bias-of-one-partition": (call(bias=B[:1]), ValueError, r"^`bias`: expected shape .* = \(4, 6\), got \(1, 6\);"),
+    "bias-of-one-feature": (call(bias=B[:, :1]), ValueError, r"^`bias`: expected shape .* = \(4, 6\), got \(4, 1\);"),
+    "all-integer": (call(X.int(), W.int(), B.int()), TypeError, r"^`weight`: expected a dtype of .*, got int32; cast"),
     "bias-bool": (call(bias=B.bool()), TypeError, r"^`bias`: expected a dtype of .*, got bool;"),
     "x-dtype-mixed": (
         call(x=X.double()),
