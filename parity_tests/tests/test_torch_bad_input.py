@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import prune
 
+from parity_tests.tests.forked import run_python
 from torch_impl import (
     MaskedPartitionedLinear,
     PartitionedLinear,
@@ -713,3 +714,23 @@ def test_there_are_enough_bad_calls():
 
 def test_unsupported_is_a_value_error():
     assert issubclass(UnsupportedImplementationError, ValueError)
+
+
+_WITHOUT_CHECKER = """
+import re
+from parity_tests.tests.test_torch_bad_input import CALLS
+
+for name, (bad_call, error, message) in CALLS.items():
+    try:
+        bad_call()
+    except error as raised:
+        assert re.search(message, str(raised)), (name, str(raised))
+    else:
+        raise AssertionError(f"{name}: nothing was refused")
+"""
+
+
+def test_the_sentences_do_not_hang_on_the_checker_of_annotations():
+    # It stands in every test, and refuses what a kernel would broadcast before the kernel does so.
+    done = run_python("-c", _WITHOUT_CHECKER)
+    assert done.returncode == 0, done.stderr
