@@ -24,13 +24,12 @@ def timer_of(framework) -> Timer:
 def opened(framework, **changes):
     bench = Workbench(timer_of(framework))
     bench.hello({})
-    workload = replace(TINY, layout=changes.pop("layout", "contiguous"), batch=changes.pop("batch", TINY.batch))
+    own = {name: changes.pop(name) for name in ("layout", "batch", "out_features") if name in changes}
+    workload = replace(TINY, **own)
     cell = Cell(
         workload,
         **({"direction": "forward", "precision": "ieee_fp32", "division": "matched", "device": "cpu"} | changes),
     )
-    from dataclasses import asdict
-
     bench.open_cell({"cell": asdict(cell), "seed": 0})
     return bench
 
@@ -50,6 +49,16 @@ def test_every_layout_gives_the_same_function(framework, layout, division):
     assert judgement["status"] == "ok", judgement["reason"]
     assert set(judgement["tensors"]) == {"y", "dx", "dweight", "dbias"}
     assert judged(bench, framework, "dense", "yardstick")["status"] == "ok"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "partition_major", "time_series", "flat"])
+def test_results_that_are_compared_lie_like_the_inputs(layout):
+    # So many rows of four features are computed with the rows innermost, which flat ones keep as a view.
+    for division in ("stock", "matched"):
+        narrow = {"layout": layout, "division": division, "batch": 128}
+        bench = opened("torch", **narrow, out_features=4)
+        assert judged(bench, "torch")["status"] == "ok"
+        assert bench._held["0"].prepared.call().is_contiguous() == (division == "matched")
 
 
 @pytest.mark.sample(2)

@@ -43,8 +43,9 @@ def _in_layout(function: Function, task: Task, *, settle: bool) -> Function:
 
         def flat(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             y = function(x.unflatten(-1, (task.num_partitions or 1, -1)), weight, bias)
-            # The only form of flat rows there is: it copies where the function left them in another order.
-            return y.flatten(-2)
+            # Rows that lie innermost are flattened without a copy, and then lie in another order than the inputs.
+            y = y.flatten(-2)
+            return y.contiguous() if settle else y
 
         return flat
 
