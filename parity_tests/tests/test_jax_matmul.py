@@ -148,13 +148,17 @@ def test_the_gradient_of_small_maps_adds_up_columns_only_where_it_was_measured_t
         return {((1,), (2,)): True, ((1,), (1,)): False}[products[-1][0]]
 
     assert all(by_columns(*sizes, rows=rows) for sizes in ((2, 8), (8, 2), (5, 4)) for rows in ((4,), (700,), (2, 9)))
-    assert by_columns(32, 2, rows=(32,)) and by_columns(16, 64, rows=(4, 4)) and by_columns(64, 64, rows=(4,))
+    assert by_columns(32, 2, rows=(32,))
+    assert by_columns(16, 64, rows=(4, 4))
+    assert by_columns(64, 64, rows=(4,))
     with jax.enable_x64(True):
         assert by_columns(4, 4, dtype="float64")
     assert not any(by_columns(*sizes) for sizes in ((1, 4), (4, 1), (65, 8), (8, 65)))
     assert not any(by_columns(8, 8, rows=rows) for rows in ((), (1,), (3,)))
-    assert not by_columns(64, 64, rows=(17,)) and not by_columns(9, 9, rows=(33,))
-    assert not by_columns(4, 4, n=1) and not by_columns(4, 4, dtype="bfloat16")
+    assert not by_columns(64, 64, rows=(17,))
+    assert not by_columns(9, 9, rows=(33,))
+    assert not by_columns(4, 4, n=1)
+    assert not by_columns(4, 4, dtype="bfloat16")
 
 
 @pytest.mark.sample(3)
