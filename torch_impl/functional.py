@@ -38,6 +38,9 @@ _ORDINARY = (Tensor, Parameter)
 _OF_OPERANDS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 # Asks about all device types at once.
 _any_autocast_is_on = torch._C._is_any_autocast_enabled
+# Transforms and modes may compute a product otherwise: of broadcast partitions, of several dtypes, of sparse operands.
+_transforms_are_on = torch._C._are_functorch_transforms_active
+_modes_are_on, _overrides_are_on = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 
 
 def partitioned_linear(
@@ -130,8 +133,10 @@ def plain_call(x: Any, weight: Any, bias: Any) -> Tensor | None:
         return None
     try:
         n, i, o = weight.shape
-        on_cpu = x.is_cpu and weight.is_cpu and (x.layout is strided if bias is None else bias.is_cpu)
-        if on_cpu and i > 1 and n and o and not torch.compiler.is_compiling():
+        replaced = torch.compiler.is_compiling() or _transforms_are_on() or _modes_are_on() or _overrides_are_on()
+        # Without a bias, the kernels take a sparse operand.
+        dense = x.layout is strided and weight.layout is strided if bias is None else bias.is_cpu
+        if dense and x.is_cpu and weight.is_cpu and i > 1 and n and o and not replaced:
             # The kernel refuses all else: broadcast is a bias alone, and results have the dtype of every operand.
             if (bias is not None and bias.shape != (n, o)) or _any_autocast_is_on():
                 return None

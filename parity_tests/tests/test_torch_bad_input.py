@@ -12,8 +12,10 @@ if not framework_available("torch"):
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
 
 from parity_tests.tests.forked import run_python
 from torch_impl import (
@@ -54,6 +56,27 @@ def in_forward_mode():
     with forward_ad.dual_level(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch scripts its own set-up on first use
         partitioned_linear(forward_ad.make_dual(X, X), W[..., :4], implementation="grouped_matmul")
+
+
+class Spelled(TorchFunctionMode):
+    """Computes the product by operations that broadcast and promote, as a tool that rewrites calls may."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.baddbmm:
+            return args[0] + args[1] @ args[2]
+        return func(*args, **(kwargs or {}))
+
+
+def within(mode, **operands):
+    def run():
+        with mode():
+            call(**operands)()
+
+    return run
+
+
+def mapped(x=X, weight=W, bias=B):
+    return lambda: torch.vmap(partitioned_linear, (0, None, None))(x[None], weight, bias)
 
 
 FUNCTION = {
@@ -106,6 +129,29 @@ FUNCTION = {
     "bias-of-one-partition": (call(bias=B[:1]), ValueError, r"^`bias`: expected shape .* = \(4, 6\), got \(1, 6\);"),
     "bias-of-one-feature": (call(bias=B[:, :1]), ValueError, r"^`bias`: expected shape .* = \(4, 6\), got \(4, 1\);"),
     "all-integer": (call(X.int(), W.int(), B.int()), TypeError, r"^`weight`: expected a dtype of .*, got int32; cast"),
+    # Kernels of transforms and modes would compute these, and `bmm` one sparse operand.
+    "mapped-weight-of-one": (
+        mapped(weight=W[:1], bias=B[:1]),
+        ValueError,
+        r"^`x`: expected shape .* = \(\.\.\., 1, 8\)",
+    ),
+    "mapped-bias-mixed": (mapped(bias=B.double()), TypeError, r"^`bias`: expected the dtype of `weight`, float32, got"),
+    "mapped-bias-integer": (mapped(bias=B.int()), TypeError, r"^`bias`: expected a dtype of .*, got int32; cast it"),
+    "mode-weight-of-one": (
+        within(Spelled, weight=W[:1], bias=B[:1]),
+        ValueError,
+        r"^`x`: expected shape .* 1, 8\), got",
+    ),
+    "fake-mode-sparse": (
+        within(FakeTensorMode, x=X.to_sparse()),
+        TypeError,
+        r"^`x`: expected a dense tensor, got layout",
+    ),
+    "weight-sparse-of-many-rows": (
+        call(torch.zeros(70, 4, 8), W.to_sparse(), None),
+        TypeError,
+        r"^`weight`: expected a dense tensor, got layout torch\.sparse_coo; call to_dense first\.$",
+    ),
     "bias-bool": (call(bias=B.bool()), TypeError, r"^`bias`: expected a dtype of .*, got bool;"),
     "x-dtype-mixed": (
         call(x=X.double()),
