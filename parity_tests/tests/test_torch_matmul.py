@@ -9,6 +9,7 @@ if not framework_available("torch"):
 
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity_tests.frameworks.torch.subjects import TorchSubject, functional
@@ -342,3 +343,13 @@ def test_rows_of_one_row_or_one_feature_tell_rounded_terms_from_a_sum(name, dtyp
         found = {row.tensor for row in run_cells([subject], [dtype], [case], exact=True) if row.status == "mismatch"}
         assert found >= expected
         assert expected or not found
+
+
+def test_rows_that_a_transform_wraps_stay_symbolic():
+    def kept(keep, x, weight):
+        return torch.func.functionalize(lambda keep, x, weight: partitioned_linear(x[keep], weight))(keep, x, weight)
+
+    operands = (torch.ones(100, dtype=torch.bool), torch.rand(100, 3, 4), torch.rand(3, 4, 5))
+    program = make_fx(kept, tracing_mode="symbolic")(*operands)
+    few = (torch.arange(100) < 7, *operands[1:])
+    torch.testing.assert_close(program(*few), partitioned_linear(operands[1][:7], operands[2]))

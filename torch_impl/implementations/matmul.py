@@ -78,7 +78,8 @@ def _has_narrow_results(rows: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(rows) is not Tensor:
         return False
     count, _, in_features = rows.shape
-    if count < _FEWEST_ROWS or in_features == 1 or not rows.is_cpu:
+    # Symbolic rows, which a transform may wrap in an ordinary tensor, are not looked at: that would be a guard.
+    if not isinstance(count, int) or count < _FEWEST_ROWS or in_features == 1 or not rows.is_cpu:
         return False
     if rows.requires_grad and in_features > _NARROWEST_INPUT and rows.stride(0) != 1 and torch.is_grad_enabled():
         return False
