@@ -12,6 +12,9 @@ operation that contracts or reduces has this variance beside that of rounding it
 The same value is rounded the same way wherever it occurs: xi is a function of the value's bits, of the operation and of
 the member, so that equal rows err coherently, as they do in a real run.
 
+The exception is a compiler's: two products that cancel do so up to the rounding of one of them, anew in every kernel
+that needs their difference (`frameworks.jax.ensemble`).
+
 Infinities and NaN are not rounded. What is not finite in the truth has to be equal, place and sign included; where
 rounding alone decides whether a number is finite, there is no bound.
 

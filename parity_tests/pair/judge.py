@@ -260,6 +260,7 @@ class Judge:
                 yield self._row(result, key, dtype, self._rung(name))
         if len(bounds) < len(KEYS):
             return
+        self.remarks.on_bounds(dtype, {name: a for name, a in truths.items() if is_inexact(a)}, bounds)
         moved = self._moved_by_constants(values)
         for name, expected in self._compared(results["torch"]).items():
             if name in results["jax"]:

@@ -490,6 +490,34 @@ def test_badly_conditioned_matrices_are_granted_what_they_amplify(name, request)
     assert wrong.first_failing_rung == "forward"
 
 
+def smooth_l1(p, x):
+    d = jnp.abs(x - p["w"][:3])
+    return jnp.where(d < 0.5, d**2, d - 0.25).mean()
+
+
+MODELLED = {
+    "rot90": (lambda p, x: torch.rot90(p["w"]) * x[0], lambda p, x: jnp.rot90(p["w"]) * x[0]),
+    "vdot": (lambda p, x: torch.vdot(p["w"][0], x[0]), lambda p, x: jnp.vdot(p["w"][0], x[0])),
+    "smooth l1": (lambda p, x: F.smooth_l1_loss(x, p["w"][:3], beta=0.5), smooth_l1),
+}
+
+
+@pytest.mark.parametrize("name", MODELLED)
+def test_a_rearrangement_a_sum_and_a_loss_have_rounding_models(name):
+    torch_side, flax_side = MODELLED[name]
+    report = check_pair(
+        torch_module=torch_side,
+        flax_module=flax_side,
+        torch_params=W,
+        flax_params=W,
+        params=[("w", "w")],
+        inputs=ROWS,
+        effort="quick",
+    )
+    assert report.ok, report
+    assert not any("rounding model" in note for note in report.notes), report.notes
+
+
 @pytest.mark.parametrize(("name", "expected"), [("native_layer_norm_backward", "bfloat16"), ("_softmax", "float32")])
 def test_the_accumulator_does_not_depend_on_the_luck_of_a_few_elements(monkeypatch, name, expected):
     """torch sums a layer norm's gradients of weight and bias in bf16: ten of them seem right in one draw of some."""
@@ -511,3 +539,55 @@ def test_the_accumulator_does_not_depend_on_the_luck_of_a_few_elements(monkeypat
         )
         found.append(operations.accumulator(func, arguments, {}, "bfloat16", noisy))
     assert set(found) == {expected}
+
+
+def matern(m, smooth, x):
+    """Return a kernel of the distances between rows, whose square root is guarded where they are zero."""
+    d2 = ((x[:, None] - x[None]) ** 2).sum(-1)
+    r = m.where(d2 > 0, m.sqrt(m.where(d2 > 0, d2, m.ones_like(d2))), m.zeros_like(d2))
+    return (1 + r) * m.exp(-r) if smooth else m.exp(-r)
+
+
+def judged_matern(seed, smooth=True, port=None):
+    def scaled(m):
+        return lambda p, x: matern(m, smooth, x / p["w"])
+
+    width = {"w": np.full(3, 0.2, np.float32)}
+    return check_pair(
+        torch_module=scaled(torch),
+        flax_module=port or scaled(jnp),
+        torch_params=width,
+        flax_params=width,
+        params=[("w", "w")],
+        inputs=((7, 3),),
+        effort="quick",
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize("seed", [1, 7])
+def test_equal_products_that_a_compiler_does_not_cancel_are_granted_their_rounding(seed):
+    """A kernel that fuses `x / w` into the difference makes it 1e-7 on the diagonal, and zero in the next kernel."""
+    report = judged_matern(seed)
+    assert report.ok, report
+
+
+def test_another_kernel_of_equal_products_is_no_rounding():
+    report = judged_matern(4, port=lambda p, x: matern(jnp, True, x / p["w"] * (1 + 1e-8)))
+    assert report.first_failing_rung == "forward", report
+
+
+def test_a_gradient_that_is_lost_where_equal_products_do_not_cancel_is_a_note():
+    """The direction of a distance of zero is none, that of 1e-7 has length 1."""
+    report = judged_matern(4, smooth=False)
+    assert any("rounding alone may change d_" in note and "jnp.eye" in note for note in report.notes), report.notes
+    eye = jnp.eye(7, dtype=bool)
+
+    def by_position(p, x):
+        x = x / p["w"]
+        d2 = jnp.where(eye, 1.0, ((x[:, None] - x[None]) ** 2).sum(-1))
+        return jnp.exp(-jnp.where(eye, 0.0, jnp.sqrt(d2)))
+
+    report = judged_matern(4, port=by_position, smooth=False)
+    assert report.ok, report
+    assert not any("equal products" in note for note in report.notes), report.notes

@@ -65,6 +65,7 @@ class Mark(NamedTuple):
 
     constant: bool  # no number that parameters or inputs of fractions have changed is part of it
     unit: float  # roundoff of the coarsest format that is known to hold it exactly
+    product: bool = False  # what was multiplied last, wherever it was moved
 
 
 class Interpreter:
@@ -198,7 +199,7 @@ class Interpreter:
             counts: list[int] = []
 
             def run(operands: list[Any], start: Any, *source: Any) -> Sequence[Any]:
-                inner = Interpreter(self._limit.name, *source, start=start)
+                inner = type(self)(self._limit.name, *source, start=start)
                 results = inner._evaluated(equation, operands, marks, held)
                 self.notes |= inner.notes
                 counts.append(inner._operation)
@@ -302,7 +303,7 @@ class Interpreter:
         u = self._roundoff("float32")  # there are no 16-bit kernels
         total = jnp.sum(jnp.square(jnp.abs(matrix)), (-2, -1)[-matrix.ndim :], keepdims=True)
         deviation = u * jnp.sqrt(total / (1 if name in ITERATIVE else max(1, matrix.shape[-1])))
-        return _perturbed(matrix, jnp.broadcast_to(deviation, matrix.shape), *self._source())
+        return perturbed(matrix, jnp.broadcast_to(deviation, matrix.shape), *self._source())
 
     def _source(self) -> tuple[Any, Any, np.uint64, Any]:
         """Return the source of the next operation's noise."""
@@ -315,7 +316,7 @@ class Interpreter:
 # Jitted, so that what every operation needs is traced and lowered once a shape, not once an operation.
 @jax.jit
 def _noisy_rounding(value: Any, u: Any, tiny: Any, *source: Any) -> jax.Array:
-    return _perturbed(value, u * jnp.abs(value) + tiny * (value != 0), *source)
+    return perturbed(value, u * jnp.abs(value) + tiny * (value != 0), *source)
 
 
 @jax.jit
@@ -323,10 +324,11 @@ def _noisy_sum(value: Any, square: Any, terms: Any, u_acc: Any, u: Any, tiny: An
     modulus = jnp.abs(value)
     summation = u_acc**2 * (jnp.abs(terms) * modulus**2 / 3 + jnp.abs(terms) * square / 6 + square)
     variance = jnp.maximum(summation + (u * modulus) ** 2, 0.0)
-    return _perturbed(value, jnp.sqrt(variance) + tiny * (square != 0), *source)
+    return perturbed(value, jnp.sqrt(variance) + tiny * (square != 0), *source)
 
 
-def _perturbed(value: Any, deviation: Any, *source: Any) -> jax.Array:
+def perturbed(value: Any, deviation: Any, *source: Any) -> jax.Array:
+    """Return a value that errs by a deviation times a normal number of the operation, the value and the member."""
     if jnp.iscomplexobj(value):
         return lax.complex(_shifted(value.real, deviation, *source), _shifted(value.imag, deviation, *source))
     return _shifted(value, deviation, *source)

@@ -36,7 +36,7 @@ def names(text: str) -> frozenset[str]:
 EXACT = names("""
 clone copy_ detach neg abs relu threshold threshold_backward where max min amax amin maximum minimum clamp clamp_min
 clamp_max gather index index_select embedding masked_fill masked_fill_ cat stack constant_pad_nd flip roll repeat
-sign floor ceil round trunc fill_ zero_ zeros_like ones_like full_like new_zeros new_ones new_full new_empty
+rot90 sign floor ceil round trunc fill_ zero_ zeros_like ones_like full_like new_zeros new_ones new_full new_empty
 empty_like empty zeros ones full scalar_tensor arange sort topk max_pool2d_with_indices max_pool3d_with_indices
 adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d max_unpool2d max_unpool3d sgn
 complex _conj_physical conj_physical slice_backward select_backward split_with_sizes_copy as_strided_scatter
@@ -51,7 +51,7 @@ _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
 # Sums of products or of terms: linear in each tensor argument. Windows of a pool may overlap, so that their backward
 # adds what several of them send back to one element.
 SUMS = names("""
-mm bmm dot mv convolution convolution_backward sum cumsum embedding_dense_backward index_add index_add_ index_put
+mm bmm dot vdot mv convolution convolution_backward sum cumsum embedding_dense_backward index_add index_add_ index_put
 index_put_ _index_put_impl_ scatter_add scatter_add_ scatter_reduce avg_pool2d avg_pool2d_backward avg_pool3d
 avg_pool3d_backward _adaptive_avg_pool2d _adaptive_avg_pool2d_backward _adaptive_avg_pool3d
 _adaptive_avg_pool3d_backward trace col2im max_pool2d_with_indices_backward max_pool3d_with_indices_backward
@@ -78,9 +78,10 @@ sigmoid_backward tanh_backward _softmax _softmax_backward_data _safe_softmax _lo
 logsumexp native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward native_batch_norm
 native_batch_norm_backward _native_batch_norm_legit _native_batch_norm_legit_no_training _fused_rms_norm
 _fused_rms_norm_backward addcmul addcdiv lerp var_mean std_mean std mse_loss mse_loss_backward smooth_l1_loss
-binary_cross_entropy binary_cross_entropy_with_logits nll_loss_forward nll_loss_backward glu glu_backward rsub
-native_dropout native_dropout_backward linalg_vector_norm hardtanh_backward norm huber_loss huber_loss_backward
-_prelu_kernel _prelu_kernel_backward polar linalg_cross _weight_norm_interface _weight_norm_interface_backward
+smooth_l1_loss_backward binary_cross_entropy binary_cross_entropy_with_logits nll_loss_forward nll_loss_backward glu
+glu_backward rsub native_dropout native_dropout_backward linalg_vector_norm hardtanh_backward norm huber_loss
+huber_loss_backward _prelu_kernel _prelu_kernel_backward polar linalg_cross
+_weight_norm_interface _weight_norm_interface_backward
 """)
 # Products of many factors: one rounding each.
 PRODUCTS = names("""
