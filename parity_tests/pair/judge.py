@@ -238,6 +238,7 @@ class Judge:
         if self._dtypes_equal and len(alone) == len(KEYS):
             yield from self._other_formats(dtype, alone)
         bounds: dict[str, dict[str, np.ndarray]] = {}
+        truths: dict[str, np.ndarray] = {}
         for key in results:
             self.remarks.on_formats(key, values, {**alone[key], **results[key]}, alone[key], watched=self._watched)
             try:
