@@ -281,3 +281,19 @@ def test_turns_of_a_loop_are_one_place():
     # Some turns have one branch only; all of them together have both, or not.
     assert not [note for note in torch_sentences(lambda p, x: looped(x, 0.5), X) if "where" in note]
     assert [note for note in torch_sentences(lambda p, x: looped(x, 1e6), X) if "where" in note]
+
+
+def test_a_product_that_is_zero_everywhere_is_told():
+    def overlap(p, x):
+        inside = x.clamp(min=0.0)
+        return inside[:, 0] * inside[:, 1] + p["w"].sum()
+
+    apart = np.array([[1.0, -1.0], [-2.0, 3.0]], np.float32)
+    (told,) = [note for note in torch_sentences(overlap, apart) if "product" in note]
+    assert told.startswith("mul in test_pair_branches.py:")
+    assert "never met a product other than zero" in told
+    assert not [note for note in torch_sentences(overlap, abs(apart)) if "product" in note]
+    (told,) = [n for n in torch_sentences(lambda p, x: x.clamp(min=0.0).prod(-1), apart) if "product" in n]
+    assert told.startswith("prod in ")
+    # A state that starts from zeros, and a mask, are nobody's branch.
+    assert not [n for n in torch_sentences(lambda p, x: torch.zeros(2) * x * (x > 9).float(), apart) if "product" in n]

@@ -153,6 +153,8 @@ class BranchWatch(TorchDispatchMode):
             name = f"{name}imum"
         if name in ("maximum", "minimum", "fmax", "fmin"):
             return self._extremum(name, *args[:2])
+        if name == "mul" and not all(map(self._moves, _tensors(args))):
+            return None  # by a number, or a mask that no draw could change
         known = _TABLE.get(name)
         return known(name, args, kwargs) if known and args else None
 
@@ -184,9 +186,7 @@ def _checks() -> bool:
 
 
 def _extent(operand: Any) -> tuple[float, float]:
-    if not isinstance(operand, torch.Tensor) or operand.numel() == 0 or operand.dtype == torch.bool:
-        return math.nan, math.nan
-    if operand.is_complex():
+    if not isinstance(operand, torch.Tensor) or operand.dtype == torch.bool or operand.is_complex():
         return math.nan, math.nan
     finite = operand[torch.isfinite(operand)]
     return (float(finite.min()), float(finite.max())) if finite.numel() else (math.nan, math.nan)
@@ -233,7 +233,7 @@ def _between(x: torch.Tensor, low: Any, high: Any) -> list[tuple]:
 def _clamp(name: str, args: Sequence[Any], kwargs: dict) -> Found:
     defaults = (-1.0, 1.0) if name == "hardtanh" else (None, None)
     keys = ("min_val", "max_val") if name == "hardtanh" else ("min", "max")
-    low, high = (args[k + 1] if len(args) > k + 1 else kwargs.get(key, defaults[k]) for k, key in enumerate(keys))
+    low, high = (_argument(args, kwargs, k + 1, key, defaults[k]) for k, key in enumerate(keys))
     if name == "clamp_max":
         low, high = None, low if low is not None else high
     shown = [f"{word}={_text(limit)}" for word, limit in (("min", low), ("max", high)) if limit is not None]
@@ -244,21 +244,22 @@ def _fixed(low: float, high: float) -> Callable[[str, Sequence[Any], dict], Foun
     return lambda name, args, kwargs: (name, args[0], _between(args[0], low, high))
 
 
+def _argument(args: Sequence[Any], kwargs: dict, position: int, key: str, default: Any) -> Any:
+    return args[position] if len(args) > position else kwargs.get(key, default)
+
+
 def _shrink(name: str, args: Sequence[Any], kwargs: dict) -> Found:
-    limit = float(args[1] if len(args) > 1 else kwargs.get("lambd", 0.5))
+    limit = float(_argument(args, kwargs, 1, "lambd", 0.5))
     return f"{name}({limit:.6g})", args[0], _between(args[0], -limit, limit)
 
 
 def _threshold(name: str, args: Sequence[Any], kwargs: dict) -> Found:
-    limit = float(args[1] if len(args) > 1 else kwargs["threshold"])
+    limit = float(_argument(args, kwargs, 1, "threshold", 0.0))
     return f"{name}({limit:.6g})", args[0], _beside(args[0], limit)
 
 
 def _softplus(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
-    beta, threshold = (
-        float(args[k + 1] if len(args) > k + 1 else kwargs.get(key, default))
-        for k, (key, default) in enumerate((("beta", 1.0), ("threshold", 20.0)))
-    )
+    beta, threshold = (float(_argument(args, kwargs, *a)) for a in ((1, "beta", 1.0), (2, "threshold", 20.0)))
     limit = softplus_parts(beta, threshold)
     return None if limit is None else (f"{name}(threshold={threshold:.6g})", args[0], _beside(args[0], limit))
 
@@ -279,16 +280,14 @@ def _masked_index(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
 
 def _loss(name: str, args: Sequence[Any], kwargs: dict) -> Found:
     key = "delta" if name == "huber_loss" else "beta"
-    limit = float(args[3] if len(args) > 3 else kwargs.get(key, 1.0))
+    limit = float(_argument(args, kwargs, 3, key, 1.0))
     error = (args[0] - args[1]).abs()
     return f"{name}({key}={limit:.6g})", error, _beside(error, limit) if limit else []
 
 
 def _round(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
     x = args[0] * 10.0 ** kwargs.get("decimals", 0)
-    if not x.is_floating_point():
-        return None
-    return name, args[0], [("a tie (a number and a half)", x - x.floor() == 0.5)]
+    return (name, args[0], [("a tie (a number and a half)", x - x.floor() == 0.5)]) if x.is_floating_point() else None
 
 
 def _division(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
@@ -298,18 +297,20 @@ def _division(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
     return name, x, [("operands of different signs", (x != 0) & (x.sign() != y.sign()))]
 
 
-def _padding(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
-    index = args[2] if len(args) > 2 else kwargs.get("padding_idx", -1)
-    if index is None or index < 0:
-        return None
-    return f"{name}(padding_idx={index})", None, [("this index", args[1] == index)]
+def _product(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
+    """Widths and heights of intersections, each positive somewhere and never both: what is done with their product."""
+    factors = args[:2] if name == "mul" else args[:1]
+    if not all(isinstance(x, torch.Tensor) and x.is_floating_point() and bool(x.any()) for x in factors):
+        return None  # zeros that something starts from
+    result = torch.mul(*factors) if name == "mul" else args[0].prod(*args[1:], **kwargs)
+    return name, None, [("a product other than zero", result != 0)] if result.numel() else []
 
 
-def _ignored(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
-    index = args[4] if len(args) > 4 else kwargs.get("ignore_index", -100)
-    if index == -100:  # the default, which no user asked for
-        return None
-    return f"{name}(ignore_index={index})", None, [("this target", args[1] == index)]
+def _index(name: str, args: Sequence[Any], kwargs: dict) -> Found | None:
+    of_rows = (2, "padding_idx", -1, "this index")
+    position, key, default, what = of_rows if name == "embedding" else (4, "ignore_index", -100, "this target")
+    index = _argument(args, kwargs, position, key, default)  # the default is what no user asked for
+    return None if index in (None, default) else (f"{name}({key}={index})", None, [(what, args[1] == index)])
 
 
 def _not_a_number(name: str, args: Sequence[Any], kwargs: dict) -> Found:
@@ -329,8 +330,8 @@ _TABLE: dict[str, Callable[[str, Sequence[Any], dict], Found | None]] = {
     **dict.fromkeys(("huber_loss", "smooth_l1_loss"), _loss),
     "round": _round,
     **dict.fromkeys(("fmod", "remainder", "floor_divide", "div"), _division),
-    "embedding": _padding,
-    **dict.fromkeys(("nll_loss_forward", "nll_loss2d_forward"), _ignored),
+    **dict.fromkeys(("mul", "prod"), _product),
+    **dict.fromkeys(("embedding", "nll_loss_forward", "nll_loss2d_forward"), _index),
     "nan_to_num": _not_a_number,
 }
 
