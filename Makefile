@@ -33,8 +33,8 @@ SUITE ?= $(addprefix parity_tests/tests/test_,parity.py metamorphic.py jax_imple
 # To collect the tests of all other files takes longer than most of these run.
 COMPILED ?= $(shell grep -rl --include='test_*.py' 'pytest.mark.compile' bench/tests parity_tests/tests)
 # What depends on the releases of JAX and Flax. Shapes and dtypes of every implementation are judged there by the command.
-NEWEST_TESTS ?= $(addprefix parity_tests/tests/test_,jax_*.py readme.py findings.py) $(addprefix --deselect parity_tests/tests/test_jax_, \
-	drawn_calls.py placements.py $(addprefix implementations.py::test_,every_shape_forward_and_backward dtype_and_isolation_of_partitions_as_declared))
+NEWEST_TESTS ?= $(addprefix parity_tests/tests/test_,findings.py $(addprefix jax_,$(addsuffix .py,layer linen layouts matmul \
+	optimizers parameters precision processes sharding tools unequal vector_products)))
 
 # FAST=1 leaves out: modes and shapes beyond those of the layers' own tests, drawn calls, sharding, whole
 # trainings, other interpreters, families of pairs, hostile input, kills and interruptions, and the newer JAX.

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 # How many examples hypothesis draws for each relation.
-SEARCH_PROFILES = {"quick": 3, "thorough": 200}
+SEARCH_PROFILES = {"quick": 2, "thorough": 200}
 
 
 # More are drawn in parts of as many, which can be run one by one.

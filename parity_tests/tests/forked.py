@@ -21,7 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # A framework that is not installed is not there in a child either.
-PRELOADED = ("torch", "jax", "flax.nnx", "flax.linen", "optax", "einops", "scipy.stats", "typer", "rich.progress")
+PRELOADED = ("torch", "torch.distributed.tensor", "jax", "flax.nnx", "flax.linen", "optax", "einops")
+PRELOADED += ("scipy.stats", "scipy.optimize", "typer", "rich.progress")
 
 
 @cache

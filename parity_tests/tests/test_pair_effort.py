@@ -21,6 +21,7 @@ from parity_tests.frameworks.jax.pair import JaxSide
 from parity_tests.frameworks.torch.pair import TorchSide
 from parity_tests.pair import check_pair
 from parity_tests.pair.check import DEFAULT_ARGUMENTS, judge_pair, prepared
+from parity_tests.tests.forked import run_python
 
 WIDTH = 3
 ARRAYS = {
@@ -244,3 +245,35 @@ def test_lines_of_progress_name_leg_and_format():
     numbers = [text.rpartition(", ")[2].rstrip(")").split(" of ") for text in texts if " of " in text and "leg" in text]
     assert numbers
     assert all(int(done) <= int(planned) for done, planned in numbers)
+
+
+MODE = """
+import sys
+import torch
+from parity_tests.frameworks.torch.modes import DispatchMode
+
+class Seen(DispatchMode):
+    names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+with Seen():
+    torch.ones(2) + 1
+assert "torch._dynamo" not in sys.modules
+assert "add.Tensor" in Seen.names
+compiled = torch.compile(lambda x: x.sin() * 2, backend="eager")
+with Seen():
+    torch.testing.assert_close(compiled(torch.ones(2)), 2 * torch.ones(2).sin())
+assert "sin.default" in Seen.names
+from torch._dynamo.utils import counters
+print(sum(counters["frames"].values()))
+"""
+
+
+def test_a_mode_imports_no_compiler_and_keeps_away_one_that_is_there():
+    done = run_python("-c", MODE)
+    assert done.returncode == 0, done.stderr
+    # Of the user's function alone: both counts, total and ok, are of one frame at most.
+    assert int(done.stdout) <= 2

@@ -1,5 +1,6 @@
 """The five example pairs with every default: what the check says, what was measured, and the page's table of both."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,7 @@ def differences():
     return default_differences()
 
 
-@pytest.fixture(scope="module")
-def outcomes():
-    return {name: by_default(name) for name in EXAMPLES}
+outcome = functools.cache(by_default)
 
 
 def test_what_differs_by_default_was_measured(differences):
@@ -45,8 +44,8 @@ def test_what_differs_by_default_was_measured(differences):
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_the_check_finds_what_the_defaults_break(outcomes, name):
-    report = outcomes[name]
+def test_the_check_finds_what_the_defaults_break(name):
+    report = outcome(name)
     assert report.ok == (name == "linear")
     assert report.likely_cause.startswith(CAUSES[name])
     if not report.ok:
@@ -55,8 +54,9 @@ def test_the_check_finds_what_the_defaults_break(outcomes, name):
             report.assert_ok()
 
 
-def test_the_page_shows_what_the_code_measures(outcomes, differences):
-    text = PAGE.read_text()
+@pytest.mark.every
+def test_the_page_shows_what_the_code_measures(differences):
+    text, outcomes = PAGE.read_text(), {name: outcome(name) for name in EXAMPLES}
     assert with_block(text, readme_block(outcomes, differences)) == text, (
         "stale: run python -m parity_tests pairs --readme parity_tests/README.md"
     )

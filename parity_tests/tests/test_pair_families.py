@@ -979,9 +979,9 @@ def test_a_numpy_constant_of_the_code_is_used_in_every_format():
 
 
 def sample():
-    """Half of the faithful ports that are marked, and all such pairs with a bug."""
+    """Half of the faithful ports that are marked, and half of such pairs with a bug."""
     always = [family for family in FAMILIES if family.always]
-    return [family for family in always if family.holds][::2] + [family for family in always if not family.holds]
+    return [family for family in always if family.holds][::2] + [family for family in always if not family.holds][::2]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name.replace(" ", "-"))

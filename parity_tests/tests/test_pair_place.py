@@ -1,6 +1,7 @@
 """Where two models part: the place in both models' names, proven by healing, whatever kind of model it is."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -21,6 +22,7 @@ from parity_tests.pair.localisation import first_operation
 from parity_tests.pair.trace import Step, Trace
 
 WIDTH = 6
+DEPTH = 20 if "EVERY_TEST" in os.environ else 8
 
 
 class Block(torch.nn.Module):
@@ -126,31 +128,30 @@ def judged(depth, flax_module, params=None, **named):
     return report
 
 
-def test_one_wrong_epsilon_among_twenty_layers_is_found_in_both_names(tmp_path):
-    report = judged(20, NnxDeep(20, {13: {"epsilon": 1e-6}}))
+def test_one_wrong_epsilon_among_many_layers_is_found_in_both_names(tmp_path):
+    k = 2 * DEPTH // 3
+    report = judged(DEPTH, NnxDeep(DEPTH, {k: {"epsilon": 1e-6}}))
     (place,) = report.places
-    assert (place.torch, place.flax) == ("layers.13.norm", "layers[13].norm")
+    assert (place.torch, place.flax) == (f"layers.{k}.norm", f"layers[{k}].norm")
     assert place.healed == "all"
-    assert place.after == ("layers.12", "layers[12]")
+    assert place.after == (f"layers.{k - 1}", f"layers[{k - 1}]")
     assert place.torch_operations == ("native_layer_norm",)
     assert "rsqrt" in place.flax_operations
     assert report.likely_cause == "epsilon: the torch side uses 1e-05, the flax side behaves like 1e-06"
     text = report.describe()
-    assert "`layers.13.norm`" in text
-    assert "`layers[13].norm`" in text
+    assert f"`layers.{k}.norm`" in text
+    assert f"`layers[{k}].norm`" in text
     assert report.place in text
     report.to_json(tmp_path / "r.json")
     written = json.loads((tmp_path / "r.json").read_text())["pair"]
     assert written["place"] == report.place
-    assert written["places"][0]["torch"] == "layers.13.norm"
+    assert written["places"][0]["torch"] == f"layers.{k}.norm"
     states = {name: state for name, _, state in map(tuple, written["ladder"])}
-    assert states["layers.12.norm"] == "agrees"
-    assert states["layers.13.norm"] == "place"
-    assert states["layers.14.norm"] == "differs"
+    assert [states[f"layers.{k + d}.norm"] for d in (-1, 0, 1)] == ["agrees", "place", "differs"]
     report.to_html(tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     boxes = re.findall(r"<g><title>(\w+)</title>.*?>([^<>]+)</text>.*?>([^<>]+)</text></g>", page)
-    assert ("place", "layers.13.norm", "layers[13].norm") in boxes
+    assert ("place", f"layers.{k}.norm", f"layers[{k}].norm") in boxes
     assert [state for state, *_ in boxes].count("place") == 1
 
 

@@ -28,11 +28,16 @@ CELLS = [
 ]
 
 
+# Of JAX beside `matmul`, which is judged in every dtype; drawn shapes of all are those of test_metamorphic.py.
+IN_EVERY_CASE = {("float32", "grouped_conv"), ("float32", "grouped_matmul")}
+
+
 @pytest.fixture(autouse=True)
 def _compile_the_smoke_cases_in_full(request):
     callspec = getattr(request.node, "callspec", None)
-    name = None if callspec is None else callspec.params.get("case_name")
-    if name is not None and CASES[name] not in SMOKE:
+    chosen = {} if callspec is None else callspec.params
+    # In other dtypes by the command, which test-newest of the Makefile and `make compare` run.
+    if "case_name" in chosen and (CASES[chosen["case_name"]] not in SMOKE or chosen["dtype"] != "float32"):
         request.getfixturevalue("quick_compilation")
 
 
@@ -46,9 +51,7 @@ def left_out(subject, case, dtype):
     """Whether a cell of JAX, which compiles for each, is of a kind that the smoke cases and other dtypes show."""
     if "EVERY_TEST" in os.environ or subject.framework != "jax" or case in SMOKE:
         return False
-    if subject.implementation in ("in_turn", "by_feature"):
-        return True
-    return dtype != "float32" and subject.implementation not in ("matmul", "grouped_conv")
+    return subject.implementation != "matmul" and (dtype, subject.implementation) not in IN_EVERY_CASE
 
 
 # One evaluation serves the tests of all its tensors and all its pairs.
@@ -59,7 +62,7 @@ def judgement(subject_id, dtype, case_name):
     if reason is not None:
         return reason
     if left_out(subject, CASES[case_name], dtype):
-        return "the smoke cases are judged, and in this dtype two implementations: run with EVERY_TEST=1"
+        return "the smoke cases are judged, and a few implementations in all: run with EVERY_TEST=1"
     # The program without gradients is compiled apart: the smoke cases judge it, in every dtype.
     return judge(subject, *problem(case_name, dtype), forward=CASES[case_name] in SMOKE)
 

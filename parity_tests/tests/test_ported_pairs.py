@@ -69,7 +69,7 @@ def test_the_plan_has_many_seeds_for_eight_pairs_only():
     assert set(plan(1, ["linear"])) == {("linear", ""), *(("linear", name) for name in bugs_of("linear"))}
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("pair", SUBSET)
 def test_the_score_of_a_subset(pair):

@@ -93,6 +93,7 @@ def test_shards_of_torch_say_what_they_cannot_divide(sharded_torch):
 
 
 @pytest.mark.slow
+@pytest.mark.every
 @pytest.mark.skipif("jax" not in INSTALLED, reason="the JAX tree needs jax and flax")
 def test_shards_of_jax_keep_what_needs_no_tolerance():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"

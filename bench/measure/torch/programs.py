@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bench.measure.timer import CacheFolder, Call, Prepared, Task, Unsupported, alternating, restart_of
@@ -23,6 +22,7 @@ from bench.plan.competitors import (
     REDUCE_OVERHEAD,
 )
 from bench.plan.workloads import AXES, FLAT
+from parity_tests.frameworks.torch.modes import DispatchMode
 from parity_tests.frameworks.torch.training import build_torch
 from parity_tests.training.tasks import OPTIMIZERS
 
@@ -214,7 +214,7 @@ def _watched(function: Function) -> tuple[Function, Callable[[], int]]:
     return watched, lambda: seen[0]
 
 
-class _ProductCounter(TorchDispatchMode):
+class _ProductCounter(DispatchMode):
     """Adds up torch's own formulas for the operations of products and convolutions.
 
     Not `FlopCounterMode`, which hooks into modules and then refuses `torch.autograd.grad` on their parameters.

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import machine
 from bench.measure.timer import Call, Prepared, Task, Timer, Trace, Unsupported, busy_s
@@ -21,7 +20,7 @@ from bench.plan.cells import DEVICES, STORAGE_DTYPES
 from bench.plan.competitors import Catalogue
 from bench.plan.costs import ITEM_BYTES
 from bench.plan.workloads import SHARED
-from parity_tests.frameworks.torch.modes import to_numpy, to_torch
+from parity_tests.frameworks.torch.modes import DispatchMode, to_numpy, to_torch
 from torch_impl.registry import IMPLEMENTATIONS, implementation_names, unsupported_reason
 
 
@@ -73,7 +72,7 @@ _COPIES |= {
 }
 
 
-class _Copies(TorchDispatchMode):
+class _Copies(DispatchMode):
     """Adds up what operations write that only copy, and collects the names of all others."""
 
     def __init__(self) -> None:

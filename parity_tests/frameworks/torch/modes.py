@@ -4,13 +4,15 @@ The mode `sharded`, which takes processes, has a file of its own.
 """
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from parity_tests.judge.inputs import Inputs, Layout
@@ -22,6 +24,40 @@ to_numpy = to_array
 Function = Callable[..., torch.Tensor]
 Prepare = Callable[[Inputs, torch.device], tuple[Function, list[torch.Tensor]]]
 """From inputs to the function (x, *leaves) -> y and its parameters as leaves."""
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn `auto`, `cpu` or `cuda` into a device.
+
+    Raises:
+        ValueError: if the device is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected a CUDA device visible to torch, got none; use --device cpu or auto.")
+    return torch.device(device)
+
+
+class DispatchMode(TorchDispatchMode):
+    """A mode that spares `import torch._dynamo`, of seconds, where nothing is compiled.
+
+    PyTorch imports it to keep compilation away from what modes do; there is none to keep away before somebody has.
+    """
+
+    _kept = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __enter__(self) -> Self:
+        """Become the innermost mode."""
+        kind = type(self)
+        if "torch._dynamo" in sys.modules and not vars(kind).get("_kept"):
+            kind._kept = True
+            setattr(kind, "__torch_dispatch__", torch.compiler.disable(kind.__torch_dispatch__))  # noqa: B010
+        return super().__enter__()
 
 
 def to_torch(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch._decomp import decomposition_table
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity_tests.frameworks.torch.ensemble import INEXACT, Deviations, Noise, first_state, mapped, name_of, perform
+from parity_tests.frameworks.torch.modes import DispatchMode
 from parity_tests.frameworks.torch.operations import (
     BACKWARD_STABLE,
     EXACT,
@@ -50,7 +50,7 @@ def _as_it_is(result: Any) -> Any:
     return result
 
 
-class DoublePrecision(TorchDispatchMode):
+class DoublePrecision(DispatchMode):
     """Evaluate in float64: casts to narrower formats are left out, and constants created as such are float64.
 
     Args:

@@ -11,10 +11,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from parity_tests.frameworks.torch.ensemble import Record, run_members
-from parity_tests.frameworks.torch.modes import Held, holding, registered_children, to_numpy, to_torch
+from parity_tests.frameworks.torch.modes import Held, holding, registered_children, resolve_device, to_numpy, to_torch
 from parity_tests.frameworks.torch.noise import DoublePrecision
 from parity_tests.frameworks.torch.recorder import record
-from parity_tests.frameworks.torch.subjects import resolve_device
 from parity_tests.frameworks.torch.truth import MovedConstants, Recorder, double_default, machine_limits
 from parity_tests.frameworks.torch.watch import BranchWatch, FirstUses, FormatWatch
 from parity_tests.judge.dtypes import FORMATS, differ_beyond, is_inexact, storage_format, widened

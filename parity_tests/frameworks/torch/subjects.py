@@ -16,6 +16,7 @@ from parity_tests.frameworks.torch.modes import (
     canonical_gradients,
     lay_out,
     mode_reason,
+    resolve_device,
     to_numpy,
     to_torch,
 )
@@ -160,19 +161,6 @@ def round_trip(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     layer = PartitionedLinear(n, i, o, bias="bias" in arrays, dtype=dtype)
     import_parameters(layer, dict(arrays))
     return export_parameters(layer)
-
-
-def resolve_device(device: str) -> torch.device:
-    """Turn `auto`, `cpu` or `cuda` into a device.
-
-    Raises:
-        ValueError: if the device is not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected a CUDA device visible to torch, got none; use --device cpu or auto.")
-    return torch.device(device)
 
 
 def subjects(

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from parity_tests.frameworks.torch.modes import DispatchMode
 from parity_tests.frameworks.torch.operations import EXACT, names
 from parity_tests.judge.dtypes import numpy_dtype
 from parity_tests.pair import calls
@@ -73,7 +73,7 @@ def _bare(func: Any) -> str:
     return name if name.startswith("__") else name.removesuffix("_")
 
 
-class BranchWatch(TorchDispatchMode):
+class BranchWatch(DispatchMode):
     """Record the branches of what depends on parameters or inputs; what is constant no draw could change."""
 
     def __init__(self, modules: Mapping[int, str]) -> None:
@@ -336,7 +336,7 @@ _TABLE: dict[str, Callable[[str, Sequence[Any], dict], Found | None]] = {
 }
 
 
-class FormatWatch(TorchDispatchMode):
+class FormatWatch(DispatchMode):
     """Record operations on wider formats than `dtype`, that of all arrays, or on the other one of its width.
 
     Copies, choices and casts do not count.
@@ -384,7 +384,7 @@ def _of_a_norm() -> bool:
     return False
 
 
-class FirstUses(TorchDispatchMode):
+class FirstUses(DispatchMode):
     """Record the order in which operations use parameters; a view of one is no use of it."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
