@@ -39,7 +39,7 @@ def judged(bench, framework, name="matmul", kind="implementation", mode=None):
     return bench.check(REQUEST)["judgement"]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("division", ["stock", "matched", "tuned"])
 @pytest.mark.parametrize("layout", ["contiguous", "partition_major", "time_series", "flat"])
 @pytest.mark.parametrize("framework", MODES)
@@ -74,6 +74,7 @@ def test_a_training_step_is_judged_by_its_first_update(framework, optimizer):
     assert bench.block(REQUEST | {"calls": 3, "verify": True})["judgement"]["status"] == "ok"
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("mode", ["jit", "jit-graph"])
 @pytest.mark.parametrize("direction", ["forward", "forward_backward", "train_step"])
 def test_the_options_for_a_gpu_are_understood_and_given_to_the_compiler(direction, mode, monkeypatch):

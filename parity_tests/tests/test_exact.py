@@ -43,7 +43,7 @@ def left_out(subject, case, dtype):
     return dtype in ("float64", "float16") or subject.implementation in ("layer", "linen")
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("case", LATTICE_CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
 @pytest.mark.parametrize("subject_id", SUBJECTS)
@@ -82,7 +82,7 @@ def test_isolation_is_as_declared(subject_id, poison):
     assert found.isolated == subject.isolates_partitions
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
 @pytest.mark.parametrize("subject_id", SUBJECTS)
 def test_fingerprint_honours_the_dtype(subject_id, dtype):
@@ -90,6 +90,7 @@ def test_fingerprint_honours_the_dtype(subject_id, dtype):
     assert fingerprint.honours(declared_arithmetic(PRECISION_OF_DTYPE[dtype])), fingerprint
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
 @pytest.mark.parametrize("subject_id", SUBJECTS)
 def test_observed_precision_is_the_requested_one(subject_id, dtype):

@@ -167,7 +167,7 @@ def cells(thorough):
     turns = cycle(WAYS)
     for name, kind in product(IMPLEMENTATIONS, KINDS):
         every = thorough or name == "grouped_conv"
-        some = islice((way for way in turns if possible(name, way)), 3 if thorough else 2)
+        some = islice((way for way in turns if possible(name, way)), 3 if thorough else 1)
         for way, _ in product(WAYS if every else some, range(6 if thorough else 1)):
             shape = rng.choice(MESHES)
             chosen = CHOSEN if len(shape) == 1 else CHOSEN_ON_TWO_AXES

@@ -100,6 +100,7 @@ def test_any_shape_agrees_with_the_oracle(subject_id, case, dtype, seed):
     assert [r.reason for r in judge(subject, inputs, reference(inputs)).results if r.status != "ok"] == []
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("relation", RANDOM_CHECKS)
 @pytest.mark.parametrize("subject_id", SUBJECTS)
 @given(case=SEVERAL, dtype=st.sampled_from(STORAGE_DTYPES), seed=SEEDS)
@@ -111,6 +112,7 @@ def test_relation_holds(subject_id, relation, case, dtype, seed):
     assert RANDOM_CHECKS[relation](subject, draw_inputs(*fitted(subject, case, dtype), seed)) == []
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("relation", LATTICE_CHECKS)
 @pytest.mark.parametrize("subject_id", SUBJECTS)
 @given(case=SEVERAL, dtype=st.sampled_from(["float64", "float32"]), seed=SEEDS)

@@ -169,6 +169,7 @@ def judged(torch_side, flax_side, **named):
     )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("torch_side", "flax_side", "words"),
     [
