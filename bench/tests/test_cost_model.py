@@ -235,7 +235,7 @@ framework, *modes = sys.argv[1:]
 known = {"torch": snippets._TORCH, "jax": snippets._JAX}[framework]
 for name, mode in [(name, modes[0]) for name in ("matmul", *known)] + [("matmul", mode) for mode in modes[1:]]:
     kind = STOCK if name in known else IMPLEMENTATION
-    for direction in ("forward", "forward_backward")["EVERY_TEST" not in os.environ :]:
+    for direction in ("forward", "forward_backward") if "EVERY_TEST" in os.environ else ("forward_backward",):
         cell = Cell(sweep_workload(4, 3, 5, 6), direction, "ieee_fp32", "matched", "cpu")
         found = {"__name__": "pasted"}
         try:

@@ -36,8 +36,9 @@ IN_EVERY_CASE = {("float32", "grouped_conv"), ("float32", "grouped_matmul")}
 def _compile_the_smoke_cases_in_full(request):
     callspec = getattr(request.node, "callspec", None)
     chosen = {} if callspec is None else callspec.params
-    # In other dtypes by the command, which test-newest of the Makefile and `make compare` run.
-    if "case_name" in chosen and (CASES[chosen["case_name"]] not in SMOKE or chosen["dtype"] != "float32"):
+    # In other dtypes with EVERY_TEST=1, and by the command that `make compare` runs.
+    in_full = "EVERY_TEST" in os.environ or chosen.get("dtype") == "float32"
+    if "case_name" in chosen and not (CASES[chosen["case_name"]] in SMOKE and in_full):
         request.getfixturevalue("quick_compilation")
 
 
@@ -64,7 +65,7 @@ def judgement(subject_id, dtype, case_name):
     if reason is not None:
         return reason
     if left_out(subject, CASES[case_name], dtype):
-        return "the smoke cases are judged, and a few implementations in all: run with EVERY_TEST=1"
+        return "another implementation or dtype of JAX is judged in this case: run with EVERY_TEST=1"
     # The program without gradients is compiled apart: the smoke cases judge it, in every dtype.
     return judge(subject, *problem(case_name, dtype), forward=CASES[case_name] in SMOKE)
 
