@@ -10,7 +10,7 @@ from torch import Tensor, strided
 from torch.nn import Parameter
 
 from torch_impl.array_types import Bias, Inputs, Outputs, Weight, kind_of
-from torch_impl.implementations.matmul import partitioned_linear_matmul
+from torch_impl.implementations.matmul import FEWEST_ROWS, NODE_FROM, batched_product, partitioned_linear_matmul
 from torch_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes, check_indices, find_axes, static_indices
 from torch_impl.packing import Packing
 from torch_impl.registry import (
@@ -36,6 +36,7 @@ from torch_impl.validation import (
 _ORDINARY = (Tensor, Parameter)
 # What operands that do not fit raise. Activation checkpointing ends its recomputation by another one, which must pass.
 _OF_OPERANDS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
+_is_compiling = torch.compiler.is_compiling
 # Asks about all device types at once.
 _any_autocast_is_on = torch._C._is_any_autocast_enabled
 # Transforms and modes may compute a product otherwise: of broadcast partitions, of several dtypes, of sparse operands.
@@ -133,16 +134,22 @@ def plain_call(x: Any, weight: Any, bias: Any) -> Tensor | None:
         return None
     try:
         n, i, o = weight.shape
-        replaced = torch.compiler.is_compiling() or _transforms_are_on() or _modes_are_on() or _overrides_are_on()
-        # Without a bias, the kernels take a sparse operand.
-        dense = x.layout is strided and weight.layout is strided if bias is None else bias.is_cpu
-        if dense and x.is_cpu and weight.is_cpu and i > 1 and n and o and not replaced:
-            # The kernel refuses all else: broadcast is a bias alone, and results have the dtype of every operand.
-            if (bias is not None and bias.shape != (n, o)) or _any_autocast_is_on():
+        replaced = _is_compiling() or _transforms_are_on() or _modes_are_on() or _overrides_are_on()
+        if not (replaced or _any_autocast_is_on()) and x.is_cpu and weight.is_cpu and i > 1 and n and o:
+            # The kernels refuse all else: broadcast is a bias alone, and results have the dtype of every operand.
+            if not (x.layout is strided if bias is None else bias.is_cpu and bias.shape == (n, o)):
+                return None  # an x without strides is taken where there is no bias
+            received = x.shape
+            if len(received) == 3 and received[0] < FEWEST_ROWS and not NODE_FROM:
+                y = batched_product(x, weight, bias)  # all that `matmul` does with few rows, after its questions
+            elif weight.layout is strided:
+                y = partitioned_linear_matmul(x, weight, bias)
+            else:
                 return None
-        elif not operands_fit(x, weight, bias) or not (x.is_cpu or x.is_cuda) or _any_autocast_is_on():
+        elif operands_fit(x, weight, bias) and (x.is_cpu or x.is_cuda) and not _any_autocast_is_on():
+            y = partitioned_linear_matmul(x, weight, bias)
+        else:
             return None
-        y = partitioned_linear_matmul(x, weight, bias)
         return y if y.dtype in DTYPE_NAMES else None
     except _OF_OPERANDS:
         return None

@@ -55,7 +55,7 @@ def operands_of(rows, n, i, o, dtype=torch.float32):
 @pytest.fixture
 def one_node(monkeypatch):
     """Let `matmul` compute as one node on a CPU as well."""
-    monkeypatch.setitem(matmul._NODE_FROM, "cpu", 0)
+    monkeypatch.setitem(matmul.NODE_FROM, "cpu", 0)
 
 
 class Calls(TorchDispatchMode):
@@ -219,7 +219,7 @@ PASSED_OVER = {
 def test_a_transformation_sees_plain_operations(monkeypatch, how):
     operands = operands_of((5,), 3, 4, 3)
     expected = PASSED_OVER[how](*operands)
-    monkeypatch.setitem(matmul._NODE_FROM, "cpu", 0)
+    monkeypatch.setitem(matmul.NODE_FROM, "cpu", 0)
     taken = []
     original = matmul._as_one_node
     monkeypatch.setattr(matmul, "_as_one_node", lambda *given: taken.append(how) or original(*given))
@@ -291,7 +291,7 @@ MEMORY = {
 @pytest.mark.parametrize("shape", MEMORY.values(), ids=MEMORY)
 def test_auto_allocates_its_results_and_at_most_one_workspace(monkeypatch, shape, node):
     if node:
-        monkeypatch.setitem(matmul._NODE_FROM, "cpu", 0)
+        monkeypatch.setitem(matmul.NODE_FROM, "cpu", 0)
     operands = [torch.randn(operand.shape).requires_grad_() for operand in operands_of(*shape)]
     y = partitioned_linear(*operands)
     dy = torch.randn(y.shape)

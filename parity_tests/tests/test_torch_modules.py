@@ -81,7 +81,7 @@ CONTIGUOUS = {"one node", "loop", "masked", "masked layer"}
 @pytest.fixture(params=INFOS)
 def case(request, monkeypatch):
     if request.param == "one node":
-        monkeypatch.setitem(matmul._NODE_FROM, "cpu", 0)
+        monkeypatch.setitem(matmul.NODE_FROM, "cpu", 0)
     torch.manual_seed(0)
     return request.param
 
@@ -220,7 +220,7 @@ def test_memory_format(case):
 @pytest.mark.parametrize("name", ["auto", "one node"])
 def test_gradients_of_contiguous_operands_are_contiguous_in_one_node(name, monkeypatch):
     if name == "one node":
-        monkeypatch.setitem(matmul._NODE_FROM, "cpu", 0)
+        monkeypatch.setitem(matmul.NODE_FROM, "cpu", 0)
     module, x, _ = next(iter(built(name, requires_grad=True)))
     dx, *_ = torch.autograd.grad(module(x).square().sum(), (x, *module.parameters()))
     assert dx.is_contiguous() == (name == "one node")

@@ -15,7 +15,7 @@ from torch_impl.array_types import Bias, Inputs, Outputs, Weight
 # some settings only break even. Where more than four columns of the result are a multiple of 4 KiB apart, they evict
 # each other while a copy reads them: at 8 -> 8 such a result takes 0.3 to 0.6 of the time, and with a copy behind it
 # 1.5 to 2.4 times the time.
-_WIDEST_NARROW, _FEWEST_ROWS, _ALIASED_BYTES, _ALIASED_COLUMNS = 8, 64, 4096, 4
+_WIDEST_NARROW, FEWEST_ROWS, _ALIASED_BYTES, _ALIASED_COLUMNS = 8, 64, 4096, 4
 # The gradient of x comes out in the order of the result, so that the layer below, in the other one, takes longer than
 # is gained: such a model of two layers 1.1 to 1.5 times as long. Not so where x is as narrow (0.9 to 1.1 times, and 0.5
 # to 0.9 by itself), or has that order itself, as the result of a narrow layer has (0.5 to 0.9).
@@ -23,7 +23,7 @@ _NARROWEST_INPUT = 4
 
 # By device type, from how many entries of y on `_OneNode` is used. Nowhere yet: on CUDA it waits for a measurement that
 # shows it faster beyond the noise in training and in inference, and on a CPU it is the slower one.
-_NODE_FROM: dict[str, int] = {}
+NODE_FROM: dict[str, int] = {}
 
 
 def partitioned_linear_matmul(x: Inputs, weight: Weight, bias: Bias | None) -> Outputs:
@@ -42,15 +42,20 @@ def partitioned_linear_matmul(x: Inputs, weight: Weight, bias: Bias | None) -> O
     if in_features == 1 and _is_outer_product(rows, weight, bias):
         matrix = weight.squeeze(1)
         y = rows * matrix if bias is None else torch.addcmul(bias, rows, matrix)
-    elif _NODE_FROM and _takes_one_node(rows, weight, bias):
+    elif NODE_FROM and _takes_one_node(rows, weight, bias):
         y = _as_one_node(rows, weight, bias)
     elif out_features <= _WIDEST_NARROW and _has_narrow_results(rows, weight):
         y = _narrow_product(rows, weight, bias)
-    elif bias is None:
-        y = torch.bmm(rows.transpose(0, 1), weight).transpose(0, 1)
     else:
-        y = torch.baddbmm(bias.unsqueeze(1), rows.transpose(0, 1), weight).transpose(0, 1)
+        y = batched_product(rows, weight, bias)
     return y if single_batch_axis else y.reshape(*x.shape[:-1], out_features)
+
+
+def batched_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute the product of one batch axis, (b, n, i), with the partition axis outermost in memory."""
+    if bias is None:
+        return torch.bmm(rows.transpose(0, 1), weight).transpose(0, 1)
+    return torch.baddbmm(bias.unsqueeze(1), rows.transpose(0, 1), weight).transpose(0, 1)
 
 
 def _narrow_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -79,7 +84,7 @@ def _has_narrow_results(rows: Tensor, weight: Tensor) -> bool:
         return False
     count, _, in_features = rows.shape
     # Symbolic rows, which a transform may wrap in an ordinary tensor, are not looked at: that would be a guard.
-    if not isinstance(count, int) or count < _FEWEST_ROWS or in_features == 1 or not rows.is_cpu:
+    if not isinstance(count, int) or count < FEWEST_ROWS or in_features == 1 or not rows.is_cpu:
         return False
     if rows.requires_grad and in_features > _NARROWEST_INPUT and rows.stride(0) != 1 and torch.is_grad_enabled():
         return False
@@ -90,7 +95,7 @@ def _has_narrow_results(rows: Tensor, weight: Tensor) -> bool:
 
 def _takes_one_node(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Say whether `_OneNode` may compute a call: it is large enough, and no transformation has to see through it."""
-    fewest = _NODE_FROM.get(rows.device.type)
+    fewest = NODE_FROM.get(rows.device.type)
     if fewest is None or rows.shape[0] * weight.shape[0] * weight.shape[2] < fewest:
         return False
     ordinary = all(type(operand) in (Tensor, Parameter) for operand in (rows, weight, bias) if operand is not None)
