@@ -12,11 +12,11 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.lax import PrecisionLike
 
+from jax_impl.implementations import names_algorithm
 from jax_impl.implementations.by_feature import partitioned_linear_by_feature
 from jax_impl.implementations.in_turn import partitioned_linear_in_turn
 from jax_impl.implementations.matmul import partitioned_linear_matmul
 from jax_impl.packing import Packing
-from jax_impl.validation import names_algorithm
 
 # Where `in_turn` was measured to be the faster one: the weight fits no cache, each partition is worth a step of a loop,
 # and the weights far outnumber the features of x and y. With more rows a single call would still gain, but a stack of

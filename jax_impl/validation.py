@@ -15,6 +15,7 @@ from jax import Array
 from jax.core import Tracer
 
 from jax_impl.array_types import kind_of, said, shown
+from jax_impl.implementations import PRECISION_NAMES, names_algorithm
 from jax_impl.layouts import layout_advice
 from jax_impl.registry import (
     DTYPE_NAMES,
@@ -25,8 +26,6 @@ from jax_impl.registry import (
 )
 
 _FLOATS = ", ".join(DTYPE_NAMES.values())
-# The names that jax.lax.Precision answers to, its aliases included.
-_PRECISIONS = ("default", "fastest", "bfloat16", "high", "bfloat16_3x", "tensorfloat32", "highest", "float32")
 _ALGORITHMS = tuple(jax.lax.DotAlgorithmPreset.__members__)
 # Sizes in bytes are 64-bit integers, and an element has at most eight; XLA ends the process where they overflow.
 MOST_ELEMENTS = 2**60
@@ -106,9 +105,9 @@ def check_precision(precision: Any) -> None:
     for name in precision if pair else (precision,):
         if not isinstance(name, str | kinds):
             raise TypeError(f"`precision`: expected a name or a jax.lax.Precision, got {kind_of(name)}; pass one.")
-        if isinstance(name, str) and name not in _PRECISIONS and (pair or name not in _ALGORITHMS):
+        if isinstance(name, str) and name not in PRECISION_NAMES and (pair or name not in _ALGORITHMS):
             raise ValueError(
-                f"`precision`: expected one of {_quoted(_PRECISIONS)} or a name of jax.lax.DotAlgorithmPreset, got "
+                f"`precision`: expected one of {_quoted(PRECISION_NAMES)} or a name of jax.lax.DotAlgorithmPreset, got "
                 f"{shown(name)}; choose one of these."
             )
 
@@ -302,12 +301,6 @@ def check_algorithm(precision: Any, implementation: Implementation) -> None:
             f"`precision`: expected a name or a jax.lax.Precision for {implementation.name!r}, got the algorithm "
             f"{shown(precision)}, which it would not compute in; choose another one of the two."
         )
-
-
-def names_algorithm(precision: Any) -> bool:
-    """Say whether a valid precision is a dot algorithm, by itself or by its name."""
-    named = isinstance(precision, str) and precision not in _PRECISIONS
-    return named or isinstance(precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset)
 
 
 def explain_failure(error: Exception, implementation: str, precision: Any, kernel: Array) -> None:

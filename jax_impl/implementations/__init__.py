@@ -11,8 +11,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
+# The names that `jax.lax.Precision` answers to, its aliases included.
+PRECISION_NAMES = ("default", "fastest", "bfloat16", "high", "bfloat16_3x", "tensorfloat32", "highest", "float32")
 # XLA leaves a product of a matrix and a vector with more operand entries than this to its matrix products.
 _VECTOR_PRODUCT_ENTRIES = 10**7
 
@@ -32,6 +34,12 @@ def product_dtype(dtype: np.dtype, rows: Any, in_features: Any, out_features: An
     if dtype.itemsize > 2 or 1 not in known or math.prod(known) > _VECTOR_PRODUCT_ENTRIES:
         return dtype
     return np.dtype(np.float32)
+
+
+def names_algorithm(precision: Any) -> bool:
+    """Say whether a valid precision is a dot algorithm, by itself or by its name."""
+    named = isinstance(precision, str) and precision not in PRECISION_NAMES
+    return named or isinstance(precision, lax.DotAlgorithm | lax.DotAlgorithmPreset)
 
 
 def needs_partition_major(x: Array) -> bool:

@@ -127,13 +127,45 @@ def test_small_maps_have_the_same_derivatives(moving, monkeypatch):
             return jnp.tanh(partitioned_linear(given.get(0, x), given.get(1, kernel), bias, implementation=name))
 
         arrays = [(x, kernel)[place] for place in moving]
-        for most in (64, 0):
+        # By elements and columns, by columns alone, and by neither.
+        for most, tiny in ((64, 8), (64, 0), (0, 8)):
             monkeypatch.setattr(f"{MATMUL}._SMALL", most)
+            monkeypatch.setattr(f"{MATMUL}._TINY", tiny)
             programs.append(str(jax.make_jaxpr(lambda *arrays: outputs("matmul", *arrays))(*arrays)))
             found = jax.tree.leaves(taken("matmul", outputs, arrays))
             for left, right in zip(found, jax.tree.leaves(taken("loop", outputs, arrays)), strict=True):
                 np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)
-    assert ["custom_jvp" in program for program in programs] == [jax.default_backend() == "cpu", False]
+    assert ["custom_jvp" in program for program in programs] == [*[jax.default_backend() == "cpu"] * 2, False]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu" or jax.device_count() > 1, reason="only so on one CPU device")
+def test_tiny_maps_are_sums_of_elements_beside_their_gradients_only_where_it_was_measured_to_pay(monkeypatch):
+    def by_elements(i, o, rows=(6,), n=3, dtype="float32", **options):
+        run = partial(partitioned_linear, implementation="matmul", **options)
+
+        def products(function):
+            arrays = (jnp.zeros(shape, dtype) for shape in ((*rows, n, i), (n, i, o)))
+            names = [equation.primitive.name for equation in equations(jax.make_jaxpr(function)(*arrays).jaxpr)]
+            return names.count("dot_general")
+
+        # Where nobody differentiates, `matmul` is a product.
+        assert products(lambda x, kernel: run(x, kernel)) == 1
+        both = products(lambda x, kernel: jax.grad(lambda kernel: jnp.sum(run(x, kernel) ** 2))(kernel))
+        return {1: True, 2: False}[both]
+
+    sizes = ((2, 2), (4, 4), (5, 5), (2, 8), (8, 2), (7, 8), (8, 7))
+    assert all(by_elements(*size, rows=rows) for size in sizes for rows in ((4,), (700,), (2, 9)))
+    assert by_elements(4, 4, precision="highest")
+    with jax.enable_x64(True):
+        assert by_elements(4, 4, dtype="float64")
+        assert not by_elements(4, 4, preferred_element_type="float64")
+    assert not any(by_elements(*size) for size in ((8, 8), (1, 4), (4, 1), (9, 2), (2, 9)))
+    assert not any(by_elements(4, 4, rows=rows) for rows in ((), (1,), (3,)))
+    assert not by_elements(4, 4, n=1)
+    assert not by_elements(4, 4, dtype="bfloat16")
+    assert not by_elements(4, 4, precision="F32_F32_F32")
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert not by_elements(4, 4)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere a transpose is part of the product")
