@@ -135,18 +135,21 @@ def plain_call(x: Any, weight: Any, bias: Any) -> Tensor | None:
     try:
         n, i, o = weight.shape
         replaced = _is_compiling() or _transforms_are_on() or _modes_are_on() or _overrides_are_on()
-        if not (replaced or _any_autocast_is_on()) and x.is_cpu and weight.is_cpu and i > 1 and n and o:
+        if _any_autocast_is_on():
+            return None
+        if not replaced and x.is_cpu and weight.is_cpu and i > 1 and n and o:
             # The kernels refuse all else: broadcast is a bias alone, and results have the dtype of every operand.
             if not (x.layout is strided if bias is None else bias.is_cpu and bias.shape == (n, o)):
                 return None  # an x without strides is taken where there is no bias
             received = x.shape
-            if len(received) == 3 and received[0] < FEWEST_ROWS and not NODE_FROM:
+            count = received[0]  # no int while it is traced
+            if len(received) == 3 and type(count) is int and count < FEWEST_ROWS and not NODE_FROM:
                 y = batched_product(x, weight, bias)  # all that `matmul` does with few rows, after its questions
             elif weight.layout is strided:
                 y = partitioned_linear_matmul(x, weight, bias)
             else:
                 return None
-        elif operands_fit(x, weight, bias) and (x.is_cpu or x.is_cuda) and not _any_autocast_is_on():
+        elif operands_fit(x, weight, bias) and (x.is_cpu or x.is_cuda):
             y = partitioned_linear_matmul(x, weight, bias)
         else:
             return None

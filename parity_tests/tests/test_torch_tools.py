@@ -142,6 +142,18 @@ def test_scripting_is_refused_and_tracing_takes_any_batch(case):
     assert torch.equal(traced(x), layer(x))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_trace_of_one_input_feature_is_the_same_with_gradients_and_without(bias):
+    layer = PartitionedLinear(3, 1, 3, bias=bias)
+    x = torch.randn(7, 3, 1)
+    traced = torch.jit.trace(layer, x[:3])  # which compares the trace with another one that records no gradient
+    assert torch.allclose(traced(x), layer(x))
+    with torch.no_grad():
+        assert torch.allclose(traced(x), layer(x))
+
+
 def test_gradients_and_ensembles_of_torch_func(case):
     name, layer = case
     x, parameters = inputs(name), dict(layer.named_parameters())

@@ -74,6 +74,8 @@ def _is_outer_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool
     """
     if torch.compiler.is_compiling() or not rows.is_cpu or weight.dtype.itemsize < 4 or type(rows) is not Tensor:
         return False
+    if torch._C._is_tracing():  # what is traced with gradients is checked, and run, without them as well
+        return False
     recorded = rows.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     return not (recorded and torch.is_grad_enabled())
 
