@@ -41,10 +41,11 @@ def run_auto(x: Array, weight: Array, bias: Array | None, precision: PrecisionLi
     not differentiated, a forward pass of few rows of large partitions is `in_turn`, which takes 0.6 to 0.9 of the time,
     and one of 2 to 8 features `by_feature`: 0.2 to 0.6 of the time at 4 -> 4, 0.3 at 5 -> 5. Not so at
     4 -> 8, 8 -> 4 and 8 -> 8, where a stack of such layers would take 1.1 to 1.4 times as long, on one thread up to
-    twice; nor in training at 4 -> 4, where what a single layer gains by (0.6 to 0.8) costs a stack 1.0 to 1.5
-    times its time. A large y of 9 features or more from 2 to 8 takes 0.1 to 1.0 of the time on two threads and 0.2 to
-    0.9 on one (0.5 in the geometric mean), and 0.3 to 1.1 in a stack; where one dense product of the flattened y
-    follows, which XLA would read in another order, 0.3 to 1.4 of the time of both.
+    twice; nor in training, where `matmul` adds up elements beside its gradients, partition-major as these read them
+    (`by_feature` takes 0.9 to 1.1 times as long as the product alone, and up to 4 times in a stack). A large y of 9
+    features or more from 2 to 8 takes 0.1 to 1.0 of the time on two threads and 0.2 to 0.9 on one (0.5 in the geometric
+    mean), and 0.3 to 1.1 in a stack; where one dense product of the flattened y follows, which XLA would read in
+    another order, 0.3 to 1.4 of the time of both.
     """
     faster = None
     if gains_in_turn(x, weight, dtype):

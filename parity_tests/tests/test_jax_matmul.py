@@ -128,6 +128,7 @@ def test_small_maps_have_the_same_derivatives(moving, monkeypatch):
 
         arrays = [(x, kernel)[place] for place in moving]
         # By elements and columns, by columns alone, and by neither.
+        monkeypatch.setattr(f"{MATMUL}._FEWEST_ENTRIES", 1)
         for most, tiny in ((64, 8), (64, 0), (0, 8)):
             monkeypatch.setattr(f"{MATMUL}._SMALL", most)
             monkeypatch.setattr(f"{MATMUL}._TINY", tiny)
@@ -140,11 +141,11 @@ def test_small_maps_have_the_same_derivatives(moving, monkeypatch):
 
 @pytest.mark.skipif(jax.default_backend() != "cpu" or jax.device_count() > 1, reason="only so on one CPU device")
 def test_tiny_maps_are_sums_of_elements_beside_their_gradients_only_where_it_was_measured_to_pay(monkeypatch):
-    def by_elements(i, o, rows=(6,), n=3, dtype="float32", **options):
+    def by_elements(i, o, rows=(2**14,), n=3, dtype="float32", **options):
         run = partial(partitioned_linear, implementation="matmul", **options)
 
         def products(function):
-            arrays = (jnp.zeros(shape, dtype) for shape in ((*rows, n, i), (n, i, o)))
+            arrays = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((*rows, n, i), (n, i, o)))
             names = [equation.primitive.name for equation in equations(jax.make_jaxpr(function)(*arrays).jaxpr)]
             return names.count("dot_general")
 
@@ -154,14 +155,19 @@ def test_tiny_maps_are_sums_of_elements_beside_their_gradients_only_where_it_was
         return {1: True, 2: False}[both]
 
     sizes = ((2, 2), (4, 4), (5, 5), (2, 8), (8, 2), (7, 8), (8, 7))
-    assert all(by_elements(*size, rows=rows) for size in sizes for rows in ((4,), (700,), (2, 9)))
+    assert all(by_elements(*size, rows=rows) for size in sizes for rows in ((2**14,), (2, 2**13)))
+    # Entries of y: 32 * 256 * 4.
+    assert by_elements(4, 4, rows=(256,), n=32)
+    assert not by_elements(4, 4, rows=(255,), n=32)
+    assert not by_elements(8, 3, rows=(256,), n=32)
     assert by_elements(4, 4, precision="highest")
     with jax.enable_x64(True):
         assert by_elements(4, 4, dtype="float64")
         assert not by_elements(4, 4, preferred_element_type="float64")
     assert not any(by_elements(*size) for size in ((8, 8), (1, 4), (4, 1), (9, 2), (2, 9)))
-    assert not any(by_elements(4, 4, rows=rows) for rows in ((), (1,), (3,)))
-    assert not by_elements(4, 4, n=1)
+    assert by_elements(4, 4, rows=(4,), n=2**11)
+    assert not by_elements(4, 4, rows=(3,), n=2**12)
+    assert not by_elements(4, 4, rows=(2**16,), n=1)
     assert not by_elements(4, 4, dtype="bfloat16")
     assert not by_elements(4, 4, precision="F32_F32_F32")
     monkeypatch.setattr(jax, "device_count", lambda: 8)
