@@ -25,6 +25,9 @@ _FEWEST_FEATURES, _TINY, _SMALL = 2, 8, 64
 _FEWEST_COLUMNS, _MOST_COLUMNS, _FEATURES_OF_COLUMNS = 4, 32, 1024
 # From so many entries of y on `_by_elements` was. With half of them stacks took up to 1.2 times as long on two threads.
 _FEWEST_ENTRIES = 2**15
+# Up to so many it was where both sizes fill the vectors of the product; stacks that fit no cache took 1.1 to 1.3 times
+# as long, though a layer by itself 0.8.
+_FULL_VECTOR, _MOST_ENTRIES_OF_FULL = 4, 2**20
 
 
 def _product(
@@ -138,11 +141,13 @@ def _is_small(rows: Array, weight: Array) -> bool:
 
 
 def _is_tiny(rows: Array, weight: Array, precision: PrecisionLike, dtype: np.dtype) -> bool:
-    """Say whether `_by_elements` gains where `_by_columns` does: for a large y, and not at 8 -> 8."""
+    """Say whether `_by_elements` gains where `_by_columns` does: for many entries of y, and not at 8 -> 8."""
     sizes, entries = weight.shape[1:], rows.shape[0] * rows.shape[1] * weight.shape[2]
     # Several devices may hold the features of one row, and whoever asks for a dot algorithm gets its product.
     whole = rows.dtype == dtype and jax.device_count() == 1 and not names_algorithm(precision)
-    return whole and max(sizes) <= _TINY and min(sizes) < _TINY and entries >= _FEWEST_ENTRIES
+    full = not any(size % _FULL_VECTOR for size in sizes)
+    measured = entries >= _FEWEST_ENTRIES and not (full and entries > _MOST_ENTRIES_OF_FULL)
+    return whole and measured and max(sizes) <= _TINY and min(sizes) < _TINY
 
 
 def partitioned_linear_matmul(

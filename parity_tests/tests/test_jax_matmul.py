@@ -160,6 +160,10 @@ def test_tiny_maps_are_sums_of_elements_beside_their_gradients_only_where_it_was
     assert by_elements(4, 4, rows=(256,), n=32)
     assert not by_elements(4, 4, rows=(255,), n=32)
     assert not by_elements(8, 3, rows=(256,), n=32)
+    assert by_elements(8, 4, rows=(2**10,), n=2**8)
+    assert not any(by_elements(*size, rows=(2**10 + 1,), n=2**8) for size in ((4, 4), (8, 4)))
+    assert not by_elements(4, 8, rows=(2**9 + 1,), n=2**8)
+    assert by_elements(5, 4, rows=(2**12,), n=2**8)
     assert by_elements(4, 4, precision="highest")
     with jax.enable_x64(True):
         assert by_elements(4, 4, dtype="float64")
