@@ -162,7 +162,8 @@ def partitioned_linear_matmul(
 
     The partition axis of `x` is moved to the front before the product, and back after the bias: the compiler then
     chooses layouts for a plain batched product, forward and backward, instead of transposing whole operands as it does
-    for the einsum spelling.
+    for the einsum spelling. Where tiny maps are differentiated on one CPU device, y is a sum of elements instead, and
+    the gradients are products (where `_is_tiny` says so).
     """
     rows = partition_major(x)
     multiply = partial(_product, dot_general=dot_general)
