@@ -15,7 +15,7 @@ from jax.lax import PrecisionLike
 from jax_impl.implementations import names_algorithm
 from jax_impl.implementations.by_feature import partitioned_linear_by_feature
 from jax_impl.implementations.in_turn import partitioned_linear_in_turn
-from jax_impl.implementations.matmul import partitioned_linear_matmul
+from jax_impl.implementations.matmul import FULL_VECTOR, partitioned_linear_matmul
 from jax_impl.packing import Packing
 
 # Where `in_turn` was measured to be the faster one: the weight fits no cache, each partition is worth a step of a loop,
@@ -26,7 +26,7 @@ _MANY_WEIGHTS, _LARGE_PARTITION = 2**21, 3 * 2**14
 _FEWEST_ROWS, _WEIGHTS_A_FEATURE = 4, 4
 # Between these sizes `by_feature` was measured to be the faster one, unless the weights are more and both sizes fill
 # the vectors of the batched product; and with more output features, from so many entries of y on.
-_FEWEST_FEATURES, _MOST_FEATURES, _SMALL_PARTITION, _FULL_VECTOR = 2, 8, 16, 4
+_FEWEST_FEATURES, _MOST_FEATURES, _SMALL_PARTITION = 2, 8, 16
 _LARGE_RESULT = 2**16
 # What a GPU of 2 TB/s moves in the two microseconds or so that starting one more product takes.
 _BYTES_A_PRODUCT = 2**22
@@ -78,7 +78,7 @@ def gains_by_feature(x: Array, weight: Array, dtype: np.dtype, precision: Precis
         return False
     if sizes[1] > _MOST_FEATURES:
         return math.prod(x.shape[:-1]) * sizes[1] >= _LARGE_RESULT
-    return math.prod(sizes) <= _SMALL_PARTITION or any(size % _FULL_VECTOR for size in sizes)
+    return math.prod(sizes) <= _SMALL_PARTITION or any(size % FULL_VECTOR for size in sizes)
 
 
 def _is_whole(x: Array, weight: Array, dtype: np.dtype) -> bool:

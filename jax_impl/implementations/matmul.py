@@ -27,7 +27,7 @@ _FEWEST_COLUMNS, _MOST_COLUMNS, _FEATURES_OF_COLUMNS = 4, 32, 1024
 _FEWEST_ENTRIES = 2**15
 # Up to so many it was where both sizes fill the vectors of the product; stacks that fit no cache took 1.1 to 1.3 times
 # as long, though a layer by itself 0.8.
-_FULL_VECTOR, _MOST_ENTRIES_OF_FULL = 4, 2**20
+FULL_VECTOR, _MOST_ENTRIES_OF_FULL = 4, 2**20
 
 
 def _product(
@@ -145,7 +145,7 @@ def _is_tiny(rows: Array, weight: Array, precision: PrecisionLike, dtype: np.dty
     sizes, entries = weight.shape[1:], rows.shape[0] * rows.shape[1] * weight.shape[2]
     # Several devices may hold the features of one row, and whoever asks for a dot algorithm gets its product.
     whole = rows.dtype == dtype and jax.device_count() == 1 and not names_algorithm(precision)
-    full = not any(size % _FULL_VECTOR for size in sizes)
+    full = not any(size % FULL_VECTOR for size in sizes)
     measured = entries >= _FEWEST_ENTRIES and not (full and entries > _MOST_ENTRIES_OF_FULL)
     return whole and measured and max(sizes) <= _TINY and min(sizes) < _TINY
 

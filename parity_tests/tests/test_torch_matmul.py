@@ -8,8 +8,11 @@ if not framework_available("torch"):
     pytest.skip("the torch tree needs torch", allow_module_level=True)
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity_tests.frameworks.torch.subjects import TorchSubject, functional
@@ -353,3 +356,20 @@ def test_rows_that_a_transform_wraps_stay_symbolic():
     program = make_fx(kept, tracing_mode="symbolic")(*operands)
     few = (torch.arange(100) < 7, *operands[1:])
     torch.testing.assert_close(program(*few), partitioned_linear(operands[1][:7], operands[2]))
+
+
+def test_a_wrapped_number_of_rows_gets_no_guard():
+    """Ordinary tensors hold symbolic rows here, while no mode and no transform is on."""
+    shapes = ShapeEnv()
+    fake = FakeTensorMode(shape_env=shapes)
+    rows = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC, DimDynamic.STATIC])
+    x = fake.from_tensor(torch.rand(70, 3, 4), symbolic_context=rows)
+    weight = fake.from_tensor(torch.rand(3, 4, 9), static_shapes=True)
+    x, weight = (torch._to_functional_tensor(operand) for operand in (x, weight))
+    assert type(x) is torch.Tensor
+    assert not isinstance(x.shape[0], int)
+    with enable_python_dispatcher():
+        assert partitioned_linear(x, weight).shape[1:] == (3, 9)
+        assert not shapes.guards
+        assert x.shape[0] >= 64  # which is one
+    assert shapes.guards
