@@ -10,7 +10,7 @@ from torch import Tensor, strided
 from torch.nn import Parameter
 
 from torch_impl.array_types import Bias, Inputs, Outputs, Weight, kind_of
-from torch_impl.implementations.matmul import FEWEST_ROWS, NODE_FROM, batched_product, partitioned_linear_matmul
+from torch_impl.implementations.matmul import FEWEST_ROWS, NODE_FROM, partitioned_linear_matmul
 from torch_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes, check_indices, find_axes, static_indices
 from torch_impl.packing import Packing
 from torch_impl.registry import (
@@ -36,7 +36,8 @@ from torch_impl.validation import (
 _ORDINARY = (Tensor, Parameter)
 # What operands that do not fit raise. Activation checkpointing ends its recomputation by another one, which must pass.
 _OF_OPERANDS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
-_is_compiling = torch.compiler.is_compiling
+# The cheaper of two questions; what else compiles has modes on, or tensors that are not ordinary.
+_is_compiling = torch.compiler.is_dynamo_compiling
 # Asks about all device types at once.
 _any_autocast_is_on = torch._C._is_any_autocast_enabled
 # Transforms and modes may compute a product otherwise: of broadcast partitions, of several dtypes, of sparse operands.
@@ -133,26 +134,32 @@ def plain_call(x: Any, weight: Any, bias: Any) -> Tensor | None:
     if type(x) not in _ORDINARY or type(weight) not in _ORDINARY or not (bias is None or type(bias) in _ORDINARY):
         return None
     try:
-        n, i, o = weight.shape
-        replaced = _is_compiling() or _transforms_are_on() or _modes_are_on() or _overrides_are_on()
         if _any_autocast_is_on():
             return None
-        if not replaced and x.is_cpu and weight.is_cpu and i > 1 and n and o:
-            # The kernels refuse all else: broadcast is a bias alone, and results have the dtype of every operand.
-            if not (x.layout is strided if bias is None else bias.is_cpu and bias.shape == (n, o)):
-                return None  # an x without strides is taken where there is no bias
-            received = x.shape
-            count = received[0]  # no int while it is traced
-            if len(received) == 3 and type(count) is int and count < FEWEST_ROWS and not NODE_FROM:
-                y = batched_product(x, weight, bias)  # all that `matmul` does with few rows, after its questions
-            elif weight.layout is strided:
-                y = partitioned_linear_matmul(x, weight, bias)
-            else:
-                return None
-        elif operands_fit(x, weight, bias) and (x.is_cpu or x.is_cuda):
-            y = partitioned_linear_matmul(x, weight, bias)
+        replaced = _is_compiling() or _transforms_are_on() or _modes_are_on() or _overrides_are_on()
+        # The kernels of a CPU refuse all else: broadcast is a bias alone, and results have the dtype of every operand.
+        on_cpu = not replaced and x.is_cpu and weight.is_cpu
+        received = x.shape
+        if on_cpu and len(received) == 3 and not NODE_FROM:
+            count, n, i = received
+            if type(count) is int and 0 < count < FEWEST_ROWS and i > 1:  # no int while it is traced
+                # All that `matmul` does with few rows, after its questions; a call of it would be another 2%.
+                if bias is not None and bias.is_cpu and bias.shape == (n, weight.shape[2]):
+                    y = torch.baddbmm(bias.unsqueeze(1), x.transpose(0, 1), weight).transpose(0, 1)
+                elif bias is None and x.layout is strided:  # one without strides would be taken
+                    y = torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
+                else:
+                    return None
+                return y if y.dtype in DTYPE_NAMES and y.numel() else None
+        n, i, o = weight.shape
+        if on_cpu and i > 1 and n and o:
+            fit = x.layout is strided and weight.layout is strided
+            fit = fit and (bias is None or (bias.is_cpu and bias.shape == (n, o)))
         else:
+            fit = operands_fit(x, weight, bias) and (x.is_cpu or x.is_cuda)
+        if not fit:
             return None
+        y = partitioned_linear_matmul(x, weight, bias)
         return y if y.dtype in DTYPE_NAMES else None
     except _OF_OPERANDS:
         return None

@@ -47,11 +47,11 @@ def partitioned_linear_matmul(x: Inputs, weight: Weight, bias: Bias | None) -> O
     elif out_features <= _WIDEST_NARROW and _has_narrow_results(rows, weight):
         y = _narrow_product(rows, weight, bias)
     else:
-        y = batched_product(rows, weight, bias)
+        y = _batched_product(rows, weight, bias)
     return y if single_batch_axis else y.reshape(*x.shape[:-1], out_features)
 
 
-def batched_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _batched_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute the product of one batch axis, (b, n, i), with the partition axis outermost in memory."""
     if bias is None:
         return torch.bmm(rows.transpose(0, 1), weight).transpose(0, 1)
