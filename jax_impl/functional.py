@@ -1,5 +1,6 @@
 """The operation as a function: validate, select, run."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -111,9 +112,44 @@ def _product(
     *,
     shared: bool = False,
 ) -> Array:
+    options = (implementation, precision, preferred_element_type)
+    if isinstance(implementation, str) and implementation in ("auto", "matmul") and dot_general is None:
+        operands = (x, kernel) if bias is None else (x, kernel, bias)
+        if all(isinstance(array, Array) and not isinstance(array, Tracer) for array in operands):
+            with contextlib.suppress(Exception):  # what is wrong is said below, where operands have devices and values
+                return _compiled(x, kernel, bias, *options, shared)
+    return _checked_product(x, kernel, bias, *options, dot_general, shared=shared)
+
+
+def _checked_product(
+    x: Any,
+    kernel: Any,
+    bias: Any,
+    implementation: str,
+    precision: PrecisionLike,
+    preferred_element_type: DTypeLike | None,
+    dot_general: Callable[..., Any] | None,
+    *,
+    shared: bool,
+) -> Array:
     x, kernel, bias = check_operands(x, kernel, bias, shared=shared)
     check_implementation_name(implementation)
     return _run(x, kernel, bias, implementation, precision, preferred_element_type, dot_general, shared=shared)
+
+
+# One program for a call that nobody jits: each of its operations, and the checks, would cost as much as all of it. One
+# jitted function for all calls, so that it is checked and compiled once for each shape.
+@partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _compiled(
+    x: Array,
+    kernel: Array,
+    bias: Array | None,
+    implementation: str,
+    precision: PrecisionLike,
+    preferred_element_type: DTypeLike | None,
+    shared: bool,
+) -> Array:
+    return _checked_product(x, kernel, bias, implementation, precision, preferred_element_type, None, shared=shared)
 
 
 def _run(
@@ -158,9 +194,6 @@ def _run(
     run = run_auto if implementation == "auto" and not unequal and dot_general is None else entry.run
     run = cast(Callable[..., Array], entry.run_shared) if shared else run
     dtype = kernel.dtype if preferred_element_type is None else np.dtype(preferred_element_type)
-    if name == "matmul" and dot_general is None and not any(isinstance(array, Tracer) for array in (x, kernel, bias)):
-        # Without a `jit` around it, each of its operations would cost as much as the whole program.
-        run = partial(_compiled, run)
     run = partial(run, precision=precision, dtype=dtype, **({"packing": packing} if unequal else {}))
     run = run if dot_general is None else partial(run, dot_general=dot_general)
     try:
@@ -168,14 +201,6 @@ def _run(
     except Exception as error:
         explain_failure(error, name, precision, kernel)
         raise
-
-
-# One jitted function for all calls, so that it is compiled once for each shape.
-@partial(jax.jit, static_argnums=0, static_argnames=("precision", "dtype"))
-def _compiled(
-    run: Callable[..., Array], x: Array, kernel: Array, bias: Array | None, *, precision: PrecisionLike, dtype: Any
-) -> Array:
-    return run(x, kernel, bias, precision=precision, dtype=dtype)
 
 
 def _unequal(

@@ -19,6 +19,7 @@ from jax_impl.packing import Packing, check_packing, has_unequal_sizes
 from jax_impl.unequal import check_unequal_axes, known_packing, partition_biases, partition_weights
 from jax_impl.validation import (
     MOST_ELEMENTS,
+    are_promoted,
     as_array,
     check_callable,
     check_dot_general,
@@ -222,8 +223,10 @@ class PartitionedLinear(nnx.Module):
         array, packing = as_array("x", x), self.packing
 
         def promote() -> Any:
-            bias = None if self.bias is None else self.bias[...]
-            return self.promote_dtype((array, self.kernel[...], bias), dtype=self.dtype)
+            operands = array, self.kernel[...], None if self.bias is None else self.bias[...]
+            if self.promote_dtype is dtypes.promote_dtype and are_promoted(self.dtype, *operands):
+                return operands
+            return self.promote_dtype(operands, dtype=self.dtype)
 
         x, kernel, bias = promoted(promote, array, kernel=self.kernel, bias=self.bias)
         return partitioned_linear(

@@ -26,6 +26,7 @@ from jax_impl.parameters import from_canonical, read_arrays, read_linears, to_ca
 from jax_impl.unequal import check_unequal_axes, packing_of_call
 from jax_impl.validation import (
     MOST_ELEMENTS,
+    are_promoted,
     as_array,
     check_callable,
     check_dtypes,
@@ -124,9 +125,13 @@ class PartitionedLinear(nn.Module):
             kernel = self.param("kernel", draw_kernel, kernel_shape, self.param_dtype)
             if self.use_bias:
                 bias = self.param("bias", draw_bias, bias_shape, self.param_dtype)
-        x, kernel, bias = promoted(
-            lambda: self.promote_dtype(array, kernel, bias, dtype=self.dtype), array, kernel=kernel, bias=bias
-        )
+
+        def promote() -> Any:
+            if self.promote_dtype is dtypes.promote_dtype and are_promoted(self.dtype, array, kernel, bias):
+                return array, kernel, bias
+            return self.promote_dtype(array, kernel, bias, dtype=self.dtype)
+
+        x, kernel, bias = promoted(promote, array, kernel=kernel, bias=bias)
         return partitioned_linear(
             x,
             kernel,

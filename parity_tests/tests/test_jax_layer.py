@@ -1,5 +1,7 @@
 """The nnx layer: Flax's dtype rules, its transformations, its metadata, training with optax."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from flax import nnx
 
 from jax_impl import PartitionedLinear, UnsupportedImplementationError, partitioned_linear
 from jax_impl import linen as linen_impl
+from jax_impl.validation import are_promoted
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -258,3 +261,25 @@ def test_a_dot_general_that_cannot_be_used_is_refused(options, error, message):
     sizes = {"num_partitions": 3, "in_features": 4, "out_features": 2}
     with pytest.raises(error, match=message):
         PartitionedLinear(**sizes | options, rngs=nnx.Rngs(0))
+
+
+def test_operands_are_left_alone_only_where_flax_would_return_them():
+    """`promote_dtype` takes longer than a small product, so it is not called for what it would not change."""
+    arrays = [
+        jnp.full((2, 3, 4)[:axes], 0.5, dtype)
+        for axes, dtype in ((3, "float32"), (2, "float32"), (3, "bfloat16"), (2, "bfloat16"), (3, "int32"))
+    ]
+    arrays += [jnp.full((3,), 0.5), np.ones((3,), np.float32), None]  # a weak type, one of NumPy's, no bias
+    left_alone = 0
+    for dtype, *operands in product((None, "float32", jnp.bfloat16, "float16"), arrays[:-1], arrays[:-1], arrays):
+        if not are_promoted(dtype, *operands):
+            continue
+        left_alone += 1
+        for operand, flax in zip(operands, nnx.nn.dtypes.promote_dtype(tuple(operands), dtype=dtype), strict=True):
+            assert operand is None or (operand.dtype == flax.dtype and not flax.weak_type and operand is flax)
+    # Two arrays of each of two dtypes, in the places of x and a kernel, and those or none in that of a bias; for each
+    # dtype without a wish and with that for it.
+    assert left_alone == 2 * 2 * (2 * 2 * 3)
+    with jax.enable_x64(True):
+        wide = jnp.ones((2, 3, 4), "float64")
+    assert not are_promoted(None, wide, wide, None)
