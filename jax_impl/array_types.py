@@ -5,6 +5,7 @@ Letters: `b` batch (any number of leading axes), `n` partition, `i` in_features,
 
 from typing import Any, TypeAlias
 
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
@@ -33,6 +34,11 @@ def kind_of(value: Any, *expected: str) -> str:
     if name in expected:
         name = f"{type(value).__module__.partition('.')[0]}.{name}"
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
+
+def name_of(dtype: Any) -> str:
+    """Return a dtype's name as messages show it; one of another byte order has the name of its twin, so its code."""
+    return str(dtype) if not isinstance(dtype, np.dtype) else dtype.name if dtype.isnative else dtype.str
 
 
 def shown(value: Any) -> str:

@@ -15,7 +15,7 @@ from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jax_impl.array_types import Bias, Inputs, Outputs, Weight
+from jax_impl.array_types import Bias, Inputs, Outputs, Weight, name_of
 from jax_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes, find_axes, static_indices
 from jax_impl.packing import Packing
 from jax_impl.registry import DTYPE_NAMES, UnsupportedImplementationError, get_implementation, unsupported_reason
@@ -33,7 +33,6 @@ from jax_impl.validation import (
     check_precision,
     check_preferred_element_type,
     explain_failure,
-    name_of,
 )
 
 

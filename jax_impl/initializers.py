@@ -19,9 +19,9 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from jax_impl.array_types import said, shown
+from jax_impl.array_types import name_of, said, shown
 from jax_impl.packing import Packing
-from jax_impl.validation import as_array, check_callable, check_name, name_of
+from jax_impl.validation import as_array, check_callable, check_name
 
 _LARGE_BYTES = 2**30
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from jax_impl.array_types import kind_of, said, shown
+from jax_impl.array_types import kind_of, name_of, said, shown
 from jax_impl.implementations import PRECISION_NAMES, names_algorithm
 from jax_impl.layouts import layout_advice
 from jax_impl.registry import (
@@ -122,8 +122,6 @@ def check_name(argument: str, name: Any, choices: Iterable[str]) -> None:
 
 def check_implementation_name(name: Any, *, unequal: bool = False) -> None:
     """Refuse what is neither "auto" nor in the table, as `check_name` does, or only in that of the other sizes."""
-    if isinstance(name, str) and name == "auto":
-        return
     if isinstance(name, str) and name in implementation_names(unequal=not unequal):
         get_implementation(name, unequal=unequal)  # raises where it is only there
     check_name("implementation", name, ("auto", *implementation_names(unequal=unequal)))
@@ -162,8 +160,7 @@ def as_array(argument: str, value: Any) -> Array | np.ndarray:
         raise TypeError(
             f"`{argument}`: expected an array without a mask, got {kind_of(array)}; fill it with .filled() first."
         )
-    if isinstance(array, Array):
-        # Keys of jax.random are no numbers.
+    if isinstance(array, Array):  # keys of jax.random are no numbers
         computable = array.dtype in DTYPE_NAMES or not jnp.issubdtype(array.dtype, jax.dtypes.extended)
         if not isinstance(array, Tracer) and array.is_deleted():
             raise ValueError(
@@ -183,23 +180,16 @@ def _wrong_dtype(argument: str, array: Array | np.ndarray) -> TypeError:
     return TypeError(f"`{argument}`: expected a dtype of {_FLOATS}, got {name_of(array.dtype)}; cast it first.")
 
 
-def name_of(dtype: Any) -> str:
-    """Return a dtype's name as messages show it; one of another byte order has the name of its twin, so its code."""
-    return str(dtype) if not isinstance(dtype, np.dtype) else dtype.name if dtype.isnative else dtype.str
-
-
 def are_promoted(dtype: Any, *operands: Any) -> bool:
-    """Say whether Flax's `promote_dtype` returns the operands as they are, in a time longer than that of many products.
+    """Say whether Flax's `promote_dtype`, which takes longer than many products, returns the operands as they are.
 
     Not asked of float64, which it rounds while x64 is off, nor of weak types, which it makes strong.
     """
     arrays = [operand for operand in operands if operand is not None]
-    if not all(isinstance(array, Array) and array.dtype == arrays[0].dtype for array in arrays):
+    if not all(isinstance(array, Array) and not array.weak_type and array.dtype == arrays[0].dtype for array in arrays):
         return False
     own = arrays[0].dtype
-    if own not in DTYPE_NAMES or own == np.float64 or any(array.weak_type for array in arrays):
-        return False
-    return dtype is None or jnp.dtype(dtype) == own
+    return own in DTYPE_NAMES and own != np.float64 and (dtype is None or jnp.dtype(dtype) == own)
 
 
 def promoted(promote: Callable[[], Any], x: Array | np.ndarray, **parameters: Any) -> tuple[Any, Any, Any]:
