@@ -144,10 +144,12 @@ def plain_call(x: Any, weight: Any, bias: Any) -> Tensor | None:
             count, n, i = received
             if type(count) is int and 0 < count < FEWEST_ROWS and i > 1:  # no int while it is traced
                 # All that `matmul` does with few rows, after its questions; a call of it would be another 2%.
-                if bias is not None and bias.is_cpu and bias.shape == (n, weight.shape[2]):
-                    y = torch.baddbmm(bias.unsqueeze(1), x.transpose(0, 1), weight).transpose(0, 1)
-                elif bias is None and x.layout is strided:  # one without strides would be taken
+                if x.layout is not strided:  # such a one would be taken, or end the process
+                    return None
+                if bias is None:
                     y = torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
+                elif bias.is_cpu and bias.shape == (n, weight.shape[2]):
+                    y = torch.baddbmm(bias.unsqueeze(1), x.transpose(0, 1), weight).transpose(0, 1)
                 else:
                     return None
                 return y if y.dtype in DTYPE_NAMES and y.numel() else None

@@ -104,6 +104,11 @@ FUNCTION = {
         TypeError,
         r"^`x`: expected a dense tensor, got layout torch\.sparse_coo; call to_dense first\.$",
     ),
+    "x-of-no-partitions-without-strides": (  # a view of which ends the process
+        call(torch.ones(2, 0, 4).to_mkldnn(), torch.ones(3, 4, 5), torch.ones(0, 5)),
+        TypeError,
+        r"^`x`: expected a dense tensor, got layout torch\._mkldnn; call to_dense first\.$",
+    ),
     "weight-sparse": (call(weight=W.to_sparse()), TypeError, r"^`weight`: expected a dense tensor, got layout"),
     "bias-sparse": (call(bias=B.to_sparse()), TypeError, r"^`bias`: expected a dense tensor, got layout"),
     "x-nested": (call(x=nested()), TypeError, r"^`x`: expected a dense tensor, got a nested one; pad it to one shape"),
