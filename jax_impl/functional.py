@@ -112,28 +112,26 @@ def _product(
     shared: bool = False,
 ) -> Array:
     options = (implementation, precision, preferred_element_type)
-    if isinstance(implementation, str) and implementation in ("auto", "matmul") and dot_general is None:
-        operands = (x, kernel) if bias is None else (x, kernel, bias)
-        if all(isinstance(array, Array) and not isinstance(array, Tracer) for array in operands):
-            with contextlib.suppress(Exception):  # what is wrong is said below, where operands have devices and values
-                return _compiled(x, kernel, bias, *options, shared)
-    return _checked_product(x, kernel, bias, *options, dot_general, shared=shared)
-
-
-def _checked_product(
-    x: Any,
-    kernel: Any,
-    bias: Any,
-    implementation: str,
-    precision: PrecisionLike,
-    preferred_element_type: DTypeLike | None,
-    dot_general: Callable[..., Any] | None,
-    *,
-    shared: bool,
-) -> Array:
+    one_program = isinstance(implementation, str) and implementation in ("auto", "matmul") and dot_general is None
+    y = _as_one_program(x, kernel, bias, *options, shared) if one_program else None
+    if y is not None:
+        return y
     x, kernel, bias = check_operands(x, kernel, bias, shared=shared)
     check_implementation_name(implementation)
-    return _run(x, kernel, bias, implementation, precision, preferred_element_type, dot_general, shared=shared)
+    y = _as_one_program(x, kernel, bias, *options, shared) if one_program else None  # now they are all arrays of JAX
+    return _run(x, kernel, bias, *options, dot_general, shared=shared) if y is None else y
+
+
+def _as_one_program(x: Any, kernel: Any, bias: Any, *options: Any) -> Array | None:
+    """Compute what nobody jits; return None for what is traced, and for what is wrong, which is to be said elsewhere.
+
+    There the operands have devices. An outer trace would take deleted arrays without a word.
+    """
+    for array in (x, kernel) if bias is None else (x, kernel, bias):
+        if not isinstance(array, Array) or isinstance(array, Tracer) or array.is_deleted():
+            return None
+    with contextlib.suppress(Exception):
+        return _compiled(x, kernel, bias, *options)
 
 
 # One program for a call that nobody jits: each of its operations, and the checks, would cost as much as all of it. One
@@ -148,7 +146,8 @@ def _compiled(
     preferred_element_type: DTypeLike | None,
     shared: bool,
 ) -> Array:
-    return _checked_product(x, kernel, bias, implementation, precision, preferred_element_type, None, shared=shared)
+    x, kernel, bias = check_operands(x, kernel, bias, shared=shared)
+    return _run(x, kernel, bias, implementation, precision, preferred_element_type, None, shared=shared)
 
 
 def _run(
