@@ -188,6 +188,12 @@ CASES = [
         "`x`: expected an array with values, got a deleted one; pass one that was not donated.",
     ),
     (
+        "x-deleted-inside-a-trace",
+        partial(jax.eval_shape, partial(partitioned_linear, deleted(), jnp.asarray(KERNEL))),
+        ValueError,
+        "`x`: expected an array with values, got a deleted one; pass one that was not donated.",
+    ),
+    (
         "x-masked",
         plain_call(MASKED),
         TypeError,

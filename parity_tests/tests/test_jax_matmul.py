@@ -14,6 +14,7 @@ if not framework_available("jax"):
 import jax
 import jax.export
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_impl import functional, partitioned_linear
@@ -436,7 +437,7 @@ def test_a_product_with_what_stands_still_is_not_computed(few_rows, in_turn):
     assert [equation.primitive.name for equation in program].count("dot_general") == 1 + len(arrays)
 
 
-def test_a_call_without_jit_is_one_program_that_is_compiled_once():
+def test_a_call_without_jit_is_one_program_that_is_compiled_once(monkeypatch):
     x, kernel, bias = operands(rows=(7,), n=2, i=3, o=5)
     compiled = functional._compiled
 
@@ -450,6 +451,10 @@ def test_a_call_without_jit_is_one_program_that_is_compiled_once():
     assert count == 1
     assert np.array_equal(y, jax.jit(partitioned_linear)(x, kernel, bias))
     assert added(lambda: partitioned_linear(x, kernel, bias, implementation="matmul"))[0] == 1
+    # What is no array of JAX becomes one first.
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "_run", None)  # what is not compiled would call it
+        assert np.array_equal(partitioned_linear(np.asarray(x), nnx.Param(kernel), np.asarray(bias)), y)
     # Whoever transforms the call, or computes the product, sees its operations; others would be compiled for long.
     assert added(lambda: jax.jit(partitioned_linear)(x, kernel, bias))[0] == 0
     assert added(lambda: jax.grad(lambda x: partitioned_linear(x, kernel, bias).sum())(x))[0] == 0
