@@ -1,6 +1,7 @@
 """Every bad call gives one clear sentence: the argument, what was expected, what was received, what to do."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
