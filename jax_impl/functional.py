@@ -123,9 +123,9 @@ def _product(
 
 
 def _as_one_program(x: Any, kernel: Any, bias: Any, *options: Any) -> Array | None:
-    """Compute what nobody jits; return None for what is traced, and for what is wrong, which is to be said elsewhere.
+    """Compute a call outside `jit`; return None where an operand is traced, or where something is wrong with the call.
 
-    There the operands have devices. An outer trace would take deleted arrays without a word.
+    The caller says what is wrong, as operands have devices there. An outer trace would take deleted arrays silently.
     """
     for array in (x, kernel) if bias is None else (x, kernel, bias):
         if not isinstance(array, Array) or isinstance(array, Tracer) or array.is_deleted():
