@@ -1,6 +1,7 @@
 """What "auto" means: `matmul`, and on a CPU other forms of a forward pass where these were measured to be faster."""
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,10 +19,9 @@ from jax_impl.implementations.in_turn import partitioned_linear_in_turn
 from jax_impl.implementations.matmul import FULL_VECTOR, partitioned_linear_matmul
 from jax_impl.packing import Packing
 
-# Where `in_turn` was measured to be the faster one: the weight fits no cache, each partition is worth a step of a loop,
-# and the weights far outnumber the features of x and y. With more rows a single call would still gain, but a stack of
-# layers, or a caller whose arrays lie partition-major, would lose more: there XLA cancels the batched product's
-# transposes.
+# Where `in_turn` was measured to be the faster one, on one thread: the weight fits no cache, each partition is worth a
+# step of a loop, and the weights far outnumber the features of x and y. Several threads share out the batched product,
+# but not the loop. With more rows a call by itself would gain and others lose: see `run_auto`.
 _MANY_WEIGHTS, _LARGE_PARTITION = 2**21, 3 * 2**14
 _FEWEST_ROWS, _WEIGHTS_A_FEATURE = 4, 4
 # Between these sizes `by_feature` was measured to be the faster one, unless the weights are more and both sizes fill
@@ -38,14 +38,22 @@ def run_auto(x: Array, weight: Array, bias: Array | None, precision: PrecisionLi
     That is `matmul`: measured in fp32 on a CPU, forward and forward + backward, the batched product over
     partition-major operands was the fastest formulation or within noise of it at nearly every size tried, because it is
     the one whose gradients need no transpose of a whole operand. Where the program runs on a single CPU device and is
-    not differentiated, a forward pass of few rows of large partitions is `in_turn`, which takes 0.6 to 0.9 of the time,
-    and one of 2 to 8 features `by_feature`: 0.2 to 0.6 of the time at 4 -> 4, 0.3 at 5 -> 5. Not so at
+    not differentiated, a forward pass of few rows of large partitions is `in_turn` if the process has one processor,
+    which takes 0.6 to 0.95 of the time (with two it takes 0.7 to 2.7 times as long as the batched product), and one of
+    2 to 8 features `by_feature`: 0.2 to 0.6 of the time at 4 -> 4, 0.3 at 5 -> 5. Not so at
     4 -> 8, 8 -> 4 and 8 -> 8, where a stack of such layers would take 1.1 to 1.4 times as long, on one thread up to
     twice; nor in training, where `matmul` adds up elements beside its gradients, partition-major as these read them
     (`by_feature` takes 0.9 to 1.1 times as long as the product alone, and up to 4 times in a stack). A large y of 9
     features or more from 2 to 8 takes 0.1 to 1.0 of the time on two threads and 0.2 to 0.9 on one (0.5 in the geometric
     mean), and 0.3 to 1.1 in a stack; where one dense product of the flattened y follows, which XLA would read in
-    another order, 0.3 to 1.4 of the time of both.
+    another order, 0.3 to 1.4 of the time of both. Where a sum over the partitions follows, XLA reads a y of few
+    features slowly: up to 2.8 times as long, both together.
+
+    Not chosen, because it depends on what surrounds the layer: where x and y are tens of megabytes, `in_turn` takes 0.25
+    to 0.95 of the time in a layer by itself or followed by a function of its elements, 0.5 to 1.1 between dense layers
+    and 0.7 to 1.1 between normalisations, but 0.8 to 1.6 in stacks of two and three, and 0.9 to 11 where the caller's
+    arrays lie partition-major: there XLA cancels the batched product's transposes. Half of the difference is memory that
+    is new in every call, which large pages make cheap (`jax_impl/README.md`).
     """
     faster = None
     if gains_in_turn(x, weight, dtype):
@@ -60,12 +68,17 @@ def run_auto(x: Array, weight: Array, bias: Array | None, precision: PrecisionLi
 
 def gains_in_turn(x: Array, weight: Array, dtype: np.dtype) -> bool:
     """Say whether a forward pass with results of `dtype` is faster by `in_turn` than by `matmul` on a CPU."""
-    if not _is_whole(x, weight, dtype):
+    if _processors() > 1 or not _is_whole(x, weight, dtype):
         return False
     rows, (_, in_features, out_features) = math.prod(x.shape[:-2]), weight.shape
     partition_size, features = in_features * out_features, rows * (in_features + out_features)
     few = rows >= _FEWEST_ROWS and _WEIGHTS_A_FEATURE * features <= partition_size
     return few and partition_size >= _LARGE_PARTITION and weight.size >= _MANY_WEIGHTS
+
+
+def _processors() -> int:
+    """Count the processors that this process may use: XLA starts as many threads on a CPU."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gains_by_feature(x: Array, weight: Array, dtype: np.dtype, precision: PrecisionLike) -> bool:

@@ -1,5 +1,6 @@
 """JAX's `matmul` for few rows of a large weight, and "auto", which runs `in_turn` or `by_feature`: programs, limits."""
 
+import os
 import re
 from functools import partial
 
@@ -49,6 +50,7 @@ def in_turn(monkeypatch):
     """Small operands count as large partitions, which "auto" takes one after the other."""
     for name, limit in {"_MANY_WEIGHTS": 1, "_LARGE_PARTITION": 1, "_FEWEST_ROWS": 1, "_WEIGHTS_A_FEATURE": 0}.items():
         monkeypatch.setattr(f"{SELECTION}.{name}", limit)
+    monkeypatch.setattr(f"{SELECTION}._processors", lambda: 1)
     if jax.device_count() > 1:
         pytest.skip("with several devices no partition is taken apart from the others")
 
@@ -311,7 +313,7 @@ def test_no_partition_is_taken_apart_where_one_operand_lies_on_a_mesh(in_turn, k
     assert loops(partitioned_linear, *plain[:2], None) == 1
 
 
-def test_partitions_are_taken_in_turn_only_where_it_was_measured_to_pay():
+def test_partitions_are_taken_in_turn_only_where_it_was_measured_to_pay(monkeypatch):
     """The limits themselves: one step beyond any of them the products are batched."""
     if jax.device_count() > 1:
         pytest.skip("with several devices no partition is taken apart from the others")
@@ -320,6 +322,7 @@ def test_partitions_are_taken_in_turn_only_where_it_was_measured_to_pay():
         shapes = ((rows, n, i), (n, i, o), (n, o))
         return loops(partitioned_linear, *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
 
+    monkeypatch.setattr(f"{SELECTION}._processors", lambda: 1)
     # 2**21 weights, a partition of 3 * 2**14, four weights for each feature of x and y.
     assert taken_in_turn(4, 32, 256, 256) == 1
     assert taken_in_turn(4, 43, 192, 256) == 1
@@ -334,6 +337,23 @@ def test_partitions_are_taken_in_turn_only_where_it_was_measured_to_pay():
     }
     assert {name: taken_in_turn(*sizes) for name, sizes in limits.items()} == dict.fromkeys(limits, 0)
     assert taken_in_turn(4, 32, 256, 256, "bfloat16") == 0
+    monkeypatch.setattr(f"{SELECTION}._processors", lambda: 2)
+    assert taken_in_turn(4, 32, 256, 256) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system keeps no set of processors for a process")
+def test_auto_counts_the_processors_that_the_process_may_use():
+    allowed = os.sched_getaffinity(0)
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        pytest.skip("partitions are taken in turn on a single CPU device alone")
+    shapes = ((4, 32, 256), (32, 256, 256), (32, 256))
+    arrays = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert loops(partitioned_linear, *arrays) == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert loops(partitioned_linear, *arrays) == (len(allowed) == 1)
 
 
 def by_feature(*shapes, dtype="float32", **options):
