@@ -46,7 +46,10 @@ def device_name(fingerprint: Mapping[str, Any]) -> str:
     """Describe the device: only figures with the same description are ever put beside one another."""
     gpus = [str(gpu).split(",")[0].strip() for gpu in fingerprint.get("gpus") or ()]
     on = f"{fingerprint['device']}: {' + '.join(gpus)}" if gpus else str(fingerprint["device"])
-    return f"{on} with {fingerprint['cpu_model']}, {len(fingerprint['affinity'])} processors"
+    pages = [part.get("large_pages") for part in fingerprint["frameworks"].values()]
+    # Small pages are what most systems give; records from before this was asked do not say.
+    large = ", large pages" if fingerprint["device"] == "cpu" and pages and all(pages) else ""
+    return f"{on} with {fingerprint['cpu_model']}, {len(fingerprint['affinity'])} processors{large}"
 
 
 def releases(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,6 +71,7 @@ _FINGERPRINT: Mapping[str, tuple[type, ...]] = {
     "frameworks/*/versions": (dict,),
     "frameworks/*/default_switches": (dict,),
     "frameworks/*/python": (str, type(None)),
+    "frameworks/*/large_pages": (bool, type(None)),
     "git": (dict, type(None)),
     "git/commit": (str, type(None)),
     "git/dirty": (bool, type(None)),

@@ -49,11 +49,11 @@ def run_auto(x: Array, weight: Array, bias: Array | None, precision: PrecisionLi
     another order, 0.3 to 1.4 of the time of both. Where a sum over the partitions follows, XLA reads a y of few
     features slowly: up to 2.8 times as long, both together.
 
-    Not chosen, because it depends on what surrounds the layer: where x and y are tens of megabytes, `in_turn` takes 0.25
-    to 0.95 of the time in a layer by itself or followed by a function of its elements, 0.5 to 1.1 between dense layers
-    and 0.7 to 1.1 between normalisations, but 0.8 to 1.6 in stacks of two and three, and 0.9 to 11 where the caller's
-    arrays lie partition-major: there XLA cancels the batched product's transposes. Half of the difference is memory that
-    is new in every call, which large pages make cheap (`jax_impl/README.md`).
+    Not chosen, because it depends on what surrounds the layer: where x and y are tens of megabytes, `in_turn` takes
+    0.25 to 0.95 of the time in a layer by itself or followed by a function of its elements, 0.5 to 1.1 between dense
+    layers and 0.7 to 1.1 between normalisations, but 0.6 to 1.6 in stacks of two and three, and 0.9 to 11 where the
+    caller's arrays lie partition-major: there XLA cancels the batched product's transposes. Much of the difference is
+    memory that is new in every call, which large pages make cheap (`jax_impl/README.md`).
     """
     faster = None
     if gains_in_turn(x, weight, dtype):

@@ -7,6 +7,7 @@ import importlib
 import os
 import platform
 import resource
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -55,6 +56,35 @@ def governor() -> str | None:
     """Return the frequency governor of the first processor, where the system has one."""
     path = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     return path.read_text().strip() if path.exists() else None
+
+
+# Written in a process of its own: freeing what it took changes how malloc takes memory afterwards, and its peak would
+# hide those that are measured. Of glibc, an area of this size is a mapping by itself, as large arrays are.
+_LARGE_PAGES = """
+import ctypes
+size, library = 2**26, ctypes.CDLL(None)
+library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+def held():
+    with open("/proc/self/smaps_rollup") as account:
+        return sum(int(line.split()[1]) for line in account if line.startswith("AnonHugePages:"))
+before, area = held(), library.malloc(size)
+ctypes.memset(area, 1, size)
+print((held() - before) * 1024 >= size // 2)
+"""
+
+
+def large_pages() -> bool | None:
+    """Say whether a large array that is new gets large pages (of 2 MiB, say); None where the system does not tell.
+
+    A page that is touched for the first time costs the kernel a visit, so that small ones can take longer than the
+    products that fill them. Which it is depends on the kernel's setting, on variables and on the library of malloc.
+    """
+    try:
+        command = [sys.executable, "-I", "-c", _LARGE_PAGES]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"True": True, "False": False}.get(found.stdout.strip())
 
 
 # No processor runs faster than this, nor multiplies and adds more numbers in a cycle of one core: two units of 512 bits

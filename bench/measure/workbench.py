@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from bench.measure.blocks import BlockSize, measure_single_calls, run_for, shortest_call_s, time_block, warm_up
-from bench.measure.machine import free_bytes
+from bench.measure.machine import free_bytes, large_pages
 from bench.measure.switches import cuda_packages, installed_distributions, recorded
 from bench.measure.timer import Prepared, Task, Timer, Unsupported
 from bench.measure.verification import Judgement, Oracle, Verifier, inputs_digest, results_digest
@@ -101,6 +101,7 @@ class Workbench:
             "python": platform.python_version(),
             "variables": recorded(os.environ),
             "default_switches": timer.switches(),
+            "large_pages": large_pages(),
             "cuda_packages": cuda_packages(installed_distributions()),
         }
 

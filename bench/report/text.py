@@ -221,6 +221,8 @@ def environment_sentences(found: Mapping[str, Any]) -> list[str]:
             f"{name}: Python {framework.get('python')}, {_pairs(versions, (None,), ' ')}. Switches at its start: "
             f"{_pairs(framework['default_switches'])}." + (f" Variables: {variables}." if variables else "")
         )
+        if (large := framework.get("large_pages")) is not None:
+            lines[-1] += f" New arrays of {name} lie in {'large' if large else 'small'} pages."
     if unset := found.get("unset_variables"):
         lines.append(f"Set in the shell, and unset for the measurement: {_pairs(unset)}.")
     return [where, *lines]

@@ -1,4 +1,7 @@
-"""What a processor calls itself, and what of it keeps figures of different processors apart."""
+"""What a processor calls itself, which pages arrays get, and what of it keeps figures of different machines apart."""
+
+import platform
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +62,52 @@ def test_a_report_names_the_features_where_they_are_known():
     known = environment_lines("e0", FINGERPRINT | {"cpu_features": ["avx2", "fma"]})[0]
     assert "processors used, avx2, fma, " in known
     assert known.replace("avx2, fma, ", "") == environment_lines("e0", FINGERPRINT)[0]
+
+
+KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def in_pages(**kinds):
+    """The fingerprint of a machine on which these frameworks' new arrays get large pages, or do not."""
+    known = FINGERPRINT["frameworks"]
+    return FINGERPRINT | {"frameworks": {name: known[name] | {"large_pages": large} for name, large in kinds.items()}}
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="the system does not tell which pages a process has"
+)
+def test_pages_are_seen_as_they_are(monkeypatch):
+    """By what an array really gets: the kernel's setting, glibc's and other libraries' variables all come to that."""
+    for name in ("GLIBC_TUNABLES", "LD_PRELOAD"):
+        monkeypatch.delenv(name, raising=False)
+    mode = KERNEL.read_text().split("[")[1].split("]")[0] if KERNEL.exists() else "never"
+    if mode == "always":
+        pytest.skip("the kernel gives large pages to all, as far as it has any")
+    assert machine.large_pages() is False
+    library, release = platform.libc_ver()
+    if mode == "never" or library != "glibc" or tuple(map(int, release.split("."))) < (2, 35):
+        pytest.skip("glibc asks for large pages from 2.35 on, where the kernel gives them to those who ask")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    assert machine.large_pages() is True
+
+
+def test_pages_that_nobody_can_see_are_not_known(monkeypatch):
+    monkeypatch.setattr(machine, "_LARGE_PAGES", "open('/nowhere/smaps_rollup')")
+    assert machine.large_pages() is None
+
+
+def test_figures_of_large_pages_are_those_of_another_device():
+    small, large = (device_name(in_pages(torch=kind, jax=kind)) for kind in (False, True))
+    assert small == device_name(FINGERPRINT)
+    assert large == f"{small}, large pages"
+    # Of one framework alone it is a variable, which the run names.
+    assert device_name(in_pages(torch=True, jax=False)) == small
+    on_a_gpu = {"device": "cuda", "gpus": ["a GPU, 1"]}
+    assert "pages" not in device_name(in_pages(torch=True, jax=True) | on_a_gpu)
+
+
+def test_a_report_names_the_pages_where_they_are_known():
+    lines = environment_lines("e0", in_pages(torch=True, jax=False))
+    assert [line for line in lines if "New arrays of torch lie in large pages." in line]
+    assert [line for line in lines if "New arrays of jax lie in small pages." in line]
+    assert "pages" not in "".join(environment_lines("e0", FINGERPRINT))
