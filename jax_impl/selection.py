@@ -39,19 +39,19 @@ def run_auto(x: Array, weight: Array, bias: Array | None, precision: PrecisionLi
     partition-major operands was the fastest formulation or within noise of it at nearly every size tried, because it is
     the one whose gradients need no transpose of a whole operand. Where the program runs on a single CPU device and is
     not differentiated, a forward pass of few rows of large partitions is `in_turn` if the process has one processor,
-    which takes 0.6 to 0.95 of the time (with two it takes 0.7 to 2.7 times as long as the batched product), and one of
-    2 to 8 features `by_feature`: 0.2 to 0.6 of the time at 4 -> 4, 0.3 at 5 -> 5. Not so at
-    4 -> 8, 8 -> 4 and 8 -> 8, where a stack of such layers would take 1.1 to 1.4 times as long, on one thread up to
-    twice; nor in training, where `matmul` adds up elements beside its gradients, partition-major as these read them
+    which mostly takes 0.6 to 0.95 of the time (1.0 to 1.2 at 2048 -> 2048, and up to 1.7 where calls follow each other
+    that keep a weight of 17 MB in the cache; with two processors 0.7 to 2.7), and one of 2 to 8 features `by_feature`:
+    0.2 to 0.6 of the time at 4 -> 4, 0.3 at 5 -> 5. Not so at 4 -> 8, 8 -> 4 and 8 -> 8, where a stack of such layers would
+    take 1.1 to 1.4 times as long, on one thread up to twice; nor in training, where `matmul` adds up elements beside its gradients, partition-major as these read them
     (`by_feature` takes 0.9 to 1.1 times as long as the product alone, and up to 4 times in a stack). A large y of 9
     features or more from 2 to 8 takes 0.1 to 1.0 of the time on two threads and 0.2 to 0.9 on one (0.5 in the geometric
     mean), and 0.3 to 1.1 in a stack; where one dense product of the flattened y follows, which XLA would read in
     another order, 0.3 to 1.4 of the time of both. Where a sum over the partitions follows, XLA reads a y of few
     features slowly: up to 2.8 times as long, both together.
 
-    Not chosen, because it depends on what surrounds the layer: where x and y are tens of megabytes, `in_turn` takes
-    0.25 to 0.95 of the time in a layer by itself or followed by a function of its elements, 0.5 to 1.1 between dense
-    layers and 0.7 to 1.1 between normalisations, but 0.6 to 1.6 in stacks of two and three, and 0.9 to 11 where the
+    Not chosen, because it depends on what surrounds the layer: where x and y take 20 MB together and more than the
+    weight, `in_turn` takes 0.25 to 0.95 of the time in a layer by itself or followed by a function of its elements, 0.5
+    to 1.1 between dense layers or normalisations, but 0.6 to 1.6 in stacks of two and three, and 0.8 to 11 where the
     caller's arrays lie partition-major: there XLA cancels the batched product's transposes. Much of the difference is
     memory that is new in every call, which large pages make cheap (`jax_impl/README.md`).
     """

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.environments import read_environments
 from bench.plan.cells import DIRECTIONS
 from bench.plan.workloads import workload
 from bench.record_files import COMPRESSED, RECORDS
@@ -25,7 +26,7 @@ RESULTS = ROOT / "bench" / "results"
 PAGE = RESULTS / "README.md"
 # Those whose results the page shows, and those that are published without.
 SHOWN = ("h200", "cpu-epyc-2core", "cpu-xeon-2core")
-UNSHOWN = ("cpu-epyc-2core-catalogue", "cpu-epyc-2core-training", "cpu-xeon-amx-2core")
+UNSHOWN = ("cpu-epyc-2core-catalogue", "cpu-epyc-2core-pages", "cpu-epyc-2core-training", "cpu-xeon-amx-2core")
 PICTURES = [("h200", "throughput.svg"), ("cpu-epyc-2core", "frameworks.svg"), ("cpu-xeon-2core", "frameworks.svg")]
 # What the example models gain is said of these, on their page.
 EXEMPLIFIED = ("cpu-epyc-2core-catalogue", "cpu-epyc-2core")
@@ -173,6 +174,32 @@ def test_the_table_of_the_base_setting_on_the_h200_is_that_of_the_records():
         for figure, cell in zip(figures, shown, strict=True):
             digits = len(cell.partition(".")[2])
             assert f"{figure * 1e6:.{digits}f}" == cell, (name, figure)
+
+
+def test_the_table_of_small_and_large_pages_is_that_of_the_records():
+    """Written by hand, since no report puts two environments side by side."""
+    directory = RESULTS / "cpu-epyc-2core-pages"
+    large = {
+        name: all(framework["large_pages"] for framework in found["frameworks"].values())
+        for name, found in read_environments(directory).items()
+    }
+    columns = (("torch", "matmul", "eager"), ("jax", "matmul", "jit"), ("jax", "in_turn", "jit"))
+    timed = {
+        (one.workload, one.direction, (one.framework, one.implementation, one.mode), large[one.environment_id]): (
+            f"{one.latency_s * 1e3:{'.3g' if one.latency_s < 0.1 else '.0f'}}"
+        )
+        for one in read_records(directory)
+        if one.latency_s and not one.control
+    }
+    table = PAGE.read_text().split("## Small and large pages")[1].split("|---|---|---|---|---|\n")[1].split("\n\n")[0]
+    directions = {"forward": "forward", "forward and backward": "forward_backward"}
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert len(rows) == 17
+    for name, direction, *cells in rows:
+        for column, cell in zip(columns, cells, strict=True):
+            if cell or column != columns[-1]:
+                key = (name, directions[direction], column)
+                assert cell == f"{timed[(*key, False)]} / {timed[(*key, True)]}", key
 
 
 def test_sentences_about_speeds_come_from_the_records_and_set_graphs_against_graphs(drawn):
