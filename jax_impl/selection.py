@@ -41,13 +41,13 @@ def run_auto(x: Array, weight: Array, bias: Array | None, precision: PrecisionLi
     not differentiated, a forward pass of few rows of large partitions is `in_turn` if the process has one processor,
     which mostly takes 0.6 to 0.95 of the time (1.0 to 1.2 at 2048 -> 2048, and up to 1.7 where calls follow each other
     that keep a weight of 17 MB in the cache; with two processors 0.7 to 2.7), and one of 2 to 8 features `by_feature`:
-    0.2 to 0.6 of the time at 4 -> 4, 0.3 at 5 -> 5. Not so at 4 -> 8, 8 -> 4 and 8 -> 8, where a stack of such layers would
-    take 1.1 to 1.4 times as long, on one thread up to twice; nor in training, where `matmul` adds up elements beside its gradients, partition-major as these read them
-    (`by_feature` takes 0.9 to 1.1 times as long as the product alone, and up to 4 times in a stack). A large y of 9
-    features or more from 2 to 8 takes 0.1 to 1.0 of the time on two threads and 0.2 to 0.9 on one (0.5 in the geometric
-    mean), and 0.3 to 1.1 in a stack; where one dense product of the flattened y follows, which XLA would read in
-    another order, 0.3 to 1.4 of the time of both. Where a sum over the partitions follows, XLA reads a y of few
-    features slowly: up to 2.8 times as long, both together.
+    0.2 to 0.6 of the time at 4 -> 4, 0.3 at 5 -> 5. Not so at 4 -> 8, 8 -> 4 and 8 -> 8, where a stack of such layers
+    would take 1.1 to 1.4 times as long, on one thread up to twice; nor in training, where `matmul` adds up elements
+    beside its gradients, partition-major as these read them (`by_feature` takes 0.9 to 1.1 times as long as the product
+    alone, and up to 4 times in a stack). A large y of 9 features or more from 2 to 8 takes 0.1 to 1.0 of the time on
+    two threads and 0.2 to 0.9 on one (0.5 in the geometric mean), and 0.3 to 1.1 in a stack; where one dense product of
+    the flattened y follows, which XLA would read in another order, 0.3 to 1.4 of the time of both. Where a sum over the
+    partitions follows, XLA reads a y of few features slowly: up to 2.8 times as long, both together.
 
     Not chosen, because it depends on what surrounds the layer: where x and y take 20 MB together and more than the
     weight, `in_turn` takes 0.25 to 0.95 of the time in a layer by itself or followed by a function of its elements, 0.5
