@@ -113,6 +113,19 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture
+def fresh_programs():
+    """Calls that nobody jits are compiled by the rules of this test, and no other test runs their programs."""
+    if "jax" not in sys.modules:
+        yield
+        return
+    from jax_impl import functional
+
+    functional._compiled.clear_cache()
+    yield
+    functional._compiled.clear_cache()
+
+
 def pytest_collection_modifyitems(config, items):
     if not EVERY_TEST:
         skip, seen = pytest.mark.skip(reason="another one is of this kind: run with EVERY_TEST=1"), Counter()

@@ -292,6 +292,7 @@ def test_a_program_is_exported_for_any_number_of_rows():
     np.testing.assert_allclose(exported.call(x, kernel, bias), want, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("fresh_programs")
 def test_a_named_implementation_that_cannot_run_raises(monkeypatch):
     monkeypatch.setattr(functional, "device_type", lambda *arrays: "tpu")
     for name in (*NAMES, "auto"):

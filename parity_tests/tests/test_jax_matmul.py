@@ -22,7 +22,7 @@ from jax_impl import functional, partitioned_linear
 from jax_impl.registry import IMPLEMENTATIONS
 from parity_tests.tests.test_jax_vector_products import equations
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "fresh_programs")
 
 MATMUL, SELECTION = "jax_impl.implementations.matmul", "jax_impl.selection"
 ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
