@@ -46,10 +46,11 @@ def device_name(fingerprint: Mapping[str, Any]) -> str:
     """Describe the device: only figures with the same description are ever put beside one another."""
     gpus = [str(gpu).split(",")[0].strip() for gpu in fingerprint.get("gpus") or ()]
     on = f"{fingerprint['device']}: {' + '.join(gpus)}" if gpus else str(fingerprint["device"])
-    pages = [part.get("large_pages") for part in fingerprint["frameworks"].values()]
-    # Small pages are what most systems give; records from before this was asked do not say.
-    large = ", large pages" if fingerprint["device"] == "cpu" and pages and all(pages) else ""
-    return f"{on} with {fingerprint['cpu_model']}, {len(fingerprint['affinity'])} processors{large}"
+    # Records from before this was asked do not say; then and where pages are small, as mostly, nothing is added.
+    frameworks = fingerprint["frameworks"]
+    large = [name for name, part in frameworks.items() if part.get("large_pages") and fingerprint["device"] == "cpu"]
+    pages = "" if not large else ", large pages" if len(large) == len(frameworks) else f", large pages in {large[0]}"
+    return f"{on} with {fingerprint['cpu_model']}, {len(fingerprint['affinity'])} processors{pages}"
 
 
 def releases(fingerprint: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,15 @@ _FEWEST_ROWS, _WEIGHTS_A_FEATURE = 4, 4
 # the vectors of the batched product; and with more output features, from so many entries of y on.
 _FEWEST_FEATURES, _MOST_FEATURES, _SMALL_PARTITION = 2, 8, 16
 _LARGE_RESULT = 2**16
+
+
+def _usable_processors() -> int:
+    """Count the processors that this thread may use. As a rule XLA starts as many threads on a CPU."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# Before anything is pinned: what a thread is kept to later does not change the number of XLA's threads.
+_PROCESSORS = _usable_processors()
 # What a GPU of 2 TB/s moves in the two microseconds or so that starting one more product takes.
 _BYTES_A_PRODUCT = 2**22
 
@@ -50,10 +59,11 @@ def run_auto(x: Array, weight: Array, bias: Array | None, precision: PrecisionLi
     partitions follows, XLA reads a y of few features slowly: up to 2.8 times as long, both together.
 
     Not chosen, because it depends on what surrounds the layer: where x and y take 20 MB together and more than the
-    weight, `in_turn` takes 0.25 to 0.95 of the time in a layer by itself or followed by a function of its elements, 0.5
-    to 1.1 between dense layers or normalisations, but 0.6 to 1.6 in stacks of two and three, and 0.8 to 11 where the
-    caller's arrays lie partition-major: there XLA cancels the batched product's transposes. Much of the difference is
-    memory that is new in every call, which large pages make cheap (`jax_impl/README.md`).
+    weight, and a map has 2,000 weights or more, or one output, `in_turn` takes 0.2 to 1.0 of the time in a layer by
+    itself or followed by a function of its elements, 0.5 to 1.1 between dense layers or normalisations, but 0.6 to 1.6
+    in stacks of two and three, and 0.8 to 11 where the caller's arrays lie partition-major: there XLA cancels the
+    batched product's transposes. Much of the difference is memory that is new in every call, which large pages make
+    cheap (`jax_impl/README.md`).
     """
     faster = None
     if gains_in_turn(x, weight, dtype):
@@ -68,17 +78,12 @@ def run_auto(x: Array, weight: Array, bias: Array | None, precision: PrecisionLi
 
 def gains_in_turn(x: Array, weight: Array, dtype: np.dtype) -> bool:
     """Say whether a forward pass with results of `dtype` is faster by `in_turn` than by `matmul` on a CPU."""
-    if _processors() > 1 or not _is_whole(x, weight, dtype):
+    if _PROCESSORS > 1 or not _is_whole(x, weight, dtype):
         return False
     rows, (_, in_features, out_features) = math.prod(x.shape[:-2]), weight.shape
     partition_size, features = in_features * out_features, rows * (in_features + out_features)
     few = rows >= _FEWEST_ROWS and _WEIGHTS_A_FEATURE * features <= partition_size
     return few and partition_size >= _LARGE_PARTITION and weight.size >= _MANY_WEIGHTS
-
-
-def _processors() -> int:
-    """Count the processors that this process may use: XLA starts as many threads on a CPU."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gains_by_feature(x: Array, weight: Array, dtype: np.dtype, precision: PrecisionLike) -> bool:

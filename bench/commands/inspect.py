@@ -163,7 +163,7 @@ def doctor(
     pages = {name: part["large_pages"] for name, part in found["frameworks"].items() if part["large_pages"] is not None}
     if pages:
         kinds = ", ".join(f"{name} {'large' if large else 'small'}" for name, large in pages.items())
-        console.print(f"Pages that new arrays of tens of megabytes get on the CPU, which weigh on their speed: {kinds}")
+        console.print(f"Pages that new arrays get on the CPU, which weigh on the speed of large ones: {kinds}")
     if found["gpu"]:
         console.print("GPU now: " + ", ".join(f"{key}={value}" for key, value in found["gpu"].items()))
     for line in found["warnings"]:

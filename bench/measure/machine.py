@@ -7,7 +7,6 @@ import importlib
 import os
 import platform
 import resource
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -58,35 +57,6 @@ def governor() -> str | None:
     return path.read_text().strip() if path.exists() else None
 
 
-# Written in a process of its own: freeing what it took changes how malloc takes memory afterwards, and its peak would
-# hide those that are measured. Of glibc, an area of this size is a mapping by itself, as large arrays are.
-_LARGE_PAGES = """
-import ctypes
-size, library = 2**26, ctypes.CDLL(None)
-library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-def held():
-    with open("/proc/self/smaps_rollup") as account:
-        return sum(int(line.split()[1]) for line in account if line.startswith("AnonHugePages:"))
-before, area = held(), library.malloc(size)
-ctypes.memset(area, 1, size)
-print((held() - before) * 1024 >= size // 2)
-"""
-
-
-def large_pages() -> bool | None:
-    """Say whether a large array that is new gets large pages (of 2 MiB, say); None where the system does not tell.
-
-    A page that is touched for the first time costs the kernel a visit, so that small ones can take longer than the
-    products that fill them. Which it is depends on the kernel's setting, on variables and on the library of malloc.
-    """
-    try:
-        command = [sys.executable, "-I", "-c", _LARGE_PAGES]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"True": True, "False": False}.get(found.stdout.strip())
-
-
 # No processor runs faster than this, nor multiplies and adds more numbers in a cycle of one core: two units of 512 bits
 # each, or a matrix unit for 16-bit numbers.
 _HIGHEST_CLOCK_HZ = 6.5e9
@@ -104,6 +74,7 @@ def cpu_flops_limit(precision: str) -> float:
 
 HIGH_WATER_RESET, LIFETIME_PEAK = "resident_high_water", "lifetime_resident_peak"
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_PAGES = Path("/proc/self/smaps_rollup")
 
 
 def _kernel_bytes(path: Path, field: str) -> int:
@@ -111,6 +82,37 @@ def _kernel_bytes(path: Path, field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"{path} has no field {field}")
+
+
+# Larger than what glibc keeps for the next call when it is freed (32 MiB), so that it changes nothing that is measured.
+_NEW_BYTES = 2**26
+
+
+def large_pages(take: Callable[[int], object]) -> bool | None:
+    """Say whether an array of many bytes that `take` returns, new and written to, lies in large pages (2 MiB, say).
+
+    A page that is touched for the first time costs the kernel a visit, so that small ones can take longer than the
+    products that fill them. Which it is depends on the kernel's setting, on variables, on the library of malloc and on
+    the framework: so it is looked at.
+
+    Returns:
+        None where the system does not tell, or keeps a peak for life, which the array would raise.
+    """
+
+    def held() -> int:
+        fields = ("AnonHugePages:", "Private_Hugetlb:", "Shared_Hugetlb:")
+        return sum(int(line.split()[1]) << 10 for line in _PAGES.read_text().splitlines() if line.startswith(fields))
+
+    if not os.access(_CLEAR, os.W_OK):
+        return None
+    try:
+        before = held()
+        array = take(_NEW_BYTES)
+        found = held() - before >= _NEW_BYTES // 2
+        del array
+    except (OSError, RuntimeError, MemoryError):  # no such account; no such device; no such memory
+        return None
+    return found
 
 
 def _return_free_memory() -> None:

@@ -105,7 +105,7 @@ TOLD: Mapping[str, Switch] = MappingProxyType(
         "KMP_AFFINITY": Switch(_TORCH, "binds threads to processors", off_is_harmless=False),
         "GOMP_SPINCOUNT": Switch(_TORCH, "says how long idle threads spin", off_is_harmless=False),
         "GLIBC_TUNABLES": Switch(_BOTH, "changes how the C library takes memory", off_is_harmless=False),
-        "THP_MEM_ALLOC_ENABLE": Switch(_TORCH, "asks for large pages in one of the frameworks"),
+        "THP_MEM_ALLOC_ENABLE": Switch(_TORCH, "has PyTorch ask for large pages"),
         "LD_PRELOAD": Switch(_BOTH, "loads code before everything else", off_is_harmless=False),
         "CUDA_VISIBLE_DEVICES": Switch(_BOTH, "chooses the GPU", off_is_harmless=False),
         "CUDA_DEVICE_MAX_CONNECTIONS": Switch(_BOTH, "changes how launches queue", off_is_harmless=False),
@@ -119,7 +119,7 @@ _BEGINNINGS: Sequence[tuple[tuple[str, ...], tuple[str, ...]]] = (
         ("TORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "PYTORCH_", "DNNL_", "ONEDNN_", "MKL_", "OMP_", "GOMP_", "KMP_"),
         _TORCH,
     ),
-    (("CUBLAS_", "CUBLASLT_", "CUDNN_", "TRITON_", "MALLOC_"), _BOTH),
+    (("CUBLAS_", "CUBLASLT_", "CUDNN_", "TRITON_", "MALLOC_", "MIMALLOC_", "TCMALLOC_"), _BOTH),
 )
 # What is set for the workers, and what only says where files are.
 _OURS = ("JAX_CPU_ENABLE_ASYNC_DISPATCH", "JAX_PLATFORMS", "XLA_PYTHON_CLIENT_PREALLOCATE")

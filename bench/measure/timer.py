@@ -145,6 +145,10 @@ class Timer(ABC):
     def cache_bytes(self) -> int:
         """Return the size of the last cache between the configured device's memory and its processors."""
 
+    @abstractmethod
+    def new_array(self, size: int) -> Any:
+        """Return an array of so many bytes in the CPU's memory, as results get theirs, and written to."""
+
     def arguments(self, inputs: Inputs, layout: str, num_partitions: int) -> tuple[Any, ...]:
         """Return x, weight, bias and cotangent on the device, in buffers of their own, as the layout has them."""
         if inputs.bias is None:

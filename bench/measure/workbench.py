@@ -101,7 +101,7 @@ class Workbench:
             "python": platform.python_version(),
             "variables": recorded(os.environ),
             "default_switches": timer.switches(),
-            "large_pages": large_pages(),
+            "large_pages": large_pages(timer.new_array),
             "cuda_packages": cuda_packages(installed_distributions()),
         }
 

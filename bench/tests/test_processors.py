@@ -1,6 +1,9 @@
 """What a processor calls itself, which pages arrays get, and what of it keeps figures of different machines apart."""
 
+import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +67,7 @@ def test_a_report_names_the_features_where_they_are_known():
     assert known.replace("avx2, fma, ", "") == environment_lines("e0", FINGERPRINT)[0]
 
 
+ROOT = Path(__file__).resolve().parents[2]
 KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -73,35 +77,60 @@ def in_pages(**kinds):
     return FINGERPRINT | {"frameworks": {name: known[name] | {"large_pages": large} for name, large in kinds.items()}}
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/smaps_rollup").exists(), reason="the system does not tell which pages a process has"
-)
-def test_pages_are_seen_as_they_are(monkeypatch):
-    """By what an array really gets: the kernel's setting, glibc's and other libraries' variables all come to that."""
-    for name in ("GLIBC_TUNABLES", "LD_PRELOAD"):
-        monkeypatch.delenv(name, raising=False)
+# Not forked: glibc reads its tunables when a process starts.
+LOOKED_AT = """
+import sys
+from bench.measure.machine import large_pages
+if sys.argv[1] == "python":
+    print(large_pages(lambda size: bytearray(b"1") * size))
+elif sys.argv[1] == "torch":
+    from bench.measure.torch.timer import TorchTimer
+    print(large_pages(TorchTimer().new_array))
+else:
+    from bench.measure.jax.timer import JaxTimer
+    print(large_pages(JaxTimer().new_array))
+"""
+
+
+def looked_at(whose, **variables):
+    unset = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | variables
+    command = [sys.executable, "-c", LOOKED_AT, whose]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not tell which pages one has")
+@pytest.mark.parametrize("whose", ["python", "torch", "jax"])
+def test_pages_are_seen_as_they_are(whose):
+    """By what an array really gets: the kernel's setting, glibc's variable and the framework's own come to that."""
+    if whose != "python":
+        pytest.importorskip(whose, reason=f"an array of {whose} needs it")
     mode = KERNEL.read_text().split("[")[1].split("]")[0] if KERNEL.exists() else "never"
     if mode == "always":
         pytest.skip("the kernel gives large pages to all, as far as it has any")
-    assert machine.large_pages() is False
+    assert looked_at(whose) == "False"
     library, release = platform.libc_ver()
     if mode == "never" or library != "glibc" or tuple(map(int, release.split("."))) < (2, 35):
         pytest.skip("glibc asks for large pages from 2.35 on, where the kernel gives them to those who ask")
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    assert machine.large_pages() is True
+    assert looked_at(whose, GLIBC_TUNABLES="glibc.malloc.hugetlb=1") == "True"
+    assert looked_at(whose, THP_MEM_ALLOC_ENABLE="1") == str(whose == "torch")
 
 
-def test_pages_that_nobody_can_see_are_not_known(monkeypatch):
-    monkeypatch.setattr(machine, "_LARGE_PAGES", "open('/nowhere/smaps_rollup')")
-    assert machine.large_pages() is None
+def test_pages_that_nobody_can_see_are_not_known(monkeypatch, tmp_path):
+    def without_memory(size):
+        raise MemoryError(size)
+
+    assert machine.large_pages(without_memory) is None
+    monkeypatch.setattr(machine, "_PAGES", tmp_path / "nowhere")
+    assert machine.large_pages(bytearray) is None
 
 
 def test_figures_of_large_pages_are_those_of_another_device():
     small, large = (device_name(in_pages(torch=kind, jax=kind)) for kind in (False, True))
     assert small == device_name(FINGERPRINT)
     assert large == f"{small}, large pages"
-    # Of one framework alone it is a variable, which the run names.
-    assert device_name(in_pages(torch=True, jax=False)) == small
+    assert device_name(in_pages(torch=True, jax=None)) == f"{small}, large pages in torch"
     on_a_gpu = {"device": "cuda", "gpus": ["a GPU, 1"]}
     assert "pages" not in device_name(in_pages(torch=True, jax=True) | on_a_gpu)
 

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_impl import functional, partitioned_linear
 from jax_impl.registry import IMPLEMENTATIONS
+from parity_tests.tests.forked import run_python
 from parity_tests.tests.test_jax_vector_products import equations
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "fresh_programs")
@@ -50,7 +51,7 @@ def in_turn(monkeypatch):
     """Small operands count as large partitions, which "auto" takes one after the other."""
     for name, limit in {"_MANY_WEIGHTS": 1, "_LARGE_PARTITION": 1, "_FEWEST_ROWS": 1, "_WEIGHTS_A_FEATURE": 0}.items():
         monkeypatch.setattr(f"{SELECTION}.{name}", limit)
-    monkeypatch.setattr(f"{SELECTION}._processors", lambda: 1)
+    monkeypatch.setattr(f"{SELECTION}._PROCESSORS", 1)
     if jax.device_count() > 1:
         pytest.skip("with several devices no partition is taken apart from the others")
 
@@ -322,7 +323,7 @@ def test_partitions_are_taken_in_turn_only_where_it_was_measured_to_pay(monkeypa
         shapes = ((rows, n, i), (n, i, o), (n, o))
         return loops(partitioned_linear, *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
 
-    monkeypatch.setattr(f"{SELECTION}._processors", lambda: 1)
+    monkeypatch.setattr(f"{SELECTION}._PROCESSORS", 1)
     # 2**21 weights, a partition of 3 * 2**14, four weights for each feature of x and y.
     assert taken_in_turn(4, 32, 256, 256) == 1
     assert taken_in_turn(4, 43, 192, 256) == 1
@@ -337,23 +338,28 @@ def test_partitions_are_taken_in_turn_only_where_it_was_measured_to_pay(monkeypa
     }
     assert {name: taken_in_turn(*sizes) for name, sizes in limits.items()} == dict.fromkeys(limits, 0)
     assert taken_in_turn(4, 32, 256, 256, "bfloat16") == 0
-    monkeypatch.setattr(f"{SELECTION}._processors", lambda: 2)
+    monkeypatch.setattr(f"{SELECTION}._PROCESSORS", 2)
     assert taken_in_turn(4, 32, 256, 256) == 0
 
 
+COUNTED = """
+import os
+if PINNED:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from jax_impl import selection
+print(selection._PROCESSORS)
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+print(selection._PROCESSORS)
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system keeps no set of processors for a process")
-def test_auto_counts_the_processors_that_the_process_may_use():
-    allowed = os.sched_getaffinity(0)
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
-        pytest.skip("partitions are taken in turn on a single CPU device alone")
-    shapes = ((4, 32, 256), (32, 256, 256), (32, 256))
-    arrays = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
-    try:
-        os.sched_setaffinity(0, {min(allowed)})
-        assert loops(partitioned_linear, *arrays) == 1
-    finally:
-        os.sched_setaffinity(0, allowed)
-    assert loops(partitioned_linear, *arrays) == (len(allowed) == 1)
+@pytest.mark.parametrize("one", [True, False])
+def test_auto_counts_the_processors_that_the_process_may_use(one):
+    """Those of its start: a thread that is pinned later computes with as many threads as before."""
+    counted = run_python("-c", COUNTED.replace("PINNED", str(one)))
+    assert counted.returncode == 0, counted.stderr
+    assert counted.stdout.split() == [str(1 if one else len(os.sched_getaffinity(0)))] * 2
 
 
 def by_feature(*shapes, dtype="float32", **options):

@@ -113,7 +113,7 @@ def test_so_does_each_on_the_paths_of_auto(monkeypatch, make, path):
             pytest.skip("with several devices no partition is taken apart from the others")
         limits |= {f"{SELECTION}.{name}": 1 for name in ("_MANY_WEIGHTS", "_LARGE_PARTITION", "_FEWEST_ROWS")}
         limits[f"{SELECTION}._WEIGHTS_A_FEATURE"] = 0
-        monkeypatch.setattr(f"{SELECTION}._processors", lambda: 1)
+        monkeypatch.setattr(f"{SELECTION}._PROCESSORS", 1)
     for limit, value in limits.items():
         monkeypatch.setattr(limit, value)
     for kind, (precision, carried) in ASKED.items():

@@ -156,6 +156,10 @@ class JaxTimer(Timer):
         """Return the size of the last level of the CPU's caches; for a GPU that of the largest L2."""
         return _LARGEST_L2_BYTES if self._device == "cuda" else machine.last_cache_bytes()
 
+    def new_array(self, size: int) -> jax.Array:
+        """Return an array of so many bytes in the CPU's memory, as results get theirs, and written to."""
+        return jax.block_until_ready(jnp.ones(size, jnp.uint8, device=jax.local_devices(backend="cpu")[0]))
+
     def _placed(self, array: np.ndarray) -> jax.Array:
         # A copy: on a CPU JAX may keep using NumPy's memory.
         return jax.device_put(np.array(array), self._jax_device())

@@ -203,6 +203,10 @@ class TorchTimer(Timer):
             return torch.cuda.get_device_properties(0).L2_cache_size
         return machine.last_cache_bytes()
 
+    def new_array(self, size: int) -> torch.Tensor:
+        """Return an array of so many bytes in the CPU's memory, as results get theirs, and written to."""
+        return torch.ones(size, dtype=torch.uint8)
+
     def _placed(self, array: np.ndarray) -> torch.Tensor:
         return to_torch(array, torch.device(self._device)).clone()
 
