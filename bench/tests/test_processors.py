@@ -84,7 +84,7 @@ from bench.measure.machine import large_pages
 if sys.argv[1] == "asked for":
     import mmap
     from pathlib import Path
-    area = mmap.mmap(-1, 2**26)
+    area = mmap.mmap(-1, 2**26, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     area.madvise(mmap.MADV_HUGEPAGE)
     area.write(b"1" * 2**26)
     found = Path("/proc/self/smaps_rollup").read_text().split("AnonHugePages:")[1].split()[0]
