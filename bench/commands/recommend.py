@@ -339,7 +339,10 @@ def _neighbour(console: PlainConsole, neighbour: Neighbour, said: Answer) -> Non
     label = said.recommended.label if said.recommended else ""
     lost = loss_at(neighbour, label)
     costs = "" if lost is None or math.isinf(lost) else f"; there {label} is expected to lose {share(lost)}"
-    console.print(f"{neighbour.ranking.title}, {2**neighbour.distance:.1f} times away{costs}; speed over its fastest:")
+    # What takes part in the answer was measured on the machine that was named above.
+    on = "" if neighbour.machine == said.neighbours[0].machine else f", on {neighbour.machine}"
+    away = f"{2**neighbour.distance:.1f} times away"
+    console.print(f"{neighbour.ranking.title}, {away}{on}{costs}; speed over its fastest:")
     marks = dict.fromkeys(neighbour.leaders, "not told apart") | {neighbour.leaders[0]: "fastest"}
     for k, (name, interval) in enumerate(sorted(neighbour.speeds.items(), key=lambda item: -item[1].ratio)):
         if k < _LISTED or name in marks or name == label:

@@ -157,6 +157,21 @@ def test_wrong_usage_is_one_sentence(run, call, arguments, message):
     assert call("recommend", *ASK, run).exit_code == 2
 
 
+def test_a_cell_of_another_machine_says_so(run, call, make_record, tmp_path):
+    write_sweep(tmp_path / "other", make_record, 0)
+    frameworks = {name: part | {"large_pages": True} for name, part in FINGERPRINT["frameworks"].items()}
+    Store(tmp_path / "other", resume=True).add_environment("e1", FINGERPRINT | {"frameworks": frameworks})
+    lines = (run / "records.jsonl").read_text().replace('"e0"', '"e1"').replace('"key": "0', '"key": "f')
+    (tmp_path / "other" / "records.jsonl").write_text(lines)
+    done = call("recommend", *ASK, "--batch", 64, run, tmp_path / "other")
+    assert done.exit_code == 0
+    (machine,) = [line.partition(". ")[0] for line in done.output.splitlines() if line.startswith("Machine: ")]
+    headings = [line for line in done.output.splitlines() if line.endswith("speed over its fastest:")]
+    told = [f"{machine.removeprefix('Machine: ')}, large pages" in line for line in headings]
+    assert (any(told), all(told)) == (True, False)
+    assert not any(" on cpu" in line for line, other in zip(headings, told, strict=True) if not other)
+
+
 def test_two_devices_need_a_choice(run, call, make_record, tmp_path):
     write_sweep(tmp_path / "other", make_record, 0)
     other = Store(tmp_path / "other", resume=True)
