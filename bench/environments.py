@@ -46,10 +46,11 @@ def device_name(fingerprint: Mapping[str, Any]) -> str:
     """Describe the device: only figures with the same description are ever put beside one another."""
     gpus = [str(gpu).split(",")[0].strip() for gpu in fingerprint.get("gpus") or ()]
     on = f"{fingerprint['device']}: {' + '.join(gpus)}" if gpus else str(fingerprint["device"])
-    # Records from before this was asked do not say; then and where pages are small, as mostly, nothing is added.
-    frameworks = fingerprint["frameworks"]
-    large = [name for name, part in frameworks.items() if part.get("large_pages") and fingerprint["device"] == "cpu"]
-    pages = "" if not large else ", large pages" if len(large) == len(frameworks) else f", large pages in {large[0]}"
+    # Nothing is added for small pages, which are usual, nor for records from before this was asked.
+    frameworks = fingerprint["frameworks"] if fingerprint["device"] == "cpu" else {}
+    large = [name for name, part in frameworks.items() if part.get("large_pages")]
+    alone = "" if len(large) == len(frameworks) else f" in {' and '.join(large)}"
+    pages = f", large pages{alone}" if large else ""
     return f"{on} with {fingerprint['cpu_model']}, {len(fingerprint['affinity'])} processors{pages}"
 
 

@@ -28,6 +28,8 @@ _FEWEST_ROWS, _WEIGHTS_A_FEATURE = 4, 4
 # the vectors of the batched product; and with more output features, from so many entries of y on.
 _FEWEST_FEATURES, _MOST_FEATURES, _SMALL_PARTITION = 2, 8, 16
 _LARGE_RESULT = 2**16
+# What a GPU of 2 TB/s moves in the two microseconds or so that starting one more product takes.
+_BYTES_A_PRODUCT = 2**22
 
 
 def _usable_processors() -> int:
@@ -37,8 +39,6 @@ def _usable_processors() -> int:
 
 # Before anything is pinned: what a thread is kept to later does not change the number of XLA's threads.
 _PROCESSORS = _usable_processors()
-# What a GPU of 2 TB/s moves in the two microseconds or so that starting one more product takes.
-_BYTES_A_PRODUCT = 2**22
 
 
 def run_auto(x: Array, weight: Array, bias: Array | None, precision: PrecisionLike, dtype: np.dtype) -> Array:

@@ -120,7 +120,7 @@ def _framework(hello: Mapping[str, Any]) -> dict[str, Any]:
         "python": hello["python"],
         "default_switches": hello["default_switches"],
         "variables": hello["variables"],
-        "large_pages": hello.get("large_pages"),
+        "large_pages": hello["large_pages"],
     }
 
 

@@ -58,6 +58,7 @@ class FakeWorker:
             "environment": {self.framework: "0", "device_name": os.environ.get("FAKE_DEVICE", "")},
             "python": "3",
             "default_switches": {},
+            "large_pages": False,
             "variables": {},
             "cuda_packages": {},
         }

@@ -303,6 +303,7 @@ def test_what_workers_say_of_themselves_is_text(call, tmp_path, monkeypatch, com
         "environment": {HOSTILE: HOSTILE},
         "default_switches": {HOSTILE: HOSTILE},
         "variables": {HOSTILE: HOSTILE},
+        "large_pages": True,
         "cuda_packages": {HOSTILE: [HOSTILE], "13": [HOSTILE]},
     }
     pool = SimpleNamespace(hello={HOSTILE: hello}, missing={HOSTILE: HOSTILE}, catalogues=lambda: (catalogue,))

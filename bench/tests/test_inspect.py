@@ -23,6 +23,7 @@ def test_list_and_doctor(tmp_path, call):
     checked = call("doctor", "--json", tmp_path / "doctor.json")
     assert checked.exit_code == 0
     assert "Processor:" in checked.output
+    assert "torch small, jax small" in checked.output
     assert set(json.loads((tmp_path / "doctor.json").read_text())["frameworks"]) == {"torch", "jax"}
     assert call("doctor", "--torch-python", "/nowhere/python").exit_code == 2
 
