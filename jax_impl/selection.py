@@ -14,7 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.lax import PrecisionLike
 
 from jax_impl.implementations import names_algorithm
-from jax_impl.implementations.by_feature import partitioned_linear_by_feature
+from jax_impl.implementations.by_feature import MOST_IN_FEATURES, partitioned_linear_by_feature_apart
 from jax_impl.implementations.in_turn import partitioned_linear_in_turn
 from jax_impl.implementations.matmul import FULL_VECTOR, partitioned_linear_matmul
 from jax_impl.packing import Packing
@@ -28,6 +28,10 @@ _FEWEST_ROWS, _WEIGHTS_A_FEATURE = 4, 4
 # the vectors of the batched product; and with more output features, from so many entries of y on.
 _FEWEST_FEATURES, _MOST_FEATURES, _SMALL_PARTITION = 2, 8, 16
 _LARGE_RESULT = 2**16
+# With several processors, also of more input features, for so many rows: all of them read all weights, which are to be
+# near, or else the rows many and the partitions no larger than so.
+_FEWEST_SHARED_ROWS, _BYTES_NEAR = 16, 2**20
+_MANY_ROWS, _MODERATE_PARTITION = 64, 2**12
 # What a GPU of 2 TB/s moves in the two microseconds or so that starting one more product takes.
 _BYTES_A_PRODUCT = 2**22
 
@@ -69,7 +73,7 @@ def run_auto(x: Array, weight: Array, bias: Array | None, precision: PrecisionLi
     if gains_in_turn(x, weight, dtype):
         faster = partitioned_linear_in_turn
     elif gains_by_feature(x, weight, dtype, precision):
-        faster = partitioned_linear_by_feature
+        faster = partitioned_linear_by_feature_apart
     if faster is None:
         return partitioned_linear_matmul(x, weight, bias, precision, dtype)
     y = _forward_on_a_cpu(x.reshape(-1, *x.shape[-2:]), weight, bias, precision, faster)
@@ -89,14 +93,20 @@ def gains_in_turn(x: Array, weight: Array, dtype: np.dtype) -> bool:
 def gains_by_feature(x: Array, weight: Array, dtype: np.dtype, precision: PrecisionLike) -> bool:
     """Say whether a forward pass with results of `dtype` is faster by `by_feature` than by `matmul` on a CPU."""
     sizes = weight.shape[1:]
+    most = _MOST_FEATURES if _PROCESSORS == 1 else MOST_IN_FEATURES
     # Whoever asks for a dot algorithm gets the product that computes in it.
-    if min(sizes) < _FEWEST_FEATURES or sizes[0] > _MOST_FEATURES or names_algorithm(precision):
+    if min(sizes) < _FEWEST_FEATURES or sizes[0] > most or names_algorithm(precision):
         return False
     if not _is_whole(x, weight, dtype):
         return False
-    if sizes[1] > _MOST_FEATURES:
-        return math.prod(x.shape[:-1]) * sizes[1] >= _LARGE_RESULT
-    return math.prod(sizes) <= _SMALL_PARTITION or any(size % FULL_VECTOR for size in sizes)
+    if max(sizes) <= _MOST_FEATURES:
+        return math.prod(sizes) <= _SMALL_PARTITION or any(size % FULL_VECTOR for size in sizes)
+    if math.prod(x.shape[:-1]) * sizes[1] < _LARGE_RESULT:
+        return False
+    if sizes[0] <= _MOST_FEATURES:
+        return True
+    rows, fits = math.prod(x.shape[:-2]), weight.size * dtype.itemsize <= _BYTES_NEAR
+    return rows >= _FEWEST_SHARED_ROWS and (fits or (rows >= _MANY_ROWS and math.prod(sizes) <= _MODERATE_PARTITION))
 
 
 def _is_whole(x: Array, weight: Array, dtype: np.dtype) -> bool:

@@ -1,4 +1,4 @@
-"""JAX's `matmul` for few rows of a large weight, and "auto", which runs `in_turn` or `by_feature`: programs, limits."""
+"""JAX's `matmul` for few rows of a large weight, and "auto", which runs `in_turn`: programs, limits."""
 
 import os
 import re
@@ -360,78 +360,6 @@ def test_auto_counts_the_processors_that_the_process_may_use(one):
     counted = run_python("-c", COUNTED.replace("PINNED", str(one)))
     assert counted.returncode == 0, counted.stderr
     assert counted.stdout.split() == [str(1 if one else len(os.sched_getaffinity(0)))] * 2
-
-
-def by_feature(*shapes, dtype="float32", **options):
-    """Whether "auto" adds up one term for each feature: its program has a barrier after the sum."""
-    arrays = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
-    program = jax.make_jaxpr(partial(partitioned_linear, **options))(*arrays)
-    return "optimization_barrier" in [equation.primitive.name for equation in equations(program.jaxpr)]
-
-
-def test_few_features_are_added_up_one_by_one_only_where_it_was_measured_to_pay(monkeypatch):
-    if jax.device_count() > 1:
-        assert not by_feature((6, 3, 4), (3, 4, 4), (3, 4))
-        pytest.skip("with several devices the product is batched")
-
-    def chosen(i, o, n=3, rows=(6,), **options):
-        return by_feature((*rows, n, i), (n, i, o), (n, o), **options)
-
-    assert all(chosen(*sizes) for sizes in ((4, 4), (2, 8), (8, 2), (5, 5), (8, 7), (7, 8), (2, 2)))
-    assert not any(chosen(*sizes) for sizes in ((4, 8), (8, 4), (8, 8), (1, 4), (4, 1), (9, 2), (2, 9)))
-    # More features out, of a large result: 32 * 128 * 16 entries, in any number of leading axes.
-    assert all(chosen(*sizes, n=32, rows=(128,)) for sizes in ((8, 16), (2, 16), (8, 100)))
-    assert chosen(3, 64, n=8, rows=(32, 4))
-    assert not any(chosen(*sizes, n=32, rows=(128,)) for sizes in ((8, 15), (1, 32), (9, 32), (8, 8), (16, 8)))
-    assert not chosen(8, 16, n=32, rows=(127,))
-    assert not chosen(8, 16, n=32, rows=(128,), dtype="bfloat16")
-    with jax.enable_x64(True):
-        assert chosen(4, 4, precision="highest", dtype="float64")
-        assert chosen(8, 16, n=32, rows=(128,), dtype="float64")
-    assert not chosen(4, 4, dtype="bfloat16")
-    assert not chosen(4, 4, dtype="bfloat16", preferred_element_type="float32")
-    assert not chosen(4, 4, n=1)
-    for algorithm in ("F32_F32_F32", jax.lax.DotAlgorithmPreset.F32_F32_F32):
-        assert not chosen(4, 4, precision=algorithm)
-    assert not chosen(4, 4, implementation="matmul")
-    monkeypatch.setattr(jax, "device_count", lambda: 8)
-    assert not chosen(4, 4)
-
-
-@pytest.mark.skipif(jax.default_backend() != "cpu" or jax.device_count() > 1, reason="auto does so on one CPU device")
-def test_a_sum_over_the_features_is_for_forward_passes_on_a_cpu():
-    arrays = x, kernel, bias = operands()
-    for run in (partitioned_linear, jax.vmap(partitioned_linear, (0, None, None))):
-        loop = partial(partitioned_linear, implementation="loop")
-        np.testing.assert_allclose(run(x, kernel, bias), loop(x, kernel, bias), rtol=1e-5, atol=1e-6)
-    # Nothing spreads: neither what a partition holds, nor what one row does.
-    y = partitioned_linear(x.at[1, 1, 2].set(jnp.nan), kernel, bias)
-    assert np.array_equal(np.argwhere(np.isnan(y).any(-1)), [[1, 1]])
-    # A function of its own: JAX remembers what it traced under the limits of another test.
-    own = jax.jit(lambda *operands: partitioned_linear(*operands))
-    written = {platform: jax.export.export(own, platforms=[platform])(*arrays) for platform in ("cpu", "cuda")}
-    batched = {platform: "stablehlo.dot_general" in found.mlir_module() for platform, found in written.items()}
-    assert batched == {"cpu": False, "cuda": True}
-    names = ("auto", "by_feature", "matmul")
-    run = {name: partial(partitioned_linear, implementation=name) for name in names}
-    backward = {name: lambda dy, *a, own=own: jax.vjp(own, *a)[1](dy) for name, own in run.items()}
-    y = run["auto"](*arrays)
-    programs = {name: compiled(backward[name], y, *arrays) for name in names}
-    assert programs["auto"] == programs["matmul"] != programs["by_feature"]
-    programs = {name: compiled(run[name], *arrays) for name in names}
-    assert programs["auto"] == programs["by_feature"] != programs["matmul"]
-
-
-@pytest.mark.sample(3)
-@pytest.mark.skipif(jax.device_count() > 1, reason="with several devices the product is batched")
-def test_auto_has_the_same_derivatives_where_it_adds_up_features(few_rows, monkeypatch):
-    outputs, arrays = few_rows
-    monkeypatch.setattr(f"{MATMUL}._MANY_WEIGHTS", 2**60)
-    monkeypatch.setattr(f"{SELECTION}._MOST_FEATURES", 9)
-    program = jax.make_jaxpr(lambda *a: outputs("auto", *a))(*arrays)
-    assert "optimization_barrier" in str(program)
-    for left, right in zip(*(jax.tree.leaves(taken(n, outputs, arrays)) for n in ("auto", "loop")), strict=True):
-        np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("path", ["in turn", "few rows", "plain"])
