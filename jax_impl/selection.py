@@ -28,10 +28,10 @@ _FEWEST_ROWS, _WEIGHTS_A_FEATURE = 4, 4
 # the vectors of the batched product; and with more output features, from so many entries of y on.
 _FEWEST_FEATURES, _MOST_FEATURES, _SMALL_PARTITION = 2, 8, 16
 _LARGE_RESULT = 2**16
-# With several processors, also of more input features, for so many rows: all of them read all weights, which are to be
-# near, or else the rows many and the partitions no larger than so.
-_FEWEST_SHARED_ROWS, _BYTES_NEAR = 16, 2**20
-_MANY_ROWS, _MODERATE_PARTITION = 64, 2**12
+# With several processors, also of more input features, up to so many products for each feature of x and y, and from so
+# many of those on; all rows read all weights, which are to be near, or else the rows more.
+_PRODUCTS_A_FEATURE, _MANY_FEATURES = 16, 2**17
+_BYTES_NEAR, _ROWS_NEAR, _ROWS_FAR = 2**20, 16, 64
 # What a GPU of 2 TB/s moves in the two microseconds or so that starting one more product takes.
 _BYTES_A_PRODUCT = 2**22
 
@@ -50,24 +50,29 @@ def run_auto(x: Array, weight: Array, bias: Array | None, precision: PrecisionLi
 
     That is `matmul`: measured in fp32 on a CPU, forward and forward + backward, the batched product over
     partition-major operands was the fastest formulation or within noise of it at nearly every size tried, because it is
-    the one whose gradients need no transpose of a whole operand. Where the program runs on a single CPU device and is
-    not differentiated, a forward pass of few rows of large partitions is `in_turn` if the process has one processor,
-    which mostly takes 0.6 to 0.95 of the time (1.0 to 1.2 at 2048 -> 2048, and up to 1.7 where calls follow each other
-    that keep a weight of 17 MB in the cache; with two processors 0.7 to 2.7), and one of 2 to 8 features `by_feature`:
-    0.2 to 0.6 of the time at 4 -> 4, 0.3 at 5 -> 5. Not so at 4 -> 8, 8 -> 4 and 8 -> 8, where a stack of such layers
-    would take 1.1 to 1.4 times as long, on one thread up to twice; nor in training, where `matmul` adds up elements
-    beside its gradients, partition-major as these read them (`by_feature` takes 0.9 to 1.1 times as long as the product
-    alone, and up to 4 times in a stack). A large y of 9 features or more from 2 to 8 takes 0.1 to 1.0 of the time on
-    two threads and 0.2 to 0.9 on one (0.5 in the geometric mean), and 0.3 to 1.1 in a stack; where one dense product of
-    the flattened y follows, which XLA would read in another order, 0.3 to 1.4 of the time of both. Where a sum over the
-    partitions follows, XLA reads a y of few features slowly: up to 2.8 times as long, both together.
+    the one whose gradients need no transpose of a whole operand. Otherwise only where the program runs on a single CPU
+    device and is not differentiated (in training `by_feature` takes 0.9 to 1.1 times as long as the product alone, and
+    up to 4 times in a stack). The times are relative to those of `matmul`, on a two-core EPYC with jax 0.10.2:
+
+    - Few rows of large partitions are `in_turn` if the process has one processor: mostly 0.6 to 0.95 (1.0 to 1.2 at
+      2048 -> 2048, and up to 1.7 where calls follow each other that keep a weight of 17 MB in the cache; with two
+      processors 0.7 to 2.7).
+    - 2 to 8 features are `by_feature`: 0.2 to 0.6 at 4 -> 4, 0.2 to 0.3 at 5 -> 5, and a large y of 9 features or more
+      0.3 to 0.9. Not so at 4 -> 8, 8 -> 4 and 8 -> 8, where a stack of such layers would take up to twice as long.
+    - With several processors so are 9 to 32 input features, unless the products outnumber the features of x and y by
+      far or the rows are few: 0.7 in the geometric mean of 56 sizes and of 14 surroundings, with two processors. By
+      itself 0.2 to 1.0 (1.2 at one size), after or before a dense product, a normalisation or an activation 0.2 to 1.3,
+      in stacks 0.2 to 1.5 (once 1.9), before a sum over the partitions 0.1 to 1.5; seldom up to 2.5 where x is that of
+      an expensive function of few partitions. On one thread 32 -> 32 would take 1.0 to 1.4.
+
+    What it costs: where the caller's arrays lie partition-major, XLA cancels the transposes of the batched product, and
+    not those of `by_feature`, which takes 0.4 to 2.9 times as long there, and up to 5.4 with 2 to 4 features out.
 
     Not chosen, because it depends on what surrounds the layer: where x and y take 20 MB together and more than the
     weight, and a map has 2,000 weights or more, or one output, `in_turn` takes 0.2 to 1.0 of the time in a layer by
     itself or followed by a function of its elements, 0.5 to 1.1 between dense layers or normalisations, but 0.6 to 1.6
-    in stacks of two and three, and 0.8 to 11 where the caller's arrays lie partition-major: there XLA cancels the
-    batched product's transposes. Much of the difference is memory that is new in every call, which large pages make
-    cheap (`jax_impl/README.md`).
+    in stacks of two and three, and 0.8 to 11 where the caller's arrays lie partition-major. Much of the difference is
+    memory that is new in every call, which large pages make cheap (`jax_impl/README.md`).
     """
     faster = None
     if gains_in_turn(x, weight, dtype):
@@ -101,12 +106,12 @@ def gains_by_feature(x: Array, weight: Array, dtype: np.dtype, precision: Precis
         return False
     if max(sizes) <= _MOST_FEATURES:
         return math.prod(sizes) <= _SMALL_PARTITION or any(size % FULL_VECTOR for size in sizes)
-    if math.prod(x.shape[:-1]) * sizes[1] < _LARGE_RESULT:
-        return False
+    rows, maps = math.prod(x.shape[:-2]), weight.shape[0]
     if sizes[0] <= _MOST_FEATURES:
-        return True
-    rows, fits = math.prod(x.shape[:-2]), weight.size * dtype.itemsize <= _BYTES_NEAR
-    return rows >= _FEWEST_SHARED_ROWS and (fits or (rows >= _MANY_ROWS and math.prod(sizes) <= _MODERATE_PARTITION))
+        return rows * maps * sizes[1] >= _LARGE_RESULT
+    near = weight.size * dtype.itemsize <= _BYTES_NEAR
+    small = math.prod(sizes) <= _PRODUCTS_A_FEATURE * sum(sizes)
+    return small and rows * maps * sum(sizes) >= _MANY_FEATURES and rows >= (_ROWS_NEAR if near else _ROWS_FAR)
 
 
 def _is_whole(x: Array, weight: Array, dtype: np.dtype) -> bool:

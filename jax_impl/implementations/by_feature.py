@@ -44,10 +44,10 @@ def partitioned_linear_by_feature_apart(
 ) -> Outputs:
     """Compute `partitioned_linear_by_feature` as a program of its own inside the caller's, on a CPU.
 
-    There XLA drops the barrier before it fuses: what reads y twice or adds it up then computes it anew, and without the
-    processor's vectors. A sum over the partitions, a normalisation or a dense product that followed took 1.1 to 5 times
-    as long, and takes 0.3 to 1.2 times as long so (jax 0.10.2, relative to `matmul`, all together). Other compilers
-    than that of a CPU may not know such a call.
+    There XLA drops the barrier before it fuses, and makes one program of the sum and of what reads y, without the
+    processor's vectors: a sum over the partitions, a normalisation or a dense product that followed took up to 5 times
+    as long as with `matmul`, and takes 0.1 to 1.5 times as long so (jax 0.10.2). Compilers for other devices may not
+    know such a call.
     """
     with set_xla_metadata(inlineable="false"):
         return _compiled(x, weight, bias, precision=precision, dtype=dtype)

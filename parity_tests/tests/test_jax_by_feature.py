@@ -60,25 +60,32 @@ def test_few_features_are_added_up_one_by_one_only_where_it_was_measured_to_pay(
 def test_with_several_processors_so_are_up_to_32(monkeypatch, processors):
     """The limits themselves: one step beyond any of them the products are batched."""
     monkeypatch.setattr(f"{SELECTION}._PROCESSORS", processors)
-    # 2**16 entries of y; 2**20 bytes of weights and 16 rows, or partitions of 2**12 weights and 64 rows.
-    within = [(32, 32, 64, 32), (9, 2, 32, 1024), (32, 2, 64, 1024), (32, 256, 32, 16), (32, 128, 500, 64)]
+    # 16 products for each of 2**17 features of x and y; 16 rows of 2**20 bytes of weights, or 64 rows.
+    within = [
+        (32, 32, 32, 64),
+        (16, 500, 32, 16),
+        (9, 2, 32, 373),
+        (32, 2, 64, 61),
+        (32, 32, 256, 16),
+        (32, 32, 500, 64),
+    ]
     beyond = [
-        (33, 32, 64, 32),
-        (32, 1, 64, 1024),
-        (32, 32, 1, 2048),
-        (32, 31, 64, 32),
-        (32, 256, 32, 15),
-        (32, 256, 33, 16),
-        (32, 128, 500, 63),
-        (32, 129, 500, 64),
+        (33, 2, 64, 64),
+        (32, 1, 64, 64),
+        (32, 33, 64, 32),
+        (32, 32, 32, 63),
+        (9, 2, 32, 372),
+        (32, 32, 256, 15),
+        (32, 32, 257, 16),
+        (32, 32, 500, 63),
     ]
     several = processors > 1
     assert [adds_up(i, o, n=n, rows=(rows,)) for i, o, n, rows in within] == [several] * len(within)
     assert not any(adds_up(i, o, n=n, rows=(rows,)) for i, o, n, rows in beyond)
     with jax.enable_x64(True):
-        assert adds_up(32, 256, n=16, rows=(16,), dtype="float64") == several
-        assert not adds_up(32, 256, n=17, rows=(16,), dtype="float64")
-    assert not adds_up(32, 32, n=64, rows=(32,), dtype="bfloat16")
+        assert adds_up(32, 32, n=128, rows=(32,), dtype="float64") == several
+        assert not adds_up(32, 32, n=129, rows=(32,), dtype="float64")
+    assert not adds_up(32, 32, n=128, rows=(32,), dtype="bfloat16")
 
 
 @on_a_cpu
