@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.lax import PrecisionLike
 
-from jax_impl.implementations import names_algorithm
+from jax_impl.implementations import names_algorithm, sizes_known
 from jax_impl.implementations.by_feature import MOST_IN_FEATURES, partitioned_linear_by_feature_apart
 from jax_impl.implementations.in_turn import partitioned_linear_in_turn
 from jax_impl.implementations.matmul import FULL_VECTOR, partitioned_linear_matmul
@@ -28,10 +28,10 @@ _FEWEST_ROWS, _WEIGHTS_A_FEATURE = 4, 4
 # the vectors of the batched product; and with more output features, from so many entries of y on.
 _FEWEST_FEATURES, _MOST_FEATURES, _SMALL_PARTITION = 2, 8, 16
 _LARGE_RESULT = 2**16
-# With several processors, also of more input features, up to so many products for each feature of x and y, and from so
-# many of those on; all rows read all weights, which are to be near, or else the rows more.
+# With several processors, also of more input features, for so many rows (all of them read all weights) and output
+# features, up to so many products for each feature of x and y, and from so many of those on.
+_ROWS_OF_MORE, _OUT_OF_MORE = 128, 4
 _PRODUCTS_A_FEATURE, _MANY_FEATURES = 16, 2**17
-_BYTES_NEAR, _ROWS_NEAR, _ROWS_FAR = 2**20, 16, 64
 # What a GPU of 2 TB/s moves in the two microseconds or so that starting one more product takes.
 _BYTES_A_PRODUCT = 2**22
 
@@ -59,14 +59,17 @@ def run_auto(x: Array, weight: Array, bias: Array | None, precision: PrecisionLi
       processors 0.7 to 2.7).
     - 2 to 8 features are `by_feature`: 0.2 to 0.6 at 4 -> 4, 0.2 to 0.3 at 5 -> 5, and a large y of 9 features or more
       0.3 to 0.9. Not so at 4 -> 8, 8 -> 4 and 8 -> 8, where a stack of such layers would take up to twice as long.
-    - With several processors so are 9 to 32 input features, unless the products outnumber the features of x and y by
-      far or the rows are few: 0.7 in the geometric mean of 56 sizes and of 14 surroundings, with two processors. By
-      itself 0.2 to 1.0 (1.2 at one size), after or before a dense product, a normalisation or an activation 0.2 to 1.3,
-      in stacks 0.2 to 1.5 (once 1.9), before a sum over the partitions 0.1 to 1.5; seldom up to 2.5 where x is that of
-      an expensive function of few partitions. On one thread 32 -> 32 would take 1.0 to 1.4.
+    - With several processors so are 9 to 32 input features, for 128 rows and more, unless the products outnumber the
+      features of x and y by far: 0.7 in the geometric mean of 37 sizes and of 14 surroundings, with two processors. By
+      itself 0.2 to 1.0 (1.2 at one size), after or before a dense product, a normalisation or an activation and in
+      stacks 0.2 to 1.5 (once 1.9), before a sum over the partitions 0.1 to 1.5; seldom up to 2.5 where x is that of an
+      expensive function of few partitions. On one thread 32 -> 32 would take 1.0 to 1.4. To compile a program takes
+      0.1 s longer for each size of layer.
 
     What it costs: where the caller's arrays lie partition-major, XLA cancels the transposes of the batched product, and
-    not those of `by_feature`, which takes 0.4 to 2.9 times as long there, and up to 5.4 with 2 to 4 features out.
+    not those of `by_feature`, which takes 0.4 to 2.9 times as long there, and up to 5.4 with 2 to 4 features out. And
+    where nothing but a sum or mean of y is used, which XLA computes together with the batched product, without y in
+    memory: 0.6 to 1.4, with a y many times larger than x 2 to 8.
 
     Not chosen, because it depends on what surrounds the layer: where x and y take 20 MB together and more than the
     weight, and a map has 2,000 weights or more, or one output, `in_turn` takes 0.2 to 1.0 of the time in a layer by
@@ -109,20 +112,17 @@ def gains_by_feature(x: Array, weight: Array, dtype: np.dtype, precision: Precis
     rows, maps = math.prod(x.shape[:-2]), weight.shape[0]
     if sizes[0] <= _MOST_FEATURES:
         return rows * maps * sizes[1] >= _LARGE_RESULT
-    near = weight.size * dtype.itemsize <= _BYTES_NEAR
-    small = math.prod(sizes) <= _PRODUCTS_A_FEATURE * sum(sizes)
-    return small and rows * maps * sum(sizes) >= _MANY_FEATURES and rows >= (_ROWS_NEAR if near else _ROWS_FAR)
+    few_products = math.prod(sizes) <= _PRODUCTS_A_FEATURE * sum(sizes) and sizes[1] >= _OUT_OF_MORE
+    return few_products and rows >= _ROWS_OF_MORE and rows * maps * sum(sizes) >= _MANY_FEATURES
 
 
 def _is_whole(x: Array, weight: Array, dtype: np.dtype) -> bool:
-    """Say whether several partitions lie on one device, with as many rows as are known, in the dtype of the result.
+    """Say whether several partitions lie on one device, all sizes known, in the dtype of the result.
 
     Operands of 16 bits stay with the batched product, and so do programs for several devices: taking one partition of
     operands that are divided over the partitions would gather them all.
     """
-    # An exported program may have a number of rows that is not known yet.
-    rows = math.prod(x.shape[:-2])
-    if not isinstance(rows, int) or dtype != x.dtype or dtype.itemsize < 4 or weight.shape[0] == 1:
+    if not sizes_known(*x.shape, *weight.shape) or dtype != x.dtype or dtype.itemsize < 4 or weight.shape[0] == 1:
         return False
     return jax.device_count() == 1 and all(jax.typeof(array).sharding.mesh.empty for array in (x, weight))
 

@@ -36,6 +36,11 @@ def product_dtype(dtype: np.dtype, rows: Any, in_features: Any, out_features: An
     return np.dtype(np.float32)
 
 
+def sizes_known(*sizes: Any) -> bool:
+    """Say whether all sizes are numbers; in a program that is exported for any of them, rows and more are symbols."""
+    return all(isinstance(size, int) for size in sizes)
+
+
 def names_algorithm(precision: Any) -> bool:
     """Say whether a valid precision is a dot algorithm, by itself or by its name."""
     named = isinstance(precision, str) and precision not in PRECISION_NAMES

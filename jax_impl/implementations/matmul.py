@@ -14,7 +14,14 @@ from jax.custom_derivatives import SymbolicZero
 from jax.lax import PrecisionLike
 
 from jax_impl.array_types import Bias, Inputs, Outputs, Weight
-from jax_impl.implementations import add_bias, batch_major, names_algorithm, partition_major, product_dtype
+from jax_impl.implementations import (
+    add_bias,
+    batch_major,
+    names_algorithm,
+    partition_major,
+    product_dtype,
+    sizes_known,
+)
 
 # A weight that fits no cache.
 _MANY_WEIGHTS = 2**21
@@ -119,9 +126,10 @@ def _by_elements(rows: Array, weight: Array, precision: PrecisionLike, dtype: An
 
 def _has_few_rows(rows: Array, weight: Array) -> bool:
     """Say whether the weight is what moves: it fits no cache, and its use for each row is small beside its size."""
+    if not sizes_known(*rows.shape, *weight.shape):
+        return False
     count, in_features = rows.shape[1:]
-    # An exported program may have a number of rows that is not known yet.
-    few = isinstance(count, int) and count >= _FEWEST_ROWS and _IN_FEATURES_A_ROW * count <= in_features
+    few = count >= _FEWEST_ROWS and _IN_FEATURES_A_ROW * count <= in_features
     return few and weight.size >= _MANY_WEIGHTS and rows.dtype.itemsize >= 4
 
 
@@ -130,11 +138,12 @@ def _is_small(rows: Array, weight: Array) -> bool:
 
     Elsewhere the transpose is part of the product, and a copy would cost.
     """
+    if not sizes_known(*rows.shape, *weight.shape):
+        return False
     (n, count, _), sizes = rows.shape, weight.shape[1:]
     if n == 1 or min(sizes) < _FEWEST_FEATURES or max(sizes) > _SMALL or rows.dtype.itemsize < 4:
         return False
-    # An exported program may have a number of rows that is not known yet.
-    if not isinstance(count, int) or count < _FEWEST_COLUMNS or jax.default_backend() != "cpu":
+    if count < _FEWEST_COLUMNS or jax.default_backend() != "cpu":
         return False
     few = count <= _MOST_COLUMNS and count * max(sizes) <= _FEATURES_OF_COLUMNS
     return few or max(sizes) <= _TINY

@@ -60,32 +60,38 @@ def test_few_features_are_added_up_one_by_one_only_where_it_was_measured_to_pay(
 def test_with_several_processors_so_are_up_to_32(monkeypatch, processors):
     """The limits themselves: one step beyond any of them the products are batched."""
     monkeypatch.setattr(f"{SELECTION}._PROCESSORS", processors)
-    # 16 products for each of 2**17 features of x and y; 16 rows of 2**20 bytes of weights, or 64 rows.
-    within = [
-        (32, 32, 32, 64),
-        (16, 500, 32, 16),
-        (9, 2, 32, 373),
-        (32, 2, 64, 61),
-        (32, 32, 256, 16),
-        (32, 32, 500, 64),
-    ]
+    # 128 rows, 4 output features, 2**17 features of x and y, 16 products for each of these.
+    within = [(32, 32, 32, 128), (16, 500, 32, 128), (9, 4, 79, 128), (32, 4, 2, 1821)]
     beyond = [
-        (33, 2, 64, 64),
-        (32, 1, 64, 64),
-        (32, 33, 64, 32),
-        (32, 32, 32, 63),
-        (9, 2, 32, 372),
-        (32, 32, 256, 15),
-        (32, 32, 257, 16),
-        (32, 32, 500, 63),
+        (33, 4, 32, 128),
+        (32, 3, 64, 128),
+        (32, 33, 64, 128),
+        (32, 32, 32, 127),
+        (9, 4, 78, 128),
+        (32, 4, 2, 1820),
     ]
     several = processors > 1
     assert [adds_up(i, o, n=n, rows=(rows,)) for i, o, n, rows in within] == [several] * len(within)
     assert not any(adds_up(i, o, n=n, rows=(rows,)) for i, o, n, rows in beyond)
     with jax.enable_x64(True):
-        assert adds_up(32, 32, n=128, rows=(32,), dtype="float64") == several
-        assert not adds_up(32, 32, n=129, rows=(32,), dtype="float64")
-    assert not adds_up(32, 32, n=128, rows=(32,), dtype="bfloat16")
+        assert adds_up(32, 32, n=32, rows=(64, 2), dtype="float64") == several
+    assert not adds_up(32, 32, n=32, rows=(128,), dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("i", "o"), [(4, 4), (4, 16), (32, 32), (520, 2)])
+@pytest.mark.parametrize("scope", ["r, 32", "128, p", "r, p"])
+def test_a_program_may_be_exported_for_any_number_of_rows_and_partitions(scope, i, o):
+    """No rule of "auto" or `matmul` compares what is not known yet."""
+    rows, n = jax.export.symbolic_shape(scope)
+    for take in (
+        partitioned_linear,
+        lambda *arrays: jax.grad(lambda *a: partitioned_linear(*a).sum(), (0, 1))(*arrays),
+    ):
+        shapes = ((rows, n, i), (n, i, o), (n, o))
+        arrays = operands(rows=(128,), n=32, i=i, o=o)
+        written = jax.export.export(jax.jit(take))(*(jax.ShapeDtypeStruct(s, "float32") for s in shapes))
+        for found, want in zip(*(jax.tree.leaves(run(*arrays)) for run in (written.call, take)), strict=True):
+            np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-3)
 
 
 @on_a_cpu
