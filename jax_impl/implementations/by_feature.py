@@ -1,6 +1,6 @@
 """A sum of one term for each feature, of elements: no matrix product."""
 
-from functools import partial, reduce
+from functools import reduce
 from operator import add, mul
 
 import jax
@@ -36,7 +36,7 @@ def partitioned_linear_by_feature(
     return lax.optimization_barrier(add_bias(reduce(add, map(mul, features, vectors)), bias, dtype))
 
 
-_compiled = partial(jax.jit, static_argnames=("precision", "dtype"))(partitioned_linear_by_feature)
+_compiled = jax.jit(partitioned_linear_by_feature, static_argnames=("precision", "dtype"))
 
 
 def partitioned_linear_by_feature_apart(

@@ -15,7 +15,7 @@ import jax.export
 import jax.numpy as jnp
 
 from jax_impl import partitioned_linear
-from parity_tests.tests.test_jax_matmul import SELECTION, compiled, operands, taken
+from parity_tests.tests.test_jax_matmul import SELECTION, compiled, of_moving, operands, taken
 from parity_tests.tests.test_jax_vector_products import equations
 
 pytestmark = [
@@ -157,13 +157,7 @@ def test_nothing_that_follows_is_made_one_program_with_the_sum(scanned):
 @pytest.mark.parametrize("moving", [(0,), (1,), (0, 1)], ids=["x only", "kernel only", "both"])
 def test_auto_has_the_same_derivatives_where_it_adds_up_features(moving):
     with jax.enable_x64(True):
-        x, kernel, bias = operands("float64")
-
-        def outputs(name, *arrays):
-            given = dict(zip(moving, arrays, strict=True))
-            return jnp.tanh(partitioned_linear(given.get(0, x), given.get(1, kernel), bias, implementation=name))
-
-        arrays = [(x, kernel)[place] for place in moving]
+        outputs, arrays = of_moving(moving)
         assert "optimization_barrier" in str(jax.make_jaxpr(lambda *a: outputs("auto", *a))(*arrays))
         for left, right in zip(*(jax.tree.leaves(taken(n, outputs, arrays)) for n in ("auto", "loop")), strict=True):
             np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)

@@ -56,6 +56,17 @@ def in_turn(monkeypatch):
         pytest.skip("with several devices no partition is taken apart from the others")
 
 
+def of_moving(moving):
+    """A function of the operands that are differentiated, 0 for x and 1 for the kernel, and these, in fp64."""
+    x, kernel, bias = operands("float64")
+
+    def outputs(name, *arrays):
+        given = dict(zip(moving, arrays, strict=True))
+        return jnp.tanh(partitioned_linear(given.get(0, x), given.get(1, kernel), bias, implementation=name))
+
+    return outputs, [(x, kernel)[place] for place in moving]
+
+
 @pytest.fixture(params=["x only", "kernel only", "both"])
 def few_rows(request, monkeypatch):
     """A function of the arrays that are differentiated, for small operands that count as few rows of a large weight."""
@@ -124,13 +135,7 @@ def test_the_gradient_of_few_rows_moves_no_large_weight():
 def test_small_maps_have_the_same_derivatives(moving, monkeypatch):
     programs = []
     with jax.enable_x64(True):
-        x, kernel, bias = operands("float64")
-
-        def outputs(name, *arrays):
-            given = dict(zip(moving, arrays, strict=True))
-            return jnp.tanh(partitioned_linear(given.get(0, x), given.get(1, kernel), bias, implementation=name))
-
-        arrays = [(x, kernel)[place] for place in moving]
+        outputs, arrays = of_moving(moving)
         # By elements and columns, by columns alone, and by neither.
         monkeypatch.setattr(f"{MATMUL}._FEWEST_ENTRIES", 1)
         for most, tiny in ((64, 8), (64, 0), (0, 8)):
