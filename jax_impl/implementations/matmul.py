@@ -23,17 +23,22 @@ from jax_impl.implementations import (
     sizes_known,
 )
 
-# A weight that fits no cache.
-_MANY_WEIGHTS = 2**21
-# Where `_weight_first` was measured to be the faster one, with many weights.
-_FEWEST_ROWS, _IN_FEATURES_A_ROW = 16, 4
-# Where `_by_columns` was: 2 to 8 features, in and out, from 4 rows on, or up to 64 of few rows.
+# Where `_by_columns` was measured to give the faster gradient of the rows: few of them, and large maps.
+_FEWEST_OF_FEW, _MOST_OF_FEW, _IN_FEATURES_A_ROW, _LARGE_MAP = 2, 32, 4, 2**11
+# Where `_by_outer_products` was to give that of the weight: one row, or few with many weights in all or few features,
+# and not the very largest maps.
+_MOST_OUTER_PRODUCTS, _MANY_WEIGHTS, _NARROW, _LARGEST_MAP = 4, 2**15, 16, 2**20
+# Where `_by_columns` was to give that of the weight: 2 to 8 features, in and out, from 4 rows on, or up to 64 of few
+# rows.
 _FEWEST_FEATURES, _TINY, _SMALL = 2, 8, 64
 _FEWEST_COLUMNS, _MOST_COLUMNS, _FEATURES_OF_COLUMNS = 4, 32, 1024
-# From so many entries of y on `_by_elements` was. With half of them stacks took up to 1.2 times as long on two threads.
+# Where elements were the faster ones because a product is slow, see `_is_slow`.
+_SLOW_FROM, _FAST_FROM = 4, 8
+# From so many entries of y on they were so as well. With half of them stacks took up to 1.2 times as long on two
+# threads.
 _FEWEST_ENTRIES = 2**15
-# Up to so many it was where both sizes fill the vectors of the product; stacks that fit no cache took 1.1 to 1.3 times
-# as long, though a layer by itself 0.8.
+# Up to so many they were where both sizes fill the vectors of the product; stacks that fit no cache took 1.1 to 1.3
+# times as long, though a layer by itself 0.8.
 FULL_VECTOR, _MOST_ENTRIES_OF_FULL = 4, 2**20
 
 
@@ -85,26 +90,32 @@ def _product_along(
     return product(rows, weight)
 
 
-def _weight_first(rows: Array, weight: Array, precision: PrecisionLike, dtype: Any) -> Array:
-    """Compute `_product` so that its gradient of the rows leaves a large weight where it is.
+def _by_outer_products(rows: Array, weight: Array, precision: PrecisionLike, dtype: Any) -> Array:
+    """Compute `_product` row by row, of elements, so that its gradient of the weight is a sum of outer products.
 
-    The gradient of the rows multiplies by W with its last two axes exchanged. Where the rows come first, XLA on a CPU
-    rearranges all of W for that, in memory that is new in every call; with 41 MB of weights and 16 rows this takes
-    three times as long as the product (jax 0.10.2). From W first, JAX derives a product that rearranges the rows'
-    cotangent instead.
+    As a product XLA on a CPU writes the outer product of one row transposed and then rearranges it, and it passes few
+    rows through memory more slowly than elements, which it makes one pass of with what reads the gradient. Measured in
+    fp32 on one thread and two (jax 0.10.2 and 0.11.2): a program that returns the gradient of one row's weight 0.04 to
+    1.0 of the time (0.2 in the geometric mean), a training step the same; with 2 to 4 rows 0.5 to 1.0, seldom up to
+    1.2, and at 32 -> 32, where nothing reads the gradient, up to 4. In forward mode tangents of the weight take 1.6 to
+    6 times as long as by the product, for one row.
     """
-    dimensions = (((1,), (2,)), ((0,), (0,)))
-    product = lax.dot_general(weight, rows, dimensions, precision=precision, preferred_element_type=dtype)
-    return jnp.swapaxes(product, 1, 2)
+    del precision, dtype  # those of elements are the widest that are asked for
+    each = lax.split(rows, (1,) * rows.shape[1], 1)
+    return jnp.concatenate([(jnp.swapaxes(row, 1, 2) * weight).sum(1, keepdims=True) for row in each], 1)
 
 
 def _by_columns(rows: Array, weight: Array, precision: PrecisionLike, dtype: Any) -> Array:
-    """Compute `_product` so that its gradient of the weight adds up over rows that lie next to each other.
+    """Compute `_product` so that in its gradients the rows lie next to each other.
 
-    Otherwise XLA on a CPU rearranges the partition-major copy of the rows once more. Measured in training steps, in
-    fp32 on one thread and two (jax 0.10.2), of layers by themselves, in stacks, and between normalisations or dense
-    layers: 0.4 to 1.0 of the time at 4 to 32 rows, 0.6 to 1.0 with 64 and more of 2 to 8 features; seldom up to 1.1,
-    between dense layers on one thread.
+    The gradient of a small weight adds up over them; otherwise XLA on a CPU rearranges the partition-major copy of the
+    rows once more. Measured in training steps, in fp32 on one thread and two (jax 0.10.2), of layers by themselves, in
+    stacks, and between normalisations or dense layers: 0.4 to 1.0 of the time at 4 to 32 rows, 0.6 to 1.0 with 64 and
+    more of 2 to 8 features; seldom up to 1.1, between dense layers on one thread.
+
+    The gradient of few rows multiplies a large W as it lies; otherwise XLA rearranges W, in memory that is new in every
+    call. By itself that gradient takes 0.2 to 0.9 of the time (jax 0.10.2; 0.4 to 1.2 with 0.11.2, which is faster), a
+    training step 0.4 to 1.0, seldom up to 1.3.
     """
     columns = lax.optimization_barrier(jnp.swapaxes(rows, 1, 2))
     dimensions = (((1,), (1,)), ((0,), (0,)))
@@ -117,46 +128,78 @@ def _by_elements(rows: Array, weight: Array, precision: PrecisionLike, dtype: An
     The rows stay partition-major, as the gradients read them, and nothing keeps XLA from making one pass of the sum and
     of what follows. Measured in training steps, in fp32 on one thread and two (jax 0.10.2), of layers by themselves, in
     stacks, and between normalisations or dense layers: 0.4 to 1.0 of the time of the product beside the same gradients;
-    seldom up to 1.1, on two threads.
+    seldom up to 1.1, on two threads. Where a product is slow, all of a step takes 0.1 to 0.9 of the time by elements.
     """
     del precision, dtype  # those of elements are the widest that are asked for
     features, columns = (lax.split(array, (1,) * rows.shape[2], axis) for array, axis in ((rows, 2), (weight, 1)))
     return reduce(add, map(mul, features, columns))
 
 
+def _has_large_maps(rows: Array, weight: Array) -> bool:
+    """Say whether the gradient of the rows gains by `_by_columns`, on a CPU."""
+    (n, count, in_features), map_size = rows.shape, math.prod(weight.shape[1:])
+    few = count <= _MOST_OF_FEW or _IN_FEATURES_A_ROW * count <= in_features
+    return n > 1 and few and count >= _FEWEST_OF_FEW and map_size >= _LARGE_MAP
+
+
 def _has_few_rows(rows: Array, weight: Array) -> bool:
-    """Say whether the weight is what moves: it fits no cache, and its use for each row is small beside its size."""
-    if not sizes_known(*rows.shape, *weight.shape):
-        return False
-    count, in_features = rows.shape[1:]
-    few = count >= _FEWEST_ROWS and _IN_FEATURES_A_ROW * count <= in_features
-    return few and weight.size >= _MANY_WEIGHTS and rows.dtype.itemsize >= 4
+    """Say whether the gradient of the weight gains by `_by_outer_products`, on a CPU."""
+    (n, count, _), sizes = rows.shape, weight.shape[1:]
+    if count <= 1:
+        return count == 1
+    measured = weight.size >= _MANY_WEIGHTS or max(sizes) <= _NARROW
+    return count <= _MOST_OUTER_PRODUCTS and measured and (n == 1 or math.prod(sizes) < _LARGEST_MAP)
 
 
 def _is_small(rows: Array, weight: Array) -> bool:
-    """Say whether `_by_columns` gains: maps are several, and so small that copies are what takes time, on a CPU.
-
-    Elsewhere the transpose is part of the product, and a copy would cost.
-    """
-    if not sizes_known(*rows.shape, *weight.shape):
-        return False
+    """Say whether the gradient of the weight gains by `_by_columns`: maps so small that copies are what takes time."""
     (n, count, _), sizes = rows.shape, weight.shape[1:]
-    if n == 1 or min(sizes) < _FEWEST_FEATURES or max(sizes) > _SMALL or rows.dtype.itemsize < 4:
-        return False
-    if count < _FEWEST_COLUMNS or jax.default_backend() != "cpu":
+    if n == 1 or min(sizes) < _FEWEST_FEATURES or max(sizes) > _SMALL or count < _FEWEST_COLUMNS:
         return False
     few = count <= _MOST_COLUMNS and count * max(sizes) <= _FEATURES_OF_COLUMNS
     return few or max(sizes) <= _TINY
 
 
-def _is_tiny(rows: Array, weight: Array, precision: PrecisionLike, dtype: np.dtype) -> bool:
-    """Say whether `_by_elements` gains where `_by_columns` does: for many entries of y, and not at 8 -> 8."""
+def _is_tiny(rows: Array, weight: Array) -> bool:
+    """Say whether y gains by `_by_elements`: of 2 to 8 features, in and out, with many entries, and not at 8 -> 8."""
     sizes, entries = weight.shape[1:], rows.shape[0] * rows.shape[1] * weight.shape[2]
-    # Several devices may hold the features of one row, and whoever asks for a dot algorithm gets its product.
-    whole = rows.dtype == dtype and jax.device_count() == 1 and not names_algorithm(precision)
     full = not any(size % FULL_VECTOR for size in sizes)
     measured = entries >= _FEWEST_ENTRIES and not (full and entries > _MOST_ENTRIES_OF_FULL)
-    return whole and measured and max(sizes) <= _TINY and min(sizes) < _TINY
+    return measured and max(sizes) <= _TINY and _FEWEST_FEATURES <= min(sizes) < _TINY
+
+
+def _is_slow(rows: int, terms: int, columns: int) -> bool:
+    """Say whether XLA takes half a microsecond for each of many tiny products, of elements 0.01 to 0.05 (jax 0.10.2).
+
+    Smaller ones it writes out, and larger ones it hands to a library.
+    """
+    return terms >= _SLOW_FROM and max(rows, columns) >= _SLOW_FROM and max(rows, terms, columns) < _FAST_FROM
+
+
+def _spelling(rows: Array, weight: Array, precision: PrecisionLike, dtype: np.dtype) -> Callable[..., Array]:
+    """Choose the spellings of the product and of its gradients that were measured to be the fastest ones on a CPU.
+
+    Elsewhere a transpose is part of a product, and a copy would cost.
+    """
+    known = sizes_known(*rows.shape, *weight.shape)
+    if not known or rows.dtype.itemsize < 4 or jax.default_backend() != "cpu":
+        return _product
+    (n, count, _), (in_features, out_features) = rows.shape, weight.shape[1:]
+    # Several devices may hold the features of one row, and whoever asks for a dot algorithm gets its product.
+    of_elements = rows.dtype == dtype and jax.device_count() == 1 and not names_algorithm(precision)
+    several = of_elements and n > 1 and count > 1
+    chosen: dict[str, Callable[..., Array]] = {}
+    if several and _is_slow(count, out_features, in_features):
+        chosen["along_rows"] = _by_elements
+    elif _has_large_maps(rows, weight):
+        chosen["along_rows"] = _by_columns
+    if (of_elements and _has_few_rows(rows, weight)) or (several and _is_slow(in_features, count, out_features)):
+        chosen["along_weight"] = _by_outer_products
+    elif _is_small(rows, weight):
+        chosen["along_weight"] = _by_columns
+    if several and (_is_slow(count, in_features, out_features) or _is_tiny(rows, weight)):
+        chosen["differentiated"] = _by_elements
+    return partial(_product_along, **chosen) if chosen else _product
 
 
 def partitioned_linear_matmul(
@@ -175,12 +218,10 @@ def partitioned_linear_matmul(
     the gradients are products (where `_is_tiny` says so).
     """
     rows = partition_major(x)
-    multiply = partial(_product, dot_general=dot_general)
-    if dot_general is lax.dot_general and _has_few_rows(rows, weight):
-        multiply = partial(_product_along, along_rows=_weight_first)
-    elif dot_general is lax.dot_general and _is_small(rows, weight):
-        beside = _by_elements if _is_tiny(rows, weight, precision, dtype) else _product
-        multiply = partial(_product_along, along_weight=_by_columns, differentiated=beside)
+    if dot_general is lax.dot_general:
+        multiply = _spelling(rows, weight, precision, dtype)
+    else:
+        multiply = partial(_product, dot_general=dot_general)
     product = multiply(rows, weight, precision, product_dtype(dtype, rows.shape[1], *weight.shape[1:]))
     return batch_major(add_bias(product, None if bias is None else bias[:, None], dtype), x.shape[:-2])
 

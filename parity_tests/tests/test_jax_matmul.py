@@ -16,6 +16,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 from flax import nnx
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_impl import functional, partitioned_linear
@@ -67,11 +68,16 @@ def of_moving(moving):
     return outputs, [(x, kernel)[place] for place in moving]
 
 
+def rules_of_few_rows(monkeypatch, *, on):
+    """Let small operands count as large maps, for both gradients of few rows, or none."""
+    for name, limit in {"_LARGE_MAP": 1 if on else 2**60, "_MOST_OUTER_PRODUCTS": 4 if on else 0}.items():
+        monkeypatch.setattr(f"{MATMUL}.{name}", limit)
+
+
 @pytest.fixture(params=["x only", "kernel only", "both"])
 def few_rows(request, monkeypatch):
-    """A function of the arrays that are differentiated, for small operands that count as few rows of a large weight."""
-    monkeypatch.setattr(f"{MATMUL}._MANY_WEIGHTS", 1)
-    monkeypatch.setattr(f"{MATMUL}._FEWEST_ROWS", 1)
+    """A function of the arrays that are differentiated, for small operands that count as few rows of large maps."""
+    rules_of_few_rows(monkeypatch, on=True)
     with jax.enable_x64(True):
         x, kernel, bias = operands("float64", rows=(2,), i=9)
 
@@ -109,25 +115,98 @@ def taken(name, outputs, arrays):
 def test_few_rows_of_a_large_weight_have_the_same_derivatives(few_rows, monkeypatch):
     outputs, arrays = few_rows
     programs = []
-    for most in (1, 2**60):
-        monkeypatch.setattr(f"{MATMUL}._MANY_WEIGHTS", most)
+    for on in (True, False):
+        rules_of_few_rows(monkeypatch, on=on)
         programs.append(str(jax.make_jaxpr(lambda *a: outputs("matmul", *a))(*arrays)))
         found = jax.tree.leaves(taken("matmul", outputs, arrays))
         for left, right in zip(found, jax.tree.leaves(taken("loop", outputs, arrays)), strict=True):
             np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)
-    assert ["custom_jvp" in program for program in programs] == [True, False]
+    assert ["custom_jvp" in program for program in programs] == [jax.default_backend() == "cpu", False]
 
 
-def test_the_gradient_of_few_rows_moves_no_large_weight():
-    x, kernel, bias = operands(rows=(16,), n=32, i=256, o=256)
+@pytest.mark.parametrize("rows", [(), (3,), (2, 3)], ids=["one row", "three rows", "six rows"])
+@pytest.mark.parametrize("sizes", [(4, 5), (7, 2), (4, 9)], ids=["4 to 5", "7 to 2", "4 to 9"])
+def test_few_rows_of_tiny_maps_have_the_same_derivatives(rows, sizes):
+    with jax.enable_x64(True):
+        x, kernel, bias = operands("float64", rows=rows, i=sizes[0], o=sizes[1])
+        arrays = (x, kernel)
 
-    def gradient(x, kernel):
-        return jax.grad(lambda x: jnp.sum(partitioned_linear(x, kernel, bias, implementation="matmul") ** 2))(x)
+        def outputs(name, *arrays):
+            return jnp.tanh(partitioned_linear(*arrays, bias, implementation=name))
 
-    products = [eqn for eqn in jax.make_jaxpr(gradient)(x, kernel).eqns if eqn.primitive.name == "dot_general"]
-    # The cotangent of y contracts its middle axis, which a transposed weight would have to do otherwise.
-    ((left, right), _) = products[-1].params["dimension_numbers"]
-    assert (left, right) == ((1,), (2,))
+        found = jax.tree.leaves(taken("matmul", outputs, arrays))
+        for left, right in zip(found, jax.tree.leaves(taken("loop", outputs, arrays)), strict=True):
+            np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)
+
+
+def spellings(i, o, rows, n=3, dtype="float32", **options):
+    """What `matmul` computes y by where somebody differentiates, and the gradients of x and of the kernel."""
+    run = partial(partitioned_linear, implementation="matmul", **options)
+    x, kernel = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((*rows, n, i), (n, i, o)))
+    y = jax.eval_shape(run, x, kernel)
+    found = []
+    for results in (
+        lambda dy, x, kernel: jax.vjp(run, x, kernel)[0],
+        lambda dy, x, kernel: jax.vjp(lambda x: run(x, kernel), x)[1](dy),
+        lambda dy, x, kernel: jax.vjp(lambda kernel: run(x, kernel), kernel)[1](dy),
+    ):
+        program = jax.make_jaxpr(results)(y, x, kernel).jaxpr
+        needed, _ = dce_jaxpr(program, [True] * len(program.outvars))
+        names = {equation.primitive.name for equation in equations(needed)}
+        columns = "columns" if "optimization_barrier" in names else "rows"
+        found.append(columns if "dot_general" in names else "elements")
+    return tuple(found)
+
+
+on_one_cpu_device = pytest.mark.skipif(
+    jax.default_backend() != "cpu" or jax.device_count() > 1, reason="only so on one CPU device"
+)
+
+
+@on_one_cpu_device
+def test_gradients_of_few_rows_are_spelled_otherwise_only_where_it_was_measured_to_pay(monkeypatch):
+    large, plain = ("rows", "columns", "rows"), ("rows",) * 3
+    assert spellings(256, 256, (16,)) == large
+    assert spellings(32, 64, (2, 16), n=8) == spellings(128, 65, (32,)) == spellings(256, 65, (64,)) == large
+    assert spellings(128, 65, (33,)) == spellings(256, 65, (65,)) == spellings(23, 89, (32,)) == plain
+    assert spellings(256, 256, (16,), n=1) == spellings(256, 256, (16,), dtype="bfloat16") == plain
+    # One row of anything.
+    for sizes in ((256, 256), (1, 4), (8, 1), (2048, 2048)):
+        for n in (1, 3):
+            assert (
+                spellings(*sizes, rows=(), n=n) == spellings(*sizes, rows=(1, 1), n=n) == ("rows", "rows", "elements")
+            )
+    # 2**15 weights, 16 features, less than 2**20 weights in a map unless it is the only one.
+    assert spellings(32, 32, (4,), n=32) == spellings(16, 16, (2, 2)) == ("rows", "rows", "elements")
+    assert spellings(1024, 1023, (2,)) == ("rows", "columns", "elements")
+    assert spellings(1024, 1024, (2,), n=1) == ("rows", "rows", "elements")
+    assert spellings(1024, 1024, (2,)) == large
+    assert spellings(32, 32, (5,), n=65) == ("rows", "rows", "columns")
+    assert spellings(32, 32, (3,), n=31) == spellings(17, 17, (3,)) == plain
+    assert spellings(17, 17, (0,), n=1000) == spellings(32, 32, (1,), dtype="bfloat16") == plain
+    with jax.enable_x64(True):
+        assert spellings(32, 32, (1,), dtype="float64") == ("rows", "rows", "elements")
+        assert spellings(32, 32, (1,), preferred_element_type="float64") == plain
+    assert spellings(256, 256, (1,), precision="F32_F32_F32") == plain
+    assert spellings(256, 256, (2,), precision="highest") == ("rows", "columns", "elements")
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert spellings(32, 32, (1,)) == plain
+    assert spellings(256, 256, (16,)) == large
+
+
+@on_one_cpu_device
+def test_products_that_are_slow_are_those_of_elements():
+    """Fewer than eight rows, terms and columns, at least four terms, and four rows or columns: each has its own."""
+    every = ("elements",) * 3
+    assert spellings(4, 4, (4,)) == spellings(7, 7, (7,)) == spellings(5, 6, (2, 3)) == every
+    assert spellings(4, 4, (2,)) == every  # its kernel's gradient as one of few rows
+    assert spellings(3, 4, (4,)) == spellings(3, 4, (5,)) == ("rows", "elements", "elements")
+    assert spellings(4, 3, (5,)) == ("elements", "rows", "elements")
+    assert spellings(4, 3, (3,)) == ("rows", "rows", "elements")
+    assert spellings(3, 3, (7,)) == ("rows", "rows", "columns")
+    assert spellings(4, 8, (5,)) == spellings(8, 4, (7,)) == spellings(4, 4, (8,)) == ("rows", "rows", "columns")
+    assert spellings(4, 4, (5,), n=1) == spellings(4, 4, (5,), dtype="bfloat16") == ("rows",) * 3
+    assert spellings(4, 4, (5,), precision="F32_F32_F32") == ("rows", "rows", "columns")
 
 
 @pytest.mark.sample(3)
@@ -136,32 +215,29 @@ def test_small_maps_have_the_same_derivatives(moving, monkeypatch):
     programs = []
     with jax.enable_x64(True):
         outputs, arrays = of_moving(moving)
-        # By elements and columns, by columns alone, and by neither.
+        # By elements and columns, by one of them, and by neither.
         monkeypatch.setattr(f"{MATMUL}._FEWEST_ENTRIES", 1)
-        for most, tiny in ((64, 8), (64, 0), (0, 8)):
+        monkeypatch.setattr(f"{MATMUL}._FAST_FROM", 0)
+        for most, tiny in ((64, 8), (64, 0), (0, 8), (0, 0)):
             monkeypatch.setattr(f"{MATMUL}._SMALL", most)
             monkeypatch.setattr(f"{MATMUL}._TINY", tiny)
             programs.append(str(jax.make_jaxpr(lambda *arrays: outputs("matmul", *arrays))(*arrays)))
             found = jax.tree.leaves(taken("matmul", outputs, arrays))
             for left, right in zip(found, jax.tree.leaves(taken("loop", outputs, arrays)), strict=True):
                 np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)
-    assert ["custom_jvp" in program for program in programs] == [*[jax.default_backend() == "cpu"] * 2, False]
+    assert ["custom_jvp" in program for program in programs] == [*[jax.default_backend() == "cpu"] * 3, False]
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu" or jax.device_count() > 1, reason="only so on one CPU device")
+@on_one_cpu_device
 def test_tiny_maps_are_sums_of_elements_beside_their_gradients_only_where_it_was_measured_to_pay(monkeypatch):
-    def by_elements(i, o, rows=(2**14,), n=3, dtype="float32", **options):
-        run = partial(partitioned_linear, implementation="matmul", **options)
-
-        def products(function):
-            arrays = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((*rows, n, i), (n, i, o)))
-            names = [equation.primitive.name for equation in equations(jax.make_jaxpr(function)(*arrays).jaxpr)]
-            return names.count("dot_general")
-
+    def by_elements(i, o, rows=(2**14,), n=3, **options):
         # Where nobody differentiates, `matmul` is a product.
-        assert products(lambda x, kernel: run(x, kernel)) == 1
-        both = products(lambda x, kernel: jax.grad(lambda kernel: jnp.sum(run(x, kernel) ** 2))(kernel))
-        return {1: True, 2: False}[both]
+        shapes = ((*rows, n, i), (n, i, o))
+        program = jax.make_jaxpr(partial(partitioned_linear, implementation="matmul"))(*map(jnp.zeros, shapes))
+        assert "dot_general" in str(program)
+        y, of_x, _ = spellings(i, o, rows, n, **options)
+        assert of_x == "rows"
+        return {"elements": True, "rows": False}[y]
 
     sizes = ((2, 2), (4, 4), (5, 5), (2, 8), (8, 2), (7, 8), (8, 7))
     assert all(by_elements(*size, rows=rows) for size in sizes for rows in ((2**14,), (2, 2**13)))
@@ -178,8 +254,9 @@ def test_tiny_maps_are_sums_of_elements_beside_their_gradients_only_where_it_was
         assert by_elements(4, 4, dtype="float64")
         assert not by_elements(4, 4, preferred_element_type="float64")
     assert not any(by_elements(*size) for size in ((8, 8), (1, 4), (4, 1), (9, 2), (2, 9)))
-    assert by_elements(4, 4, rows=(4,), n=2**11)
-    assert not by_elements(4, 4, rows=(3,), n=2**12)
+    assert by_elements(8, 4, rows=(4,), n=2**11)
+    assert by_elements(3, 3, rows=(2,), n=2**13)
+    assert not by_elements(4, 4, rows=(1,), n=2**13)
     assert not by_elements(4, 4, rows=(2**16,), n=1)
     assert not by_elements(4, 4, dtype="bfloat16")
     assert not by_elements(4, 4, precision="F32_F32_F32")
@@ -187,25 +264,19 @@ def test_tiny_maps_are_sums_of_elements_beside_their_gradients_only_where_it_was
     assert not by_elements(4, 4)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere a transpose is part of the product")
+@on_one_cpu_device
 def test_the_gradient_of_small_maps_adds_up_columns_only_where_it_was_measured_to_pay():
-    def by_columns(i, o, rows=(6,), n=3, dtype="float32"):
-        def gradient(x, kernel):
-            return jax.grad(lambda kernel: jnp.sum(partitioned_linear(x, kernel, implementation="matmul")))(kernel)
+    def by_columns(i, o, rows=(9,), n=3, **options):
+        return {"columns": True, "rows": False}[spellings(i, o, rows, n, **options)[2]]
 
-        program = jax.make_jaxpr(gradient)(*(jnp.zeros(shape, dtype) for shape in ((*rows, n, i), (n, i, o))))
-        products = [eqn.params["dimension_numbers"] for eqn in program.eqns if eqn.primitive.name == "dot_general"]
-        # The cotangent of y contracts its rows: with the last axis of x's columns, or with x's own rows.
-        return {((1,), (2,)): True, ((1,), (1,)): False}[products[-1][0]]
-
-    assert all(by_columns(*sizes, rows=rows) for sizes in ((2, 8), (8, 2), (5, 4)) for rows in ((4,), (700,), (2, 9)))
+    assert all(by_columns(*sizes, rows=rows) for sizes in ((2, 8), (8, 2), (5, 4)) for rows in ((8,), (700,), (2, 9)))
     assert by_columns(32, 2, rows=(32,))
     assert by_columns(16, 64, rows=(4, 4))
     assert by_columns(64, 64, rows=(4,))
     with jax.enable_x64(True):
         assert by_columns(4, 4, dtype="float64")
     assert not any(by_columns(*sizes) for sizes in ((1, 4), (4, 1), (65, 8), (8, 65)))
-    assert not any(by_columns(8, 8, rows=rows) for rows in ((), (1,), (3,)))
+    assert not any(by_columns(17, 17, rows=rows) for rows in ((2,), (3,)))
     assert not by_columns(64, 64, rows=(17,))
     assert not by_columns(9, 9, rows=(33,))
     assert not by_columns(4, 4, n=1)
@@ -215,8 +286,8 @@ def test_the_gradient_of_small_maps_adds_up_columns_only_where_it_was_measured_t
 @pytest.mark.sample(3)
 def test_auto_has_the_same_derivatives_where_it_is_in_turn(few_rows, in_turn, monkeypatch):
     outputs, arrays = few_rows
-    for fewest in (1, 2**60):
-        monkeypatch.setattr(f"{MATMUL}._FEWEST_ROWS", fewest)
+    for on in (True, False):
+        rules_of_few_rows(monkeypatch, on=on)
         found = jax.tree.leaves(taken("auto", outputs, arrays))
         for left, right in zip(found, jax.tree.leaves(taken("loop", outputs, arrays)), strict=True):
             np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)
@@ -373,8 +444,7 @@ def test_a_wider_result_is_wide_on_every_path(monkeypatch, request, path, narrow
     if path == "in turn":
         request.getfixturevalue("in_turn")
     if path == "few rows":
-        monkeypatch.setattr(f"{MATMUL}._MANY_WEIGHTS", 1)
-        monkeypatch.setattr(f"{MATMUL}._FEWEST_ROWS", 1)
+        rules_of_few_rows(monkeypatch, on=True)
     with jax.enable_x64(True):
         arrays = operands(narrow, rows=(2,), i=61)
         y, pull = jax.vjp(jax.jit(partial(partitioned_linear, preferred_element_type=wide)), *arrays)
@@ -385,9 +455,10 @@ def test_a_wider_result_is_wide_on_every_path(monkeypatch, request, path, narrow
         assert np.all(np.abs(y - (np.einsum("bni,nio->bno", x, kernel) + bias)) <= 2 * 63 * ROUNDOFF[wide] * reach)
 
 
-def test_a_product_with_what_stands_still_is_not_computed(few_rows, in_turn):
+def test_a_product_with_what_stands_still_is_not_computed(few_rows, in_turn, monkeypatch):
     """One product forward and one for each operand that is differentiated: no tangent of zeros is multiplied."""
     outputs, arrays = few_rows
+    monkeypatch.setattr(f"{MATMUL}._MOST_OUTER_PRODUCTS", 0)
 
     def gradient(*arrays):
         return jax.grad(lambda *a: jnp.sum(outputs("auto", *a)), tuple(range(len(arrays))))(*arrays)
