@@ -490,3 +490,35 @@ def test_a_call_without_jit_is_one_program_that_is_compiled_once(monkeypatch):
     assert added(lambda: jax.grad(lambda x: partitioned_linear(x, kernel, bias).sum())(x))[0] == 0
     assert added(lambda: partitioned_linear(x, kernel, bias, dot_general=jax.lax.dot_general))[0] == 0
     assert added(lambda: partitioned_linear(x, kernel, bias, implementation="loop"))[0] == 0
+
+
+MEMORY = {
+    "few rows": ((16,), 8, 64, 64),
+    "many rows": ((512,), 8, 32, 32),
+    "tiny": ((4096,), 8, 4, 4),
+    "one row": ((1,), 32, 64, 64),
+    "three rows": ((3,), 64, 32, 48),
+    "two axes of rows": ((8, 32), 8, 32, 32),
+}
+
+
+@on_one_cpu_device
+@pytest.mark.parametrize("sizes", MEMORY.values(), ids=MEMORY)
+def test_auto_keeps_its_results_and_copies_of_x_and_y_at_most(sizes):
+    """XLA rearranges them for its products: forward once, and with all gradients at most twice."""
+    x, kernel, bias = operands("float32", *sizes)
+    y = partitioned_linear(x, kernel, bias)
+
+    def kept(function, *arrays):
+        return jax.jit(function).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    def gradients(dy, *arrays, name="auto"):
+        y, pull = jax.vjp(partial(partitioned_linear, implementation=name), *arrays)
+        return y, pull(dy)
+
+    copies = x.nbytes + y.nbytes
+    assert kept(partitioned_linear, x, kernel, bias) <= copies + 2**13
+    assert kept(gradients, y, x, kernel, bias) <= 2 * copies + 2**13
+    # The measure sees what a formulation copies: the dense one holds n weights.
+    if len(kernel) * kernel.nbytes > 4 * copies:
+        assert kept(partial(gradients, name="masked"), y, x, kernel, bias) > 2 * copies + 2**13
