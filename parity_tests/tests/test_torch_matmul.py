@@ -90,19 +90,10 @@ def same(found, expected):
     return all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
 
 
-@pytest.fixture
-def threads():
-    """Set the number of threads, for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [*NARROW.values(), *WIDE.values()], ids=[*NARROW, *WIDE])
-def test_narrow_results_lie_with_the_rows_innermost_and_are_the_same(shape, dtype, with_bias, threads):
-    threads(2)
+def test_narrow_results_lie_with_the_rows_innermost_and_are_the_same(shape, dtype, with_bias):
     operands = operands_of(*shape, dtype)[: 2 + with_bias]
     torch.manual_seed(1)
     found = derivatives(lambda *given: partitioned_linear(*given), operands)
@@ -113,74 +104,6 @@ def test_narrow_results_lie_with_the_rows_innermost_and_are_the_same(shape, dtyp
     if shape[3] > 1 and shape[1] > 1 and shape[0] != (0,):
         innermost = [step for step, size in zip(found[0].stride(), found[0].shape, strict=True) if size > 1].index(1)
         assert (innermost == len(shape[0]) - 1) == (shape in NARROW.values() and dtype != torch.bfloat16)
-
-
-def columns_apart(y):
-    """The bytes between two columns of a result whose rows are innermost."""
-    return y.stride(2) * y.element_size() if y.stride(0) == 1 else None
-
-
-@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("sizes", [(4, 4), (3, 8), (2, 1)], ids=str)
-def test_columns_that_would_evict_each_other_are_spread_on_one_thread(threads, sizes, dtype, with_bias):
-    operands = operands_of((1024,), 2, *sizes, dtype)[: 2 + with_bias]
-    found, apart = {}, {}
-    for count in (1, 2):
-        threads(count)
-        torch.manual_seed(1)
-        found[count] = derivatives(lambda *given: partitioned_linear(*given), operands)
-        apart[count] = columns_apart(found[count][0])
-    torch.manual_seed(1)
-    expected = derivatives(lambda *given: partitioned_linear(*given, implementation="loop"), operands)
-    assert same(found[1], expected)
-    assert same(found[2], expected)
-    if sizes[1] > 1:
-        one = 1024 * dtype.itemsize
-        assert apart == {1: one + 64, 2: None if sizes[1] > 4 else one}
-    threads(1)
-    other = partitioned_linear(*(operand[:-16] if operand is operands[0] else operand for operand in operands))
-    assert columns_apart(other) == 1008 * dtype.itemsize
-
-
-def test_memory_that_held_nan_does_not_enter_a_spread_result(threads, monkeypatch):
-    threads(1)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    x, weight, bias = operands_of((1024,), 2, 4, 4)
-    monkeypatch.setattr(matmul, "_SPREAD_BYTES", 128)
-    before = torch.are_deterministic_algorithms_enabled()
-    try:
-        torch.use_deterministic_algorithms(True)
-        assert torch.empty(4).isnan().all()
-        for given in ((x, weight), (x, weight, bias)):
-            y = partitioned_linear(*given)
-            assert columns_apart(y) == 4096 + 128
-            assert torch.equal(y, partitioned_linear(*given, implementation="loop"))
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_nothing_is_written_in_place_where_a_mode_or_transformation_looks_on(threads):
-    threads(1)
-    x, weight, bias = operands_of((1024,), 2, 4, 4)
-
-    def apart(*given):
-        return columns_apart(partitioned_linear(*given))
-
-    assert apart(x, weight, bias) == 4096 + 64
-    with Calls() as calls:
-        assert apart(x, weight, bias) == 4096
-    assert "aten.baddbmm.default" in calls.names
-    with torch.autocast("cpu", torch.bfloat16):
-        assert partitioned_linear(x, weight, bias).dtype == torch.bfloat16
-    with forward_ad.dual_level():
-        assert apart(forward_ad.make_dual(x, x), weight, bias) == 4096
-    y = torch.func.vmap(partitioned_linear, (0, None, None))(torch.stack([x, 2 * x]), weight, bias)
-    assert torch.equal(y[0], partitioned_linear(x, weight, bias))
-    operands = [operand.detach() for operand in (x, weight, bias)]
-    traced = torch.jit.trace(partitioned_linear, operands)
-    assert "baddbmm_" not in str(traced.graph)
 
 
 def test_a_wider_input_with_a_gradient_keeps_its_order():

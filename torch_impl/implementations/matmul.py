@@ -13,14 +13,10 @@ from torch_impl.array_types import Bias, Inputs, Outputs, Weight
 # interleaved calls (fp32 and fp64, 64 to 4000 rows, 2 to 512 features to at most 8): a forward pass takes 0.2 to 0.9
 # of the time of the other order, and training, where x needs no gradient, 0.1 to 0.4. With a contiguous copy behind it
 # some settings only break even. Where columns of the result are a multiple of 4 KiB apart, they evict each other while
-# a copy reads them. On one thread they are spread: 11 settings of 1024 to 8192 rows take 0.3 to 0.7 of the time by
-# themselves or with a copy behind them, 0.3 to 0.75 with a sum over the partitions (a tiny one 1.3), 0.5 to 0.9 with a
-# normalisation, and training 0.1 to 1.2. On several threads PyTorch computes such a result partition by partition, and
-# nothing is gained. There up to four columns are not spread, and more are in the other order: up to four take 0.1 to
-# 0.8 by themselves or before a function of their elements, but 0.95 to 1.3 with a copy behind them, and 1.0 to 1.7 with
-# a sum over the partitions (4096 rows; 4000 gain in all).
+# a copy reads them: at 8 -> 8 such a result takes 0.3 to 0.6 of the time, and with a copy behind it 1.5 to 2.4 times
+# the time. Up to four columns it takes 0.1 to 0.8 by itself or before a function of its elements, but 0.95 to 1.3 with
+# a copy behind it, and 1.0 to 1.7 with a sum over the partitions (4096 rows; 4000 gain in all).
 _WIDEST_NARROW, FEWEST_ROWS, _ALIASED_BYTES, _ALIASED_COLUMNS = 8, 64, 4096, 4
-_SPREAD_BYTES = 64
 # The gradient of x comes out in the order of the result, so that the layer below, in the other one, takes longer than
 # is gained: such a model of two layers 1.1 to 1.5 times as long. Not so where x is as narrow (0.9 to 1.1 times, and 0.5
 # to 0.9 by itself), or has that order itself, as the result of a narrow layer has (0.5 to 0.9).
@@ -49,7 +45,7 @@ def partitioned_linear_matmul(x: Inputs, weight: Weight, bias: Bias | None) -> O
         y = rows * matrix if bias is None else torch.addcmul(bias, rows, matrix)
     elif NODE_FROM and _takes_one_node(rows, weight, bias):
         y = _as_one_node(rows, weight, bias)
-    elif out_features <= _WIDEST_NARROW and _has_narrow_results(rows, weight, bias):
+    elif out_features <= _WIDEST_NARROW and _has_narrow_results(rows, weight):
         y = _narrow_product(rows, weight, bias)
     else:
         y = _batched_product(rows, weight, bias)
@@ -66,23 +62,8 @@ def _batched_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 def _narrow_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute the product transposed, W[n, o, i] times x[n, i, b], so that the long axis is the one of the columns."""
     columns, matrices = rows.permute(1, 2, 0), weight.mT
-    if _has_evicting_columns(rows, weight) and _may_spread(rows, weight, bias):
-        y = _spread(matrices, columns, bias)
-    elif bias is None:
-        y = torch.bmm(matrices, columns)
-    else:
-        y = torch.baddbmm(bias.unsqueeze(2), matrices, columns)
+    y = torch.bmm(matrices, columns) if bias is None else torch.baddbmm(bias.unsqueeze(2), matrices, columns)
     return y.permute(2, 0, 1)
-
-
-def _spread(matrices: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute the transposed product into rows of memory that are a cache line longer, so that none evicts another."""
-    (n, out_features, _), count = matrices.shape, columns.shape[2]
-    length = count + _SPREAD_BYTES // columns.itemsize
-    y = columns.new_empty_strided((n, out_features, count), (out_features * length, length, 1))
-    if bias is not None:
-        y.copy_(bias.unsqueeze(2).expand_as(y))
-    return y.baddbmm_(matrices, columns, beta=0 if bias is None else 1)
 
 
 def _is_outer_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -100,7 +81,7 @@ def _is_outer_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool
     return not (recorded and torch.is_grad_enabled())
 
 
-def _has_narrow_results(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _has_narrow_results(rows: Tensor, weight: Tensor) -> bool:
     """Say whether `_narrow_product` gains; a traced program would be compiled anew for other numbers of rows."""
     if torch.compiler.is_compiling() or type(rows) is not Tensor:
         return False
@@ -110,21 +91,9 @@ def _has_narrow_results(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bo
         return False
     if rows.requires_grad and in_features > _NARROWEST_INPUT and rows.stride(0) != 1 and torch.is_grad_enabled():
         return False
-    if weight.dtype.itemsize < 4:
-        return False
-    evicting = weight.shape[2] > _ALIASED_COLUMNS and _has_evicting_columns(rows, weight)
-    return not evicting or _may_spread(rows, weight, bias)
-
-
-def _has_evicting_columns(rows: Tensor, weight: Tensor) -> bool:
-    return rows.shape[0] * weight.dtype.itemsize % _ALIASED_BYTES == 0
-
-
-def _may_spread(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Say whether `_spread`, which writes in place, gains, and no transformation or mode has to see through it."""
-    if torch.get_num_threads() > 1 or torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
-        return False
-    return _is_ordinary(rows, weight, bias)
+    item = weight.dtype.itemsize
+    evicting = weight.shape[2] > _ALIASED_COLUMNS and count * item % _ALIASED_BYTES == 0
+    return item >= 4 and not evicting
 
 
 def _takes_one_node(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -132,14 +101,9 @@ def _takes_one_node(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     fewest = NODE_FROM.get(rows.device.type)
     if fewest is None or rows.shape[0] * weight.shape[0] * weight.shape[2] < fewest:
         return False
-    return _is_ordinary(rows, weight, bias)
-
-
-def _is_ordinary(*operands: Tensor | None) -> bool:
-    """Say whether operands are plain tensors, which nothing traces or transforms."""
-    if not all(type(operand) in (Tensor, Parameter) for operand in operands if operand is not None):
-        return False
-    return not (torch.compiler.is_compiling() or torch._C._is_tracing() or _is_transformed())
+    ordinary = all(type(operand) in (Tensor, Parameter) for operand in (rows, weight, bias) if operand is not None)
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+    return ordinary and not traced and not _is_transformed()
 
 
 def _is_transformed() -> bool:
