@@ -176,6 +176,16 @@ def _is_slow(rows: int, terms: int, columns: int) -> bool:
     return terms >= _SLOW_FROM and max(rows, columns) >= _SLOW_FROM and max(rows, terms, columns) < _FAST_FROM
 
 
+def _is_mapped(array: Any) -> bool:
+    """Say whether `jax.vmap` maps over an array, differentiated or not. From outside a `jax.jit` it is not seen here.
+
+    JAX has no public name for this; where it should rename the type, rows of many examples count as few again.
+    """
+    while hasattr(array, "primal"):
+        array = array.primal
+    return type(array).__name__ == "BatchTracer"
+
+
 def _spelling(rows: Array, weight: Array, precision: PrecisionLike, dtype: np.dtype) -> Callable[..., Array]:
     """Choose the spellings of the product and of its gradients that were measured to be the fastest ones on a CPU.
 
@@ -185,6 +195,8 @@ def _spelling(rows: Array, weight: Array, precision: PrecisionLike, dtype: np.dt
     if not known or rows.dtype.itemsize < 4 or jax.default_backend() != "cpu":
         return _product
     (n, count, _), (in_features, out_features) = rows.shape, weight.shape[1:]
+    if count > 1 and _is_mapped(rows) and not _is_mapped(weight):
+        return _product  # the rows of one of many examples, which together are not few
     # Several devices may hold the features of one row, and whoever asks for a dot algorithm gets its product.
     of_elements = rows.dtype == dtype and jax.device_count() == 1 and not names_algorithm(precision)
     several = of_elements and n > 1 and count > 1

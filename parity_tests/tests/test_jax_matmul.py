@@ -195,6 +195,24 @@ def test_gradients_of_few_rows_are_spelled_otherwise_only_where_it_was_measured_
 
 
 @on_one_cpu_device
+@pytest.mark.parametrize("name", ["auto", "matmul"])
+def test_the_rows_of_many_examples_are_not_few(name):
+    def products(axes, rows, i, o):
+        run = jax.vmap(partial(partitioned_linear, implementation=name), axes)
+        x, kernel = (jax.ShapeDtypeStruct((2, *shape), "float32") for shape in ((rows, 3, i), (3, i, o)))
+        if axes[1] is None:
+            kernel = jax.ShapeDtypeStruct(kernel.shape[1:], "float32")
+        gradient = jax.grad(lambda x, kernel: (run(x, kernel) ** 2).sum(), (0, 1))
+        program = equations(jax.make_jaxpr(gradient)(x, kernel).jaxpr)
+        return [equation.primitive.name for equation in program].count("dot_general")
+
+    for sizes in ((5, 5, 5), (2, 16, 16)):
+        assert products((0, None), *sizes) == 3
+        assert products((0, 0), *sizes) < 3  # models of their own, each with few rows
+    assert products((0, None), 1, 16, 16) == 2  # which XLA makes a product of all examples again
+
+
+@on_one_cpu_device
 def test_products_that_are_slow_are_those_of_elements():
     """Fewer than eight rows, terms and columns, at least four terms, and four rows or columns: each has its own."""
     every = ("elements",) * 3

@@ -15,7 +15,9 @@ from torch_impl.array_types import Bias, Inputs, Outputs, Weight
 # some settings only break even. Where columns of the result are a multiple of 4 KiB apart, they evict each other while
 # a copy reads them: at 8 -> 8 such a result takes 0.3 to 0.6 of the time, and with a copy behind it 1.5 to 2.4 times
 # the time. Up to four columns it takes 0.1 to 0.8 by itself or before a function of its elements, but 0.95 to 1.3 with
-# a copy behind it, and 1.0 to 1.7 with a sum over the partitions (4096 rows; 4000 gain in all).
+# a copy behind it, and 1.0 to 1.7 with a sum over the partitions (4096 rows; 4000 gain in all). With a cache line
+# between the columns all would gain on one thread (0.3 to 0.75), but not on two, and gloo's collectives misread such a
+# result.
 _WIDEST_NARROW, FEWEST_ROWS, _ALIASED_BYTES, _ALIASED_COLUMNS = 8, 64, 4096, 4
 # The gradient of x comes out in the order of the result, so that the layer below, in the other one, takes longer than
 # is gained: such a model of two layers 1.1 to 1.5 times as long. Not so where x is as narrow (0.9 to 1.1 times, and 0.5
