@@ -195,21 +195,22 @@ def _spelling(rows: Array, weight: Array, precision: PrecisionLike, dtype: np.dt
     if not known or rows.dtype.itemsize < 4 or jax.default_backend() != "cpu":
         return _product
     (n, count, _), (in_features, out_features) = rows.shape, weight.shape[1:]
-    if count > 1 and _is_mapped(rows) and not _is_mapped(weight):
-        return _product  # the rows of one of many examples, which together are not few
     # Several devices may hold the features of one row, and whoever asks for a dot algorithm gets its product.
     of_elements = rows.dtype == dtype and jax.device_count() == 1 and not names_algorithm(precision)
     several = of_elements and n > 1 and count > 1
+    # The rows of one of many examples are together not few.
+    few = count == 1 or not _is_mapped(rows) or _is_mapped(weight)
     chosen: dict[str, Callable[..., Array]] = {}
-    if several and _is_slow(count, out_features, in_features):
+    if few and several and _is_slow(count, out_features, in_features):
         chosen["along_rows"] = _by_elements
-    elif _has_large_maps(rows, weight):
+    elif few and _has_large_maps(rows, weight):
         chosen["along_rows"] = _by_columns
-    if (of_elements and _has_few_rows(rows, weight)) or (several and _is_slow(in_features, count, out_features)):
+    slow = several and _is_slow(in_features, count, out_features)
+    if few and (slow or (of_elements and _has_few_rows(rows, weight))):
         chosen["along_weight"] = _by_outer_products
     elif _is_small(rows, weight):
         chosen["along_weight"] = _by_columns
-    if several and (_is_slow(count, in_features, out_features) or _is_tiny(rows, weight)):
+    if several and ((few and _is_slow(count, in_features, out_features)) or _is_tiny(rows, weight)):
         chosen["differentiated"] = _by_elements
     return partial(_product_along, **chosen) if chosen else _product
 

@@ -210,6 +210,7 @@ def test_the_rows_of_many_examples_are_not_few(name):
         assert products((0, None), *sizes) == 3
         assert products((0, 0), *sizes) < 3  # models of their own, each with few rows
     assert products((0, None), 1, 16, 16) == 2  # which XLA makes a product of all examples again
+    assert products((0, None), 2**14, 4, 4) == 2  # y by elements, as many rows of tiny maps are without examples
 
 
 @on_one_cpu_device
