@@ -111,6 +111,12 @@ def taken(name, outputs, arrays):
     )
 
 
+def assert_derivatives_of_the_loop(name, outputs, arrays):
+    found, expected = (jax.tree.leaves(taken(one, outputs, arrays)) for one in (name, "loop"))
+    for left, right in zip(found, expected, strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.sample(3)
 def test_few_rows_of_a_large_weight_have_the_same_derivatives(few_rows, monkeypatch):
     outputs, arrays = few_rows
@@ -118,9 +124,7 @@ def test_few_rows_of_a_large_weight_have_the_same_derivatives(few_rows, monkeypa
     for on in (True, False):
         rules_of_few_rows(monkeypatch, on=on)
         programs.append(str(jax.make_jaxpr(lambda *a: outputs("matmul", *a))(*arrays)))
-        found = jax.tree.leaves(taken("matmul", outputs, arrays))
-        for left, right in zip(found, jax.tree.leaves(taken("loop", outputs, arrays)), strict=True):
-            np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)
+        assert_derivatives_of_the_loop("matmul", outputs, arrays)
     assert ["custom_jvp" in program for program in programs] == [jax.default_backend() == "cpu", False]
 
 
@@ -134,9 +138,7 @@ def test_few_rows_of_tiny_maps_have_the_same_derivatives(rows, sizes):
         def outputs(name, *arrays):
             return jnp.tanh(partitioned_linear(*arrays, bias, implementation=name))
 
-        found = jax.tree.leaves(taken("matmul", outputs, arrays))
-        for left, right in zip(found, jax.tree.leaves(taken("loop", outputs, arrays)), strict=True):
-            np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)
+        assert_derivatives_of_the_loop("matmul", outputs, arrays)
 
 
 def spellings(i, o, rows, n=3, dtype="float32", **options):
@@ -241,9 +243,7 @@ def test_small_maps_have_the_same_derivatives(moving, monkeypatch):
             monkeypatch.setattr(f"{MATMUL}._SMALL", most)
             monkeypatch.setattr(f"{MATMUL}._TINY", tiny)
             programs.append(str(jax.make_jaxpr(lambda *arrays: outputs("matmul", *arrays))(*arrays)))
-            found = jax.tree.leaves(taken("matmul", outputs, arrays))
-            for left, right in zip(found, jax.tree.leaves(taken("loop", outputs, arrays)), strict=True):
-                np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)
+            assert_derivatives_of_the_loop("matmul", outputs, arrays)
     assert ["custom_jvp" in program for program in programs] == [*[jax.default_backend() == "cpu"] * 3, False]
 
 
@@ -307,9 +307,7 @@ def test_auto_has_the_same_derivatives_where_it_is_in_turn(few_rows, in_turn, mo
     outputs, arrays = few_rows
     for on in (True, False):
         rules_of_few_rows(monkeypatch, on=on)
-        found = jax.tree.leaves(taken("auto", outputs, arrays))
-        for left, right in zip(found, jax.tree.leaves(taken("loop", outputs, arrays)), strict=True):
-            np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-13)
+        assert_derivatives_of_the_loop("auto", outputs, arrays)
 
 
 def compiled(function, *arrays):

@@ -101,6 +101,7 @@ def test_every_product_carries_the_precision_that_is_asked_for(name, make, dtype
                 assert found == []
                 continue
             assert set(found) == carried, (kind, order)
+            assert set(precisions(call, *shapes(2, dtype))) <= carried, (kind, order)
             assert len(found) >= (1 if order == "y" else 3)
 
 
@@ -123,6 +124,7 @@ def test_so_does_each_on_the_paths_of_auto(monkeypatch, make, path):
                 assert ("_forward_on_a_cpu" in program, "scan" in program) == ((path == "in turn",) * 2)
                 assert "custom_jvp_call" in program
             assert set(precisions(call, *shapes(8))) == carried, (kind, order)
+            assert set(precisions(call, *shapes(1))) <= carried, (kind, order)
 
 
 def test_a_product_without_the_precision_would_be_seen():
