@@ -10,13 +10,7 @@ from torch import Tensor, strided
 from torch.nn import Parameter
 
 from torch_impl.array_types import Bias, Inputs, Outputs, Weight, kind_of
-from torch_impl.implementations.matmul import (
-    FEWEST_ENTRIES,
-    FEWEST_ROWS,
-    NARROW,
-    NODE_FROM,
-    partitioned_linear_matmul,
-)
+from torch_impl.implementations.matmul import FEWEST_ENTRIES, FEWEST_ROWS, NODE_FROM, partitioned_linear_matmul
 from torch_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes, check_indices, find_axes, static_indices
 from torch_impl.packing import Packing
 from torch_impl.registry import (
@@ -148,10 +142,11 @@ def plain_call(x: Any, weight: Any, bias: Any) -> Tensor | None:
         received = x.shape
         if on_cpu and len(received) == 3 and not NODE_FROM:
             count, n, i = received
-            direct = type(count) is int and count > 0 and i > 1  # no int while it is traced
-            few = direct and (count < FEWEST_ROWS or count * n * i < FEWEST_ENTRIES)
-            if few or (direct and i > NARROW and weight.shape[2] > NARROW):
-                # All that `matmul` does with few rows or wide maps, after its questions; a call of it is another 2%.
+            large = type(count) is not int or (
+                count >= FEWEST_ROWS and count * n * i >= FEWEST_ENTRIES
+            )  # no int: traced
+            if not large and count > 0 and i > 1:
+                # All that `matmul` does with few entries, after its questions; a call of it would be another 2%.
                 if x.layout is not strided:  # such a one would be taken, or end the process
                     return None
                 if bias is None:

@@ -154,7 +154,7 @@ def test_what_is_copied():
     assert copied(PartitionedLinear(n, i, o), torch.randn(rows, n, i)) == 0
     assert copied(PartitionedLinear(n, i, o, partition_axis=0), torch.randn(n, rows, i)) == 0
     assert copied(PartitionedLinear(n, i, o, in_axis=-2, partition_axis=-1), torch.randn(rows, i, n)) == 0
-    # The result of the batched product is partition-major, and flat features are not; that of many rows would be a view.
+    # The result of the batched product is partition-major, and flat features are not; of many rows it would be a view.
     assert copied(PartitionedLinear(n, i, o, partition_axis=-1), torch.randn(rows, n * i)) == rows * n * o
     # The weight, once, and never the input.
     assert copied(PartitionedLinear(n, i, o, partition_axis=None), torch.randn(rows, i)) == n * i * o

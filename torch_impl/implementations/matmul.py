@@ -1,5 +1,6 @@
 """One batched product whose batch axis is the partition axis."""
 
+import functools
 from typing import Any
 
 import torch
@@ -13,25 +14,29 @@ from torch_impl.array_types import Bias, Inputs, Outputs, Weight
 # columns at 0.05 to 0.3 of its usual speed, by 12 to 15 at half of it (fp32; in fp64 at 0.3 to 0.8 up to 11, and 12 are
 # fast). So the many rows are what it gets as columns. A result of up to 8 features then takes 0.2 to 0.9 of the time of
 # the other order, one of 9 to 11 0.2 to 0.6, with a contiguous copy behind it 0.2 to 1.0, and one of 12 to 15 0.4 to
-# 0.7 (0.6 to 1.0); training, where x needs no gradient, 0.1 to 0.7. Below so many entries of x the questions below cost
-# as much as is gained.
-NARROW, _NARROW_IN_FP64, FEWEST_ROWS, FEWEST_ENTRIES = 15, 11, 16, 2**12
+# 0.7 (0.6 to 1.0). Training of fewer rows gains only where the gradient of the weight does, whose columns are then
+# those of x.
+_NARROW, _NARROW_IN_FP64, FEWEST_ROWS, _MANY_ROWS = 15, 11, 16, 64
+# From so many products of elements on: where the gradients that autograd derives are in a good order, where they take a
+# node, and where a node gains by them alone.
+_FEWEST_PRODUCTS, _FEWEST_OF_A_NODE, _FEWEST_OF_GRADIENTS = 2**14, 2**18, 2**19
+FEWEST_ENTRIES = _FEWEST_PRODUCTS // (_NARROW + 1)
 # Columns of the result that are a multiple of 4 KiB apart evict each other while a copy reads them: at 8 -> 8 it takes
 # 0.3 to 0.6 of the time, and with a copy behind it 1.5 to 2.4 times the time. Up to four columns take 0.1 to 0.8 by
 # themselves or before a function of their elements, but 0.95 to 1.3 with a copy behind them, and 1.0 to 1.7 with a sum
 # over the partitions (4096 rows; 4000 gain in all). A cache line between the columns would help on one thread (0.3 to
 # 0.75), but gloo's collectives misread such a result.
-_ALIASED_BYTES, _ALIASED = 4096, (5, 6, 7, 8, 12, 13, 14, 15)
-# Two halves of such a result of 5 to 8 columns, copied together, take 0.4 to 0.9 of the time, and 0.3 to 0.7 where a
-# contiguous result is asked for, from so many entries of y on: with several threads a copy costs more.
-_WIDEST_HALVES, _ENTRIES_ON_ONE_THREAD, _ENTRIES_OF_HALVES, _APART = 8, 2**16, 2**20, 16
-# As the graph derives it, the gradient of x has the order of the result: the layer below, in the other one, then takes
-# longer than is gained (a model of two layers 1.1 to 1.8 times as long). Not so where x is as narrow (0.9 to 1.1 times,
-# and 0.5 to 0.9 by itself), or has that order itself, as the result of a narrow layer has (0.5 to 0.9). Elsewhere one
-# node of the graph chooses each order by itself, from so many products of elements on: models of one layer and two take
-# 0.4 to 1.1 of the time, 0.75 in the geometric mean. Fewer rows than so many gain in training only where the gradient
-# of the weight does.
-_NARROWEST_INPUT, _FEWEST_PRODUCTS, _MANY_ROWS = 4, 2**19, 64
+_EVICTING_BYTES, _EVICTED = 4096, (5, 6, 7, 8, 12, 13, 14, 15)
+# Two halves of such a result of 5 to 8 columns, copied together, take 0.4 to 0.9 of the time of the other order, and
+# 0.3 to 0.7 where a contiguous result is asked for, from so many entries of y on: a copy costs several threads more.
+_HALVES, _ENTRIES_ON_ONE_THREAD, _ENTRIES_OF_HALVES, _APART = (5, 6, 7, 8), 2**16, 2**20, 16
+# The product with one feature is that of elements, multiplied and added in one pass over y: of 1 to 2048 rows, 8 to 100
+# partitions and 1 to 256 features out, 0.05 to 0.9 of the time of the batched product. The gradients of elements are
+# sums of products that are written first, so that from so many entries of y on they take a node: in training 0.7 to
+# 1.1 of the time, seldom 1.4. In 16 bits the products would be rounded.
+_FEWEST_OF_ELEMENTS = 2**16
+# The axes of rows, partitions and features in what the kernels write, for each order of the product.
+_AXES = {"batched": (1, 0, 2), "narrow": (2, 0, 1), "halves": (0, 1, 2), "elements": (0, 1, 2)}
 
 # By device type, from how many entries of y on every call is one node, whose results are contiguous. Nowhere yet: on
 # CUDA it waits for a measurement that shows it faster beyond the noise in training and in inference, and on a CPU it is
@@ -47,17 +52,14 @@ def partitioned_linear_matmul(x: Inputs, weight: Weight, bias: Bias | None) -> O
     (*b, n, o): it is not contiguous unless the batch or n is 1, and `reshape` rather than `view` flattens it. Writing a
     contiguous result would take 1.0 to 1.7 times as long on a CPU, by its cheapest spelling. There results of at most
     15 features from many rows are laid out with the rows innermost, or are contiguous, which takes a fraction of the
-    time, and the product with a single feature is spelled as that of elements where no gradient is recorded.
+    time, and the product with a single feature is spelled as that of elements, which are contiguous.
     """
     single_batch_axis = x.ndim == 3
     rows = x if single_batch_axis else x.reshape(-1, *x.shape[-2:])
     _, in_features, out_features = weight.shape
-    if in_features == 1 and _is_outer_product(rows, weight, bias):
-        matrix = weight.squeeze(1)
-        y = rows * matrix if bias is None else torch.addcmul(bias, rows, matrix)
-    elif NODE_FROM and _takes_one_node(rows, weight, bias):
+    if NODE_FROM and _takes_one_node(rows, weight, bias):
         y = _as_one_node(rows, weight, bias)
-    elif min(in_features, out_features) <= NARROW and _may_be_narrow(rows, weight):
+    elif min(in_features, out_features) <= _NARROW and _may_be_narrow(rows, weight):
         y = _product_of_narrow_maps(rows, weight, bias)
     else:
         y = _batched_product(rows, weight, bias)
@@ -71,111 +73,157 @@ def _batched_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return torch.baddbmm(bias.unsqueeze(1), rows.transpose(0, 1), weight).transpose(0, 1)
 
 
-def _narrow_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute the product transposed, W[n, o, i] times x[n, i, b], so that the long axis is the one of the columns."""
-    columns, matrices = rows.permute(1, 2, 0), weight.mT
-    y = torch.bmm(matrices, columns) if bias is None else torch.baddbmm(bias.unsqueeze(2), matrices, columns)
-    return y.permute(2, 0, 1)
-
-
-def _is_outer_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Say whether a product with one feature is that of elements, multiplied and added in one pass over y.
-
-    Measured in fp32 on one and two threads of a CPU, 1 to 2048 rows, 8 to 100 partitions, 1 to 256 features out: 0.05
-    to 0.9 of the time of the batched product. With gradients it took 0.2 to 2.8 times as long: theirs are sums of
-    products that are written first. In 16 bits they would be rounded.
-    """
-    if torch.compiler.is_compiling() or not rows.is_cpu or weight.dtype.itemsize < 4 or type(rows) is not Tensor:
-        return False
-    if torch._C._is_tracing():  # what is traced with gradients is checked, and run, without them as well
-        return False
-    recorded = rows.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    return not (recorded and torch.is_grad_enabled())
-
-
 def _may_be_narrow(rows: Tensor, weight: Tensor) -> bool:
     """Say whether maps of few features may be spelled otherwise; a program would be compiled anew for other rows."""
-    if torch.compiler.is_compiling() or type(rows) is not Tensor or not rows.is_cpu:
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or type(rows) is not Tensor or not rows.is_cpu:
         return False
     count, _, in_features = rows.shape
     # Symbolic rows, which a transform may wrap in an ordinary tensor, are not looked at: that would be a guard.
-    return isinstance(count, int) and count >= FEWEST_ROWS and in_features > 1 and weight.dtype.itemsize >= 4
+    enough = isinstance(count, int) and (count >= FEWEST_ROWS or in_features == 1)
+    return enough and weight.dtype.itemsize >= 4
 
 
 def _product_of_narrow_maps(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute the product, and its gradients, in the orders that were measured to be the fastest."""
-    if not _is_recorded(rows, weight, bias):
-        return _in_its_order(rows, weight, bias)
-    in_features = weight.shape[1]
-    keeps_order = not rows.requires_grad or in_features <= _NARROWEST_INPUT or rows.stride(0) == 1
-    keeps_order = keeps_order and (rows.shape[0] >= _MANY_ROWS or _has_narrow_gradient(rows, weight))
-    if keeps_order and _has_narrow_results(rows, weight):
-        return _narrow_product(rows, weight, bias)
-    if rows.numel() * weight.shape[2] >= _FEWEST_PRODUCTS and _is_plain(rows, weight, bias):
-        factors = [(rows, weight), (rows, weight.mT)][: 1 + rows.requires_grad]
-        alone = any(_has_narrow_results(*each) or _gains_by_halves(*each) for each in factors)
-        if alone or _has_narrow_gradient(rows, weight):
-            return _OneNode.apply(rows, weight, bias)
-    return _batched_product(rows, weight, bias)
+    """Compute the product, and its gradients, in the orders that were measured to be the fastest.
+
+    That of y does not depend on what is recorded, nor on the threads of the moment: what is computed once more for a
+    gradient has to come out in the same order, since `dropout` draws in it. Gradients whose orders are not those that
+    autograd derives take a node.
+    """
+    order, of_dx, gains = _orders(*rows.shape, weight.shape[2], weight.dtype.itemsize)
+    derived = order == "narrow" and (of_dx == "narrow" or not rows.requires_grad)
+    gains = not derived and (gains or (rows.requires_grad and of_dx != "batched"))
+    if gains and _is_recorded(rows, weight, bias) and _is_plain(rows, weight, bias):
+        y = _NarrowProduct.apply(rows, weight, bias, order, of_dx)
+    else:
+        y = _written(order, rows, weight, bias)
+    return y.permute(_AXES[order])
 
 
-def _in_its_order(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute the product alone, in the fastest order."""
-    if _has_narrow_results(rows, weight):
-        return _narrow_product(rows, weight, bias)
-    if _gains_by_halves(rows, weight):
-        return _two_halves(rows, weight, bias)
-    return _batched_product(rows, weight, bias)
+@functools.lru_cache
+def _orders(count: int, n: int, in_features: int, width: int, item: int) -> tuple[str, str, bool]:
+    """Name the fastest orders of y and dx, and say whether a node gains where x needs no gradient."""
+    of_dx = _order(count, n, width, in_features, item)
+    if in_features == 1:
+        gains = count * n * width >= _FEWEST_OF_ELEMENTS
+        return "elements", of_dx if gains else "batched", gains
+    order = _order(count, n, in_features, width, item)
+    large = count * n * in_features * width >= _FEWEST_OF_GRADIENTS
+    if order == "batched" and not large:
+        return order, order, False
+    return order, of_dx, order != "batched" or _has_narrow_gradient(in_features, width, item)
 
 
-def _two_halves(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute a contiguous result from two narrow ones, whose columns are not a multiple of 4 KiB apart."""
-    half = rows.shape[0] // 2 + _APART
-    return torch.cat([_narrow_product(part, weight, bias) for part in (rows[:half], rows[half:])])
+def _order(count: int, n: int, in_features: int, width: int, item: int) -> str:
+    """Name the fastest order of a product of so many rows by itself."""
+    widest = _widest_narrow(item)
+    fewest = _FEWEST_PRODUCTS if in_features <= widest else _FEWEST_OF_A_NODE
+    enough = count >= (_MANY_ROWS if width >= in_features else FEWEST_ROWS)
+    if width > widest or not enough or count * n * in_features * width < fewest:
+        return "batched"
+    if width not in _EVICTED or count * item % _EVICTING_BYTES:
+        return "narrow"
+    fewest = _ENTRIES_ON_ONE_THREAD if _threads() == 1 else _ENTRIES_OF_HALVES
+    return "halves" if width in _HALVES and count * n * width >= fewest else "batched"
 
 
-def _widest_narrow(weight: Tensor) -> int:
-    return NARROW if weight.dtype.itemsize == 4 else _NARROW_IN_FP64
+def _widest_narrow(item: int) -> int:
+    return _NARROW if item == 4 else _NARROW_IN_FP64
 
 
-def _has_evicting_columns(rows: Tensor, weight: Tensor) -> bool:
-    return weight.shape[2] in _ALIASED and rows.shape[0] * weight.dtype.itemsize % _ALIASED_BYTES == 0
+@functools.cache
+def _threads() -> int:
+    """Count the threads at the first call: orders must not change between a call and its repetition."""
+    return torch.get_num_threads()
 
 
-def _has_narrow_results(rows: Tensor, weight: Tensor) -> bool:
-    """Say whether `_narrow_product` gains."""
-    return weight.shape[2] <= _widest_narrow(weight) and not _has_evicting_columns(rows, weight)
+def _written(order: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute the product in an order, with the axes of `_AXES`. A narrow one is W[n, o, i] times x[n, i, b]."""
+    if order == "halves":  # their columns are not a multiple of 4 KiB apart
+        half = rows.shape[0] // 2 + _APART
+        parts = [_written("narrow", part, weight, bias) for part in (rows[:half], rows[half:])]
+        return torch.cat([part.permute(_AXES["narrow"]) for part in parts])
+    if order == "elements":
+        matrix = weight.squeeze(1)
+        return rows * matrix if bias is None else torch.addcmul(bias, rows, matrix)
+    if order == "narrow":
+        factors, along = (_turned(weight), rows.permute(1, 2, 0)), 2
+    else:
+        factors, along = (rows.transpose(0, 1), weight), 1
+    return torch.bmm(*factors) if bias is None else torch.baddbmm(bias.unsqueeze(along), *factors)
 
 
-def _gains_by_halves(rows: Tensor, weight: Tensor) -> bool:
-    """Say whether `_two_halves` gains."""
-    fewest = _ENTRIES_ON_ONE_THREAD if torch.get_num_threads() == 1 else _ENTRIES_OF_HALVES
-    entries = rows.shape[0] * weight.shape[0] * weight.shape[2]
-    return weight.shape[2] <= _WIDEST_HALVES and entries >= fewest and _has_evicting_columns(rows, weight)
+def _turned(weight: Tensor) -> Tensor:
+    """View W[n, i, o] as W[n, o, i], so that the gradient lies as the weight does: fused optimizers ignore strides."""
+    if type(weight) not in (Tensor, Parameter):
+        return weight.mT
+    n, in_features, out_features = weight.shape
+    if torch._C._are_functorch_transforms_active() or not weight.is_contiguous():
+        return weight.narrow(0, 0, n).mT
+    return weight.as_strided((n, out_features, in_features), (in_features * out_features, 1, out_features))
 
 
-def _has_narrow_gradient(rows: Tensor, weight: Tensor) -> bool:
-    """Say whether the gradient of the weight gains as the product that is transposed."""
-    return weight.shape[2] <= _widest_narrow(weight) and weight.shape[2] < rows.shape[2]
+class _NarrowProduct(torch.autograd.Function):
+    """The product as one node, whose gradients have orders of their own; derived ones would follow from that of y.
+
+    It consists of operations that have derivatives, so that those of gradients are theirs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, order: str, of_dx: str) -> Tensor:
+        for_rows, for_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(rows if for_weight else None, weight if for_rows else None)
+        ctx.set_materialize_grads(False)
+        ctx.orders = order, of_dx
+        return _written(order, rows, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dx = dweight = dbias = None
+        if dy is not None:
+            rows, weight = ctx.saved_tensors
+            order, of_dx = ctx.orders
+            dy = dy.permute(_AXES[order])
+            for_rows, for_weight, for_bias = ctx.needs_input_grad[:3]
+            if for_rows:
+                dx = _written(of_dx, dy, weight.mT, None).permute(_AXES[of_dx])
+            if for_weight:
+                dweight = _gradient_of_weight(rows, dy)
+            dbias = dy.sum(0) if for_bias else None
+        return dx, dweight, dbias, None, None
+
+
+def _gradient_of_weight(rows: Tensor, dy: Tensor) -> Tensor:
+    """Compute sum_b x[b, n, i] * dy[b, n, o], where few columns are slow with those of x as columns."""
+    if _has_narrow_gradient(rows.shape[2], dy.shape[2], rows.dtype.itemsize):
+        return torch.bmm(dy.permute(1, 2, 0), rows.transpose(0, 1)).mT.contiguous()
+    return torch.bmm(rows.permute(1, 2, 0), dy.transpose(0, 1))
+
+
+def _has_narrow_gradient(in_features: int, width: int, item: int) -> bool:
+    return width <= _widest_narrow(item) and width < in_features
 
 
 def _is_recorded(*operands: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands)
 
 
+def _is_plain(*operands: Tensor | None) -> bool:
+    """Say whether no transformation has to see through a node of these operands."""
+    given = [operand for operand in operands if operand is not None]
+    if not all(type(operand) in (Tensor, Parameter) for operand in given):
+        return False
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    return forward_ad._current_level < 0 or all(forward_ad.unpack_dual(each).tangent is None for each in given)
+
+
 def _takes_one_node(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Say whether every call that is large enough is one node on this device."""
+    """Say whether `_OneNode` may compute a call: it is large enough, and no transformation has to see through it."""
     fewest = NODE_FROM.get(rows.device.type)
     if fewest is None or rows.shape[0] * weight.shape[0] * weight.shape[2] < fewest:
         return False
     return _is_plain(rows, weight, bias)
-
-
-def _is_plain(*operands: Tensor | None) -> bool:
-    """Say whether no transformation has to see through a node of these operands."""
-    ordinary = all(type(operand) in (Tensor, Parameter) for operand in operands if operand is not None)
-    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
-    return ordinary and not traced and not _is_transformed()
 
 
 def _is_transformed() -> bool:
@@ -191,32 +239,20 @@ def _as_one_node(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _written_once(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute the product alone into a result that is no view: a function of a node that returns one forbids changes.
-
-    Where every call is a node, it is contiguous: the kernel of a GPU takes its strides as they are.
-    """
-    contiguous, rows_innermost = rows.device.type in NODE_FROM, _has_narrow_results(rows, weight)
-    if not contiguous and not rows_innermost and _gains_by_halves(rows, weight):
-        return _two_halves(rows, weight, bias)
-    order = (0, 1, 2) if contiguous else (1, 2, 0) if rows_innermost else (1, 0, 2)
-    shape = (rows.shape[0], weight.shape[0], weight.shape[2])
-    y = torch.empty_permuted(shape, order, dtype=rows.dtype, device=rows.device)
-    if order == (1, 2, 0):
-        factors, into, along = (weight.mT, rows.permute(1, 2, 0)), y.permute(1, 2, 0), 2
-    else:
-        factors, into, along = (rows.transpose(0, 1), weight), y.transpose(0, 1), 1
+    """Compute the product into a contiguous result, whose strides the kernel of a GPU takes as they are."""
+    y = rows.new_empty(rows.shape[0], weight.shape[0], weight.shape[2])
+    by_partition, into = rows.transpose(0, 1), y.transpose(0, 1)
     if bias is None:
-        torch.bmm(*factors, out=into)
+        torch.bmm(by_partition, weight, out=into)
     else:
-        torch.baddbmm(bias.unsqueeze(along), *factors, out=into)
+        torch.baddbmm(bias.unsqueeze(1), by_partition, weight, out=into)
     return y
 
 
 class _OneNode(torch.autograd.Function):
-    """The product as one node of the graph: y and dx are written once, each in the order that is best for it.
+    """The product as one node of the graph: y and dx are written once and contiguous, dW has the strides of a weight.
 
-    Recorded operations would be three: views before and after the product, whose gradients are copied again, and whose
-    orders follow from that of y.
+    Recorded operations would be three: views before and after the product, whose gradients are copied again.
     """
 
     @staticmethod
@@ -228,21 +264,20 @@ class _OneNode(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, weight = ctx.saved_tensors
         for_rows, for_weight, for_bias = ctx.needs_input_grad
+        by_feature = rows.permute(1, 2, 0)
         # Gradients of gradients, and those of a transformation, are derived from plain operations.
         # `is_grads_batched` opens no level.
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # pyright: ignore[reportAttributeAccessIssue]
         plain = batched or torch.is_grad_enabled() or type(dy) is not Tensor or _is_transformed()
         dx = dweight = None
         if for_rows:
-            dx = _batched_product(dy, weight.mT, None) if plain else _written_once(dy, weight.mT, None)
-        if for_weight:
-            by_feature, by_partition = rows.permute(1, 2, 0), dy.transpose(0, 1)
             if plain:
-                dweight = torch.bmm(by_feature, by_partition)
-            elif weight.device.type not in NODE_FROM and _has_narrow_gradient(rows, weight):
-                dweight = torch.bmm(by_partition.mT, rows.transpose(0, 1)).mT
+                dx = torch.bmm(dy.transpose(0, 1), weight.mT).transpose(0, 1)
             else:
-                dweight = torch.bmm(by_feature, by_partition, out=weight.new_empty(weight.shape))
+                dx = _written_once(dy, weight.mT, None)
+        if for_weight:
+            into = None if plain else weight.new_empty(weight.shape)
+            dweight = torch.bmm(by_feature, dy.transpose(0, 1), out=into)
         # Added up in fp32, and rounded once.
         return dx, dweight, dy.sum(0) if for_bias else None
 
