@@ -256,13 +256,71 @@ def test_an_order_of_the_product_is_no_matter_of_transformations():
     assert torch.equal(jacobian, 64 * torch.eye(12).reshape(3, 4, 3, 4))
 
 
+MISFITS = {
+    "x of one feature": ((64, 8, 1), (1, 8, 3)),
+    "one row, one feature": ((1, 4, 1), (4, 4, 3)),
+    "one partition, one feature": ((20, 1, 1), (1, 4, 3)),
+    "as many features as results": ((64, 8, 3), (8, 1, 3)),
+    "one partition": ((64, 1, 1), (8, 1, 3)),
+    "narrow": ((64, 3, 5), (3, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("shapes", MISFITS.values(), ids=MISFITS)
+def test_operands_that_do_not_fit_are_not_broadcast(of_any_size, shapes):
+    x, weight = (torch.randn(shape) for shape in shapes)
+    for given in (x, x.clone().requires_grad_()):
+        with pytest.raises(ValueError, match=r"`x`: expected shape"):
+            partitioned_linear(given, weight)
+
+
+@pytest.mark.parametrize("shape", [shape[:4] for shape in ORDERS.values()], ids=ORDERS)
+def test_the_order_and_the_gradient_are_not_those_of_the_operands_strides(of_any_size, shape):
+    class Kind(torch.nn.Parameter):
+        pass
+
+    x, weight, bias = operands_of(*shape)
+    y = partitioned_linear(x, weight, bias)
+    (expected,) = torch.autograd.grad(y.square().sum(), weight)
+    # Axes of size one may have any stride, and mean nothing.
+    x_again = x.detach().transpose(0, -2).contiguous().transpose(0, -2).requires_grad_()
+    bias_again = bias.detach().T.contiguous().T.requires_grad_()
+    for again in (weight.detach().mT.contiguous().mT, torch.cat([weight.detach()] * 2)[len(weight) :], Kind(weight)):
+        again = again if isinstance(again, Kind) else again.requires_grad_()
+        found = partitioned_linear(x_again, again, bias_again)
+        assert found.stride() == y.stride()
+        assert torch.equal(found, y)
+        (gradient,) = torch.autograd.grad(found.square().sum(), again)
+        assert torch.equal(gradient, expected)
+        assert gradient.stride() == expected.stride() == weight.stride()
+
+
 @pytest.mark.parametrize("shape", NODES.values(), ids=NODES)
 def test_a_traced_node_is_operations(of_any_size, shape):
     operands = operands_of(*shape)
     program = make_fx(lambda *given: partitioned_linear(*given))(*operands)
-    found, expected = program(*operands), partitioned_linear(*operands, implementation="loop")
-    assert torch.equal(found, expected)
-    assert same(torch.autograd.grad(found.sum(), operands), torch.autograd.grad(expected.sum(), operands))
+    x, weight, bias = operands
+    elsewhere = [x, weight.detach().mT.contiguous().mT.requires_grad_(), bias]
+    fewer = [x[..., 1:, :].contiguous(), weight[1:], bias[1:]]
+    for given in (operands, elsewhere, fewer):
+        found, expected = program(*given), partitioned_linear(*given, implementation="loop")
+        assert torch.equal(found, expected)
+        assert same(torch.autograd.grad(found.sum(), given), torch.autograd.grad(expected.sum(), given))
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 5), (64, 8, 4, 12), (64, 8, 16, 12)], ids=str)
+def test_sizes_that_are_symbolic_are_not_looked_at(of_any_size, sizes):
+    rows, n, i, o = sizes
+
+    def gradient(x, weight):
+        return partitioned_linear(x, weight).sum()
+
+    def expanded(x, weight):
+        return torch.vmap(lambda row: partitioned_linear(row.expand(rows, *row.shape), weight))(x)
+
+    x, weight = lattice(rows, n, i), lattice(n, i, o)
+    for function in (torch.func.grad(gradient), expanded):
+        assert torch.equal(make_fx(function, tracing_mode="symbolic")(x, weight)(x, weight), function(x, weight))
 
 
 @pytest.mark.compile

@@ -49,8 +49,8 @@ def partitioned_linear_matmul(x: Inputs, weight: Weight, bias: Bias | None) -> O
 
     The partition axis of `x` is moved to the front as a view, so that neither operand is copied, and the bias enters
     the same kernel. The result is laid out with the partition axis outermost and handed back as a view of shape
-    (*b, n, o): it is not contiguous unless the batch or n is 1, and `reshape` rather than `view` flattens it. Writing a
-    contiguous result would take 1.0 to 1.7 times as long on a CPU, by its cheapest spelling. There results of at most
+    (*b, n, o): it is in general not contiguous, and `reshape` rather than `view` flattens it. Writing a contiguous
+    result would take 1.0 to 1.7 times as long on a CPU, by its cheapest spelling. There results of at most
     15 features from many rows are laid out with the rows innermost, or are contiguous, which takes a fraction of the
     time, and the product with a single feature is spelled as that of elements, which are contiguous.
     """
@@ -77,10 +77,10 @@ def _may_be_narrow(rows: Tensor, weight: Tensor) -> bool:
     """Say whether maps of few features may be spelled otherwise; a program would be compiled anew for other rows."""
     if torch.compiler.is_compiling() or torch._C._is_tracing() or type(rows) is not Tensor or not rows.is_cpu:
         return False
-    count, _, in_features = rows.shape
-    # Symbolic rows, which a transform may wrap in an ordinary tensor, are not looked at: that would be a guard.
-    enough = isinstance(count, int) and (count >= FEWEST_ROWS or in_features == 1)
-    return enough and weight.dtype.itemsize >= 4
+    # Symbolic sizes, which a transform may wrap in an ordinary tensor, are not looked at: that would be a guard.
+    if not (isinstance(rows.numel(), int) and isinstance(weight.numel(), int)):
+        return False
+    return (rows.shape[0] >= FEWEST_ROWS or weight.shape[1] == 1) and weight.dtype.itemsize >= 4
 
 
 def _product_of_narrow_maps(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -90,7 +90,7 @@ def _product_of_narrow_maps(rows: Tensor, weight: Tensor, bias: Tensor | None) -
     gradient has to come out in the same order, since `dropout` draws in it. Gradients whose orders are not those that
     autograd derives take a node.
     """
-    order, of_dx, gains = _orders(*rows.shape, weight.shape[2], weight.dtype.itemsize)
+    order, of_dx, gains = _orders(rows.shape[0], *weight.shape, weight.dtype.itemsize)
     derived = order == "narrow" and (of_dx == "narrow" or not rows.requires_grad)
     gains = not derived and (gains or (rows.requires_grad and of_dx != "batched"))
     if gains and _is_recorded(rows, weight, bias) and _is_plain(rows, weight, bias):
@@ -145,7 +145,8 @@ def _written(order: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> T
         return torch.cat([part.permute(_AXES["narrow"]) for part in parts])
     if order == "elements":
         matrix = weight.squeeze(1)
-        return rows * matrix if bias is None else torch.addcmul(bias, rows, matrix)
+        y = rows * matrix if bias is None else torch.addcmul(bias, rows, matrix)
+        return y.contiguous()  # whatever the strides of operands, which it would follow
     if order == "narrow":
         factors, along = (_turned(weight), rows.permute(1, 2, 0)), 2
     else:
@@ -155,11 +156,13 @@ def _written(order: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 def _turned(weight: Tensor) -> Tensor:
     """View W[n, i, o] as W[n, o, i], so that the gradient lies as the weight does: fused optimizers ignore strides."""
-    if type(weight) not in (Tensor, Parameter):
+    kind = type(weight)
+    if kind is not Tensor and not issubclass(kind, Parameter):
         return weight.mT
+    replaced = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+    if replaced or not weight.is_contiguous():
+        return weight[:].mT  # strides of the moment would be those of a traced program; a slice has such a gradient too
     n, in_features, out_features = weight.shape
-    if torch._C._are_functorch_transforms_active() or not weight.is_contiguous():
-        return weight.narrow(0, 0, n).mT
     return weight.as_strided((n, out_features, in_features), (in_features * out_features, 1, out_features))
 
 
@@ -196,7 +199,8 @@ class _NarrowProduct(torch.autograd.Function):
 def _gradient_of_weight(rows: Tensor, dy: Tensor) -> Tensor:
     """Compute sum_b x[b, n, i] * dy[b, n, o], where few columns are slow with those of x as columns."""
     if _has_narrow_gradient(rows.shape[2], dy.shape[2], rows.dtype.itemsize):
-        return torch.bmm(dy.permute(1, 2, 0), rows.transpose(0, 1)).mT.contiguous()
+        transposed = torch.bmm(dy.permute(1, 2, 0), rows.transpose(0, 1))
+        return transposed.mT.clone(memory_format=torch.contiguous_format)
     return torch.bmm(rows.permute(1, 2, 0), dy.transpose(0, 1))
 
 
