@@ -33,8 +33,9 @@ _HALVES, _ENTRIES_ON_ONE_THREAD, _ENTRIES_OF_HALVES, _APART = (5, 6, 7, 8), 2**1
 # The product with one feature is that of elements, multiplied and added in one pass over y: of 1 to 2048 rows, 8 to 100
 # partitions and 1 to 256 features out, 0.05 to 0.9 of the time of the batched product. The gradients of elements are
 # sums of products that are written first, so that from so many entries of y on they take a node: in training 0.7 to
-# 1.1 of the time, seldom 1.4. In 16 bits the products would be rounded.
-_FEWEST_OF_ELEMENTS = 2**16
+# 1.3 of the time, and up to 2 with an activation behind it, whose gradient has the order of y. In 16 bits the products
+# would be rounded.
+_FEWEST_OF_ELEMENTS = 2**17
 # The axes of rows, partitions and features in what the kernels write, for each order of the product.
 _AXES = {"batched": (1, 0, 2), "narrow": (2, 0, 1), "halves": (0, 1, 2), "elements": (0, 1, 2)}
 
@@ -159,9 +160,10 @@ def _turned(weight: Tensor) -> Tensor:
     kind = type(weight)
     if kind is not Tensor and not issubclass(kind, Parameter):
         return weight.mT
-    replaced = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
-    if replaced or not weight.is_contiguous():
-        return weight[:].mT  # strides of the moment would be those of a traced program; a slice has such a gradient too
+    if not weight.is_contiguous() or torch.compiler.is_compiling():
+        return weight[:].mT  # a slice has such a gradient too, and costs more
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return weight[:].mT  # in a traced program strides would stay those of the moment
     n, in_features, out_features = weight.shape
     return weight.as_strided((n, out_features, in_features), (in_features * out_features, 1, out_features))
 
