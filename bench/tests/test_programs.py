@@ -24,7 +24,7 @@ def timer_of(framework) -> Timer:
 def opened(framework, **changes):
     bench = Workbench(timer_of(framework))
     bench.hello({})
-    own = {name: changes.pop(name) for name in ("layout", "batch", "out_features") if name in changes}
+    own = {name: changes.pop(name) for name in ("layout", "batch", "in_features", "out_features") if name in changes}
     workload = replace(TINY, **own)
     cell = Cell(
         workload,
@@ -55,7 +55,7 @@ def test_every_layout_gives_the_same_function(framework, layout, division):
 def test_results_that_are_compared_lie_like_the_inputs(layout):
     # So many rows of four features are computed with the rows innermost, which flat ones keep as a view.
     for division in ("stock", "matched"):
-        narrow = {"layout": layout, "division": division, "batch": 128}
+        narrow = {"layout": layout, "division": division, "batch": 256}
         bench = opened("torch", **narrow, out_features=4)
         assert judged(bench, "torch")["status"] == "ok"
         assert bench._held["0"].prepared.call().is_contiguous() == (division == "matched")
@@ -282,6 +282,17 @@ def test_one_row_takes_fewer_operations_and_is_not_doubted(framework):
     bench = opened(framework, direction="forward_backward", batch=1)
     judged(bench, framework)
     assert bench.probe(REQUEST | {"budget_s": 0.001})["doubt"] == ""
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward_backward", "train_step"])
+@pytest.mark.parametrize("framework", MODES)
+def test_one_feature_is_multiplied_by_elements_and_not_doubted(framework, direction):
+    optimizer = "sgd" if direction == "train_step" else None
+    bench = opened(framework, direction=direction, optimizer=optimizer, batch=2000, in_features=1, out_features=40)
+    assert judged(bench, framework)["status"] == "ok"
+    found = bench.probe(REQUEST | {"budget_s": 0})
+    assert found["doubt"] == ""
+    assert found["program_flops"]
 
 
 def test_products_in_loops_are_counted_as_often_as_they_run():

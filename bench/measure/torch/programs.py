@@ -215,7 +215,7 @@ def _watched(function: Function) -> tuple[Function, Callable[[], int]]:
 
 
 class _ProductCounter(DispatchMode):
-    """Adds up torch's own formulas for the operations of products and convolutions.
+    """Adds up torch's own formulas for the operations of products and convolutions, and products of elements.
 
     Not `FlopCounterMode`, which hooks into modules and then refuses `torch.autograd.grad` on their parameters.
     """
@@ -227,11 +227,24 @@ class _ProductCounter(DispatchMode):
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        elif func in _FACTORS and _is_outer(args[_FACTORS[func]], result):
+            self.flops += 2 * result.numel()
         return result
 
 
+# Operation to where the factors stand that it multiplies, element by element.
+_FACTORS = {torch.ops.aten.mul.Tensor: slice(0, 2), torch.ops.aten.addcmul.default: slice(1, 3)}
+
+
+def _is_outer(factors: Sequence[Any], result: Tensor) -> bool:
+    """Say whether elements that are multiplied stand for a product: a factor is repeated, and is no number."""
+    return all(isinstance(factor, Tensor) and factor.ndim for factor in factors) and any(
+        factor.numel() < result.numel() for factor in factors
+    )
+
+
 def counted_flops(call: Call) -> int | None:
-    """Return the operations of the products and convolutions in one call, or None where torch has no formula."""
+    """Return the operations of the products and convolutions in one call, or None where none is known."""
     with _ProductCounter() as counter:
         call()
     return counter.flops or None
