@@ -140,11 +140,21 @@ def test_maps_are_narrow_only_where_it_was_measured_to_pay(monkeypatch):
         matmul._orders.cache_clear()
         assert [orders(1024, n, 32, 8)[0] for n in (fewer, enough)] == ["batched", "halves"]
     matmul._orders.cache_clear()
+    assert all((rows // 2 + matmul._APART) * 4 % matmul._EVICTING_BYTES for rows in range(1024, 2**16, 1024))
     # Whatever is called directly has no order of its own.
     assert matmul.FEWEST_ENTRIES * (matmul._NARROW + 1) <= matmul._FEWEST_PRODUCTS
     x, weight, bias = operands_of((64,), 4, 8, 8)
     assert order_of(partitioned_linear(x, weight, bias)) == "narrow"
     assert order_of(partitioned_linear(x[:, :3], weight[:3], bias[:3])) == "batched"
+
+
+def test_threads_are_counted_once():
+    counted, threads = matmul._threads(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(counted, 2))
+        assert matmul._threads() == counted
+    finally:
+        torch.set_num_threads(threads)
 
 
 NODES = {name: shape[:4] for name, shape in ORDERS.items() if shape[-1]}
@@ -272,6 +282,10 @@ def test_operands_that_do_not_fit_are_not_broadcast(of_any_size, shapes):
     for given in (x, x.clone().requires_grad_()):
         with pytest.raises(ValueError, match=r"`x`: expected shape"):
             partitioned_linear(given, weight)
+        # Where tests look at shapes, nothing of this comes to the product. With one feature its caller looks.
+        if weight.shape[1] > 1:
+            with pytest.raises(RuntimeError, match=r"size|batch"):
+                matmul._product_of_narrow_maps(given, weight, None)
 
 
 @pytest.mark.parametrize("shape", [shape[:4] for shape in ORDERS.values()], ids=ORDERS)
