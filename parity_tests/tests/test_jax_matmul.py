@@ -298,6 +298,9 @@ def test_the_gradient_of_small_maps_adds_up_columns_only_where_it_was_measured_t
     assert not any(by_columns(17, 17, rows=rows) for rows in ((2,), (3,)))
     assert not by_columns(64, 64, rows=(17,))
     assert not by_columns(9, 9, rows=(33,))
+    # Of many entries only where sizes do not fill the vectors of the product.
+    assert [by_columns(8, 4, rows=(2**10,), n=n) for n in (2**8, 2**8 + 1)] == [True, False]
+    assert by_columns(8, 5, rows=(2**12,), n=2**8)
     assert not by_columns(4, 4, n=1)
     assert not by_columns(4, 4, dtype="bfloat16")
 
