@@ -142,10 +142,8 @@ def plain_call(x: Any, weight: Any, bias: Any) -> Tensor | None:
         received = x.shape
         if on_cpu and len(received) == 3 and not NODE_FROM:
             count, n, i = received
-            large = type(count) is not int or (
-                count >= FEWEST_ROWS and count * n * i >= FEWEST_ENTRIES
-            )  # no int: traced
-            if not large and count > 0 and i > 1:
+            counted = type(count) is int and count > 0  # no int while it is traced
+            if counted and i > 1 and (count < FEWEST_ROWS or count * n * i < FEWEST_ENTRIES):
                 # All that `matmul` does with few entries, after its questions; a call of it would be another 2%.
                 if x.layout is not strided:  # such a one would be taken, or end the process
                     return None
