@@ -10,7 +10,13 @@ from torch import Tensor, strided
 from torch.nn import Parameter
 
 from torch_impl.array_types import Bias, Inputs, Outputs, Weight, kind_of
-from torch_impl.implementations.matmul import FEWEST_ENTRIES, FEWEST_ROWS, NODE_FROM, partitioned_linear_matmul
+from torch_impl.implementations.matmul import (
+    FEWEST_ROWS,
+    NODE_FROM,
+    ordered_product,
+    orders_of,
+    partitioned_linear_matmul,
+)
 from torch_impl.layouts import IN_AXIS, PARTITION_AXIS, check_axes, check_indices, find_axes, static_indices
 from torch_impl.packing import Packing
 from torch_impl.registry import (
@@ -141,18 +147,23 @@ def plain_call(x: Any, weight: Any, bias: Any) -> Tensor | None:
         on_cpu = not replaced and x.is_cpu and weight.is_cpu
         received = x.shape
         if on_cpu and len(received) == 3 and not NODE_FROM:
-            count, n, i = received
-            counted = type(count) is int and count > 0  # no int while it is traced
-            if counted and i > 1 and (count < FEWEST_ROWS or count * n * i < FEWEST_ENTRIES):
-                # All that `matmul` does with few entries, after its questions; a call of it would be another 2%.
-                if x.layout is not strided:  # such a one would be taken, or end the process
+            (count, n, _), (_, i, o) = received, weight.shape
+            if type(count) is int and count > 0:  # no int while it is traced
+                # All that `matmul` does, after its questions; a call of it would be another 2% and more.
+                if x.layout is not strided or weight.layout is not strided:  # they could be taken, or end the process
                     return None
-                if bias is None:
+                if bias is not None and not (bias.is_cpu and bias.shape == (n, o)):
+                    return None
+                if i < 2 and not operands_fit(x, weight, bias):  # elements would be broadcast and cast, or are none
+                    return None
+                few = i > 1 and count < FEWEST_ROWS
+                orders = None if few else orders_of(count, n, i, o, weight.dtype.itemsize)
+                if orders is not None:
+                    y = ordered_product(x, weight, bias, *orders)
+                elif bias is None:
                     y = torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
-                elif bias.is_cpu and bias.shape == (n, weight.shape[2]):
-                    y = torch.baddbmm(bias.unsqueeze(1), x.transpose(0, 1), weight).transpose(0, 1)
                 else:
-                    return None
+                    y = torch.baddbmm(bias.unsqueeze(1), x.transpose(0, 1), weight).transpose(0, 1)
                 return y if y.dtype in DTYPE_NAMES and y.numel() else None
         n, i, o = weight.shape
         if on_cpu and i > 1 and n and o:

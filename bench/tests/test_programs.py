@@ -55,7 +55,7 @@ def test_every_layout_gives_the_same_function(framework, layout, division):
 def test_results_that_are_compared_lie_like_the_inputs(layout):
     # So many rows of four features are computed with the rows innermost, which flat ones keep as a view.
     for division in ("stock", "matched"):
-        narrow = {"layout": layout, "division": division, "batch": 256}
+        narrow = {"layout": layout, "division": division, "batch": 1000}
         bench = opened("torch", **narrow, out_features=4)
         assert judged(bench, "torch")["status"] == "ok"
         assert bench._held["0"].prepared.call().is_contiguous() == (division == "matched")

@@ -59,15 +59,15 @@ ORDERS = {
 
 @pytest.fixture
 def of_any_size(monkeypatch):
-    """Let maps be narrow whatever their number and that of the rows."""
-    monkeypatch.setattr("torch_impl.functional.FEWEST_ENTRIES", 0)
-    for name in ("PRODUCTS", "OF_A_NODE", "OF_GRADIENTS", "OF_ELEMENTS"):
+    """Let maps be narrow whatever their number, that of the rows, and the CPU."""
+    monkeypatch.setattr(matmul, "_has_wide_vectors", lambda: True)
+    for name in ("IN_ALL", "OF_EACH", "OF_A_NODE", "OF_GRADIENTS", "OF_ELEMENTS"):
         monkeypatch.setattr(matmul, f"_FEWEST_{name}", 0)
     for name in ("_ENTRIES_ON_ONE_THREAD", "_ENTRIES_OF_HALVES"):
         monkeypatch.setattr(matmul, name, 0)
-    matmul._orders.cache_clear()
+    matmul.orders_of.cache_clear()
     yield
-    matmul._orders.cache_clear()
+    matmul.orders_of.cache_clear()
 
 
 def order_of(tensor):
@@ -125,25 +125,36 @@ def test_maps_are_narrow_up_to_a_width(of_any_size, dtype, widest):
 
 def test_maps_are_narrow_only_where_it_was_measured_to_pay(monkeypatch):
     def orders(count, n, in_features, width, item=4):
-        return matmul._orders(count, n, in_features, width, item)[:2]
+        return (matmul.orders_of(count, n, in_features, width, item) or ("batched", "batched"))[:2]
 
-    assert [orders(64, n, 8, 8) for n in (3, 4)] == [("batched", "batched"), ("narrow", "narrow")]
-    assert [orders(64, n, 64, 8)[0] for n in (7, 8)] == ["batched", "narrow"]
-    assert [orders(64, n, 8, 64) for n in (15, 16)] == [("batched", "batched"), ("batched", "narrow")]
-    assert [orders(rows, 900, 16, 8)[0] for rows in (16, 63)] == ["narrow", "narrow"]
+    def on(*, wide):
+        monkeypatch.setattr(matmul, "_has_wide_vectors", lambda: wide)
+        matmul.orders_of.cache_clear()
+
+    on(wide=True)
+    assert [orders(64, n, 8, 8) for n in (31, 32)] == [("batched", "batched"), ("narrow", "narrow")]
+    assert [orders(16, n, 64, 8)[0] for n in (127, 128)] == ["batched", "narrow"]
+    assert [orders(64, 64, in_features, 1)[0] for in_features in (7, 8)] == ["batched", "narrow"]
+    assert [orders(rows, 900, 16, 8)[0] for rows in (15, 16, 63)] == ["batched", "narrow", "narrow"]
+    assert [orders(rows, 900, 16, 8, 8)[0] for rows in (63, 64)] == ["batched", "narrow"]
     assert [orders(rows, 900, 8, 8)[0] for rows in (63, 64)] == ["batched", "narrow"]
     assert orders(512, 4, 8, 8, 8) == ("batched", "batched")
+    assert matmul.orders_of(64, 900, 8, 8, 2) is matmul.orders_of(64, 900, 1, 8, 2) is None
     assert [orders(2, n, 1, 64) for n in (1023, 1024)] == [("elements", "batched")] * 2
-    assert [matmul._orders(2, n, 1, 64, 4)[2] for n in (1023, 1024)] == [False, True]
+    assert [matmul.orders_of(2, n, 1, 64, 4)[2] for n in (1023, 1024)] == [False, True]
+    assert [orders(100, n, 8, 64) for n in (20, 21)] == [("batched", "batched"), ("batched", "narrow")]
+    assert [orders(100, 200, 16, width)[0] for width in (11, 12, 15, 16)] == ["narrow"] * 3 + ["batched"]
+    on(wide=False)
+    assert [orders(100, n, 8, 64) for n in (40, 41)] == [("batched", "batched"), ("batched", "narrow")]
+    assert [orders(100, 200, 31, width)[0] for width in (11, 12, 15)] == ["narrow", "batched", "batched"]
+    assert [orders(100, 200, 32, width)[0] for width in (12, 13, 15, 16)] == ["batched", "narrow", "narrow", "batched"]
     for threads, (fewer, enough) in {1: (7, 8), 2: (127, 128)}.items():
         monkeypatch.setattr(matmul, "_threads", lambda threads=threads: threads)
-        matmul._orders.cache_clear()
+        matmul.orders_of.cache_clear()
         assert [orders(1024, n, 32, 8)[0] for n in (fewer, enough)] == ["batched", "halves"]
-    matmul._orders.cache_clear()
+    matmul.orders_of.cache_clear()
     assert all((rows // 2 + matmul._APART) * 4 % matmul._EVICTING_BYTES for rows in range(1024, 2**16, 1024))
-    # Whatever is called directly has no order of its own.
-    assert matmul.FEWEST_ENTRIES * (matmul._NARROW + 1) <= matmul._FEWEST_PRODUCTS
-    x, weight, bias = operands_of((64,), 4, 8, 8)
+    x, weight, bias = operands_of((64,), 32, 8, 8)
     assert order_of(partitioned_linear(x, weight, bias)) == "narrow"
     assert order_of(partitioned_linear(x[:, :3], weight[:3], bias[:3])) == "batched"
 
@@ -258,12 +269,12 @@ def test_fused_optimizers_take_gradients_as_they_come(of_any_size, shape):
 
 
 def test_an_order_of_the_product_is_no_matter_of_transformations():
-    x, weight, bias = operands_of((64,), 3, 4, 4)
-    many = lattice(2, 64, 3, 4)
+    x, weight, bias = operands_of((64,), 32, 4, 4)
+    many = lattice(2, 64, 32, 4)
     mapped = torch.vmap(partitioned_linear, in_dims=(0, None, None))(many, weight, bias)
     assert same(mapped, [partitioned_linear(one, weight, bias) for one in many])
     jacobian = torch.func.jacrev(lambda bias: partitioned_linear(x, weight, bias).sum(0))(bias)
-    assert torch.equal(jacobian, 64 * torch.eye(12).reshape(3, 4, 3, 4))
+    assert torch.equal(jacobian, 64 * torch.eye(128).reshape(32, 4, 32, 4))
 
 
 MISFITS = {
@@ -284,8 +295,9 @@ def test_operands_that_do_not_fit_are_not_broadcast(of_any_size, shapes):
             partitioned_linear(given, weight)
         # Where tests look at shapes, nothing of this comes to the product. With one feature its caller looks.
         if weight.shape[1] > 1:
+            orders = matmul.orders_of(*given.shape[:2], *weight.shape[1:], 4)
             with pytest.raises(RuntimeError, match=r"size|batch"):
-                matmul._product_of_narrow_maps(given, weight, None)
+                matmul.ordered_product(given, weight, None, *(orders or ("batched", "batched", False)))
 
 
 @pytest.mark.parametrize("shape", [shape[:4] for shape in ORDERS.values()], ids=ORDERS)

@@ -10,17 +10,20 @@ from torch.nn import Parameter
 
 from torch_impl.array_types import Bias, Inputs, Outputs, Weight
 
-# Maps of few features, on one thread and two of one CPU, by interleaved calls: its library multiplies by up to 11
-# columns at 0.05 to 0.3 of its usual speed, by 12 to 15 at half of it (fp32; in fp64 at 0.3 to 0.8 up to 11, and 12 are
-# fast). So the many rows are what it gets as columns. A result of up to 8 features then takes 0.2 to 0.9 of the time of
-# the other order, one of 9 to 11 0.2 to 0.6, with a contiguous copy behind it 0.2 to 1.0, and one of 12 to 15 0.4 to
-# 0.7 (0.6 to 1.0). Training of fewer rows gains only where the gradient of the weight does, whose columns are then
-# those of x.
-_NARROW, _NARROW_IN_FP64, FEWEST_ROWS, _MANY_ROWS = 15, 11, 16, 64
-# From so many products of elements on: where the gradients that autograd derives are in a good order, where they take a
-# node, and where a node gains by them alone.
-_FEWEST_PRODUCTS, _FEWEST_OF_A_NODE, _FEWEST_OF_GRADIENTS = 2**14, 2**18, 2**19
-FEWEST_ENTRIES = _FEWEST_PRODUCTS // (_NARROW + 1)
+# Maps of few features, on one thread and two of two CPUs, by interleaved calls: the library multiplies by up to 11
+# columns at 0.05 to 0.4 of its usual speed, and by 12 to 15 at half of it where it has 512-bit vectors (without them by
+# 13 to 15 at two thirds; in fp64 at 0.3 to 0.9 up to 11, and 12 are fast). So the many rows are what it gets as
+# columns. A result of up to 11 features then takes 0.2 to 0.9 of the time of the other order, with a contiguous copy
+# behind it 0.2 to 1.0, and one of 12 to 15 0.4 to 0.7 (0.6 to 1.0). Training of fewer rows gains only where the
+# gradient of the weight does, whose columns are then those of x.
+_NARROW, _NARROW_ANYWHERE, FEWEST_ROWS, _MANY_ROWS = 15, 11, 16, 64
+# Without such vectors from so many input features on: y takes 0.5 to 0.9 of the time, and training 0.7 to 1.2.
+_FEWEST_TERMS = 32
+# From so many rows of all partitions, and products of elements of each, on; below, a call costs more than it gains.
+_FEWEST_IN_ALL, _FEWEST_OF_EACH = 2**11, 2**9
+# From so many products on where the gradients that autograd derives would be in a bad order, so that they take a node,
+# and where a node gains by gradients alone: that of x later without those vectors (1.0 to 1.3 of the time below).
+_FEWEST_OF_A_NODE, _FEWEST_OF_GRADIENTS, _FEWEST_OF_DX = 2**18, 2**19, 2**21
 # Columns of the result that are a multiple of 4 KiB apart evict each other while a copy reads them: at 8 -> 8 it takes
 # 0.3 to 0.6 of the time, and with a copy behind it 1.5 to 2.4 times the time. Up to four columns take 0.1 to 0.8 by
 # themselves or before a function of their elements, but 0.95 to 1.3 with a copy behind them, and 1.0 to 1.7 with a sum
@@ -33,7 +36,7 @@ _HALVES, _ENTRIES_ON_ONE_THREAD, _ENTRIES_OF_HALVES, _APART = (5, 6, 7, 8), 2**1
 # The product with one feature is that of elements, multiplied and added in one pass over y: of 1 to 2048 rows, 8 to 100
 # partitions and 1 to 256 features out, 0.05 to 0.9 of the time of the batched product. The gradients of elements are
 # sums of products that are written first, so that from so many entries of y on they take a node: in training 0.7 to
-# 1.3 of the time, and up to 2 with an activation behind it, whose gradient has the order of y. In 16 bits the products
+# 1.4 of the time, and up to 2 with an activation behind it, whose gradient has the order of y. In 16 bits the products
 # would be rounded.
 _FEWEST_OF_ELEMENTS = 2**17
 # The axes of rows, partitions and features in what the kernels write, for each order of the product.
@@ -51,8 +54,8 @@ def partitioned_linear_matmul(x: Inputs, weight: Weight, bias: Bias | None) -> O
     The partition axis of `x` is moved to the front as a view, so that neither operand is copied, and the bias enters
     the same kernel. The result is laid out with the partition axis outermost and handed back as a view of shape
     (*b, n, o): it is in general not contiguous, and `reshape` rather than `view` flattens it. Writing a contiguous
-    result would take 1.0 to 1.7 times as long on a CPU, by its cheapest spelling. There results of at most
-    15 features from many rows are laid out with the rows innermost, or are contiguous, which takes a fraction of the
+    result would take 1.0 to 1.7 times as long on a CPU, by its cheapest spelling. There results of few features (at
+    most 11 or 15) from many rows are laid out with the rows innermost, or are contiguous, which takes a fraction of the
     time, and the product with a single feature is spelled as that of elements, which are contiguous.
     """
     single_batch_axis = x.ndim == 3
@@ -61,7 +64,8 @@ def partitioned_linear_matmul(x: Inputs, weight: Weight, bias: Bias | None) -> O
     if NODE_FROM and _takes_one_node(rows, weight, bias):
         y = _as_one_node(rows, weight, bias)
     elif min(in_features, out_features) <= _NARROW and _may_be_narrow(rows, weight):
-        y = _product_of_narrow_maps(rows, weight, bias)
+        orders = orders_of(rows.shape[0], *weight.shape, weight.dtype.itemsize)
+        y = _batched_product(rows, weight, bias) if orders is None else ordered_product(rows, weight, bias, *orders)
     else:
         y = _batched_product(rows, weight, bias)
     return y if single_batch_axis else y.reshape(*x.shape[:-1], out_features)
@@ -79,48 +83,54 @@ def _may_be_narrow(rows: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._is_tracing() or type(rows) is not Tensor or not rows.is_cpu:
         return False
     # Symbolic sizes, which a transform may wrap in an ordinary tensor, are not looked at: that would be a guard.
-    if not (isinstance(rows.numel(), int) and isinstance(weight.numel(), int)):
-        return False
-    return (rows.shape[0] >= FEWEST_ROWS or weight.shape[1] == 1) and weight.dtype.itemsize >= 4
+    return isinstance(rows.numel(), int) and isinstance(weight.numel(), int)
 
 
-def _product_of_narrow_maps(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute the product, and its gradients, in the orders that were measured to be the fastest.
+def ordered_product(rows: Tensor, weight: Tensor, bias: Tensor | None, order: str, of_dx: str, gains: bool) -> Tensor:
+    """Compute the product, and its gradients, in the orders that `orders_of` names.
 
     That of y does not depend on what is recorded, nor on the threads of the moment: what is computed once more for a
     gradient has to come out in the same order, since `dropout` draws in it. Gradients whose orders are not those that
     autograd derives take a node.
     """
-    order, of_dx, gains = _orders(rows.shape[0], *weight.shape, weight.dtype.itemsize)
-    derived = order == "narrow" and (of_dx == "narrow" or not rows.requires_grad)
-    gains = not derived and (gains or (rows.requires_grad and of_dx != "batched"))
-    if gains and _is_recorded(rows, weight, bias) and _is_plain(rows, weight, bias):
-        y = _NarrowProduct.apply(rows, weight, bias, order, of_dx)
-    else:
-        y = _written(order, rows, weight, bias)
-    return y.permute(_AXES[order])
+    if torch.is_grad_enabled():
+        derived = order == "narrow" and (of_dx == "narrow" or not rows.requires_grad)
+        gains = not derived and (gains or (rows.requires_grad and of_dx != "batched"))
+        if gains and _is_recorded(rows, weight, bias) and _is_plain(rows, weight, bias):
+            return _NarrowProduct.apply(rows, weight, bias, order, of_dx).permute(_AXES[order])
+    return _written(order, rows, weight, bias).permute(_AXES[order])
 
 
-@functools.lru_cache
-def _orders(count: int, n: int, in_features: int, width: int, item: int) -> tuple[str, str, bool]:
-    """Name the fastest orders of y and dx, and say whether a node gains where x needs no gradient."""
-    of_dx = _order(count, n, width, in_features, item)
+@functools.lru_cache(maxsize=1024)
+def orders_of(count: int, n: int, in_features: int, width: int, item: int) -> tuple[str, str, bool] | None:
+    """Name the fastest orders of y and dx on a CPU, and say whether a node gains where x needs no gradient.
+
+    None where the batched product and its derived gradients are the fastest.
+    """
+    if item < 4:
+        return None
     if in_features == 1:
         gains = count * n * width >= _FEWEST_OF_ELEMENTS
-        return "elements", of_dx if gains else "batched", gains
+        return "elements", _order(count, n, width, in_features, item) if gains else "batched", gains
+    if count < FEWEST_ROWS or min(in_features, width) > _NARROW:
+        return None
     order = _order(count, n, in_features, width, item)
-    large = count * n * in_features * width >= _FEWEST_OF_GRADIENTS
-    if order == "batched" and not large:
-        return order, order, False
-    return order, of_dx, order != "batched" or _has_narrow_gradient(in_features, width, item)
+    if order == "batched" and count * n * in_features * width < _FEWEST_OF_GRADIENTS:
+        return None
+    of_dx = _order(count, n, width, in_features, item)
+    if order == "batched" and not _has_wide_vectors() and count * n * in_features * width < _FEWEST_OF_DX:
+        of_dx = "batched"
+    gains = order != "batched" or _has_narrow_gradient(in_features, width, item)
+    return (order, of_dx, gains) if gains or of_dx != "batched" else None
 
 
 def _order(count: int, n: int, in_features: int, width: int, item: int) -> str:
     """Name the fastest order of a product of so many rows by itself."""
-    widest = _widest_narrow(item)
-    fewest = _FEWEST_PRODUCTS if in_features <= widest else _FEWEST_OF_A_NODE
-    enough = count >= (_MANY_ROWS if width >= in_features else FEWEST_ROWS)
-    if width > widest or not enough or count * n * in_features * width < fewest:
+    products = count * in_features * width
+    enough = count >= (FEWEST_ROWS if width < in_features and item == 4 else _MANY_ROWS)
+    enough = enough and count * n >= _FEWEST_IN_ALL and products >= _FEWEST_OF_EACH
+    enough = enough and (_are_few(in_features, width, item) or n * products >= _FEWEST_OF_A_NODE)
+    if not enough or not _are_few(width, in_features, item):
         return "batched"
     if width not in _EVICTED or count * item % _EVICTING_BYTES:
         return "narrow"
@@ -128,8 +138,16 @@ def _order(count: int, n: int, in_features: int, width: int, item: int) -> str:
     return "halves" if width in _HALVES and count * n * width >= fewest else "batched"
 
 
-def _widest_narrow(item: int) -> int:
-    return _NARROW if item == 4 else _NARROW_IN_FP64
+def _are_few(columns: int, terms: int, item: int) -> bool:
+    """Say whether the library is slow with so many columns, each a sum of so many terms."""
+    if columns <= _NARROW_ANYWHERE or columns > _NARROW or item > 4:
+        return columns <= _NARROW_ANYWHERE
+    return _has_wide_vectors() or (columns > _NARROW_ANYWHERE + 1 and terms >= _FEWEST_TERMS)
+
+
+@functools.cache
+def _has_wide_vectors() -> bool:
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 @functools.cache
@@ -139,26 +157,26 @@ def _threads() -> int:
 
 
 def _written(order: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute the product in an order, with the axes of `_AXES`. A narrow one is W[n, o, i] times x[n, i, b]."""
+    """Compute the product in an order, with the axes of `_AXES`."""
+    if order == "narrow":
+        turned, columns = _turned(weight), rows.permute(1, 2, 0)
+        return torch.bmm(turned, columns) if bias is None else torch.baddbmm(bias.unsqueeze(2), turned, columns)
+    if order == "batched":
+        factor = rows.transpose(0, 1)
+        return torch.bmm(factor, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), factor, weight)
     if order == "halves":  # their columns are not a multiple of 4 KiB apart
         half = rows.shape[0] // 2 + _APART
         parts = [_written("narrow", part, weight, bias) for part in (rows[:half], rows[half:])]
         return torch.cat([part.permute(_AXES["narrow"]) for part in parts])
-    if order == "elements":
-        matrix = weight.squeeze(1)
-        y = rows * matrix if bias is None else torch.addcmul(bias, rows, matrix)
-        return y.contiguous()  # whatever the strides of operands, which it would follow
-    if order == "narrow":
-        factors, along = (_turned(weight), rows.permute(1, 2, 0)), 2
-    else:
-        factors, along = (rows.transpose(0, 1), weight), 1
-    return torch.bmm(*factors) if bias is None else torch.baddbmm(bias.unsqueeze(along), *factors)
+    matrix = weight.squeeze(1)
+    y = rows * matrix if bias is None else torch.addcmul(bias, rows, matrix)
+    return y.contiguous()  # whatever the strides of operands, which it would follow
 
 
 def _turned(weight: Tensor) -> Tensor:
     """View W[n, i, o] as W[n, o, i], so that the gradient lies as the weight does: fused optimizers ignore strides."""
     kind = type(weight)
-    if kind is not Tensor and not issubclass(kind, Parameter):
+    if not torch.is_grad_enabled() or (kind is not Tensor and not issubclass(kind, Parameter)):
         return weight.mT
     if not weight.is_contiguous() or torch.compiler.is_compiling():
         return weight[:].mT  # a slice has such a gradient too, and costs more
@@ -207,7 +225,7 @@ def _gradient_of_weight(rows: Tensor, dy: Tensor) -> Tensor:
 
 
 def _has_narrow_gradient(in_features: int, width: int, item: int) -> bool:
-    return width <= _widest_narrow(item) and width < in_features
+    return width < in_features and _are_few(width, in_features, item)
 
 
 def _is_recorded(*operands: Tensor | None) -> bool:
