@@ -309,12 +309,35 @@ def test_only_what_needs_no_cast_and_no_gathering_is_computed_at_once():
         (x.tolist(), weight, bias),
     ):
         assert functional.plain_call(*operands) is None
+    # The kernel of many rows and few features would take a sparse kernel, turned.
+    many, wide = torch.zeros(2000, 2, 3), torch.zeros(2, 3, 4)
+    with torch.no_grad():
+        assert functional.plain_call(many, wide, None).stride(0) == 1
+        assert functional.plain_call(many, wide.to_sparse(), None) is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert functional.plain_call(x, weight, bias) is None
         assert partitioned_linear(x, weight, bias).dtype == torch.bfloat16
     # Inside torch.vmap a batched product would broadcast a partition axis of size one.
     with pytest.raises(ValueError, match="`x`: expected shape"):
         torch.vmap(partitioned_linear, in_dims=(0, None, None))(torch.zeros(2, 5, 1, 3), weight, bias)
+
+
+@pytest.mark.parametrize("sizes", [(16, 2, 32, 32), (64, 2, 16, 16), (64, 64, 8, 8), (2000, 2, 1, 5)], ids=str)
+def test_one_axis_of_rows_takes_the_short_way(monkeypatch, sizes):
+    """A way more would be some microseconds, which many products take no longer than."""
+    count, n, i, o = sizes
+    x, weight, bias = torch.randn(count, n, i), torch.randn(n, i, o).requires_grad_(), torch.randn(n, o)
+    expected = partitioned_linear(x, weight, bias, implementation="matmul")
+
+    def never(*given):
+        raise AssertionError("the long way")
+
+    monkeypatch.setattr(functional, "partitioned_linear_matmul", never)
+    y = partitioned_linear(x, weight, bias)
+    assert torch.equal(y, expected)
+    assert y.stride() == expected.stride()
+    with pytest.raises(AssertionError, match="the long way"):
+        partitioned_linear(x.unflatten(0, (2, -1)), weight, bias)
 
 
 def test_shapes_are_taken_exactly_where_the_formula_has_them(monkeypatch):
