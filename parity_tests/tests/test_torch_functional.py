@@ -312,7 +312,7 @@ def test_only_what_needs_no_cast_and_no_gathering_is_computed_at_once():
     # No kernel would refuse the dtypes of no rows at all.
     for rows in ((0,), (2, 0), (0, 1)):
         for empty in (torch.zeros(*rows, 2, 3, dtype=torch.float64), torch.zeros(*rows, 2, 3, dtype=torch.int64)):
-            with pytest.raises(TypeError, match="`x`: expected (the|a) dtype of"):
+            with pytest.raises(TypeError, match=r"`x`: expected (the|a) dtype of"):
                 partitioned_linear(empty, weight.detach())
         assert partitioned_linear(torch.zeros(*rows, 2, 3), weight).shape == (*rows, 2, 4)
     # The kernel of many rows and few features would take a sparse kernel, turned.
