@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from torch_impl.array_types import Bias, Inputs, Outputs, Weight
 
-# Maps of few features, on one thread and two of two CPUs, by interleaved calls: the library multiplies by up to 11
+# Maps of few features, on two CPUs, one thread and two, by interleaved calls: the library multiplies by up to 11
 # columns at 0.05 to 0.4 of its usual speed, and by 12 to 15 at half of it where it has 512-bit vectors (without them by
 # 13 to 15 at two thirds; in fp64 at 0.3 to 0.9 up to 11, and 12 are fast). So the many rows are what it gets as
 # columns. A result of up to 11 features then takes 0.2 to 0.9 of the time of the other order, with a contiguous copy
@@ -36,7 +36,7 @@ _HALVES, _ENTRIES_ON_ONE_THREAD, _ENTRIES_OF_HALVES, _APART = (5, 6, 7, 8), 2**1
 # The product with one feature is that of elements, multiplied and added in one pass over y: of 1 to 2048 rows, 8 to 100
 # partitions and 1 to 256 features out, 0.05 to 0.9 of the time of the batched product. The gradients of elements are
 # sums of products that are written first, so that from so many entries of y on they take a node: in training 0.7 to
-# 1.4 of the time, and up to 2 with an activation behind it, whose gradient has the order of y. In 16 bits the products
+# 1.5 of the time, and up to 2 with an activation behind it, whose gradient has the order of y. In 16 bits the products
 # would be rounded.
 _FEWEST_OF_ELEMENTS = 2**17
 # The axes of rows, partitions and features in what the kernels write, for each order of the product.
@@ -60,15 +60,13 @@ def partitioned_linear_matmul(x: Inputs, weight: Weight, bias: Bias | None) -> O
     """
     single_batch_axis = x.ndim == 3
     rows = x if single_batch_axis else x.reshape(-1, *x.shape[-2:])
-    _, in_features, out_features = weight.shape
     if NODE_FROM and _takes_one_node(rows, weight, bias):
         y = _as_one_node(rows, weight, bias)
-    elif min(in_features, out_features) <= _NARROW and _may_be_narrow(rows, weight):
-        orders = orders_of(rows.shape[0], *weight.shape, weight.dtype.itemsize)
-        y = _batched_product(rows, weight, bias) if orders is None else ordered_product(rows, weight, bias, *orders)
+    elif _may_be_narrow(rows, weight) and (orders := orders_of(rows.shape[0], *weight.shape, weight.dtype.itemsize)):
+        y = ordered_product(rows, weight, bias, *orders)
     else:
         y = _batched_product(rows, weight, bias)
-    return y if single_batch_axis else y.reshape(*x.shape[:-1], out_features)
+    return y if single_batch_axis else y.reshape(*x.shape[:-1], weight.shape[2])
 
 
 def _batched_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
